@@ -1,0 +1,142 @@
+"""LoRA factors and the adapter that holds them: the hub type of every stage, with no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.errors import InputError
+
+LINEAR, EMBEDDING = "linear", "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """One module's update: delta = scaling * B @ A.
+
+    Args:
+        A: (rank, in), any floating dtype.
+        B: (out, rank), any floating dtype.
+        scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+        kind: "linear" (Conv1D included: delta is always (out, in)) or "embedding" (A is (rank, vocabulary)).
+    """
+
+    A: Float[Tensor, "r in"]
+    B: Float[Tensor, "out r"]
+    scaling: float = 1.0
+    kind: str = LINEAR
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise InputError(f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not (rank, in) and (out, rank)")
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the delta."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def folded(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LoraFactors:
+        """The same delta with scaling 1: the scaling is multiplied into B, in `dtype`."""
+        A, B = self.A.to(device, dtype), self.B.to(device, dtype)
+        return LoraFactors(A, B if self.scaling == 1.0 else B * self.scaling, 1.0, self.kind)
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """The dense update; for tests and for baking, merging never forms it."""
+        f = self.folded(dtype)
+        return f.B @ f.A
+
+    def norm_squared(self) -> float:
+        """Squared Frobenius norm of the delta, from two (rank, rank) Gram matrices."""
+        f = self.folded(torch.float64)
+        return float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter of one base model, plain or merged.
+
+    Args:
+        name: Name of the adapter; its task's name where it has one head.
+        base: `base_model_name_or_path`, as PEFT writes it.
+        modules: Module name, relative to the backbone (see `prefix`) -> factors, in sorted order.
+        task_type: PEFT's task type, such as "SEQ_CLS", or None.
+        prefix: Dotted attribute of the backbone inside the task's model ("roberta", "model", "" where the adapter's
+            model is the backbone itself). Names on disk are `prefix + "." + name`.
+        heads: Task -> head tensors, named as in the task's model ("classifier.weight").
+        extras: Other trained tensors passed through, named as on disk (embeddings).
+        revision: Revision of the base, or None.
+        target_modules: As PEFT's config had them; None where only the full list of `modules` describes them.
+        fan_in_fan_out: Whether the base stores these weights transposed (Conv1D).
+        source: Where it came from: path, hashes, what the training base was. Provenance, not arithmetic.
+    """
+
+    name: str
+    base: str
+    modules: Mapping[str, LoraFactors]
+    task_type: str | None = None
+    prefix: str = ""
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    revision: str | None = None
+    target_modules: tuple[str, ...] | str | None = None
+    fan_in_fan_out: bool = False
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its modules."""
+        return max((f.rank for f in self.modules.values()), default=0)
+
+    def full_name(self, module: str) -> str:
+        """A module's name in the task's model, as on disk."""
+        return f"{self.prefix}.{module}" if self.prefix else module
+
+
+def concatenated(
+    factors: Sequence[LoraFactors], weights: Sequence[float], dtype: torch.dtype = torch.float32
+) -> LoraFactors:
+    """The exact weighted sum of deltas, sum_t w_t D_t, as one pair of factors of rank sum_t r_t.
+
+    Args:
+        factors: At least one; all of one (out, in).
+        weights: One finite number each, any sign; multiplied into B.
+        dtype: Of the result.
+    """
+    folded = [f.folded(dtype) for f in factors]
+    A = torch.cat([f.A for f in folded])
+    B = torch.cat([f.B * w for f, w in zip(folded, weights, strict=True)], dim=1)
+    return LoraFactors(A, B, 1.0, factors[0].kind)
+
+
+def truncated(factors: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
+    """The best approximation of the delta of a lower rank, and the fraction of its energy that is lost.
+
+    Thin QR of both factors, then an SVD of the (r, r) core: exact, and no out x in matrix is formed.
+
+    Args:
+        factors: Of any rank.
+        rank: Wanted rank, at least 1; a rank not below the present one changes nothing.
+
+    Returns:
+        Factors with scaling 1, and discarded / total squared singular values, in [0, 1].
+    """
+    if rank >= factors.rank:
+        return factors, 0.0
+    f = factors.folded(torch.float32 if factors.A.dtype != torch.float64 else torch.float64)
+    Qb, Rb = torch.linalg.qr(f.B)
+    Qa, Ra = torch.linalg.qr(f.A.T)
+    U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    total = float(S.double().square().sum())
+    lost = float(S[rank:].double().square().sum()) / total if total > 0 else 0.0
+    root = S[:rank].sqrt()
+    return LoraFactors(root[:, None] * (Vt[:rank] @ Qa.T), Qb @ (U[:, :rank] * root), 1.0, f.kind), lost

@@ -1,0 +1,37 @@
+"""Names that become folders and file names: what a task or an adapter may be called."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from plait.errors import UsageError, printable
+
+_NAME = re.compile(r"\w[\w.+-]{0,99}")
+
+
+def checked_name(name: str, what: str = "name") -> str:
+    """A name fit for a folder on any system, in Unicode normal form C.
+
+    Raises:
+        UsageError: It is empty, over 100 characters, starts with a dot, or holds anything but letters, digits and ``_ . + -``.
+    """
+    normal = unicodedata.normalize("NFC", name)
+    if not _NAME.fullmatch(normal) or normal.endswith("."):
+        raise UsageError(
+            f"{what} {printable(name, 60)!r} cannot name a folder",
+            hint="letters, digits and _ . + - only, at most 100, starting with a letter or digit; NAME=DIR gives a folder another name",
+        )
+    return normal
+
+
+def distinct_names(names: Sequence[str], what: str = "name") -> list[str]:
+    """The names, checked, none twice even where case or Unicode form is ignored."""
+    seen: dict[str, str] = {}
+    for name in (checked_name(n, what) for n in names):
+        key = unicodedata.normalize("NFKC", name).casefold()
+        if key in seen:
+            raise UsageError(f"{what} {name!r} and {seen[key]!r} collide", hint="give one another name: NAME=DIR")
+        seen[key] = name
+    return list(seen.values())

@@ -1,0 +1,271 @@
+"""The PEFT folder: reading one that anybody wrote, and writing one that any trainer or server reads."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig, read_config
+from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
+from plait.adapters.naming import checked_name
+from plait.adapters.tensors import read_tensors, write_tensors
+from plait.errors import InputError
+from plait.store import MANIFEST, read_json, read_manifest, sha256_json
+
+WEIGHTS, INDEX, HEADS = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "heads"
+_ROOT = "base_model.model."
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+_SUFFIXES = {
+    ".lora_A.weight": ("A", LINEAR),
+    ".lora_B.weight": ("B", LINEAR),
+    ".lora_embedding_A": ("A", EMBEDDING),
+    ".lora_embedding_B": ("B", EMBEDDING),
+}
+_HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_classifier"}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
+    """Read a PEFT LoRA folder into an `Adapter`, checked tensor by tensor.
+
+    Args:
+        folder: With adapter_config.json and adapter_model.safetensors (or its shards).
+        name: What to call it; by default its manifest's task, else the folder's name.
+
+    Raises:
+        InputError: Damaged, incomplete, holding NaN, unlike its config, or of a refused variant; names file and tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("no such adapter folder", where=str(folder))
+    config = read_config(folder)
+    tensors, digests = _read_weights(folder)
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    _check_digests(folder, manifest, digests)
+    factors, others = _pair(tensors, config, folder)
+    prefix = _backbone_prefix(factors, config)
+    cut = len(prefix) + 1 if prefix else 0
+    name = checked_name(name or (manifest or {}).get("result", {}).get("task") or folder.resolve().name, "adapter")
+    head, extras = _split_head(others, config)
+    heads = {name: head} if head else _read_heads(folder)
+    return Adapter(
+        name=name,
+        base=config.base,
+        modules={k[cut:]: factors[k] for k in sorted(factors)},
+        task_type=config.task_type,
+        prefix=prefix,
+        heads=heads,
+        extras=extras,
+        revision=config.revision,
+        target_modules=config.target_modules,
+        fan_in_fan_out=config.fan_in_fan_out,
+        source={"path": str(folder), "sha256": sha256_json(digests), **_kept_facts(manifest)},
+    )
+
+
+def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    result = (manifest or {}).get("result", {})
+    return {k: result[k] for k in ("base_sha256", "backbone_prefix", "labels", "kind") if k in result}
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if (folder / WEIGHTS).exists():
+        tensors, _, digest = read_tensors(folder / WEIGHTS)
+        return tensors, {WEIGHTS: digest}
+    if (folder / INDEX).exists():
+        return _read_shards(folder)
+    if (folder / "adapter_model.bin").exists():
+        raise InputError(
+            "adapter_model.bin is a pickle and pickle formats are not read",
+            where=str(folder),
+            hint="load it once with PEFT in an environment you trust and save_pretrained(safe_serialization=True)",
+        )
+    raise InputError(f"no {WEIGHTS}", where=str(folder))
+
+
+def _read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
+        raise InputError("no weight_map from tensor to file", where=str(folder / INDEX))
+    tensors: dict[str, Tensor] = {}
+    digests: dict[str, str] = {}
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"weight_map points to {file!r}, not a shard in this folder", where=str(folder / INDEX))
+        found, _, digests[file] = read_tensors(folder / file)
+        tensors |= found
+    if missing := sorted(set(files) - set(tensors)):
+        raise InputError(f"{missing[0]} is in no shard", where=str(folder / INDEX))
+    return tensors, digests
+
+
+def _check_digests(folder: Path, manifest: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
+    recorded = (manifest or {}).get("files", {})
+    for file, digest in digests.items():
+        if recorded.get(file, digest) != digest:
+            raise InputError(
+                "its bytes are not those the manifest recorded",
+                where=str(folder / file),
+                hint=f"damaged or edited since; remove {MANIFEST} if that was on purpose",
+            )
+
+
+def _pair(
+    tensors: Mapping[str, Tensor], config: AdapterConfig, folder: Path
+) -> tuple[dict[str, LoraFactors], dict[str, Tensor]]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, str] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        bare = _bare_key(key, folder)
+        _require_finite(tensor, key, folder)
+        for suffix, (half, kind) in _SUFFIXES.items():
+            if bare.endswith(suffix):
+                module = bare[: -len(suffix)]
+                halves.setdefault(module, {})[half] = tensor
+                kinds[module] = kind
+                break
+        else:
+            others[bare] = tensor
+    if not halves:
+        raise InputError("holds no LoRA tensors", where=str(folder / WEIGHTS))
+    return {m: _factors(m, pair, kinds[m], config, folder) for m, pair in halves.items()}, others
+
+
+def _bare_key(key: str, folder: Path) -> str:
+    if not key.startswith(_ROOT):
+        raise InputError(f"tensor {key!r} does not start with {_ROOT!r}", where=str(folder), hint="not saved by PEFT?")
+    bare = key[len(_ROOT) :]
+    for wrapper in _WRAPPERS:
+        if wrapper in bare and not (wrapper == "module." and not bare.startswith(wrapper)):
+            raise InputError(
+                f"tensor {key!r} carries the wrapper {wrapper!r}: saved from a wrapped model",
+                where=str(folder),
+                hint="unwrap the model (accelerator.unwrap_model) and save again",
+            )
+    return bare
+
+
+def _require_finite(tensor: Tensor, key: str, folder: Path) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(folder))
+
+
+def _factors(
+    module: str, pair: Mapping[str, Tensor], kind: str, config: AdapterConfig, folder: Path
+) -> LoraFactors:
+    for half in ("A", "B"):
+        if half not in pair:
+            raise InputError(f"module {module!r} has no lora_{half}", where=str(folder))
+        if pair[half].ndim != 2 or not pair[half].is_floating_point():
+            raise InputError(
+                f"lora_{half} of {module!r} is {pair[half].dtype} {tuple(pair[half].shape)}, expected a floating matrix",
+                where=str(folder),
+            )
+    A, B = pair["A"], pair["B"]
+    rank, promised = A.shape[0], config.rank_of(module)
+    if rank != B.shape[1] or rank != promised or rank == 0:
+        raise InputError(
+            f"module {module!r}: A {tuple(A.shape)}, B {tuple(B.shape)}, and rank {promised} in {CONFIG} disagree",
+            where=str(folder),
+        )
+    return LoraFactors(A, B, config.scaling_of(module, rank), kind)
+
+
+def _backbone_prefix(factors: Mapping[str, LoraFactors], config: AdapterConfig) -> str:
+    """The backbone's attribute: with a task head beside it, the backbone is the one child all LoRA modules live in."""
+    if config.task_type not in CLASSIFICATION_TYPES:
+        return ""
+    firsts = Counter(name.partition(".")[0] for name in factors)
+    return next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
+
+
+def _split_head(
+    others: Mapping[str, Tensor], config: AdapterConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    saved = {*config.modules_to_save} | (_HEAD_NAMES if config.task_type in CLASSIFICATION_TYPES else set())
+    is_classifier = config.task_type in CLASSIFICATION_TYPES
+    head = {k: v for k, v in others.items() if is_classifier and saved & set(k.split(".")[:-1])}
+    return head, {k: v for k, v in others.items() if k not in head}
+
+
+def _read_heads(folder: Path) -> dict[str, dict[str, Tensor]]:
+    files = sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []
+    return {checked_name(f.stem, "head"): read_tensors(f)[0] for f in files}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write an adapter into an existing, empty folder (see `store.staged_folder`).
+
+    One head and a classification task type: the head lies in adapter_model.safetensors as PEFT has it. Otherwise heads
+    go to ``heads/<task>.safetensors``. `init_lora_weights` is true: with it every trainer loads the factors as they are.
+    """
+    inline = adapter.heads.get(adapter.name) if adapter.task_type in CLASSIFICATION_TYPES else None
+    tensors: dict[str, Tensor] = dict(adapter.extras)
+    for module, f in adapter.modules.items():
+        a, b = (s for s, (_, kind) in _SUFFIXES.items() if kind == f.kind)
+        tensors[adapter.full_name(module) + a] = f.A
+        tensors[adapter.full_name(module) + b] = f.B
+    config, fold = peft_config(adapter, inline)
+    if fold:
+        tensors |= {adapter.full_name(m) + ".lora_B.weight": f.folded(f.B.dtype).B for m, f in adapter.modules.items()}
+    write_tensors(folder / WEIGHTS, {_ROOT + k: v for k, v in {**tensors, **(inline or {})}.items()})
+    if inline is None and adapter.heads:
+        (folder / HEADS).mkdir()
+        for task, head in adapter.heads.items():
+            write_tensors(folder / HEADS / f"{checked_name(task, 'head')}.safetensors", head)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[dict[str, Any], bool]:
+    """The adapter_config.json of an adapter, and whether scalings must be folded into B because no alpha expresses them."""
+    ranks = Counter(f.rank for f in adapter.modules.values())
+    rank = max(ranks, key=lambda r: (ranks[r], r))
+    alphas = {m: f.scaling * f.rank for m, f in adapter.modules.items()}
+    whole = {m: round(a) for m, a in alphas.items() if a > 0.5 and abs(round(a) - a) < 1e-9 * abs(a)}
+    fold = len(whole) < len(alphas)
+    if fold:
+        whole = {m: f.rank for m, f in adapter.modules.items()}
+    alpha = Counter(whole[m] for m, f in adapter.modules.items() if f.rank == rank).most_common(1)[0][0]
+    longest_first = sorted(adapter.modules, key=lambda m: (-len(m), m))  # PEFT: the first key that is a suffix wins
+    config = {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base,
+        "revision": adapter.revision,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {adapter.full_name(m): adapter.modules[m].rank for m in longest_first if adapter.modules[m].rank != rank},
+        "alpha_pattern": {adapter.full_name(m): whole[m] for m in longest_first if whole[m] != alpha},
+        "target_modules": _targets(adapter),
+        "modules_to_save": sorted({k.partition(".")[0] for k in head}) if head else None,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": adapter.task_type is None or adapter.task_type == "FEATURE_EXTRACTION",
+    }
+    return config, fold
+
+
+def _targets(adapter: Adapter) -> list[str] | str:
+    if isinstance(adapter.target_modules, str) and not adapter.prefix:
+        return adapter.target_modules
+    wanted = adapter.target_modules
+    if isinstance(wanted, tuple) and all(any(m == t or m.endswith(f".{t}") for t in wanted) for m in adapter.modules):
+        return sorted(wanted)
+    return sorted(adapter.full_name(m) for m in adapter.modules)

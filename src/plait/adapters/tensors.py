@@ -1,0 +1,104 @@
+"""Reading and writing safetensors strictly: one layout check more than the library, and errors that say what the file is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from plait.errors import InputError
+from plait.store import require_regular
+
+_HEADER_LIMIT = 100 << 20
+_ADVICE = "download or save it again as safetensors; pickle formats are not read"
+_SIGNATURES = (
+    (b"\x80\x02", "a pickle (torch.save)"),
+    (b"\x80\x04", "a pickle"),
+    (b"PK\x03\x04", "a zip archive (torch.save)"),
+    (b"version https://git-lfs", "a Git LFS pointer: the real file was not downloaded"),
+    (b"<!DOCTYPE", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"GGUF", "a GGUF file"),
+)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Read a whole safetensors file.
+
+    Returns:
+        Tensors by name in file order, the metadata, and the SHA-256 of the file's bytes.
+
+    Raises:
+        InputError: Not safetensors (the message says what it is instead), damaged, with a name twice, or replaced
+            while it was read.
+    """
+    require_regular(path)
+    before = path.stat()
+    try:
+        with path.open("rb") as f:
+            _check_header(f, path)
+            f.seek(0)
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        with safe_open(path, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118: not a dict
+    except SafetensorError as e:
+        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
+    after = path.stat()
+    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+        raise InputError("changed while it was read", where=str(path), hint="try again when nothing writes it")
+    return tensors, metadata, digest
+
+
+def _check_header(f: BinaryIO, path: Path) -> None:
+    start = f.read(512)
+    for signature, what in _SIGNATURES:
+        if start.startswith(signature):
+            raise InputError(f"{what}, not safetensors", where=str(path), hint=_ADVICE)
+    length = path.stat().st_size
+    size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if len(start) < 8 or size > min(_HEADER_LIMIT, length - 8):
+        raise InputError(f"{length} bytes do not hold a safetensors header", where=str(path), hint=_ADVICE)
+    f.seek(8)
+    try:  # the library keeps the last of two entries with one name
+        json.loads(f.read(size), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"header is not JSON: {e}", where=str(path), hint=_ADVICE) from None
+
+
+def _unique(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [k for k, _ in pairs]
+        twice = next(k for k in names if names.count(k) > 1)
+        raise InputError(f"the header names {twice!r} twice", where=str(path), hint=_ADVICE)
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by sorted name; contiguous copies, on the CPU.
+
+    Raises:
+        InputError: A tensor holds NaN or infinity (its name is in the message).
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError("holds NaN or infinity", where=name, hint="nothing was written")
+    ready = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
+    # Tensors that share memory are refused by the library; a clone keeps both.
+    seen: dict[int, str] = {}
+    for name, tensor in ready.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in seen:
+            ready[name] = tensor.clone()
+        seen[pointer] = name
+    save_file(ready, str(path), metadata={"format": "pt", **(metadata or {})})

@@ -1,0 +1,54 @@
+"""What can go wrong, as types: each carries what happened, where, and the next step, and maps to one exit code."""
+
+from __future__ import annotations
+
+
+class PlaitError(Exception):
+    """Base of every error plait raises on purpose.
+
+    Args:
+        what: What happened, in one sentence, with what was expected and what was found.
+        where: The adapter, file, module or recipe key it happened in.
+        hint: The next step for the reader.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.where, self.hint = what, where, hint
+
+    def __str__(self) -> str:
+        place = f"{printable(self.where)}: " if self.where else ""
+        step = f" ({printable(self.hint)})" if self.hint else ""
+        return f"{place}{printable(self.what)}{step}"
+
+
+class RunError(PlaitError):
+    """The inputs were fine and the computation failed."""
+
+    exit_code = 1
+
+
+class UsageError(PlaitError):
+    """A wrong call: an unknown method, an option out of range, a recipe that does not say what it means."""
+
+    exit_code = 2
+
+
+class InputError(PlaitError):
+    """A file or folder that cannot be used: damaged, incomplete, of another base, of a refused kind."""
+
+    exit_code = 3
+
+
+class EnvironmentFault(PlaitError):
+    """Disk, memory, GPU, network or a missing extra."""
+
+    exit_code = 4
+
+
+def printable(text: object, limit: int = 400) -> str:
+    """Make foreign text safe for one terminal line: control characters escaped, length bounded."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

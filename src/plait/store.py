@@ -1,0 +1,290 @@
+"""Where results come to rest: staged folders, manifests, hashes and locks.
+
+A folder (or file) is written beside its destination, flushed, given the permissions the umask allows, and renamed into
+place; its manifest is written last, so a manifest means the result is whole. A result whose manifest matches the wanted
+one is reused; one that differs is an error that shows the difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from plait import __version__
+from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
+
+SCHEMA = 1
+MANIFEST = "plait.json"
+_CHUNK = 1 << 20
+_JSON_LIMIT = 64 << 20
+_VOLATILE = {"versions", "result", "files"}
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash a JSON value independently of key order."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """One JSON text per value: sorted keys, no spaces, NaN refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def identity(
+    stage: str, options: Mapping[str, Any], inputs: Mapping[str, str] | None = None, seed: int | None = None
+) -> dict[str, Any]:
+    """What a result *is*: the stage, its options, the hashes of its inputs and the seed.
+
+    Args:
+        stage: Name of the stage, such as "merge".
+        options: JSON-serialisable options.
+        inputs: Name of each input -> its hash.
+        seed: The seed, where the stage draws random numbers.
+
+    Returns:
+        A JSON object; two results with equal identities hold the same bits on one machine.
+    """
+    wanted = {"schema": SCHEMA, "stage": stage, "options": dict(options), "inputs": dict(inputs or {}), "seed": seed}
+    return json.loads(canonical_json(wanted))  # type: ignore[no-any-return]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, limit: int = _JSON_LIMIT) -> Any:
+    """Read a JSON file strictly: a regular file, UTF-8 (a BOM is tolerated), bounded size and depth, no duplicate keys."""
+    require_regular(path)
+    size = path.stat().st_size
+    if size > limit:
+        raise InputError(f"JSON of {size} bytes, at most {limit} expected", where=str(path))
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
+    except UnicodeDecodeError as e:
+        raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"not valid JSON: {e}", where=str(path)) from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"duplicate key {key!r}")
+        seen[key] = value
+    return seen
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is not a regular file (a FIFO would block, a device never ends)."""
+    if not path.exists():
+        raise InputError("no such file", where=str(path))
+    if not path.is_file():
+        raise InputError("not a regular file", where=str(path))
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder, or None where there is none."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    if not isinstance(found, dict) or "schema" not in found:
+        raise InputError("not a plait manifest", where=str(file))
+    if found["schema"] != SCHEMA:
+        raise InputError(
+            f"manifest schema {found['schema']}, this plait reads {SCHEMA}", where=str(file), hint="redo it with this version"
+        )
+    return found
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False) -> bool:
+    """Whether the folder already holds the wanted result.
+
+    Raises:
+        UsageError: It holds another one (the difference is in the message), or something that is not a result.
+    """
+    if overwrite or not _occupied(path):
+        return False
+    found = read_manifest(path) if path.is_dir() else None
+    if found is None:
+        raise UsageError("exists and was not finished by plait", where=str(path), hint="choose another --out, or --overwrite")
+    if differing := differences(found, wanted):
+        raise UsageError(
+            f"exists with other settings: {'; '.join(differing[:6])}", where=str(path), hint="choose another --out, or --overwrite"
+        )
+    return True
+
+
+def _occupied(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted keys in which two manifests differ, as "key: found -> wanted"."""
+    a, b = dict(_flat(found)), dict(_flat(wanted))
+    return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            if prefix or key not in _VOLATILE:
+                yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+@contextlib.contextmanager
+def staged_folder(
+    path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, result: dict[str, Any] | None = None
+) -> Iterator[Path]:
+    """Yield an empty folder on the destination's file system; on success it takes the destination's place, whole.
+
+    Args:
+        path: The destination.
+        wanted: Its identity (see `identity`), written into the manifest, which is written last.
+        overwrite: Replace what stands there.
+        result: Filled by the caller inside the block; kept in the manifest, not part of the identity.
+
+    Raises:
+        EnvironmentFault: Disk full, read-only, or another process is writing the same output.
+    """
+    path = path.absolute()
+    with _system_errors(path), _locked(path):
+        _recover(path)
+        if _occupied(path) and not overwrite:
+            raise UsageError("exists", where=str(path), hint="choose another --out, or --overwrite")
+        stage = path.parent / f".{path.name}.staging"
+        shutil.rmtree(stage, ignore_errors=True)  # left by a killed run: the lock says nobody writes it now
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+            _finish(stage, wanted, result or {})
+            _swap(stage, path)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _finish(stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != MANIFEST)
+    listed = {str(p.relative_to(stage)): sha256_file(p) for p in files}
+    manifest = {**wanted, "versions": versions(), "result": dict(result), "files": listed}
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    for p in [*files, stage / MANIFEST]:
+        _settle(p)
+
+
+def _settle(path: Path) -> None:
+    """Give a file the mode the umask allows (safetensors writes 0600) and flush it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def _recover(path: Path) -> None:
+    """Bring back what a run killed between the two renames of `_swap` had moved aside."""
+    old = path.parent / f".{path.name}.replaced"
+    if old.exists() and not path.exists():
+        old.rename(path)
+
+
+def _swap(stage: Path, path: Path) -> None:
+    old = path.parent / f".{path.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        path.rename(old)
+    stage.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    fd = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def staged_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed and takes its place."""
+    path = path.absolute()
+    with _system_errors(path), _locked(path):
+        if _occupied(path) and not overwrite:
+            raise UsageError("exists", where=str(path), hint="choose another --out, or --overwrite")
+        stage = path.parent / f".{path.name}.staging"
+        stage.unlink(missing_ok=True)
+        try:
+            yield stage
+            _settle(stage)
+            stage.replace(path)
+        finally:
+            stage.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the output: two processes on one destination is an error, not a race."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".{path.name}.lock"
+    with lock.open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = lock.exists() and os.fstat(f.fileno()).st_ino == lock.stat().st_ino  # not one just unlinked
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise EnvironmentFault("another process is writing this output", where=str(path), hint="wait for it")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PlaitError:
+        raise
+    except OSError as e:
+        step = {errno.ENOSPC: "free some space", errno.EROFS: "choose a writable --out", errno.EACCES: "choose a writable --out"}
+        if e.errno not in step and e.errno not in (errno.ENAMETOOLONG, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EPERM):
+            raise
+        raise EnvironmentFault(f"cannot write: {e.strerror}", where=str(path), hint=step.get(e.errno or 0)) from e
+
+
+def versions() -> dict[str, str]:
+    """Versions of plait and of what it computes with, for the record."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"plait": __version__}
+    for name in ("torch", "transformers", "peft", "safetensors", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
