@@ -42,7 +42,7 @@ class InputError(PlaitError):
     exit_code = 3
 
 
-class EnvironmentFault(PlaitError):
+class EnvironmentFault(PlaitError):  # noqa: N818 (EnvironmentError is a builtin)
     """Disk, memory, GPU, network or a missing extra."""
 
     exit_code = 4

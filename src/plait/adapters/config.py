@@ -36,14 +36,14 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The fields of adapter_config.json that matter to arithmetic, checked.
+    r"""The fields of adapter_config.json that matter to arithmetic, checked.
 
     Args:
         base: `base_model_name_or_path`.
         r: Default rank.
         alpha: Default alpha.
         rslora: Whether scaling is alpha / sqrt(r).
-        rank_pattern, alpha_pattern: Overrides; a key matches ``(.*\\.)?KEY$``, the first hit wins, as in PEFT.
+        rank_pattern, alpha_pattern: Overrides; a key matches ``(.*\.)?KEY$``, the first hit wins, as in PEFT.
         target_modules: None also where layers or exclusions narrow it: then only the tensors say what is adapted.
     """
 
@@ -64,7 +64,7 @@ class AdapterConfig:
         return self.rank_pattern.get(_hit(self.rank_pattern, module), self.r)
 
     def scaling_of(self, module: str, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         alpha = self.alpha_pattern.get(_hit(self.alpha_pattern, module), self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
@@ -104,7 +104,9 @@ def read_config(folder: Path) -> AdapterConfig:
         alpha=_alpha(raw.get("lora_alpha", 8), "lora_alpha", path),
         rslora=bool(raw.get("use_rslora", False)),
         rank_pattern={k: _rank(v, f"rank_pattern[{k}]", path) for k, v in _mapping(raw, "rank_pattern", path).items()},
-        alpha_pattern={k: _alpha(v, f"alpha_pattern[{k}]", path) for k, v in _mapping(raw, "alpha_pattern", path).items()},
+        alpha_pattern={
+            k: _alpha(v, f"alpha_pattern[{k}]", path) for k, v in _mapping(raw, "alpha_pattern", path).items()
+        },
         target_modules=None if narrowed else _strings(raw.get("target_modules"), "target_modules", path),
         modules_to_save=_list(raw.get("modules_to_save"), "modules_to_save", path),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)),
@@ -118,7 +120,9 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
         raise InputError(f"peft_type is {kind!r}, only LORA adapters can be merged", where=where)
     for key, why in _REFUSED.items():
         if raw.get(key):
-            raise InputError(f"{key}: {why}", where=where, hint="merge this adapter into its base and serve it separately")
+            raise InputError(
+                f"{key}: {why}", where=where, hint="merge this adapter into its base and serve it separately"
+            )
     if raw.get("bias", "none") != "none":
         raise InputError(f"bias={raw['bias']!r}: trained biases are outside the LoRA factors", where=where)
     init = raw.get("init_lora_weights", True)

@@ -160,9 +160,7 @@ def _require_finite(tensor: Tensor, key: str, folder: Path) -> None:
         raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(folder))
 
 
-def _factors(
-    module: str, pair: Mapping[str, Tensor], kind: str, config: AdapterConfig, folder: Path
-) -> LoraFactors:
+def _factors(module: str, pair: Mapping[str, Tensor], kind: str, config: AdapterConfig, folder: Path) -> LoraFactors:
     for half in ("A", "B"):
         if half not in pair:
             raise InputError(f"module {module!r} has no lora_{half}", where=str(folder))
@@ -189,9 +187,7 @@ def _backbone_prefix(factors: Mapping[str, LoraFactors], config: AdapterConfig) 
     return next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
 
 
-def _split_head(
-    others: Mapping[str, Tensor], config: AdapterConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     saved = {*config.modules_to_save} | (_HEAD_NAMES if config.task_type in CLASSIFICATION_TYPES else set())
     is_classifier = config.task_type in CLASSIFICATION_TYPES
     head = {k: v for k, v in others.items() if is_classifier and saved & set(k.split(".")[:-1])}
@@ -248,7 +244,9 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         "revision": adapter.revision,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {adapter.full_name(m): adapter.modules[m].rank for m in longest_first if adapter.modules[m].rank != rank},
+        "rank_pattern": {
+            adapter.full_name(m): adapter.modules[m].rank for m in longest_first if adapter.modules[m].rank != rank
+        },
         "alpha_pattern": {adapter.full_name(m): whole[m] for m in longest_first if whole[m] != alpha},
         "target_modules": _targets(adapter),
         "modules_to_save": sorted({k.partition(".")[0] for k in head}) if head else None,

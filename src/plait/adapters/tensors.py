@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         with safe_open(path, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as e:
         raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
     after = path.stat()

@@ -1,0 +1,222 @@
+"""The base model: how it is named, loaded for a task, taken apart into backbone and head, and fingerprinted."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.store import sha256_file
+
+if TYPE_CHECKING:
+    from plait.tasks.task import Task
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HEAD_STD = 0.02  # initializer_range of BERT and its kin; configs without the field get the same
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """Which base model, and how it is to be held.
+
+    Args:
+        name: Hub name or local folder, written into adapters as `base_model_name_or_path`.
+        revision: Commit, tag or branch on the hub.
+        dtype: "float32", "bfloat16" or "float16".
+        device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1".
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        if self.dtype not in _DTYPES:
+            raise UsageError(f"dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}", where="base.dtype")
+        return _DTYPES[self.dtype]
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as torch names it."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise UsageError(f"unknown device {self.device!r}", where="base.device") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise EnvironmentFault("no GPU that torch can use", where=f"device {self.device}", hint="use --device cpu")
+        return device
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The base's tokenizer, with a pad token (the end-of-text token where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, base)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError("the tokenizer has neither a pad nor an end-of-text token", where=base.name)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
+    """The base with a fresh head for one task, on its device, in evaluation mode.
+
+    Args:
+        base: Which base.
+        task: Its kind chooses the class, its labels the size of the head.
+        seed: The head's linear layers are drawn from it after loading (loading consumes random numbers), normal with
+            the config's `initializer_range`, biases zero: the same head on every machine.
+
+    Raises:
+        InputError: No such model, or its kind of config has no class for the task.
+    """
+    import transformers
+
+    classes = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+    cls = getattr(transformers, classes.get(task.kind, "AutoModelForSequenceClassification"))
+    options: dict[str, Any] = {"dtype": base.torch_dtype}
+    if task.kind not in classes:
+        kind = "regression" if task.kind == "regression" else "single_label_classification"
+        options |= {"num_labels": task.num_labels, "problem_type": kind}
+    model = _from_pretrained(cls, base, **options)
+    if task.kind not in classes:
+        model.config.pad_token_id = load_tokenizer(base).pad_token_id
+        draw_head(model, seed)
+    return model.to(base.torch_device).eval()
+
+
+def _from_pretrained(cls: Any, base: BaseModel, **options: Any) -> Any:
+    try:
+        with quiet_transformers():
+            return cls.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(
+            f"cannot load the base model: {first}",
+            where=base.name,
+            hint="a local folder or a hub name; offline, a cached one",
+        ) from e
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence "newly initialized weights" (every head here is new on purpose) and loading bars."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- backbone and head ------------------------------------------------------------------------------------------------
+
+
+def backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model without its task head, and the attribute it hangs on ("" where the model is its own backbone)."""
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    return (backbone, prefix) if isinstance(backbone, nn.Module) else (model, "")
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Top-level modules with parameters outside the backbone: PEFT's `modules_to_save` for a fresh head."""
+    _, prefix = backbone_of(model)
+    if not prefix:
+        return []
+    shared = {id(p) for p in getattr(model, prefix).parameters()}
+    return [
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(id(p) not in shared for p in child.parameters())
+    ]
+
+
+def head_state(model: nn.Module) -> dict[str, Tensor]:
+    """The head's tensors, named as in the task's model, copied to the CPU."""
+    heads = set(head_modules(model))
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.partition(".")[0] in heads}
+
+
+def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
+    """Put a head's tensors into a task's model.
+
+    Raises:
+        InputError: A tensor is missing, unknown or of another shape: a head of another task or base.
+    """
+    own = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] in set(head_modules(model))}
+    for name in sorted({*own, *head}):
+        if name not in own or name not in head or own[name].shape != head[name].shape:
+            got = tuple(head[name].shape) if name in head else "absent"
+            expected = tuple(own[name].shape) if name in own else "absent"
+            raise InputError(f"head tensor is {got}, the model expects {expected}", where=name)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(head[name])
+
+
+def draw_head(model: nn.Module, seed: int) -> None:
+    """Draw every linear layer of the head anew; each from its own generator, so that order does not matter."""
+    std = float(getattr(model.config, "initializer_range", None) or _HEAD_STD)
+    for name in head_modules(model):
+        for inner, module in model.get_submodule(name).named_modules():
+            if isinstance(module, nn.Linear):
+                generator = torch.Generator().manual_seed(named_seed(seed, f"{name}.{inner}"))
+                drawn = torch.empty(module.weight.shape).normal_(0.0, std, generator=generator)
+                with torch.no_grad():
+                    module.weight.copy_(drawn)
+                    if module.bias is not None:
+                        module.bias.zero_()
+
+
+def named_seed(seed: int, name: str) -> int:
+    """A seed for one named thing, from the run's seed: a hash, so that neither order nor number of things matters."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:7], "little")
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def base_fingerprint(base: BaseModel) -> str:
+    """A hash of the base's weights: of the files for a local folder, the commit for a hub model.
+
+    Cost: reads the weights once per process (about a second per 2 GB).
+    """
+    folder = Path(base.name)
+    if folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+        return _hash_files(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+    from transformers import AutoConfig
+
+    commit = getattr(_from_pretrained(AutoConfig, base), "_commit_hash", None)
+    return f"commit:{commit}" if commit else f"name:{base.name}@{base.revision}"
+
+
+@functools.lru_cache(maxsize=16)
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        digest.update(Path(path).name.encode() + b"\0" + sha256_file(Path(path)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""How sure a mean score is: a paired bootstrap over examples, all metrics vectorised over resamples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.errors import UsageError
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Resamples:
+    """Counts of how often each example of a task is drawn, one row a resample; shared by all arms, so they are paired."""
+
+    counts: Mapping[str, Floats]
+
+    @classmethod
+    def draw(cls, sizes: Mapping[str, int], resamples: int = 400, seed: int = 0) -> Resamples:
+        """Draw (resamples, n) multinomial counts for every task, each from its own generator."""
+        found = {}
+        for i, (task, n) in enumerate(sorted(sizes.items())):
+            generator = np.random.default_rng([seed, i])
+            found[task] = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+        return cls(found)
+
+
+def weighted_score(
+    metrics: Sequence[str], predictions: npt.NDArray[Any], labels: npt.NDArray[Any], weights: Floats
+) -> Floats:
+    """A task's score (mean of its metrics, percent) for every row of example weights.
+
+    Args:
+        metrics: Names in `plait.tasks.metrics`.
+        predictions: (n, classes) logits or (n, 1) values.
+        labels: (n,).
+        weights: (resamples, n), non-negative.
+
+    Returns:
+        (resamples,). Spearman keeps the ranks of the whole sample instead of ranking each resample anew.
+    """
+    return np.mean([_weighted(m, predictions, labels, weights) for m in metrics], axis=0)
+
+
+def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[Any], W: Floats) -> Floats:
+    if metric in ("pearson", "spearman"):
+        from scipy.stats import rankdata
+
+        x, y = predictions.reshape(len(labels)).astype(np.float64), labels.astype(np.float64)
+        if np.ptp(x) <= 1e-12 * max(1.0, float(np.abs(x).max())):
+            return np.zeros(len(W))
+        return 100.0 * _correlation(*((rankdata(x), rankdata(y)) if metric == "spearman" else (x, y)), W)
+    predicted = predictions.argmax(-1)
+    if metric == "accuracy":
+        return 100.0 * (W @ (predicted == labels)) / W.sum(1)
+    classes = np.arange(max(predictions.shape[1], int(labels.max()) + 1))
+    hot_p, hot_y = (predicted[:, None] == classes).astype(np.float64), (labels[:, None] == classes).astype(np.float64)
+    both, said, true = W @ (hot_p * hot_y), W @ hot_p, W @ hot_y
+    if metric == "f1":
+        return 100.0 * _ratio(2 * both[:, 1], said[:, 1] + true[:, 1])
+    if metric == "f1_macro":
+        return 100.0 * _ratio(2 * both, said + true).mean(1)
+    if metric == "matthews":
+        n = W.sum(1)
+        covariance = both.sum(1) * n - (said * true).sum(1)
+        spread = (n**2 - (said**2).sum(1)) * (n**2 - (true**2).sum(1))
+        return 100.0 * _ratio(covariance, np.sqrt(np.maximum(spread, 0.0)))
+    raise UsageError(f"no bootstrap for metric {metric!r}")
+
+
+def _correlation(x: Floats, y: Floats, W: Floats) -> Floats:
+    x, y = x - x.mean(), y - y.mean()
+    n = W.sum(1)
+    mx, my = W @ x / n, W @ y / n
+    covariance = W @ (x * y) / n - mx * my
+    return _ratio(covariance, np.sqrt(np.maximum((W @ x**2 / n - mx**2) * (W @ y**2 / n - my**2), 0.0)))
+
+
+def _ratio(a: Floats, b: Floats) -> Floats:
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)

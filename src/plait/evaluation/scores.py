@@ -1,0 +1,69 @@
+"""The long table: one row a number, from evaluation to report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from plait.errors import InputError
+
+ALONE, FLOOR, MERGED = "alone", "floor", "merged"
+SELECTION, REPORTED = "selection", "reported"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One number.
+
+    Args:
+        arm: How A was initialised and kept; "" where adapters came from elsewhere.
+        adapter: "alone" (a task's own adapter), "floor" (the base with that task's head) or "merged".
+        method: The merge's name; "" for alone and floor.
+        scale: Multiple of the merged delta; 1 for alone, 0 for floor.
+        task: Whose examples and head.
+        metric: Name of the metric, or "score" for the mean of the task's metrics.
+        value: In percent.
+        n: Number of examples.
+        seed: The run's seed.
+        split: "selection" or "reported" half of the validation rows.
+    """
+
+    arm: str
+    adapter: str
+    method: str
+    scale: float
+    task: str
+    metric: str
+    value: float
+    n: int
+    seed: int
+    split: str
+
+
+def write_scores(path: Path, rows: Iterable[Score]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in rows), encoding="utf-8")
+
+
+def read_scores(path: Path) -> list[Score]:
+    """Read what `write_scores` wrote."""
+    try:
+        return [Score(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as e:
+        raise InputError(f"not a table of scores: {e}", where=str(path)) from None
+
+
+def write_parquet(path: Path, rows: Sequence[Score]) -> None:
+    """Write rows as a parquet table with the columns of `Score`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist([asdict(r) for r in rows]), path)
+
+
+def mean_score(rows: Iterable[Score]) -> float:
+    """Mean over tasks of the rows' "score" metric; NaN for none."""
+    values = [r.value for r in rows if r.metric == "score"]
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,77 @@
+"""Scores of predictions, in percent, from scikit-learn and scipy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.errors import RunError, UsageError
+
+CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
+VALUE_METRICS = ("pearson", "spearman")
+TEXT_METRICS = ("exact_match",)
+METRICS = CLASS_METRICS + VALUE_METRICS + TEXT_METRICS
+
+
+def score(
+    metric: str, predictions: npt.NDArray[Any] | Sequence[str], labels: npt.NDArray[Any] | Sequence[str]
+) -> float:
+    """One metric, in percent.
+
+    Args:
+        metric: One of `METRICS`. "f1" is that of class 1, as GLUE has it.
+        predictions: (n, classes) logits or (n,) class ids for class metrics, (n,) or (n, 1) values for pearson and
+            spearman, n strings for exact_match.
+        labels: n of the same kind.
+
+    Returns:
+        100 for perfect. Correlation with a constant is 0 (it is undefined; a model that says one thing knows nothing).
+    """
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(METRICS)}")
+    if len(predictions) != len(labels) or len(labels) == 0:
+        raise RunError(f"{len(predictions)} predictions for {len(labels)} labels")
+    if metric in TEXT_METRICS:
+        return 100.0 * float(np.mean([p.strip() == g.strip() for p, g in zip(predictions, labels, strict=True)]))
+    values = np.asarray(predictions)
+    if not np.isfinite(values).all():
+        raise RunError(f"{int((~np.isfinite(values)).sum())} predictions are NaN or infinite")
+    if metric in VALUE_METRICS:
+        return _correlation(metric, values.reshape(len(labels)), np.asarray(labels))
+    return _class_score(metric, values.argmax(-1) if values.ndim == 2 else values, np.asarray(labels))
+
+
+def _class_score(metric: str, predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
+    from sklearn import metrics
+
+    if metric == "accuracy":
+        return 100.0 * float((predicted == labels).mean())
+    if metric == "matthews":
+        return 100.0 * float(metrics.matthews_corrcoef(labels, predicted))
+    if metric == "f1":
+        return 100.0 * float(metrics.f1_score(labels, predicted, labels=[1], average="micro", zero_division=0.0))
+    return 100.0 * float(metrics.f1_score(labels, predicted, average="macro", zero_division=0.0))
+
+
+def _correlation(metric: str, predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
+    from scipy import stats
+
+    x, y = predicted.astype(np.float64), labels.astype(np.float64)
+    if np.ptp(x) <= 1e-12 * max(1.0, np.abs(x).max()) or np.ptp(y) == 0:
+        return 0.0
+    return 100.0 * float((stats.pearsonr if metric == "pearson" else stats.spearmanr)(x, y).statistic)
+
+
+def scores(
+    metrics: Sequence[str], predictions: npt.NDArray[Any] | Sequence[str], labels: npt.NDArray[Any] | Sequence[str]
+) -> dict[str, float]:
+    """All of a task's metrics, in percent."""
+    return {m: score(m, predictions, labels) for m in metrics}
+
+
+def primary(found: Mapping[str, float]) -> float:
+    """A task's score: the mean of its metrics, as in GLUE's own average."""
+    return float(np.mean(list(found.values())))

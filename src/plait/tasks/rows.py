@@ -1,0 +1,177 @@
+"""Reading rows: csv, tsv, jsonl and parquet files and hub data sets, into checked `Examples`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.store import require_regular
+from plait.tasks.task import SPLITS, TEXT_KINDS, Examples, Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_LINE_LIMIT = 64 << 20  # bytes of one json or csv row that pyarrow may buffer
+_HOLD_OUT = 5  # without a validation file, every fifth row is held out
+
+
+def load_task(task: Task, *, root: Path | None = None) -> Task:
+    """The task with its class names known: those given, else the sorted distinct labels of its training rows."""
+    if task.kind != "classification" or task.labels:
+        return task
+    column = _table(task, "train", root)[task.label_column].to_pylist()
+    if any(v is None for v in column):
+        raise InputError(
+            f"column {task.label_column!r} has an empty cell in row {column.index(None)}", where=_where(task, "train")
+        )
+    distinct = sorted(set(column))
+    if len(distinct) < 2:
+        raise InputError(f"only one class: {distinct[:1]}", where=_where(task, "train"))
+    if all(isinstance(v, int) for v in distinct):
+        return replace(task, labels=tuple(str(i) for i in range(max(distinct) + 1)))
+    return replace(task, labels=tuple(str(v) for v in distinct))
+
+
+def load_examples(
+    task: Task, split: str, *, root: Path | None = None, rows: int | None = None, seed: int = 0
+) -> Examples:
+    """Read and check one split of a task.
+
+    Args:
+        task: With its class names known (see `load_task`).
+        split: "train" or "validation".
+        root: Folder that relative files of the task's source are found in.
+        rows: How many, drawn without replacement by `seed` and kept in file order; None for all.
+        seed: Of that draw.
+
+    Raises:
+        InputError: File or column missing, an empty cell, a label that is not one of the task's, no rows; names the
+            file, the column and the row.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r}, expected {' or '.join(SPLITS)}", where=f"task {task.name}")
+    table = _table(task, split, root)
+    ids = np.arange(table.num_rows, dtype=np.int64)
+    if task.source.validation is None:
+        held = ids % _HOLD_OUT == _HOLD_OUT - 1
+        ids = ids[held if split == "validation" else ~held]
+    if rows is not None and rows < len(ids):
+        ids = np.sort(np.random.default_rng(seed).permutation(ids)[:rows])
+    if len(ids) == 0:
+        raise InputError("no rows", where=_where(task, split))
+    table = table.take(ids)
+    return Examples(_texts(task, table, ids, split), _labels(task, table, ids, split), ids)
+
+
+def _where(task: Task, split: str) -> str:
+    return f"task {task.name}, {task.source.train if split == 'train' else task.source.validation or task.source.train}"
+
+
+def _texts(task: Task, table: pa.Table, ids: Any, split: str) -> tuple[tuple[str, ...], ...]:
+    columns = []
+    for name in task.text_columns:
+        values = table[name].to_pylist()
+        for i, v in zip(ids, values, strict=True):
+            if not isinstance(v, str) or not v.strip():
+                raise InputError(
+                    f"column {name!r} has {'an empty cell' if not v else repr(v)} in row {i}", where=_where(task, split)
+                )
+        columns.append(values)
+    rows = zip(*columns, strict=True)
+    if task.kind not in TEXT_KINDS:
+        return tuple(tuple(r) for r in rows)
+    if task.template is None:
+        return tuple(("\n".join(r),) for r in rows)
+    return tuple((_fill(task, dict(zip(task.text_columns, r, strict=True))),) for r in rows)
+
+
+def _fill(task: Task, fields: dict[str, str]) -> str:
+    text = task.template or ""
+    for name, value in fields.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
+    values = table[task.label_column].to_pylist()
+    if None in values:
+        raise InputError(
+            f"column {task.label_column!r} has an empty cell in row {ids[values.index(None)]}",
+            where=_where(task, split),
+        )
+    if task.kind == "regression":
+        return _numbers(task, values, ids, split)
+    if task.kind in TEXT_KINDS:
+        return tuple(task.labels[v] if task.labels and isinstance(v, int) else str(v) for v in values)
+    known = {name: i for i, name in enumerate(task.labels or ())}
+    found = [v if isinstance(v, int) and not isinstance(v, bool) else known.get(str(v), -1) for v in values]
+    for i, v, raw in zip(ids, found, values, strict=True):
+        if not 0 <= v < len(known):
+            raise InputError(
+                f"label {raw!r} in row {i} is not one of the {len(known)} classes {list(known)[:5]}",
+                where=_where(task, split),
+            )
+    return np.asarray(found, np.int64)
+
+
+def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:
+    for i, v in zip(ids, values, strict=True):
+        if isinstance(v, str) or not np.isfinite(v):
+            raise InputError(f"target {v!r} in row {i} is not a finite number", where=_where(task, split))
+    return np.asarray(values, np.float32)
+
+
+def _table(task: Task, split: str, root: Path | None) -> pa.Table:
+    place = task.source.train if split == "train" else task.source.validation or task.source.train
+    wanted = [*task.text_columns, task.label_column]
+    table = _hub_table(place, task) if place.startswith("hub:") else _file_table(Path(root or ".") / place, task)
+    missing = [c for c in wanted if c not in table.column_names]
+    if missing:
+        raise InputError(
+            f"no column {missing[0]!r}; there are {', '.join(map(repr, table.column_names[:12]))}",
+            where=_where(task, split),
+        )
+    return table.select(wanted)
+
+
+def _file_table(path: Path, task: Task) -> pa.Table:
+    import pyarrow as pa
+    from pyarrow import csv, json, parquet
+
+    require_regular(path)
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            return parquet.read_table(path)
+        if kind in (".jsonl", ".json"):
+            return json.read_json(path, read_options=json.ReadOptions(block_size=_LINE_LIMIT))
+        if kind in (".csv", ".tsv"):
+            delimiter = "\t" if kind == ".tsv" else ","
+            strings = csv.ConvertOptions(
+                column_types={c: pa.string() for c in task.text_columns}, strings_can_be_null=False
+            )
+            parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+            return csv.read_csv(path, csv.ReadOptions(block_size=_LINE_LIMIT), parse, strings)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
+        raise InputError(
+            f"cannot be read: {str(e).splitlines()[0]}", where=str(path), hint="UTF-8, one row a line"
+        ) from None
+    raise InputError(f"unknown kind of file {kind!r}", where=str(path), hint="csv, tsv, jsonl or parquet")
+
+
+def _hub_table(place: str, task: Task) -> pa.Table:
+    from datasets import load_dataset
+
+    name, config, split, *_ = [*place.removeprefix("hub:").split(":"), "", ""]
+    try:
+        data = load_dataset(name, config or None, split=split or "train")
+    except Exception as e:  # the hub client raises many unrelated types
+        first = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise EnvironmentFault(
+            f"cannot load {place}: {first}", where=f"task {task.name}", hint="offline? name local files instead"
+        ) from e
+    return data.with_format("arrow")[:]

@@ -1,0 +1,96 @@
+"""What a task is: where its rows lie, which columns are read, and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.errors import UsageError
+
+KINDS = ("classification", "regression", "causal", "seq2seq")
+TEXT_KINDS = ("causal", "seq2seq")
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the rows are.
+
+    Args:
+        train: A csv, tsv, jsonl or parquet file, or "hub:NAME[:CONFIG[:SPLIT]]"; relative to the run's data root.
+        validation: The same; None holds out every fifth row of `train`.
+    """
+
+    train: str
+    validation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task.
+
+    Args:
+        name: Names its folder, its head and its rows in every table.
+        kind: "classification", "regression", "causal" (a decoder writes the label) or "seq2seq".
+        source: Where its rows are.
+        text_columns: One column, or two for a pair of texts.
+        label_column: Class ids or names, numbers for regression, text for causal and seq2seq.
+        labels: Class names in order of their ids.
+        metrics: Names in `plait.tasks.metrics`; the score is their mean.
+        template: For causal and seq2seq, the prompt with ``{column}`` fields; by default the texts on lines.
+    """
+
+    name: str
+    kind: str
+    source: Source
+    text_columns: tuple[str, ...]
+    label_column: str = "label"
+    labels: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}", where=f"task {self.name}")
+        if not self.text_columns:
+            raise UsageError("no text column", where=f"task {self.name}")
+        if len(self.text_columns) > 2 and self.kind not in TEXT_KINDS:
+            raise UsageError("at most two text columns", where=f"task {self.name}")
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head: classes, or 1 for regression."""
+        if self.kind == "regression":
+            return 1
+        if not self.labels:
+            raise UsageError("class names are not known yet", where=f"task {self.name}", hint="read its rows first")
+        return len(self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Rows of one split, in order.
+
+    Args:
+        texts: One tuple of one or two strings per row (the finished prompt for causal and seq2seq).
+        labels: (n,) int64 class ids, (n,) float32 targets, or n strings.
+        ids: (n,) row numbers in the source, so that a choice of rows can be traced.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32] | tuple[str, ...]
+    ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Examples:
+        """The rows at these positions, in this order."""
+        labels = self.labels
+        chosen = (
+            tuple(labels[i] for i in indices) if isinstance(labels, tuple) else labels[np.asarray(indices, np.int64)]
+        )
+        return Examples(tuple(self.texts[i] for i in indices), chosen, self.ids[np.asarray(indices, np.int64)])
