@@ -112,7 +112,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise InputError("not a plait manifest", where=str(file))
     if found["schema"] != SCHEMA:
         raise InputError(
-            f"manifest schema {found['schema']}, this plait reads {SCHEMA}", where=str(file), hint="redo it with this version"
+            f"manifest schema {found['schema']}, this plait reads {SCHEMA}",
+            where=str(file),
+            hint="redo it with this version",
         )
     return found
 
@@ -130,10 +132,14 @@ def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False) -
         return False
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
-        raise UsageError("exists and was not finished by plait", where=str(path), hint="choose another --out, or --overwrite")
+        raise UsageError(
+            "exists and was not finished by plait", where=str(path), hint="choose another --out, or --overwrite"
+        )
     if differing := differences(found, wanted):
         raise UsageError(
-            f"exists with other settings: {'; '.join(differing[:6])}", where=str(path), hint="choose another --out, or --overwrite"
+            f"exists with other settings: {'; '.join(differing[:6])}",
+            where=str(path),
+            hint="choose another --out, or --overwrite",
         )
     return True
 
@@ -273,8 +279,18 @@ def _system_errors(path: Path) -> Iterator[None]:
     except PlaitError:
         raise
     except OSError as e:
-        step = {errno.ENOSPC: "free some space", errno.EROFS: "choose a writable --out", errno.EACCES: "choose a writable --out"}
-        if e.errno not in step and e.errno not in (errno.ENAMETOOLONG, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EPERM):
+        step = {
+            errno.ENOSPC: "free some space",
+            errno.EROFS: "choose a writable --out",
+            errno.EACCES: "choose a writable --out",
+        }
+        if e.errno not in step and e.errno not in (
+            errno.ENAMETOOLONG,
+            errno.EDQUOT,
+            errno.EIO,
+            errno.ENOTDIR,
+            errno.EPERM,
+        ):
             raise
         raise EnvironmentFault(f"cannot write: {e.strerror}", where=str(path), hint=step.get(e.errno or 0)) from e
 

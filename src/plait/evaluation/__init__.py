@@ -1,0 +1,1 @@
+"""Scoring adapters and knowing how sure the scores are."""
