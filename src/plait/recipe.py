@@ -1,0 +1,192 @@
+"""What a recipe may say: one strict model per section; the field names are the YAML keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel as PydanticModel
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from plait.adapters.naming import checked_name, distinct_names
+from plait.errors import UsageError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict(PydanticModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class BaseSpec(_Strict):
+    """The base model."""
+
+    model: str = Field(min_length=1, description="hub name or local folder")
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+
+
+class DataSpec(_Strict):
+    """Which rows, and how long."""
+
+    root: str | None = Field(None, description="folder of local files; GLUE tasks come from the hub without it")
+    train_rows: Count | None = None
+    validation_rows: Count | None = None
+    max_length: Annotated[int, Field(ge=4, le=1 << 20)] = 128
+
+
+class TaskSpec(_Strict):
+    """A task that is not one of GLUE's."""
+
+    name: str
+    train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
+    validation: str | None = Field(None, description="held-out rows; every fifth training row without it")
+    text: list[str] = Field(min_length=1)
+    label: str = "label"
+    kind: Literal["classification", "regression", "causal", "seq2seq"] = "classification"
+    labels: list[str] | None = None
+    metrics: list[str] | None = None
+    template: str | None = None
+
+
+class LoraSpec(_Strict):
+    """The shape of every adapter."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    alpha: Positive = 16.0
+    target_modules: list[str] | str = Field(description="as PEFT's target_modules")
+
+
+class StatisticsSpec(_Strict):
+    """What is measured of every task before its adapter starts."""
+
+    samples: Count = 100
+    pool: Literal["token", "mean"] = "token"
+    batch_size: Count = 16
+
+
+class ArmSpec(_Strict):
+    """One way of starting A and of keeping it while training."""
+
+    name: str
+    subspace: str | None = Field(None, description="a subspace method; by default the arm's name")
+    row_norm: Positive | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict, description="overrides of `training` for this arm")
+
+    @property
+    def method(self) -> str:
+        """The subspace method."""
+        return self.subspace or self.name
+
+
+class MergeSpec(_Strict):
+    """One way of merging."""
+
+    name: str
+    method: str | None = Field(None, description="a merge method; by default the merge's name")
+    options: dict[str, Any] = Field(default_factory=dict)
+    calibrate: str | None = None
+    rank: Count | None = None
+    scales: list[Positive] | None = Field(None, description="grid of this merge; by default evaluation.scales")
+
+    @property
+    def merge_method(self) -> str:
+        """The merge method."""
+        return self.method or self.name
+
+
+class TrainingSpec(_Strict):
+    """How every adapter is fine-tuned; see `plait.training.TrainingSettings`."""
+
+    steps: Count | None = None
+    epochs: Positive | None = None
+    lr: Positive = 4e-4
+    head_lr: Positive | None = None
+    batch_size: Count = 32
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: Positive = 1.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_every: Count | None = None
+    constraint: str = "free"
+    constraint_options: dict[str, Any] = Field(default_factory=dict)
+    report_to: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSpec:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class EvaluationSpec(_Strict):
+    """How scales are chosen and scores are taken."""
+
+    scales: list[Positive] = Field([0.3, 0.5, 0.7, 1.0, 1.5], min_length=1, max_length=200)
+    batch_size: Count = 64
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    resamples: Annotated[int, Field(ge=0, le=100_000)] = 400
+
+    @field_validator("scales")
+    @classmethod
+    def _distinct(cls, scales: list[float]) -> list[float]:
+        if len(set(scales)) != len(scales):
+            raise ValueError("a scale stands twice")
+        return sorted(scales)
+
+
+class Recipe(_Strict):
+    """A whole run."""
+
+    name: str = "run"
+    description: str = ""
+    base: BaseSpec
+    data: DataSpec = DataSpec.model_construct(root=None, train_rows=None, validation_rows=None, max_length=128)
+    tasks: list[str | TaskSpec] = Field(min_length=1, description="GLUE names, or tasks described")
+    lora: LoraSpec
+    statistics: StatisticsSpec = StatisticsSpec()
+    arms: list[str | ArmSpec] = Field(min_length=1)
+    training: TrainingSpec
+    merges: list[str | MergeSpec] = Field(min_length=1)
+    evaluation: EvaluationSpec = EvaluationSpec.model_construct()
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        checked_name(self.name, "recipe")
+        distinct_names([t if isinstance(t, str) else t.name for t in self.tasks], "task")
+        distinct_names([a.name for a in self.arm_specs], "arm")
+        distinct_names([m.name for m in self.merge_specs], "merge")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("a seed stands twice")
+        return self
+
+    @property
+    def arm_specs(self) -> list[ArmSpec]:
+        """The arms, each as a mapping."""
+        return [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
+
+    @property
+    def merge_specs(self) -> list[MergeSpec]:
+        """The merges, each as a mapping."""
+        return [MergeSpec(name=m) if isinstance(m, str) else m for m in self.merges]
+
+    def training_of(self, arm: ArmSpec) -> TrainingSpec:
+        """The training of one arm: the recipe's, with the arm's overrides."""
+        merged = {**self.training.model_dump(), **arm.training}
+        if "steps" in arm.training:
+            merged["epochs"] = None
+        if "epochs" in arm.training:
+            merged["steps"] = None
+        try:
+            return TrainingSpec.model_validate(merged)
+        except ValidationError as e:
+            raise UsageError(e.errors()[0]["msg"], where=f"arm {arm.name}, training") from None
+
+    def scales_of(self, merge: MergeSpec) -> list[float]:
+        """The grid of one merge, ascending."""
+        return sorted(merge.scales or self.evaluation.scales)

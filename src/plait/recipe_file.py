@@ -1,0 +1,176 @@
+"""Reading a recipe: safe YAML, overrides, and errors that name the key and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel as PydanticModel
+from pydantic import ValidationError
+
+from plait import recipe as models
+from plait.errors import InputError, UsageError, printable
+from plait.recipe import Recipe, TaskSpec, TrainingSpec
+
+_SIZE_LIMIT = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (a bomb needs them) and without duplicate keys (the last would silently win)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [k.value for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-3 as a string; people who write numbers mean numbers.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Parse YAML safely: no tags that build objects, no aliases, no duplicate keys.
+
+    Raises:
+        UsageError: With the line, where YAML gives one.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        raise UsageError("not a recipe: " + " ".join(str(e).split()), where=where) from None
+
+
+_SECTIONS: dict[str, type[PydanticModel]] = {
+    "base": models.BaseSpec,
+    "data": models.DataSpec,
+    "tasks": models.TaskSpec,
+    "lora": models.LoraSpec,
+    "statistics": models.StatisticsSpec,
+    "arms": models.ArmSpec,
+    "training": models.TrainingSpec,
+    "merges": models.MergeSpec,
+    "evaluation": models.EvaluationSpec,
+}
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: "dotted.key=value" strings; values are YAML.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in shipped_recipes()], n=1, cutoff=0.4)
+        raise InputError(
+            "no such recipe", where=str(path), hint=f"plait cp {near[0]} ." if near else "plait ls recipes"
+        )
+    if path.stat().st_size > _SIZE_LIMIT:
+        raise InputError("over 1 MiB, not a recipe", where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError("not UTF-8", where=str(path)) from None
+    raw = load_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UsageError("a recipe is a mapping of keys", where=str(path))
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {printable(text)!r} is not key=value")
+    *parents, last = key.split(".")
+    place = raw
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UsageError(f"--set {key}: {parent} is not a mapping")
+    place[last] = load_yaml(value, f"--set {key}")
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe that is already parsed.
+
+    Raises:
+        UsageError: Every wrong key, at most eight, with what was expected and the nearest right name.
+    """
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as e:
+        problems = [_problem(dict(error)) for error in e.errors()[:8]]
+        raise UsageError("; ".join(dict.fromkeys(problems)), where=where) from None
+    check_names(recipe, where)
+    return recipe
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    place = [str(p) for p in error["loc"] if not str(p).endswith("Spec") and p != "str"]
+    if error["type"] == "extra_forbidden":
+        known = sorted(_fields_at(place[:-1]))
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        advice = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""
+        return f"unknown key {printable('.'.join(place), 80)!r}{advice}"
+    shown = printable(repr(error.get("input")), 60)
+    return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {shown})" if place else "")
+
+
+def _fields_at(place: Sequence[str]) -> set[str]:
+    model: type[PydanticModel] | None = Recipe if not place else _SECTIONS.get(place[0])
+    return set(model.model_fields) if model else set()
+
+
+def check_names(recipe: Recipe, where: str) -> None:
+    """Check what only the registries know: methods, their options, training overrides."""
+    from plait.merging import merge_methods
+    from plait.subspaces import subspace_methods
+    from plait.tasks import GLUE_TASKS, METRICS
+
+    for task in recipe.tasks:
+        if isinstance(task, str):
+            require_known(task, GLUE_TASKS, "task", where)
+        for metric in (task.metrics or []) if isinstance(task, TaskSpec) else []:
+            require_known(metric, METRICS, "metric", where)
+    for arm in recipe.arm_specs:
+        require_known(arm.method, list(subspace_methods()), "subspace method", where)
+        for option in arm.options:
+            require_known(option, list(subspace_methods()[arm.method].options), f"option of {arm.method}", where)
+        for key in arm.training:
+            require_known(key, list(TrainingSpec.model_fields), "training key", where)
+    for m in recipe.merge_specs:
+        require_known(m.merge_method, list(merge_methods()), "merge method", where)
+        for option in m.options:
+            require_known(option, list(merge_methods()[m.merge_method].options), f"option of {m.merge_method}", where)
+
+
+def require_known(name: str, known: Sequence[str], what: str, where: str | None = None) -> None:
+    """Raise a did-you-mean for a name that is not one of the known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}" if known else "it has none"
+        )
+        raise UsageError(f"unknown {what} {printable(name, 60)!r}", where=where, hint=hint)
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with plait, by name."""
+    here = Path(__file__).parent
+    folder = here / "_recipes"
+    return sorted((folder if folder.is_dir() else here.parents[1] / "recipes").glob("*.yaml"))

@@ -1,0 +1,125 @@
+"""What a process keeps loaded while it walks a recipe: tasks, rows, the base model and the last statistics read."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter
+from plait.base import BaseModel, base_fingerprint
+from plait.evaluation.evaluate import Evaluator
+from plait.recipe import Recipe, TaskSpec
+from plait.store import sha256_file
+from plait.tasks import GLUE_TASKS, Examples, Source, Task, glue_task, load_examples, load_task
+
+DEFAULT_METRICS = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "causal": ("exact_match",),
+    "seq2seq": ("exact_match",),
+}
+
+
+def task_of(spec: str | TaskSpec, root: Path | None) -> Task:
+    """A recipe's task entry as a `Task`: a GLUE name, or a described one."""
+    if isinstance(spec, str):
+        return glue_task(spec, root)
+    return Task(
+        name=spec.name,
+        kind=spec.kind,
+        source=Source(spec.train, spec.validation),
+        text_columns=tuple(spec.text),
+        label_column=spec.label,
+        labels=tuple(spec.labels) if spec.labels else None,
+        metrics=tuple(spec.metrics or DEFAULT_METRICS[spec.kind]),
+        template=spec.template,
+    )
+
+
+@dataclass
+class Session:
+    """Everything one run shares between its jobs; loaded when first asked for.
+
+    Args:
+        recipe: The checked recipe.
+    """
+
+    recipe: Recipe
+    _cache: dict[Any, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def base(self) -> BaseModel:
+        """The base model of the recipe."""
+        spec = self.recipe.base
+        return BaseModel(spec.model, spec.revision, spec.dtype, spec.device)
+
+    @functools.cached_property
+    def base_sha256(self) -> str:
+        """Fingerprint of the base's weights."""
+        return base_fingerprint(self.base)
+
+    @functools.cached_property
+    def root(self) -> Path | None:
+        """Folder of local data, absolute."""
+        return Path(self.recipe.data.root).expanduser().absolute() if self.recipe.data.root else None
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks by name, class names known."""
+        found = [task_of(t, self.root) for t in self.recipe.tasks]
+        return {t.name: load_task(t, root=self.root) for t in found}
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """The base loaded for prediction, with every task's validation rows."""
+        examples = {name: self.validation(name) for name in self.tasks}
+        spec = self.recipe.evaluation
+        return Evaluator(self.base, self.tasks, examples, spec.batch_size, self.recipe.data.max_length)
+
+    def validation(self, task: str) -> Examples:
+        """A task's validation rows: the same for every arm and seed."""
+        return self._examples(task, "validation", self.recipe.data.validation_rows, 0)
+
+    def training(self, task: str, seed: int) -> Examples:
+        """A task's training rows; the seed draws which, where the recipe limits their number."""
+        return self._examples(task, "train", self.recipe.data.train_rows, seed)
+
+    def sample(self, task: str, seed: int) -> Examples:
+        """The training rows whose statistics are taken."""
+        return self._examples(task, "train", self.recipe.statistics.samples, seed)
+
+    def _examples(self, task: str, split: str, rows: int | None, seed: int) -> Examples:
+        key = (task, split, rows, seed)
+        if key not in self._cache:
+            self._cache[key] = load_examples(self.tasks[task], split, root=self.root, rows=rows, seed=seed)
+        return self._cache[key]  # type: ignore[no-any-return]
+
+    def adapter(self, folder: Path) -> Adapter:
+        """An adapter read from disk, once."""
+        if folder not in self._cache:
+            self._cache[folder] = read_adapter(folder)
+        return self._cache[folder]  # type: ignore[no-any-return]
+
+    def data_identity(self, task: str) -> dict[str, Any]:
+        """What a task's rows are: its description, and the hashes of local files."""
+        found = asdict(self.tasks[task])
+        for split in ("train", "validation"):
+            place = found["source"][split]
+            if place and not place.startswith("hub:"):
+                path = Path(self.root or ".") / place
+                found["source"][split] = self._file_hash(path)
+        return found
+
+    def _file_hash(self, path: Path) -> str:
+        key = ("sha256", path)
+        if key not in self._cache:
+            self._cache[key] = f"{path.name}:{sha256_file(path)}" if path.is_file() else f"{path.name}:missing"
+        return self._cache[key]  # type: ignore[no-any-return]
+
+
+def is_glue(name: str) -> bool:
+    """Whether a name is one of the eight GLUE tasks."""
+    return name in GLUE_TASKS
