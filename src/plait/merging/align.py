@@ -1,0 +1,157 @@
+"""Whether adapters can be merged at all: one base, equal shapes, compatible tasks; and what each lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plait.adapters.config import CLASSIFICATION_TYPES
+from plait.adapters.lora import Adapter
+from plait.adapters.naming import distinct_names
+from plait.errors import InputError, UsageError
+
+MERGED_TYPE = "FEATURE_EXTRACTION"
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What adapters have in common.
+
+    Args:
+        base: Base id of the result.
+        modules: Module -> (shape, kind), sorted by name.
+        missing: Task -> modules it does not adapt (its delta there is zero); tasks that lack none are left out.
+        task_type, prefix, backbone_prefix: Of the result; and what the inputs' prefix was.
+        extras: Trained tensors that are not LoRA factors, passed through.
+        extras_from: Name of each such tensor -> the task it came from.
+    """
+
+    base: str
+    modules: dict[str, tuple[tuple[int, int], str]]
+    missing: dict[str, list[str]]
+    task_type: str | None
+    prefix: str
+    backbone_prefix: str
+    extras: dict[str, Tensor]
+    extras_from: dict[str, str]
+
+
+def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
+    """Check adapters against each other.
+
+    Args:
+        adapters: At least one, names distinct.
+        base: Takes the place of the bases the adapters name, where their names differ and the weights do not.
+
+    Raises:
+        UsageError: No adapters, or two of one name.
+        InputError: Different bases, shapes or kinds of model; both adapters are named.
+    """
+    if not adapters:
+        raise UsageError("nothing to merge", hint="give at least one adapter folder")
+    distinct_names([a.name for a in adapters], "adapter")
+    modules = _modules(adapters)
+    absent = {a.name: [m for m in modules if m not in a.modules] for a in adapters}
+    task_type, prefix = _task_type(adapters)
+    extras, extras_from = _extras(adapters)
+    prefixes = sorted({a.prefix or str(a.source.get("backbone_prefix", "")) for a in adapters} - {""})
+    return Alignment(
+        base=_base(adapters) if base is None else base,
+        modules=modules,
+        missing={name: names for name, names in absent.items() if names},
+        task_type=task_type,
+        prefix=prefix,
+        backbone_prefix=prefixes[0] if prefixes else "",
+        extras=extras,
+        extras_from=extras_from,
+    )
+
+
+def _base(adapters: Sequence[Adapter]) -> str:
+    first = adapters[0]
+    for other in adapters[1:]:
+        if (other.base, other.revision) != (first.base, first.revision):
+            raise InputError(
+                f"{first.name!r} was trained on {_named(first)} and {other.name!r} on {_named(other)}",
+                where=other.name,
+                hint="adapters of different bases cannot be merged; if both names mean the same weights, say which with --base",
+            )
+        mine, theirs = first.source.get("base_sha256"), other.source.get("base_sha256")
+        if mine and theirs and mine != theirs:
+            raise InputError(f"the base weights of {first.name!r} and {other.name!r} differ", where=other.name)
+    return first.base
+
+
+def _named(adapter: Adapter) -> str:
+    return repr(adapter.base) + (f" at revision {adapter.revision!r}" if adapter.revision else "")
+
+
+def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[tuple[int, int], str]]:
+    found: dict[str, tuple[tuple[int, int], str]] = {}
+    owner: dict[str, str] = {}
+    for adapter in adapters:
+        for module, factors in adapter.modules.items():
+            known = found.setdefault(module, (factors.shape, factors.kind))
+            if known != (factors.shape, factors.kind):
+                raise InputError(
+                    f"module {module!r} is {_shown(known)} in {owner[module]!r} and "
+                    f"{_shown((factors.shape, factors.kind))} in {adapter.name!r}",
+                    where=adapter.name,
+                    hint="not adapters of the same base model",
+                )
+            owner.setdefault(module, adapter.name)
+    _check_roots(adapters)
+    return {m: found[m] for m in sorted(found)}
+
+
+def _shown(module: tuple[tuple[int, int], str]) -> str:
+    (out, width), kind = module
+    return f"{kind} ({out}, {width})"
+
+
+def _check_roots(adapters: Sequence[Adapter]) -> None:
+    """Two adapters without one module in common whose names agree but for a prefix were saved from different wrappers."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if not first.modules.keys() & other.modules.keys():
+            a, b = (next(iter(m.modules), "") for m in (first, other))
+            if any(x.endswith("." + y) for x, y in ((m, b) for m in first.modules)) or any(
+                m.endswith("." + a) for m in other.modules
+            ):
+                raise InputError(
+                    f"module names of {first.name!r} ({a}) and {other.name!r} ({b}) start at different roots",
+                    where=other.name,
+                    hint="save both from the same model class",
+                )
+
+
+def _task_type(adapters: Sequence[Adapter]) -> tuple[str | None, str]:
+    """A task model's type is kept where all agree and no head distinguishes them; classifiers become their backbone."""
+    types = {a.task_type for a in adapters}
+    if types <= {*CLASSIFICATION_TYPES, MERGED_TYPE, None} and types & CLASSIFICATION_TYPES:
+        return MERGED_TYPE, ""
+    if len(types) > 1 and types != {None, *types}:
+        raise InputError(
+            f"task types {', '.join(sorted(map(str, types)))} are models of different shapes",
+            where=", ".join(a.name for a in adapters),
+        )
+    return next((a.task_type for a in adapters if a.task_type), None), adapters[0].prefix
+
+
+def _extras(adapters: Sequence[Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    found: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    for adapter in adapters:
+        for name, tensor in adapter.extras.items():
+            if name in found and not torch.equal(found[name], tensor):
+                raise InputError(
+                    f"{owner[name]!r} and {adapter.name!r} both trained {name!r} and it differs",
+                    where=adapter.name,
+                    hint="it is not a LoRA update, so it cannot be merged; train without it in modules_to_save",
+                )
+            found.setdefault(name, tensor)
+            owner.setdefault(name, adapter.name)
+    return found, owner

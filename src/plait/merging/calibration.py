@@ -1,0 +1,43 @@
+"""Calibrations: what is done to the factors before any method, and to its result after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from plait.adapters.lora import LoraFactors
+from plait.errors import UsageError
+from plait.merging import pico
+from plait.merging.inputs import MergeInputs
+from plait.merging.registry import did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A step around a merging method.
+
+    Args:
+        name: What `--calibrate` takes.
+        before: One module -> the same module with other factors.
+        after: (that module, the method's result) -> the final factors.
+    """
+
+    name: str
+    before: Callable[[MergeInputs], MergeInputs]
+    after: Callable[[MergeInputs, LoraFactors], LoraFactors]
+
+
+CALIBRATIONS = {"pico": Calibration("pico", pico.shrink_shared_directions, pico.restore_mean_norm)}
+
+
+def find_calibration(name: str | None) -> Calibration | None:
+    """Look a calibration up.
+
+    Raises:
+        UsageError: Unknown.
+    """
+    if name is None:
+        return None
+    if name not in CALIBRATIONS:
+        raise UsageError(f"unknown calibration {name!r}", hint=did_you_mean(name, CALIBRATIONS))
+    return CALIBRATIONS[name]

@@ -1,0 +1,135 @@
+"""Merging adapter folders: read, merge, write atomically, verify what was written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait import store
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.errors import RunError
+from plait.merging.driver import Plan, plan_merge
+from plait.merging.verify import FAILED
+
+
+def read_named(folder: Path | str) -> Adapter:
+    """Read ``DIR`` or ``NAME=DIR``, which gives the adapter (and its one head) another name."""
+    text = str(folder)
+    name, equals, path = text.partition("=")
+    if equals and "/" not in name and not Path(text).exists():
+        return read_adapter(path, name=name)
+    return read_adapter(text)
+
+
+def merge_folders(
+    folders: Sequence[Path | str],
+    out: Path,
+    *,
+    method: str = "task_arithmetic",
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    scale: float = 1.0,
+    statistics: Mapping[str, Path | str] | None = None,
+    rank: int | None = None,
+    calibrate: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    verify: bool = True,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Merge PEFT folders into one PEFT folder.
+
+    Args:
+        folders: ``DIR`` or ``NAME=DIR`` each.
+        out: The folder to write; a finished one of the same identity is kept, another is an error.
+        method: A name in `merge_methods()`.
+        options: Of the method.
+        weights: One per adapter; 1 each by default.
+        scale: Multiplies the merged delta.
+        statistics: Task -> its statistics file.
+        rank: Cut every module to this rank at most.
+        calibrate: "pico" or None.
+        seed: Of random masks and of the randomised SVD.
+        device: Where to compute.
+        base: Base id of the result where the adapters name one base by different names.
+        verify: Read the result again before it takes its place, and compare it with the inputs.
+        overwrite: Replace what stands at `out`.
+
+    Returns:
+        The record of `merge`, with `seconds_merge` (first file opened to last file closed), `seconds_verify` and `output`;
+        `reused` is true where the folder already held this result.
+
+    Raises:
+        RunError: What was written is not what was asked for; nothing is left at `out`.
+    """
+    start = time.perf_counter()
+    adapters = [read_named(folder) for folder in folders]
+    plan = plan_merge(
+        adapters,
+        method,
+        options=options,
+        weights=weights,
+        scale=scale,
+        statistics=read_statistics_files(statistics),
+        rank=rank,
+        calibrate=calibrate,
+        seed=seed,
+        device=device,
+        base=base,
+    )
+    wanted = identity_of(plan, statistics)
+    if store.is_done(out, wanted, overwrite=overwrite):
+        found = store.read_manifest(out) or {}
+        return {**found.get("result", {}), "output": str(out), "reused": True}
+    done = plan.run(out.name)
+    result: dict[str, Any] = done.record
+    verifying = 0.0
+    with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
+        write_adapter(stage, done.adapter)
+        if verify:
+            verifying = _verified(plan, stage, result)
+    seconds = time.perf_counter() - start - verifying
+    return {**result, "seconds_merge": seconds, "seconds_verify": verifying, "output": str(out), "reused": False}
+
+
+def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    written = read_adapter(stage, name="written")
+    error = result["verification_error"] = plan.verification_error(written.modules)
+    if not error <= FAILED:
+        raise RunError(
+            f"the written adapter differs from the merge of its inputs by {error:.2g}",
+            where=plan.method.name,
+            hint="nothing was written; please report this",
+        )
+    return time.perf_counter() - start
+
+
+def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:
+    """What a merge is: its settings and the hashes of what it reads."""
+    inputs = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in plan.adapters}
+    inputs |= {f"statistics:{task}": store.sha256_file(Path(path)) for task, path in (statistics or {}).items()}
+    settings = {
+        "method": plan.method.name,
+        "options": plan.options,
+        "order": [a.name for a in plan.adapters],
+        "weights": list(plan.weights),
+        "scale": plan.scale,
+        "rank": plan.rank,
+        "calibrate": plan.calibration.name if plan.calibration else None,
+        "base": plan.common.base,
+    }
+    return store.identity("merge", settings, inputs, plan.seed)
+
+
+def read_statistics_files(files: Mapping[str, Path | str] | None) -> dict[str, Any] | None:
+    """Task -> moments or Fisher diagonal, whichever its file holds."""
+    if files is None:
+        return None
+    from plait.statistics.files import read_statistics
+
+    return {task: read_statistics(Path(path)) for task, path in files.items()}

@@ -1,0 +1,122 @@
+"""What a merging method sees: one module of all tasks, everything beyond the factors computed only when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.adapters.lora import LINEAR, LoraFactors
+
+if TYPE_CHECKING:
+    from plait.merging.core import CoreSpace
+    from plait.statistics.fisher import FisherDiagonal
+    from plait.statistics.moments import Moments
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """One module of all tasks, scalings folded into B. A task that does not adapt the module has rank 0 there.
+
+    Args:
+        module: Name relative to the backbone.
+        tasks: Names, in the order the adapters were given.
+        weights: One finite number per task, as given (1 by default).
+        A: Per task (r_t, in), float32.
+        B: Per task (out, r_t), float32, scaling folded in.
+        kind: "linear" or "embedding".
+        seed: Of the whole merge; draw from `generator`, which mixes the module's name in.
+        moments: Per task, where the method needs moments.
+        fisher: Per task, where the method needs the Fisher diagonal.
+        context: What the method's `prepare` returned.
+        digests: Per task, the hash of the factors as they were given (before a calibration changed them).
+    """
+
+    module: str
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...]
+    A: tuple[Float[Tensor, "r in"], ...]
+    B: tuple[Float[Tensor, "out r"], ...]
+    kind: str = LINEAR
+    seed: int = 0
+    moments: tuple[Moments, ...] = ()
+    fisher: tuple[FisherDiagonal, ...] = ()
+    context: Any = None
+    digests: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B[0].shape[0], self.A[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.A[0].device
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each task, 0 where it does not adapt the module."""
+        return tuple(a.shape[0] for a in self.A)
+
+    @property
+    def total_rank(self) -> int:
+        """R, the sum of the ranks."""
+        return sum(self.ranks)
+
+    @cached_property
+    def core(self) -> CoreSpace:
+        """The lossless core: every delta as a matrix of at most (R, R)."""
+        from plait.merging.core import CoreSpace
+
+        return CoreSpace.of(self.A, self.B)
+
+    def block(self, task: int, start: int, stop: int) -> Float[Tensor, "n in"]:
+        """Rows [start, stop) of one task's delta; a new tensor, free to be changed in place."""
+        return self.B[task][start:stop] @ self.A[task]
+
+    def generator(self, *names: str) -> torch.Generator:
+        """A CPU generator seeded by (seed, module, names): the order of the modules does not matter."""
+        return torch.Generator().manual_seed(seed_of(self.seed, self.module, *names))
+
+    def digest(self, task: int) -> str:
+        """Hash of one task's factors, so that draws follow the adapter and neither its name nor its place."""
+        return self.digests[task] if self.digests else digest_of(self.A[task], self.B[task])
+
+    def with_factors(self, A: tuple[Tensor, ...], B: tuple[Tensor, ...]) -> MergeInputs:
+        """The same module with other factors (a calibration)."""
+        digests = tuple(self.digest(t) for t in range(len(self.tasks)))
+        return replace(self, A=A, B=B, digests=digests)
+
+    def combination(self, weights: tuple[float, ...] | list[float]) -> LoraFactors:
+        """sum_t weights_t D_t by concatenation; tasks of weight 0 or rank 0 leave no rows."""
+        kept = [t for t, w in enumerate(weights) if w != 0.0 and self.ranks[t]]
+        if not kept:
+            return self.zero()
+        B = torch.cat([self.B[t] if weights[t] == 1.0 else self.B[t] * weights[t] for t in kept], dim=1)
+        return LoraFactors(torch.cat([self.A[t] for t in kept]), B, 1.0, self.kind)
+
+    def zero(self) -> LoraFactors:
+        """The zero delta, as rank 1: no file format knows rank 0."""
+        out, width = self.shape
+        like = self.A[0]
+        return LoraFactors(like.new_zeros(1, width), like.new_zeros(out, 1), 1.0, self.kind)
+
+
+def seed_of(*parts: object) -> int:
+    """63 bits of the SHA-256 of the parts."""
+    text = "\x1f".join(str(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def digest_of(A: Tensor, B: Tensor) -> str:
+    """Hash of a pair of factors: shapes and float32 bytes."""
+    digest = hashlib.sha256(str((tuple(A.shape), tuple(B.shape))).encode())
+    for part in (A, B):
+        digest.update(part.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""The merged adapter around its modules, and what the record says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.merging.align import Alignment
+
+
+def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules: dict[str, LoraFactors]) -> Adapter:
+    """The adapter around merged modules: every input's heads, the union of targets."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    for adapter in adapters:
+        heads |= {task: dict(head) for task, head in adapter.heads.items()}
+    facts = {k: a.source[k] for a in adapters for k in ("base_sha256",) if k in a.source}
+    return Adapter(
+        name=name,
+        base=common.base,
+        modules=modules,
+        task_type=common.task_type,
+        prefix=common.prefix,
+        heads=heads,
+        extras=common.extras,
+        revision=adapters[0].revision,
+        target_modules=_targets(adapters),
+        fan_in_fan_out=any(a.fan_in_fan_out for a in adapters),
+        source={"backbone_prefix": common.backbone_prefix, "merged_from": [a.name for a in adapters], **facts},
+    )
+
+
+def _targets(adapters: Sequence[Adapter]) -> tuple[str, ...] | str | None:
+    """The union of the inputs' target lists, or None where one of them is a pattern or was narrowed to some layers."""
+    found: list[str] = []
+    for adapter in adapters:
+        if not isinstance(adapter.target_modules, tuple):
+            return adapter.target_modules if len({a.target_modules for a in adapters}) == 1 else None
+        found += [t for t in adapter.target_modules if t not in found]
+    return tuple(sorted(found))
+
+
+def discarded(modules: Mapping[str, LoraFactors], lost: Mapping[str, float]) -> dict[str, Any]:
+    """The fraction of the whole model's energy that cuts to rank lost, and the module that lost the largest share."""
+    if not any(lost.values()):
+        return {"discarded_energy": 0.0, "worst_module": None}
+    kept = {m: f.norm_squared() for m, f in modules.items()}
+    before = {m: kept[m] / (1 - lost[m]) if lost[m] < 1 else 0.0 for m in modules}
+    total = sum(before.values())
+    worst = max(lost, key=lambda m: lost[m])
+    gone = sum(before[m] - kept[m] for m in modules) / total if total > 0 else 0.0
+    return {"discarded_energy": gone, "worst_module": {"name": worst, "discarded_energy": lost[worst]}}
+
+
+def provenance(adapter: Adapter, weight: float) -> dict[str, Any]:
+    """Where an input came from."""
+    facts = {k: v for k, v in adapter.source.items() if isinstance(v, str | int | float | bool | list | dict)}
+    mine = {"name": adapter.name, "weight": weight, "base": adapter.base, "revision": adapter.revision}
+    return {**mine, "rank": adapter.rank, "task_type": adapter.task_type, "prefix": adapter.prefix, **facts}

@@ -1,0 +1,217 @@
+"""The register of merging methods: what each is called, what it needs, and which options it takes."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from plait.errors import UsageError
+from plait.merging.inputs import MergeInputs
+from plait.merging.stream import MergedDelta
+
+
+class Range(NamedTuple):
+    """Bounds of a numeric option; `open_low` leaves `low` itself out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies inside."""
+        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+
+Density = Annotated[float, Range(0.0, 1.0, open_low=True)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+Positive = Annotated[float, Range(0.0, math.inf, open_low=True)]
+Space = Literal["dense", "core", "knots"]
+
+
+class Option(NamedTuple):
+    """One option of a method: its type (int, float, bool or str), its default, and what it may be."""
+
+    type: type
+    default: Any
+    allowed: Range | tuple[str, ...] | None = None
+    optional: bool = False
+
+    def describe(self) -> str:
+        """The type and what is allowed, for a table or a message."""
+        shown = (
+            " | ".join(self.allowed) if isinstance(self.allowed, tuple) and not isinstance(self.allowed, Range) else ""
+        )
+        bounds = f" in {self.allowed}" if isinstance(self.allowed, Range) else ""
+        return (shown or self.type.__name__ + bounds) + (" or none" if self.optional else "")
+
+
+Combination = Callable[[Sequence[float]], Sequence[float]]
+Prepare = Callable[[Sequence[MergeInputs], Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """A registered method.
+
+    Args:
+        name: What `--method` takes.
+        function: MergeInputs of one module, and the options -> the merged delta.
+        paper: Where it comes from, such as "arXiv:2306.01708"; "" for arithmetic nobody published first.
+        needs: Statistics it cannot do without: "moments", "fisher".
+        options: Name -> Option(type, default, ...).
+        doc: First line of its docstring.
+        combination: Where the merged delta is sum_t c_t D_t: the weights -> c. Verification then needs no second run.
+        prepare: Run once over all modules before the first is merged, for what is decided model-wide.
+    """
+
+    name: str
+    function: Callable[..., MergedDelta]
+    paper: str
+    needs: tuple[str, ...]
+    options: Mapping[str, Option]
+    doc: str
+    combination: Combination | None = None
+    prepare: Prepare | None = None
+
+
+_METHODS: dict[str, MergeMethod] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    paper: str = "",
+    needs: Sequence[str] = (),
+    combination: Combination | None = None,
+    prepare: Prepare | None = None,
+) -> Callable[[Callable[..., MergedDelta]], Callable[..., MergedDelta]]:
+    """Register a function as a merging method; its keyword-only parameters are the options.
+
+    Args:
+        name: Unique name.
+        paper: arXiv number or "".
+        needs: Any of "moments", "fisher".
+        combination: See `MergeMethod`.
+        prepare: See `MergeMethod`.
+    """
+
+    def register(function: Callable[..., MergedDelta]) -> Callable[..., MergedDelta]:
+        if name in _METHODS:
+            raise ValueError(f"merging method {name!r} is registered twice")
+        doc = (inspect.getdoc(function) or "").partition("\n")[0]
+        options = _options_of(function)
+        _METHODS[name] = MergeMethod(name, function, paper, tuple(needs), options, doc, combination, prepare)
+        return function
+
+    return register
+
+
+def merge_methods() -> Mapping[str, MergeMethod]:
+    """Every registered method by name, in alphabetical order."""
+    return types.MappingProxyType({k: _METHODS[k] for k in sorted(_METHODS)})
+
+
+def find_method(name: str) -> MergeMethod:
+    """Look a method up.
+
+    Raises:
+        UsageError: Unknown; the nearest names are in the message.
+    """
+    if name not in _METHODS:
+        raise UsageError(f"unknown merging method {name!r}", hint=did_you_mean(name, _METHODS))
+    return _METHODS[name]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint with the nearest known word, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names) or 'none'}"
+
+
+def checked_options(method: MergeMethod, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All options of a method: those given, checked, and the defaults of the others.
+
+    Raises:
+        UsageError: Unknown, of a wrong type, or out of range.
+    """
+    given = dict(options or {})
+    for key in given:
+        if key not in method.options:
+            raise UsageError(f"{method.name} has no option {key!r}", hint=did_you_mean(key, method.options))
+    return {k: _checked(method.name, k, given[k], o) if k in given else o.default for k, o in method.options.items()}
+
+
+def parse_settings(method: str, settings: Iterable[str]) -> dict[str, Any]:
+    """Options from ``key=value`` texts, as `--set` takes them.
+
+    Raises:
+        UsageError: No "=", or not an option of the method, or out of range.
+    """
+    found = find_method(method)
+    parsed: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text!r} is not key=value")
+        option = found.options.get(key)
+        parsed[key] = _from_text(found.name, key, value, option) if option else value
+    checked_options(found, parsed)
+    return parsed
+
+
+def _from_text(method: str, key: str, text: str, option: Option) -> Any:
+    if option.optional and text.lower() in ("none", "null"):
+        return None
+    try:
+        if option.type is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return option.type(text)
+    except (ValueError, KeyError):
+        raise UsageError(f"{method}: {key}={text!r} is not {option.describe()}") from None
+
+
+def _checked(method: str, key: str, value: Any, option: Option) -> Any:
+    wrong = UsageError(f"{method}: {key} is {value!r}, expected {option.describe()}")
+    if value is None and option.optional:
+        return None
+    if option.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, option.type) or (isinstance(value, bool) and option.type is not bool):
+        raise wrong
+    if isinstance(value, float) and not math.isfinite(value):
+        raise wrong
+    if isinstance(option.allowed, Range):
+        if not isinstance(value, int | float) or not option.allowed.holds(value):
+            raise wrong
+    elif option.allowed is not None and value not in option.allowed:
+        raise wrong
+    return value
+
+
+def _options_of(function: Callable[..., Any]) -> dict[str, Option]:
+    hints = get_type_hints(function, include_extras=True)
+    keyword_only = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {p.name: _option(p, hints[p.name]) for p in keyword_only}
+
+
+def _option(parameter: inspect.Parameter, hint: Any) -> Option:
+    if parameter.default is parameter.empty:
+        raise TypeError(f"option {parameter.name!r} has no default; every method runs without options")
+    optional = get_origin(hint) in (Union, types.UnionType)
+    if optional:
+        hint = next(h for h in get_args(hint) if h is not type(None))
+    if get_origin(hint) is Literal:
+        return Option(str, parameter.default, tuple(get_args(hint)), optional)
+    if get_origin(hint) is Annotated:
+        kind, allowed = get_args(hint)
+        return Option(kind, parameter.default, allowed, optional)
+    return Option(hint, parameter.default, None, optional)

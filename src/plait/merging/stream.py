@@ -1,0 +1,125 @@
+"""A merged delta that is not low rank: dense rows made block by block, and their cut to a LoRA of a given rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.adapters.lora import LINEAR, LoraFactors
+
+# Entries of one block: 1 MB of float32, so that the accumulators of an elementwise rule stay in a core's cache.
+BLOCK = 1 << 18
+# A module whose dense delta is at most this large is computed once and held while it is cut; a larger one is made anew
+# in every pass. 16 Mi entries are 64 MB.
+_HELD = 1 << 24
+_OVERSAMPLED = 10
+
+
+def row_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Row ranges [start, stop) that cover a matrix; they depend on its shape alone, so random draws per block do too."""
+    rows = max(1, BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class DenseDelta:
+    """A dense (out, in) delta given by its row blocks.
+
+    Args:
+        shape: (out, in).
+        rows: (start, stop) of a range that `row_blocks` yields -> (stop - start, in) float32; the same bits whenever called.
+    """
+
+    shape: tuple[int, int]
+    rows: Callable[[int, int], Float[Tensor, "n in"]]
+
+    def blocks(self) -> Iterator[tuple[int, int, Float[Tensor, "n in"]]]:
+        """Every block, in order, with its range."""
+        for start, stop in row_blocks(self.shape):
+            yield start, stop, self.rows(start, stop)
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The whole matrix."""
+        return torch.cat([block for _, _, block in self.blocks()])
+
+    def held(self) -> DenseDelta:
+        """The same delta, computed once where it is small enough to be held."""
+        if self.shape[0] * self.shape[1] > _HELD:
+            return self
+        whole = self.dense()
+        return DenseDelta(self.shape, lambda start, stop: whole[start:stop])
+
+    def energy(self) -> float:
+        """Squared Frobenius norm."""
+        return sum(float(block.double().square().sum()) for _, _, block in self.blocks())
+
+    def times(self, X: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+        """D X."""
+        return torch.cat([block @ X for _, _, block in self.blocks()])
+
+    def transposed_times(self, Y: Float[Tensor, "out k"]) -> Float[Tensor, "in k"]:
+        """D^T Y."""
+        total = torch.zeros(self.shape[1], Y.shape[1], dtype=Y.dtype, device=Y.device)
+        for start, stop, block in self.blocks():
+            total += block.T @ Y[start:stop]
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """Factors that a method itself cut, and the fraction of the energy it lost, in [0, 1]."""
+
+    factors: LoraFactors
+    lost: float
+
+
+MergedDelta = LoraFactors | DenseDelta | Truncated
+
+
+def cut_to_rank(
+    delta: DenseDelta, rank: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> tuple[LoraFactors, float]:
+    """The randomised SVD of a dense delta at a rank, and the fraction of its energy that is lost.
+
+    Four passes over the row blocks (two of them one power iteration); exact where the rank reaches min(out, in).
+
+    Args:
+        delta: Of one module.
+        rank: At least 1.
+        generator: Draws the test matrix, on the CPU.
+        device: Where the blocks are.
+
+    Returns:
+        Factors of scaling 1, and the lost energy in [0, 1].
+
+    Cost:
+        4 passes of out * in * (rank + 10) multiplications; memory of one block and (out + in) (rank + 10) numbers.
+    """
+    delta = delta.held()
+    short = min(delta.shape)
+    if rank >= short:
+        return _exactly(delta), 0.0
+    width = min(rank + _OVERSAMPLED, short)
+    test = torch.randn(delta.shape[1], width, generator=generator).to(device)
+    Q = torch.linalg.qr(delta.times(test))[0]
+    Z = torch.linalg.qr(delta.transposed_times(Q))[0]
+    Q = torch.linalg.qr(delta.times(Z))[0]
+    U, S, Vt = torch.linalg.svd(delta.transposed_times(Q).T, full_matrices=False)
+    total = delta.energy()
+    kept = float(S[:rank].double().square().sum())
+    root = S[:rank].sqrt()
+    factors = LoraFactors(root[:, None] * Vt[:rank], Q @ (U[:, :rank] * root))
+    return factors, max(0.0, 1.0 - kept / total) if total > 0 else 0.0
+
+
+def _exactly(delta: DenseDelta) -> LoraFactors:
+    whole = delta.dense()
+    out, width = delta.shape
+    if out <= width:
+        return LoraFactors(whole, torch.eye(out, dtype=whole.dtype, device=whole.device), 1.0, LINEAR)
+    return LoraFactors(torch.eye(width, dtype=whole.dtype, device=whole.device), whole, 1.0, LINEAR)

@@ -1,0 +1,59 @@
+"""TIES: trim, elect a sign, average those that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from plait.merging.elementwise import Rule, in_space, signed_mean
+from plait.merging.inputs import MergeInputs
+from plait.merging.quantile import magnitude_thresholds
+from plait.merging.registry import Density, Space, merge_method
+from plait.merging.stream import MergedDelta
+
+
+def _thresholds(modules: Sequence[MergeInputs], options: Mapping[str, Any]) -> list[Tensor] | None:
+    if options["scope"] == "module":
+        return None
+    return magnitude_thresholds(modules, options["density"], options["space"])
+
+
+@merge_method("ties", paper="arXiv:2306.01708", prepare=_thresholds)
+def ties(
+    x: MergeInputs, *, density: Density = 0.2, scope: Literal["model", "module"] = "model", space: Space = "dense"
+) -> MergedDelta:
+    """Keep each task's largest entries, elect the sign of their weighted sum, average the entries that agree.
+
+    Args:
+        x: The module.
+        density: Fraction of entries kept, by magnitude.
+        scope: Whether the largest are sought in the whole model (the paper) or in each module (mergekit).
+        space: Where entries are compared: the dense deltas, the lossless core in its SVD basis, or KnOTS' S V^T.
+
+    Cost: scope model reads every delta twice, in row blocks.
+    Source: Yadav et al., NeurIPS 2023, algorithm 1.
+    **Deviates**: weights multiply the entries before the election, and the mean divides by the sum of |w_t| of those
+    that agree (the paper has no weights; with equal ones this is its plain mean). An entry whose sum is exactly zero
+    counts as positive, as in the authors' majority rule for zeros it has no bearing on real data. mergekit trims per
+    module; PEFT trims A and B instead of the delta.
+    """
+    thresholds = x.context if x.context is not None else magnitude_thresholds([x], density, space)
+    return in_space(x, trimmed(thresholds, x.weights), space)
+
+
+def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float]) -> Rule:
+    """The rule: entries below their task's threshold are zero; then the mean of those that agree with the elected sign."""
+    bounds = [float(threshold) for threshold in thresholds]
+
+    def rule(parts: Iterable[Tensor], place: str) -> Tensor:
+        kept = (keep_from(part, bound) for part, bound in zip(parts, bounds, strict=True))
+        return signed_mean(kept, weights)
+
+    return rule
+
+
+def keep_from(part: Tensor, bound: float) -> Tensor:
+    """Zero what is smaller than `bound` in magnitude, in place."""
+    return part.masked_fill_(part.abs() < bound, 0.0) if bound > 0 else part

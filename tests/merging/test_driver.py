@@ -1,0 +1,84 @@
+"""merge(): alignment, weights, scale, rank, record."""
+
+import json
+
+import pytest
+import torch
+
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.errors import InputError, UsageError
+from plait.merging import merge
+
+
+def adapter(
+    name: str, seed: int, *, modules=("l.0.q", "l.0.v"), rank=3, out=12, width=10, scaling=2.0, **kept
+) -> Adapter:
+    g = torch.Generator().manual_seed(seed)
+    made = {
+        m: LoraFactors(torch.randn(rank, width, generator=g), torch.randn(out, rank, generator=g), scaling)
+        for m in modules
+    }
+    return Adapter(name, kept.pop("base", "base"), made, **kept)
+
+
+def test_task_arithmetic_is_the_weighted_sum():
+    a, b = adapter("a", 0), adapter("b", 1, rank=5, scaling=0.5)
+    done = merge([a, b], weights=[2.0, -1.0], scale=0.3)
+    for module, f in done.adapter.modules.items():
+        torch.testing.assert_close(f.delta(), 0.3 * (2 * a.modules[module].delta() - b.modules[module].delta()))
+    assert done.record["rank"] == 8 and done.record["verification_error"] < 1e-12
+    json.dumps(done.record)
+
+
+def test_missing_modules_are_zero_and_recorded():
+    a, b = adapter("a", 0, modules=("q",)), adapter("b", 1, modules=("v",))
+    done = merge([a, b])
+    torch.testing.assert_close(done.adapter.modules["q"].delta(), a.modules["q"].delta())
+    assert done.record["missing"] == {"a": ["v"], "b": ["q"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_adapter_comes_back_unchanged(dtype):
+    a = adapter("a", 0)
+    a = Adapter("a", "base", {m: LoraFactors(f.A.to(dtype), f.B.to(dtype), f.scaling) for m, f in a.modules.items()})
+    for method in ("linear", "task_arithmetic", "cat", "svd"):
+        for module, f in merge([a], method).adapter.modules.items():
+            assert f is a.modules[module] or torch.equal(f.delta(), a.modules[module].delta())
+
+
+def test_other_base_and_shape_are_refused_by_name():
+    with pytest.raises(InputError, match=r"'a' was trained on 'base' and 'b' on 'other'"):
+        merge([adapter("a", 0), adapter("b", 1, base="other")])
+    assert merge([adapter("a", 0), adapter("b", 1, base="other")], base="base").adapter.base == "base"
+    with pytest.raises(InputError, match="not adapters of the same base model"):
+        merge([adapter("a", 0), adapter("b", 1, width=11)])
+
+
+def test_classifiers_become_one_backbone_adapter_with_every_head():
+    a = adapter("a", 0, task_type="SEQ_CLS", prefix="roberta", heads={"a": {"classifier.weight": torch.ones(2, 12)}})
+    b = adapter("b", 1, task_type="SEQ_CLS", prefix="roberta", heads={"b": {"classifier.weight": torch.ones(6, 12)}})
+    done = merge([a, b])
+    assert done.adapter.task_type == "FEATURE_EXTRACTION" and done.adapter.prefix == ""
+    assert set(done.adapter.heads) == {"a", "b"} and done.record["backbone_prefix"] == "roberta"
+
+
+def test_options_are_checked():
+    with pytest.raises(UsageError, match="did you mean 'density'"):
+        merge([adapter("a", 0)], "ties", options={"densty": 0.1})
+    for density in (0.0, 1.5, 50, float("nan"), "0.2", True):
+        with pytest.raises(UsageError, match="density"):
+            merge([adapter("a", 0)], "ties", options={"density": density})
+    with pytest.raises(UsageError, match="did you mean 'ties'"):
+        merge([adapter("a", 0)], "tyes")
+    with pytest.raises(UsageError, match="sum to zero"):
+        merge([adapter("a", 0), adapter("b", 1)], "linear", weights=[1, -1])
+
+
+def test_rank_cuts_and_records_what_it_lost():
+    ads = [adapter(n, i) for i, n in enumerate("abc")]
+    whole, cut = merge(ads).adapter, merge(ads, rank=4)
+    assert cut.record["rank"] == 4
+    lost = sum(float((whole.modules[m].delta() - f.delta()).square().sum()) for m, f in cut.adapter.modules.items())
+    total = sum(f.norm_squared() for f in whole.modules.values())
+    assert cut.record["discarded_energy"] == pytest.approx(lost / total, rel=1e-4)
+    assert cut.record["verification_error"] < 1e-5
