@@ -1,0 +1,67 @@
+"""Checkpoints that are whole or absent: staged, sealed with the hashes of their files, and looked up newest first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlaitError
+from plait.store import canonical_json, read_json, sha256_file
+
+SEAL = "complete.json"
+_IDENTITY = "identity.json"
+_KEPT = 2  # the newest, and the one before it for the day the newest turns out damaged
+
+
+def checkpoint_root(out: Path) -> Path:
+    """Where the checkpoints of a run that writes `out` are kept until it is finished."""
+    out = out.absolute()
+    return out.parent / f".{out.name}.checkpoints"
+
+
+def open_root(root: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder ready for a run, removing checkpoints of a run with other settings."""
+    mark = root / _IDENTITY
+    if root.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == canonical_json(identity)):
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    partial = mark.with_suffix(".partial")
+    partial.write_text(canonical_json(identity), encoding="utf-8")
+    partial.replace(mark)
+
+
+def seal(stage: Path, final: Path) -> None:
+    """Flush a staged checkpoint, record the hashes of its files, and rename it into place; older ones are let go."""
+    files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != SEAL)
+    listed = {str(p.relative_to(stage)): sha256_file(p) for p in files}
+    (stage / SEAL).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+    for path in [*files, stage / SEAL]:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    stage.rename(final)
+    for old in _by_step(final.parent)[_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_whole(root: Path) -> Path | None:
+    """The newest checkpoint whose every file is as it was sealed, or None; damaged ones are passed over."""
+    return next((c for c in _by_step(root) if is_whole(c)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is sealed and its files have the recorded hashes."""
+    try:
+        listed = read_json(checkpoint / SEAL)
+        return all(sha256_file(checkpoint / name) == digest for name, digest in listed.items())
+    except (PlaitError, OSError, AttributeError):
+        return False
+
+
+def _by_step(root: Path) -> list[Path]:
+    found = {p: p.name.rpartition("-")[2] for p in root.glob("checkpoint-*") if p.is_dir()}
+    return sorted((p for p, step in found.items() if step.isdigit()), key=lambda p: -int(found[p]))

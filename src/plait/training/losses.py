@@ -1,0 +1,47 @@
+"""The loss of a task, the same for one model and for a fleet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100
+
+
+def task_loss(kind: str, logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Mean loss of a batch.
+
+    Args:
+        kind: The task's: cross entropy for "classification", squared error for "regression", cross entropy of the
+            next token for "causal" and of the target's tokens for "seq2seq"; tokens labelled -100 do not count.
+        logits: (n, classes), or (n, length, vocabulary) for text.
+        labels: (n,), or (n, length).
+        items: What the sum is divided by, where the batch is a part of a larger one; the number of its rows or
+            labelled tokens by default.
+    """
+    if kind == "regression":
+        loss = functional.mse_loss(logits.float().reshape(-1), labels.float().reshape(-1), reduction="sum")
+        return loss / (labels.numel() if items is None else items)
+    if kind == "causal":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    flat, targets = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
+    loss = functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+    return loss / ((targets != IGNORED).sum().clamp(min=1) if items is None else items)
+
+
+def member_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """`task_loss` of each of several stacked batches: (members, n, ...) logits to (members,) losses."""
+    members = logits.shape[0]
+    if kind == "regression":
+        return (logits.float().reshape(members, -1) - labels.float().reshape(members, -1)).square().mean(1)
+    if kind == "causal":
+        logits, labels = logits[:, :, :-1], labels[:, :, 1:]
+    flat, targets = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
+    losses = functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="none").view(members, -1)
+    return losses.sum(1) / (targets.view(members, -1) != IGNORED).sum(1).clamp(min=1)
+
+
+def finite(losses: Tensor) -> bool:
+    """Whether every loss is a number."""
+    return bool(torch.isfinite(losses).all())

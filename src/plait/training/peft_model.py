@@ -1,0 +1,117 @@
+"""An adapter on a task's model as PEFT trains it, and the adapter taken back out of it."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from plait.adapters.lora import EMBEDDING, Adapter, LoraFactors
+from plait.adapters.peft_format import write_adapter
+from plait.base import backbone_of, head_state, load_head
+from plait.errors import InputError
+from plait.tasks.task import Task
+
+TASK_TYPES = {
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
+
+
+def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
+    """The adapter as it goes into training on a task: named after it, on the task's model, with the model's head.
+
+    A head that the adapter already has for this task is put into the model first: training continues from it.
+    """
+    if task.name in initial.heads:
+        load_head(model, initial.heads[task.name])
+    head = head_state(model) if TASK_TYPES[task.kind] == "SEQ_CLS" else {}
+    return replace(
+        initial,
+        name=task.name,
+        task_type=TASK_TYPES[task.kind],
+        prefix=backbone_of(model)[1],
+        heads={task.name: head} if head else {},
+    )
+
+
+def attach(model: Any, adapter: Adapter, *, dropout: float = 0.0) -> Any:
+    """Put an adapter on a task's model, ready to train.
+
+    The adapter goes through the folder that any other trainer would be given, so what is trained here is what they
+    would train.
+
+    Args:
+        model: The task's model.
+        adapter: From `for_task`.
+        dropout: On the input of A.
+
+    Returns:
+        The PeftModel, factors in float32 whatever the base's dtype, factors and head trainable.
+
+    Raises:
+        InputError: PEFT found other modules than the adapter holds: it is of another base.
+    """
+    from peft import LoraConfig, PeftModel
+
+    known = dict(model.named_modules())
+    for name, factors in adapter.modules.items():
+        _check_module(known.get(adapter.full_name(name)), factors, name)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        write_adapter(Path(folder), replace(adapter, target_modules=None))
+        config = LoraConfig.from_pretrained(folder)
+        config.lora_dropout = dropout
+        config.inference_mode = False
+        # peft 0.21 asks transformers for a property that transformers 5 has renamed; the answer is still right.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+
+
+def _check_module(module: nn.Module | None, factors: LoraFactors, name: str) -> None:
+    if module is None:
+        raise InputError("no such module in the base model", where=name, hint="is this adapter of another base?")
+    weight = getattr(module, "weight", None)
+    shape = tuple(getattr(weight, "shape", ()))
+    expected = factors.shape[::-1] if factors.kind == EMBEDDING else factors.shape
+    if shape not in (expected, expected[::-1]):
+        raise InputError(f"the adapter's update is {expected}, the base's weight {shape}", where=name)
+
+
+def detach(peft_model: Any, adapter: Adapter, source: Mapping[str, Any]) -> Adapter:
+    """The adapter with the factors and the head that the model holds now, as copies on the CPU.
+
+    Args:
+        peft_model: From `attach`, bare or wrapped.
+        adapter: The one it was made from.
+        source: Recorded in the result.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(peft_model).items()}
+    root = "base_model.model."
+    modules = {name: _factors(state, root + adapter.full_name(name), f) for name, f in adapter.modules.items()}
+    head: dict[str, Tensor] = {k.removeprefix(root): v for k, v in state.items()}
+    return replace(adapter, modules=modules, heads={adapter.name: head} if head else {}, source=dict(source))
+
+
+def _factors(state: dict[str, Tensor], name: str, like: LoraFactors) -> LoraFactors:
+    dot = "_" if like.kind == EMBEDDING else "."
+    keys = [f"{name}.lora_{half}.weight" if dot == "." else f"{name}.lora_embedding_{half}" for half in "AB"]
+    return LoraFactors(state.pop(keys[0]), state.pop(keys[1]), like.scaling, like.kind)
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Switch the base's own dropout off: layers, and the probabilities that attention functions read themselves."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_prob", "activation_dropout", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

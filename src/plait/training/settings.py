@@ -1,0 +1,144 @@
+"""How an adapter is trained: the settings, the learning-rate schedule and the order of the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.errors import UsageError
+
+SCHEDULES = ("linear", "cosine", "constant")
+CONSTRAINTS = ("free", "frozen", "projected", "penalised")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """Settings of one training run.
+
+    Args:
+        steps: Optimiser steps; exactly one of `steps` and `epochs` is given.
+        epochs: Passes over the rows, any positive number; rounded up to whole steps.
+        lr: Learning rate of the LoRA factors (and of the head unless `head_lr` is given), AdamW.
+        batch_size: Rows a step, over all processes and accumulation steps.
+        accumulation: Backward passes a step; divides `batch_size`.
+        warmup_ratio: Fraction of the steps in which the rate rises from 0, in [0, 1).
+        weight_decay: AdamW's, on matrices only.
+        schedule: "linear" or "cosine" down to 0, or "constant".
+        max_length: Tokens a row may have.
+        head_lr: Learning rate of the task's head; None takes `lr`.
+        max_grad_norm: Gradients are scaled down to this norm over all trained tensors of the adapter; 0 for off.
+        dropout: On the input of A (PEFT's lora_dropout), in [0, 1).
+        base_dropout: Whether the base's own dropout is on. Off by default: then a run is a function of rows and seed
+            alone, and a fleet equals solo runs.
+        checkpoint_every: Steps between the checkpoints a killed run restarts from; None for none.
+        snapshots: Steps after which the adapter of that moment is kept under ``steps/NNNNNN`` in its folder.
+        constraint: How A is kept in its subspace (see `plait.training.constraints`).
+        constraint_options: Its options: ``m``, ``beta``, ``method``.
+        precision: "fp32", or "bf16" for autocast around the forward pass; factors and optimiser stay float32.
+        evaluate_every: Steps between scores on the selection rows, where those are given; the best adapter is kept.
+        patience: Evaluations without a better score after which training stops; None trains to the end.
+        report_to: Trackers of the HF Trainer ("tensorboard", "wandb", "trackio"); none by default.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    lr: float = 4e-4
+    batch_size: int = 32
+    accumulation: int = 1
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    max_length: int = 128
+    head_lr: float | None = None
+    max_grad_norm: float = 1.0
+    dropout: float = 0.0
+    base_dropout: bool = False
+    checkpoint_every: int | None = None
+    snapshots: tuple[int, ...] = ()
+    constraint: str = "free"
+    constraint_options: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    evaluate_every: int | None = None
+    patience: int | None = None
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise UsageError("give exactly one of steps and epochs", where="training settings")
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("constraint", self.constraint, CONSTRAINTS)
+        _one_of("precision", self.precision, PRECISIONS)
+        counts = {
+            k: getattr(self, k) for k in ("steps", "batch_size", "accumulation", "max_length", "checkpoint_every")
+        }
+        counts |= {"evaluate_every": self.evaluate_every, "patience": self.patience}
+        for name, value in counts.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                _refuse(name, value, "an integer of at least 1")
+        _within("lr", self.lr, 0.0, math.inf, open_below=True)
+        _within("epochs", self.epochs, 0.0, math.inf, open_below=True)
+        _within("head_lr", self.head_lr, 0.0, math.inf)
+        _within("weight_decay", self.weight_decay, 0.0, math.inf)
+        _within("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
+        _within("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
+        _within("dropout", self.dropout, 0.0, 1.0)
+        if self.batch_size % self.accumulation:
+            _refuse("accumulation", self.accumulation, f"a divisor of batch_size {self.batch_size}")
+
+    def total_steps(self, rows: int) -> int:
+        """Optimiser steps on this many rows."""
+        return self.steps if self.steps is not None else math.ceil((self.epochs or 0.0) * rows / self.batch_size)
+
+    def factor(self, step: int, total: int) -> float:
+        """Learning rate of step `step` (from 0) of `total`, as a fraction of `lr`."""
+        warmup = math.ceil(self.warmup_ratio * total)
+        if step < warmup:
+            return step / warmup
+        done = (step - warmup) / max(1, total - warmup)
+        if self.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))) if self.schedule == "cosine" else 1.0
+
+
+def sweep(settings: TrainingSettings, rates: Iterable[float]) -> list[TrainingSettings]:
+    """The same settings at several learning rates: members of one fleet."""
+    return [replace(settings, lr=rate) for rate in rates]
+
+
+def row_order(rows: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:
+    """Which row stands at each place of the training run: permutations of all rows, one after another.
+
+    Every step takes the next `batch_size` places, so that each batch is full, across the ends of epochs too. The order
+    depends on nothing but these arguments: not on the machine, on resuming, or on who else is trained beside it.
+
+    Args:
+        rows: Rows there are, at least 1.
+        wanted: Places to fill.
+        seed: Of the run.
+
+    Returns:
+        (wanted,) row numbers; every row occurs once before any occurs twice.
+    """
+    rng = np.random.default_rng([seed, 0x524F5753])  # "ROWS": apart from any other use of the seed
+    passes = [rng.permutation(rows) for _ in range(math.ceil(wanted / rows))]
+    return np.concatenate([*passes, np.zeros(0, np.int64)])[:wanted].astype(np.int64)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        _refuse(name, value, f"one of {', '.join(allowed)}")
+
+
+def _within(name: str, value: float | None, low: float, high: float, *, open_below: bool = False) -> None:
+    if value is not None and not (low <= value < high and not (open_below and value == low)):
+        _refuse(name, value, f"a number from {low:g}{' (excluded)' if open_below else ''} to below {high:g}")
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    raise UsageError(f"{name} is {value!r}, expected {expected}", where="training settings")

@@ -1,0 +1,181 @@
+"""Training one adapter on one task, with the HF Trainer and PEFT, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.base import BaseModel, base_fingerprint, load_task_model, load_tokenizer, quiet_transformers
+from plait.errors import EnvironmentFault, InputError
+from plait.store import is_done, staged_folder
+from plait.tasks import Examples, Task, collate, encode
+from plait.training.checkpoints import checkpoint_root, latest_whole, open_root
+from plait.training.peft_model import attach, detach, for_task, silence_dropout
+from plait.training.settings import TrainingSettings
+
+
+def train_adapter(
+    initial: Adapter,
+    task: Task,
+    examples: Examples,
+    base: BaseModel,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    out: Path,
+    identity: Mapping[str, Any],
+    overwrite: bool = False,
+    progress: Callable[[int, int, float | None], None] | None = None,
+) -> Adapter:
+    """Train an adapter on one task and write it as a PEFT folder.
+
+    Args:
+        initial: What to start from; its own head for this task is continued, otherwise one is drawn from `seed`.
+        task: The task.
+        examples: Its training rows.
+        base: The base model, which stays as it is.
+        settings: Steps, rates, constraint.
+        seed: Of the head, the order of the rows and dropout.
+        out: The folder to write; checkpoints lie beside it in ``.NAME.checkpoints`` until it is finished.
+        identity: What the result is (`plait.store.identity`); a folder that already holds it is read, not redone.
+        overwrite: Train even where `out` holds something.
+        progress: Called after each step with the step, the number of steps and the last logged loss.
+
+    Returns:
+        The trained adapter with its head, as read back from `out`. The manifest's result holds the task, the backbone's
+        attribute, labels, kind, a summary of the losses, seconds, and the hash of the base's weights.
+
+    Raises:
+        RunError: The loss became NaN or infinite.
+        InputError: The adapter does not fit the base, or there are no rows.
+
+    Cost:
+        One forward and one backward pass a step; killed at any moment and started again, it goes on from its last whole
+        checkpoint, on the CPU to the same bits.
+    """
+    out = Path(out)
+    if is_done(out, identity, overwrite=overwrite):
+        return read_adapter(out)
+    if len(examples) == 0:
+        raise InputError("no training rows", where=f"task {task.name}")
+    started = time.monotonic()
+    root = checkpoint_root(out)
+    open_root(root, identity)
+    with _quiet(), torch.random.fork_rng():
+        trained, result = _run(initial, task, examples, base, settings, seed, root, progress)
+    result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
+    if not _is_writer():
+        return trained
+    with staged_folder(out, identity, overwrite=overwrite, result=result) as stage:
+        write_adapter(stage, trained)
+        _write_snapshots(root, stage)
+    shutil.rmtree(root, ignore_errors=True)
+    return read_adapter(out)
+
+
+def _run(
+    initial: Adapter,
+    task: Task,
+    examples: Examples,
+    base: BaseModel,
+    settings: TrainingSettings,
+    seed: int,
+    root: Path,
+    progress: Callable[[int, int, float | None], None] | None,
+) -> tuple[Adapter, dict[str, Any]]:
+    from plait.training.trainer import TaskTrainer, Watcher, training_arguments
+
+    tokenizer = load_tokenizer(base)
+    tokenizer.padding_side = "right"
+    model = load_task_model(base, task, seed=seed)
+    if not settings.base_dropout:
+        silence_dropout(model)
+    started = for_task(initial, task, model)
+    peft_model = attach(model, started, dropout=settings.dropout)
+    rows = encode(tokenizer, task, examples, settings.max_length)
+    total = settings.total_steps(len(rows))
+    watcher = Watcher(progress)
+    trainer = TaskTrainer(
+        task=task,
+        settings=settings,
+        rows=rows,
+        model=peft_model,
+        args=training_arguments(settings, total, seed, root, base.torch_device),
+        data_collator=functools.partial(collate, tokenizer),
+        callbacks=[watcher],
+    )
+    for built_in in ("PrinterCallback", "ProgressCallback"):
+        for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == built_in]:
+            trainer.remove_callback(callback)
+    checkpoint = latest_whole(root)
+    with _out_of_memory(task, settings):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = {
+        "task": task.name,
+        "kind": task.kind,
+        "labels": list(task.labels) if task.labels else None,
+        "backbone_prefix": started.prefix,
+        "steps": int(trainer.state.global_step),
+        "losses": loss_summary(logged_losses(trainer.state.log_history)),
+    }
+    return detach(trainer.accelerator.unwrap_model(trainer.model), started, {"task": task.name}), result
+
+
+def logged_losses(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, mean loss since the one before) as the Trainer logged them, across resumptions."""
+    return [(int(h["step"]), float(h["loss"])) for h in history if "loss" in h]
+
+
+def loss_summary(losses: list[tuple[int, float]]) -> dict[str, Any]:
+    """First and last loss, and the curve in between."""
+    if not losses:
+        return {"first": None, "last": None, "curve": []}
+    return {"first": losses[0][1], "last": losses[-1][1], "curve": [[s, round(v, 6)] for s, v in losses]}
+
+
+def _write_snapshots(root: Path, stage: Path) -> None:
+    for folder in sorted((root / "steps").glob("[0-9]*")) if (root / "steps").is_dir() else []:
+        shutil.copytree(folder, stage / "steps" / folder.name)
+
+
+def _is_writer() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _out_of_memory(task: Task, settings: TrainingSettings) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise EnvironmentFault(
+            f"out of GPU memory at batch size {settings.batch_size}, length {settings.max_length}",
+            where=f"task {task.name}",
+            hint="raise accumulation, lower max_length, or precision bf16",
+        ) from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No chatter from transformers and accelerate while training; their levels are put back."""
+    loggers = [logging.getLogger(name) for name in ("accelerate", "peft")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

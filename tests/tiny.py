@@ -1,0 +1,71 @@
+"""Tiny random base models of six architectures, with a word tokenizer, saved as local folders: no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+ARCHITECTURES = ("bert", "roberta", "mpnet", "t5", "llama", "gpt2")
+TARGETS = {
+    "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+    "mpnet": ("attn.q", "attn.v"),
+    "t5": ("q", "v"),
+    "llama": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+}
+WORDS = tuple(f"w{i}" for i in range(60))
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def save_tokenizer(folder: Path, architecture: str) -> int:
+    """Write a tokenizer of one token a word; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate((*_SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if architecture in ("bert", "roberta", "mpnet"):
+        pair = "<s> $A </s> $B:1 </s>:1" if architecture == "bert" else "<s> $A </s> $B </s>"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    elif architecture == "t5":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_model(folder: Path, architecture: str, seed: int = 0) -> Path:
+    """Write a random model of one architecture and its tokenizer into a folder."""
+    import transformers as hf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = save_tokenizer(folder, architecture)
+    ids = {"initializer_range": 0.1, "vocab_size": words, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    torch.manual_seed(seed)
+    if architecture == "bert":
+        model = hf.BertModel(hf.BertConfig(**ids, **_SIZES, max_position_embeddings=64))
+    elif architecture == "roberta":
+        model = hf.RobertaModel(hf.RobertaConfig(**ids, **_SIZES, max_position_embeddings=66))
+    elif architecture == "mpnet":
+        model = hf.MPNetModel(hf.MPNetConfig(**ids, **_SIZES, max_position_embeddings=66))
+    elif architecture == "t5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        del ids["initializer_range"]
+        model = hf.T5ForConditionalGeneration(hf.T5Config(**ids, **sizes, decoder_start_token_id=1))
+    elif architecture == "llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**ids, **_SIZES, num_key_value_heads=2, max_position_embeddings=64))
+    else:
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64}
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(**ids, **sizes))
+    model.save_pretrained(folder)
+    return folder
