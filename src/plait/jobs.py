@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from plait.store import identity, sha256_json
 STATISTICS, INITIAL, ADAPTER, ALONE, MERGED, SCORES, BEST, REPORT = (
     "statistics", "initial", "adapter", "alone", "merged", "scores", "best", "report",
 )  # fmt: skip
+_NOT_IDENTITY = {"report_to", "checkpoint_every"}  # they leave the adapter as it is
 _BACKWARD = 2.5  # a training row costs about this many forward passes more
 
 
@@ -107,15 +108,15 @@ def _arm(
     recipe = session.recipe
     where = f"{arm.name}/seed-{seed}"
     start = arm.model_dump(exclude={"training", "name"}) | {"subspace": arm.method} | recipe.lora.model_dump()
-    training = recipe.training_of(arm).model_dump(exclude={"report_to", "checkpoint_every"})
+    settings = recipe.training_of(arm)
+    training = {k: v for k, v in asdict(settings).items() if k not in _NOT_IDENTITY}
     adapters: dict[str, str] = {}
     for task in session.tasks:
         wanted = identity(INITIAL, {**start, "task": task}, _prefixed("statistics", statistics), seed)
         initial = Job(INITIAL, out / "initial" / where / task, wanted, seed, arm, task=task)
         yield initial
         options = {"training": training, "data": data[task], "rows": recipe.data.train_rows, "dtype": recipe.base.dtype}
-        options["max_length"] = recipe.data.max_length
-        rows = _training_rows(session, task, seed, training)
+        rows = settings.total_steps(len(session.training(task, seed))) * settings.batch_size
         wanted = identity(ADAPTER, options, {"initial": initial.key}, seed)
         job = Job(ADAPTER, out / "adapters" / where / task, wanted, seed, arm, task=task, cost=rows * (1 + _BACKWARD))
         adapters[task] = job.key
@@ -147,12 +148,6 @@ def _arm_scores(
 def _summary(plan: Plan, stage: str, options: dict[str, Any]) -> Job:
     made = {str(j.path.relative_to(plan.out)): j.key for j in plan.jobs if j.stage in (ALONE, SCORES)}
     return Job(stage, plan.out / stage, identity(stage, options, made), plan.recipe.seeds[0])
-
-
-def _training_rows(session: Session, task: str, seed: int, training: dict[str, Any]) -> float:
-    if training["steps"]:
-        return float(training["steps"] * training["batch_size"])
-    return float(training["epochs"] * len(session.training(task, seed)))
 
 
 def _prefixed(prefix: str, values: dict[Any, str]) -> dict[str, str]:

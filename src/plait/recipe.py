@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel as PydanticModel
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from plait.adapters.naming import checked_name, distinct_names
-from plait.errors import UsageError
+
+if TYPE_CHECKING:
+    from plait.training.settings import TrainingSettings
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -97,32 +99,6 @@ class MergeSpec(_Strict):
         return self.method or self.name
 
 
-class TrainingSpec(_Strict):
-    """How every adapter is fine-tuned; see `plait.training.TrainingSettings`."""
-
-    steps: Count | None = None
-    epochs: Positive | None = None
-    lr: Positive = 4e-4
-    head_lr: Positive | None = None
-    batch_size: Count = 32
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: Positive = 1.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint_every: Count | None = None
-    constraint: str = "free"
-    constraint_options: dict[str, Any] = Field(default_factory=dict)
-    report_to: list[str] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainingSpec:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
-        return self
-
-
 class EvaluationSpec(_Strict):
     """How scales are chosen and scores are taken."""
 
@@ -150,7 +126,7 @@ class Recipe(_Strict):
     lora: LoraSpec
     statistics: StatisticsSpec = StatisticsSpec()
     arms: list[str | ArmSpec] = Field(min_length=1)
-    training: TrainingSpec
+    training: dict[str, Any] = Field(description="see plait.training.settings.TrainingSettings")
     merges: list[str | MergeSpec] = Field(min_length=1)
     evaluation: EvaluationSpec = EvaluationSpec.model_construct()
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
@@ -175,17 +151,20 @@ class Recipe(_Strict):
         """The merges, each as a mapping."""
         return [MergeSpec(name=m) if isinstance(m, str) else m for m in self.merges]
 
-    def training_of(self, arm: ArmSpec) -> TrainingSpec:
-        """The training of one arm: the recipe's, with the arm's overrides."""
-        merged = {**self.training.model_dump(), **arm.training}
+    def training_of(self, arm: ArmSpec) -> TrainingSettings:
+        """The training of one arm: the recipe's, with the arm's overrides.
+
+        Raises:
+            UsageError: An unknown key or a value out of range.
+        """
+        from plait.training.settings import TrainingSettings
+
+        merged = {**self.training, **arm.training, "max_length": self.data.max_length}
         if "steps" in arm.training:
-            merged["epochs"] = None
+            merged.pop("epochs", None)
         if "epochs" in arm.training:
-            merged["steps"] = None
-        try:
-            return TrainingSpec.model_validate(merged)
-        except ValidationError as e:
-            raise UsageError(e.errors()[0]["msg"], where=f"arm {arm.name}, training") from None
+            merged.pop("steps", None)
+        return TrainingSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
 
     def scales_of(self, merge: MergeSpec) -> list[float]:
         """The grid of one merge, ascending."""

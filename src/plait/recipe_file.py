@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from plait import recipe as models
 from plait.errors import InputError, UsageError, printable
-from plait.recipe import Recipe, TaskSpec, TrainingSpec
+from plait.recipe import Recipe, TaskSpec
 
 _SIZE_LIMIT = 1 << 20
 
@@ -60,7 +61,6 @@ _SECTIONS: dict[str, type[PydanticModel]] = {
     "lora": models.LoraSpec,
     "statistics": models.StatisticsSpec,
     "arms": models.ArmSpec,
-    "training": models.TrainingSpec,
     "merges": models.MergeSpec,
     "evaluation": models.EvaluationSpec,
 }
@@ -151,12 +151,20 @@ def check_names(recipe: Recipe, where: str) -> None:
         require_known(arm.method, list(subspace_methods()), "subspace method", where)
         for option in arm.options:
             require_known(option, list(subspace_methods()[arm.method].options), f"option of {arm.method}", where)
-        for key in arm.training:
-            require_known(key, list(TrainingSpec.model_fields), "training key", where)
+        for key in {**recipe.training, **arm.training}:
+            require_known(key, training_keys(), "training key", where)
+        recipe.training_of(arm)
     for m in recipe.merge_specs:
         require_known(m.merge_method, list(merge_methods()), "merge method", where)
         for option in m.options:
             require_known(option, list(merge_methods()[m.merge_method].options), f"option of {m.merge_method}", where)
+
+
+def training_keys() -> list[str]:
+    """What `training` may hold: the fields of `TrainingSettings`, but max_length, which `data` sets for every stage."""
+    from plait.training.settings import TrainingSettings
+
+    return [f.name for f in fields(TrainingSettings) if f.name != "max_length"]
 
 
 def require_known(name: str, known: Sequence[str], what: str, where: str | None = None) -> None:

@@ -13,7 +13,7 @@ from plait.base import BaseModel, base_fingerprint
 from plait.evaluation.evaluate import Evaluator
 from plait.recipe import Recipe, TaskSpec
 from plait.store import sha256_file
-from plait.tasks import GLUE_TASKS, Examples, Source, Task, glue_task, load_examples, load_task
+from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
 
 DEFAULT_METRICS = {
     "classification": ("accuracy",),
@@ -118,8 +118,3 @@ class Session:
         if key not in self._cache:
             self._cache[key] = f"{path.name}:{sha256_file(path)}" if path.is_file() else f"{path.name}:missing"
         return self._cache[key]  # type: ignore[no-any-return]
-
-
-def is_glue(name: str) -> bool:
-    """Whether a name is one of the eight GLUE tasks."""
-    return name in GLUE_TASKS

@@ -63,12 +63,12 @@ class Evaluator:
         Raises:
             RunError: A prediction is NaN or infinite.
         """
-        model = self._task_model(task)
+        model = self.task_model(task)
         load_head(model, head)
         encoded = self._encoded(task)
         chosen = encoded if rows is None else [encoded[i] for i in rows]
         with applied(model, adapter, scale):
-            found = forward_logits(model, self._tokenizer, chosen, self.batch_size)
+            found = forward_logits(model, self.tokenizer, chosen, self.batch_size)
         if not np.isfinite(found).all():
             raise RunError(f"predictions hold NaN or infinity at scale {scale:g}", where=f"task {task}")
         return found
@@ -82,11 +82,17 @@ class Evaluator:
 
     def _encoded(self, task: str) -> list[dict[str, Any]]:
         if task not in self._rows:
-            self._tokenizer = self._tokenizer or load_tokenizer(self.base)
-            self._rows[task] = encode(self._tokenizer, self.tasks[task], self.examples[task], self.max_length)
+            self._rows[task] = encode(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
         return self._rows[task]
 
-    def _task_model(self, task: str) -> Any:
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        self._tokenizer = self._tokenizer or load_tokenizer(self.base)
+        return self._tokenizer
+
+    def task_model(self, task: str) -> Any:
+        """The model of a task; all tasks share one backbone."""
         if self._model is None:
             self._model = load_task_model(self.base, self.tasks[task], seed=0)
         if task not in self._views:

@@ -1,0 +1,134 @@
+"""The straight line: walk the jobs of a recipe in order, skip what is already there, resume where it stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from plait.errors import UsageError
+from plait.jobs import ADAPTER, BEST, REPORT, STATISTICS, Job, Plan, plan
+from plait.progress import Progress, duration
+from plait.recipe import Recipe
+from plait.session import Session
+from plait.store import is_done, read_json, sha256_json
+
+RECIPE_FILE = "recipe.json"
+
+
+def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Do everything a recipe says.
+
+    Args:
+        recipe: The checked recipe.
+        out: The folder of the run; one that holds a part of this run is gone on with.
+        overwrite: Redo jobs whose folder holds the result of other settings (results that match are always kept).
+        quiet: No progress on stderr.
+
+    Returns:
+        The report's headline (see `plait.report`), with `seconds`, `jobs` done and `reused`.
+
+    Raises:
+        UsageError: `out` holds results of other settings; nothing was changed.
+    """
+    started = time.monotonic()
+    session = Session(recipe)
+    whole = plan(session, out)
+    todo = pending(whole.jobs, overwrite=overwrite)
+    write_recipe(recipe, out)
+    progress = Progress(sum(j.cost for j in todo), len(todo), quiet)
+    for job in todo:
+        _do(job, whole, session, progress, overwrite)
+    seconds = time.monotonic() - started
+    progress.close(f"{len(todo)} jobs done, {len(whole.jobs) - len(todo)} reused, {duration(seconds)}")
+    report = whole.of(REPORT)[0].path
+    headline = read_json(report / "report.json")["headline"]
+    counted = {"seconds": round(seconds, 2), "jobs": len(todo), "reused": len(whole.jobs) - len(todo)}
+    return {
+        **headline,
+        **counted,
+        "report": str((report / "report.html").absolute()),
+        "best": str(whole.of(BEST)[0].path),
+    }
+
+
+def _do(job: Job, whole: Plan, session: Session, progress: Progress, overwrite: bool) -> None:
+    from plait.stages import run_job
+
+    progress.start(job.label, job.cost)
+    run_job(
+        job,
+        whole,
+        session,
+        overwrite=overwrite,
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+    )
+    progress.finish()
+
+
+def pending(jobs: Iterable[Job], *, overwrite: bool = False) -> list[Job]:
+    """The jobs whose result is not there yet.
+
+    Raises:
+        UsageError: A result of other settings stands in the place of one (unless `overwrite`).
+    """
+    return [j for j in jobs if not finished(j, overwrite=overwrite)]
+
+
+def finished(job: Job, *, overwrite: bool = False) -> bool:
+    """Whether a job's result is on disk, whole and made with the same settings."""
+    try:
+        if job.stage != STATISTICS:
+            return is_done(job.path, job.wanted)
+        return _statistics_done(job)
+    except UsageError:
+        if overwrite:
+            return False
+        raise
+
+
+def _statistics_done(job: Job) -> bool:
+    from plait.statistics import read_identity
+
+    if not job.path.exists():
+        return False
+    found = read_identity(job.path)
+    if found is None or sha256_json(found) != sha256_json(job.wanted):
+        raise UsageError("exists with other settings", where=str(job.path), hint="choose another --out, or --overwrite")
+    return True
+
+
+def write_recipe(recipe: Recipe, out: Path) -> None:
+    """Keep the resolved recipe beside its results."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = recipe.model_dump_json(indent=1) + "\n"
+    target = out / RECIPE_FILE
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        stage = out / f".{RECIPE_FILE}.staging"
+        stage.write_text(text, encoding="utf-8")
+        stage.replace(target)
+
+
+def describe(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """What `run` would do, without doing it: jobs by stage, what is there already, sizes.
+
+    Cost: hashes the data and the base once.
+    """
+    session = Session(recipe)
+    whole = plan(session, out)
+    stages: dict[str, dict[str, int]] = {}
+    for job in whole.jobs:
+        row = stages.setdefault(job.stage, {"jobs": 0, "reused": 0})
+        row["jobs"] += 1
+        row["reused"] += finished(job, overwrite=True)
+    adapters = len(whole.of(ADAPTER))
+    rows = {t: {"validation": len(session.validation(t))} for t in session.tasks}
+    todo = [j for j in whole.jobs if not finished(j, overwrite=True)]
+    return {
+        "out": str(out),
+        "stages": stages,
+        "adapters": adapters,
+        "rows": rows,
+        "forward_rows": round(sum(j.cost for j in todo)),
+    }

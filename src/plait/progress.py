@@ -1,0 +1,84 @@
+"""What a person sees while a run goes on: lines on stderr that say what happens and how long it will take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TextIO
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts work done in arbitrary units of cost and estimates the time left from it.
+
+    Args:
+        total: Cost of all jobs to come.
+        jobs: Number of jobs to come.
+        quiet: Print nothing.
+        stream: Where to; stderr by default. On a terminal the line of the running job is rewritten in place.
+    """
+
+    total: float
+    jobs: int
+    quiet: bool = False
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    _done: float = 0.0
+    _number: int = 0
+    _label: str = ""
+    _cost: float = 0.0
+    _started: float = field(default_factory=time.monotonic)
+    _shown: float = 0.0
+
+    def start(self, label: str, cost: float) -> None:
+        """A job begins."""
+        self._number, self._label, self._cost = self._number + 1, label, cost
+        self._show(0.0, force=True)
+
+    def within(self, fraction: float) -> None:
+        """The running job is this far."""
+        self._show(fraction)
+
+    def finish(self) -> None:
+        """The running job is done."""
+        self._done += self._cost
+        if self._live:
+            self._show(0.0, force=True)
+
+    def close(self, text: str) -> None:
+        """Leave the line and say how it ended."""
+        if not self.quiet:
+            self._write(f"{text}\n")
+
+    @property
+    def _live(self) -> bool:
+        return not self.quiet and self.stream.isatty()
+
+    def _show(self, fraction: float, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self.quiet or (not force and (not self._live or now - self._shown < 0.2)):
+            return
+        self._shown = now
+        done = self._done + fraction * self._cost
+        left = ""
+        if done > 0 and self.total > done:
+            left = f", about {duration((now - self._started) * (self.total - done) / done)} left"
+        percent = f" {100 * fraction:.0f} %" if fraction else ""
+        self._write(f"[{self._number}/{self.jobs}] {self._label}{percent}{left}" + ("" if self._live else "\n"))
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(("\r\x1b[2K" if self._live else "") + text)
+            self.stream.flush()
+        except (OSError, ValueError):  # a closed stderr must not end a run
+            self.quiet = True
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "45 s", "3 min 20 s", "2 h 5 min"."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 3600} h {s % 3600 // 60} min"

@@ -1,0 +1,276 @@
+"""How each kind of job is done: read, compute, write; one short function a stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.errors import RunError
+from plait.evaluation.evaluate import Logits, halves
+from plait.evaluation.scores import ALONE as ALONE_SCORE
+from plait.evaluation.scores import FLOOR, MERGED, REPORTED, SELECTION, Score, mean_score, read_scores, write_scores
+from plait.jobs import ADAPTER, ALONE, BEST, INITIAL, REPORT, SCORES, STATISTICS, Job, Plan
+from plait.jobs import MERGED as MERGED_JOB
+from plait.session import Session
+from plait.statistics import Statistics, collect_statistics, read_statistics, write_statistics
+from plait.store import staged_folder
+from plait.tasks import Task, batches, encode
+
+SCORES_FILE, PREDICTIONS_FILE = "scores.jsonl", "predictions.safetensors"
+Progress = Callable[[int, int, float | None], None]
+Settled = dict[str, Any]  # what a job wants to be remembered in its manifest
+
+
+def run_job(
+    job: Job, plan: Plan, session: Session, *, overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """Do one job; its result is whole on disk when this returns."""
+    if job.stage == ADAPTER:
+        _train(job, plan, session, overwrite, progress)
+    elif job.stage == STATISTICS:
+        _collect(job, session, overwrite)
+    else:
+        makers = {INITIAL: _initial, ALONE: _alone, MERGED_JOB: _merge, SCORES: _score, BEST: _best, REPORT: _report}
+        result: Settled = {}
+        with staged_folder(job.path, job.wanted, overwrite=overwrite, result=result) as folder:
+            makers[job.stage](job, plan, session, folder, result)
+
+
+# --- before training --------------------------------------------------------------------------------------------------
+
+
+def _collect(job: Job, session: Session, overwrite: bool) -> None:
+    recipe, task = session.recipe, session.tasks[job.task or ""]
+    statistics = collect_task(session, task, session.sample(task.name, job.seed), recipe.statistics.pool)
+    write_statistics(job.path, statistics, identity=job.wanted, overwrite=overwrite)
+
+
+def collect_task(session: Session, task: Task, examples: Any, pool: str) -> Statistics:
+    """Statistics of one task's rows at the recipe's target modules."""
+    recipe, evaluator = session.recipe, session.evaluator
+    rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
+    provenance = {
+        "base": session.base.name,
+        "base_sha256": session.base_sha256,
+        "task": task.name,
+        "samples": len(examples),
+        "max_length": recipe.data.max_length,
+        "dtype": session.base.dtype,
+        "template": task.template,
+    }
+    return collect_statistics(
+        evaluator.task_model(task.name),
+        batches(evaluator.tokenizer, rows, recipe.statistics.batch_size, by_length=True),
+        recipe.lora.target_modules,
+        pool=pool,
+        provenance=provenance,
+    )
+
+
+def _initial(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
+    adapter, record = initial_adapters(job, plan)[job.task or ""]
+    result |= {"task": job.task, **record}
+    write_adapter(folder, adapter)
+
+
+def initial_adapters(job: Job, plan: Plan) -> dict[str, tuple[Adapter, Settled]]:
+    """All tasks' adapters of an arm and seed at once (they share one factorisation per site), remembered for the next job."""
+    paths = tuple((j.task or "", j.path) for j in plan.of(STATISTICS, seed=job.seed))
+    arm = job.arm
+    if arm is None:
+        raise RunError("a job without an arm", where=job.label)
+    key = json.dumps([arm.model_dump(exclude={"training"}), job.seed], sort_keys=True)
+    return _initial_adapters(paths, key, plan.recipe.model_dump_json(include={"lora", "base"}))
+
+
+@lru_cache(maxsize=1)
+def _initial_adapters(
+    paths: tuple[tuple[str, Path], ...], arm_key: str, shape_key: str
+) -> dict[str, tuple[Adapter, Settled]]:
+    from plait.adapters.init import initial_adapter
+    from plait.subspaces import compute_subspaces
+
+    arm, seed = json.loads(arm_key)
+    shape = json.loads(shape_key)
+    lora, targets = shape["lora"], shape["lora"]["target_modules"]
+    statistics = {task: read_statistics(path) for task, path in paths}
+    found = compute_subspaces(
+        arm["subspace"] or arm["name"],
+        statistics,
+        rank=lora["rank"],
+        row_norm=arm["row_norm"],
+        options=arm["options"],
+        seed=seed,
+    )
+    made = {}
+    for task, subspaces in found.items():
+        adapter = initial_adapter(
+            task,
+            shape["base"]["model"],
+            subspaces,
+            statistics[task].modules,
+            alpha=lora["alpha"],
+            task_type="SEQ_CLS",
+            prefix=statistics[task].provenance["backbone_prefix"],
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+        )
+        adapter = replace(adapter, revision=shape["base"]["revision"])
+        first = next(iter(subspaces.values()))
+        made[task] = (adapter, {"subspace": first.method, "row_norm": first.row_norm})
+    return made
+
+
+# --- training and merging ---------------------------------------------------------------------------------------------
+
+
+def _train(job: Job, plan: Plan, session: Session, overwrite: bool, progress: Progress | None) -> None:
+    from plait.training import train_adapter
+
+    task = job.task or ""
+    initial = plan.of(INITIAL, arm=job.arm.name if job.arm else None, seed=job.seed)
+    train_adapter(
+        read_adapter(next(j.path for j in initial if j.task == task), name=task),
+        session.tasks[task],
+        session.training(task, job.seed),
+        session.base,
+        plan.recipe.training_of(job.arm) if job.arm else plan.recipe.training_of(plan.recipe.arm_specs[0]),
+        seed=job.seed,
+        out=job.path,
+        identity=job.wanted,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _trained(job: Job, plan: Plan, session: Session) -> dict[str, Adapter]:
+    arm = job.arm.name if job.arm else None
+    return {j.task or "": session.adapter(j.path) for j in plan.of(ADAPTER, arm=arm, seed=job.seed)}
+
+
+def _merge(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
+    from plait.merging import merge, merge_methods
+
+    spec = job.merge
+    if spec is None:
+        raise RunError("a job without a merge", where=job.label)
+    needs = merge_methods()[spec.merge_method].needs
+    statistics = {j.task or "": read_statistics(j.path) for j in plan.of(STATISTICS, seed=job.seed)} if needs else None
+    merged = merge(
+        list(_trained(job, plan, session).values()),
+        spec.merge_method,
+        options=spec.options,
+        calibrate=spec.calibrate,
+        rank=spec.rank,
+        statistics=statistics,
+        seed=job.seed,
+        name=spec.name,
+    )
+    result |= merged.record
+    write_adapter(folder, merged.adapter)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _alone(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
+    rows: list[Score] = []
+    kept: dict[str, Logits] = {}
+    for task, adapter in _trained(job, plan, session).items():
+        for kind, worn in ((ALONE_SCORE, adapter), (FLOOR, None)):
+            found = session.evaluator.predict(task, adapter.heads[task], worn)
+            kept[f"{kind}.{task}"] = found
+            for split, part in _halves(task, session).items():
+                labels = _labels(job, kind, 0.0 if worn is None else 1.0, split)
+                rows += session.evaluator.score_rows(found[part], task, part, **labels)
+    _write_scores(folder, rows, kept)
+    result |= {
+        kind: mean_score(r for r in rows if r.adapter == kind and r.split == REPORTED) for kind in (ALONE_SCORE, FLOOR)
+    }
+
+
+def _score(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
+    adapters = _trained(job, plan, session)
+    heads = {t: a.heads[t] for t, a in adapters.items()}
+    merged = session.adapter(
+        next(
+            j.path
+            for j in plan.of(MERGED_JOB, arm=job.arm.name if job.arm else None, seed=job.seed)
+            if j.merge == job.merge
+        )
+    )
+    scales = plan.recipe.scales_of(job.merge) if job.merge else [1.0]
+    rows: list[Score] = []
+    for scale in scales:
+        for task, head in heads.items():
+            part = _halves(task, session)[SELECTION]
+            found = session.evaluator.predict(task, head, merged, scale, part)
+            rows += session.evaluator.score_rows(found, task, part, **_labels(job, MERGED, scale, SELECTION))
+    chosen = max(scales, key=lambda s: mean_score(r for r in rows if r.scale == s))
+    kept: dict[str, Logits] = {}
+    for task, head in heads.items():
+        part = _halves(task, session)[REPORTED]
+        kept[f"{MERGED}.{task}"] = session.evaluator.predict(task, head, merged, chosen, part)
+        labels = _labels(job, MERGED, chosen, REPORTED)
+        rows += session.evaluator.score_rows(kept[f"{MERGED}.{task}"], task, part, **labels)
+    _write_scores(folder, rows, kept)
+    reported = mean_score(r for r in rows if r.split == REPORTED)
+    edge = len(scales) > 1 and chosen in (scales[0], scales[-1])
+    result |= {"scale": chosen, "selection": mean_score(r for r in rows if r.scale == chosen and r.split == SELECTION)}
+    result |= {"reported": reported, "scale_on_edge_of_grid": edge}
+
+
+def _halves(task: str, session: Session) -> dict[str, Any]:
+    return halves(len(session.validation(task)), session.recipe.evaluation.split_seed)
+
+
+def _labels(job: Job, adapter: str, scale: float, split: str) -> dict[str, Any]:
+    method = job.merge.name if job.merge else ""
+    arm = job.arm.name if job.arm else ""
+    return {"arm": arm, "adapter": adapter, "method": method, "scale": scale, "seed": job.seed, "split": split}
+
+
+def _write_scores(folder: Path, rows: list[Score], predictions: dict[str, Logits]) -> None:
+    from plait.adapters.tensors import write_tensors
+
+    write_scores(folder / SCORES_FILE, rows)
+    write_tensors(
+        folder / PREDICTIONS_FILE, {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in predictions.items()}
+    )
+
+
+# --- after everything -------------------------------------------------------------------------------------------------
+
+
+def _best(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
+    from plait.adapters.lora import LoraFactors
+    from plait.store import read_manifest
+
+    scored = [(read_manifest(j.path) or {}, j) for j in plan.of(SCORES)]
+    manifest, best = max(scored, key=lambda pair: pair[0]["result"]["selection"])
+    source = next(j for j in plan.of(MERGED_JOB, seed=best.seed) if j.arm == best.arm and j.merge == best.merge)
+    merged, scale = read_adapter(source.path, name=plan.recipe.name), manifest["result"]["scale"]
+    modules = {m: LoraFactors(f.A, f.B * (f.scaling * scale), 1.0, f.kind) for m, f in merged.modules.items()}
+    write_adapter(folder, replace(merged, modules=modules))
+    kept = (read_manifest(source.path) or {})["result"]
+    result |= {k: kept[k] for k in ("method", "options", "weights", "tasks", "backbone_prefix") if k in kept}
+    result |= {"arm": best.arm.name if best.arm else "", "seed": best.seed, "scale": scale, **manifest["result"]}
+
+
+def _report(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
+    from plait.report import write_report
+
+    result |= {"headline": write_report(folder, plan, session)}
+
+
+def all_scores(plan: Plan) -> list[Score]:
+    """Every row of every scores folder of a plan that is finished."""
+    return [row for j in plan.jobs if j.stage in (ALONE, SCORES) for row in read_scores(j.path / SCORES_FILE)]
