@@ -76,6 +76,13 @@ def load_tokenizer(base: BaseModel) -> Any:
     return tokenizer
 
 
+def load_config(base: BaseModel) -> Any:
+    """The base's configuration."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, base)
+
+
 def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
     """The base with a fresh head for one task, on its device, in evaluation mode.
 
@@ -208,9 +215,7 @@ def base_fingerprint(base: BaseModel) -> str:
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
         return _hash_files(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
-    from transformers import AutoConfig
-
-    commit = getattr(_from_pretrained(AutoConfig, base), "_commit_hash", None)
+    commit = getattr(load_config(base), "_commit_hash", None)
     return f"commit:{commit}" if commit else f"name:{base.name}@{base.revision}"
 
 

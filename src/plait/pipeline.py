@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from plait.errors import UsageError
+from plait.errors import InputError, UsageError
 from plait.jobs import ADAPTER, BEST, REPORT, STATISTICS, Job, Plan, plan
 from plait.progress import Progress, duration
 from plait.recipe import Recipe
@@ -42,15 +42,8 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
         _do(job, whole, session, progress, overwrite)
     seconds = time.monotonic() - started
     progress.close(f"{len(todo)} jobs done, {len(whole.jobs) - len(todo)} reused, {duration(seconds)}")
-    report = whole.of(REPORT)[0].path
-    headline = read_json(report / "report.json")["headline"]
     counted = {"seconds": round(seconds, 2), "jobs": len(todo), "reused": len(whole.jobs) - len(todo)}
-    return {
-        **headline,
-        **counted,
-        "report": str((report / "report.html").absolute()),
-        "best": str(whole.of(BEST)[0].path),
-    }
+    return {**_outcome(whole), **counted}
 
 
 def _do(job: Job, whole: Plan, session: Session, progress: Progress, overwrite: bool) -> None:
@@ -108,6 +101,34 @@ def write_recipe(recipe: Recipe, out: Path) -> None:
         stage = out / f".{RECIPE_FILE}.staging"
         stage.write_text(text, encoding="utf-8")
         stage.replace(target)
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Write the report of a finished run again from its scores, and return the headline.
+
+    Raises:
+        InputError: The folder is not a run, or a part of the run is missing.
+    """
+    from plait.recipe_file import parse_recipe
+    from plait.stages import run_job
+
+    recipe = parse_recipe(read_json(folder / RECIPE_FILE), str(folder / RECIPE_FILE))
+    session = Session(recipe)
+    whole = plan(session, folder)
+    missing = pending([j for j in whole.jobs if j.stage != REPORT], overwrite=True)
+    if missing:
+        raise InputError(
+            f"{len(missing)} jobs are not done, the first is {missing[0].label}", where=str(folder), hint="plait run"
+        )
+    run_job(whole.of(REPORT)[0], whole, session, overwrite=True)
+    return _outcome(whole)
+
+
+def _outcome(whole: Plan) -> dict[str, Any]:
+    page = whole.of(REPORT)[0].path
+    headline = read_json(page / "report.json")["headline"]
+    places = {"report": str((page / "report.html").absolute()), "best": str(whole.of(BEST)[0].path.absolute())}
+    return {**headline, **places}
 
 
 def describe(recipe: Recipe, out: Path) -> dict[str, Any]:

@@ -137,6 +137,9 @@ class Recipe(_Strict):
         distinct_names([t if isinstance(t, str) else t.name for t in self.tasks], "task")
         distinct_names([a.name for a in self.arm_specs], "arm")
         distinct_names([m.name for m in self.merge_specs], "merge")
+        for merge in self.merge_specs:
+            if merge.name in ("alone", "floor"):
+                raise ValueError(f"a merge cannot be called {merge.name!r}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("a seed stands twice")
         return self

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from plait import recipe as models
 from plait.errors import InputError, UsageError, printable
 from plait.recipe import Recipe, TaskSpec
+from plait.store import staged_file
 
 _SIZE_LIMIT = 1 << 20
 
@@ -87,9 +88,14 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     raw = load_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UsageError("a recipe is a mapping of keys", where=str(path))
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, str(path))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply "dotted.key=value" strings to a raw recipe, in order."""
     for override in overrides:
         _override(raw, override)
-    return parse_recipe(raw, str(path))
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -182,3 +188,23 @@ def shipped_recipes() -> list[Path]:
     here = Path(__file__).parent
     folder = here / "_recipes"
     return sorted((folder if folder.is_dir() else here.parents[1] / "recipes").glob("*.yaml"))
+
+
+def find_recipe(given: Path) -> Path:
+    """A recipe's path: the file itself, or the shipped recipe of that name."""
+    shipped = {p.name: p for p in shipped_recipes()}
+    name = given.name if given.suffix == ".yaml" else f"{given.name}.yaml"
+    if given.exists() or len(given.parts) > 1:
+        return given
+    return shipped.get(name, given)
+
+
+def copy_recipe(name: str, to: Path) -> Path:
+    """Copy a shipped recipe into a folder or to a file that does not exist yet."""
+    source = find_recipe(Path(name))
+    if not source.is_file():
+        raise InputError("no such recipe", where=name, hint=f"one of {', '.join(p.stem for p in shipped_recipes())}")
+    target = to / source.name if to.is_dir() else to
+    with staged_file(target) as stage:
+        stage.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return target

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
@@ -15,6 +16,7 @@ from plait.recipe import Recipe, TaskSpec
 from plait.store import sha256_file
 from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
 
+T = TypeVar("T")
 DEFAULT_METRICS = {
     "classification": ("accuracy",),
     "regression": ("pearson", "spearman"),
@@ -49,6 +51,7 @@ class Session:
 
     recipe: Recipe
     _cache: dict[Any, Any] = field(default_factory=dict)
+    _slots: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @functools.cached_property
     def base(self) -> BaseModel:
@@ -96,6 +99,12 @@ class Session:
         if key not in self._cache:
             self._cache[key] = load_examples(self.tasks[task], split, root=self.root, rows=rows, seed=seed)
         return self._cache[key]  # type: ignore[no-any-return]
+
+    def remember(self, slot: str, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, kept until the slot is asked for another key."""
+        if self._slots.get(slot, (None, None))[0] != key:
+            self._slots[slot] = (key, make())
+        return self._slots[slot][1]  # type: ignore[no-any-return]
 
     def adapter(self, folder: Path) -> Adapter:
         """An adapter read from disk, once."""

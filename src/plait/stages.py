@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from plait.errors import RunError
 from plait.evaluation.evaluate import Logits, halves
 from plait.evaluation.scores import ALONE as ALONE_SCORE
 from plait.evaluation.scores import FLOOR, MERGED, REPORTED, SELECTION, Score, mean_score, read_scores, write_scores
+from plait.initial import InitialSettings, initial_adapters
 from plait.jobs import ADAPTER, ALONE, BEST, INITIAL, REPORT, SCORES, STATISTICS, Job, Plan
 from plait.jobs import MERGED as MERGED_JOB
 from plait.session import Session
@@ -77,56 +76,27 @@ def collect_task(session: Session, task: Task, examples: Any, pool: str) -> Stat
 
 
 def _initial(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    adapter, record = initial_adapters(job, plan)[job.task or ""]
+    arm = job.arm.name if job.arm else ""
+    made = session.remember("initial", (arm, job.seed), lambda: initial_of(job, plan, session))
+    adapter, record = made[job.task or ""]
     result |= {"task": job.task, **record}
     write_adapter(folder, adapter)
 
 
-def initial_adapters(job: Job, plan: Plan) -> dict[str, tuple[Adapter, Settled]]:
-    """All tasks' adapters of an arm and seed at once (they share one factorisation per site), remembered for the next job."""
-    paths = tuple((j.task or "", j.path) for j in plan.of(STATISTICS, seed=job.seed))
-    arm = job.arm
-    if arm is None:
-        raise RunError("a job without an arm", where=job.label)
-    key = json.dumps([arm.model_dump(exclude={"training"}), job.seed], sort_keys=True)
-    return _initial_adapters(paths, key, plan.recipe.model_dump_json(include={"lora", "base"}))
-
-
-@lru_cache(maxsize=1)
-def _initial_adapters(
-    paths: tuple[tuple[str, Path], ...], arm_key: str, shape_key: str
-) -> dict[str, tuple[Adapter, Settled]]:
-    from plait.adapters.init import initial_adapter
-    from plait.subspaces import compute_subspaces
-
-    arm, seed = json.loads(arm_key)
-    shape = json.loads(shape_key)
-    lora, targets = shape["lora"], shape["lora"]["target_modules"]
-    statistics = {task: read_statistics(path) for task, path in paths}
-    found = compute_subspaces(
-        arm["subspace"] or arm["name"],
-        statistics,
-        rank=lora["rank"],
-        row_norm=arm["row_norm"],
-        options=arm["options"],
-        seed=seed,
+def initial_of(job: Job, plan: Plan, session: Session) -> dict[str, tuple[Adapter, Settled]]:
+    """All tasks' adapters of an arm and seed at once: they share one factorisation per site."""
+    recipe, arm = plan.recipe, job.arm or plan.recipe.arm_specs[0]
+    targets = recipe.lora.target_modules
+    settings = InitialSettings(
+        arm.method,
+        recipe.lora.rank,
+        recipe.lora.alpha,
+        arm.row_norm,
+        arm.options,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
     )
-    made = {}
-    for task, subspaces in found.items():
-        adapter = initial_adapter(
-            task,
-            shape["base"]["model"],
-            subspaces,
-            statistics[task].modules,
-            alpha=lora["alpha"],
-            task_type="SEQ_CLS",
-            prefix=statistics[task].provenance["backbone_prefix"],
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
-        )
-        adapter = replace(adapter, revision=shape["base"]["revision"])
-        first = next(iter(subspaces.values()))
-        made[task] = (adapter, {"subspace": first.method, "row_norm": first.row_norm})
-    return made
+    statistics = {j.task or "": read_statistics(j.path) for j in plan.of(STATISTICS, seed=job.seed)}
+    return initial_adapters(statistics, settings, base=recipe.base.model, revision=recipe.base.revision, seed=job.seed)
 
 
 # --- training and merging ---------------------------------------------------------------------------------------------

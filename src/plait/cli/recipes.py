@@ -1,0 +1,135 @@
+"""Commands about whole runs: run, plan, validate, ls, cp, report, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plait.cli.options import Json, Out, Overwrite, Quiet, RecipeArg, Set
+from plait.cli.output import emit, table
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    for command in (demo, run, plan, validate, cp):
+        app.command()(command)
+    app.command("ls")(list_names)
+    app.command()(report)
+
+
+def demo(
+    out: Out = Path("plait-demo"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train, merge and score real adapters of a small model in a few minutes."""
+    from plait.demo import next_step, run_demo
+
+    found = run_demo(out, overwrite=overwrite, quiet=quiet)
+    emit(found, as_json, result_text(found) + "\n\n" + next_step(out))
+
+
+def run(
+    recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, overwrite: Overwrite = False,
+    quiet: Quiet = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Do everything a recipe says; started again, it goes on where it stopped."""
+    from plait import pipeline
+
+    found = pipeline.run(read(recipe, sets), out, overwrite=overwrite, quiet=quiet)
+    emit(found, as_json, result_text(found))
+
+
+def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_json: Json = False) -> None:
+    """Say what run would do: jobs, sizes, what is there already. Changes nothing."""
+    from plait import pipeline
+
+    found = pipeline.describe(read(recipe, sets), out)
+    rows = [[stage, str(n["jobs"]), str(n["reused"])] for stage, n in found["stages"].items()]
+    tail = (
+        f"\n{found['adapters']} adapters; {found['forward_rows']:,} rows through the base, training counted 3.5 times"
+    )
+    emit(found, as_json, table(["stage", "jobs", "reused"], rows) + tail)
+
+
+def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None:
+    """Check a recipe, and say nothing has to be mended."""
+    found = read(recipe, sets)
+    emit({"valid": True, "recipe": found.model_dump(mode="json")}, as_json, f"{recipe}: a valid recipe")
+
+
+def cp(recipe: Annotated[str, typer.Argument(help="A shipped recipe.")], to: Path = Path()) -> None:
+    """Copy a shipped recipe, to be edited."""
+    from plait.recipe_file import copy_recipe
+
+    typer.echo(copy_recipe(recipe, to))
+
+
+def list_names(
+    what: Annotated[str, typer.Argument(help="merges, subspaces, recipes, tasks, or nothing for all.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List merge methods, subspace methods, recipes and tasks."""
+    from plait.catalogue import catalogue
+
+    found = catalogue(what)
+    blocks = [
+        f"{kind}\n" + "\n".join(f"  {r['name'].ljust(20)} {r['about']}" + _options(r) for r in rows)
+        for kind, rows in found.items()
+    ]
+    emit(found, as_json, "\n\n".join(blocks))
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run.")], quiet: Quiet = False, as_json: Json = False
+) -> None:
+    """Write the report of a run again from its scores."""
+    from plait import pipeline
+
+    found = pipeline.report(folder)
+    emit(found, as_json, result_text(found))
+
+
+def read(recipe: Path, sets: list[str] | None) -> Any:
+    """A recipe from a file or by the name of a shipped one."""
+    from plait.recipe_file import find_recipe, read_recipe
+
+    return read_recipe(find_recipe(recipe), sets or [])
+
+
+def _options(row: dict[str, Any]) -> str:
+    shown = ", ".join(f"{name}={o['default']}" for name, o in row.get("options", {}).items())
+    return f"  [{shown}]" if shown else ""
+
+
+def result_text(found: dict[str, Any]) -> str:
+    """The main table as plain text, with uncertainty, and where the report lies."""
+    rows = []
+    for arm, merges in found["merged"].items():
+        for merge, value in merges.items():
+            error, ratio = found["merged_standard_error"][arm][merge], found["recovered"][arm][merge]
+            ratio_error = found["recovered_standard_error"][arm][merge]
+            worst, drop = found["worst_task"][arm][merge]
+            rows.append(
+                [
+                    arm,
+                    merge,
+                    f"{found['individual'][arm]:.1f}",
+                    f"{value:.1f}" + (f" ± {error:.1f}" if error is not None else ""),
+                    f"{found['floor']:.1f}",
+                    "–"
+                    if ratio is None
+                    else f"{100 * ratio:.0f} %" + (f" ± {100 * ratio_error:.0f}" if ratio_error else ""),
+                    f"{worst} {drop:+.1f}",
+                    f"{found['scale'][arm][merge]:g}",
+                ]
+            )
+    header = ["arm", "merge", "alone", "merged", "floor", "recovered", "worst task", "scale"]
+    legend = (
+        "Mean score over tasks, % (± one standard error over resampled examples). alone: each adapter on its own task;\n"
+        "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor)."
+    )
+    return f"{table(header, rows, text_columns=2)}\n\n{legend}\n\nreport   {found['report']}\nadapter  {found['best']}"

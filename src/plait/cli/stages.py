@@ -1,0 +1,87 @@
+"""The stages one by one: init, train, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, Set
+from plait.cli.output import emit, numbers, settings, table
+from plait.cli.source import Base, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command("init")(init)
+    app.command()(train)
+    app.command("eval")(evaluate)
+
+
+def init(
+    own: Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")],
+    out: Out,
+    others: Annotated[
+        list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="See `plait ls subspaces`.")] = "contrastive",
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
+    alpha: Annotated[float, typer.Option("--alpha")] = 16.0,
+    row_norm: Annotated[float | None, typer.Option("--row-norm", help="Norm of each row of A.")] = None,
+    task_type: Annotated[str, typer.Option("--task-type", help="PEFT's task type.")] = "SEQ_CLS",
+    sets: Set = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter that is ready to train: A in the task's subspace, B zero. From files alone; no base is loaded."""
+    from plait.initial import InitialSettings, initialise_from_files
+
+    chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), task_type)
+    found = initialise_from_files(own, others or [], chosen, out, seed=seed, overwrite=overwrite)
+    reused = " (was there already)" if found["reused"] else ""
+    emit(found, as_json, f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'} -> {out}{reused}")
+
+
+def train(
+    initial: Annotated[Path, typer.Argument(help="An adapter folder to start from.")],
+    out: Out,
+    task: Task,
+    recipe: Recipe = None, base: Base = None, root: Root = None, train_file: Train = None, validation: Validation = None,
+    text: Text = None, label: Label = "label", targets: Targets = None, sets: Set = None, device: Device = "auto",
+    seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Fine-tune an adapter on one task with the Hugging Face Trainer; --set training.steps=200 and so on."""
+    from plait.commands import train_one
+
+    found = train_one(
+        recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device),
+        initial, task, out, seed=seed, overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+    emit(found, as_json, f"{task}: trained in {found['seconds']:.0f} s -> {out}")
+
+
+def evaluate(
+    folders: Annotated[list[str], typer.Argument(help="Adapter folders, DIR or NAME=DIR, alone or merged.")],
+    recipe: Recipe = None, base: Base = None, root: Root = None, task: Task = "", train_file: Train = None,
+    validation: Validation = None, text: Text = None, label: Label = "label", sets: Set = None, device: Device = "auto",
+    scales: Annotated[str | None, typer.Option("--scales", help="Grid (0.3,0.5,1): chosen on one half, reported on the other.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the long table (jsonl) here.")] = None,
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Score adapters on the tasks whose heads they carry, beside the floor (the base with those heads)."""
+    from plait.commands import evaluate_folders
+
+    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, ["unused"], sets, device)
+    found = evaluate_folders(chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite)
+    emit(found, as_json, _scores_text(found["adapters"]))
+
+
+def _scores_text(adapters: list[dict[str, Any]]) -> str:
+    rows = [
+        [a["adapter"], task, f"{a['scale']:g}", f"{s['score']:.1f}", f"{s['floor']:.1f}", str(s["n"])]
+        for a in adapters
+        for task, s in a["tasks"].items()
+    ]
+    return table(["adapter", "task", "scale", "score", "floor", "rows"], rows, text_columns=2)

@@ -1,0 +1,162 @@
+"""Single stages for people at a prompt: what `stats`, `train` and `eval` do with paths and a recipe's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter
+from plait.errors import UsageError
+from plait.evaluation.evaluate import halves
+from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, mean_score, write_scores
+from plait.progress import Progress
+from plait.recipe import Recipe
+from plait.recipe_file import require_known
+from plait.session import Session
+from plait.store import identity, read_manifest, staged_file
+
+
+def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
+    """Statistics of one task of a recipe, written to a file.
+
+    Returns:
+        output, task, samples, tokens, sites.
+    """
+    from plait.jobs import STATISTICS, plan
+    from plait.pipeline import finished
+    from plait.stages import run_job
+    from plait.statistics import read_statistics
+
+    require_known(task, [t if isinstance(t, str) else t.name for t in recipe.tasks], "task")
+    session = Session(recipe.model_copy(update={"seeds": [seed]}))
+    whole = plan(session, out.parent)
+    job = replace(next(j for j in whole.of(STATISTICS) if j.task == task), path=out)
+    reused = finished(job, overwrite=overwrite)
+    if not reused:
+        run_job(job, whole, session, overwrite=overwrite)
+    found = read_statistics(out)
+    tokens = max(m.count for m in found.sites.values())
+    samples = found.provenance.get("samples")
+    return {
+        "output": str(out.absolute()),
+        "task": task,
+        "samples": samples,
+        "tokens": tokens,
+        "sites": len(found.sites),
+        "reused": reused,
+    }
+
+
+def train_one(
+    recipe: Recipe, initial: Path, task: str, out: Path, *, seed: int, overwrite: bool, quiet: bool
+) -> dict[str, Any]:
+    """Fine-tune one adapter folder on one task of a recipe.
+
+    Returns:
+        output, task, and the result that the adapter's manifest holds.
+    """
+    from dataclasses import asdict
+
+    from plait.training import train_adapter
+
+    session = Session(recipe)
+    require_known(task, list(session.tasks), "task")
+    settings = recipe.training_of(recipe.arm_specs[0])
+    start = read_adapter(initial, name=task)
+    inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
+    options = {"training": asdict(settings), "data": session.data_identity(task), "rows": recipe.data.train_rows}
+    wanted = identity("adapter", options, inputs, seed)
+    progress = Progress(1.0, 1, quiet)
+    progress.start(f"train {task}", 1.0)
+    train_adapter(
+        start,
+        session.tasks[task],
+        session.training(task, seed),
+        session.base,
+        settings,
+        seed=seed,
+        out=out,
+        identity=wanted,
+        overwrite=overwrite,
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+    )
+    progress.close(f"trained {task}")
+    return {**(read_manifest(out) or {}).get("result", {}), "output": str(out.absolute()), "task": task}
+
+
+def evaluate_folders(
+    recipe: Recipe, folders: Sequence[str], *, scales: Sequence[float] | None, out: Path | None, overwrite: bool
+) -> dict[str, Any]:
+    """Score adapter folders on the tasks whose heads they carry.
+
+    Args:
+        recipe: Base, data and tasks.
+        folders: ``DIR`` or ``NAME=DIR``.
+        scales: With a grid, the best scale is chosen on one half of the validation rows and scores are of the other half;
+            without, scale 1 on all rows.
+        out: Where the long table goes, if anywhere.
+        overwrite: Replace it.
+
+    Returns:
+        adapters: a list of {adapter, scale, mean, floor, tasks: {task: {score, floor, n, metrics}}}.
+    """
+    from plait.merging.folders import read_named
+
+    session = Session(recipe)
+    found, rows = [], []
+    for folder in folders:
+        adapter = read_named(folder)
+        summary, scored = _evaluate(adapter, session, scales)
+        found.append(summary)
+        rows += scored
+    if out is not None:
+        with staged_file(out, overwrite=overwrite) as stage:
+            write_scores(stage, rows)
+    return {"adapters": found}
+
+
+def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None) -> tuple[dict[str, Any], list[Score]]:
+    tasks = [t for t in session.tasks if t in adapter.heads]
+    if not tasks:
+        heads = ", ".join(adapter.heads) or "none"
+        raise UsageError(
+            f"it carries heads for {heads}; the tasks are {', '.join(session.tasks)}",
+            where=adapter.name,
+            hint="NAME=DIR",
+        )
+    evaluator, grid = session.evaluator, sorted(set(scales or [1.0]))
+    parts = {t: halves(len(session.validation(t)), session.recipe.evaluation.split_seed) for t in tasks}
+    if scales is None:
+        parts = {t: {REPORTED: range(len(session.validation(t)))} for t in tasks}  # type: ignore[dict-item]
+    rows: list[Score] = []
+
+    def score(kind: str, scale: float, split: str) -> None:
+        for t in tasks:
+            part: Any = parts[t][split]
+            logits = evaluator.predict(t, adapter.heads[t], adapter if kind == ALONE else None, scale, part)
+            labels = {"arm": "", "adapter": kind, "method": adapter.name, "scale": scale, "seed": 0, "split": split}
+            rows.extend(evaluator.score_rows(logits, t, part, **labels))
+
+    if len(grid) > 1:
+        for scale in grid:
+            score(ALONE, scale, SELECTION)
+    chosen = max(grid, key=lambda s: mean_score(r for r in rows if r.scale == s)) if len(grid) > 1 else grid[0]
+    score(ALONE, chosen, REPORTED)
+    score(FLOOR, 0.0, REPORTED)
+    return _summary(adapter.name, chosen, tasks, rows), rows
+
+
+def _summary(name: str, scale: float, tasks: Sequence[str], rows: Sequence[Score]) -> dict[str, Any]:
+    reported = [r for r in rows if r.split == REPORTED]
+    by_task: dict[str, dict[str, Any]] = {}
+    for t in tasks:
+        mine = {r.metric: r for r in reported if r.task == t and r.adapter == ALONE}
+        floor = mean_score(r for r in reported if r.task == t and r.adapter == FLOOR)
+        metrics = {m: r.value for m, r in mine.items() if m != "score"}
+        by_task[t] = {"score": mine["score"].value, "floor": floor, "n": mine["score"].n, "metrics": metrics}
+    mean = sum(s["score"] for s in by_task.values()) / len(by_task)
+    floor = sum(s["floor"] for s in by_task.values()) / len(by_task)
+    return {"adapter": name, "scale": scale, "mean": mean, "floor": floor, "tasks": by_task}

@@ -1,0 +1,124 @@
+"""From statistics to adapters that are ready to be trained: files in, a PEFT folder out, no base model needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.init import initial_adapter
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import write_adapter
+from plait.errors import UsageError
+from plait.statistics import Statistics, read_statistics
+from plait.store import identity, is_done, sha256_file, staged_folder
+from plait.subspaces import compute_subspaces
+
+
+@dataclass(frozen=True, slots=True)
+class InitialSettings:
+    """How every adapter starts.
+
+    Args:
+        method: A subspace method.
+        rank: Rows of A.
+        alpha: LoRA's alpha; scaling is alpha / rank.
+        row_norm: Norm of each row of A; None for the method's own.
+        options: Of the method.
+        task_type: PEFT's task type.
+        target_modules: As PEFT's; None lists every module the statistics hold.
+    """
+
+    method: str = "contrastive"
+    rank: int = 8
+    alpha: float = 16.0
+    row_norm: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    task_type: str | None = "SEQ_CLS"
+    target_modules: tuple[str, ...] | str | None = None
+
+
+def initial_adapters(
+    statistics: Mapping[str, Statistics],
+    settings: InitialSettings,
+    *,
+    base: str,
+    revision: str | None = None,
+    tasks: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[Adapter, dict[str, Any]]]:
+    """Adapters with B = 0 whose A lies in each task's subspace, and what to remember of how it was chosen.
+
+    Args:
+        statistics: Task -> its statistics; "the others" of a task are all the other entries.
+        settings: Method, rank, alpha, norm.
+        base: Name of the base model, written into the adapter.
+        revision: Its revision.
+        tasks: Which of them get an adapter; all by default.
+        seed: Of methods that draw at random.
+    """
+    found = compute_subspaces(
+        settings.method,
+        statistics,
+        tasks=tasks,
+        rank=settings.rank,
+        row_norm=settings.row_norm,
+        options=settings.options,
+        seed=seed,
+    )
+    made = {}
+    for task, subspaces in found.items():
+        adapter = initial_adapter(
+            task,
+            base,
+            subspaces,
+            statistics[task].modules,
+            alpha=settings.alpha,
+            task_type=settings.task_type,
+            prefix=statistics[task].provenance.get("backbone_prefix", ""),
+            target_modules=settings.target_modules,
+        )
+        first = next(iter(subspaces.values()))
+        record = {"task": task, "subspace": first.method, "row_norm": first.row_norm, "rank": settings.rank}
+        made[task] = (replace(adapter, revision=revision), record)
+    return made
+
+
+def initialise_from_files(
+    own: Path, others: Sequence[Path], settings: InitialSettings, out: Path, *, seed: int = 0, overwrite: bool = False
+) -> dict[str, Any]:
+    """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
+
+    Returns:
+        output, task, subspace, rank, row_norm, others; `reused` where the folder already held it.
+
+    Raises:
+        UsageError: No others for a method that needs them; `out` holds something else.
+        InputError: A file that cannot be read, or files of different bases.
+    """
+    mine = read_statistics(own)
+    task = str(mine.provenance.get("task") or own.name.split(".")[0])
+    statistics = {task: mine}
+    for path in others:
+        found = read_statistics(path)
+        name = str(found.provenance.get("task") or path.name.split(".")[0])
+        if name in statistics:
+            raise UsageError(
+                f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
+            )
+        statistics[name] = found
+    inputs = {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
+    wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
+    base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
+    summary = {"output": str(out.absolute()), "task": task, "others": [t for t in statistics if t != task]}
+    if is_done(out, wanted, overwrite=overwrite):
+        return {**summary, "reused": True}
+    adapter, record = initial_adapters(statistics, settings, base=base, revision=revision, tasks=[task], seed=seed)[
+        task
+    ]
+    result: dict[str, Any] = {}
+    with staged_folder(out, wanted, overwrite=overwrite, result=result) as folder:
+        result |= record
+        write_adapter(folder, adapter)
+    return {**summary, **record, "reused": False}

@@ -1,0 +1,94 @@
+"""The plots of a report, as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait.report.summary import Line
+
+# Okabe & Ito's palette: told apart with any colour vision.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000")
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 9}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": "plait", "svg.fonttype": "none"}):  # the same numbers give the same bytes
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def bars(lines: Sequence[Line]) -> str:
+    """Merged score of every arm and merge, with what the arm's adapters reach alone (tick) and the floor (line)."""
+    arms, merges = list(dict.fromkeys(x.arm for x in lines)), list(dict.fromkeys(x.merge for x in lines))
+    figure, (axis,) = _figure(max(5.0, 0.5 + 0.35 * len(arms) * (len(merges) + 1)), 3.2)
+    width = 0.8 / len(merges)
+    for line in lines:
+        k = merges.index(line.merge)
+        x = arms.index(line.arm) + (k - (len(merges) - 1) / 2) * width
+        label = line.merge if line.arm == arms[0] else None
+        axis.bar(
+            x, line.merged.value, 0.92 * width, yerr=line.merged.error, color=COLOURS[k % 8], label=label, capsize=2
+        )
+    for i, arm in enumerate(arms):
+        alone = next(x.alone.value for x in lines if x.arm == arm)
+        axis.hlines(alone, i - 0.45, i + 0.45, colors="black", label="each alone" if i == 0 else None)
+    axis.axhline(lines[0].floor.value, color="grey", linestyle=":", label="floor")
+    axis.set_xticks(range(len(arms)), arms)
+    low = min([lines[0].floor.value, *(x.merged.value for x in lines)])
+    axis.set_ylim(bottom=max(0.0, low - 8))
+    axis.set_ylabel("mean score, %")
+    axis.legend(fontsize=8, ncols=2)
+    return _svg(figure)
+
+
+def curves(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], lines: Sequence[Line]) -> str:
+    """Selection score against the scale of the merge, one panel a merge, one curve an arm."""
+    merges = list(dict.fromkeys(m for by_merge in found.values() for m in by_merge))
+    figure, axes = _figure(3.4 * len(merges), 3.0, len(merges))
+    for axis, merge in zip(axes, merges, strict=True):
+        for k, (arm, by_merge) in enumerate(found.items()):
+            if merge in by_merge:
+                x, y = zip(*by_merge[merge], strict=True)
+                axis.plot(x, y, marker="o", markersize=3.5, color=COLOURS[k % 8], label=arm)
+        axis.set_title(merge)
+        axis.set_xlabel("scale")
+    axes[0].set_ylabel("mean score, % (selection half)")
+    axes[0].legend(fontsize=8)
+    return _svg(figure)
+
+
+def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Predicted relative output shift: row, whose adapter; column, whose inputs; one panel an arm, one colour scale."""
+    import numpy as np
+
+    arms = list(tables)
+    tasks = list(next(iter(tables.values())))
+    side = 0.42 * len(tasks) + 1.5
+    figure, axes = _figure(side * len(arms), side, len(arms))
+    grids = {arm: np.array([[tables[arm][i][j] for j in tasks] for i in tasks]) for arm in arms}
+    top = max(float(np.nanmax(g)) for g in grids.values())
+    image = None
+    for axis, arm in zip(axes, arms, strict=True):
+        image = axis.imshow(grids[arm], cmap="viridis", vmin=0, vmax=top)
+        axis.set_title(arm)
+        axis.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right")
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_xlabel("inputs of")
+    axes[0].set_ylabel("adapter of")
+    figure.colorbar(image, ax=list(axes), shrink=0.7, format="%.2g")
+    return _svg(figure)
