@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,18 +29,20 @@ def task_loss(kind: str, logits: Tensor, labels: Tensor, items: Tensor | int | N
     return loss / ((targets != IGNORED).sum().clamp(min=1) if items is None else items)
 
 
-def member_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """`task_loss` of each of several stacked batches: (members, n, ...) logits to (members,) losses."""
+def member_sums(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the losses of each of several stacked batches.
+
+    Args:
+        kind: The task's, as in `task_loss`; for text, logits already stand beside the token they predict.
+        logits: (members, n, classes), or (members, n, length, vocabulary).
+        labels: (members, n), or (members, n, length).
+
+    Returns:
+        (members,); divided by the number of rows or labelled tokens of the step it is `task_loss`.
+    """
     members = logits.shape[0]
     if kind == "regression":
-        return (logits.float().reshape(members, -1) - labels.float().reshape(members, -1)).square().mean(1)
-    if kind == "causal":
-        logits, labels = logits[:, :, :-1], labels[:, :, 1:]
-    flat, targets = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
-    losses = functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="none").view(members, -1)
-    return losses.sum(1) / (targets.view(members, -1) != IGNORED).sum(1).clamp(min=1)
-
-
-def finite(losses: Tensor) -> bool:
-    """Whether every loss is a number."""
-    return bool(torch.isfinite(losses).all())
+        return (logits.float().reshape(members, -1) - labels.float().reshape(members, -1)).square().sum(1)
+    flat, targets = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1).long()
+    losses = functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="none")
+    return losses.view(members, -1).sum(1)

@@ -17,10 +17,12 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import BaseModel, base_fingerprint, load_task_model, load_tokenizer, quiet_transformers
 from plait.errors import EnvironmentFault, InputError
+from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task, collate, encode
 from plait.training.checkpoints import checkpoint_root, latest_whole, open_root
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
+from plait.training.prepare import prepare_constraint
 from plait.training.settings import TrainingSettings
 
 
@@ -36,6 +38,7 @@ def train_adapter(
     identity: Mapping[str, Any],
     overwrite: bool = False,
     progress: Callable[[int, int, float | None], None] | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> Adapter:
     """Train an adapter on one task and write it as a PEFT folder.
 
@@ -50,6 +53,7 @@ def train_adapter(
         identity: What the result is (`plait.store.identity`); a folder that already holds it is read, not redone.
         overwrite: Train even where `out` holds something.
         progress: Called after each step with the step, the number of steps and the last logged loss.
+        statistics: Task -> statistics, of all tasks; for the constraints "projected" and "penalised".
 
     Returns:
         The trained adapter with its head, as read back from `out`. The manifest's result holds the task, the backbone's
@@ -72,7 +76,7 @@ def train_adapter(
     root = checkpoint_root(out)
     open_root(root, identity)
     with _quiet(), torch.random.fork_rng():
-        trained, result = _run(initial, task, examples, base, settings, seed, root, progress)
+        trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics)
     result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
     if not _is_writer():
         return trained
@@ -92,8 +96,10 @@ def _run(
     seed: int,
     root: Path,
     progress: Callable[[int, int, float | None], None] | None,
+    statistics: Mapping[str, Statistics] | None,
 ) -> tuple[Adapter, dict[str, Any]]:
-    from plait.training.trainer import TaskTrainer, Watcher, training_arguments
+    from plait.training.callbacks import ConstraintCallback, Snapshots, Watcher
+    from plait.training.trainer import TaskTrainer, training_arguments
 
     tokenizer = load_tokenizer(base)
     tokenizer.padding_side = "right"
@@ -101,10 +107,15 @@ def _run(
     if not settings.base_dropout:
         silence_dropout(model)
     started = for_task(initial, task, model)
+    constraint = prepare_constraint(settings, started, statistics, task=task.name)
     peft_model = attach(model, started, dropout=settings.dropout)
     rows = encode(tokenizer, task, examples, settings.max_length)
     total = settings.total_steps(len(rows))
-    watcher = Watcher(progress)
+    callbacks = [
+        Watcher(progress),
+        ConstraintCallback(constraint, peft_model),
+        Snapshots(settings.snapshots, root, peft_model, started),
+    ]
     trainer = TaskTrainer(
         task=task,
         settings=settings,
@@ -112,7 +123,7 @@ def _run(
         model=peft_model,
         args=training_arguments(settings, total, seed, root, base.torch_device),
         data_collator=functools.partial(collate, tokenizer),
-        callbacks=[watcher],
+        callbacks=callbacks,
     )
     for built_in in ("PrinterCallback", "ProgressCallback"):
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == built_in]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from plait.errors import RunError
 from plait.tasks.task import Task
 from plait.training.checkpoints import seal
 from plait.training.losses import task_loss
 from plait.training.settings import TrainingSettings, row_order
-
-Progress = Callable[[int, int, float | None], None]
 
 
 class RowOrder(Sampler[int]):
@@ -106,29 +104,6 @@ def parameter_groups(model: Any, settings: TrainingSettings) -> list[dict[str, A
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
-
-
-class Watcher(TrainerCallback):
-    """Collects losses, reports progress, and stops a run whose loss is no number."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-        self.losses: list[tuple[int, float]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report a step."""
-        if self.progress is not None and state.is_world_process_zero:
-            self.progress(state.global_step, state.max_steps, self.losses[-1][1] if self.losses else None)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Keep a logged loss."""
-        loss = (logs or {}).get("loss")
-        if loss is not None:
-            if not np.isfinite(loss):
-                raise RunError(
-                    f"the loss is {loss} at step {state.global_step}", hint="lower the learning rate, or use fp32"
-                )
-            self.losses.append((int(state.global_step), float(loss)))
 
 
 def training_arguments(settings: TrainingSettings, total: int, seed: int, root: Path, device: torch.device) -> Any:

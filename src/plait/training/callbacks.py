@@ -1,0 +1,91 @@
+"""What plait does inside somebody's HF Trainer or TRL trainer. Imports transformers: import it late."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import write_adapter
+from plait.errors import RunError
+from plait.training.constraints import Constraint, attach_constraint, freeze_rows
+from plait.training.peft_model import detach
+
+Progress = Callable[[int, int, float | None], None]
+
+
+class ConstraintCallback(TrainerCallback):
+    """Keeps a constraint while any HF Trainer, TRL's included, trains a PeftModel.
+
+    Args:
+        constraint: From `plait.training.prepare_constraint`.
+        model: The PeftModel; needed for "frozen" where processes are several, to freeze before DDP looks.
+    """
+
+    def __init__(self, constraint: Constraint, model: Any = None) -> None:
+        self.constraint = constraint
+        self._remove: Callable[[], None] | None = None
+        if model is not None and constraint.kind == "frozen":
+            freeze_rows(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Hang the constraint on the optimiser that the trainer has made."""
+        self._remove = attach_constraint(given["optimizer"], given["model"], self.constraint)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take it off."""
+        if self._remove is not None:
+            self._remove()
+
+
+class Snapshots(TrainerCallback):
+    """Keeps the adapter as it is after some steps.
+
+    Args:
+        steps: After which.
+        root: Folder; each goes into ``steps/NNNNNN`` there.
+        model: The PeftModel.
+        adapter: What it was made from.
+    """
+
+    def __init__(self, steps: tuple[int, ...], root: Path, model: Any, adapter: Adapter) -> None:
+        self.steps, self.root, self.model, self.adapter = set(steps), root / "steps", model, adapter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write one, whole."""
+        if state.global_step in self.steps and state.is_world_process_zero:
+            name = f"{state.global_step:06d}"
+            stage = self.root / f".{name}"
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+            write_adapter(stage, detach(self.model, self.adapter, {}))
+            shutil.rmtree(self.root / name, ignore_errors=True)
+            stage.rename(self.root / name)
+
+
+class Watcher(TrainerCallback):
+    """Collects losses, reports progress, and stops a run whose loss is no number."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.losses: list[tuple[int, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report a step."""
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps, self.losses[-1][1] if self.losses else None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Keep a logged loss."""
+        loss = (logs or {}).get("loss")
+        if loss is not None:
+            if not np.isfinite(loss):
+                raise RunError(
+                    f"the loss is {loss} at step {state.global_step}", hint="lower the learning rate, or use fp32"
+                )
+            self.losses.append((int(state.global_step), float(loss)))

@@ -1,0 +1,242 @@
+"""Keeping A in its subspace while training: four constraints, as arithmetic around an optimiser step.
+
+`free` does nothing. `frozen` never moves A. `projected` sends A back after each step, A <- A Q^T Q. `penalised` adds
+the gradient of beta * sum over modules of tr(D m D^T) / tr(W0 m W0^T) before each step, with D = s B A and m the other
+tasks' mean normalised second moment: the relative shift of their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a constraint does to one module.
+
+    Args:
+        matrix: (m, d) orthonormal rows to project on, or the others' (d, d) moment; shared where modules share an input.
+        weight: beta / tr(W0 m W0^T) of a penalty; 0 for a projection.
+    """
+
+    matrix: Tensor
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """One adapter's constraint.
+
+    Args:
+        kind: "free", "frozen", "projected" or "penalised".
+        rules: Module, relative to the backbone -> rule; empty for free and frozen.
+    """
+
+    kind: str = "free"
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One module's factors of one adapter, where they are trained: tensors that are changed in place.
+
+    Args:
+        A: (r, d) values.
+        B: (out, r) values.
+        A_gradient, B_gradient: Of the same shapes.
+        scaling: s in D = s B A.
+        rule: What is done to them.
+    """
+
+    A: Tensor
+    B: Tensor
+    A_gradient: Tensor
+    B_gradient: Tensor
+    scaling: float
+    rule: Rule
+
+
+def projected_rows(A: Float[Tensor, "n r d"], Q: Float[Tensor, "n m d"]) -> Float[Tensor, "n r d"]:
+    """A Q^T Q: the nearest rows in the span of Q's orthonormal rows."""
+    return torch.bmm(torch.bmm(A, Q.transpose(1, 2)), Q)
+
+
+def penalty_gradients(
+    A: Float[Tensor, "n r d"], B: Float[Tensor, "n out r"], AM: Float[Tensor, "n r d"], weight: Float[Tensor, "n 1 1"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and gradients of weight * tr(B A M A^T B^T), M symmetric.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        AM: A M, which the caller computes (adapters that share M share the product).
+        weight: beta s^2 / tr(W0 M W0^T).
+
+    Returns:
+        (n,) values, gradients of A and of B: 2 w (B^T B) A M and 2 w B (A M A^T).
+    """
+    inner = torch.bmm(AM, A.transpose(1, 2))
+    gram = torch.bmm(B.transpose(1, 2), B)
+    values = (weight[:, 0, 0]) * (gram * inner).sum((1, 2))
+    return values, 2 * weight * torch.bmm(gram, AM), 2 * weight * torch.bmm(B, inner)
+
+
+class Enforcer:
+    """Applies constraints to cells before and after an optimiser step; cells of one shape in one batched product.
+
+    Cost: two (r, d) x (d, m) products a module for a projection; one (r, d) x (d, d) for a penalty.
+    """
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._projected = [_Batch(b) for b in _by_shape([c for c in cells if c.rule.weight == 0.0])]
+        self._penalised = [_Batch(b) for b in _by_shape([c for c in cells if c.rule.weight != 0.0])]
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Add the penalties' gradients to what the optimiser is about to use (after clipping: they are not clipped)."""
+        for batch in self._penalised:
+            _, of_A, of_B = batch.penalty()
+            torch._foreach_add_(batch.A_gradients, list(of_A.unbind()))
+            torch._foreach_add_(batch.B_gradients, list(of_B.unbind()))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Send A back into its span."""
+        for batch in self._projected:
+            torch._foreach_copy_(batch.As, list(batch.projected().unbind()))
+
+    @torch.no_grad()
+    def penalty(self) -> float:
+        """The penalties' sum at present."""
+        return float(sum(float(batch.penalty()[0].sum()) for batch in self._penalised))
+
+
+class _Batch:
+    """Cells of one shape, ordered by the matrix they use."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        keys = [id(c.rule.matrix) for c in cells]
+        distinct = list(dict.fromkeys(keys))
+        cells = [c for k in distinct for c, key in zip(cells, keys, strict=True) if key == k]
+        counts = {keys.count(k) for k in distinct}
+        device = cells[0].A.device
+        every = {id(c.rule.matrix): c.rule.matrix for c in cells}
+        # Where each matrix serves equally many cells their rows are stacked under it; otherwise it is repeated.
+        self.sharing = counts.pop() if len(counts) == 1 else 1
+        chosen = (
+            [every[k] for k in distinct]
+            if self.sharing * len(distinct) == len(cells)
+            else [c.rule.matrix for c in cells]
+        )
+        self.matrices = torch.stack([m.to(device, torch.float32) for m in chosen])
+        self.As, self.Bs = [c.A for c in cells], [c.B for c in cells]
+        self.A_gradients, self.B_gradients = [c.A_gradient for c in cells], [c.B_gradient for c in cells]
+        weights = [c.rule.weight * c.scaling**2 for c in cells]
+        self.weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None]
+
+    def _under(self, A: Tensor) -> Tensor:
+        """(matrices, sharing * r, d): the rows of all cells of a matrix beneath each other."""
+        return A.reshape(len(self.matrices), -1, A.shape[-1])
+
+    def projected(self) -> Tensor:
+        A = torch.stack(self.As)
+        return projected_rows(self._under(A), self.matrices).view(A.shape)
+
+    def penalty(self) -> tuple[Tensor, Tensor, Tensor]:
+        A, B = torch.stack(self.As), torch.stack(self.Bs)
+        AM = torch.bmm(self._under(A), self.matrices).view(A.shape)
+        return penalty_gradients(A, B, AM, self.weight)
+
+
+def _by_shape(cells: Sequence[Cell]) -> list[list[Cell]]:
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.A.shape, cell.B.shape, cell.rule.matrix.shape), []).append(cell)
+    return list(groups.values())
+
+
+# --- on a model that somebody else trains -----------------------------------------------------------------------------
+
+
+def freeze_rows(model: Any) -> None:
+    """Stop training every A of a PeftModel; before the optimiser is made, or before DDP wraps the model."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+
+
+def cells_of(model: Any, constraint: Constraint, adapter_name: str = "default") -> list[Cell]:
+    """The cells of a PeftModel's adapter; in place of the gradients, the parameters whose `grad` they will be.
+
+    Raises:
+        KeyError: A module of the constraint has no LoRA layer in the model.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    found = []
+    for module, rule in constraint.rules.items():
+        layer = next((m for name, m in layers.items() if name == module or name.endswith(f".{module}")), None)
+        if layer is None:
+            raise KeyError(f"{module} has no LoRA layer in this model")
+        A: Any = layer.lora_A[adapter_name].weight
+        B: Any = layer.lora_B[adapter_name].weight
+        found.append(Cell(A.data, B.data, A, B, float(layer.scaling[adapter_name]), rule))
+    return found
+
+
+def attach_constraint(optimizer: Any, model: Any, constraint: Constraint) -> Callable[[], None]:
+    """Make an optimiser keep a constraint on a PeftModel it trains, in any loop.
+
+    The work hangs on the optimiser's own step, so it happens once a step whatever accumulation, mixed precision or
+    number of processes: under DDP every process adds the same numbers to gradients that are already averaged.
+
+    Args:
+        optimizer: A torch optimiser, or a wrapper with the attribute `optimizer` (accelerate).
+        model: A PeftModel, bare or wrapped by DDP.
+        constraint: From `prepare_constraint`.
+
+    Returns:
+        A function that takes the hooks off again.
+
+    **Deviates**: The penalty's gradient joins after gradient clipping, as weight decay does in AdamW; the loss that a
+    trainer logs does not contain it.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    bare = getattr(model, "module", model)
+    if constraint.kind == "frozen":
+        freeze_rows(bare)
+    cells = cells_of(bare, constraint)
+    if not cells:
+        return lambda: None
+    owned: list[Tensor] = [p for c in cells for p in (c.A_gradient, c.B_gradient)]  # parameters: .grad is new each step
+    buffers = [Cell(c.A, c.B, torch.zeros_like(c.A), torch.zeros_like(c.B), c.scaling, c.rule) for c in cells]
+    enforcer = Enforcer(buffers)
+    if constraint.kind == "projected":
+        enforcer.after_step()
+
+    def before(*_: Any) -> None:
+        added = [g for c in buffers for g in (c.A_gradient, c.B_gradient)]
+        torch._foreach_zero_(added)
+        enforcer.before_step()
+        for parameter, gradient in zip(owned, added, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(gradient)
+
+    hooks = []
+    if constraint.kind == "penalised":
+        hooks.append(inner.register_step_pre_hook(before))
+    if constraint.kind == "projected":
+        hooks.append(inner.register_step_post_hook(lambda *_: enforcer.after_step()))
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove

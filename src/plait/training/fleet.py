@@ -1,0 +1,220 @@
+"""Training many adapters of one frozen base in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.adapters.lora import LINEAR, Adapter
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.base import BaseModel, base_fingerprint
+from plait.errors import InputError, RunError, UsageError
+from plait.statistics.moments import Statistics
+from plait.store import is_done, staged_folder
+from plait.tasks import Examples, Task
+from plait.training.fleet_run import Outcome, Shared, cohort_size, run_cohort
+from plait.training.settings import TrainingSettings
+from plait.training.train import loss_summary, train_adapter
+
+Progress = Callable[[int, int, float | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter of a fleet: exactly what `train_adapter` takes.
+
+    Args:
+        initial: What it starts from.
+        task: Its task.
+        examples: Its training rows; members may share them.
+        settings: Its own rates, steps, constraint.
+        seed: Of its head and the order of its rows.
+        out: The folder to write.
+        identity: What the result is.
+        statistics: Of all tasks, where its constraint needs them.
+    """
+
+    initial: Adapter
+    task: Task
+    examples: Examples
+    settings: TrainingSettings
+    seed: int
+    out: Path
+    identity: Mapping[str, Any]
+    statistics: Mapping[str, Statistics] | None = None
+
+
+def train_fleet(
+    members: Sequence[Member],
+    base: BaseModel,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    limit: int | None = None,
+) -> list[Adapter]:
+    """Train many adapters, the base's forward and backward pass running once for all rows of a step.
+
+    Each member ends where `train_adapter` would have brought it, to rounding: the same rows in the same order, its own
+    head, rate, clipping, AdamW state and constraint. Members that cannot be stacked (dropout, early stopping, trackers,
+    embeddings) are trained alone.
+
+    Args:
+        members: In any order; no two with one `out`.
+        base: The base model.
+        overwrite: Train even where a folder holds something.
+        progress: Called with steps done, steps to do (over all members) and the mean loss of late.
+        limit: At most so many members at once; by default as many as memory and the device's appetite allow. Where
+            memory runs out all the same, the members are split in two and go on from their last checkpoint.
+
+    Returns:
+        The adapters in the order of the members, as read back from their folders.
+
+    Raises:
+        RunError: The loss of some members became NaN or infinite; the others are finished and written first.
+
+    Cost:
+        Per step about one forward and one backward pass on the stacked rows, the base in the autocast dtype.
+
+    **Deviates**: A half-precision base or precision "bf16" holds the base's matrices in bf16 once; the HF Trainer casts
+    them on every pass. Factors, heads, and optimiser states are float32 in both.
+    """
+    members = list(members)
+    if len({str(Path(m.out).absolute()) for m in members}) < len(members):
+        raise UsageError("two members write the same folder")
+    todo = [m for m in members if not is_done(m.out, m.identity, overwrite=overwrite)]
+    for m in todo:
+        if len(m.examples) == 0:
+            raise InputError("no training rows", where=f"task {m.task.name}")
+    meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
+    failed: list[str] = []
+    for group in _groups([m for m in todo if stackable(m)]):
+        shared = Shared(group, base)
+        size = min(limit or len(group), cohort_size(shared))
+        for start in range(0, len(group), size):
+            failed += _train_group(list(range(start, min(start + size, len(group)))), shared, overwrite, meter)
+        shared.release()
+    for m in (m for m in todo if not stackable(m)):
+        _train_alone(m, base, overwrite, meter)
+    if failed:
+        raise RunError(
+            f"the loss of {len(failed)} of {len(members)} adapters became NaN or infinite: {', '.join(failed[:5])}",
+            hint="lower their learning rate; the others are written",
+        )
+    return [read_adapter(m.out) for m in members]
+
+
+def stackable(member: Member) -> bool:
+    """Whether a member can be trained in a stack; otherwise `train_fleet` trains it alone."""
+    s = member.settings
+    alone = s.dropout > 0 or s.base_dropout or s.evaluate_every is not None or s.report_to
+    return not alone and all(f.kind == LINEAR for f in member.initial.modules.values())
+
+
+def _groups(members: Sequence[Member]) -> list[list[Member]]:
+    """Members that can be stepped together, those with rows of like length and of one task side by side."""
+    groups: dict[tuple[Any, ...], list[Member]] = {}
+    for m in members:
+        text = m.task.kind if m.task.kind in ("causal", "seq2seq") else "head"
+        s = m.settings
+        key = (text, s.batch_size, s.precision, s.max_length, s.total_steps(len(m.examples)))
+        groups.setdefault(key, []).append(m)
+    return [sorted(g, key=lambda m: (_typical_length(m), m.task.name)) for _, g in sorted(groups.items())]
+
+
+def _typical_length(member: Member) -> float:
+    texts = member.examples.texts[:500]
+    return sum(len(part) for row in texts for part in row) / len(texts)
+
+
+def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Meter) -> list[str]:
+    """Train members of a group, splitting them where memory runs out; returns the names of those that failed."""
+    started = time.monotonic()
+    done = meter.done
+    try:
+        outcome = run_cohort(shared, chosen, meter)
+    except torch.OutOfMemoryError:
+        if len(chosen) == 1:
+            raise
+        torch.cuda.empty_cache()
+        meter.done = done
+        half = len(chosen) // 2
+        parts = (chosen[:half], chosen[half:])
+        return [name for part in parts for name in _train_group(part, shared, overwrite, meter)]
+    seconds = time.monotonic() - started
+    failed = []
+    for place, index in enumerate(outcome.order):
+        member = shared.members[index]
+        if outcome.failed[place]:
+            failed.append(str(member.out))
+        else:
+            _write(member, outcome, place, shared, overwrite, seconds)
+    outcome.forget()
+    return failed
+
+
+def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwrite: bool, seconds: float) -> None:
+    adapter = outcome.adapters[place]
+    result = {
+        "task": member.task.name,
+        "kind": member.task.kind,
+        "labels": list(member.task.labels) if member.task.labels else None,
+        "backbone_prefix": adapter.prefix,
+        "steps": len(outcome.losses),
+        "losses": loss_summary(outcome.curve(place)),
+        "seconds": round(seconds / len(outcome.order), 3),
+        "fleet": len(outcome.order),
+        "base_sha256": base_fingerprint(shared.base),
+    }
+    with staged_folder(member.out, member.identity, overwrite=overwrite, result=result) as stage:
+        write_adapter(stage, adapter)
+        for step, snapshot in outcome.snapshots.get(place, {}).items():
+            folder = stage / "steps" / f"{step:06d}"
+            folder.mkdir(parents=True)
+            write_adapter(folder, snapshot)
+
+
+def _train_alone(m: Member, base: BaseModel, overwrite: bool, meter: _Meter) -> None:
+    def one(step: int, total: int, loss: float | None) -> None:
+        meter(1, loss)
+
+    train_adapter(
+        m.initial,
+        m.task,
+        m.examples,
+        base,
+        m.settings,
+        seed=m.seed,
+        out=m.out,
+        identity=m.identity,
+        overwrite=overwrite,
+        progress=one,
+        statistics=m.statistics,
+    )
+
+
+class _Meter:
+    """Adds up adapter-steps for `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, steps: int, loss: float | None) -> None:
+        self.done += steps
+        if self.progress is not None:
+            self.progress(self.done, self.total, loss)
+
+
+def rates_sweep(member: Member, rates: Mapping[str, float]) -> list[Member]:
+    """One member per learning rate; each writes into ``NAME-KEY`` beside the member's own folder."""
+    made = []
+    for key, rate in rates.items():
+        settings = replace(member.settings, lr=rate)
+        identity = {**member.identity, "options": {**member.identity.get("options", {}), "lr": rate}}
+        out = member.out.with_name(f"{member.out.name}-{key}")
+        made.append(replace(member, settings=settings, out=out, identity=identity))
+    return made

@@ -1,0 +1,252 @@
+"""One fleet's run: the shared base, the rows on the device, the steps, and the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from plait.adapters.lora import Adapter
+from plait.adapters.tensors import read_tensors, write_tensors
+from plait.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
+from plait.errors import UsageError
+from plait.evaluation.evaluate import task_view
+from plait.store import sha256_json
+from plait.tasks import encode
+from plait.training.checkpoints import latest_whole, open_root, seal
+from plait.training.cohort import Cohort, Trainee, step_items
+from plait.training.heads import Ends
+from plait.training.peft_model import for_task
+from plait.training.prepare import prepare_constraint
+from plait.training.rowbank import RowBank, row_bank, step_plan
+from plait.training.settings import row_order
+from plait.training.stacked import common_shapes
+
+if TYPE_CHECKING:
+    from plait.training.fleet import Member
+
+_LOOK_EVERY = 25  # steps between looks at the losses: each makes the host wait for the device
+_STATE, _SNAPSHOT = "state.safetensors", "snapshot."
+# Tokens a step is worth having at once: more no longer makes the device faster, it only takes memory.
+_APPETITE = {"cuda": 131_072, "cpu": 4_096}
+_SPARE = 0.8  # of the free memory: activations of unlike lengths leave gaps
+
+
+class Shared:
+    """What all members of a group use: one base, its views with other heads, and the rows on the device."""
+
+    def __init__(self, members: Sequence[Member], base: BaseModel) -> None:
+        if base.torch_dtype == torch.float16:
+            raise UsageError("float16 cannot train: gradients underflow", where="base.dtype", hint="use bfloat16")
+        self.members, self.base = list(members), base
+        self.device, self.kind = base.torch_device, members[0].task.kind
+        self.whole = load_task_model(base, members[0].task, seed=members[0].seed).requires_grad_(False).eval()
+        self.backbone, self.prefix = backbone_of(self.whole)
+        self._trainees = self._prepare()
+        self.shapes = common_shapes([m.initial for m in members], self.backbone)
+        self.ends = {view: Ends(model) for view, model in self._views.values()} if self.prefix else {}
+        self.autocast = None
+        if members[0].settings.precision == "bf16" and base.torch_dtype == torch.float32:
+            self.autocast = torch.bfloat16
+            _hold_matrices_in(self.backbone, torch.bfloat16)
+        self._encode()
+
+    def _prepare(self) -> list[Trainee]:
+        """Views by shape of head, heads drawn from each member's seed, constraints shared where they are equal."""
+        self._views: dict[tuple[Any, ...], tuple[int, nn.Module]] = {}
+        constraints: dict[tuple[Any, ...], Any] = {}
+        found = []
+        for m in self.members:
+            text = m.task.kind in ("causal", "seq2seq")
+            key = (m.task.kind, 0 if text else m.task.num_labels)
+            if key not in self._views:
+                self._views[key] = (len(self._views), self.whole if text else task_view(self.whole, m.task))
+            number, view = self._views[key]
+            if not text:
+                draw_head(view, m.seed)
+            adapter = for_task(m.initial, m.task, view)
+            s = m.settings
+            rule = (m.task.name, s.constraint, json.dumps(dict(s.constraint_options), sort_keys=True))
+            full = (*rule, id(m.statistics), tuple(adapter.modules))
+            if full not in constraints:
+                constraints[full] = prepare_constraint(s, adapter, m.statistics, task=m.task.name)
+            total = s.total_steps(len(m.examples))
+            found.append(Trainee(adapter, number, m.task.kind, s, total, constraints[full]))
+        return found
+
+    def _encode(self) -> None:
+        tokenizer = load_tokenizer(self.base)
+        rows: list[dict[str, Any]] = []
+        offsets: dict[tuple[int, str], int] = {}
+        self.offsets = []
+        for m in self.members:
+            key = (id(m.examples), m.task.name)
+            if key not in offsets:
+                offsets[key] = len(rows)
+                rows += encode(tokenizer, m.task, m.examples, m.settings.max_length)
+            self.offsets.append(offsets[key])
+        self.bank: RowBank = row_bank(rows, tokenizer.pad_token_id, self.kind, self.device)
+
+    def rows_of(self, chosen: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(steps, members, batch) positions in the bank."""
+        parts = []
+        for i in chosen:
+            m, t = self.members[i], self._trainees[i]
+            order = row_order(len(m.examples), t.total * m.settings.batch_size, m.seed) + self.offsets[i]
+            parts.append(order.reshape(t.total, m.settings.batch_size))
+        return np.stack(parts, 1)
+
+    def cohort(self, chosen: Sequence[int]) -> tuple[Cohort, list[int]]:
+        """The cohort of some members, and their order in it: by view, so that heads of one shape stand together."""
+        order = sorted(chosen, key=lambda i: self._trainees[i].view)
+        trainees = [self._trainees[i] for i in order]
+        return Cohort(trainees, self.backbone, self.ends, self.whole, self.shapes, self.autocast), order
+
+    def release(self) -> None:
+        """Let the device's memory go."""
+        del self.whole, self.backbone, self.ends, self.bank
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _hold_matrices_in(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Cast once what autocast would cast on every pass: the weights and biases of linear layers."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.to(dtype)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a cohort ends with.
+
+    Args:
+        order: Members, by their number in the group, as they stand in the cohort.
+        adapters: One for each.
+        losses: (steps, members).
+        failed: Whether a member's loss left the numbers.
+        snapshots: Place -> step -> adapter.
+        root: Where its checkpoints are.
+    """
+
+    order: list[int]
+    adapters: list[Adapter]
+    losses: np.ndarray[Any, np.dtype[np.float32]]
+    failed: list[bool]
+    snapshots: dict[int, dict[int, Adapter]] = field(default_factory=dict)
+    root: Path | None = None
+
+    def curve(self, place: int) -> list[tuple[int, float]]:
+        """(step, mean loss since the one before), about twenty of them."""
+        every = max(1, len(self.losses) // 20)
+        ends = sorted({1, *range(every, len(self.losses) + 1, every), len(self.losses)})
+        starts = [0, *ends[:-1]]
+        return [(e, float(self.losses[s:e, place].mean())) for s, e in zip(starts, ends, strict=True)]
+
+    def forget(self) -> None:
+        """Remove the checkpoints, once the members are written."""
+        if self.root is not None:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+
+def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, float | None], None]) -> Outcome:
+    """Step some members of a group to their end, going on from a whole checkpoint of the same members."""
+    cohort, order = shared.cohort(chosen)
+    members = [shared.members[i] for i in order]
+    rows = shared.rows_of(order)
+    multiple = 8 if shared.device.type == "cuda" else 1
+    plan = step_plan(shared.bank, rows, shared.device, multiple=multiple)
+    items = step_items(shared.bank, rows, shared.kind, shared.device)
+    total = len(rows)
+    losses = torch.zeros(total, len(order), device=shared.device)
+    root, every = _root_of(members), min((m.settings.checkpoint_every or total for m in members), default=total)
+    snapshots: dict[int, Tensor] = {}
+    start = _restore(root, cohort, losses, snapshots) if root else 0
+    meter(start * len(order), None)
+    for step in range(start, total):
+        losses[step] = cohort.step(step, shared.bank, plan, items[step])
+        done = step + 1
+        if any(done in m.settings.snapshots for m in members):
+            snapshots[done] = cohort.parameters.values.cpu()
+        if root and done % every == 0 and done < total:
+            _save(root, done, cohort, losses, snapshots)
+        if done % _LOOK_EVERY == 0 or done == total:
+            since = (step // _LOOK_EVERY) * _LOOK_EVERY
+            meter((done - max(since, start)) * len(order), float(losses[since:done].mean()))
+    values, curve = cohort.parameters.values.cpu(), losses.cpu().numpy()
+    failed = [not np.isfinite(curve[:, p]).all() or not bool(values[p].isfinite().all()) for p in range(len(order))]
+    adapters = [cohort.adapter_of(p, values[p]) for p in range(len(order))]
+    kept = {
+        place: {
+            step: cohort.adapter_of(place, snapshots[step][place]) for step in m.settings.snapshots if step <= total
+        }
+        for place, m in enumerate(members)
+    }
+    return Outcome(order, adapters, curve, failed, kept, root)
+
+
+def _root_of(members: Sequence[Member]) -> Path | None:
+    """The fleet's checkpoint folder, beside its first member's; None where no member asks for checkpoints."""
+    if all(m.settings.checkpoint_every is None for m in members):
+        return None
+    identity: Mapping[str, Any] = {"members": [[str(m.out), dict(m.identity)] for m in members]}
+    root = Path(members[0].out).absolute().parent / f".fleet-{sha256_json(identity)[:12]}.checkpoints"
+    open_root(root, identity)
+    return root
+
+
+def _save(root: Path, step: int, cohort: Cohort, losses: Tensor, snapshots: Mapping[int, Tensor]) -> None:
+    flat, stage = cohort.parameters, root / "staging"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    state = {"values": flat.values, "first": flat.first, "second": flat.second, "losses": losses}
+    state |= {f"{_SNAPSHOT}{n}": values for n, values in snapshots.items()}
+    # As integers: a member that has left the numbers must not keep the others from being saved.
+    write_tensors(stage / _STATE, {k: v.view(torch.int32) for k, v in state.items()})
+    seal(stage, root / f"checkpoint-{step}")
+
+
+def _restore(root: Path, cohort: Cohort, losses: Tensor, snapshots: dict[int, Tensor]) -> int:
+    """Load the newest whole checkpoint into a cohort; returns the step to go on with."""
+    found = latest_whole(root)
+    if found is None:
+        return 0
+    flat = cohort.parameters
+    state = {k: v.view(torch.float32) for k, v in read_tensors(found / _STATE)[0].items()}
+    for name in ("values", "first", "second"):
+        getattr(flat, name).copy_(state[name])
+    losses.copy_(state["losses"])
+    snapshots |= {int(k.removeprefix(_SNAPSHOT)): v for k, v in state.items() if k.startswith(_SNAPSHOT)}
+    flat.refresh()
+    return int(found.name.rpartition("-")[2])
+
+
+def cohort_size(shared: Shared) -> int:
+    """How many members of a group to step together: what the device works best on, within its free memory."""
+    batch = shared.members[0].settings.batch_size
+    tokens = float(shared.bank.lengths.mean()) * batch
+    size = max(1, round(_APPETITE.get(shared.device.type, _APPETITE["cuda"]) / tokens))
+    if shared.device.type != "cuda":
+        return size
+    return max(1, min(size, _fitting(shared)))
+
+
+def _fitting(shared: Shared) -> int:
+    """Members that fit the free memory, from one step of a single member at the group's greatest length."""
+    cohort, order = shared.cohort([0])
+    rows = shared.rows_of(order)[:1]
+    rows[0, 0, :] = int(shared.bank.lengths.argmax())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    plan = step_plan(shared.bank, rows, shared.device, multiple=8)
+    cohort.step(0, shared.bank, plan, step_items(shared.bank, rows, shared.kind, shared.device)[0])
+    one = torch.cuda.max_memory_allocated() - before
+    free = torch.cuda.mem_get_info()[0]
+    return int(_SPARE * free / max(one, 1))
