@@ -26,7 +26,7 @@ def test_task_arithmetic_is_the_weighted_sum():
     done = merge([a, b], weights=[2.0, -1.0], scale=0.3)
     for module, f in done.adapter.modules.items():
         torch.testing.assert_close(f.delta(), 0.3 * (2 * a.modules[module].delta() - b.modules[module].delta()))
-    assert done.record["rank"] == 8 and done.record["verification_error"] < 1e-12
+    assert done.record["rank"] == 8 and done.record["verification_error"] < 1e-6
     json.dumps(done.record)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
 
-# Directions of all factors together whose singular value, relative to the largest after every factor's rows were made
-# unit length, is below this are rounding noise of float32 inputs, such as those of a second copy of a shared A.
-_TOLERANCE = 1e-6
+# Singular values below this share of the largest are rounding noise of float32 factors, such as those that a second copy
+# of a shared A leaves behind.
+NOISE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class CoreSpace:
     """Orthonormal bases that span every task's factors, and the tasks' coordinates in them.
 
     Args:
-        left: Q_B, (out, p), orthonormal columns.
-        right: Q_A, (in, q), orthonormal columns.
-        B: Per task Q_B^T B_t, (p, r_t).
-        A: Per task A_t Q_A, (r_t, q).
+        left: Q_B, (out, p), orthonormal columns, in the factors' dtype; p = min(out, R).
+        right: Q_A, (in, q), orthonormal columns, in the factors' dtype; q = min(in, R).
+        B: Per task Q_B^T B_t, (p, r_t), float64.
+        A: Per task A_t Q_A, (r_t, q), float64.
     """
 
     left: Float[Tensor, "out p"]
@@ -38,17 +38,24 @@ class CoreSpace:
 
     @classmethod
     def of(cls, A: Sequence[Tensor], B: Sequence[Tensor]) -> CoreSpace:
-        """From the tasks' factors, in float64.
+        """From the tasks' factors: two thin QR decompositions in their dtype; all that follows is (R, R) and float64.
 
         Args:
             A: Per task (r_t, in).
             B: Per task (out, r_t).
 
         Cost:
-            Two Gram matrices (R^2 (in + out) multiplications), their eigen-decompositions (R, R), two products.
+            2 R^2 (in + out) multiplications, memory R (in + out).
         """
-        left, right = orthonormal(torch.cat(list(B), dim=1)), orthonormal(torch.cat(list(A)).T)
-        return cls(left, right, tuple(left.T @ b.double() for b in B), tuple(a.double() @ right for a in A))
+        ranks = [a.shape[0] for a in A]
+        left, Rb = torch.linalg.qr(torch.cat(list(B), dim=1))
+        right, Ra = torch.linalg.qr(torch.cat(list(A)).T)
+        return cls(left, right, torch.split(Rb.double(), ranks, dim=1), torch.split(Ra.T.double(), ranks))
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks."""
+        return len(self.A)
 
     def part(self, task: int) -> Float[Tensor, "p q"]:
         """C_t."""
@@ -56,51 +63,81 @@ class CoreSpace:
 
     def parts(self) -> Iterator[Float[Tensor, "p q"]]:
         """C_t of each task, one by one."""
-        return (self.part(t) for t in range(len(self.A)))
+        return (self.part(t) for t in range(self.tasks))
+
+    def combination(self, weights: Sequence[float]) -> Float[Tensor, "p q"]:
+        """sum_t w_t C_t."""
+        B = torch.cat([b * w for b, w in zip(self.B, weights, strict=True)], dim=1)
+        return B @ torch.cat(self.A)
+
+    def task_svd(self, task: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular triplets of C_t without its zeros: U (p, k), S (k,), V (q, k), largest first, k <= rank.
+
+        The QR of its factors comes first, so the SVD is (r_t, r_t).
+        """
+        Qb, Rb = torch.linalg.qr(self.B[task])
+        Qa, Ra = torch.linalg.qr(self.A[task].T)
+        U, S, Vt = torch.linalg.svd(Rb @ Ra.T)
+        k = min(significant(S), rank if rank is not None else len(S))
+        return Qb @ U[:, :k], S[:k], Qa @ Vt[:k].T
 
     def factors(self, core: Float[Tensor, "p q"], kind: str = LINEAR) -> LoraFactors:
-        """The delta Q_B core Q_A^T as float32 LoRA factors, the singular values split evenly between A and B."""
+        """The delta Q_B core Q_A^T as LoRA factors, of the core's numerical rank and with equally long A and B."""
         U, S, Vt = torch.linalg.svd(core, full_matrices=False)
-        kept = max(1, int((S[:1] * 1e-12 < S).sum())) if S.numel() else 0
-        root = S[:kept].sqrt()
-        A, B = (root[:, None] * Vt[:kept]) @ self.right.T, self.left @ (U[:, :kept] * root)
-        return LoraFactors(A.float(), B.float(), 1.0, kind)
+        k = max(1, significant(S, 1e-12))
+        root = S[:k].sqrt()
+        return self.lifted(U[:, :k] * root, root[:, None] * Vt[:k], kind)
+
+    def lifted(self, B: Float[Tensor, "p k"], A: Float[Tensor, "k q"], kind: str = LINEAR) -> LoraFactors:
+        """The delta Q_B B A Q_A^T as LoRA factors."""
+        return LoraFactors(A.to(self.right.dtype) @ self.right.T, self.left @ B.to(self.left.dtype), 1.0, kind)
 
     def in_svd_basis(self) -> CoreSpace:
         """The same space in the basis of the core-space paper: left and right singular vectors of the stacked factors.
 
-        The SVD of [B_1 .. B_T] = U S W^T gives the left basis U, that of the stacked A_t the right one. Elementwise
+        The SVD of [B_1 .. B_T] = U S W^T gives the left basis Q_B U, that of the stacked A_t the right one. Elementwise
         rules depend on the basis; this one does not depend on the order of the tasks (up to signs, which no rule sees).
         """
         U = torch.linalg.svd(torch.cat(self.B, dim=1), full_matrices=False)[0]
         V = torch.linalg.svd(torch.cat(self.A), full_matrices=False)[2].T
-        return CoreSpace(self.left @ U, self.right @ V, tuple(U.T @ b for b in self.B), tuple(a @ V for a in self.A))
+        left, right = self.left @ U.to(self.left.dtype), self.right @ V.to(self.right.dtype)
+        return CoreSpace(left, right, tuple(U.T @ b for b in self.B), tuple(a @ V for a in self.A))
 
     def knots(self) -> tuple[Float[Tensor, "out k"], list[Float[Tensor, "k in"]]]:
-        """U and the parts S V_t^T of the SVD [D_1 .. D_T] = U S [V_1^T .. V_T^T], in float32.
+        """U and the parts S V_t^T of the SVD [D_1 .. D_T] = U S [V_1^T .. V_T^T].
 
         Returns:
-            U (out, k) and one (k, in) per task, U @ part = D_t; k is the numerical rank at 1e-5 of the largest singular value.
+            U (out, k) and one (k, in) per task, U @ part = D_t; k counts singular values above 1e-5 of the largest.
         """
-        stacked = torch.cat(list(self.parts()), dim=1)
-        U, S, _ = torch.linalg.svd(stacked, full_matrices=False)
-        U = U[:, : max(1, int((S[:1] * 1e-5 < S).sum()))]
-        return (self.left @ U).float(), [((U.T @ part) @ self.right.T).float() for part in self.parts()]
+        # U are the eigenvectors of sum_t D_t D_t^T; float64 squares still tell 1e-5 of the largest from rounding.
+        cores = list(self.parts())
+        squares = torch.stack([c @ c.T for c in cores]).sum(0)
+        values, vectors = torch.linalg.eigh(squares)
+        k = max(1, int((values > values[-1:] * 1e-10).sum()))
+        U = vectors.flip(1)[:, :k]
+        return self.left @ U.to(self.left.dtype), [(U.T @ c).to(self.right.dtype) @ self.right.T for c in cores]
 
 
-def orthonormal(M: Float[Tensor, "n R"], tolerance: float = _TOLERANCE) -> Float[Tensor, "n k"]:
-    """An orthonormal basis, float64, of the columns' span; columns are scaled to unit length before rank is judged.
+def significant(S: Float[Tensor, " k"], share: float = NOISE) -> int:
+    """How many descending singular values exceed `share` of the first."""
+    return int((S[:1] * share < S).sum())
 
-    Through the eigen-decomposition of the float64 Gram matrix: as exact as a float32 QR for float32 inputs, several times
-    faster for tall matrices, and rank-deficient inputs (a shared A) need no special case.
-    """
-    M = M.double()
-    lengths = M.square().sum(0).sqrt()
-    M = M[:, lengths > 0] / lengths[lengths > 0]
-    if M.shape[1] == 0:
-        return M.new_zeros(M.shape[0], 0)
-    values, vectors = torch.linalg.eigh(M.T @ M)
-    kept = values > values[-1] * tolerance**2
-    kept[: max(0, len(values) - M.shape[0])] = False
-    basis: Tensor = M @ (vectors[:, kept] * values[kept].rsqrt())
-    return basis
+
+def polar(M: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """The nearest (partial) isometry U V^T of M = U S V^T: directions whose singular value is noise are left out."""
+    U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+    k = significant(S)
+    nearest: Tensor = U[:, :k] @ Vt[:k]
+    return nearest
+
+
+def gram(A: Sequence[Tensor], B: Sequence[Tensor]) -> Float[Tensor, "T T"]:
+    """Inner products <D_t, D_u> of all deltas in float64, from the two (R, R) Gram matrices of the factors."""
+    stacked_A, stacked_B = torch.cat(list(A)).double(), torch.cat(list(B), dim=1).double()
+    return block_sums((stacked_A @ stacked_A.T) * (stacked_B.T @ stacked_B), [a.shape[0] for a in A])
+
+
+def block_sums(M: Float[Tensor, "R R"], ranks: Sequence[int]) -> Float[Tensor, "T T"]:
+    """Sum every (r_t, r_u) block of a matrix whose rows and columns are grouped by task."""
+    rows = torch.stack([part.sum(0) for part in torch.split(M, list(ranks))])
+    return torch.stack([part.sum(1) for part in torch.split(rows, list(ranks), dim=1)], dim=1)

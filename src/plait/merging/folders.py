@@ -11,7 +11,8 @@ from plait import store
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import RunError
-from plait.merging.driver import Plan, plan_merge
+from plait.merging.driver import plan_merge
+from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
 
 
@@ -131,5 +132,8 @@ def read_statistics_files(files: Mapping[str, Path | str] | None) -> dict[str, A
     if files is None:
         return None
     from plait.statistics.files import read_statistics
+    from plait.statistics.fisher import is_fisher, read_fisher
 
-    return {task: read_statistics(Path(path)) for task, path in files.items()}
+    return {
+        task: (read_fisher if is_fisher(Path(path)) else read_statistics)(Path(path)) for task, path in files.items()
+    }

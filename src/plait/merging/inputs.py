@@ -15,7 +15,7 @@ from plait.adapters.lora import LINEAR, LoraFactors
 
 if TYPE_CHECKING:
     from plait.merging.core import CoreSpace
-    from plait.statistics.fisher import FisherDiagonal
+    from plait.statistics.fisher import Diagonal
     from plait.statistics.moments import Moments
 
 
@@ -45,7 +45,7 @@ class MergeInputs:
     kind: str = LINEAR
     seed: int = 0
     moments: tuple[Moments, ...] = ()
-    fisher: tuple[FisherDiagonal, ...] = ()
+    fisher: tuple[Diagonal, ...] = ()
     context: Any = None
     digests: tuple[str, ...] = ()
 

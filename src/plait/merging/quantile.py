@@ -1,30 +1,34 @@
-"""The k-th largest magnitude of each task's delta, exactly, without holding or sorting the deltas."""
+"""The k-th largest magnitude per task, exactly, without holding or sorting what it is taken from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.elementwise import entry_count, parts_of
+from plait.merging.elementwise import parts_of
 from plait.merging.inputs import MergeInputs, seed_of
 
-# Entries up to which they are simply sorted out in memory: 4 MB.
-_SMALL = 1 << 20
+# Makes one pass over nonnegative values, in blocks, each with the index of the group (the task) it belongs to.
+Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
+
+# Values up to which a group is simply selected from in memory; beyond it a bracket is faster.
+_SMALL = 1 << 16
 # Standard errors of a sampled quantile on either side of it; a miss (found by counting) widens the bracket.
 _WIDTH = 5.0
+# One value in this many is looked at where nothing better is known about how to sample; prime, so as not to follow columns.
+_STRIDE = 61
 
 
 def magnitude_thresholds(modules: Sequence[MergeInputs], density: float, space: str = "dense") -> list[Tensor]:
     """Per task, the smallest magnitude among the `density` largest of its entries in these modules.
 
-    A sample brackets the quantile, one pass over the row blocks counts what lies above the bracket and keeps what lies
-    inside, and the k-th largest is then exact. Modules a task does not adapt hold none of its entries.
-
     Args:
-        modules: Whose entries are compared with each other.
+        modules: Whose entries are compared with each other; those a task does not adapt hold none of its entries.
         density: Fraction kept, in (0, 1].
         space: See `elementwise.in_space`.
 
@@ -32,67 +36,126 @@ def magnitude_thresholds(modules: Sequence[MergeInputs], density: float, space: 
         One scalar tensor per task; 0 for a task without entries or with density 1.
 
     Cost:
-        One pass over the deltas; memory for about one entry in a hundred.
+        One pass over the deltas (two in the other spaces); memory for about one entry in a hundred.
     """
-    return [_threshold(modules, t, density, space) for t in range(len(modules[0].tasks))] if modules else []
+    if density >= 1:
+        return [torch.zeros(()) for _ in modules[0].tasks]
+    return magnitudes_at(modules, lambda total: math.ceil(density * total), space)
 
 
-def _threshold(modules: Sequence[MergeInputs], task: int, density: float, space: str) -> Tensor:
-    counts = [entry_count(x, task, space) for x in modules]
-    total = sum(counts)
-    k = math.ceil(density * total)
-    if k >= total:
-        return torch.zeros(())
-    if total <= _SMALL or space != "dense":
-        return _kth_largest(torch.cat([p.abs_().flatten() for p in _all_parts(modules, task, space)]), k)
-    sample = _sampled(modules, counts, task)
-    spread = _WIDTH * math.sqrt(density * (1 - density) / sample.numel()) + 2 / sample.numel()
-    while True:
-        low, high = _order_statistics(sample, density + spread), _order_statistics(sample, density - spread)
-        above, inside = _count(modules, task, space, low, high)
-        if above < k <= above + inside.numel():
-            return _kth_largest(inside, k - above)
-        spread *= 4
+def magnitudes_at(modules: Sequence[MergeInputs], rank: Callable[[int], int], space: str = "dense") -> list[Tensor]:
+    """Per task, the k-th largest magnitude, k = rank(number of its entries); 0 where there are none."""
+
+    def values() -> Iterator[tuple[int, Tensor]]:
+        for x in modules:
+            for task, part in parts_of(x, space):
+                yield task, part.abs_()
+
+    tasks = len(modules[0].tasks)
+    if space != "dense":
+        return nth_largest(values, rank, tasks)
+    totals = [sum(x.shape[0] * x.shape[1] for x in modules if x.ranks[t]) for t in range(tasks)]
+    samples = [_sampled(modules, t, totals[t]) if totals[t] > _SMALL else torch.zeros(0) for t in range(tasks)]
+    return nth_largest(values, rank, tasks, (totals, samples))
 
 
-def _all_parts(modules: Sequence[MergeInputs], task: int, space: str) -> Iterator[Tensor]:
-    for x in modules:
-        yield from parts_of(x, task, space)
+def nth_largest(
+    values: Blocks,
+    rank: Callable[[int], int],
+    groups: int,
+    known: tuple[list[int], list[Float[Tensor, " n"]]] | None = None,
+) -> list[Tensor]:
+    """Per group, the k-th largest of many nonnegative values, k = rank(their number).
+
+    A sample brackets it, one pass counts what lies above the bracket and keeps what lies inside, and the k-th is exact.
+
+    Args:
+        values: Makes one pass over them.
+        rank: From the number of a group's values to k, from 1 to that number.
+        groups: How many groups there are.
+        known: Per group the number of its values, and some of them drawn at random; else one pass finds out.
+    """
+    totals, samples = known or _counted(values, groups)
+    found = [torch.zeros(()) for _ in range(groups)]
+    if small := [g for g in range(groups) if 0 < totals[g] <= _SMALL]:
+        held: dict[int, list[Tensor]] = {g: [] for g in small}
+        for g, block in values():
+            if g in held:
+                held[g].append(block.flatten())
+        for g in small:
+            found[g] = _kth(torch.cat(held[g]), rank(totals[g]))
+    brackets = {g: _Bracket(samples[g], totals[g], rank(totals[g])) for g in range(groups) if totals[g] > _SMALL}
+    while brackets:
+        for g, block in values():
+            if g in brackets:
+                brackets[g].count(block)
+        found = [brackets[g].exact() if g in brackets and brackets[g].hit() else found[g] for g in range(groups)]
+        brackets = {g: b.wider() for g, b in brackets.items() if not b.hit()}
+    return found
 
 
-def _kth_largest(values: Tensor, k: int) -> Tensor:
+def _counted(values: Blocks, groups: int) -> tuple[list[int], list[Float[Tensor, " n"]]]:
+    totals, parts = [0] * groups, [[torch.zeros(0)] for _ in range(groups)]
+    for g, block in values():
+        totals[g] += block.numel()
+        parts[g].append(block.flatten()[::_STRIDE].clone().cpu())
+    return totals, [torch.cat([p.to(part[-1].dtype) for p in part]) for part in parts]
+
+
+class _Bracket:
+    """Bounds that should hold the k-th largest of `total` values, and what a pass over them finds."""
+
+    def __init__(self, sample: Float[Tensor, " n"], total: int, k: int, widening: float = 1.0) -> None:
+        self.sample, self.total, self.k, self.widening = sample, total, k, widening
+        ordered, share = sample.sort().values, k / total
+        spread = widening * (_WIDTH * math.sqrt(share * (1 - share) / len(ordered)) + 2 / len(ordered))
+        self.low, self.high = _at_share(ordered, share + spread), _at_share(ordered, share - spread)
+        self.above = 0
+        self.inside: list[Tensor] = []
+
+    def count(self, block: Tensor) -> None:
+        """Take one block in. NumPy's boolean kernels are several times faster than torch's on a CPU."""
+        if block.is_cuda:
+            self.above += int(torch.count_nonzero(block > self.high))
+            self.inside.append(block[(block >= self.low) & (block <= self.high)])
+        else:
+            array = block.numpy()
+            self.above += int(np.count_nonzero(array > self.high))
+            self.inside.append(torch.from_numpy(array[(array >= self.low) & (array <= self.high)]))
+
+    def hit(self) -> bool:
+        """Whether the k-th largest is inside."""
+        return self.above < self.k <= self.above + sum(len(part) for part in self.inside)
+
+    def exact(self) -> Tensor:
+        """The k-th largest, once hit."""
+        return _kth(torch.cat(self.inside), self.k - self.above)
+
+    def wider(self) -> _Bracket:
+        """Another try."""
+        return _Bracket(self.sample, self.total, self.k, 4 * self.widening)
+
+
+def _kth(values: Float[Tensor, " n"], k: int) -> Tensor:
     return values.kthvalue(values.numel() - k + 1).values.cpu()
 
 
-def _order_statistics(ordered: Tensor, fraction: float) -> float:
-    """Value with `fraction` of an ascending sample at or above it: 0 beyond one end, infinity beyond the other."""
-    if fraction >= 1:
+def _at_share(ordered: Float[Tensor, " n"], share: float) -> float:
+    """Value with this share of an ascending sample at or above it: 0 beyond one end, infinity beyond the other."""
+    if share >= 1:
         return 0.0
-    return (
-        math.inf if fraction <= 0 else float(ordered[min(ordered.numel() - 1, int((1 - fraction) * ordered.numel()))])
-    )
+    return math.inf if share <= 0 else float(ordered[min(len(ordered) - 1, int((1 - share) * len(ordered)))])
 
 
-def _sampled(modules: Sequence[MergeInputs], counts: Sequence[int], task: int) -> Tensor:
-    """Magnitudes of random entries, ascending, drawn from each module in proportion to its size."""
-    total = sum(counts)
-    wanted = 1 << 16 if total < 1 << 23 else 1 << 18 if total < 1 << 28 else 1 << 21
+def _sampled(modules: Sequence[MergeInputs], task: int, total: int) -> Float[Tensor, " n"]:
+    """Magnitudes of random entries of a task's deltas, from each module in proportion to its size."""
+    wanted = 1 << (14 if total < 1 << 21 else 16 if total < 1 << 24 else 18 if total < 1 << 28 else 21)
     found = []
-    for x, count in zip(modules, counts, strict=True):
-        if count:
+    for x in modules:
+        n = wanted * x.shape[0] * x.shape[1] // total if x.ranks[task] else 0
+        if n:
             generator = torch.Generator().manual_seed(seed_of(x.module, "quantile"))
-            n = max(1, wanted * count // total)
             i = torch.randint(x.shape[0], (n,), generator=generator).to(x.device)
             j = torch.randint(x.shape[1], (n,), generator=generator).to(x.device)
-            found.append((x.B[task][i] * x.A[task].T[j]).sum(1).abs())
-    return torch.cat(found).sort().values
-
-
-def _count(modules: Sequence[MergeInputs], task: int, space: str, low: float, high: float) -> tuple[int, Tensor]:
-    above, inside = 0, []
-    for part in _all_parts(modules, task, space):
-        part.abs_()
-        top = part > high
-        above += int(torch.count_nonzero(top))
-        inside.append(part[(part >= low).logical_xor_(top)])
-    return above, torch.cat(inside)
+            found.append((x.B[task][i] * x.A[task].T[j]).sum(1).abs().cpu())
+    return torch.cat(found)

@@ -107,7 +107,7 @@ def merge_method(
         if name in _METHODS:
             raise ValueError(f"merging method {name!r} is registered twice")
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
-        options = _options_of(function)
+        options = options_of(function)
         _METHODS[name] = MergeMethod(name, function, paper, tuple(needs), options, doc, combination, prepare)
         return function
 
@@ -197,7 +197,8 @@ def _checked(method: str, key: str, value: Any, option: Option) -> Any:
     return value
 
 
-def _options_of(function: Callable[..., Any]) -> dict[str, Option]:
+def options_of(function: Callable[..., Any]) -> dict[str, Option]:
+    """Name -> Option of every keyword-only parameter of a function."""
     hints = get_type_hints(function, include_extras=True)
     keyword_only = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: _option(p, hints[p.name]) for p in keyword_only}

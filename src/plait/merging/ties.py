@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from plait.merging.elementwise import Rule, in_space, signed_mean
+from plait.merging.elementwise import Rule, in_space, keep_from, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
 from plait.merging.registry import Density, Space, merge_method
@@ -36,8 +36,8 @@ def ties(
     Source: Yadav et al., NeurIPS 2023, algorithm 1.
     **Deviates**: weights multiply the entries before the election, and the mean divides by the sum of |w_t| of those
     that agree (the paper has no weights; with equal ones this is its plain mean). An entry whose sum is exactly zero
-    counts as positive, as in the authors' majority rule for zeros it has no bearing on real data. mergekit trims per
-    module; PEFT trims A and B instead of the delta.
+    counts as positive; the authors give it the sign most common in the model. The kept number is rounded up (theirs is
+    one more than rounded down). mergekit trims per module; PEFT trims A and B instead of the delta.
     """
     thresholds = x.context if x.context is not None else magnitude_thresholds([x], density, space)
     return in_space(x, trimmed(thresholds, x.weights), space)
@@ -52,8 +52,3 @@ def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float]) -> Rule:
         return signed_mean(kept, weights)
 
     return rule
-
-
-def keep_from(part: Tensor, bound: float) -> Tensor:
-    """Zero what is smaller than `bound` in magnitude, in place."""
-    return part.masked_fill_(part.abs() < bound, 0.0) if bound > 0 else part

@@ -1,0 +1,43 @@
+"""DARE: drop entries at random, rescale the others, then sum or elect signs."""
+
+from __future__ import annotations
+
+from plait.merging.elementwise import in_space, signed_mean, weighted_sum
+from plait.merging.inputs import MergeInputs
+from plait.merging.random_masks import kept_at_random
+from plait.merging.registry import Density, Space, merge_method
+from plait.merging.stream import MergedDelta
+
+
+@merge_method("dare_linear", paper="arXiv:2311.03099")
+def dare_linear(x: MergeInputs, *, density: Density = 0.5, space: Space = "dense") -> MergedDelta:
+    """Keep each entry with probability `density`, divide by it, and add the tasks up: sum_t w_t mask_t D_t / density.
+
+    Args:
+        x: The module.
+        density: Probability to keep an entry, rounded to a multiple of 2^-16.
+        space: Where entries are dropped; see `ties`.
+
+    Cost: one pass over row blocks and 16 random bits per entry.
+    Source: Yu et al., ICML 2024, section 3.
+    **Deviates**: each task's mask follows (seed, module, content of the adapter), so it depends neither on the order of
+    the adapters nor on their names, and differs between adapters. mergekit can rescale by the L1 norm instead.
+    """
+    drop = kept_at_random(x, density)
+    return in_space(x, lambda parts, place: weighted_sum(drop(parts, place), x.weights), space)
+
+
+@merge_method("dare_ties", paper="arXiv:2311.03099")
+def dare_ties(x: MergeInputs, *, density: Density = 0.5, space: Space = "dense") -> MergedDelta:
+    """Drop and rescale as DARE does, then elect signs and average those that agree, as TIES does, without its trim.
+
+    Args:
+        x: The module.
+        density: Probability to keep an entry, rounded to a multiple of 2^-16.
+        space: Where entries are dropped; see `ties`.
+
+    Source: Yu et al., ICML 2024, section 4.2, with Yadav et al. (arXiv:2306.01708) for the merge.
+    **Deviates**: masks as in `dare_linear`.
+    """
+    drop = kept_at_random(x, density)
+    return in_space(x, lambda parts, place: signed_mean(drop(parts, place), x.weights), space)

@@ -1,0 +1,60 @@
+"""DELLA: drop entries at random, small ones more often, rescale the others, then elect signs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plait.errors import UsageError
+from plait.merging.elementwise import in_space, signed_mean
+from plait.merging.inputs import MergeInputs
+from plait.merging.random_masks import LEVELS, draw, ones_where
+from plait.merging.registry import Density, Fraction, merge_method
+from plait.merging.stream import MergedDelta
+
+
+@merge_method("della", paper="arXiv:2406.11617")
+def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2) -> MergedDelta:
+    """MagPrune, then TIES' election: row by row, an entry's chance to stay rises with its magnitude's rank.
+
+    In each row of n entries the k-th smallest magnitude (k = 0 .. n-1) is kept with probability
+    density - epsilon/2 + epsilon k / (n - 1), and divided by it; then signs are elected and those that agree averaged.
+
+    Args:
+        x: The module.
+        density: Mean probability to keep an entry.
+        epsilon: Width of the window of probabilities around it.
+
+    Raises:
+        UsageError: The window leaves (0, 1].
+
+    Cost: one sort of every row, in row blocks.
+    Source: Deep et al., 2024, section 3 (drop probabilities p = 1 - density).
+    **Deviates**: probabilities in steps of 2^-16; masks follow the adapter's content, as in `dare_linear`.
+    """
+    if density - epsilon / 2 <= 0 or density + epsilon / 2 > 1:
+        raise UsageError(
+            f"della keeps entries with probability {density - epsilon / 2:g} to {density + epsilon / 2:g}, outside (0, 1]",
+            hint="a smaller epsilon, or a density nearer the middle",
+        )
+
+    def pruned(parts: Iterable[Tensor], place: str) -> Iterator[Tensor]:
+        for task, part in enumerate(parts):
+            yield _mag_prune(x, task, part, place, density, epsilon) if x.ranks[task] else part
+
+    return in_space(x, lambda parts, place: signed_mean(pruned(parts, place), x.weights))
+
+
+def _mag_prune(x: MergeInputs, task: int, part: Tensor, place: str, density: float, epsilon: float) -> Tensor:
+    n = part.shape[1]
+    order = part.abs().cpu().numpy().argsort(axis=1, kind="stable")
+    ramp = np.linspace(density - epsilon / 2, density + epsilon / 2, n) if n > 1 else np.array([density])
+    levels = np.empty(part.shape, dtype=np.int32)
+    np.put_along_axis(
+        levels, order, np.broadcast_to(np.maximum(1, np.rint(ramp * LEVELS)).astype(np.int32), part.shape), axis=1
+    )
+    part *= ones_where(draw(x, task, place, tuple(part.shape)) < levels, part)
+    return part.mul_(LEVELS).div_(torch.from_numpy(levels).to(part.device).to(part.dtype))

@@ -1,0 +1,201 @@
+"""One merge, planned: every module of all tasks through a method, cut to rank, checked, recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+
+from plait.adapters.lora import Adapter, LoraFactors, truncated
+from plait.errors import RunError, UsageError
+from plait.merging.align import Alignment
+from plait.merging.calibration import Calibration
+from plait.merging.inputs import MergeInputs
+from plait.merging.outcome import assembled, discarded, provenance
+from plait.merging.registry import MergeMethod
+from plait.merging.stream import DenseDelta, Truncated, cut_to_rank
+from plait.merging.verify import projection_error, some_modules
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merged adapter and how it came to be.
+
+    Args:
+        adapter: The result; modules named relative to the backbone.
+        record: JSON-serialisable: method, options, weights, scale, rank, discarded_energy (of the whole model, in [0, 1]),
+            verification_error, missing, adapters (provenance), backbone_prefix, tasks.
+    """
+
+    adapter: Adapter
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One merge, everything checked and nothing computed; arguments as `merge` has them.
+
+    `decided` keeps what the method's `prepare` returned, so that verification does not run it again.
+    """
+
+    method: MergeMethod
+    options: dict[str, Any]
+    common: Alignment
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    scale: float
+    rank: int | None
+    calibration: Calibration | None
+    seed: int
+    device: torch.device
+    statistics: tuple[Any, ...]
+    decided: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, name: str) -> Merged:
+        """Merge every module."""
+        context = self.prepared()
+        modules: dict[str, LoraFactors] = {}
+        lost: dict[str, float] = {}
+        for module in self.common.modules:
+            modules[module], lost[module] = self.merged(module, context)
+        return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
+
+    def prepared(self) -> Any:
+        """What the method decides model-wide, before the first module."""
+        if self.method.prepare and "context" not in self.decided:
+            self.decided["context"] = self.method.prepare(_Views(self, list(self.common.modules)), self.options)
+        return self.decided.get("context")
+
+    def verification_error(self, modules: Mapping[str, LoraFactors]) -> float:
+        """Compare a result, wherever it was read from, with the inputs; see `verify`."""
+        summed = None if self.calibration or not self.method.combination else self.method.combination(self.weights)
+        context = None if summed else self.prepared()
+        names = list(modules) if summed else some_modules(list(modules), self.seed)
+
+        def wanted(x: MergeInputs) -> LoraFactors | DenseDelta | Truncated:
+            return self.method.function(x, **self.options)
+
+        return max(
+            (
+                projection_error(
+                    self.view(m, context), modules[m], self.scale, summed or wanted, self.calibration is not None
+                )
+                for m in names
+            ),
+            default=0.0,
+        )
+
+    def view(self, module: str, context: Any) -> MergeInputs:
+        """One module of all tasks, calibrated; factors are moved and folded here and released with the view."""
+        (out, width), kind = self.common.modules[module]
+        absent = LoraFactors(torch.zeros(0, width), torch.zeros(out, 0), 1.0, kind)
+        raw = [a.modules.get(module, absent) for a in self.adapters]
+        folded = [f.folded(torch.float32, self.device) for f in raw]
+        x = MergeInputs(
+            module=module,
+            tasks=tuple(a.name for a in self.adapters),
+            weights=self.weights,
+            A=tuple(f.A for f in folded),
+            B=tuple(f.B for f in folded),
+            kind=kind,
+            seed=self.seed,
+            context=context,
+            **self.needed(module, raw),
+        )
+        return self.calibration.before(x) if self.calibration else x
+
+    def needed(self, module: str, raw: Sequence[LoraFactors]) -> dict[str, Any]:
+        """The statistics of one module that the method declared; a task without the module needs none."""
+        found: dict[str, Any] = {}
+        getters = {"moments": "moments_for", "fisher": "diagonal_for"}
+        for need in self.method.needs:
+            per_task = []
+            for adapter, statistics, factors in zip(self.adapters, self.statistics, raw, strict=True):
+                one = getattr(statistics, getters[need])(module)
+                if one is None and factors.rank:
+                    raise UsageError(
+                        f"the statistics of {adapter.name!r} hold no {need} for this module",
+                        where=module,
+                        hint="collect them with the adapters' target modules",
+                    )
+                per_task.append(one)
+            found[need] = tuple(per_task)
+        return found
+
+    def merged(self, module: str, context: Any) -> tuple[LoraFactors, float]:
+        """The module's merged factors on the CPU, scale applied, and the fraction of energy lost."""
+        if self.is_unchanged():
+            factors, lost = self.adapters[0].modules[module], 0.0
+            return truncated(factors, self.rank) if self.rank else (factors, lost)
+        x = self.view(module, context)
+        factors, lost = self.cut(self.method.function(x, **self.options), x)
+        if self.calibration:
+            factors = self.calibration.after(x, factors)
+        factors = LoraFactors(
+            factors.A.cpu(), (factors.B * self.scale if self.scale != 1.0 else factors.B).cpu(), 1.0, x.kind
+        )
+        if not bool(torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
+            raise RunError(
+                f"{self.method.name} gave NaN or infinity", where=module, hint="a smaller --scale or other weights?"
+            )
+        return factors, lost
+
+    def is_unchanged(self) -> bool:
+        """One adapter of weight 1 through a linear method: its own factors, its own dtype, its own scaling."""
+        alone = len(self.adapters) == 1 and self.scale == 1.0 and self.calibration is None
+        return alone and self.method.combination is not None and tuple(self.method.combination(self.weights)) == (1.0,)
+
+    def cut(self, result: LoraFactors | DenseDelta | Truncated, x: MergeInputs) -> tuple[LoraFactors, float]:
+        """Factors of a method's result at the wanted rank, and the fraction of energy lost."""
+        if isinstance(result, DenseDelta):
+            return cut_to_rank(result, self.rank or max(1, x.total_rank), x.generator("cut"), x.device)
+        factors, lost = (result.factors, result.lost) if isinstance(result, Truncated) else (result, 0.0)
+        if self.rank is None or self.rank >= factors.rank:
+            return factors, lost
+        shorter, more = truncated(factors, self.rank)
+        return shorter, lost + (1 - lost) * more
+
+    def record(self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float]) -> dict[str, Any]:
+        """What was done, JSON-serialisable; `discarded_energy` is a fraction of the whole model's."""
+        return {
+            "method": self.method.name,
+            "options": dict(self.options),
+            "weights": list(self.weights),
+            "scale": self.scale,
+            "seed": self.seed,
+            "calibrate": self.calibration.name if self.calibration else None,
+            "rank": max((f.rank for f in modules.values()), default=0),
+            **discarded(modules, lost),
+            "verification_error": None,
+            "missing": dict(self.common.missing),
+            "base": self.common.base,
+            "backbone_prefix": self.common.backbone_prefix,
+            "task_type": self.common.task_type,
+            "tasks": [a.name for a in self.adapters],
+            "extras": dict(self.common.extras_from),
+            "adapters": [provenance(a, w) for a, w in zip(self.adapters, self.weights, strict=True)],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Views(Sequence[MergeInputs]):
+    """All modules, each made when it is looked at and released after: what a model-wide pass may hold."""
+
+    plan: Plan
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> MergeInputs: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> _Views: ...
+
+    def __getitem__(self, index: int | slice) -> MergeInputs | _Views:
+        if isinstance(index, slice):
+            return _Views(self.plan, self.names[index])
+        return self.plan.view(self.names[index], None)

@@ -1,0 +1,38 @@
+"""TSV-M: keep each task's top singular triplets and make the tasks' singular vectors orthogonal to each other."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+
+from plait.adapters.lora import LoraFactors
+from plait.merging.core import polar
+from plait.merging.inputs import MergeInputs
+from plait.merging.registry import Range, merge_method
+
+
+@merge_method("tsv", paper="arXiv:2412.00081")
+def tsv(x: MergeInputs, *, triplets: Annotated[int, Range(1)] | None = None) -> LoraFactors:
+    """Stack every task's top k singular triplets and replace the stacked U and V by their polar factors.
+
+    With D_t = U_t S_t V_t^T cut to k, U = [w_1 U_1 .. ], the merge is polar(U) diag(S_1 .. S_T) polar(V)^T; weights
+    multiply the S_t.
+
+    Args:
+        x: The module.
+        triplets: k; by default each task's own rank, which loses nothing.
+
+    Cost: SVDs of (r_t, r_t) and of (R, R) in the lossless core.
+    Source: Gargiulo et al., CVPR 2025, algorithm 1.
+    **Deviates**: k is the LoRA's rank and not 1/T of min(out, in), so no vector of a zero singular value enters (they
+    change the polar factor). Where the stacked vectors are linearly dependent, as with one A shared by all tasks, the
+    polar factor is a partial isometry: the authors' SVD completes it with arbitrary vectors.
+    """
+    found = [x.core.task_svd(t, triplets) for t in range(len(x.tasks))]
+    values = torch.cat([s * w for (_, s, _), w in zip(found, x.weights, strict=True)])
+    if values.numel() == 0:
+        return x.zero()
+    U, V = (polar(torch.cat([triplet[i] for triplet in found], dim=1)) for i in (0, 2))
+    root = values.abs().sqrt()
+    return x.core.lifted(U * (root * values.sign()), root[:, None] * V.T, x.kind)

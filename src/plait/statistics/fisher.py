@@ -1,0 +1,221 @@
+"""The diagonal Fisher information of dense weights: collecting it, and its file. Fisher merging's own statistic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from plait.adapters.tensors import read_tensors, write_tensors
+from plait.errors import InputError, RunError, UsageError
+from plait.store import staged_file
+
+KIND, SCHEMA = "plait.fisher", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Diagonal:
+    """One module's diagonal, read in row blocks.
+
+    Args:
+        shape: (out, in).
+        rows: (start, stop) -> (stop - start, in) float32, not negative.
+    """
+
+    shape: tuple[int, int]
+    rows: Callable[[int, int], Float[Tensor, "n in"]]
+
+
+@dataclass(frozen=True, slots=True)
+class FisherDiagonal:
+    """A task's diagonal Fisher information, by module relative to the backbone.
+
+    Args:
+        modules: Name -> its diagonal.
+        examples: How many examples it is the mean over.
+        provenance: What it was computed on.
+    """
+
+    modules: Mapping[str, Diagonal]
+    examples: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def held(cls, tensors: Mapping[str, Tensor], examples: int, **provenance: Any) -> FisherDiagonal:
+        """From tensors (out, in) in memory."""
+        return cls({name: _held(t) for name, t in tensors.items()}, examples, provenance)
+
+    def diagonal_for(self, module: str) -> Diagonal | None:
+        """The diagonal of a module, None where unknown."""
+        return self.modules.get(module)
+
+
+def _held(tensor: Float[Tensor, "out in"]) -> Diagonal:
+    return Diagonal((tensor.shape[0], tensor.shape[1]), lambda start, stop: tensor[start:stop])
+
+
+def write_fisher(path: Path, fisher: FisherDiagonal, *, overwrite: bool = False) -> None:
+    """Write a ``*.fisher.safetensors``: one (out, in) float32 tensor per module, the record in the metadata."""
+    tensors = {name: d.rows(0, d.shape[0]).float() for name, d in fisher.modules.items()}
+    record = {"schema": SCHEMA, "examples": fisher.examples, "provenance": dict(fisher.provenance)}
+    with staged_file(path, overwrite=overwrite) as stage:
+        write_tensors(stage, tensors, {"kind": KIND, "fisher": json.dumps(record, allow_nan=False)})
+
+
+def is_fisher(path: Path) -> bool:
+    """Whether a safetensors file's metadata says that it holds a Fisher diagonal."""
+    with safe_open(path, framework="pt") as opened:
+        return (opened.metadata() or {}).get("kind") == KIND
+
+
+def read_fisher(path: Path) -> FisherDiagonal:
+    """Open a Fisher file; rows are read when they are asked for.
+
+    Raises:
+        InputError: Another kind of file, damaged, of another schema, or holding NaN or negative entries.
+    """
+    tensors, metadata, _ = read_tensors(path)
+    record = json.loads(metadata.get("fisher", "{}"))
+    if metadata.get("kind") != KIND or record.get("schema") != SCHEMA:
+        raise InputError(
+            f"not a Fisher file of schema {SCHEMA}", where=str(path), hint="plait's collect_fisher writes one"
+        )
+    modules = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
+            raise InputError(f"{name} is not a finite, nonnegative matrix", where=str(path))
+        modules[name] = _on_disk(path, name, (tensor.shape[0], tensor.shape[1]))
+    return FisherDiagonal(modules, int(record["examples"]), record.get("provenance", {}))
+
+
+def _on_disk(path: Path, name: str, shape: tuple[int, int]) -> Diagonal:
+    def rows(start: int, stop: int) -> Tensor:
+        with safe_open(path, framework="pt") as opened:
+            part: Tensor = opened.get_slice(name)[start:stop]
+        return part
+
+    return Diagonal(shape, rows)
+
+
+def collect_fisher(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    modules: Sequence[str],
+    *,
+    labels: Literal["sampled", "given"] = "sampled",
+    generator: torch.Generator | None = None,
+) -> FisherDiagonal:
+    """The mean over examples of the squared gradient of log p(label | example), per entry of each module's weight.
+
+    For a linear layer the gradient of one example is sum over tokens of g h^T, g the gradient at its output and h its
+    input; so nothing but hooks is needed, and a layer that PEFT wraps gives the gradient at W0 + D.
+
+    Args:
+        model: With the task's adapter active and its head; called as ``model(**batch).logits``. Left in its mode, no
+            gradients kept. Logits (n, classes), or (n, tokens, vocabulary) of a language model.
+        batches: ``input_ids``, ``attention_mask``, and ``labels`` where they are used. Examples are told apart by the
+            first dimension, so batch norm would be wrong.
+        modules: Names relative to the backbone, as an adapter's.
+        labels: "sampled" draws them from the model, which makes this the Fisher information; "given" uses the data's
+            (the empirical Fisher, which is not the Fisher far from convergence).
+        generator: Draws labels, on the CPU.
+
+    Raises:
+        UsageError: A module that is not in the model, or labels that are not in the batches.
+        RunError: A gradient that is not finite.
+
+    Cost:
+        One forward and one backward pass, and out * in multiplications per token and module.
+    """
+    found = {name: _submodule(model, name) for name in modules}
+    sums: dict[str, Tensor] = {}
+    examples = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            with _recording(found) as seen, torch.enable_grad():
+                log_likelihood = _log_likelihood(model(**inputs).logits, batch, labels, generator)
+                outputs = [seen[name][1] for name in found]
+                gradients = torch.autograd.grad(log_likelihood.sum(), outputs)
+            examples += len(log_likelihood)
+            for name, gradient in zip(found, gradients, strict=True):
+                squares = _squared_per_example(gradient, seen[name][0])
+                if not bool(torch.isfinite(squares).all()):
+                    raise RunError("a gradient is not finite", where=name, hint="float32 instead of float16?")
+                sums[name] = sums[name] + squares if name in sums else squares
+    finally:
+        model.train(was_training)
+    if examples == 0:
+        raise UsageError("no examples to collect a Fisher diagonal from")
+    return FisherDiagonal.held({n: s / examples for n, s in sums.items()}, examples, labels=labels)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    hits: list[nn.Module] = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")]
+    if len(hits) != 1:
+        raise UsageError(f"{len(hits)} modules of the model are named {name!r}, expected one")
+    return hits[0]
+
+
+@contextmanager
+def _recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """While open, each module's input is kept, and its output made to need a gradient."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in seen:
+                raise RunError("called twice in one forward pass", where=name)
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            seen[name] = (inputs[0].detach(), output)
+            return output
+
+        return keep
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _log_likelihood(
+    logits: Tensor, batch: Mapping[str, Tensor], labels: str, generator: torch.Generator | None
+) -> Float[Tensor, " n"]:
+    """Per example, log p of its labels; of a language model, summed over the tokens that are predicted."""
+    if labels == "given" and "labels" not in batch:
+        raise UsageError("the batches hold no labels", hint='labels="sampled" needs none')
+    scores = logits.float().log_softmax(-1)
+    if scores.ndim == 2:
+        chosen = batch["labels"] if labels == "given" else _draw(scores, generator)
+        return scores.gather(1, chosen[:, None])[:, 0]
+    scores = scores[:, :-1]
+    real = batch["attention_mask"][:, 1:].bool()
+    if labels == "given":
+        chosen = batch["labels"][:, 1:]
+        real = real & (chosen >= 0)
+    else:
+        chosen = _draw(scores.flatten(0, 1), generator).view(scores.shape[:2])
+    return (scores.gather(2, chosen.clamp(min=0)[..., None])[..., 0] * real).sum(1)
+
+
+def _draw(scores: Float[Tensor, "n c"], generator: torch.Generator | None) -> Tensor:
+    return torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)[:, 0].to(scores.device)
+
+
+def _squared_per_example(gradient: Tensor, inputs: Tensor) -> Float[Tensor, "out in"]:
+    total = gradient.new_zeros(gradient.shape[-1], inputs.shape[-1], dtype=torch.float32)
+    for g, h in zip(gradient.float(), inputs.float(), strict=True):
+        total += (g.reshape(-1, g.shape[-1]).T @ h.reshape(-1, h.shape[-1])).square_()
+    return total
