@@ -1,0 +1,162 @@
+"""Scoring many adapters, merges and scales on one task in one pass over its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from plait.adapters.lora import Adapter
+from plait.base import backbone_of
+from plait.errors import RunError
+from plait.evaluation.evaluate import Evaluator, Logits
+from plait.training.heads import Ends
+from plait.training.rowbank import RowBank, row_bank
+from plait.training.stacked import StackedFactors, common_shapes, padded_factors, stacked_updates
+
+# Tokens a pass is worth having at once; more only takes memory.
+_APPETITE = {"cuda": 131_072, "cpu": 4_096}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One thing to score on a task.
+
+    Args:
+        head: The task's head.
+        adapter: Alone or merged; None for the bare base.
+        scale: Multiple of every delta.
+    """
+
+    head: Mapping[str, Tensor]
+    adapter: Adapter | None = None
+    scale: float = 1.0
+
+
+def predict_many(
+    evaluator: Evaluator,
+    task: str,
+    candidates: Sequence[Candidate],
+    rows: npt.NDArray[np.int64] | None = None,
+    *,
+    limit: int | None = None,
+) -> list[Logits]:
+    """What `Evaluator.predict` gives for each candidate, the base's forward pass shared.
+
+    Args:
+        evaluator: The loaded base, with the task's rows.
+        task: Name of a classification or regression task.
+        candidates: In any number; they may have different ranks and targets.
+        rows: Positions of the rows; all by default.
+        limit: At most so many candidates at once; by default what the device works best on. Where memory runs out they
+            are split in two, and none is lost.
+
+    Returns:
+        For each candidate (n, classes) or (n, 1) float32, in the order of the rows.
+
+    Raises:
+        RunError: A prediction is NaN or infinite.
+
+    Cost: one forward pass of the base on candidates x rows, without a second one for pads: a batch holds rows of like
+    length, all candidates read the same rows.
+    """
+    encoded = evaluator._encoded(task)
+    chosen = encoded if rows is None else [encoded[int(i)] for i in rows]
+    model = evaluator.task_model(task)
+    bank = row_bank(chosen, evaluator.tokenizer.pad_token_id, evaluator.tasks[task].kind, evaluator.base.torch_device)
+    adapters = [c.adapter for c in candidates if c.adapter is not None]
+    shapes = common_shapes(adapters, backbone_of(model)[0])
+    size = limit or _size(bank)
+    found: list[Logits] = []
+    with _shared_ends(model) as ends:
+        for start in range(0, len(candidates), size):
+            found += _split_where_full(
+                lambda part: _predict(ends, part, shapes, bank), candidates[start : start + size]
+            )
+    for candidate, logits in zip(candidates, found, strict=True):
+        if not np.isfinite(logits).all():
+            name = candidate.adapter.name if candidate.adapter else "the base"
+            raise RunError(
+                f"predictions of {name} hold NaN or infinity at scale {candidate.scale:g}", where=f"task {task}"
+            )
+    return found
+
+
+def _size(bank: RowBank) -> int:
+    """Candidates at once: enough that a pass of 32 rows of typical length fills the device."""
+    device = next(iter(bank.inputs.values())).device.type
+    return max(1, round(_APPETITE.get(device, _APPETITE["cuda"]) / (32 * float(bank.lengths.mean()))))
+
+
+@contextlib.contextmanager
+def _shared_ends(model: Any) -> Iterator[Ends]:
+    """The ends of a task's model, made on a shallow copy: the evaluator's own model keeps its backbone."""
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    yield Ends(view)
+
+
+def _split_where_full(
+    predict: Callable[[Sequence[Candidate]], list[Logits]], candidates: Sequence[Candidate]
+) -> list[Logits]:
+    try:
+        return predict(candidates)
+    except torch.OutOfMemoryError:
+        if len(candidates) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(candidates) // 2
+    return _split_where_full(predict, candidates[:half]) + _split_where_full(predict, candidates[half:])
+
+
+@torch.no_grad()
+def _predict(
+    ends: Ends, candidates: Sequence[Candidate], shapes: Mapping[str, tuple[int, int, int]], bank: RowBank
+) -> list[Logits]:
+    like = next(p for p in ends.backbone.parameters() if p.is_floating_point())
+    updates = {name: _stack(name, shape, candidates, like) for name, shape in shapes.items()}
+    heads = {k: torch.stack([c.head[k] for c in candidates]).to(like) for k in candidates[0].head}
+    order = np.argsort(bank.lengths, kind="stable")[::-1].copy()
+    places = torch.from_numpy(order).to(like.device)
+    parts, start = [], 0
+    budget = _APPETITE.get(like.device.type, _APPETITE["cuda"])
+    with stacked_updates(ends.backbone, updates):
+        while start < len(order):
+            length = int(bank.lengths[order[start]])
+            stop = start + max(1, budget // (length * len(candidates)))
+            parts.append(_pass(ends, bank, places[start:stop], length, heads, len(candidates)))
+            start = stop
+    joined = torch.cat(parts, 1).float().cpu().numpy()
+    found = np.empty_like(joined)
+    found[:, order] = joined
+    return list(found)
+
+
+def _pass(
+    ends: Ends, bank: RowBank, places: Tensor, length: int, heads: Mapping[str, Tensor], candidates: int
+) -> Tensor:
+    inputs, _ = bank.take(places, length, 1)
+    stacked = {k: v.repeat(candidates, 1) for k, v in inputs.items()}
+    arguments, options = ends.backbone_call(stacked)
+    output = ends.backbone(*arguments, **options)
+    return ends.stacked_logits(output, stacked, heads)
+
+
+def _stack(
+    name: str, shape: tuple[int, int, int], candidates: Sequence[Candidate], like: nn.Parameter
+) -> StackedFactors:
+    """Scale and scaling are multiplied into B in float32, then both factors take the base's dtype."""
+    rank, n_out, n_in = shape
+    A, B = torch.zeros(len(candidates), rank, n_in), torch.zeros(len(candidates), n_out, rank)
+    for i, c in enumerate(candidates):
+        if c.adapter is not None and c.scale != 0.0:
+            a, b, scaling = padded_factors(c.adapter, name, shape)
+            A[i], B[i] = a, b * (scaling * c.scale)
+    return StackedFactors(A.to(like.device, like.dtype), B.to(like.device, like.dtype))
