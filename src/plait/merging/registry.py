@@ -8,7 +8,7 @@ import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
 from plait.errors import UsageError
 from plait.merging.inputs import MergeInputs
@@ -34,6 +34,18 @@ Density = Annotated[float, Range(0.0, 1.0, open_low=True)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 Positive = Annotated[float, Range(0.0, math.inf, open_low=True)]
 Space = Literal["dense", "core", "knots"]
+
+
+class Configurable(Protocol):
+    """Anything registered under a name with options: a merging method, a subspace method."""
+
+    @property
+    def name(self) -> str:
+        """Unique name."""
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """Name -> option."""
 
 
 class Option(NamedTuple):
@@ -137,7 +149,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names) or 'none'}"
 
 
-def checked_options(method: MergeMethod, options: Mapping[str, Any] | None) -> dict[str, Any]:
+def checked_options(method: Configurable, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """All options of a method: those given, checked, and the defaults of the others.
 
     Raises:

@@ -1,0 +1,58 @@
+"""Second moments of what every layer reads: collected, added, kept in files, shared instead of data."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait.statistics.collect import collect_statistics as collect_statistics
+    from plait.statistics.files import read_identity as read_identity
+    from plait.statistics.files import read_statistics as read_statistics
+    from plait.statistics.files import write_statistics as write_statistics
+    from plait.statistics.inspect import check_statistics as check_statistics
+    from plait.statistics.inspect import diff_statistics as diff_statistics
+    from plait.statistics.inspect import show_statistics as show_statistics
+    from plait.statistics.moments import ModuleInfo as ModuleInfo
+    from plait.statistics.moments import Moments as Moments
+    from plait.statistics.moments import Statistics as Statistics
+    from plait.statistics.moments import merge_statistics as merge_statistics
+    from plait.statistics.resume import collect_shards as collect_shards
+    from plait.statistics.sketch import compress_statistics as compress_statistics
+
+_HOMES = {
+    "ModuleInfo": "moments",
+    "Moments": "moments",
+    "Statistics": "moments",
+    "check_statistics": "inspect",
+    "collect_shards": "resume",
+    "collect_statistics": "collect",
+    "compress_statistics": "sketch",
+    "diff_statistics": "inspect",
+    "merge_statistics": "moments",
+    "read_identity": "files",
+    "read_statistics": "files",
+    "show_statistics": "inspect",
+    "write_statistics": "files",
+}
+__all__ = [
+    "ModuleInfo",
+    "Moments",
+    "Statistics",
+    "check_statistics",
+    "collect_shards",
+    "collect_statistics",
+    "compress_statistics",
+    "diff_statistics",
+    "merge_statistics",
+    "read_identity",
+    "read_statistics",
+    "show_statistics",
+    "write_statistics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

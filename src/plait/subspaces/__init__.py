@@ -1,0 +1,34 @@
+"""Subspaces a LoRA may start in: computed from statistics, one registered method per idea."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait.subspaces.compute import Subspace as Subspace
+    from plait.subspaces.compute import compute_subspaces as compute_subspaces
+    from plait.subspaces.compute import subspace_methods as subspace_methods
+    from plait.subspaces.registry import find_subspace_method as find_subspace_method
+    from plait.subspaces.registry import subspace_method as subspace_method
+
+_HOMES = {
+    "Subspace": "compute",
+    "compute_subspaces": "compute",
+    "find_subspace_method": "registry",
+    "subspace_method": "registry",
+    "subspace_methods": "compute",
+}
+__all__ = [
+    "Subspace",
+    "compute_subspaces",
+    "find_subspace_method",
+    "subspace_method",
+    "subspace_methods",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,124 @@
+"""Running sums of one site while batches go by."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.statistics.masks import Positions
+from plait.statistics.moments import DENSE, FACTOR, Moments, rotated
+from plait.statistics.sketch import FrequentDirections
+
+POOLS = ("token", "mean")
+
+
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Float32 products in float32: TF32 and bf16 shortcuts off, whatever the caller has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def add_gram(S: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
+    """S += rows^T rows, in S's precision.
+
+    Products of two half-precision numbers are exact in float32, so on a GPU the rows go to the tensor cores as they are.
+    """
+    if rows.dtype == S.dtype:
+        S.addmm_(rows.T, rows)
+    elif rows.is_cuda and rows.element_size() == 2 and S.dtype == torch.float32:
+        S.add_(torch.mm(rows.T, rows, out_dtype=torch.float32))
+    else:
+        rows = rows.to(S.dtype)
+        S.addmm_(rows.T, rows)
+
+
+class SiteSums:
+    """The sums of one site.
+
+    Rows are held as they are while there are fewer than d of them (their rotated factor is then the smaller and exact
+    form) and folded into a dense (d, d) sum from then on; or they go straight into a sketch of rank k.
+
+    Args:
+        dim: d.
+        dtype: Of the model's activations; sums are float32, or float64 for a float64 model.
+        device: Where the sums live.
+        pool: "token", or "mean" for one masked mean per example.
+        sketch: k, or None for exact moments.
+        dense: Go dense from the first row on.
+    """
+
+    def __init__(
+        self, dim: int, dtype: torch.dtype, device: torch.device, *, pool: str, sketch: int | None, dense: bool = False
+    ) -> None:
+        self.dim, self.pool = dim, pool
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.count = self.padded_count = 0
+        self.total = torch.zeros(dim, dtype=self.dtype, device=device)
+        self.padded_total = torch.zeros_like(self.total)
+        self.rows: list[Tensor] = []
+        self.second = self.total.new_zeros(dim, dim) if dense else None
+        self.sketch = FrequentDirections(sketch, dim, self.dtype, device) if sketch is not None else None
+
+    def add(self, inputs: Float[Tensor, "... d"], positions: Positions) -> Tensor:
+        """Add a batch.
+
+        Returns:
+            The sum of the new rows' entries: not finite exactly where an entry is not (the caller checks once a batch).
+        """
+        flat = inputs.detach().reshape(-1, self.dim)
+        rows = flat if positions.index is None else flat.index_select(0, positions.index)
+        real = rows.sum(0, dtype=self.dtype)
+        self.padded_count += flat.shape[0]
+        self.padded_total += real if positions.index is None else flat.sum(0, dtype=self.dtype)
+        if self.pool == "mean":
+            rows = means(rows.to(self.dtype), positions)
+            self.total += rows.sum(0)
+        else:
+            self.total += real
+        self.count += rows.shape[0]
+        self._fold(rows)
+        return real.sum()
+
+    def _fold(self, rows: Tensor) -> None:
+        if self.sketch is not None:
+            self.sketch.add(rows)
+            return
+        if self.second is None:
+            self.rows.append(rows.clone())  # the model may reuse the memory of its activations
+            if self.count < self.dim:
+                return
+            rows, self.rows = torch.cat(self.rows), []
+            self.second = self.total.new_zeros(self.dim, self.dim)
+        add_gram(self.second, rows)
+
+    def finish(self) -> Moments:
+        """The moments, where the sums lie; the sums must not be used afterwards."""
+        padded = self.padded_total if bool(self.padded_total.isfinite().all()) else None
+        second, form, residual, error = self._second()
+        return Moments(self.count, self.total, second, form, residual, error, self.padded_count, padded)
+
+    def _second(self) -> tuple[Tensor, str, Tensor | None, float]:
+        if self.sketch is not None:
+            factor, residual, error = self.sketch.finish()
+            return factor, FACTOR, residual, error
+        if self.second is not None:
+            return self.second, DENSE, None, 0.0
+        rows = torch.cat([self.total.new_zeros(0, self.dim), *(r.to(self.dtype) for r in self.rows)])
+        return rotated(rows), FACTOR, None, 0.0
+
+
+def means(rows: Float[Tensor, "n d"], positions: Positions) -> Float[Tensor, "b d"]:
+    """One mean per example that has a real token."""
+    length = rows.new_zeros(positions.examples).index_add_(0, positions.example, rows.new_ones(rows.shape[0]))
+    sums = rows.new_zeros(positions.examples, rows.shape[1]).index_add_(0, positions.example, rows)
+    kept = length > 0
+    return sums[kept] / length[kept, None]

@@ -1,0 +1,177 @@
+"""The statistics file: one safetensors file per task, with its record in the metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.adapters.tensors import read_tensors, write_tensors
+from plait.errors import InputError
+from plait.statistics.moments import DENSE, FACTOR, ModuleInfo, Moments, Statistics
+from plait.store import canonical_json, staged_file
+
+SCHEMA = 1
+KIND = "plait.statistics"
+
+
+def write_statistics(
+    path: str | Path, statistics: Statistics, *, identity: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> None:
+    """Write a statistics file, whole or not at all.
+
+    A dense second moment is stored as its upper triangle, a factor rotated: no row of the data is in the file. That is
+    less than the data, not anonymous: moments of few inputs tell much about them.
+
+    Args:
+        path: The file, usually ``<task>.stats.safetensors``.
+        statistics: What to write.
+        identity: What the file is to a pipeline (`plait.store.identity`); read back by `read_identity`.
+        overwrite: Replace a file that is there.
+    """
+    tensors: dict[str, Tensor] = {}
+    for site, moments in statistics.sites.items():
+        tensors |= {f"{site}|{part}": tensor for part, tensor in _parts(moments).items()}
+    record = {
+        "schema": SCHEMA,
+        "provenance": dict(statistics.provenance),
+        "sites": {s: _site_record(m) for s, m in statistics.sites.items()},
+        "modules": {
+            n: {
+                "site": i.site,
+                "shape": list(i.shape),
+                "output_energy": i.output_energy,
+                "fan_in_fan_out": i.fan_in_fan_out,
+            }
+            for n, i in statistics.modules.items()
+        },
+    }
+    metadata = {"kind": KIND, "statistics": json.dumps(record, allow_nan=False)}
+    if identity is not None:
+        metadata["identity"] = canonical_json(dict(identity))
+    with staged_file(Path(path), overwrite=overwrite) as stage:
+        write_tensors(stage, tensors, metadata)
+
+
+def _parts(moments: Moments) -> dict[str, Tensor]:
+    second = moments.second
+    parts = {"total": moments.total, "second": packed(second) if moments.form == DENSE else second}
+    if moments.residual is not None:
+        parts["residual"] = moments.residual
+    if moments.padded_total is not None:
+        parts["padded_total"] = moments.padded_total
+    return parts
+
+
+def _site_record(moments: Moments) -> dict[str, Any]:
+    return {
+        "count": moments.count,
+        "padded_count": moments.padded_count,
+        "dim": moments.dim,
+        "form": moments.form,
+        "error": moments.error,
+    }
+
+
+def read_statistics(path: str | Path) -> Statistics:
+    """Read a statistics file, checked.
+
+    Raises:
+        InputError: Not such a file, damaged, of another schema, or with tensors that do not fit its record.
+    """
+    path = Path(path)
+    tensors, metadata, _ = read_tensors(path)
+    record = _record_of(metadata, path)
+    try:
+        sites = {s: _moments(s, r, tensors, path) for s, r in record["sites"].items()}
+        modules = {n: _module(i) for n, i in record["modules"].items()}
+        provenance = dict(record["provenance"])
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"its record is incomplete: {type(e).__name__} {e}", where=str(path)) from None
+    if odd := [n for n, i in modules.items() if i.site not in sites]:
+        raise InputError(f"module {odd[0]!r} reads a site that is not in the file", where=str(path))
+    return Statistics(sites, modules, provenance)
+
+
+def read_identity(path: str | Path) -> dict[str, Any] | None:
+    """The identity a file was written with, without reading its tensors; None where there is no file or identity."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("identity")
+        found = json.loads(text) if text is not None else None
+    except (SafetensorError, ValueError) as e:
+        raise InputError(f"not a whole statistics file: {e}", where=str(path)) from None
+    return found if isinstance(found, dict) else None
+
+
+def _record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if metadata.get("kind") != KIND:
+        raise InputError("holds no statistics", where=str(path), hint="expected a file written by plait stats")
+    try:
+        record = json.loads(metadata.get("statistics", ""))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise InputError("its record is not JSON", where=str(path))
+    if record.get("schema") != SCHEMA:
+        raise InputError(
+            f"statistics schema {record.get('schema')!r}, this plait reads {SCHEMA}",
+            where=str(path),
+            hint="collect them again with this version",
+        )
+    return record
+
+
+def _moments(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Moments:
+    total, second = tensors[f"{site}|total"], tensors[f"{site}|second"]
+    residual, padded = tensors.get(f"{site}|residual"), tensors.get(f"{site}|padded_total")
+    dim, form = record["dim"], record["form"]
+    wanted = (dim * (dim + 1) // 2,) if form == DENSE else (second.shape[0], dim)
+    vectors = [v for v in (total, residual, padded) if v is not None]
+    if form not in (DENSE, FACTOR) or tuple(second.shape) != wanted or any(tuple(v.shape) != (dim,) for v in vectors):
+        raise InputError(f"site {site!r}: tensors do not fit width {dim}, form {form!r}", where=str(path))
+    for part in (second, *vectors):
+        if not part.is_floating_point() or not bool(part.isfinite().all()):
+            raise InputError(f"site {site!r} holds NaN, infinity or integers", where=str(path))
+    return Moments(
+        count=int(record["count"]),
+        total=total,
+        second=unpacked(second, dim) if form == DENSE else second,
+        form=form,
+        residual=residual,
+        error=float(record["error"]),
+        padded_count=int(record["padded_count"]),
+        padded_total=padded,
+    )
+
+
+def _module(record: Mapping[str, Any]) -> ModuleInfo:
+    out, width = record["shape"]
+    return ModuleInfo(
+        str(record["site"]), (int(out), int(width)), float(record["output_energy"]), bool(record["fan_in_fan_out"])
+    )
+
+
+def packed(S: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
+    """The upper triangle, row by row."""
+    rows, columns = torch.triu_indices(*S.shape, device=S.device)
+    return S[rows, columns]
+
+
+def unpacked(triangle: Float[Tensor, " n"], dim: int) -> Float[Tensor, "d d"]:
+    """The symmetric matrix of an upper triangle."""
+    rows, columns = torch.triu_indices(dim, dim)
+    S = triangle.new_empty(dim, dim)
+    S[rows, columns] = triangle
+    S[columns, rows] = triangle
+    return S

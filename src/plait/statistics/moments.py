@@ -1,0 +1,252 @@
+"""Second moments and their arithmetic: a commutative monoid per site, with no I/O and no model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.errors import InputError
+
+DENSE, FACTOR = "dense", "factor"
+# What must agree before two files may be added; a difference in any other key is only dropped from the record.
+_MUST_AGREE = ("base", "base_sha256", "tokenizer_sha256", "pool")
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Uncentred sums over the inputs of one site, S = sum of h h^T, exact or sketched.
+
+    Args:
+        count: Number of inputs: real tokens, or examples where the pool is "mean".
+        total: (d,) sum of h.
+        second: (d, d) the sum S itself where `form` is "dense"; (k, d) a factor F with S = F^T F where it is "factor",
+            rotated so that no row is an input.
+        form: "dense" or "factor".
+        residual: (d,) non-negative diagonal added to F^T F; None unless sketched.
+        error: Bound on the spectral norm of what a sketch left out, in the units of S; 0 where exact.
+        padded_count, padded_total: The same count and sum over all positions, pads included (`osrm_released` alone
+            reads them); None where pads held NaN.
+    """
+
+    count: int
+    total: Float[Tensor, " d"]
+    second: Float[Tensor, "k d"]
+    form: str = DENSE
+    residual: Float[Tensor, " d"] | None = None
+    error: float = 0.0
+    padded_count: int = 0
+    padded_total: Float[Tensor, " d"] | None = None
+
+    @classmethod
+    def zero(cls, dim: int, dtype: torch.dtype = torch.float32) -> Moments:
+        """The identity of `merge`: no inputs."""
+        empty = torch.zeros(dim, dtype=dtype)
+        return cls(0, empty, empty.new_zeros(0, dim), FACTOR, padded_total=empty)
+
+    @property
+    def dim(self) -> int:
+        """d, the width of the site."""
+        return self.total.shape[0]
+
+    @property
+    def sketched(self) -> bool:
+        """Whether something was left out; `error` bounds it."""
+        return self.error > 0 or self.residual is not None
+
+    @property
+    def trace(self) -> float:
+        """The trace of S: the sum of the squared norms; kept by every sketch."""
+        if self.form == DENSE:
+            return float(self.second.diagonal().sum(dtype=torch.float64))
+        rest = 0.0 if self.residual is None else float(self.residual.sum(dtype=torch.float64))
+        return float(self.second.square().sum(dtype=torch.float64)) + rest
+
+    def dense(self) -> Float[Tensor, "d d"]:
+        """S as one matrix."""
+        if self.form == DENSE:
+            return self.second
+        S = self.second.T @ self.second
+        return S if self.residual is None else S + torch.diag(self.residual)
+
+    def normalised(self, dtype: torch.dtype | None = None) -> Float[Tensor, "d d"]:
+        """The trace-normalised m = S / tr S, so that tasks compare.
+
+        Raises:
+            InputError: All inputs are zero, or there are none.
+        """
+        trace = self.trace
+        if not trace > 0:
+            raise InputError(f"the second moment of {self.count} inputs is zero", hint="a dead layer, or no data")
+        S = self.dense()
+        return S.to(dtype or S.dtype) / trace
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments on another device."""
+        residual = None if self.residual is None else self.residual.to(device)
+        padded = None if self.padded_total is None else self.padded_total.to(device)
+        second, total = self.second.to(device), self.total.to(device)
+        return replace(self, total=total, second=second, residual=residual, padded_total=padded)
+
+    def project(self, X: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
+        """X S X^T, in X's device and dtype; from a factor without forming S."""
+        second = self.second.to(X)
+        if self.form == DENSE:
+            return X @ second @ X.T
+        Y = X @ second.T
+        rest = 0.0 if self.residual is None else (X * self.residual.to(X)) @ X.T
+        return Y @ Y.T + rest
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of inputs: associative, commutative, with `zero` as identity, up to rounding.
+
+        A merge never compresses: factors are stacked and rotated, and become dense where they would not be smaller.
+
+        Raises:
+            InputError: Different widths.
+        """
+        if self.dim != other.dim:
+            raise InputError(f"moments of width {self.dim} and {other.dim} cannot be added")
+        second, form, residual = _sum_of_seconds(self, other)
+        known = self.padded_total is not None and other.padded_total is not None
+        return Moments(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            second=second,
+            form=form,
+            residual=residual,
+            error=self.error + other.error,
+            padded_count=self.padded_count + other.padded_count,
+            padded_total=self.padded_total + other.padded_total if known else None,  # type: ignore[operator]
+        )
+
+
+def _sum_of_seconds(a: Moments, b: Moments) -> tuple[Tensor, str, Tensor | None]:
+    rows = a.second.shape[0] + b.second.shape[0]
+    if DENSE in (a.form, b.form) or rows >= a.dim:
+        return a.dense() + b.dense(), DENSE, None
+    known = [m.residual for m in (a, b) if m.residual is not None]
+    residual = functools.reduce(torch.add, known) if known else None
+    return rotated(torch.cat([a.second, b.second])), FACTOR, residual
+
+
+def rotated(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k d"]:
+    """A factor with the same F^T F and no trace of the single rows.
+
+    The R of a thin QR decomposition, with a positive diagonal: it is the Cholesky factor of S, a function of S alone.
+    """
+    if rows.shape[0] == 0:
+        return rows
+    R: Tensor = torch.linalg.qr(rows, mode="r").R
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R)
+    return signs[:, None] * R
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One target module.
+
+    Args:
+        site: Name of the site it reads.
+        shape: (out, in) of the weight, whatever way round the model stores it.
+        output_energy: tr(W0 S W0^T), the summed squared norm of its outputs without bias: a sum, so that it adds.
+        fan_in_fan_out: Whether the model stores the weight as (in, out) (Conv1D).
+    """
+
+    site: str
+    shape: tuple[int, int]
+    output_energy: float
+    fan_in_fan_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What one task feeds into every target module of one base model.
+
+    Args:
+        sites: Site -> moments. A site is one distinct input and is named after the first module that reads it.
+        modules: Module name, relative to the backbone -> `ModuleInfo`.
+        provenance: Base, hashes, target modules, pool, samples, tokens, template, dtype, backbone_prefix, task, schema.
+    """
+
+    sites: Mapping[str, Moments]
+    modules: Mapping[str, ModuleInfo]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def moments_for(self, module: str) -> Moments | None:
+        """Moments of what a module reads; the name may carry the recorded backbone prefix. None where unknown."""
+        info = self.modules.get(self.relative(module))
+        return None if info is None else self.sites[info.site]
+
+    def relative(self, module: str) -> str:
+        """A module's name without the recorded backbone prefix."""
+        prefix = self.provenance.get("backbone_prefix")
+        return module.removeprefix(f"{prefix}.") if prefix and module not in self.modules else module
+
+
+def merge_statistics(*statistics: Statistics) -> Statistics:
+    """Add statistics of one base: batches, files, GPUs and "all the other tasks" alike.
+
+    Returns:
+        The sum. Provenance keeps what all agree on, adds samples and tokens, and lists the tasks.
+
+    Raises:
+        InputError: None given, or they differ in base, weights, tokenizer, pool, modules or sites.
+    """
+    if not statistics:
+        raise InputError("no statistics to merge")
+    first = statistics[0]
+    for other in statistics[1:]:
+        require_compatible(first, other)
+    sites = {s: functools.reduce(Moments.merge, [x.sites[s] for x in statistics]) for s in first.sites}
+    modules = {
+        m: replace(info, output_energy=sum(x.modules[m].output_energy for x in statistics))
+        for m, info in first.modules.items()
+    }
+    return Statistics(sites, modules, _merged_provenance([x.provenance for x in statistics]))
+
+
+def require_compatible(a: Statistics, b: Statistics) -> None:
+    """Refuse to mix statistics of different bases, pools or modules; the message names the first difference.
+
+    A quantised base is another set of weights on purpose: where one side is quantised, the hashes are not compared.
+    """
+    for key in _MUST_AGREE:
+        x, y = a.provenance.get(key), b.provenance.get(key)
+        quantised = a.provenance.get("quantisation") != b.provenance.get("quantisation")
+        if x != y and None not in (x, y) and not (key == "base_sha256" and quantised):
+            raise InputError(f"statistics differ in {key}: {x!r} and {y!r}", where=_label(b), hint="collect them alike")
+    for what, x, y in (("module", a.modules, b.modules), ("site", a.sites, b.sites)):
+        if odd := sorted(set(x) ^ set(y)):
+            raise InputError(
+                f"{what} {odd[0]!r} is in only one of the statistics", where=_label(b), hint="collect them alike"
+            )
+    for name, info in a.modules.items():
+        other = b.modules[name]
+        if (info.site, info.shape) != (other.site, other.shape):
+            raise InputError(
+                f"module {name!r} is {info.shape} at {info.site!r} and {other.shape} at {other.site!r}", where=_label(b)
+            )
+
+
+def _label(statistics: Statistics) -> str | None:
+    task = statistics.provenance.get("task")
+    return f"task {task}" if task else None
+
+
+def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    parts = list(parts)
+    merged = {k: v for k, v in parts[0].items() if all(p.get(k) == v for p in parts)}
+    for key in ("samples", "tokens"):
+        if all(key in p for p in parts):
+            merged[key] = sum(p[key] for p in parts)
+    tasks = [t for p in parts for t in p.get("tasks", [p["task"]] if p.get("task") else [])]
+    distinct = list(dict.fromkeys(tasks))
+    if len(distinct) > 1:
+        merged["tasks"] = distinct
+    return merged

@@ -1,0 +1,222 @@
+"""Which modules of a model are targeted, by PEFT's own rule, and what they are called relative to the backbone."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from plait.base import backbone_of
+from plait.errors import UsageError
+
+# Match every name in a child process: Python's regex engine has no time limit, a process has.
+_MATCH = "import json,re,sys; p,n=json.load(sys.stdin); print(json.dumps([bool(re.fullmatch(p,x)) for x in n]))"
+_SECONDS = 10.0
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_HEADS = ["classifier", "score"]  # what PEFT keeps out of LoRA for sequence classification
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One targeted linear module.
+
+    Args:
+        name: Relative to the backbone; the full name where it lies outside.
+        module: The linear layer itself (PEFT's `base_layer` where the model already carries LoRA).
+        shape: (out, in) of the weight.
+        fan_in_fan_out: Whether the weight is stored as (in, out) (Conv1D).
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int]
+    fan_in_fan_out: bool
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: Sequence[str] | str | None,
+    *,
+    exclude_modules: Sequence[str] | str | None = None,
+    layers_to_transform: Sequence[int] | int | None = None,
+    layers_pattern: Sequence[str] | str | None = None,
+) -> tuple[dict[str, Target], str]:
+    """The modules PEFT would adapt, in the model's own order, and the backbone's attribute ("" without one).
+
+    Args:
+        model: A transformers model, a PeftModel, or either wrapped (compiled, DDP, FSDP).
+        target_modules: List of suffixes, a regex over whole names, "all-linear", or None to take the LoRA layers of a
+            PeftModel.
+        exclude_modules: As in PEFT's LoraConfig.
+        layers_to_transform: As in PEFT's LoraConfig.
+        layers_pattern: As in PEFT's LoraConfig.
+
+    Raises:
+        UsageError: A bad or endless regex; a target that matches nothing (with near names); a match that is no linear
+            layer.
+    """
+    base = unwrapped(model)
+    candidates = _candidates(base)
+    if target_modules is None:
+        matched = [n for n, (_, adapted) in candidates.items() if adapted]
+        if not matched:
+            raise UsageError("no target_modules given and the model carries no LoRA layers")
+    else:
+        config = _peft_config(target_modules, exclude_modules, layers_to_transform, layers_pattern)
+        matched = _matched(base, config, {n: m for n, (m, _) in candidates.items()})
+    prefix = backbone_of(base)[1]
+    cut = f"{prefix}." if prefix else ""
+    found = [_target(n.removeprefix(cut), n, candidates[n][0]) for n in matched]
+    return {t.name: t for t in found}, prefix
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT, torch.compile, DDP and FSDP."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            inner = model.module
+        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            inner = cast(Any, model).get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def _candidates(base: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    """Clean name -> (module, whether it carries LoRA), without what lies inside a LoRA layer."""
+    found: dict[str, tuple[nn.Module, bool]] = {}
+    inside: list[str] = []
+    for raw, module in base.named_modules():
+        if not raw or any(raw.startswith(f"{p}.") for p in inside):
+            continue
+        name = ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, nn.Module):
+            inside.append(raw)
+            found[name] = (layer, True)
+        else:
+            found.setdefault(name, (module, False))
+    return found
+
+
+def _peft_config(
+    targets: Sequence[str] | str,
+    exclude: Sequence[str] | str | None,
+    layers: Sequence[int] | int | None,
+    pattern: Sequence[str] | str | None,
+) -> Any:
+    from peft import LoraConfig
+
+    plain = [x if isinstance(x, str) or x is None else list(x) for x in (targets, exclude, pattern)]
+    if not plain[0]:
+        raise UsageError("target_modules is empty")
+    where = layers if isinstance(layers, int) or layers is None else list(layers)
+    try:
+        return LoraConfig(
+            target_modules=plain[0],
+            exclude_modules=plain[1],
+            layers_to_transform=where,
+            layers_pattern=plain[2],
+            task_type="SEQ_CLS",
+            modules_to_save=list(_HEADS),
+        )
+    except (ValueError, TypeError) as e:
+        raise UsageError(str(e).splitlines()[0], where="target_modules") from None
+
+
+def _matched(base: nn.Module, config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
+    from peft.tuners import tuners_utils
+
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key)
+        if isinstance(value, str) and value.lower() != "all-linear":
+            _require_quick_regex(value, modules, key)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        linear = [n for n, m in modules.items() if _shape_of(m) is not None]
+        kept = set(cast(Any, tuners_utils._maybe_include_all_linear_layers(config, base)).target_modules)
+        config.target_modules = [n for n in linear if n in kept or _was_adapted(base, n)]
+    hits = [n for n in modules if tuners_utils.check_target_module_exists(config, n) and n]
+    _require_all_used(config.target_modules, hits, modules)
+    return hits
+
+
+def _was_adapted(base: nn.Module, name: str) -> bool:
+    try:
+        return hasattr(base.get_submodule(name), "base_layer")
+    except AttributeError:
+        return False
+
+
+def _require_quick_regex(pattern: str, names: Iterable[str], key: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise UsageError(f"{key} is not a regular expression: {e}", where=key) from None
+    given = json.dumps([pattern, list(names)])
+    try:
+        run = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"the pattern takes over {_SECONDS:.0f} s on this model's names", where=key, hint="nested repeats backtrack"
+        ) from None
+    if run.returncode:
+        raise UsageError("the pattern cannot be matched", where=key)
+
+
+def _require_all_used(targets: Any, hits: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    for target in wanted:
+        if not hits or (not isinstance(targets, str) and not _used(target, hits, modules)):
+            known = sorted({n.rpartition(".")[2] for n, m in modules.items() if _shape_of(m) is not None})
+            near = difflib.get_close_matches(target, known, n=3, cutoff=0.4) or known[:12]
+            fused = f"; {target} is a fused parameter, not a module" if _is_parameter(target, modules) else ""
+            raise UsageError(
+                f"target module {target!r} matches nothing{fused}",
+                where="target_modules",
+                hint=f"near: {', '.join(near)}",
+            )
+
+
+def _used(target: str, hits: Sequence[str], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a suffix names a module at all; one that layers_to_transform or exclude_modules left out still does."""
+    return any(n == target or n.endswith(f".{target}") for n in (*hits, *modules))
+
+
+def _is_parameter(target: str, modules: Mapping[str, nn.Module]) -> bool:
+    last = target.rpartition(".")[2]
+    return any(p.ndim == 3 and n == last for m in modules.values() for n, p in m.named_parameters(recurse=False))
+
+
+def _target(name: str, full: str, module: nn.Module) -> Target:
+    shape = _shape_of(module)
+    if shape is None:
+        raise UsageError(
+            f"matches a {type(module).__name__}, not a linear layer",
+            where=full,
+            hint="token ids have no second moment" if isinstance(module, nn.Embedding) else "narrow target_modules",
+        )
+    return Target(name, module, shape, hasattr(module, "nf"))
+
+
+def _shape_of(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer of any make: plain, quantised, or transformers' Conv1D."""
+    for out, width in (("out_features", "in_features"), ("nf", "nx")):
+        found = getattr(module, out, None), getattr(module, width, None)
+        if isinstance(found[0], int) and isinstance(found[1], int):
+            return found[0], found[1]
+    return None

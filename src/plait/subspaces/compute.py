@@ -1,0 +1,186 @@
+"""From statistics to subspaces: every site of every task, by any registered method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.errors import InputError, RunError, UsageError
+from plait.merging.registry import checked_options
+from plait.statistics.moments import ModuleInfo, Statistics, merge_statistics, require_compatible
+from plait.subspaces.inputs import Basis, SiteInputs
+from plait.subspaces.registry import (
+    SubspaceMethod,
+    checked_row_norm,
+    default_row_norm,
+    find_subspace_method,
+    registered,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Subspace:
+    """Where one module's A starts.
+
+    Args:
+        basis: (r, d) float32, orthonormal rows (the random rows as drawn for kaiming and gaussian).
+        energies: (r,) float64, what the method ranked the rows by.
+        row_norm: Length of A's rows; None leaves the basis as it is.
+        method: Name of the method.
+        record: Options, solver, residuals, ties.
+    """
+
+    basis: Float[Tensor, "r d"]
+    energies: Float[Tensor, " r"]
+    row_norm: float | None
+    method: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def A(self) -> Float[Tensor, "r d"]:  # noqa: N802
+        """The matrix a LoRA starts with, float32: the same bits at every call."""
+        if self.row_norm is None or self.row_norm == 1.0:
+            return self.basis.clone()
+        return self.basis * self.row_norm
+
+
+def subspace_methods() -> Mapping[str, SubspaceMethod]:
+    """Every registered method by name, in alphabetical order."""
+    from plait.subspaces import contrastive, controls, osrm  # noqa: F401
+
+    return registered()
+
+
+def compute_subspaces(
+    method: str,
+    statistics: Mapping[str, Statistics],
+    *,
+    tasks: Sequence[str] | None = None,
+    rank: int = 8,
+    row_norm: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    background: Statistics | Sequence[Statistics] | None = None,
+    background_weight: float = 0.5,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, Subspace]]:
+    """Subspaces of every wanted task in every module.
+
+    Args:
+        method: A registered name.
+        statistics: Task -> statistics; the others of a task are all other entries.
+        tasks: Wanted ones; all by default. To add a task to a pool: the pool's files, the own ones, and the own name.
+        rank: r.
+        row_norm: Length of A's rows; by default the method's own (see `default_row_norm`).
+        options: Of the method.
+        seed: For what is drawn; each module and task draws from its own hash of it.
+        background: Statistics of public text that stand for unknown future tasks.
+        background_weight: Their share among the others, in [0, 1]; 1 leaves the known tasks out.
+        device: Where to compute.
+
+    Returns:
+        Task -> module -> Subspace; modules that read one site share one basis (except what is drawn without data).
+
+    Raises:
+        UsageError: Unknown method, option or task; a weight out of range; a rank below 1; no others.
+        InputError: Statistics of different bases; a rank above a module's width; too few inputs.
+
+    Cost: see the methods; sites are independent, memory is that of one site of all tasks.
+    """
+    chosen = find_subspace_method(method)
+    settings = checked_options(chosen, options)
+    norm = checked_row_norm(row_norm)
+    wanted = tuple(tasks) if tasks is not None else tuple(statistics)
+    pool = _checked_background(background, background_weight)
+    _require_usable(chosen, statistics, wanted, rank, pool, background_weight)
+    first = next(iter(statistics.values()))
+    found: dict[str, dict[str, Subspace]] = {t: {} for t in wanted}
+    for site, modules in readers(first.modules).items():
+        moments = {t: s.sites[site] for t, s in statistics.items()}
+        for name in [site] if chosen.needs else modules:
+            inputs = SiteInputs(
+                name=name,
+                dim=moments[wanted[0]].dim,
+                rank=rank,
+                tasks=wanted,
+                moments=moments,
+                background=pool.sites[site] if pool else None,
+                weight=background_weight if pool else 0.0,
+                seed=seed,
+                device=torch.device(device),
+            )
+            solved = solve_site(chosen, inputs, settings, norm)
+            for task, subspace in solved.items():
+                found[task] |= dict.fromkeys(modules if chosen.needs else [name], subspace)
+    return {t: {m: found[t][m] for m in first.modules} for t in wanted}
+
+
+def solve_site(
+    method: SubspaceMethod, inputs: SiteInputs, options: Mapping[str, Any], row_norm: float | None
+) -> dict[str, Subspace]:
+    """One site of all wanted tasks, checked.
+
+    Raises:
+        RunError: A method returned something that is not finite.
+    """
+    if inputs.rank > inputs.dim:
+        raise InputError(f"rank {inputs.rank} at a module of width {inputs.dim}", where=inputs.name)
+    found = method.function(inputs, **options)
+    norm = row_norm if row_norm is not None else default_row_norm(method, inputs.dim, inputs.rank)
+    return {task: _subspace(method, inputs, found[task], options, norm) for task in inputs.tasks}
+
+
+def _subspace(
+    method: SubspaceMethod, inputs: SiteInputs, basis: Basis, options: Mapping[str, Any], norm: float | None
+) -> Subspace:
+    rows = basis.rows
+    if not bool(rows.isfinite().all()):
+        raise RunError(f"{method.name} gave NaN or infinity", where=inputs.name)
+    if norm is not None:
+        rows = rows / torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)
+    record = {"options": dict(options), "background_weight": inputs.weight, **basis.record}
+    return Subspace(rows.float().cpu(), basis.energies.double().cpu(), norm, method.name, record)
+
+
+def readers(modules: Mapping[str, ModuleInfo]) -> dict[str, list[str]]:
+    """Site -> the modules that read it."""
+    found: dict[str, list[str]] = {}
+    for name, info in modules.items():
+        found.setdefault(info.site, []).append(name)
+    return found
+
+
+def _checked_background(background: Statistics | Sequence[Statistics] | None, weight: float) -> Statistics | None:
+    if not 0.0 <= weight <= 1.0:
+        raise UsageError(f"background weight {weight!r}, expected a number from 0 to 1")
+    if background is None or isinstance(background, Statistics):
+        return background
+    return merge_statistics(*background) if background else None
+
+
+def _require_usable(
+    method: SubspaceMethod,
+    statistics: Mapping[str, Statistics],
+    wanted: Iterable[str],
+    rank: int,
+    background: Statistics | None,
+    weight: float,
+) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UsageError(f"rank {rank!r}, expected an integer above 0")
+    if not statistics:
+        raise UsageError("no statistics given")
+    for task in wanted:
+        if task not in statistics:
+            raise UsageError(f"no statistics of task {task!r}", hint=f"known: {', '.join(statistics)}")
+    first, *rest = statistics.values()
+    for other in [*rest, *([background] if background else [])]:
+        require_compatible(first, other)
+    replaced = background is not None and weight > 0 and "moments" in method.needs
+    if "others" in method.needs and len(statistics) < 2 and not replaced:
+        raise UsageError(f"{method.name} needs other tasks' statistics", hint="pass --others FILE or --background FILE")

@@ -1,0 +1,151 @@
+"""Directions a task uses much and the others little: generalised eigenvectors of own against other moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plait.base import named_seed
+from plait.errors import InputError
+from plait.merging.registry import Positive, Range
+from plait.subspaces.inputs import Basis, SiteInputs
+from plait.subspaces.registry import subspace_method
+from plait.subspaces.solvers import (
+    DENSE_LIMIT,
+    Eigenpairs,
+    Operator,
+    dense_eigenpairs,
+    orthonormal_rows,
+    top_eigenpairs,
+)
+
+# Tasks are solved together as long as their float64 matrices fit in this much memory.
+BATCH_BYTES = 2 << 30
+_EXTRA = 8  # columns of a block beyond those wanted: they make the gap
+
+
+@subspace_method("contrastive", needs=("moments", "own", "others"), row_norm="gaussian")
+def contrastive(x: SiteInputs, *, rho: Positive = 0.1) -> Mapping[str, Basis]:
+    """The r directions of most own energy per unit of other energy.
+
+    Attains the maximum over A of tr[(A R A^T)^-1 A m_t A^T], R = m_o + rho/d I, which is the sum of the r largest
+    generalised eigenvalues; the value depends on the span alone, so it survives orthonormalisation and the row norm.
+
+    One Cholesky factor per site serves every task. With P and c of `SiteInputs.pencil`, c R = (P + c rho/d I) - m_t, so
+    the eigenvectors of (m_t, P + c rho/d I) are those of (m_t, R), in the same order, with l = c mu / (1 - mu).
+
+    Args:
+        x: One site of all tasks.
+        rho: Ridge, in units of the mean eigenvalue 1/d of a trace-normalised moment.
+
+    Returns:
+        Rows orthonormalised in order; energies are the generalised eigenvalues l, largest first.
+
+    Raises:
+        InputError: A task's inputs span fewer than r directions here.
+
+    Cost: one Cholesky and one triangular inverse per site, 2/3 d^3; some 20 products of d x d with 16 columns per task.
+
+    Source: Fukunaga and Koontz 1970; common spatial patterns (Koles 1991); Xiang et al., SC-LoRA, arXiv:2505.23724 is
+    the nearest prior in LoRA.
+    """
+    P, c = x.pencil()
+    P.diagonal().add_((c or 1.0) * rho / x.dim)
+    whitener = inverse_factor(P)
+    del P
+    found: dict[str, Basis] = {}
+    for tasks in _batches(x):
+        found |= _solved(x, tasks, whitener, c)
+    return found
+
+
+@subspace_method("contrastive_permuted", needs=("moments", "own", "others"), row_norm="gaussian")
+def contrastive_permuted(x: SiteInputs, *, rho: Positive = 0.1) -> Mapping[str, Basis]:
+    """Contrastive with the statistics of the wrong tasks: each gets the subspace of the next task by name (a control)."""
+    order = sorted(x.moments)
+    wrong = {t: order[(order.index(t) + 1) % len(order)] for t in x.tasks}
+    found = contrastive(replace(x, tasks=tuple(wrong.values())), rho=rho)
+    return {t: replace(found[u], record={**found[u].record, "statistics_of": u}) for t, u in wrong.items()}
+
+
+@subspace_method("sc_lora", paper="arXiv:2505.23724", needs=("moments", "own", "others"))
+def sc_lora(x: SiteInputs, *, beta: Annotated[float, Range(0.0, 1.0)] = 0.5) -> Mapping[str, Basis]:
+    """The r directions of most (1 - beta) own minus beta other energy.
+
+    Args:
+        x: One site of all tasks.
+        beta: Weight of the others, from 0 (own alone) to 1.
+
+    Source: arXiv:2505.23724, equation of the reward. **Deviates**: B = 0 and the base is untouched, where SC-LoRA starts
+    from the base's own part in the subspace; moments are trace-normalised, and the others' are those of known tasks.
+    """
+    found = {}
+    for task in x.tasks:
+        difference = x.own(task).mul_(1 - beta).sub_(x.others(task), alpha=beta)
+        pairs = _largest(x, lambda Y, D=difference: D @ Y, lambda D=difference: D[None], 1)
+        rows = orthonormal_rows(pairs.vectors[0, :, : x.rank])
+        found[task] = Basis(rows, pairs.values[0, : x.rank], _solver(pairs))
+    return found
+
+
+def inverse_factor(R: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The inverse of the Cholesky factor, L^-1 with R = L L^T, in float64.
+
+    Raises:
+        InputError: R is not positive definite.
+    """
+    L, info = torch.linalg.cholesky_ex(R)
+    if int(info) != 0:
+        raise InputError("the moments are not positive semidefinite", hint="a damaged file? plait stats check")
+    eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
+    inverse: Tensor = torch.linalg.solve_triangular(L, eye, upper=False)
+    return inverse
+
+
+def _batches(x: SiteInputs) -> Iterator[Sequence[str]]:
+    size = max(1, BATCH_BYTES // (8 * x.dim**2))
+    for start in range(0, len(x.tasks), size):
+        yield x.tasks[start : start + size]
+
+
+def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> dict[str, Basis]:
+    own = torch.stack([x.own(t) for t in tasks])
+
+    def operator(Y: Tensor) -> Tensor:
+        return whitener @ (own @ (whitener.T @ Y))
+
+    pairs = _largest(x, operator, lambda: whitener @ own @ whitener.T, len(tasks))
+    found = {}
+    for i, task in enumerate(tasks):
+        mu = pairs.values[i, : x.rank].clamp(max=1.0)
+        energies = c * mu / (1 - mu).clamp_min(1e-15) if c else mu
+        rows = orthonormal_rows(whitener.T @ pairs.vectors[i, :, : x.rank])
+        if float(torch.linalg.eigvalsh(rows @ own[i] @ rows.T)[0]) <= x.resolution([task]):
+            raise InputError(
+                f"the inputs of task {task!r} span fewer than {x.rank} directions",
+                where=x.name,
+                hint="collect more samples",
+            )
+        found[task] = Basis(rows, energies, _solver(pairs))
+    return found
+
+
+def _largest(x: SiteInputs, operator: Operator, matrices: Callable[[], Tensor], count: int) -> Eigenpairs:
+    """The r largest eigenpairs: dense where the site is small or the iteration does not settle."""
+    if x.dim > max(DENSE_LIMIT, 4 * (x.rank + _EXTRA)):
+        generator = torch.Generator().manual_seed(named_seed(0, x.name))
+        start = torch.randn(1, x.dim, x.rank + _EXTRA, generator=generator, dtype=torch.float64)
+        pairs = top_eigenpairs(operator, start.to(x.device).expand(count, -1, -1), x.rank)
+        if pairs.converged:
+            return pairs
+    return dense_eigenpairs(matrices(), x.rank)
+
+
+def _solver(pairs: Eigenpairs) -> dict[str, object]:
+    name = "block lanczos" if pairs.steps else "eigh"
+    return {"solver": name, "steps": pairs.steps, "residual": pairs.residual}

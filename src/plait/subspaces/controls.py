@@ -1,0 +1,56 @@
+"""Subspaces drawn without data: what PEFT starts from, and orthonormal controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from plait.subspaces.inputs import Basis, SiteInputs
+from plait.subspaces.registry import subspace_method
+from plait.subspaces.solvers import orthonormal_rows
+
+
+@subspace_method("kaiming", paper="arXiv:2106.09685", row_norm="drawn")
+def kaiming(x: SiteInputs) -> Mapping[str, Basis]:
+    """PEFT's default: uniform in +-1/sqrt(d), row norm about 0.58; drawn per task and module."""
+    return _drawn(x, lambda g: (2 * torch.rand(x.rank, x.dim, generator=g) - 1) / x.dim**0.5)
+
+
+@subspace_method("gaussian", paper="arXiv:2106.09685", row_norm="drawn")
+def gaussian(x: SiteInputs) -> Mapping[str, Basis]:
+    """PEFT's "gaussian": standard deviation 1/r, row norm about sqrt(d)/r; drawn per task and module.
+
+    **Deviates** from the baseline of OSRM's authors, where one seed gives five of eight tasks the same draw.
+    """
+    return _drawn(x, lambda g: torch.randn(x.rank, x.dim, generator=g) / x.rank)
+
+
+@subspace_method("orthonormal")
+def orthonormal(x: SiteInputs) -> Mapping[str, Basis]:
+    """A random orthonormal basis per task and module (a control)."""
+    return _drawn(x, lambda g: _orthonormal(x, g))
+
+
+@subspace_method("orthonormal_shared")
+def orthonormal_shared(x: SiteInputs) -> Mapping[str, Basis]:
+    """One random orthonormal basis per module for all tasks (a control)."""
+    rows = _orthonormal(x, x.generator())
+    return {t: Basis(rows, _norms(rows)) for t in x.tasks}
+
+
+def _orthonormal(x: SiteInputs, generator: torch.Generator) -> Tensor:
+    return orthonormal_rows(torch.randn(x.dim, x.rank, generator=generator, dtype=torch.float64))
+
+
+def _drawn(x: SiteInputs, draw: Callable[[torch.Generator], Tensor]) -> Mapping[str, Basis]:
+    found = {}
+    for task in x.tasks:
+        rows = draw(x.generator(task))
+        found[task] = Basis(rows, _norms(rows))
+    return found
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return rows.double().square().sum(1)

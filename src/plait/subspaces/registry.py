@@ -1,0 +1,110 @@
+"""The register of subspace methods: what each is called, what it needs, and which options it takes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from plait.errors import UsageError
+from plait.merging.registry import Option, did_you_mean, options_of
+from plait.subspaces.inputs import Basis
+
+# The length of a row of A where the caller names none: 1, a standard Gaussian's, or as it was drawn.
+RowNorm = Literal["unit", "gaussian", "drawn"]
+Function = Callable[..., Mapping[str, Basis]]
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceMethod:
+    """A registered method.
+
+    Args:
+        name: What `--method` takes.
+        function: One site of all tasks, and the options -> a basis for each wanted task.
+        paper: Where it comes from; "" for ours.
+        needs: What it reads: "moments", "means" (padded), "own", "others"; empty for one drawn without data.
+        row_norm: Default length of A's rows.
+        options: Name -> Option(type, default, ...).
+        doc: First line of its docstring.
+    """
+
+    name: str
+    function: Function
+    paper: str
+    needs: tuple[str, ...]
+    row_norm: RowNorm
+    options: Mapping[str, Option]
+    doc: str
+
+
+_METHODS: dict[str, SubspaceMethod] = {}
+
+
+def subspace_method(
+    name: str, *, paper: str = "", needs: Sequence[str] = (), row_norm: RowNorm = "unit"
+) -> Callable[[Function], Function]:
+    """Register a function as a subspace method; its keyword-only parameters are the options.
+
+    Args:
+        name: Unique name.
+        paper: arXiv number or "".
+        needs: Any of "moments", "means", "own", "others"; without any the method is run per module, not per site.
+        row_norm: "unit", "gaussian" (sqrt(d)/r) or "drawn".
+    """
+
+    def register(function: Function) -> Function:
+        if name in _METHODS:
+            raise ValueError(f"subspace method {name!r} is registered twice")
+        doc = (inspect.getdoc(function) or "").partition("\n")[0]
+        _METHODS[name] = SubspaceMethod(name, function, paper, tuple(needs), row_norm, options_of(function), doc)
+        return function
+
+    return register
+
+
+def registered() -> Mapping[str, SubspaceMethod]:
+    """Every method registered so far by name, in alphabetical order."""
+    return types.MappingProxyType({k: _METHODS[k] for k in sorted(_METHODS)})
+
+
+def find_subspace_method(name: str) -> SubspaceMethod:
+    """Look a method up.
+
+    Raises:
+        UsageError: Unknown; the nearest names are in the message.
+    """
+    from plait.subspaces.compute import subspace_methods
+
+    known = subspace_methods()
+    if name not in known:
+        raise UsageError(f"unknown subspace method {name!r}", hint=did_you_mean(name, known))
+    return known[name]
+
+
+def default_row_norm(method: SubspaceMethod, dim: int, rank: int) -> float | None:
+    """Length of A's rows where none is asked for; None leaves them as drawn.
+
+    "gaussian" is the length of PEFT's Gaussian rows, sqrt(d)/r: the baseline that OSRM's authors compare with, and the
+    norm at which `contrastive` did best beforehand (3.5 at d 768, r 8). Learning rate and row norm act together, so arms
+    are compared at one norm.
+    """
+    if method.row_norm == "gaussian":
+        return math.sqrt(dim) / rank
+    return 1.0 if method.row_norm == "unit" else None
+
+
+def checked_row_norm(value: Any) -> float | None:
+    """A row norm, or None.
+
+    Raises:
+        UsageError: Not a finite number above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UsageError(f"row norm {value!r}, expected a finite number above 0")
+    return float(value)
