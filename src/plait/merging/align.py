@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,8 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
     if not adapters:
         raise UsageError("nothing to merge", hint="give at least one adapter folder")
     distinct_names([a.name for a in adapters], "adapter")
+    for adapter in adapters:
+        _require_finite(adapter)
     modules = _modules(adapters)
     absent = {a.name: [m for m in modules if m not in a.modules] for a in adapters}
     task_type, prefix = _task_type(adapters)
@@ -68,6 +71,15 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
         extras=extras,
         extras_from=extras_from,
     )
+
+
+def _require_finite(adapter: Adapter) -> None:
+    """NaN in, NaN out: refused here. An adapter read from a folder was checked when it was read."""
+    if "sha256" in adapter.source:
+        return
+    for module, f in adapter.modules.items():
+        if not bool(torch.isfinite(f.A).all() and torch.isfinite(f.B).all()) or not math.isfinite(f.scaling):
+            raise InputError(f"module {module!r} holds NaN or infinity", where=adapter.name)
 
 
 def _base(adapters: Sequence[Adapter]) -> str:

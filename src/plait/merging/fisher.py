@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from plait.merging.inputs import MergeInputs
+from plait.merging.linear import importances
 from plait.merging.registry import Positive, merge_method
 from plait.merging.stream import DenseDelta, MergedDelta
 
@@ -23,7 +24,8 @@ def fisher(x: MergeInputs, *, floor: Positive = 1e-6) -> MergedDelta:
     **Deviates**: merged are the dense entries of the target modules; all else is W0 in every task. A task that does not
     adapt a module says nothing about it: the mean there is over those that do.
     """
-    present = [t for t, rank in enumerate(x.ranks) if rank]
+    importances(x.weights)
+    present = [t for t, rank in enumerate(x.ranks) if rank and x.weights[t] != 0.0]
     if not present:
         return x.zero()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from plait.adapters.lora import LoraFactors
 from plait.merging.core import block_sums
 from plait.merging.inputs import MergeInputs
+from plait.merging.linear import importances
 from plait.merging.registry import merge_method
 
 # Eigenvalues of H below this share of the largest belong to deltas that are combinations of the others.
@@ -25,7 +26,8 @@ def least_squares(x: MergeInputs) -> LoraFactors:
     Cost: R^2 d + R d^2 per task for A m_t A^T.
     Source: ours; kin to RegMean, whose D is free where this one is a weighted sum, and to LOT (arXiv:2505.23859).
     """
-    present = [t for t, rank in enumerate(x.ranks) if rank]
+    importances(x.weights)
+    present = [t for t, rank in enumerate(x.ranks) if rank and x.weights[t] != 0.0]
     if not present:
         return x.zero()
     H, b = normal_equations(x, present)

@@ -32,6 +32,17 @@ def normalised(weights: Sequence[float]) -> list[float]:
     return [w / total for w in weights]
 
 
+def importances(weights: Sequence[float]) -> Sequence[float]:
+    """The weights, where they say how much a task matters to an objective.
+
+    Raises:
+        UsageError: One is negative, or all are zero.
+    """
+    if any(w < 0 for w in weights) or not any(weights):
+        raise UsageError(f"weights {list(weights)}: this method weighs tasks, so none may be negative and one must be positive")
+    return weights
+
+
 @merge_method("linear", combination=normalised)
 def linear(x: MergeInputs) -> LoraFactors:
     """The weighted mean of the deltas, sum_t w_t D_t / sum_t w_t, exactly.

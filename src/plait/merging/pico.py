@@ -27,7 +27,7 @@ def shrink_shared_directions(x: MergeInputs) -> MergeInputs:
     present = sum(1 for rank in x.ranks if rank)
     # Left directions u_i = stacked v_i / s_i: shrinking along u_i scales the coordinates along v_i.
     shrunk = stacked @ (vectors * (1 / (1 + (present - 1) * values / total))) @ vectors.T
-    parts = torch.split(shrunk, list(x.ranks), dim=1)
+    parts = torch.split(shrunk, [b.shape[1] for b in B], dim=1)
     kept = [_with_norm_of(part, b) for part, b in zip(parts, B, strict=True)]
     return x.with_factors(tuple(a.float() for a in A), tuple(b.float() for b in kept))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from plait.adapters.lora import LoraFactors
 from plait.errors import RunError
 from plait.merging.inputs import MergeInputs
+from plait.merging.linear import importances
 from plait.merging.registry import Fraction, merge_method
 
 # Share of a task's mean diagonal added to it, in numerator and denominator alike, so that features no token uses leave
@@ -35,7 +36,8 @@ def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -
     **Deviates**: the moments are usually those of the base model's activations (one file serves every method here);
     the paper uses each fine-tuned model's, which can be collected and passed instead. The paper does not normalise.
     """
-    present = [t for t, rank in enumerate(x.ranks) if rank and x.weights[t] != 0.0]
+    weights = importances(x.weights)
+    present = [t for t, rank in enumerate(x.ranks) if rank and weights[t] != 0.0]
     if not present:
         return x.zero()
     total = x.A[0].new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)

@@ -6,6 +6,7 @@ import torch
 
 from plait.adapters.lora import LoraFactors
 from plait.merging.inputs import MergeInputs
+from plait.merging.linear import importances
 from plait.merging.registry import merge_method
 
 
@@ -19,6 +20,7 @@ def wudi(x: MergeInputs) -> LoraFactors:
     Source: Cheng et al., ICML 2025, equation 8.
     **Deviates**: the minimum in closed form, the one of least norm; the authors descend 300 steps from the sum.
     """
+    importances(x.weights)
     core = x.core
     left = core.left.new_zeros(core.left.shape[1], core.right.shape[1], dtype=torch.float64)
     right = left.new_zeros(core.right.shape[1], core.right.shape[1])

@@ -1,0 +1,145 @@
+"""Every merging method against its dense float64 twin on 200 random modules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from plait.adapters.lora import LoraFactors
+from plait.errors import InputError
+from plait.merging import merge_methods
+from plait.merging.inputs import MergeInputs
+from plait.merging.pico import restore_mean_norm, shrink_shared_directions
+from plait.merging.random_masks import draw
+from plait.merging.stream import DenseDelta, Truncated
+from plait.statistics.fisher import FisherDiagonal
+from plait.statistics.moments import Moments
+from tests.reference import merging as twin
+
+CASES = 200
+
+
+def random_module(rng: np.random.Generator, *, tasks: int | None = None, positive: bool = False) -> MergeInputs:
+    tasks = tasks or int(rng.integers(1, 5))
+    out, width = (int(n) for n in rng.integers(1, 9, 2))
+    ranks = rng.integers(1, 4, tasks)
+    shared = rng.random() < 0.15  # one A for all tasks
+    A = [rng.standard_normal((r, width)) for r in ([ranks[0]] * tasks if shared else ranks)]
+    A = [A[0]] * tasks if shared else A
+    B = [rng.standard_normal((out, len(a))) * 10.0 ** rng.uniform(-1, 1) for a in A]
+    weights = rng.uniform(0.2, 2.0, tasks) if positive or rng.random() < 0.6 else rng.uniform(-1.5, 1.5, tasks)
+    weights = np.ones(tasks) if rng.random() < 0.3 else weights
+    rows = [rng.standard_normal((width + 3, width)) for _ in range(tasks)]
+    moments = tuple(Moments(len(h), torch.tensor(h.sum(0)), torch.tensor(h.T @ h)) for h in rows)
+    diagonals = [torch.tensor(rng.exponential(1e-4, (out, width))) for _ in range(tasks)]
+    return MergeInputs(
+        module="layer.q",
+        tasks=tuple(f"t{i}" for i in range(tasks)),
+        weights=tuple(weights.tolist()),
+        A=tuple(torch.tensor(a) for a in A),
+        B=tuple(torch.tensor(b) for b in B),
+        seed=int(rng.integers(100)),
+        moments=moments,
+        fisher=tuple(FisherDiagonal.held({"layer.q": d}, 1).modules["layer.q"] for d in diagonals),
+    )
+
+
+def deltas(x: MergeInputs) -> list[np.ndarray]:
+    return [(b @ a).numpy() for a, b in zip(x.A, x.B, strict=True)]
+
+
+def words(x: MergeInputs) -> list[np.ndarray]:
+    return [draw(x, t, "0", x.shape).astype(np.int64) for t in range(len(x.tasks))]
+
+
+def seconds(x: MergeInputs) -> list[np.ndarray]:
+    return [m.dense().numpy() for m in x.moments]
+
+
+def diagonals(x: MergeInputs) -> list[np.ndarray]:
+    return [f.rows(0, x.shape[0]).numpy() for f in x.fisher]
+
+
+def dare(x: MergeInputs, density: float) -> list[np.ndarray]:
+    return twin.dropped(deltas(x), words(x), round(density * 65536))
+
+
+# method -> (options, twin of one module, how the module is drawn)
+TWINS = {
+    "linear": ({}, lambda x: twin.linear(deltas(x), x.weights), {"positive": True}),
+    "task_arithmetic": ({}, lambda x: twin.task_arithmetic(deltas(x), x.weights), {}),
+    "cat": ({}, lambda x: twin.task_arithmetic(deltas(x), x.weights), {}),
+    "svd": ({"svd_rank": 2}, lambda x: twin.svd(deltas(x), x.weights, 2), {}),
+    "ties": ({"density": 0.3, "scope": "module"}, lambda x: twin.ties(deltas(x), x.weights, 0.3), {}),
+    "dare_linear": ({"density": 0.7}, lambda x: twin.combination(dare(x, 0.7), x.weights), {}),
+    "dare_ties": ({"density": 0.4}, lambda x: twin.elect(dare(x, 0.4), x.weights), {}),
+    "della": (
+        {"density": 0.5, "epsilon": 0.3},
+        lambda x: twin.elect(twin.mag_prune(deltas(x), words(x), 0.5, 0.3), x.weights),
+        {},
+    ),
+    "breadcrumbs": ({"density": 0.6, "gamma": 0.1}, lambda x: twin.breadcrumbs(deltas(x), x.weights, 0.6, 0.1), {}),
+    "sce": ({"density": 0.3}, lambda x: twin.sce(deltas(x), x.weights, 0.3), {}),
+    "emr": ({}, lambda x: twin.emr(deltas(x), x.weights), {}),
+    "fisher": ({"floor": 1e-5}, lambda x: twin.fisher(deltas(x), x.weights, diagonals(x), 1e-5), {"positive": True}),
+    "regmean": ({}, lambda x: twin.regmean(deltas(x), x.weights, seconds(x), 0.9, 1e-6), {"positive": True}),
+    "least_squares": ({}, lambda x: twin.least_squares(deltas(x), x.weights, seconds(x)), {"positive": True}),
+    "tsv": ({}, lambda x: twin.tsv(deltas(x), x.weights), {}),
+    "iso_c": ({}, lambda x: twin.iso_c(deltas(x), x.weights), {}),
+    "iso_cts": ({"common": 0.5}, lambda x: twin.iso_cts(deltas(x), x.weights, 0.5, x.total_rank), {}),
+    "knots": ({"density": 0.4, "scope": "module"}, lambda x: twin.knots(deltas(x), x.weights, 0.4), {}),
+    "core_space": (
+        {"density": 0.4},
+        lambda x: twin.core_space([a.numpy() for a in x.A], [b.numpy() for b in x.B], x.weights, 0.4),
+        {},
+    ),
+    "wudi": ({}, lambda x: twin.wudi(deltas(x), x.weights), {"positive": True}),
+    "slerp": ({"t": 0.3}, lambda x: twin.slerp(deltas(x), 0.3), {"tasks": 2, "positive": True}),
+    "multi_slerp": ({}, lambda x: twin.spherical_mean(deltas(x), x.weights, 1), {"positive": True}),
+    "karcher": ({"steps": 50}, lambda x: twin.spherical_mean(deltas(x), x.weights, 50), {"positive": True}),
+}
+
+
+def test_every_method_has_a_twin():
+    assert set(TWINS) == set(merge_methods())
+
+
+def dense(result: LoraFactors | DenseDelta | Truncated) -> np.ndarray:
+    if isinstance(result, DenseDelta):
+        return result.dense().numpy()
+    factors = result.factors if isinstance(result, Truncated) else result
+    return factors.delta(torch.float64).numpy()
+
+
+@pytest.mark.parametrize("method", sorted(TWINS))
+def test_method_equals_its_twin(method):
+    options, reference, drawn = TWINS[method]
+    rng = np.random.default_rng(sorted(TWINS).index(method))
+    compared = 0
+    while compared < CASES:
+        x = random_module(rng, **drawn)
+        try:
+            found = dense(merge_methods()[method].function(x, **options))
+        except InputError as e:  # 1 x 1 deltas are parallel or antipodal
+            assert "antipodal" in str(e) or "cancel" in str(e)
+            continue
+        expected = reference(x)
+        size = max(np.abs(d).max() for d in deltas(x))
+        assert np.abs(found - expected).max() <= 2e-6 * size + 2e-6 * np.abs(expected).max(), (compared, x.shape, x.ranks)
+        compared += 1
+
+
+def test_pico_equals_its_twin():
+    rng = np.random.default_rng(0)
+    for _ in range(CASES):
+        x = random_module(rng)
+        y = shrink_shared_directions(x)
+        expected = twin.pico_before([a.numpy() for a in x.A], [b.numpy() for b in x.B])
+        size = max(np.abs(d).max() for d in deltas(x))
+        for found, wanted in zip(deltas(y), expected, strict=True):
+            assert np.abs(found - wanted).max() <= 1e-5 * size
+        norms = [np.linalg.norm(d) for d in deltas(x)]
+        merged = restore_mean_norm(y, y.combination(x.weights))
+        if merged.norm_squared() > 1e-8:
+            assert merged.norm_squared() ** 0.5 == pytest.approx(np.mean(norms), rel=1e-5)
