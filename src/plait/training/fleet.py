@@ -138,12 +138,12 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
     try:
         outcome = run_cohort(shared, chosen, meter)
     except torch.OutOfMemoryError:
-        if len(chosen) == 1:
+        if len(chosen) == 1 and not shared.smaller_passes():
             raise
         torch.cuda.empty_cache()
         meter.done = done
         half = len(chosen) // 2
-        parts = (chosen[:half], chosen[half:])
+        parts = [part for part in (chosen[:half], chosen[half:]) if part]
         return [name for part in parts for name in _train_group(part, shared, overwrite, meter)]
     seconds = time.monotonic() - started
     failed = []

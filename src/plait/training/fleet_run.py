@@ -25,7 +25,7 @@ from plait.training.cohort import Cohort, Trainee, step_items
 from plait.training.heads import Ends
 from plait.training.peft_model import for_task
 from plait.training.prepare import prepare_constraint
-from plait.training.rowbank import RowBank, row_bank, step_plan
+from plait.training.rowbank import Prices, RowBank, cheapest_cuts, row_bank, sorted_by_length, step_plan
 from plait.training.settings import row_order
 from plait.training.stacked import common_shapes
 
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY = 25  # steps between looks at the losses: each makes the host wait for the device
 _STATE, _SNAPSHOT = "state.safetensors", "snapshot."
-# Tokens a step is worth having at once: more no longer makes the device faster, it only takes memory.
-_APPETITE = {"cuda": 131_072, "cpu": 4_096}
+_SAMPLE = 8  # steps whose price is compared
+# Seconds the host takes to launch what belongs to one linear layer, forward and backward, and parameter-tokens a second
+# the device goes through once it has enough of them. Measured: docs/results/training.md.
+_LAUNCH = {"cuda": (3.7e-4, 1e14), "cpu": (1e-4, 1e10)}
 _SPARE = 0.8  # of the free memory: activations of unlike lengths leave gaps
 
 
@@ -57,6 +59,9 @@ class Shared:
             self.autocast = torch.bfloat16
             _hold_matrices_in(self.backbone, torch.bfloat16)
         self._encode()
+        self.multiple = 8 if self.device.type == "cuda" else 1
+        self.prices = Prices(pass_floor(self.backbone, self.device))
+        self.prices = Prices(self.prices.floor, _token_cap(self))
 
     def _prepare(self) -> list[Trainee]:
         """Views by shape of head, heads drawn from each member's seed, constraints shared where they are equal."""
@@ -109,6 +114,13 @@ class Shared:
         trainees = [self._trainees[i] for i in order]
         return Cohort(trainees, self.backbone, self.ends, self.whole, self.shapes, self.autocast), order
 
+    def smaller_passes(self) -> bool:
+        """Halve the tokens of a pass; False where a pass is a single row already."""
+        least = int(self.bank.lengths.max())
+        now = min(self.prices.cap, least * self.members[0].settings.batch_size)
+        self.prices = Prices(self.prices.floor, max(least, now // 2))
+        return now > least
+
     def release(self) -> None:
         """Let the device's memory go."""
         del self.whole, self.backbone, self.ends, self.bank
@@ -118,9 +130,12 @@ class Shared:
 
 def _hold_matrices_in(backbone: nn.Module, dtype: torch.dtype) -> None:
     """Cast once what autocast would cast on every pass: the weights and biases of linear layers."""
-    for module in backbone.modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            module.to(dtype)
+    for module in _matrices(backbone):
+        module.to(dtype)
+
+
+def _matrices(backbone: nn.Module) -> list[nn.Module]:
+    return [m for m in backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
 @dataclass(slots=True)
@@ -161,8 +176,7 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
     cohort, order = shared.cohort(chosen)
     members = [shared.members[i] for i in order]
     rows = shared.rows_of(order)
-    multiple = 8 if shared.device.type == "cuda" else 1
-    plan = step_plan(shared.bank, rows, shared.device, multiple=multiple)
+    plan = step_plan(shared.bank, rows, shared.device, shared.prices, multiple=shared.multiple)
     items = step_items(shared.bank, rows, shared.kind, shared.device)
     total = len(rows)
     losses = torch.zeros(total, len(order), device=shared.device)
@@ -229,24 +243,44 @@ def _restore(root: Path, cohort: Cohort, losses: Tensor, snapshots: dict[int, Te
 
 
 def cohort_size(shared: Shared) -> int:
-    """How many members of a group to step together: what the device works best on, within its free memory."""
-    batch = shared.members[0].settings.batch_size
-    tokens = float(shared.bank.lengths.mean()) * batch
-    size = max(1, round(_APPETITE.get(shared.device.type, _APPETITE["cuda"]) / tokens))
+    """How many members of a group to step together so that a sample of steps costs least.
+
+    More members share the launching of kernels; fewer, of like length, share fewer pads.
+    """
+    n = len(shared.members)
+    sizes = sorted({max(1, -(-n // 2**halvings)) for halvings in range(n.bit_length())}, reverse=True)
+    rows = shared.rows_of(range(n))[:_SAMPLE]
+    return min(sizes, key=lambda size: (_price(shared, rows, size), -size))
+
+
+def _price(shared: Shared, rows: np.ndarray[Any, np.dtype[np.int64]], size: int) -> float:
+    found = 0.0
+    for start in range(0, rows.shape[1], size):
+        part = rows[:, start : start + size]
+        _, lengths = sorted_by_length(shared.bank, part, shared.multiple)
+        found += float(cheapest_cuts(lengths, part.shape[1], shared.prices)[1][:, -1].sum())
+    return found
+
+
+def pass_floor(backbone: nn.Module, device: torch.device) -> int:
+    """Tokens below which a pass of this base only waits for its kernels to be launched, on this device."""
+    sizes = [p.numel() for m in _matrices(backbone) for p in m.parameters()]
+    seconds, rate = _LAUNCH.get(device.type, _LAUNCH["cuda"])
+    return max(1, round(len(sizes) * seconds * rate / max(1, sum(sizes))))
+
+
+def _token_cap(shared: Shared) -> int:
+    """Tokens whose activations fit the free memory, from one pass of a single member over its longest rows."""
     if shared.device.type != "cuda":
-        return size
-    return max(1, min(size, _fitting(shared)))
-
-
-def _fitting(shared: Shared) -> int:
-    """Members that fit the free memory, from one step of a single member at the group's greatest length."""
+        return Prices().cap
     cohort, order = shared.cohort([0])
     rows = shared.rows_of(order)[:1]
     rows[0, 0, :] = int(shared.bank.lengths.argmax())
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    plan = step_plan(shared.bank, rows, shared.device, multiple=8)
+    plan = step_plan(shared.bank, rows, shared.device, multiple=shared.multiple)
+    torch.cuda.reset_peak_memory_stats(shared.device)
+    before = torch.cuda.memory_allocated(shared.device)
     cohort.step(0, shared.bank, plan, step_items(shared.bank, rows, shared.kind, shared.device)[0])
-    one = torch.cuda.max_memory_allocated() - before
-    free = torch.cuda.mem_get_info()[0]
-    return int(_SPARE * free / max(one, 1))
+    used = torch.cuda.max_memory_allocated(shared.device) - before
+    tokens = rows.size * int(plan.passes[0][-1].length)
+    free = torch.cuda.mem_get_info(shared.device)[0]
+    return max(1, int(_SPARE * free * tokens / max(used, 1)))

@@ -14,9 +14,6 @@ from torch import Tensor
 from plait.training.losses import IGNORED
 
 Row = Mapping[str, Any]
-# What one more pass through the model costs beside its tokens, in tokens: a pass launches about 2000 kernels (10 ms),
-# in which an H200 handles some 10 000 tokens of a 110 M base; a CPU's own overhead is a few rows.
-PASS_COST = {"cuda": 10_000, "cpu": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,44 +106,76 @@ class StepPlan:
     passes: Sequence[Sequence[Pass]]
 
 
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a pass of the base costs, in tokens.
+
+    Args:
+        floor: A pass with fewer tokens takes as long as one with so many: launching its kernels is what takes the time.
+        cap: Tokens that a pass may have, by memory.
+    """
+
+    floor: int = 1
+    cap: int = 1 << 40
+
+
 def step_plan(
-    bank: RowBank, rows: npt.NDArray[np.int64], device: torch.device, *, multiple: int = 1, limit: int | None = None
+    bank: RowBank,
+    rows: npt.NDArray[np.int64],
+    device: torch.device,
+    prices: Prices | None = None,
+    *,
+    multiple: int = 1,
 ) -> StepPlan:
-    """Plan the passes of each step so that tokens with pads, and a fixed cost a pass, are fewest.
+    """Plan the passes of each step so that they cost least.
 
     Args:
         bank: The rows.
         rows: (steps, members, batch) positions in the bank.
-        device: Where the fleet runs; its kind decides what a pass costs.
+        device: Where the fleet runs.
+        prices: What a pass costs.
         multiple: Lengths are rounded up to it.
-        limit: Rows of each member a pass may have; None for no limit.
     """
-    steps, members, batch = rows.shape
-    order = np.argsort(bank.lengths[rows], axis=2, kind="stable")
-    rows = np.take_along_axis(rows, order, axis=2)
-    lengths = bank.lengths[rows].max(axis=1)
-    lengths = -(-lengths // multiple) * multiple
+    batch = rows.shape[2]
+    rows, lengths = sorted_by_length(bank, rows, multiple)
     label_lengths = bank.label_lengths[rows].max(axis=1)
-    starts = _cheapest_cuts(lengths, members, PASS_COST.get(device.type, PASS_COST["cuda"]), limit or batch)
+    starts, _ = cheapest_cuts(lengths, rows.shape[1], prices or Prices())
     passes = [
         [Pass(i, j, int(lengths[s, j - 1]), int(label_lengths[s, i:j].max())) for i, j in _segments(starts[s], batch)]
-        for s in range(steps)
+        for s in range(len(rows))
     ]
     return StepPlan(torch.from_numpy(rows).to(device), passes)
 
 
-def _cheapest_cuts(lengths: npt.NDArray[np.int64], members: int, cost: int, limit: int) -> npt.NDArray[np.int64]:
-    """For each step and end j, where the last segment of the cheapest split of rows 0..j starts (dynamic programming)."""
+def sorted_by_length(
+    bank: RowBank, rows: npt.NDArray[np.int64], multiple: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Each member's rows of a step from short to long, and (steps, batch) the longest at each place over members."""
+    order = np.argsort(bank.lengths[rows], axis=2, kind="stable")
+    rows = np.take_along_axis(rows, order, axis=2)
+    return rows, -(-bank.lengths[rows].max(axis=1) // multiple) * multiple
+
+
+def cheapest_cuts(
+    lengths: npt.NDArray[np.int64], members: int, prices: Prices
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The cheapest split of each step's sorted rows into passes, by dynamic programming over its ends.
+
+    Returns:
+        (steps, batch + 1) where the last pass of the cheapest split of rows 0..j starts, and its price.
+    """
     steps, batch = lengths.shape
     best = np.full((steps, batch + 1), np.inf)
     best[:, 0] = 0.0
     start = np.zeros((steps, batch + 1), np.int64)
     for j in range(1, batch + 1):
-        for i in range(max(0, j - limit), j):
-            price = best[:, i] + cost + members * (j - i) * lengths[:, j - 1]
-            better = price < best[:, j]
-            best[better, j], start[better, j] = price[better], i
-    return start
+        rows = j - np.arange(j)  # of a pass that ends at j and starts at 0, 1, ..., j - 1
+        tokens = members * rows * lengths[:, j - 1 : j]
+        price = best[:, :j] + np.maximum(tokens, prices.floor)
+        price[(tokens > prices.cap) & (rows > 1)] = np.inf
+        start[:, j] = price.argmin(1)
+        best[:, j] = price.min(1)
+    return start, best
 
 
 def _segments(start: npt.NDArray[np.int64], batch: int) -> list[tuple[int, int]]:
