@@ -45,7 +45,7 @@ def write_report(folder: Path, plan: Plan, session: Session) -> dict[str, Any]:
         "recipe": recipe,
         "versions": versions(),
     }
-    text = json.dumps(_finite(data), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render(summary, plan), encoding="utf-8")
     write_parquet(folder / "scores.parquet", all_scores(plan))
