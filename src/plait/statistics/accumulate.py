@@ -104,7 +104,16 @@ class SiteSums:
         """The moments, where the sums lie; the sums must not be used afterwards."""
         padded = self.padded_total if bool(self.padded_total.isfinite().all()) else None
         second, form, residual, error = self._second()
-        return Moments(self.count, self.total, second, form, residual, error, self.padded_count, padded)
+        return Moments(
+            self.count,
+            self.total,
+            second,
+            form,
+            residual,
+            error,
+            padded_count=self.padded_count,
+            padded_total=padded,
+        )
 
     def _second(self) -> tuple[Tensor, str, Tensor | None, float]:
         if self.sketch is not None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.tensors import read_tensors, write_tensors
 from plait.errors import InputError
-from plait.statistics.moments import DENSE, FACTOR, ModuleInfo, Moments, Statistics
+from plait.statistics.moments import DENSE, FACTOR, ModuleInfo, Moments, Statistics, packed, unpacked
 from plait.store import canonical_json, staged_file
 
 SCHEMA = 1
@@ -63,6 +62,8 @@ def _parts(moments: Moments) -> dict[str, Tensor]:
     parts = {"total": moments.total, "second": packed(second) if moments.form == DENSE else second}
     if moments.residual is not None:
         parts["residual"] = moments.residual
+    if moments.tail is not None:
+        parts["tail"] = moments.tail
     if moments.padded_total is not None:
         parts["padded_total"] = moments.padded_total
     return parts
@@ -75,6 +76,7 @@ def _site_record(moments: Moments) -> dict[str, Any]:
         "dim": moments.dim,
         "form": moments.form,
         "error": moments.error,
+        "step": moments.step,
     }
 
 
@@ -135,11 +137,15 @@ def _record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 def _moments(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Moments:
     total, second = tensors[f"{site}|total"], tensors[f"{site}|second"]
     residual, padded = tensors.get(f"{site}|residual"), tensors.get(f"{site}|padded_total")
-    dim, form = record["dim"], record["form"]
+    dim, form, tail = record["dim"], record["form"], tensors.get(f"{site}|tail")
     wanted = (dim * (dim + 1) // 2,) if form == DENSE else (second.shape[0], dim)
     vectors = [v for v in (total, residual, padded) if v is not None]
     if form not in (DENSE, FACTOR) or tuple(second.shape) != wanted or any(tuple(v.shape) != (dim,) for v in vectors):
         raise InputError(f"site {site!r}: tensors do not fit width {dim}, form {form!r}", where=str(path))
+    if tail is not None and (
+        tail.dtype != torch.int8 or tuple(tail.shape) != (dim * (dim + 1) // 2,) or residual is None
+    ):
+        raise InputError(f"site {site!r}: its tail does not fit width {dim}", where=str(path))
     for part in (second, *vectors):
         if not part.is_floating_point() or not bool(part.isfinite().all()):
             raise InputError(f"site {site!r} holds NaN, infinity or integers", where=str(path))
@@ -150,6 +156,8 @@ def _moments(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
         form=form,
         residual=residual,
         error=float(record["error"]),
+        tail=tail,
+        step=float(record.get("step", 0.0)),
         padded_count=int(record["padded_count"]),
         padded_total=padded,
     )
@@ -160,18 +168,3 @@ def _module(record: Mapping[str, Any]) -> ModuleInfo:
     return ModuleInfo(
         str(record["site"]), (int(out), int(width)), float(record["output_energy"]), bool(record["fan_in_fan_out"])
     )
-
-
-def packed(S: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
-    """The upper triangle, row by row."""
-    rows, columns = torch.triu_indices(*S.shape, device=S.device)
-    return S[rows, columns]
-
-
-def unpacked(triangle: Float[Tensor, " n"], dim: int) -> Float[Tensor, "d d"]:
-    """The symmetric matrix of an upper triangle."""
-    rows, columns = torch.triu_indices(dim, dim)
-    S = triangle.new_empty(dim, dim)
-    S[rows, columns] = triangle
-    S[columns, rows] = triangle
-    return S

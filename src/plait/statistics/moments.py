@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
 from plait.errors import InputError
@@ -29,6 +29,8 @@ class Moments:
             rotated so that no row is an input.
         form: "dense" or "factor".
         residual: (d,) non-negative diagonal added to F^T F; None unless sketched.
+        tail, step: What a fine sketch keeps of the rest off the diagonal, as correlations in steps of `step`: the packed
+            upper triangle of codes c with rest_ij = step c_ij sqrt(residual_i residual_j).
         error: Bound on the spectral norm of what a sketch left out, in the units of S; 0 where exact.
         padded_count, padded_total: The same count and sum over all positions, pads included (`osrm_released` alone
             reads them); None where pads held NaN.
@@ -40,6 +42,8 @@ class Moments:
     form: str = DENSE
     residual: Float[Tensor, " d"] | None = None
     error: float = 0.0
+    tail: Int8[Tensor, " n"] | None = None
+    step: float = 0.0
     padded_count: int = 0
     padded_total: Float[Tensor, " d"] | None = None
 
@@ -72,7 +76,12 @@ class Moments:
         if self.form == DENSE:
             return self.second
         S = self.second.T @ self.second
-        return S if self.residual is None else S + torch.diag(self.residual)
+        if self.residual is None:
+            return S
+        if self.tail is not None:
+            spread = self.residual.sqrt()
+            S = S + unpacked(self.tail, self.dim).to(S) * (self.step * spread[:, None] * spread)
+        return S + torch.diag(self.residual)
 
     def normalised(self, dtype: torch.dtype | None = None) -> Float[Tensor, "d d"]:
         """The trace-normalised m = S / tr S, so that tasks compare.
@@ -90,15 +99,15 @@ class Moments:
         """The same moments on another device."""
         residual = None if self.residual is None else self.residual.to(device)
         padded = None if self.padded_total is None else self.padded_total.to(device)
+        tail = None if self.tail is None else self.tail.to(device)
         second, total = self.second.to(device), self.total.to(device)
-        return replace(self, total=total, second=second, residual=residual, padded_total=padded)
+        return replace(self, total=total, second=second, residual=residual, tail=tail, padded_total=padded)
 
     def project(self, X: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
         """X S X^T, in X's device and dtype; from a factor without forming S."""
-        second = self.second.to(X)
-        if self.form == DENSE:
-            return X @ second @ X.T
-        Y = X @ second.T
+        if self.form == DENSE or self.tail is not None:
+            return X @ self.dense().to(X) @ X.T
+        Y = X @ self.second.to(X).T
         rest = 0.0 if self.residual is None else (X * self.residual.to(X)) @ X.T
         return Y @ Y.T + rest
 
@@ -128,11 +137,26 @@ class Moments:
 
 def _sum_of_seconds(a: Moments, b: Moments) -> tuple[Tensor, str, Tensor | None]:
     rows = a.second.shape[0] + b.second.shape[0]
-    if DENSE in (a.form, b.form) or rows >= a.dim:
+    if DENSE in (a.form, b.form) or rows >= a.dim or a.tail is not None or b.tail is not None:
         return a.dense() + b.dense(), DENSE, None
     known = [m.residual for m in (a, b) if m.residual is not None]
     residual = functools.reduce(torch.add, known) if known else None
     return rotated(torch.cat([a.second, b.second])), FACTOR, residual
+
+
+def packed(S: Shaped[Tensor, "d d"]) -> Shaped[Tensor, " n"]:
+    """The upper triangle, row by row."""
+    rows, columns = torch.triu_indices(*S.shape, device=S.device)
+    return S[rows, columns]
+
+
+def unpacked(triangle: Shaped[Tensor, " n"], dim: int) -> Shaped[Tensor, "d d"]:
+    """The symmetric matrix of an upper triangle."""
+    rows, columns = torch.triu_indices(dim, dim, device=triangle.device)
+    S = triangle.new_empty(dim, dim)
+    S[rows, columns] = triangle
+    S[columns, rows] = triangle
+    return S
 
 
 def rotated(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k d"]:

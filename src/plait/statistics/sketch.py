@@ -1,4 +1,4 @@
-"""Sketches: a second moment as rank-k factor plus diagonal, with a bound on what was left out."""
+"""Sketches: a second moment as rank-k factor plus a coarse rest, with a bound on what was left out."""
 
 from __future__ import annotations
 
@@ -9,47 +9,77 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.errors import UsageError
-from plait.statistics.moments import FACTOR, Moments, Statistics
+from plait.statistics.moments import FACTOR, Moments, Statistics, packed
+
+_LEVELS = 127  # of an 8-bit tail, to either side of zero
 
 
-def compress(moments: Moments, rank: int) -> Moments:
-    """The best rank-k part of S plus the diagonal of the rest.
+def compress(moments: Moments, rank: int, *, tail: bool = True) -> Moments:
+    """A rank-k part of S, the diagonal of the rest exactly, and the rest's correlations in 8 bits.
 
-    S = V L V^T; the factor keeps the k largest eigenvalues, the residual is the diagonal of what remains, so the trace
-    and every diagonal entry stay exact. With N = S - F^T F (positive semidefinite), the error is ||N - diag N||.
+    With v = diag S, the factor keeps the k largest eigenvectors of the correlations S_ij / sqrt(v_i v_j), scaled back:
+    what matters to `contrastive` is relative, so a few coordinates of huge energy must not use up the rank. The rest N
+    has a long tail whose correlations matter together: rank 64 and the diagonal alone keep three quarters of
+    contrastive's objective at d 768, with the 8-bit tail over 99 %. The tail is shrunk by what rounding made negative,
+    so the sketch stays positive semidefinite; trace and diagonal are exact.
 
     Args:
         moments: Exact or already sketched.
-        rank: k, from 0 to d; nothing is changed where the factor already has no more rows and no residual.
+        rank: k, at least 0; nothing is changed where a factor already has no more rows.
+        tail: Keep the 8-bit tail: d^2 / 2 bytes beside 4 k d.
 
     Returns:
-        Moments in factor form; `error` is the measured spectral norm plus the error it came with.
+        Moments in factor form; `error` is the measured spectral norm of what was lost, plus the error it came with.
 
-    Cost: one eigen-decomposition, d^3.
+    Cost: three eigen-decompositions, d^3.
     """
     if rank < 0:
         raise UsageError(f"a sketch of rank {rank}")
-    if rank >= moments.dim or (moments.form == FACTOR and moments.second.shape[0] <= rank):
+    if rank >= moments.dim or (moments.form == FACTOR and moments.tail is None and moments.second.shape[0] <= rank):
         return moments
     S = moments.dense().double()
-    values, vectors = torch.linalg.eigh(S)
+    spread = S.diagonal().clamp_min(0).sqrt()
+    values, vectors = torch.linalg.eigh(S / _outer(spread))
     kept = values[-rank:].clamp_min(0) if rank else values[:0]
-    factor = (kept.sqrt() * vectors[:, S.shape[0] - rank :]).T.flip(0)
-    rest = S - factor.T @ factor
-    residual = rest.diagonal().clamp_min(0)
-    error = torch.linalg.eigvalsh(rest - torch.diag(residual)).abs().max()
-    return replace(
+    factor = ((kept.sqrt() * vectors[:, S.shape[0] - rank :]) * spread[:, None]).T.flip(0).to(moments.second.dtype)
+    rest = S - factor.T.double() @ factor.double()
+    small = replace(
         moments,
-        second=factor.to(moments.second.dtype),
+        second=factor,
         form=FACTOR,
-        residual=residual.to(moments.second.dtype),
-        error=moments.error + float(error),
+        residual=rest.diagonal().clamp_min(0).to(factor.dtype),
+        tail=None,
+        step=0.0,
     )
+    if tail:
+        codes, step = _coded(rest)
+        small = replace(small, tail=codes, step=step)
+    lost = torch.linalg.eigvalsh(S - small.dense().double()).abs().max()
+    return replace(small, error=moments.error + float(lost))
 
 
-def compress_statistics(statistics: Statistics, rank: int) -> Statistics:
-    """Every site compressed to rank k plus diagonal; the provenance says so."""
-    sites = {s: compress(m, rank) for s, m in statistics.sites.items()}
+def _coded(rest: Float[Tensor, "d d"]) -> tuple[Tensor, float]:
+    """Correlations of a positive semidefinite matrix, off the diagonal, in 8 bits."""
+    correlations = rest / _outer(rest.diagonal().clamp_min(0).sqrt())
+    correlations.fill_diagonal_(0)
+    largest = float(correlations.abs().max())
+    if largest == 0.0:
+        return packed(correlations.to(torch.int8)), 0.0
+    codes = (correlations * (_LEVELS / largest)).round()
+    step = largest / _LEVELS
+    lowest = float(torch.linalg.eigvalsh(codes * step)[0])
+    return packed(codes.to(torch.int8)), step / max(1.0, -lowest)
+
+
+def _outer(spread: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
+    """The products of all pairs; 1 where one of them is zero, so that 0 / 0 is 0."""
+    products = spread[:, None] * spread
+    return torch.where(products > 0, products, torch.ones_like(products))
+
+
+def compress_statistics(statistics: Statistics, rank: int, *, tail: bool = True) -> Statistics:
+    """Every site compressed; the provenance says so."""
+    sites = {s: compress(m, rank, tail=tail) for s, m in statistics.sites.items()}
     return replace(statistics, sites=sites, provenance={**statistics.provenance, "sketch": rank})
 
 

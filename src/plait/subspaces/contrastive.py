@@ -84,13 +84,13 @@ def sc_lora(x: SiteInputs, *, beta: Annotated[float, Range(0.0, 1.0)] = 0.5) -> 
     Source: arXiv:2505.23724, equation of the reward. **Deviates**: B = 0 and the base is untouched, where SC-LoRA starts
     from the base's own part in the subspace; moments are trace-normalised, and the others' are those of known tasks.
     """
-    found = {}
-    for task in x.tasks:
-        difference = x.own(task).mul_(1 - beta).sub_(x.others(task), alpha=beta)
-        pairs = _largest(x, lambda Y, D=difference: D @ Y, lambda D=difference: D[None], 1)
-        rows = orthonormal_rows(pairs.vectors[0, :, : x.rank])
-        found[task] = Basis(rows, pairs.values[0, : x.rank], _solver(pairs))
-    return found
+    return {task: _sc_lora_one(x, task, beta) for task in x.tasks}
+
+
+def _sc_lora_one(x: SiteInputs, task: str, beta: float) -> Basis:
+    difference = x.own(task).mul_(1 - beta).sub_(x.others(task), alpha=beta)
+    pairs = _largest(x, lambda Y: difference @ Y, lambda: difference[None], 1)
+    return Basis(orthonormal_rows(pairs.vectors[0, :, : x.rank]), pairs.values[0, : x.rank], _solver(pairs))
 
 
 def inverse_factor(R: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
