@@ -52,7 +52,7 @@ def bars(lines: Sequence[Line]) -> str:
     low = min([lines[0].floor.value, *(x.merged.value for x in lines)])
     axis.set_ylim(bottom=max(0.0, low - 8))
     axis.set_ylabel("mean score, %")
-    axis.legend(fontsize=8, ncols=2)
+    axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _svg(figure)
 
 
@@ -73,22 +73,25 @@ def curves(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], lin
 
 
 def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Predicted relative output shift: row, whose adapter; column, whose inputs; one panel an arm, one colour scale."""
+    """Predicted relative output shift: row, whose adapter; column, whose inputs; one panel an arm, one logarithmic colour scale."""
     import numpy as np
+    from matplotlib.colors import LogNorm
 
     arms = list(tables)
     tasks = list(next(iter(tables.values())))
     side = 0.42 * len(tasks) + 1.5
     figure, axes = _figure(side * len(arms), side, len(arms))
     grids = {arm: np.array([[tables[arm][i][j] for j in tasks] for i in tasks]) for arm in arms}
-    top = max(float(np.nanmax(g)) for g in grids.values())
+    found = np.concatenate([g[np.isfinite(g) & (g > 0)] for g in grids.values()])
+    low, top = (max(float(found.min()), float(found.max()) / 1e4), float(found.max())) if found.size else (0.1, 1.0)
+    norm = LogNorm(low, max(top, 1.01 * low), clip=True)
     image = None
     for axis, arm in zip(axes, arms, strict=True):
-        image = axis.imshow(grids[arm], cmap="viridis", vmin=0, vmax=top)
+        image = axis.imshow(grids[arm], cmap="viridis", norm=norm)
         axis.set_title(arm)
         axis.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right")
         axis.set_yticks(range(len(tasks)), tasks)
         axis.set_xlabel("inputs of")
     axes[0].set_ylabel("adapter of")
-    figure.colorbar(image, ax=list(axes), shrink=0.7, format="%.2g")
+    figure.colorbar(image, ax=list(axes), shrink=0.7)
     return _svg(figure)
