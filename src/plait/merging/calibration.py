@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from plait.adapters.lora import LoraFactors
 from plait.errors import UsageError
 from plait.merging import pico
 from plait.merging.inputs import MergeInputs
@@ -19,15 +18,15 @@ class Calibration:
     Args:
         name: What `--calibrate` takes.
         before: One module -> the same module with other factors.
-        after: (that module, the method's result) -> the final factors.
+        after: (that module, the norm of the method's result) -> what the result is multiplied by.
     """
 
     name: str
     before: Callable[[MergeInputs], MergeInputs]
-    after: Callable[[MergeInputs, LoraFactors], LoraFactors]
+    after: Callable[[MergeInputs, float], float]
 
 
-CALIBRATIONS = {"pico": Calibration("pico", pico.shrink_shared_directions, pico.restore_mean_norm)}
+CALIBRATIONS = {"pico": Calibration("pico", pico.shrink_shared_directions, pico.mean_norm_factor)}
 
 
 def find_calibration(name: str | None) -> Calibration | None:

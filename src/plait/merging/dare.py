@@ -5,7 +5,7 @@ from __future__ import annotations
 from plait.merging.elementwise import in_space, signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
 from plait.merging.random_masks import kept_at_random
-from plait.merging.registry import Density, Space, merge_method
+from plait.merging.registry import Agreeing, Density, Space, merge_method
 from plait.merging.stream import MergedDelta
 
 
@@ -28,16 +28,19 @@ def dare_linear(x: MergeInputs, *, density: Density = 0.5, space: Space = "dense
 
 
 @merge_method("dare_ties", paper="arXiv:2311.03099")
-def dare_ties(x: MergeInputs, *, density: Density = 0.5, space: Space = "dense") -> MergedDelta:
+def dare_ties(
+    x: MergeInputs, *, density: Density = 0.5, space: Space = "dense", agreeing: Agreeing = "mean"
+) -> MergedDelta:
     """Drop and rescale as DARE does, then elect signs and average those that agree, as TIES does, without its trim.
 
     Args:
         x: The module.
         density: Probability to keep an entry, rounded to a multiple of 2^-16.
         space: Where entries are dropped; see `ties`.
+        agreeing: Whether those that agree are averaged or added up.
 
     Source: Yu et al., ICML 2024, section 4.2, with Yadav et al. (arXiv:2306.01708) for the merge.
     **Deviates**: masks as in `dare_linear`.
     """
     drop = kept_at_random(x, density)
-    return in_space(x, lambda parts, place: signed_mean(drop(parts, place), x.weights), space)
+    return in_space(x, lambda parts, place: signed_mean(drop(parts, place), x.weights, agreeing), space)

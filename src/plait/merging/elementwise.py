@@ -58,12 +58,13 @@ def keep_from(part: Tensor, bound: float) -> Tensor:
     return torch.nn.functional.hardshrink(part, float(np.nextafter(kind(bound), kind(0))))
 
 
-def signed_mean(parts: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+def signed_mean(parts: Iterable[Tensor], weights: Sequence[float], agreeing: str = "mean") -> Tensor:
     """Elect the sign of sum_t w_t p_t per entry; the mean, by |w_t|, of the nonzero w_t p_t / |w_t| that agree with it.
 
     Args:
         parts: One per task, consumed one by one and changed in place.
         weights: One per task; a negative weight turns its task's signs.
+        agreeing: "mean", or "sum" of the w_t p_t that agree.
 
     Returns:
         Zero where no entry is left.
@@ -82,6 +83,8 @@ def signed_mean(parts: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
         turnout += sign.abs_()
     up, down, votes, turnout = sums
     positive = up + down >= 0
+    if agreeing == "sum":
+        return torch.where(positive, up, down)
     agreed = torch.where(positive, turnout + votes, turnout - votes).mul_(0.5)
     return torch.where(positive, up, down).div_(agreed.clamp_(min=torch.finfo(up.dtype).tiny))
 

@@ -114,17 +114,7 @@ def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) 
     """What a merge is: its settings and the hashes of what it reads."""
     inputs = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in plan.adapters}
     inputs |= {f"statistics:{task}": store.sha256_file(Path(path)) for task, path in (statistics or {}).items()}
-    settings = {
-        "method": plan.method.name,
-        "options": plan.options,
-        "order": [a.name for a in plan.adapters],
-        "weights": list(plan.weights),
-        "scale": plan.scale,
-        "rank": plan.rank,
-        "calibrate": plan.calibration.name if plan.calibration else None,
-        "base": plan.common.base,
-    }
-    return store.identity("merge", settings, inputs, plan.seed)
+    return store.identity("merge", plan.settings(), inputs, plan.seed)
 
 
 def read_statistics_files(files: Mapping[str, Path | str] | None) -> dict[str, Any] | None:

@@ -39,7 +39,9 @@ def importances(weights: Sequence[float]) -> Sequence[float]:
         UsageError: One is negative, or all are zero.
     """
     if any(w < 0 for w in weights) or not any(weights):
-        raise UsageError(f"weights {list(weights)}: this method weighs tasks, so none may be negative and one must be positive")
+        raise UsageError(
+            f"weights {list(weights)}: this method weighs tasks, so none may be negative and one must be positive"
+        )
     return weights
 
 

@@ -37,10 +37,7 @@ def _with_norm_of(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return part * (wanted.norm() / norm) if norm > 0 else part
 
 
-def restore_mean_norm(x: MergeInputs, merged: LoraFactors) -> LoraFactors:
-    """Scale the merged delta to the mean Frobenius norm of the inputs that adapt the module."""
+def mean_norm_factor(x: MergeInputs, norm: float) -> float:
+    """What brings a merged delta of this norm to the mean Frobenius norm of the inputs that adapt the module."""
     norms = [LoraFactors(a, b).norm_squared() ** 0.5 for a, b in zip(x.A, x.B, strict=True) if a.shape[0]]
-    norm = merged.norm_squared() ** 0.5
-    if not norms or not norm > 0:
-        return merged
-    return LoraFactors(merged.A, merged.B * (sum(norms) / len(norms) / norm), 1.0, merged.kind)
+    return sum(norms) / len(norms) / norm if norms and norm > 0 else 1.0

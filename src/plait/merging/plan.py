@@ -15,7 +15,7 @@ from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
 from plait.merging.outcome import assembled, discarded, provenance
 from plait.merging.registry import MergeMethod
-from plait.merging.stream import DenseDelta, Truncated, cut_to_rank
+from plait.merging.stream import DenseDelta, Truncated, as_dense, cut_to_rank
 from plait.merging.verify import projection_error, some_modules
 
 
@@ -131,16 +131,45 @@ class Plan:
             return truncated(factors, self.rank) if self.rank else (factors, lost)
         x = self.view(module, context)
         factors, lost = self.cut(self.method.function(x, **self.options), x)
+        scale = self.scale
         if self.calibration:
-            factors = self.calibration.after(x, factors)
-        factors = LoraFactors(
-            factors.A.cpu(), (factors.B * self.scale if self.scale != 1.0 else factors.B).cpu(), 1.0, x.kind
-        )
+            scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
+        factors = LoraFactors(factors.A.cpu(), (factors.B * scale if scale != 1.0 else factors.B).cpu(), 1.0, x.kind)
         if not bool(torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
             raise RunError(
                 f"{self.method.name} gave NaN or infinity", where=module, hint="a smaller --scale or other weights?"
             )
         return factors, lost
+
+    def delta(self, module: str) -> DenseDelta:
+        """The module's merged delta, scale applied, without a cut to rank: for baking."""
+        x = self.view(module, self.prepared())
+        result = self.method.function(x, **self.options)
+        dense = result if isinstance(result, DenseDelta) else as_dense(result)
+        scale = self.scale
+        if self.calibration:
+            scale *= self.calibration.after(x, dense.energy() ** 0.5)
+        return DenseDelta(dense.shape, lambda start, stop: (dense.rows(start, stop) * scale).cpu())
+
+    def shell(self) -> Adapter:
+        """The merged adapter's names, heads and kinds, its factors left out."""
+        none = {
+            m: LoraFactors(torch.zeros(1, 0), torch.zeros(0, 1), 1.0, k) for m, (_, k) in self.common.modules.items()
+        }
+        return assembled("merged", self.common, self.adapters, none)
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the merge beside its inputs and seed."""
+        return {
+            "method": self.method.name,
+            "options": self.options,
+            "order": [a.name for a in self.adapters],
+            "weights": list(self.weights),
+            "scale": self.scale,
+            "rank": self.rank,
+            "calibrate": self.calibration.name if self.calibration else None,
+            "base": self.common.base,
+        }
 
     def is_unchanged(self) -> bool:
         """One adapter of weight 1 through a linear method: its own factors, its own dtype, its own scaling."""

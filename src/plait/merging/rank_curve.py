@@ -42,7 +42,9 @@ def rank_curve(
         raise UsageError("rank_curve takes ranks, not rank")
     whole = merge(read, method, statistics=given, **settings)
     largest = max((a.rank for a in read), default=1)
-    wanted = sorted({min(n, whole.adapter.rank) for n in ranks or (largest, 2 * largest, 4 * largest, whole.adapter.rank)})
+    wanted = sorted(
+        {min(n, whole.adapter.rank) for n in ranks or (largest, 2 * largest, 4 * largest, whole.adapter.rank)}
+    )
     return [_row(whole.adapter, rank, float(whole.record["discarded_energy"]), score) for rank in wanted]
 
 

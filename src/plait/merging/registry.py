@@ -34,6 +34,7 @@ Density = Annotated[float, Range(0.0, 1.0, open_low=True)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 Positive = Annotated[float, Range(0.0, math.inf, open_low=True)]
 Space = Literal["dense", "core", "knots"]
+Agreeing = Literal["mean", "sum"]
 
 
 class Configurable(Protocol):

@@ -81,6 +81,12 @@ class Truncated:
 MergedDelta = LoraFactors | DenseDelta | Truncated
 
 
+def as_dense(delta: LoraFactors | Truncated) -> DenseDelta:
+    """Low-rank factors as rows made block by block."""
+    f = (delta.factors if isinstance(delta, Truncated) else delta).folded(torch.float32)
+    return DenseDelta(f.shape, lambda start, stop: f.B[start:stop] @ f.A)
+
+
 def cut_to_rank(
     delta: DenseDelta, rank: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> tuple[LoraFactors, float]:

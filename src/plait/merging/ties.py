@@ -10,7 +10,7 @@ from torch import Tensor
 from plait.merging.elementwise import Rule, in_space, keep_from, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
-from plait.merging.registry import Density, Space, merge_method
+from plait.merging.registry import Agreeing, Density, Space, merge_method
 from plait.merging.stream import MergedDelta
 
 
@@ -22,7 +22,12 @@ def _thresholds(modules: Sequence[MergeInputs], options: Mapping[str, Any]) -> l
 
 @merge_method("ties", paper="arXiv:2306.01708", prepare=_thresholds)
 def ties(
-    x: MergeInputs, *, density: Density = 0.2, scope: Literal["model", "module"] = "model", space: Space = "dense"
+    x: MergeInputs,
+    *,
+    density: Density = 0.2,
+    scope: Literal["model", "module"] = "model",
+    space: Space = "dense",
+    agreeing: Agreeing = "mean",
 ) -> MergedDelta:
     """Keep each task's largest entries, elect the sign of their weighted sum, average the entries that agree.
 
@@ -31,6 +36,7 @@ def ties(
         density: Fraction of entries kept, by magnitude.
         scope: Whether the largest are sought in the whole model (the paper) or in each module (mergekit).
         space: Where entries are compared: the dense deltas, the lossless core in its SVD basis, or KnOTS' S V^T.
+        agreeing: Whether those that agree are averaged (the paper) or added up.
 
     Cost: scope model reads every delta twice, in row blocks.
     Source: Yadav et al., NeurIPS 2023, algorithm 1.
@@ -40,15 +46,15 @@ def ties(
     one more than rounded down). mergekit trims per module; PEFT trims A and B instead of the delta.
     """
     thresholds = x.context if x.context is not None else magnitude_thresholds([x], density, space)
-    return in_space(x, trimmed(thresholds, x.weights), space)
+    return in_space(x, trimmed(thresholds, x.weights, agreeing), space)
 
 
-def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float]) -> Rule:
+def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float], agreeing: str = "mean") -> Rule:
     """The rule: entries below their task's threshold are zero; then the mean of those that agree with the elected sign."""
     bounds = [float(threshold) for threshold in thresholds]
 
     def rule(parts: Iterable[Tensor], place: str) -> Tensor:
         kept = (keep_from(part, bound) for part, bound in zip(parts, bounds, strict=True))
-        return signed_mean(kept, weights)
+        return signed_mean(kept, weights, agreeing)
 
     return rule

@@ -1,0 +1,271 @@
+"""Baking: writing an adapter, or a merge that is no adapter, into a copy of the base model's weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait import store
+from plait.adapters.lora import EMBEDDING, Adapter
+from plait.adapters.tensors import write_tensors
+from plait.errors import InputError, RunError
+from plait.merging.base_files import INDEX, SINGLE, StoredTensor, base_tensors, require_unquantised, tensors_in
+from plait.merging.inputs import seed_of
+from plait.merging.plan import Plan
+from plait.merging.stream import DenseDelta, as_dense, row_blocks
+
+# Model types whose linear layers are Conv1D, stored (in, out); only square weights leave this to the name.
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
+# Where the output layer goes when it is untied, and what a base of one file is then called: with an index, files may
+# have any name but the one that loaders look for first.
+_OUTPUT_SHARD, _FIRST_SHARD = "model-output.safetensors", "model-base.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """One module's delta and the stored weight it goes into.
+
+    Args:
+        module, tensor: Names of both.
+        stored: The weight in the base.
+        delta: (out, in).
+        transposed: Whether the weight is stored (in, out).
+        unties: Whether input and output embedding are one tensor in the base and no longer can be.
+        is_output: Whether the delta belongs to the untied output layer, which starts as a copy of the embedding.
+    """
+
+    module: str
+    tensor: str
+    stored: StoredTensor
+    delta: DenseDelta
+    transposed: bool
+    unties: bool
+    is_output: bool
+
+
+def bake(
+    source: Adapter | Plan, base: Path, out: Path, *, verify: bool = True, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write base + delta as a full model, shard by shard.
+
+    Shards are copied as files and the rows of adapted weights are overwritten in the copies, so that no more than a block
+    of rows is in memory (one whole tensor where the weight is stored transposed). Tokenizer, generation config and the
+    index come along. Where the base ties its output to its embedding and the adapter changes one of them, they are
+    untied: both are written, and the config says so.
+
+    Args:
+        source: An adapter; or a planned merge, whose dense result is then baked without a cut to rank.
+        base: Local folder of the base in safetensors, not quantised.
+        out: The folder to write.
+        verify: Read the written weights again and compare W' x with W x + D x, x random.
+        overwrite: Replace what stands at `out`.
+
+    Returns:
+        {"modules", "dtype", "rounding_error", "verification_error", "untied", "output", ...}: `rounding_error` is
+        |W' - (W + D)| / |D| over all weights, what the base's dtype took from the update; `verification_error` the
+        largest |W' x - (W x + D x)| / |W x + D x| of any module.
+
+    Raises:
+        InputError: A quantised base, one of other shapes or module names.
+        RunError: What was written is not base + delta.
+    """
+    config = require_unquantised(base)
+    adapter, deltas = _deltas_of(source)
+    sites = _sites(adapter, deltas, base_tensors(base), config)
+    inputs = {
+        "adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules)),
+        "base": _hash(base),
+    }
+    if isinstance(source, Plan):
+        inputs |= {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in source.adapters}
+    options = source.settings() if isinstance(source, Plan) else {}
+    wanted = store.identity("bake", options, inputs, source.seed if isinstance(source, Plan) else None)
+    if store.is_done(out, wanted, overwrite=overwrite):
+        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    result: dict[str, Any] = {"modules": len(sites), "dtype": sorted({s.stored.dtype for s in sites})}
+    with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
+        untied = _copy(base, stage, sites, config)
+        lost = [_write(site, _target(site, stage)) for site in sites]
+        changed = sum(d for _, d in lost)
+        result["rounding_error"] = (sum(e for e, _ in lost) / changed) ** 0.5 if changed > 0 else 0.0
+        result["untied"] = untied
+        result["verification_error"] = max((_verify(s, stage) for s in sites), default=0.0) if verify else None
+        _write_heads(stage, adapter)
+    return {**result, "output": str(out), "reused": False}
+
+
+def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
+    if isinstance(source, Plan):
+        plan = source
+        return plan.shell(), {m: (lambda m=m: plan.delta(m)) for m in plan.common.modules}  # type: ignore[misc]
+    if source.extras:
+        raise InputError(
+            f"{next(iter(source.extras))!r} was trained beside the LoRA factors",
+            where=source.name,
+            hint="PEFT's merge_and_unload handles replaced embeddings",
+        )
+    return source, {m: (lambda f=f: as_dense(f)) for m, f in source.modules.items()}  # type: ignore[misc]
+
+
+def _hash(base: Path) -> str:
+    files = sorted(p for p in base.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    return store.sha256_json({p.name: store.sha256_file(p) for p in files})
+
+
+# --- where each delta goes ----------------------------------------------------------------------------------------------
+
+
+def _sites(
+    adapter: Adapter,
+    deltas: Mapping[str, Callable[[], DenseDelta]],
+    tensors: Mapping[str, StoredTensor],
+    config: Mapping[str, Any],
+) -> list[_Site]:
+    found = []
+    conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
+    tied = bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+    for module, delta in deltas.items():
+        name, is_output = _tensor_of(module, adapter, tensors, tied)
+        dense = delta()
+        stored = tensors[name]
+        embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
+        flipped = (dense.shape[1], dense.shape[0])
+        if stored.shape not in (dense.shape, flipped):
+            raise InputError(
+                f"{module!r} has a delta {dense.shape} and the base a weight {stored.shape}",
+                where=name,
+                hint="not the base these adapters were trained on",
+            )
+        transposed = stored.shape != dense.shape or (stored.shape == flipped and (embedding or conv1d))
+        _ = stored.torch_dtype
+        found.append(_Site(module, name, stored, dense, transposed, tied and (is_output or embedding), is_output))
+    return found
+
+
+def _tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor], tied: bool) -> tuple[str, bool]:
+    """Name of a module's stored weight, and whether it is the tied output layer, which has none of its own."""
+    prefixes = ["", f"{adapter.prefix}.", f"{adapter.source.get('backbone_prefix', '')}."]
+    names = [f"{p}{module}.weight" for p in prefixes if p != "."]
+    inner = module.partition(".")[2]  # saved from the backbone alone: "model.layers.0" is "layers.0" there
+    for name in [*names, f"{inner}.weight"]:
+        if name in tensors:
+            return name, False
+    endings = [n for n in tensors if n.endswith(f".{module}.weight")]
+    if len(endings) == 1:
+        return endings[0], False
+    if tied and module.rpartition(".")[2] in ("lm_head", "embed_out", "output"):
+        embeddings = [
+            n
+            for n in tensors
+            if n.rsplit(".", 2)[-2] in ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
+        ]
+        if len(embeddings) == 1:
+            return embeddings[0], True
+    raise InputError(
+        f"the base holds no weight for module {module!r} ({len(endings)} names end in it)",
+        where=adapter.name,
+        hint="not the base these adapters were trained on, or its experts are fused",
+    )
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def _copy(base: Path, stage: Path, sites: list[_Site], config: Mapping[str, Any]) -> bool:
+    """Copy the base's files; where weights are untied, add the output layer in a shard of its own and say so."""
+    unties = [s for s in sites if s.unties]
+    for path in sorted(p for p in base.rglob("*") if p.is_file()):
+        inside = path.relative_to(base)
+        if path.name == store.MANIFEST or any(part.startswith(".") for part in inside.parts):
+            continue
+        if path.suffix not in _WEIGHTS or (len(inside.parts) == 1 and _is_shard(path, base)):
+            target = stage / (_shard_name(path, base, bool(unties)) if path.suffix == ".safetensors" else inside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    if not unties:
+        return False
+    name = next((f"{s.module}.weight" for s in unties if s.is_output), "lm_head.weight")
+    embedding = unties[0].stored
+    write_tensors(stage / _OUTPUT_SHARD, {name: embedding.read(0, embedding.shape[0])})
+    files = {n: _shard_name(t.file, base, True) for n, t in base_tensors(base).items()} | {name: _OUTPUT_SHARD}
+    size = sum(p.stat().st_size for p in stage.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    rewritten = {**config, "tie_word_embeddings": False}
+    (stage / "config.json").write_text(json.dumps(rewritten, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return True
+
+
+def _shard_name(path: Path, base: Path, untied: bool) -> str:
+    return _FIRST_SHARD if untied and not (base / INDEX).exists() else path.name
+
+
+def _is_shard(path: Path, base: Path) -> bool:
+    if not (base / INDEX).exists():
+        return path.name == SINGLE
+    return path.name in set(store.read_json(base / INDEX)["weight_map"].values())
+
+
+def _rows(site: _Site, stored: StoredTensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first row, stored rows, delta rows) of a weight as it is stored."""
+    if site.transposed:
+        yield 0, stored.read(0, stored.shape[0]), site.delta.dense().T
+    else:
+        for start, stop in row_blocks(site.delta.shape):
+            yield start, stored.read(start, stop), site.delta.rows(start, stop)
+
+
+def _target(site: _Site, stage: Path) -> StoredTensor:
+    """The tensor of the copy that takes the delta."""
+    if site.is_output:
+        return tensors_in(stage / _OUTPUT_SHARD)[f"{site.module}.weight"]
+    renamed = stage / _FIRST_SHARD
+    file = renamed if renamed.exists() else stage / site.stored.file.name
+    return StoredTensor(file, site.stored.shape, site.stored.dtype, site.stored.start)
+
+
+def _write(site: _Site, target: StoredTensor) -> tuple[float, float]:
+    """Add the delta to the copy's rows; squared rounding error and squared norm of the delta."""
+    error = size = 0.0
+    for start, stored, delta in _rows(site, target):
+        exact = stored.double() + delta.double()
+        written = exact.to(stored.dtype)
+        if not bool(torch.isfinite(written).all()):
+            raise RunError(f"base + delta overflows {site.stored.dtype}", where=site.tensor)
+        error += float((written.double() - exact).square().sum())
+        size += float(delta.double().square().sum())
+        target.write(start, written)
+    return error, size
+
+
+def _verify(site: _Site, stage: Path) -> float:
+    """The relative difference between W' x, read from the written shard, and W x + D x."""
+    target = _target(site, stage)
+    generator = torch.Generator().manual_seed(seed_of("bake", site.tensor))
+    probe = torch.randn(site.stored.shape[1], 2, dtype=torch.float64, generator=generator)
+    found, wanted = [], []
+    for start, base_rows, delta in _rows(site, site.stored):
+        found.append(target.read(start, start + len(base_rows)).double() @ probe)
+        wanted.append(base_rows.double() @ probe + delta.double() @ probe)
+    right = torch.cat(wanted)
+    error = float((torch.cat(found) - right).norm() / right.norm().clamp(min=1e-300))
+    if error > 4 * torch.finfo(site.stored.torch_dtype).eps:
+        raise RunError(
+            f"written weights differ from base + delta by {error:.2g}", where=site.tensor, hint="nothing was kept"
+        )
+    return error
+
+
+def _write_heads(stage: Path, adapter: Adapter) -> None:
+    if adapter.heads:
+        (stage / "heads").mkdir(exist_ok=True)
+        for task, head in adapter.heads.items():
+            write_tensors(stage / "heads" / f"{task}.safetensors", head)

@@ -1,0 +1,188 @@
+"""EMR on disk: one unified adapter, and per task a bit-packed mask and a rescaler that turn it back into that task's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from plait import store
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.naming import checked_name
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.adapters.tensors import read_tensors, write_tensors
+from plait.errors import InputError, UsageError
+from plait.merging.driver import plan_merge
+from plait.merging.folders import identity_of, read_named
+from plait.merging.plan import Plan
+from plait.merging.stream import DenseDelta, row_blocks
+
+MASKS = "masks"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDelta:
+    """One task's delta of one module: rescaler * mask * unified, made in row blocks.
+
+    Args:
+        unified: Factors of the unified delta.
+        mask: (out, ceil(in / 8)) uint8, most significant bit first.
+        rescaler: l_t.
+    """
+
+    unified: LoraFactors
+    mask: Tensor
+    rescaler: float
+
+    def dense(self) -> DenseDelta:
+        """As a dense delta, float32."""
+        f = self.unified.folded()
+        out, width = f.shape
+
+        def rows(start: int, stop: int) -> Tensor:
+            bits = np.unpackbits(self.mask[start:stop].numpy(), axis=1, count=width)
+            return (f.B[start:stop] @ f.A).mul_(torch.from_numpy(bits)).mul_(self.rescaler)
+
+        return DenseDelta((out, width), rows)
+
+
+def merge_per_task(
+    folders: Sequence[Path | str],
+    out: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Merge folders by EMR into a folder that serves every task: the unified adapter, ``masks/<task>.safetensors``.
+
+    Masks and rescalers are taken against the unified delta as it is stored, after its cut to rank; so l_t M_t * unified
+    keeps the task's sum of magnitudes exactly.
+
+    Args:
+        folders: ``DIR`` or ``NAME=DIR`` each.
+        out: The folder to write.
+        weights: One per adapter; 1 each by default.
+        rank: Of the unified adapter; None cuts to R, the sum of ranks.
+        seed: Of the randomised SVD.
+        base: Base id of the result where the adapters name one base by different names.
+        overwrite: Replace what stands at `out`.
+
+    Returns:
+        The record of the merge with `rescalers`, and per task `relative_error`, |l_t M_t * unified - D_t| / |D_t|.
+    """
+    plan = plan_merge([read_named(f) for f in folders], "emr", weights=weights, rank=rank, seed=seed, base=base)
+    wanted = identity_of(plan) | {"stage": "merge-per-task"}
+    if store.is_done(out, wanted, overwrite=overwrite):
+        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    done = plan.run(out.name)
+    masks, rescalers, errors = _masks(plan, done.adapter)
+    result = {**done.record, "per_task": True, "rescalers": rescalers, "relative_error": errors}
+    with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
+        write_adapter(stage, done.adapter)
+        (stage / MASKS).mkdir()
+        for task, packed in masks.items():
+            write_tensors(stage / MASKS / f"{checked_name(task, 'task')}.safetensors", packed)
+    return {**result, "output": str(out), "reused": False}
+
+
+def _masks(plan: Plan, unified: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], dict[str, float]]:
+    tasks = [a.name for a in plan.adapters]
+    masks: dict[str, dict[str, Tensor]] = {t: {} for t in tasks}
+    own, masked, inner, squares = (dict.fromkeys(tasks, 0.0) for _ in range(4))
+    kept_squares = dict.fromkeys(tasks, 0.0)
+    for module, factors in unified.modules.items():
+        x = plan.view(module, None)
+        for t, task in enumerate(tasks):
+            packed = []
+            for start, stop in row_blocks(x.shape):
+                part, whole = x.block(t, start, stop) * x.weights[t], factors.B[start:stop] @ factors.A
+                agree = part * whole > 0
+                kept = whole * agree
+                packed.append(torch.from_numpy(np.packbits(agree.numpy(), axis=1)))
+                own[task] += float(part.abs().double().sum())
+                masked[task] += float(kept.abs().double().sum())
+                inner[task] += float((part.double() * kept.double()).sum())
+                squares[task] += float(part.double().square().sum())
+                kept_squares[task] += float(kept.double().square().sum())
+            masks[task][module] = torch.cat(packed)
+    rescalers = {t: own[t] / masked[t] if masked[t] > 0 else 0.0 for t in tasks}
+    errors = {
+        t: max(0.0, squares[t] - 2 * rescalers[t] * inner[t] + rescalers[t] ** 2 * kept_squares[t]) ** 0.5
+        / squares[t] ** 0.5
+        if squares[t] > 0
+        else 0.0
+        for t in tasks
+    }
+    return masks, rescalers, errors
+
+
+def load_task(folder: Path, task: str) -> dict[str, TaskDelta]:
+    """One task's deltas from a per-task folder, by module relative to the backbone.
+
+    Raises:
+        InputError: Not such a folder, or a damaged one.
+        UsageError: It holds no such task; those it holds are named.
+    """
+    result = (store.read_manifest(folder) or {}).get("result", {})
+    if not result.get("per_task"):
+        raise InputError(
+            "not a per-task merge", where=str(folder), hint="plait merge --method emr --per-task writes one"
+        )
+    if task not in result["rescalers"]:
+        raise UsageError(
+            f"no task {task!r}", where=str(folder), hint=f"one of: {', '.join(sorted(result['rescalers']))}"
+        )
+    unified = read_adapter(folder, name="unified")
+    masks, _, _ = read_tensors(folder / MASKS / f"{task}.safetensors")
+    deltas = {}
+    for module, factors in unified.modules.items():
+        out, width = factors.shape
+        if module not in masks or masks[module].shape != (out, -(-width // 8)):
+            raise InputError("the mask does not fit the module", where=f"{folder}/{MASKS}/{task}.safetensors: {module}")
+        deltas[module] = TaskDelta(factors, masks[module], float(result["rescalers"][task]))
+    return deltas
+
+
+class TaskSwitch:
+    """Holds a model at one task of a per-task merge; switching takes the old delta off and puts the new one on.
+
+    Args:
+        model: The base model; modules are found by their names' endings. Its weights are changed in place.
+        folder: Written by `merge_per_task`.
+
+    A float32 model comes back within rounding, not to the bit, after a switch.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        self.active: str | None = None
+
+    def apply(self, task: str | None) -> None:
+        """Make `task` the active one; None leaves the base."""
+        wanted = load_task(self.folder, task) if task is not None else {}
+        current = load_task(self.folder, self.active) if self.active is not None else {}
+        for sign, deltas in ((-1.0, current), (1.0, wanted)):
+            for weight, delta in self._weights(deltas):
+                for start, stop, block in delta.blocks():
+                    part = weight if weight.shape == delta.shape else weight.T
+                    part[start:stop] += (block * sign).to(weight.device, weight.dtype)
+        self.active = task
+
+    def _weights(self, deltas: dict[str, TaskDelta]) -> Iterator[tuple[Tensor, DenseDelta]]:
+        names = dict(self.model.named_modules())
+        for module, delta in deltas.items():
+            hits = [n for n in names if n == module or n.endswith(f".{module}")]
+            if len(hits) != 1:
+                raise UsageError(f"{len(hits)} modules of the model are named {module!r}, expected one")
+            weight = names[hits[0]].weight
+            if not isinstance(weight, Tensor) or sorted(weight.shape) != sorted(delta.unified.shape):
+                raise UsageError("its weight has another shape than the delta", where=module)
+            yield weight.data, delta.dense()
