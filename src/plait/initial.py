@@ -26,6 +26,7 @@ class InitialSettings:
         alpha: LoRA's alpha; scaling is alpha / rank.
         row_norm: Norm of each row of A; None for the method's own.
         options: Of the method.
+        background_weight: Share of the background pool among the others, where there is one, in [0, 1].
         task_type: PEFT's task type.
         target_modules: As PEFT's; None lists every module the statistics hold.
     """
@@ -35,6 +36,7 @@ class InitialSettings:
     alpha: float = 16.0
     row_norm: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    background_weight: float = 0.5
     task_type: str | None = "SEQ_CLS"
     target_modules: tuple[str, ...] | str | None = None
 
@@ -47,6 +49,7 @@ def initial_adapters(
     revision: str | None = None,
     tasks: Sequence[str] | None = None,
     seed: int = 0,
+    background: Sequence[Statistics] = (),
 ) -> dict[str, tuple[Adapter, dict[str, Any]]]:
     """Adapters with B = 0 whose A lies in each task's subspace, and what to remember of how it was chosen.
 
@@ -57,6 +60,7 @@ def initial_adapters(
         revision: Its revision.
         tasks: Which of them get an adapter; all by default.
         seed: Of methods that draw at random.
+        background: Statistics of public text that stand for tasks nobody knows yet.
     """
     found = compute_subspaces(
         settings.method,
@@ -66,6 +70,8 @@ def initial_adapters(
         row_norm=settings.row_norm,
         options=settings.options,
         seed=seed,
+        background=list(background) or None,
+        background_weight=settings.background_weight,
     )
     made = {}
     for task, subspaces in found.items():
@@ -86,7 +92,14 @@ def initial_adapters(
 
 
 def initialise_from_files(
-    own: Path, others: Sequence[Path], settings: InitialSettings, out: Path, *, seed: int = 0, overwrite: bool = False
+    own: Path,
+    others: Sequence[Path],
+    settings: InitialSettings,
+    out: Path,
+    *,
+    background: Sequence[Path] = (),
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
 
@@ -100,6 +113,7 @@ def initialise_from_files(
     mine = read_statistics(own)
     task = str(mine.provenance.get("task") or own.name.split(".")[0])
     statistics = {task: mine}
+    others = [p for p in others if not (p.exists() and p.samefile(own))]  # a glob over the pool may hold it too
     for path in others:
         found = read_statistics(path)
         name = str(found.provenance.get("task") or path.name.split(".")[0])
@@ -109,6 +123,7 @@ def initialise_from_files(
             )
         statistics[name] = found
     inputs = {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
+    inputs |= {f"background {p.name}": sha256_file(p) for p in background}
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
     summary = {"output": str(out.absolute()), "task": task, "others": [t for t in statistics if t != task]}

@@ -42,14 +42,15 @@ def merge(
     """Merge LoRA adapters of one base into one adapter; the base itself is not needed."""
     from plait.merging import merge_folders
 
+    trailing = [Path(f) for f in folders if f.endswith(".stats.safetensors")]  # --stats pool/* leaves them here
     found = merge_folders(
-        folders,
+        [f for f in folders if not f.endswith(".stats.safetensors")],
         out,
         method=method,
         options=settings(sets),
         weights=numbers(weights, "--weights"),
         scale=scale,
-        statistics=named_files(stats),
+        statistics=named_files([*(stats or []), *trailing]),
         rank=rank,
         calibrate=calibrate,
         seed=seed,

@@ -22,9 +22,12 @@ def register(app: typer.Typer) -> None:
 def init(
     own: Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")],
     out: Out,
+    more: Annotated[list[Path] | None, typer.Argument(help="More statistics of others: --others pool/* works.")] = None,
     others: Annotated[
         list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")
     ] = None,
+    background: Annotated[list[Path] | None, typer.Option("--background", help="Statistics of public text.")] = None,
+    background_weight: Annotated[float, typer.Option("--background-weight", min=0, max=1, help="Its share.")] = 0.5,
     method: Annotated[str, typer.Option("--method", "-m", help="See `plait ls subspaces`.")] = "contrastive",
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     alpha: Annotated[float, typer.Option("--alpha")] = 16.0,
@@ -38,8 +41,10 @@ def init(
     """Write an adapter that is ready to train: A in the task's subspace, B zero. From files alone; no base is loaded."""
     from plait.initial import InitialSettings, initialise_from_files
 
-    chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), task_type)
-    found = initialise_from_files(own, others or [], chosen, out, seed=seed, overwrite=overwrite)
+    chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), background_weight, task_type)
+    found = initialise_from_files(
+        own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, overwrite=overwrite
+    )
     reused = " (was there already)" if found["reused"] else ""
     emit(found, as_json, f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'} -> {out}{reused}")
 

@@ -8,9 +8,13 @@ from typing import Annotated
 import typer
 
 from plait.cli.options import Device, Json, Overwrite, Root, Seed, Set
-from plait.cli.output import emit
+from plait.cli.output import emit, table
 from plait.cli.source import Base, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
 from plait.errors import UsageError
+
+File = Annotated[Path, typer.Argument(help="A statistics file.")]
+Files = Annotated[list[Path], typer.Argument(help="Statistics files.")]
+NewFile = Annotated[Path, typer.Option("--out", help="The file to write.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +23,8 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode=None, help="Statistics of a task's layer inputs: collect, show, merge, compare."
     )
     group.callback(invoke_without_command=True)(collect)
+    for command in (show, merge, diff, compress, check):
+        group.command()(command)
     app.add_typer(group, name="stats")
 
 
@@ -46,3 +52,77 @@ def collect(
     found = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
     line = f"{task}: {found['samples']} rows, {found['tokens']} tokens, {found['sites']} sites -> {out}"
     emit(found, as_json, line + (" (was there already)" if found["reused"] else ""))
+
+
+def show(file: File, as_json: Json = False) -> None:
+    """What a statistics file holds: provenance, sites, tokens, spectra."""
+    from plait.statistics import read_statistics, show_statistics
+
+    found = show_statistics(read_statistics(file))
+    facts = "\n".join(
+        f"{key.ljust(18)} {value}" for key, value in sorted(found["provenance"].items()) if value is not None
+    )
+    rows = [
+        [
+            site,
+            str(s["dim"]),
+            str(s["count"]),
+            s["form"],
+            f"{s['effective_rank']:.1f}",
+            f"{100 * s['top8']:.1f} %",
+            str(len(s["readers"])),
+        ]
+        for site, s in found["sites"].items()
+    ]
+    header = ["site", "width", "tokens", "form", "effective rank", "in top 8", "readers"]
+    emit(found, as_json, f"{facts}\n\n{table(header, rows)}")
+
+
+def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
+    """Add statistics files of one base: more rows of a task, or several tasks as one pool."""
+    from plait.statistics import merge_statistics, read_statistics, write_statistics
+
+    write_statistics(out, merge_statistics(*(read_statistics(f) for f in files)), overwrite=overwrite)
+    emit({"output": str(out), "merged": [str(f) for f in files]}, as_json, f"{len(files)} files -> {out}")
+
+
+def diff(a: File, b: File, as_json: Json = False) -> None:
+    """How two statistics files differ: provenance, and the overlap of each site."""
+    from plait.statistics import diff_statistics, read_statistics
+
+    found = diff_statistics(read_statistics(a), read_statistics(b))
+    facts = "\n".join(f"{key}: {x} | {y}" for key, (x, y) in found["provenance"].items())
+    rows = [
+        [site, f"{s['overlap']:.4f}", f"{s['mean_cosine']:.4f}", f"{s['relative_difference']:.4f}"]
+        for site, s in found["sites"].items()
+    ]
+    verdict = "can be mixed" if found["compatible"] else f"cannot be mixed: {found['reason']}"
+    header = ["site", "overlap", "cosine of means", "relative difference"]
+    emit(found, as_json, "\n\n".join(part for part in (verdict, facts, table(header, rows)) if part))
+
+
+def compress(
+    file: File, out: NewFile,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Directions kept per site, beside the diagonal.")] = 64,
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write a smaller file: the largest directions of each site and a diagonal, with the error recorded."""
+    from plait.statistics import compress_statistics, read_statistics, show_statistics, write_statistics
+
+    smaller = compress_statistics(read_statistics(file), rank)
+    write_statistics(out, smaller, overwrite=overwrite)
+    worst = max(s["relative_error"] for s in show_statistics(smaller)["sites"].values())
+    sizes = {"bytes_before": file.stat().st_size, "bytes_after": out.stat().st_size}
+    line = f"{sizes['bytes_before']:,} -> {sizes['bytes_after']:,} bytes, error at most {worst:.2e} of a site's trace"
+    emit({"output": str(out), "rank": rank, "relative_error": worst, **sizes}, as_json, line)
+
+
+def check(file: File, as_json: Json = False) -> None:
+    """Whether a statistics file can be what it says; exit code 3 if not."""
+    from plait.statistics import check_statistics, read_statistics
+
+    found = check_statistics(read_statistics(file))
+    lines = [f"problem: {p}" for p in found["problems"]] + [f"warning: {w}" for w in found["warnings"]]
+    emit(found, as_json, "\n".join([*lines, "sound" if found["ok"] else "not sound"]))
+    if not found["ok"]:
+        raise typer.Exit(3)
