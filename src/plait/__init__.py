@@ -1,3 +1,92 @@
-"""plait: LoRA adapters that merge."""
+"""plait: LoRA adapters that merge.
+
+The public API, imported when first used, so that ``import plait`` stays light:
+
+- statistics: `collect_statistics`, `merge_statistics`, `read_statistics`, `write_statistics`
+- subspaces: `compute_subspaces`, `subspace_state_dict`, `initialize_lora_weights`
+- adapters: `read_adapter`, `write_adapter`, `Adapter`, `LoraFactors`
+- training: `train_adapter`, `TrainingSettings`
+- merging: `merge`, `merge_folders`, `merge_methods`
+- whole runs: `read_recipe`, `run`
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from plait.adapters.init import initialize_lora_weights as initialize_lora_weights
+    from plait.adapters.init import subspace_state_dict as subspace_state_dict
+    from plait.adapters.lora import Adapter as Adapter
+    from plait.adapters.lora import LoraFactors as LoraFactors
+    from plait.adapters.peft_format import read_adapter as read_adapter
+    from plait.adapters.peft_format import write_adapter as write_adapter
+    from plait.errors import PlaitError as PlaitError
+    from plait.merging import merge as merge
+    from plait.merging import merge_folders as merge_folders
+    from plait.merging import merge_methods as merge_methods
+    from plait.pipeline import run as run
+    from plait.recipe_file import read_recipe as read_recipe
+    from plait.statistics import Statistics as Statistics
+    from plait.statistics import collect_statistics as collect_statistics
+    from plait.statistics import merge_statistics as merge_statistics
+    from plait.statistics import read_statistics as read_statistics
+    from plait.statistics import write_statistics as write_statistics
+    from plait.subspaces import compute_subspaces as compute_subspaces
+    from plait.training import TrainingSettings as TrainingSettings
+    from plait.training import train_adapter as train_adapter
+
+_HOMES = {
+    "Adapter": "adapters.lora",
+    "LoraFactors": "adapters.lora",
+    "PlaitError": "errors",
+    "Statistics": "statistics",
+    "TrainingSettings": "training",
+    "collect_statistics": "statistics",
+    "compute_subspaces": "subspaces",
+    "initialize_lora_weights": "adapters.init",
+    "merge": "merging",
+    "merge_folders": "merging",
+    "merge_methods": "merging",
+    "merge_statistics": "statistics",
+    "read_adapter": "adapters.peft_format",
+    "read_recipe": "recipe_file",
+    "read_statistics": "statistics",
+    "run": "pipeline",
+    "subspace_state_dict": "adapters.init",
+    "train_adapter": "training",
+    "write_adapter": "adapters.peft_format",
+    "write_statistics": "statistics",
+}
+__all__ = [
+    "Adapter",
+    "LoraFactors",
+    "PlaitError",
+    "Statistics",
+    "TrainingSettings",
+    "__version__",
+    "collect_statistics",
+    "compute_subspaces",
+    "initialize_lora_weights",
+    "merge",
+    "merge_folders",
+    "merge_methods",
+    "merge_statistics",
+    "read_adapter",
+    "read_recipe",
+    "read_statistics",
+    "run",
+    "subspace_state_dict",
+    "train_adapter",
+    "write_adapter",
+    "write_statistics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
