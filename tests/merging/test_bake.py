@@ -1,0 +1,140 @@
+"""Baked models against base + adapter in PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.adapters.peft_format import read_adapter
+from plait.errors import InputError
+from plait.merging.bake import bake
+from plait.merging.driver import plan_merge
+
+IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, shards: bool = True) -> Path:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(folder, max_shard_size="20KB" if shards else "1GB")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def gpt2(folder: Path) -> Path:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def lora(base: Path, folder: Path, targets: list[str], seed: int = 1, **kept) -> Path:
+    import peft
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **kept)
+    wrapped = peft.get_peft_model(model, config)
+    for name, p in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
+    import peft
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(base)
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def test_sharded_llama_equals_base_plus_adapter(tmp_path):
+    base = llama(tmp_path / "base")
+    assert len(list(base.glob("*.safetensors"))) > 3
+    adapter = lora(base, tmp_path / "a", ["q_proj", "v_proj", "down_proj"])
+    done = bake(read_adapter(adapter), base, tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(base, adapter), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(tmp_path / "out"), logits(base), atol=1e-2)
+    assert done["rounding_error"] < 1e-5 and done["verification_error"] < 1e-6 and done["dtype"] == ["F32"]
+    assert {p.name for p in base.iterdir()} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert bake(read_adapter(adapter), base, tmp_path / "out")["reused"]
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings=True")
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("shards", [True, False])
+def test_tied_embeddings(tmp_path, targets, shards):
+    base = llama(tmp_path / "base", tied=True, shards=shards)
+    adapter = lora(base, tmp_path / "a", targets)
+    done = bake(read_adapter(adapter), base, tmp_path / "out")
+    assert done["untied"] == (targets != ["q_proj"])
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(base, adapter), atol=1e-5, rtol=1e-5)
+
+
+def test_conv1d_weights_are_stored_transposed(tmp_path):
+    base = gpt2(tmp_path / "base")
+    adapter = lora(base, tmp_path / "a", ["c_attn", "attn.c_proj"], fan_in_fan_out=True)
+    bake(read_adapter(adapter), base, tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(base, adapter), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_says_what_rounding_took(tmp_path):
+    base = llama(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = lora(base, tmp_path / "a", ["q_proj", "v_proj"])
+    done = bake(read_adapter(adapter), base, tmp_path / "out")
+    assert done["dtype"] == ["BF16"] and 1e-4 < done["rounding_error"] < 0.2 and done["verification_error"] < 2**-7
+    from safetensors.torch import load_file
+
+    parts = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
+    assert {v.dtype for v in parts.values()} == {torch.bfloat16}
+
+
+def test_a_dense_merge_is_baked_without_a_cut(tmp_path):
+    base = llama(tmp_path / "base")
+    pair = [read_adapter(lora(base, tmp_path / n, ["q_proj"], seed=i)) for i, n in enumerate("ab")]
+    plan = plan_merge(pair, "ties", options={"density": 0.5, "scope": "module"}, scale=0.7, calibrate="pico")
+    bake(plan, base, tmp_path / "out")
+    from plait.merging.base_files import base_tensors
+
+    before, after = base_tensors(base), base_tensors(tmp_path / "out")
+    for module in plan.common.modules:
+        b, a = before[f"{module}.weight"], after[f"{module}.weight"]
+        found = a.read(0, a.shape[0]) - b.read(0, b.shape[0])
+        torch.testing.assert_close(found, plan.delta(module).dense(), atol=1e-6, rtol=1e-5)
+        assert torch.linalg.matrix_rank(found, rtol=1e-4) > 8  # not what a rank-R adapter could hold
+
+
+def test_refused_bases_leave_nothing(tmp_path):
+    base = llama(tmp_path / "base")
+    adapter = read_adapter(lora(base, tmp_path / "a", ["q_proj"]))
+    quantised = Path(shutil.copytree(base, tmp_path / "quantised"))
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (quantised / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"bitsandbytes base.*full-precision"):
+        bake(adapter, quantised, tmp_path / "out")
+    with pytest.raises(InputError, match="holds no weight for module"):
+        bake(adapter, gpt2(tmp_path / "gpt2"), tmp_path / "out")
+    shard = sorted(base.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(InputError, match="not as long as its header"):
+        bake(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

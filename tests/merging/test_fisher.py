@@ -1,0 +1,106 @@
+"""The Fisher diagonal: against autograd per example, its file, and fisher merging from it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.errors import InputError, RunError, UsageError
+from plait.merging import merge
+from plait.statistics.fisher import FisherDiagonal, collect_fisher, is_fisher, read_fisher, write_fisher
+
+
+class Classifier(nn.Module):
+    def __init__(self, language_model: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.q, self.head = nn.Embedding(11, 6), nn.Linear(6, 5), nn.Linear(5, 11 if language_model else 3)
+        self.language_model = language_model
+
+    def forward(self, input_ids, attention_mask):
+        h = torch.tanh(self.q(self.embed(input_ids)))
+        if self.language_model:
+            return SimpleNamespace(logits=self.head(h))
+        mask = attention_mask[..., None].float()
+        return SimpleNamespace(logits=self.head((h * mask).sum(1) / mask.sum(1)))
+
+
+def batches():
+    g = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        ids = torch.randint(0, 11, (4, 7), generator=g)
+        mask = torch.ones_like(ids)
+        mask[:2, 5:] = 0
+        yield {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(0, 3, (4,), generator=g)}
+
+
+def test_given_labels_equal_autograd_example_by_example():
+    model = Classifier()
+    found = collect_fisher(model, batches(), ["q"], labels="given")
+    total, n = torch.zeros(5, 6), 0
+    for batch in batches():
+        for i in range(4):
+            logits = model(batch["input_ids"][i : i + 1], batch["attention_mask"][i : i + 1]).logits
+            loss = nn.functional.cross_entropy(logits, batch["labels"][i : i + 1])
+            total += torch.autograd.grad(loss, model.q.weight)[0].square()
+            n += 1
+    torch.testing.assert_close(found.diagonal_for("q").rows(0, 5), total / n)
+    assert found.examples == n == 12 and found.diagonal_for("other") is None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_sampled_labels_approach_the_expectation_over_the_model():
+    model = Classifier()
+    exact, n = torch.zeros(5, 6), 0
+    for batch in batches():
+        for i in range(4):
+            log_p = model(batch["input_ids"][i : i + 1], batch["attention_mask"][i : i + 1]).logits.log_softmax(-1)[0]
+            for c in range(3):
+                gradient = torch.autograd.grad(log_p[c], model.q.weight, retain_graph=True)[0]
+                exact += float(log_p[c].exp().detach()) * gradient.square()
+            n += 1
+    many = [b for _ in range(200) for b in batches()]
+    found = collect_fisher(model, many, ["q"], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.diagonal_for("q").rows(0, 5), exact / n, rtol=0.15, atol=1e-5)
+
+
+def test_language_models_sum_over_predicted_tokens():
+    model = Classifier(language_model=True)
+    found = collect_fisher(model, batches(), ["q"], generator=torch.Generator().manual_seed(0))
+    assert found.examples == 12 and float(found.diagonal_for("q").rows(0, 5).min()) >= 0
+
+
+def test_file_round_trip(tmp_path):
+    kept = FisherDiagonal.held({"l.q": torch.rand(5, 6)}, 7, task="a")
+    write_fisher(tmp_path / "a.fisher.safetensors", kept)
+    read = read_fisher(tmp_path / "a.fisher.safetensors")
+    assert is_fisher(tmp_path / "a.fisher.safetensors") and read.examples == 7 and read.provenance == {"task": "a"}
+    assert torch.equal(read.diagonal_for("l.q").rows(1, 4), kept.diagonal_for("l.q").rows(1, 4))
+    write_fisher(tmp_path / "b.safetensors", FisherDiagonal.held({"l.q": -torch.ones(2, 2)}, 1))
+    with pytest.raises(InputError, match="nonnegative"):
+        read_fisher(tmp_path / "b.safetensors")
+
+
+def test_tasks_that_care_win_the_entry():
+    ads = [
+        Adapter(n, "base", {"q": LoraFactors(torch.ones(1, 4), torch.full((3, 1), v))})
+        for n, v in (("a", 1.0), ("b", 3.0))
+    ]
+    F = {n: FisherDiagonal.held({"q": torch.full((3, 4), f)}, 1) for n, f in (("a", 3.0), ("b", 1.0))}
+    done = merge(ads, "fisher", statistics=F)
+    torch.testing.assert_close(done.adapter.modules["q"].delta(), torch.full((3, 4), 1.5))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UsageError, match="0 modules of the model are named 'k'"):
+        collect_fisher(Classifier(), batches(), ["k"])
+    with pytest.raises(UsageError, match="no examples"):
+        collect_fisher(Classifier(), [], ["q"])
+    model = Classifier()
+    model.head.weight.data.fill_(float("inf"))
+    with pytest.raises((RunError, RuntimeError)):
+        collect_fisher(model, batches(), ["q"])

@@ -1,0 +1,175 @@
+"""Folders in, folder out: reading, writing, verification, PEFT's own merges, public adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.errors import InputError, RunError, UsageError
+from plait.merging import folders as folders_module
+from plait.merging import merge_folders, merge_methods
+from plait.merging.rank_curve import rank_curve
+from plait.store import read_manifest
+
+NAMES = ["first", "second", "third"]
+PUBLIC = Path(__file__).parents[3] / "shared" / "adapters"
+
+
+def saved(folder: Path, seed: int, *, rank=4, targets=("q", "v"), out=24, width=16, scaling=2.0, **kept) -> Path:
+    g = torch.Generator().manual_seed(seed)
+    modules = {
+        f"layers.{i}.{t}": LoraFactors(
+            torch.randn(rank, width, generator=g), torch.randn(out, rank, generator=g), scaling
+        )
+        for i in range(2)
+        for t in targets
+    }
+    folder.mkdir(parents=True)
+    write_adapter(folder, Adapter(folder.name, "base", modules, target_modules=targets, **kept))
+    return folder
+
+
+def test_result_is_whole_and_recorded(tmp_path):
+    pair = [saved(tmp_path / "a", 0), f"other={saved(tmp_path / 'b', 1, rank=2)}"]
+    done = merge_folders(pair, tmp_path / "out", weights=[0.5, 2.0], scale=0.3)
+    json.dumps(done)
+    assert done["tasks"] == ["a", "other"] and done["seconds_merge"] > 0 and done["verification_error"] < 1e-6
+    result = read_manifest(tmp_path / "out")["result"]
+    assert {"method", "options", "weights", "scale", "backbone_prefix", "tasks"} <= set(result)
+    read = read_adapter(tmp_path / "out")
+    a, b = read_adapter(tmp_path / "a"), read_adapter(tmp_path / "b")
+    for m, f in read.modules.items():
+        torch.testing.assert_close(f.delta(), 0.3 * (0.5 * a.modules[m].delta() + 2 * b.modules[m].delta()))
+
+
+def test_same_settings_are_kept_and_others_refused(tmp_path):
+    pair = [saved(tmp_path / "a", 0), saved(tmp_path / "b", 1)]
+    merge_folders(pair, tmp_path / "out")
+    assert merge_folders(pair, tmp_path / "out")["reused"]
+    with pytest.raises(UsageError, match="scale"):
+        merge_folders(pair, tmp_path / "out", scale=0.5)
+    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    merge_folders(pair, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_a_write_that_goes_wrong_leaves_nothing(tmp_path, monkeypatch):
+    def damaging(folder: Path, adapter: Adapter) -> None:
+        write_adapter(folder, adapter)
+        file = folder / "adapter_model.safetensors"
+        save_file({k: v * 1.01 if k.endswith("v.lora_B.weight") else v for k, v in load_file(file).items()}, file)
+
+    monkeypatch.setattr(folders_module, "write_adapter", damaging)
+    for method in ("task_arithmetic", "tsv"):
+        with pytest.raises(RunError, match="differs from the merge of its inputs"):
+            merge_folders(
+                [saved(tmp_path / f"a{method}", 0), saved(tmp_path / f"b{method}", 1)], tmp_path / "out", method=method
+            )
+        assert not (tmp_path / "out").exists()
+
+
+def test_sharded_half_precision_and_patterns(tmp_path):
+    a, b = saved(tmp_path / "a", 0), saved(tmp_path / "b", 1)
+    tensors = {k: v.to(torch.bfloat16) for k, v in load_file(a / "adapter_model.safetensors").items()}
+    (a / "adapter_model.safetensors").unlink()
+    names = sorted(tensors)
+    for i, part in enumerate((names[:3], names[3:])):
+        save_file({k: tensors[k] for k in part}, a / f"s{i}.safetensors")
+    index = {"weight_map": {k: f"s{int(k in names[3:])}.safetensors" for k in names}}
+    (a / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((b / "adapter_config.json").read_text()) | {
+        "use_rslora": True,
+        "alpha_pattern": {"layers.0.q": 3},
+    }
+    (b / "adapter_config.json").write_text(json.dumps(config))
+    done = merge_folders([a, b], tmp_path / "out")
+    b_read = read_adapter(b)
+    assert b_read.modules["layers.0.q"].scaling == 1.5 and b_read.modules["layers.1.q"].scaling == 4.0
+    merged = read_adapter(tmp_path / "out")
+    wanted = read_adapter(a).modules["layers.0.q"].delta() + b_read.modules["layers.0.q"].delta()
+    torch.testing.assert_close(merged.modules["layers.0.q"].delta(), wanted)
+    assert done["rank"] == 8
+
+
+def test_rank_curve_falls_to_zero_at_full_rank(tmp_path):
+    three = [saved(tmp_path / n, i) for i, n in enumerate("abc")]
+    rows = rank_curve(three, score=lambda a: float(a.rank))
+    assert [row["rank"] for row in rows] == [4, 8, 12] and [row["score"] for row in rows] == [4.0, 8.0, 12.0]
+    lost = [row["discarded_energy"] for row in rows]
+    assert lost[0] > lost[1] > lost[2] == 0
+    assert rank_curve(three, "ties")[-1]["discarded_energy"] > 0
+
+
+@pytest.fixture
+def wrapped(tmp_path):
+    """A PEFT model with three adapters of different ranks and scalings."""
+    import peft
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v = nn.Linear(16, 24), nn.Linear(16, 24)
+
+    model = None
+    for i, name in enumerate(NAMES):
+        config = peft.LoraConfig(r=4, lora_alpha=4 + 4 * i, target_modules=["q", "v"])
+        if model is None:
+            model = peft.get_peft_model(Net(), config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    for n, p in model.named_parameters():
+        if "lora_" in n:
+            nn.init.normal_(p)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "options"), [("cat", {}), ("svd", {"svd_rank": 4})])
+def test_agrees_with_peft(wrapped, tmp_path, kind, options):
+    weights = [0.5, 1.0, -0.25]
+    extra = {"svd_rank": 4} if kind == "svd" else {}
+    wrapped.add_weighted_adapter(NAMES, weights, "theirs", combination_type=kind, **extra)
+    merge_folders([tmp_path / n for n in NAMES], tmp_path / "out", method=kind, weights=weights, options=options)
+    ours = read_adapter(tmp_path / "out")
+    for name in "qv":
+        layer = getattr(wrapped.base_model.model, name)
+        theirs = layer.get_delta_weight("theirs").detach()
+        assert (ours.modules[name].delta() - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.skipif(not PUBLIC.is_dir(), reason="no ../shared/adapters")
+@pytest.mark.parametrize(
+    "pair", [("distilbert_imdb", "distilbert_emotion"), ("gemma3_270m_svg", "gemma3_270m_svg_stage1")]
+)
+def test_public_adapters_merge_by_every_method_without_data(tmp_path, pair):
+    for method, found in merge_methods().items():
+        if found.needs or (method == "della" and "gemma" in pair[0]):
+            continue
+        done = merge_folders([PUBLIC / p for p in pair], tmp_path / method, method=method)
+        assert done["verification_error"] < 1e-5, method
+        read = read_adapter(tmp_path / method)
+        assert set(read.heads) == ({*pair} if "distilbert" in pair[0] else set())
+        if "distilbert" in pair[0]:
+            assert read.task_type == "FEATURE_EXTRACTION" and done["backbone_prefix"] == "distilbert"
+            sizes = {
+                t: next(v for k, v in h.items() if k.endswith("classifier.weight") and "pre" not in k)
+                for t, h in read.heads.items()
+            }
+            assert {t: len(w) for t, w in sizes.items()} == {"distilbert_imdb": 2, "distilbert_emotion": 6}
+
+
+def test_bases_of_other_names_can_be_declared_one(tmp_path):
+    a, b = saved(tmp_path / "a", 0), saved(tmp_path / "b", 1)
+    config = json.loads((b / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/base"}
+    (b / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="'base' and 'b' on 'org/base'"):
+        merge_folders([a, b], tmp_path / "out")
+    done = merge_folders([a, b], tmp_path / "out", base="org/base")
+    assert done["base"] == "org/base" and [p["base"] for p in done["adapters"]] == ["base", "org/base"]
