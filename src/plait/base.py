@@ -106,7 +106,7 @@ def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
     model = _from_pretrained(cls, base, **options)
     if task.kind not in classes:
         model.config.pad_token_id = load_tokenizer(base).pad_token_id
-        draw_head(model, seed)
+        draw_head(model, seed, task.target_mean)
     return model.to(base.torch_device).eval()
 
 
@@ -184,8 +184,14 @@ def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
             tensor.copy_(head[name])
 
 
-def draw_head(model: nn.Module, seed: int) -> None:
-    """Draw every linear layer of the head anew; each from its own generator, so that order does not matter."""
+def draw_head(model: nn.Module, seed: int, start: float = 0.0) -> None:
+    """Draw every linear layer of the head anew; each from its own generator, so that order does not matter.
+
+    Args:
+        model: A task's model.
+        seed: Of the drawing.
+        start: Bias of the last layer of a head with one output (the mean target of a regression).
+    """
     std = float(getattr(model.config, "initializer_range", None) or _HEAD_STD)
     for name in head_modules(model):
         for inner, module in model.get_submodule(name).named_modules():
@@ -195,7 +201,7 @@ def draw_head(model: nn.Module, seed: int) -> None:
                 with torch.no_grad():
                     module.weight.copy_(drawn)
                     if module.bias is not None:
-                        module.bias.zero_()
+                        module.bias.fill_(start if module.out_features == 1 else 0.0)
 
 
 def named_seed(seed: int, name: str) -> int:

@@ -20,7 +20,10 @@ _HOLD_OUT = 5  # without a validation file, every fifth row is held out
 
 
 def load_task(task: Task, *, root: Path | None = None) -> Task:
-    """The task with its class names known: those given, else the sorted distinct labels of its training rows."""
+    """The task with what its training rows tell: class names (where none are given), the mean of regression targets."""
+    if task.kind == "regression":
+        targets = load_examples(task, "train", root=root).labels
+        return replace(task, target_mean=float(np.mean(targets)))
     if task.kind != "classification" or task.labels:
         return task
     column = _table(task, "train", root)[task.label_column].to_pylist()

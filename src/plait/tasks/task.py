@@ -40,6 +40,8 @@ class Task:
         label_column: Class ids or names, numbers for regression, text for causal and seq2seq.
         labels: Class names in order of their ids.
         metrics: Names in `plait.tasks.metrics`; the score is their mean.
+        target_mean: Mean of the training targets (regression): where a fresh head starts, so that the first steps are not
+            spent on a constant.
         template: For causal and seq2seq, the prompt with ``{column}`` fields; by default the texts on lines.
     """
 
@@ -51,6 +53,7 @@ class Task:
     labels: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ("accuracy",)
     template: str | None = None
+    target_mean: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
