@@ -75,13 +75,13 @@ class Shared:
                 self._views[key] = (len(self._views), self.whole if text else task_view(self.whole, m.task))
             number, view = self._views[key]
             if not text:
-                draw_head(view, m.seed)
+                draw_head(view, m.seed, m.task.target_mean)
             adapter = for_task(m.initial, m.task, view)
             s = m.settings
             rule = (m.task.name, s.constraint, json.dumps(dict(s.constraint_options), sort_keys=True))
             full = (*rule, id(m.statistics), tuple(adapter.modules))
             if full not in constraints:
-                constraints[full] = prepare_constraint(s, adapter, m.statistics, task=m.task.name)
+                constraints[full] = prepare_constraint(s, adapter, m.statistics, task=m.task.name, device=self.device)
             total = s.total_steps(len(m.examples))
             found.append(Trainee(adapter, number, m.task.kind, s, total, constraints[full]))
         return found
@@ -264,9 +264,10 @@ def _price(shared: Shared, rows: np.ndarray[Any, np.dtype[np.int64]], size: int)
 
 def pass_floor(backbone: nn.Module, device: torch.device) -> int:
     """Tokens below which a pass of this base only waits for its kernels to be launched, on this device."""
-    sizes = [p.numel() for m in _matrices(backbone) for p in m.parameters()]
+    sizes: list[int] = [p.numel() for m in _matrices(backbone) for p in m.parameters()]
     seconds, rate = _LAUNCH.get(device.type, _LAUNCH["cuda"])
-    return max(1, round(len(sizes) * seconds * rate / max(1, sum(sizes))))
+    floor: float = len(sizes) * seconds * rate / max(1, sum(sizes))
+    return max(1, round(floor))
 
 
 def _token_cap(shared: Shared) -> int:
