@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -15,7 +14,7 @@ from plait.errors import InputError, RunError, UsageError
 from plait.statistics.accumulate import POOLS, SiteSums, exact_matmul, means
 from plait.statistics.distributed import adds_over_ranks, reduce_statistics
 from plait.statistics.masks import BatchMasks, Positions
-from plait.statistics.moments import ModuleInfo, Statistics
+from plait.statistics.moments import ModuleInfo, Moments, Statistics
 from plait.statistics.passes import Enough, ForwardPasses, examples_in, first_example
 from plait.statistics.sites import SiteMap, find_sites, input_of, memory_of
 from plait.statistics.targets import Target, find_targets
@@ -167,7 +166,9 @@ class Collector:
         self.pool = pool
         self.energies = {n: torch.zeros((), dtype=torch.float64, device=passes.device) for n in found.site_of}
         self.samples = self.tokens = self.batch = 0
-        self._live: dict[str, list[tuple[weakref.ref[Tensor], tuple[Any, ...]]]] = {}
+        self._followers = {s: sum(1 for x in found.site_of.values() if x == s) - 1 for s in found.sites}
+        self._live: dict[str, list[Tensor]] = {}
+        self._awaited: dict[str, int] = {}
         self._pending: set[str] = set()
         self._checks: list[tuple[str, Tensor]] = []
         self._masks: BatchMasks | None = None
@@ -179,6 +180,7 @@ class Collector:
             for batch in batches:
                 if examples_in(batch):
                     self._consume_one(batch, run or self.passes.run)
+            self._live.clear()
         finally:
             for handle in handles:
                 handle.remove()
@@ -187,6 +189,7 @@ class Collector:
         self._masks = BatchMasks(batch, getattr(self.passes.base, "config", None), self.passes.device)
         self._pending = set(self.targets)
         self._live.clear()
+        self._awaited.clear()
         self._checks.clear()
         run(batch)
         if self._pending:
@@ -220,14 +223,22 @@ class Collector:
         return self._masks.fit(shape, self.found.role_of[self.found.site_of[name]], name)
 
     def _lead(self, target: Target, h: Tensor) -> None:
-        self._live.setdefault(target.name, []).append((weakref.ref(h), memory_of(h)))
+        if followers := self._followers[target.name]:
+            self._live.setdefault(target.name, []).append(h)
+            self._awaited[target.name] = self._awaited.get(target.name, 0) + followers
         self._checks.append((target.name, self.sums[target.name].add(h, self._fit(target.name, h.shape))))
 
     def _follow(self, target: Target, h: Tensor) -> None:
-        """Check that the tensor is one the site has counted: sites were found on one example."""
+        """Check that the tensor is one the site has counted: sites were found on one example.
+
+        What was counted is kept alive until every follower has been called, so that an address means one tensor.
+        """
         site = self.found.site_of[target.name]
-        if not any(ref() is not None and memory == memory_of(h) for ref, memory in self._live.get(site, [])):
+        if not any(memory_of(seen) == memory_of(h) for seen in self._live.get(site, [])):
             raise RunError(f"no longer reads what {site!r} reads, as it did for the first example", where=target.name)
+        self._awaited[site] -= 1
+        if not self._awaited[site]:
+            self._live[site].clear()
 
     def _leave(self, target: Target, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
@@ -252,12 +263,18 @@ class Collector:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
         return norms.double().square().sum()
 
+    def sums_on_device(self) -> tuple[dict[str, ModuleInfo], dict[str, Moments]]:
+        """Modules and sites, where they were accumulated; to be called once."""
+        energies = torch.stack(list(self.energies.values())).tolist() if self.energies else []
+        modules = {
+            n: ModuleInfo(self.found.site_of[n], t.shape, energy, t.fan_in_fan_out)
+            for (n, t), energy in zip(self.targets.items(), energies, strict=True)
+        }
+        return modules, {s: sums.finish() for s, sums in self.sums.items()}
+
     def finish(self) -> Statistics:
         """What was collected, on the CPU; provenance holds samples and tokens."""
-        sites = {s: sums.finish().to("cpu") for s, sums in self.sums.items()}
-        modules = {
-            n: ModuleInfo(self.found.site_of[n], t.shape, float(self.energies[n]), t.fan_in_fan_out)
-            for n, t in self.targets.items()
-        }
+        modules, moments = self.sums_on_device()
+        sites = {s: m.to("cpu") for s, m in moments.items()}
         tokens = self.tokens or max((m.padded_count for m in sites.values()), default=0)
         return Statistics(sites, modules, {"samples": self.samples, "tokens": tokens})

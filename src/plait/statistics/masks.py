@@ -84,6 +84,8 @@ class BatchMasks:
             return self._all((positions.examples, 1))
         if grid == (positions.count,):  # packed: pads were taken out by the model
             return Positions(positions.examples, positions.length, None, positions.example)
+        if len(grid) == 2 and grid[0] == 1:  # one input for all examples, such as DeBERTa's relative positions
+            return self._all(grid)
         raise RunError(
             f"reads {tuple(shape)}, which the mask {(positions.examples, positions.length)} does not fit", where=module
         )

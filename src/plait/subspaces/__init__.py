@@ -11,18 +11,24 @@ if TYPE_CHECKING:
     from plait.subspaces.compute import subspace_methods as subspace_methods
     from plait.subspaces.registry import find_subspace_method as find_subspace_method
     from plait.subspaces.registry import subspace_method as subspace_method
+    from plait.subspaces.stream import StreamedSubspaces as StreamedSubspaces
+    from plait.subspaces.stream import stream_subspaces as stream_subspaces
 
 _HOMES = {
+    "StreamedSubspaces": "stream",
     "Subspace": "compute",
     "compute_subspaces": "compute",
     "find_subspace_method": "registry",
+    "stream_subspaces": "stream",
     "subspace_method": "registry",
     "subspace_methods": "compute",
 }
 __all__ = [
+    "StreamedSubspaces",
     "Subspace",
     "compute_subspaces",
     "find_subspace_method",
+    "stream_subspaces",
     "subspace_method",
     "subspace_methods",
 ]

@@ -124,5 +124,5 @@ class SiteInputs:
             )
         second = moments.second.to(self.device)
         if moments.form == FACTOR:
-            return Moments.dense(moments.to(self.device)).double() / trace
-        return second.double() / trace
+            return Moments.dense(moments.to(self.device)).double().div_(trace)
+        return second.double().div_(trace) if second.dtype != torch.float64 else second / trace

@@ -1,0 +1,197 @@
+"""Subspaces of a model too large for its statistics: collected, solved and discarded in groups of layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from plait.errors import InputError, UsageError
+from plait.merging.registry import checked_options
+from plait.statistics.accumulate import POOLS, exact_matmul
+from plait.statistics.collect import Batch, Collector
+from plait.statistics.layers import LayerGroup, LayerWalk
+from plait.statistics.moments import ModuleInfo, Moments
+from plait.statistics.passes import ForwardPasses, first_example
+from plait.statistics.sites import find_sites
+from plait.statistics.targets import find_targets
+from plait.subspaces.compute import Subspace, solve_site
+from plait.subspaces.inputs import SiteInputs
+from plait.subspaces.registry import SubspaceMethod, checked_row_norm, find_subspace_method
+
+# Sites of up to this width are solved several at a time on a GPU: each alone leaves it waiting for small steps.
+_SMALL_SITE, _WORKERS = 6000, 4
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedSubspaces:
+    """What one walk through a model gives.
+
+    Args:
+        subspaces: Task -> module -> subspace.
+        modules: Task -> module -> its shape and output energy, as in `Statistics.modules`.
+        prefix: The backbone's attribute.
+    """
+
+    subspaces: Mapping[str, Mapping[str, Subspace]]
+    modules: Mapping[str, Mapping[str, ModuleInfo]]
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Solver:
+    method: SubspaceMethod
+    options: Mapping[str, Any]
+    rank: int
+    row_norm: float | None
+    seed: int
+    device: torch.device
+
+    def solve(self, site: str, moments: Mapping[str, Moments]) -> dict[str, Subspace]:
+        width = next(iter(moments.values())).dim
+        inputs = SiteInputs(site, width, self.rank, tuple(moments), moments, seed=self.seed, device=self.device)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device), torch.cuda.stream(_new_stream(self.device)):
+                return solve_site(self.method, inputs, self.options, self.row_norm)
+        return solve_site(self.method, inputs, self.options, self.row_norm)
+
+
+def stream_subspaces(
+    method: str,
+    model: nn.Module,
+    batches: Mapping[str, Sequence[Batch]],
+    target_modules: Sequence[str] | str | None = None,
+    *,
+    rank: int = 8,
+    row_norm: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    pool: str = "token",
+    group: int = 1,
+    device: torch.device | str | None = None,
+    observe: Callable[[str, float], None] | None = None,
+    **limits: Any,
+) -> StreamedSubspaces:
+    """Subspaces of all tasks in one walk through the model, without statistics files.
+
+    Each group of layers is run for the batches of all tasks, solved, and let go of: the memory is that of one group's
+    moments of all tasks, and the weights may lie on the CPU, in 4 bits, or anywhere: only a group's are on the device.
+    The result is that of collecting and computing separately, up to rounding.
+
+    Args:
+        method: A registered subspace method that needs moments.
+        model: As in `collect_statistics`; layers in ModuleLists.
+        batches: Task -> its batches, all in memory.
+        target_modules: As PEFT takes it.
+        rank: r.
+        row_norm: Length of A's rows.
+        options: Of the method.
+        seed: For what is drawn.
+        pool: "token" or "mean".
+        group: Layers at a time. More need more memory and fewer passes through the model's embedding.
+        device: Where to compute; by default where the model is.
+        observe: Called with "collect" or "solve" and the seconds it took, after each group (synchronises a GPU).
+        **limits: `exclude_modules`, `layers_to_transform`, `layers_pattern`.
+
+    Raises:
+        UsageError: A method that is drawn without data, or a group below 1.
+        InputError: Too few tasks or no batches; otherwise as in `collect_statistics`.
+    """
+    chosen = find_subspace_method(method)
+    if "moments" not in chosen.needs or pool not in POOLS or group < 1:
+        raise UsageError(f"{method} with pool {pool!r} in groups of {group} cannot be streamed")
+    if len(batches) < 2 or not all(len(b) for b in batches.values()):
+        raise InputError("needs the batches of at least two tasks, none of them empty")
+    targets, prefix = find_targets(model, target_modules, **limits)
+    passes = ForwardPasses(model, device)
+    solver = _Solver(chosen, checked_options(chosen, options), rank, checked_row_norm(row_norm), seed, passes.device)
+    walk = LayerWalk(passes, targets, group)
+    clock = _Clock(observe, passes.device)
+    found: dict[str, dict[str, Subspace]] = {t: {} for t in batches}
+    modules: dict[str, dict[str, ModuleInfo]] = {t: {} for t in batches}
+    with passes.quiet(), exact_matmul():
+        for number, part in enumerate(walk.groups):
+            last = number == len(walk.groups) - 1
+            with clock("collect"):
+                sites, readers = _collect_group(walk, part, targets, batches, pool, last, modules)
+            with clock("solve"):
+                for site, solved in _solve_group(solver, sites):
+                    for task, subspace in solved.items():
+                        found[task] |= dict.fromkeys(readers[site], subspace)
+    return StreamedSubspaces({t: {n: found[t][n] for n in targets} for t in batches}, modules, prefix)
+
+
+def _collect_group(
+    walk: LayerWalk,
+    part: LayerGroup,
+    targets: Mapping[str, Any],
+    batches: Mapping[str, Sequence[Batch]],
+    pool: str,
+    last: bool,
+    modules: dict[str, dict[str, ModuleInfo]],
+) -> tuple[dict[str, dict[str, Moments]], dict[str, list[str]]]:
+    """Site -> task -> moments on the device, and site -> modules."""
+    inside = {n: targets[n] for n in part.targets}
+    sites: dict[str, dict[str, Moments]] = {}
+    readers: dict[str, list[str]] = {}
+    first = next(iter(batches.values()))[0]
+    with walk.group(part) as run:
+        site_map = find_sites(walk.passes.model, inside, lambda: run(-1, first_example(first)))
+        for name, site in site_map.site_of.items():
+            readers.setdefault(site, []).append(name)
+        count = 0
+        for task, given in batches.items():
+            collector = Collector(inside, site_map, walk.passes, pool=pool, stop_early=last, dense=True)
+            numbers = iter(range(count, count + len(given)))
+            collector.consume(given, lambda batch, n=numbers: run(next(n), batch))  # type: ignore[misc]
+            count += len(given)
+            energies, moments = collector.sums_on_device()
+            modules[task] |= energies
+            for site, found in moments.items():
+                sites.setdefault(site, {})[task] = found
+    return sites, readers
+
+
+def _solve_group(solver: _Solver, sites: dict[str, dict[str, Moments]]) -> Iterator[tuple[str, dict[str, Subspace]]]:
+    """Solve every site; the moments of a solved site are let go."""
+    if solver.device.type == "cuda":
+        torch.cuda.synchronize(solver.device)  # the workers' streams start after what collected the sums
+    small = [s for s, m in sites.items() if next(iter(m.values())).dim <= _SMALL_SITE]
+    if solver.device.type == "cuda" and len(small) > 1:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            pending = {s: pool.submit(solver.solve, s, sites.pop(s)) for s in small}
+            for site, future in pending.items():
+                yield site, future.result()
+    for site in list(sites):
+        yield site, solver.solve(site, sites.pop(site))
+
+
+def _new_stream(device: torch.device) -> Any:
+    make: Any = torch.cuda.Stream
+    return make(device)
+
+
+class _Clock:
+    """Seconds of each part, for whoever wants them."""
+
+    def __init__(self, observe: Callable[[str, float], None] | None, device: torch.device) -> None:
+        self.observe, self.device = observe, device
+        self._part, self._start = "", 0.0
+
+    def __call__(self, part: str) -> _Clock:
+        self._part = part
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.observe is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.observe(self._part, time.perf_counter() - self._start)
