@@ -86,6 +86,8 @@ class Cohort:
         self._fill(values)
         self.parameters = FlatParameters(self.slots, values.to(self.device), autocast or like.dtype)
         self._bind()
+        self.enforcer.after_step()  # a span holds from the start
+        self.parameters.refresh()
 
     def _factor_shapes(self) -> list[tuple[str, int, int, tuple[int, ...]]]:
         n = len(self.trainees)
@@ -165,7 +167,7 @@ class Cohort:
             mean = self._sums(part, bank, plan.rows[index]) / items
             flat.add_gradients(mean.sum())
             losses += mean.detach()
-        gradients = flat.gather_gradients()
+        gradients = flat.gradients
         with torch.no_grad():
             if self.trained is not None:
                 gradients.mul_(self.trained)

@@ -75,31 +75,22 @@ class FlatParameters:
         self.slots, self.values = list(slots), values
         self.first, self.second = moments or (torch.zeros_like(values), torch.zeros_like(values))
         self._live = values if dtype == values.dtype else values.to(dtype)
-        self._gradients = torch.zeros_like(self._live)
-        same = dtype == values.dtype
-        self.gradients = self._gradients if same else torch.zeros_like(values)  # always in the dtype of the values
+        self.gradients = torch.zeros_like(values)  # float32 too: a step's passes add up in it
         self.leaves: dict[tuple[str, int], Tensor] = {}
         self._places: list[Tensor] = []
         for slot in slots:
             self.leaves[slot.name, slot.first] = slot.view(self._live).detach().requires_grad_()
-            self._places.append(slot.view(self._gradients))
+            self._places.append(slot.view(self.gradients))
 
     def clear_gradients(self) -> None:
         """Set every gradient to zero."""
-        self._gradients.zero_()
+        self.gradients.zero_()
 
     def add_gradients(self, loss: Tensor) -> None:
         """Add the gradients of a scalar."""
         found = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
         pairs = [(place, g) for place, g in zip(self._places, found, strict=True) if g is not None]
         torch._foreach_add_([place for place, _ in pairs], [g for _, g in pairs])
-
-    @torch.no_grad()
-    def gather_gradients(self) -> Float[Tensor, "members columns"]:
-        """`gradients`, brought up to what `add_gradients` has added since `clear_gradients`."""
-        if self.gradients is not self._gradients:
-            self.gradients.copy_(self._gradients)
-        return self.gradients
 
     @torch.no_grad()
     def step(self, gradients: Tensor, rates: Tensor, head_start: int, step: int, decay: Tensor | None = None) -> None:
@@ -126,11 +117,6 @@ class FlatParameters:
         """Let the forward pass see the values of now."""
         if self._live is not self.values:
             self._live.copy_(self.values)
-
-    def rows(self, members: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Values and moments of some members, copied."""
-        chosen = torch.tensor(list(members), device=self.values.device)
-        return self.values[chosen], self.first[chosen], self.second[chosen]
 
 
 def tensors_of(slots: Sequence[Slot], row: Tensor, member: int) -> Mapping[str, Tensor]:

@@ -248,7 +248,7 @@ def cohort_size(shared: Shared) -> int:
     More members share the launching of kernels; fewer, of like length, share fewer pads.
     """
     n = len(shared.members)
-    sizes = sorted({max(1, -(-n // 2**halvings)) for halvings in range(n.bit_length())}, reverse=True)
+    sizes = sorted({max(1, -(-n // (1 << halvings))) for halvings in range(n.bit_length())}, reverse=True)
     rows = shared.rows_of(range(n))[:_SAMPLE]
     return min(sizes, key=lambda size: (_price(shared, rows, size), -size))
 
@@ -264,10 +264,10 @@ def _price(shared: Shared, rows: np.ndarray[Any, np.dtype[np.int64]], size: int)
 
 def pass_floor(backbone: nn.Module, device: torch.device) -> int:
     """Tokens below which a pass of this base only waits for its kernels to be launched, on this device."""
-    sizes: list[int] = [p.numel() for m in _matrices(backbone) for p in m.parameters()]
+    matrices = _matrices(backbone)
+    numbers = sum(p.numel() for m in matrices for p in m.parameters())
     seconds, rate = _LAUNCH.get(device.type, _LAUNCH["cuda"])
-    floor: float = len(sizes) * seconds * rate / max(1, sum(sizes))
-    return max(1, round(floor))
+    return max(1, round(len(matrices) * seconds * rate / max(1, numbers)))
 
 
 def _token_cap(shared: Shared) -> int:

@@ -71,7 +71,11 @@ def attach(model: Any, adapter: Adapter, *, dropout: float = 0.0) -> Any:
         config.inference_mode = False
         # peft 0.21 asks transformers for a property that transformers 5 has renamed; the answer is still right.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+        peft_model = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # a half-precision base must not train its head in half precision
+    return peft_model
 
 
 def _check_module(module: nn.Module | None, factors: LoraFactors, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,12 @@ _OPTIONS = {"projected": {"m", "method", "rho"}, "penalised": {"beta"}}
 
 
 def prepare_constraint(
-    settings: TrainingSettings, adapter: Adapter, statistics: Mapping[str, Statistics] | None, *, task: str
+    settings: TrainingSettings,
+    adapter: Adapter,
+    statistics: Mapping[str, Statistics] | None,
+    *,
+    task: str,
+    device: torch.device | str = "cpu",
 ) -> Constraint:
     """The constraint that the settings ask for, on one adapter.
 
@@ -30,6 +34,7 @@ def prepare_constraint(
         adapter: Which modules.
         statistics: Task -> statistics, of all tasks; not needed for "free" and "frozen".
         task: The adapter's task.
+        device: Where eigenvectors are computed.
 
     Raises:
         UsageError: An unknown option, or no statistics of this task and at least one other.
@@ -42,13 +47,17 @@ def prepare_constraint(
     if not statistics or task not in statistics or len(statistics) < 2:
         raise UsageError(f"constraint {kind!r} needs statistics of this task and of others", where=f"task {task}")
     if kind == "projected":
-        return Constraint(kind, _spans(adapter, statistics, task, options))
+        return Constraint(kind, _spans(adapter, statistics, task, options, device))
     beta = float(options.get("beta", 1.0))
     return Constraint(kind, _penalties(adapter, statistics, task, beta))
 
 
 def _spans(
-    adapter: Adapter, statistics: Mapping[str, Statistics], task: str, options: Mapping[str, Any]
+    adapter: Adapter,
+    statistics: Mapping[str, Statistics],
+    task: str,
+    options: Mapping[str, Any],
+    device: torch.device | str,
 ) -> dict[str, Rule]:
     from plait.subspaces import compute_subspaces
 
@@ -59,13 +68,9 @@ def _spans(
         raise UsageError(
             f"m is {m}, expected from the rank {adapter.rank} to the width {narrowest}", where="constraint_options"
         )
-    found = compute_subspaces(method, statistics, rank=m, row_norm=1.0, options=more, seed=0)[task]
-    shared: dict[int, Tensor] = {}
-    rules = {}
-    for module in adapter.modules:
-        basis = found[module].basis
-        rules[module] = Rule(shared.setdefault(id(basis), basis.float()))
-    return rules
+    only: dict[str, Any] = {"tasks": (task,), "rank": m, "row_norm": 1.0, "options": more}
+    found = compute_subspaces(method, statistics, device=device, **only)[task]
+    return {module: Rule(found[module].basis) for module in adapter.modules}
 
 
 def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str, beta: float) -> dict[str, Rule]:
@@ -86,8 +91,3 @@ def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str
 def mean_moment(moments: list[Moments]) -> Tensor:
     """The mean of trace-normalised second moments: what the other tasks, each counting the same, feed into a site."""
     return torch.stack([m.normalised(torch.float32) for m in moments]).mean(0)
-
-
-def without_constraint(settings: TrainingSettings) -> TrainingSettings:
-    """The same settings, free."""
-    return replace(settings, constraint="free", constraint_options={})

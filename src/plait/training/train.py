@@ -16,7 +16,7 @@ import torch
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import BaseModel, base_fingerprint, load_task_model, load_tokenizer, quiet_transformers
-from plait.errors import EnvironmentFault, InputError
+from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task, collate, encode
@@ -101,6 +101,8 @@ def _run(
     from plait.training.callbacks import ConstraintCallback, Snapshots, Watcher
     from plait.training.trainer import TaskTrainer, training_arguments
 
+    if base.torch_dtype == torch.float16:
+        raise UsageError("float16 cannot train: gradients underflow", where="base.dtype", hint="use bfloat16")
     tokenizer = load_tokenizer(base)
     tokenizer.padding_side = "right"
     model = load_task_model(base, task, seed=seed)
@@ -121,7 +123,7 @@ def _run(
         settings=settings,
         rows=rows,
         model=peft_model,
-        args=training_arguments(settings, total, seed, root, base.torch_device),
+        args=training_arguments(settings, total, seed, root, base),
         data_collator=functools.partial(collate, tokenizer),
         callbacks=callbacks,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
+from plait.base import BaseModel
 from plait.errors import RunError
 from plait.tasks.task import Task
 from plait.training.checkpoints import seal
@@ -106,13 +107,14 @@ def parameter_groups(model: Any, settings: TrainingSettings) -> list[dict[str, A
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
-def training_arguments(settings: TrainingSettings, total: int, seed: int, root: Path, device: torch.device) -> Any:
+def training_arguments(settings: TrainingSettings, total: int, seed: int, root: Path, base: BaseModel) -> Any:
     """TrainingArguments: quiet, reproducible, nothing sent anywhere unless `report_to` says so."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch_size % (world * settings.accumulation):
         raise RunError(
             f"batch_size {settings.batch_size} is no multiple of {world} processes x {settings.accumulation} passes"
         )
+    device, half = base.torch_device, base.torch_dtype != torch.float32
     saves = settings.checkpoint_every is not None
     arguments = TrainingArguments(
         output_dir=str(root),
@@ -121,7 +123,7 @@ def training_arguments(settings: TrainingSettings, total: int, seed: int, root: 
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.lr,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
+        bf16=settings.precision == "bf16" or half,  # factors and head are float32 beside a half-precision base
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,

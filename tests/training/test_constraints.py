@@ -1,0 +1,204 @@
+"""Constraints: what they promise holds in a plain loop, in the Trainer and in a fleet."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from plait.adapters.lora import LoraFactors
+from plait.base import load_task_model, load_tokenizer
+from plait.errors import UsageError
+from plait.statistics import collect_statistics
+from plait.store import identity
+from plait.tasks import batches, encode
+from plait.training import Member, TrainingSettings, attach_constraint, prepare_constraint, train_adapter, train_fleet
+from plait.training.constraints import Cell, Constraint, Enforcer, Rule, penalty_gradients
+from plait.training.peft_model import attach, detach, for_task
+from tests.tiny import TARGETS
+from tests.training.conftest import make_adapter, make_examples, make_task
+
+SETTINGS = TrainingSettings(steps=20, lr=5e-3, batch_size=8, max_length=24)
+OPTIONS = {"free": {}, "frozen": {}, "projected": {"m": 6}, "penalised": {"beta": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def statistics(tiny_base):
+    """statistics("bert") -> moments of three tasks."""
+    known = {}
+
+    def get(architecture):
+        if architecture not in known:
+            base = tiny_base(architecture)
+            tokenizer, found = load_tokenizer(base), {}
+            for i, name in enumerate(("topic", "b", "c")):
+                task = make_task(name)
+                rows = encode(tokenizer, task, make_examples(task, 40, seed=10 + i), 24)
+                model = load_task_model(base, task, seed=0)
+                found[name] = collect_statistics(model, batches(tokenizer, rows, 8), TARGETS[architecture])
+            known[architecture] = found
+        return known[architecture]
+
+    return get
+
+
+def with_constraint(kind):
+    return dataclasses.replace(SETTINGS, constraint=kind, constraint_options=OPTIONS[kind])
+
+
+def in_span(adapter, constraint):
+    """Largest part of any A outside its span, relative to A."""
+    worst = 0.0
+    for name, rule in constraint.rules.items():
+        A = adapter.modules[name].A.double()
+        Q = rule.matrix.double()
+        worst = max(worst, float((A - A @ Q.T @ Q).norm() / A.norm()))
+    return worst
+
+
+def penalty_of(adapter, constraint):
+    return sum(
+        rule.weight * float(torch.trace(f.delta(torch.float64) @ rule.matrix.double() @ f.delta(torch.float64).T))
+        for f, rule in ((adapter.modules[m], r) for m, r in constraint.rules.items())
+    )
+
+
+def test_penalty_gradients_are_those_of_autograd():
+    g = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(3, *s, generator=g).double().requires_grad_() for s in ((4, 10), (7, 4)))
+    X = torch.randn(3, 20, 10, generator=g).double()
+    M, weight = X.transpose(1, 2) @ X, torch.tensor([0.5, 1.0, 2.0]).double()[:, None, None]
+    D = B @ A
+    value = (weight[:, 0, 0] * (D @ M @ D.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)).sum()
+    expected = torch.autograd.grad(value, (A, B))
+    with torch.no_grad():
+        values, of_A, of_B = penalty_gradients(A, B, A @ M, weight)
+    assert torch.allclose(values.sum(), value)
+    assert torch.allclose(of_A, expected[0]) and torch.allclose(of_B, expected[1])
+
+
+def test_cells_that_share_unevenly_are_each_done_right():
+    g = torch.Generator().manual_seed(0)
+    Q1, Q2 = (torch.linalg.qr(torch.randn(8, 3, generator=g))[0].T.contiguous() for _ in range(2))
+    As = [torch.randn(2, 8, generator=g) for _ in range(3)]
+    expected = [A @ Q.T @ Q for A, Q in zip(As, (Q1, Q2, Q1), strict=True)]
+    cells = [
+        Cell(A, torch.zeros(4, 2), torch.zeros(2, 8), torch.zeros(4, 2), 1.0, Rule(Q))
+        for A, Q in zip(As, (Q1, Q2, Q1), strict=True)
+    ]
+    Enforcer(cells).after_step()
+    for A, e in zip(As, expected, strict=True):
+        assert torch.allclose(A, e, atol=1e-6)
+
+
+def test_a_thousand_steps_of_a_plain_loop_stay_in_the_span(tiny_base, statistics):
+    base, task = tiny_base("bert"), make_task()
+    model = load_task_model(base, task, seed=0)
+    started = for_task(make_adapter(base, task, "bert"), task, model)
+    constraint = prepare_constraint(with_constraint("projected"), started, statistics("bert"), task="topic")
+    peft_model = attach(model, started)
+    trained = [p for n, p in peft_model.named_parameters() if p.requires_grad and ".lora_" in n]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.01)
+    remove = attach_constraint(optimizer, peft_model, constraint)
+    assert in_span(detach(peft_model, started, {}), constraint) < 1e-6
+    g = torch.Generator().manual_seed(0)
+    before = detach(peft_model, started, {})
+    for _ in range(1000):
+        for p in trained:
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step()
+    after = detach(peft_model, started, {})
+    assert in_span(after, constraint) < 1e-5
+    assert all((after.modules[m].A - before.modules[m].A).norm() > 0.1 for m in after.modules)
+    remove()
+    for p in trained:
+        p.grad = torch.randn(p.shape, generator=g)
+    optimizer.step()
+    assert in_span(detach(peft_model, started, {}), constraint) > 1e-4
+
+
+def test_penalty_is_added_once_a_step_in_a_plain_loop_with_accumulation(tiny_base, statistics):
+    base, task = tiny_base("bert"), make_task()
+    results = []
+    for passes in (1, 4):
+        model = load_task_model(base, task, seed=0)
+        started = for_task(make_adapter(base, task, "bert"), task, model)
+        started = dataclasses.replace(
+            started, modules={n: LoraFactors(f.A, f.B + 0.1, f.scaling) for n, f in started.modules.items()}
+        )
+        constraint = prepare_constraint(with_constraint("penalised"), started, statistics("bert"), task="topic")
+        peft_model = attach(model, started)
+        trained = [p for p in peft_model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        attach_constraint(optimizer, peft_model, constraint)
+        for _ in range(passes):
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        results.append(detach(peft_model, started, {}))
+        assert penalty_of(results[-1], constraint) < penalty_of(started, constraint)
+    for name, f in results[0].modules.items():
+        assert torch.equal(f.A, results[1].modules[name].A)
+
+
+@pytest.mark.parametrize("kind", list(OPTIONS))
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_fleet_equals_solo(tiny_base, statistics, tmp_path, kind, architecture):
+    base = tiny_base(architecture)
+    members = []
+    for i, name in enumerate(("topic", "b", "topic")):
+        task, settings = make_task(name), with_constraint(kind if i < 2 else "free")
+        wanted = identity("train", {"constraint": settings.constraint}, seed=i)
+        start = make_adapter(base, task, architecture, seed=i)
+        members.append(
+            Member(start, task, make_examples(task), settings, i, tmp_path / f"{i}", wanted, statistics(architecture))
+        )
+    fleet = train_fleet(members, base)
+    for m, found in zip(members, fleet, strict=True):
+        alone = train_adapter(
+            m.initial, m.task, m.examples, base, m.settings, seed=m.seed, out=tmp_path / f"alone{m.seed}",
+            identity=m.identity, statistics=m.statistics,
+        )  # fmt: skip
+        for name, f in found.modules.items():
+            x, y = f.delta(), alone.modules[name].delta()
+            assert (x - y).norm() < 1e-4 * y.norm(), (m.seed, name)
+        if m.settings.constraint == "frozen":
+            assert all(torch.equal(f.A, m.initial.modules[n].A) for n, f in found.modules.items())
+            assert all(torch.equal(f.A, m.initial.modules[n].A) for n, f in alone.modules.items())
+        if m.settings.constraint == "projected":
+            rule = prepare_constraint(m.settings, m.initial, m.statistics, task=m.task.name)
+            assert in_span(found, rule) < 1e-5 and in_span(alone, rule) < 1e-5
+
+
+def test_a_penalty_keeps_the_shift_on_other_tasks_small(tiny_base, statistics, tmp_path):
+    base, task = tiny_base("bert"), make_task()
+    shifts = {}
+    for beta in (0.0001, 100.0):
+        settings = dataclasses.replace(SETTINGS, constraint="penalised", constraint_options={"beta": beta})
+        start = make_adapter(base, task, "bert")
+        trained = train_adapter(
+            start, task, make_examples(task), base, settings, seed=0, out=tmp_path / str(beta),
+            identity=identity("train", {"beta": beta}), statistics=statistics("bert"),
+        )  # fmt: skip
+        unit = prepare_constraint(with_constraint("penalised"), start, statistics("bert"), task="topic")
+        shifts[beta] = penalty_of(trained, unit)
+    assert shifts[100.0] < 0.3 * shifts[0.0001]
+
+
+def test_what_cannot_be_prepared_is_named(tiny_base, statistics):
+    start = make_adapter(tiny_base("bert"), make_task(), "bert")
+    known = statistics("bert")
+    with pytest.raises(UsageError, match="needs statistics"):
+        prepare_constraint(with_constraint("projected"), start, {"topic": known["topic"]}, task="topic")
+    with pytest.raises(UsageError, match="m is 99"):
+        wide = dataclasses.replace(SETTINGS, constraint="projected", constraint_options={"m": 99})
+        prepare_constraint(wide, start, known, task="topic")
+    with pytest.raises(UsageError, match="no option"):
+        odd = dataclasses.replace(SETTINGS, constraint="frozen", constraint_options={"m": 9})
+        prepare_constraint(odd, start, known, task="topic")
+    with pytest.raises(KeyError, match="no LoRA layer"):
+        model = attach(load_task_model(tiny_base("bert"), make_task(), seed=0), start)
+        attach_constraint(
+            torch.optim.SGD([torch.zeros(1)]), model, Constraint("projected", {"nowhere": Rule(torch.eye(2))})
+        )
