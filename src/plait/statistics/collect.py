@@ -37,6 +37,7 @@ def collect_statistics(
     sketch: int | None = None,
     stop_early: bool = True,
     distributed: bool | None = None,
+    result_device: torch.device | str = "cpu",
 ) -> Statistics:
     """Second moments of what the target modules read, over the real tokens of the batches.
 
@@ -57,9 +58,10 @@ def collect_statistics(
         sketch: Keep rank-k sketches instead of exact moments (see `FrequentDirections`).
         stop_early: End each forward pass at the last wanted module.
         distributed: Add over all ranks; by default where torch.distributed is initialised.
+        result_device: Where the statistics end up; while they are collected and added they stay with the model.
 
     Returns:
-        Statistics on the CPU, the same on every rank.
+        Statistics, the same on every rank.
 
     Raises:
         UsageError: Unknown pool, bad target_modules.
@@ -89,10 +91,11 @@ def collect_statistics(
     collected = collector.finish() if collector else None
     record = {**_found_facts(passes, prefix, pool, target_modules, sketch), **(provenance or {})}
     if adds_over_ranks(distributed):
-        return reduce_statistics(collected, record)
+        collected = reduce_statistics(collected)
     if collected is None:
         raise InputError("no batches to collect statistics from")
-    return Statistics(collected.sites, collected.modules, {**record, **collected.provenance})
+    sites = {s: m.to(result_device) for s, m in collected.sites.items()}
+    return Statistics(sites, collected.modules, {**record, **collected.provenance})
 
 
 def _peek(batches: Iterable[Batch]) -> tuple[Iterator[Batch], Batch | None]:
@@ -273,8 +276,7 @@ class Collector:
         return modules, {s: sums.finish() for s, sums in self.sums.items()}
 
     def finish(self) -> Statistics:
-        """What was collected, on the CPU; provenance holds samples and tokens."""
-        modules, moments = self.sums_on_device()
-        sites = {s: m.to("cpu") for s, m in moments.items()}
+        """What was collected, where it was; provenance holds samples and tokens."""
+        modules, sites = self.sums_on_device()
         tokens = self.tokens or max((m.padded_count for m in sites.values()), default=0)
         return Statistics(sites, modules, {"samples": self.samples, "tokens": tokens})

@@ -32,12 +32,11 @@ def own_share(items: Iterable[T]) -> Iterator[T]:
     return islice(items, dist.get_rank(), None, dist.get_world_size())
 
 
-def reduce_statistics(own: Statistics | None, record: Mapping[str, Any]) -> Statistics:
+def reduce_statistics(own: Statistics | None) -> Statistics:
     """Add the statistics of all ranks; None is a rank without data.
 
     Args:
-        own: This rank's.
-        record: Provenance that is equal on all ranks.
+        own: This rank's, with "samples" and "tokens" in its provenance.
 
     Returns:
         The sum, equal on every rank and independent of how data was divided, up to rounding.
@@ -67,7 +66,7 @@ def reduce_statistics(own: Statistics | None, record: Mapping[str, Any]) -> Stat
         name: ModuleInfo(site, tuple(shape), energy, fan)
         for (name, site, shape, fan), energy in zip(layout["modules"], energies, strict=True)
     }
-    return Statistics(sites, modules, {**record, "samples": int(samples), "tokens": int(tokens)})
+    return Statistics(sites, modules, {"samples": int(samples), "tokens": int(tokens)})
 
 
 def _shape_of(own: Statistics) -> dict[str, Any]:
@@ -124,7 +123,8 @@ def _all_reduce(tensor: Tensor, op: Any = None) -> None:
     """In place, through the GPU where the backend is NCCL."""
     there = tensor.to(_device())
     dist.all_reduce(there, op=op or dist.ReduceOp.SUM)
-    tensor.copy_(there)
+    if there is not tensor:
+        tensor.copy_(there)
 
 
 def _gathered_rows(rows: Tensor) -> list[Tensor]:

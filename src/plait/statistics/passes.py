@@ -14,6 +14,9 @@ from plait.errors import InputError
 from plait.statistics.targets import unwrapped
 
 
+_CPU = torch.device("cpu")
+
+
 class Enough(Exception):  # noqa: N818
     """Raised inside a forward pass once its last wanted module has been called."""
 
@@ -30,7 +33,7 @@ class ForwardPasses:
         self.model = model
         self.base = unwrapped(model)
         parameter = next(iter(self.base.parameters()), None)
-        self.device = torch.device(device) if device is not None else getattr(parameter, "device", torch.device("cpu"))
+        self.device = _numbered(torch.device(device)) if device is not None else getattr(parameter, "device", _CPU)
         self.dtype = getattr(parameter, "dtype", torch.float32)
         parameters = inspect.signature(self.base.forward).parameters
         self.known = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
@@ -69,6 +72,11 @@ class ForwardPasses:
         finally:
             for module in training:
                 module.training = True
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A GPU with its number: "cuda" and "cuda:0" are unequal."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def examples_in(batch: Mapping[str, Any]) -> int:

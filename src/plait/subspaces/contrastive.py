@@ -114,7 +114,7 @@ def _batches(x: SiteInputs) -> Iterator[Sequence[str]]:
 
 
 def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> dict[str, Basis]:
-    own = torch.stack([x.own(t) for t in tasks])
+    own = x.own(tasks[0])[None] if len(tasks) == 1 else torch.stack([x.own(t) for t in tasks])
 
     def operator(Y: Tensor) -> Tensor:
         return whitener @ (own @ (whitener.T @ Y))

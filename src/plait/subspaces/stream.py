@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,10 +56,12 @@ class _Solver:
     def solve(self, site: str, moments: Mapping[str, Moments]) -> dict[str, Subspace]:
         width = next(iter(moments.values())).dim
         inputs = SiteInputs(site, width, self.rank, tuple(moments), moments, seed=self.seed, device=self.device)
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device), torch.cuda.stream(_new_stream(self.device)):
-                return solve_site(self.method, inputs, self.options, self.row_norm)
         return solve_site(self.method, inputs, self.options, self.row_norm)
+
+    def solve_aside(self, site: str, moments: Mapping[str, Moments]) -> dict[str, Subspace]:
+        """The same on the calling thread's own stream; what it returns lies on the CPU, so the stream has finished."""
+        with torch.cuda.device(self.device), torch.cuda.stream(_stream_of_thread(self.device)):
+            return self.solve(site, moments)
 
 
 def stream_subspaces(
@@ -164,16 +167,21 @@ def _solve_group(solver: _Solver, sites: dict[str, dict[str, Moments]]) -> Itera
     small = [s for s, m in sites.items() if next(iter(m.values())).dim <= _SMALL_SITE]
     if solver.device.type == "cuda" and len(small) > 1:
         with ThreadPoolExecutor(_WORKERS) as pool:
-            pending = {s: pool.submit(solver.solve, s, sites.pop(s)) for s in small}
+            pending = {s: pool.submit(solver.solve_aside, s, sites.pop(s)) for s in small}
             for site, future in pending.items():
                 yield site, future.result()
     for site in list(sites):
         yield site, solver.solve(site, sites.pop(site))
 
 
-def _new_stream(device: torch.device) -> Any:
-    make: Any = torch.cuda.Stream
-    return make(device)
+_threads = threading.local()
+
+
+def _stream_of_thread(device: torch.device) -> Any:
+    if not hasattr(_threads, "stream"):
+        make: Any = torch.cuda.Stream
+        _threads.stream = make(device)
+    return _threads.stream
 
 
 class _Clock:
