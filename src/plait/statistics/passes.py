@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from plait.errors import InputError
 from plait.statistics.targets import unwrapped
 
-
 _CPU = torch.device("cpu")
 
 
