@@ -9,10 +9,12 @@ from typing import Any
 
 from plait.errors import InputError, UsageError
 from plait.jobs import ADAPTER, BEST, REPORT, STATISTICS, Job, Plan, plan
+from plait.locks import locked
 from plait.progress import Progress, duration
-from plait.recipe import Recipe
+from plait.recipe import Recipe, TaskSpec
 from plait.session import Session
-from plait.store import is_done, read_json, sha256_json
+from plait.store import is_done, read_json, sha256_json, staged_file
+from plait.tasks.task import TEXT_KINDS
 
 RECIPE_FILE = "recipe.json"
 
@@ -31,19 +33,39 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
 
     Raises:
         UsageError: `out` holds results of other settings; nothing was changed.
+        EnvironmentFault: Another process is at work on `out`.
     """
     started = time.monotonic()
+    require_scorable(recipe)
     session = Session(recipe)
     whole = plan(session, out)
     todo = pending(whole.jobs, overwrite=overwrite)
-    write_recipe(recipe, out)
     progress = Progress(sum(j.cost for j in todo), len(todo), quiet)
-    for job in todo:
-        _do(job, whole, session, progress, overwrite)
+    if todo or not _is_kept(recipe, out):
+        with locked(out):
+            todo = pending(todo, overwrite=overwrite)  # what another process finished before it let go
+            write_recipe(recipe, out)
+            for job in todo:
+                _do(job, whole, session, progress, overwrite)
     seconds = time.monotonic() - started
     progress.close(f"{len(todo)} jobs done, {len(whole.jobs) - len(todo)} reused, {duration(seconds)}")
     counted = {"seconds": round(seconds, 2), "jobs": len(todo), "reused": len(whole.jobs) - len(todo)}
     return {**_outcome(whole), **counted}
+
+
+def require_scorable(recipe: Recipe) -> None:
+    """Refuse tasks whose answers are text before anything is computed: a run scores classes and values.
+
+    Raises:
+        UsageError: Names the task.
+    """
+    for task in recipe.tasks:
+        if isinstance(task, TaskSpec) and task.kind in TEXT_KINDS:
+            raise UsageError(
+                f"a run scores classification and regression, not {task.kind!r}",
+                where=f"task {task.name}",
+                hint="plait train and plait merge take it",
+            )
 
 
 def _do(job: Job, whole: Plan, session: Session, progress: Progress, overwrite: bool) -> None:
@@ -75,7 +97,7 @@ def finished(job: Job, *, overwrite: bool = False) -> bool:
         if job.stage != STATISTICS:
             return is_done(job.path, job.wanted)
         return _statistics_done(job)
-    except UsageError:
+    except (UsageError, InputError):  # other settings, or a manifest that is damaged or of another version
         if overwrite:
             return False
         raise
@@ -94,13 +116,18 @@ def _statistics_done(job: Job) -> bool:
 
 def write_recipe(recipe: Recipe, out: Path) -> None:
     """Keep the resolved recipe beside its results."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = recipe.model_dump_json(indent=1) + "\n"
+    if not _is_kept(recipe, out):
+        with staged_file(out / RECIPE_FILE, overwrite=True) as stage:
+            stage.write_text(_text(recipe), encoding="utf-8")
+
+
+def _is_kept(recipe: Recipe, out: Path) -> bool:
     target = out / RECIPE_FILE
-    if not target.exists() or target.read_text(encoding="utf-8") != text:
-        stage = out / f".{RECIPE_FILE}.staging"
-        stage.write_text(text, encoding="utf-8")
-        stage.replace(target)
+    return target.is_file() and target.read_bytes() == _text(recipe).encode()
+
+
+def _text(recipe: Recipe) -> str:
+    return recipe.model_dump_json(indent=1) + "\n"
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -136,6 +163,7 @@ def describe(recipe: Recipe, out: Path) -> dict[str, Any]:
 
     Cost: hashes the data and the base once.
     """
+    require_scorable(recipe)
     session = Session(recipe)
     whole = plan(session, out)
     stages: dict[str, dict[str, int]] = {}

@@ -155,8 +155,11 @@ def check_names(recipe: Recipe, where: str) -> None:
             require_known(metric, METRICS, "metric", where)
     for arm in recipe.arm_specs:
         require_known(arm.method, list(subspace_methods()), "subspace method", where)
+        method = subspace_methods()[arm.method]
         for option in arm.options:
-            require_known(option, list(subspace_methods()[arm.method].options), f"option of {arm.method}", where)
+            require_known(option, list(method.options), f"option of {arm.method}", where)
+        if "others" in method.needs and len(recipe.tasks) < 2:
+            raise UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
         for key in {**recipe.training, **arm.training}:
             require_known(key, training_keys(), "training key", where)
         recipe.training_of(arm)

@@ -8,8 +8,6 @@ one is reused; one that differs is an error that shows the difference.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from plait import __version__
-from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
+from plait.errors import InputError, UsageError
+from plait.locks import locked, system_errors
 
 SCHEMA = 1
 MANIFEST = "plait.json"
@@ -110,6 +109,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     found = read_json(file)
     if not isinstance(found, dict) or "schema" not in found:
         raise InputError("not a plait manifest", where=str(file))
+    if any(not isinstance(found.get(key, {}), dict) for key in ("options", "inputs", "result", "files")):
+        raise InputError("not a plait manifest", where=str(file))
     if found["schema"] != SCHEMA:
         raise InputError(
             f"manifest schema {found['schema']}, this plait reads {SCHEMA}",
@@ -128,7 +129,12 @@ def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False) -
     Raises:
         UsageError: It holds another one (the difference is in the message), or something that is not a result.
     """
-    if overwrite or not _occupied(path):
+    if overwrite:
+        return False
+    if not path.exists() and _aside(path).exists():
+        with locked(path):
+            _recover(path)
+    if not _occupied(path):
         return False
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
@@ -179,7 +185,7 @@ def staged_folder(
         EnvironmentFault: Disk full, read-only, or another process is writing the same output.
     """
     path = path.absolute()
-    with _system_errors(path), _locked(path):
+    with system_errors(path), locked(path):
         _recover(path)
         if _occupied(path) and not overwrite:
             raise UsageError("exists", where=str(path), hint="choose another --out, or --overwrite")
@@ -215,15 +221,18 @@ def _settle(path: Path) -> None:
 
 def _recover(path: Path) -> None:
     """Bring back what a run killed between the two renames of `_swap` had moved aside."""
-    old = path.parent / f".{path.name}.replaced"
-    if old.exists() and not path.exists():
-        old.rename(path)
+    if _aside(path).exists() and not _occupied(path):
+        _aside(path).rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.absolute().parent / f".{path.absolute().name}.replaced"
 
 
 def _swap(stage: Path, path: Path) -> None:
-    old = path.parent / f".{path.name}.replaced"
+    old = _aside(path)
     shutil.rmtree(old, ignore_errors=True)
-    if path.is_symlink() or path.is_file():
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
         path.unlink()
     elif path.exists():
         path.rename(old)
@@ -240,7 +249,7 @@ def _swap(stage: Path, path: Path) -> None:
 def staged_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and takes its place."""
     path = path.absolute()
-    with _system_errors(path), _locked(path):
+    with system_errors(path), locked(path):
         if _occupied(path) and not overwrite:
             raise UsageError("exists", where=str(path), hint="choose another --out, or --overwrite")
         stage = path.parent / f".{path.name}.staging"
@@ -251,48 +260,6 @@ def staged_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             stage.replace(path)
         finally:
             stage.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the output: two processes on one destination is an error, not a race."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.parent / f".{path.name}.lock"
-    with lock.open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = lock.exists() and os.fstat(f.fileno()).st_ino == lock.stat().st_ino  # not one just unlinked
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise EnvironmentFault("another process is writing this output", where=str(path), hint="wait for it")
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _system_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except PlaitError:
-        raise
-    except OSError as e:
-        step = {
-            errno.ENOSPC: "free some space",
-            errno.EROFS: "choose a writable --out",
-            errno.EACCES: "choose a writable --out",
-        }
-        if e.errno not in step and e.errno not in (
-            errno.ENAMETOOLONG,
-            errno.EDQUOT,
-            errno.EIO,
-            errno.ENOTDIR,
-            errno.EPERM,
-        ):
-            raise
-        raise EnvironmentFault(f"cannot write: {e.strerror}", where=str(path), hint=step.get(e.errno or 0)) from e
 
 
 def versions() -> dict[str, str]:

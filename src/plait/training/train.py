@@ -17,6 +17,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import BaseModel, base_fingerprint, load_task_model, load_tokenizer, quiet_transformers
 from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.locks import locked
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task, collate, encode
@@ -74,8 +75,8 @@ def train_adapter(
         raise InputError("no training rows", where=f"task {task.name}")
     started = time.monotonic()
     root = checkpoint_root(out)
-    open_root(root, identity)
-    with _quiet(), torch.random.fork_rng():
+    with _held(root), _quiet(), torch.random.fork_rng():
+        open_root(root, identity)
         trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics)
     result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
     if not _is_writer():
@@ -159,6 +160,11 @@ def loss_summary(losses: list[tuple[int, float]]) -> dict[str, Any]:
 def _write_snapshots(root: Path, stage: Path) -> None:
     for folder in sorted((root / "steps").glob("[0-9]*")) if (root / "steps").is_dir() else []:
         shutil.copytree(folder, stage / "steps" / folder.name)
+
+
+def _held(root: Path) -> contextlib.AbstractContextManager[None]:
+    """Two runs must not share checkpoints; of one run's processes the writer holds them."""
+    return locked(root) if _is_writer() else contextlib.nullcontext()
 
 
 def _is_writer() -> bool:

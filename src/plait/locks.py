@@ -1,0 +1,68 @@
+"""Who may write an output, and what the operating system says when it cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from plait.errors import EnvironmentFault, PlaitError
+
+_STEPS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "choose a writable --out",
+    errno.EACCES: "choose a writable --out",
+    errno.EPERM: "choose a writable --out",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.ENAMETOOLONG: "choose a shorter --out",
+    errno.ELOOP: "a symbolic link points to itself",
+    errno.EFBIG: "a limit on file sizes is set",
+    errno.EIO: "the disk failed",
+}
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an output: two processes on one destination is an error, not a race. The lock dies with its holder.
+
+    Raises:
+        EnvironmentFault: Another process holds it, or its folder cannot be written.
+    """
+    lock = path.absolute().parent / f".{path.absolute().name}.lock"
+    with contextlib.ExitStack() as held:
+        with system_errors(path):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(lock.open("w"))
+            ours = _seize(file.fileno(), lock)
+        if not ours:
+            raise EnvironmentFault("another process is writing this output", where=str(path), hint="wait for it")
+        held.callback(lock.unlink, missing_ok=True)
+        yield
+
+
+def _seize(descriptor: int, lock: Path) -> bool:
+    """Whether the lock is ours now: seized, and still the file that others will find."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_ino == lock.stat().st_ino
+    except (BlockingIOError, FileNotFoundError):  # held, or just let go and unlinked by its holder
+        return False
+
+
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says about a full, read-only or misnamed place into an `EnvironmentFault`."""
+    try:
+        yield
+    except PlaitError:
+        raise
+    except OSError as e:
+        if e.errno not in _STEPS:
+            raise
+        raise EnvironmentFault(f"cannot write: {e.strerror}", where=str(path), hint=_STEPS[e.errno]) from e

@@ -1,0 +1,110 @@
+"""Fixtures for every room: tiny bases of six architectures, tiny tasks on disk, tiny recipes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import csv, parquet
+
+from plait.base import BaseModel
+from plait.recipe import Recipe
+from plait.recipe_file import parse_recipe
+from tests.tiny import TARGETS, WORDS, save_model
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseModel]:
+    """tiny_base("bert") -> BaseModel of a saved tiny model, on the CPU."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def get(architecture: str, **options: Any) -> BaseModel:
+        folder = root / architecture
+        if not folder.exists():
+            save_model(folder, architecture)
+        return BaseModel(str(folder), device="cpu", **options)
+
+    return get
+
+
+def tiny_rows(classes: int | None, rows: int, *, seed: int = 0, pair: bool = False) -> Rows:
+    """Rows whose label is decided by the words that occur; `classes` None gives a target in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    found: Rows = []
+    for _ in range(rows):
+        target = int(rng.integers(classes or 5))
+        filler = [WORDS[w] for w in rng.integers(10, len(WORDS), rng.integers(2, 9))]
+        row: dict[str, Any] = {"text": " ".join([WORDS[target], *filler, WORDS[target]])}
+        if pair:
+            row["other"] = " ".join(WORDS[w] for w in rng.integers(10, len(WORDS), rng.integers(2, 9)))
+        row["label"] = target / 4 if classes is None else target
+        found.append(row)
+    return found
+
+
+def write_rows(path: Path, rows: Rows) -> Path:
+    """Rows as csv, jsonl or parquet, by the path's suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        csv.write_csv(pa.Table.from_pylist(rows), path)
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def write_tasks(root: Path) -> list[dict[str, Any]]:
+    """Three tasks as three kinds of file: binary csv, three-class pairs in jsonl, regression in parquet."""
+    made = []
+    for i, (name, suffix, classes) in enumerate(
+        (("topic", "csv", 2), ("pairs", "jsonl", 3), ("grade", "parquet", None))
+    ):
+        for split, rows in (("train", 32), ("validation", 24)):
+            seed = 10 * i + (split == "train")
+            write_rows(root / f"{name}.{split}.{suffix}", tiny_rows(classes, rows, seed=seed, pair=classes == 3))
+        made.append(
+            {
+                "name": name,
+                "train": f"{name}.train.{suffix}",
+                "validation": f"{name}.validation.{suffix}",
+                "text": ["text", "other"] if classes == 3 else ["text"],
+                "kind": "regression" if classes is None else "classification",
+            }
+        )
+    return made
+
+
+def tiny_raw(base: BaseModel, architecture: str, root: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """A small recipe as the YAML would have it: three arms, two merges, a handful of steps; writes its tasks' files."""
+    described = write_tasks(root)
+    return {
+        "name": "tiny",
+        "base": {"model": base.name, "device": "cpu"},
+        "data": {"root": str(root), "max_length": 24},
+        "tasks": [t for t in described if tasks is None or t["name"] in tasks],
+        "lora": {"rank": 2, "alpha": 4, "target_modules": list(TARGETS[architecture])},
+        "statistics": {"samples": 16},
+        "arms": ["kaiming", "osrm", "contrastive"],
+        "training": {"steps": 4, "batch_size": 8, "lr": 0.02, "checkpoint_every": 2},
+        "merges": ["task_arithmetic", "ties"],
+        "evaluation": {"scales": [0.5, 1.0], "batch_size": 16, "resamples": 50},
+    }
+
+
+@pytest.fixture
+def tiny_recipe(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> Callable[..., Recipe]:
+    """tiny_recipe("bert", tasks=[...], seeds=[0, 1]) -> a checked recipe whose data lie in this test's folder."""
+
+    def make(architecture: str = "bert", *, tasks: Sequence[str] | None = None, **changed: Any) -> Recipe:
+        raw = tiny_raw(tiny_base(architecture), architecture, tmp_path / "data", tasks)
+        return parse_recipe({**raw, **changed}, "tiny")
+
+    return make

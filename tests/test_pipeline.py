@@ -1,0 +1,266 @@
+"""The whole line: six architectures, a killed run, other settings, what is reused, and the numbers of the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from sklearn.metrics import accuracy_score
+
+from plait import pipeline
+from plait.adapters.peft_format import read_adapter
+from plait.adapters.tensors import read_tensors
+from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.evaluation.evaluate import halves
+from plait.evaluation.scores import read_scores
+from plait.recipe_file import parse_recipe
+from plait.store import MANIFEST, sha256_file
+from tests.tiny import ARCHITECTURES
+
+FAST = {"arms": ["osrm"], "merges": ["task_arithmetic"]}
+SCALED = {"arms": ["kaiming"], "merges": ["task_arithmetic"], "evaluation": {"scales": [1.0], "resamples": 0}}
+
+
+def snapshot(out: Path) -> dict[str, tuple[int, str]]:
+    """Every file below a folder: modification time and hash."""
+    return {
+        str(p.relative_to(out)): (p.stat().st_mtime_ns, sha256_file(p))
+        for p in sorted(out.rglob("*"))
+        if p.is_file() and not p.name.endswith(".lock")
+    }
+
+
+def scores_of(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("scores.jsonl"))}
+
+
+# --- six architectures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a in ("bert", "gpt2") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES],
+)
+def test_every_architecture_walks_the_line(architecture, tiny_recipe, tmp_path):
+    out = tmp_path / "out"
+    found = pipeline.run(tiny_recipe(architecture), out, quiet=True)
+    assert set(found["merged"]) == {"kaiming", "osrm", "contrastive"}
+    assert all(set(m) == {"task_arithmetic", "ties"} for m in found["merged"].values())
+    assert Path(found["report"]).is_file() and found["reused"] == 0
+    rows = [r for p in out.rglob("scores.jsonl") for r in read_scores(p)]
+    assert all(np.isfinite(r.value) for r in rows)
+    best = read_adapter(Path(found["best"]))
+    assert set(best.heads) == {"topic", "pairs", "grade"} and best.modules
+    again = pipeline.run(tiny_recipe(architecture), out, quiet=True)
+    assert again["jobs"] == 0 and again["merged"] == found["merged"]
+
+
+# --- killed, and started again ----------------------------------------------------------------------------------------
+
+
+def start(recipe_file: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "plait", "run", str(recipe_file), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, f"the run ended before {path.name} was there"
+        assert time.monotonic() < end, f"no {path} after {seconds} s"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.ci_sample
+def test_killed_and_started_again_gives_the_same_bits(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(arms=["kaiming", "osrm"], seeds=[0])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(file, killed)
+    wait_for(killed / "adapters/kaiming/seed-0/pairs" / MANIFEST, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = [p.parent for p in killed.rglob(MANIFEST) if ".staging" not in str(p)]
+    assert finished and not (killed / "report").exists()
+    before = {f: snapshot(f) for f in finished}
+    found = pipeline.run(recipe, killed, quiet=True)
+    assert {f: snapshot(f) for f in finished} == before
+    assert found["reused"] >= len(finished)
+    straight = pipeline.run(recipe, whole, quiet=True)
+    assert scores_of(killed) == scores_of(whole) != {}
+    assert found["merged"] == straight["merged"] and found["recovered"] == straight["recovered"]
+    weights = [p.relative_to(whole) for p in whole.rglob("*.safetensors")]
+    assert all((whole / p).read_bytes() == (killed / p).read_bytes() for p in weights)
+    assert not list(killed.rglob("*.staging")) and not list(killed.rglob(".*.checkpoints"))
+
+
+def test_killed_in_the_middle_of_training_goes_on_from_a_checkpoint(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tasks=["topic"], **SCALED)
+    seen = []
+
+    def interrupted(self, fraction):
+        seen.append(fraction)
+        if 0.7 < fraction < 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("plait.progress.Progress.within", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe, tmp_path / "a", quiet=True)
+    assert list((tmp_path / "a").rglob("checkpoint-*")) and not list((tmp_path / "a/adapters").rglob(MANIFEST))
+    monkeypatch.setattr("plait.progress.Progress.within", lambda self, fraction: seen.append(fraction))
+    seen.clear()
+    pipeline.run(recipe, tmp_path / "a", quiet=True)
+    assert min(seen) > 0.5  # the first half was not trained again
+    pipeline.run(recipe, tmp_path / "b", quiet=True)
+    assert scores_of(tmp_path / "a") == scores_of(tmp_path / "b") != {}
+
+
+# --- other settings on the same output --------------------------------------------------------------------------------
+
+
+def test_changed_settings_raise_and_change_nothing_then_overwrite_redoes_what_differs(tiny_recipe, tmp_path):
+    out, two = tmp_path / "out", ["task_arithmetic", {"name": "ties", "options": {"density": 0.5}}]
+    settings = {"tasks": ["topic", "grade"], "arms": ["osrm"]}
+    pipeline.run(tiny_recipe(**settings, merges=two), out, quiet=True)
+    before = snapshot(out)
+    two[1] = {"name": "ties", "options": {"density": 0.9}}
+    other = tiny_recipe(**settings, merges=two)
+    with pytest.raises(UsageError, match=r"density: 0\.5 -> 0\.9") as raised:
+        pipeline.run(other, out, quiet=True)
+    assert "ties" in str(raised.value.where) and "--overwrite" in str(raised.value.hint)
+    assert snapshot(out) == before
+    assert pipeline.describe(other, out)["stages"]["merged"] == {"jobs": 2, "reused": 1}
+    assert snapshot(out) == before
+    found = pipeline.run(other, out, overwrite=True, quiet=True)
+    assert found["jobs"] == 4  # the merge, its scores, the best, the report
+    changed = {k for k, v in snapshot(out).items() if before.get(k) != v}
+    assert {k.split("/")[0] for k in changed} == {"merged", "scores", "best", "report", "recipe.json"}
+    assert all("ties" in k for k in changed if k.startswith(("merged", "scores")))
+
+
+def test_changed_data_is_other_settings(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tasks=["topic"], **SCALED)
+    pipeline.run(recipe, tmp_path / "out", quiet=True)
+    before = snapshot(tmp_path / "out")
+    with (tmp_path / "data/topic.train.csv").open("a") as f:
+        f.write('"w1 w1 w2",1\n')
+    with pytest.raises(UsageError, match="other settings"):
+        pipeline.run(recipe, tmp_path / "out", quiet=True)
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_plan_changes_nothing_and_report_needs_a_finished_run(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(), tmp_path / "out"
+    found = pipeline.describe(recipe, out)
+    assert not out.exists() and found["adapters"] == 9 and found["stages"]["adapter"] == {"jobs": 9, "reused": 0}
+    with pytest.raises(InputError, match="no such file"):
+        pipeline.report(out)
+    pipeline.write_recipe(recipe, out)
+    with pytest.raises(InputError, match="not done"):
+        pipeline.report(out)
+
+
+def test_a_damaged_or_outdated_result_is_named_and_overwrite_mends_it(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(tasks=["topic"], **SCALED), tmp_path / "out"
+    first = pipeline.run(recipe, out, quiet=True)
+    manifest = out / "merged/kaiming/seed-0/task_arithmetic" / MANIFEST
+    whole = manifest.read_text()
+    for damaged in (whole[:40], json.dumps({**json.loads(whole), "schema": 999}), "[]"):
+        manifest.write_text(damaged)
+        with pytest.raises(InputError) as raised:
+            pipeline.run(recipe, out, quiet=True)
+        assert str(manifest) in str(raised.value)
+    again = pipeline.run(recipe, out, overwrite=True, quiet=True)
+    assert again["jobs"] == 1 and again["merged"] == first["merged"]
+    statistics = out / "statistics/seed-0/topic.stats.safetensors"
+    statistics.write_bytes(statistics.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"topic\.stats"):
+        pipeline.run(recipe, out, quiet=True)
+    assert pipeline.run(recipe, out, overwrite=True, quiet=True)["jobs"] == 1
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_on_one_output(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(tasks=["topic"], **SCALED), tmp_path / "out"
+    pipeline.write_recipe(recipe, out)
+    before = snapshot(out)
+    code = "import sys, time; from plait.store import locked; from pathlib import Path\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(EnvironmentFault, match="another process") as raised:
+            pipeline.run(recipe, out, quiet=True)
+        assert raised.value.exit_code == 4 and str(out) in str(raised.value)
+        assert snapshot(out) == before
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert pipeline.run(recipe, out, quiet=True)["reused"] == 0  # a killed holder holds nothing
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_reported_numbers_follow_from_the_predictions(tiny_recipe, tmp_path):
+    tasks = ["topic", "pairs"]
+    training = {"steps": 40, "batch_size": 8, "lr": 0.03, "head_lr": 0.05}
+    recipe = tiny_recipe(tasks=tasks, arms=["kaiming"], merges=["task_arithmetic"], training=training)
+    pipeline.run(recipe, tmp_path / "out", quiet=True)
+    report = json.loads((tmp_path / "out/report/report.json").read_text())
+    place = tmp_path / "out/scores/kaiming/seed-0"
+    alone, merged = (
+        read_tensors(place / f / "predictions.safetensors")[0] for f in ("alone", "merged-task_arithmetic")
+    )
+
+    def mean(tensors, kind):
+        values = []
+        for name, suffix in (("topic", "csv"), ("pairs", "jsonl")):
+            text = (tmp_path / f"data/{name}.validation.{suffix}").read_text().splitlines()
+            labels = np.array([int(t.rpartition(",")[2]) for t in text[1:]]) if suffix == "csv" else None
+            labels = np.array([json.loads(t)["label"] for t in text]) if labels is None else labels
+            part = halves(len(labels), 0)["reported"]
+            predicted = tensors[f"{kind}.{name}"].numpy().argmax(1)
+            values.append(accuracy_score(labels[part], predicted if kind == "merged" else predicted[part]))
+        return 100 * float(np.mean(values))
+
+    line = report["table"][0]
+    a, m, f = mean(alone, "alone"), mean(merged, "merged"), mean(alone, "floor")
+    assert line["alone"]["value"] == pytest.approx(a) and line["merged"]["value"] == pytest.approx(m)
+    assert line["floor"]["value"] == pytest.approx(f)
+    assert a - f >= 1.0, "the tiny adapters did not learn, so there is no ratio to check"
+    assert line["recovered"]["value"] == pytest.approx((m - f) / (a - f))
+    assert report["headline"]["recovered"]["kaiming"]["task_arithmetic"] == pytest.approx((m - f) / (a - f))
+
+
+def test_the_scale_is_chosen_on_the_selection_half_alone(tiny_recipe, tmp_path):
+    pipeline.run(tiny_recipe(tasks=["topic", "grade"], **FAST), tmp_path / "out", quiet=True)
+    rows = read_scores(tmp_path / "out/scores/osrm/seed-0/merged-task_arithmetic/scores.jsonl")
+    assert {r.scale for r in rows if r.split == "selection"} == {0.5, 1.0}
+    assert len({r.scale for r in rows if r.split == "reported"}) == 1
+    best = {
+        s: np.mean([r.value for r in rows if r.scale == s and r.metric == "score" and r.split == "selection"])
+        for s in (0.5, 1.0)
+    }
+    assert {r.scale for r in rows if r.split == "reported"} == {max(best, key=best.get)}
+
+
+def test_text_tasks_are_refused_before_anything_is_computed(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tasks=["topic"])
+    raw = recipe.model_dump(mode="json")
+    raw["tasks"][0] |= {"kind": "causal"}
+    with pytest.raises(UsageError, match="causal"):
+        pipeline.run(parse_recipe(raw, "tiny"), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
