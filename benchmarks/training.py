@@ -52,6 +52,7 @@ def random_model(kind: str, tokenizer: str, folder: Path) -> str:
 
 
 def tasks_of(root: Path, names: tuple[str, ...], rows: int, split: str) -> dict[str, tuple[Task, Examples]]:
+    root = root.absolute()
     tasks = {n: load_task(glue_task(n, root), root=root) for n in names}
     return {n: (t, load_examples(t, split, root=root, rows=rows, seed=0)) for n, t in tasks.items()}
 
@@ -229,8 +230,9 @@ def study(base: BaseModel, data, arguments) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         members = fleet_members(base, data, arguments.arms, settings, Path(folder))
         torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+        seen: list[float] = []
         before = synchronised()
-        trained = train_fleet(members, base)
+        trained = train_fleet(members, base, progress=lambda *_: seen.append(time.perf_counter()))
         seconds = synchronised() - before
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     result = {
@@ -238,6 +240,7 @@ def study(base: BaseModel, data, arguments) -> dict[str, object]:
         "tasks": len(data),
         "steps": settings.steps,
         "seconds": seconds,
+        "seconds_before_the_first_step": seen[0] - before,
         "adapter_steps_per_second": len(members) * arguments.study_steps / seconds,
         "peak_gpu_gib": peak,
     }

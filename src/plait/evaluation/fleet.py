@@ -17,6 +17,7 @@ from plait.adapters.lora import Adapter
 from plait.base import backbone_of
 from plait.errors import RunError
 from plait.evaluation.evaluate import Evaluator, Logits
+from plait.training.attention import fused_attention
 from plait.training.heads import Ends
 from plait.training.rowbank import RowBank, row_bank
 from plait.training.stacked import StackedFactors, common_shapes, padded_factors, stacked_updates
@@ -127,7 +128,7 @@ def _predict(
     places = torch.from_numpy(order).to(like.device)
     parts, start = [], 0
     budget = _APPETITE.get(like.device.type, _APPETITE["cuda"])
-    with stacked_updates(ends.backbone, updates):
+    with fused_attention(ends.backbone), stacked_updates(ends.backbone, updates):
         while start < len(order):
             length = int(bank.lengths[order[start]])
             stop = start + max(1, budget // (length * len(candidates)))

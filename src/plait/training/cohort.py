@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.training.attention import fused_attention
 from plait.training.constraints import Cell, Constraint, Enforcer
 from plait.training.flat import FlatParameters, Slot, lay_out, tensors_of
 from plait.training.heads import Ends
@@ -184,7 +185,7 @@ class Cohort:
         inputs, labels = bank.take(chosen, part.length, part.label_length)
         device = self.device.type
         context = torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext()
-        with context, stacked_updates(self.backbone, self.updates):
+        with context, fused_attention(self.backbone), stacked_updates(self.backbone, self.updates):
             if self.trainees[0].kind == "seq2seq":
                 return self._whole_sums(inputs, labels)
             end = self.ends[self.trainees[0].view]

@@ -95,8 +95,9 @@ def train_fleet(
     for group in _groups([m for m in todo if stackable(m)]):
         shared = Shared(group, base)
         size = min(limit or len(group), cohort_size(shared))
+        order = shared.by_length()
         for start in range(0, len(group), size):
-            failed += _train_group(list(range(start, min(start + size, len(group)))), shared, overwrite, meter)
+            failed += _train_group(order[start : start + size], shared, overwrite, meter)
         shared.release()
     for m in (m for m in todo if not stackable(m)):
         _train_alone(m, base, overwrite, meter)
@@ -116,19 +117,14 @@ def stackable(member: Member) -> bool:
 
 
 def _groups(members: Sequence[Member]) -> list[list[Member]]:
-    """Members that can be stepped together, those with rows of like length and of one task side by side."""
+    """Members that can be stepped together."""
     groups: dict[tuple[Any, ...], list[Member]] = {}
     for m in members:
         text = m.task.kind if m.task.kind in ("causal", "seq2seq") else "head"
         s = m.settings
         key = (text, s.batch_size, s.precision, s.max_length, s.total_steps(len(m.examples)))
         groups.setdefault(key, []).append(m)
-    return [sorted(g, key=lambda m: (_typical_length(m), m.task.name)) for _, g in sorted(groups.items())]
-
-
-def _typical_length(member: Member) -> float:
-    texts = member.examples.texts[:500]
-    return sum(len(part) for row in texts for part in row) / len(texts)
+    return [g for _, g in sorted(groups.items())]
 
 
 def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Meter) -> list[str]:

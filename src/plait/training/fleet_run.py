@@ -37,7 +37,8 @@ _STATE, _SNAPSHOT = "state.safetensors", "snapshot."
 _SAMPLE = 8  # steps whose price is compared
 # Seconds the host takes to launch what belongs to one linear layer, forward and backward, and parameter-tokens a second
 # the device goes through once it has enough of them. Measured: docs/results/training.md.
-_LAUNCH = {"cuda": (3.7e-4, 1e14), "cpu": (1e-4, 1e10)}
+_LAUNCH = {"cuda": (2.8e-4, 7e13), "cpu": (2e-4, 1e10)}
+_LEAST = 256  # tokens of a product that still runs at full speed
 _SPARE = 0.8  # of the free memory: activations of unlike lengths leave gaps
 
 
@@ -107,6 +108,14 @@ class Shared:
             order = row_order(len(m.examples), t.total * m.settings.batch_size, m.seed) + self.offsets[i]
             parts.append(order.reshape(t.total, m.settings.batch_size))
         return np.stack(parts, 1)
+
+    def by_length(self) -> list[int]:
+        """Members, those with the shortest rows first: neighbours share few pads."""
+        typical = [
+            float(self.bank.lengths[o : o + len(m.examples)].mean())
+            for o, m in zip(self.offsets, self.members, strict=True)
+        ]
+        return sorted(range(len(self.members)), key=lambda i: (typical[i], self.offsets[i]))
 
     def cohort(self, chosen: Sequence[int]) -> tuple[Cohort, list[int]]:
         """The cohort of some members, and their order in it: by view, so that heads of one shape stand together."""
@@ -249,7 +258,7 @@ def cohort_size(shared: Shared) -> int:
     """
     n = len(shared.members)
     sizes = sorted({max(1, -(-n // (1 << halvings))) for halvings in range(n.bit_length())}, reverse=True)
-    rows = shared.rows_of(range(n))[:_SAMPLE]
+    rows = shared.rows_of(shared.by_length())[:_SAMPLE]
     return min(sizes, key=lambda size: (_price(shared, rows, size), -size))
 
 
@@ -267,7 +276,7 @@ def pass_floor(backbone: nn.Module, device: torch.device) -> int:
     matrices = _matrices(backbone)
     numbers = sum(p.numel() for m in matrices for p in m.parameters())
     seconds, rate = _LAUNCH.get(device.type, _LAUNCH["cuda"])
-    return max(1, round(len(matrices) * seconds * rate / max(1, numbers)))
+    return max(_LEAST, round(len(matrices) * seconds * rate / max(1, numbers)))
 
 
 def _token_cap(shared: Shared) -> int:
