@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from plait.errors import InputError, UsageError
-from plait.jobs import ADAPTER, BEST, REPORT, STATISTICS, Job, Plan, plan
+from plait.jobs import ADAPTER, BEST, INITIAL, REPORT, STATISTICS, Job, Plan, plan
 from plait.locks import locked
 from plait.progress import Progress, duration
 from plait.recipe import Recipe, TaskSpec
@@ -45,8 +45,8 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
         with locked(out):
             todo = pending(todo, overwrite=overwrite)  # what another process finished before it let go
             write_recipe(recipe, out)
-            for job in todo:
-                _do(job, whole, session, progress, overwrite)
+            for batch in batches_of(todo, together=trains_together(recipe, session)):
+                _do(batch, whole, session, progress, overwrite)
     seconds = time.monotonic() - started
     progress.close(f"{len(todo)} jobs done, {len(whole.jobs) - len(todo)} reused, {duration(seconds)}")
     counted = {"seconds": round(seconds, 2), "jobs": len(todo), "reused": len(whole.jobs) - len(todo)}
@@ -68,17 +68,33 @@ def require_scorable(recipe: Recipe) -> None:
             )
 
 
-def _do(job: Job, whole: Plan, session: Session, progress: Progress, overwrite: bool) -> None:
-    from plait.stages import run_job
+def trains_together(recipe: Recipe, session: Session) -> bool:
+    """Whether adapters are trained as a fleet: asked for, or on a GPU, where solo steps leave it idle."""
+    return recipe.fleet == "always" or (recipe.fleet == "auto" and session.base.torch_device.type == "cuda")
 
-    progress.start(job.label, job.cost)
-    run_job(
-        job,
-        whole,
-        session,
-        overwrite=overwrite,
-        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
-    )
+
+def batches_of(jobs: Sequence[Job], *, together: bool) -> list[list[Job]]:
+    """Jobs one by one in their order; `together` puts all trainings into one batch, after what they start from."""
+    adapters = [j for j in jobs if j.stage == ADAPTER]
+    if not together or len(adapters) < 2:
+        return [[j] for j in jobs]
+    before = [[j] for j in jobs if j.stage in (STATISTICS, INITIAL)]
+    after = [[j] for j in jobs if j.stage not in (STATISTICS, INITIAL, ADAPTER)]
+    return [*before, adapters, *after]
+
+
+def _do(batch: Sequence[Job], whole: Plan, session: Session, progress: Progress, overwrite: bool) -> None:
+    from plait.stages import run_job, train_together
+
+    def within(step: int, steps: int, loss: float | None) -> None:
+        progress.within(step / max(1, steps))
+
+    label = batch[0].label if len(batch) == 1 else f"{len(batch)} adapters together"
+    progress.start(label, sum(j.cost for j in batch), len(batch))
+    if len(batch) == 1:
+        run_job(batch[0], whole, session, overwrite=overwrite, progress=within)
+    else:
+        train_together(batch, whole, session, overwrite=overwrite, progress=within)
     progress.finish()
 
 

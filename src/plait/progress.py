@@ -30,9 +30,9 @@ class Progress:
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
 
-    def start(self, label: str, cost: float) -> None:
-        """A job begins."""
-        self._number, self._label, self._cost = self._number + 1, label, cost
+    def start(self, label: str, cost: float, jobs: int = 1) -> None:
+        """A job begins, or several that are done together."""
+        self._number, self._label, self._cost = self._number + jobs, label, cost
         self._show(0.0, force=True)
 
     def within(self, fraction: float) -> None:

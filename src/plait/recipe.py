@@ -129,6 +129,7 @@ class Recipe(_Strict):
     training: dict[str, Any] = Field(description="see plait.training.settings.TrainingSettings")
     merges: list[str | MergeSpec] = Field(min_length=1)
     evaluation: EvaluationSpec = EvaluationSpec.model_construct()
+    fleet: Literal["auto", "always", "never"] = Field("auto", description="train adapters together; auto: on a GPU")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
 
     @model_validator(mode="after")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from plait.session import Session
 from plait.statistics import Statistics, collect_statistics, read_statistics, write_statistics
 from plait.store import staged_folder
 from plait.tasks import Task, batches, encode
+
+if TYPE_CHECKING:
+    from plait.training import Member
 
 SCORES_FILE, PREDICTIONS_FILE = "scores.jsonl", "predictions.safetensors"
 Progress = Callable[[int, int, float | None], None]
@@ -95,30 +98,67 @@ def initial_of(job: Job, plan: Plan, session: Session) -> dict[str, tuple[Adapte
         arm.options,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
     )
-    statistics = {j.task or "": read_statistics(j.path) for j in plan.of(STATISTICS, seed=job.seed)}
-    return initial_adapters(statistics, settings, base=recipe.base.model, revision=recipe.base.revision, seed=job.seed)
+    return initial_adapters(
+        _statistics(plan, job.seed), settings, base=recipe.base.model, revision=recipe.base.revision, seed=job.seed
+    )
 
 
 # --- training and merging ---------------------------------------------------------------------------------------------
 
 
+def member_of(job: Job, plan: Plan, session: Session) -> Member:
+    """Everything that one adapter's training takes."""
+    from plait.training import Member
+
+    task, arm = job.task or "", job.arm or plan.recipe.arm_specs[0]
+    initial = next(j.path for j in plan.of(INITIAL, arm=arm.name, seed=job.seed) if j.task == task)
+    settings = plan.recipe.training_of(arm)
+    statistics = None
+    if settings.constraint not in ("free", "frozen"):
+        statistics = session.remember("statistics", job.seed, lambda: _statistics(plan, job.seed))
+    return Member(
+        read_adapter(initial, name=task),
+        session.tasks[task],
+        session.training(task, job.seed),
+        settings,
+        job.seed,
+        job.path,
+        job.wanted,
+        statistics,
+    )
+
+
+def _statistics(plan: Plan, seed: int) -> dict[str, Statistics]:
+    return {j.task or "": read_statistics(j.path) for j in plan.of(STATISTICS, seed=seed)}
+
+
 def _train(job: Job, plan: Plan, session: Session, overwrite: bool, progress: Progress | None) -> None:
     from plait.training import train_adapter
 
-    task = job.task or ""
-    initial = plan.of(INITIAL, arm=job.arm.name if job.arm else None, seed=job.seed)
+    m = member_of(job, plan, session)
     train_adapter(
-        read_adapter(next(j.path for j in initial if j.task == task), name=task),
-        session.tasks[task],
-        session.training(task, job.seed),
+        m.initial,
+        m.task,
+        m.examples,
         session.base,
-        plan.recipe.training_of(job.arm) if job.arm else plan.recipe.training_of(plan.recipe.arm_specs[0]),
-        seed=job.seed,
-        out=job.path,
-        identity=job.wanted,
+        m.settings,
+        seed=m.seed,
+        out=m.out,
+        identity=m.identity,
         overwrite=overwrite,
         progress=progress,
+        statistics=m.statistics,
     )
+
+
+def train_together(
+    jobs: Sequence[Job], plan: Plan, session: Session, *, overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """Train many adapters in one process, the base's passes shared (see `plait.training.train_fleet`)."""
+    from plait.training import train_fleet
+
+    members = [member_of(j, plan, session) for j in jobs]
+    train_fleet(members, session.base, overwrite=overwrite, progress=progress)
 
 
 def _trained(job: Job, plan: Plan, session: Session) -> dict[str, Adapter]:
@@ -133,7 +173,7 @@ def _merge(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
     if spec is None:
         raise RunError("a job without a merge", where=job.label)
     needs = merge_methods()[spec.merge_method].needs
-    statistics = {j.task or "": read_statistics(j.path) for j in plan.of(STATISTICS, seed=job.seed)} if needs else None
+    statistics = _statistics(plan, job.seed) if needs else None
     merged = merge(
         list(_trained(job, plan, session).values()),
         spec.merge_method,
@@ -179,10 +219,9 @@ def _score(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
     )
     scales = plan.recipe.scales_of(job.merge) if job.merge else [1.0]
     rows: list[Score] = []
-    for scale in scales:
-        for task, head in heads.items():
-            part = _halves(task, session)[SELECTION]
-            found = session.evaluator.predict(task, head, merged, scale, part)
+    for task, head in heads.items():
+        part = _halves(task, session)[SELECTION]
+        for scale, found in zip(scales, _grid(session, task, head, merged, scales, part), strict=True):
             rows += session.evaluator.score_rows(found, task, part, **_labels(job, MERGED, scale, SELECTION))
     chosen = max(scales, key=lambda s: mean_score(r for r in rows if r.scale == s))
     kept: dict[str, Logits] = {}
@@ -196,6 +235,15 @@ def _score(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
     edge = len(scales) > 1 and chosen in (scales[0], scales[-1])
     result |= {"scale": chosen, "selection": mean_score(r for r in rows if r.scale == chosen and r.split == SELECTION)}
     result |= {"reported": reported, "scale_on_edge_of_grid": edge}
+
+
+def _grid(session: Session, task: str, head: Any, merged: Adapter, scales: Sequence[float], part: Any) -> list[Logits]:
+    evaluator = session.evaluator
+    if session.base.torch_device.type == "cpu":  # nothing is won by stacking there, and this is the plainer path
+        return [evaluator.predict(task, head, merged, scale, part) for scale in scales]
+    from plait.evaluation.fleet import Candidate, predict_many
+
+    return predict_many(evaluator, task, [Candidate(head, merged, scale) for scale in scales], part)
 
 
 def _halves(task: str, session: Session) -> dict[str, Any]:
