@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig, read_config
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensors import all_finite, read_tensors, write_tensors
 from plait.errors import InputError
 from plait.store import MANIFEST, read_json, read_manifest, sha256_json
 
@@ -156,7 +155,7 @@ def _bare_key(key: str, folder: Path) -> str:
 
 
 def _require_finite(tensor: Tensor, key: str, folder: Path) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(folder))
 
 
