@@ -12,6 +12,7 @@ from torch import Tensor
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import distinct_names
+from plait.adapters.tensors import all_finite
 from plait.errors import InputError, UsageError
 
 MERGED_TYPE = "FEATURE_EXTRACTION"
@@ -78,7 +79,7 @@ def _require_finite(adapter: Adapter) -> None:
     if "sha256" in adapter.source:
         return
     for module, f in adapter.modules.items():
-        if not bool(torch.isfinite(f.A).all() and torch.isfinite(f.B).all()) or not math.isfinite(f.scaling):
+        if not all_finite(f.A) or not all_finite(f.B) or not math.isfinite(f.scaling):
             raise InputError(f"module {module!r} holds NaN or infinity", where=adapter.name)
 
 

@@ -70,23 +70,29 @@ class CoreSpace:
         B = torch.cat([b * w for b, w in zip(self.B, weights, strict=True)], dim=1)
         return B @ torch.cat(self.A)
 
-    def task_svd(self, task: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular triplets of C_t without its zeros: U (p, k), S (k,), V (q, k), largest first, k <= rank.
+    def task_svds(self, rank: int | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per task, the singular triplets of C_t without its zeros: U (p, k), S (k,), V (q, k), largest first, k <= rank.
 
-        The QR of its factors comes first, so the SVD is (r_t, r_t).
+        The QR of its factors comes first, so the SVDs are (r_t, r_t); tasks of one rank go through it together.
         """
-        Qb, Rb = torch.linalg.qr(self.B[task])
-        Qa, Ra = torch.linalg.qr(self.A[task].T)
-        U, S, Vt = torch.linalg.svd(Rb @ Ra.T)
-        k = min(significant(S), rank if rank is not None else len(S))
-        return Qb @ U[:, :k], S[:k], Qa @ Vt[:k].T
+        found: list[tuple[Tensor, Tensor, Tensor]] = [(b, b[0, :0], a.T) for a, b in zip(self.A, self.B, strict=True)]
+        for r in {b.shape[1] for b in self.B} - {0}:
+            alike = [t for t, b in enumerate(self.B) if b.shape[1] == r]
+            Qb, Rb = torch.linalg.qr(torch.stack([self.B[t] for t in alike]))
+            Qa, Ra = torch.linalg.qr(torch.stack([self.A[t].T for t in alike]))
+            U, S, Vt = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
+            U, V = Qb @ U, Qa @ Vt.mT
+            for i, t in enumerate(alike):
+                k = min(significant(S[i]), S.shape[1] if rank is None else rank)
+                found[t] = U[i, :, :k], S[i, :k], V[i, :, :k]
+        return found
 
     def factors(self, core: Float[Tensor, "p q"], kind: str = LINEAR) -> LoraFactors:
-        """The delta Q_B core Q_A^T as LoRA factors, of the core's numerical rank and with equally long A and B."""
-        U, S, Vt = torch.linalg.svd(core, full_matrices=False)
-        k = max(1, significant(S, 1e-12))
-        root = S[:k].sqrt()
-        return self.lifted(U[:, :k] * root, root[:, None] * Vt[:k], kind)
+        """The delta Q_B core Q_A^T as LoRA factors of rank min(p, q)."""
+        p, q = core.shape
+        if p <= q:
+            return LoraFactors(core.to(self.right.dtype) @ self.right.T, self.left, 1.0, kind)
+        return LoraFactors(self.right.T, self.left @ core.to(self.left.dtype), 1.0, kind)
 
     def lifted(self, B: Float[Tensor, "p k"], A: Float[Tensor, "k q"], kind: str = LINEAR) -> LoraFactors:
         """The delta Q_B B A Q_A^T as LoRA factors."""

@@ -45,7 +45,7 @@ def core_space(
     """
     if x.total_rank == 0:
         return x.zero()
-    core = x.core.in_svd_basis()
+    core = x.svd_core
     if rule == "ties":
         merged = trimmed(magnitude_thresholds([x], density, "core"), x.weights)(core.parts(), "core")
     elif rule == "sum":

@@ -30,7 +30,7 @@ def in_space(x: MergeInputs, rule: Rule, space: str = "dense") -> MergedDelta:
     if space == "dense":
         return DenseDelta(x.shape, lambda i, j: rule((x.block(t, i, j) for t in range(len(x.tasks))), str(i)))
     if space == "core":
-        core = x.core.in_svd_basis()
+        core = x.svd_core
         return core.factors(rule(core.parts(), space), x.kind)
     left, parts = x.core.knots()
     return LoraFactors(rule(iter(parts), space), left, 1.0, x.kind)
@@ -43,7 +43,7 @@ def parts_of(x: MergeInputs, space: str = "dense") -> Iterator[tuple[int, Tensor
         for start, stop in row_blocks(x.shape):
             yield from ((t, x.block(t, start, stop)) for t in present)
     elif present:
-        parts = list(x.core.in_svd_basis().parts()) if space == "core" else x.core.knots()[1]
+        parts = list(x.svd_core.parts()) if space == "core" else x.core.knots()[1]
         yield from ((t, parts[t]) for t in present)
 
 

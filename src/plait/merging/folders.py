@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from plait.merging.driver import plan_merge
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
 
+_READERS = 4
+
 
 def read_named(folder: Path | str) -> Adapter:
     """Read ``DIR`` or ``NAME=DIR``, which gives the adapter (and its one head) another name."""
@@ -23,6 +26,12 @@ def read_named(folder: Path | str) -> Adapter:
     if equals and "/" not in name and not Path(text).exists():
         return read_adapter(path, name=name)
     return read_adapter(text)
+
+
+def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
+    """Read several folders at once: hashing and reading leave Python's lock."""
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        return list(pool.map(read_named, folders))
 
 
 def merge_folders(
@@ -68,7 +77,7 @@ def merge_folders(
         RunError: What was written is not what was asked for; nothing is left at `out`.
     """
     start = time.perf_counter()
-    adapters = [read_named(folder) for folder in folders]
+    adapters = read_all(folders)
     plan = plan_merge(
         adapters,
         method,

@@ -76,6 +76,11 @@ class MergeInputs:
 
         return CoreSpace.of(self.A, self.B)
 
+    @cached_property
+    def svd_core(self) -> CoreSpace:
+        """The core in the SVD basis, in which elementwise rules compare its entries."""
+        return self.core.in_svd_basis()
+
     def block(self, task: int, start: int, stop: int) -> Float[Tensor, "n in"]:
         """Rows [start, stop) of one task's delta; a new tensor, free to be changed in place."""
         return self.B[task][start:stop] @ self.A[task]

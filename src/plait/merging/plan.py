@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors, truncated
+from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
 from plait.merging.calibration import Calibration
@@ -135,7 +136,7 @@ class Plan:
         if self.calibration:
             scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
         factors = LoraFactors(factors.A.cpu(), (factors.B * scale if scale != 1.0 else factors.B).cpu(), 1.0, x.kind)
-        if not bool(torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
+        if not all_finite(factors.A) or not all_finite(factors.B):
             raise RunError(
                 f"{self.method.name} gave NaN or infinity", where=module, hint="a smaller --scale or other weights?"
             )

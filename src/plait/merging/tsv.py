@@ -29,7 +29,7 @@ def tsv(x: MergeInputs, *, triplets: Annotated[int, Range(1)] | None = None) -> 
     change the polar factor). Where the stacked vectors are linearly dependent, as with one A shared by all tasks, the
     polar factor is a partial isometry: the authors' SVD completes it with arbitrary vectors.
     """
-    found = [x.core.task_svd(t, triplets) for t in range(len(x.tasks))]
+    found = x.core.task_svds(triplets)
     values = torch.cat([s * w for (_, s, _), w in zip(found, x.weights, strict=True)])
     if values.numel() == 0:
         return x.zero()
