@@ -8,6 +8,7 @@ one is reused; one that differs is an error that shows the difference.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -157,16 +158,17 @@ def _occupied(path: Path) -> bool:
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Dotted keys in which two manifests differ, as "key: found -> wanted"."""
     a, b = dict(_flat(found)), dict(_flat(wanted))
-    return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    differing = [k for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
+    return [f"{'.'.join(k)}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in differing]
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
-            if prefix or key not in _VOLATILE:
-                yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+            if path or key not in _VOLATILE:
+                yield from _flat(inner, (*path, str(key)))
     else:
-        yield prefix, value
+        yield path, value
 
 
 @contextlib.contextmanager
@@ -262,6 +264,7 @@ def staged_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             stage.unlink(missing_ok=True)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of plait and of what it computes with, for the record."""
     from importlib.metadata import PackageNotFoundError, version
