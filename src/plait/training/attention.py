@@ -9,23 +9,27 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WRITTEN_OUT = ("MPNetSelfAttention",)
 
 
 @contextlib.contextmanager
 def fused_attention(backbone: nn.Module) -> Iterator[None]:
-    """Within the block, MPNet's attention runs as one fused operation, in evaluation mode.
+    """Within the block, attention runs as one fused operation, in evaluation mode.
 
-    The scores are the same to rounding: the relative position bias and the mask are added up once a pass, and given to
-    the operation as its mask. Models with fused attention of their own are left alone.
+    MPNet's, which its own code writes out, is replaced by one that is the same to rounding: the relative position bias
+    and the mask are added up once a pass, and given to the operation as its mask. For every model cuDNN's kernels are
+    left out: they build a plan for each new shape, a tenth of a second each, and here every pass has another shape.
     """
     found = [m for m in backbone.modules() if type(m).__name__ in _WRITTEN_OUT]
     bias = _SharedBias()
     for module in found:
         module.forward = _fused(module, bias)
     try:
-        yield
+        with sdpa_kernel(_KERNELS):
+            yield
     finally:
         for module in found:
             del module.forward  # the instance's; the class's own is seen again

@@ -24,7 +24,7 @@ from plait.training.train import loss_summary, train_adapter
 Progress = Callable[[int, int, float | None], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Member:
     """One adapter of a fleet: exactly what `train_adapter` takes.
 
