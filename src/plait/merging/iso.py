@@ -17,8 +17,9 @@ def iso_c(x: MergeInputs) -> LoraFactors:
 
     Cost: one SVD of (R, R) in the lossless core.
     Source: Marczak et al., ICML 2025, algorithm 1.
-    **Deviates**: the mean is over the sum's nonzero singular values (at most R), not over min(out, in) of which all
-    but R are zero: the authors' value times min(out, in) / R, a factor that `scale` undoes.
+    **Deviates**: the mean is over the sum's nonzero singular values (at most R), and only their directions get it. The
+    authors average over all min(out, in), most of which are zero for a LoRA, and give that value to the vectors of the
+    zeros too, which are arbitrary. On the sum's own span theirs is this result times R / min(out, in).
     """
     U, S, Vt = torch.linalg.svd(x.core.combination(x.weights), full_matrices=False)
     k = significant(S)

@@ -64,7 +64,8 @@ def merge_per_task(
     """Merge folders by EMR into a folder that serves every task: the unified adapter, ``masks/<task>.safetensors``.
 
     Masks and rescalers are taken against the unified delta as it is stored, after its cut to rank; so l_t M_t * unified
-    keeps the task's sum of magnitudes exactly.
+    keeps the task's sum of magnitudes exactly. Sums run over all of the model's entries; the
+    authors' code adds up the mean of each tensor, which weighs small tensors more and is equal where all have one shape.
 
     Args:
         folders: ``DIR`` or ``NAME=DIR`` each.
