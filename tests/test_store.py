@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,10 @@ def test_an_exception_at_any_moment_leaves_one_whole_result(tmp_path, monkeypatc
     for holder, name in ((store, "_finish"), (store, "_settle"), (store, "_swap"), (Path, "rename")):
         monkeypatch.setattr(holder, name, getattr(holder, name))  # put back after the test
     monkeypatch.setattr(store.shutil, "rmtree", store.shutil.rmtree)
-    with pytest.raises(EnvironmentFault, match="No space left") as raised, staged_folder(out, NEW, overwrite=True) as stage:
+    with (
+        pytest.raises(EnvironmentFault, match="No space left") as raised,
+        staged_folder(out, NEW, overwrite=True) as stage,
+    ):
         (stage / "sub").mkdir()
         (stage / "a").write_text("new")
         (stage / "sub/b").write_text("new")
@@ -224,9 +228,28 @@ def test_places_that_cannot_hold_a_result(tmp_path):
         with pytest.raises(EnvironmentFault, match="cannot write"):
             make(path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(EnvironmentFault, match="cannot write"), staged_file(tmp_path / "folder", overwrite=True) as stage:
+    with (
+        pytest.raises(EnvironmentFault, match="cannot write"),
+        staged_file(tmp_path / "folder", overwrite=True) as stage,
+    ):
         stage.write_text("x")
     assert (tmp_path / "file").read_text() == "x" and (tmp_path / "folder").is_dir() and left_over(tmp_path) == []
+
+
+def test_a_folder_one_may_not_write_to():
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o555)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            with pytest.raises(EnvironmentFault, match="Permission denied") as raised:
+                make(place / "out")
+        finally:
+            os.seteuid(before)
+            place.chmod(0o755)
+        assert "writable" in str(raised.value) and list(place.iterdir()) == []
 
 
 def test_errors_of_the_caller_are_not_mistaken_for_the_systems(tmp_path):
@@ -261,7 +284,8 @@ def test_manifests_of_other_versions_are_refused(tmp_path, schema):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", "null", '{"schema": 1, "result": []}', '{"schema": 1, "files": 3}', '{"schema": 1, "options": "x"}']
+    "text",
+    ["[]", "{}", "null", '{"schema": 1, "result": []}', '{"schema": 1, "files": 3}', '{"schema": 1, "options": "x"}'],
 )
 def test_what_is_no_manifest(tmp_path, text):
     out = make(tmp_path / "out")
@@ -295,7 +319,7 @@ def test_json_from_odd_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("pipe", "loop", "absent", "."):
-        with pytest.raises(InputError, match="no such file|not a regular file"):
+        with pytest.raises(InputError, match=r"no such file|not a regular file"):
             read_json(tmp_path / name)
 
 
@@ -315,7 +339,9 @@ def test_equal_values_have_one_hash_and_one_text(value):
 
 @example({"a": None}, {})
 @example({"a.b": 1}, {"a": {"b": 1}})
-@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=5), st.dictionaries(st.text(max_size=5), VALUES, max_size=5))
+@given(
+    st.dictionaries(st.text(max_size=5), VALUES, max_size=5), st.dictionaries(st.text(max_size=5), VALUES, max_size=5)
+)
 def test_differences_are_none_exactly_between_equals(a, b):
     one, two = identity("s", a), identity("s", b)
     assert store.differences(one, one) == []

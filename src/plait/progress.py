@@ -22,7 +22,7 @@ class Progress:
     total: float
     jobs: int
     quiet: bool = False
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    stream: TextIO | None = field(default_factory=lambda: sys.stderr)
     _done: float = 0.0
     _number: int = 0
     _label: str = ""
@@ -52,7 +52,7 @@ class Progress:
 
     @property
     def _live(self) -> bool:
-        return not self.quiet and self.stream.isatty()
+        return not self.quiet and self.stream is not None and self.stream.isatty()
 
     def _show(self, fraction: float, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -67,6 +67,8 @@ class Progress:
         self._write(f"[{self._number}/{self.jobs}] {self._label}{percent}{left}" + ("" if self._live else "\n"))
 
     def _write(self, text: str) -> None:
+        if self.stream is None:  # closed before the start
+            return
         try:
             self.stream.write(("\r\x1b[2K" if self._live else "") + text)
             self.stream.flush()

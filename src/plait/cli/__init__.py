@@ -8,7 +8,7 @@ import typer
 
 from plait import __version__
 from plait.cli import merging, recipes, stages, statistics
-from plait.cli.output import guarded, unexpected
+from plait.cli.output import guarded
 
 app = typer.Typer(
     name="plait",
@@ -44,35 +44,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
-    command = typer.main.get_command(app)
     given = [a for a in given if a != "--debug"]  # allowed anywhere
+    command = typer.main.get_command(app)
 
     def call() -> int | None:
         try:
-            return command.main(given, prog_name="plait", standalone_mode=False)  # type: ignore[no-any-return]
+            with command.make_context("plait", list(given)) as context:
+                command.invoke(context)
         except Exception as e:
-            code = _usage(e)
-            if code is None:
-                raise
-            return code
-
-    try:
-        sys.exit(guarded(call, debug=debug, as_json="--json" in given))
-    except Exception as e:
-        if debug:
+            if type(e).__name__ == "Exit":
+                return int(getattr(e, "exit_code", 0))
+            if type(e).__name__ == "NoArgsIsHelpError":
+                typer.echo(e.format_message())  # type: ignore[attr-defined]
+                return 2
             raise
-        sys.exit(unexpected(e))
+        return 0
 
-
-def _usage(error: Exception) -> int | None:
-    """Exit code 2 and one line for what the argument parser refuses; None for anything else."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(error.format_message())  # type: ignore[attr-defined]
-        return 2
-    if type(error).__name__ in ("Abort", "Exit"):
-        return getattr(error, "exit_code", 130)
-    if not hasattr(error, "format_message"):
-        return None
-    message = " ".join(str(error.format_message()).split())
-    typer.echo(f"error: {message} (plait --help lists the commands)", err=True)
-    return 2
+    sys.exit(guarded(call, debug=debug, as_json="--json" in given))

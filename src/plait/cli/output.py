@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -16,6 +17,8 @@ import typer
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError, printable
 
 SCHEMA = 1
+INTERRUPTED = 130
+_SYSTEM = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG, errno.EFBIG)
 
 
 def emit(result: Mapping[str, Any], as_json: bool, text: str) -> None:
@@ -49,53 +52,56 @@ def table(header: list[str], rows: list[list[str]], *, text_columns: int = 1) ->
 
 
 def guarded(call: Callable[[], int | None], *, debug: bool, as_json: bool) -> int:
-    """Run a command and turn what it raises into one line and an exit code."""
+    """Run a command and turn what it raises into one line, one object with `--json`, and an exit code."""
     try:
-        return call() or 0
-    except PlaitError as e:
-        return _fail(e, debug, as_json)
-    except KeyboardInterrupt:
-        _line("interrupted; run the same command again to go on")
-        return 130
+        code = call() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
         return 0
-    except MemoryError as e:
-        return _fail(EnvironmentFault(f"out of memory: {e}", hint="smaller batches, fewer rows"), debug, as_json)
-    except ModuleNotFoundError as e:
+    except KeyboardInterrupt:
+        _tell("interrupted; run the same command again to go on")
+        return _object(INTERRUPTED, "KeyboardInterrupt", RunError("interrupted"), as_json)
+    except Exception as e:
+        if debug:
+            traceback.print_exception(e)
+        error = foreseen(e) or RunError(f"{type(e).__name__}: {e}", hint="unexpected; --debug shows the traceback")
+        _tell(f"error: {error}")
+        return _object(error.exit_code, type(error).__name__, error, as_json)
+
+
+def foreseen(error: Exception) -> PlaitError | None:
+    """The error as one of plait's own; None for one that nobody foresaw."""
+    if isinstance(error, PlaitError):
+        return error
+    if hasattr(error, "format_message"):  # the argument parser's
+        message = " ".join(str(error.format_message()).split())
+        return UsageError(message, hint="plait --help lists the commands")
+    if isinstance(error, ModuleNotFoundError):
         hint = "pip install the extra it belongs to: plait[demo], plait[test]"
-        return _fail(EnvironmentFault(f"the package {e.name!r} is not installed", hint=hint), debug, as_json)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG):
-            raise
-        return _fail(EnvironmentFault(e.strerror or str(e), where=str(e.filename or "")), debug, as_json)
-    except RuntimeError as e:
-        if "out of memory" not in str(e):
-            raise
-        return _fail(EnvironmentFault(str(e).splitlines()[0], hint="smaller batches, or --device cpu"), debug, as_json)
+        return EnvironmentFault(f"the package {error.name!r} is not installed", hint=hint)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return EnvironmentFault(error.strerror or str(error), where=str(error.filename or ""))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
+        first = (str(error) or "out of memory").splitlines()[0]
+        return EnvironmentFault(first, hint="smaller batches, fewer rows, or --device cpu")
+    return None
 
 
-def _fail(error: PlaitError, debug: bool, as_json: bool) -> int:
-    if debug:
-        traceback.print_exception(error, file=sys.stderr)
-    _line(f"error: {error}")
+def _object(code: int, kind: str, error: PlaitError, as_json: bool) -> int:
+    """Print an error as the one object of `--json`, and give the code back."""
     if as_json:
-        found = {"kind": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
-        typer.echo(json.dumps({"schema": SCHEMA, "error": found}))
-    return error.exit_code
+        found = {"kind": kind, "what": error.what, "where": error.where, "hint": error.hint, "exit_code": code}
+        with contextlib.suppress(OSError):  # a closed stdout must not change the exit code
+            typer.echo(json.dumps({"schema": SCHEMA, "error": found}))
+    return code
 
 
-def _line(text: str) -> None:
-    try:
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nor a closed stderr
         sys.stderr.write(printable(text, 2000) + "\n")
-    except (OSError, ValueError):  # a closed stderr must not change the exit code
-        return
-
-
-def unexpected(error: BaseException) -> int:
-    """An error nobody foresaw: one line, and how to see the rest."""
-    _line(f"error: {type(error).__name__}: {error} (unexpected; --debug shows the traceback)")
-    return RunError.exit_code
 
 
 def settings(pairs: list[str] | None) -> dict[str, Any]:

@@ -61,11 +61,16 @@ def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None
     emit({"valid": True, "recipe": found.model_dump(mode="json")}, as_json, f"{recipe}: a valid recipe")
 
 
-def cp(recipe: Annotated[str, typer.Argument(help="A shipped recipe.")], to: Path = Path()) -> None:
+def cp(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    to: Annotated[Path, typer.Argument(help="A folder, or a file that does not exist yet.")] = Path(),
+    as_json: Json = False,
+) -> None:
     """Copy a shipped recipe, to be edited."""
     from plait.recipe_file import copy_recipe
 
-    typer.echo(copy_recipe(recipe, to))
+    target = copy_recipe(recipe, to)
+    emit({"output": str(target.absolute())}, as_json, str(target))
 
 
 def list_names(
