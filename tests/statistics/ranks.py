@@ -1,0 +1,33 @@
+"""Run under torchrun by test_distributed: each rank collects its share, rank 0 writes the sum."""
+
+from __future__ import annotations
+
+import sys
+
+import torch.distributed as dist
+
+from plait.statistics import collect_statistics, write_statistics
+from plait.statistics.distributed import own_share
+from tests.statistics.models import batches, build
+
+
+def main(folder: str, kind: str) -> None:
+    dist.init_process_group("gloo")
+    model = build("llama")
+    given = batches("llama", 0, examples=24)[: 3 if kind == "uneven" else 6]
+    options = {"sketch": 3} if kind == "sketch" else {"pool": "mean"} if kind == "mean" else {}
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    found = collect_statistics(model, own_share(given), ["q_proj", "v_proj", "down_proj"], **options)
+    if dist.get_rank() == 0:
+        write_statistics(f"{folder}/{kind}-{dist.get_world_size()}", found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,69 @@
+"""Several ranks (gloo, on the CPU): the result does not depend on how many read the data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.errors import UsageError
+from plait.statistics import collect_statistics, read_statistics
+from plait.statistics.distributed import own_share
+from tests.statistics.models import batches, build
+from tests.statistics.test_collect import relative_difference
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(folder: Path, kind: str, world: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [*command, "-m", "tests.statistics.ranks", str(folder), kind],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_world_sizes_agree(world, tmp_path):
+    launch(tmp_path, "plain", world)
+    alone = collect_statistics(build("llama"), batches("llama", 0, examples=24), ["q_proj", "v_proj", "down_proj"])
+    found = read_statistics(tmp_path / f"plain-{world}")
+    assert relative_difference(alone, found) < 1e-6
+    assert found.provenance == alone.provenance
+    for site, moments in alone.sites.items():
+        torch.testing.assert_close(moments.total, found.sites[site].total, rtol=1e-5, atol=1e-5)
+        assert moments.padded_count == found.sites[site].padded_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [("uneven", 4), ("mean", 2), ("fsdp", 2), ("sketch", 2)])
+def test_uneven_ranks_factors_and_sharded_weights(kind, world, tmp_path):
+    """An empty rank, factors that are gathered, FSDP-wrapped weights, sketches within their bound."""
+    launch(tmp_path, kind, world)
+    given = batches("llama", 0, examples=24)[: 3 if kind == "uneven" else 6]
+    options = {"pool": "mean"} if kind == "mean" else {}
+    alone = collect_statistics(build("llama"), given, ["q_proj", "v_proj", "down_proj"], **options)
+    found = read_statistics(tmp_path / f"{kind}-{world}")
+    if kind != "sketch":
+        assert relative_difference(alone, found) < 1e-6
+        return
+    for site, moments in alone.sites.items():
+        lost = float(torch.linalg.matrix_norm(moments.dense() - found.sites[site].dense(), 2))
+        assert 0 < lost <= found.sites[site].error
+
+
+def test_alone_everything_is_the_own_share():
+    assert list(own_share(range(5))) == [0, 1, 2, 3, 4]
+    with pytest.raises(UsageError, match="not initialised"):
+        collect_statistics(build("llama"), batches("llama", 0), ["q_proj"], distributed=True)

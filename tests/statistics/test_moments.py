@@ -1,0 +1,149 @@
+"""The arithmetic of moments: a commutative monoid, forms that agree, sketches within their bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.errors import InputError, UsageError
+from plait.statistics.moments import FACTOR, ModuleInfo, Moments, Statistics, merge_statistics, rotated
+from plait.statistics.sketch import FrequentDirections, compress
+
+D = 12
+
+
+def moments_of(H: torch.Tensor, *, factor: bool | None = None) -> Moments:
+    few = len(H) < H.shape[1] if factor is None else factor
+    second, form = (rotated(H), FACTOR) if few else (H.T @ H, "dense")
+    return Moments(len(H), H.sum(0), second, form, padded_count=len(H), padded_total=H.sum(0))
+
+
+def rows(n: int, seed: int, dim: int = D) -> torch.Tensor:
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def same(a: Moments, b: Moments) -> None:
+    assert (a.count, a.padded_count) == (b.count, b.padded_count)
+    for x, y in ((a.total, b.total), (a.dense(), b.dense()), (a.padded_total, b.padded_total)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+    assert a.error == pytest.approx(b.error)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2 * D), min_size=3, max_size=3), st.integers(0, 10**6))
+def test_merge_is_a_commutative_monoid(sizes, seed):
+    a, b, c = (moments_of(rows(n, seed + i)) for i, n in enumerate(sizes))
+    same(a.merge(b), b.merge(a))
+    same(a.merge(b).merge(c), a.merge(b.merge(c)))
+    same(a.merge(Moments.zero(D, torch.float64)), a)
+    whole = torch.cat([rows(n, seed + i) for i, n in enumerate(sizes)])
+    same(a.merge(b).merge(c), moments_of(whole))
+
+
+def test_forms_agree():
+    H, X = rows(7, 0), rows(3, 1)
+    factor, dense = moments_of(H, factor=True), moments_of(H, factor=False)
+    assert factor.trace == pytest.approx(dense.trace)
+    torch.testing.assert_close(factor.project(X), dense.project(X))
+    torch.testing.assert_close(factor.project(X), X @ H.T @ H @ X.T)
+    torch.testing.assert_close(factor.normalised(), dense.normalised())
+    assert float(torch.trace(factor.normalised())) == pytest.approx(1.0)
+
+
+def test_a_rotated_factor_is_a_function_of_the_second_moment_alone():
+    H = rows(7, 0)
+    turned = torch.linalg.qr(rows(7, 3, 7)).Q @ H
+    torch.testing.assert_close(rotated(H), rotated(turned))
+    for row in rotated(H):
+        cosines = (H @ row) / (H.norm(dim=1) * row.norm())
+        assert float(cosines[1:].abs().max()) < 1 - 1e-6 or float(row.norm()) == pytest.approx(float(H[0].norm()))
+
+
+def test_zero_moments_cannot_be_normalised():
+    with pytest.raises(InputError, match="is zero"):
+        Moments.zero(4).normalised()
+    with pytest.raises(InputError, match="width 4 and 5"):
+        Moments.zero(4).merge(Moments.zero(5))
+
+
+def statistics(task: str, n: int, seed: int, **provenance) -> Statistics:
+    record = {"base": "b", "pool": "token", "task": task, "samples": n, "tokens": n, **provenance}
+    return Statistics({"s": moments_of(rows(n, seed))}, {"m": ModuleInfo("s", (5, D), float(n))}, record)
+
+
+def test_merged_statistics_add_and_keep_what_agrees():
+    merged = merge_statistics(statistics("a", 5, 0, seed=1), statistics("b", 20, 1, seed=2))
+    assert merged.provenance == {"base": "b", "pool": "token", "samples": 25, "tokens": 25, "tasks": ["a", "b"]}
+    assert merged.modules["m"].output_energy == 25 and merged.sites["s"].count == 25
+    torch.testing.assert_close(merged.sites["s"].dense(), rows(5, 0).T @ rows(5, 0) + rows(20, 1).T @ rows(20, 1))
+
+
+@pytest.mark.parametrize("key", ["base", "pool", "base_sha256", "tokenizer_sha256"])
+def test_statistics_of_different_bases_or_pools_do_not_mix(key):
+    with pytest.raises(InputError, match=f"task b: statistics differ in {key}"):
+        merge_statistics(statistics("a", 5, 0, **{key: "x"}), statistics("b", 5, 1, **{key: "y"}))
+
+
+def test_statistics_of_different_modules_do_not_mix():
+    a = statistics("a", 5, 0)
+    other = Statistics(a.sites, {"n": a.modules["m"]}, a.provenance)
+    with pytest.raises(InputError, match="module 'm' is in only one"):
+        merge_statistics(a, other)
+    wide = Statistics(a.sites, {"m": ModuleInfo("s", (6, D), 1.0)}, a.provenance)
+    with pytest.raises(InputError, match="module 'm' is"):
+        merge_statistics(a, wide)
+    with pytest.raises(InputError, match="no statistics"):
+        merge_statistics()
+
+
+def test_moments_are_found_with_and_without_the_prefix():
+    a = statistics("a", 5, 0, backbone_prefix="roberta")
+    assert a.moments_for("roberta.m") is a.moments_for("m") is a.sites["s"]
+    assert a.moments_for("elsewhere.m") is None
+
+
+def correlated(n: int, dim: int) -> torch.Tensor:
+    scales = torch.logspace(0, -2, dim, dtype=torch.float64)
+    mix = rows(dim, 7, dim) / dim**0.5
+    return rows(n, 8, dim) * scales @ mix
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("rank", [0, 4, 16])
+def test_a_sketch_keeps_trace_and_diagonal_and_its_bound(rank, tail):
+    exact = moments_of(correlated(400, 48))
+    small = compress(exact, rank, tail=tail)
+    assert small.sketched and small.trace == pytest.approx(exact.trace)
+    torch.testing.assert_close(small.dense().diagonal(), exact.dense().diagonal())
+    lost = float(torch.linalg.matrix_norm(small.dense() - exact.dense(), 2))
+    assert lost <= small.error * (1 + 1e-9) and small.error <= 1.01 * lost
+    assert float(torch.linalg.eigvalsh(small.dense())[0]) > -1e-9 * exact.trace
+    if tail:
+        assert small.error < 0.2 * compress(exact, rank, tail=False).error
+    again = small.merge(small)
+    torch.testing.assert_close(again.dense(), 2 * small.dense())
+    assert again.error == pytest.approx(2 * small.error)
+
+
+def test_nothing_is_compressed_that_is_small_already():
+    few = moments_of(rows(3, 0))
+    assert compress(few, 3) is few and compress(moments_of(rows(30, 0)), D).form == "dense"
+    with pytest.raises(UsageError):
+        compress(few, -1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 9), st.integers(0, 1000))
+def test_frequent_directions_keep_their_bound(rank, pieces, seed):
+    H = correlated(160, 24) * (1 + seed % 3)
+    sketch = FrequentDirections(rank, 24, torch.float64, torch.device("cpu"))
+    for part in H.tensor_split(pieces):
+        sketch.add(part)
+    factor, residual, error = sketch.finish()
+    S = H.T @ H
+    found = factor.T @ factor + torch.diag(residual)
+    assert factor.shape[0] <= rank
+    assert float(torch.linalg.matrix_norm(S - found, 2)) <= error * (1 + 1e-9) + 1e-9
+    torch.testing.assert_close(found.diagonal(), S.diagonal())
