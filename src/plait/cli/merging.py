@@ -7,8 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from plait.cli.options import Json, Out, Overwrite, Seed, Set
-from plait.cli.output import emit, numbers, settings
+from plait.cli.options import Json, Overwrite, Seed, Set
+from plait.cli.output import emit, numbers, settings, table
+
+Folders = Annotated[list[str], typer.Argument(help="PEFT folders, DIR or NAME=DIR each; or one mergekit YAML file.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
+Method = Annotated[str, typer.Option("--method", "-m", help="See `plait ls merges`.")]
+Weights = Annotated[str | None, typer.Option("--weights", help="One per adapter: 1,1,0.5 (any sign).")]
+Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK.stats.safetensors or TASK=FILE; repeatable.")]
+Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -17,48 +24,49 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    folders: Annotated[
-        list[str], typer.Argument(help="PEFT folders, DIR or NAME=DIR each; or one mergekit YAML file.")
-    ],
-    out: Out,
-    method: Annotated[str, typer.Option("--method", "-m", help="See `plait ls merges`.")] = "task_arithmetic",
+    folders: Folders,
+    out: Out = None,
+    method: Method = "task_arithmetic",
     sets: Set = None,
     scale: Annotated[float, typer.Option("--scale", help="Multiplies the merged update.")] = 1.0,
-    weights: Annotated[str | None, typer.Option("--weights", help="One per adapter: 1,1,0.5 (any sign).")] = None,
-    stats: Annotated[
-        list[Path] | None, typer.Option("--stats", help="TASK.stats.safetensors or TASK=FILE; may be repeated.")
-    ] = None,
+    weights: Weights = None,
+    stats: Stats = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Cut to this rank; the loss is printed.")] = None,
     calibrate: Annotated[str | None, typer.Option("--calibrate", help="pico")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")
-    ] = None,
+    bake: Annotated[Path | None, typer.Option("--bake", help="Folder of the base: write a full model.")] = None,
+    per_task: Annotated[bool, typer.Option("--per-task", help="EMR: one adapter and a mask per task.")] = False,
+    curve: Annotated[bool, typer.Option("--rank-curve", help="Only say what smaller ranks would lose.")] = False,
+    base: Base = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option("--device")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Merge LoRA adapters of one base into one adapter; the base itself is not needed."""
-    from plait.merging import merge_folders
+    """Merge LoRA adapters of one base into one adapter; the base itself is needed only to bake."""
+    from plait.merging.request import MergeRequest, answer
 
     trailing = [Path(f) for f in folders if f.endswith(".stats.safetensors")]  # --stats pool/* leaves them here
-    found = merge_folders(
+    request = MergeRequest(
         [f for f in folders if not f.endswith(".stats.safetensors")],
         out,
-        method=method,
-        options=settings(sets),
-        weights=numbers(weights, "--weights"),
-        scale=scale,
-        statistics=named_files([*(stats or []), *trailing]),
-        rank=rank,
-        calibrate=calibrate,
-        seed=seed,
-        device=device,
-        verify=verify,
-        base=base,
-        overwrite=overwrite,
+        method,
+        settings(sets),
+        numbers(weights, "--weights"),
+        scale,
+        named_files([*(stats or []), *trailing]),
+        rank,
+        calibrate,
+        seed,
+        device,
+        verify,
+        base,
+        overwrite,
+        bake,
+        per_task,
+        curve,
     )
+    found = answer(request)
     emit(found, as_json, merge_text(found))
 
 
@@ -72,14 +80,24 @@ def named_files(files: list[Path] | None) -> dict[str, Path] | None:
 
 def merge_text(found: dict[str, Any]) -> str:
     """What a merge did, in a few lines."""
-    lines = [f"{found['method']} of {', '.join(found['tasks'])}: rank {found['rank']} -> {found['output']}"]
+    if "curve" in found:
+        rows = [[str(r["rank"]), f"{100 * r['discarded_energy']:.2f} %", f"{r['size_mb']:.1f}"] for r in found["curve"]]
+        return table(["rank", "energy lost", "MB"], rows, text_columns=0)
+    lines = [f"{found.get('method', 'emr')} of {', '.join(found['tasks'])} -> {found['output']}"]
     if found.get("reused"):
         return lines[0] + " (was there already)"
+    if found.get("rank"):
+        lines.append(f"rank {found['rank']}")
     if found.get("discarded_energy"):
         lines.append(f"the cut to this rank lost {100 * found['discarded_energy']:.2f} % of the update's energy")
+    if "rounding_error" in found:
+        lines.append(
+            f"rounding to {', '.join(found['dtype'])} took {100 * found['rounding_error']:.3g} % of the update"
+        )
     if found.get("verification_error") is not None:
         lines.append(
-            f"verified: read again, random inputs pass within {found['verification_error']:.1e} of the inputs' own merge"
+            f"verified: read again and compared on random inputs, largest error {found['verification_error']:.1e}"
         )
-    lines.append(f"{found['seconds_merge']:.2f} s")
+    if "seconds_merge" in found:
+        lines.append(f"{found['seconds_merge']:.2f} s")
     return "\n".join(lines)
