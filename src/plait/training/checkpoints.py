@@ -34,6 +34,15 @@ def open_root(root: Path, identity: Mapping[str, Any]) -> None:
     partial.replace(mark)
 
 
+def recorded_identity(root: Path) -> dict[str, Any]:
+    """The identity of the run that a folder of checkpoints belongs to; empty where it is not readable."""
+    try:
+        found = read_json(root / _IDENTITY)
+    except PlaitError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def seal(stage: Path, final: Path) -> None:
     """Flush a staged checkpoint, record the hashes of its files, and rename it into place; older ones are let go."""
     files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != SEAL)

@@ -17,7 +17,7 @@ from plait.errors import InputError, RunError, UsageError
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task
-from plait.training.fleet_run import Outcome, Shared, cohort_size, run_cohort
+from plait.training.fleet_run import Outcome, Shared, cohort_size, interrupted, run_cohort
 from plait.training.settings import TrainingSettings
 from plait.training.train import loss_summary, train_adapter
 
@@ -92,6 +92,11 @@ def train_fleet(
             raise InputError("no training rows", where=f"task {m.task.name}")
     meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
     failed: list[str] = []
+    for group in interrupted(members, todo):
+        shared = Shared(group, base)
+        failed += _train_group(list(range(len(group))), shared, overwrite, meter)
+        shared.release()
+        todo = [m for m in todo if not any(m is other for other in group)]
     for group in _groups([m for m in todo if stackable(m)]):
         shared = Shared(group, base)
         size = min(limit or len(group), cohort_size(shared))
@@ -147,7 +152,7 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
         member = shared.members[index]
         if outcome.failed[place]:
             failed.append(str(member.out))
-        else:
+        elif overwrite or not is_done(member.out, member.identity):
             _write(member, outcome, place, shared, overwrite, seconds)
     outcome.forget()
     return failed

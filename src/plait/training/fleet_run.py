@@ -18,9 +18,9 @@ from plait.adapters.tensors import read_tensors, write_tensors
 from plait.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
 from plait.errors import UsageError
 from plait.evaluation.evaluate import task_view
-from plait.store import sha256_json
+from plait.store import canonical_json, sha256_json
 from plait.tasks import encode
-from plait.training.checkpoints import latest_whole, open_root, seal
+from plait.training.checkpoints import latest_whole, open_root, recorded_identity, seal
 from plait.training.cohort import Cohort, Trainee, step_items
 from plait.training.heads import Ends
 from plait.training.peft_model import for_task
@@ -197,8 +197,8 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
         losses[step] = cohort.step(step, shared.bank, plan, items[step])
         done = step + 1
         if any(done in m.settings.snapshots for m in members):
-            snapshots[done] = cohort.parameters.values.cpu()
-        if root and done % every == 0 and done < total:
+            snapshots[done] = cohort.parameters.values.to("cpu", copy=True)
+        if root and (done % every == 0 or done == total):
             _save(root, done, cohort, losses, snapshots)
         if done % _LOOK_EVERY == 0 or done == total:
             since = (step // _LOOK_EVERY) * _LOOK_EVERY
@@ -216,13 +216,37 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
 
 
 def _root_of(members: Sequence[Member]) -> Path | None:
-    """The fleet's checkpoint folder, beside its first member's; None where no member asks for checkpoints."""
+    """The cohort's checkpoint folder, beside its first member's; None where no member asks for checkpoints."""
     if all(m.settings.checkpoint_every is None for m in members):
         return None
-    identity: Mapping[str, Any] = {"members": [[str(m.out), dict(m.identity)] for m in members]}
+    identity = {"members": [_key(m) for m in members]}
     root = Path(members[0].out).absolute().parent / f".fleet-{sha256_json(identity)[:12]}.checkpoints"
     open_root(root, identity)
     return root
+
+
+def _key(member: Member) -> list[Any]:
+    return [str(Path(member.out).absolute()), json.loads(canonical_json(dict(member.identity)))]
+
+
+def interrupted(members: Sequence[Member], todo: Sequence[Member]) -> list[list[Member]]:
+    """Cohorts that were being trained, or written, when a run of these members ended: they go on as they were.
+
+    A cohort's rounding depends on who is in it, so one that has written half of its members is finished as a whole.
+    """
+    known = {str(Path(m.out).absolute()): m for m in members}
+    wanted = {str(Path(m.out).absolute()) for m in todo}
+    found = []
+    for root in sorted({p for m in todo for p in Path(m.out).absolute().parent.glob(".fleet-*.checkpoints")}):
+        recorded = recorded_identity(root).get("members", [])
+        group = [known[out] for out, identity in recorded if out in known and _key(known[out])[1] == identity]
+        names = {out for out, _ in recorded}
+        if recorded and len(group) == len(recorded) and names & wanted:
+            found.append(group)
+            wanted -= names
+        else:
+            shutil.rmtree(root)  # of other settings, or of other company: nobody can go on from it
+    return found
 
 
 def _save(root: Path, step: int, cohort: Cohort, losses: Tensor, snapshots: Mapping[int, Tensor]) -> None:
