@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -47,7 +46,7 @@ TARGET = {
     "knots": 60,
 }
 DENSE = {"ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "sce", "emr", "fisher"}
-PATIENCE = 30.0
+PATIENCE = 20.0
 PEFT_METHODS = ("linear", "cat", "ties", "svd", "dare_linear_svd", "ties_svd")
 MERGEKIT_METHODS = ("task_arithmetic", "ties")
 
@@ -125,7 +124,9 @@ def make_statistics(folder: Path, shape: str) -> None:
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The process's own high-water mark; ru_maxrss would begin at that of the process it was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
 def repeated(run: Callable[[int], float], repeats: int, baseline: float) -> dict[str, Any]:
@@ -296,15 +297,8 @@ def mergekit(python: str, folder: Path, method: str, out: Path) -> dict[str, Any
     )
     recipe.write_text(f"models:\n{models}merge_method: {method}\nbase_model: {folder / 'base'}\ndtype: float32\n")
     cache = out / "lora-cache"
-    command = [
-        str(Path(python).parent / "mergekit-yaml"),
-        str(recipe),
-        str(out / method),
-        "--lora-merge-cache",
-        str(cache),
-        "--copy-tokenizer",
-    ]
-    command[-1:] = ["--no-copy-tokenizer"]
+    program = str(Path(python).parent / "mergekit-yaml")
+    command = [program, str(recipe), str(out / method), "--lora-merge-cache", str(cache), "--no-copy-tokenizer"]
     start = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = subprocess.run(
@@ -415,9 +409,8 @@ def main() -> None:
         if row.get("over_row_block_sum"):
             verdict = f"  dense {row['over_row_block_sum']:.1f}x of the plain sum, target 10x"
         if "seconds" in row:
-            print(
-                f"{row['shape']:14} {row['tool']:12} {row['method']:16} {row['seconds']:9.3f} s {row['over_floor']:9.1f}x {row['peak_mb']:8.0f} MB{verdict}"
-            )
+            numbers = f"{row['seconds']:9.3f} s {row['over_floor']:9.1f}x {row['peak_mb']:8.0f} MB"
+            print(f"{row['shape']:14} {row['tool']:12} {row['method']:16} {numbers}{verdict}")
         else:
             print(f"{row['shape']:14} {row['tool']:12} {row['method']:16} {row.get('error')}")
     if args.out:

@@ -93,7 +93,9 @@ class _Both:
         for m, f in sorted(a.modules.items()):
             h = torch.randn(40, f.shape[1], generator=g, dtype=torch.float64)
             self.sites[m] = Moments(40, h.sum(0), h.T @ h)
-        self.fisher = FisherDiagonal.held({m: torch.rand(f.shape, generator=g) for m, f in sorted(a.modules.items())}, 1)
+        self.fisher = FisherDiagonal.held(
+            {m: torch.rand(f.shape, generator=g) for m, f in sorted(a.modules.items())}, 1
+        )
 
     def moments_for(self, module: str):
         return self.sites.get(module)
@@ -147,7 +149,8 @@ def test_size_of_the_deltas_passes_through(method, size):
     law = LAWS[method]
     small = [adapter(n, i) for i, n in enumerate(["one", "two", "three"][: law.tasks])]
     large = [
-        Adapter(a.name, a.base, {m: LoraFactors(f.A, f.B, f.scaling * size) for m, f in a.modules.items()}) for a in small
+        Adapter(a.name, a.base, {m: LoraFactors(f.A, f.B, f.scaling * size) for m, f in a.modules.items()})
+        for a in small
     ]
     if method.startswith(("dare", "della")):  # masks follow the content, which has changed
         assert all(torch.isfinite(d).all() for d in dense(run(method, large)).values())
@@ -204,7 +207,9 @@ def test_tensors_of_one_row_and_one_column(method):
     assert {m: f.shape for m, f in done.adapter.modules.items()} == shapes
 
 
-def expected_or_error(method: str, adapters: list[Adapter], error: type[PlaitError] | None, **given: Any) -> Merged | None:
+def expected_or_error(
+    method: str, adapters: list[Adapter], error: type[PlaitError] | None, **given: Any
+) -> Merged | None:
     if error is None:
         done = run(method, adapters, **given)
         assert all(torch.isfinite(d).all() for d in dense(done).values())
@@ -255,7 +260,8 @@ def test_the_same_adapter_twice_is_a_singular_system(method):
 def test_one_shared_A_merges_exactly_at_its_rank(method):
     a = [adapter(n, i) for i, n in enumerate(["one", "two"])]
     shared = [
-        Adapter(x.name, x.base, {m: LoraFactors(a[0].modules[m].A, f.B, f.scaling) for m, f in x.modules.items()}) for x in a
+        Adapter(x.name, x.base, {m: LoraFactors(a[0].modules[m].A, f.B, f.scaling) for m, f in x.modules.items()})
+        for x in a
     ]
     done = run(method, shared, rank=2)
     if method in ("linear", "task_arithmetic", "cat", "svd", "slerp", "karcher", "multi_slerp", "least_squares"):
@@ -304,12 +310,17 @@ def test_real_statistics_type_is_understood(trio, method):
         return
     modules = {m: ModuleInfo(site=m, shape=s, output_energy=None, fan_in_fan_out=False) for m, s in MODULES.items()}
     sites = {m: Moments(5, torch.zeros(i), torch.eye(i) * 5) for m, (_, i) in MODULES.items()}
-    done = merge(trio, method, statistics={a.name: Statistics(sites=sites, modules=modules, provenance={}) for a in trio})
+    done = merge(
+        trio, method, statistics={a.name: Statistics(sites=sites, modules=modules, provenance={}) for a in trio}
+    )
     assert all(torch.isfinite(d).all() for d in dense(done).values())
 
 
 def test_nan_is_refused_and_named(method, trio):
     f = trio[0].modules["layers.0.v"]
-    broken = {**trio[0].modules, "layers.0.v": LoraFactors(f.A.clone().index_fill_(0, torch.tensor([0]), float("nan")), f.B)}
+    broken = {
+        **trio[0].modules,
+        "layers.0.v": LoraFactors(f.A.clone().index_fill_(0, torch.tensor([0]), float("nan")), f.B),
+    }
     with pytest.raises(InputError, match=r"layers\.0\.v.*NaN"):
         run(method, [Adapter("one", "base", broken), *trio[1:]])

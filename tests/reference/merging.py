@@ -78,7 +78,7 @@ def emr(D, w):
 
 
 def nonzero(S):
-    return int((S > S[0] * TINY).sum()) if S[0] > 0 else 0
+    return int((S[0] * TINY < S).sum()) if S[0] > 0 else 0
 
 
 def tsv(D, w):
@@ -119,7 +119,7 @@ def iso_cts(D, w, common, total):
 
 def knots(D, w, density):
     U, S, Vt = np.linalg.svd(np.hstack(D), full_matrices=False)
-    k = int((S > 1e-5 * S[0]).sum())
+    k = int((1e-5 * S[0] < S).sum())
     parts = np.split(S[:k, None] * Vt[:k], len(D), axis=1)
     return U[:, :k] @ ties(parts, w, density)
 

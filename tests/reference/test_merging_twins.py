@@ -126,7 +126,11 @@ def test_method_equals_its_twin(method):
             continue
         expected = reference(x)
         size = max(np.abs(d).max() for d in deltas(x))
-        assert np.abs(found - expected).max() <= 2e-6 * size + 2e-6 * np.abs(expected).max(), (compared, x.shape, x.ranks)
+        assert np.abs(found - expected).max() <= 2e-6 * size + 2e-6 * np.abs(expected).max(), (
+            compared,
+            x.shape,
+            x.ranks,
+        )
         compared += 1
 
 

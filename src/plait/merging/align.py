@@ -60,6 +60,7 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
     modules = _modules(adapters)
     absent = {a.name: [m for m in modules if m not in a.modules] for a in adapters}
     task_type, prefix = _task_type(adapters)
+    _check_heads(adapters)
     extras, extras_from = _extras(adapters)
     prefixes = sorted({a.prefix or str(a.source.get("backbone_prefix", "")) for a in adapters} - {""})
     return Alignment(
@@ -152,6 +153,20 @@ def _task_type(adapters: Sequence[Adapter]) -> tuple[str | None, str]:
             where=", ".join(a.name for a in adapters),
         )
     return next((a.task_type for a in adapters if a.task_type), None), adapters[0].prefix
+
+
+def _check_heads(adapters: Sequence[Adapter]) -> None:
+    """Two inputs may bring a head for one task (merges of merges) only where it is the same head."""
+    seen: dict[str, Adapter] = {}
+    for adapter in adapters:
+        for task, head in adapter.heads.items():
+            other = seen.setdefault(task, adapter).heads[task]
+            if head.keys() != other.keys() or any(not torch.equal(head[k], other[k]) for k in head):
+                raise InputError(
+                    f"{seen[task].name!r} and {adapter.name!r} bring different heads for task {task!r}",
+                    where=adapter.name,
+                    hint="heads are not merged; give one task another name",
+                )
 
 
 def _extras(adapters: Sequence[Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -138,13 +138,13 @@ def _sites(
         stored = tensors[name]
         embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
         flipped = (dense.shape[1], dense.shape[0])
-        if stored.shape not in (dense.shape, flipped):
+        transposed = embedding or (conv1d and stored.shape == flipped and not is_output)
+        if stored.shape != (flipped if transposed else dense.shape):
             raise InputError(
                 f"{module!r} has a delta {dense.shape} and the base a weight {stored.shape}",
                 where=name,
                 hint="not the base these adapters were trained on",
             )
-        transposed = stored.shape != dense.shape or (stored.shape == flipped and (embedding or conv1d))
         _ = stored.torch_dtype
         found.append(_Site(module, name, stored, dense, transposed, tied and (is_output or embedding), is_output))
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plait.adapters.lora import Adapter
-from plait.errors import EnvironmentFault, UsageError
+from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.merging.align import align
 from plait.merging.calibration import find_calibration
 from plait.merging.plan import Merged, Plan
@@ -158,4 +158,18 @@ def _statistics(
         for need in method.needs:
             if not hasattr(given[adapter.name], wanted[need]):
                 raise UsageError(f"{method.name} needs {need}; the statistics of {adapter.name!r} hold none")
-    return tuple(given[a.name] for a in adapters)
+    ordered = [given[a.name] for a in adapters]
+    for adapter, other in zip(adapters[1:], ordered[1:], strict=True):
+        _require_same_base(adapters[0].name, ordered[0], adapter.name, other)
+    return tuple(ordered)
+
+
+def _require_same_base(name: str, one: Any, other_name: str, other: Any) -> None:
+    """Statistics of different bases, or pooled differently, do not compare; modules may differ as adapters' may."""
+    a, b = getattr(one, "provenance", {}), getattr(other, "provenance", {})
+    for key in ("base_sha256", "pool"):
+        quantised = key == "base_sha256" and a.get("quantisation") != b.get("quantisation")
+        if a.get(key) != b.get(key) and None not in (a.get(key), b.get(key)) and not quantised:
+            raise InputError(
+                f"the statistics of {name!r} and {other_name!r} differ in {key}", hint="collect them alike"
+            )

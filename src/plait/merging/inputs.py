@@ -89,14 +89,14 @@ class MergeInputs:
         """A CPU generator seeded by (seed, module, names): the order of the modules does not matter."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.module, *names))
 
-    def digest(self, task: int) -> str:
-        """Hash of one task's factors, so that draws follow the adapter and neither its name nor its place."""
-        return self.digests[task] if self.digests else digest_of(self.A[task], self.B[task])
+    @cached_property
+    def contents(self) -> tuple[str, ...]:
+        """Per task, the hash of its factors, so that draws follow the adapter and neither its name nor its place."""
+        return self.digests or tuple(digest_of(a, b) for a, b in zip(self.A, self.B, strict=True))
 
     def with_factors(self, A: tuple[Tensor, ...], B: tuple[Tensor, ...]) -> MergeInputs:
         """The same module with other factors (a calibration)."""
-        digests = tuple(self.digest(t) for t in range(len(self.tasks)))
-        return replace(self, A=A, B=B, digests=digests)
+        return replace(self, A=A, B=B, digests=self.contents)
 
     def combination(self, weights: tuple[float, ...] | list[float]) -> LoraFactors:
         """sum_t weights_t D_t by concatenation; tasks of weight 0 or rank 0 leave no rows."""

@@ -17,6 +17,7 @@ from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.adapters.tensors import read_tensors, write_tensors
 from plait.errors import InputError, UsageError
+from plait.merging.attach import found_modules
 from plait.merging.driver import plan_merge
 from plait.merging.folders import identity_of, read_named
 from plait.merging.plan import Plan
@@ -173,17 +174,17 @@ class TaskSwitch:
         for sign, deltas in ((-1.0, current), (1.0, wanted)):
             for weight, delta in self._weights(deltas):
                 for start, stop, block in delta.blocks():
-                    part = weight if weight.shape == delta.shape else weight.T
-                    part[start:stop] += (block * sign).to(weight.device, weight.dtype)
+                    weight[start:stop] += (block * sign).to(weight.device, weight.dtype)
         self.active = task
 
     def _weights(self, deltas: dict[str, TaskDelta]) -> Iterator[tuple[Tensor, DenseDelta]]:
-        names = dict(self.model.named_modules())
-        for module, delta in deltas.items():
-            hits = [n for n in names if n == module or n.endswith(f".{module}")]
-            if len(hits) != 1:
-                raise UsageError(f"{len(hits)} modules of the model are named {module!r}, expected one")
-            weight = names[hits[0]].weight
-            if not isinstance(weight, Tensor) or sorted(weight.shape) != sorted(delta.unified.shape):
-                raise UsageError("its weight has another shape than the delta", where=module)
-            yield weight.data, delta.dense()
+        """(weight as (out, in), delta) of every module; a Conv1D's weight is turned."""
+        modules = found_modules(self.model, list(deltas))
+        for name, delta in deltas.items():
+            weight = modules[name].weight
+            if not isinstance(weight, Tensor):
+                raise UsageError("it has no weight to add to", where=name)
+            turned = weight.data.T if type(modules[name]).__name__ == "Conv1D" else weight.data
+            if turned.shape != delta.unified.shape:
+                raise UsageError(f"its weight is {tuple(turned.shape)}, the delta {delta.unified.shape}", where=name)
+            yield turned, delta.dense()

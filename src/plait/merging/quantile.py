@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.errors import RunError
 from plait.merging.elementwise import parts_of
 from plait.merging.inputs import MergeInputs, seed_of
 
@@ -132,7 +133,9 @@ class _Bracket:
         return _kth(torch.cat(self.inside), self.k - self.above)
 
     def wider(self) -> _Bracket:
-        """Another try."""
+        """Another try; a bracket of everything misses only where values are not finite."""
+        if self.low == 0 and self.high == math.inf:
+            raise RunError("the deltas hold NaN or infinity: products of their factors overflow float32")
         return _Bracket(self.sample, self.total, self.k, 4 * self.widening)
 
 

@@ -21,7 +21,7 @@ def draw(
     x: MergeInputs, task: int, place: str, shape: tuple[int, ...]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
     """Uniform integers in [0, 65536) for one task's entries at one place; on the CPU whatever the device."""
-    stream = np.random.SFC64(seed_of(x.seed, x.module, place, x.digest(task)))
+    stream = np.random.SFC64(seed_of(x.seed, x.module, place, x.contents[task]))
     count = math.prod(shape)
     words: np.ndarray[tuple[int, ...], np.dtype[np.uint16]] = stream.random_raw(-(-count // 4)).view(np.uint16)
     return words[:count].reshape(shape)

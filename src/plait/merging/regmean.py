@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
@@ -11,12 +16,15 @@ from plait.merging.inputs import MergeInputs
 from plait.merging.linear import importances
 from plait.merging.registry import Fraction, merge_method
 
+if TYPE_CHECKING:
+    from plait.statistics.moments import Moments
+
 # Share of a task's mean diagonal added to it, in numerator and denominator alike, so that features no token uses leave
 # the system solvable; at alpha = 1 a system of few tokens needs more.
 _RIDGE, _RIDGE_ALONE = 1e-6, 1e-4
 
 
-@merge_method("regmean", paper="arXiv:2212.09849", needs=("moments",))
+@merge_method("regmean", paper="arXiv:2212.09849", needs=("moments",), prepare=lambda modules, options: {})
 def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -> LoraFactors:
     """D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1, with G_t the inputs' second moment, its off-diagonal times alpha.
 
@@ -40,28 +48,56 @@ def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -
     present = [t for t, rank in enumerate(x.ranks) if rank and weights[t] != 0.0]
     if not present:
         return x.zero()
-    total = x.A[0].new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    turned = []
-    for t in present:
-        G = _shrunk(x.moments[t].normalised() if normalised else x.moments[t].dense(), alpha).to(
-            total.device, torch.float64
-        )
-        G *= x.weights[t]
-        turned.append(x.A[t].double() @ G)
-        total += G
-    factor, failed = torch.linalg.cholesky_ex(total)
-    if bool(failed):
-        raise RunError(
-            "the weighted sum of the moments is singular or not positive",
-            where=x.module,
-            hint="weights above zero, alpha below 1, or statistics of more tokens",
-        )
-    A = torch.cholesky_solve(torch.cat(turned).T, factor).T.to(x.A[0].dtype)
+    tasks = [_Shrunk.of(x.moments[t], weights[t], alpha, normalised) for t in present]
+    factor = _factored(tasks, x)
+    turned = torch.cat([task.applied(x.A[t]) for t, task in zip(present, tasks, strict=True)])
+    A = torch.cholesky_solve(turned.T.to(factor), factor).T.to(x.A[0].dtype)
     return LoraFactors(A.contiguous(), torch.cat([x.B[t] for t in present], dim=1), 1.0, x.kind)
 
 
-def _shrunk(G: Tensor, alpha: float) -> Tensor:
-    diagonal = G.diagonal().clone()
-    shrunk = G * alpha
-    shrunk.diagonal().copy_(diagonal + diagonal.mean() * (_RIDGE if alpha < 1 else _RIDGE_ALONE))
-    return shrunk
+@dataclass(frozen=True, slots=True)
+class _Shrunk:
+    """w G_t = off * S + diag(extra), with S the moments as they are stored: no copy of S is made."""
+
+    S: Float[Tensor, "d d"]
+    off: float
+    extra: Float[Tensor, " d"]
+
+    @classmethod
+    def of(cls, moments: Moments, weight: float, alpha: float, normalised: bool) -> _Shrunk:
+        S = moments.dense()
+        if normalised:
+            weight /= moments.trace or float(moments.normalised().trace())  # which says why a trace of zero is an error
+        diagonal = S.diagonal().double()
+        ridge = _RIDGE if alpha < 1 else _RIDGE_ALONE
+        return cls(S, weight * alpha, weight * ((1 - alpha) * diagonal + ridge * diagonal.mean()))
+
+    def applied(self, A: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        """W A G_t, float64."""
+        product = A.to(self.S.device, self.S.dtype) @ self.S
+        return product.double() * self.off + A.to(self.extra) * self.extra
+
+    def add_to(self, total: Float[Tensor, "d d"]) -> None:
+        """Total += w G_t."""
+        total.add_(self.S, alpha=self.off)
+        total.diagonal().add_(self.extra)
+
+
+def _factored(tasks: Sequence[_Shrunk], x: MergeInputs) -> Float[Tensor, "d d"]:
+    """Cholesky factor of the sum. The last one is kept: modules that read one site (q, k and v) share it."""
+    key = tuple((task.S.data_ptr(), task.off) for task in tasks)
+    kept: dict[Any, tuple[Sequence[_Shrunk], Tensor]] = x.context if x.context is not None else {}
+    if key not in kept:
+        total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=tasks[0].S.device)
+        for task in tasks:
+            task.add_to(total)
+        factor, failed = torch.linalg.cholesky_ex(total.to(x.device))
+        if bool(failed):
+            raise RunError(
+                "the weighted sum of the moments is singular",
+                where=x.module,
+                hint="alpha below 1, or statistics of more tokens",
+            )
+        kept.clear()
+        kept[key] = tasks, factor  # the tasks too: an address says nothing once its tensor is gone
+    return kept[key][1]
