@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -76,7 +77,8 @@ def train_adapter(
     started = time.monotonic()
     root = checkpoint_root(out)
     with _held(root), _quiet(), torch.random.fork_rng():
-        open_root(root, identity)
+        if _is_writer():
+            open_root(root, identity)
         trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics)
     result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
     if not _is_writer():
@@ -131,6 +133,7 @@ def _run(
     for built_in in ("PrinterCallback", "ProgressCallback"):
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == built_in]:
             trainer.remove_callback(callback)
+    trainer.accelerator.wait_for_everyone()
     checkpoint = latest_whole(root)
     with _out_of_memory(task, settings):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -168,8 +171,6 @@ def _held(root: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_writer() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,0 +1,35 @@
+"""Run by torchrun: trains one adapter in several processes. Arguments: base folder, statistics folder, out, constraint."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from plait.base import BaseModel
+from plait.statistics import read_statistics
+from plait.store import identity
+from plait.training import TrainingSettings, train_adapter
+from tests.training.conftest import make_adapter, make_examples, make_task
+
+OPTIONS = {"free": {}, "frozen": {}, "projected": {"m": 6}, "penalised": {"beta": 0.5}}
+SETTINGS = TrainingSettings(steps=10, lr=5e-3, batch_size=8, max_length=24, accumulation=2, checkpoint_every=4)
+
+
+def main(folder: str, statistics: str, out: str, constraint: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    base, task = BaseModel(folder, device="cpu"), make_task()
+    known = {p.name: read_statistics(p) for p in sorted(Path(statistics).iterdir())}
+    settings = dataclasses.replace(SETTINGS, constraint=constraint, constraint_options=OPTIONS[constraint])
+    train_adapter(
+        make_adapter(base, task, "bert"), task, make_examples(task), base, settings,
+        seed=0, out=Path(out), identity=identity("train", {"c": constraint}, seed=0), statistics=known,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
