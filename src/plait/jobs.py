@@ -105,19 +105,25 @@ def _statistics(session: Session, out: Path, seed: int, data: dict[str, Any]) ->
 def _arm(
     session: Session, out: Path, seed: int, arm: ArmSpec, statistics: dict[Any, str], data: dict[str, Any]
 ) -> Iterator[Job]:
+    from plait.subspaces import find_subspace_method
+
     recipe = session.recipe
     where = f"{arm.name}/seed-{seed}"
     start = arm.model_dump(exclude={"training", "name"}) | {"subspace": arm.method} | recipe.lora.model_dump()
     settings = recipe.training_of(arm)
     training = {k: v for k, v in asdict(settings).items() if k not in _NOT_IDENTITY}
+    measured = _prefixed("statistics", statistics)
+    drawn_from_data = bool(find_subspace_method(arm.method).needs)
+    start |= {} if drawn_from_data else {"base": session.base_sha256}
+    kept_by_data = settings.constraint not in ("free", "frozen")
     adapters: dict[str, str] = {}
     for task in session.tasks:
-        wanted = identity(INITIAL, {**start, "task": task}, _prefixed("statistics", statistics), seed)
+        wanted = identity(INITIAL, {**start, "task": task}, measured if drawn_from_data else {}, seed)
         initial = Job(INITIAL, out / "initial" / where / task, wanted, seed, arm, task=task)
         yield initial
         options = {"training": training, "data": data[task], "rows": recipe.data.train_rows, "dtype": recipe.base.dtype}
         rows = settings.total_steps(len(session.training(task, seed))) * settings.batch_size
-        wanted = identity(ADAPTER, options, {"initial": initial.key}, seed)
+        wanted = identity(ADAPTER, options, {"initial": initial.key, **(measured if kept_by_data else {})}, seed)
         job = Job(ADAPTER, out / "adapters" / where / task, wanted, seed, arm, task=task, cost=rows * (1 + _BACKWARD))
         adapters[task] = job.key
         yield job
@@ -127,6 +133,8 @@ def _arm(
 def _arm_scores(
     session: Session, out: Path, seed: int, arm: ArmSpec, statistics: dict[Any, str], adapters: dict[str, str]
 ) -> Iterator[Job]:
+    from plait.merging.registry import find_method
+
     recipe = session.recipe
     where = f"{arm.name}/seed-{seed}"
     rows = sum(len(session.validation(t)) for t in session.tasks)
@@ -136,7 +144,8 @@ def _arm_scores(
     yield Job(ALONE, out / "scores" / where / "alone", wanted, seed, arm, cost=rows * 1.5)
     for merge in recipe.merge_specs:
         options = merge.model_dump(exclude={"scales", "name"}) | {"method": merge.merge_method}
-        wanted = identity(MERGED, options, inputs | _prefixed("statistics", statistics), seed)
+        measured = _prefixed("statistics", statistics) if find_method(merge.merge_method).needs else {}
+        wanted = identity(MERGED, options, inputs | measured, seed)
         merged = Job(MERGED, out / "merged" / where / merge.name, wanted, seed, arm, merge)
         yield merged
         scales = recipe.scales_of(merge)
