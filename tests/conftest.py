@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import settings
 from pyarrow import csv, parquet
 
 from plait.base import BaseModel
 from plait.recipe import Recipe
 from plait.recipe_file import parse_recipe
 from tests.tiny import TARGETS, WORDS, save_model
+
+settings.register_profile("plait", deadline=None)  # a busy machine is no failure
+settings.load_profile("plait")
 
 Rows = list[dict[str, Any]]
 

@@ -1,0 +1,1 @@
+"""Adapters: LoRA factors, and the PEFT folders that hold them."""

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 
 from plait.errors import UsageError, printable
 
-_NAME = re.compile(r"\w[\w.+-]{0,99}")
+_NAME = re.compile(r"[^\W_][\w.+-]{0,99}")
+_BYTES = 200  # file systems allow 255, and names get suffixes
 
 
 def checked_name(name: str, what: str = "name") -> str:
     """A name fit for a folder on any system, in Unicode normal form C.
 
     Raises:
-        UsageError: It is empty, over 100 characters, starts with a dot, or holds anything but letters, digits and ``_ . + -``.
+        UsageError: It is empty, over 100 characters or 200 bytes, starts with anything but a letter or digit, or holds anything but letters, digits and ``_ . + -``.
     """
     normal = unicodedata.normalize("NFC", name)
-    if not _NAME.fullmatch(normal) or normal.endswith("."):
+    if not _NAME.fullmatch(normal) or normal.endswith(".") or len(normal.encode()) > _BYTES:
         raise UsageError(
             f"{what} {printable(name, 60)!r} cannot name a folder",
             hint="letters, digits and _ . + - only, at most 100, starting with a letter or digit; NAME=DIR gives a folder another name",

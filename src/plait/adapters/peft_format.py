@@ -17,6 +17,7 @@ from plait.adapters.tensors import all_finite, read_tensors, write_tensors
 from plait.errors import InputError
 from plait.store import MANIFEST, read_json, read_manifest, sha256_json
 
+_TASK_TYPE = "task_type"
 WEIGHTS, INDEX, HEADS = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "heads"
 _ROOT = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
@@ -46,11 +47,12 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
     config = read_config(folder)
-    tensors, digests = _read_weights(folder)
+    tensors, metadata, digests = _read_weights(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     _check_digests(folder, manifest, digests)
     factors, others = _pair(tensors, config, folder)
-    prefix = _backbone_prefix(factors, config)
+    task_type = config.task_type or metadata.get(_TASK_TYPE)
+    prefix = _backbone_prefix(factors, task_type)
     cut = len(prefix) + 1 if prefix else 0
     name = checked_name(name or (manifest or {}).get("result", {}).get("task") or folder.resolve().name, "adapter")
     head, extras = _split_head(others, config)
@@ -59,7 +61,7 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
         name=name,
         base=config.base,
         modules={k[cut:]: factors[k] for k in sorted(factors)},
-        task_type=config.task_type,
+        task_type=task_type,
         prefix=prefix,
         heads=heads,
         extras=extras,
@@ -75,12 +77,13 @@ def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: result[k] for k in ("base_sha256", "backbone_prefix", "labels", "kind") if k in result}
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
     if (folder / WEIGHTS).exists():
-        tensors, _, digest = read_tensors(folder / WEIGHTS)
-        return tensors, {WEIGHTS: digest}
+        tensors, metadata, digest = read_tensors(folder / WEIGHTS)
+        return tensors, metadata, {WEIGHTS: digest}
     if (folder / INDEX).exists():
-        return _read_shards(folder)
+        tensors, digests = _read_shards(folder)
+        return tensors, {}, digests
     if (folder / "adapter_model.bin").exists():
         raise InputError(
             "adapter_model.bin is a pickle and pickle formats are not read",
@@ -178,9 +181,9 @@ def _factors(module: str, pair: Mapping[str, Tensor], kind: str, config: Adapter
     return LoraFactors(A, B, config.scaling_of(module, rank), kind)
 
 
-def _backbone_prefix(factors: Mapping[str, LoraFactors], config: AdapterConfig) -> str:
+def _backbone_prefix(factors: Mapping[str, LoraFactors], task_type: str | None) -> str:
     """The backbone's attribute: with a task head beside it, the backbone is the one child all LoRA modules live in."""
-    if config.task_type not in CLASSIFICATION_TYPES:
+    if task_type not in CLASSIFICATION_TYPES:
         return ""
     firsts = Counter(name.partition(".")[0] for name in factors)
     return next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
@@ -206,6 +209,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
 
     One head and a classification task type: the head lies in adapter_model.safetensors as PEFT has it. Otherwise heads
     go to ``heads/<task>.safetensors``. `init_lora_weights` is true: with it every trainer loads the factors as they are.
+    A classification adapter without a head (one that is yet to be trained) has no task type in its config: PEFT would
+    look for the head's tensors. The file's metadata keeps it.
     """
     inline = adapter.heads.get(adapter.name) if adapter.task_type in CLASSIFICATION_TYPES else None
     tensors: dict[str, Tensor] = dict(adapter.extras)
@@ -216,7 +221,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     config, fold = peft_config(adapter, inline)
     if fold:
         tensors |= {adapter.full_name(m) + ".lora_B.weight": f.folded(f.B.dtype).B for m, f in adapter.modules.items()}
-    write_tensors(folder / WEIGHTS, {_ROOT + k: v for k, v in {**tensors, **(inline or {})}.items()})
+    metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else None
+    write_tensors(folder / WEIGHTS, {_ROOT + k: v for k, v in {**tensors, **(inline or {})}.items()}, metadata)
     if inline is None and adapter.heads:
         (folder / HEADS).mkdir()
         for task, head in adapter.heads.items():
@@ -238,7 +244,7 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
     longest_first = sorted(adapter.modules, key=lambda m: (-len(m), m))  # PEFT: the first key that is a suffix wins
     config = {
         "peft_type": "LORA",
-        "task_type": adapter.task_type,
+        "task_type": adapter.task_type if head or adapter.task_type not in CLASSIFICATION_TYPES else None,
         "base_model_name_or_path": adapter.base,
         "revision": adapter.revision,
         "r": rank,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +64,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
 def _check_header(f: BinaryIO, path: Path) -> None:
     start = f.read(512)
     for signature, what in _SIGNATURES:
-        if start.startswith(signature):
+        if start.startswith(signature) and start[8:9] != b"{":  # a header of 640 bytes starts like a pickle
             raise InputError(f"{what}, not safetensors", where=str(path), hint=_ADVICE)
     length = path.stat().st_size
     size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
@@ -95,10 +97,11 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors by sorted name; contiguous copies, on the CPU.
+    """Write tensors by sorted name; contiguous copies, on the CPU. Equal tensors and metadata give equal bytes.
 
     Raises:
         InputError: A tensor holds NaN or infinity (its name is in the message).
+        OSError: The disk is full, or whatever else the system says.
     """
     for name, tensor in tensors.items():
         if not all_finite(tensor):
@@ -111,4 +114,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if pointer in seen:
             ready[name] = tensor.clone()
         seen[pointer] = name
-    save_file(ready, str(path), metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(ready, str(path), metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as e:
+        number = re.search(r"os error (\d+)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in random order, and the same tensors should give the same bytes."""
+    with path.open("r+b") as f:
+        size = struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            f.seek(8)
+            f.write(text.ljust(size))
