@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
             write_recipe(recipe, out)
             for batch in batches_of(todo, together=trains_together(recipe, session)):
                 _do(batch, whole, session, progress, overwrite)
+            _clear_checkpoints(whole)
     seconds = time.monotonic() - started
     progress.close(f"{len(todo)} jobs done, {len(whole.jobs) - len(todo)} reused, {duration(seconds)}")
     counted = {"seconds": round(seconds, 2), "jobs": len(todo), "reused": len(whole.jobs) - len(todo)}
@@ -96,6 +98,14 @@ def _do(batch: Sequence[Job], whole: Plan, session: Session, progress: Progress,
     else:
         train_together(batch, whole, session, overwrite=overwrite, progress=within)
     progress.finish()
+
+
+def _clear_checkpoints(whole: Plan) -> None:
+    """Remove what a run killed between an adapter's rename and the removal of its checkpoints has left."""
+    from plait.training.checkpoints import checkpoint_root
+
+    for job in whole.of(ADAPTER):
+        shutil.rmtree(checkpoint_root(job.path), ignore_errors=True)
 
 
 def pending(jobs: Iterable[Job], *, overwrite: bool = False) -> list[Job]:

@@ -13,7 +13,7 @@ from plait.errors import UsageError
 
 HOSTILE = [
     "", ".", "..", "../x", "/abs", "a/b", "a\\b", "x" * 300, "界" * 90, "a\nb", "a\x1b[31mb", "<script>", ".hidden", "_x", "-x",
-    "a b", "a:b", "a*", "x.", "a\x00b", "con/", "‮x", "a​b",
+    "a b", "a:b", "a*", "x.", "a\x00b", "con/", "\u202ex", "a\u200bb",
 ]  # fmt: skip
 
 

@@ -16,7 +16,8 @@ def checked_name(name: str, what: str = "name") -> str:
     """A name fit for a folder on any system, in Unicode normal form C.
 
     Raises:
-        UsageError: It is empty, over 100 characters or 200 bytes, starts with anything but a letter or digit, or holds anything but letters, digits and ``_ . + -``.
+        UsageError: It is empty, over 100 characters or 200 bytes, starts with anything but a letter or digit, or holds
+            anything but letters, digits and ``_ . + -``.
     """
     normal = unicodedata.normalize("NFC", name)
     if not _NAME.fullmatch(normal) or normal.endswith(".") or len(normal.encode()) > _BYTES:
