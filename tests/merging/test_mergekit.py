@@ -8,7 +8,8 @@ from tests.merging.test_folders import saved
 from plait.errors import InputError, UsageError
 from plait.merging import merge_folders, merge_methods
 from plait.merging.mergekit import _METHODS, from_mergekit, read_mergekit_config
-from plait.merging.registry import checked_options, find_method
+from plait.merging.registry import find_method
+from plait.options import checked_options
 
 TIES = """
 models:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from plait.errors import UsageError
 from plait.merging import pico
 from plait.merging.inputs import MergeInputs
-from plait.merging.registry import did_you_mean
+from plait.options import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

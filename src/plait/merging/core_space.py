@@ -13,8 +13,9 @@ from plait.merging.elementwise import signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
 from plait.merging.random_masks import kept_at_random
-from plait.merging.registry import Density, merge_method
+from plait.merging.registry import merge_method
 from plait.merging.ties import trimmed
+from plait.options import Density
 
 
 @merge_method("core_space", paper="arXiv:2509.17786")

@@ -13,8 +13,9 @@ from plait.errors import UsageError
 from plait.merging.elementwise import in_space, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.random_masks import LEVELS, draw, ones_where
-from plait.merging.registry import Density, Fraction, merge_method
+from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta
+from plait.options import Density, Fraction
 
 
 @merge_method("della", paper="arXiv:2406.11617")

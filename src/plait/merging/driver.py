@@ -13,7 +13,8 @@ from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.merging.align import align
 from plait.merging.calibration import find_calibration
 from plait.merging.plan import Merged, Plan
-from plait.merging.registry import MergeMethod, checked_options, find_method
+from plait.merging.registry import MergeMethod, find_method
+from plait.options import checked_options
 
 if TYPE_CHECKING:
     from plait.statistics.fisher import FisherDiagonal

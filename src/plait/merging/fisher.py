@@ -7,8 +7,9 @@ from torch import Tensor
 
 from plait.merging.inputs import MergeInputs
 from plait.merging.linear import importances
-from plait.merging.registry import Positive, merge_method
+from plait.merging.registry import merge_method
 from plait.merging.stream import DenseDelta, MergedDelta
+from plait.options import Positive
 
 
 @merge_method("fisher", paper="arXiv:2111.09832", needs=("fisher",))

@@ -8,7 +8,8 @@ from torch import Tensor
 from plait.adapters.lora import LoraFactors
 from plait.merging.core import polar, significant
 from plait.merging.inputs import MergeInputs
-from plait.merging.registry import Fraction, merge_method
+from plait.merging.registry import merge_method
+from plait.options import Fraction
 
 
 @merge_method("iso_c", paper="arXiv:2502.04959")

@@ -10,9 +10,10 @@ from torch import Tensor
 from plait.merging.elementwise import in_space
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
-from plait.merging.registry import Density, merge_method
+from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta
 from plait.merging.ties import trimmed
+from plait.options import Density
 
 
 def _thresholds(modules: Sequence[MergeInputs], options: Mapping[str, Any]) -> list[Tensor] | None:

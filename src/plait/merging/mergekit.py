@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import InputError, UsageError
-from plait.merging.registry import did_you_mean
+from plait.options import did_you_mean
 from plait.store import require_regular
 
 _LIMIT = 1 << 20

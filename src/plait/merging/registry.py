@@ -2,69 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from plait.errors import UsageError
 from plait.merging.inputs import MergeInputs
 from plait.merging.stream import MergedDelta
-
-
-class Range(NamedTuple):
-    """Bounds of a numeric option; `open_low` leaves `low` itself out."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether a value lies inside."""
-        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
-
-
-Density = Annotated[float, Range(0.0, 1.0, open_low=True)]
-Fraction = Annotated[float, Range(0.0, 1.0)]
-Positive = Annotated[float, Range(0.0, math.inf, open_low=True)]
-Space = Literal["dense", "core", "knots"]
-Agreeing = Literal["mean", "sum"]
-
-
-class Configurable(Protocol):
-    """Anything registered under a name with options: a merging method, a subspace method."""
-
-    @property
-    def name(self) -> str:
-        """Unique name."""
-
-    @property
-    def options(self) -> Mapping[str, Option]:
-        """Name -> option."""
-
-
-class Option(NamedTuple):
-    """One option of a method: its type (int, float, bool or str), its default, and what it may be."""
-
-    type: type
-    default: Any
-    allowed: Range | tuple[str, ...] | None = None
-    optional: bool = False
-
-    def describe(self) -> str:
-        """The type and what is allowed, for a table or a message."""
-        shown = (
-            " | ".join(self.allowed) if isinstance(self.allowed, tuple) and not isinstance(self.allowed, Range) else ""
-        )
-        bounds = f" in {self.allowed}" if isinstance(self.allowed, Range) else ""
-        return (shown or self.type.__name__ + bounds) + (" or none" if self.optional else "")
-
+from plait.options import Option, checked_options, did_you_mean, options_of
 
 Combination = Callable[[Sequence[float]], Sequence[float]]
 Prepare = Callable[[Sequence[MergeInputs], Mapping[str, Any]], Any]
@@ -143,26 +90,6 @@ def find_method(name: str) -> MergeMethod:
     return _METHODS[name]
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint with the nearest known word, or all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names) or 'none'}"
-
-
-def checked_options(method: Configurable, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All options of a method: those given, checked, and the defaults of the others.
-
-    Raises:
-        UsageError: Unknown, of a wrong type, or out of range.
-    """
-    given = dict(options or {})
-    for key in given:
-        if key not in method.options:
-            raise UsageError(f"{method.name} has no option {key!r}", hint=did_you_mean(key, method.options))
-    return {k: _checked(method.name, k, given[k], o) if k in given else o.default for k, o in method.options.items()}
-
-
 def parse_settings(method: str, settings: Iterable[str]) -> dict[str, Any]:
     """Options from ``key=value`` texts, as `--set` takes them.
 
@@ -190,42 +117,3 @@ def _from_text(method: str, key: str, text: str, option: Option) -> Any:
         return option.type(text)
     except (ValueError, KeyError):
         raise UsageError(f"{method}: {key}={text!r} is not {option.describe()}") from None
-
-
-def _checked(method: str, key: str, value: Any, option: Option) -> Any:
-    wrong = UsageError(f"{method}: {key} is {value!r}, expected {option.describe()}")
-    if value is None and option.optional:
-        return None
-    if option.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, option.type) or (isinstance(value, bool) and option.type is not bool):
-        raise wrong
-    if isinstance(value, float) and not math.isfinite(value):
-        raise wrong
-    if isinstance(option.allowed, Range):
-        if not isinstance(value, int | float) or not option.allowed.holds(value):
-            raise wrong
-    elif option.allowed is not None and value not in option.allowed:
-        raise wrong
-    return value
-
-
-def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """Name -> Option of every keyword-only parameter of a function."""
-    hints = get_type_hints(function, include_extras=True)
-    keyword_only = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return {p.name: _option(p, hints[p.name]) for p in keyword_only}
-
-
-def _option(parameter: inspect.Parameter, hint: Any) -> Option:
-    if parameter.default is parameter.empty:
-        raise TypeError(f"option {parameter.name!r} has no default; every method runs without options")
-    optional = get_origin(hint) in (Union, types.UnionType)
-    if optional:
-        hint = next(h for h in get_args(hint) if h is not type(None))
-    if get_origin(hint) is Literal:
-        return Option(str, parameter.default, tuple(get_args(hint)), optional)
-    if get_origin(hint) is Annotated:
-        kind, allowed = get_args(hint)
-        return Option(kind, parameter.default, allowed, optional)
-    return Option(hint, parameter.default, None, optional)

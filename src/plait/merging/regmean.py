@@ -14,7 +14,8 @@ from plait.adapters.lora import LoraFactors
 from plait.errors import RunError
 from plait.merging.inputs import MergeInputs
 from plait.merging.linear import importances
-from plait.merging.registry import Fraction, merge_method
+from plait.merging.registry import merge_method
+from plait.options import Fraction
 
 if TYPE_CHECKING:
     from plait.statistics.moments import Moments

@@ -11,8 +11,9 @@ from torch import Tensor
 from plait.merging.elementwise import in_space, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import nth_largest
-from plait.merging.registry import Density, merge_method
+from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta, row_blocks
+from plait.options import Density
 
 
 @merge_method("sce", paper="arXiv:2408.07990")

@@ -13,7 +13,8 @@ from plait.errors import InputError, RunError, UsageError
 from plait.merging.core import gram
 from plait.merging.inputs import MergeInputs
 from plait.merging.linear import normalised
-from plait.merging.registry import Fraction, Range, merge_method
+from plait.merging.registry import merge_method
+from plait.options import Fraction, Range
 
 # Beyond this cosine an arc is a straight line to float32, and the sine in the denominator is noise.
 _PARALLEL = 0.9995

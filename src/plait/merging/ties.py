@@ -10,8 +10,9 @@ from torch import Tensor
 from plait.merging.elementwise import Rule, in_space, keep_from, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
-from plait.merging.registry import Agreeing, Density, Space, merge_method
+from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta
+from plait.options import Agreeing, Density, Space
 
 
 def _thresholds(modules: Sequence[MergeInputs], options: Mapping[str, Any]) -> list[Tensor] | None:

@@ -9,7 +9,8 @@ import torch
 from plait.adapters.lora import LoraFactors
 from plait.merging.core import polar
 from plait.merging.inputs import MergeInputs
-from plait.merging.registry import Range, merge_method
+from plait.merging.registry import merge_method
+from plait.options import Range
 
 
 @merge_method("tsv", paper="arXiv:2412.00081")

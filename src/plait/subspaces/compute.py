@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.errors import InputError, RunError, UsageError
-from plait.merging.registry import checked_options
+from plait.options import checked_options
 from plait.statistics.moments import ModuleInfo, Statistics, merge_statistics, require_compatible
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plait.base import named_seed
 from plait.errors import InputError
-from plait.merging.registry import Positive, Range
+from plait.options import Positive, Range
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
 from plait.subspaces.solvers import (
@@ -25,7 +25,7 @@ from plait.subspaces.solvers import (
 )
 
 # Tasks are solved together as long as their float64 matrices fit in this much memory.
-BATCH_BYTES = 2 << 30
+BATCH_BYTES = 7 << 30
 _EXTRA = 8  # columns of a block beyond those wanted: they make the gap
 
 
@@ -114,10 +114,12 @@ def _batches(x: SiteInputs) -> Iterator[Sequence[str]]:
 
 
 def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> dict[str, Basis]:
-    own = x.own(tasks[0])[None] if len(tasks) == 1 else torch.stack([x.own(t) for t in tasks])
+    own = torch.empty(len(tasks), x.dim, x.dim, dtype=torch.float64, device=x.device)
+    for i, task in enumerate(tasks):
+        own[i] = x.own(task)
 
     def operator(Y: Tensor) -> Tensor:
-        return whitener @ (own @ (whitener.T @ Y))
+        return _apply(whitener, own @ _apply(whitener.T, Y))
 
     pairs = _largest(x, operator, lambda: whitener @ own @ whitener.T, len(tasks))
     found = {}
@@ -133,6 +135,12 @@ def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> 
             )
         found[task] = Basis(rows, energies, _solver(pairs))
     return found
+
+
+def _apply(A: Float[Tensor, "d d"], Y: Float[Tensor, "t d b"]) -> Float[Tensor, "t d b"]:
+    """A Y for a whole batch as one product with all its columns side by side."""
+    t, d, b = Y.shape
+    return (A @ Y.transpose(0, 1).reshape(d, t * b)).view(d, t, b).transpose(0, 1)
 
 
 def _largest(x: SiteInputs, operator: Operator, matrices: Callable[[], Tensor], count: int) -> Eigenpairs:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plait.errors import UsageError
-from plait.merging.registry import Option, did_you_mean, options_of
+from plait.options import Option, did_you_mean, options_of
 from plait.subspaces.inputs import Basis
 
 # The length of a row of A where the caller names none: 1, a standard Gaussian's, or as it was drawn.

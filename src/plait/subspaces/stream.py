@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from plait.errors import InputError, UsageError
-from plait.merging.registry import checked_options
+from plait.options import checked_options
 from plait.statistics.accumulate import POOLS, exact_matmul
 from plait.statistics.collect import Batch, Collector
 from plait.statistics.layers import LayerGroup, LayerWalk
@@ -26,7 +26,7 @@ from plait.subspaces.inputs import SiteInputs
 from plait.subspaces.registry import SubspaceMethod, checked_row_norm, find_subspace_method
 
 # Sites of up to this width are solved several at a time on a GPU: each alone leaves it waiting for small steps.
-_SMALL_SITE, _WORKERS = 6000, 4
+_SMALL_SITE, _WORKERS = 6000, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,9 @@ def _solve_group(solver: _Solver, sites: dict[str, dict[str, Moments]]) -> Itera
         torch.cuda.synchronize(solver.device)  # the workers' streams start after what collected the sums
     small = [s for s, m in sites.items() if next(iter(m.values())).dim <= _SMALL_SITE]
     if solver.device.type == "cuda" and len(small) > 1:
+        torch.linalg.cholesky_ex(
+            torch.eye(2, device=solver.device)
+        )  # torch loads its solvers on first use, one thread only
         with ThreadPoolExecutor(_WORKERS) as pool:
             pending = {s: pool.submit(solver.solve_aside, s, sites.pop(s)) for s in small}
             for site, future in pending.items():
