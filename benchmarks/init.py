@@ -212,9 +212,11 @@ def gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
         "qv24": ("contrastive", ["q_proj", "v_proj"], 4, 24, True, 1),
         "all24": ("contrastive", LINEAR, 1, 24, True, 1),
     }
-    for name in options.parts.split(","):
-        with contextlib.suppress(torch.OutOfMemoryError) if name not in ("qv", "osrm") else contextlib.nullcontext():
+    for name in filter(None, options.parts.split(",")):
+        try:
             rows += streamed(name, model, batches, shape, forward, device, *jobs[name])
+        except torch.OutOfMemoryError as e:
+            print(f"{name}: {e}", flush=True)
     return rows
 
 
@@ -261,6 +263,7 @@ def streamed(
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if device != "cpu" else None,
         "parts": {k: round(middle.median(v), 3) for k, v in seconds.items()},
         "solver": sorted({str(r["solver"]) for r in records}),
+        "first": round(seconds["total"][0], 3),
         "steps": middle.median(r.get("steps", 0) for r in records),
     }
     total = middle.median(seconds["total"])
@@ -338,7 +341,7 @@ def random_batches(options: argparse.Namespace, words: int, size: int, device: s
         chance = torch.rand(words, generator=generator) ** 4
         ids = torch.multinomial(chance, options.samples * options.length, replacement=True, generator=generator)
         ids = ids.view(options.samples, options.length).to(device)
-        mask = torch.ones_like(ids)
+        mask = torch.ones(ids.shape, dtype=torch.long)  # on the CPU: counting it must not wait for the GPU
         cuts = range(0, options.samples, size)
         batches[f"task{number}"] = [
             {"input_ids": ids[i : i + size], "attention_mask": mask[i : i + size]} for i in cuts
@@ -350,7 +353,7 @@ def random_batches(options: argparse.Namespace, words: int, size: int, device: s
 def bare_forward(model: nn.Module, given: list[dict[str, Tensor]]) -> None:
     extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     for batch in given:
-        model(**batch, **extra)
+        model(**{k: v.to(model.device) for k, v in batch.items()}, **extra)
 
 
 @contextlib.contextmanager

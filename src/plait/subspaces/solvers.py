@@ -11,16 +11,19 @@ from torch import Tensor
 
 # Up to this width the dense solver is as quick as the iteration (2 cores: 0.1 s at 512).
 DENSE_LIMIT = 256
-# Wanted: residual / gap, the sine of the angle to the true subspace (Davis-Kahan).
-ANGLE = 2e-5
-# A gap below this fraction of the largest eigenvalue is no gap: then the energies decide, and they are of second order.
+# The wanted subspace has settled when it is within this of the true one (Frobenius norm of the sines), as far as its last
+# two turns tell: an error that shrinks by q = turn / turn before is now about q times the turn. The residual over the gap
+# bounds the same angle, 50 times too cautiously here: a Krylov residual lies far from the wanted end of the spectrum.
+ANGLE = 4e-5
+# Where the gap is below this fraction of the largest eigenvalue the subspace may never settle; then the energies decide,
+# which are of second order: settled when a round gains less than this, relative to the largest.
 NO_GAP = 1e-3
-ENERGY = 1e-7
+ENERGY = 1e-6
+SMALL_RESIDUAL = 1e-2
 _MAX_STEPS = 240
-_CHECK_EVERY = 4
+_BLOCKS, _KEPT = 8, 3  # of the Krylov space before it is compressed, and after
 # Columns this dependent are not orthonormalised by Cholesky, whose error grows with the square of their condition.
-_DEPENDENT = 1e-6
-_ORTHOGONAL = 1e-12
+_DEPENDENT = 1e-5
 
 Operator = Callable[[Float[Tensor, "t d b"]], Float[Tensor, "t d b"]]
 
@@ -35,6 +38,7 @@ class Eigenpairs:
         residual: Largest residual norm of a wanted pair.
         converged: Whether every operator met the tolerance.
         steps: Block steps taken; 0 for the dense solver.
+        turned: (t,) how far the wanted subspace turned in the last round.
     """
 
     values: Float[Tensor, "t n"]
@@ -42,19 +46,22 @@ class Eigenpairs:
     residual: float
     converged: bool
     steps: int
+    turned: Float[Tensor, " t"]
 
 
 def dense_eigenpairs(matrices: Float[Tensor, "t d d"], count: int) -> Eigenpairs:
     """The largest eigenpairs by a full decomposition. Cost: d^3 each."""
     values, vectors = torch.linalg.eigh(matrices)
-    return Eigenpairs(values.flip(-1)[:, :count], vectors.flip(-1)[..., :count], 0.0, True, 0)
+    return Eigenpairs(
+        values.flip(-1)[:, :count], vectors.flip(-1)[..., :count], 0.0, True, 0, torch.zeros(len(matrices))
+    )
 
 
 def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int) -> Eigenpairs:
     """The largest eigenvalues of symmetric operators by thick-restart block Lanczos with full reorthogonalisation.
 
-    Every block of the Krylov space is kept up to eight of them; then the space is compressed to its best Ritz vectors.
-    All operators of a batch advance together, so that a GPU sees few large products.
+    Every block of the Krylov space is kept up to eight of them; then the Ritz pairs are judged and the space is compressed
+    to its best Ritz vectors. All operators of a batch advance together, so that a GPU sees few large products.
 
     Args:
         operator: (t, d, b) -> (t, d, b), one symmetric operator per batch entry.
@@ -62,80 +69,83 @@ def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int
         count: Number of wanted pairs, below b.
 
     Returns:
-        As many Ritz pairs as the block has columns; `converged` says whether the wanted ones meet `ANGLE` (or `ENERGY`,
-        where the spectrum has no gap after them).
+        As many Ritz pairs as the block has columns; `converged` says whether the wanted ones have settled to `ANGLE`,
+        or to `ENERGY` where the spectrum has no gap after them.
 
     Cost: per step one application and 4 d b m operations with m at most 8 b.
 
     Source: Zhou and Saad, Block Krylov-Schur method, Numerical Algorithms 2008; Stewart, SIAM J. Matrix Anal. 2001.
     """
     block = start.shape[-1]
-    limit, keep = 8 * block, 3 * block
     V = orthonormal(start)
     images = operator(V)
     found = None
     for step in range(1, _MAX_STEPS + 1):
         Q = orthonormal(images[..., -block:], V)
-        full = V.shape[-1] + block > limit
-        if step % _CHECK_EVERY == 0 or full:
+        if V.shape[-1] >= _BLOCKS * block:
             found, Y = _ritz(V, images, count, block, step, found)
             if found.converged:
                 return found
-            if full:
-                V, images = V @ Y[..., :keep], images @ Y[..., :keep]
+            V, images = V @ Y, images @ Y
         V = torch.cat([V, Q], -1)
         images = torch.cat([images, operator(Q)], -1)
-    assert found is not None  # _MAX_STEPS exceeds _CHECK_EVERY
+    assert found is not None  # _MAX_STEPS exceeds _BLOCKS
     return found
 
 
 def _ritz(
     V: Tensor, images: Tensor, count: int, block: int, step: int, before: Eigenpairs | None
 ) -> tuple[Eigenpairs, Tensor]:
-    """Rayleigh-Ritz in the current space; the small problems are solved on the CPU, where LAPACK is quicker."""
+    """Rayleigh-Ritz in the current space, and the combinations to keep; LAPACK is quicker than a GPU at this size."""
     H = V.mT @ images
     values, Y = torch.linalg.eigh((0.5 * (H + H.mT)).cpu())
-    values, Y = values.flip(-1).to(V.device), Y.flip(-1).to(V.device)
-    wanted = Y[..., :block]
-    vectors = V @ wanted
-    misfit = images @ wanted[..., :count] - vectors[..., :count] * values[:, None, :count]
-    residuals = torch.linalg.vector_norm(misfit, dim=1).amax(-1)
-    gaps = values[:, count - 1] - values[:, count]
+    values, Y = values.flip(-1), Y.flip(-1)[..., : _KEPT * block].to(V.device)
+    vectors = V @ Y[..., :block]
+    wanted = values[:, :count].to(V.device)
+    misfit = images @ Y[..., :count] - vectors[..., :count] * wanted[:, None]
+    residuals = torch.linalg.vector_norm(misfit, dim=1).amax(-1).cpu()
     scale = values.abs().amax(-1)
-    sharp = residuals <= ANGLE * gaps
-    blunt = (gaps < NO_GAP * scale) & (residuals <= 1e-3 * scale)
+    done, turned = residuals <= 1e-13 * scale, torch.ones_like(scale)
     if before is not None:
-        gained = (values[:, :count].sum(-1) - before.values[:, :count].sum(-1)).abs()
-        blunt &= gained <= ENERGY * count * scale
-    exact = residuals <= 1e-13 * scale
-    done = bool((sharp | (blunt & (before is not None)) | exact).all())
-    return Eigenpairs(values[:, :block], vectors, float(residuals.max()), done, step), Y
+        overlap = (vectors[..., :count].mT @ before.vectors[..., :count]).square().sum((-2, -1)).cpu()
+        turned = (count - overlap).clamp_min(0).sqrt()
+        error = turned * (turned / before.turned.clamp_min(1e-12)).clamp(max=1.0)
+        gained = (values[:, :count].sum(-1) - before.values[:, :count].sum(-1).cpu()).abs()
+        no_gap = values[:, count - 1] - values[:, count] < NO_GAP * scale
+        settled = (error <= ANGLE) | (no_gap & (gained <= ENERGY * count * scale))
+        done |= settled & (residuals <= SMALL_RESIDUAL * scale)
+    pairs = values[:, :block].to(V.device)
+    return Eigenpairs(pairs, vectors, float(residuals.max()), bool(done.all()), step, turned), Y
 
 
 def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | None = None) -> Float[Tensor, "t d b"]:
     """Orthonormal columns spanning W's part orthogonal to `against`; where that part vanishes, others orthogonal to it.
 
-    Two rounds: the first loses orthogonality by cancellation where W nearly lies in `against`, the second restores it;
-    a third where columns had to be invented.
+    Two rounds: the first loses orthogonality by cancellation where W nearly lies in `against`, the second restores it.
     """
-    if against is None:
-        return _factor_q(_factor_q(W))
-    for step in range(3):
-        W = _factor_q(W - against @ (against.mT @ W))
-        if step and float((against.mT @ W).abs().max()) < _ORTHOGONAL:
-            break
+    for _ in range(2):
+        if against is not None:
+            W = W - against @ (against.mT @ W)
+        Q = _cholesky_q(W)
+        if Q is None:  # dependent columns: Householder invents new ones, which must leave `against` too
+            W = torch.linalg.qr(W).Q
+            W = W if against is None else W - against @ (against.mT @ W)
+            Q = torch.linalg.qr(W).Q
+        W = Q
     return W
 
 
-def _factor_q(W: Tensor) -> Tensor:
-    """Q of a thin QR: by Cholesky of the Gram matrix, which is batched on a GPU, and by Householder where that fails."""
+def _cholesky_q(W: Tensor) -> Tensor | None:
+    """Q of a thin QR by Cholesky of the Gram matrix, which is batched on a GPU; None where its columns are dependent."""
     W = W / torch.linalg.vector_norm(W, dim=-2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     L, info = torch.linalg.cholesky_ex(W.mT @ W)
-    if int(info.abs().max()) == 0 and float(L.diagonal(dim1=-2, dim2=-1).min()) > _DEPENDENT:
-        solved: Tensor = torch.linalg.solve_triangular(L, W.mT, upper=False)
-        return solved.mT
-    Q: Tensor = torch.linalg.qr(W).Q
-    return Q
+    dependent = (info != 0).any() | ~(L.diagonal(dim1=-2, dim2=-1).amin() > _DEPENDENT)
+    if bool(dependent):  # the one wait for the GPU
+        return None
+    inverse: Tensor = torch.linalg.solve_triangular(
+        L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device), upper=False
+    )
+    return W @ inverse.mT
 
 
 def fixed_signs(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
