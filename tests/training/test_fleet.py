@@ -81,7 +81,13 @@ def test_classification_and_regression_members(tiny_base, tmp_path, architecture
 def test_text_members(tiny_base, tmp_path, kind, architecture):
     base = tiny_base(architecture)
     members = [member(base, architecture, tmp_path / str(s), make_task(f"t{s}", kind), seed=s) for s in range(3)]
-    compare(members, base, tmp_path)
+    found = compare(members, base, tmp_path)
+    # What is on disk names modules as in the whole model; training goes on from it all the same.
+    on = [dataclasses.replace(m, initial=a, out=tmp_path / f"on{m.seed}") for m, a in zip(members, found, strict=True)]
+    again = train_fleet(on, base)
+    assert distance(again[0], train_adapter(
+        found[0], on[0].task, on[0].examples, base, on[0].settings, seed=0, out=tmp_path / "on-alone", identity=on[0].identity,
+    )) < 1e-4  # fmt: skip
 
 
 def same_bits(a, b):

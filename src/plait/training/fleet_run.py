@@ -53,7 +53,7 @@ class Shared:
         self.whole = load_task_model(base, members[0].task, seed=members[0].seed).requires_grad_(False).eval()
         self.backbone, self.prefix = backbone_of(self.whole)
         self._trainees = self._prepare()
-        self.shapes = common_shapes([m.initial for m in members], self.backbone)
+        self.shapes = common_shapes([t.adapter for t in self._trainees], self.backbone)
         self.ends = {view: Ends(model) for view, model in self._views.values()} if self.prefix else {}
         self.autocast = None
         if members[0].settings.precision == "bf16" and base.torch_dtype == torch.float32:

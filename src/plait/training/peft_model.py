@@ -28,16 +28,23 @@ TASK_TYPES = {
 def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
     """The adapter as it goes into training on a task: named after it, on the task's model, with the model's head.
 
-    A head that the adapter already has for this task is put into the model first: training continues from it.
+    A head that the adapter already has for this task is put into the model first: training continues from it. Modules
+    of a text adapter are named on disk as in the whole model; here all names are relative to the backbone.
     """
     if task.name in initial.heads:
         load_head(model, initial.heads[task.name])
     head = head_state(model) if TASK_TYPES[task.kind] == "SEQ_CLS" else {}
+    backbone, prefix = backbone_of(model)
+    inside = {name for name, _ in backbone.named_modules()}
+    short = {
+        name: name.removeprefix(f"{prefix}.") if prefix and name not in inside else name for name in initial.modules
+    }
     return replace(
         initial,
+        modules={short[name]: factors for name, factors in initial.modules.items()},
         name=task.name,
         task_type=TASK_TYPES[task.kind],
-        prefix=backbone_of(model)[1],
+        prefix=prefix,
         heads={task.name: head} if head else {},
     )
 

@@ -70,7 +70,8 @@ def _spans(
         )
     only: dict[str, Any] = {"tasks": (task,), "rank": m, "row_norm": 1.0, "options": more}
     found = compute_subspaces(method, statistics, device=device, **only)[task]
-    return {module: Rule(found[module].basis) for module in adapter.modules}
+    own = statistics[task]
+    return {module: Rule(found[own.relative(module)].basis) for module in adapter.modules}
 
 
 def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str, beta: float) -> dict[str, Rule]:
@@ -78,12 +79,11 @@ def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str
     shared: dict[str, Tensor] = {}
     rules = {}
     for module in adapter.modules:
-        info = others[0].modules[module]
+        name = others[0].relative(module)
+        info = others[0].modules[name]
         if info.site not in shared:
-            shared[info.site] = mean_moment([s.sites[s.modules[module].site] for s in others])
-        energy = sum(s.modules[module].output_energy / s.sites[s.modules[module].site].trace for s in others) / len(
-            others
-        )
+            shared[info.site] = mean_moment([s.sites[s.modules[name].site] for s in others])
+        energy = sum(s.modules[name].output_energy / s.sites[s.modules[name].site].trace for s in others) / len(others)
         rules[module] = Rule(shared[info.site], beta / energy)
     return rules
 

@@ -1,0 +1,118 @@
+"""Configurations with which other trainers continue from a plait folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.config import read_config
+from plait.adapters.peft_format import read_adapter
+from plait.errors import UsageError
+
+TRAINERS = ("axolotl", "llama-factory", "trl", "unsloth")
+
+_TRL = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, {folder!r}, is_trainable=True)  # no peft_config below: the folder is it
+trainer = SFTTrainer(
+    model=model,
+    processing_class=AutoTokenizer.from_pretrained({base!r}),
+    args=SFTConfig(output_dir={out!r}, learning_rate=4e-4),
+    train_dataset=dataset,  # rows with "prompt" and "completion", or "messages"
+)
+trainer.train()
+trainer.save_model({out!r})  # a folder that `plait merge` takes
+"""
+
+_UNSLOTH = """\
+from unsloth import FastLanguageModel
+from trl import SFTConfig, SFTTrainer
+
+# Given the adapter's folder, Unsloth loads the base it names and continues the adapter: do not call get_peft_model.
+model, tokenizer = FastLanguageModel.from_pretrained({folder!r}, max_seq_length=2048, load_in_4bit=False)
+model = FastLanguageModel.for_training(model)
+trainer = SFTTrainer(
+    model=model,
+    processing_class=tokenizer,
+    args=SFTConfig(output_dir={out!r}, learning_rate=4e-4),
+    train_dataset=dataset,
+)
+trainer.train()
+model.save_pretrained({out!r})
+"""
+
+
+def snippet(trainer: str, folder: str | Path) -> str:
+    """What to give another trainer so that it continues from an adapter folder.
+
+    Args:
+        trainer: "axolotl" and "llama-factory" (YAML), "trl" and "unsloth" (Python).
+        folder: A PEFT folder, as `plait init` writes it.
+
+    Returns:
+        The text; what the user must still name (the data) is marked in it.
+
+    Raises:
+        UsageError: Unknown trainer, or an adapter with a task's head, which these trainers of text do not train.
+        InputError: Not an adapter folder.
+    """
+    if trainer not in TRAINERS:
+        raise UsageError(f"unknown trainer {trainer!r}", hint=f"one of {', '.join(TRAINERS)}")
+    folder = Path(folder)
+    adapter, config = read_adapter(folder), read_config(folder)
+    if adapter.heads:
+        raise UsageError(f"{trainer} trains text, this adapter has a classification head", where=str(folder))
+    out = f"{folder}-trained"
+    if trainer in ("trl", "unsloth"):
+        return (_TRL if trainer == "trl" else _UNSLOTH).format(base=adapter.base, folder=str(folder), out=out)
+    targets = config.target_modules
+    names = sorted(adapter.full_name(m) for m in adapter.modules) if targets is None else targets
+    shared = {"base": adapter.base, "folder": str(folder), "r": config.r, "alpha": int(config.alpha), "out": out}
+    return _yaml((_axolotl if trainer == "axolotl" else _llama_factory)(shared, names))
+
+
+def _axolotl(x: dict[str, Any], targets: tuple[str, ...] | list[str] | str) -> dict[str, Any]:
+    return {
+        "base_model": x["base"],
+        "adapter": "lora",
+        "lora_model_dir": x["folder"],  # continue from this adapter; r, alpha and targets repeat what is in it
+        "lora_r": x["r"],
+        "lora_alpha": x["alpha"],
+        "lora_target_modules": targets if isinstance(targets, str) else list(targets),
+        "lora_dropout": 0.0,
+        "datasets": [{"path": "YOUR_DATA.jsonl", "type": "alpaca"}],
+        "learning_rate": 4e-4,
+        "num_epochs": 1,
+        "micro_batch_size": 8,
+        "output_dir": x["out"],
+    }
+
+
+def _llama_factory(x: dict[str, Any], targets: tuple[str, ...] | list[str] | str) -> dict[str, Any]:
+    return {
+        "model_name_or_path": x["base"],
+        "adapter_name_or_path": x["folder"],
+        "create_new_adapter": False,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": x["r"],
+        "lora_alpha": x["alpha"],
+        "lora_target": targets if isinstance(targets, str) else ",".join(targets),
+        "dataset": "YOUR_DATASET",
+        "template": "default",
+        "learning_rate": 4e-4,
+        "num_train_epochs": 1.0,
+        "per_device_train_batch_size": 8,
+        "output_dir": x["out"],
+    }
+
+
+def _yaml(value: dict[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,106 @@
+"""Other trainers: TRL run as the documentation shows it, the others' configurations against their own option names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.base import load_task_model, load_tokenizer
+from plait.errors import UsageError
+from plait.statistics import collect_statistics
+from plait.tasks import batches, encode
+from plait.training.peft_model import for_task
+from plait.training.snippets import TRAINERS, snippet
+from tests.tiny import TARGETS
+from tests.training.conftest import make_adapter, make_examples, make_task
+
+PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
+# Names defined in axolotl/utils/schemas (peft, model, training, datasets, config) and in llamafactory/hparams.
+AXOLOTL = {
+    "base_model", "adapter", "lora_model_dir", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "datasets",
+    "learning_rate", "num_epochs", "micro_batch_size", "output_dir",
+}  # fmt: skip
+LLAMA_FACTORY = {
+    "model_name_or_path", "adapter_name_or_path", "create_new_adapter", "stage", "do_train", "finetuning_type", "lora_rank",
+    "lora_alpha", "lora_target", "dataset", "template", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
+    "output_dir",
+}  # fmt: skip
+
+
+@pytest.fixture
+def causal_folder(tiny_base, tmp_path):
+    base, task = tiny_base("llama"), make_task(kind="causal")
+    adapter = for_task(make_adapter(base, task, "llama"), task, load_task_model(base, task, seed=0))
+    (tmp_path / "start").mkdir()
+    write_adapter(tmp_path / "start", adapter)
+    return base, task, tmp_path / "start"
+
+
+def block(language: str, holding: str) -> str:
+    return next(b for b in re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL) if holding in b)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and its imports' own
+def test_the_trl_example_of_the_documentation_runs(causal_folder, tmp_path):
+    pytest.importorskip("trl", reason="the extra `test` brings trl")
+    base, task, folder = causal_folder
+    tokenizer, statistics = load_tokenizer(base), {}
+    for i, name in enumerate(("topic", "other")):
+        rows = encode(tokenizer, task, make_examples(task, 40, seed=i), 24)
+        model = load_task_model(base, task, seed=0)
+        statistics[name] = collect_statistics(model, batches(tokenizer, rows, 8), TARGETS["llama"])
+    examples = make_examples(task)
+    rows = [{"prompt": t[0], "completion": " " + y} for t, y in zip(examples.texts, examples.labels, strict=True)]
+    names = {
+        "BASE": base.name,
+        "FOLDER": str(folder),
+        "OUT": str(tmp_path / "out"),
+        "rows": rows,
+        "statistics": statistics,
+    }
+    exec(compile(block("python", "SFTTrainer("), "trainers.md", "exec"), names)
+    start, trained = read_adapter(folder), read_adapter(tmp_path / "out")
+    assert list(start.modules) == list(trained.modules)
+    for module, rule in names["constraint"].rules.items():
+        A, Q = trained.modules[module].A, rule.matrix
+        assert (A - A @ Q.T @ Q).norm() < 1e-5 * A.norm()
+        assert trained.modules[module].B.norm() > 0
+        assert not torch.equal(A, start.modules[module].A)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_snippets_name_the_folder_and_what_is_in_it(causal_folder, trainer):
+    base, _, folder = causal_folder
+    text = snippet(trainer, folder)
+    assert str(folder) in text
+    if trainer in ("trl", "unsloth"):
+        ast.parse(text)
+        return
+    config = yaml.safe_load(text)
+    assert set(config) <= (AXOLOTL if trainer == "axolotl" else LLAMA_FACTORY)
+    assert base.name in config.values() and 4 in config.values() and 8 in config.values()
+    targets = config.get("lora_target_modules") or config["lora_target"].split(",")
+    assert sorted(targets) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(("holding", "names"), [("base_model:", AXOLOTL), ("finetuning_type:", LLAMA_FACTORY)])
+def test_the_documented_configurations_use_known_names(holding, names):
+    assert set(yaml.safe_load(block("yaml", holding))) == names
+
+
+def test_what_other_trainers_cannot_continue_is_refused(tiny_base, tmp_path, causal_folder):
+    with pytest.raises(UsageError, match="unknown trainer"):
+        snippet("nemo", causal_folder[2])
+    base, task = tiny_base("bert"), make_task()
+    (tmp_path / "head").mkdir()
+    write_adapter(
+        tmp_path / "head", for_task(make_adapter(base, task, "bert"), task, load_task_model(base, task, seed=0))
+    )
+    with pytest.raises(UsageError, match="classification head"):
+        snippet("trl", tmp_path / "head")
