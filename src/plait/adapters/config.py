@@ -16,6 +16,8 @@ CONFIG = "adapter_config.json"
 # Head modules PEFT itself saves for these task types (peft.tuners.tuners_utils, SEQ_CLS_HEAD names).
 CLASSIFICATION_TYPES = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 _RANK_LIMIT = 1 << 16
+_ALPHA_LIMIT = 1e30  # above, float32 factors overflow
+_PATTERN_LIMIT = 300
 
 # Option -> why plait cannot treat such an adapter as W0 + scaling * B @ A.
 _REFUSED = {
@@ -70,13 +72,7 @@ class AdapterConfig:
 
 
 def _hit(pattern: Mapping[str, Any], module: str) -> str:
-    for key in pattern:
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
-        except re.error:
-            continue
-    return module
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), module)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -92,14 +88,11 @@ def read_config(folder: Path) -> AdapterConfig:
     if not isinstance(raw, dict):
         raise InputError("not a JSON object", where=str(path))
     refuse_variants(raw, str(path))
-    base = raw.get("base_model_name_or_path")
-    if base is not None and not isinstance(base, str):
-        raise InputError("base_model_name_or_path is not a string", where=str(path))
     narrowed = any(raw.get(k) for k in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     return AdapterConfig(
-        base=base or "",
-        revision=raw.get("revision"),
-        task_type=raw.get("task_type"),
+        base=_text(raw, "base_model_name_or_path", path) or "",
+        revision=_text(raw, "revision", path),
+        task_type=_text(raw, "task_type", path),
         r=_rank(raw.get("r", 8), "r", path),
         alpha=_alpha(raw.get("lora_alpha", 8), "lora_alpha", path),
         rslora=bool(raw.get("use_rslora", False)),
@@ -141,7 +134,7 @@ def _rank(value: Any, key: str, path: Path) -> int:
 
 
 def _alpha(value: Any, key: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _ALPHA_LIMIT:
         raise InputError(f"{key} is {value!r}, expected a finite number above 0", where=str(path))
     return float(value)
 
@@ -150,6 +143,25 @@ def _mapping(raw: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise InputError(f"{key} is not an object", where=str(path))
+    for name in value:
+        _require_quick(name, f"{key}[{name}]", path)
+    return value
+
+
+def _require_quick(pattern: str, key: str, path: Path) -> None:
+    """PEFT matches these keys as regexes, and a regex can take forever: none with nested or many repetitions is tried."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise InputError(f"{key} is not a regex: {e}", where=str(path)) from None
+    if len(pattern) > _PATTERN_LIMIT or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        raise InputError(f"{key} could take forever to match", where=str(path), hint="name the modules plainly")
+
+
+def _text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{key} is not a string", where=str(path))
     return value
 
 

@@ -104,6 +104,8 @@ def _read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise InputError(f"weight_map points to {file!r}, not a shard in this folder", where=str(folder / INDEX))
         found, _, digests[file] = read_tensors(folder / file)
+        if twice := sorted(set(found) & set(tensors)):
+            raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))
         tensors |= found
     if missing := sorted(set(files) - set(tensors)):
         raise InputError(f"{missing[0]} is in no shard", where=str(folder / INDEX))
@@ -198,7 +200,11 @@ def _split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[di
 
 def _read_heads(folder: Path) -> dict[str, dict[str, Tensor]]:
     files = sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []
-    return {checked_name(f.stem, "head"): read_tensors(f)[0] for f in files}
+    heads = {checked_name(f.stem, "head"): read_tensors(f)[0] for f in files}
+    for task, head in heads.items():
+        for key, tensor in head.items():
+            _require_finite(tensor, key, folder / HEADS / f"{task}.safetensors")
+    return heads
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
