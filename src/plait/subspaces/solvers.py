@@ -24,6 +24,8 @@ _MAX_STEPS = 240
 _BLOCKS, _KEPT = 8, 3  # of the Krylov space before it is compressed, and after
 # Columns this dependent are not orthonormalised by Cholesky, whose error grows with the square of their condition.
 _DEPENDENT = 1e-5
+_VANISHED = 1e-10  # what a projection leaves of a column that lay in the space already: rounding
+_ROUNDS = 6
 
 Operator = Callable[[Float[Tensor, "t d b"]], Float[Tensor, "t d b"]]
 
@@ -122,30 +124,34 @@ def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | Non
     """Orthonormal columns spanning W's part orthogonal to `against`; where that part vanishes, others orthogonal to it.
 
     Two rounds: the first loses orthogonality by cancellation where W nearly lies in `against`, the second restores it.
+    Where columns vanish or depend on each other, new ones are drawn and two more rounds clean them.
     """
-    for _ in range(2):
+    clean = 0
+    for turn in range(_ROUNDS):
+        size = torch.linalg.vector_norm(W, dim=-2, keepdim=True)
         if against is not None:
             W = W - against @ (against.mT @ W)
-        Q = _cholesky_q(W)
-        if Q is None:  # dependent columns: Householder invents new ones, which must leave `against` too
-            W = torch.linalg.qr(W).Q
-            W = W if against is None else W - against @ (against.mT @ W)
-            Q = torch.linalg.qr(W).Q
-        W = Q
+        vanished = torch.linalg.vector_norm(W, dim=-2, keepdim=True) <= _VANISHED * size
+        Q, dependent = _cholesky_q(W)
+        if bool(dependent | vanished.any()):  # the one wait for the GPU
+            generator = torch.Generator().manual_seed(_ROUNDS * (0 if against is None else against.shape[-1]) + turn)
+            drawn = torch.randn(W.shape[-2:], generator=generator, dtype=W.dtype).to(W.device)
+            W, clean = torch.linalg.qr(torch.where(vanished, drawn, W)).Q, 0
+            continue
+        W, clean = Q, clean + 1
+        if clean == 2:
+            break
     return W
 
 
-def _cholesky_q(W: Tensor) -> Tensor | None:
-    """Q of a thin QR by Cholesky of the Gram matrix, which is batched on a GPU; None where its columns are dependent."""
+def _cholesky_q(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Q of a thin QR by Cholesky of the Gram matrix, batched on a GPU; and whether columns were too dependent for it."""
     W = W / torch.linalg.vector_norm(W, dim=-2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     L, info = torch.linalg.cholesky_ex(W.mT @ W)
     dependent = (info != 0).any() | ~(L.diagonal(dim1=-2, dim2=-1).amin() > _DEPENDENT)
-    if bool(dependent):  # the one wait for the GPU
-        return None
-    inverse: Tensor = torch.linalg.solve_triangular(
-        L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device), upper=False
-    )
-    return W @ inverse.mT
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    inverse: Tensor = torch.linalg.solve_triangular(L, eye, upper=False)
+    return W @ inverse.mT, dependent
 
 
 def fixed_signs(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
