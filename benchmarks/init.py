@@ -31,7 +31,7 @@ from plait.statistics import collect_statistics
 from plait.statistics.distributed import own_share
 from plait.subspaces import compute_subspaces, stream_subspaces
 
-GIB = 1 << 30
+BUSY = "cpu seconds: "  # of the process: on a machine that others use too, the steadier figure
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Batches = dict[str, list[dict[str, Tensor]]]
 
@@ -123,7 +123,8 @@ def peers(options: argparse.Namespace) -> list[dict[str, Any]]:
             parts: dict[str, float] = {}
             with timed(parts, tool):
                 job(fresh, given)
-            seconds[tool].append(parts[tool])
+            for part, value in parts.items():
+                seconds[part].append(value)
             print({k: round(v, 2) for k, v in parts.items()}, file=sys.stderr, flush=True)
     return rows_of(seconds, f"RoBERTa-large shape, {len(model.encoder.layer)} layers, 16 x {options.length} tokens")
 
@@ -201,7 +202,8 @@ def gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
         with timed(parts, "forward"):
             for given in batches.values():
                 bare_forward(model, given)
-        seconds["forward"].append(parts["forward"])
+        for part, value in parts.items():
+            seconds[part].append(value)
     print("forward", seconds["forward"], flush=True)
     forward = middle.median(seconds["forward"])
     rows = rows_of(seconds, shape)
@@ -261,7 +263,7 @@ def streamed(
         "base": "on the CPU, brought layer by layer" if offloaded else "on the GPU",
         "limit_gb": memory,
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if device != "cpu" else None,
-        "parts": {k: round(middle.median(v), 3) for k, v in seconds.items()},
+        "parts": {k: round(middle.median(v), 3) for k, v in seconds.items() if not k.startswith(BUSY)},
         "solver": sorted({str(r["solver"]) for r in records}),
         "first": round(seconds["total"][0], 3),
         "steps": middle.median(r.get("steps", 0) for r in records),
@@ -360,10 +362,11 @@ def bare_forward(model: nn.Module, given: list[dict[str, Tensor]]) -> None:
 def timed(parts: dict[str, float], name: str) -> Iterator[None]:
     gc.collect()
     wait()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     yield
     wait()
     parts[name] = parts.get(name, 0.0) + time.perf_counter() - start
+    parts[BUSY + name] = parts.get(BUSY + name, 0.0) + time.process_time() - busy
 
 
 def wait() -> None:
@@ -372,16 +375,21 @@ def wait() -> None:
 
 
 def rows_of(seconds: dict[str, list[float]], shape: str, total: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    forward = middle.median(seconds["forward"])
-    rows = [row_of(tool, shape, middle.median(values), forward) for tool, values in seconds.items()]
+    tools = {tool: (tool,) for tool in seconds if not tool.startswith(BUSY)}
     if total:
-        sums = [sum(parts) for parts in zip(*(seconds[t] for t in total), strict=True)]
-        ratios = [s / f for s, f in zip(sums, seconds["forward"], strict=True)]
-        rows.append(
-            row_of(" + ".join(total), shape, middle.median(sums), forward)
-            | {"over_forward": round(middle.median(ratios), 3)}
-        )
-    return rows
+        tools[" + ".join(total)] = total
+    return [summed(tool, parts, seconds, shape) for tool, parts in tools.items()]
+
+
+def summed(tool: str, parts: tuple[str, ...], seconds: dict[str, list[float]], shape: str) -> dict[str, Any]:
+    """Medians over the repeats, each compared with its own repeat's forward passes."""
+
+    def ratio(prefix: str) -> float:
+        sums = [sum(values) for values in zip(*(seconds[prefix + p] for p in parts), strict=True)]
+        return middle.median(s / f for s, f in zip(sums, seconds[prefix + "forward"], strict=True))
+
+    row = row_of(tool, shape, sum(middle.median(seconds[p]) for p in parts), middle.median(seconds["forward"]))
+    return row | {"over_forward": round(ratio(""), 3), "cpu_over_forward": round(ratio(BUSY), 3)}
 
 
 def row_of(tool: str, shape: str, seconds: float, forward: float) -> dict[str, Any]:
