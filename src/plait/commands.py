@@ -17,6 +17,7 @@ from plait.recipe import Recipe
 from plait.recipe_file import require_known
 from plait.session import Session
 from plait.store import identity, read_manifest, staged_file
+from plait.tasks.task import TEXT_KINDS
 
 
 def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def evaluate_folders(
 
 
 def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None) -> tuple[dict[str, Any], list[Score]]:
-    tasks = [t for t in session.tasks if t in adapter.heads]
+    tasks = [t for t, task in session.tasks.items() if t in adapter.heads or task.kind in TEXT_KINDS]
     if not tasks:
         heads = ", ".join(adapter.heads) or "none"
         raise UsageError(
@@ -136,7 +137,7 @@ def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None
     def score(kind: str, scale: float, split: str) -> None:
         for t in tasks:
             part: Any = parts[t][split]
-            logits = evaluator.predict(t, adapter.heads[t], adapter if kind == ALONE else None, scale, part)
+            logits = evaluator.predict(t, adapter.heads.get(t, {}), adapter if kind == ALONE else None, scale, part)
             labels = {"arm": "", "adapter": kind, "method": adapter.name, "scale": scale, "seed": 0, "split": split}
             rows.extend(evaluator.score_rows(logits, t, part, **labels))
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import InputError, UsageError
+from plait.evaluation.text import answers
 from plait.jobs import ADAPTER, BEST, INITIAL, REPORT, STATISTICS, Job, Plan, plan
 from plait.locks import locked
 from plait.progress import Progress, duration
-from plait.recipe import Recipe, TaskSpec
+from plait.recipe import Recipe
 from plait.session import Session
 from plait.store import is_done, read_json, sha256_json, staged_file
 from plait.tasks.task import TEXT_KINDS
@@ -37,8 +38,8 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
         EnvironmentFault: Another process is at work on `out`.
     """
     started = time.monotonic()
-    require_scorable(recipe)
     session = Session(recipe)
+    require_scorable(session)
     whole = plan(session, out)
     todo = pending(whole.jobs, overwrite=overwrite)
     progress = Progress(sum(j.cost for j in todo), len(todo), quiet)
@@ -55,19 +56,22 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
     return {**_outcome(whole), **counted}
 
 
-def require_scorable(recipe: Recipe) -> None:
-    """Refuse tasks whose answers are text before anything is computed: a run scores classes and values.
+def require_scorable(session: Session) -> None:
+    """Refuse, before anything is computed, text tasks with open answers, and kinds that no one model can do together.
 
     Raises:
         UsageError: Names the task.
     """
-    for task in recipe.tasks:
-        if isinstance(task, TaskSpec) and task.kind in TEXT_KINDS:
+    tasks = list(session.tasks.values())
+    forms = {t.name: t.kind if t.kind in TEXT_KINDS else "with a head" for t in tasks}
+    for task in tasks:
+        if forms[task.name] != forms[tasks[0].name]:
             raise UsageError(
-                f"a run scores classification and regression, not {task.kind!r}",
+                f"a run has tasks of one form, this is {forms[task.name]} and {tasks[0].name} is {forms[tasks[0].name]}",
                 where=f"task {task.name}",
-                hint="plait train and plait merge take it",
             )
+        if task.kind in TEXT_KINDS:
+            answers(task)
 
 
 def trains_together(recipe: Recipe, session: Session) -> bool:
@@ -189,8 +193,8 @@ def describe(recipe: Recipe, out: Path) -> dict[str, Any]:
 
     Cost: hashes the data and the base once.
     """
-    require_scorable(recipe)
     session = Session(recipe)
+    require_scorable(session)
     whole = plan(session, out)
     stages: dict[str, dict[str, int]] = {}
     for job in whole.jobs:

@@ -23,6 +23,7 @@ from plait.session import Session
 from plait.statistics import Statistics, collect_statistics, read_statistics, write_statistics
 from plait.store import staged_folder
 from plait.tasks import Task, batches, encode
+from plait.training.peft_model import TASK_TYPES
 
 if TYPE_CHECKING:
     from plait.training import Member
@@ -96,6 +97,7 @@ def initial_of(job: Job, plan: Plan, session: Session) -> dict[str, tuple[Adapte
         recipe.lora.alpha,
         arm.row_norm,
         arm.options,
+        task_type=TASK_TYPES[next(iter(session.tasks.values())).kind],
         target_modules=targets if isinstance(targets, str) else tuple(targets),
     )
     return initial_adapters(
@@ -196,7 +198,7 @@ def _alone(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
     kept: dict[str, Logits] = {}
     for task, adapter in _trained(job, plan, session).items():
         for kind, worn in ((ALONE_SCORE, adapter), (FLOOR, None)):
-            found = session.evaluator.predict(task, adapter.heads[task], worn)
+            found = session.evaluator.predict(task, adapter.heads.get(task, {}), worn)
             kept[f"{kind}.{task}"] = found
             for split, part in _halves(task, session).items():
                 labels = _labels(job, kind, 0.0 if worn is None else 1.0, split)
@@ -209,7 +211,7 @@ def _alone(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
 
 def _score(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
     adapters = _trained(job, plan, session)
-    heads = {t: a.heads[t] for t, a in adapters.items()}
+    heads = {t: a.heads.get(t, {}) for t, a in adapters.items()}
     merged = session.adapter(
         next(
             j.path
@@ -239,7 +241,9 @@ def _score(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
 
 def _grid(session: Session, task: str, head: Any, merged: Adapter, scales: Sequence[float], part: Any) -> list[Logits]:
     evaluator = session.evaluator
-    if session.base.torch_device.type == "cpu":  # nothing is won by stacking there, and this is the plainer path
+    if (
+        session.base.torch_device.type == "cpu" or not head
+    ):  # nothing is won by stacking there, and this is the plainer path
         return [evaluator.predict(task, head, merged, scale, part) for scale in scales]
     from plait.evaluation.fleet import Candidate, predict_many
 

@@ -56,7 +56,7 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
             return np.zeros(len(W))
         return 100.0 * _correlation(*((rankdata(x), rankdata(y)) if metric == "spearman" else (x, y)), W)
     predicted = predictions.argmax(-1)
-    if metric == "accuracy":
+    if metric in ("accuracy", "exact_match"):
         return 100.0 * (W @ (predicted == labels)) / W.sum(1)
     classes = np.arange(max(predictions.shape[1], int(labels.max()) + 1))
     hot_p, hot_y = (predicted[:, None] == classes).astype(np.float64), (labels[:, None] == classes).astype(np.float64)

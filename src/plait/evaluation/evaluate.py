@@ -17,7 +17,9 @@ from plait.base import BaseModel, backbone_of, head_modules, load_head, load_tas
 from plait.errors import RunError
 from plait.evaluation.applied import applied
 from plait.evaluation.scores import REPORTED, SELECTION, Score
+from plait.evaluation.text import answer_ids, choice_scores
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, scores, to_device
+from plait.tasks.task import TEXT_KINDS
 
 Logits = npt.NDArray[np.float32]
 
@@ -64,21 +66,30 @@ class Evaluator:
             RunError: A prediction is NaN or infinite.
         """
         model = self.task_model(task)
-        load_head(model, head)
-        encoded = self._encoded(task)
-        chosen = encoded if rows is None else [encoded[i] for i in rows]
-        with applied(model, adapter, scale):
-            found = forward_logits(model, self.tokenizer, chosen, self.batch_size)
+        if self.tasks[task].kind in TEXT_KINDS:
+            found = self._choices(model, task, adapter, scale, rows)
+        else:
+            load_head(model, head)
+            encoded = self._encoded(task)
+            chosen = encoded if rows is None else [encoded[i] for i in rows]
+            with applied(model, adapter, scale):
+                found = forward_logits(model, self.tokenizer, chosen, self.batch_size)
         if not np.isfinite(found).all():
             raise RunError(f"predictions hold NaN or infinity at scale {scale:g}", where=f"task {task}")
         return found
 
     def score_rows(self, predictions: Logits, task: str, rows: npt.NDArray[np.int64], **labels: Any) -> list[Score]:
         """Rows of the long table for predictions on these examples: every metric, and "score", their mean."""
-        target = self.examples[task].labels
-        found = scores(self.tasks[task].metrics, predictions, np.asarray(target)[rows])
+        target = scored_labels(self.tasks[task], self.examples[task])
+        found = scores(self.tasks[task].metrics, predictions, target[rows])
         values = {**found, "score": primary(found)}
         return [Score(task=task, metric=m, value=v, n=len(rows), **labels) for m, v in values.items()]
+
+    def _choices(self, model: Any, task: str, adapter: Adapter | None, scale: float, rows: Any) -> Logits:
+        """Log-likelihoods of a text task's answers."""
+        examples = self.examples[task] if rows is None else self.examples[task].take(rows)
+        with applied(model, adapter, scale):
+            return choice_scores(model, self.tokenizer, self.tasks[task], examples, self.batch_size, self.max_length)
 
     def _encoded(self, task: str) -> list[dict[str, Any]]:
         if task not in self._rows:
@@ -100,10 +111,15 @@ class Evaluator:
         return self._views[task]
 
 
+def scored_labels(task: Task, examples: Examples) -> npt.NDArray[Any]:
+    """(n,) class ids or values that predictions are scored against; for text, which answer is the right one."""
+    return answer_ids(task, examples) if task.kind in TEXT_KINDS else np.asarray(examples.labels)
+
+
 def task_view(model: nn.Module, task: Task) -> nn.Module:
     """A model for another task that shares this one's backbone: only the head is new (and holds no values yet)."""
     backbone, prefix = backbone_of(model)
-    if not prefix:
+    if not prefix or task.kind in TEXT_KINDS:
         return model
     config: Any = copy.deepcopy(model.config)
     config.num_labels = task.num_labels

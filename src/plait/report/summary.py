@@ -12,7 +12,7 @@ import numpy as np
 from plait.adapters.tensors import read_tensors
 from plait.errors import RunError
 from plait.evaluation.bootstrap import Floats, Resamples, weighted_score
-from plait.evaluation.evaluate import halves
+from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import ALONE, FLOOR, MERGED, REPORTED, SELECTION, Score, mean_score
 from plait.jobs import ALONE as ALONE_JOB
 from plait.jobs import SCORES, Job, Plan
@@ -201,7 +201,7 @@ def _job_resamples(job: Job, session: Session, parts: Mapping[str, Any], draws: 
         predictions = tensor.numpy()
         if kind != MERGED:
             predictions = predictions[parts[task]]
-        labels = np.asarray(session.validation(task).labels)[parts[task]]
+        labels = scored_labels(session.tasks[task], session.validation(task))[parts[task]]
         if len(predictions) != len(labels):
             raise RunError(f"{len(predictions)} predictions for {len(labels)} labels", where=str(job.path))
         scored = weighted_score(session.tasks[task].metrics, predictions, labels, draws.counts[task])

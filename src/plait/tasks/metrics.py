@@ -24,7 +24,7 @@ def score(
     Args:
         metric: One of `METRICS`. "f1" is that of class 1, as GLUE has it.
         predictions: (n, classes) logits or (n,) class ids for class metrics, (n,) or (n, 1) values for pearson and
-            spearman, n strings for exact_match.
+            spearman; for exact_match n strings, or (n, answers) scores of known answers.
         labels: n of the same kind.
 
     Returns:
@@ -34,7 +34,7 @@ def score(
         raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(METRICS)}")
     if len(predictions) != len(labels) or len(labels) == 0:
         raise RunError(f"{len(predictions)} predictions for {len(labels)} labels")
-    if metric in TEXT_METRICS:
+    if metric in TEXT_METRICS and not isinstance(predictions, np.ndarray):
         return 100.0 * float(np.mean([p.strip() == g.strip() for p, g in zip(predictions, labels, strict=True)]))
     values = np.asarray(predictions)
     if not np.isfinite(values).all():
@@ -47,7 +47,7 @@ def score(
 def _class_score(metric: str, predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
     from sklearn import metrics
 
-    if metric == "accuracy":
+    if metric in ("accuracy", *TEXT_METRICS):  # of choosing among known answers
         return 100.0 * float((predicted == labels).mean())
     if metric == "matthews":
         return 100.0 * float(metrics.matthews_corrcoef(labels, predicted))

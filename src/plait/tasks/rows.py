@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _LINE_LIMIT = 64 << 20  # bytes of one json or csv row that pyarrow may buffer
+_ANSWERS = 200  # text tasks with at most so many distinct answers choose among them; with more the answers are open
 _HOLD_OUT = 5  # without a validation file, every fifth row is held out
 
 
 def load_task(task: Task, *, root: Path | None = None) -> Task:
-    """The task with what its training rows tell: class names (where none are given), the mean of regression targets."""
+    """The task with what its training rows tell: class names or answers (where none are given), the mean of targets."""
     if task.kind == "regression":
         targets = load_examples(task, "train", root=root).labels
         return replace(task, target_mean=float(np.mean(targets)))
+    if task.kind in TEXT_KINDS and not task.labels:
+        distinct = sorted(set(load_examples(task, "train", root=root).labels))
+        return replace(task, labels=tuple(map(str, distinct))) if len(distinct) <= _ANSWERS else task
     if task.kind != "classification" or task.labels:
         return task
     column = _table(task, "train", root)[task.label_column].to_pylist()

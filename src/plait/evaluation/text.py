@@ -1,0 +1,187 @@
+"""What a text model says: which of the known answers it finds likeliest, what it writes, how it is surprised."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from plait.errors import UsageError
+from plait.tasks.encoding import batches, encode, to_device
+from plait.tasks.task import Examples, Task
+
+_IGNORED = -100
+
+
+def answers(task: Task) -> tuple[str, ...]:
+    """The answers a text task chooses from.
+
+    Raises:
+        UsageError: None are known: its answers are open.
+    """
+    if not task.labels:
+        raise UsageError(
+            "a text task is scored by its answers, and none are listed", where=f"task {task.name}", hint="give `labels`"
+        )
+    return task.labels
+
+
+def answer_ids(task: Task, examples: Examples) -> npt.NDArray[np.int64]:
+    """Which answer is the right one, row by row.
+
+    Raises:
+        UsageError: A row's answer is not among the task's.
+    """
+    known = {name: i for i, name in enumerate(answers(task))}
+    for row, label in enumerate(examples.labels):
+        if label not in known:
+            raise UsageError(
+                f"answer {label!r} of row {row} is not one of {list(known)[:5]}", where=f"task {task.name}"
+            )
+    return np.array([known[str(label)] for label in examples.labels], np.int64)
+
+
+@torch.inference_mode()
+def choice_scores(
+    model: Any, tokenizer: Any, task: Task, examples: Examples, batch_size: int, max_length: int
+) -> npt.NDArray[np.float32]:
+    """Log-likelihood of every answer, its end token included, after every prompt.
+
+    The prompt goes through the model once; the answers continue from its keys and values.
+
+    Args:
+        model: A causal or sequence-to-sequence model, adapters applied.
+        tokenizer: Its tokenizer.
+        task: Its `labels` are the answers.
+        examples: The prompts.
+        batch_size: Prompts a pass.
+        max_length: Tokens of prompt and answer.
+
+    Returns:
+        (n, answers) natural logarithms, in the order of the rows: as logits they make a classifier.
+    """
+    known = answers(task)
+    longest = max(known, key=lambda a: len(tokenizer(" " + a)["input_ids"]))
+    rows = encode(tokenizer, task, replace(examples, labels=(longest,) * len(examples)), max_length)
+    first = examples.texts[:1] * len(known)
+    ends = [
+        [t for t in r["labels"] if t != _IGNORED] for r in encode(tokenizer, task, Examples(first, known), max_length)
+    ]
+    width = max(map(len, ends))
+    device = next(model.parameters()).device
+    targets = torch.tensor([[*e, *[_IGNORED] * (width - len(e))] for e in ends], device=device)
+    prompts = [r["input_ids"][: len(r["input_ids"]) - _answer_length(r, task)] for r in rows]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    score = _causal_scores if task.kind == "causal" else _seq2seq_scores
+    found = np.empty((len(prompts), len(known)), np.float32)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        ids, mask = _left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
+        found[part] = score(model, ids, mask, targets).float().cpu().numpy()
+    return found
+
+
+def _answer_length(row: dict[str, Any], task: Task) -> int:
+    return sum(t != _IGNORED for t in row["labels"]) if task.kind == "causal" else 0
+
+
+def _left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, lists))
+    ids = torch.tensor([[*[pad] * (width - len(x)), *x] for x in lists], device=device)
+    mask = torch.tensor([[*[0] * (width - len(x)), *[1] * len(x)] for x in lists], device=device)
+    return ids, mask
+
+
+def _causal_scores(model: Any, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    (n, _), (choices, width) = ids.shape, targets.shape
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    prompt = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
+    firsts = prompt.logits[:, -1].float().log_softmax(-1)[:, targets[:, 0]]
+    cache = prompt.past_key_values
+    cache.batch_repeat_interleave(choices)
+    answer = targets[:, :-1].clamp(min=0).repeat(n, 1)
+    seen = torch.cat([mask, mask.new_ones(n, width - 1)], 1).repeat_interleave(choices, 0)
+    after = places[:, -1:].repeat_interleave(choices, 0) + 1 + torch.arange(width - 1, device=ids.device)
+    logits = model(input_ids=answer, attention_mask=seen, position_ids=after, past_key_values=cache).logits
+    return firsts + _token_scores(logits, targets[:, 1:].repeat(n, 1)).view(n, choices)
+
+
+def _seq2seq_scores(model: Any, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    n, choices = len(ids), len(targets)
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    repeated = (states.repeat_interleave(choices, 0),)
+    labels = targets.repeat(n, 1)
+    decoder = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    wide = mask.repeat_interleave(choices, 0)
+    logits = model(encoder_outputs=repeated, attention_mask=wide, decoder_input_ids=decoder, use_cache=False).logits
+    return _token_scores(logits, labels).view(n, choices)
+
+
+def _token_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of log-probabilities of the targets that are not ignored, a number a row."""
+    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=_IGNORED, reduction="none")
+    return -losses.sum(1)
+
+
+@torch.inference_mode()
+def write_texts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, batch_size: int = 16, new_tokens: int = 32
+) -> list[str]:
+    """What the model writes after each prompt, greedily, up to its end token."""
+    device, texts = next(model.parameters()).device, []
+    decoder_only = not model.config.is_encoder_decoder
+    for start in range(0, len(prompts), batch_size):
+        encoded = [tokenizer(p)["input_ids"] for p in prompts[start : start + batch_size]]
+        if decoder_only:
+            encoded = [e[:-1] if len(e) > 1 and e[-1] == tokenizer.eos_token_id else e for e in encoded]
+        ids, mask = _left_padded(encoded, tokenizer.pad_token_id, device)
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = found[:, ids.shape[1] :] if decoder_only else found
+        texts += [t.strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return texts
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int = 16, max_length: int = 128
+) -> float:
+    """The exponential of the mean loss of the answers' tokens, prompts left out; 1 is certainty."""
+    total, count, device = 0.0, 0, next(model.parameters()).device
+    for batch in batches(tokenizer, encode(tokenizer, task, examples, max_length), batch_size, by_length=True):
+        inputs = to_device(batch, device)
+        labels = inputs.pop("labels")
+        if task.kind == "seq2seq":
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        logits = model(**inputs).logits
+        if task.kind == "causal":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        total -= float(_token_scores(logits, labels).sum())
+        count += int((labels != _IGNORED).sum())
+    return math.exp(total / max(1, count))
+
+
+def rouge_l(written: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, case and punctuation aside, in percent."""
+    a, b = (re.findall(r"[^\W_]+", text.lower()) for text in (written, reference))
+    lengths = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            above = lengths[j]
+            lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
+            diagonal = above
+    return 200.0 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
