@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +205,15 @@ def staged_folder(
 
 def _finish(stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != MANIFEST)
-    listed = {str(p.relative_to(stage)): sha256_file(p) for p in files}
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing keeps a core busy while the disk flushes
+        hashes = pool.map(sha256_file, files)
+        for p in files:
+            _settle(p)
+        listed = {str(p.relative_to(stage)): digest for p, digest in zip(files, hashes, strict=True)}
     manifest = {**wanted, "versions": versions(), "result": dict(result), "files": listed}
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    for p in [*files, stage / MANIFEST]:
-        _settle(p)
+    _settle(stage / MANIFEST)
 
 
 def _settle(path: Path) -> None:
