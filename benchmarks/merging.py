@@ -300,7 +300,6 @@ def mergekit(python: str, folder: Path, method: str, out: Path) -> dict[str, Any
     program = str(Path(python).parent / "mergekit-yaml")
     command = [program, str(recipe), str(out / method), "--lora-merge-cache", str(cache), "--no-copy-tokenizer"]
     start = time.perf_counter()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )

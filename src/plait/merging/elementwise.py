@@ -76,17 +76,20 @@ def signed_mean(parts: Iterable[Tensor], weights: Sequence[float], agreeing: str
             part, sign = part.mul_(weight), sign.mul_(weight)
         if not sums:
             sums = [torch.zeros_like(part) for _ in range(4)]
-        up, down, votes, turnout = sums
-        up += part.clamp(min=0.0)
-        down += part.clamp_(max=0.0)
+        total, mass, votes, turnout = sums
+        total += part
+        mass += part.abs_()
         votes += sign
         turnout += sign.abs_()
-    up, down, votes, turnout = sums
-    positive = up + down >= 0
+    total, mass, votes, turnout = sums
+    # With s the elected sign, (total + s mass) / 2 is the sum of the entries of that sign: mass and s total have no
+    # cancellation to fear, since s total >= 0. No masks: torch's are several times slower than arithmetic.
+    elected = torch.copysign(torch.ones_like(total), total)
+    chosen = total.add_(mass.mul_(elected)).mul_(0.5)
     if agreeing == "sum":
-        return torch.where(positive, up, down)
-    agreed = torch.where(positive, turnout + votes, turnout - votes).mul_(0.5)
-    return torch.where(positive, up, down).div_(agreed.clamp_(min=torch.finfo(up.dtype).tiny))
+        return chosen
+    agreed = turnout.add_(votes.mul_(elected)).mul_(0.5)
+    return chosen.div_(agreed.clamp_(min=torch.finfo(chosen.dtype).tiny))
 
 
 def weighted_sum(parts: Iterable[Tensor], weights: Sequence[float]) -> Tensor:

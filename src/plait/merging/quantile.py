@@ -108,7 +108,7 @@ class _Bracket:
 
     def __init__(self, sample: Float[Tensor, " n"], total: int, k: int, widening: float = 1.0) -> None:
         self.sample, self.total, self.k, self.widening = sample, total, k, widening
-        ordered, share = sample.sort().values, k / total
+        ordered, share = torch.from_numpy(np.sort(sample.numpy())), k / total
         spread = widening * (_WIDTH * math.sqrt(share * (1 - share) / len(ordered)) + 2 / len(ordered))
         self.low, self.high = _at_share(ordered, share + spread), _at_share(ordered, share - spread)
         self.above = 0
