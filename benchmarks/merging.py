@@ -320,7 +320,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for shape in args.shapes:
         folder = args.work / shape
         make_adapters(folder, shape)
-        make_statistics(folder, shape)
+        if any(merge_methods()[m].needs for m in args.methods or merge_methods()):
+            make_statistics(folder, shape)
         out = args.work / f"{shape}-out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
@@ -350,10 +351,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 add("plait", method, found)
                 for i in range(args.repeats):
                     shutil.rmtree(out / f"{method}{i}", ignore_errors=True)
-            add("plait", "read_statistics", child("read_statistics_alone", str(folder), str(args.repeats)))
+            if (folder / f"{TASKS[0]}.stats.safetensors").exists():
+                add("plait", "read_statistics", child("read_statistics_alone", str(folder), str(args.repeats)))
         if "peft" in args.tools:
             make_base(folder / "base", shape)
-            for method in PEFT_METHODS:
+            for method in args.peft_methods:
                 slow = method.endswith("svd")
                 add(
                     "peft",
@@ -399,6 +401,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tools", nargs="*", default=["plait", "peft"])
     parser.add_argument("--methods", nargs="*", default=[])
+    parser.add_argument("--peft-methods", nargs="*", default=list(PEFT_METHODS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found = measure(args)
