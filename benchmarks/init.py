@@ -208,7 +208,7 @@ def gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
     forward = middle.median(seconds["forward"])
     rows = rows_of(seconds, shape)
     jobs = {  # name: method, targets, layers in a group, memory in GB, base on the CPU, repeats
-        "qv": ("contrastive", ["q_proj", "v_proj"], layers, None, False, options.repeats),
+        "qv": ("contrastive", ["q_proj", "v_proj"], 8, None, False, options.repeats),
         "osrm": ("osrm", ["q_proj", "v_proj"], layers, None, False, 1),
         "all": ("contrastive", LINEAR, 3, 60, False, 1),
         "qv24": ("contrastive", ["q_proj", "v_proj"], 4, 24, True, 1),

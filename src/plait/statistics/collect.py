@@ -204,6 +204,8 @@ class Collector:
         self.tokens += self._masks.tokens() or 0
 
     def _require_finite(self) -> None:
+        if not self._checks:
+            return  # a group of layers without targets
         sums = torch.stack([value for _, value in self._checks])
         finite = sums.isfinite().tolist()
         if not all(finite):

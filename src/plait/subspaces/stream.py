@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from plait.subspaces.registry import SubspaceMethod, checked_row_norm, find_subs
 
 # Sites of up to this width are solved several at a time on a GPU: each alone leaves it waiting for small steps.
 _SMALL_SITE, _WORKERS = 6000, 6
+_ASIDE = ("cuda",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class _Solver:
 
     def solve_aside(self, site: str, moments: Mapping[str, Moments]) -> dict[str, Subspace]:
         """The same on the calling thread's own stream; what it returns lies on the CPU, so the stream has finished."""
+        if self.device.type != "cuda":
+            return self.solve(site, moments)
         with torch.cuda.device(self.device), torch.cuda.stream(_stream_of_thread(self.device)):
             return self.solve(site, moments)
 
@@ -98,7 +101,8 @@ def stream_subspaces(
         pool: "token" or "mean".
         group: Layers at a time. More need more memory and fewer passes through the model's embedding.
         device: Where to compute; by default where the model is.
-        observe: Called with "collect" or "solve" and the seconds it took, after each group (synchronises a GPU).
+        observe: Called with "collect" or "solve" and the seconds it took, after each group (synchronises a GPU). On a GPU
+            small sites are solved while the next group is collected: "solve" is then what remained to wait for.
         **limits: `exclude_modules`, `layers_to_transform`, `layers_pattern`.
 
     Raises:
@@ -117,15 +121,16 @@ def stream_subspaces(
     clock = _Clock(observe, passes.device)
     found: dict[str, dict[str, Subspace]] = {t: {} for t in batches}
     modules: dict[str, dict[str, ModuleInfo]] = {t: {} for t in batches}
-    with passes.quiet(), exact_matmul():
+    with passes.quiet(), exact_matmul(), _Jobs(solver, found) as jobs:
         for number, part in enumerate(walk.groups):
             last = number == len(walk.groups) - 1
             with clock("collect"):
                 sites, readers = _collect_group(walk, part, targets, batches, pool, last, modules)
             with clock("solve"):
-                for site, solved in _solve_group(solver, sites):
-                    for task, subspace in solved.items():
-                        found[task] |= dict.fromkeys(readers[site], subspace)
+                jobs.gather()  # the small sites of the group before, solved while this one was collected
+                jobs.give(sites, readers)
+        with clock("solve"):
+            jobs.gather()
     return StreamedSubspaces({t: {n: found[t][n] for n in targets} for t in batches}, modules, prefix)
 
 
@@ -160,21 +165,46 @@ def _collect_group(
     return sites, readers
 
 
-def _solve_group(solver: _Solver, sites: dict[str, dict[str, Moments]]) -> Iterator[tuple[str, dict[str, Subspace]]]:
-    """Solve every site; the moments of a solved site are let go."""
-    if solver.device.type == "cuda":
-        torch.cuda.synchronize(solver.device)  # the workers' streams start after what collected the sums
-    small = [s for s, m in sites.items() if next(iter(m.values())).dim <= _SMALL_SITE]
-    if solver.device.type == "cuda" and len(small) > 1:
-        torch.linalg.cholesky_ex(
-            torch.eye(2, device=solver.device)
-        )  # torch loads its solvers on first use, one thread only
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            pending = {s: pool.submit(solver.solve_aside, s, sites.pop(s)) for s in small}
-            for site, future in pending.items():
-                yield site, future.result()
-    for site in list(sites):
-        yield site, solver.solve(site, sites.pop(site))
+class _Jobs:
+    """Solving beside collecting: on a GPU small sites go to threads, because each alone leaves it waiting for small steps.
+
+    Large sites, and all sites on a CPU, are solved at once. The moments of a solved site are let go.
+    """
+
+    def __init__(self, solver: _Solver, found: dict[str, dict[str, Subspace]]) -> None:
+        self.solver, self.found = solver, found
+        self.pool = ThreadPoolExecutor(_WORKERS) if solver.device.type in _ASIDE else None
+        self.pending: list[tuple[list[str], Future[dict[str, Subspace]]]] = []
+
+    def __enter__(self) -> _Jobs:
+        if self.pool is not None:  # torch loads its solvers on first use, which threads must not do together
+            torch.linalg.cholesky_ex(torch.eye(2, device=self.solver.device))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def give(self, sites: dict[str, dict[str, Moments]], readers: Mapping[str, list[str]]) -> None:
+        """Take over a group's moments."""
+        if self.solver.device.type == "cuda":
+            torch.cuda.synchronize(self.solver.device)  # the threads' streams start after what collected the sums
+        for site in list(sites):
+            moments = sites.pop(site)
+            if self.pool is not None and next(iter(moments.values())).dim <= _SMALL_SITE:
+                self.pending.append((readers[site], self.pool.submit(self.solver.solve_aside, site, moments)))
+            else:
+                self._keep(readers[site], self.solver.solve(site, moments))
+
+    def gather(self) -> None:
+        """Wait for what is being solved."""
+        for modules, future in self.pending:
+            self._keep(modules, future.result())
+        self.pending = []
+
+    def _keep(self, modules: list[str], solved: Mapping[str, Subspace]) -> None:
+        for task, subspace in solved.items():
+            self.found[task] |= dict.fromkeys(modules, subspace)
 
 
 _threads = threading.local()
