@@ -257,10 +257,9 @@ def test_the_scale_is_chosen_on_the_selection_half_alone(tiny_recipe, tmp_path):
     assert {r.scale for r in rows if r.split == "reported"} == {max(best, key=best.get)}
 
 
-def test_text_tasks_are_refused_before_anything_is_computed(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(tasks=["topic"])
-    raw = recipe.model_dump(mode="json")
-    raw["tasks"][0] |= {"kind": "causal"}
-    with pytest.raises(UsageError, match="causal"):
+def test_text_tasks_beside_classes_are_refused_before_anything_is_computed(tiny_recipe, tmp_path):
+    raw = tiny_recipe().model_dump(mode="json")
+    raw["tasks"][1] |= {"kind": "causal"}
+    with pytest.raises(UsageError, match="tasks of one form"):
         pipeline.run(parse_recipe(raw, "tiny"), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
