@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TextIO
 
+_LIVE_EVERY, _LOG_EVERY = 0.2, 15.0  # seconds between two lines about one job, on a terminal and in a log
+_ENOUGH = 0.02  # share of the work after which the pace tells something; before it, loading weighs too much
+
 
 @dataclass(slots=True)
 class Progress:
@@ -56,12 +59,12 @@ class Progress:
 
     def _show(self, fraction: float, *, force: bool = False) -> None:
         now = time.monotonic()
-        if self.quiet or (not force and (not self._live or now - self._shown < 0.2)):
+        if self.quiet or (not force and now - self._shown < (_LIVE_EVERY if self._live else _LOG_EVERY)):
             return
         self._shown = now
         done = self._done + fraction * self._cost
         left = ""
-        if done > 0 and self.total > done:
+        if self.total > done >= _ENOUGH * self.total:
             left = f", about {duration((now - self._started) * (self.total - done) / done)} left"
         percent = f" {100 * fraction:.0f} %" if fraction else ""
         self._write(f"[{self._number}/{self.jobs}] {self._label}{percent}{left}" + ("" if self._live else "\n"))
