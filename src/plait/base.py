@@ -65,7 +65,10 @@ class BaseModel:
 
 
 def load_tokenizer(base: BaseModel) -> Any:
-    """The base's tokenizer, with a pad token (the end-of-text token where it has none of its own)."""
+    """The base's tokenizer, with a pad token (the end-of-text token where it has none of its own), padding on the right.
+
+    Pads on the left would move the first token, which encoders classify by, and every absolute position.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, base)
@@ -73,6 +76,7 @@ def load_tokenizer(base: BaseModel) -> Any:
         if tokenizer.eos_token is None:
             raise InputError("the tokenizer has neither a pad nor an end-of-text token", where=base.name)
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
     return tokenizer
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic import BaseModel as PydanticModel
-from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from plait.adapters.naming import checked_name, distinct_names
 
@@ -18,6 +18,16 @@ Count = Annotated[int, Field(ge=1)]
 
 class _Strict(PydanticModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+def _distinct(scales: list[float]) -> list[float]:
+    if len(set(scales)) != len(scales):
+        raise ValueError("a scale stands twice")
+    return sorted(scales)
+
+
+Name = Annotated[str, AfterValidator(checked_name)]
+Scales = Annotated[list[Positive], Field(min_length=1, max_length=200), AfterValidator(_distinct)]
 
 
 class BaseSpec(_Strict):
@@ -41,7 +51,7 @@ class DataSpec(_Strict):
 class TaskSpec(_Strict):
     """A task that is not one of GLUE's."""
 
-    name: str
+    name: Name
     train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
     validation: str | None = Field(None, description="held-out rows; every fifth training row without it")
     text: list[str] = Field(min_length=1)
@@ -71,7 +81,7 @@ class StatisticsSpec(_Strict):
 class ArmSpec(_Strict):
     """One way of starting A and of keeping it while training."""
 
-    name: str
+    name: Name
     subspace: str | None = Field(None, description="a subspace method; by default the arm's name")
     row_norm: Positive | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -86,12 +96,12 @@ class ArmSpec(_Strict):
 class MergeSpec(_Strict):
     """One way of merging."""
 
-    name: str
+    name: Name
     method: str | None = Field(None, description="a merge method; by default the merge's name")
     options: dict[str, Any] = Field(default_factory=dict)
     calibrate: str | None = None
     rank: Count | None = None
-    scales: list[Positive] | None = Field(None, description="grid of this merge; by default evaluation.scales")
+    scales: Scales | None = Field(None, description="grid of this merge; by default evaluation.scales")
 
     @property
     def merge_method(self) -> str:
@@ -102,17 +112,10 @@ class MergeSpec(_Strict):
 class EvaluationSpec(_Strict):
     """How scales are chosen and scores are taken."""
 
-    scales: list[Positive] = Field([0.3, 0.5, 0.7, 1.0, 1.5], min_length=1, max_length=200)
+    scales: Scales = Field([0.3, 0.5, 0.7, 1.0, 1.5])
     batch_size: Count = 64
     split_seed: Annotated[int, Field(ge=0)] = 0
     resamples: Annotated[int, Field(ge=0, le=100_000)] = 400
-
-    @field_validator("scales")
-    @classmethod
-    def _distinct(cls, scales: list[float]) -> list[float]:
-        if len(set(scales)) != len(scales):
-            raise ValueError("a scale stands twice")
-        return sorted(scales)
 
 
 class Recipe(_Strict):

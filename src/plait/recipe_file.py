@@ -30,10 +30,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [k.value for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} stands twice, line {node.start_mark.line + 1}")
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"key {key.value!r} stands twice, line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -147,12 +148,16 @@ def check_names(recipe: Recipe, where: str) -> None:
     from plait.merging import merge_methods
     from plait.subspaces import subspace_methods
     from plait.tasks import GLUE_TASKS, METRICS
+    from plait.tasks.metrics import METRICS_OF
 
     for task in recipe.tasks:
         if isinstance(task, str):
             require_known(task, GLUE_TASKS, "task", where)
         for metric in (task.metrics or []) if isinstance(task, TaskSpec) else []:
             require_known(metric, METRICS, "metric", where)
+            if isinstance(task, TaskSpec) and metric not in METRICS_OF[task.kind]:
+                hint = f"one of {', '.join(METRICS_OF[task.kind])}"
+                raise UsageError(f"metric {metric!r} does not score {task.kind}", where=f"task {task.name}", hint=hint)
     for arm in recipe.arm_specs:
         require_known(arm.method, list(subspace_methods()), "subspace method", where)
         method = subspace_methods()[arm.method]

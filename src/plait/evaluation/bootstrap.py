@@ -64,7 +64,8 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
     if metric == "f1":
         return 100.0 * _ratio(2 * both[:, 1], said[:, 1] + true[:, 1])
     if metric == "f1_macro":
-        return 100.0 * _ratio(2 * both, said + true).mean(1)
+        met = said + true > 0  # as scikit-learn: classes that neither occur nor are predicted do not count
+        return 100.0 * (_ratio(2 * both, said + true) * met).sum(1) / met.sum(1)
     if metric == "matthews":
         n = W.sum(1)
         covariance = both.sum(1) * n - (said * true).sum(1)

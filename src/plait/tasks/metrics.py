@@ -14,6 +14,12 @@ CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
 VALUE_METRICS = ("pearson", "spearman")
 TEXT_METRICS = ("exact_match",)
 METRICS = CLASS_METRICS + VALUE_METRICS + TEXT_METRICS
+METRICS_OF = {
+    "classification": CLASS_METRICS,
+    "regression": VALUE_METRICS,
+    "causal": TEXT_METRICS,
+    "seq2seq": TEXT_METRICS,
+}
 
 
 def score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _LINE_LIMIT = 64 << 20  # bytes of one json or csv row that pyarrow may buffer
 _ANSWERS = 200  # text tasks with at most so many distinct answers choose among them; with more the answers are open
+_CLASS_LIMIT = 100_000  # larger numbers are identifiers of something else
+_LARGEST = float(np.finfo(np.float32).max)
 _HOLD_OUT = 5  # without a validation file, every fifth row is held out
 
 
@@ -30,17 +33,45 @@ def load_task(task: Task, *, root: Path | None = None) -> Task:
         return replace(task, labels=tuple(map(str, distinct))) if len(distinct) <= _ANSWERS else task
     if task.kind != "classification" or task.labels:
         return task
-    column = _table(task, "train", root)[task.label_column].to_pylist()
-    if any(v is None for v in column):
-        raise InputError(
-            f"column {task.label_column!r} has an empty cell in row {column.index(None)}", where=_where(task, "train")
-        )
+    column = _label_cells(task, "train", root)
+    if not column:
+        raise InputError("no rows", where=_where(task, "train"))
     distinct = sorted(set(column))
     if len(distinct) < 2:
         raise InputError(f"only one class: {distinct[:1]}", where=_where(task, "train"))
-    if all(isinstance(v, int) for v in distinct):
-        return replace(task, labels=tuple(str(i) for i in range(max(distinct) + 1)))
+    if _are_ids(distinct):
+        if distinct[0] < 0 or distinct[-1] >= _CLASS_LIMIT:
+            odd = distinct[0] if distinct[0] < 0 else distinct[-1]
+            raise InputError(
+                f"label {odd} is no class id: they count from 0", where=_where(task, "train"), hint="or use names"
+            )
+        return replace(task, labels=tuple(str(i) for i in range(distinct[-1] + 1)))
+    if task.source.validation and _are_ids(_label_cells(task, "validation", root)):
+        raise InputError(
+            f"column {task.label_column!r} holds numbers, that of the training rows names",
+            where=_where(task, "validation"),
+            hint="give the task its labels, in order",
+        )
     return replace(task, labels=tuple(str(v) for v in distinct))
+
+
+def _label_cells(task: Task, split: str, root: Path | None) -> list[Any]:
+    column = _table(task, split, root)[task.label_column].to_pylist()
+    _require_filled(column, range(len(column)), task, split)
+    return column
+
+
+def _require_filled(column: Sequence[Any], ids: Any, task: Task, split: str) -> None:
+    empty = next((i for i, v in zip(ids, column, strict=True) if v is None or v == ""), None)
+    if empty is not None:
+        raise InputError(
+            f"column {task.label_column!r} has an empty cell in row {empty}",
+            where=_where(task, split),
+        )
+
+
+def _are_ids(column: Sequence[Any]) -> bool:
+    return bool(column) and all(isinstance(v, int) and not isinstance(v, bool) for v in column)
 
 
 def load_examples(
@@ -105,11 +136,7 @@ def _fill(task: Task, fields: dict[str, str]) -> str:
 
 def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
     values = table[task.label_column].to_pylist()
-    if None in values:
-        raise InputError(
-            f"column {task.label_column!r} has an empty cell in row {ids[values.index(None)]}",
-            where=_where(task, split),
-        )
+    _require_filled(values, ids, task, split)
     if task.kind == "regression":
         return _numbers(task, values, ids, split)
     if task.kind in TEXT_KINDS:
@@ -127,9 +154,9 @@ def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
 
 def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:
     for i, v in zip(ids, values, strict=True):
-        if isinstance(v, str) or not np.isfinite(v):
+        if isinstance(v, str | bool) or not abs(float(v)) <= _LARGEST:
             raise InputError(f"target {v!r} in row {i} is not a finite number", where=_where(task, split))
-    return np.asarray(values, np.float32)
+    return np.asarray([float(v) for v in values], np.float32)
 
 
 def _table(task: Task, split: str, root: Path | None) -> pa.Table:
@@ -142,7 +169,23 @@ def _table(task: Task, split: str, root: Path | None) -> pa.Table:
             f"no column {missing[0]!r}; there are {', '.join(map(repr, table.column_names[:12]))}",
             where=_where(task, split),
         )
+    for name in wanted:
+        _require_plain(table, name, task, split)
     return table.select(wanted)
+
+
+def _require_plain(table: pa.Table, name: str, task: Task, split: str) -> None:
+    import pyarrow as pa
+
+    if table.column_names.count(name) > 1:
+        raise InputError(f"column {name!r} stands twice", where=_where(task, split))
+    kind = table.schema.field(name).type
+    if pa.types.is_nested(kind) or pa.types.is_temporal(kind) or pa.types.is_binary(kind):
+        raise InputError(f"column {name!r} holds {kind}, expected text or numbers", where=_where(task, split))
+    try:
+        table[name].validate(full=True)
+    except pa.ArrowInvalid:
+        raise InputError(f"column {name!r} is not UTF-8", where=_where(task, split), hint="save it as UTF-8") from None
 
 
 def _file_table(path: Path, task: Task) -> pa.Table:
@@ -163,7 +206,7 @@ def _file_table(path: Path, task: Task) -> pa.Table:
             )
             parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
             return csv.read_csv(path, csv.ReadOptions(block_size=_LINE_LIMIT), parse, strings)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
+    except (pa.ArrowException, OSError) as e:
         raise InputError(
             f"cannot be read: {str(e).splitlines()[0]}", where=str(path), hint="UTF-8, one row a line"
         ) from None

@@ -1,0 +1,193 @@
+"""Rows from files people really have: odd encodings, holes, labels that disagree; each named, none guessed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from plait.errors import InputError, PlaitError, UsageError
+from plait.tasks import Examples, Source, Task, load_examples, load_task
+from tests.conftest import tiny_rows, write_rows
+
+GOOD = b"text,label\n" + b"a b,0\nc d,1\n" * 5
+
+
+def task(name: str, validation: str | None = None, **changed) -> Task:
+    return Task(
+        "t", changed.pop("kind", "classification"), Source(name, validation), changed.pop("text", ("text",)), **changed
+    )
+
+
+def load(folder: Path, name: str, data: bytes | pa.Table, **changed) -> tuple[Task, Examples]:
+    if isinstance(data, bytes):
+        (folder / name).write_bytes(data)
+    else:
+        parquet.write_table(data, folder / name)
+    known = load_task(task(name, **changed), root=folder)
+    return known, load_examples(known, "train", root=folder)
+
+
+def jsonl(*rows: dict) -> bytes:
+    return "".join(json.dumps(r) + "\n" for r in rows * 5).encode()
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+READ = {
+    "plain.csv": (GOOD, ("0", "1")),
+    "crlf-bom.csv": (b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n"), ("0", "1")),
+    "tabs.tsv": (GOOD.replace(b",", b"\t"), ("0", "1")),
+    "names.csv": (GOOD.replace(b",0", b",no").replace(b",1", b",yes"), ("no", "yes")),
+    "truth.csv": (GOOD.replace(b",0", b",false").replace(b",1", b",true"), ("False", "True")),
+    "truth.jsonl": (jsonl({"text": "a", "label": False}, {"text": "b", "label": True}), ("False", "True")),
+    "bom.jsonl": (b"\xef\xbb\xbf" + jsonl({"text": "é", "label": 0}, {"text": "b", "label": 1}), ("0", "1")),
+    "dictionary.parquet": (
+        pa.table(
+            {
+                "text": pa.array(["a", "b"] * 5).dictionary_encode(),
+                "label": pa.array(["x", "y"] * 5).dictionary_encode(),
+            }
+        ),
+        ("x", "y"),
+    ),
+    "numbers that are text.csv": (GOOD.replace(b"a b", b"7"), ("0", "1")),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_files_that_are_read(tmp_path, name):
+    data, labels = READ[name]
+    known, rows = load(tmp_path, name, data)
+    assert known.labels == labels and list(rows.labels[:4]) == [0, 1, 0, 1]
+    held = load_examples(known, "validation", root=tmp_path)
+    assert len(rows) == 8 and len(held) == 2 and not set(rows.ids) & set(held.ids)  # every fifth row is held out
+
+
+def test_a_row_of_ten_megabytes_and_quoted_lines(tmp_path):
+    known, rows = load(tmp_path, "a.csv", b"text,label\n" + b"x " * 5_000_000 + b",0\n" + b'"a\nb ""c""",1\n' * 9)
+    assert len(rows.texts[0][0]) == 10_000_000 and rows.texts[1] == ('a\nb "c"',) and known.num_labels == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_kinds_of_file_agree(tmp_path, suffix):
+    rows = tiny_rows(3, 20, pair=True)
+    write_rows(tmp_path / f"a.{suffix}", rows)
+    known = load_task(task(f"a.{suffix}", f"a.{suffix}", text=("text", "other")), root=tmp_path)
+    found = load_examples(known, "train", root=tmp_path)
+    assert found.texts == tuple((r["text"], r["other"]) for r in rows)
+    assert list(found.labels) == [r["label"] for r in rows]
+    few = load_examples(known, "train", root=tmp_path, rows=7, seed=3)
+    again = load_examples(known, "train", root=tmp_path, rows=7, seed=3)
+    assert list(few.ids) == list(again.ids) == sorted(few.ids) and len(few) == 7
+    assert few.texts == tuple(found.texts[i] for i in few.ids)
+
+
+def test_regression_knows_its_mean(tmp_path):
+    table = pa.table({"text": ["a"] * 10, "label": [Decimal(i) for i in range(10)]})
+    known, rows = load(tmp_path, "a.parquet", table, kind="regression")
+    assert (
+        known.num_labels == 1
+        and rows.labels.dtype == np.float32
+        and known.target_mean == pytest.approx(np.mean(rows.labels))
+    )
+
+
+def test_a_template_makes_the_prompt(tmp_path):
+    data = b"q,label\nwho {label}?,a\nwhat?,b\n" + b"x,c\n" * 3
+    known, rows = load(tmp_path, "a.csv", data, kind="causal", text=("q",), template="Q: {q} A:")
+    assert rows.texts[0] == ("Q: who {label}? A:",) and list(rows.labels[:2]) == ["a", "b"]
+
+
+# --- what is refused: items 38 to 40 ----------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[bytes | pa.Table, str]] = {
+    "empty.csv": (b"", "Empty CSV file"),
+    "header.csv": (b"text,label\n", "no rows"),
+    "empty.jsonl": (b"", "cannot be read|no rows"),
+    "one class.csv": (b"text,label\na,1\nb,1\n", "only one class"),
+    "missing column.csv": (GOOD.replace(b"text", b"txt"), "no column 'text'; there are 'txt', 'label'"),
+    "column twice.csv": (b"text,text,label\na,b,1\n", "stands twice"),
+    "label null.csv": (b"text,label\na,\nb,1\n", "column 'label' has an empty cell in row 0"),
+    "label empty.csv": (b"text,label\na,x\nb,\n", "column 'label' has an empty cell in row 1"),
+    "text null.csv": (b"text,label\na,0\n,1\n" * 3, "column 'text' has an empty cell in row 1"),
+    "text blank.csv": (b"text,label\na,0\n  ,1\n" * 3, "column 'text' has '  ' in row 1"),
+    "text number.jsonl": (jsonl({"text": 1, "label": 0}, {"text": 2, "label": 1}), "column 'text' has 1 in row 0"),
+    "latin.csv": (GOOD.replace(b"a b", b"caf\xe9"), "invalid UTF8"),
+    "latin.jsonl": (b'{"text": "caf\xe9", "label": 1}\n{"text": "b", "label": 0}\n', "column 'text' is not UTF-8"),
+    "latin label.csv": (GOOD.replace(b",1", b",caf\xe9"), "'label' holds binary"),
+    "utf16.csv": (GOOD.decode().encode("utf-16"), "cannot be read"),
+    "ragged.csv": (b"text,label\na,1\nb\n", "Expected 2 columns"),
+    "array.json": (b'[{"text": "a", "label": 1}]', "cannot be read"),
+    "mixed.jsonl": (jsonl({"text": "a", "label": 1}, {"text": "b", "label": "x"}), "cannot be read"),
+    "lists.jsonl": (jsonl({"text": "a", "label": [1]}, {"text": "b", "label": [2]}), "'label' holds list"),
+    "structs.jsonl": (jsonl({"text": {"a": 1}, "label": 1}), "'text' holds struct"),
+    "dates.parquet": (pa.table({"text": ["a"], "label": [datetime.date(2020, 1, 1)]}), "'label' holds date"),
+    "broken.parquet": (b"PAR1" + b"\0" * 100 + b"PAR1", "cannot be read"),
+    "cut.parquet": (b"PAR1xxxx", "cannot be read"),
+    "negative.csv": (GOOD.replace(b",0", b",-1"), "label -1 is no class id"),
+    "identifiers.csv": (GOOD.replace(b",0", b",90000000"), "label 90000000 is no class id"),
+    "table.xlsx": (b"PK", "unknown kind of file '.xlsx'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_refused(tmp_path, name):
+    data, message = REFUSED[name]
+    with pytest.raises(InputError, match=message) as raised:
+        load(tmp_path, name, data)
+    assert name in str(raised.value) and raised.value.exit_code == 3 and str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(("cell", "shown"), [("inf", "inf"), ("1e300", "1e\\+300"), ("x", "x"), ("true", "True")])
+def test_targets_that_are_no_numbers(tmp_path, cell, shown):
+    with pytest.raises(InputError, match=f"target '?{shown}'? in row 0 is not a finite number"):
+        load(tmp_path, "a.csv", b"text,label\n" + f"a,{cell}\n".encode() * 6, kind="regression")
+
+
+DISAGREE = {
+    "label 'other' in row 1 is not one of the 2 classes": (b"no\nb,yes", b"no\nb,other"),
+    "label 2 in row 0 is not one of the 2 classes": (b"0\nb,1", b"2\nb,1"),
+    "label 'no' in row 0 is not one of": (b"0\nb,1", b"no\nb,yes"),
+    "holds numbers, that of the training rows names": (b"no\nb,yes", b"0\nb,1"),
+}
+
+
+@pytest.mark.parametrize("message", DISAGREE)
+def test_39_labels_that_disagree(tmp_path, message):
+    for name, cells in zip(("train.csv", "validation.csv"), DISAGREE[message], strict=True):
+        (tmp_path / name).write_bytes(b"text,label\na," + cells + b"\n")
+    with pytest.raises(InputError, match=message) as raised:
+        load_examples(load_task(task("train.csv", "validation.csv"), root=tmp_path), "validation", root=tmp_path)
+    assert "validation.csv" in str(raised.value)
+
+
+def test_given_labels_rule(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text,label\na,yes\nb,no\nc,maybe\n" + b"d,no\n" * 5)
+    with pytest.raises(InputError, match="label 'maybe' in row 2"):
+        load_examples(task("a.csv", labels=("no", "yes")), "train", root=tmp_path)
+    rows = load_examples(task("a.csv", labels=("no", "yes", "maybe")), "train", root=tmp_path)
+    assert list(rows.labels[:3]) == [1, 0, 2]
+
+
+def test_wrong_calls(tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "short.csv").write_bytes(b"text,label\na,0\nb,1\n")
+    for name in ("absent.csv", "folder.csv"):
+        with pytest.raises(InputError, match="no such file|not a regular file"):
+            load_task(task(name), root=tmp_path)
+    with pytest.raises(InputError, match="no rows"):
+        load_examples(load_task(task("short.csv"), root=tmp_path), "validation", root=tmp_path)
+    with pytest.raises(UsageError, match="split 'test'"):
+        load_examples(task("short.csv"), "test", root=tmp_path)
+    for changed in ({"kind": "ranking"}, {"text": ()}, {"text": ("a", "b", "c")}):
+        with pytest.raises(PlaitError, match="task t"):
+            task("a.csv", **changed)
+    with pytest.raises(UsageError, match="class names are not known"):
+        _ = task("a.csv").num_labels
