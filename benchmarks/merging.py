@@ -198,11 +198,14 @@ def plait_dense(folder: Path, method: str, repeats: int) -> dict[str, Any]:
         plan = plan_merge(adapters, method)
         start = time.perf_counter()
         context = plan.prepared()
-        for module in plan.common.modules:
+
+        def blocks(module: str) -> None:
             result = plan.method.function(plan.view(module, context), **plan.options)
             assert isinstance(result, DenseDelta)
             for _ in result.blocks():
                 pass
+
+        plan.each(blocks, list(plan.common.modules))
         return time.perf_counter() - start
 
     return repeated(run, repeats, baseline)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -18,6 +18,13 @@ from plait.merging.outcome import assembled, discarded, provenance
 from plait.merging.registry import MergeMethod
 from plait.merging.stream import DenseDelta, Truncated, as_dense, cut_to_rank
 from plait.merging.verify import projection_error, some_modules
+from plait.merging.workers import side_by_side
+
+T = TypeVar("T")
+
+# Entries of all modules' deltas together, from which threads of our own are worth starting: about four layers of a
+# small encoder.
+_LARGE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +64,15 @@ class Plan:
     def run(self, name: str) -> Merged:
         """Merge every module."""
         context = self.prepared()
-        modules: dict[str, LoraFactors] = {}
-        lost: dict[str, float] = {}
-        for module in self.common.modules:
-            modules[module], lost[module] = self.merged(module, context)
+        names = list(self.common.modules)
+        found = dict(zip(names, self.each(lambda m: self.merged(m, context), names), strict=True))
+        modules, lost = {m: f for m, (f, _) in found.items()}, {m: gone for m, (_, gone) in found.items()}
         return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
+
+    def each(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
+        """The function of every module, in order; side by side where the model is large enough to repay the threads."""
+        entries = sum(out * width for (out, width), _ in self.common.modules.values())
+        return side_by_side(function, names, self.device) if entries > _LARGE else [function(m) for m in names]
 
     def prepared(self) -> Any:
         """What the method decides model-wide, before the first module."""
@@ -78,15 +89,11 @@ class Plan:
         def wanted(x: MergeInputs) -> LoraFactors | DenseDelta | Truncated:
             return self.method.function(x, **self.options)
 
-        return max(
-            (
-                projection_error(
-                    self.view(m, context), modules[m], self.scale, summed or wanted, self.calibration is not None
-                )
-                for m in names
-            ),
-            default=0.0,
-        )
+        def error(m: str) -> float:
+            x = self.view(m, context)
+            return projection_error(x, modules[m], self.scale, summed or wanted, self.calibration is not None)
+
+        return max(self.each(error, names), default=0.0)
 
     def view(self, module: str, context: Any) -> MergeInputs:
         """One module of all tasks, calibrated; factors are moved and folded here and released with the view."""

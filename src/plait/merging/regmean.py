@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 # Share of a task's mean diagonal added to it, in numerator and denominator alike, so that features no token uses leave
 # the system solvable; at alpha = 1 a system of few tokens needs more.
 _RIDGE, _RIDGE_ALONE = 1e-6, 1e-4
+# Sites whose systems are kept: as many as may be in work at once.
+_KEPT = 4
 
 
-@merge_method("regmean", paper="arXiv:2212.09849", needs=("moments",), prepare=lambda modules, options: {})
+@merge_method("regmean", paper="arXiv:2212.09849", needs=("moments",), prepare=lambda modules, options: _Systems())
 def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -> LoraFactors:
     """D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1, with G_t the inputs' second moment, its off-diagonal times alpha.
 
@@ -50,7 +53,7 @@ def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -
     if not present:
         return x.zero()
     tasks = [_Shrunk.of(x.moments[t], weights[t], alpha, normalised) for t in present]
-    factor = _factored(tasks, x)
+    factor = (x.context or _Systems()).system(tasks).factor(x)
     turned = torch.cat([task.applied(x.A[t]) for t, task in zip(present, tasks, strict=True)])
     A = torch.cholesky_solve(turned.T.to(factor), factor).T.to(x.A[0].dtype)
     return LoraFactors(A.contiguous(), torch.cat([x.B[t] for t in present], dim=1), 1.0, x.kind)
@@ -84,21 +87,44 @@ class _Shrunk:
         total.diagonal().add_(self.extra)
 
 
-def _factored(tasks: Sequence[_Shrunk], x: MergeInputs) -> Float[Tensor, "d d"]:
-    """Cholesky factor of the sum. The last one is kept: modules that read one site (q, k and v) share it."""
-    key = tuple((task.S.data_ptr(), task.off) for task in tasks)
-    kept: dict[Any, tuple[Sequence[_Shrunk], Tensor]] = x.context if x.context is not None else {}
-    if key not in kept:
-        total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=tasks[0].S.device)
-        for task in tasks:
-            task.add_to(total)
-        factor, failed = torch.linalg.cholesky_ex(total.to(x.device))
-        if bool(failed):
-            raise RunError(
-                "the weighted sum of the moments is singular",
-                where=x.module,
-                hint="alpha below 1, or statistics of more tokens",
-            )
-        kept.clear()
-        kept[key] = tasks, factor  # the tasks too: an address says nothing once its tensor is gone
-    return kept[key][1]
+class _Systems:
+    """The factorised systems of the last sites: modules that read one site (q, k and v) share theirs.
+
+    A system is known by the addresses of its moments, which are held with it: an address says nothing once its tensor
+    is gone.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kept: dict[Any, _System] = {}
+
+    def system(self, tasks: Sequence[_Shrunk]) -> _System:
+        """The system of these tasks, factorised or not."""
+        key = tuple((task.S.data_ptr(), task.off) for task in tasks)
+        with self.lock:
+            found = self.kept.setdefault(key, _System(tasks))
+            while len(self.kept) > _KEPT:
+                self.kept.pop(next(k for k in self.kept if k != key))
+        return found
+
+
+class _System:
+    """sum_t w_t G_t and its Cholesky factor, computed once, by the first thread that asks."""
+
+    def __init__(self, tasks: Sequence[_Shrunk]) -> None:
+        self.tasks, self.lock = tasks, threading.Lock()
+        self.found: Tensor | None = None
+
+    def factor(self, x: MergeInputs) -> Float[Tensor, "d d"]:
+        """The lower factor, float64."""
+        with self.lock:
+            if self.found is None:
+                total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=self.tasks[0].S.device)
+                for task in self.tasks:
+                    task.add_to(total)
+                found, failed = torch.linalg.cholesky_ex(total.to(x.device))
+                if bool(failed):
+                    hint = "alpha below 1, or statistics of more tokens"
+                    raise RunError("the weighted sum of the moments is singular", where=x.module, hint=hint)
+                self.found = found
+        return self.found
