@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,18 @@ def test_a_dense_merge_is_baked_without_a_cut(tmp_path):
         found = a.read(0, a.shape[0]) - b.read(0, b.shape[0])
         torch.testing.assert_close(found, plan.delta(module).dense(), atol=1e-6, rtol=1e-5)
         assert torch.linalg.matrix_rank(found, rtol=1e-4) > 8  # not what a rank-R adapter could hold
+
+
+def test_a_rank_is_kept_and_extras_are_refused(tmp_path):
+    base = llama(tmp_path / "base")
+    pair = [read_adapter(lora(base, tmp_path / n, ["q_proj"], seed=i)) for i, n in enumerate("ab")]
+    plan = plan_merge(pair, "task_arithmetic", rank=2)
+    module = next(iter(plan.common.modules))
+    assert torch.linalg.matrix_rank(plan.delta(module).dense(), rtol=1e-4) == 2
+    trained = replace(pair[0], extras={"model.norm.weight": torch.ones(32)})
+    for source in (trained, plan_merge([trained], "task_arithmetic")):
+        with pytest.raises(InputError, match=r"model\.norm\.weight"):
+            bake(source, base, tmp_path / "out")
 
 
 def test_refused_bases_leave_nothing(tmp_path):

@@ -173,3 +173,35 @@ def test_bases_of_other_names_can_be_declared_one(tmp_path):
         merge_folders([a, b], tmp_path / "out")
     done = merge_folders([a, b], tmp_path / "out", base="org/base")
     assert done["base"] == "org/base" and [p["base"] for p in done["adapters"]] == ["base", "org/base"]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_merged_classifiers_run_in_peft_on_the_backbone(tmp_path):
+    import peft
+    import transformers as hf
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = hf.RobertaConfig(vocab_size=60, max_position_embeddings=40, initializer_range=0.2, **sizes)
+    hf.RobertaModel(config).save_pretrained(tmp_path / "base")
+    for name, labels in (("two", 2), ("three", 3)):
+        model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=labels)
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+        )
+        for n, p in wrapped.named_parameters():
+            if "lora_" in n:
+                torch.nn.init.normal_(p, std=0.2)
+        wrapped.save_pretrained(tmp_path / name)
+    merge_folders([tmp_path / "two", tmp_path / "three"], tmp_path / "out", scale=0.5)
+    ids = torch.randint(3, 60, (2, 7))
+    backbone = hf.AutoModel.from_pretrained(tmp_path / "base").eval()
+    expected = hf.AutoModel.from_pretrained(tmp_path / "base").eval()
+    for name in ("two", "three"):
+        for module, f in read_adapter(tmp_path / name).modules.items():
+            expected.get_submodule(module).weight.data += 0.5 * f.delta()
+    with torch.no_grad():
+        plain = backbone(ids).last_hidden_state
+        found = peft.PeftModel.from_pretrained(backbone, tmp_path / "out").eval()(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(found, expected(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
+    assert (found - plain).abs().max() > 0.05

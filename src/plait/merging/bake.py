@@ -103,15 +103,16 @@ def bake(
 
 
 def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
+    extras = source.common.extras if isinstance(source, Plan) else source.extras
+    if extras:
+        raise InputError(
+            f"{next(iter(extras))!r} was trained beside the LoRA factors",
+            where=None if isinstance(source, Plan) else source.name,
+            hint="PEFT's merge_and_unload handles replaced embeddings",
+        )
     if isinstance(source, Plan):
         plan = source
         return plan.shell(), {m: (lambda m=m: plan.delta(m)) for m in plan.common.modules}  # type: ignore[misc]
-    if source.extras:
-        raise InputError(
-            f"{next(iter(source.extras))!r} was trained beside the LoRA factors",
-            where=source.name,
-            hint="PEFT's merge_and_unload handles replaced embeddings",
-        )
     return source, {m: (lambda f=f: as_dense(f)) for m, f in source.modules.items()}  # type: ignore[misc]
 
 

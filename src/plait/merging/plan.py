@@ -150,7 +150,9 @@ class Plan:
         return factors, lost
 
     def delta(self, module: str) -> DenseDelta:
-        """The module's merged delta, scale applied, without a cut to rank: for baking."""
+        """The module's merged delta, scale applied, cut only where a rank was asked for: for baking."""
+        if self.rank is not None:
+            return as_dense(self.merged(module, self.prepared())[0])
         x = self.view(module, self.prepared())
         result = self.method.function(x, **self.options)
         dense = result if isinstance(result, DenseDelta) else as_dense(result)
