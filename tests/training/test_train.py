@@ -202,3 +202,40 @@ def test_bad_settings_and_bad_adapters_are_named(tiny_base, tmp_path):
         train_adapter(
             wrong, task, make_examples(task, 0), tiny_base("bert"), SETTINGS, seed=0, out=tmp_path / "x", identity={}
         )
+
+
+def test_the_best_moment_is_kept_and_a_stalled_run_stops(tiny_base, tmp_path):
+    base, task = tiny_base("bert"), make_task()
+    settings = dataclasses.replace(SETTINGS, steps=60, evaluate_every=4, patience=3, checkpoint_every=8)
+    options = {"selection": make_examples(task, 40, seed=9)}
+    adapter = train(base, "bert", tmp_path / "a", settings, **options)
+    result = json.loads((tmp_path / "a" / MANIFEST).read_text())["result"]
+    chosen, scored = result["selected"], dict(result["selected"]["scores"])
+    assert chosen["score"] == max(scored.values()) == scored[chosen["step"]]
+    assert result["steps"] < 60 and sum(step > chosen["step"] for step in scored) == 3
+    # The kept adapter is that of the chosen step, and a run of that many steps of the same schedule shows it.
+    kept = train(
+        base,
+        "bert",
+        tmp_path / "b",
+        dataclasses.replace(settings, patience=None, evaluate_every=None, snapshots=(chosen["step"],)),
+    )
+    assert kept is not None
+    same_bits(adapter, read_adapter(tmp_path / "b" / "steps" / f"{chosen['step']:06d}", name="topic"))
+
+    def stop(step, total, loss):
+        if step == min(chosen["step"] + 2, result["steps"] - 1):
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(base, "bert", tmp_path / "c", settings, progress=stop, **options)
+    same_bits(adapter, train(base, "bert", tmp_path / "c", settings, **options))
+    assert json.loads((tmp_path / "c" / MANIFEST).read_text())["result"]["selected"] == chosen
+
+
+def test_text_tasks_are_chosen_by_perplexity(tiny_base, tmp_path):
+    task = make_task(kind="causal")
+    settings = dataclasses.replace(SETTINGS, steps=12, evaluate_every=6)
+    train(tiny_base("llama"), "llama", tmp_path / "a", settings, task, selection=make_examples(task, 10, seed=9))
+    chosen = json.loads((tmp_path / "a" / MANIFEST).read_text())["result"]["selected"]
+    assert [step for step, _ in chosen["scores"]] == [6, 12] and chosen["score"] < -1.0

@@ -17,7 +17,8 @@ from plait.errors import InputError, RunError, UsageError
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task
-from plait.training.fleet_run import Outcome, Shared, cohort_size, interrupted, run_cohort
+from plait.training.fleet_run import Outcome, Shared, cohort_size, run_cohort
+from plait.training.fleet_state import interrupted
 from plait.training.settings import TrainingSettings
 from plait.training.train import loss_summary, train_adapter
 
@@ -37,6 +38,7 @@ class Member:
         out: The folder to write.
         identity: What the result is.
         statistics: Of all tasks, where its constraint needs them.
+        selection: Rows to choose its best moment by.
     """
 
     initial: Adapter
@@ -47,6 +49,7 @@ class Member:
     out: Path
     identity: Mapping[str, Any]
     statistics: Mapping[str, Statistics] | None = None
+    selection: Examples | None = None
 
 
 def train_fleet(
@@ -117,7 +120,12 @@ def train_fleet(
 def stackable(member: Member) -> bool:
     """Whether a member can be trained in a stack; otherwise `train_fleet` trains it alone."""
     s = member.settings
-    alone = s.dropout > 0 or s.base_dropout or s.evaluate_every is not None or s.report_to
+    alone = (
+        s.dropout > 0
+        or s.base_dropout
+        or (s.evaluate_every is not None and member.selection is not None)
+        or s.report_to
+    )
     return not alone and all(f.kind == LINEAR for f in member.initial.modules.values())
 
 
@@ -195,6 +203,7 @@ def _train_alone(m: Member, base: BaseModel, overwrite: bool, meter: _Meter) -> 
         overwrite=overwrite,
         progress=one,
         statistics=m.statistics,
+        selection=m.selection,
     )
 
 

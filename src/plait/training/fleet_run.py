@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
-from plait.adapters.tensors import read_tensors, write_tensors
 from plait.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
 from plait.errors import UsageError
 from plait.evaluation.evaluate import task_view
-from plait.store import canonical_json, sha256_json
 from plait.tasks import encode
-from plait.training.checkpoints import latest_whole, open_root, recorded_identity, seal
 from plait.training.cohort import Cohort, Trainee, step_items
+from plait.training.fleet_state import restore_state, root_of, save_state
 from plait.training.heads import Ends
 from plait.training.peft_model import for_task
 from plait.training.prepare import prepare_constraint
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from plait.training.fleet import Member
 
 _LOOK_EVERY = 25  # steps between looks at the losses: each makes the host wait for the device
-_STATE, _SNAPSHOT = "state.safetensors", "snapshot."
 _SAMPLE = 8  # steps whose price is compared
 # Seconds the host takes to launch what belongs to one linear layer, forward and backward, and parameter-tokens a second
 # the device goes through once it has enough of them. Measured: docs/results/training.md.
@@ -189,9 +186,9 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
     items = step_items(shared.bank, rows, shared.kind, shared.device)
     total = len(rows)
     losses = torch.zeros(total, len(order), device=shared.device)
-    root, every = _root_of(members), min((m.settings.checkpoint_every or total for m in members), default=total)
+    root, every = root_of(members), min((m.settings.checkpoint_every or total for m in members), default=total)
     snapshots: dict[int, Tensor] = {}
-    start = _restore(root, cohort, losses, snapshots) if root else 0
+    start = restore_state(root, cohort, losses, snapshots) if root else 0
     meter(start * len(order), None)
     for step in range(start, total):
         losses[step] = cohort.step(step, shared.bank, plan, items[step])
@@ -199,7 +196,7 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
         if any(done in m.settings.snapshots for m in members):
             snapshots[done] = cohort.parameters.values.to("cpu", copy=True)
         if root and (done % every == 0 or done == total):
-            _save(root, done, cohort, losses, snapshots)
+            save_state(root, done, cohort, losses, snapshots)
         if done % _LOOK_EVERY == 0 or done == total:
             since = (step // _LOOK_EVERY) * _LOOK_EVERY
             meter((done - max(since, start)) * len(order), float(losses[since:done].mean()))
@@ -213,66 +210,6 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
         for place, m in enumerate(members)
     }
     return Outcome(order, adapters, curve, failed, kept, root)
-
-
-def _root_of(members: Sequence[Member]) -> Path | None:
-    """The cohort's checkpoint folder, beside its first member's; None where no member asks for checkpoints."""
-    if all(m.settings.checkpoint_every is None for m in members):
-        return None
-    identity = {"members": [_key(m) for m in members]}
-    root = Path(members[0].out).absolute().parent / f".fleet-{sha256_json(identity)[:12]}.checkpoints"
-    open_root(root, identity)
-    return root
-
-
-def _key(member: Member) -> list[Any]:
-    return [str(Path(member.out).absolute()), json.loads(canonical_json(dict(member.identity)))]
-
-
-def interrupted(members: Sequence[Member], todo: Sequence[Member]) -> list[list[Member]]:
-    """Cohorts that were being trained, or written, when a run of these members ended: they go on as they were.
-
-    A cohort's rounding depends on who is in it, so one that has written half of its members is finished as a whole.
-    """
-    known = {str(Path(m.out).absolute()): m for m in members}
-    wanted = {str(Path(m.out).absolute()) for m in todo}
-    found = []
-    for root in sorted({p for m in todo for p in Path(m.out).absolute().parent.glob(".fleet-*.checkpoints")}):
-        recorded = recorded_identity(root).get("members", [])
-        group = [known[out] for out, identity in recorded if out in known and _key(known[out])[1] == identity]
-        names = {out for out, _ in recorded}
-        if recorded and len(group) == len(recorded) and names & wanted:
-            found.append(group)
-            wanted -= names
-        else:
-            shutil.rmtree(root)  # of other settings, or of other company: nobody can go on from it
-    return found
-
-
-def _save(root: Path, step: int, cohort: Cohort, losses: Tensor, snapshots: Mapping[int, Tensor]) -> None:
-    flat, stage = cohort.parameters, root / "staging"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    state = {"values": flat.values, "first": flat.first, "second": flat.second, "losses": losses}
-    state |= {f"{_SNAPSHOT}{n}": values for n, values in snapshots.items()}
-    # As integers: a member that has left the numbers must not keep the others from being saved.
-    write_tensors(stage / _STATE, {k: v.view(torch.int32) for k, v in state.items()})
-    seal(stage, root / f"checkpoint-{step}")
-
-
-def _restore(root: Path, cohort: Cohort, losses: Tensor, snapshots: dict[int, Tensor]) -> int:
-    """Load the newest whole checkpoint into a cohort; returns the step to go on with."""
-    found = latest_whole(root)
-    if found is None:
-        return 0
-    flat = cohort.parameters
-    state = {k: v.view(torch.float32) for k, v in read_tensors(found / _STATE)[0].items()}
-    for name in ("values", "first", "second"):
-        getattr(flat, name).copy_(state[name])
-    losses.copy_(state["losses"])
-    snapshots |= {int(k.removeprefix(_SNAPSHOT)): v for k, v in state.items() if k.startswith(_SNAPSHOT)}
-    flat.refresh()
-    return int(found.name.rpartition("-")[2])
 
 
 def cohort_size(shared: Shared) -> int:

@@ -41,6 +41,7 @@ def train_adapter(
     overwrite: bool = False,
     progress: Callable[[int, int, float | None], None] | None = None,
     statistics: Mapping[str, Statistics] | None = None,
+    selection: Examples | None = None,
 ) -> Adapter:
     """Train an adapter on one task and write it as a PEFT folder.
 
@@ -56,6 +57,8 @@ def train_adapter(
         overwrite: Train even where `out` holds something.
         progress: Called after each step with the step, the number of steps and the last logged loss.
         statistics: Task -> statistics, of all tasks; for the constraints "projected" and "penalised".
+        selection: Rows to score the adapter on every `evaluate_every` steps: the best of these adapters is the result,
+            and `patience` of them without a better score end the run. Not the rows that are reported.
 
     Returns:
         The trained adapter with its head, as read back from `out`. The manifest's result holds the task, the backbone's
@@ -79,7 +82,7 @@ def train_adapter(
     with _held(root), _quiet(), torch.random.fork_rng():
         if _is_writer():
             open_root(root, identity)
-        trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics)
+        trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
     result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
     if not _is_writer():
         return trained
@@ -100,8 +103,10 @@ def _run(
     root: Path,
     progress: Callable[[int, int, float | None], None] | None,
     statistics: Mapping[str, Statistics] | None,
+    selection: Examples | None,
 ) -> tuple[Adapter, dict[str, Any]]:
     from plait.training.callbacks import ConstraintCallback, Snapshots, Watcher
+    from plait.training.selection import BestAdapter
     from plait.training.trainer import TaskTrainer, training_arguments
 
     if base.torch_dtype == torch.float16:
@@ -116,11 +121,15 @@ def _run(
     peft_model = attach(model, started, dropout=settings.dropout)
     rows = encode(tokenizer, task, examples, settings.max_length)
     total = settings.total_steps(len(rows))
-    callbacks = [
+    callbacks: list[Any] = [
         Watcher(progress),
         ConstraintCallback(constraint, peft_model),
         Snapshots(settings.snapshots, root, peft_model, started),
     ]
+    chooser = None
+    if selection is not None and settings.evaluate_every is not None:
+        chooser = BestAdapter(settings, task, selection, tokenizer, peft_model, started, root)
+        callbacks.append(chooser)
     trainer = TaskTrainer(
         task=task,
         settings=settings,
@@ -145,6 +154,9 @@ def _run(
         "steps": int(trainer.state.global_step),
         "losses": loss_summary(logged_losses(trainer.state.log_history)),
     }
+    if chooser is not None:
+        best, result["selected"] = chooser.best()
+        return best, result
     return detach(trainer.accelerator.unwrap_model(trainer.model), started, {"task": task.name}), result
 
 
