@@ -90,7 +90,7 @@ def test_batches_by_length_hold_every_row_once(tiny_base):
     rows = encode(tokenizer, task(), examples(5, 1, 9, 9, 3), 32)
     assert length_order(rows) == [2, 3, 0, 4, 1]
     for by_length in (False, True):
-        found = [b for b in batches(tokenizer, rows, 2, by_length=by_length)]
+        found = list(batches(tokenizer, rows, 2, by_length=by_length))
         real = sorted(
             i[m.bool()].tolist() for b in found for i, m in zip(b["input_ids"], b["attention_mask"], strict=True)
         )

@@ -101,7 +101,7 @@ def test_regression_knows_its_mean(tmp_path):
 
 def test_a_template_makes_the_prompt(tmp_path):
     data = b"q,label\nwho {label}?,a\nwhat?,b\n" + b"x,c\n" * 3
-    known, rows = load(tmp_path, "a.csv", data, kind="causal", text=("q",), template="Q: {q} A:")
+    _known, rows = load(tmp_path, "a.csv", data, kind="causal", text=("q",), template="Q: {q} A:")
     assert rows.texts[0] == ("Q: who {label}? A:",) and list(rows.labels[:2]) == ["a", "b"]
 
 
@@ -180,7 +180,7 @@ def test_wrong_calls(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "short.csv").write_bytes(b"text,label\na,0\nb,1\n")
     for name in ("absent.csv", "folder.csv"):
-        with pytest.raises(InputError, match="no such file|not a regular file"):
+        with pytest.raises(InputError, match=r"no such file|not a regular file"):
             load_task(task(name), root=tmp_path)
     with pytest.raises(InputError, match="no rows"):
         load_examples(load_task(task("short.csv"), root=tmp_path), "validation", root=tmp_path)

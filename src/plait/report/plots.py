@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 if TYPE_CHECKING:
     from plait.report.summary import Line
+
+P = ParamSpec("P")
 
 # Okabe & Ito's palette: told apart with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000")
 
 
+# The same numbers give the same bytes; names are never read as formulas.
+_STYLE = {"font.size": 9, "text.parse_math": False, "svg.hashsalt": "plait", "svg.fonttype": "none"}
+
+
+def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+    """Draw with the style of the report, whatever the process has set."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> str:
+        from matplotlib import rc_context
+
+        with rc_context(_STYLE):
+            return draw(*arguments, **options)
+
+    return drawn
+
+
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(1, columns, squeeze=False)[0]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def _svg(figure: Any) -> str:
-    from matplotlib import rc_context
-
     text = io.StringIO()
-    with rc_context({"svg.hashsalt": "plait", "svg.fonttype": "none"}):  # the same numbers give the same bytes
-        figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 
 
+@_styled
 def bars(lines: Sequence[Line]) -> str:
     """Merged score of every arm and merge, with what the arm's adapters reach alone (tick) and the floor (line)."""
     arms, merges = list(dict.fromkeys(x.arm for x in lines)), list(dict.fromkeys(x.merge for x in lines))
@@ -56,6 +76,7 @@ def bars(lines: Sequence[Line]) -> str:
     return _svg(figure)
 
 
+@_styled
 def curves(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], lines: Sequence[Line]) -> str:
     """Selection score against the scale of the merge, one panel a merge, one curve an arm."""
     merges = list(dict.fromkeys(m for by_merge in found.values() for m in by_merge))
@@ -72,6 +93,7 @@ def curves(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], lin
     return _svg(figure)
 
 
+@_styled
 def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Predicted relative output shift: row, whose adapter; column, whose inputs; one panel an arm, one logarithmic colour scale."""
     import numpy as np
@@ -79,8 +101,10 @@ def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 
     arms = list(tables)
     tasks = list(next(iter(tables.values())))
-    side = 0.42 * len(tasks) + 1.5
-    figure, axes = _figure(side * len(arms), side, len(arms))
+    names = [_short(t) for t in tasks]
+    labels = 0.07 * max(map(len, names))  # inches that tick labels take
+    side = max(2.6, 0.42 * len(tasks) + 1.2 + labels)
+    figure, axes = _figure(side * len(arms) + 1.2, side, len(arms))
     grids = {arm: np.array([[tables[arm][i][j] for j in tasks] for i in tasks]) for arm in arms}
     found = np.concatenate([g[np.isfinite(g) & (g > 0)] for g in grids.values()])
     low, top = (max(float(found.min()), float(found.max()) / 1e4), float(found.max())) if found.size else (0.1, 1.0)
@@ -88,9 +112,9 @@ def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     image = None
     for axis, arm in zip(axes, arms, strict=True):
         image = axis.imshow(grids[arm], cmap="viridis", norm=norm)
-        axis.set_title(arm)
-        axis.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right")
-        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_title(_short(arm))
+        axis.set_xticks(range(len(tasks)), names, rotation=60, ha="right")
+        axis.set_yticks(range(len(tasks)), names)
         axis.set_xlabel("inputs of")
     axes[0].set_ylabel("adapter of")
     figure.colorbar(image, ax=list(axes), shrink=0.7)

@@ -56,7 +56,7 @@ def load_task(task: Task, *, root: Path | None = None) -> Task:
 
 
 def _label_cells(task: Task, split: str, root: Path | None) -> list[Any]:
-    column = _table(task, split, root)[task.label_column].to_pylist()
+    column: list[Any] = _table(task, split, root)[task.label_column].to_pylist()
     _require_filled(column, range(len(column)), task, split)
     return column
 
