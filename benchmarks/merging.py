@@ -390,6 +390,27 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table for docs/results/merging.md."""
+    lines = [
+        "| shape | tool | method | seconds | over the floor | peak MB | disk MB | runs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "seconds" not in row:
+            lines.append(f"| {row['shape']} | {row['tool']} | {row['method']} | {row.get('error', '')} | | | | |")
+            continue
+        disk = f"{row['disk_mb']:.0f}" if "disk_mb" in row else ""
+        dense = (
+            f" (dense part: {row['over_row_block_sum']:.1f}x the plain sum)" if row.get("over_row_block_sum") else ""
+        )
+        lines.append(
+            f"| {row['shape']} | {row['tool']} | {row['method']} | {row['seconds']:.3f} | {row['over_floor']:.1f}x{dense} "
+            f"| {row['peak_mb']:.0f} | {disk} | {row.get('runs', '')} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         name, *rest = sys.argv[2:]
@@ -398,7 +419,10 @@ def main() -> None:
         print(json.dumps(globals()[name](*given, int(repeats))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for adapters, bases and outputs")
+    parser.add_argument("--render", type=Path, help="print the table of a finished run's JSON and stop")
+    parser.add_argument(
+        "--work", type=Path, default=Path("merging-benchmark"), help="folder for adapters, bases and outputs"
+    )
     parser.add_argument("--mergekit", help="Python of an environment with mergekit")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -407,6 +431,9 @@ def main() -> None:
     parser.add_argument("--peft-methods", nargs="*", default=list(PEFT_METHODS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.render:
+        print(markdown(json.loads(args.render.read_text())["rows"]))
+        return
     found = measure(args)
     for row in found["rows"]:
         target = TARGET.get(row["method"]) if row["tool"] == "plait" else None
