@@ -139,6 +139,7 @@ FAULTS = [
     (EnvironmentFault("x"), 4),
     (OSError(errno.ENOSPC, "No space left on device"), 4),
     (MemoryError("x"), 4),
+    (RuntimeError("basic_ios::clear: iostream error"), 4),
     (RuntimeError("CUDA out of memory: x"), 4),
     (ModuleNotFoundError("No module named 'ray'", name="ray"), 4),
     (ValueError("x"), 1),

@@ -263,3 +263,30 @@ def test_text_tasks_beside_classes_are_refused_before_anything_is_computed(tiny_
     with pytest.raises(UsageError, match="tasks of one form"):
         pipeline.run(parse_recipe(raw, "tiny"), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_when_there_is_room(tiny_recipe, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        file = tmp_path / "recipe.yaml"
+        recipe = tiny_recipe(tasks=["topic"], **SCALED)
+        file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+        command = [sys.executable, "-m", "plait", "run", str(file), "--out", str(disk / "out"), "--quiet", "--json"]
+        codes = []
+        for size in ("40k", "120k", "4m"):
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+            codes.append(ended.returncode)
+            assert "Traceback" not in ended.stderr and json.loads(ended.stdout)["schema"] == 1
+        assert codes[0] == 4 and codes[-1] == 0 and set(codes) <= {0, 4}
+        pipeline.run(recipe, tmp_path / "roomy", quiet=True)
+        assert scores_of(disk / "out") == scores_of(tmp_path / "roomy") != {}
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)

@@ -215,7 +215,7 @@ def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path):
 # --- what the system refuses ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", sorted(locks._STEPS))
+@pytest.mark.parametrize("number", sorted(locks.STEPS))
 def test_every_fault_of_the_system_says_what_to_do(tmp_path, number):
     with pytest.raises(EnvironmentFault) as raised, staged_file(tmp_path / "x"):
         raise OSError(number, os.strerror(number))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from plait.errors import EnvironmentFault, PlaitError
 
-_STEPS = {
+STEPS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
     errno.EROFS: "choose a writable --out",
@@ -63,6 +63,6 @@ def system_errors(path: Path) -> Iterator[None]:
     except PlaitError:
         raise
     except OSError as e:
-        if e.errno not in _STEPS:
+        if e.errno not in STEPS:
             raise
-        raise EnvironmentFault(f"cannot write: {e.strerror}", where=str(path), hint=_STEPS[e.errno]) from e
+        raise EnvironmentFault(f"cannot write: {e.strerror}", where=str(path), hint=STEPS[e.errno]) from e

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -15,10 +14,11 @@ from typing import Any
 import typer
 
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError, printable
+from plait.locks import STEPS
 
 SCHEMA = 1
 INTERRUPTED = 130
-_SYSTEM = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG, errno.EFBIG)
+_TORCH_WRITES = ("iostream error", "PytorchStreamWriter failed")  # how torch.save says that the disk is full
 
 
 def emit(result: Mapping[str, Any], as_json: bool, text: str) -> None:
@@ -82,8 +82,10 @@ def foreseen(error: Exception) -> PlaitError | None:
     if isinstance(error, ModuleNotFoundError):
         hint = "pip install the extra it belongs to: plait[demo], plait[test]"
         return EnvironmentFault(f"the package {error.name!r} is not installed", hint=hint)
-    if isinstance(error, OSError) and error.errno in _SYSTEM:
-        return EnvironmentFault(error.strerror or str(error), where=str(error.filename or ""))
+    if isinstance(error, OSError) and error.errno in STEPS:
+        return EnvironmentFault(error.strerror or str(error), where=str(error.filename or ""), hint=STEPS[error.errno])
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITES):
+        return EnvironmentFault("a checkpoint cannot be written", hint="is the disk full?")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
         first = (str(error) or "out of memory").splitlines()[0]
         return EnvironmentFault(first, hint="smaller batches, fewer rows, or --device cpu")

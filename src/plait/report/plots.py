@@ -17,7 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 # The same numbers give the same bytes; names are never read as formulas.
-_STYLE = {"font.size": 9, "text.parse_math": False, "svg.hashsalt": "plait", "svg.fonttype": "none"}
+_STYLE: Any = {"font.size": 9, "text.parse_math": False, "svg.hashsalt": "plait", "svg.fonttype": "none"}
 
 
 def _styled(draw: Callable[P, str]) -> Callable[P, str]:
@@ -102,7 +102,7 @@ def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     arms = list(tables)
     tasks = list(next(iter(tables.values())))
     names = [_short(t) for t in tasks]
-    labels = 0.07 * max(map(len, names))  # inches that tick labels take
+    labels = 0.1 * max(map(len, names))  # inches that tick labels take
     side = max(2.6, 0.42 * len(tasks) + 1.2 + labels)
     figure, axes = _figure(side * len(arms) + 1.2, side, len(arms))
     grids = {arm: np.array([[tables[arm][i][j] for j in tasks] for i in tasks]) for arm in arms}
