@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.errors import InputError, UsageError
+from plait.errors import InputError, RunError, UsageError
 from plait.merging import merge
 
 
@@ -82,3 +82,27 @@ def test_rank_cuts_and_records_what_it_lost():
     total = sum(f.norm_squared() for f in whole.modules.values())
     assert cut.record["discarded_energy"] == pytest.approx(lost / total, rel=1e-4)
     assert cut.record["verification_error"] < 1e-5
+
+
+def test_adapters_without_modules_and_two_of_one_name_are_refused():
+    with pytest.raises(InputError, match="none of the adapters"):
+        merge([Adapter("a", "base", {})], "ties")
+    with pytest.raises(UsageError, match="collide"):
+        merge([adapter("a", 0), adapter("A", 1)])
+    with pytest.raises(UsageError, match="nothing to merge"):
+        merge([])
+
+
+def test_two_heads_of_one_task_must_be_one_head():
+    a = adapter("m1", 0, heads={"x": {"classifier.weight": torch.ones(2, 12)}})
+    b = adapter("m2", 1, heads={"x": {"classifier.weight": torch.zeros(2, 12)}})
+    with pytest.raises(InputError, match="different heads for task 'x'"):
+        merge([a, b])
+    assert set(merge([a, adapter("m2", 1, heads=a.heads)]).adapter.heads) == {"x"}
+
+
+def test_products_that_overflow_are_an_error_and_no_endless_search():
+    huge = {f"l.{i}": LoraFactors(torch.full((2, 200), 1e25), torch.full((400, 2), 1e25)) for i in range(2)}
+    for method in ("ties", "dare_linear", "sce", "emr"):  # spectral methods hold such deltas as factors
+        with pytest.raises(RunError, match="infinity"):
+            merge([Adapter("a", "base", huge), Adapter("b", "base", huge)], method)

@@ -18,9 +18,33 @@ from plait.merging import (  # noqa: F401  importing a method registers it
     tsv,
     wudi,
 )
-from plait.merging.driver import merge
+from plait.merging.adamerging import adamerging
+from plait.merging.bake import bake
+from plait.merging.driver import merge, plan_merge
 from plait.merging.folders import merge_folders
-from plait.merging.plan import Merged
+from plait.merging.mergekit import read_mergekit_config
+from plait.merging.per_task import TaskSwitch, load_task, merge_per_task
+from plait.merging.plan import Merged, Plan
+from plait.merging.rank_curve import rank_curve
 from plait.merging.registry import MergeMethod, merge_method, merge_methods, parse_settings
+from plait.merging.regmean_pp import regmean_pp
 
-__all__ = ["MergeMethod", "Merged", "merge", "merge_folders", "merge_method", "merge_methods", "parse_settings"]
+__all__ = [
+    "MergeMethod",
+    "Merged",
+    "Plan",
+    "TaskSwitch",
+    "adamerging",
+    "bake",
+    "load_task",
+    "merge",
+    "merge_folders",
+    "merge_method",
+    "merge_methods",
+    "merge_per_task",
+    "parse_settings",
+    "plan_merge",
+    "rank_curve",
+    "read_mergekit_config",
+    "regmean_pp",
+]

@@ -58,6 +58,8 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
     for adapter in adapters:
         _require_finite(adapter)
     modules = _modules(adapters)
+    if not modules:
+        raise InputError("none of the adapters adapts a module", where=", ".join(a.name for a in adapters))
     absent = {a.name: [m for m in modules if m not in a.modules] for a in adapters}
     task_type, prefix = _task_type(adapters)
     _check_heads(adapters)

@@ -138,7 +138,12 @@ class Plan:
             factors, lost = self.adapters[0].modules[module], 0.0
             return truncated(factors, self.rank) if self.rank else (factors, lost)
         x = self.view(module, context)
-        factors, lost = self.cut(self.method.function(x, **self.options), x)
+        try:
+            factors, lost = self.cut(self.method.function(x, **self.options), x)
+        except torch.linalg.LinAlgError as e:  # LAPACK's answer to NaN and infinity
+            raise RunError(
+                f"{self.method.name}: {e}", where=module, hint="products of huge factors give infinity"
+            ) from None
         scale = self.scale
         if self.calibration:
             scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
