@@ -242,6 +242,12 @@ def test_targets_are_chosen_as_peft_chooses_them():
         assert mine == theirs
 
 
+def test_layers_are_chosen_alike_in_a_bare_backbone():
+    model = build("llama")
+    whole, bare = (find_targets(m, ["q_proj"], layers_to_transform=[1])[0] for m in (model, model.model))
+    assert list(whole) == list(bare) == ["layers.1.self_attn.q_proj"]
+
+
 def test_tensor_parallel_shards_are_refused():
     model = Twice()
     batch = padded(text(0, 2))

@@ -68,9 +68,9 @@ def test_zero_moments_cannot_be_normalised():
         Moments.zero(4).merge(Moments.zero(5))
 
 
-def statistics(task: str, n: int, seed: int, **provenance) -> Statistics:
+def statistics(task: str, n: int, number: int, **provenance) -> Statistics:
     record = {"base": "b", "pool": "token", "task": task, "samples": n, "tokens": n, **provenance}
-    return Statistics({"s": moments_of(rows(n, seed))}, {"m": ModuleInfo("s", (5, D), float(n))}, record)
+    return Statistics({"s": moments_of(rows(n, number))}, {"m": ModuleInfo("s", (5, D), float(n))}, record)
 
 
 def test_merged_statistics_add_and_keep_what_agrees():

@@ -29,8 +29,8 @@ class Moments:
             rotated so that no row is an input.
         form: "dense" or "factor".
         residual: (d,) non-negative diagonal added to F^T F; None unless sketched.
-        tail, step: What a fine sketch keeps of the rest off the diagonal, as correlations in steps of `step`: the packed
-            upper triangle of codes c with rest_ij = step c_ij sqrt(residual_i residual_j).
+        tail, step: What a fine sketch keeps of the rest off the diagonal, as correlations: the packed upper triangle
+            of codes c with rest_ij = step c_ij |c_ij| sqrt(residual_i residual_j); squares are finer where most lie.
         error: Bound on the spectral norm of what a sketch left out, in the units of S; 0 where exact.
         padded_count, padded_total: The same count and sum over all positions, pads included (`osrm_released` alone
             reads them); None where pads held NaN.
@@ -80,7 +80,8 @@ class Moments:
             return S
         if self.tail is not None:
             spread = self.residual.sqrt()
-            S = S + unpacked(self.tail, self.dim).to(S) * (self.step * spread[:, None] * spread)
+            codes = unpacked(self.tail, self.dim).to(S)
+            S = S + codes * codes.abs() * (self.step * spread[:, None] * spread)
         return S + torch.diag(self.residual)
 
     def normalised(self, dtype: torch.dtype | None = None) -> Float[Tensor, "d d"]:

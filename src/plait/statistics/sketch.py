@@ -65,9 +65,9 @@ def _coded(rest: Float[Tensor, "d d"]) -> tuple[Tensor, float]:
     largest = float(correlations.abs().max())
     if largest == 0.0:
         return packed(correlations.to(torch.int8)), 0.0
-    codes = (correlations * (_LEVELS / largest)).round()
-    step = largest / _LEVELS
-    lowest = float(torch.linalg.eigvalsh(codes * step)[0])
+    codes = (correlations.sign() * (correlations.abs() / largest).sqrt() * _LEVELS).round()
+    step = largest / _LEVELS**2
+    lowest = float(torch.linalg.eigvalsh(codes * codes.abs() * step)[0])
     return packed(codes.to(torch.int8)), step / max(1.0, -lowest)
 
 

@@ -143,7 +143,10 @@ def _matched(base: nn.Module, config: Any, modules: Mapping[str, nn.Module]) -> 
         linear = [n for n, m in modules.items() if _shape_of(m) is not None]
         kept = set(cast(Any, tuners_utils._maybe_include_all_linear_layers(config, base)).target_modules)
         config.target_modules = [n for n in linear if n in kept or _was_adapted(base, n)]
-    hits = [n for n in modules if tuners_utils.check_target_module_exists(config, n) and n]
+    # PEFT finds a layer's index only behind a prefix ("model.layers.0."), which a bare backbone's names lack.
+    bare = config.layers_to_transform is not None and not backbone_of(base)[1]
+    lead = f"{getattr(base, 'base_model_prefix', '') or 'model'}." if bare else ""
+    hits = [n for n in modules if tuners_utils.check_target_module_exists(config, lead + n)]
     _require_all_used(config.target_modules, hits, modules)
     return hits
 
