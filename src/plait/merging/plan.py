@@ -140,7 +140,7 @@ class Plan:
         x = self.view(module, context)
         try:
             factors, lost = self.cut(self.method.function(x, **self.options), x)
-        except torch.linalg.LinAlgError as e:  # LAPACK's answer to NaN and infinity
+        except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # LAPACK on NaN and infinity
             raise RunError(
                 f"{self.method.name}: {e}", where=module, hint="products of huge factors give infinity"
             ) from None
