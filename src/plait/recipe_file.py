@@ -19,6 +19,7 @@ from plait.recipe import Recipe, TaskSpec
 from plait.store import staged_file
 
 _SIZE_LIMIT = 1 << 20
+_EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 
 
 class _Loader(yaml.SafeLoader):
@@ -110,6 +111,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(place, dict):
             raise UsageError(f"--set {key}: {parent} is not a mapping")
     place[last] = load_yaml(value, f"--set {key}")
+    if key in _EXCLUDES:
+        place.pop(_EXCLUDES[key], None)
 
 
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:

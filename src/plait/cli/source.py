@@ -62,8 +62,6 @@ def recipe_from(
         "training": {"epochs": 3},
     }
     apply_overrides(raw, sets or [])
-    if "steps" in raw["training"]:
-        raw["training"].pop("epochs", None)
     return parse_recipe(raw, "options")
 
 
