@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import settings
 from pyarrow import csv, parquet
 
@@ -112,3 +113,12 @@ def tiny_recipe(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> Callable
         return parse_recipe({**raw, **changed}, "tiny")
 
     return make
+
+
+@pytest.fixture
+def recipe_file(tiny_base, tmp_path) -> Path:
+    raw = tiny_raw(tiny_base("bert"), "bert", tmp_path / "data", ["topic", "grade"])
+    raw |= {"arms": ["osrm"], "merges": ["task_arithmetic"]}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path

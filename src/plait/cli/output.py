@@ -18,7 +18,11 @@ from plait.locks import STEPS
 
 SCHEMA = 1
 INTERRUPTED = 130
-_TORCH_WRITES = ("iostream error", "PytorchStreamWriter failed")  # how torch.save says that the disk is full
+_TORCH_WRITES = (
+    "iostream error",
+    "PytorchStreamWriter failed",
+    "inline_container.cc",
+)  # how torch.save says that the disk is full
 
 
 def emit(result: Mapping[str, Any], as_json: bool, text: str) -> None:
@@ -84,8 +88,10 @@ def foreseen(error: Exception) -> PlaitError | None:
         return EnvironmentFault(f"the package {error.name!r} is not installed", hint=hint)
     if isinstance(error, OSError) and error.errno in STEPS:
         return EnvironmentFault(error.strerror or str(error), where=str(error.filename or ""), hint=STEPS[error.errno])
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITES):
+    if any(words in str(error) for words in _TORCH_WRITES) and isinstance(error, RuntimeError):
         return EnvironmentFault("a checkpoint cannot be written", hint="is the disk full?")
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+        return EnvironmentFault(str(error), hint="is the disk full?")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
         first = (str(error) or "out of memory").splitlines()[0]
         return EnvironmentFault(first, hint="smaller batches, fewer rows, or --device cpu")

@@ -1,0 +1,130 @@
+"""The command line in odd places: locales, closed and full streams, interruptions, other terminals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from plait.progress import Progress, duration
+from tests.test_cli import PLAIT, call, one_object, plait
+
+# --- odd surroundings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "surroundings", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "40"}, {"TERM": "dumb"}]
+)
+def test_odd_surroundings(surroundings):
+    ended = plait("ls", "tasks", env={**os.environ, **surroundings})
+    assert ended.returncode == 0 and "sst2" in ended.stdout and ended.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&-", 2), ("2>&-", 2), (">&- 2>&-", 2), ("> /dev/full", 2), ("2> /dev/full", 2)]
+)
+def test_closed_and_full_streams_change_no_exit_code(redirection, code):
+    line = f"'{sys.executable}' -m plait ls nothing --json {redirection}"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == code and "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    line = f"'{sys.executable}' -m plait ls --json | head -c 10; echo ${{PIPESTATUS[0]}} >&2"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout == '{"schema":' and ended.stderr == "0\n"
+
+
+def test_a_full_stdout_is_a_fault_of_the_environment():
+    ended = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m plait ls tasks > /dev/full"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 4 and "No space left" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_a_name_that_is_no_unicode():
+    ended = subprocess.run(
+        [*map(os.fsencode, PLAIT), b"run", b"\xff\x1b.yaml"], capture_output=True, timeout=60, check=False
+    )
+    assert ended.returncode == 3 and b"\x1b" not in ended.stderr and b"no such recipe" in ended.stderr
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted(recipe_file, tmp_path, times):
+    out = tmp_path / "out"
+    running = subprocess.Popen(
+        [*PLAIT, "run", str(recipe_file), "--out", str(out), "--json", "--set", "training.steps=500"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 100
+    while not list(out.rglob(".*.checkpoints")) and time.monotonic() < end and running.poll() is None:
+        time.sleep(0.02)
+    for _ in range(times):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    said, err = running.communicate(timeout=60)
+    assert running.returncode == 130 if times == 1 else running.returncode in (130, -signal.SIGINT)
+    if times == 1:
+        assert one_object(said)["error"]["exit_code"] == 130
+        assert "interrupted; run the same command again" in err and "Traceback" not in err
+    assert not list(out.rglob("*.staging")) or times == 2
+
+
+def test_an_output_that_cannot_be_made(capsys, recipe_file, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, said, _ = call(capsys, "run", recipe_file, "--out", tmp_path / "file/out", "--json")
+    assert code == 4 and str(tmp_path / "file/out") in one_object(said)["error"]["where"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    def __init__(self) -> None:
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_progress_on_a_terminal_rewrites_its_line_and_survives_a_closed_stream():
+    terminal = Terminal()
+    progress = Progress(10.0, 2, stream=terminal)  # type: ignore[arg-type]
+    progress.start("train", 5.0)
+    progress.finish()
+    progress.close("done")
+    assert (
+        terminal.text.startswith("\r\x1b[2K[1/2] train")
+        and "left" in terminal.text
+        and terminal.text.endswith("done\n")
+    )
+    with Path(os.devnull).open("w") as closed:
+        pass
+    for stream in (closed, None):
+        progress = Progress(1.0, 1, stream=stream)
+        if stream is None:
+            progress.start("x", 1.0)
+        progress.close("done")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
