@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import platform
 import statistics as middle
 import sys
 import time
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +146,8 @@ def eva(model: nn.Module, given: list[dict[str, Tensor]]) -> None:
 
 
 def corda(model: nn.Module, given: list[dict[str, Tensor]]) -> None:
+    # PEFT's module imports `attr` for one decorator and does not depend on it.
+    sys.modules.setdefault("attr", types.ModuleType("attr")).__dict__.setdefault("dataclass", dataclasses.dataclass)
     from peft import LoraConfig
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
