@@ -9,10 +9,10 @@ from typing import Any
 
 from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import write_adapter
+from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import UsageError
 from plait.statistics import Statistics, read_statistics
-from plait.store import identity, is_done, sha256_file, staged_folder
+from plait.store import identity, is_done, read_manifest, sha256_file, staged_folder
 from plait.subspaces import compute_subspaces
 
 
@@ -91,6 +91,32 @@ def initial_adapters(
     return made
 
 
+def read_own_and_others(own: Path, others: Sequence[Path]) -> tuple[str, dict[str, Statistics]]:
+    """The own task's name, and statistics by task; a file of the own task among the others is left out.
+
+    Raises:
+        UsageError: Two files of one task.
+    """
+    mine = read_statistics(own)
+    task = _task_of(mine, own)
+    statistics = {task: mine}
+    for path in others:
+        if path.exists() and path.samefile(own):  # a glob over the pool may hold it too
+            continue
+        found = read_statistics(path)
+        name = _task_of(found, path)
+        if name in statistics:
+            raise UsageError(
+                f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
+            )
+        statistics[name] = found
+    return task, statistics
+
+
+def _task_of(statistics: Statistics, path: Path) -> str:
+    return str(statistics.provenance.get("task") or path.name.split(".")[0])
+
+
 def initialise_from_files(
     own: Path,
     others: Sequence[Path],
@@ -110,20 +136,9 @@ def initialise_from_files(
         UsageError: No others for a method that needs them; `out` holds something else.
         InputError: A file that cannot be read, or files of different bases.
     """
-    mine = read_statistics(own)
-    task = str(mine.provenance.get("task") or own.name.split(".")[0])
-    statistics = {task: mine}
-    others = [p for p in others if not (p.exists() and p.samefile(own))]  # a glob over the pool may hold it too
-    for path in others:
-        found = read_statistics(path)
-        name = str(found.provenance.get("task") or path.name.split(".")[0])
-        if name in statistics:
-            raise UsageError(
-                f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
-            )
-        statistics[name] = found
-    inputs = {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
-    inputs |= {f"background {p.name}": sha256_file(p) for p in background}
+    task, statistics = read_own_and_others(own, others)
+    mine = statistics[task]
+    inputs = _hashes(own, others) | {f"background {p.name}": sha256_file(p) for p in background}
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
     summary = {"output": str(out.absolute()), "task": task, "others": [t for t in statistics if t != task]}
@@ -137,3 +152,52 @@ def initialise_from_files(
         result |= record
         write_adapter(folder, adapter)
     return {**summary, **record, "reused": False}
+
+
+def _hashes(own: Path, others: Sequence[Path]) -> dict[str, str]:
+    return {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
+
+
+def move_from_files(
+    folder: Path,
+    own: Path,
+    others: Sequence[Path],
+    settings: InitialSettings,
+    out: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Move a trained adapter into a subspace of its task and write the result.
+
+    Args:
+        folder: The trained adapter.
+        own: Statistics of its task; B is fitted again on them, in closed form.
+        others: Statistics of the other tasks.
+        settings: Method, rank, options; alpha, task type and targets are the adapter's own.
+        out: The folder to write.
+        seed: Of methods that draw at random.
+        overwrite: Replace what stands there.
+
+    Returns:
+        output, task, subspace, rank, `energy_kept` (mean over modules) and `worst_module` with its share.
+    """
+    from plait.subspaces.post import move_into
+
+    adapter = read_adapter(folder)
+    task, statistics = read_own_and_others(own, others)
+    options = {"method": settings.method, "rank": settings.rank, "options": dict(settings.options)}
+    inputs = {"adapter": adapter.source["sha256"], **_hashes(own, others)}
+    wanted = identity("post", options, inputs, seed)
+    if is_done(out, wanted, overwrite=overwrite):
+        return {**(read_manifest(out) or {})["result"], "output": str(out.absolute()), "reused": True}
+    spaces = compute_subspaces(
+        settings.method, statistics, tasks=[task], rank=settings.rank, options=settings.options, seed=seed
+    )
+    moved, kept = move_into(adapter, spaces[task], statistics=statistics[task])
+    worst = min(kept, key=lambda m: kept[m])
+    result: dict[str, Any] = {"task": adapter.name, "subspace": settings.method, "rank": settings.rank}
+    result |= {"energy_kept": sum(kept.values()) / len(kept), "worst_module": [worst, kept[worst]]}
+    with staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
+        write_adapter(stage, moved)
+    return {**result, "output": str(out.absolute()), "reused": False}

@@ -11,28 +11,35 @@ from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, S
 from plait.cli.output import emit, numbers, settings, table
 from plait.cli.source import Base, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
 
+Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")]
+Others = Annotated[list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")]
+More = Annotated[list[Path] | None, typer.Argument(help="More statistics of others: --others pool/* works.")]
+Subspace = Annotated[str, typer.Option("--method", "-m", help="See `plait ls subspaces`.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
     app.command("init")(init)
+    app.command()(post)
     app.command()(train)
     app.command("eval")(evaluate)
 
 
 def init(
-    own: Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")],
+    own: Own,
     out: Out,
-    more: Annotated[list[Path] | None, typer.Argument(help="More statistics of others: --others pool/* works.")] = None,
-    others: Annotated[
-        list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")
-    ] = None,
+    more: More = None,
+    others: Others = None,
     background: Annotated[list[Path] | None, typer.Option("--background", help="Statistics of public text.")] = None,
     background_weight: Annotated[float, typer.Option("--background-weight", min=0, max=1, help="Its share.")] = 0.5,
-    method: Annotated[str, typer.Option("--method", "-m", help="See `plait ls subspaces`.")] = "contrastive",
+    method: Subspace = "contrastive",
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     alpha: Annotated[float, typer.Option("--alpha")] = 16.0,
     row_norm: Annotated[float | None, typer.Option("--row-norm", help="Norm of each row of A.")] = None,
     task_type: Annotated[str, typer.Option("--task-type", help="PEFT's task type.")] = "SEQ_CLS",
+    trainer: Annotated[
+        str | None, typer.Option("--for", help="Also print what axolotl, llama-factory, unsloth or trl needs.")
+    ] = None,
     sets: Set = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -46,7 +53,31 @@ def init(
         own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, overwrite=overwrite
     )
     reused = " (was there already)" if found["reused"] else ""
-    emit(found, as_json, f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'} -> {out}{reused}")
+    text = f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'} -> {out}{reused}"
+    if trainer is not None:
+        from plait.training.snippets import snippet
+
+        found["snippet"] = snippet(trainer, out)
+        text += f"\n\n{found['snippet']}"
+    emit(found, as_json, text)
+
+
+def post(
+    adapter: Annotated[Path, typer.Argument(help="A trained adapter folder.")],
+    own: Own, out: Out,
+    others: Others = None, more: More = None, method: Subspace = "contrastive",
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
+    sets: Set = None, seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Move a trained adapter into its task's subspace, B fitted again from statistics; says how much is kept."""
+    from plait.initial import InitialSettings, move_from_files
+
+    chosen = InitialSettings(method, rank, options=settings(sets))
+    everyone = [*(others or []), *(more or [])]
+    found = move_from_files(adapter, own, everyone, chosen, out, seed=seed, overwrite=overwrite)
+    worst, share = found["worst_module"]
+    kept = f"{100 * found['energy_kept']:.1f} % of the update's energy kept, least in {worst} ({100 * share:.1f} %)"
+    emit(found, as_json, f"{found['task']} into {method}, rank {rank}: {kept} -> {out}")
 
 
 def train(
