@@ -76,6 +76,7 @@ class StatisticsSpec(_Strict):
     samples: Count = 100
     pool: Literal["token", "mean"] = "token"
     batch_size: Count = 16
+    sketch: Count | None = Field(None, description="keep this many directions per site instead of the whole moment")
 
 
 class ArmSpec(_Strict):

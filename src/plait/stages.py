@@ -76,6 +76,7 @@ def collect_task(session: Session, task: Task, examples: Any, pool: str) -> Stat
         recipe.lora.target_modules,
         pool=pool,
         provenance=provenance,
+        sketch=recipe.statistics.sketch,
     )
 
 

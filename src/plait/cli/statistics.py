@@ -35,6 +35,7 @@ def collect(
     validation: Validation = None, text: Text = None, label: Label = "label", targets: Targets = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Training rows to look at; 100 by default.")] = None,
     pool: Annotated[str | None, typer.Option("--pool", help="token (default) or mean.")] = None,
+    sketch: Annotated[int | None, typer.Option("--sketch", min=1, help="Keep K directions per site, not the whole moment.")] = None,
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect a task's statistics: what it feeds into every target module. The file can be shared instead of the data."""
@@ -46,6 +47,7 @@ def collect(
         raise UsageError("where to?", hint="--out TASK.stats.safetensors")
     extra = [f"statistics.samples={samples}"] if samples else []
     extra += [f"statistics.pool={pool}"] if pool else []
+    extra += [f"statistics.sketch={sketch}"] if sketch else []
     chosen = recipe_from(
         recipe, task, base, root, train_file, validation, text, label, targets, [*extra, *(sets or [])], device
     )
