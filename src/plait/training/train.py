@@ -112,7 +112,6 @@ def _run(
     if base.torch_dtype == torch.float16:
         raise UsageError("float16 cannot train: gradients underflow", where="base.dtype", hint="use bfloat16")
     tokenizer = load_tokenizer(base)
-    tokenizer.padding_side = "right"
     model = load_task_model(base, task, seed=seed)
     if not settings.base_dropout:
         silence_dropout(model)
@@ -139,25 +138,26 @@ def _run(
         data_collator=functools.partial(collate, tokenizer),
         callbacks=callbacks,
     )
-    for built_in in ("PrinterCallback", "ProgressCallback"):
-        for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == built_in]:
-            trainer.remove_callback(callback)
+    _remove_printers(trainer)
     trainer.accelerator.wait_for_everyone()
     checkpoint = latest_whole(root)
     with _out_of_memory(task, settings):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    result = {
-        "task": task.name,
-        "kind": task.kind,
-        "labels": list(task.labels) if task.labels else None,
-        "backbone_prefix": started.prefix,
-        "steps": int(trainer.state.global_step),
-        "losses": loss_summary(logged_losses(trainer.state.log_history)),
-    }
+    labels = list(task.labels) if task.labels else None
+    result: dict[str, Any] = {"task": task.name, "kind": task.kind, "labels": labels, "backbone_prefix": started.prefix}
+    result["steps"] = int(trainer.state.global_step)
+    result["losses"] = loss_summary(logged_losses(trainer.state.log_history))
     if chooser is not None:
         best, result["selected"] = chooser.best()
         return best, result
     return detach(trainer.accelerator.unwrap_model(trainer.model), started, {"task": task.name}), result
+
+
+def _remove_printers(trainer: Any) -> None:
+    """The Trainer's own lines and bars: a run reports through `progress`."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
 
 
 def logged_losses(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
