@@ -57,7 +57,7 @@ def recipe_from(
         "data": {"root": str(root) if root else None},
         "tasks": [_task(task, train_file, validation, text, label)],
         "lora": {"target_modules": targets or default_targets(base)},
-        "arms": ["contrastive"],
+        "arms": ["kaiming"],  # not used by a single stage; one that needs no other task
         "merges": ["task_arithmetic"],
         "training": {"epochs": 3},
     }

@@ -1,0 +1,89 @@
+"""One adapter by hand, stage by stage at the prompt: stats, init, train, eval, post, merge."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from plait.adapters.peft_format import read_adapter
+from plait.cli import main
+from tests.conftest import tiny_rows, write_rows
+
+
+def plait(capsys, *arguments) -> dict:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments] + ["--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0, found
+    return found
+
+
+def test_by_hand_from_files(tiny_base, tmp_path, capsys):
+    base = tiny_base("bert")
+    files, statistics = {}, {}
+    for i, task in enumerate(("one", "two")):
+        files[task] = write_rows(tmp_path / f"{task}.csv", tiny_rows(2, 40, seed=i))
+        source = ["--base", base.name, "--task", task, "--train-file", files[task], "--text", "text"]
+        targets = ["--target-modules", "query", "--target-modules", "value"]
+        statistics[task] = tmp_path / f"{task}.stats.safetensors"
+        found = plait(capsys, "stats", *source, *targets, "--samples", "12", "--out", statistics[task])
+        assert (found["task"], found["samples"], found["reused"]) == (task, 12, False)
+    source = ["--base", base.name, "--task", "one", "--train-file", files["one"], "--text", "text"]
+
+    start = tmp_path / "start"
+    found = plait(
+        capsys, "init", "--own", statistics["one"], "--others", *statistics.values(), "--rank", 2, "--out", start
+    )
+    assert found["others"] == ["two"]
+    adapter = read_adapter(start)
+    assert all(not f.B.any() for f in adapter.modules.values())
+
+    trained = tmp_path / "adapters" / "one"
+    plait(capsys, "train", start, *source, "--set", "training.steps=3", "--set", "training.lr=0.02", "--out", trained)
+    learned = read_adapter(trained)
+    assert all(f.B.any() for f in learned.modules.values())
+    assert list(learned.heads) == ["one"]
+
+    scored = plait(capsys, "eval", trained, *source, "--scales", "0.5,1,2")["adapters"][0]
+    assert set(scored["tasks"]) == {"one"}
+    assert scored["scale"] in (0.5, 1.0, 2.0)
+    assert scored["tasks"]["one"]["n"] == 4  # the reported half of every fifth of 40 rows
+
+    moved = plait(
+        capsys,
+        "post",
+        trained,
+        "--own",
+        statistics["one"],
+        "--others",
+        statistics["two"],
+        "--rank",
+        4,
+        "--out",
+        tmp_path / "m",
+    )
+    assert 0 < moved["energy_kept"] <= 1
+    merged = plait(
+        capsys, "merge", f"a={trained}", f"b={tmp_path / 'm'}", "--method", "tsv", "--out", tmp_path / "merged"
+    )
+    assert merged["tasks"] == ["a", "b"]
+    assert merged["verification_error"] < 1e-5
+
+
+def test_init_prints_what_another_trainer_needs(tiny_base, tmp_path, capsys):
+    base = tiny_base("bert")
+    statistics = []
+    for i, task in enumerate(("one", "two")):
+        rows = write_rows(tmp_path / f"{task}.csv", tiny_rows(2, 20, seed=i))
+        statistics.append(tmp_path / f"{task}.stats.safetensors")
+        plait(
+            capsys, "stats", "--base", base.name, "--task", task, "--train-file", rows, "--text", "text",
+            "--target-modules", "query", "--sketch", "4", "--out", statistics[-1],
+        )  # fmt: skip
+    own, other = statistics
+    found = plait(
+        capsys, "init", "--own", own, "--others", other, "--task-type", "CAUSAL_LM", "--rank", 2,
+        "--for", "axolotl", "--out", tmp_path / "start",
+    )  # fmt: skip
+    assert "lora_model_dir" in found["snippet"]
