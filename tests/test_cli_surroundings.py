@@ -64,7 +64,7 @@ def test_interrupted(recipe_file, tmp_path, times):
     running = subprocess.Popen(
         [*PLAIT, "run", str(recipe_file), "--out", str(out), "--json", "--set", "training.steps=500"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads; background jobs ignore it)
     )  # fmt: skip
     end = time.monotonic() + 100
     while not list(out.rglob(".*.checkpoints")) and time.monotonic() < end and running.poll() is None:
