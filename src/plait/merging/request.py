@@ -105,12 +105,16 @@ def _bake(r: MergeRequest, base: Path, out: Path) -> dict[str, Any]:
 def _per_task(r: MergeRequest, out: Path) -> dict[str, Any]:
     if r.method not in ("emr", "task_arithmetic"):
         raise UsageError(f"--per-task is EMR's, not {r.method}'s", hint="--method emr")
+    if r.options or r.calibrate or r.scale != 1.0 or r.statistics:
+        raise UsageError("--per-task takes neither --set, --scale, --stats nor --calibrate")
     return merge_per_task(
         r.folders, out, weights=r.weights, rank=r.rank, seed=r.seed, base=r.base, overwrite=r.overwrite
     )
 
 
 def _curve(r: MergeRequest) -> dict[str, Any]:
+    if r.rank is not None:
+        raise UsageError("--rank-curve tries ranks by itself", hint="leave --rank out")
     rows = rank_curve(
         list(r.folders),
         r.method,

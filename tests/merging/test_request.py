@@ -1,0 +1,61 @@
+"""What the command line may ask of a merge, and what excludes each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import write_adapter
+from plait.errors import UsageError
+from plait.merging.request import MergeRequest, answer
+from plait.store import identity, staged_folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    made = []
+    for seed, name in enumerate(("a", "b")):
+        g = torch.Generator().manual_seed(seed)
+        modules = {"layer.q": LoraFactors(torch.randn(2, 8, generator=g), torch.randn(6, 2, generator=g), 2.0)}
+        with staged_folder(tmp_path / name, identity("test", {})) as folder:
+            write_adapter(folder, Adapter(name, "base", modules, task_type="CAUSAL_LM"))
+        made.append(str(tmp_path / name))
+    return made
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"per_task": True, "curve": True},
+        {"per_task": True, "method": "emr", "scale": 0.5},
+        {"per_task": True, "method": "emr", "options": {"x": 1}},
+        {"per_task": True, "method": "tsv"},
+        {"curve": True, "rank": 2},
+    ],
+)
+def test_contradictions_are_refused(folders, tmp_path, extra):
+    with pytest.raises(UsageError):
+        answer(MergeRequest(folders, tmp_path / "out", **extra))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_place(folders):
+    with pytest.raises(UsageError, match="where to"):
+        answer(MergeRequest(folders))
+
+
+def test_curve_of_a_sum(folders):
+    rows = answer(MergeRequest(folders, curve=True))["curve"]
+    assert [r["rank"] for r in rows] == [2, 4]
+    assert rows[0]["discarded_energy"] > 0.0
+    assert rows[1]["discarded_energy"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_mergekit_recipe(folders, tmp_path):
+    models = "".join(f"- model: base+{folder}\n" for folder in folders)
+    text = f"merge_method: ties\nbase_model: base\nmodels:\n{models}parameters: {{density: 0.5}}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    found = answer(MergeRequest([str(tmp_path / "config.yaml")], tmp_path / "out"))
+    assert found["method"] == "ties"
+    assert found["options"]["density"] == 0.5
