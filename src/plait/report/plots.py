@@ -117,5 +117,8 @@ def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         axis.set_yticks(range(len(tasks)), names)
         axis.set_xlabel("inputs of")
     axes[0].set_ylabel("adapter of")
-    figure.colorbar(image, ax=list(axes), shrink=0.7)
+    bar = figure.colorbar(image, ax=list(axes), shrink=0.7)
+    ticks = np.geomspace(low, max(top, 1.01 * low), 4)
+    bar.set_ticks(ticks, labels=[f"{t:.2g}" for t in ticks])  # plain text: formulas are off, names may hold a dollar
+    bar.minorticks_off()
     return _svg(figure)
