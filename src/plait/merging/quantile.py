@@ -111,26 +111,36 @@ class _Bracket:
         ordered, share = torch.from_numpy(np.sort(sample.numpy())), k / total
         spread = widening * (_WIDTH * math.sqrt(share * (1 - share) / len(ordered)) + 2 / len(ordered))
         self.low, self.high = _at_share(ordered, share + spread), _at_share(ordered, share - spread)
-        self.above = 0
-        self.inside: list[Tensor] = []
+        self.above = self.held = 0
+        self.inside = sample.new_empty(min(total, 1024 + int(1.5 * spread * total)))
 
     def count(self, block: Tensor) -> None:
         """Take one block in. NumPy's boolean kernels are several times faster than torch's on a CPU."""
         if block.is_cuda:
             self.above += int(torch.count_nonzero(block > self.high))
-            self.inside.append(block[(block >= self.low) & (block <= self.high)])
+            self._hold(block[(block >= self.low) & (block <= self.high)])
         else:
             array = block.numpy()
             self.above += int(np.count_nonzero(array > self.high))
-            self.inside.append(torch.from_numpy(array[(array >= self.low) & (array <= self.high)]))
+            self._hold(torch.from_numpy(array[(array >= self.low) & (array <= self.high)]))
+
+    def _hold(self, part: Tensor) -> None:
+        """Keep values in one buffer: a list of small arrays, made between large blocks, splits the heap for good."""
+        wanted = self.held + part.numel()
+        if wanted > self.inside.numel() or self.inside.device != part.device:
+            larger = part.new_empty(max(wanted, 2 * self.held, self.inside.numel()))
+            larger[: self.held] = self.inside[: self.held]
+            self.inside = larger
+        self.inside[self.held : wanted] = part
+        self.held = wanted
 
     def hit(self) -> bool:
         """Whether the k-th largest is inside."""
-        return self.above < self.k <= self.above + sum(len(part) for part in self.inside)
+        return self.above < self.k <= self.above + self.held
 
     def exact(self) -> Tensor:
         """The k-th largest, once hit."""
-        return _kth(torch.cat(self.inside), self.k - self.above)
+        return _kth(self.inside[: self.held], self.k - self.above)
 
     def wider(self) -> _Bracket:
         """Another try; a bracket of everything misses only where values are not finite."""
