@@ -67,13 +67,15 @@ def test_interrupted(recipe_file, tmp_path, times):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads; background jobs ignore it)
     )  # fmt: skip
     end = time.monotonic() + 100
-    while not list(out.rglob(".*.checkpoints")) and time.monotonic() < end and running.poll() is None:
+    # a checkpoint says that training runs: earlier, imports turn an interrupt into errors of their own
+    while not list(out.rglob("trainer_state.json")) and time.monotonic() < end and running.poll() is None:
         time.sleep(0.02)
     for _ in range(times):
         running.send_signal(signal.SIGINT)
         time.sleep(0.05)
     said, err = running.communicate(timeout=60)
-    assert running.returncode == 130 if times == 1 else running.returncode in (130, -signal.SIGINT)
+    allowed = (130,) if times == 1 else (130, -signal.SIGINT)
+    assert running.returncode in allowed, (running.returncode, said[-500:], err[-2000:])
     if times == 1:
         assert one_object(said)["error"]["exit_code"] == 130
         assert "interrupted; run the same command again" in err and "Traceback" not in err
