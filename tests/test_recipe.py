@@ -56,6 +56,7 @@ def test_there_are_shipped_recipes():
         "glue8-mpnet",
         "glue8-roberta-large",
         "glue8-t5-large",
+        "text3-smollm2",
     }
 
 

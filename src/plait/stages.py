@@ -242,9 +242,7 @@ def _score(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
 
 def _grid(session: Session, task: str, head: Any, merged: Adapter, scales: Sequence[float], part: Any) -> list[Logits]:
     evaluator = session.evaluator
-    if (
-        session.base.torch_device.type == "cpu" or not head
-    ):  # nothing is won by stacking there, and this is the plainer path
+    if session.base.torch_device.type == "cpu":  # nothing is won by stacking there, and this is the plainer path
         return [evaluator.predict(task, head, merged, scale, part) for scale in scales]
     from plait.evaluation.fleet import Candidate, predict_many
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,18 @@ def resolve(model: nn.Module, name: str, prefix: str = "") -> nn.Module:
         if full in whole:
             return whole[full]
     raise InputError("no such module in the base model", where=name, hint="is this adapter of another base?")
+
+
+def in_backbone(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with module names relative to the backbone; a text adapter's on disk are the whole model's."""
+    backbone, prefix = backbone_of(model)
+    inside = {name for name, _ in backbone.named_modules()}
+    short = {
+        name: name.removeprefix(f"{prefix}.") if prefix and name not in inside else name for name in adapter.modules
+    }
+    if all(name == key for key, name in short.items()):
+        return adapter
+    return replace(adapter, modules={short[name]: f for name, f in adapter.modules.items()}, prefix=prefix)
 
 
 def _hook(factors: LoraFactors, scale: float, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

@@ -17,7 +17,7 @@ from plait.base import BaseModel, backbone_of, head_modules, load_head, load_tas
 from plait.errors import RunError
 from plait.evaluation.applied import applied
 from plait.evaluation.scores import REPORTED, SELECTION, Score
-from plait.evaluation.text import answer_ids, choice_scores
+from plait.evaluation.text import answer_ids, choices, likelihoods
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, scores, to_device
 from plait.tasks.task import TEXT_KINDS
 
@@ -51,6 +51,7 @@ class Evaluator:
     _model: Any = None
     _rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _views: dict[str, Any] = field(default_factory=dict)
+    _choices_of: dict[str, tuple[list[list[int]], list[list[int]]]] = field(default_factory=dict)
 
     def predict(
         self,
@@ -87,9 +88,18 @@ class Evaluator:
 
     def _choices(self, model: Any, task: str, adapter: Adapter | None, scale: float, rows: Any) -> Logits:
         """Log-likelihoods of a text task's answers."""
-        examples = self.examples[task] if rows is None else self.examples[task].take(rows)
+        prompts, ends = self._prompts(task)
+        chosen = prompts if rows is None else [prompts[int(i)] for i in rows]
+        pad = self.tokenizer.pad_token_id
         with applied(model, adapter, scale):
-            return choice_scores(model, self.tokenizer, self.tasks[task], examples, self.batch_size, self.max_length)
+            return likelihoods(model, self.tasks[task].kind, chosen, ends, pad, self.batch_size)
+
+    def _prompts(self, task: str) -> tuple[list[list[int]], list[list[int]]]:
+        """A text task's prompts and answers as token ids."""
+        if task not in self._choices_of:
+            found = choices(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
+            self._choices_of[task] = found
+        return self._choices_of[task]
 
     def _encoded(self, task: str) -> list[dict[str, Any]]:
         if task not in self._rows:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +13,14 @@ from torch import Tensor, nn
 from plait.adapters.lora import Adapter
 from plait.base import backbone_of
 from plait.errors import RunError
+from plait.evaluation.answer_tree import AnswerTree, answer_tree, shared_ends, takes_trees, tree_scores
+from plait.evaluation.applied import in_backbone
 from plait.evaluation.evaluate import Evaluator, Logits
+from plait.tasks.task import TEXT_KINDS
 from plait.training.attention import fused_attention
 from plait.training.heads import Ends
 from plait.training.rowbank import RowBank, row_bank
-from plait.training.stacked import StackedFactors, common_shapes, padded_factors, stacked_updates
+from plait.training.stacked import StackedFactors, by_member, common_shapes, padded_factors, stacked_updates
 
 # Tokens a pass is worth having at once; more only takes memory.
 _APPETITE = {"cuda": 131_072, "cpu": 4_096}
@@ -53,14 +53,15 @@ def predict_many(
 
     Args:
         evaluator: The loaded base, with the task's rows.
-        task: Name of a classification or regression task.
+        task: Name of a task. Text tasks are scored by their answers; where the model's attention cannot follow a tree of
+            answers (sequence-to-sequence models among others), candidates go through it one after another.
         candidates: In any number; they may have different ranks and targets.
         rows: Positions of the rows; all by default.
         limit: At most so many candidates at once; by default what the device works best on. Where memory runs out they
             are split in two, and none is lost.
 
     Returns:
-        For each candidate (n, classes) or (n, 1) float32, in the order of the rows.
+        For each candidate (n, classes), (n, 1) or (n, answers) float32, in the order of the rows.
 
     Raises:
         RunError: A prediction is NaN or infinite.
@@ -68,18 +69,19 @@ def predict_many(
     Cost: one forward pass of the base on candidates x rows, without a second one for pads: a batch holds rows of like
     length, all candidates read the same rows.
     """
-    encoded = evaluator._encoded(task)
-    chosen = encoded if rows is None else [encoded[int(i)] for i in rows]
-    model = evaluator.task_model(task)
-    bank = row_bank(chosen, evaluator.tokenizer.pad_token_id, evaluator.tasks[task].kind, evaluator.base.torch_device)
+    model, kind = evaluator.task_model(task), evaluator.tasks[task].kind
+    if kind in TEXT_KINDS and not (kind == "causal" and takes_trees(model)):
+        return [evaluator.predict(task, c.head, c.adapter, c.scale, rows) for c in candidates]
+    bank, tree = _bank(evaluator, task, rows)
+    candidates = [replace(c, adapter=in_backbone(model, c.adapter)) if c.adapter else c for c in candidates]
     adapters = [c.adapter for c in candidates if c.adapter is not None]
     shapes = common_shapes(adapters, backbone_of(model)[0])
     size = limit or _size(bank)
     found: list[Logits] = []
-    with _shared_ends(model) as ends:
+    with shared_ends(model) as ends:
         for start in range(0, len(candidates), size):
             found += _split_where_full(
-                lambda part: _predict(ends, part, shapes, bank), candidates[start : start + size]
+                lambda part: _predict(ends, part, shapes, bank, tree), candidates[start : start + size]
             )
     for candidate, logits in zip(candidates, found, strict=True):
         if not np.isfinite(logits).all():
@@ -96,12 +98,16 @@ def _size(bank: RowBank) -> int:
     return max(1, round(_APPETITE.get(device, _APPETITE["cuda"]) / (32 * float(bank.lengths.mean()))))
 
 
-@contextlib.contextmanager
-def _shared_ends(model: Any) -> Iterator[Ends]:
-    """The ends of a task's model, made on a shallow copy: the evaluator's own model keeps its backbone."""
-    view = copy.copy(model)
-    view._modules = dict(model._modules)
-    yield Ends(view)
+def _bank(evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None) -> tuple[RowBank, AnswerTree | None]:
+    """The chosen rows on the device and, for text, the tree of the answers."""
+    kind, device, pad = evaluator.tasks[task].kind, evaluator.base.torch_device, evaluator.tokenizer.pad_token_id
+    if kind not in TEXT_KINDS:
+        encoded = evaluator._encoded(task)
+        return row_bank(encoded if rows is None else [encoded[int(i)] for i in rows], pad, kind, device), None
+    prompts, ends = evaluator._prompts(task)
+    chosen = prompts if rows is None else [prompts[int(i)] for i in rows]
+    bare = [{"input_ids": p, "attention_mask": [1] * len(p), "labels": ()} for p in chosen]
+    return row_bank(bare, pad, kind, device), answer_tree(ends, device)
 
 
 def _split_where_full(
@@ -119,7 +125,11 @@ def _split_where_full(
 
 @torch.no_grad()
 def _predict(
-    ends: Ends, candidates: Sequence[Candidate], shapes: Mapping[str, tuple[int, int, int]], bank: RowBank
+    ends: Ends,
+    candidates: Sequence[Candidate],
+    shapes: Mapping[str, tuple[int, int, int]],
+    bank: RowBank,
+    tree: AnswerTree | None,
 ) -> list[Logits]:
     like = next(p for p in ends.backbone.parameters() if p.is_floating_point())
     updates = {name: _stack(name, shape, candidates, like) for name, shape in shapes.items()}
@@ -131,8 +141,12 @@ def _predict(
     with fused_attention(ends.backbone), stacked_updates(ends.backbone, updates):
         while start < len(order):
             length = int(bank.lengths[order[start]])
-            stop = start + max(1, budget // (length * len(candidates)))
-            parts.append(_pass(ends, bank, places[start:stop], length, heads, len(candidates)))
+            tokens = length + (len(tree) if tree else 0)
+            stop = start + max(1, budget // (tokens * len(candidates)))
+            if tree is None:
+                parts.append(_pass(ends, bank, places[start:stop], length, heads, len(candidates)))
+            else:
+                parts.append(_tree_pass(ends, bank, places[start:stop], length, tree, len(candidates)))
             start = stop
     joined = torch.cat(parts, 1).float().cpu().numpy()
     found = np.empty_like(joined)
@@ -148,6 +162,12 @@ def _pass(
     arguments, options = ends.backbone_call(stacked)
     output = ends.backbone(*arguments, **options)
     return ends.stacked_logits(output, stacked, heads)
+
+
+def _tree_pass(ends: Ends, bank: RowBank, places: Tensor, length: int, tree: AnswerTree, candidates: int) -> Tensor:
+    inputs, _ = bank.take(places, length, 1)
+    ids, lengths = inputs["input_ids"].repeat(candidates, 1), inputs["attention_mask"].sum(1).repeat(candidates)
+    return by_member(tree_scores(ends, tree, ids, lengths), candidates)
 
 
 def _stack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -49,13 +50,10 @@ def answer_ids(task: Task, examples: Examples) -> npt.NDArray[np.int64]:
     return np.array([known[str(label)] for label in examples.labels], np.int64)
 
 
-@torch.inference_mode()
 def choice_scores(
     model: Any, tokenizer: Any, task: Task, examples: Examples, batch_size: int, max_length: int
 ) -> npt.NDArray[np.float32]:
     """Log-likelihood of every answer, its end token included, after every prompt.
-
-    The prompt goes through the model once; the answers continue from its keys and values.
 
     Args:
         model: A causal or sequence-to-sequence model, adapters applied.
@@ -68,6 +66,46 @@ def choice_scores(
     Returns:
         (n, answers) natural logarithms, in the order of the rows: as logits they make a classifier.
     """
+    prompts, ends = choices(tokenizer, task, examples, max_length)
+    return likelihoods(model, task.kind, prompts, ends, tokenizer.pad_token_id, batch_size)
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: Any,
+    kind: str,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[Sequence[int]],
+    pad: int,
+    batch_size: int,
+) -> npt.NDArray[np.float32]:
+    """`choice_scores` of token ids (see `choices`).
+
+    The prompt goes through the model once, and all answers after it as one tree of tokens where the model can attend so
+    (see `plait.evaluation.answer_tree`); elsewhere each answer continues from the prompt's keys and values.
+    """
+    from plait.evaluation.answer_tree import answer_tree, shared_ends, takes_trees, tree_scores
+    from plait.training.attention import fused_attention
+
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    found = np.empty((len(prompts), len(ends)), np.float32)
+    tree = answer_tree(ends, device) if kind == "causal" and takes_trees(model) else None
+    one_by_one = _causal_scores if kind == "causal" else _seq2seq_scores
+    with shared_ends(model) if tree is not None else contextlib.nullcontext() as halves, fused_attention(model):
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            chosen = [prompts[i] for i in part]
+            if tree is not None:
+                scores = tree_scores(halves, tree, *right_padded(chosen, pad, device))
+            else:
+                scores = one_by_one(model, *_left_padded(chosen, pad, device), _targets(ends, device))
+            found[part] = scores.float().cpu().numpy()
+    return found
+
+
+def choices(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of every row's prompt, cut so that the longest answer fits, and of every answer, end token included."""
     known = answers(task)
     longest = max(known, key=lambda a: len(tokenizer(" " + a)["input_ids"]))
     rows = encode(tokenizer, task, replace(examples, labels=(longest,) * len(examples)), max_length)
@@ -75,18 +113,19 @@ def choice_scores(
     ends = [
         [t for t in r["labels"] if t != _IGNORED] for r in encode(tokenizer, task, Examples(first, known), max_length)
     ]
+    return [r["input_ids"][: len(r["input_ids"]) - _answer_length(r, task)] for r in rows], ends
+
+
+def _targets(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     width = max(map(len, ends))
-    device = next(model.parameters()).device
-    targets = torch.tensor([[*e, *[_IGNORED] * (width - len(e))] for e in ends], device=device)
-    prompts = [r["input_ids"][: len(r["input_ids"]) - _answer_length(r, task)] for r in rows]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    score = _causal_scores if task.kind == "causal" else _seq2seq_scores
-    found = np.empty((len(prompts), len(known)), np.float32)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        ids, mask = _left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
-        found[part] = score(model, ids, mask, targets).float().cpu().numpy()
-    return found
+    return torch.tensor([[*e, *[_IGNORED] * (width - len(e))] for e in ends], device=device)
+
+
+def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n, longest) ids and (n,) lengths."""
+    width = max(map(len, lists))
+    ids = torch.tensor([[*x, *[pad] * (width - len(x))] for x in lists], device=device)
+    return ids, torch.tensor([len(x) for x in lists], device=device)
 
 
 def _answer_length(row: dict[str, Any], task: Task) -> int:

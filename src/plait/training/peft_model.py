@@ -15,6 +15,7 @@ from plait.adapters.lora import EMBEDDING, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.base import backbone_of, head_state, load_head
 from plait.errors import InputError
+from plait.evaluation.applied import in_backbone
 from plait.tasks.task import Task
 
 TASK_TYPES = {
@@ -34,17 +35,11 @@ def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
     if task.name in initial.heads:
         load_head(model, initial.heads[task.name])
     head = head_state(model) if TASK_TYPES[task.kind] == "SEQ_CLS" else {}
-    backbone, prefix = backbone_of(model)
-    inside = {name for name, _ in backbone.named_modules()}
-    short = {
-        name: name.removeprefix(f"{prefix}.") if prefix and name not in inside else name for name in initial.modules
-    }
     return replace(
-        initial,
-        modules={short[name]: factors for name, factors in initial.modules.items()},
+        in_backbone(model, initial),
         name=task.name,
         task_type=TASK_TYPES[task.kind],
-        prefix=prefix,
+        prefix=backbone_of(model)[1],
         heads={task.name: head} if head else {},
     )
 
