@@ -5,7 +5,8 @@
     python benchmarks/init.py gpu            Llama-3-8B geometry in bf16, random weights
     torchrun --nproc-per-node 2 benchmarks/init.py ranks
 
-Sizes can be cut (`--layers 2 --samples 4`), to try a command before it is run in full. `--json FILE` adds the rows.
+Sizes can be cut (`--layers 2 --samples 4`, or `--tiny` for seconds on a CPU), to try a command before it is run in full.
+`--json FILE` adds the rows. `gpu --parts solver` times the pieces of one site's solution.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from torch import Tensor, nn
 
 from plait.statistics import collect_statistics
 from plait.statistics.distributed import own_share
-from plait.subspaces import compute_subspaces, stream_subspaces
+from plait.statistics.moments import Moments
+from plait.subspaces import compute_subspaces, find_subspace_method, stream_subspaces
+from plait.subspaces.compute import solve_site
+from plait.subspaces.contrastive import inverse_factor
+from plait.subspaces.inputs import SiteInputs
+from plait.subspaces.solvers import orthonormal
 
 BUSY = "cpu seconds: "  # of the process: on a machine that others use too, the steadier figure
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,10 +66,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, help="examples in a batch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", default="qv,osrm,all,qv24,all24", help="of gpu")
+    parser.add_argument("--parts", default="qv,osrm,all,qv24,all24", help="of gpu: any of these, and solver")
+    parser.add_argument("--group", type=int, help="layers in a group, for q+v")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json")
-    return parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="a shape of seconds, on the CPU")
+    options = parser.parse_args()
+    if options.tiny:
+        small = {"layers": 5, "width": 320, "tasks": 3, "samples": 6, "length": 64, "repeats": 1, "device": "cpu"}
+        vars(options).update(small)
+    return options
 
 
 # --- the CPU ----------------------------------------------------------------------------------------------------------
@@ -212,13 +224,16 @@ def gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
     forward = middle.median(seconds["forward"])
     rows = rows_of(seconds, shape)
     jobs = {  # name: method, targets, layers in a group, memory in GB, base on the CPU, repeats
-        "qv": ("contrastive", ["q_proj", "v_proj"], 8, None, False, options.repeats),
+        "qv": ("contrastive", ["q_proj", "v_proj"], options.group or 4, None, False, options.repeats),
         "osrm": ("osrm", ["q_proj", "v_proj"], layers, None, False, 1),
         "all": ("contrastive", LINEAR, 3, 60, False, 1),
         "qv24": ("contrastive", ["q_proj", "v_proj"], 4, 24, True, 1),
         "all24": ("contrastive", LINEAR, 1, 24, True, 1),
     }
     for name in filter(None, options.parts.split(",")):
+        if name == "solver":
+            rows.append(pieces(options, shape, device))
+            continue
         try:
             rows += streamed(name, model, batches, shape, forward, device, *jobs[name])
         except torch.OutOfMemoryError as e:
@@ -276,6 +291,57 @@ def streamed(
     row = row_of(f"plait {method} ({name})", shape, total, forward) | extra
     print(json.dumps(row), flush=True)
     return [row]
+
+
+def pieces(options: argparse.Namespace, shape: str, device: str) -> dict[str, Any]:
+    """Milliseconds of everything that one site of all tasks takes, each piece alone, warm, median of 5."""
+    d, tasks, columns = options.width or 4096, options.tasks, 16
+    generator = torch.Generator(device).manual_seed(0)
+    scales = torch.logspace(0, -2, d, device=device)
+    sums = []
+    for _ in range(tasks):
+        H = torch.randn(3 * d, d, generator=generator, device=device)
+        H[:, torch.randint(d, (d // 16,), generator=generator, device=device)] *= 3
+        H *= scales
+        sums.append(H.T @ H)
+    moments = {f"task{i}": Moments(3 * d, S[0], S) for i, S in enumerate(sums)}
+    inputs = SiteInputs("site", d, 8, tuple(moments), moments, device=torch.device(device))
+    P, c = inputs.pencil()
+    P.diagonal().add_(c * 0.1 / d)
+    whitener = inverse_factor(P)
+    own = torch.stack([inputs.own(t) for t in moments])
+    Y = torch.randn(tasks, d, columns, generator=generator, device=device, dtype=torch.float64)
+    V = orthonormal(torch.randn(tasks, d, 5 * columns, generator=generator, device=device, dtype=torch.float64))
+    H = torch.eye(6 * columns, dtype=torch.float64).expand(tasks, -1, -1) + (V.mT @ V)[0, 0, 0].item() * 1e-3
+    method = find_subspace_method("contrastive")
+    jobs: dict[str, Callable[[], Any]] = {
+        "pencil": inputs.pencil,
+        "own moments": lambda: [inputs.own(t) for t in moments],
+        "cholesky": lambda: torch.linalg.cholesky_ex(P),
+        "cholesky and inverse": lambda: inverse_factor(P),
+        "own @ block": lambda: own @ Y,
+        "whitener @ blocks": lambda: whitener @ Y.transpose(0, 1).reshape(d, -1),
+        "orthonormal block": lambda: orthonormal(Y, V),
+        "ritz on the CPU": lambda: torch.linalg.eigh(H),
+        "the whole site": lambda: solve_site(method, inputs, {"rho": 0.1}, None),
+    }
+    if device != "cpu":
+        there = H.to(device).contiguous()
+        jobs["ritz on the GPU"] = lambda: torch.linalg.eigh(there)
+    milliseconds = {}
+    for name, job in jobs.items():
+        times: list[float] = []
+        for _ in range(6):
+            parts: dict[str, float] = {}
+            with timed(parts, name):
+                job()
+            times.append(1000 * parts[name])
+        milliseconds[name] = round(middle.median(times[1:]), 3)
+    steps = solve_site(method, inputs, {"rho": 0.1}, None)["task0"].record["steps"]
+    row = row_of("pieces of one site", shape, milliseconds["the whole site"] / 1000, 1.0)
+    row = row | {"over_forward": None, "milliseconds": milliseconds, "steps": steps}
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def limit(memory: int | None, device: str) -> None:

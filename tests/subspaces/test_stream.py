@@ -37,7 +37,11 @@ def test_solving_beside_collecting_changes_no_bit(monkeypatch):
     plain = stream_subspaces("contrastive", model, given, "all-linear", rank=2)
     monkeypatch.setattr("plait.subspaces.stream._ASIDE", ("cpu",))
     monkeypatch.setattr("plait.subspaces.stream._SMALL_SITE", 40)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     beside = stream_subspaces("contrastive", model, given, "all-linear", rank=2)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
     for name, subspace in plain.subspaces["b"].items():
         assert torch.equal(subspace.A, beside.subspaces["b"][name].A)
     few = {**given, "a": [{k: v[:1, :1] for k, v in given["a"][0].items()}]}

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.statistics.masks import Positions
+from plait.statistics.masks import Positions, sent
 from plait.statistics.moments import DENSE, FACTOR, Moments, rotated
 from plait.statistics.sketch import FrequentDirections
 
@@ -127,7 +127,8 @@ class SiteSums:
 
 def means(rows: Float[Tensor, "n d"], positions: Positions) -> Float[Tensor, "b d"]:
     """One mean per example that has a real token."""
-    length = rows.new_zeros(positions.examples).index_add_(0, positions.example, rows.new_ones(rows.shape[0]))
-    sums = rows.new_zeros(positions.examples, rows.shape[1]).index_add_(0, positions.example, rows)
+    example = sent(positions.example, rows.device)
+    length = rows.new_zeros(positions.examples).index_add_(0, example, rows.new_ones(rows.shape[0]))
+    sums = rows.new_zeros(positions.examples, rows.shape[1]).index_add_(0, example, rows)
     kept = length > 0
     return sums[kept] / length[kept, None]

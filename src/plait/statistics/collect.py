@@ -173,7 +173,8 @@ class Collector:
         self._live: dict[str, list[Tensor]] = {}
         self._awaited: dict[str, int] = {}
         self._pending: set[str] = set()
-        self._checks: list[tuple[str, Tensor]] = []
+        self._checks: list[tuple[str, Tensor]] = []  # of the batch that runs
+        self._unread: tuple[int, list[tuple[str, Tensor]]] = 0, []  # of the batch before, so that no GPU is waited for
         self._masks: BatchMasks | None = None
 
     def consume(self, batches: Iterable[Batch], run: Callable[[Batch], None] | None = None) -> None:
@@ -193,25 +194,26 @@ class Collector:
         self._pending = set(self.targets)
         self._live.clear()
         self._awaited.clear()
-        self._checks.clear()
+        self._checks = []
         run(batch)
         if self._pending:
             name = sorted(self._pending)[0]
             raise RunError("was not called in this batch, though it was for the first example", where=name)
         self._require_finite()
+        self._unread = self.batch, self._checks
         self.batch += 1
         self.samples += examples_in(batch)
         self.tokens += self._masks.tokens() or 0
 
     def _require_finite(self) -> None:
-        if not self._checks:
-            return  # a group of layers without targets
-        sums = torch.stack([value for _, value in self._checks])
-        finite = sums.isfinite().tolist()
+        batch, checks = self._unread
+        if not checks:
+            return  # the first batch, or a group of layers without targets
+        finite = torch.stack([value for _, value in checks]).isfinite().tolist()
         if not all(finite):
             raise InputError(
-                f"reads NaN or infinity in batch {self.batch}",
-                where=self._checks[finite.index(False)][0],
+                f"reads NaN or infinity in batch {batch}",
+                where=checks[finite.index(False)][0],
                 hint="a float16 overflow? load the base in bfloat16 or float32",
             )
 
@@ -261,15 +263,19 @@ class Collector:
             rows = rows.index_select(0, positions.index)
         if self.pool == "mean":
             rows = means(rows.float(), positions)
-        bias = getattr(target.module, "bias", None)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        bias, wide = getattr(target.module, "bias", None), torch.promote_types(rows.dtype, torch.float32)
         if isinstance(bias, Tensor):
-            rows = rows - bias.detach().to(rows)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+            rows = rows.to(wide) - bias.detach().to(rows.device, wide)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
         return norms.double().square().sum()
 
     def sums_on_device(self) -> tuple[dict[str, ModuleInfo], dict[str, Moments]]:
-        """Modules and sites, where they were accumulated; to be called once."""
+        """Modules and sites, where they were accumulated; to be called once.
+
+        Raises:
+            InputError: NaN or infinity in the last batch.
+        """
+        self._require_finite()
         energies = torch.stack(list(self.energies.values())).tolist() if self.energies else []
         modules = {
             n: ModuleInfo(self.found.site_of[n], t.shape, energy, t.fan_in_fan_out)

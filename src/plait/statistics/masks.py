@@ -22,7 +22,7 @@ class Positions:
     Args:
         examples, length: Of the grid.
         index: (n,) flat positions that are real, or None where all are.
-        example: (n,) example of each real position.
+        example: (n,) example of each real position, on the CPU.
     """
 
     examples: int
@@ -37,12 +37,19 @@ class Positions:
         index = mask.flatten().nonzero().squeeze(1)
         example = index // length
         every = index.numel() == mask.numel()
-        return cls(examples, length, None if every else index.to(device), example.to(device))
+        return cls(examples, length, None if every else sent(index, device), example)
 
     @property
     def count(self) -> int:
         """Number of real positions."""
         return self.example.shape[0]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the CPU to a GPU by way of pinned memory, for which nobody waits."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class BatchMasks:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import InputError
+from plait.statistics.masks import sent
 from plait.statistics.targets import unwrapped
 
 _CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ class ForwardPasses:
         if not kept:
             raise InputError(f"a batch holds none of the model's inputs: {', '.join(map(str, batch))}")
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self.known else {}
-        return {k: v.to(self.device) for k, v in kept.items()} | extra
+        return {k: sent(v, self.device) for k, v in kept.items()} | extra
 
     def _wanted(self, key: str, value: Tensor, batch: Mapping[str, Any]) -> bool:
         makes_inputs = self.encoder_decoder and value.ndim == 2 and "decoder_input_ids" not in batch

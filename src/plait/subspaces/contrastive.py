@@ -122,19 +122,20 @@ def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> 
         return _apply(whitener, own @ _apply(whitener.T, Y))
 
     pairs = _largest(x, operator, lambda: whitener @ own @ whitener.T, len(tasks))
-    found = {}
-    for i, task in enumerate(tasks):
-        mu = pairs.values[i, : x.rank].clamp(max=1.0)
-        energies = c * mu / (1 - mu).clamp_min(1e-15) if c else mu
-        rows = orthonormal_rows(whitener.T @ pairs.vectors[i, :, : x.rank])
-        if float(torch.linalg.eigvalsh(rows @ own[i] @ rows.T)[0]) <= x.resolution([task]):
+    # The thin rest is quicker on the CPU than in many small steps of a GPU.
+    rows = [orthonormal_rows(z) for z in (whitener.T @ pairs.vectors[..., : x.rank]).cpu()]
+    placed = torch.stack(rows).to(x.device)
+    weakest = torch.linalg.eigvalsh((placed @ own @ placed.mT).cpu())[:, 0].tolist()
+    mu = pairs.values[:, : x.rank].cpu().clamp(max=1.0)
+    energies = c * mu / (1 - mu).clamp_min(1e-15) if c else mu
+    for task, energy in zip(tasks, weakest, strict=True):
+        if energy <= x.resolution([task]):
             raise InputError(
                 f"the inputs of task {task!r} span fewer than {x.rank} directions",
                 where=x.name,
                 hint="collect more samples",
             )
-        found[task] = Basis(rows, energies, _solver(pairs))
-    return found
+    return {t: Basis(rows[i], energies[i], _solver(pairs)) for i, t in enumerate(tasks)}
 
 
 def _apply(A: Float[Tensor, "d d"], Y: Float[Tensor, "t d b"]) -> Float[Tensor, "t d b"]:

@@ -79,7 +79,7 @@ class SiteInputs:
         c = (len(self.moments) - 1) / (1 - self._share)
         total = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
         for name in sorted(self.moments):
-            total.add_(self.own(name))
+            self._add_normalised(total, name)
         return self._with_background(total, c), c
 
     def other_tasks(self, task: str) -> list[str]:
@@ -115,6 +115,14 @@ class SiteInputs:
         if self.background is not None and self._share > 0:
             mixed.add_(self._normalised(self.background, "background"), alpha=factor * self._share)
         return mixed
+
+    def _add_normalised(self, total: Tensor, task: str) -> None:
+        """Add m_t in place; a dense one goes through no float64 copy of its own."""
+        moments = self.moments[task]
+        if moments.form == FACTOR or not moments.trace > 0:
+            total.add_(self.own(task))
+        else:
+            total.add_(moments.second.to(self.device), alpha=1 / moments.trace)
 
     def _normalised(self, moments: Moments, label: str) -> Tensor:
         trace = moments.trace

@@ -59,11 +59,16 @@ class _Solver:
         inputs = SiteInputs(site, width, self.rank, tuple(moments), moments, seed=self.seed, device=self.device)
         return solve_site(self.method, inputs, self.options, self.row_norm)
 
-    def solve_aside(self, site: str, moments: Mapping[str, Moments]) -> dict[str, Subspace]:
-        """The same on the calling thread's own stream; what it returns lies on the CPU, so the stream has finished."""
+    def solve_aside(self, site: str, moments: Mapping[str, Moments], ready: Any) -> dict[str, Subspace]:
+        """The same on the calling thread's own stream, after the event `ready`.
+
+        What it returns lies on the CPU, so the stream has finished.
+        """
         if self.device.type != "cuda":
             return self.solve(site, moments)
-        with torch.cuda.device(self.device), torch.cuda.stream(_stream_of_thread(self.device)):
+        stream = _stream_of_thread(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            stream.wait_event(ready)
             return self.solve(site, moments)
 
 
@@ -153,11 +158,14 @@ def _collect_group(
         for name, site in site_map.site_of.items():
             readers.setdefault(site, []).append(name)
         count = 0
+        collectors = {}
         for task, given in batches.items():
             collector = Collector(inside, site_map, walk.passes, pool=pool, stop_early=last, dense=True)
             numbers = iter(range(count, count + len(given)))
             collector.consume(given, lambda batch, n=numbers: run(next(n), batch))  # type: ignore[misc]
             count += len(given)
+            collectors[task] = collector
+        for task, collector in collectors.items():  # a GPU is waited for once, after the last task
             energies, moments = collector.sums_on_device()
             modules[task] |= energies
             for site, found in moments.items():
@@ -168,12 +176,15 @@ def _collect_group(
 class _Jobs:
     """Solving beside collecting: on a GPU small sites go to threads, because each alone leaves it waiting for small steps.
 
-    Large sites, and all sites on a CPU, are solved at once. The moments of a solved site are let go.
+    Large sites, one at a time, and all sites on a CPU are solved at once. The moments of a solved site are let go. The
+    threads' small eigen-problems run on one core each: together they would wake every core six times over.
     """
 
     def __init__(self, solver: _Solver, found: dict[str, dict[str, Subspace]]) -> None:
         self.solver, self.found = solver, found
-        self.pool = ThreadPoolExecutor(_WORKERS) if solver.device.type in _ASIDE else None
+        self.threads = torch.get_num_threads()
+        aside = solver.device.type in _ASIDE
+        self.pool = ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) if aside else None
         self.pending: list[tuple[list[str], Future[dict[str, Subspace]]]] = []
 
     def __enter__(self) -> _Jobs:
@@ -184,17 +195,25 @@ class _Jobs:
     def __exit__(self, *_: object) -> None:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.threads)  # what a thread sets for itself, threads to come would take over
 
     def give(self, sites: dict[str, dict[str, Moments]], readers: Mapping[str, list[str]]) -> None:
         """Take over a group's moments."""
-        if self.solver.device.type == "cuda":
-            torch.cuda.synchronize(self.solver.device)  # the threads' streams start after what collected the sums
+        ready = torch.cuda.current_stream(self.solver.device).record_event() if self._on_gpu() else None
+        large = []
         for site in list(sites):
             moments = sites.pop(site)
             if self.pool is not None and next(iter(moments.values())).dim <= _SMALL_SITE:
-                self.pending.append((readers[site], self.pool.submit(self.solver.solve_aside, site, moments)))
+                self.pending.append((readers[site], self.pool.submit(self.solver.solve_aside, site, moments, ready)))
             else:
-                self._keep(readers[site], self.solver.solve(site, moments))
+                large.append((site, moments))
+        while large:
+            self.gather()  # the memory of a large site is not shared with others
+            site, moments = large.pop(0)
+            self._keep(readers[site], self.solver.solve(site, moments))
+
+    def _on_gpu(self) -> bool:
+        return self.solver.device.type == "cuda"
 
     def gather(self) -> None:
         """Wait for what is being solved."""
@@ -213,7 +232,7 @@ _threads = threading.local()
 def _stream_of_thread(device: torch.device) -> Any:
     if not hasattr(_threads, "stream"):
         make: Any = torch.cuda.Stream
-        _threads.stream = make(device)
+        _threads.stream = make(device, priority=-1)  # its small steps go first, the large ones fill the gaps
     return _threads.stream
 
 
