@@ -230,6 +230,7 @@ def gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
         "qv24": ("contrastive", ["q_proj", "v_proj"], 4, 24, True, 1),
         "all24": ("contrastive", LINEAR, 1, 24, True, 1),
     }
+    jobs |= {f"qv-{n}": (*jobs["qv"][:2], n, *jobs["qv"][3:]) for n in (1, 2, 8)}  # other groups, to choose by
     for name in filter(None, options.parts.split(",")):
         if name == "solver":
             rows.append(pieces(options, shape, device))
