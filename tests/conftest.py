@@ -110,6 +110,7 @@ def tiny_recipe(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> Callable
 
     def make(architecture: str = "bert", *, tasks: Sequence[str] | None = None, **changed: Any) -> Recipe:
         raw = tiny_raw(tiny_base(architecture), architecture, tmp_path / "data", tasks)
+        raw["data"]["selection_rows"] = changed.pop("data_selection", None)
         return parse_recipe({**raw, **changed}, "tiny")
 
     return make

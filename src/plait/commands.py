@@ -69,6 +69,7 @@ def train_one(
     start = read_adapter(initial, name=task)
     inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
     options = {"training": asdict(settings), "data": session.data_identity(task), "rows": recipe.data.train_rows}
+    options |= {"selection": recipe.data.selection_rows} if settings.evaluate_every else {}
     wanted = identity("adapter", options, inputs, seed)
     progress = Progress(1.0, 1, quiet)
     progress.start(f"train {task}", 1.0)
@@ -83,6 +84,7 @@ def train_one(
         identity=wanted,
         overwrite=overwrite,
         progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+        selection=session.selection(task, seed) if settings.evaluate_every else None,
     )
     progress.close(f"trained {task}")
     return {**(read_manifest(out) or {}).get("result", {}), "output": str(out.absolute()), "task": task}

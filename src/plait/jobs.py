@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.recipe import ArmSpec, MergeSpec, Recipe
+from plait.errors import UsageError
+from plait.recipe import ArmSpec, MergeSpec, Recipe, SnapshotArm
 from plait.session import Session
 from plait.store import identity, sha256_json
 
@@ -67,6 +68,12 @@ class Plan:
             if j.stage == stage and (arm is None or (j.arm and j.arm.name == arm)) and (seed is None or j.seed == seed)
         ]
 
+    def adapters(self, arm: ArmSpec | None, seed: int) -> dict[str, Path]:
+        """Task -> folder of its trained adapter: of an arm, or of an arm's snapshot."""
+        if isinstance(arm, SnapshotArm):
+            return {j.task or "": j.path / "steps" / f"{arm.step:06d}" for j in self.of(ADAPTER, arm=arm.of, seed=seed)}
+        return {j.task or "": j.path for j in self.of(ADAPTER, arm=arm.name if arm else None, seed=seed)}
+
 
 def plan(session: Session, out: Path) -> Plan:
     """Every job of a recipe.
@@ -79,7 +86,10 @@ def plan(session: Session, out: Path) -> Plan:
         plan.jobs += _statistics(session, out, seed, data)
         statistics = {j.task: j.key for j in plan.of(STATISTICS, seed=seed)}
         for arm in session.recipe.arm_specs:
-            plan.jobs += _arm(session, out, seed, arm, statistics, data)
+            if isinstance(arm, SnapshotArm):
+                plan.jobs += _arm_scores(session, out, seed, arm, statistics, _kept(plan, session, seed, arm))
+            else:
+                plan.jobs += _arm(session, out, seed, arm, statistics, data)
     plan.jobs.append(_summary(plan, BEST, {}))
     options = {"resamples": session.recipe.evaluation.resamples, "name": session.recipe.name}
     plan.jobs.append(_summary(plan, REPORT, options))
@@ -122,12 +132,23 @@ def _arm(
         initial = Job(INITIAL, out / "initial" / where / task, wanted, seed, arm, task=task)
         yield initial
         options = {"training": training, "data": data[task], "rows": recipe.data.train_rows, "dtype": recipe.base.dtype}
+        options |= {"selection": recipe.data.selection_rows} if settings.evaluate_every else {}
         rows = settings.total_steps(len(session.training(task, seed))) * settings.batch_size
         wanted = identity(ADAPTER, options, {"initial": initial.key, **(measured if kept_by_data else {})}, seed)
         job = Job(ADAPTER, out / "adapters" / where / task, wanted, seed, arm, task=task, cost=rows * (1 + _BACKWARD))
         adapters[task] = job.key
         yield job
     yield from _arm_scores(session, out, seed, arm, statistics, adapters)
+
+
+def _kept(plan: Plan, session: Session, seed: int, arm: SnapshotArm) -> dict[str, str]:
+    """Identities of the adapters of a snapshot, which its arm's training leaves."""
+    settings = plan.recipe.training_of(arm)
+    for task in session.tasks:
+        total = settings.total_steps(len(session.training(task, seed)))
+        if arm.step > total:
+            raise UsageError(f"snapshot after step {arm.step}, and the training has {total}", where=f"task {task}")
+    return {j.task or "": f"{j.key}@{arm.step}" for j in plan.of(ADAPTER, arm=arm.of, seed=seed)}
 
 
 def _arm_scores(

@@ -45,6 +45,9 @@ class DataSpec(_Strict):
     root: str | None = Field(None, description="folder of local files; GLUE tasks come from the hub without it")
     train_rows: Count | None = None
     validation_rows: Count | None = None
+    selection_rows: Count | None = Field(
+        None, description="training rows kept back to choose each adapter's best moment by (training.evaluate_every)"
+    )
     max_length: Annotated[int, Field(ge=4, le=1 << 20)] = 128
 
 
@@ -94,6 +97,19 @@ class ArmSpec(_Strict):
         return self.subspace or self.name
 
 
+class SnapshotArm(ArmSpec):
+    """An arm as it was after some steps of its training: merged and scored as an arm of its own, never trained itself.
+
+    Args:
+        of: Name of the arm whose training leaves the adapters.
+        step: After which optimiser step.
+    """
+
+    name: str
+    of: str
+    step: int
+
+
 class MergeSpec(_Strict):
     """One way of merging."""
 
@@ -125,7 +141,7 @@ class Recipe(_Strict):
     name: str = "run"
     description: str = ""
     base: BaseSpec
-    data: DataSpec = DataSpec.model_construct(root=None, train_rows=None, validation_rows=None, max_length=128)
+    data: DataSpec = DataSpec()
     tasks: list[str | TaskSpec] = Field(min_length=1, description="GLUE names, or tasks described")
     lora: LoraSpec
     statistics: StatisticsSpec = StatisticsSpec()
@@ -140,19 +156,50 @@ class Recipe(_Strict):
     def _names(self) -> Recipe:
         checked_name(self.name, "recipe")
         distinct_names([t if isinstance(t, str) else t.name for t in self.tasks], "task")
-        distinct_names([a.name for a in self.arm_specs], "arm")
+        distinct_names([a if isinstance(a, str) else a.name for a in self.arms], "arm")
+        if len({a.name for a in self.arm_specs}) < len(self.arm_specs):
+            raise ValueError("a learning rate or a snapshot stands twice")
         distinct_names([m.name for m in self.merge_specs], "merge")
         for merge in self.merge_specs:
             if merge.name in ("alone", "floor"):
                 raise ValueError(f"a merge cannot be called {merge.name!r}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("a seed stands twice")
+        choosing = any({**self.training, **a.training}.get("evaluate_every") for a in self.arm_specs)
+        if choosing != (self.data.selection_rows is not None):
+            raise ValueError(
+                "training.evaluate_every chooses by data.selection_rows, rows that are neither trained on nor reported: "
+                "give both or neither"
+            )
         return self
 
     @property
     def arm_specs(self) -> list[ArmSpec]:
-        """The arms, each as a mapping."""
-        return [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
+        """The arms, each as a mapping.
+
+        A list of learning rates makes an arm ``NAME@lrRATE`` of each, and the snapshots of a training follow it as
+        ``NAME@stepN``; neither can be mistaken for a name of the recipe, where @ is not allowed.
+        """
+        given = [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
+        return [each for arm in given for rated in self._at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
+
+    def _at_each_rate(self, arm: ArmSpec) -> list[ArmSpec]:
+        rates = {**self.training, **arm.training}.get("lr")
+        if not isinstance(rates, list) or not rates or not all(isinstance(r, int | float) for r in rates):
+            return [arm]  # `training_of` says what is wrong with the rest
+        alike = {"subspace": arm.method} if len(rates) > 1 else {}
+        shown = [f"{arm.name}@lr{rate:g}" if alike else arm.name for rate in rates]
+        return [
+            arm.model_copy(update={"name": name, "training": {**arm.training, "lr": rate}, **alike})
+            for name, rate in zip(shown, rates, strict=True)
+        ]
+
+    def _snapshots(self, arm: ArmSpec) -> list[SnapshotArm]:
+        steps = {**self.training, **arm.training}.get("snapshots")
+        if not isinstance(steps, list) or not all(isinstance(s, int) for s in steps):
+            return []
+        described = arm.model_dump(exclude={"name", "subspace"}) | {"subspace": arm.method, "of": arm.name}
+        return [SnapshotArm(name=f"{arm.name}@step{s}", step=s, **described) for s in steps]
 
     @property
     def merge_specs(self) -> list[MergeSpec]:

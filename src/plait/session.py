@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.base import BaseModel, base_fingerprint
+from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.recipe import Recipe, TaskSpec
 from plait.store import sha256_file
@@ -88,7 +91,25 @@ class Session:
 
     def training(self, task: str, seed: int) -> Examples:
         """A task's training rows; the seed draws which, where the recipe limits their number."""
-        return self._examples(task, "train", self.recipe.data.train_rows, seed)
+        if self.recipe.data.selection_rows is None:
+            return self._examples(task, "train", self.recipe.data.train_rows, seed)
+        return self._parted(task, seed)[0]
+
+    def selection(self, task: str, seed: int) -> Examples | None:
+        """Training rows kept back, to choose the best moment of a training by; None where the recipe keeps none."""
+        return None if self.recipe.data.selection_rows is None else self._parted(task, seed)[1]
+
+    def _parted(self, task: str, seed: int) -> tuple[Examples, Examples]:
+        """Training and selection rows, drawn by the seed, none in both."""
+        whole, data = self._examples(task, "train", None, 0), self.recipe.data
+        kept = data.selection_rows or 0
+        if kept >= len(whole):
+            raise UsageError(
+                f"selection_rows {kept} leaves nothing of {len(whole)} training rows", where=f"task {task}"
+            )
+        order = np.random.default_rng([seed, 0x53454C]).permutation(len(whole))  # "SEL": apart from other draws
+        trained = order[kept:] if data.train_rows is None else order[kept:][: data.train_rows]
+        return whole.take(np.sort(trained)), whole.take(np.sort(order[:kept]))
 
     def sample(self, task: str, seed: int) -> Examples:
         """The training rows whose statistics are taken."""
@@ -106,10 +127,10 @@ class Session:
             self._slots[slot] = (key, make())
         return self._slots[slot][1]  # type: ignore[no-any-return]
 
-    def adapter(self, folder: Path) -> Adapter:
+    def adapter(self, folder: Path, name: str | None = None) -> Adapter:
         """An adapter read from disk, once."""
         if folder not in self._cache:
-            self._cache[folder] = read_adapter(folder)
+            self._cache[folder] = read_adapter(folder, name=name)
         return self._cache[folder]  # type: ignore[no-any-return]
 
     def data_identity(self, task: str) -> dict[str, Any]:

@@ -81,8 +81,8 @@ def collect_task(session: Session, task: Task, examples: Any, pool: str) -> Stat
 
 
 def _initial(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    arm = job.arm.name if job.arm else ""
-    made = session.remember("initial", (arm, job.seed), lambda: initial_of(job, plan, session))
+    alike = job.arm.model_dump_json(exclude={"name", "training"}) + job.arm.method if job.arm else ""
+    made = session.remember("initial", (alike, job.seed), lambda: initial_of(job, plan, session))
     adapter, record = made[job.task or ""]
     result |= {"task": job.task, **record}
     write_adapter(folder, adapter)
@@ -128,6 +128,7 @@ def member_of(job: Job, plan: Plan, session: Session) -> Member:
         job.path,
         job.wanted,
         statistics,
+        session.selection(task, job.seed) if settings.evaluate_every else None,
     )
 
 
@@ -151,6 +152,7 @@ def _train(job: Job, plan: Plan, session: Session, overwrite: bool, progress: Pr
         overwrite=overwrite,
         progress=progress,
         statistics=m.statistics,
+        selection=m.selection,
     )
 
 
@@ -165,8 +167,7 @@ def train_together(
 
 
 def _trained(job: Job, plan: Plan, session: Session) -> dict[str, Adapter]:
-    arm = job.arm.name if job.arm else None
-    return {j.task or "": session.adapter(j.path) for j in plan.of(ADAPTER, arm=arm, seed=job.seed)}
+    return {task: session.adapter(path, task) for task, path in plan.adapters(job.arm, job.seed).items()}
 
 
 def _merge(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:

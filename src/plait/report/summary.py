@@ -90,7 +90,7 @@ def summarise(plan: Plan, session: Session) -> Summary:
 
 
 def _best_plain(rows: list[Score], arms: Iterable[str]) -> str | None:
-    plain = [a for a in arms if a in PLAIN]
+    plain = [a for a in arms if a.partition("@")[0] in PLAIN]  # at whatever rate and step
     return max(plain, key=lambda a: _mean(rows, adapter=ALONE, arm=a, split=SELECTION)) if plain else None
 
 
@@ -224,14 +224,14 @@ def interference(plan: Plan, session: Session) -> dict[str, dict[str, dict[str, 
     From files alone, without a forward pass (METHODS: tr(D M D^T) / tr(W0 M W0^T)).
     """
     from plait.evaluation.interference import predicted_shift
-    from plait.jobs import ADAPTER, STATISTICS
+    from plait.jobs import STATISTICS
     from plait.statistics import read_statistics
 
     seed = plan.recipe.seeds[0]
     statistics = {j.task or "": read_statistics(j.path) for j in plan.of(STATISTICS, seed=seed)}
     table: dict[str, dict[str, dict[str, float]]] = {}
     for arm in plan.recipe.arm_specs:
-        adapters = {j.task or "": session.adapter(j.path) for j in plan.of(ADAPTER, arm=arm.name, seed=seed)}
+        adapters = {task: session.adapter(path, task) for task, path in plan.adapters(arm, seed).items()}
         table[arm.name] = {
             i: {j: _mean_shift(predicted_shift(adapter, s)) for j, s in statistics.items()}
             for i, adapter in adapters.items()

@@ -81,6 +81,11 @@ class TrainingSettings:
         for name, value in counts.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 _refuse(name, value, "an integer of at least 1")
+        if not isinstance(self.snapshots, tuple) or not all(type(s) is int and s >= 1 for s in self.snapshots):
+            _refuse("snapshots", self.snapshots, "a list of steps, from 1")
+        for name in ("lr", "epochs", "head_lr", "weight_decay", "max_grad_norm", "warmup_ratio", "dropout"):
+            if isinstance(getattr(self, name), bool | str | tuple):
+                _refuse(name, getattr(self, name), "a number")
         _within("lr", self.lr, 0.0, math.inf, open_below=True)
         _within("epochs", self.epochs, 0.0, math.inf, open_below=True)
         _within("head_lr", self.head_lr, 0.0, math.inf)

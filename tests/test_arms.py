@@ -1,0 +1,142 @@
+"""Arms that a recipe multiplies: learning rates, snapshots along the way, and moments chosen on rows kept back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from plait import pipeline
+from plait.adapters.peft_format import read_adapter
+from plait.errors import UsageError
+from plait.evaluation.scores import read_scores
+from plait.jobs import ADAPTER, INITIAL, plan
+from plait.recipe import SnapshotArm
+from plait.session import Session
+from plait.store import read_manifest
+
+ONE = {"tasks": ["topic", "grade"], "merges": ["task_arithmetic"]}
+TRAINING = {"steps": 4, "batch_size": 8, "lr": 0.02}
+
+
+def names(recipe):
+    return [a.name for a in recipe.arm_specs]
+
+
+def test_rates_and_snapshots_make_arms(tiny_recipe):
+    arms = ["kaiming", {"name": "mine", "subspace": "osrm", "training": {"lr": 0.5, "snapshots": [3]}}]
+    recipe = tiny_recipe(arms=arms, training={**TRAINING, "lr": [0.01, 1e-3], "snapshots": [1, 2]})
+    of_kaiming = [f"kaiming@lr{r}{s}" for r in ("0.01", "0.001") for s in ("", "@step1", "@step2")]
+    assert names(recipe) == [*of_kaiming, "mine", "mine@step3"]
+    assert [recipe.training_of(a).lr for a in recipe.arm_specs] == [0.01] * 3 + [0.001] * 3 + [0.5] * 2
+    assert all(a.method == ("osrm" if a.name.startswith("mine") else "kaiming") for a in recipe.arm_specs)
+    assert names(tiny_recipe(arms=["osrm"], training={**TRAINING, "lr": [0.3]})) == ["osrm"]
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"lr": [0.1, 0.1]}, "stands twice"),
+        ({"lr": []}, "lr"),
+        ({"lr": [0.1, -1.0]}, "lr is -1"),
+        ({"lr": ["fast", "slow"]}, "lr"),
+        ({"snapshots": [2, 2]}, "stands twice"),
+        ({"snapshots": [0]}, "snapshots"),
+        ({"snapshots": 2}, "snapshots"),
+    ],
+)
+def test_what_cannot_be_multiplied_is_named(tiny_recipe, training, message):
+    with pytest.raises(UsageError, match=message):
+        tiny_recipe(training={**TRAINING, **training})
+
+
+def test_a_snapshot_after_the_end_is_refused_before_anything_is_computed(tiny_recipe, tmp_path):
+    with pytest.raises(UsageError, match="after step 9, and the training has 4"):
+        pipeline.run(tiny_recipe(**ONE, training={**TRAINING, "snapshots": [9]}), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fleet", ["always", "never"])
+def test_a_sweep_with_snapshots_walks_the_line(tiny_recipe, tmp_path, fleet):
+    training = {**TRAINING, "lr": [0.02, 0.1], "snapshots": [2]}
+    recipe, out = tiny_recipe(**ONE, arms=["contrastive"], training=training, fleet=fleet), tmp_path / "out"
+    found = pipeline.run(recipe, out, quiet=True)
+    assert list(found["merged"]) == names(recipe)
+    whole = plan(Session(recipe), out)
+    assert len(whole.of(ADAPTER)) == len(whole.of(INITIAL)) == 4  # two rates, two tasks; snapshots are not trained
+    arms = {a.name: a for a in recipe.arm_specs}
+    early, late = (whole.adapters(arms[f"contrastive@lr0.1{s}"], 0)["topic"] for s in ("@step2", ""))
+    a, b = read_adapter(early, name="topic"), read_adapter(late)
+    assert isinstance(arms["contrastive@lr0.1@step2"], SnapshotArm) and set(a.heads) == set(b.heads) == {"topic"}
+    assert not all(torch.equal(a.modules[m].B, b.modules[m].B) for m in a.modules)
+    for arm in arms:
+        rows = read_scores(out / f"scores/{arm}/seed-0/alone/scores.jsonl")
+        rows += read_scores(out / f"scores/{arm}/seed-0/merged-task_arithmetic/scores.jsonl")
+        assert {r.arm for r in rows} == {arm} and {r.task for r in rows} == {"topic", "grade"}
+    assert pipeline.run(recipe, out, quiet=True)["jobs"] == 0
+    page = (out / "report/report.html").read_text(encoding="utf-8")
+    assert all(arm in page for arm in arms)
+
+
+def test_a_snapshot_is_the_adapter_of_a_training_that_ends_there(tiny_recipe, tmp_path):
+    constant = {**TRAINING, "schedule": "constant"}
+    pipeline.run(tiny_recipe(**ONE, arms=["osrm"], training={**constant, "snapshots": [2]}), tmp_path / "a", quiet=True)
+    pipeline.run(tiny_recipe(**ONE, arms=["osrm"], training={**constant, "steps": 2}), tmp_path / "b", quiet=True)
+    scores = [
+        {(r.task, r.adapter, r.metric, r.split, r.scale): r.value for p in found for r in read_scores(p)}
+        for found in (
+            sorted((tmp_path / "a/scores/osrm@step2").rglob("scores.jsonl")),
+            sorted((tmp_path / "b/scores/osrm").rglob("scores.jsonl")),
+        )
+    ]
+    assert scores[0] == scores[1] != {}
+
+
+# --- the best moment --------------------------------------------------------------------------------------------------
+
+
+def test_selection_rows_are_neither_trained_on_nor_scored(tiny_recipe):
+    training = {**TRAINING, "evaluate_every": 2}
+    recipe = tiny_recipe(tasks=["topic"], arms=["kaiming"], training=training, data_selection=9)
+    session = Session(recipe)
+    kept, trained = session.selection("topic", 3), session.training("topic", 3)
+    assert len(kept) == 9 and len(trained) == 32 - 9
+    assert not set(kept.ids) & set(trained.ids) and sorted({*kept.ids, *trained.ids}) == list(range(32))
+    assert not np.array_equal(kept.ids, session.selection("topic", 4).ids)
+
+
+def test_the_best_moment_goes_down_the_line(tiny_recipe, tmp_path):
+    training = {"steps": 12, "batch_size": 8, "lr": 0.05, "evaluate_every": 3, "patience": 2}
+    recipe = tiny_recipe(**ONE, arms=["kaiming"], training=training, data_selection=8, fleet="always")
+    pipeline.run(recipe, tmp_path / "out", quiet=True)
+    for task in ("topic", "grade"):
+        chosen = read_manifest(tmp_path / "out/adapters/kaiming/seed-0" / task)["result"]["selected"]
+        scores = dict(chosen["scores"])
+        assert chosen["score"] == max(scores.values()) and set(scores) <= {3, 6, 9, 12}
+    other = tiny_recipe(**ONE, arms=["kaiming"], training=training, data_selection=7, fleet="always")
+    with pytest.raises(UsageError, match="selection"):
+        pipeline.run(other, tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize(("training", "rows"), [({"evaluate_every": 2}, None), ({}, 5)])
+def test_choosing_and_rows_to_choose_by_go_together(tiny_recipe, training, rows):
+    with pytest.raises(UsageError, match="give both or neither"):
+        tiny_recipe(training={**TRAINING, **training}, data_selection=rows)
+
+
+def test_too_many_selection_rows(tiny_recipe):
+    recipe = tiny_recipe(**ONE, training={**TRAINING, "evaluate_every": 2}, data_selection=32)
+    with pytest.raises(UsageError, match="leaves nothing of 32"):
+        Session(recipe).training("topic", 0)
+
+
+def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
+    from plait.commands import train_one
+
+    recipe = tiny_recipe(**ONE, arms=["kaiming"], training={**TRAINING, "evaluate_every": 2}, data_selection=8)
+    pipeline.run(recipe, tmp_path / "run", quiet=True)
+    start = Path(tmp_path / "run/initial/kaiming/seed-0/topic")
+    found = train_one(recipe, start, "topic", tmp_path / "one", seed=0, overwrite=False, quiet=True)
+    assert set(dict(found["selected"]["scores"])) == {2, 4}
