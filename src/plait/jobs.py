@@ -15,7 +15,7 @@ from plait.store import identity, sha256_json
 STATISTICS, INITIAL, ADAPTER, ALONE, MERGED, SCORES, BEST, REPORT = (
     "statistics", "initial", "adapter", "alone", "merged", "scores", "best", "report",
 )  # fmt: skip
-_NOT_IDENTITY = {"report_to", "checkpoint_every"}  # they leave the adapter as it is
+NOT_IDENTITY = {"report_to", "checkpoint_every"}  # they leave the adapter as it is
 _BACKWARD = 2.5  # a training row costs about this many forward passes more
 
 
@@ -121,7 +121,7 @@ def _arm(
     where = f"{arm.name}/seed-{seed}"
     start = arm.model_dump(exclude={"training", "name"}) | {"subspace": arm.method} | recipe.lora.model_dump()
     settings = recipe.training_of(arm)
-    training = {k: v for k, v in asdict(settings).items() if k not in _NOT_IDENTITY}
+    training = {k: v for k, v in asdict(settings).items() if k not in NOT_IDENTITY}
     measured = _prefixed("statistics", statistics)
     drawn_from_data = bool(find_subspace_method(arm.method).needs)
     start |= {} if drawn_from_data else {"base": session.base_sha256}

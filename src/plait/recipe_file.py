@@ -124,16 +124,20 @@ def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as e:
-        problems = [_problem(dict(error)) for error in e.errors()[:8]]
-        raise UsageError("; ".join(dict.fromkeys(problems)), where=where) from None
+        raise UsageError(problems_of(e, Recipe), where=where) from None
     check_names(recipe, where)
     return recipe
 
 
-def _problem(error: Mapping[str, Any]) -> str:
+def problems_of(error: ValidationError, model: type[PydanticModel]) -> str:
+    """What is wrong with a recipe (or a study), at most eight things, each with the nearest right name."""
+    return "; ".join(dict.fromkeys(_problem(dict(found), model) for found in error.errors()[:8]))
+
+
+def _problem(error: Mapping[str, Any], whole: type[PydanticModel]) -> str:
     place = [str(p) for p in error["loc"] if not str(p).endswith("Spec") and p != "str"]
     if error["type"] == "extra_forbidden":
-        known = sorted(_fields_at(place[:-1]))
+        known = sorted(_fields_at(place[:-1], whole))
         near = difflib.get_close_matches(place[-1], known, n=1)
         advice = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""
         return f"unknown key {printable('.'.join(place), 80)!r}{advice}"
@@ -141,8 +145,8 @@ def _problem(error: Mapping[str, Any]) -> str:
     return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {shown})" if place else "")
 
 
-def _fields_at(place: Sequence[str]) -> set[str]:
-    model: type[PydanticModel] | None = Recipe if not place else _SECTIONS.get(place[0])
+def _fields_at(place: Sequence[str], whole: type[PydanticModel]) -> set[str]:
+    model: type[PydanticModel] | None = whole if not place else _SECTIONS.get(place[0])
     return set(model.model_fields) if model else set()
 
 

@@ -50,9 +50,11 @@ class Session:
 
     Args:
         recipe: The checked recipe.
+        shared: A session of the same base whose tasks include this one's: its loaded model and rows are used.
     """
 
     recipe: Recipe
+    shared: Session | None = None
     _cache: dict[Any, Any] = field(default_factory=dict)
     _slots: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -81,6 +83,8 @@ class Session:
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         """The base loaded for prediction, with every task's validation rows."""
+        if self.shared is not None:
+            return self.shared.evaluator
         examples = {name: self.validation(name) for name in self.tasks}
         spec = self.recipe.evaluation
         return Evaluator(self.base, self.tasks, examples, spec.batch_size, self.recipe.data.max_length)
@@ -111,11 +115,13 @@ class Session:
         trained = order[kept:] if data.train_rows is None else order[kept:][: data.train_rows]
         return whole.take(np.sort(trained)), whole.take(np.sort(order[:kept]))
 
-    def sample(self, task: str, seed: int) -> Examples:
-        """The training rows whose statistics are taken."""
-        return self._examples(task, "train", self.recipe.statistics.samples, seed)
+    def sample(self, task: str, seed: int, samples: int | None = None) -> Examples:
+        """The training rows whose statistics are taken; as many as the recipe says, where no number is given."""
+        return self._examples(task, "train", samples or self.recipe.statistics.samples, seed)
 
     def _examples(self, task: str, split: str, rows: int | None, seed: int) -> Examples:
+        if self.shared is not None:
+            return self.shared._examples(task, split, rows, seed)
         key = (task, split, rows, seed)
         if key not in self._cache:
             self._cache[key] = load_examples(self.tasks[task], split, root=self.root, rows=rows, seed=seed)
@@ -123,9 +129,10 @@ class Session:
 
     def remember(self, slot: str, key: Any, make: Callable[[], T]) -> T:
         """What `make` gives, kept until the slot is asked for another key."""
-        if self._slots.get(slot, (None, None))[0] != key:
-            self._slots[slot] = (key, make())
-        return self._slots[slot][1]  # type: ignore[no-any-return]
+        kept = self._slots.get(slot)
+        if kept is None or kept[0] != key:
+            kept = self._slots[slot] = (key, make())
+        return kept[1]  # type: ignore[no-any-return]
 
     def adapter(self, folder: Path, name: str | None = None) -> Adapter:
         """An adapter read from disk, once."""

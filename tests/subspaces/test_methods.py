@@ -14,7 +14,7 @@ from plait.subspaces import compute_subspaces, find_subspace_method, subspace_me
 from tests.subspaces.pools import features, moments_of, normalised, others, pool
 
 METHODS = list(subspace_methods())
-RANDOM = ["gaussian", "kaiming", "orthonormal", "orthonormal_shared"]
+RANDOM = ["gaussian", "kaiming", "orthonormal", "orthonormal_disjoint", "orthonormal_shared"]
 
 
 def energy(A, m) -> float:
@@ -66,7 +66,7 @@ def test_how_much_data_a_task_has_does_not_matter(method):
 
 def test_default_row_norms():
     norms = {m: compute_subspaces(m, pool(), rank=4)["t0"]["a.q"].A.norm(dim=1).mean() for m in METHODS}
-    for unit in ("osrm", "osrm_released", "sc_lora", "orthonormal", "orthonormal_shared"):
+    for unit in ("osrm", "osrm_released", "sc_lora", "orthonormal", "orthonormal_disjoint", "orthonormal_shared"):
         assert float(norms[unit]) == pytest.approx(1.0, rel=1e-5)
     for gaussian in ("contrastive", "contrastive_permuted"):
         assert float(norms[gaussian]) == pytest.approx(32**0.5 / 4, rel=1e-5)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from plait.errors import InputError
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
 from plait.subspaces.solvers import orthonormal_rows
@@ -38,6 +39,24 @@ def orthonormal_shared(x: SiteInputs) -> Mapping[str, Basis]:
     """One random orthonormal basis per module for all tasks (a control)."""
     rows = _orthonormal(x, x.generator())
     return {t: Basis(rows, _norms(rows)) for t in x.tasks}
+
+
+@subspace_method("orthonormal_disjoint")
+def orthonormal_disjoint(x: SiteInputs) -> Mapping[str, Basis]:
+    """Rows of one random orthonormal basis, each task its own: A_i A_j^T = 0 for all tasks (a control).
+
+    Orthogonal weights are what several methods ask for; activations do not know of it.
+
+    Raises:
+        InputError: The tasks' ranks add up to more than the width.
+    """
+    names = sorted(x.moments) or sorted(x.tasks)
+    if len(names) * x.rank > x.dim:
+        raise InputError(f"{len(names)} tasks of rank {x.rank} at a module of width {x.dim}", where=x.name)
+    drawn = torch.randn(x.dim, x.rank * len(names), generator=x.generator(), dtype=torch.float64)
+    rows = orthonormal_rows(drawn)
+    found = {name: rows[i * x.rank : (i + 1) * x.rank] for i, name in enumerate(names)}
+    return {t: Basis(found[t], _norms(found[t])) for t in x.tasks}
 
 
 def _orthonormal(x: SiteInputs, generator: torch.Generator) -> Tensor:

@@ -115,6 +115,8 @@ class Cohort:
             scaling = scalings[0] if len(set(scalings)) == 1 else self._column(scalings)[:, :, None]
             self.updates[m] = StackedFactors(leaves[f"{m}.A", 0], leaves[f"{m}.B", 0], scaling)
         settings = [t.settings for t in self.trainees]
+        names = [s.tied for s in settings]
+        self.tied = [[i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names) if name]
         self.clip = self._column([s.max_grad_norm or float("inf") for s in settings])
         total = self.trainees[0].total
         factors = [[s.factor(step, total) for s in settings] for step in range(total)]
@@ -174,11 +176,18 @@ class Cohort:
                 gradients.mul_(self.trained)
             norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
             gradients.mul_((self.clip / (norms + 1e-6)).clamp(max=1.0))
+            self._tie(gradients)
             self.enforcer.before_step()
             flat.step(gradients, self.rates[index], self.head_start, index + 1, self.decay)
             self.enforcer.after_step()
             flat.refresh()
         return losses
+
+    def _tie(self, gradients: Tensor) -> None:
+        """Members that train one adapter together take the mean of their factors' gradients; heads stay their own."""
+        for members in self.tied:
+            shared = gradients[members, : self.head_start]
+            gradients[members, : self.head_start] = shared.mean(0, keepdim=True).expand_as(shared)
 
     def _sums(self, part: Pass, bank: RowBank, rows: Tensor) -> Tensor:
         chosen = rows[:, part.first : part.last].reshape(-1)

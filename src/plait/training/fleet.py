@@ -90,6 +90,9 @@ def train_fleet(
     if len({str(Path(m.out).absolute()) for m in members}) < len(members):
         raise UsageError("two members write the same folder")
     todo = [m for m in members if not is_done(m.out, m.identity, overwrite=overwrite)]
+    ties = {m.settings.tied for m in todo} - {None}
+    todo = [m for m in members if m.settings.tied in ties or any(m is t for t in todo)]  # one adapter is trained whole
+    _require_alike(members)
     for m in todo:
         if len(m.examples) == 0:
             raise InputError("no training rows", where=f"task {m.task.name}")
@@ -102,7 +105,7 @@ def train_fleet(
         todo = [m for m in todo if not any(m is other for other in group)]
     for group in _groups([m for m in todo if stackable(m)]):
         shared = Shared(group, base)
-        size = min(limit or len(group), cohort_size(shared))
+        size = len(group) if group[0].settings.tied else min(limit or len(group), cohort_size(shared))
         order = shared.by_length()
         for start in range(0, len(group), size):
             failed += _train_group(order[start : start + size], shared, overwrite, meter)
@@ -129,13 +132,25 @@ def stackable(member: Member) -> bool:
     return not alone and all(f.kind == LINEAR for f in member.initial.modules.values())
 
 
+def _require_alike(members: Sequence[Member]) -> None:
+    """Refuse tied members that cannot be one adapter."""
+    for name in {m.settings.tied for m in members} - {None}:
+        tied = [m for m in members if m.settings.tied == name]
+        if not all(stackable(m) for m in tied) or len({m.task.name for m in tied}) < len(tied):
+            raise UsageError(
+                "tied members need one task each, and settings that can be stacked", where=f"tied {name!r}"
+            )
+        if any(m.settings != tied[0].settings for m in tied):
+            raise UsageError("tied members differ in their settings", where=f"tied {name!r}")
+
+
 def _groups(members: Sequence[Member]) -> list[list[Member]]:
     """Members that can be stepped together."""
     groups: dict[tuple[Any, ...], list[Member]] = {}
     for m in members:
         text = m.task.kind if m.task.kind in ("causal", "seq2seq") else "head"
         s = m.settings
-        key = (text, s.batch_size, s.precision, s.max_length, s.total_steps(len(m.examples)))
+        key = (s.tied or "", text, s.batch_size, s.precision, s.max_length, s.total_steps(len(m.examples)))
         groups.setdefault(key, []).append(m)
     return [g for _, g in sorted(groups.items())]
 
@@ -147,10 +162,13 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
     try:
         outcome = run_cohort(shared, chosen, meter)
     except torch.OutOfMemoryError:
-        if len(chosen) == 1 and not shared.smaller_passes():
+        whole = len(chosen) == 1 or shared.members[0].settings.tied
+        if whole and not shared.smaller_passes():
             raise
         torch.cuda.empty_cache()
         meter.done = done
+        if whole:
+            return _train_group(chosen, shared, overwrite, meter)
         half = len(chosen) // 2
         parts = [part for part in (chosen[:half], chosen[half:]) if part]
         return [name for part in parts for name in _train_group(part, shared, overwrite, meter)]

@@ -44,6 +44,8 @@ class TrainingSettings:
         evaluate_every: Steps between scores on the selection rows, where those are given; the best adapter is kept.
         patience: Evaluations without a better score after which training stops; None trains to the end.
         report_to: Trackers of the HF Trainer ("tensorboard", "wandb", "trackio"); none by default.
+        tied: Members of a fleet with one name here train one adapter together, each on its own task and with its own
+            head: joint multi-task training. They start from the same factors.
     """
 
     steps: int | None = None
@@ -67,6 +69,7 @@ class TrainingSettings:
     evaluate_every: int | None = None
     patience: int | None = None
     report_to: tuple[str, ...] = ()
+    tied: str | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

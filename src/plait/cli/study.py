@@ -1,0 +1,104 @@
+"""Commands about studies: study run, study table, job run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plait.cli.options import Json, Out, Quiet, Set
+from plait.cli.output import emit
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    study = typer.Typer(help="Arms x merges x seeds, with controls, by a fixed protocol.", no_args_is_help=True)
+    study.command("run")(run)
+    study.command("table")(table)
+    app.add_typer(study, name="study")
+    job = typer.Typer(help="Single batches of a study, for schedulers.", no_args_is_help=True)
+    job.command("list")(list_batches)
+    job.command("run")(run_job)
+    app.add_typer(job, name="job")
+
+
+StudyArg = Annotated[Path, typer.Argument(help="A study: a YAML file.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Batches at once.")]
+
+
+def run(
+    study: StudyArg, out: Out = Path("plait-study"), sets: Set = None,
+    executor: Annotated[str, typer.Option("--executor", help="serial, processes or ray.")] = "serial",
+    workers: Workers = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=1, help="Begin nothing after so long.")] = None,
+    quiet: Quiet = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Do what a study still lacks; started again, it goes on where it stopped."""
+    from plait.recipe_file import require_known
+    from plait.study.executor import executor_of
+    from plait.study.run import run_study
+    from plait.study.spec import read_study
+    from plait.study.units import Layout
+
+    require_known(executor, ["serial", "processes", "ray"], "executor")
+    found = read_study(study, sets)
+    layout = Layout(found, out)
+    done = run_study(found, out, executor_of(executor, layout, workers), layout=layout, seconds=seconds, quiet=quiet)
+    said = "finished" if done["finished"] else f"not finished: {done['left']} units of wave {done['wave']!r} left"
+    emit(done, as_json, f"{said}, {done['seconds']:.0f} s")
+
+
+def table(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished study.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the tables.")] = Path(),
+    about: Annotated[list[str] | None, typer.Option("--about", help="KEY=TEXT for the page; may be repeated.")] = None,
+    against: Annotated[str | None, typer.Option("--against", help="The arm the others are compared with.")] = None,
+    sets: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tables of a finished study: NAME.json and NAME.md."""
+    from plait.recipe_file import apply_overrides
+    from plait.store import read_json
+    from plait.study.run import STUDY_FILE
+    from plait.study.spec import parse_study
+    from plait.study.units import Layout
+    from plait.study.write import write_tables
+
+    raw = read_json(folder / STUDY_FILE)
+    apply_overrides(raw, sets or [])
+    said = dict(pair.split("=", 1) for pair in about or [] if "=" in pair)
+    found = write_tables(Layout(parse_study(raw, str(folder)), folder), to, about=said, against=against)
+    emit(found, as_json, f"{found['markdown']}\n{found['json']}")
+
+
+def list_batches(
+    study: StudyArg, out: Out = Path("plait-study"), sets: Set = None, workers: Workers = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder for the job files.")] = Path("jobs"), as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write the open units of the next wave as job files, one per worker: for an array of a scheduler."""
+    from plait.study.run import write_jobs
+    from plait.study.spec import read_study
+
+    found = write_jobs(read_study(study, sets), out, to, workers or 1)
+    emit(found, as_json, "\n".join(found["jobs"]) or "finished")
+
+
+def run_job(
+    job: Annotated[str, typer.Argument(help="A job file, or - for standard input.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Do one batch of a study."""
+    import json
+
+    from plait.progress import Progress
+    from plait.store import read_json
+    from plait.study.executor import run_batch
+    from plait.study.run import told
+
+    batch = json.loads(sys.stdin.read()) if job == "-" else read_json(Path(job))
+    progress = Progress(len(batch["units"]), len(batch["units"]), quiet)
+    done = run_batch(batch, tell=told(progress))
+    emit({"done": done}, as_json, f"{done} units")

@@ -1,0 +1,71 @@
+"""What is known of adapters before they are merged, and might tell how much a merge will cost each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plait.adapters.lora import Adapter
+from plait.evaluation.interference import predicted_shift
+from plait.statistics import Statistics
+
+FEATURES = ("shift", "cosine", "norm", "overlap")
+
+
+def features(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> dict[str, dict[str, float]]:
+    """Predictors of what task j loses when all adapters are added up, from files alone.
+
+    Args:
+        adapters: Task -> its adapter; all with the same modules.
+        statistics: Task -> its statistics.
+
+    Returns:
+        Task j -> ``shift``: the others' predicted output shift on j's inputs, summed over them, mean over modules;
+        ``cosine``: mean absolute cosine of j's task vector with each other's; ``norm``: norm of the others' over the own;
+        ``overlap``: mean over others and modules of |Q_i Q_j^T|^2 / r, Q the orthonormalised rows of A (1 for equal spans).
+
+    Cost: T^2 small products a module.
+    """
+    names = list(adapters)
+    gram = sum(_gram([adapters[n] for n in names], m) for m in adapters[names[0]].modules)
+    overlap = _overlap([adapters[n] for n in names])
+    shift = np.array([[_mean(predicted_shift(adapters[i], statistics[j])) for j in names] for i in names])
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    found = {}
+    for j, name in enumerate(names):
+        others = [i for i in range(len(names)) if i != j]
+        found[name] = {
+            "shift": float(shift[others, j].sum()),
+            "cosine": float(np.mean(np.abs(gram[others, j]) / np.maximum(norms[others] * norms[j], 1e-30))),
+            "norm": float(np.sqrt((norms[others] ** 2).sum()) / max(norms[j], 1e-30)),
+            "overlap": float(overlap[others, j].mean()),
+        }
+    return found
+
+
+def _gram(adapters: list[Adapter], module: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """(T, T) inner products of the deltas of one module: tr(B_i^T B_j A_j A_i^T)."""
+    f = [a.modules[module].folded() for a in adapters]
+    B, A = torch.cat([x.B for x in f], 1).double(), torch.cat([x.A for x in f]).double()
+    product, at = (B.T @ B) * (A @ A.T), np.cumsum([0, *(x.A.shape[0] for x in f)])
+    n = range(len(f))
+    return np.array([[float(product[at[i] : at[i + 1], at[j] : at[j + 1]].sum()) for j in n] for i in n])
+
+
+def _overlap(adapters: list[Adapter]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    total = np.zeros((len(adapters), len(adapters)))
+    modules = list(adapters[0].modules)
+    for module in modules:
+        spans: list[Tensor] = [torch.linalg.qr(a.modules[module].A.double().T)[0] for a in adapters]
+        for i, p in enumerate(spans):
+            for j, q in enumerate(spans):
+                total[i, j] += float((p.T @ q).square().sum()) / min(p.shape[1], q.shape[1])
+    return total / len(modules)
+
+
+def _mean(shifts: Mapping[str, float]) -> float:
+    values = [v for v in shifts.values() if np.isfinite(v)]
+    return float(np.mean(values)) if values else float("nan")

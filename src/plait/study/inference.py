@@ -1,0 +1,188 @@
+"""How sure differences between arms are: a bootstrap paired over seeds, tasks and examples, Holm, and equivalence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.adapters.tensors import read_tensors
+from plait.errors import RunError
+from plait.evaluation.bootstrap import Floats, weighted_score
+from plait.evaluation.evaluate import scored_labels
+from plait.study.schedule import chosen
+from plait.study.splits import HALVES, Split
+from plait.study.table import Row, best_by_half, reference_unit
+from plait.study.units import FOLDS, MERGE, Layout, Unit
+from plait.study.work import ANSWERS_FILE, splits
+
+MARGIN = 0.05  # of recovered: arms nearer than that are called equivalent
+_LEARNED = 1.0  # points by which adapters alone must exceed the floor
+_POWER = 2.80  # standard errors of a difference that a two-sided 5 % test finds with power 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One arm against another under one merge (or each under its own best).
+
+    Args:
+        arm, other, merge: Which; merge "best" is each arm's own.
+        difference: Mean recovered of `arm` minus that of `other`.
+        low, high: 95 % interval.
+        p: Two-sided.
+        p_holm: Corrected for all comparisons of one merge.
+        equivalent: Two one-sided tests at 5 % put the difference within `MARGIN`.
+        detectable: Smallest difference found with power 0.8.
+    """
+
+    arm: str
+    other: str
+    merge: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    equivalent: bool
+    detectable: float
+
+
+@dataclass(slots=True)
+class Resampled:
+    """Recovered of arms and merges in every resample, all from the same draws of seeds, tasks and examples.
+
+    Args:
+        values: (arm, merge) -> (seeds, tasks, 1 + resamples) score of resampled examples, percent; the first as they are.
+        low, high: (seeds, tasks, 1 + resamples) of the floor and of the plain reference.
+        seeds, tasks: (1 + resamples, count) how often each is drawn.
+    """
+
+    values: dict[tuple[str, str], Floats]
+    low: Floats
+    high: Floats
+    seeds: Floats
+    tasks: Floats
+
+    def recovered(self, arm: str, merge: str) -> Floats:
+        """(1 + resamples,) recovered; the first is that of the data as they are. NaN where nothing was learned."""
+        gain = self._mean(self.high - self.low)
+        return self._mean(self.values[arm, merge] - self.low) / np.where(gain > _LEARNED, gain, np.nan)
+
+    def _mean(self, values: Floats) -> Floats:
+        weighted = np.einsum("str,rs,rt->r", values, self.seeds, self.tasks)
+        found: Floats = weighted / (self.seeds.sum(1) * self.tasks.sum(1))
+        return found
+
+
+def resample(
+    layout: Layout, rows: Sequence[Row], wanted: Mapping[tuple[str, str], Mapping[str, str]], count: int
+) -> Resampled:
+    """Draw seeds, tasks and examples with replacement.
+
+    Args:
+        layout: Of a finished study.
+        rows: Its rows.
+        wanted: (arm, label) -> half -> merge.
+        count: Resamples.
+    """
+    study, parts = layout.study, splits(layout)
+    generator = np.random.default_rng(study.evaluation.split_seed)
+    tasks, seeds = list(layout.session.tasks), study.seeds
+    weights = {(t, h): _drawn(generator, len(r), count) for t in tasks for h, r in parts[t].halves.items()}
+    one = _Weighted(layout, parts, weights)
+    values = {
+        key: np.array([[one.merged(key[0], merges, s, t) for t in tasks] for s in seeds])
+        for key, merges in wanted.items()
+    }
+    low, high = (np.array([[one.plain(kind, s, t) for t in tasks] for s in seeds]) for kind in ("floor", "alone"))
+    return Resampled(values, low, high, _drawn(generator, len(seeds), count), _drawn(generator, len(tasks), count))
+
+
+def _drawn(generator: np.random.Generator, n: int, count: int) -> Floats:
+    """(1 + count, n): everything once, which gives the estimate itself, then how often each is drawn."""
+    drawn = generator.multinomial(n, np.full(n, 1 / n), size=count)
+    return np.concatenate([np.ones((1, n)), drawn.astype(np.float64)])
+
+
+class _Weighted:
+    """Scores of kept answers under many weightings of the examples."""
+
+    def __init__(self, layout: Layout, parts: Mapping[str, Split], weights: Mapping[tuple[str, str], Floats]) -> None:
+        self.layout, self.parts, self.weights = layout, parts, weights
+        self.read: dict[Any, dict[str, npt.NDArray[Any]]] = {}
+
+    def merged(self, arm: str, merges: Mapping[str, str], seed: int, task: str) -> Floats:
+        """(resamples,) mean of the two halves, each under its merge."""
+        choice = chosen(self.layout, self.layout.study.arm(arm))
+        units = {h: Unit(MERGE, seed, arm, choice.rate, choice.step, merges[h], FOLDS) for h in HALVES}
+        return np.mean([self._score(self._answers(units[h])[f"{task}.{h}"], task, h) for h in HALVES], axis=0)  # type: ignore[no-any-return]
+
+    def plain(self, kind: str, seed: int, task: str) -> Floats:
+        """(resamples,) of the plain reference alone, or of its floor."""
+        answers = self._answers(reference_unit(self.layout, seed))
+        return np.mean([self._score(answers[f"{kind}.{task}.{h}"], task, h) for h in HALVES], axis=0)  # type: ignore[no-any-return]
+
+    def _answers(self, unit: Unit) -> dict[str, npt.NDArray[Any]]:
+        if unit not in self.read:
+            tensors, _, _ = read_tensors(self.layout.path(unit) / ANSWERS_FILE)
+            self.read[unit] = {k: v.numpy() for k, v in tensors.items()}
+        return self.read[unit]
+
+    def _score(self, answers: npt.NDArray[Any], task: str, half: str) -> Floats:
+        found = self.layout.session.tasks[task]
+        labels = scored_labels(found, self.layout.session.validation(task))[self.parts[task].halves[half]]
+        if found.kind != "regression":  # what was kept is the class; the metrics take scores of classes
+            answers = np.eye(max(int(answers.max()), int(labels.max())) + 1)[answers]
+        return weighted_score(found.metrics, answers, labels, self.weights[task, half])
+
+
+def compare(layout: Layout, rows: Sequence[Row], against: str, merges: Sequence[str], count: int) -> list[Comparison]:
+    """Every arm against one, under each merge and under each arm's own best.
+
+    Args:
+        layout: Of a finished study.
+        rows: Its rows.
+        against: The arm the others are compared with.
+        merges: Secondary endpoints.
+        count: Resamples.
+
+    Returns:
+        Primary endpoint ("best") first; p-values Holm-corrected within each merge.
+    """
+    plain = [r for r in rows if not r.variant]
+    full = set(layout.study.seeds)
+    arms = [a for a in dict.fromkeys(r.arm for r in plain) if {r.seed for r in plain if r.arm == a} == full]
+    wanted = {(a, "best"): best_by_half(plain, a) for a in arms}
+    wanted |= {(a, m): dict.fromkeys(HALVES, m) for a in arms for m in merges}
+    drawn = resample(layout, plain, wanted, count)
+    found = []
+    for merge in ("best", *merges):
+        one = [_compared(drawn, against, a, merge) for a in arms if a != against]
+        found += _holm(one)
+    return found
+
+
+def _compared(drawn: Resampled, arm: str, other: str, merge: str) -> Comparison:
+    found = drawn.recovered(arm, merge) - drawn.recovered(other, merge)
+    center, values = float(found[0]), found[1:][np.isfinite(found[1:])]
+    if len(values) < len(found) / 2:
+        raise RunError("adapters alone do not beat the floor by a point: no share of that gain", where=f"{arm}, {merge}")
+    error = float(values.std(ddof=1))
+    low, high = np.quantile(values, [0.025, 0.975])
+    tail = min(float((values <= 0).mean()), float((values >= 0).mean()))
+    p = min(1.0, 2 * max(tail, 1 / (len(values) + 1)))
+    inner = np.quantile(values, [0.05, 0.95])
+    equivalent = bool(inner[0] > -MARGIN and inner[1] < MARGIN)
+    return Comparison(arm, other, merge, center, float(low), float(high), p, p, equivalent, _POWER * error)
+
+
+def _holm(found: Sequence[Comparison]) -> list[Comparison]:
+    order = sorted(range(len(found)), key=lambda i: found[i].p)
+    corrected, running = [0.0] * len(found), 0.0
+    for place, i in enumerate(order):
+        running = max(running, min(1.0, found[i].p * (len(found) - place)))
+        corrected[i] = running
+    return [replace(c, p_holm=p) for c, p in zip(found, corrected, strict=True)]

@@ -1,0 +1,111 @@
+"""A study from its file to its tables: wave after wave through an executor, going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait.locks import locked
+from plait.progress import Progress, duration
+from plait.store import staged_file
+from plait.study.executor import Executor, batch_of
+from plait.study.schedule import next_wave
+from plait.study.spec import Study
+from plait.study.units import MERGE, REPAIR, TRAIN, Layout, Unit
+
+STUDY_FILE = "study.json"
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    executor: Executor,
+    *,
+    layout: Layout | None = None,
+    seconds: float | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Do what a study still lacks.
+
+    Args:
+        study: The study.
+        out: Its folder.
+        executor: Where units run.
+        layout: Of the study, where the executor has one.
+        seconds: Time after which no unit is begun; the study goes on at the next call.
+        quiet: No progress on stderr.
+
+    Returns:
+        `finished`, the `wave` that is at work, the units `left` in it, `seconds`.
+    """
+    layout = layout or Layout(study, out)
+    started = time.time()
+    until = None if seconds is None else started + seconds
+    with locked(out):
+        _keep(study, out)
+        while until is None or time.time() < until:
+            name, todo = next_wave(layout)
+            if not todo:
+                break
+            progress = Progress(len(todo), len(todo), quiet)
+            batches = [batch_of(study, out, part, until) for part in parts(todo, executor.workers)]
+            executor.run(batches, told(progress))
+            progress.close(f"{name}: {len(todo)} units, {duration(time.time() - started)} since the start")
+    name, todo = next_wave(layout)
+    return {"finished": not todo, "wave": name, "left": len(todo), "seconds": round(time.time() - started, 1)}
+
+
+def told(progress: Progress) -> Callable[[str], None]:
+    """A function that shows a line about each unit that begins."""
+
+    def tell(text: str) -> None:
+        progress.finish()
+        progress.start(text, 1.0)
+
+    return tell
+
+
+def write_jobs(study: Study, out: Path, to: Path, workers: int) -> dict[str, Any]:
+    """Write the open units of the next wave as job files for `plait job run`, one per worker.
+
+    Returns:
+        `wave` and the paths of the `jobs`; none where the study is finished. The next wave's exist once these are done.
+    """
+    layout = Layout(study, out)
+    _keep(study, out)
+    name, todo = next_wave(layout)
+    made = []
+    for i, part in enumerate(parts(todo, workers) if todo else []):
+        path = to / f"job-{i:03d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(path, overwrite=True) as stage:
+            stage.write_text(json.dumps(batch_of(study, out, part)), encoding="utf-8")
+        made.append(str(path))
+    return {"wave": name, "jobs": made}
+
+
+def parts(units: Sequence[Unit], workers: int) -> list[list[Unit]]:
+    """Units in batches for the workers: trainings dealt out once, as fleets; scores of one training stay together."""
+    groups: dict[Any, list[Unit]] = {}
+    for u in units:
+        key = u if u.stage in (TRAIN, REPAIR) else (u.variant, u.arm, u.rate, u.step, u.seed)
+        groups.setdefault(key, []).append(u)
+    dealt: list[list[Unit]] = [[] for _ in range(min(workers, len(groups)))]
+    for group in sorted(groups.values(), key=lambda g: -_weight(g)):
+        min(dealt, key=_weight).extend(group)
+    return [part for part in dealt if part]
+
+
+def _weight(units: Sequence[Unit]) -> int:
+    return sum(4 if u.stage == MERGE else 1 for u in units)
+
+
+def _keep(study: Study, out: Path) -> None:
+    text = study.model_dump_json(indent=1) + "\n"
+    target = out / STUDY_FILE
+    if not target.is_file() or target.read_text(encoding="utf-8") != text:
+        with staged_file(target, overwrite=True) as stage:
+            stage.write_text(text, encoding="utf-8")

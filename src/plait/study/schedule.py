@@ -1,0 +1,201 @@
+"""The order of a study: waves of units, each needing only what earlier waves have left on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from plait.errors import RunError
+from plait.report.summary import PLAIN
+from plait.store import read_manifest
+from plait.study.spec import StudyArm
+from plait.study.units import ALONE, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, TRAIN, TUNING, Layout, Unit, pending
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A learning rate and a moment (0: the end)."""
+
+    rate: float
+    step: int
+
+
+def next_wave(layout: Layout) -> tuple[str, list[Unit]]:
+    """The first wave with units that are not done, and those units; ("", []) where everything is done."""
+    for name, units in _waves(layout):
+        if todo := pending(layout, units):
+            return name, todo
+    return "", []
+
+
+def all_units(layout: Layout) -> list[Unit]:
+    """Every unit of a finished study.
+
+    Raises:
+        RunError: It is not finished.
+    """
+    name, todo = next_wave(layout)
+    if todo:
+        raise RunError(f"the study is not finished: {len(todo)} units of wave {name!r} are open", where=str(layout.out))
+    return [unit for _, units in _waves(layout) for unit in units]
+
+
+def _waves(layout: Layout) -> Iterator[tuple[str, list[Unit]]]:
+    """Waves in order; a wave is worked out only once the ones before it are done."""
+    swept = sweep_units(layout)
+    yield "statistics of the sweep", _statistics(layout, swept)
+    yield "training of the sweep", swept
+    yield "scores of the sweep", [u for t in swept for u in tuning_scores(layout, t)]
+    final = final_units(layout)
+    yield "statistics", _statistics(layout, final)
+    yield "training", list(dict.fromkeys(layout.of(u).trained_by(u) for u in final))
+    yield "scores", [u for t in final for u in fold_scores(layout, t)]
+    repaired = repair_units(layout)
+    yield "repair", repaired
+    yield "scores of the repaired", [replace(u, stage=REPAIRED, split=FOLDS) for u in repaired]
+
+
+def _statistics(layout: Layout, units: Sequence[Unit]) -> list[Unit]:
+    """What training starts from, and what merges read."""
+    found = []
+    for u in units:
+        here = layout.of(u)
+        found += [here.statistics_unit(u), here.statistics_unit(replace(u, stage=MERGE))]
+    return list(dict.fromkeys(found))
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def sweep_units(layout: Layout) -> list[Unit]:
+    """One training per arm and rate, at the tuning seed."""
+    study = layout.study
+    arms = [a for a in study.study_arms if a.like is None]
+    return [Unit(TRAIN, study.tuning_seed, a.name, rate) for a in arms for rate in a.rates or study.rates]
+
+
+def tuning_scores(layout: Layout, trained: Unit) -> list[Unit]:
+    """Every moment of a training, alone and merged, on the tuning rows."""
+    _study, arm = layout.study, layout.study.arm(trained.arm)
+    found = []
+    for step in layout.moments(arm):
+        alone = replace(trained, stage=ALONE, step=step, split=TUNING)
+        found.append(alone)
+        if not arm.joint:
+            found += [replace(alone, stage=MERGE, merge=m) for m in tuning_merges(layout)]
+    return found
+
+
+def tuning_merges(layout: Layout) -> list[str]:
+    """Merges by the best of which an arm's rate is chosen."""
+    return layout.study.tuning_merges or [m.name for m in layout.study.merge_specs]
+
+
+def result(layout: Layout, unit: Unit) -> dict[str, Any]:
+    """What a unit has left in its manifest."""
+    here = layout.of(unit)
+    manifest = read_manifest(here.path(unit))
+    if manifest is None:
+        raise RunError("a unit is not done", where=unit.label)
+    return manifest["result"]  # type: ignore[no-any-return]
+
+
+def swept(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
+    """What the sweep saw of an arm: rate, step, alone, delta norm, score and scale of each merge; percent."""
+    rows = []
+    for trained in (u for u in sweep_units(layout) if u.arm == arm.name):
+        for step in layout.moments(arm):
+            alone = replace(trained, stage=ALONE, step=step, split=TUNING)
+            found = result(layout, alone)
+            merges = (
+                {}
+                if arm.joint
+                else {m: result(layout, replace(alone, stage=MERGE, merge=m)) for m in tuning_merges(layout)}
+            )
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "lr": trained.rate,
+                    "step": step,
+                    "alone": float(np.mean(list(found["tuning"]["alone"].values()))),
+                    "delta_norm": float(np.mean(list(found["delta_norm"].values()))),
+                    "merged": {m: r["score"] for m, r in merges.items()},
+                    "scale": {m: r["scale"] for m, r in merges.items()},
+                }
+            )
+    return rows
+
+
+def chosen(layout: Layout, arm: StudyArm) -> Choice:
+    """The rate and moment of an arm: those with the best merge on the tuning rows; for a joint arm the best alone.
+
+    Of an arm that is like another, the other's; of one that is a moment of another, that moment.
+    """
+    if arm.like is not None:
+        found = chosen(layout, layout.study.arm(arm.like))
+        return Choice(found.rate, arm.snapshot or found.step)
+    rows = swept(layout, arm)
+    best = max(rows, key=lambda r: r["alone"] if arm.joint else max(r["merged"].values()))
+    return Choice(best["lr"], best["step"])
+
+
+def chosen_alone(layout: Layout, arm: StudyArm) -> Choice:
+    """The rate and moment at which an arm's adapters are best alone."""
+    best = max(swept(layout, arm), key=lambda r: r["alone"])
+    return Choice(best["lr"], best["step"])
+
+
+def plain_arms(layout: Layout) -> list[StudyArm]:
+    """The arms that people without plait use."""
+    return [a for a in layout.study.study_arms if a.name in PLAIN]
+
+
+# --- what is reported -------------------------------------------------------------------------------------------------
+
+
+def final_units(layout: Layout) -> list[Unit]:
+    """Trainings that are reported: each arm at its choice, plain arms also at their best alone, and the variants'."""
+    study = layout.study
+    found = []
+    for arm in study.study_arms:
+        choices = [chosen(layout, arm)] + ([chosen_alone(layout, arm)] if arm in plain_arms(layout) else [])
+        for choice in dict.fromkeys(choices):
+            found += [Unit(TRAIN, s, arm.name, choice.rate, choice.step) for s in arm.seeds or study.seeds]
+    for variant in study.variants:
+        for name in variant.arms:
+            choice = chosen(layout, study.arm(name))
+            seeds = variant.seeds or study.seeds[:1]
+            found += [Unit(TRAIN, s, name, choice.rate, choice.step, variant=variant.name) for s in seeds]
+    return found
+
+
+def fold_scores(layout: Layout, trained: Unit) -> list[Unit]:
+    """Everything that is scored of a reported training."""
+    study = layout.of(trained).study
+    arm = study.arm(trained.arm)
+    alone = replace(trained, stage=ALONE, split=FOLDS)
+    if arm.joint:
+        return [alone]
+    best = chosen(layout, layout.study.arm(trained.arm))
+    merges = [replace(alone, stage=MERGE, merge=m.name) for m in study.merge_specs]
+    reported = (trained.rate, trained.step) == (best.rate, best.step)
+    return [alone, *(merges if reported else []), *([] if trained.variant else [replace(alone, stage=FEATURES)])]
+
+
+def repair_units(layout: Layout) -> list[Unit]:
+    """Merges that are trained further; their scale is the sweep's, so that no reported row has a say in it."""
+    repair = layout.study.repair
+    found = []
+    for name in repair.arms if repair else []:
+        arm = layout.study.arm(name)
+        choice = chosen(layout, arm)
+        row = next(r for r in swept(layout, arm) if (r["lr"], r["step"]) == (choice.rate, choice.step))
+        scale = row["scale"][repair.merge] if repair else 1.0
+        for seed in arm.seeds or layout.study.seeds:
+            found.append(
+                Unit(REPAIR, seed, name, choice.rate, choice.step, repair.merge if repair else "", scale=scale)
+            )
+    return found
