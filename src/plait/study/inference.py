@@ -169,7 +169,9 @@ def _compared(drawn: Resampled, arm: str, other: str, merge: str) -> Comparison:
     found = drawn.recovered(arm, merge) - drawn.recovered(other, merge)
     center, values = float(found[0]), found[1:][np.isfinite(found[1:])]
     if len(values) < len(found) / 2:
-        raise RunError("adapters alone do not beat the floor by a point: no share of that gain", where=f"{arm}, {merge}")
+        raise RunError(
+            "adapters alone do not beat the floor by a point: no share of that gain", where=f"{arm}, {merge}"
+        )
     error = float(values.std(ddof=1))
     low, high = np.quantile(values, [0.025, 0.975])
     tail = min(float((values <= 0).mean()), float((values >= 0).mean()))
