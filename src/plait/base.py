@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,16 @@ def base_fingerprint(base: BaseModel) -> str:
         return _hash_files(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
     commit = getattr(load_config(base), "_commit_hash", None)
     return f"commit:{commit}" if commit else f"name:{base.name}@{base.revision}"
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of what a tokenizer makes of text: its vocabulary, merges and special tokens."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    found = json.loads(fast.to_str()) if fast is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(found, dict):  # how the last call padded and cut is no property of the tokenizer
+        found = {k: v for k, v in found.items() if k not in ("truncation", "padding")}
+    text = json.dumps(found, sort_keys=True)
+    return hashlib.sha256(f"{text}\0{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=16)

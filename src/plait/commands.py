@@ -24,12 +24,12 @@ def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: b
     """Statistics of one task of a recipe, written to a file.
 
     Returns:
-        output, task, samples, tokens, sites.
+        output, task, samples, tokens, sites; memory: what a budget chose, else None.
     """
     from plait.jobs import STATISTICS, plan
     from plait.pipeline import finished
     from plait.stages import run_job
-    from plait.statistics import read_statistics
+    from plait.statistics import open_statistics
 
     require_known(task, [t if isinstance(t, str) else t.name for t in recipe.tasks], "task")
     session = Session(recipe.model_copy(update={"seeds": [seed]}))
@@ -38,8 +38,8 @@ def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: b
     reused = finished(job, overwrite=overwrite)
     if not reused:
         run_job(job, whole, session, overwrite=overwrite)
-    found = read_statistics(out)
-    tokens = max(m.count for m in found.sites.values())
+    found = open_statistics(out)
+    tokens = found.provenance.get("tokens")
     samples = found.provenance.get("samples")
     return {
         "output": str(out.absolute()),
@@ -47,6 +47,7 @@ def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: b
         "samples": samples,
         "tokens": tokens,
         "sites": len(found.sites),
+        "memory": found.provenance.get("memory"),
         "reused": reused,
     }
 

@@ -11,7 +11,7 @@ from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import UsageError
-from plait.statistics import Statistics, read_statistics
+from plait.statistics import Statistics, open_statistics
 from plait.store import identity, is_done, read_manifest, sha256_file, staged_folder
 from plait.subspaces import compute_subspaces
 
@@ -97,14 +97,20 @@ def read_own_and_others(own: Path, others: Sequence[Path]) -> tuple[str, dict[st
     Raises:
         UsageError: Two files of one task.
     """
-    mine = read_statistics(own)
+    mine = open_statistics(own)
     task = _task_of(mine, own)
     statistics = {task: mine}
     for path in others:
         if path.exists() and path.samefile(own):  # a glob over the pool may hold it too
             continue
-        found = read_statistics(path)
+        found = open_statistics(path)
         name = _task_of(found, path)
+        if task in found.provenance.get("tasks", ()):
+            raise UsageError(
+                f"the pool was merged from files of {task!r} too",
+                where=str(path),
+                hint="pass the other files one by one",
+            )
         if name in statistics:
             raise UsageError(
                 f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
@@ -144,9 +150,13 @@ def initialise_from_files(
     summary = {"output": str(out.absolute()), "task": task, "others": [t for t in statistics if t != task]}
     if is_done(out, wanted, overwrite=overwrite):
         return {**summary, "reused": True}
-    adapter, record = initial_adapters(statistics, settings, base=base, revision=revision, tasks=[task], seed=seed)[
-        task
-    ]
+    pools = [open_statistics(p) for p in background]
+    made = initial_adapters(
+        statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools
+    )
+    adapter, record = made[task]
+    if pools:
+        record |= {"background": [p.name for p in background], "background_weight": settings.background_weight}
     result: dict[str, Any] = {}
     with staged_folder(out, wanted, overwrite=overwrite, result=result) as folder:
         result |= record

@@ -105,7 +105,9 @@ def _statistics(session: Session, out: Path, seed: int, data: dict[str, Any]) ->
             "data": data[task],
             "targets": recipe.lora.target_modules,
             "max_length": recipe.data.max_length,
-            **recipe.statistics.model_dump(exclude={"batch_size"}),
+            **recipe.statistics.model_dump(
+                exclude={"batch_size"} | ({"memory"} if not recipe.statistics.memory else set())
+            ),
         }
         path = out / "statistics" / f"seed-{seed}" / f"{task}.stats.safetensors"
         wanted = identity(STATISTICS, options, seed=seed)

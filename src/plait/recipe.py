@@ -80,6 +80,9 @@ class StatisticsSpec(_Strict):
     pool: Literal["token", "mean"] = "token"
     batch_size: Count = 16
     sketch: Count | None = Field(None, description="keep this many directions per site instead of the whole moment")
+    memory: Annotated[str, Field(pattern=r"(?i)^\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*$")] | None = Field(
+        None, description="bytes for the sums, such as 2GB: exact, layer groups or a sketch is chosen by it"
+    )
 
 
 class ArmSpec(_Strict):

@@ -12,6 +12,7 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.collecting import collect_file
 from plait.errors import RunError
 from plait.evaluation.evaluate import Logits, halves
 from plait.evaluation.scores import ALONE as ALONE_SCORE
@@ -20,9 +21,8 @@ from plait.initial import InitialSettings, initial_adapters
 from plait.jobs import ADAPTER, ALONE, BEST, INITIAL, REPORT, SCORES, STATISTICS, Job, Plan
 from plait.jobs import MERGED as MERGED_JOB
 from plait.session import Session
-from plait.statistics import Statistics, collect_statistics, read_statistics, write_statistics
+from plait.statistics import Statistics, read_statistics
 from plait.store import staged_folder
-from plait.tasks import Task, batches, encode
 from plait.training.peft_model import TASK_TYPES
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run_job(
     if job.stage == ADAPTER:
         _train(job, plan, session, overwrite, progress)
     elif job.stage == STATISTICS:
-        _collect(job, session, overwrite)
+        collect_file(session, job.task or "", job.path, seed=job.seed, wanted=job.wanted, overwrite=overwrite)
     else:
         makers = {INITIAL: _initial, ALONE: _alone, MERGED_JOB: _merge, SCORES: _score, BEST: _best, REPORT: _report}
         result: Settled = {}
@@ -49,35 +49,6 @@ def run_job(
 
 
 # --- before training --------------------------------------------------------------------------------------------------
-
-
-def _collect(job: Job, session: Session, overwrite: bool) -> None:
-    recipe, task = session.recipe, session.tasks[job.task or ""]
-    statistics = collect_task(session, task, session.sample(task.name, job.seed), recipe.statistics.pool)
-    write_statistics(job.path, statistics, identity=job.wanted, overwrite=overwrite)
-
-
-def collect_task(session: Session, task: Task, examples: Any, pool: str) -> Statistics:
-    """Statistics of one task's rows at the recipe's target modules."""
-    recipe, evaluator = session.recipe, session.evaluator
-    rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
-    provenance = {
-        "base": session.base.name,
-        "base_sha256": session.base_sha256,
-        "task": task.name,
-        "samples": len(examples),
-        "max_length": recipe.data.max_length,
-        "dtype": session.base.dtype,
-        "template": task.template,
-    }
-    return collect_statistics(
-        evaluator.task_model(task.name),
-        batches(evaluator.tokenizer, rows, recipe.statistics.batch_size, by_length=True),
-        recipe.lora.target_modules,
-        pool=pool,
-        provenance=provenance,
-        sketch=recipe.statistics.sketch,
-    )
 
 
 def _initial(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:

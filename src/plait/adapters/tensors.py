@@ -7,9 +7,9 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,6 +59,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
     if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
         raise InputError("changed while it was read", where=str(path), hint="try again when nothing writes it")
     return tensors, metadata, digest
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata, without its tensors.
+
+    Raises:
+        InputError: As in `read_tensors`.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as f:
+            _check_header(f, path)
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except SafetensorError as e:
+        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
+
+
+def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Those of the named tensors that a safetensors file holds.
+
+    Raises:
+        InputError: The file is gone, damaged or replaced by something else.
+    """
+    require_regular(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            known = set(opened.keys())
+            return {n: opened.get_tensor(n) for n in names if n in known}
+    except SafetensorError as e:
+        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
 
 
 def _check_header(f: BinaryIO, path: Path) -> None:
@@ -122,6 +153,48 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
     _sort_metadata(path)
+
+
+def joined_tensors(path: Path, homes: Mapping[str, Path], metadata: Mapping[str, str]) -> None:
+    """Copy tensors from several safetensors files into one, as bytes: none of them is ever whole in memory.
+
+    Args:
+        path: The file to write.
+        homes: Name -> the file that may hold it; names that a file lacks are left out.
+        metadata: Of the new file.
+    """
+    places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for home in dict.fromkeys(homes.values()):
+        with home.open("rb") as f:
+            size = struct.unpack("<Q", f.read(8))[0]
+            entries = json.loads(f.read(size))
+        places |= {n: (home, 8 + size, e) for n, e in entries.items() if homes.get(n) == home}
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    # Wide types first, as the library orders them, so that every tensor lies aligned.
+    order = sorted(places, key=lambda n: (-int(re.sub(r"\D", "", places[n][2]["dtype"]) or 8), n))
+    end = 0
+    for name in order:
+        start, stop = places[name][2]["data_offsets"]
+        header[name] = {**places[name][2], "data_offsets": [end, end + stop - start]}
+        end += stop - start
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            home, offset, entry = places[name]
+            with home.open("rb") as f:
+                f.seek(offset + entry["data_offsets"][0])
+                _copy(f, out, entry["data_offsets"][1] - entry["data_offsets"][0])
+
+
+def _copy(source: BinaryIO, out: BinaryIO, length: int) -> None:
+    while length:
+        piece = source.read(min(length, 1 << 24))
+        if not piece:
+            raise InputError("ends too early", where=getattr(source, "name", ""), hint=_ADVICE)
+        out.write(piece)
+        length -= len(piece)
 
 
 def _sort_metadata(path: Path) -> None:

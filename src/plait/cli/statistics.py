@@ -36,6 +36,7 @@ def collect(
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Training rows to look at; 100 by default.")] = None,
     pool: Annotated[str | None, typer.Option("--pool", help="token (default) or mean.")] = None,
     sketch: Annotated[int | None, typer.Option("--sketch", min=1, help="Keep K directions per site, not the whole moment.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Bytes for the sums (2GB): exact, layer by layer or sketched is chosen by it.")] = None,
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect a task's statistics: what it feeds into every target module. The file can be shared instead of the data."""
@@ -48,10 +49,14 @@ def collect(
     extra = [f"statistics.samples={samples}"] if samples else []
     extra += [f"statistics.pool={pool}"] if pool else []
     extra += [f"statistics.sketch={sketch}"] if sketch else []
+    extra += [f"statistics.memory={memory}"] if memory else []
     chosen = recipe_from(
         recipe, task, base, root, train_file, validation, text, label, targets, [*extra, *(sets or [])], device
     )
     found = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
+    if found["memory"]:
+        chosen, needed, allowed = (found["memory"][k] for k in ("chosen", "needed", "allowed"))
+        typer.echo(f"memory: {chosen}, {needed:,} of {allowed:,} bytes", err=True)
     line = f"{task}: {found['samples']} rows, {found['tokens']} tokens, {found['sites']} sites -> {out}"
     emit(found, as_json, line + (" (was there already)" if found["reused"] else ""))
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from plait.statistics.inspect import check_statistics as check_statistics
     from plait.statistics.inspect import diff_statistics as diff_statistics
     from plait.statistics.inspect import show_statistics as show_statistics
+    from plait.statistics.lazy import open_statistics as open_statistics
     from plait.statistics.moments import ModuleInfo as ModuleInfo
     from plait.statistics.moments import Moments as Moments
     from plait.statistics.moments import Statistics as Statistics
@@ -30,6 +31,7 @@ _HOMES = {
     "compress_statistics": "sketch",
     "diff_statistics": "inspect",
     "merge_statistics": "moments",
+    "open_statistics": "lazy",
     "read_identity": "files",
     "read_statistics": "files",
     "show_statistics": "inspect",
@@ -45,6 +47,7 @@ __all__ = [
     "compress_statistics",
     "diff_statistics",
     "merge_statistics",
+    "open_statistics",
     "read_identity",
     "read_statistics",
     "show_statistics",

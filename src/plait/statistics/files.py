@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensors import joined_tensors, read_tensors, write_tensors
 from plait.errors import InputError
 from plait.statistics.moments import DENSE, FACTOR, ModuleInfo, Moments, Statistics, packed, unpacked
 from plait.store import canonical_json, staged_file
 
 SCHEMA = 1
 KIND = "plait.statistics"
+PARTS = ("total", "second", "residual", "tail", "padded_total")
 
 
 def write_statistics(
@@ -33,13 +34,16 @@ def write_statistics(
         identity: What the file is to a pipeline (`plait.store.identity`); read back by `read_identity`.
         overwrite: Replace a file that is there.
     """
+    homes = getattr(statistics.sites, "homes", None)  # of sites that lie in files already: copied as bytes
     tensors: dict[str, Tensor] = {}
-    for site, moments in statistics.sites.items():
+    for site, moments in statistics.sites.items() if homes is None else ():
         tensors |= {f"{site}|{part}": tensor for part, tensor in _parts(moments).items()}
     record = {
         "schema": SCHEMA,
         "provenance": dict(statistics.provenance),
-        "sites": {s: _site_record(m) for s, m in statistics.sites.items()},
+        "sites": {s: dict(r) for s, (_, r) in homes.items()}
+        if homes is not None
+        else {s: _site_record(m) for s, m in statistics.sites.items()},
         "modules": {
             n: {
                 "site": i.site,
@@ -54,7 +58,10 @@ def write_statistics(
     if identity is not None:
         metadata["identity"] = canonical_json(dict(identity))
     with staged_file(Path(path), overwrite=overwrite) as stage:
-        write_tensors(stage, tensors, metadata)
+        if homes is None:
+            write_tensors(stage, tensors, metadata)
+        else:
+            joined_tensors(stage, {f"{s}|{part}": home for s, (home, _) in homes.items() for part in PARTS}, metadata)
 
 
 def _parts(moments: Moments) -> dict[str, Tensor]:
@@ -88,10 +95,10 @@ def read_statistics(path: str | Path) -> Statistics:
     """
     path = Path(path)
     tensors, metadata, _ = read_tensors(path)
-    record = _record_of(metadata, path)
+    record = record_of(metadata, path)
     try:
-        sites = {s: _moments(s, r, tensors, path) for s, r in record["sites"].items()}
-        modules = {n: _module(i) for n, i in record["modules"].items()}
+        sites = {s: moments_of(s, r, tensors, path) for s, r in record["sites"].items()}
+        modules = {n: module_of(i) for n, i in record["modules"].items()}
         provenance = dict(record["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"its record is incomplete: {type(e).__name__} {e}", where=str(path)) from None
@@ -116,7 +123,12 @@ def read_identity(path: str | Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+def record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The record in a file's metadata.
+
+    Raises:
+        InputError: No statistics, or of another schema.
+    """
     if metadata.get("kind") != KIND:
         raise InputError("holds no statistics", where=str(path), hint="expected a file written by plait stats")
     try:
@@ -134,7 +146,13 @@ def _record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     return record
 
 
-def _moments(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Moments:
+def moments_of(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Moments:
+    """One site from its record and its tensors.
+
+    Raises:
+        InputError: They do not fit each other, or hold what is no finite number.
+        KeyError, TypeError, ValueError: The record lacks something.
+    """
     total, second = tensors[f"{site}|total"], tensors[f"{site}|second"]
     residual, padded = tensors.get(f"{site}|residual"), tensors.get(f"{site}|padded_total")
     dim, form, tail = record["dim"], record["form"], tensors.get(f"{site}|tail")
@@ -163,7 +181,8 @@ def _moments(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
     )
 
 
-def _module(record: Mapping[str, Any]) -> ModuleInfo:
+def module_of(record: Mapping[str, Any]) -> ModuleInfo:
+    """One module from its record."""
     out, width = record["shape"]
     return ModuleInfo(
         str(record["site"]), (int(out), int(width)), float(record["output_energy"]), bool(record["fan_in_fan_out"])

@@ -240,11 +240,14 @@ def require_compatible(a: Statistics, b: Statistics) -> None:
     """Refuse to mix statistics of different bases, pools or modules; the message names the first difference.
 
     A quantised base is another set of weights on purpose: where one side is quantised, the hashes are not compared.
+    Where they are, and agree, the base's name may differ: everybody keeps it in a folder of their own.
     """
+    hashes = a.provenance.get("base_sha256"), b.provenance.get("base_sha256")
+    quantised = a.provenance.get("quantisation") != b.provenance.get("quantisation")
+    skipped = "base_sha256" if quantised else "base" if None not in hashes and hashes[0] == hashes[1] else None
     for key in _MUST_AGREE:
         x, y = a.provenance.get(key), b.provenance.get(key)
-        quantised = a.provenance.get("quantisation") != b.provenance.get("quantisation")
-        if x != y and None not in (x, y) and not (key == "base_sha256" and quantised):
+        if x != y and None not in (x, y) and key != skipped:
             raise InputError(f"statistics differ in {key}: {x!r} and {y!r}", where=_label(b), hint="collect them alike")
     for what, x, y in (("module", a.modules, b.modules), ("site", a.sites, b.sites)):
         if odd := sorted(set(x) ^ set(y)):
@@ -266,7 +269,7 @@ def _label(statistics: Statistics) -> str | None:
 
 def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     parts = list(parts)
-    merged = {k: v for k, v in parts[0].items() if all(p.get(k) == v for p in parts)}
+    merged = {k: v for k, v in parts[0].items() if k == "base" or all(p.get(k) == v for p in parts)}
     for key in ("samples", "tokens"):
         if all(key in p for p in parts):
             merged[key] = sum(p[key] for p in parts)

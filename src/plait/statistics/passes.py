@@ -32,11 +32,12 @@ class ForwardPasses:
     def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
         self.model = model
         self.base = unwrapped(model)
-        parameter = next(iter(self.base.parameters()), None)
+        parameters = list(self.base.parameters())
+        parameter = next((p for p in parameters if p.is_floating_point()), next(iter(parameters), None))
         self.device = _numbered(torch.device(device)) if device is not None else getattr(parameter, "device", _CPU)
         self.dtype = getattr(parameter, "dtype", torch.float32)
-        parameters = inspect.signature(self.base.forward).parameters
-        self.known = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+        taken = inspect.signature(self.base.forward).parameters
+        self.known = {n for n, p in taken.items() if p.kind is not p.VAR_KEYWORD}
         self.encoder_decoder = bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
 
     def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:

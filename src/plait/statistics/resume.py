@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from plait.errors import InputError, UsageError
-from plait.statistics.collect import Batch, collect_statistics
+from plait.statistics.collect import collect_statistics
+from plait.statistics.collector import Batch
 from plait.statistics.files import read_identity, read_statistics, write_statistics
 from plait.statistics.moments import Statistics, merge_statistics
 from plait.store import differences, identity

@@ -15,7 +15,7 @@ from torch import nn
 from plait.errors import InputError, UsageError
 from plait.options import checked_options
 from plait.statistics.accumulate import POOLS, exact_matmul
-from plait.statistics.collect import Batch, Collector
+from plait.statistics.collector import Batch, Collector
 from plait.statistics.layers import LayerGroup, LayerWalk
 from plait.statistics.moments import ModuleInfo, Moments
 from plait.statistics.passes import ForwardPasses, first_example

@@ -1,0 +1,89 @@
+"""Statistics of a task's rows, to a file: within a memory budget, or in shards that an interruption does not lose."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.base import tokenizer_fingerprint
+from plait.locks import locked, system_errors
+from plait.session import Session
+from plait.statistics import Statistics, collect_shards, collect_statistics, write_statistics
+from plait.statistics.budget import bytes_of
+from plait.store import sha256_json
+from plait.tasks import Task, batches, encode
+
+# Rows of a shard: some minutes of a large model on one GPU.
+SHARD_ROWS = 1024
+
+
+def collect_file(
+    session: Session, name: str, path: Path, *, seed: int, wanted: Mapping[str, Any], overwrite: bool = False
+) -> None:
+    """Collect a task's statistics and write them.
+
+    More than `SHARD_ROWS` rows are collected shard by shard into a hidden folder beside the file; whoever asks for the
+    same file again after an interruption goes on after the last finished shard. With a memory budget the folder takes
+    finished groups of layers instead.
+
+    Args:
+        session: Base, data, settings.
+        name: Of the task.
+        path: The file.
+        seed: Of the sample of rows.
+        wanted: The file's identity.
+        overwrite: Replace it.
+    """
+    task = session.tasks[name]
+    examples = session.sample(name, seed)
+    parts = path.parent / f".{path.name}.{sha256_json(dict(wanted))[:12]}.parts"
+    with locked(parts), system_errors(parts):
+        statistics = collect_task(session, task, examples, parts=parts)
+        write_statistics(path, statistics, identity=wanted, overwrite=overwrite)
+        for leftover in path.parent.glob(f".{path.name}.*.parts"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) -> Statistics:
+    """Statistics of one task's rows at the recipe's target modules.
+
+    Args:
+        session: Base and settings.
+        task: The task.
+        examples: Its rows.
+        parts: Where shards or groups of layers go; what is returned may be read from there.
+    """
+    recipe, evaluator = session.recipe, session.evaluator
+    rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
+    spec, tokenizer = recipe.statistics, evaluator.tokenizer
+    model, targets = evaluator.task_model(task.name), recipe.lora.target_modules
+    options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task, rows)}
+
+    def given(start: int, stop: int | None) -> Any:
+        return batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True)
+
+    if spec.memory is not None:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        return collect_statistics(model, given(0, None), targets, memory=bytes_of(spec.memory), spool=parts, **options)
+    if len(rows) <= SHARD_ROWS:
+        return collect_statistics(model, given(0, None), targets, **options)
+    starts = range(0, len(rows), SHARD_ROWS)
+    shards = [lambda s=s: given(s, s + SHARD_ROWS) for s in starts]
+    return collect_shards(model, shards, parts, targets, **options)
+
+
+def _provenance(session: Session, task: Task, rows: Any) -> dict[str, Any]:
+    recipe = session.recipe
+    return {
+        "base": session.base.name,
+        "base_sha256": session.base_sha256,
+        "revision": session.base.revision,
+        "tokenizer_sha256": tokenizer_fingerprint(session.evaluator.tokenizer),
+        "task": task.name,
+        "max_length": recipe.data.max_length,
+        "dtype": session.base.dtype,
+        "template": task.template,
+    }

@@ -1,0 +1,111 @@
+"""How the sums of a collection fit a number of bytes: exact at once, exact in groups of layers, or sketched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plait.errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_FLOAT = 4
+# Below this rank a sketch keeps too little to rank directions by (see docs/results/init.md); above, all it can.
+_LEAST_RANK, _MOST_RANK = 16, 512
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How sums are held.
+
+    Args:
+        form: "exact", "layers" (exact, a group of layers at a time) or "sketch".
+        allowed: The budget in bytes.
+        needed: Bytes that the chosen form takes, an upper bound.
+        layers: Layers in a group, for "layers".
+        sketch: Rank, for "sketch".
+    """
+
+    form: str
+    allowed: int
+    needed: int
+    layers: int | None = None
+    sketch: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For the provenance."""
+        chosen = {"exact": "exact", "layers": f"exact, {self.layers} layers at a time", "sketch": "sketch"}[self.form]
+        return {"allowed": self.allowed, "needed": self.needed, "chosen": chosen}
+
+
+def bytes_of(text: str) -> int:
+    """A size such as "800MB", "2 GB", "1.5GiB" or a plain number, in bytes.
+
+    Raises:
+        UsageError: Anything else, or nothing left of it.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if size < 1:
+        raise UsageError(f"memory {text!r} is not a size", hint="such as 800MB or 2GB")
+    return size
+
+
+def plan_memory(
+    allowed: int,
+    layers: Sequence[Mapping[str, int]],
+    *,
+    rows: int,
+    batch_rows: int,
+    state_bytes: int,
+    groups: bool,
+) -> MemoryPlan:
+    """The most exact form that fits: all at once, then layer groups (exact too, and slower), then a sketch.
+
+    Args:
+        allowed: Bytes for sums; the model and its activations come on top.
+        layers: Site -> width of each layer, in order.
+        rows: Inputs of a site, at most: fewer than its width are kept as a factor.
+        batch_rows: Inputs of one batch, at most.
+        state_bytes: What layer groups keep between them: the hidden states of all batches.
+        groups: Whether layer groups save anything: finished ones go elsewhere.
+
+    Raises:
+        UsageError: Not even a sketch of rank 16 fits; the message says what would.
+    """
+    exact = [_exact_bytes(layer, rows) for layer in layers]
+    spare = max((_site_bytes(d, rows) for layer in layers for d in layer.values()), default=0)  # a product, or a QR
+    if sum(exact) + spare <= allowed:
+        return MemoryPlan("exact", allowed, sum(exact) + spare)
+    if groups:
+        for size in range(len(layers) - 1, 0, -1):
+            needed = max(sum(exact[i : i + size]) for i in range(0, len(exact), size)) + spare + state_bytes
+            if needed <= allowed:
+                return MemoryPlan("layers", allowed, needed, layers=size)
+    widths = [d for layer in layers for d in layer.values()]
+    least = _sketch_bytes(widths, _LEAST_RANK, batch_rows)
+    if least > allowed or rows <= _LEAST_RANK:
+        one = max(exact, default=0) + spare + state_bytes
+        smallest = min(least, one) if groups else least
+        raise UsageError(
+            f"{allowed:,} bytes do not hold the sums of {len(widths)} sites",
+            where="memory",
+            hint=f"at least {smallest:,}, or fewer target modules",
+        )
+    fits = (k for k in range(_MOST_RANK, _LEAST_RANK - 1, -8) if _sketch_bytes(widths, k, batch_rows) <= allowed)
+    rank = next(fits, _LEAST_RANK)
+    return MemoryPlan("sketch", allowed, _sketch_bytes(widths, rank, batch_rows), sketch=rank)
+
+
+def _site_bytes(width: int, rows: int) -> int:
+    return _FLOAT * width * min(rows, width)
+
+
+def _exact_bytes(layer: Mapping[str, int], rows: int) -> int:
+    return sum(_site_bytes(d, rows) + 2 * _FLOAT * d for d in layer.values())
+
+
+def _sketch_bytes(widths: Sequence[int], rank: int, batch_rows: int) -> int:
+    """Buffers of 4 k rows and their diagonals; one site at a time also holds a batch, and its decomposition."""
+    return sum(_FLOAT * d * (4 * rank + 3) for d in widths) + 3 * _FLOAT * max(widths) * (4 * rank + batch_rows)
