@@ -36,7 +36,7 @@ def collect(
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Training rows to look at; 100 by default.")] = None,
     pool: Annotated[str | None, typer.Option("--pool", help="token (default) or mean.")] = None,
     sketch: Annotated[int | None, typer.Option("--sketch", min=1, help="Keep K directions per site, not the whole moment.")] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="Bytes for the sums (2GB): exact, layer by layer or sketched is chosen by it.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Bytes for the sums (2GB): chooses how they are held.")] = None,
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect a task's statistics: what it feeds into every target module. The file can be shared instead of the data."""

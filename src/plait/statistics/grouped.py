@@ -16,7 +16,7 @@ from plait.statistics.collector import Collector
 from plait.statistics.files import write_statistics
 from plait.statistics.layers import LayerWalk
 from plait.statistics.lazy import joined, open_statistics
-from plait.statistics.moments import Statistics
+from plait.statistics.moments import ModuleInfo, Statistics
 from plait.statistics.passes import ForwardPasses, examples_in, first_example
 from plait.statistics.sites import SiteMap, find_sites
 from plait.statistics.targets import Target
@@ -63,18 +63,19 @@ def collect_within(
         collector.consume(given)
         return collector.finish(), plan
     walk = LayerWalk(passes, targets, plan.layers or 1)
-    parts = []
+    parts: list[Statistics] = []
+    modules: dict[str, ModuleInfo] = {}
     for number, part in enumerate(_groups(walk, targets, whole, given, pool)):
+        modules |= part.modules
+        own = {n: i for n, i in part.modules.items() if i.site in part.sites}
         if spool is None:
-            parts.append(replace(part, sites={s: m.to(result_device) for s, m in part.sites.items()}))
-        else:
+            sites = {s: m.to(result_device) for s, m in part.sites.items()}
+            parts.append(Statistics(sites, own, part.provenance))
+        elif own:
             path = spool / f"layers-{number:05d}.stats.safetensors"
-            write_statistics(path, part, overwrite=True)
+            write_statistics(path, replace(part, modules=own), overwrite=True)
             parts.append(open_statistics(path))
-    if spool is not None:
-        return joined(parts), plan
-    sites = {s: m for part in parts for s, m in part.sites.items()}
-    return Statistics(sites, {n: i for p in parts for n, i in p.modules.items()}, parts[0].provenance), plan
+    return joined(parts, {n: modules[n] for n in targets if n in modules}), plan
 
 
 def _plan(
@@ -126,5 +127,5 @@ def _groups(
         sites = {names[s]: m for s, m in found.sites.items() if names[s] not in done}
         done |= set(sites)
         modules = {n: replace(i, site=whole.site_of[n]) for n, i in found.modules.items()}
-        if modules:
+        if modules:  # of which some may read a site that came before
             yield Statistics(sites, modules, found.provenance)

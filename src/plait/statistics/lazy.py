@@ -8,7 +8,7 @@ from pathlib import Path
 from plait.adapters.tensors import read_metadata, read_some
 from plait.errors import InputError
 from plait.statistics.files import PARTS, module_of, moments_of, record_of
-from plait.statistics.moments import Moments, Statistics
+from plait.statistics.moments import ModuleInfo, Moments, Statistics
 
 
 class FileSites(Mapping[str, Moments]):
@@ -58,8 +58,8 @@ def open_statistics(path: str | Path) -> Statistics:
     return Statistics(FileSites(homes), modules, provenance)
 
 
-def joined(parts: Sequence[Statistics]) -> Statistics:
-    """The sites of several opened files, such as groups of layers, as those of one; the record is the first one's."""
+def joined(parts: Sequence[Statistics], modules: Mapping[str, ModuleInfo]) -> Statistics:
+    """The sites of several statistics, such as groups of layers, as those of one; the record is the first one's."""
     homes = {s: home for part in parts if isinstance(part.sites, FileSites) for s, home in part.sites.homes.items()}
-    modules = {n: i for part in parts for n, i in part.modules.items()}
-    return Statistics(FileSites(homes), modules, parts[0].provenance)
+    sites = FileSites(homes) if homes else {s: m for part in parts for s, m in part.sites.items()}
+    return Statistics(sites, modules, parts[0].provenance)
