@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,20 @@ class BaseModel:
     def torch_device(self) -> torch.device:
         """The device as torch names it."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             device = torch.device(self.device)
         except RuntimeError:
             raise UsageError(f"unknown device {self.device!r}", where="base.device") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise EnvironmentFault("no GPU that torch can use", where=f"device {self.device}", hint="use --device cpu")
-        return device
+        return _own_gpu(device)
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """Under torchrun, the GPU of this process, where none is named."""
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(rank)) if device.type == "cuda" and device.index is None and rank else device
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from plait.store import identity, sha256_json
 STATISTICS, INITIAL, ADAPTER, ALONE, MERGED, SCORES, BEST, REPORT = (
     "statistics", "initial", "adapter", "alone", "merged", "scores", "best", "report",
 )  # fmt: skip
-NOT_IDENTITY = {"report_to", "checkpoint_every"}  # they leave the adapter as it is
+NOT_IDENTITY = {"report_to", "checkpoint_every", "shard_base"}  # they leave the adapter as it is
 _BACKWARD = 2.5  # a training row costs about this many forward passes more
 
 

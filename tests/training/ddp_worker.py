@@ -1,8 +1,13 @@
-"""Run by torchrun: trains one adapter in several processes. Arguments: base folder, statistics folder, out, constraint."""
+"""Run by torchrun: trains one adapter in several processes.
+
+Arguments: base folder, statistics folder, out, constraint; "split" after them splits the base over the processes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,23 +17,39 @@ import torch
 from plait.base import BaseModel
 from plait.statistics import read_statistics
 from plait.store import identity
-from plait.training import TrainingSettings, train_adapter
+from plait.training import TrainingSettings, sharding, train, train_adapter
 from tests.training.conftest import make_adapter, make_examples, make_task
 
 OPTIONS = {"free": {}, "frozen": {}, "projected": {"m": 6}, "penalised": {"beta": 0.5}}
 SETTINGS = TrainingSettings(steps=10, lr=5e-3, batch_size=8, max_length=24, accumulation=2, checkpoint_every=4)
 
 
-def main(folder: str, statistics: str, out: str, constraint: str) -> None:
+def main(folder: str, statistics: str, out: str, constraint: str, split: str = "") -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     base, task = BaseModel(folder, device="cpu"), make_task()
+    if split:
+        watch_sizes(Path(out))
     known = {p.name: read_statistics(p) for p in sorted(Path(statistics).iterdir())}
     settings = dataclasses.replace(SETTINGS, constraint=constraint, constraint_options=OPTIONS[constraint])
+    settings = dataclasses.replace(settings, shard_base=bool(split))
     train_adapter(
-        make_adapter(base, task, "bert"), task, make_examples(task), base, settings,
+        make_adapter(base, task, Path(folder).name), task, make_examples(task), base, settings,
         seed=0, out=Path(out), identity=identity("train", {"c": constraint}, seed=0), statistics=known,
     )  # fmt: skip
+
+
+def watch_sizes(out: Path) -> None:
+    """Note how many numbers of the model this process holds before and after the base is split."""
+    whole = sharding.shard_base
+
+    def noted(model, device):
+        before = sharding.local_numbers(model)
+        whole(model, device)
+        sizes = [before, sharding.local_numbers(model)]
+        out.with_name(f"sizes-{os.environ['RANK']}.json").write_text(json.dumps(sizes))
+
+    train.shard_base = noted
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def stackable(member: Member) -> bool:
         or s.base_dropout
         or (s.evaluate_every is not None and member.selection is not None)
         or s.report_to
+        or s.shard_base
     )
     return not alone and all(f.kind == LINEAR for f in member.initial.modules.values())
 

@@ -43,6 +43,8 @@ class TrainingSettings:
         precision: "fp32", or "bf16" for autocast around the forward pass; factors and optimiser stay float32.
         evaluate_every: Steps between scores on the selection rows, where those are given; the best adapter is kept.
         patience: Evaluations without a better score after which training stops; None trains to the end.
+        shard_base: Under torchrun, split the frozen base over the processes (FSDP2), for bases that one GPU cannot hold;
+            adapter and head stay whole in each.
         report_to: Trackers of the HF Trainer ("tensorboard", "wandb", "trackio"); none by default.
         tied: Members of a fleet with one name here train one adapter together, each on its own task and with its own
             head: joint multi-task training. They start from the same factors.
@@ -68,6 +70,7 @@ class TrainingSettings:
     precision: str = "fp32"
     evaluate_every: int | None = None
     patience: int | None = None
+    shard_base: bool = False
     report_to: tuple[str, ...] = ()
     tied: str | None = None
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from plait.training.checkpoints import checkpoint_root, latest_whole, open_root
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import TrainingSettings
+from plait.training.sharding import shard_base
 
 
 def train_adapter(
@@ -79,7 +81,8 @@ def train_adapter(
         raise InputError("no training rows", where=f"task {task.name}")
     started = time.monotonic()
     root = checkpoint_root(out)
-    with _held(root), _quiet(), torch.random.fork_rng():
+    gpus = [base.torch_device] if base.torch_device.type == "cuda" else []
+    with _held(root), _quiet(), torch.random.fork_rng(devices=gpus):
         if _is_writer():
             open_root(root, identity)
         trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
@@ -112,7 +115,9 @@ def _run(
     if base.torch_dtype == torch.float16:
         raise UsageError("float16 cannot train: gradients underflow", where="base.dtype", hint="use bfloat16")
     tokenizer = load_tokenizer(base)
-    model = load_task_model(base, task, seed=seed)
+    if settings.shard_base and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UsageError("shard_base splits the base over several processes, and there is one", hint="use torchrun")
+    model = load_task_model(replace(base, device="cpu") if settings.shard_base else base, task, seed=seed)
     if not settings.base_dropout:
         silence_dropout(model)
     started = for_task(initial, task, model)
@@ -129,12 +134,15 @@ def _run(
     if selection is not None and settings.evaluate_every is not None:
         chooser = BestAdapter(settings, task, selection, tokenizer, peft_model, started, root)
         callbacks.append(chooser)
+    arguments = training_arguments(settings, total, seed, root, base)
+    if settings.shard_base:
+        shard_base(peft_model, arguments.device)
     trainer = TaskTrainer(
         task=task,
         settings=settings,
         rows=rows,
         model=peft_model,
-        args=training_arguments(settings, total, seed, root, base),
+        args=arguments,
         data_collator=functools.partial(collate, tokenizer),
         callbacks=callbacks,
     )
