@@ -112,14 +112,7 @@ def _run(
     from plait.training.selection import BestAdapter
     from plait.training.trainer import TaskTrainer, training_arguments
 
-    if base.torch_dtype == torch.float16:
-        raise UsageError("float16 cannot train: gradients underflow", where="base.dtype", hint="use bfloat16")
-    tokenizer = load_tokenizer(base)
-    if settings.shard_base and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UsageError("shard_base splits the base over several processes, and there is one", hint="use torchrun")
-    model = load_task_model(replace(base, device="cpu") if settings.shard_base else base, task, seed=seed)
-    if not settings.base_dropout:
-        silence_dropout(model)
+    tokenizer, model = load_tokenizer(base), _loaded(base, task, settings, seed)
     started = for_task(initial, task, model)
     constraint = prepare_constraint(settings, started, statistics, task=task.name)
     peft_model = attach(model, started, dropout=settings.dropout)
@@ -159,6 +152,18 @@ def _run(
         best, result["selected"] = chooser.best()
         return best, result
     return detach(trainer.accelerator.unwrap_model(trainer.model), started, {"task": task.name}), result
+
+
+def _loaded(base: BaseModel, task: Task, settings: TrainingSettings, seed: int) -> Any:
+    """The task's model; on the CPU where it is about to be split over processes."""
+    if base.torch_dtype == torch.float16:
+        raise UsageError("float16 cannot train: gradients underflow", where="base.dtype", hint="use bfloat16")
+    if settings.shard_base and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UsageError("shard_base splits the base over several processes, and there is one", hint="use torchrun")
+    model = load_task_model(replace(base, device="cpu") if settings.shard_base else base, task, seed=seed)
+    if not settings.base_dropout:
+        silence_dropout(model)
+    return model
 
 
 def _remove_printers(trainer: Any) -> None:
