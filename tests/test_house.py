@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "plait"
 FILES = sorted(SOURCE.rglob("*.py"))
 LOWER = sorted(
     [SOURCE / "errors.py", SOURCE / "locks.py", SOURCE / "store.py", SOURCE / "statistics" / "moments.py"]
-    + [f for room in ("subspaces", "adapters", "merging") for f in (SOURCE / room).rglob("*.py")]
+    + [f for room in ("subspaces", "adapters", "formats", "merging") for f in (SOURCE / room).rglob("*.py")]
 )
 ALLOWED = {"torch", "safetensors", "numpy", "jaxtyping", "plait", "__future__"} | set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

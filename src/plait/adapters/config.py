@@ -84,7 +84,11 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG
     if not path.exists():
         raise InputError(f"no {CONFIG}", where=str(folder), hint="expected a PEFT adapter folder")
-    raw = read_json(path, limit=16 << 20)
+    return checked_config(read_json(path, limit=16 << 20), path)
+
+
+def checked_config(raw: Any, path: Path) -> AdapterConfig:
+    """The fields of a config that was read from `path`; raises as `read_config`."""
     if not isinstance(raw, dict):
         raise InputError("not a JSON object", where=str(path))
     refuse_variants(raw, str(path))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig, read_config
+from plait.adapters.conv import as_matrices, as_stored, stored_as
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensors import all_finite, read_tensors, write_tensors
@@ -46,8 +47,19 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
-    config = read_config(folder)
-    tensors, metadata, digests = _read_weights(folder)
+    return adapter_of(folder, read_config(folder), *read_weights(folder), name=name)
+
+
+def adapter_of(
+    folder: Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    digests: Mapping[str, str],
+    *,
+    name: str | None = None,
+) -> Adapter:
+    """An adapter from what was read from a folder; raises as `read_adapter`."""
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     _check_digests(folder, manifest, digests)
     factors, others = _pair(tensors, config, folder)
@@ -77,7 +89,8 @@ def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: result[k] for k in ("base_sha256", "backbone_prefix", "labels", "kind") if k in result}
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """A folder's tensors, their metadata, and the hash of each file."""
     if (folder / WEIGHTS).exists():
         tensors, metadata, digest = read_tensors(folder / WEIGHTS)
         return tensors, metadata, {WEIGHTS: digest}
@@ -168,12 +181,13 @@ def _factors(module: str, pair: Mapping[str, Tensor], kind: str, config: Adapter
     for half in ("A", "B"):
         if half not in pair:
             raise InputError(f"module {module!r} has no lora_{half}", where=str(folder))
-        if pair[half].ndim != 2 or not pair[half].is_floating_point():
+        if not 2 <= pair[half].ndim <= 5 or not pair[half].is_floating_point():
             raise InputError(
                 f"lora_{half} of {module!r} is {pair[half].dtype} {tuple(pair[half].shape)}, expected a floating matrix",
                 where=str(folder),
             )
-    A, B = pair["A"], pair["B"]
+    A, B, stored = as_matrices(pair["A"], pair["B"], f"{folder}: {module}")
+    kind = kind if stored == LINEAR else stored
     rank, promised = A.shape[0], config.rank_of(module)
     if rank != B.shape[1] or rank != promised or rank == 0:
         raise InputError(
@@ -220,13 +234,12 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     """
     inline = adapter.heads.get(adapter.name) if adapter.task_type in CLASSIFICATION_TYPES else None
     tensors: dict[str, Tensor] = dict(adapter.extras)
-    for module, f in adapter.modules.items():
-        a, b = (s for s, (_, kind) in _SUFFIXES.items() if kind == f.kind)
-        tensors[adapter.full_name(module) + a] = f.A
-        tensors[adapter.full_name(module) + b] = f.B
     config, fold = peft_config(adapter, inline)
-    if fold:
-        tensors |= {adapter.full_name(m) + ".lora_B.weight": f.folded(f.B.dtype).B for m, f in adapter.modules.items()}
+    for module, f in adapter.modules.items():
+        a, b = (s for s, (_, kind) in _SUFFIXES.items() if kind == stored_as(f.kind))
+        tensors[adapter.full_name(module) + a], tensors[adapter.full_name(module) + b] = as_stored(
+            f.folded(f.B.dtype) if fold else f
+        )
     metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else None
     write_tensors(folder / WEIGHTS, {_ROOT + k: v for k, v in {**tensors, **(inline or {})}.items()}, metadata)
     if inline is None and adapter.heads:

@@ -10,11 +10,14 @@ import typer
 from plait.cli.options import Json, Overwrite, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
 
-Folders = Annotated[list[str], typer.Argument(help="PEFT folders, DIR or NAME=DIR each; or one mergekit YAML file.")]
+Folders = Annotated[
+    list[str], typer.Argument(help="PEFT folders or LoRA files, PATH or NAME=PATH each; or one mergekit YAML file.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
 Method = Annotated[str, typer.Option("--method", "-m", help="See `plait ls merges`.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="One per adapter: 1,1,0.5 (any sign).")]
 Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK.stats.safetensors or TASK=FILE; repeatable.")]
+Format = Annotated[str | None, typer.Option("--format", help="peft, kohya or diffusers; by default as the inputs.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
 
@@ -37,6 +40,10 @@ def merge(
     per_task: Annotated[bool, typer.Option("--per-task", help="EMR: one adapter and a mask per task.")] = False,
     curve: Annotated[bool, typer.Option("--rank-curve", help="Only say what smaller ranks would lose.")] = False,
     base: Base = None,
+    format: Format = None,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
@@ -65,6 +72,8 @@ def merge(
         bake,
         per_task,
         curve,
+        format,
+        stack,
     )
     found = answer(request)
     emit(found, as_json, merge_text(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, UsageError
+from plait.merging.stack import base_adapter
 
 MERGED_TYPE = "FEATURE_EXTRACTION"
 
@@ -57,6 +59,7 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
     distinct_names([a.name for a in adapters], "adapter")
     for adapter in adapters:
         _require_finite(adapter)
+    _check_formats(adapters)
     modules = _modules(adapters)
     if not modules:
         raise InputError("none of the adapters adapts a module", where=", ".join(a.name for a in adapters))
@@ -86,14 +89,31 @@ def _require_finite(adapter: Adapter) -> None:
             raise InputError(f"module {module!r} holds NaN or infinity", where=adapter.name)
 
 
-def _base(adapters: Sequence[Adapter]) -> str:
+def _check_formats(adapters: Sequence[Adapter]) -> None:
+    """Formats name one module differently, so that adapters of two formats would be merged side by side."""
     first = adapters[0]
     for other in adapters[1:]:
+        a, b = (x.source.get("format", "peft") for x in (first, other))
+        if a != b:
+            raise InputError(
+                f"{first.name!r} is a {a} adapter and {other.name!r} a {b} one",
+                where=other.name,
+                hint="plait convert brings one to the other's format",
+            )
+
+
+def _base(adapters: Sequence[Adapter]) -> str:
+    """The base all name. LoRA files seldom name one: there an unknown base goes with any (shapes are checked)."""
+    known = [a for a in adapters if a.base or "format" not in a.source]
+    first, *others = known or adapters
+    for other in others:
         if (other.base, other.revision) != (first.base, first.revision):
             raise InputError(
                 f"{first.name!r} was trained on {_named(first)} and {other.name!r} on {_named(other)}",
                 where=other.name,
-                hint="adapters of different bases cannot be merged; if both names mean the same weights, say which with --base",
+                hint="one lies on the other: plait merge --stack composes them"
+                if any(base_adapter(Path(str(a.source.get("path", "")))) for a in (first, other))
+                else "adapters of different bases cannot be merged; if both names mean the same weights, say which with --base",
             )
         mine, theirs = first.source.get("base_sha256"), other.source.get("base_sha256")
         if mine and theirs and mine != theirs:

@@ -134,7 +134,7 @@ def _sites(
     conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
     tied = bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
     for module, delta in deltas.items():
-        name, is_output = _tensor_of(module, adapter, tensors, tied)
+        name, is_output = tensor_of(module, adapter, tensors, tied)
         dense = delta()
         stored = tensors[name]
         embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
@@ -151,7 +151,7 @@ def _sites(
     return found
 
 
-def _tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor], tied: bool) -> tuple[str, bool]:
+def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor], tied: bool) -> tuple[str, bool]:
     """Name of a module's stored weight, and whether it is the tied output layer, which has none of its own."""
     prefixes = ["", f"{adapter.prefix}.", f"{adapter.source.get('backbone_prefix', '')}."]
     names = [f"{p}{module}.weight" for p in prefixes if p != "."]

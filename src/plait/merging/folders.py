@@ -12,6 +12,7 @@ from plait import store
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import RunError
+from plait.formats.reading import read_any
 from plait.merging.driver import plan_merge
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
@@ -20,12 +21,12 @@ _READERS = 4
 
 
 def read_named(folder: Path | str) -> Adapter:
-    """Read ``DIR`` or ``NAME=DIR``, which gives the adapter (and its one head) another name."""
+    """Read ``PATH`` or ``NAME=PATH``, which gives the adapter (and its one head) another name; a folder or a LoRA file."""
     text = str(folder)
     name, equals, path = text.partition("=")
     if equals and "/" not in name and not Path(text).exists():
-        return read_adapter(path, name=name)
-    return read_adapter(text)
+        return read_any(path, name=name)
+    return read_any(text)
 
 
 def read_all(folders: Sequence[Path | str]) -> list[Adapter]:

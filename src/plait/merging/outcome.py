@@ -16,7 +16,8 @@ def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules
     heads: dict[str, dict[str, Tensor]] = {}
     for adapter in adapters:
         heads |= {task: dict(head) for task, head in adapter.heads.items()}
-    facts = {k: a.source[k] for a in adapters for k in ("base_sha256",) if k in a.source}
+    facts = {k: a.source[k] for a in adapters for k in ("base_sha256", "format") if k in a.source}
+    layouts = {k: v for a in reversed(adapters) for k, v in a.source.get("layouts", {}).items()}
     return Adapter(
         name=name,
         base=common.base,
@@ -28,7 +29,12 @@ def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules
         revision=adapters[0].revision,
         target_modules=_targets(adapters),
         fan_in_fan_out=any(a.fan_in_fan_out for a in adapters),
-        source={"backbone_prefix": common.backbone_prefix, "merged_from": [a.name for a in adapters], **facts},
+        source={
+            "backbone_prefix": common.backbone_prefix,
+            "merged_from": [a.name for a in adapters],
+            "layouts": layouts,
+            **facts,
+        },
     )
 
 

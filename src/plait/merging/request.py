@@ -9,11 +9,16 @@ from typing import Any
 
 from plait.errors import UsageError
 from plait.merging.bake import bake
+from plait.merging.difference import edit_by_difference
 from plait.merging.driver import plan_merge
+from plait.merging.edit import Change, base_override, check_statistics, located, named_weights, recorded
 from plait.merging.folders import merge_folders, read_all, read_statistics_files
 from plait.merging.mergekit import read_mergekit_config
 from plait.merging.per_task import merge_per_task
+from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
+from plait.merging.stack import composed, in_order, stack_record
+from plait.merging.to_format import is_for_files, merge_to_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,8 @@ class MergeRequest:
         bake_into: Local folder of the base: write a full model instead of an adapter.
         per_task: Write EMR's unified adapter with a mask per task.
         curve: Write nothing; say what ranks r, 2r, 4r and R would lose.
+        format: "peft", "kohya" or "diffusers": of the result; by default that of the inputs.
+        stack: The adapters were trained one on top of another: compose them in that order.
     """
 
     folders: Sequence[str]
@@ -44,6 +51,8 @@ class MergeRequest:
     bake_into: Path | None = None
     per_task: bool = False
     curve: bool = False
+    format: str | None = None
+    stack: bool = False
 
 
 def answer(request: MergeRequest) -> dict[str, Any]:
@@ -62,7 +71,21 @@ def answer(request: MergeRequest) -> dict[str, Any]:
         raise UsageError("where to?", hint="--out DIR")
     if request.per_task:
         return _per_task(request, request.out)
-    return _bake(request, request.bake_into, request.out) if request.bake_into else _merge(request, request.out)
+    if request.stack:
+        return _stack(request, request.out)
+    if request.bake_into:
+        return _bake(request, request.bake_into, request.out)
+    if is_for_files(request.folders, request.format):
+        plan = plan_of(request)
+        return merge_to_format(
+            plan,
+            request.out,
+            format=request.format,
+            verify=request.verify,
+            overwrite=request.overwrite,
+            statistics=request.statistics,
+        )
+    return _merge(request, request.out)
 
 
 def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
@@ -85,7 +108,73 @@ def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
 
 
 def _bake(r: MergeRequest, base: Path, out: Path) -> dict[str, Any]:
-    plan = plan_merge(
+    plan = plan_of(r)
+    found = bake(plan, base, out, verify=r.verify, overwrite=r.overwrite)
+    return {"method": r.method, "tasks": [a.name for a in plan.adapters], **found}
+
+
+def _stack(r: MergeRequest, out: Path) -> dict[str, Any]:
+    if r.method not in ("cat", "task_arithmetic") or r.options or r.weights or r.scale != 1.0 or r.bake_into:
+        raise UsageError(
+            "--stack adds the updates as they are: no --method, --set, --weights, --scale or --bake with it"
+        )
+    if len(r.folders) < 2 or r.calibrate or r.statistics:
+        raise UsageError("--stack takes two adapters or more, and neither --calibrate nor --stats")
+    ordered = in_order(read_all(r.folders))
+    plan = plan_merge(composed(ordered), "cat", rank=r.rank, seed=r.seed, device=r.device, base=r.base)
+    more = stack_record(ordered)
+    return merge_to_format(plan, out, format=r.format, verify=r.verify, overwrite=r.overwrite, more=more)
+
+
+def edit(
+    path: Path, change: Change, out: Path, *, by_difference: bool = False, device: str = "cpu", overwrite: bool = False
+) -> dict[str, Any]:
+    """Merge again what a merge was made of, with adapters added, taken out or weighed anew.
+
+    Args:
+        path: A merge that plait wrote, folder or file.
+        change: What is to change.
+        out: Where the new merge goes.
+        by_difference: Add and subtract what changes instead of merging everything: for linear methods, exact, and the
+            inputs that stay need not be at hand.
+        device: Where to compute.
+        overwrite: Replace what stands at `out`.
+
+    Raises:
+        InputError: No recorded recipe, or inputs that are gone or have changed (each is named).
+        UsageError: Unknown names, nothing left, or a difference of a method that is no weighted sum.
+    """
+    recipe = recorded(path)
+    if recipe.result.get("stack"):
+        raise UsageError("a stack is no merge of equals: compose it anew with --stack", where=str(path))
+    if by_difference:
+        return edit_by_difference(recipe, change, out, overwrite=overwrite)
+    weights, added = named_weights(recipe, change)
+    check_statistics(recipe, change.statistics)
+    places = {**located(recipe, list(weights), change.inputs), **added}
+    options = recipe.options
+    request = MergeRequest(
+        [f"{name}={places[name]}" for name in weights],
+        out,
+        str(options["method"]),
+        options.get("options", {}),
+        list(weights.values()),
+        float(options.get("scale", 1.0)) if change.scale is None else change.scale,
+        change.statistics,
+        options.get("rank"),
+        options.get("calibrate"),
+        recipe.seed,
+        device,
+        base=base_override(recipe),
+        overwrite=overwrite,
+        format=options.get("format"),
+    )
+    return answer(request)
+
+
+def plan_of(r: MergeRequest) -> Plan:
+    """The merge that is asked for, everything read and checked, nothing computed."""
+    return plan_merge(
         read_all(r.folders),
         r.method,
         options=r.options,
@@ -98,8 +187,6 @@ def _bake(r: MergeRequest, base: Path, out: Path) -> dict[str, Any]:
         device=r.device,
         base=r.base,
     )
-    found = bake(plan, base, out, verify=r.verify, overwrite=r.overwrite)
-    return {"method": r.method, "tasks": [a.name for a in plan.adapters], **found}
 
 
 def _per_task(r: MergeRequest, out: Path) -> dict[str, Any]:

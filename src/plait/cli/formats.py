@@ -1,0 +1,159 @@
+"""Commands about adapters that exist: inspect, convert, edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plait.cli.merging import merge_text, named_files
+from plait.cli.options import Json, Out, Overwrite
+from plait.cli.output import emit
+
+Adapter = Annotated[Path, typer.Argument(help="A PEFT folder, a folder of them by component, or a LoRA file.")]
+Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK=FILE, where the method needs them.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    for command in (inspect, convert, edit):
+        app.command()(command)
+
+
+def inspect(adapter: Adapter, as_json: Json = False) -> None:
+    """Say what an adapter is and what can be done with it; its base is not needed."""
+    from plait.formats.inspect import inspect as look
+
+    found = look(adapter)
+    emit(found, as_json, inspection_text(found))
+
+
+def convert(
+    adapter: Adapter,
+    out: Out,
+    to: Annotated[str, typer.Option("--to", help="peft, kohya or diffusers.")] = "peft",
+    component: Annotated[str | None, typer.Option("--component", help="What a PEFT folder adapts: unet, text_encoder, ...")] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: for DoRA and trained embeddings.")] = None,
+    initial: Annotated[Path | None, typer.Option("--initial", help="The adapter before training: for PiSSA and kin.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="For what is not low rank; the error is printed.")] = None,
+    drop_bias: Annotated[bool, typer.Option("--drop-bias", help="Leave biases of lora_bias out.")] = False,
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write an adapter in another format, DoRA and other variants turned into plain LoRA: exactly, or with the error stated."""
+    from plait.formats.convert import convert as change
+    from plait.formats.plain import Means
+
+    means = Means(base, initial, rank, drop_bias)
+    found = change(adapter, out, to=to, means=means, component=component, overwrite=overwrite)
+    emit(found, as_json, conversion_text(found))
+
+
+def edit(
+    merged: Annotated[Path, typer.Argument(help="A merge that plait wrote.")],
+    out: Out,
+    add: Annotated[list[str] | None, typer.Option("--add", help="An adapter, PATH or NAME=PATH; may be repeated.")] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", help="Name of one of its adapters.")] = None,
+    weight: Annotated[list[str] | None, typer.Option("--weight", metavar="NAME=W", help="A new weight.")] = None,
+    moved: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=PATH", help="Where an input is now.")] = None,
+    scale: Annotated[float | None, typer.Option("--scale", help="Of the merge; as it was by default.")] = None,
+    stats: Stats = None,
+    by_difference: Annotated[bool, typer.Option("--by-difference", help="Linear methods: only what changes is read.")] = False,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Add adapters to a merge, take some out or weigh them anew, from the recipe it recorded."""
+    from plait.merging.edit import Change
+    from plait.merging.request import edit as change
+
+    weights = {n: _number(v, n) for n, v in _pairs(weight, "--weight").items()}
+    places = {n: Path(p) for n, p in _pairs(moved, "--input").items()}
+    wanted = Change(add or [], remove or [], weights, places, scale, named_files(stats))
+    found = change(merged, wanted, out, by_difference=by_difference, device=device, overwrite=overwrite)
+    emit(found, as_json, merge_text(found))
+
+
+def _pairs(given: list[str] | None, option: str) -> dict[str, str]:
+    from plait.errors import UsageError
+
+    pairs = [g.partition("=") for g in given or []]
+    if wrong := [g for g, (name, eq, value) in zip(given or [], pairs, strict=True) if not (name and eq and value)]:
+        raise UsageError(f"{option} {wrong[0]!r} is not NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _number(text: str, name: str) -> float:
+    from plait.cli.output import numbers
+
+    found = numbers(text, f"--weight {name}") or []
+    if len(found) != 1:
+        from plait.errors import UsageError
+
+        raise UsageError(f"--weight {name}={text} is not one number")
+    return found[0]
+
+
+def inspection_text(found: dict[str, Any]) -> str:
+    """What an adapter is, a line per fact."""
+    if "components" in found:
+        return "\n\n".join(f"{part}\n{inspection_text(facts)}" for part, facts in found["components"].items())
+    lines = [f"{found['name']}: {found['variant']}, {found['format'] or 'unknown format'}"]
+    lines.append(f"  base       {found['base'] or 'not recorded'}")
+    if found["task_type"]:
+        lines.append(f"  task type  {found['task_type']}")
+    if "modules" in found:
+        lines.append(f"  modules    {found['modules']}: {_counts(found['targets'])}")
+        if list(found["module_kinds"]) != ["linear"]:
+            lines.append(f"  kinds      {_counts(found['module_kinds'])}")
+        lines.append(f"  rank       {_counts(found['ranks'])}")
+        lines.append(f"  alpha      {_counts(found['alphas'])}")
+        if found["without_alpha"]:
+            lines.append(f"             {found['without_alpha']} modules came without: alpha = rank")
+        lines.append(f"  |update|   {found['update_norm']:.4g}" + (
+            f", zero in {found['zero_modules']} modules" if found["zero_modules"] else ""
+        ))  # fmt: skip
+        if found["heads"]:
+            lines.append(f"  heads      {', '.join(found['heads'])}")
+        if found["extras"]:
+            lines.append(f"  beside     {', '.join(found['extras'])}")
+    lines.append(f"  size       {found['size_mb']:.2f} MB, {', '.join(found['dtypes'])}")
+    if found["merged_from"]:
+        lines.append(f"  merge of   {', '.join(found['merged_from'])} ({found['method']})")
+    if found["stacked_on"]:
+        lines.append(f"  on top of  {found['stacked_on']}")
+    if found["problem"]:
+        lines.append(f"  problem    {found['problem']}")
+    return "\n".join([*lines, *(f"  can        {c}" for c in found["can"] or ["nothing here: serve it as it is"])])
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """One value, or each with how many have it, the commonest first."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    shown = sorted(counts.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{k} ({n})" for k, n in shown[:12]) + (", ..." if len(shown) > 12 else "")
+
+
+def conversion_text(found: dict[str, Any]) -> str:
+    """What a conversion did, and at what price."""
+    lines = [f"{found['from']} -> {found['to']}, {found['modules']} modules -> {found['output']}"]
+    if found.get("reused"):
+        return lines[0] + " (was there already)"
+    for done in found["conversions"]:
+        price = (
+            "exact"
+            if done["exact"]
+            else f"relative error {done['relative_error']:.3g}"
+            if "relative_error" in done
+            else "not exact"
+        )
+        lines.append(f"{done['what']}: {price}" + (f" at rank {done['rank']}" if "rank" in done else ""))
+        if not done["exact"] and "errors_at" in done:
+            more = ", ".join(f"{e:.3g} at {r}" for r, e in list(done["errors_at"].items())[1:])
+            lines.append(
+                f"  a higher --rank would leave {more}; worst here {done['worst']['module']} ({done['worst']['relative_error']:.3g})"
+            )
+    if found["folded"]:
+        lines.append(f"scalings of {found['folded']} modules multiplied into B: {found['to']} cannot express them")
+    lines += found["notes"]
+    return "\n".join([*lines, f"verified: read again, largest error {found['verification_error']:.1e}"])

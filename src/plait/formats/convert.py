@@ -1,0 +1,158 @@
+"""Converting an adapter: another format, a plain LoRA, or both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait import store
+from plait.adapters.config import CONFIG
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter
+from plait.errors import InputError, RunError, UsageError
+from plait.formats.keys import DIFFUSERS, KOHYA, PEFT
+from plait.formats.plain import Means, read_plain
+from plait.formats.reading import format_of, read_any
+from plait.formats.single_file import read_lora_file
+from plait.formats.writing import checked_format, finished, in_format, joined, names_in, write_any
+from plait.merging.inputs import seed_of
+
+_FAILED = 1e-6
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    to: str = PEFT,
+    means: Means | None = None,
+    component: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write an adapter in another format, its update unchanged, variants turned into plain LoRA.
+
+    Args:
+        source: A PEFT folder, a folder of them named by component (``unet``, ``text_encoder``), or a LoRA file.
+        out: A folder for PEFT, else a .safetensors file.
+        to: "peft", "kohya" or "diffusers".
+        means: For variants, see `formats.plain`.
+        component: What of a pipeline a single PEFT folder adapts, for kohya and diffusers.
+        overwrite: Replace what stands at `out`.
+
+    Returns:
+        {"from", "to", "modules", "conversions", "notes", "folded", "verification_error", "output", "reused"}:
+        `verification_error` compares the written update with the one that was read, on random inputs.
+
+    Raises:
+        InputError: What cannot be converted, with the reason.
+        RunError: What was written is not what was read; it is not left behind.
+    """
+    target, means = checked_format(to), means or Means()
+    adapter, conversions = _read(source, means, component, target)
+    origin = format_of(adapter) if source.is_file() else PEFT
+    adapter = replace(adapter, source={**adapter.source, "format": adapter.source.get("format", PEFT)})
+    ready = in_format(adapter, target)
+    wanted = _identity(adapter, target, means, component)
+    if (found := finished(out, wanted, overwrite=overwrite)) is not None:
+        return {**found.get("result", {}), "output": str(out), "reused": True}
+    names = names_in(adapter, target)
+    folded = sum(f.scaling != ready.modules[names[m]].scaling for m, f in adapter.modules.items())
+    result: dict[str, Any] = {
+        "from": origin,
+        "to": target,
+        "base": adapter.base,
+        "modules": len(ready.modules),
+        "folded": folded,
+        "conversions": conversions,
+        "notes": _notes(ready, target),
+    }
+
+    def check(written: Path) -> None:
+        result["verification_error"] = _verified(ready, written, target)
+
+    write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
+    return {**result, "output": str(out), "reused": False}
+
+
+def _read(source: Path, means: Means, component: str | None, target: str) -> tuple[Adapter, list[dict[str, Any]]]:
+    if source.is_file():
+        if component:
+            raise UsageError("--component is for a PEFT folder; a file names its components itself")
+        return read_any(source), []
+    parts = component_folders(source)
+    if parts:
+        read = {part: read_plain(folder, means, name=part) for part, folder in parts.items()}
+        done = [{**d, "component": part} for part, (_, found) in read.items() for d in found]
+        return joined({part: a for part, (a, _) in read.items()}, source.resolve().name), done
+    if not source.is_dir():
+        raise InputError("no such adapter", where=str(source))
+    adapter, done = read_plain(source, means)
+    if target == PEFT:
+        return adapter, done
+    if component is None:
+        raise UsageError(
+            f"which part of a pipeline does {source} adapt?", hint="--component unet, transformer, text_encoder, ..."
+        )
+    return joined({component: adapter}, adapter.name), done
+
+
+def component_folders(source: Path) -> dict[str, Path]:
+    """Component -> its PEFT folder, where a folder holds such folders and is none itself."""
+    if not source.is_dir() or (source / CONFIG).exists():
+        return {}
+    return {p.name: p for p in sorted(source.iterdir()) if (p / CONFIG).is_file()}
+
+
+def _identity(adapter: Adapter, target: str, means: Means, component: str | None) -> dict[str, Any]:
+    options = {"to": target, "rank": means.rank, "drop_bias": means.drop_bias, "component": component}
+    inputs = {"adapter": str(adapter.source.get("sha256", ""))}
+    for name, folder in (("base", means.base), ("initial", means.initial)):
+        if folder is not None:
+            files = sorted(p for p in folder.glob("*.safetensors"))
+            inputs[name] = store.sha256_json({p.name: store.sha256_file(p) for p in files})
+    return store.identity("convert", options, inputs)
+
+
+def _notes(adapter: Adapter, target: str) -> list[str]:
+    found = []
+    if target == DIFFUSERS:
+        ranks: dict[str, set[int]] = {}
+        for module, f in adapter.modules.items():
+            ranks.setdefault(module.partition(".")[0], set()).add(f.rank)
+        for part in [p for p, seen in ranks.items() if len(seen) > 1]:
+            found.append(f"{part} has several ranks, which older diffusers scales wrongly in files without alphas")
+    if adapter.source.get("without_alpha"):
+        found.append(f"{adapter.source['without_alpha']} modules came without an alpha: taken as equal to the rank")
+    return found
+
+
+def _verified(ready: Adapter, out: Path, target: str) -> float:
+    """The largest relative difference of any module's update on random inputs, written against read."""
+    written = read_back(out, target)
+    worst = 0.0
+    if written.keys() != {ready.full_name(m) for m in ready.modules}:
+        raise RunError("what was written holds other modules", where=str(out), hint="please report this")
+    for module, f in ready.modules.items():
+        generator = torch.Generator().manual_seed(seed_of("convert", module))
+        probe = torch.randn(f.shape[1], 2, dtype=torch.float64, generator=generator)
+        mine, theirs = f.folded(torch.float64), written[ready.full_name(module)].folded(torch.float64)
+        right, found = mine.B @ (mine.A @ probe), theirs.B @ (theirs.A @ probe)
+        worst = max(worst, float((found - right).norm() / right.norm().clamp(min=1e-300)))
+    if worst > _FAILED:
+        raise RunError(f"the written update differs by {worst:.2g}", where=str(out), hint="please report this")
+    return worst
+
+
+def read_back(out: Path, target: str) -> dict[str, Any]:
+    """Module, named as `in_format` names them -> the factors that stand on disk."""
+    if target in (KOHYA, DIFFUSERS):
+        return dict(read_lora_file(out, name="written").modules)
+    parts = component_folders(out)
+    if not parts:
+        adapter = read_adapter(out, name="written")
+        return {adapter.full_name(m): f for m, f in adapter.modules.items()}
+    read = {part: read_adapter(folder, name="written") for part, folder in parts.items()}
+    return {f"{part}.{a.full_name(m)}": f for part, a in read.items() for m, f in a.modules.items()}

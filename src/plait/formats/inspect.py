@@ -1,0 +1,163 @@
+"""What an adapter is: format, base, ranks, alphas, modules, variant, and what plait can do with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.config import CONFIG
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import INDEX, WEIGHTS, read_adapter, read_weights
+from plait.adapters.tensors import read_tensors
+from plait.errors import InputError, PlaitError
+from plait.formats.convert import component_folders
+from plait.formats.keys import PEFT, variant_of
+from plait.formats.reading import format_of, read_any
+from plait.formats.single_file import file_record
+from plait.merging.stack import base_adapter
+from plait.store import MANIFEST, read_json, read_manifest
+
+# What a config or the names of tensors give away -> its name, and the way to a plain LoRA, if there is one.
+_BASE, _START = "plait convert --base DIR", "plait convert --initial DIR"
+_VARIANTS = {
+    "use_dora": ("DoRA", _BASE),
+    "lora_bias": ("lora_bias", "plait convert, where its biases are zero; --drop-bias leaves them out"),
+    "trainable_token_indices": ("trained tokens", _BASE),
+    "alora_invocation_tokens": ("aLoRA", None),
+    "use_qalora": ("QALoRA", None),
+    "use_bdlora": ("BD-LoRA", None),
+    "kasa_config": ("KaSA", None),
+    "monteclora_config": ("MonteCLoRA", None),
+    "arrow_config": ("Arrow", None),
+    "layer_replication": ("layer replication", None),
+    "target_parameters": ("fused experts", None),
+}
+_STARTS = {"pissa": _START, "olora": _START, "corda": _START, "lora_ga": _START, "mica": _START, "loftq": None}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Everything that can be said about an adapter without its base.
+
+    Args:
+        path: A PEFT folder, a folder of them named by component, or a LoRA file.
+
+    Returns:
+        {"path", "format", "components" | one adapter's facts}: facts are name, base, task_type, variant, modules, ranks,
+        alphas, kinds, heads, extras, dtypes, parameters, size_mb, stacked_on, merged_from, problem (why it cannot be read
+        as a plain LoRA, or None) and can (what plait can do with it).
+
+    Raises:
+        InputError: Nothing there, or neither a folder of adapters nor a safetensors file.
+    """
+    path = Path(path)
+    if parts := component_folders(path):
+        return {
+            "path": str(path),
+            "format": PEFT,
+            "components": {part: _facts(folder) for part, folder in parts.items()},
+        }
+    if not path.exists():
+        raise InputError("no such file or folder", where=str(path))
+    return {"path": str(path), **_facts(path)}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if path.is_dir() and not (path / CONFIG).exists():
+        raise InputError(f"no {CONFIG}, and no folders with one", where=str(path), hint="expected an adapter")
+    tensors, metadata = _tensors(path)
+    variant, way = _variant(path, tensors)
+    adapter, problem = _attempt(path)
+    manifest = read_manifest(path) if path.is_dir() and (path / MANIFEST).exists() else None
+    record = file_record(metadata, path) if path.is_file() else manifest
+    config = read_json(path / CONFIG, limit=16 << 20) if path.is_dir() else {}
+    below = base_adapter(path) if path.is_dir() else None
+    result = (record or {}).get("result", {})
+    return {
+        "format": format_of(adapter) if adapter else (PEFT if path.is_dir() else None),
+        "name": adapter.name if adapter else path.resolve().name.removesuffix(".safetensors"),
+        "base": (adapter.base if adapter else config.get("base_model_name_or_path")) or None,
+        "task_type": adapter.task_type if adapter else config.get("task_type"),
+        "variant": variant,
+        **(_numbers(adapter) if adapter else {}),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "size_mb": sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
+        "stacked_on": str(below) if below else None,
+        "merged_from": result.get("tasks"),
+        "method": result.get("method"),
+        "problem": problem,
+        "can": _can(adapter, path, way, below is not None, result),
+    }
+
+
+def _tensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    if path.is_file():
+        tensors, metadata, _ = read_tensors(path)
+        return tensors, metadata
+    if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+        return {}, {}
+    tensors, metadata, _ = read_weights(path)
+    return tensors, metadata
+
+
+def _attempt(path: Path) -> tuple[Adapter | None, str | None]:
+    try:
+        return (read_adapter(path) if path.is_dir() else read_any(path)), None
+    except PlaitError as e:
+        return None, f"{e.what}" + (f" ({e.hint})" if e.hint else "")
+
+
+def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The variant's name, and the way from it to a plain LoRA; None where there is none or it needs none."""
+    if path.is_file():
+        found = variant_of(tensors)
+        return (found[0], None) if found else ("LoRA", None)
+    raw = read_json(path / CONFIG, limit=16 << 20)
+    raw = raw if isinstance(raw, dict) else {}
+    for key, (name, way) in _VARIANTS.items():
+        if raw.get(key):
+            return name, way
+    init = str(raw.get("init_lora_weights", True)).lower()
+    for start, way in _STARTS.items():
+        if init.startswith(start):
+            return f"LoRA started by {init}", way
+    return ("rsLoRA" if raw.get("use_rslora") else "LoRA"), None
+
+
+def _numbers(adapter: Adapter) -> dict[str, Any]:
+    alphas = Counter(round(f.scaling * f.rank, 6) for f in adapter.modules.values())
+    return {
+        "modules": len(adapter.modules),
+        "module_kinds": dict(sorted(Counter(f.kind for f in adapter.modules.values()).items())),
+        "targets": dict(sorted(Counter(_target(m) for m in adapter.modules).items())),
+        "ranks": {str(k): v for k, v in sorted(Counter(f.rank for f in adapter.modules.values()).items())},
+        "alphas": {f"{k:g}": v for k, v in sorted(alphas.items())},
+        "without_alpha": adapter.source.get("without_alpha", 0),
+        "heads": sorted(adapter.heads),
+        "extras": sorted(adapter.extras),
+        "update_norm": sum(f.norm_squared() for f in adapter.modules.values()) ** 0.5,
+        "zero_modules": sum(f.norm_squared() == 0 for f in adapter.modules.values()),
+    }
+
+
+def _target(module: str) -> str:
+    """A module's last word: what target_modules would call it; kohya's names have no dots to tell words by."""
+    return module.rpartition(".")[2] if "." in module else "_".join(module.split("_")[:2])
+
+
+def _can(adapter: Adapter | None, path: Path, way: str | None, stacked: bool, result: Mapping[str, Any]) -> list[str]:
+    if adapter is None:
+        return [f"become a plain LoRA: {way}"] if way else []
+    found = ["merge with adapters of the same base and format (plait merge)"]
+    found += ["convert to another format (plait convert)"]
+    if path.is_dir() and not adapter.extras:
+        found.append("bake into its base (plait merge --bake)")
+    if adapter.extras:
+        found.append(f"become a plain LoRA: {_BASE}")
+    if stacked:
+        found.append("compose with the adapter it was trained on (plait merge --stack)")
+    if result.get("adapters"):
+        found.append("gain or lose an adapter (plait edit)")
+    return found

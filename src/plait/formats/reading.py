@@ -1,0 +1,28 @@
+"""Reading an adapter whatever it is: a PEFT folder, or a LoRA file of kohya or diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter
+from plait.errors import InputError
+from plait.formats.keys import PEFT
+from plait.formats.single_file import read_lora_file
+
+
+def read_any(path: str | Path, *, name: str | None = None) -> Adapter:
+    """Read a PEFT folder, or a kohya or diffusers file; raises as `read_adapter` and `read_lora_file`."""
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        return read_adapter(path, name=name)
+    if path.suffix != ".safetensors":
+        raise InputError(
+            "a file, but no .safetensors", where=str(path), hint="a PEFT folder, or a LoRA file in safetensors"
+        )
+    return read_lora_file(path, name=name)
+
+
+def format_of(adapter: Adapter) -> str:
+    """The format an adapter was read from: "peft", "kohya" or "diffusers"."""
+    return str(adapter.source.get("format", PEFT))

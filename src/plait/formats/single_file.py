@@ -1,0 +1,198 @@
+"""LoRA files of kohya and diffusers, read into an `Adapter` and written from one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.adapters.config import AdapterConfig, checked_config
+from plait.adapters.conv import as_matrices, as_stored
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.naming import checked_name
+from plait.adapters.tensors import all_finite, read_tensors, write_tensors
+from plait.errors import InputError
+from plait.formats.keys import DIFFUSERS, KOHYA, Parsed, parse, tensor_names
+
+RECORD = "plait"  # metadata key of the record that a folder keeps in plait.json
+_ADAPTER_CONFIG = "lora_adapter_metadata"  # diffusers' metadata key: each component's LoRA config
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BASE_KEYS = ("ss_base_model_version", "modelspec.architecture")
+
+
+def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
+    """Read a kohya or diffusers LoRA file.
+
+    Scaling is alpha / rank. A module without an alpha has alpha = rank, as both tools have it. Module names stay as the
+    file has them (diffusers' processor names become the modules they belong to), so that a merge needs no knowledge of
+    the model.
+
+    Args:
+        path: A safetensors file.
+        name: What to call it; by default the file's name without its suffix.
+
+    Raises:
+        InputError: Damaged, incomplete, holding NaN, of mixed formats, or of a refused variant; names file and tensor.
+    """
+    path = Path(path)
+    tensors, metadata, digest = read_tensors(path)
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES and not key.endswith(".alpha"):
+            raise InputError(
+                f"tensor {key!r} is {tensor.dtype}", where=str(path), hint="expected 16, 32 or 64 bit floats"
+            )
+        if tensor.is_floating_point() and not all_finite(tensor.float()):
+            raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(path))
+    found = parse(tensors, str(path))
+    configs = _configs(metadata, path) if found.format == DIFFUSERS else {}
+    modules = {m: _factors(m, found, configs, path) for m in sorted(found.halves)}
+    record = file_record(metadata, path)
+    return Adapter(
+        name=checked_name(name or _plain_name(path), "adapter"),
+        base=_base(metadata, record),
+        modules=modules,
+        source={
+            "path": str(path),
+            "sha256": digest,
+            "format": found.format,
+            "layouts": found.layouts,
+            "without_alpha": sum(m not in found.alphas for m in modules) if not configs else 0,
+        },
+    )
+
+
+def _plain_name(path: Path) -> str:
+    """The file's name, made fit for a name: spaces and what else people put there become underscores."""
+    kept = "".join(c if c.isalnum() or c in "._+-" else "_" for c in path.name.removesuffix(".safetensors"))
+    return kept.strip("._-+")[:100]
+
+
+def file_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """The record plait left in a file's metadata, or None."""
+    if RECORD not in metadata:
+        return None
+    try:
+        record = json.loads(metadata[RECORD])
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("result", {}), dict):
+        raise InputError(f"its metadata's {RECORD!r} is no record", where=str(path))
+    return record
+
+
+def _base(metadata: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
+    if record and isinstance(record.get("result", {}).get("base"), str):
+        return str(record["result"]["base"])
+    return next((metadata[k] for k in _BASE_KEYS if metadata.get(k)), "")
+
+
+def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig]:
+    """Component -> its LoRA config, where diffusers wrote them into the metadata."""
+    if _ADAPTER_CONFIG not in metadata:
+        return {}
+    try:
+        raw = json.loads(metadata[_ADAPTER_CONFIG])
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"its metadata's {_ADAPTER_CONFIG} is not JSON: {e}", where=str(path)) from None
+    if not isinstance(raw, dict):
+        raise InputError(f"its metadata's {_ADAPTER_CONFIG} is not an object", where=str(path))
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in raw.items():
+        component, _, field = key.partition(".")
+        parts.setdefault(component, {"peft_type": "LORA"})[field] = value
+    return {c: checked_config(config, path) for c, config in parts.items()}
+
+
+def _factors(module: str, found: Parsed, configs: Mapping[str, AdapterConfig], path: Path) -> LoraFactors:
+    where = f"{path}: {module}"
+    A, B, kind = as_matrices(found.halves[module]["A"], found.halves[module]["B"], where)
+    if A.shape[0] != B.shape[1] or A.shape[0] == 0:
+        raise InputError(f"A {tuple(A.shape)} and B {tuple(B.shape)} have no rank in common", where=where)
+    rank = A.shape[0]
+    component, _, inside = module.partition(".")
+    if module in found.alphas:
+        scaling = _alpha(found.alphas[module], where) / rank
+    elif component in configs:
+        scaling = configs[component].scaling_of(inside, rank)
+    else:
+        scaling = 1.0
+    return LoraFactors(A, B, scaling, kind)
+
+
+def _alpha(tensor: Tensor, where: str) -> float:
+    value = float(tensor.double().reshape(-1)[0]) if tensor.numel() == 1 else math.nan
+    if not 0 < value < math.inf:
+        shown = value if tensor.numel() == 1 else f"a tensor {tuple(tensor.shape)}"
+        raise InputError(f"alpha is {shown}, expected one finite number above 0", where=where)
+    return value
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_lora_file(path: Path, adapter: Adapter, format: str, record: Mapping[str, Any] | None = None) -> None:
+    """Write an adapter whose modules are named as the format has them (see `formats.names`).
+
+    kohya: every module with its alpha. diffusers: no alphas, so scalings must be 1 (see `unscaled`).
+
+    Args:
+        path: The file.
+        adapter: Without heads and extras, which these formats do not know.
+        format: "kohya" or "diffusers".
+        record: Kept in the metadata, as a folder keeps its plait.json.
+
+    Raises:
+        InputError: Heads, extras or embeddings.
+    """
+    tensors: dict[str, Tensor] = {}
+    if adapter.heads or adapter.extras:
+        raise InputError(f"{format} files hold no heads and no whole weights", where=adapter.name, hint="--to peft")
+    layouts = adapter.source.get("layouts", {})
+    for module, factors in adapter.modules.items():
+        if factors.kind == "embedding":
+            raise InputError(f"{format} files hold no embedding updates", where=module, hint="--to peft")
+        if format != KOHYA and factors.scaling != 1.0:
+            raise InputError(f"scaling {factors.scaling:g}: {format} files have no alphas", where=module)
+        a, b = tensor_names(format, module, layouts)
+        tensors[a], tensors[b] = as_stored(factors)
+        if format == KOHYA:
+            tensors[f"{module}.alpha"] = _stored_alpha(factors)
+    metadata = {"ss_network_module": "networks.lora", **_dimensions(adapter)} if format == KOHYA else {}
+    if adapter.base and format == KOHYA:
+        metadata["ss_base_model_version"] = adapter.base
+    if record is not None:
+        metadata[RECORD] = json.dumps(record, sort_keys=True, allow_nan=False)
+    write_tensors(path, tensors, metadata)
+
+
+def unscaled(factors: LoraFactors) -> LoraFactors:
+    """The same delta with scaling 1.
+
+    B stays in its dtype where that is exact (a power of two, mostly), else it becomes float32: at most 6e-8 of an entry.
+    """
+    if factors.scaling == 1.0:
+        return factors
+    folded = factors.B * factors.scaling
+    if not torch.equal(folded.double(), factors.B.double() * factors.scaling):
+        folded = factors.B.to(torch.promote_types(factors.B.dtype, torch.float32)) * factors.scaling
+    return LoraFactors(factors.A, folded, 1.0, factors.kind)
+
+
+def _stored_alpha(factors: LoraFactors) -> Tensor:
+    """Alpha in the factors' dtype, as kohya has it, where that holds it; else in float32."""
+    alpha = torch.tensor(factors.scaling * factors.rank, dtype=torch.float64)
+    short = alpha.to(factors.A.dtype)
+    near = abs(float(short) - float(alpha)) <= 1e-12 * float(alpha)
+    return short if near else alpha.float()
+
+
+def _dimensions(adapter: Adapter) -> dict[str, str]:
+    """What kohya's tools show: the commonest rank and alpha."""
+    rank, alpha = Counter((f.rank, f.scaling * f.rank) for f in adapter.modules.values()).most_common(1)[0][0]
+    return {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}

@@ -1,0 +1,184 @@
+"""Writing an adapter in any format: its modules renamed, split into PEFT's one folder per component where need be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plait import store
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import write_adapter
+from plait.adapters.tensors import read_tensors
+from plait.errors import InputError, UsageError
+from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, PEFT
+from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
+from plait.formats.reading import format_of
+from plait.formats.single_file import file_record, unscaled, write_lora_file
+
+FILE_FORMATS = (KOHYA, DIFFUSERS)
+
+
+def checked_format(name: str) -> str:
+    """A format's name.
+
+    Raises:
+        UsageError: Not one of them.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"unknown format {name!r}", hint=f"one of {', '.join(FORMATS)}")
+    return name
+
+
+def names_in(adapter: Adapter, target: str) -> dict[str, str]:
+    """Module of the adapter -> its name in a format; diffusers' names, component first, where the target is PEFT.
+
+    Raises:
+        InputError: Names that cannot be turned.
+    """
+    source = format_of(adapter)
+    if source == target or (source == DIFFUSERS and target == PEFT):
+        return {m: m for m in adapter.modules}
+    dotted = diffusers_names(adapter.modules) if source == KOHYA else {m: adapter.full_name(m) for m in adapter.modules}
+    if target != KOHYA:
+        return dotted
+    kohya = kohya_names(dotted.values())
+    return {m: kohya[d] for m, d in dotted.items()}
+
+
+def in_format(adapter: Adapter, target: str) -> Adapter:
+    """The adapter as a format can hold it: modules named its way, and scalings that it cannot express folded into B.
+
+    kohya's alphas express any scaling, PEFT's whole alphas, diffusers' files (which have none) only 1.
+    """
+    modules = {m: _scaled_for(f, target) for m, f in adapter.modules.items()}
+    names = names_in(adapter, target)
+    if format_of(adapter) == target:
+        return replace(adapter, modules=modules)
+    layouts = adapter.source.get("layouts", {}) if target == DIFFUSERS else {}
+    return replace(
+        adapter,
+        modules={names[m]: modules[m] for m in sorted(names, key=lambda m: names[m])},
+        prefix="",
+        target_modules=None,
+        source={**adapter.source, "format": target, "layouts": layouts, "pipeline": True},
+    )
+
+
+def _scaled_for(factors: LoraFactors, target: str) -> LoraFactors:
+    alpha = factors.scaling * factors.rank
+    whole = alpha > 0.5 and abs(round(alpha) - alpha) < 1e-9 * alpha
+    return factors if target == KOHYA or (target == PEFT and whole) else unscaled(factors)
+
+
+def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """The record of what already stands at `out` where it is the wanted result, else None.
+
+    Raises:
+        UsageError: Something else stands there.
+    """
+    if overwrite or not (out.exists() or out.is_symlink()):
+        return None
+    if not out.is_file():
+        return (store.read_manifest(out) or {}) if store.is_done(out, wanted) else None
+    record = file_record(read_tensors(out)[1], out)
+    if record is None:
+        raise UsageError("exists and was not written by plait", where=str(out), hint="another --out, or --overwrite")
+    if differing := store.differences(record, wanted):
+        shown = "; ".join(differing[:6])
+        raise UsageError(f"exists with other settings: {shown}", where=str(out), hint="another --out, or --overwrite")
+    return record
+
+
+def write_any(
+    out: Path,
+    adapter: Adapter,
+    target: str,
+    wanted: Mapping[str, Any],
+    result: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write an adapter whose modules `in_format` named, whole or not at all.
+
+    Args:
+        out: A .safetensors file for kohya and diffusers; a folder for PEFT. An adapter of a pipeline's components becomes
+            one PEFT folder per component inside it (``out/unet``, ``out/text_encoder``), since PEFT adapts one model.
+        adapter: As `in_format` gave it.
+        target: The format.
+        wanted: The identity of the result.
+        result: What goes into its record.
+        overwrite: Replace what stands at `out`.
+        check: Looks at what was written before it takes its place, and raises where it must not.
+
+    Raises:
+        UsageError: A file where a folder is due, or the other way round.
+    """
+    is_file = out.suffix == ".safetensors"
+    if is_file != (target in FILE_FORMATS):
+        due = "a .safetensors file" if target in FILE_FORMATS else "a folder"
+        raise UsageError(f"{target} is written as {due}", where=str(out), hint="--out, or another format")
+    if is_file:
+        record = json.loads(json.dumps({**wanted, "versions": store.versions(), "result": result}, allow_nan=False))
+        with store.staged_file(out, overwrite=overwrite) as stage:
+            write_lora_file(stage, adapter, target, record)
+            if check:
+                check(stage)
+        return
+    with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
+        parts = components(adapter)
+        for component, part in parts.items():
+            inside = stage / component if component else stage
+            inside.mkdir(exist_ok=True)
+            write_adapter(inside, part)
+        if check:
+            check(stage)
+
+
+def components(adapter: Adapter) -> dict[str, Adapter]:
+    """Component of a pipeline -> its own adapter; one without a name where the adapter is of a single model.
+
+    Raises:
+        InputError: A module of no component.
+    """
+    if format_of(adapter) not in FILE_FORMATS and not adapter.source.get("pipeline"):
+        return {"": adapter}
+    found: dict[str, Adapter] = {}
+    if lost := [m for m in adapter.modules if m.partition(".")[0] not in _PARTS]:
+        known = ", ".join(sorted(_PARTS))
+        raise InputError(
+            f"module {lost[0]!r} belongs to none of {known}", hint="merge and write it in the format it has"
+        )
+    for part in sorted({m.partition(".")[0] for m in adapter.modules}):
+        inside = {m.partition(".")[2]: f for m, f in adapter.modules.items() if m.startswith(f"{part}.")}
+        found[part] = replace(adapter, modules=inside, prefix="")
+    return found
+
+
+_PARTS = {*COMPONENTS.values()}
+
+
+def joined(parts: Mapping[str, Adapter], name: str) -> Adapter:
+    """The adapters of a pipeline's components as one, modules named as diffusers has them.
+
+    Raises:
+        InputError: An unknown component, or heads and whole weights, which no single file holds.
+    """
+    if unknown := sorted(set(parts) - _PARTS):
+        raise InputError(f"{unknown[0]!r} is no component", hint=f"one of {', '.join(sorted(_PARTS))}")
+    modules = {f"{part}.{a.full_name(m)}": f for part, a in parts.items() for m, f in a.modules.items()}
+    for part, adapter in parts.items():
+        if adapter.heads or adapter.extras:
+            raise InputError("holds heads or whole weights", where=part, hint="single files hold LoRA factors only")
+    first = next(iter(parts.values()))
+    digests = {part: str(a.source.get("sha256", "")) for part, a in parts.items()}
+    source: dict[str, Any] = {
+        "format": DIFFUSERS,
+        "layouts": {},
+        "sha256": store.sha256_json(digests),
+        "path": first.source.get("path"),
+    }
+    return Adapter(name, first.base, dict(sorted(modules.items())), source=source)

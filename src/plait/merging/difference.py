@@ -1,0 +1,121 @@
+"""Changing a linear merge by what changes alone: the other inputs are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plait import store
+from plait.adapters.lora import Adapter, LoraFactors, concatenated, truncated
+from plait.errors import RunError, UsageError
+from plait.formats.reading import format_of, read_any
+from plait.formats.writing import finished, write_any
+from plait.merging.align import align
+from plait.merging.edit import Change, Recorded, located, named_weights, without_heads
+from plait.merging.outcome import provenance
+from plait.merging.registry import find_method
+
+# A linear merge at full rank loses nothing when what was taken out leaves; more than this means it was not one.
+_LOST = 1e-9
+
+
+def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """M' = rho M + scale * sum_t (c'_t - rho c_t) D_t over the adapters that come, go or change weight.
+
+    c and c' are the method's coefficients before and after, rho the ratio they keep for all the others (1 for a plain
+    sum; for a mean, the weights' sums before and after). Exact to the rounding of the merged factors.
+
+    Raises:
+        UsageError: A method that is no weighted sum, or one whose result was cut: then the inputs are needed.
+        InputError: An adapter that goes is not at hand.
+    """
+    method = _linear(recipe)
+    weights, added = named_weights(recipe, change)
+    before = {str(a["name"]): float(a.get("weight", 1.0)) for a in recipe.adapters}
+    old = dict(zip(before, method.combination(list(before.values())), strict=True))
+    new = dict(zip(weights, method.combination(list(weights.values())), strict=True))
+    changing = [n for n in before if n not in weights or n in change.weights]
+    others = [n for n in before if n not in changing]
+    ratio = next((new[n] / old[n] for n in others if old[n]), 1.0)
+    scale = float(recipe.options.get("scale", 1.0))
+    places = {**located(recipe, changing, change.inputs), **{n: Path(p) for n, p in added.items()}}
+    touched = {n: read_any(p, name=n) for n, p in places.items()}
+    shares = {n: scale * (new.get(n, 0.0) - ratio * old.get(n, 0.0)) for n in touched}
+    merged = read_any(recipe.path, name=recipe.path.name)
+    ranks = {n: (new.get(n, 0.0) != 0.0) - (old.get(n, 0.0) != 0.0) for n in touched}
+    modules = _summed(merged, touched, ratio, shares, ranks)
+    removed_heads = [t for n, a in touched.items() if n not in weights for t in a.heads]
+    heads = {**without_heads(merged, removed_heads), **{t: h for n in added for t, h in touched[n].heads.items()}}
+    result = _record(recipe, weights, touched, modules, merged)
+    adapter = replace(merged, modules=modules, heads=heads, target_modules=None)
+    target = format_of(merged)
+    inputs = {f"adapter:{n}": str(a.source["sha256"]) for n, a in touched.items()}
+    inputs["merged"] = str(merged.source["sha256"])
+    options = {**recipe.options, "order": list(weights), "weights": list(weights.values())}
+    wanted = store.identity("merge-difference", options, inputs, recipe.seed)
+    if out.absolute() != recipe.path.absolute() and (found := finished(out, wanted, overwrite=overwrite)) is not None:
+        return {**found.get("result", {}), "output": str(out), "reused": True}
+    write_any(out, adapter, target, wanted, result, overwrite=overwrite)
+    return {**result, "output": str(out), "reused": False}
+
+
+def _linear(recipe: Recorded) -> Any:
+    method = find_method(str(recipe.options["method"]))
+    cut = recipe.options.get("rank") is not None or recipe.result.get("discarded_energy", 0.0) > 0
+    if method.combination is None or cut or recipe.options.get("calibrate"):
+        why = "its result was cut or calibrated" if method.combination else "it is no weighted sum of its inputs"
+        raise UsageError(
+            f"{method.name}: {why}, so a difference would not be that merge",
+            where=str(recipe.path),
+            hint="leave --by-difference out; all inputs are then needed",
+        )
+    return method
+
+
+def _summed(
+    merged: Adapter, touched: Mapping[str, Adapter], ratio: float, shares: Mapping[str, float], ranks: Mapping[str, int]
+) -> dict[str, LoraFactors]:
+    """The sum of rho M and the shares, each module cut to the rank of those that are in it then.
+
+    `ranks` says of each adapter whether its rank comes (1), goes (-1) or stays.
+    """
+    common = align([replace(merged, name="merged-so-far"), *touched.values()], merged.base)
+    modules: dict[str, LoraFactors] = {}
+    for module in common.modules:
+        parts = [(merged.modules[module], ratio)] if module in merged.modules else []
+        there = {n: a.modules[module] for n, a in touched.items() if module in a.modules}
+        parts += [(f, shares[n]) for n, f in there.items() if shares[n]]
+        whole = concatenated([f for f, _ in parts], [w for _, w in parts])
+        before = merged.modules[module].rank if module in merged.modules else 0
+        rank = max(1, before + sum(ranks[n] * f.rank for n, f in there.items()))
+        shorter, lost = truncated(whole, rank)
+        if lost > _LOST:
+            raise RunError(
+                f"taking adapters out leaves {lost:.2g} of the update beyond the rank of those that stay",
+                where=module,
+                hint="was the merged adapter trained or changed since?",
+            )
+        modules[module] = shorter
+    return modules
+
+
+def _record(
+    recipe: Recorded,
+    weights: Mapping[str, float],
+    touched: Mapping[str, Adapter],
+    modules: Mapping[str, LoraFactors],
+    merged: Adapter,
+) -> dict[str, Any]:
+    known = {str(a["name"]): a for a in recipe.adapters}
+    adapters = [{**known[n], "weight": w} if n in known else provenance(touched[n], w) for n, w in weights.items()]
+    return {
+        **recipe.result,
+        "tasks": list(weights),
+        "weights": list(weights.values()),
+        "adapters": adapters,
+        "rank": max(f.rank for f in modules.values()),
+        "by_difference": {"from": str(merged.source["sha256"]), "changed": sorted(touched)},
+        "verification_error": None,
+    }

@@ -1,0 +1,174 @@
+"""Adding adapters to a merge, taking them out, weighing them anew: from the recipe that the merge recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plait import store
+from plait.adapters.lora import Adapter
+from plait.adapters.tensors import read_tensors
+from plait.errors import InputError, PlaitError, UsageError
+from plait.formats.reading import read_any
+from plait.formats.single_file import file_record
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is to become of a merge.
+
+    Args:
+        add: ``PATH`` or ``NAME=PATH`` each.
+        remove: Names of its adapters.
+        weights: Name -> its new weight; adapters keep theirs otherwise, new ones have 1.
+        inputs: Name -> where an adapter is now, if it has moved.
+        scale: Of the merge, if it is to change.
+        statistics: As `merge` takes them, for methods that need any.
+    """
+
+    add: Sequence[str] = ()
+    remove: Sequence[str] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    scale: float | None = None
+    statistics: Mapping[str, Path | str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A merge's recipe as its folder or file recorded it.
+
+    Args:
+        path: Of the merge.
+        options: What identified it: method, options, weights, scale, rank, calibrate, base, format.
+        seed: Of the merge.
+        adapters: Its inputs in order: name, path, sha256, weight, base.
+        inputs: "adapter:NAME" and "statistics:TASK" -> hash.
+        result: The whole record.
+    """
+
+    path: Path
+    options: dict[str, Any]
+    seed: int
+    adapters: list[dict[str, Any]]
+    inputs: dict[str, str]
+    result: dict[str, Any]
+
+
+def recorded(path: Path) -> Recorded:
+    """The recipe of a merge.
+
+    Raises:
+        InputError: No merge of plait, or one whose record lacks its inputs.
+    """
+    if path.is_dir():
+        found = store.read_manifest(path)
+    elif path.exists():
+        found = file_record(read_tensors(path)[1], path)
+    else:
+        raise InputError("no such merge", where=str(path))
+    if found is None or found.get("stage") not in ("merge", "merge-difference"):
+        raise InputError(
+            "holds no record of a merge", where=str(path), hint="only merges that plait wrote can be changed"
+        )
+    result, options = found.get("result", {}), found.get("options", {})
+    adapters = result.get("adapters")
+    whole = isinstance(adapters, list) and all(isinstance(a, dict) and {"name", "sha256"} <= a.keys() for a in adapters)
+    if not whole or "method" not in options:
+        raise InputError("its record does not name its inputs", where=str(path), hint="merge again from the adapters")
+    return Recorded(path, options, int(found.get("seed") or 0), adapters, dict(found.get("inputs", {})), result)
+
+
+def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -> dict[str, Path]:
+    """Where the named inputs are now: as recorded, beside the merge, or where `moved` says; their bytes decide.
+
+    Raises:
+        InputError: One is gone, cannot be read, or is not what was merged; all such are named.
+    """
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    for entry in recipe.adapters:
+        name = str(entry["name"])
+        if name not in names:
+            continue
+        path = Path(str(entry.get("path", "")))
+        beside = recipe.path.absolute().parent
+        places = [moved[name]] if name in moved else [path, beside / path, beside / path.name]
+        verdicts = [_verdict(p, name, str(entry["sha256"])) for p in places]
+        if "" in verdicts:
+            found[name] = places[verdicts.index("")]
+        else:
+            said = next((v for v in verdicts if v != _GONE), _GONE)
+            problems.append(f"{name!r} ({places[0]}) {said}")
+    if problems:
+        raise InputError(
+            f"inputs of the merge are not what they were: {'; '.join(problems)}",
+            where=str(recipe.path),
+            hint="--input NAME=PATH says where one is now; --by-difference needs only those that change",
+        )
+    return found
+
+
+_GONE = "is gone"
+
+
+def _verdict(path: Path, name: str, digest: str) -> str:
+    """What is wrong with an input; empty if it is the one that was merged."""
+    if not path.exists():
+        return _GONE
+    try:
+        return "" if read_any(path, name=name).source["sha256"] == digest else "has changed since"
+    except PlaitError as e:
+        return f"cannot be read: {e.what}"
+
+
+def named_weights(recipe: Recorded, change: Change) -> tuple[dict[str, float], dict[str, str]]:
+    """Name -> new weight in the merge's order, kept ones first; and name -> path of each that is added.
+
+    Raises:
+        UsageError: An unknown name, one that is there already, or nothing left.
+    """
+    kept = {str(a["name"]): float(a.get("weight", 1.0)) for a in recipe.adapters}
+    known = ", ".join(kept)
+    for name in change.remove:
+        if name not in kept:
+            raise UsageError(f"no adapter {name!r} in this merge", where=str(recipe.path), hint=f"it has {known}")
+        del kept[name]
+    added: dict[str, str] = {}
+    for given in change.add:
+        name, equals, path = given.partition("=")
+        if not equals or "/" in name or Path(given).exists():
+            name, path = read_any(given).name, given
+        if name in kept or name in added:
+            raise UsageError(f"an adapter {name!r} is in this merge already", hint="--add NAME=PATH gives another name")
+        added[name] = path
+    weights = {**kept, **dict.fromkeys(added, 1.0)}
+    if unknown := sorted({*change.weights, *change.inputs} - {*weights, *change.remove}):
+        raise UsageError(f"no adapter {unknown[0]!r} in the result", hint=f"it has {', '.join(weights)}")
+    if not weights:
+        raise UsageError("no adapter is left", where=str(recipe.path))
+    return {n: float(change.weights.get(n, w)) for n, w in weights.items()}, added
+
+
+def check_statistics(recipe: Recorded, statistics: Mapping[str, Path | str] | None) -> None:
+    """Statistics of tasks that were in the merge must be those it was made with.
+
+    Raises:
+        InputError: Others.
+    """
+    for task, path in (statistics or {}).items():
+        before = recipe.inputs.get(f"statistics:{task}")
+        if before and store.sha256_file(Path(path)) != before:
+            raise InputError(f"not the statistics of {task!r} that the merge used", where=str(path))
+
+
+def base_override(recipe: Recorded) -> str | None:
+    """The base's name where the inputs' names differ, so that it was given; None where they agree."""
+    return str(recipe.options.get("base")) if len({a.get("base") for a in recipe.adapters}) > 1 else None
+
+
+def without_heads(adapter: Adapter, tasks: Sequence[str]) -> dict[str, Any]:
+    """The adapter's heads but for these tasks."""
+    return {t: h for t, h in adapter.heads.items() if t not in tasks}

@@ -1,0 +1,194 @@
+"""Adapters on adapters, and merges changed after the fact."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.adapters.config import CONFIG
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.errors import InputError, UsageError
+from plait.merging.edit import Change
+from plait.merging.request import MergeRequest, answer, edit
+from plait.store import read_manifest
+
+MODULES = {"layer.q": (7, 5), "layer.v": (6, 5)}
+
+
+def write(root: Path, name: str, seed: int, base: str = "some/base", rank: int = 2, **options) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        m: LoraFactors(torch.randn(rank, i, generator=generator), torch.randn(o, rank, generator=generator), 1.5)
+        for m, (o, i) in MODULES.items()
+    }
+    (root / name).mkdir(parents=True)
+    write_adapter(root / name, Adapter(name, base, factors, **options))
+    return root / name
+
+
+def update(folder: Path) -> dict[str, torch.Tensor]:
+    return {m: f.delta(torch.float64) for m, f in read_adapter(folder).modules.items()}
+
+
+def close(found, wanted, tolerance=1e-5):
+    assert found.keys() == wanted.keys()
+    for module, delta in wanted.items():
+        torch.testing.assert_close(found[module], delta, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def adapters(tmp_path) -> dict[str, Path]:
+    return {name: write(tmp_path, name, seed) for seed, name in enumerate("abcd")}
+
+
+# --- stacks -----------------------------------------------------------------------------------------------------------
+
+
+def test_stack_in_any_order_given(tmp_path):
+    first = write(tmp_path, "first", 0)
+    second = write(tmp_path, "second", 1, base=str(first), rank=3)
+    third = write(tmp_path, "third", 2, base="second")  # beside it
+    found = answer(MergeRequest([str(f) for f in (third, first, second)], tmp_path / "out", stack=True))
+    assert [s["name"] for s in found["stack"]] == ["first", "second", "third"]
+    assert found["base"] == "some/base"
+    total = {m: sum(update(f)[m] for f in (first, second, third)) for m in MODULES}
+    close(update(tmp_path / "out"), total)
+    assert read_adapter(tmp_path / "out").base == "some/base"
+    assert read_adapter(tmp_path / "out").rank == 7
+
+
+def test_stack_on_a_merge(tmp_path, adapters):
+    answer(MergeRequest([str(adapters["a"]), str(adapters["b"])], tmp_path / "m", scale=0.5))
+    top = write(tmp_path, "top", 9, base=str(tmp_path / "m"))
+    answer(MergeRequest([str(tmp_path / "m"), str(top)], tmp_path / "out", stack=True))
+    a, b, t = (update(f) for f in (adapters["a"], adapters["b"], top))
+    close(update(tmp_path / "out"), {m: 0.5 * (a[m] + b[m]) + t[m] for m in MODULES})
+
+
+def test_only_the_topmost_head_stays(tmp_path):
+    heads = [{n: {"classifier.weight": torch.full((2, 7), float(i))}} for i, n in enumerate(("first", "second"))]
+    first = write(tmp_path, "first", 0, task_type="SEQ_CLS", prefix="bert", heads=heads[0])
+    second = write(tmp_path, "second", 1, base=str(first), task_type="SEQ_CLS", prefix="bert", heads=heads[1])
+    answer(MergeRequest([str(first), str(second)], tmp_path / "out", stack=True))
+    assert list(read_adapter(tmp_path / "out").heads) == ["second"]
+
+
+def test_stacks_that_nothing_records(tmp_path, adapters):
+    def stacked(*folders):
+        answer(MergeRequest([str(f) for f in folders], tmp_path / "out", stack=True))
+
+    with pytest.raises(InputError, match="nothing recorded says"):
+        stacked(adapters["a"], adapters["b"])
+    top = write(tmp_path, "top", 9, base=str(adapters["c"]))
+    with pytest.raises(InputError, match="not among the adapters given"):
+        stacked(adapters["a"], top)
+    twin = write(tmp_path, "twin", 8, base=str(adapters["c"]))
+    with pytest.raises(InputError, match="a stack has one on each"):
+        stacked(adapters["c"], top, twin)
+    with pytest.raises(UsageError, match="--stack adds the updates as they are"):
+        answer(MergeRequest([str(adapters["c"]), str(top)], tmp_path / "out", "ties", stack=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_continued_adapter_is_no_stack(tmp_path):
+    first = write(tmp_path, "first", 0)
+    read = read_adapter(first)
+    on = {m: LoraFactors(f.A + 0.01, f.B * 1.1, f.scaling) for m, f in read.modules.items()}
+    (tmp_path / "second").mkdir()
+    write_adapter(tmp_path / "second", Adapter("second", "some/base", on))
+    with pytest.raises(InputError, match=r"one adapter at two stages of training \(their A agree to 0.99"):
+        answer(MergeRequest([str(first), str(tmp_path / "second")], tmp_path / "out", stack=True))
+
+
+def test_an_ordinary_merge_points_to_the_stack(tmp_path):
+    first = write(tmp_path, "first", 0)
+    second = write(tmp_path, "second", 1, base=str(first))
+    with pytest.raises(InputError, match="--stack"):
+        answer(MergeRequest([str(first), str(second)], tmp_path / "out"))
+
+
+# --- edits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "options"), [("tsv", {}), ("ties", {"density": 0.5}), ("linear", {})])
+def test_edited_is_what_merging_anew_gives(tmp_path, adapters, method, options):
+    abc = [str(adapters[n]) for n in "abc"]
+    answer(MergeRequest(abc, tmp_path / "m", method, options, weights=[1.0, 2.0, 0.5], scale=0.8))
+    change = Change(add=[f"new={adapters['d']}"], remove=["b"], weights={"c": 0.7})
+    found = edit(tmp_path / "m", change, tmp_path / "edited")
+    assert found["tasks"] == ["a", "c", "new"]
+    again = [abc[0], abc[2], f"new={adapters['d']}"]
+    answer(MergeRequest(again, tmp_path / "anew", method, options, weights=[1.0, 0.7, 1.0], scale=0.8))
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "edited" / weights).read_bytes() == (tmp_path / "anew" / weights).read_bytes()
+    assert (read_manifest(tmp_path / "edited") or {})["options"] == (read_manifest(tmp_path / "anew") or {})["options"]
+    assert edit(tmp_path / "edited", Change(remove=["new"]), tmp_path / "once-more")["tasks"] == ["a", "c"]
+
+
+def test_moved_changed_and_missing_inputs(tmp_path, adapters):
+    answer(MergeRequest([str(adapters[n]) for n in "abc"], tmp_path / "m"))
+    shutil.move(adapters["a"], tmp_path / "elsewhere")
+    shutil.rmtree(adapters["b"])
+    shutil.copytree(adapters["d"], adapters["b"])
+    with pytest.raises(InputError, match=r"'a' \(.*\) is gone; 'b' \(.*\) has changed since"):
+        edit(tmp_path / "m", Change(weights={"c": 2.0}), tmp_path / "out")
+    change = Change(remove=["b"], inputs={"a": tmp_path / "elsewhere"})
+    assert edit(tmp_path / "m", change, tmp_path / "out")["tasks"] == ["a", "c"]
+    (adapters["c"] / CONFIG).write_text("{")
+    with pytest.raises(InputError, match=r"'c' \(.*\) cannot be read: not valid JSON"):
+        edit(tmp_path / "m", change, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize(("method", "share"), [("task_arithmetic", 1.0), ("linear", 0.5)])
+def test_by_difference_needs_only_what_changes(tmp_path, adapters, method, share):
+    answer(MergeRequest([str(adapters[n]) for n in "abc"], tmp_path / "m", method, scale=0.8))
+    a, c, d = (update(adapters[n]) for n in "acd")
+    for name in "ac":
+        shutil.rmtree(adapters[name])
+    found = edit(tmp_path / "m", Change(remove=["b"]), tmp_path / "less", by_difference=True)
+    assert (found["tasks"], found["rank"]) == (["a", "c"], 4)
+    close(update(tmp_path / "less"), {m: 0.8 * share * (a[m] + c[m]) for m in MODULES})
+    change = Change(remove=["b"], add=[f"e={adapters['d']}"], weights={"e": -1.0})
+    if method == "task_arithmetic":
+        edit(tmp_path / "m", change, tmp_path / "other", by_difference=True)
+        close(update(tmp_path / "other"), {m: 0.8 * (a[m] + c[m] - d[m]) for m in MODULES})
+    edit(tmp_path / "less", Change(add=[f"b={adapters['b']}"]), tmp_path / "back", by_difference=True)
+    close(update(tmp_path / "back"), update(tmp_path / "m"))
+    with pytest.raises(InputError, match=r"'a' .* is gone"):
+        edit(tmp_path / "m", Change(remove=["a"]), tmp_path / "never", by_difference=True)
+
+
+def test_what_cannot_be_edited(tmp_path, adapters):
+    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "m", "ties"))
+    out = tmp_path / "out"
+    for merged, change, message in (
+        (adapters["a"], Change(), "no record of a merge"),
+        (tmp_path / "none", Change(), "no such merge"),
+    ):
+        with pytest.raises(InputError, match=message):
+            edit(merged, change, out)
+    for change, message in (
+        (Change(remove=["x"]), "no adapter 'x' in this merge"),
+        (Change(add=[str(adapters["a"])]), "'a' is in this merge already"),
+        (Change(remove=["a", "b"]), "no adapter is left"),
+        (Change(weights={"z": 1.0}), "no adapter 'z' in the result"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            edit(tmp_path / "m", change, out)
+    with pytest.raises(UsageError, match="no weighted sum"):
+        edit(tmp_path / "m", Change(remove=["a"]), out, by_difference=True)
+    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "cut", rank=1))
+    with pytest.raises(UsageError, match="cut or calibrated"):
+        edit(tmp_path / "cut", Change(remove=["a"]), out, by_difference=True)
+    manifest = json.loads((tmp_path / "m" / "plait.json").read_text())
+    del manifest["result"]["adapters"]
+    (tmp_path / "m" / "plait.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="does not name its inputs"):
+        edit(tmp_path / "m", Change(remove=["a"]), out)
+    assert not out.exists()
