@@ -7,6 +7,19 @@ import sys
 import typer
 
 from plait import __version__
+from plait.cli import formats, merging, recipes, stages, statistics, study
+from plait.cli.output import guarded
+
+app = typer.Typer(
+    name="plait",
+    help="LoRA adapters that merge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for module in (recipes, statistics, stages, merging, formats, study):
     module.register(app)
 
 
