@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
@@ -50,6 +52,7 @@ def initial_adapters(
     tasks: Sequence[str] | None = None,
     seed: int = 0,
     background: Sequence[Statistics] = (),
+    device: torch.device | str = "cpu",
 ) -> dict[str, tuple[Adapter, dict[str, Any]]]:
     """Adapters with B = 0 whose A lies in each task's subspace, and what to remember of how it was chosen.
 
@@ -61,6 +64,7 @@ def initial_adapters(
         tasks: Which of them get an adapter; all by default.
         seed: Of methods that draw at random.
         background: Statistics of public text that stand for tasks nobody knows yet.
+        device: Where to solve.
     """
     found = compute_subspaces(
         settings.method,
@@ -72,6 +76,7 @@ def initial_adapters(
         seed=seed,
         background=list(background) or None,
         background_weight=settings.background_weight,
+        device=device,
     )
     made = {}
     for task, subspaces in found.items():

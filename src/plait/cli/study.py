@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     job = typer.Typer(help="Single batches of a study, for schedulers.", no_args_is_help=True)
     job.command("list")(list_batches)
     job.command("run")(run_job)
+    job.command("serve")(serve)
     app.add_typer(job, name="job")
 
 
@@ -45,7 +47,9 @@ def run(
     require_known(executor, ["serial", "processes", "ray"], "executor")
     found = read_study(study, sets)
     layout = Layout(found, out)
-    done = run_study(found, out, executor_of(executor, layout, workers), layout=layout, seconds=seconds, quiet=quiet)
+    runs = executor_of(executor, layout, workers)
+    with contextlib.closing(runs):
+        done = run_study(found, out, runs, layout=layout, seconds=seconds, quiet=quiet)
     said = "finished" if done["finished"] else f"not finished: {done['left']} units of wave {done['wave']!r} left"
     emit(done, as_json, f"{said}, {done['seconds']:.0f} s")
 
@@ -91,14 +95,22 @@ def run_job(
     as_json: Json = False,
 ) -> None:
     """Do one batch of a study."""
-    import json
-
     from plait.progress import Progress
     from plait.store import read_json
     from plait.study.executor import run_batch
     from plait.study.run import told
 
-    batch = json.loads(sys.stdin.read()) if job == "-" else read_json(Path(job))
+    batch = read_json(job)
     progress = Progress(len(batch["units"]), len(batch["units"]), quiet)
     done = run_batch(batch, tell=told(progress))
     emit({"done": done}, as_json, f"{done} units")
+
+
+def serve() -> None:
+    """Do batches that come as lines on standard input, for `study run --executor processes`."""
+    from plait.study import executor
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=True)
+
+    executor.serve(sys.stdin, typer.echo, tell)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +34,9 @@ class Executor(Protocol):
         Raises:
             RunError: A batch failed on every try.
         """
+
+    def close(self) -> None:
+        """Let go of what is held."""
 
 
 def batch_of(study: Study, out: Path, units: Sequence[Unit], until: float | None = None) -> dict[str, Any]:
@@ -66,59 +72,79 @@ class InProcess:
         for batch in batches:
             run_batch(batch, self.layout, tell)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class Processes:
-    """One process a worker; worker i sees GPU i alone, where there are GPUs."""
+    """One process a worker, alive from wave to wave with the base loaded; worker i sees GPU i alone, where there are GPUs."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._alive: dict[int, subprocess.Popen[str]] = {}
 
     def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
         """Do all batches, as many at once as there are workers."""
-        waiting = [(batch, 0) for batch in batches]
-        running: dict[int, tuple[subprocess.Popen[bytes], dict[str, Any], int]] = {}
-        try:
-            while waiting or running:
-                for slot in [s for s in range(self.workers) if s not in running and waiting]:
-                    batch, tries = waiting.pop(0)
-                    running[slot] = (_start(slot, batch), batch, tries)
-                for slot, (process, batch, tries) in list(running.items()):
-                    code = process.poll()
+        waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        for batch in batches:
+            waiting.put(batch)
+        with ThreadPoolExecutor(self.workers) as pool:
+            for future in [pool.submit(self._serve, slot, waiting, tell) for slot in range(self.workers)]:
+                future.result()
+
+    def _serve(self, slot: int, waiting: queue.SimpleQueue[dict[str, Any]], tell: Told) -> None:
+        """Give a worker batches until none is left; a killed worker is replaced, an error is not repeated."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                batch = waiting.get_nowait()
+                for attempt in range(RETRIES + 1):
+                    code = self._ask(slot, batch)
                     if code is None:
-                        continue
-                    del running[slot]
-                    if code:
-                        waiting.append((batch, _next_try(code, tries, tell)))
-                time.sleep(0.05)
-        finally:
-            for process, _, _ in running.values():
-                process.terminate()
+                        break
+                    if code > 0 or attempt == RETRIES:
+                        raise RunError(f"a worker ended with code {code}", hint="its message stands above")
+                    tell(f"a worker was lost (signal {-code}); its batch is done again")
+
+    def _ask(self, slot: int, batch: dict[str, Any]) -> int | None:
+        """Have a worker do one batch; None, or the exit code with which it ended instead."""
+        if slot not in self._alive:
+            self._alive[slot] = _start(slot)
+        worker = self._alive[slot]
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(batch), file=worker.stdin, flush=True)
+            if worker.stdout is not None and worker.stdout.readline():
+                return None
+        del self._alive[slot]
+        return worker.wait()
+
+    def close(self) -> None:
+        """Let the workers go."""
+        for worker in self._alive.values():
+            if worker.stdin is not None:
+                worker.stdin.close()
+            worker.wait()
+        self._alive.clear()
 
 
-def _start(slot: int, batch: dict[str, Any]) -> subprocess.Popen[bytes]:
+def _start(slot: int) -> subprocess.Popen[str]:
     import torch
 
     environment = dict(os.environ)
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "plait", "job", "run", "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-    )
-    assert process.stdin is not None  # asked for above
-    process.stdin.write(json.dumps(batch).encode())
-    process.stdin.close()
-    return process
+    command = [sys.executable, "-m", "plait", "job", "serve"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
 
 
-def _next_try(code: int, tries: int, tell: Told) -> int:
-    """Tries so far of a batch whose worker ended with a code: killed workers are replaced, errors are not repeated."""
-    if code > 0 or tries + 1 >= RETRIES:
-        raise RunError(f"a worker ended with code {code}", hint="its message stands above")
-    tell(f"a worker was lost (signal {-code}); its batch is done again")
-    return tries + 1
+def serve(batches: Iterable[str], answer: Callable[[str], None], tell: Told) -> None:
+    """Do batches as they come, one JSON line each, answering each with a line; the base stays loaded between them."""
+    layout: Layout | None = None
+    for line in batches:
+        batch = json.loads(line)
+        study = parse_study(batch["study"], "batch")
+        if layout is None or layout.study != study:
+            layout = Layout(study, Path(batch["out"]))
+        answer(json.dumps({"done": run_batch(batch, layout, tell)}))
 
 
 class RayCluster:
@@ -154,6 +180,9 @@ class RayCluster:
             except ray.exceptions.RayError as e:
                 raise RunError(f"a batch failed: {str(e).strip().splitlines()[-1]}") from e
             tell(f"{len(waiting)} batches left")
+
+    def close(self) -> None:
+        """The cluster is not ours to stop."""
 
 
 def executor_of(name: str, layout: Layout, workers: int | None) -> Executor:

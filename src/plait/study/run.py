@@ -88,15 +88,18 @@ def write_jobs(study: Study, out: Path, to: Path, workers: int) -> dict[str, Any
 
 
 def parts(units: Sequence[Unit], workers: int) -> list[list[Unit]]:
-    """Units in batches for the workers: trainings dealt out once, as fleets; scores of one training stay together."""
+    """Units in batches for the workers, about equal: what concerns one seed, and one training, stays together."""
     groups: dict[Any, list[Unit]] = {}
-    for u in units:
+    for u in sorted(units, key=lambda u: (u.variant, u.seed)):
         key = u if u.stage in (TRAIN, REPAIR) else (u.variant, u.arm, u.rate, u.step, u.seed)
         groups.setdefault(key, []).append(u)
-    dealt: list[list[Unit]] = [[] for _ in range(min(workers, len(groups)))]
-    for group in sorted(groups.values(), key=lambda g: -_weight(g)):
-        min(dealt, key=_weight).extend(group)
-    return [part for part in dealt if part]
+    share = _weight(units) / min(workers, len(groups))
+    dealt: list[list[Unit]] = [[]]
+    for group in groups.values():
+        if dealt[-1] and sum(_weight(p) for p in dealt) + _weight(group) / 2 > share * len(dealt):
+            dealt.append([])
+        dealt[-1] += group
+    return dealt
 
 
 def _weight(units: Sequence[Unit]) -> int:

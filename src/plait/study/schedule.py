@@ -97,10 +97,12 @@ def tuning_merges(layout: Layout) -> list[str]:
 def result(layout: Layout, unit: Unit) -> dict[str, Any]:
     """What a unit has left in its manifest."""
     here = layout.of(unit)
-    manifest = read_manifest(here.path(unit))
-    if manifest is None:
-        raise RunError("a unit is not done", where=unit.label)
-    return manifest["result"]  # type: ignore[no-any-return]
+    if ("result", unit) not in here.known:
+        manifest = read_manifest(here.path(unit))
+        if manifest is None:
+            raise RunError("a unit is not done", where=unit.label)
+        here.known["result", unit] = manifest["result"]
+    return here.known["result", unit]  # type: ignore[no-any-return]
 
 
 def swept(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:

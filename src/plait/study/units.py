@@ -71,6 +71,7 @@ class Layout:
         study: The study.
         out: Its folder; results are addressed by content, so studies may share one.
         shared: The session whose loaded base a variant uses.
+        known: What does not change any more once it is known: keys, what is done, results, choices.
     """
 
     study: Study
@@ -78,6 +79,8 @@ class Layout:
     shared: Session | None = None
     _variants: dict[str, Layout] = field(default_factory=dict)
     _read: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    _wanted: dict[tuple[Unit, str], dict[str, Any]] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def session(self) -> Session:
@@ -142,22 +145,30 @@ class Layout:
 
     def wanted(self, unit: Unit, task: str = "") -> dict[str, Any]:
         """The identity of a unit's result; of a train unit's, for one task."""
-        makers = {STATISTICS: self._statistics, TRAIN: self._train, REPAIR: self._repair}
-        options, inputs = makers.get(unit.stage, self._scored)(unit)
-        if task:
-            options = {**options, "task": task}
-        return identity(f"study-{unit.stage}", options, inputs, unit.seed)
+        if (unit, task) not in self._wanted:
+            makers = {STATISTICS: self._statistics, TRAIN: self._train, REPAIR: self._repair}
+            options, inputs = makers.get(unit.stage, self._scored)(unit)
+            if task:
+                options = {**options, "task": task}
+            self._wanted[unit, task] = identity(f"study-{unit.stage}", options, inputs, unit.seed)
+        return self._wanted[unit, task]
 
     def path(self, unit: Unit) -> Path:
         """The folder of a unit's result."""
-        return self.out / unit.stage / sha256_json(self.wanted(unit))[:24]
+        return self.out / unit.stage / self.key(unit)[:24]
 
     def done(self, unit: Unit) -> bool:
         """Whether a unit's result is there, whole."""
-        path = self.path(unit)
-        if unit.stage in (TRAIN, REPAIR):
-            return all(is_done(path / t, self.wanted(unit, t)) for t in self.session.tasks)
-        return is_done(path, self.wanted(unit))
+        if ("done", unit) not in self.known:
+            path = self.path(unit)
+            if unit.stage in (TRAIN, REPAIR):
+                found = all(is_done(path / t, self.wanted(unit, t)) for t in self.session.tasks)
+            else:
+                found = is_done(path, self.wanted(unit))
+            if not found:
+                return False
+            self.known["done", unit] = True
+        return True
 
     def _statistics(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
         study = self.study
@@ -229,7 +240,9 @@ class Layout:
 
     def key(self, unit: Unit) -> str:
         """Hash of a unit's identity."""
-        return sha256_json(self.wanted(unit))
+        if ("key", unit) not in self.known:
+            self.known["key", unit] = sha256_json(self.wanted(unit))
+        return self.known["key", unit]  # type: ignore[no-any-return]
 
 
 def pending(layout: Layout, units: Sequence[Unit]) -> list[Unit]:

@@ -47,7 +47,7 @@ def do(units: Sequence[Unit], layout: Layout, *, tell: Told = lambda text: None,
     trainings = [u for u in units if u.stage in (TRAIN, REPAIR)]
     if trainings:
         tell(f"training {len(trainings)} sets of adapters")
-        train(trainings, layout)
+        train(trainings, layout, tell)
     done = len(trainings)
     others = [u for u in units if u.stage not in (TRAIN, REPAIR)]
     with ThreadPoolExecutor(1) as ahead:  # the next merge is computed while this one is scored
@@ -105,12 +105,18 @@ def statistics_of(unit: Unit, layout: Layout) -> tuple[dict[str, Statistics], li
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(units: Sequence[Unit], layout: Layout) -> None:
+def train(units: Sequence[Unit], layout: Layout, tell: Told = lambda text: None) -> None:
     """Train the adapters of several units together; members that are done already are left alone."""
     members: list[Member] = []
-    for unit in sorted(units, key=lambda u: layout.of(u).key(layout.of(u).statistics_unit(u))):
+
+    def alike(unit: Unit) -> tuple[str, str, int]:
+        here = layout.of(unit)
+        return here.key(here.statistics_unit(unit)), unit.arm, unit.seed
+
+    for unit in sorted(units, key=alike):
         here = layout.of(unit)
         members += _repairs(unit, here) if unit.stage == REPAIR else _members(unit, here)
+    tell(f"{len(members)} adapters are ready to be trained")
     train_fleet(members, layout.session.base)
 
 
@@ -137,6 +143,16 @@ def _member(
 def _initial(
     unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
 ) -> dict[str, Adapter]:
+    """Initial adapters of an arm and seed; arms that differ in training alone, and all rates, share them."""
+    arm = layout.study.arm(unit.arm)
+    start = [str(getattr(arm, k)) for k in ("method", "row_norm", "options", "rank", "known", "background", "joint")]
+    key = (layout.path(layout.statistics_unit(unit)), unit.seed, *start, str(layout.study.lora))
+    return layout.cached(key, lambda: _made(unit, layout, statistics, background))
+
+
+def _made(
+    unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
+) -> dict[str, Adapter]:
     arm, recipe = layout.study.arm(unit.arm), layout.study
     rank = arm.rank or recipe.lora.rank
     targets = recipe.lora.target_modules
@@ -151,19 +167,19 @@ def _initial(
         targets if isinstance(targets, str) else tuple(targets),
     )
     common: dict[str, Any] = {"base": recipe.base.model, "revision": recipe.base.revision, "seed": unit.seed}
-    common["background"] = background if arm.background else ()
+    common |= {"background": background if arm.background else (), "device": layout.session.base.torch_device}
     names = list(statistics)
     if arm.known is not None:
-        made = {}
+        found = {}
         for i, task in enumerate(names):
             known = [names[(i + k) % len(names)] for k in range(arm.known + 1)]
-            made |= initial_adapters({n: statistics[n] for n in known}, settings, tasks=[task], **common)
+            found |= initial_adapters({n: statistics[n] for n in known}, settings, tasks=[task], **common)
     elif arm.joint:
         first = initial_adapters(statistics, settings, tasks=names[:1], **common)[names[0]]
-        made = dict.fromkeys(names, first)
+        found = dict.fromkeys(names, first)
     else:
-        made = initial_adapters(statistics, settings, **common)
-    return {task: adapter for task, (adapter, _) in made.items()}
+        found = initial_adapters(statistics, settings, **common)
+    return {task: adapter for task, (adapter, _) in found.items()}
 
 
 def _repairs(unit: Unit, layout: Layout) -> list[Member]:

@@ -158,4 +158,4 @@ def _padded_mean(x: SiteInputs, task: str) -> Float[Tensor, " d"]:
     moments = x.moments[task]
     if moments.padded_total is None or not moments.padded_count:
         raise InputError(f"the statistics of task {task!r} hold no mean over padded positions", where=x.name)
-    return moments.padded_total.to(x.device, torch.float64) / moments.padded_count
+    return moments.padded_total.cpu().double() / moments.padded_count  # on the CPU: the completion is LAPACK's
