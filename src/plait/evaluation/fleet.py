@@ -73,7 +73,8 @@ def predict_many(
     if kind in TEXT_KINDS and not (kind == "causal" and takes_trees(model)):
         return [evaluator.predict(task, c.head, c.adapter, c.scale, rows) for c in candidates]
     bank, tree = _bank(evaluator, task, rows)
-    candidates = [replace(c, adapter=in_backbone(model, c.adapter)) if c.adapter else c for c in candidates]
+    renamed = {id(c.adapter): in_backbone(model, c.adapter) for c in candidates if c.adapter is not None}
+    candidates = [replace(c, adapter=renamed.get(id(c.adapter))) for c in candidates]
     adapters = [c.adapter for c in candidates if c.adapter is not None]
     shapes = common_shapes(adapters, backbone_of(model)[0])
     size = limit or _size(bank)
@@ -143,7 +144,7 @@ def _predict(
     tree: AnswerTree | None,
 ) -> list[Logits]:
     like = next(p for p in ends.backbone.parameters() if p.is_floating_point())
-    updates = {name: _stack(name, shape, candidates, like) for name, shape in shapes.items()}
+    updates = {name: stack(name, shape, candidates, like) for name, shape in shapes.items()}
     heads = {k: torch.stack([c.head[k] for c in candidates]).to(like) for k in candidates[0].head}
     order = np.argsort(bank.lengths, kind="stable")[::-1].copy()
     places = torch.from_numpy(order).to(like.device)
@@ -181,14 +182,24 @@ def _tree_pass(ends: Ends, bank: RowBank, places: Tensor, length: int, tree: Ans
     return by_member(tree_scores(ends, tree, ids, lengths), candidates)
 
 
-def _stack(
+def stack(
     name: str, shape: tuple[int, int, int], candidates: Sequence[Candidate], like: nn.Parameter
 ) -> StackedFactors:
-    """Scale and scaling are multiplied into B in float32, then both factors take the base's dtype."""
+    """One module's factors of all candidates; an adapter that occurs at several scales is put on the device once.
+
+    Scale and scaling are multiplied into B in float32, then both factors take the base's dtype.
+    """
     rank, n_out, n_in = shape
-    A, B = torch.zeros(len(candidates), rank, n_in), torch.zeros(len(candidates), n_out, rank)
-    for i, c in enumerate(candidates):
-        if c.adapter is not None and c.scale != 0.0:
-            a, b, scaling = padded_factors(c.adapter, name, shape)
-            A[i], B[i] = a, b * (scaling * c.scale)
-    return StackedFactors(A.to(like.device, like.dtype), B.to(like.device, like.dtype))
+    worn = {id(c.adapter): c.adapter for c in candidates if c.adapter is not None}
+    device = like.device
+    A, B = torch.zeros(1 + len(worn), rank, n_in), torch.zeros(1 + len(worn), n_out, rank)
+    for i, adapter in enumerate(worn.values(), 1):
+        A[i], b, scaling = padded_factors(adapter, name, shape)
+        B[i] = b * scaling
+    places = {None: 0} | {key: i for i, key in enumerate(worn, 1)}
+    chosen = torch.tensor([places[None if c.adapter is None else id(c.adapter)] for c in candidates], device=device)
+    scales = torch.tensor([c.scale for c in candidates], device=device)[:, None, None]
+    return StackedFactors(
+        A.to(device).to(like.dtype).index_select(0, chosen),
+        (B.to(device).index_select(0, chosen) * scales).to(like.dtype),
+    )

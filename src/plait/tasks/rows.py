@@ -162,7 +162,11 @@ def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:
 def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     place = task.source.train if split == "train" else task.source.validation or task.source.train
     wanted = [*task.text_columns, task.label_column]
-    table = _hub_table(place, task) if place.startswith("hub:") else _file_table(Path(root or ".") / place, task)
+    table = (
+        _hub_table(place, task)
+        if place.startswith("hub:")
+        else read_table(Path(root or ".") / place, task.text_columns)
+    )
     missing = [c for c in wanted if c not in table.column_names]
     if missing:
         raise InputError(
@@ -188,7 +192,12 @@ def _require_plain(table: pa.Table, name: str, task: Task, split: str) -> None:
         raise InputError(f"column {name!r} is not UTF-8", where=_where(task, split), hint="save it as UTF-8") from None
 
 
-def _file_table(path: Path, task: Task) -> pa.Table:
+def read_table(path: Path, text_columns: Sequence[str] = ()) -> pa.Table:
+    """A csv, tsv, jsonl or parquet file, whole; in csv and tsv the text columns are read as text whatever they hold.
+
+    Raises:
+        InputError: No such file, another kind of file, or a damaged one.
+    """
     import pyarrow as pa
     from pyarrow import csv, json, parquet
 
@@ -201,9 +210,7 @@ def _file_table(path: Path, task: Task) -> pa.Table:
             return json.read_json(path, read_options=json.ReadOptions(block_size=_LINE_LIMIT))
         if kind in (".csv", ".tsv"):
             delimiter = "\t" if kind == ".tsv" else ","
-            strings = csv.ConvertOptions(
-                column_types={c: pa.string() for c in task.text_columns}, strings_can_be_null=False
-            )
+            strings = csv.ConvertOptions(column_types={c: pa.string() for c in text_columns}, strings_can_be_null=False)
             parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
             return csv.read_csv(path, csv.ReadOptions(block_size=_LINE_LIMIT), parse, strings)
     except (pa.ArrowException, OSError) as e:

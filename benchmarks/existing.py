@@ -1,0 +1,289 @@
+"""Merging adapters that know nothing of each other, without labels: how much of what labels could reach is reached.
+
+    python benchmarks/existing.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --out docs/results
+
+`--adapters` holds seed-S/TASK folders as `plait run` writes them. For every seed: all candidates (methods x pico x scales)
+are scored by fidelity on unlabelled training texts and by labels on validation rows; halves of the validation rows take
+turns in choosing (by labels) and reporting. A seed that --out/existing.json already holds is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import existing_page
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from plait.adapters.lora import Adapter
+from plait.adapters.peft_format import read_adapter
+from plait.base import BaseModel
+from plait.evaluation.evaluate import halves, scored_labels
+from plait.evaluation.scores import REPORTED, SELECTION
+from plait.fidelity.candidates import SCALES, Tried, merged_by, recipes
+from plait.fidelity.choose import Scored, groups_of, refined_weights, scaled
+from plait.fidelity.distil import distil
+from plait.fidelity.factors_only import choose_by_factors
+from plait.fidelity.candidates import METHODS
+from plait.fidelity.measure import AGGREGATES
+from plait.fidelity.moments import collect_moments, merged_kinds
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.score import fidelities, outputs
+from plait.fidelity.teachers import HeadLesson
+from plait.store import versions
+from plait.tasks import glue_task, load_examples, load_task
+from plait.tasks.metrics import primary, scores
+
+GLUE = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"
+
+
+class Judge:
+    """True scores on the two halves of the validation rows.
+
+    Args:
+        panel: Whose base and adapters.
+        tasks, validation: Name -> task, and its validation rows.
+        rows: At most so many of each half of each task; 0 for all.
+    """
+
+    def __init__(self, panel: Panel, tasks, validation, rows: int) -> None:
+        parts = {n: halves(len(e)) for n, e in validation.items()}
+        self.halves = {}
+        kept = {}
+        for n, found in parts.items():
+            rng = np.random.default_rng(1)
+            cut = [np.sort(rng.permutation(found[h])[:rows] if rows else found[h]) for h in (SELECTION, REPORTED)]
+            order = np.concatenate(cut)
+            kept[n] = validation[n].take(order)
+            self.halves[n] = [np.arange(len(cut[0])), np.arange(len(cut[0]), len(order))]
+        self.tasks, self.rows = tasks, kept
+        self.panel = panel.with_texts({n: e.texts for n, e in kept.items()})
+
+    def scores(self, worn: Sequence[Any]) -> np.ndarray:
+        """(merges, halves, tasks) scores in percent; each task may wear its own where a mapping is given."""
+        found = np.zeros((len(worn), 2, len(self.panel.parts)))
+        for j, part in enumerate(self.panel.parts):
+            labels = scored_labels(self.tasks[part.name], self.rows[part.name])
+            mine = [w[part.name] if isinstance(w, dict) else w for w in worn]
+            for i, logits in enumerate(outputs(self.panel, part, mine)):
+                for h, chosen in enumerate(self.halves[part.name]):
+                    metrics = self.tasks[part.name].metrics
+                    found[i, h, j] = primary(scores(metrics, logits[chosen], labels[chosen]))
+        return found
+
+    def lesson(self, half: int, rows: int) -> tuple[Panel, HeadLesson]:
+        """The labels of one half, to be learnt from."""
+        chosen = {n: h[half][:rows] for n, h in self.halves.items()}
+        texts = {n: self.rows[n].take(c).texts for n, c in chosen.items()}
+        panel = self.panel.with_texts(texts)
+        labels = {n: scored_labels(self.tasks[n], self.rows[n])[c] for n, c in chosen.items()}
+        return panel, HeadLesson(panel, labels)
+
+
+def one_seed(base: BaseModel, adapters: list[Adapter], tasks, validation, texts, a: argparse.Namespace) -> dict[str, Any]:
+    """Everything about the adapters of one seed."""
+    clock = {"start": time.perf_counter()}
+    panel = Panel(base, parts_of(adapters), texts, max_length=a.length)
+    grid, full = Judge(panel, tasks, validation, a.grid_rows), Judge(panel, tasks, validation, a.rows)
+    moments = collect_moments(panel)
+    tried = [Tried(r, merged_by(r, adapters, moments)) for r in recipes(merged_kinds(moments))]
+    entries = [(t, s) for t in tried for s in a.scales]
+    tick(clock, "merge")
+    fidelity = fidelities(panel, [(t.adapter, s) for t, s in entries])
+    tick(clock, "fidelity")
+    by_label = grid.scores([(t.adapter, s) for t, s in entries])
+    tick(clock, "grid")
+    arms, facts = label_free(panel, adapters, moments, entries, fidelity, a)
+    tick(clock, "label_free")
+    oracles = [oracle(grid, adapters, entries, by_label, half, a) for half in (0, 1)]
+    tick(clock, "oracle")
+    rows = reported(full, panel, arms, entries, by_label, oracles)
+    tick(clock, "reported")
+    truth = by_label.mean((1, 2))
+    return {
+        **rows,
+        **facts,
+        "candidates": [
+            {
+                "candidate": t.recipe.label, "scale": s, "score": float(truth[i]),
+                "fidelity": {k: f([*fidelity[i].tasks]) for k, f in AGGREGATES.items()},
+            }
+            for i, (t, s) in enumerate(entries)
+        ],
+        "seconds": {k: v for k, v in clock.items() if k not in ("start", "last")},
+    }  # fmt: skip
+
+
+def tick(clock: dict[str, float], name: str) -> None:
+    """Seconds since the last call, under a name."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    clock[name] = now - clock.get("last", clock["start"])
+    clock["last"] = now
+    print(f"  {name} {clock[name]:.1f} s", flush=True)
+
+
+def label_free(panel, adapters, moments, entries, fidelity, a) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What would be chosen from factors alone, and from the texts: as it is, its weights learnt, repaired."""
+    blind, record = choose_by_factors(adapters, METHODS, a.scales)
+    best = max(range(len(entries)), key=lambda i: fidelity[i].score)
+    tried, scale = entries[best]
+    chosen = Scored(tried, scale, fidelity[best], a.texts)
+    plain = scaled(tried.adapter, scale)
+    refined, _, held = refined_weights(panel, adapters, chosen, moments, a.steps, 0)
+    kept = refined if held["refined"] > held["chosen"] else plain
+    mended = distil(panel, kept, learns="factors", steps=a.steps)
+    arms = {
+        "no text": (blind, 1.0),
+        "100 texts, chosen": (plain, 1.0),
+        "100 texts": (kept, 1.0),
+        "100 texts, repaired": (mended.adapter, 1.0),
+    }
+    facts = {
+        "chosen_no_text": record["chosen"],
+        "chosen_100_texts": {"candidate": tried.recipe.label, "scale": scale, "held_out": held},
+    }
+    return arms, facts
+
+
+def oracle(grid: Judge, adapters, entries, by_label, half: int, a) -> list[tuple[str, Any]]:
+    """Merges that labels of one half lead to: the best candidate, and weights per adapter and module learnt on the labels.
+
+    Learnt from three starts: the best candidate, and the best of those that keep the adapters' ranks apart.
+    """
+    means = by_label[:, half].mean(1)
+    order = np.argsort(-means)
+    best = entries[order[0]]
+    found = [(f"grid: {best[0].recipe.label} at {best[1]:g}", (best[0].adapter, best[1]))]
+    apart = [entries[i] for i in order if len(next(iter(groups_of(entries[i][0], adapters).values()))) > 1]
+    panel, lesson = grid.lesson(half, a.oracle_rows)
+    starts = {id(e[0]): e for e in (best, apart[0], next(e for e in apart if e[0].recipe.method != apart[0][0].recipe.method))}
+    for tried, scale in starts.values():
+        done = distil(
+            panel, scaled(tried.adapter, scale), learns="weights", groups=groups_of(tried, adapters),
+            steps=a.steps, batch=16, lesson=lesson,
+        )  # fmt: skip
+        found.append((f"weights learnt from {tried.recipe.label} at {scale:g}", (done.adapter, 1.0)))
+    scored = grid.scores([w for _, w in found])[:, half].mean(1)
+    return [found[int(np.argmax(scored))]]
+
+
+def reported(full: Judge, panel: Panel, arms, entries, by_label, oracles) -> dict[str, Any]:
+    """Scores on the half that did not choose, halves swapped and averaged; and recovered shares."""
+    labels = sorted({t.recipe.label for t, _ in entries})
+    picks = []
+    for half in (0, 1):
+        means = by_label[:, half].mean(1)
+        picks.append({m: max((i for i, (t, _) in enumerate(entries) if t.recipe.label == m), key=lambda i: means[i]) for m in labels})
+    indices = sorted({i for p in picks for i in p.values()})
+    alone = {p.name: (p.adapter, 1.0) for p in panel.parts}
+    worn = [alone, (None, 1.0), *arms.values(), *(o[0][1] for o in oracles), *((entries[i][0].adapter, entries[i][1]) for i in indices)]
+    found = full.scores(worn)
+    top, floor = found[0].mean(0), found[1].mean(0)
+    n = len(arms)
+    rows = {name: found[2 + i].mean(0) for i, name in enumerate(arms)}
+    rows["oracle"] = (found[2 + n][1] + found[3 + n][0]) / 2
+    for m in labels:
+        at = [4 + n + indices.index(picks[h][m]) for h in (0, 1)]
+        rows[f"{m}, best scale by labels"] = (found[at[0]][1] + found[at[1]][0]) / 2
+    names = [p.name for p in panel.parts]
+
+    def row(values: np.ndarray) -> dict[str, Any]:
+        share = (values.mean() - floor.mean()) / (top.mean() - floor.mean())
+        return {"mean": float(values.mean()), "recovered": float(share), "tasks": dict(zip(names, map(float, values), strict=True))}
+
+    scales = {m: [entries[picks[h][m]][1] for h in (0, 1)] for m in labels}
+    return {
+        "alone": row(top), "floor": row(floor), "rows": {k: row(v) for k, v in rows.items()},
+        "label_scales": scales, "oracles": [o[0][0] for o in oracles],
+    }  # fmt: skip
+
+
+def summary(seeds: dict[str, Any]) -> dict[str, Any]:
+    """The figures over all seeds."""
+
+    def mean(values) -> float:
+        return float(np.mean(list(values)))
+
+    names = list(next(iter(seeds.values()))["rows"])
+    recovered = {n: mean(s["rows"][n]["recovered"] for s in seeds.values()) for n in names}
+    ranks = {}
+    for kind in AGGREGATES:
+        each = [
+            spearmanr([c["fidelity"][kind] for c in s["candidates"]], [c["score"] for c in s["candidates"]]).statistic
+            for s in seeds.values()
+        ]
+        ranks[kind] = mean(each)
+    oracle_share = recovered["oracle"]
+    return {
+        "recovered_no_text": recovered["no text"],
+        "recovered_100_texts": recovered["100 texts"],
+        "recovered_oracle": oracle_share,
+        "share_of_oracle": recovered["100 texts"] / oracle_share if oracle_share > 0 else None,
+        "rank_correlation": ranks["score"],
+        "rank_correlations": ranks,
+        "recovered": recovered,
+    }
+
+
+def parsed() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--base", required=True)
+    p.add_argument("--data", required=True, type=Path, help="GLUE, laid out as TASK/train.parquet")
+    p.add_argument("--adapters", required=True, type=Path, help="folder of seed-S/TASK")
+    p.add_argument("--tasks", default=GLUE)
+    p.add_argument("--seeds", default="", help="0,1,2; all there are by default")
+    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--texts", type=int, default=100)
+    p.add_argument("--grid-rows", type=int, default=500, help="validation rows of each half and task that all candidates see")
+    p.add_argument("--rows", type=int, default=0, help="rows of each half that the chosen ones are reported on; 0 for all")
+    p.add_argument("--oracle-rows", type=int, default=500)
+    p.add_argument("--steps", type=int, default=100, help="of learning weights, repairing, and the oracle")
+    p.add_argument("--length", type=int, default=128)
+    p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=SCALES)
+    return p.parse_args()
+
+
+def main() -> None:
+    a = parsed()
+    started = time.perf_counter()
+    base = BaseModel(a.base, dtype=a.dtype, device=a.device)
+    names, root = a.tasks.split(","), a.data.absolute()
+    tasks = {n: load_task(glue_task(n, root), root=root) for n in names}
+    validation = {n: load_examples(tasks[n], "validation", root=root) for n in names}
+    found = [f"seed-{s}" for s in a.seeds.split(",") if s] or sorted(f.name for f in a.adapters.glob("seed-*"))
+    a.out.mkdir(parents=True, exist_ok=True)
+    file = a.out / "existing.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k in ("tasks", "texts", "grid_rows", "rows", "oracle_rows", "steps", "length", "scales", "dtype")}
+    settings |= {"base": Path(a.base).name, "scales": list(a.scales)}
+    if known.get("settings", settings) != settings:
+        raise SystemExit(f"{file} holds results of other settings; choose another --out")
+    seeds = known.get("seeds", {})
+    for seed in found:
+        if seed in seeds:
+            continue
+        print(seed, flush=True)
+        adapters = [read_adapter(a.adapters / seed / n, name=n) for n in names]
+        draw = int(seed.rpartition("-")[2])
+        texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + draw).texts for n in names}
+        seeds[seed] = one_seed(base, adapters, tasks, validation, texts, a)
+        device = torch.cuda.get_device_name() if base.torch_device.type == "cuda" else "CPU"
+        report = {**known, **summary(seeds), "settings": settings, "device": device, "versions": versions(), "seeds": seeds}
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        (a.out / "existing.md").write_text(existing_page.page(report))
+    print(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k.startswith(("recovered_", "share", "rank_correlation"))}))
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""docs/results/existing.md, written from existing.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COMMAND = """    python benchmarks/existing.py --base MPNET --data GLUE --adapters RUN/adapters/kaiming --dtype bfloat16 --out docs/results
+"""
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The whole page."""
+    settings, seeds = report["settings"], report["seeds"]
+    parts = [
+        "# Merging adapters that already exist: what was measured",
+        f"Everything here was written from `existing.json` by this command ({report['device']}, torch {report['versions'].get('torch')}):",
+        COMMAND,
+        _protocol(settings, seeds),
+        "## In one line each",
+        _headline(report),
+        "## Recovered",
+        "(merged - floor) / (alone - floor), of means over the tasks. The first rows chose without labels; \"best scale by labels\" "
+        "are single methods whose scale was chosen on one half of the validation rows and reported on the other, halves swapped "
+        "and averaged; so is the oracle.",
+        _recovered(report),
+        "## Does fidelity follow the true score?",
+        _ranks(report),
+        "## Per task",
+        _tasks(seeds),
+        "## What was chosen",
+        _chosen(seeds),
+    ]
+    if "causal" in report:
+        parts += ["## A small language model", _causal(report["causal"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
+    rows = settings["rows"] or "all"
+    return (
+        f"{len(seeds)} seeds ({', '.join(seeds)}) of plain kaiming adapters on {settings['base']}, trained apart on {settings['tasks']}. "
+        f"Label-free choices see {settings['texts']} training texts of each task without their labels, and no validation row. "
+        f"All candidates are scored by labels on up to {settings['grid_rows']} rows of each half of each validation set; what is "
+        f"chosen is reported on {rows} rows of the other half. The oracle takes the better of the best candidate and of weights per "
+        f"adapter and module learnt from up to {settings['oracle_rows']} labelled rows of each task, from three starts."
+    )
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    keys = ("recovered_no_text", "recovered_100_texts", "recovered_oracle", "share_of_oracle", "rank_correlation")
+    lines = ["| figure | value |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {k} | {_number(report[k])} |" for k in keys)])
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "not defined" if value is None else f"{value:.{digits}f}"
+
+
+def _recovered(report: Mapping[str, Any]) -> str:
+    seeds = report["seeds"]
+    lines = ["| merge | recovered | " + " | ".join(seeds) + " | mean score |", "|---|" + "---|" * (len(seeds) + 2)]
+    for name, value in sorted(report["recovered"].items(), key=lambda kv: -kv[1]):
+        each = [f"{s['rows'][name]['recovered']:.3f}" for s in seeds.values()]
+        mean = sum(s["rows"][name]["mean"] for s in seeds.values()) / len(seeds)
+        lines.append(f"| {name} | {value:.3f} | {' | '.join(each)} | {mean:.1f} |")
+    for name in ("alone", "floor"):
+        mean = sum(s[name]["mean"] for s in seeds.values()) / len(seeds)
+        lines.append(f"| {name} | {float(name == 'alone'):.0f} | {' | '.join('' for _ in seeds)} | {mean:.1f} |")
+    return "\n".join(lines)
+
+
+def _ranks(report: Mapping[str, Any]) -> str:
+    n = len(next(iter(report["seeds"].values()))["candidates"])
+    lines = [
+        f"Spearman's rank correlation between fidelity and the mean true score over {n} candidates, mean over seeds, by how the "
+        "adapters' fidelities are put together (`score` is what chooses):",
+        "",
+        "| aggregate | rank correlation |",
+        "|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {k} | {_number(v)} |" for k, v in report["rank_correlations"].items())])
+
+
+def _tasks(seeds: Mapping[str, Any]) -> str:
+    names = list(next(iter(seeds.values()))["alone"]["tasks"])
+    lines = ["| merge | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for key in ("alone", "floor", "no text", "100 texts", "100 texts, repaired", "oracle"):
+        found = [s[key] if key in ("alone", "floor") else s["rows"][key] for s in seeds.values()]
+        means = [sum(f["tasks"][n] for f in found) / len(found) for n in names]
+        lines.append(f"| {key} | " + " | ".join(f"{m:.1f}" for m in means) + " |")
+    return "\n".join(lines)
+
+
+def _chosen(seeds: Mapping[str, Any]) -> str:
+    lines = ["| seed | no text | 100 texts | held out: chosen, weights learnt | oracle, by half |", "|---|---|---|---|---|"]
+    for name, s in seeds.items():
+        a, b = s["chosen_no_text"], s["chosen_100_texts"]
+        held = f"{b['held_out']['chosen']:.3f}, {b['held_out']['refined']:.3f}"
+        lines.append(
+            f"| {name} | {a['candidate']} at {a['scale']:g} | {b['candidate']} at {b['scale']:g} | {held} | {'; '.join(s['oracles'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _causal(found: Mapping[str, Any]) -> str:
+    lines = [found["text"], "", "| merge | " + " | ".join(found["tasks"]) + " | KL to the base on general text |"]
+    lines.append("|---|" + "---|" * (len(found["tasks"]) + 1))
+    for row in found["rows"]:
+        kl = "" if row["general_kl"] is None else f"{row['general_kl']:.4f}"
+        lines.append(f"| {row['name']} | " + " | ".join(f"{row['scores'][t]:.1f}" for t in found["tasks"]) + f" | {kl} |")
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""What adapters that already exist want: `merge auto` (dispatched from merge) and `advise`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plait.cli.options import Device, Json, Overwrite, Seed
+from plait.cli.output import emit, table
+
+Given = Annotated[
+    list[str], typer.Argument(help="BASE (a folder or a hub name), then PEFT folders, DIR or NAME=DIR each.")
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="TASK=FILE", help="Up to 100 unlabelled texts of an adapter: .txt, or a table's FILE:COLUMN[,COLUMN]."),
+]  # fmt: skip
+General = Annotated[
+    str | None, typer.Option("--general", metavar="FILE", help="Texts of no task, for the KL to the base.")
+]
+Length = Annotated[int, typer.Option("--max-length", min=8, help="Tokens of a text that are read.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command()(advise)
+
+
+def advise(
+    given: Given,
+    text: Text = None,
+    general: General = None,
+    tolerate: Annotated[float, typer.Option("--tolerate", min=0, max=1, help="Share of an adapter that may be lost.")] = 0.1,
+    repair: Annotated[int, typer.Option("--repair", min=0, help="Steps of the repair that is tried; 0 for none.")] = 100,
+    length: Length = 128, device: Device = "auto", seed: Seed = 0, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Whether to merge at all: serving separately, merging, the best single adapter and a repair, side by side."""
+    from plait.fidelity.advise import AdviceSettings, advise_folders
+    from plait.fidelity.texts import parse_texts, read_place
+
+    settings = AdviceSettings(tolerate, repair, length, seed)
+    found = advise_folders(
+        given, parse_texts(text or []), read_place(general) if general else (), settings, device=device, tell=_tell
+    )
+    emit(found, as_json, advice_text(found))
+
+
+def auto(
+    given: list[str],
+    out: Path | None,
+    *,
+    text: list[str] | None,
+    general: str | None,
+    repair: int,
+    refine: int,
+    length: int,
+    rank: int | None,
+    base_id: str | None,
+    device: str,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """What `plait merge auto BASE ADAPTER...` does."""
+    from plait.errors import UsageError
+    from plait.fidelity.auto import AutoSettings, merge_auto_folders
+    from plait.fidelity.given import split_base
+    from plait.fidelity.texts import parse_texts, read_place
+
+    if out is None:
+        raise UsageError("where to?", hint="--out DIR")
+    base, folders = split_base(given, device)
+    found = merge_auto_folders(
+        folders, out, base=base, texts=parse_texts(text or []), general=read_place(general) if general else (),
+        settings=AutoSettings(repair=repair, refine=refine, rank=rank, max_length=length, seed=seed),
+        base_id=base_id, overwrite=overwrite, tell=_tell,
+    )  # fmt: skip
+    emit(found, as_json, auto_text(found))
+
+
+def _tell(what: str) -> None:
+    sys.stderr.write(f"{what}\n")
+
+
+def auto_text(found: dict[str, Any]) -> str:
+    """What was chosen, how close it is to every adapter, and the best of what else was tried."""
+    chosen = found["chosen"]
+    lines = [f"{chosen['candidate']} at scale {chosen['scale']:g} of {', '.join(found['tasks'])} -> {found['output']}"]
+    if found.get("reused"):
+        lines[0] += " (was there already)"
+    if chosen.get("weights"):
+        held = found["held_out"]
+        lines.append(
+            f"weights per adapter and module learnt: {held['chosen']:.3f} -> {held['refined']:.3f} on held-out texts"
+        )
+    if found.get("repair"):
+        lines.append(
+            f"repaired in {found['repair']['steps']} steps: loss {found['repair']['first_loss']:.3f} -> {found['repair']['last_loss']:.3f}"
+        )
+    if found.get("fidelity"):
+        lines += ["", fidelity_table(found["fidelity"])]
+    if found["evidence"]:
+        lines += ["", evidence_table(found["evidence"])]
+    if found["evidence"] and not found.get("fidelity"):
+        lines += [
+            "",
+            "Chosen from factors alone, on assumed inputs: give --text TASK=FILE for a choice that was measured.",
+        ]
+    return "\n".join(lines)
+
+
+def fidelity_table(fidelity: dict[str, Any]) -> str:
+    """Per adapter, the worst first."""
+    rows = [
+        [t["task"], f"{t['agreement']:.3f}", f"{t['agreement_base']:.3f}", f"{t['kl']:.4f}", f"{t['kl_base']:.4f}",
+         f"{t['shift'][-1]:.2f}" if t["shift"] else "", str(t["n"])]
+        for t in fidelity["tasks"]
+    ]  # fmt: skip
+    text = table(["adapter", "agreement", "base's", "KL", "base's", "last layer's shift", "n"], rows)
+    if fidelity["general_kl"] is not None:
+        text += f"\nKL to the base on general text: {fidelity['general_kl']:.4f}"
+    return text
+
+
+def evidence_table(evidence: list[dict[str, Any]], most: int = 12) -> str:
+    """The best candidates, each with the adapter it keeps least of."""
+    if "assumed_error" in evidence[0]:
+        rows = [
+            [r["candidate"], f"{r['scale']:g}", f"{r['assumed_error']:.3f}", r["tasks"][0]["task"]]
+            for r in evidence[:most]
+        ]
+        return table(["candidate", "scale", "error on assumed inputs", "worst"], rows)
+    rows = [
+        [r["candidate"], f"{r['scale']:g}", f"{r['score']:.3f}", r["tasks"][0]["task"], f"{r['tasks'][0]['agreement']:.3f}", str(r["texts"])]
+        for r in evidence[:most]
+    ]  # fmt: skip
+    return table(["candidate", "scale", "kept", "worst", "agreement there", "texts"], rows)
+
+
+def advice_text(found: dict[str, Any]) -> str:
+    """The options side by side, what is unknown, and the recommendation."""
+    rows = [
+        [o["option"], o["memory"], o["added_flops"], _share(o["kept"]), _share(o["worst"]), o["worst_task"] or ""]
+        for o in found["options"]
+    ]
+    lines = [table(["option", "memory", "work a token", "kept", "least kept", "of"], rows)]
+    lines += ["", *(f"- {n}" for n in found["notes"])]
+    if found["unknown"]:
+        lines += ["", "Not known:", *(f"- {u}" for u in found["unknown"])]
+    return "\n".join([*lines, "", f"Advice: {found['advice']}"])
+
+
+def _share(value: float | None) -> str:
+    return "?" if value is None else f"{100 * value:.0f} %"

@@ -1,0 +1,240 @@
+"""Should these adapters be merged? The ways to serve them side by side, what each costs and keeps, and an honest answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.lora import Adapter, truncated
+from plait.base import BaseModel
+from plait.fidelity import costs
+from plait.fidelity.auto import AutoSettings, merge_auto, repaired
+from plait.fidelity.choose import HELD_OUT, Tell
+from plait.fidelity.given import split_base
+from plait.fidelity.measure import Fidelity
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.proxy import mean_error, terms
+from plait.fidelity.score import fidelities
+from plait.fidelity.texts import Texts, split_off
+from plait.merging.align import align
+from plait.merging.folders import read_all
+
+_MB = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class AdviceSettings:
+    """What advice is asked for.
+
+    Args:
+        tolerate: Share of what an adapter does beyond the base that may be lost, in [0, 1].
+        repair: Steps of the repair that is tried.
+        max_length: Tokens a text.
+        seed: Of the order of the texts.
+    """
+
+    tolerate: float = 0.1
+    repair: int = 100
+    max_length: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to serve.
+
+    Args:
+        option: What it is.
+        memory: Of the weights, as a person reads it.
+        bytes: Of what is held beside the base (of the base too where its size is known).
+        added_flops: What it adds to the base's work a token, as a person reads it.
+        kept: Mean over adapters of what is kept of their agreement with themselves; None where nobody measured it.
+        worst, worst_task: The least kept, and of which adapter.
+    """
+
+    option: str
+    memory: str
+    bytes: int
+    added_flops: str
+    kept: float | None = None
+    worst: float | None = None
+    worst_task: str | None = None
+
+
+def advise_folders(
+    given: Sequence[str],
+    texts: Mapping[str, Texts],
+    general: Texts = (),
+    settings: AdviceSettings | None = None,
+    *,
+    device: str = "auto",
+    tell: Tell = lambda _: None,
+) -> dict[str, Any]:
+    """Advice on adapter folders, with or without a base, with or without texts.
+
+    Args:
+        given: BASE and folders, or folders alone.
+        texts: Adapter -> some of its texts; {} for none: then nothing that needs them is claimed.
+        general: Texts of no task.
+        settings: See `AdviceSettings`.
+        device: Where the base runs.
+        tell: Told what is being done.
+
+    Returns:
+        options, notes, unknown, advice, recommended, and the record of the merge that was looked at.
+    """
+    base, folders = split_base(given, device)
+    return advise(read_all(folders), base, texts, general=general, settings=settings, tell=tell)
+
+
+def advise(
+    adapters: Sequence[Adapter],
+    base: BaseModel | None = None,
+    texts: Mapping[str, Texts] | None = None,
+    *,
+    general: Texts = (),
+    settings: AdviceSettings | None = None,
+    tell: Tell = lambda _: None,
+) -> dict[str, Any]:
+    """The options, what each costs and keeps, and a recommendation; see `advise_folders`.
+
+    With texts, all figures of fidelity are on the quarter of them that neither choice nor repair has seen.
+
+    Raises:
+        InputError: Adapters that cannot be merged at all (other bases, other shapes): the reason is the advice.
+    """
+    chosen = settings or AdviceSettings()
+    common = align(adapters, None)
+    sizes = _base_sizes(base)
+    unknown = (
+        [] if sizes else [f"the base's size ({common.base} is not at hand as a folder): memory is given beside it"]
+    )
+    if not texts or base is None:
+        unknown += _unknown(adapters, base, bool(texts))
+        merged = merge_auto(adapters, settings=AutoSettings(seed=chosen.seed))
+        options = _options(adapters, sizes, {})
+        advice, name = _without_texts(adapters, merged.adapter), "measure first"
+        record = {k: merged.record[k] for k in ("chosen", "evidence")}
+    else:
+        panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
+        kept, record = _measured(panel, adapters, chosen, tell)
+        options = _options(adapters, sizes, kept)
+        advice, name = _recommend(options, chosen)
+    return {
+        "tasks": [a.name for a in adapters], "base": common.base, "options": [asdict(o) for o in options],
+        "notes": costs.vllm_notes(adapters), "unknown": unknown, "advice": advice, "recommended": name, **record,
+    }  # fmt: skip
+
+
+SEPARATELY, SINGLE = "serve separately", "the best single adapter"
+
+
+def _measured(
+    panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, tell: Tell
+) -> tuple[dict[str, Fidelity], dict[str, Any]]:
+    """Fidelity of every option on held-out texts."""
+    most, rest = split_off(panel.texts, HELD_OUT)
+    seen = panel.with_texts(most)
+    few = min(map(len, rest.values())) == 0
+    judged = panel if few else panel.with_texts(rest)
+    auto = AutoSettings(max_length=settings.max_length, seed=settings.seed)
+    merged = merge_auto(adapters, panel.base, seen.texts, general=panel.general, settings=auto, tell=tell)
+    r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
+    arms = {f"merged, rank {R}": merged.adapter, f"merged, cut to rank {r}": _at_rank(merged.adapter, r)}
+    record: dict[str, Any] = {k: merged.record[k] for k in ("chosen", "evidence")}
+    if settings.repair:
+        tell("repair")
+        arms[f"merged and repaired, rank {r}"], record["repair"] = repaired(
+            seen, _at_rank(merged.adapter, r), settings.repair, settings.seed
+        )
+        arms[f"merged and repaired, rank {R}"], _ = repaired(seen, merged.adapter, settings.repair, settings.seed)
+    singles = {f"{a.name} alone": a for a in adapters}
+    found = fidelities(judged, [(a, 1.0) for a in (*arms.values(), *singles.values())])
+    named = dict(zip((*arms, *singles), found, strict=True))
+    best = max(singles, key=lambda n: named[n].score)
+    kept = {n: f for n, f in named.items() if n in arms}
+    return {**kept, f"{SINGLE} ({best.removesuffix(' alone')})": named[best]}, record
+
+
+def _at_rank(adapter: Adapter, rank: int) -> Adapter:
+    return replace(adapter, modules={m: truncated(f, rank)[0] for m, f in adapter.modules.items()})
+
+
+def _options(adapters: Sequence[Adapter], sizes: tuple[int, int] | None, kept: Mapping[str, Fidelity]) -> list[Option]:
+    r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
+    heads = costs.head_bytes(adapters)
+    every = sum(map(costs.adapter_bytes, adapters))
+    rows = [_option(SEPARATELY, every, costs.added_flops(adapters, r), sizes)]
+    rows[0] = replace(rows[0], kept=1.0, worst=1.0)
+    names = [*kept] or [f"merged, rank {R}", f"merged, cut to rank {r}"]
+    for name in names:
+        single = name.startswith(SINGLE)
+        rank = r if single or f"rank {r}" == name.rpartition(", ")[2].removeprefix("cut to ") else R
+        size = costs.factors_at(adapters, rank) + heads
+        rows.append(_kept(_option(name, size, costs.added_flops(adapters, rank), sizes), kept.get(name)))
+        if name == f"merged, rank {R}":
+            rows.append(_kept(_option("merged, baked into the base", heads, 0, sizes), kept.get(name)))
+    return rows
+
+
+def _option(name: str, size: int, flops: int, sizes: tuple[int, int] | None) -> Option:
+    if sizes is None:
+        return Option(name, f"base + {size / _MB:.1f} MB", size, f"+{flops / 1e6:.2f} Mflop")
+    return Option(
+        name, f"{(sizes[0] + size) / _MB:.1f} MB", size + sizes[0], f"+{100 * flops / max(1, sizes[1]):.1f} %"
+    )
+
+
+def _kept(option: Option, found: Fidelity | None) -> Option:
+    if found is None:
+        return option
+    worst = min(found.tasks, key=lambda t: t.kept_agreement)
+    return replace(option, kept=found.score, worst=worst.kept_agreement, worst_task=worst.task)
+
+
+def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:
+    return costs.base_size(Path(base.name)) if base is not None and Path(base.name).is_dir() else None
+
+
+def _unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) -> list[str]:
+    found = ["what a merge keeps of each adapter: nobody can say without a few of its inputs"]
+    if texts and base is None:
+        found.append("the texts were not used: they are read by the base model, and none was given")
+    if any(not a.heads and a.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") for a in adapters):
+        found.append("what the adapters predict: one has neither a head nor a text task type")
+    return found
+
+
+def _without_texts(adapters: Sequence[Adapter], merged: Adapter) -> str:
+    found = terms(merged, adapters)
+    error = mean_error(found, 1.0)
+    worst = max(found, key=lambda t: found[t].error(1.0))
+    texts = " ".join(f"--text {a.name}=FILE" for a in adapters)
+    return (
+        f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
+        f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}); what that does to predictions is not "
+        f"known. With 20 to 100 unlabelled inputs of each and the base: plait advise BASE ADAPTER... {texts}"
+    )
+
+
+def _recommend(options: Sequence[Option], settings: AdviceSettings) -> tuple[str, str]:
+    """The cheapest option that keeps enough of the worst adapter; else serving separately."""
+    enough = 1.0 - settings.tolerate
+    good = [o for o in options if o.option != SEPARATELY and o.worst is not None and o.worst >= enough]
+    # A repair moves the model on inputs nobody looked at; so a merge without one goes before it, whatever it weighs.
+    good.sort(key=lambda o: ("repaired" in o.option, o.bytes))
+    if good:
+        o = good[0]
+        return (
+            f"{o.option}: keeps at least {100 * (o.worst or 0):.0f} % of every adapter on texts it has not seen.",
+            o.option,
+        )
+    merges = [o for o in options if o.kept is not None and o.option != SEPARATELY]
+    best = max(merges, key=lambda o: o.worst if o.worst is not None else float("-inf"))
+    return (
+        f"serve separately: even {best.option} keeps only {100 * (best.worst or 0):.0f} % of {best.worst_task}; "
+        f"at least {100 * enough:.0f} % was wanted (--tolerate).",
+        SEPARATELY,
+    )

@@ -1,0 +1,251 @@
+"""`merge auto`: the whole choice, from folders to a folder, with texts or from factors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from plait import store
+from plait.adapters.lora import Adapter, truncated
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.base import BaseModel, base_fingerprint
+from plait.errors import RunError, UsageError
+from plait.fidelity.candidates import METHODS, SCALES
+from plait.fidelity.choose import Choice, Tell, choose
+from plait.fidelity.distil import distil
+from plait.fidelity.factors_only import choose_by_factors
+from plait.fidelity.measure import Fidelity
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.score import fidelities
+from plait.fidelity.shift import hidden_shift
+from plait.fidelity.texts import Texts, checked
+from plait.merging.align import align
+from plait.merging.folders import read_all
+from plait.merging.outcome import discarded, provenance
+
+
+@dataclass(frozen=True, slots=True)
+class AutoSettings:
+    """What `merge_auto` may be told.
+
+    Args:
+        methods, scales: What is tried.
+        refine: Steps in which the winner's weights per adapter and module are learnt from the texts; 0 for none.
+        repair: Steps in which the winner's factors are distilled on the texts; 0 for none.
+        rank: Cut the result to this rank.
+        max_length: Tokens a text.
+        batch_size: Texts a pass, where a model is asked alone.
+        seed: Of the order of the texts.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    scales: tuple[float, ...] = SCALES
+    refine: int = 100
+    repair: int = 0
+    rank: int | None = None
+    max_length: int = 128
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.scales:
+            raise UsageError("nothing to try: methods and scales must not be empty")
+        if any(not 0 < s < 100 for s in self.scales):
+            raise UsageError(f"scales {list(self.scales)}, expected numbers above 0")
+        if min(self.refine, self.repair) < 0 or (self.rank is not None and self.rank < 1):
+            raise UsageError("steps must not be negative, and a rank is at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class AutoMerge:
+    """A merge that was chosen.
+
+    Args:
+        adapter: The result.
+        fidelity: Of the result on all texts, with hidden-state shifts; None without texts.
+        record: JSON-serialisable: what was chosen, the evidence, the inputs.
+    """
+
+    adapter: Adapter
+    fidelity: Fidelity | None
+    record: dict[str, Any]
+
+
+def merge_auto(
+    adapters: Sequence[Adapter],
+    base: BaseModel | None = None,
+    texts: Mapping[str, Texts] | None = None,
+    *,
+    general: Texts = (),
+    settings: AutoSettings | None = None,
+    base_id: str | None = None,
+    tell: Tell = lambda _: None,
+) -> AutoMerge:
+    """Merge adapters by the method, weights and scale that keep most of each, chosen without labels.
+
+    With texts, every method with and without pico at every scale is scored by fidelity (`plait.fidelity.measure`), and
+    the winner's weights per adapter and module are learnt on them; without, `choose_by_factors` decides.
+
+    Args:
+        adapters: At least one; a single one comes back unchanged.
+        base: Needed with texts.
+        texts: Adapter (or head) -> some of the texts it was made for, unlabelled.
+        general: Texts of no task in particular, for the KL to the base.
+        settings: See `AutoSettings`.
+        base_id: Base id of the result where the adapters name one base by different names.
+        tell: Told what is being done.
+
+    Raises:
+        UsageError: Texts without a base, for some adapters only, or for none of them; a repair without texts.
+        InputError: Adapters of different bases; one that makes no predictions.
+    """
+    chosen = settings or AutoSettings()
+    common = align(adapters, base_id)
+    record: dict[str, Any] = {
+        "tasks": [a.name for a in adapters],
+        "base": common.base,
+        "backbone_prefix": common.backbone_prefix,
+        "adapters": [provenance(a, 1.0) for a in adapters],
+    }
+    if not texts:
+        if chosen.repair:
+            raise UsageError("a repair distils on texts, and there are none", hint="--text TASK=FILE for every adapter")
+        return _without_texts(adapters, chosen, base_id, record)
+    if base is None:
+        raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
+    panel = Panel(
+        base, parts_of(adapters), {t: checked(x, f"texts of {t}") for t, x in texts.items()}, general,
+        chosen.batch_size, chosen.max_length,
+    )  # fmt: skip
+    if len(adapters) == 1:
+        return _finished(adapters[0], panel, chosen, {**record, "chosen": _ALONE, "evidence": []})
+    found = choose(
+        panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, seed=chosen.seed,
+        base=base_id, tell=tell,
+    )  # fmt: skip
+    record |= _chosen(found, {t: len(x) for t, x in panel.texts.items()})
+    adapter = found.adapter
+    if chosen.repair:
+        tell("repair")
+        adapter, record["repair"] = repaired(panel, adapter, chosen.repair, chosen.seed)
+    return _finished(adapter, panel, chosen, record)
+
+
+_ALONE = {"candidate": "the only adapter", "scale": 1.0}
+
+
+def repaired(panel: Panel, merge: Adapter, steps: int, seed: int = 0) -> tuple[Adapter, dict[str, Any]]:
+    """A merge after a short distillation of all adapters into its factors, and what that did."""
+    done = distil(panel, merge, learns="factors", steps=steps, seed=seed)
+    return done.adapter, {"steps": steps, "first_loss": done.first_loss, "last_loss": done.last_loss}
+
+
+def _without_texts(
+    adapters: Sequence[Adapter], settings: AutoSettings, base_id: str | None, record: dict[str, Any]
+) -> AutoMerge:
+    if len(adapters) == 1:
+        return _cut(AutoMerge(adapters[0], None, {**record, "chosen": _ALONE, "evidence": []}), settings.rank)
+    adapter, facts = choose_by_factors(adapters, settings.methods, settings.scales, base_id)
+    return _cut(AutoMerge(adapter, None, {**record, **facts, "fidelity": None}), settings.rank)
+
+
+def _chosen(found: Choice, texts: Mapping[str, int]) -> dict[str, Any]:
+    recipe = found.recipe
+    return {
+        "chosen": {
+            "candidate": recipe.label,
+            "method": recipe.method,
+            "calibrate": recipe.calibrate,
+            "moments": recipe.moments,
+            "scale": found.scale,
+            "weights": {m: list(w) for m, w in found.weights.items()},
+        },
+        "held_out": dict(found.held_out),
+        "texts": dict(texts),
+        "evidence": [s.record() for s in found.scored],
+    }
+
+
+def _finished(adapter: Adapter, panel: Panel, settings: AutoSettings, record: dict[str, Any]) -> AutoMerge:
+    """Cut to the wanted rank, and measured as it is then, layer by layer."""
+    cut = _cut(AutoMerge(adapter, None, record), settings.rank)
+    fidelity = fidelities(panel, [(cut.adapter, 1.0)])[0]
+    parts = {p.name: p for p in panel.parts}
+    tasks = [replace(t, shift=hidden_shift(panel, parts[t.task], cut.adapter)) for t in fidelity.tasks]
+    whole = Fidelity(tuple(tasks), fidelity.general_kl)
+    return AutoMerge(cut.adapter, whole, {**cut.record, "fidelity": whole.record()})
+
+
+def _cut(merge: AutoMerge, rank: int | None) -> AutoMerge:
+    if rank is None:
+        modules, lost = dict(merge.adapter.modules), dict.fromkeys(merge.adapter.modules, 0.0)
+    else:
+        pairs = {m: truncated(f, rank) for m, f in merge.adapter.modules.items()}
+        modules, lost = {m: f for m, (f, _) in pairs.items()}, {m: gone for m, (_, gone) in pairs.items()}
+    facts = {"rank": max(f.rank for f in modules.values()), **discarded(modules, lost)}
+    return AutoMerge(replace(merge.adapter, modules=modules), merge.fidelity, {**merge.record, **facts})
+
+
+def merge_auto_folders(
+    folders: Sequence[str],
+    out: Path,
+    *,
+    base: BaseModel | None = None,
+    texts: Mapping[str, Texts] | None = None,
+    general: Texts = (),
+    settings: AutoSettings | None = None,
+    base_id: str | None = None,
+    overwrite: bool = False,
+    tell: Tell = lambda _: None,
+) -> dict[str, Any]:
+    """`merge_auto` of PEFT folders into a PEFT folder whose manifest holds the evidence.
+
+    Args:
+        folders: ``DIR`` or ``NAME=DIR`` each.
+        out: The folder to write; a finished one of the same identity is kept.
+        base, texts, general, settings, base_id, tell: As `merge_auto` has them.
+        overwrite: Replace what stands at `out`.
+
+    Returns:
+        The record, with `output`; `reused` where the folder already held this result.
+    """
+    chosen = settings or AutoSettings()
+    adapters = read_all(folders)
+    options = {
+        "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine,
+        "repair": chosen.repair, "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
+    }  # fmt: skip
+    inputs = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in adapters}
+    inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in (texts or {}).items()}
+    inputs |= {"general": store.sha256_json(general)} if general else {}
+    inputs |= {"base": base_fingerprint(base)} if base is not None and texts else {}
+    wanted = store.identity("merge-auto", options, inputs, chosen.seed)
+    if store.is_done(out, wanted, overwrite=overwrite):
+        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    found = merge_auto(adapters, base, texts, general=general, settings=chosen, base_id=base_id, tell=tell)
+    merged = replace(found.adapter, name=out.name) if len(adapters) > 1 else found.adapter
+    result = {k: v for k, v in found.record.items()}
+    with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
+        write_adapter(stage, merged)
+        result["verification_error"] = _difference(read_adapter(stage, name="written"), merged)
+    return {**result, "output": str(out), "reused": False}
+
+
+def _difference(written: Adapter, meant: Adapter) -> float:
+    """The largest relative difference of any module's delta, as read back."""
+    worst = 0.0
+    for m, f in meant.modules.items():
+        g = written.modules.get(m)
+        pair = None if g is None else (g.folded(), f.folded())
+        if pair is None or pair[0].shape != pair[1].shape:
+            raise RunError("the written adapter lacks it", where=m, hint="nothing was written; please report this")
+        size = float(pair[1].A.norm() * pair[1].B.norm()) or 1.0
+        off = float(
+            (pair[0].B - pair[1].B).norm() * pair[1].A.norm() + (pair[0].A - pair[1].A).norm() * pair[1].B.norm()
+        )
+        worst = max(worst, off / size)
+    if not worst < 1e-3:
+        raise RunError(f"the written adapter differs from what was chosen by {worst:.2g}", hint="please report this")
+    return worst

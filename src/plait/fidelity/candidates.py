@@ -1,0 +1,88 @@
+"""Which merges are tried: methods, with and without pico, over a grid of scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from plait.adapters.lora import Adapter
+from plait.merging.driver import plan_merge
+from plait.merging.registry import find_method
+from plait.statistics.moments import Statistics
+
+METHODS = ("task_arithmetic", "tsv", "regmean", "least_squares", "iso_c", "knots")
+SCALES = (0.15, 0.25, 0.4, 0.6, 0.85, 1.2, 1.7)
+PICO = "pico"
+BASE_MOMENTS, OWN_MOMENTS = "base", "own"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One way to merge, its scale left open.
+
+    Args:
+        method: A name in `merge_methods()`.
+        calibrate: "pico" or None.
+        moments: "base" or "own" (each adapter's own activations) where the method needs moments; else "".
+    """
+
+    method: str
+    calibrate: str | None = None
+    moments: str = ""
+
+    @property
+    def label(self) -> str:
+        """What a table calls it."""
+        own = " (own moments)" if self.moments == OWN_MOMENTS else ""
+        return self.method + (f" + {self.calibrate}" if self.calibrate else "") + own
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A merge at scale 1 and the recipe that made it."""
+
+    recipe: Recipe
+    adapter: Adapter
+
+
+def recipes(kinds: Sequence[str], methods: Sequence[str] = METHODS) -> Iterator[Recipe]:
+    """Every method with and without pico; those that need moments once for each kind of moments there is.
+
+    Args:
+        kinds: Any of "base" and "own"; () leaves those methods out.
+        methods: Names of methods.
+    """
+    for method in methods:
+        for calibrate in (None, PICO):
+            if not find_method(method).needs:
+                yield Recipe(method, calibrate)
+            else:
+                yield from (Recipe(method, calibrate, kind) for kind in kinds)
+
+
+def merged_by(
+    recipe: Recipe,
+    adapters: Sequence[Adapter],
+    moments: Mapping[str, Mapping[str, Statistics]],
+    *,
+    weights: Sequence[float] | None = None,
+    base: str | None = None,
+) -> Adapter:
+    """The merge of a recipe at scale 1.
+
+    Args:
+        recipe: How.
+        adapters: What.
+        moments: Kind of moments -> adapter -> statistics.
+        weights: One per adapter.
+        base: Base id of the result where the adapters name one base by different names.
+    """
+    plan = plan_merge(
+        adapters,
+        recipe.method,
+        weights=weights,
+        calibrate=recipe.calibrate,
+        statistics=moments.get(recipe.moments),
+        base=base,
+    )
+    return plan.run("merged").adapter

@@ -1,0 +1,84 @@
+"""What serving takes: bytes of adapters and bases, and the arithmetic an adapter adds to each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plait.adapters.lora import LINEAR, Adapter
+from plait.merging.base_files import StoredTensor, base_tensors
+
+# Ranks that vLLM takes as max_lora_rank; everything it holds is padded to the one chosen (16 unless told otherwise).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_DEFAULT = 16
+# The last part of a vocabulary matrix's name: looked up, not multiplied.
+_LOOKED_UP = ("embed_tokens", "word_embeddings", "wte", "shared", "position_embeddings", "wpe")
+
+
+def adapter_bytes(adapter: Adapter) -> int:
+    """Bytes of an adapter's tensors as they are stored: factors, heads and what else was trained."""
+    tensors = [t for f in adapter.modules.values() for t in (f.A, f.B)]
+    tensors += [*adapter.extras.values(), *(t for head in adapter.heads.values() for t in head.values())]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def head_bytes(adapters: Sequence[Adapter]) -> int:
+    """Bytes of all heads, which every way of serving keeps."""
+    return sum(t.numel() * t.element_size() for a in adapters for head in a.heads.values() for t in head.values())
+
+
+def factors_at(adapters: Sequence[Adapter], rank: int, itemsize: int = 4) -> int:
+    """Bytes of one merged adapter's factors at a rank (a module's own sizes bound it)."""
+    return sum(min(rank, out, width) * (out + width) * itemsize for out, width in _shapes(adapters))
+
+
+def added_flops(adapters: Sequence[Adapter], rank: int) -> int:
+    """Floating-point operations a token that factors of this rank add: 2 r (in + out) a linear module."""
+    return sum(2 * min(rank, out, width) * (out + width) for out, width in _shapes(adapters))
+
+
+def total_rank(adapters: Sequence[Adapter]) -> int:
+    """R, the largest sum of ranks at a module."""
+    modules = {m for a in adapters for m in a.modules}
+    return max(sum(a.modules[m].rank for a in adapters if m in a.modules) for m in modules)
+
+
+def _shapes(adapters: Sequence[Adapter]) -> list[tuple[int, int]]:
+    found = {m: f.shape for a in adapters for m, f in a.modules.items() if f.kind == LINEAR}
+    return list(found.values())
+
+
+def base_size(folder: Path) -> tuple[int, int]:
+    """(bytes, operations a token) of a base folder: twice the entries of its matrices, embeddings looked up left out."""
+    tensors = base_tensors(folder)
+    used = [t for n, t in tensors.items() if len(t.shape) == 2 and not set(_LOOKED_UP) & set(n.split("."))]
+    return sum(_bytes(t) for t in tensors.values()), sum(2 * t.shape[0] * t.shape[1] for t in used)
+
+
+def _bytes(tensor: StoredTensor) -> int:
+    entries = 1
+    for size in tensor.shape:
+        entries *= size
+    return entries * _ITEM.get(tensor.dtype, 1)
+
+
+_ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+def vllm_notes(adapters: Sequence[Adapter]) -> list[str]:
+    """What vLLM's multi-LoRA serving asks of these adapters."""
+    rank = max(a.rank for a in adapters)
+    allowed = next((r for r in VLLM_RANKS if r >= rank), None)
+    notes = []
+    if allowed is None:
+        notes.append(f"rank {rank} is above what vLLM takes ({VLLM_RANKS[-1]}): cut it with plait merge --rank")
+    elif allowed > _VLLM_DEFAULT:
+        notes.append(f"vLLM: --max-lora-rank {allowed} (its default is {_VLLM_DEFAULT})")
+    else:
+        notes.append(f"vLLM: --enable-lora --max-loras {len(adapters)} --max-lora-rank {allowed}")
+    for a in adapters:
+        if len({f.rank for f in a.modules.values()}) > 1 or len({f.scaling for f in a.modules.values()}) > 1:
+            notes.append(f"{a.name} has several ranks or scalings: vLLM ignores such patterns, pad and fold them first")
+    if any(a.heads for a in adapters):
+        notes.append("vLLM refuses adapters that carry a head: serve the heads yourself, or with PEFT")
+    return notes

@@ -1,0 +1,48 @@
+"""What stands on the command line: a base first, or none, then adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plait.adapters.config import CONFIG
+from plait.base import BaseModel
+from plait.errors import InputError, UsageError
+
+
+def split_base(
+    given: Sequence[str], device: str = "auto", dtype: str = "float32"
+) -> tuple[BaseModel | None, list[str]]:
+    """The base, where the first argument is not itself an adapter, and the adapters.
+
+    Raises:
+        UsageError: No adapters.
+        InputError: A path that is not there.
+    """
+    first, rest = (given[0], list(given[1:])) if given else ("", [])
+    if not given or (not rest and not is_adapter(first)):
+        raise UsageError("no adapters", hint="plait advise BASE ADAPTER ADAPTER")
+    base, folders = (None, list(given)) if is_adapter(first) else (first, rest)
+    for folder in folders:
+        if not is_adapter(folder):
+            found = place_of(folder)
+            what = f"no {CONFIG} in it" if found.is_dir() else "no such folder"
+            raise InputError(
+                what, where=str(found), hint="only the first argument may be a base; the others are adapters"
+            )
+    if base is not None and base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise InputError("no such folder", where=base, hint="the first argument is the base or an adapter folder")
+    return (
+        BaseModel(str(Path(base).expanduser()) if base.startswith("~") else base, None, dtype, device) if base else None
+    ), folders
+
+
+def is_adapter(argument: str) -> bool:
+    """Whether an argument, ``DIR`` or ``NAME=DIR``, is a PEFT folder."""
+    return (place_of(argument) / CONFIG).is_file()
+
+
+def place_of(argument: str) -> Path:
+    """The folder of ``DIR`` or ``NAME=DIR``."""
+    name, equals, path = argument.partition("=")
+    return Path(path) if equals and "/" not in name and not Path(argument).exists() else Path(argument)

@@ -1,0 +1,135 @@
+"""Fidelity: what a merged model keeps of each adapter's predictions. Plain arithmetic on outputs; no model, no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+# The least that the base must differ from an adapter for a ratio to it to mean anything: a KL of 1e-4 nats.
+_LEAST = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFidelity:
+    """One adapter's predictions on its own texts beside those of a merge, and of the bare base for comparison.
+
+    Args:
+        task: Whose texts and head.
+        kl: Mean KL(adapter || merged) in nats, of class or next-token distributions; for a regression half the mean
+            squared difference over the variance of the adapter's predictions (the KL of two normal distributions of
+            that variance).
+        agreement: Share of rows (positions) with the same most likely class (token); for a regression the correlation,
+            negative ones as 0.
+        kl_base, agreement_base: The same with the bare base in the merge's place: what keeping nothing would score.
+        n: Rows, or positions of text.
+        shift: Per layer, |h_merged - h_adapter| / |h_base - h_adapter| of the hidden states; () where not measured.
+    """
+
+    task: str
+    kl: float
+    agreement: float
+    kl_base: float
+    agreement_base: float
+    n: int
+    shift: tuple[float, ...] = ()
+
+    @property
+    def kept(self) -> float:
+        """1 - KL / KL of the base: 1 for the adapter itself, 0 for the bare base, negative for worse than that."""
+        return 1.0 - self.kl / max(self.kl_base, _LEAST)
+
+    @property
+    def kept_agreement(self) -> float:
+        """Agreement where the base's is 0 and the adapter's own is 1; 0 to 1 in between, negative below the base."""
+        room = max(1.0 - self.agreement_base, 1.0 / max(self.n, 1))
+        return 1.0 - (1.0 - self.agreement) / room
+
+    def record(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {**asdict(self), "shift": list(self.shift), "kept": self.kept}
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What one merge keeps of every adapter.
+
+    Args:
+        tasks: One per adapter, the worst first.
+        general_kl: Mean KL(base || merged) on general text; None where there was none.
+    """
+
+    tasks: tuple[TaskFidelity, ...]
+    general_kl: float | None = None
+
+    @classmethod
+    def of(cls, tasks: Sequence[TaskFidelity], general_kl: float | None = None) -> Fidelity:
+        """Sorted, the worst adapter first."""
+        return cls(tuple(sorted(tasks, key=lambda t: (t.kept, t.task))), general_kl)
+
+    @property
+    def score(self) -> float:
+        """What candidates are ranked by; see `plait.fidelity.measure.aggregate`."""
+        return aggregate(self.tasks)
+
+    @property
+    def worst(self) -> TaskFidelity:
+        """The adapter that the merge keeps least of."""
+        return self.tasks[0]
+
+    def record(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {"score": self.score, "general_kl": self.general_kl, "tasks": [t.record() for t in self.tasks]}
+
+
+def aggregate(tasks: Sequence[TaskFidelity]) -> float:
+    """The mean over adapters of what is kept of their agreement."""
+    return _mean([t.kept_agreement for t in tasks])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+# Ways to put adapters' fidelities together, larger is better; "score" is the one that chooses. The others are kept for
+# the evidence in docs/results/existing.md.
+AGGREGATES: Mapping[str, Callable[[Sequence[TaskFidelity]], float]] = {
+    "score": aggregate,
+    "mean agreement": lambda tasks: _mean([t.agreement for t in tasks]),
+    "worst kept agreement": lambda tasks: min(t.kept_agreement for t in tasks),
+    "mean kept (KL over the base's)": lambda tasks: _mean([t.kept for t in tasks]),
+    "minus mean KL": lambda tasks: -_mean([t.kl for t in tasks]),
+    "worst kept": lambda tasks: min(t.kept for t in tasks),
+}
+
+
+def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> tuple[float, float]:
+    """KL and agreement of outputs with an adapter's.
+
+    Args:
+        kind: Of the task; "regression" or anything with classes.
+        own: The adapter's logits (n, classes), or values (n, 1).
+        found: The merge's.
+    """
+    a, b = own.astype(np.float64), found.astype(np.float64)
+    if kind == "regression":
+        a, b = a.reshape(len(a)), b.reshape(len(b))
+        spread = max(float(a.var()), 1e-12)
+        return 0.5 * float(((a - b) ** 2).mean()) / spread, max(0.0, _correlation(a, b))
+    p, q = _log_softmax(a), _log_softmax(b)
+    return float((np.exp(p) * (p - q)).sum(-1).mean()), float((a.argmax(-1) == b.argmax(-1)).mean())
+
+
+def _log_softmax(x: Floats) -> Floats:
+    shifted = x - x.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _correlation(a: Floats, b: Floats) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else 0.0

@@ -1,0 +1,60 @@
+"""Moments of the adapters' own texts: of the base's activations, and of each adapter's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from plait.adapters.lora import LINEAR, Adapter
+from plait.evaluation.applied import applied
+from plait.fidelity.candidates import BASE_MOMENTS, OWN_MOMENTS
+from plait.fidelity.panel import Panel, Part
+from plait.statistics.collect import collect_statistics
+from plait.statistics.moments import Statistics, merge_statistics
+from plait.tasks import batches
+
+
+def collect_moments(panel: Panel) -> dict[str, dict[str, Statistics]]:
+    """Second moments of what every adapted module reads, on each adapter's own texts.
+
+    The statistics of RegMean's paper are those of the fine-tuned models ("own"); those of the base serve every method
+    here. An adapter with several heads adds up the texts of all of them.
+
+    Returns:
+        "base" and "own" -> adapter -> statistics.
+
+    Cost: two passes over all texts.
+    """
+    modules = sorted({m for p in panel.parts for m, f in p.adapter.modules.items() if f.kind == LINEAR})
+    found: dict[str, dict[str, Statistics]] = {BASE_MOMENTS: {}, OWN_MOMENTS: {}}
+    for kind, by_adapter in found.items():
+        for part in panel.parts:
+            one = _of_part(panel, part, modules, part.adapter if kind == OWN_MOMENTS else None)
+            known = by_adapter.get(part.adapter.name)
+            by_adapter[part.adapter.name] = merge_statistics(known, one) if known else one
+    return found
+
+
+def _of_part(panel: Panel, part: Part, modules: list[str], worn: Adapter | None) -> Statistics:
+    model = panel.model(part)
+    with applied(model, worn):
+        return collect_statistics(
+            model,
+            batches(panel.tokenizer, rows_of(panel, part), panel.batch_size, by_length=True),
+            modules,
+            provenance={"task": part.name},
+            result_device="cpu",
+        )
+
+
+def rows_of(panel: Panel, part: Part) -> list[dict[str, object]]:
+    """A part's texts as tokens."""
+    if part.is_text:
+        from plait.fidelity.language import encoded
+
+        return encoded(panel, part.task.kind, panel.texts[part.name])
+    return panel.evaluator._encoded(part.name)
+
+
+def merged_kinds(moments: Mapping[str, Mapping[str, Statistics]]) -> tuple[str, ...]:
+    """The kinds of moments there are."""
+    return tuple(k for k, v in moments.items() if v)

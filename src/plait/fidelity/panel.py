@@ -1,0 +1,185 @@
+"""One base, loaded once, with the adapters that are to be merged: what each of them is, and how to ask any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from plait.adapters.lora import Adapter
+from plait.base import BaseModel, head_modules, load_head
+from plait.errors import InputError, UsageError
+from plait.evaluation.evaluate import Evaluator
+from plait.fidelity.texts import Texts
+from plait.options import did_you_mean
+from plait.tasks import Examples, Source, Task
+from plait.tasks.task import TEXT_KINDS
+
+_OF_TYPE = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One task of one adapter.
+
+    Args:
+        task: Named after its head where it has one, else after the adapter.
+        adapter: Whose it is.
+        head: Its head's tensors; {} for text.
+    """
+
+    task: Task
+    adapter: Adapter
+    head: Mapping[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it predicts tokens."""
+        return self.task.kind in TEXT_KINDS
+
+
+def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
+    """What the adapters predict: a part for each head, or one for an adapter of a text model.
+
+    Raises:
+        InputError: Neither heads nor a text task type: it predicts nothing that could be compared.
+        UsageError: Two parts of one name.
+    """
+    found: list[Part] = []
+    for adapter in adapters:
+        if adapter.heads:
+            found += [Part(_headed(adapter, task, head), adapter, head) for task, head in adapter.heads.items()]
+        elif adapter.task_type in _OF_TYPE:
+            task = Task(adapter.name, _OF_TYPE[adapter.task_type], Source("none"), ("text",))
+            found.append(Part(task, adapter, {}))
+        else:
+            raise InputError(
+                f"its task type is {adapter.task_type!r} and it carries no head: it makes no predictions to compare",
+                where=adapter.name,
+                hint="without texts it can still be merged",
+            )
+    names = [p.name for p in found]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UsageError(f"two adapters bring a task {twice[0]!r}", hint="NAME=DIR gives a folder another name")
+    if len({p.is_text for p in found}) > 1:
+        raise InputError("classifiers and text models cannot be compared with each other")
+    return found
+
+
+def _headed(adapter: Adapter, name: str, head: Mapping[str, Tensor]) -> Task:
+    """The task of a head: its outputs are the rows of its narrowest matrix; with one output it is a regression."""
+    rows = [t.shape[0] for t in head.values() if t.ndim == 2]
+    if not rows:
+        raise InputError("the head has no matrix", where=f"{adapter.name}: head {name}")
+    if min(rows) == 1:
+        return Task(name, "regression", Source("none"), ("text",), metrics=("pearson",))
+    labels = adapter.source.get("labels") if name == adapter.name else None
+    names = tuple(labels) if isinstance(labels, list) and len(labels) == min(rows) else None
+    return Task(name, "classification", Source("none"), ("text",), labels=names or tuple(map(str, range(min(rows)))))
+
+
+@dataclass(slots=True)
+class Panel:
+    """A base, adapters and texts of each of their tasks.
+
+    Args:
+        base: The base model.
+        parts: From `parts_of`.
+        texts: Task -> its texts.
+        general: Texts of no task in particular, for the KL to the base; () for none.
+        batch_size: Rows a pass, where one adapter is asked alone.
+        max_length: Tokens a text.
+    """
+
+    base: BaseModel
+    parts: list[Part]
+    texts: Mapping[str, Texts]
+    general: Texts = ()
+    batch_size: int = 32
+    max_length: int = 128
+    _evaluators: dict[str, Evaluator] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [p.name for p in self.parts]
+        for task in self.texts:
+            if task not in names:
+                raise UsageError(f"texts for {task!r}, and no adapter of that name", hint=did_you_mean(task, names))
+        if lacking := [n for n in names if not self.texts.get(n)]:
+            raise UsageError(
+                f"no texts for {', '.join(lacking)}", hint="--text TASK=FILE for every adapter, or for none"
+            )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the adapters predict tokens."""
+        return self.parts[0].is_text
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks, in order."""
+        return [p.name for p in self.parts]
+
+    def with_texts(self, texts: Mapping[str, Texts]) -> Panel:
+        """The same with other texts; the loaded base is shared."""
+        other = Panel(self.base, self.parts, texts, self.general, self.batch_size, self.max_length)
+        other.evaluator._model = self.evaluator._model
+        other.evaluator._tokenizer = self.tokenizer
+        other.evaluator._views.update(self.evaluator._views)
+        return other
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The base for predictions on the parts' own texts."""
+        if "own" not in self._evaluators:
+            self._evaluators["own"] = self._evaluator(self.texts)
+        return self._evaluators["own"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self.evaluator.tokenizer
+
+    def model(self, part: Part) -> Any:
+        """The task's model with its head in place; all share one backbone.
+
+        Raises:
+            InputError: The head does not fit the model.
+        """
+        known = part.name in self.evaluator._views
+        model = self.evaluator.task_model(part.name)
+        if not known and not part.is_text:
+            whole = {k.partition(".")[0] for k in part.head}
+            if missing := [m for m in head_modules(model) if m not in whole]:
+                raise InputError(
+                    f"the adapter's folder holds no {missing[0]}, which the model's head has",
+                    where=part.name,
+                    hint="it was trained without saving it (modules_to_save): its predictions cannot be repeated",
+                )
+            load_head(model, part.head)
+        return model
+
+    def general_evaluator(self) -> Evaluator:
+        """The same base, every head on the general texts."""
+        if "general" not in self._evaluators:
+            other = self._evaluator(dict.fromkeys(self.names, self.general))
+            own = self.evaluator
+            other._model, other._tokenizer, other._views = own._model, own._tokenizer, own._views
+            self._evaluators["general"] = other
+        return self._evaluators["general"]
+
+    def _evaluator(self, texts: Mapping[str, Texts]) -> Evaluator:
+        tasks = {p.name: p.task for p in self.parts}
+        examples = {name: _unlabelled(rows) for name, rows in texts.items()}
+        return Evaluator(self.base, tasks, examples, self.batch_size, self.max_length)
+
+
+def _unlabelled(texts: Texts) -> Examples:
+    return Examples(texts, np.zeros(len(texts), np.int64), np.arange(len(texts)))

@@ -1,0 +1,58 @@
+"""Hidden states: how far a merge moves every layer away from where an adapter has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.adapters.lora import Adapter
+from plait.evaluation.applied import applied
+from plait.fidelity.moments import rows_of
+from plait.fidelity.panel import Panel, Part
+from plait.tasks import batches, to_device
+
+
+@torch.no_grad()
+def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float = 1.0) -> tuple[float, ...]:
+    """|h_merged - h_adapter| / |h_base - h_adapter| after every layer, over the real tokens of the part's texts.
+
+    Args:
+        panel: Base, adapters and texts.
+        part: Whose texts.
+        merge: What stands in the adapter's place.
+        scale: Of its delta.
+
+    Returns:
+        One number a layer (the decoder's after the encoder's, where there are two): 0 for the adapter itself, 1 for the
+        bare base; 0 where the adapter has not yet moved anything.
+
+    Cost: three passes over the texts.
+    """
+    model = panel.model(part)
+    off: list[Tensor] = []
+    room: list[Tensor] = []
+    for batch in batches(panel.tokenizer, rows_of(panel, part), panel.batch_size, by_length=True):
+        inputs = to_device(
+            {k: v for k, v in batch.items() if k != "labels" or part.task.kind == "seq2seq"}, panel.base.torch_device
+        )
+        states = []
+        for worn, factor in ((part.adapter, 1.0), (None, 1.0), (merge, scale)):
+            with applied(model, worn, factor):
+                states.append(list(_states(model(**inputs, output_hidden_states=True), inputs)))
+        own, bare, found = states
+        off.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, found, strict=True)]))
+        room.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, bare, strict=True)]))
+    ratio = torch.stack(off).sum(0) / torch.stack(room).sum(0).clamp_min(1e-30)
+    return tuple(ratio.sqrt().tolist())
+
+
+def _states(output: Any, inputs: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Hidden states after each layer, (tokens, width): the embeddings, which no layer has moved, are left out."""
+    mask = inputs["attention_mask"].bool()
+    for key in ("hidden_states", "encoder_hidden_states"):
+        yield from (h[mask].float() for h in (getattr(output, key, None) or ())[1:])
+    for h in (getattr(output, "decoder_hidden_states", None) or ())[1:]:
+        yield h.float().flatten(0, 1)

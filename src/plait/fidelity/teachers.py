@@ -1,0 +1,132 @@
+"""What a merge is to learn: each adapter's predictions on its own texts, as a loss of one batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from plait.evaluation.fleet import Candidate
+from plait.fidelity.language import encoded, on_model, positions, stacks, text_closeness
+from plait.fidelity.measure import closeness
+from plait.fidelity.panel import Panel
+from plait.fidelity.score import outputs
+from plait.tasks import collate, to_device
+from plait.training.attention import fused_attention
+from plait.training.heads import Ends
+from plait.training.rowbank import row_bank
+from plait.training.stacked import stacked_updates
+
+# Puts the merge on the model while it is open.
+Wearing = Callable[[], AbstractContextManager[None]]
+# A task whose adapter and base hardly differ must not outweigh the others.
+_LEAST_KL = 0.05
+
+
+class Lesson(Protocol):
+    """A loss of one batch of every part's texts."""
+
+    def loss(self, rows: Sequence[Sequence[int]], wearing: Wearing) -> Tensor:
+        """The mean over parts.
+
+        Args:
+            rows: Places in each part's texts, as many for each.
+            wearing: Puts the merge on the model.
+        """
+        ...
+
+
+def lesson_of(panel: Panel) -> Lesson:
+    """The adapters' own predictions."""
+    return _TextLesson(panel) if panel.is_text else HeadLesson(panel)
+
+
+class HeadLesson:
+    """Classes and values: all parts' rows go through the backbone together, then each through its own head.
+
+    Args:
+        panel: Base, adapters and texts.
+        targets: Part -> (n, classes) logits to come close to, or (n,) class ids or values (labels, for an oracle); by
+            default the adapters' logits.
+    """
+
+    def __init__(self, panel: Panel, targets: Mapping[str, Any] | None = None) -> None:
+        self.panel, device = panel, panel.base.torch_device
+        rows, self.starts, self.ends = [], [], []
+        self.targets: list[Tensor] = []
+        self.rooms: list[float] = []
+        for part in panel.parts:
+            encoded_rows = panel.evaluator._encoded(part.name)
+            self.starts.append(len(rows))
+            rows += encoded_rows
+            view = copy.copy(panel.model(part))
+            view._modules = dict(view._modules)
+            self.ends.append(Ends(view))
+            own, bare = outputs(panel, part, [(part.adapter, 1.0), (None, 1.0)])
+            given = own if targets is None else targets[part.name]
+            self.targets.append(torch.as_tensor(np.asarray(given), device=device))
+            room = closeness(part.task.kind, own, bare)[0]
+            self.rooms.append(max(room, _LEAST_KL) * (float(own.var()) if part.task.kind == "regression" else 1.0))
+        self.bank = row_bank(rows, panel.tokenizer.pad_token_id, "classification", device)
+        self.heads = [{k: v.to(device, panel.base.torch_dtype) for k, v in p.head.items()} for p in panel.parts]
+
+    def loss(self, rows: Sequence[Sequence[int]], wearing: Wearing) -> Tensor:
+        """Mean over parts of KL(target || merged) over KL(adapter || base), or of the cross entropy with labels."""
+        places = np.concatenate([np.asarray(r) + s for r, s in zip(rows, self.starts, strict=True)])
+        device = self.panel.base.torch_device
+        length = int(self.bank.lengths[places].max())
+        inputs, _ = self.bank.take(torch.as_tensor(places, device=device), length, 1)
+        backbone = self.ends[0].backbone
+        arguments, options = self.ends[0].backbone_call(inputs)
+        with fused_attention(backbone), wearing():
+            output = backbone(*arguments, **options)
+        total, at = torch.zeros((), device=device), 0
+        for i, chosen in enumerate(rows):
+            span = slice(at, at + len(chosen))
+            piece = type(output)(**{k: v[span] for k, v in output.items() if isinstance(v, Tensor)})
+            logits = self.ends[i].logits(piece, {k: v[span] for k, v in inputs.items()}, self.heads[i])
+            target = self.targets[i][torch.as_tensor(list(chosen), device=device)]
+            total = total + self._loss(i, logits.float(), target)
+            at += len(chosen)
+        return total / len(rows)
+
+    def _loss(self, i: int, logits: Tensor, target: Tensor) -> Tensor:
+        if self.panel.parts[i].task.kind == "regression":
+            return 0.5 * functional.mse_loss(logits.flatten(), target.float().flatten()) / self.rooms[i]
+        if target.ndim == 1:
+            return functional.cross_entropy(logits, target.long())
+        wanted = target.float().log_softmax(-1)
+        return functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True) / self.rooms[i]
+
+
+class _TextLesson:
+    """Next tokens: the adapters themselves are asked, batch by batch; their distributions would not fit in memory."""
+
+    def __init__(self, panel: Panel) -> None:
+        self.panel, self.model = panel, panel.model(panel.parts[0])
+        self.kind = panel.parts[0].task.kind
+        self.rows = [encoded(panel, self.kind, panel.texts[p.name]) for p in panel.parts]
+        self.teachers = stacks(self.model, [Candidate({}, on_model(self.model, p.adapter)) for p in panel.parts])
+        self.rooms = [max(text_closeness(panel, p, [(None, 1.0)])[0].kl_base, _LEAST_KL) for p in panel.parts]
+
+    def loss(self, rows: Sequence[Sequence[int]], wearing: Wearing) -> Tensor:
+        """Mean over parts of KL(adapter || merged) a position, over KL(adapter || base)."""
+        chosen = [r[i] for r, places in zip(self.rows, rows, strict=True) for i in places]
+        batch = to_device(collate(self.panel.tokenizer, chosen), self.panel.base.torch_device)
+        with wearing():
+            logits, mask = positions(self.model, self.kind, batch, 1)
+        with torch.no_grad(), stacked_updates(self.model, self.teachers):
+            wanted = positions(self.model, self.kind, batch, 1)[0]
+        total, each = logits.new_zeros((), dtype=torch.float32), len(rows[0])
+        for i, room in enumerate(self.rooms):
+            span = slice(i * each, (i + 1) * each)
+            real = mask[span]
+            found, target = (x[0, span][real].float().log_softmax(-1) for x in (logits, wanted))
+            total = total + functional.kl_div(found, target, reduction="batchmean", log_target=True) / room
+        return total / len(rows)

@@ -1,0 +1,100 @@
+"""Unlabelled texts: read from files, one tuple of one or two strings a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from plait.errors import InputError, UsageError
+from plait.store import require_regular
+from plait.tasks.rows import read_table
+
+Texts = tuple[tuple[str, ...], ...]
+_NAMES = ("text", "sentence", "prompt", "content")  # the first of these is read where no column is named
+LIMIT = 100
+
+
+def parse_texts(given: Iterable[str], limit: int = LIMIT) -> dict[str, Texts]:
+    """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read.
+
+    Raises:
+        UsageError: Not of that form, or a task twice.
+    """
+    found: dict[str, Texts] = {}
+    for item in given:
+        task, equals, place = item.partition("=")
+        if not equals or not task or not place:
+            raise UsageError(f"--text {item!r} is not TASK=FILE", hint="the task is the adapter's name")
+        if task in found:
+            raise UsageError(f"--text names {task!r} twice")
+        found[task] = read_place(place, limit)
+    return found
+
+
+def read_place(place: str, limit: int = LIMIT) -> Texts:
+    """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``."""
+    path, colon, columns = place.rpartition(":")
+    if colon and not Path(place).exists():
+        return read_texts(Path(path), tuple(columns.split(",")), limit)
+    return read_texts(Path(place), (), limit)
+
+
+def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) -> Texts:
+    """The first `limit` texts of a file.
+
+    Args:
+        path: .txt (one text a line, a tab between the two of a pair) or csv, tsv, jsonl, parquet.
+        columns: One column or two of a table; by default "text", "sentence", "prompt" or "content", whichever it has.
+        limit: How many at most.
+
+    Raises:
+        InputError: No such file or column, not UTF-8, no texts, an empty cell, pairs and single texts mixed.
+    """
+    require_regular(path)
+    if path.suffix.lower() == ".txt":
+        try:
+            lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError as e:
+            raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
+        rows = [tuple(line.split("\t", 1)) for line in lines[:limit]]
+    else:
+        rows = _of_table(path, columns, limit)
+    if not rows:
+        raise InputError("no texts", where=str(path))
+    return checked(tuple(rows), str(path))
+
+
+def _of_table(path: Path, columns: tuple[str, ...], limit: int) -> list[tuple[str, ...]]:
+    table = read_table(path, columns or _NAMES)
+    chosen = columns or next(((name,) for name in _NAMES if name in table.column_names), ())
+    missing = [c for c in chosen if c not in table.column_names]
+    if missing or not chosen:
+        raise InputError(
+            f"no column {missing[0] if missing else 'text'!r}; there are {', '.join(map(repr, table.column_names[:12]))}",
+            where=str(path),
+            hint="--text TASK=FILE:COLUMN, or FILE:COLUMN,COLUMN for pairs",
+        )
+    return list(zip(*(table[c].slice(0, limit).to_pylist() for c in chosen), strict=True))
+
+
+def checked(texts: Texts, where: str) -> Texts:
+    """The texts, every one of them one or two strings that are not blank.
+
+    Raises:
+        InputError: Otherwise; names the row.
+    """
+    width = len(texts[0]) if texts else 0
+    for i, row in enumerate(texts):
+        if len(row) != width or width not in (1, 2):
+            raise InputError(
+                f"text {i} has {len(row)} parts, the first has {width}", where=where, hint="pairs or single texts"
+            )
+        if any(not isinstance(part, str) or not part.strip() for part in row):
+            raise InputError(f"text {i} is empty or no text", where=where)
+    return texts
+
+
+def split_off(texts: Mapping[str, Texts], every: int) -> tuple[dict[str, Texts], dict[str, Texts]]:
+    """Two parts of each task's texts: most of them, and every `every`-th one held out (none where there are too few)."""
+    most = {t: tuple(x for i, x in enumerate(rows) if i % every != every - 1) for t, rows in texts.items()}
+    return most, {t: rows[every - 1 :: every] for t, rows in texts.items()}

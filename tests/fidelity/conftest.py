@@ -1,0 +1,53 @@
+"""Tiny adapters that do something, and texts of theirs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from plait.adapters.lora import LoraFactors
+from plait.base import draw_head, head_state, load_task_model
+from plait.fidelity.panel import Panel, parts_of
+from tests.tiny import WORDS
+from tests.training.conftest import make_adapter, make_task
+
+TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+
+
+def texts_of(n: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return tuple((" ".join(WORDS[w] for w in rng.integers(0, len(WORDS), rng.integers(4, 12))),) for _ in range(n))
+
+
+def random_adapter(base, architecture: str, name: str, kind: str, seed: int, size: float = 0.5, classes: int = 3):
+    """Random factors and a random head: the model then predicts something else than the base does."""
+    task = make_task(name, kind, classes)
+    start = make_adapter(base, task, architecture, rank=3, seed=seed)
+    g = torch.Generator().manual_seed(seed + 50)
+    modules = {m: LoraFactors(f.A, torch.randn(f.B.shape, generator=g) * size, 2.0) for m, f in start.modules.items()}
+    heads = {}
+    if TYPES[kind] == "SEQ_CLS":
+        model = load_task_model(base, task, seed=seed)
+        draw_head(model, seed)
+        heads = {name: {k: v * 4 for k, v in head_state(model).items()}}
+    prefix = start.prefix if heads else ""
+    if not heads and start.prefix:
+        modules = {f"{start.prefix}.{m}": f for m, f in modules.items()}
+    return replace(start, modules=modules, heads=heads, task_type=TYPES[kind], prefix=prefix)
+
+
+@pytest.fixture
+def make_panel(tiny_base):
+    """make_panel("bert") -> a panel of two adapters (one of three classes, one a regression; of a text model two)."""
+
+    def make(architecture: str = "bert", kind: str = "classification", texts: int = 16, **options) -> Panel:
+        base = tiny_base(architecture)
+        second = "regression" if kind == "classification" else kind
+        adapters = [random_adapter(base, architecture, "one", kind, 1), random_adapter(base, architecture, "two", second, 2)]
+        given = {a.name: texts_of(texts, i) for i, a in enumerate(adapters)}
+        return Panel(base, parts_of(adapters), given, max_length=24, **options)
+
+    return make

@@ -1,0 +1,163 @@
+"""Choosing: deterministic, reversible to its evidence, unchanged for one adapter, refined only where that helps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.errors import InputError, UsageError
+from plait.fidelity.auto import AutoSettings, merge_auto, merge_auto_folders
+from plait.fidelity.choose import choose, groups_of, scaled
+from plait.fidelity.distil import distil
+from plait.fidelity.proxy import best_scale, mean_error, terms
+from plait.fidelity.score import fidelities
+from plait.merging import merge
+from plait.store import read_manifest
+from tests.fidelity.conftest import texts_of
+
+FEW = AutoSettings(scales=(0.3, 0.7), refine=6, max_length=24)
+
+
+def adapters_of(panel):
+    return [p.adapter for p in panel.parts]
+
+
+def same(a, b):
+    return a.modules.keys() == b.modules.keys() and all(
+        torch.equal(f.A, b.modules[m].A) and torch.equal(f.B, b.modules[m].B) and f.scaling == b.modules[m].scaling
+        for m, f in a.modules.items()
+    )
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])
+def test_the_winner_is_the_best_of_what_was_tried(make_panel, architecture, kind):
+    panel = make_panel(architecture, kind)
+    adapters = adapters_of(panel)
+    found = choose(panel, adapters, scales=(0.3, 0.7), refine=0)
+    scores = [s.fidelity.score for s in found.scored]
+    assert scores == sorted(scores, reverse=True)
+    labels = {s.tried.recipe.label for s in found.scored}
+    assert len(found.scored) == 32 and len(labels) == 16
+    assert {"tsv", "tsv + pico", "regmean (own moments)", "least_squares + pico", "iso_c", "knots"} <= labels
+    again = fidelities(panel, [(found.adapter, 1.0)])[0]
+    assert again.score == pytest.approx(scores[0], abs=1e-4)
+    first = found.scored[0]
+    assert (found.recipe, found.scale) == (first.tried.recipe, first.scale)
+
+
+def test_one_adapter_comes_back(make_panel):
+    panel = make_panel()
+    one = panel.parts[0].adapter
+    without = merge_auto([one])
+    assert same(without.adapter, one)
+    with_texts = merge_auto([one], panel.base, {"one": panel.texts["one"]}, settings=FEW)
+    assert same(with_texts.adapter, one)
+    assert with_texts.fidelity.worst.agreement == 1.0
+
+
+def test_without_texts_the_same_factors_give_the_same_choice(make_panel):
+    adapters = adapters_of(make_panel())
+    a, b = merge_auto(adapters), merge_auto(adapters)
+    assert same(a.adapter, b.adapter)
+    assert a.record == b.record
+    errors = [r["assumed_error"] for r in a.record["evidence"]]
+    assert errors == sorted(errors)
+    assert {r["method"] for r in a.record["evidence"]} == {"task_arithmetic", "tsv", "iso_c", "knots"}
+    turned = merge_auto(adapters[::-1])
+    assert turned.record["chosen"] == a.record["chosen"]
+
+
+def test_the_assumed_error_is_that_of_dense_matrices(make_panel):
+    adapters = adapters_of(make_panel())
+    merged = merge(adapters, "tsv").adapter
+    found = terms(merged, adapters, 0.3)
+    for adapter in adapters:
+        expected = []
+        for m, f in adapter.modules.items():
+            own, other = f.delta(torch.float64), 0.8 * merged.modules[m].delta(torch.float64)
+            moments = 0.3 * own.T @ own / own.square().sum() + 0.7 * torch.eye(own.shape[1]) / own.shape[1]
+            off = other - own
+            expected.append(float((off @ moments * off).sum() / (own @ moments * own).sum()))
+        assert found[adapter.name].error(0.8) == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    best = best_scale(found)
+    assert mean_error(found, best) <= min(mean_error(found, best * x) for x in (0.9, 1.1))
+
+
+def test_weights_that_are_learnt_come_closer_and_stay_combinations(make_panel):
+    panel = make_panel(texts=24)
+    adapters = adapters_of(panel)
+    tried = choose(panel, adapters, methods=("task_arithmetic",), scales=(0.3,), refine=0).scored[-1].tried
+    start = scaled(tried.adapter, 0.3)
+    done = distil(panel, start, learns="weights", groups=groups_of(tried, adapters), steps=30, rate=0.05)
+    before, after = fidelities(panel, [(start, 1.0), (done.adapter, 1.0)])
+    assert sum(t.kl / t.kl_base for t in after.tasks) < sum(t.kl / t.kl_base for t in before.tasks)
+    assert done.last_loss < done.first_loss
+    for m, weights in done.weights.items():
+        parts = [0.3 * w * a.modules[m].delta() for w, a in zip(weights, adapters, strict=True)]
+        assert torch.allclose(done.adapter.modules[m].delta(), sum(parts), atol=1e-4)
+    assert same(start, scaled(tried.adapter, 0.3))
+    assert all(p.requires_grad for p in panel.model(panel.parts[0]).parameters())
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("mpnet", "classification"), ("gpt2", "causal"), ("t5", "seq2seq"), ("t5", "classification")])
+def test_a_repair_comes_closer(make_panel, architecture, kind):
+    panel = make_panel(architecture, kind, texts=12)
+    merged = merge(adapters_of(panel), "task_arithmetic", scale=0.3).adapter
+    done = distil(panel, merged, learns="factors", steps=25, rate=1e-2)
+    before, after = fidelities(panel, [(merged, 1.0), (done.adapter, 1.0)])
+    assert sum(t.kl / t.kl_base for t in after.tasks) < 0.8 * sum(t.kl / t.kl_base for t in before.tasks)
+    assert {m: f.shape for m, f in done.adapter.modules.items()} == {m: f.shape for m, f in merged.modules.items()}
+
+
+def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
+    panel = make_panel(texts=40)
+    folders = []
+    for adapter in adapters_of(panel):
+        folder = tmp_path / adapter.name
+        folder.mkdir()
+        write_adapter(folder, adapter)
+        folders.append(str(folder))
+    texts = dict(panel.texts)
+    settings = replace(FEW, repair=3)
+    found = merge_auto_folders(folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["result"]["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert len(manifest["result"]["evidence"]) == 32
+    assert {r["texts"] for r in manifest["result"]["evidence"]} == {32, 40}
+    assert manifest["result"]["fidelity"]["general_kl"] > 0
+    assert set(manifest["result"]["held_out"]) == {"chosen", "refined"}
+    written = read_adapter(tmp_path / "out")
+    assert set(written.heads) == {"one", "two"}
+    assert found["verification_error"] < 1e-5
+    score = fidelities(panel, [(written, 1.0)])[0].score
+    assert score == pytest.approx(found["fidelity"]["score"], abs=1e-3)
+    again = merge_auto_folders(folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings)
+    assert again["reused"]
+    with pytest.raises(UsageError, match="other settings"):
+        merge_auto_folders(folders, tmp_path / "out", base=panel.base, texts=texts, settings=FEW)
+    cut = merge_auto_folders(folders, tmp_path / "cut", settings=replace(FEW, rank=2))
+    assert cut["rank"] == 2 and 0 < cut["discarded_energy"] < 1
+
+
+def test_bad_inputs_are_named(make_panel):
+    panel = make_panel()
+    adapters = adapters_of(panel)
+    with pytest.raises(UsageError, match="texts are read by the base"):
+        merge_auto(adapters, None, panel.texts)
+    with pytest.raises(UsageError, match="no texts for two"):
+        merge_auto(adapters, panel.base, {"one": panel.texts["one"]})
+    with pytest.raises(UsageError, match="repair distils on texts"):
+        merge_auto(adapters, settings=AutoSettings(repair=5))
+    with pytest.raises(InputError, match="is empty"):
+        merge_auto(adapters, panel.base, {"one": ((" ",),), "two": panel.texts["two"]})
+    with pytest.raises(UsageError, match="need statistics"):
+        merge_auto(adapters, settings=AutoSettings(methods=("regmean",)))
+    for wrong in ({"scales": ()}, {"scales": (0.0,)}, {"refine": -1}, {"rank": 0}):
+        with pytest.raises(UsageError):
+            AutoSettings(**wrong)
+    with pytest.raises(InputError, match="of different bases"):
+        merge_auto([adapters[0], replace(adapters[1], base="another")])

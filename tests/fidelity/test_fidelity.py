@@ -1,0 +1,114 @@
+"""Fidelity: 1 for the adapter itself, 0 for the base, less for more damage; every kind of model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from plait.adapters.lora import LoraFactors
+from plait.errors import InputError, UsageError
+from plait.evaluation.applied import applied
+from plait.fidelity.choose import scaled
+from plait.fidelity.language import encoded
+from plait.fidelity.measure import closeness
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.score import fidelities
+from plait.fidelity.shift import hidden_shift
+from plait.tasks import collate
+from tests.fidelity.conftest import random_adapter, texts_of
+
+MODELS = [("bert", "classification"), ("mpnet", "classification"), ("t5", "classification"), ("llama", "classification"),
+          ("llama", "causal"), ("gpt2", "causal"), ("t5", "seq2seq")]  # fmt: skip
+
+
+def of_task(fidelity, name):
+    return next(t for t in fidelity.tasks if t.task == name)
+
+
+def damaged(adapter, size, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    modules = {
+        m: LoraFactors(f.A, f.B + torch.randn(f.B.shape, generator=g) * size, f.scaling) for m, f in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), MODELS)
+def test_an_adapter_keeps_all_of_itself_and_less_under_more_damage(make_panel, architecture, kind):
+    panel = make_panel(architecture, kind, general=texts_of(6, 9))
+    own = panel.parts[0].adapter
+    merges = [(own, 1.0), (None, 1.0), (own, 0.0), *((damaged(own, s), 1.0) for s in (0.1, 0.4, 1.6))]
+    same, bare, zero, *worse = fidelities(panel, merges)
+    mine = of_task(same, "one")
+    assert mine.kl == pytest.approx(0, abs=1e-6)
+    assert mine.agreement == 1.0
+    assert mine.kept == pytest.approx(1, abs=1e-4) and mine.kept_agreement == 1.0
+    for found in (of_task(bare, "one"), of_task(zero, "one")):
+        assert found.kl == pytest.approx(found.kl_base, rel=1e-4) and found.kl > 0
+        assert found.kept == pytest.approx(0, abs=1e-4)
+    kls = [mine.kl, *(of_task(w, "one").kl for w in worse)]
+    assert kls == sorted(kls) and kls[1] > 1e-6
+    assert bare.general_kl == pytest.approx(0, abs=1e-6)
+    assert same.general_kl > 1e-5
+    assert [t.kept for t in same.tasks] == sorted(t.kept for t in same.tasks)
+    assert same.worst.task == "two"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_text_is_compared_at_every_real_position(make_panel, architecture):
+    """Against the definition, one text at a time, without pads."""
+    panel = make_panel(architecture, "causal", texts=7)
+    one, two = panel.parts
+    model, rows = panel.model(one), encoded(panel, "causal", panel.texts["one"])
+    kl, agree, n = 0.0, 0, 0
+    for row in rows:
+        batch = collate(panel.tokenizer, [row])
+        logs = []
+        for worn in (one.adapter, two.adapter):
+            with torch.no_grad(), applied(model, worn, 0.7 if worn is two.adapter else 1.0):
+                logs.append(model(**batch).logits[0].log_softmax(-1))
+        kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+        agree += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+        n += len(row["input_ids"])
+    found = of_task(fidelities(panel, [(two.adapter, 0.7)])[0], "one")
+    assert found.n == n
+    assert found.kl == pytest.approx(kl / n, rel=1e-3)
+    assert found.agreement == pytest.approx(agree / n, abs=1e-6)
+
+
+def test_regressions_are_compared_by_difference_and_correlation():
+    own = np.array([[1.0], [2.0], [3.0], [4.0]])
+    assert closeness("regression", own, own) == (0.0, 1.0)
+    kl, agreement = closeness("regression", own, own * 2)
+    assert agreement == pytest.approx(1.0) and kl == pytest.approx(0.5 * 7.5 / 1.25)
+    assert closeness("regression", own, -own)[1] == 0.0
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])
+def test_hidden_states_shift_from_nothing_to_the_base(make_panel, architecture, kind):
+    panel = make_panel(architecture, kind)
+    part = panel.parts[0]
+    same, half, none = (hidden_shift(panel, part, part.adapter, s) for s in (1.0, 0.5, 0.0))
+    assert len(same) >= 2
+    assert max(same) < 1e-4
+    assert all(0 < h < 1 for h in half)
+    assert none == pytest.approx([1.0] * len(none), rel=1e-4)
+
+
+def test_what_cannot_be_compared_is_named(tiny_base):
+    base = tiny_base("bert")
+    one = random_adapter(base, "bert", "one", "classification", 1)
+    with pytest.raises(InputError, match="makes no predictions"):
+        parts_of([replace(one, heads={}, task_type="FEATURE_EXTRACTION")])
+    with pytest.raises(UsageError, match="two adapters bring a task"):
+        parts_of([one, one])
+    with pytest.raises(UsageError, match="no texts for one"):
+        Panel(base, parts_of([one]), {})
+    with pytest.raises(UsageError, match="did you mean 'one'"):
+        Panel(base, parts_of([one]), {"onee": texts_of(3)})
+    small = replace(one, heads={"one": {k: v for k, v in one.heads["one"].items() if "bias" not in k}})
+    with pytest.raises(InputError, match="head tensor is absent"):
+        fidelities(Panel(base, parts_of([small]), {"one": texts_of(3)}), [(None, 1.0)])
