@@ -26,16 +26,17 @@ from plait.adapters.peft_format import read_adapter
 from plait.base import BaseModel
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import REPORTED, SELECTION
-from plait.fidelity.candidates import SCALES, Tried, merged_by, recipes
+from plait.fidelity.candidates import METHODS, SCALES, Tried, merged_by, recipes
 from plait.fidelity.choose import Scored, groups_of, refined_weights, scaled
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.candidates import METHODS
 from plait.fidelity.measure import AGGREGATES
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.proxy import mean_error, terms_over
 from plait.fidelity.score import fidelities, outputs
 from plait.fidelity.teachers import HeadLesson
+from plait.merging.registry import find_method
 from plait.store import versions
 from plait.tasks import glue_task, load_examples, load_task
 from plait.tasks.metrics import primary, scores
@@ -86,7 +87,9 @@ class Judge:
         return panel, HeadLesson(panel, labels)
 
 
-def one_seed(base: BaseModel, adapters: list[Adapter], tasks, validation, texts, a: argparse.Namespace) -> dict[str, Any]:
+def one_seed(
+    base: BaseModel, adapters: list[Adapter], tasks, validation, texts, a: argparse.Namespace
+) -> dict[str, Any]:
     """Everything about the adapters of one seed."""
     clock = {"start": time.perf_counter()}
     panel = Panel(base, parts_of(adapters), texts, max_length=a.length)
@@ -109,6 +112,8 @@ def one_seed(base: BaseModel, adapters: list[Adapter], tasks, validation, texts,
     return {
         **rows,
         **facts,
+        "by_aggregate": by_aggregate(entries, fidelity, truth),
+        "by_assumption": by_assumption(adapters, entries, truth),
         "candidates": [
             {
                 "candidate": t.recipe.label, "scale": s, "score": float(truth[i]),
@@ -118,6 +123,40 @@ def one_seed(base: BaseModel, adapters: list[Adapter], tasks, validation, texts,
         ],
         "seconds": {k: v for k, v in clock.items() if k not in ("start", "last")},
     }  # fmt: skip
+
+
+def by_aggregate(entries, fidelity, truth) -> dict[str, Any]:
+    """What each way to put fidelities together would have chosen, and its mean score on the grid's rows."""
+    found = {}
+    for name, f in AGGREGATES.items():
+        i = max(range(len(entries)), key=lambda i: f([*fidelity[i].tasks]))
+        found[name] = {"candidate": entries[i][0].recipe.label, "scale": entries[i][1], "score": float(truth[i])}
+    return found | {"labels": {"score": float(truth.max())}}
+
+
+def by_assumption(adapters, entries, truth) -> dict[str, Any]:
+    """What factors alone would choose under other assumed moments, and that choice's mean score on the grid's rows."""
+    blind = [i for i, (t, _) in enumerate(entries) if not find_method(t.recipe.method).needs]
+    shares = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+    known: dict[int, Any] = {}
+    errors = {s: [] for s in shares}
+    for i in blind:
+        tried, scale = entries[i]
+        if id(tried) not in known:
+            known[id(tried)] = terms_over(tried.adapter, adapters, shares)
+        for s in shares:
+            errors[s].append(mean_error(known[id(tried)][s], scale))
+    found = {}
+    for s in shares:
+        i = blind[int(np.argmin(errors[s]))]
+        rank = spearmanr([-e for e in errors[s]], truth[blind]).statistic
+        found[f"{s:g}"] = {
+            "candidate": entries[i][0].recipe.label,
+            "scale": entries[i][1],
+            "score": float(truth[i]),
+            "rank": float(rank),
+        }
+    return found
 
 
 def tick(clock: dict[str, float], name: str) -> None:
@@ -156,7 +195,7 @@ def label_free(panel, adapters, moments, entries, fidelity, a) -> tuple[dict[str
 def oracle(grid: Judge, adapters, entries, by_label, half: int, a) -> list[tuple[str, Any]]:
     """Merges that labels of one half lead to: the best candidate, and weights per adapter and module learnt on the labels.
 
-    Learnt from three starts: the best candidate, and the best of those that keep the adapters' ranks apart.
+    Learnt from the best candidates of two methods that keep the adapters' ranks apart.
     """
     means = by_label[:, half].mean(1)
     order = np.argsort(-means)
@@ -164,11 +203,13 @@ def oracle(grid: Judge, adapters, entries, by_label, half: int, a) -> list[tuple
     found = [(f"grid: {best[0].recipe.label} at {best[1]:g}", (best[0].adapter, best[1]))]
     apart = [entries[i] for i in order if len(next(iter(groups_of(entries[i][0], adapters).values()))) > 1]
     panel, lesson = grid.lesson(half, a.oracle_rows)
-    starts = {id(e[0]): e for e in (best, apart[0], next(e for e in apart if e[0].recipe.method != apart[0][0].recipe.method))}
+    starts = {
+        id(e[0]): e for e in (best, apart[0], next(e for e in apart if e[0].recipe.method != apart[0][0].recipe.method))
+    }
     for tried, scale in starts.values():
         done = distil(
             panel, scaled(tried.adapter, scale), learns="weights", groups=groups_of(tried, adapters),
-            steps=a.steps, batch=16, lesson=lesson,
+            steps=a.oracle_steps, lesson=lesson,
         )  # fmt: skip
         found.append((f"weights learnt from {tried.recipe.label} at {scale:g}", (done.adapter, 1.0)))
     scored = grid.scores([w for _, w in found])[:, half].mean(1)
@@ -181,10 +222,21 @@ def reported(full: Judge, panel: Panel, arms, entries, by_label, oracles) -> dic
     picks = []
     for half in (0, 1):
         means = by_label[:, half].mean(1)
-        picks.append({m: max((i for i, (t, _) in enumerate(entries) if t.recipe.label == m), key=lambda i: means[i]) for m in labels})
+        picks.append(
+            {
+                m: max((i for i, (t, _) in enumerate(entries) if t.recipe.label == m), key=lambda i: means[i])
+                for m in labels
+            }
+        )
     indices = sorted({i for p in picks for i in p.values()})
     alone = {p.name: (p.adapter, 1.0) for p in panel.parts}
-    worn = [alone, (None, 1.0), *arms.values(), *(o[0][1] for o in oracles), *((entries[i][0].adapter, entries[i][1]) for i in indices)]
+    worn = [
+        alone,
+        (None, 1.0),
+        *arms.values(),
+        *(o[0][1] for o in oracles),
+        *((entries[i][0].adapter, entries[i][1]) for i in indices),
+    ]
     found = full.scores(worn)
     top, floor = found[0].mean(0), found[1].mean(0)
     n = len(arms)
@@ -197,7 +249,11 @@ def reported(full: Judge, panel: Panel, arms, entries, by_label, oracles) -> dic
 
     def row(values: np.ndarray) -> dict[str, Any]:
         share = (values.mean() - floor.mean()) / (top.mean() - floor.mean())
-        return {"mean": float(values.mean()), "recovered": float(share), "tasks": dict(zip(names, map(float, values), strict=True))}
+        return {
+            "mean": float(values.mean()),
+            "recovered": float(share),
+            "tasks": dict(zip(names, map(float, values), strict=True)),
+        }
 
     scales = {m: [entries[picks[h][m]][1] for h in (0, 1)] for m in labels}
     return {
@@ -244,10 +300,15 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--texts", type=int, default=100)
-    p.add_argument("--grid-rows", type=int, default=500, help="validation rows of each half and task that all candidates see")
-    p.add_argument("--rows", type=int, default=0, help="rows of each half that the chosen ones are reported on; 0 for all")
+    p.add_argument(
+        "--grid-rows", type=int, default=250, help="validation rows of each half and task that all candidates see"
+    )
+    p.add_argument(
+        "--rows", type=int, default=0, help="rows of each half that the chosen ones are reported on; 0 for all"
+    )
     p.add_argument("--oracle-rows", type=int, default=500)
-    p.add_argument("--steps", type=int, default=100, help="of learning weights, repairing, and the oracle")
+    p.add_argument("--steps", type=int, default=100, help="of learning weights and of repairing, without labels")
+    p.add_argument("--oracle-steps", type=int, default=100, help="of learning weights from labels")
     p.add_argument("--length", type=int, default=128)
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=SCALES)
     return p.parse_args()
@@ -264,7 +325,12 @@ def main() -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     file = a.out / "existing.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k in ("tasks", "texts", "grid_rows", "rows", "oracle_rows", "steps", "length", "scales", "dtype")}
+    settings = {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in vars(a).items()
+        if k
+        in ("tasks", "texts", "grid_rows", "rows", "oracle_rows", "oracle_steps", "steps", "length", "scales", "dtype")
+    }
     settings |= {"base": Path(a.base).name, "scales": list(a.scales)}
     if known.get("settings", settings) != settings:
         raise SystemExit(f"{file} holds results of other settings; choose another --out")
@@ -278,10 +344,25 @@ def main() -> None:
         texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + draw).texts for n in names}
         seeds[seed] = one_seed(base, adapters, tasks, validation, texts, a)
         device = torch.cuda.get_device_name() if base.torch_device.type == "cuda" else "CPU"
-        report = {**known, **summary(seeds), "settings": settings, "device": device, "versions": versions(), "seeds": seeds}
+        report = {
+            **known,
+            **summary(seeds),
+            "settings": settings,
+            "device": device,
+            "versions": versions(),
+            "seeds": seeds,
+        }
         file.write_text(json.dumps(report, indent=1) + "\n")
         (a.out / "existing.md").write_text(existing_page.page(report))
-    print(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k.startswith(("recovered_", "share", "rank_correlation"))}))
+    print(
+        json.dumps(
+            {
+                k: v
+                for k, v in json.loads(file.read_text()).items()
+                if k.startswith(("recovered_", "share", "rank_correlation"))
+            }
+        )
+    )
     print(f"{time.perf_counter() - started:.0f} s")
 
 

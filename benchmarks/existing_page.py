@@ -20,7 +20,7 @@ def page(report: Mapping[str, Any]) -> str:
         "## In one line each",
         _headline(report),
         "## Recovered",
-        "(merged - floor) / (alone - floor), of means over the tasks. The first rows chose without labels; \"best scale by labels\" "
+        '(merged - floor) / (alone - floor), of means over the tasks. The first rows chose without labels; "best scale by labels" '
         "are single methods whose scale was chosen on one half of the validation rows and reported on the other, halves swapped "
         "and averaged; so is the oracle.",
         _recovered(report),
@@ -43,7 +43,7 @@ def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
         f"Label-free choices see {settings['texts']} training texts of each task without their labels, and no validation row. "
         f"All candidates are scored by labels on up to {settings['grid_rows']} rows of each half of each validation set; what is "
         f"chosen is reported on {rows} rows of the other half. The oracle takes the better of the best candidate and of weights per "
-        f"adapter and module learnt from up to {settings['oracle_rows']} labelled rows of each task, from three starts."
+        f"adapter and module learnt from up to {settings['oracle_rows']} labelled rows of each task, from two starts."
     )
 
 
@@ -79,7 +79,17 @@ def _ranks(report: Mapping[str, Any]) -> str:
         "| aggregate | rank correlation |",
         "|---|---|",
     ]
-    return "\n".join([*lines, *(f"| {k} | {_number(v)} |" for k, v in report["rank_correlations"].items())])
+    lines += [f"| {k} | {_number(v)} |" for k, v in report["rank_correlations"].items()]
+    seeds = report["seeds"].values()
+    first = next(iter(seeds))
+    lines += ["", "Mean score, on the rows that all candidates saw, of what each would have chosen:", ""]
+    lines += ["| chosen by | mean score |", "|---|---|"]
+    for kind in first["by_aggregate"]:
+        lines.append(f"| {kind} | {sum(s['by_aggregate'][kind]['score'] for s in seeds) / len(seeds):.2f} |")
+    for share in first["by_assumption"]:
+        mean = sum(s["by_assumption"][share]["score"] for s in seeds) / len(seeds)
+        lines.append(f"| factors alone, own share {share} | {mean:.2f} |")
+    return "\n".join(lines)
 
 
 def _tasks(seeds: Mapping[str, Any]) -> str:
@@ -93,7 +103,10 @@ def _tasks(seeds: Mapping[str, Any]) -> str:
 
 
 def _chosen(seeds: Mapping[str, Any]) -> str:
-    lines = ["| seed | no text | 100 texts | held out: chosen, weights learnt | oracle, by half |", "|---|---|---|---|---|"]
+    lines = [
+        "| seed | no text | 100 texts | held out: chosen, weights learnt | oracle, by half |",
+        "|---|---|---|---|---|",
+    ]
     for name, s in seeds.items():
         a, b = s["chosen_no_text"], s["chosen_100_texts"]
         held = f"{b['held_out']['chosen']:.3f}, {b['held_out']['refined']:.3f}"
@@ -108,5 +121,7 @@ def _causal(found: Mapping[str, Any]) -> str:
     lines.append("|---|" + "---|" * (len(found["tasks"]) + 1))
     for row in found["rows"]:
         kl = "" if row["general_kl"] is None else f"{row['general_kl']:.4f}"
-        lines.append(f"| {row['name']} | " + " | ".join(f"{row['scores'][t]:.1f}" for t in found["tasks"]) + f" | {kl} |")
+        lines.append(
+            f"| {row['name']} | " + " | ".join(f"{row['scores'][t]:.1f}" for t in found["tasks"]) + f" | {kl} |"
+        )
     return "\n".join(lines)

@@ -46,7 +46,10 @@ def make_panel(tiny_base):
     def make(architecture: str = "bert", kind: str = "classification", texts: int = 16, **options) -> Panel:
         base = tiny_base(architecture)
         second = "regression" if kind == "classification" else kind
-        adapters = [random_adapter(base, architecture, "one", kind, 1), random_adapter(base, architecture, "two", second, 2)]
+        adapters = [
+            random_adapter(base, architecture, "one", kind, 1),
+            random_adapter(base, architecture, "two", second, 2),
+        ]
         given = {a.name: texts_of(texts, i) for i, a in enumerate(adapters)}
         return Panel(base, parts_of(adapters), given, max_length=24, **options)
 

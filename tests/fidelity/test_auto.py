@@ -90,7 +90,8 @@ def test_the_assumed_error_is_that_of_dense_matrices(make_panel):
 def test_weights_that_are_learnt_come_closer_and_stay_combinations(make_panel):
     panel = make_panel(texts=24)
     adapters = adapters_of(panel)
-    tried = choose(panel, adapters, methods=("task_arithmetic",), scales=(0.3,), refine=0).scored[-1].tried
+    tried = choose(panel, adapters, methods=("task_arithmetic",), scales=(0.3,), refine=0)
+    tried = next(s.tried for s in tried.scored if s.tried.recipe.calibrate is None)
     start = scaled(tried.adapter, 0.3)
     done = distil(panel, start, learns="weights", groups=groups_of(tried, adapters), steps=30, rate=0.05)
     before, after = fidelities(panel, [(start, 1.0), (done.adapter, 1.0)])
@@ -103,7 +104,10 @@ def test_weights_that_are_learnt_come_closer_and_stay_combinations(make_panel):
     assert all(p.requires_grad for p in panel.model(panel.parts[0]).parameters())
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("mpnet", "classification"), ("gpt2", "causal"), ("t5", "seq2seq"), ("t5", "classification")])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("mpnet", "classification"), ("gpt2", "causal"), ("t5", "seq2seq"), ("t5", "classification")],
+)
 def test_a_repair_comes_closer(make_panel, architecture, kind):
     panel = make_panel(architecture, kind, texts=12)
     merged = merge(adapters_of(panel), "task_arithmetic", scale=0.3).adapter
@@ -123,7 +127,9 @@ def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
         folders.append(str(folder))
     texts = dict(panel.texts)
     settings = replace(FEW, repair=3)
-    found = merge_auto_folders(folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings)
+    found = merge_auto_folders(
+        folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings
+    )
     manifest = read_manifest(tmp_path / "out")
     assert manifest["result"]["chosen"] == json.loads(json.dumps(found["chosen"]))
     assert len(manifest["result"]["evidence"]) == 32
@@ -135,7 +141,9 @@ def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
     assert found["verification_error"] < 1e-5
     score = fidelities(panel, [(written, 1.0)])[0].score
     assert score == pytest.approx(found["fidelity"]["score"], abs=1e-3)
-    again = merge_auto_folders(folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings)
+    again = merge_auto_folders(
+        folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings
+    )
     assert again["reused"]
     with pytest.raises(UsageError, match="other settings"):
         merge_auto_folders(folders, tmp_path / "out", base=panel.base, texts=texts, settings=FEW)

@@ -11,7 +11,6 @@ import torch
 from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, UsageError
 from plait.evaluation.applied import applied
-from plait.fidelity.choose import scaled
 from plait.fidelity.language import encoded
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel, parts_of
@@ -31,7 +30,8 @@ def of_task(fidelity, name):
 def damaged(adapter, size, seed=0):
     g = torch.Generator().manual_seed(seed)
     modules = {
-        m: LoraFactors(f.A, f.B + torch.randn(f.B.shape, generator=g) * size, f.scaling) for m, f in adapter.modules.items()
+        m: LoraFactors(f.A, f.B + torch.randn(f.B.shape, generator=g) * size, f.scaling)
+        for m, f in adapter.modules.items()
     }
     return replace(adapter, modules=modules)
 

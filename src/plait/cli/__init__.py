@@ -7,7 +7,7 @@ import sys
 import typer
 
 from plait import __version__
-from plait.cli import formats, merging, recipes, stages, statistics, study
+from plait.cli import existing, formats, merging, recipes, stages, statistics, study
 from plait.cli.output import guarded
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for module in (recipes, statistics, stages, merging, formats, study):
+for module in (recipes, statistics, stages, merging, existing, formats, study):
     module.register(app)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from plait.cli.options import Device, Json, Overwrite, Seed
+from plait.cli.options import Device, Json, Seed
 from plait.cli.output import emit, table
 
 Given = Annotated[
@@ -48,22 +48,22 @@ def advise(
     emit(found, as_json, advice_text(found))
 
 
-def auto(
-    given: list[str],
-    out: Path | None,
-    *,
-    text: list[str] | None,
-    general: str | None,
-    repair: int,
-    refine: int,
-    length: int,
-    rank: int | None,
-    base_id: str | None,
-    device: str,
-    seed: int,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+class AutoChoice(NamedTuple):
+    """The options of `merge` that `auto` takes."""
+
+    text: list[str] | None
+    general: str | None
+    refine: int
+    repair: int
+    length: int
+    rank: int | None
+    base_id: str | None
+    device: str
+    seed: int
+    overwrite: bool
+
+
+def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) -> None:
     """What `plait merge auto BASE ADAPTER...` does."""
     from plait.errors import UsageError
     from plait.fidelity.auto import AutoSettings, merge_auto_folders
@@ -72,11 +72,14 @@ def auto(
 
     if out is None:
         raise UsageError("where to?", hint="--out DIR")
-    base, folders = split_base(given, device)
+    base, folders = split_base(given, chosen.device)
+    settings = AutoSettings(
+        refine=chosen.refine, repair=chosen.repair, rank=chosen.rank, max_length=chosen.length, seed=chosen.seed
+    )
     found = merge_auto_folders(
-        folders, out, base=base, texts=parse_texts(text or []), general=read_place(general) if general else (),
-        settings=AutoSettings(repair=repair, refine=refine, rank=rank, max_length=length, seed=seed),
-        base_id=base_id, overwrite=overwrite, tell=_tell,
+        folders, out, base=base, texts=parse_texts(chosen.text or []),
+        general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
+        overwrite=chosen.overwrite, tell=_tell,
     )  # fmt: skip
     emit(found, as_json, auto_text(found))
 
@@ -133,10 +136,11 @@ def evidence_table(evidence: list[dict[str, Any]], most: int = 12) -> str:
             for r in evidence[:most]
         ]
         return table(["candidate", "scale", "error on assumed inputs", "worst"], rows)
-    rows = [
-        [r["candidate"], f"{r['scale']:g}", f"{r['score']:.3f}", r["tasks"][0]["task"], f"{r['tasks'][0]['agreement']:.3f}", str(r["texts"])]
-        for r in evidence[:most]
-    ]  # fmt: skip
+    rows = []
+    for r in evidence[:most]:
+        worst = r["tasks"][0]
+        kept = [f"{r['score']:.3f}", worst["task"], f"{worst['agreement']:.3f}", str(r["texts"])]
+        rows.append([r["candidate"], f"{r['scale']:g}", *kept])
     return table(["candidate", "scale", "kept", "worst", "agreement there", "texts"], rows)
 
 

@@ -7,11 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from plait.cli import existing
+from plait.cli.existing import General, Length, Text
 from plait.cli.options import Json, Overwrite, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
+from plait.errors import UsageError
 
 Folders = Annotated[
-    list[str], typer.Argument(help="PEFT folders or LoRA files, PATH or NAME=PATH each; or one mergekit YAML file.")
+    list[str],
+    typer.Argument(
+        help="PEFT folders or LoRA files, PATH or NAME=PATH each; one mergekit YAML file; or auto BASE PATH...: a choice without labels."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
 Method = Annotated[str, typer.Option("--method", "-m", help="See `plait ls merges`.")]
@@ -44,13 +50,29 @@ def merge(
     stack: Annotated[
         bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")
     ] = False,
+    text: Text = None,
+    general: General = None,
+    refine: Annotated[int, typer.Option("--refine", min=0, help="auto: steps of learning weights on the texts.")] = 100,
+    repair: Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")] = 0,
+    length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Merge LoRA adapters of one base into one adapter; the base itself is needed only to bake."""
+    """Merge LoRA adapters of one base into one adapter; the base itself is needed only to bake.
+
+    `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
+    """
+    if folders[0] == "auto":
+        chosen = existing.AutoChoice(text, general, refine, repair, length, rank, base, device, seed, overwrite)
+        existing.auto(folders[1:], out, chosen, as_json)
+        return
+    if text or general or repair:
+        raise UsageError(
+            "--text, --general and --repair are for a choice without labels", hint="plait merge auto BASE ADAPTER..."
+        )
     from plait.merging.request import MergeRequest, answer
 
     trailing = [Path(f) for f in folders if f.endswith(".stats.safetensors")]  # --stats pool/* leaves them here

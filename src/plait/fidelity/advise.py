@@ -121,7 +121,7 @@ def advise(
         panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
         kept, record = _measured(panel, adapters, chosen, tell)
         options = _options(adapters, sizes, kept)
-        advice, name = _recommend(options, chosen)
+        advice, name = recommend(options, chosen)
     return {
         "tasks": [a.name for a in adapters], "base": common.base, "options": [asdict(o) for o in options],
         "notes": costs.vllm_notes(adapters), "unknown": unknown, "advice": advice, "recommended": name, **record,
@@ -219,7 +219,7 @@ def _without_texts(adapters: Sequence[Adapter], merged: Adapter) -> str:
     )
 
 
-def _recommend(options: Sequence[Option], settings: AdviceSettings) -> tuple[str, str]:
+def recommend(options: Sequence[Option], settings: AdviceSettings) -> tuple[str, str]:
     """The cheapest option that keeps enough of the worst adapter; else serving separately."""
     enough = 1.0 - settings.tolerate
     good = [o for o in options if o.option != SEPARATELY and o.worst is not None and o.worst >= enough]

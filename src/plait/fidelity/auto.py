@@ -205,7 +205,12 @@ def merge_auto_folders(
     Args:
         folders: ``DIR`` or ``NAME=DIR`` each.
         out: The folder to write; a finished one of the same identity is kept.
-        base, texts, general, settings, base_id, tell: As `merge_auto` has them.
+        base: Needed with texts.
+        texts: As `merge_auto` has them; so are the rest.
+        general: Texts of no task.
+        settings: What is tried.
+        base_id: Base id of the result.
+        tell: Told what is being done.
         overwrite: Replace what stands at `out`.
 
     Returns:
@@ -226,7 +231,7 @@ def merge_auto_folders(
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
     found = merge_auto(adapters, base, texts, general=general, settings=chosen, base_id=base_id, tell=tell)
     merged = replace(found.adapter, name=out.name) if len(adapters) > 1 else found.adapter
-    result = {k: v for k, v in found.record.items()}
+    result = dict(found.record)
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
         write_adapter(stage, merged)
         result["verification_error"] = _difference(read_adapter(stage, name="written"), merged)

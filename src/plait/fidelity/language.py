@@ -84,7 +84,7 @@ def compared(
         n = 0
         for batch in _batches(panel, rows, len(worn)):
             with stacked_updates(model, updates):
-                logits, mask = positions(model, part.task.kind, batch, len(worn))
+                logits, mask = positions(model, part.task.kind, batch, len(worn), panel.positions)
             reference_log = _log_softmax(logits[0][mask])
             weights, top = reference_log.exp(), reference_log.argmax(-1)
             n += len(top)
@@ -110,14 +110,18 @@ def stacks(model: nn.Module, worn: Sequence[Candidate]) -> dict[str, StackedFact
     return {name: stack(name, shape, worn, like) for name, shape in shapes.items()}
 
 
-def positions(model: Any, kind: str, batch: Mapping[str, Tensor], members: int) -> tuple[Tensor, Tensor]:
-    """Logits (members, b, positions, vocabulary) of a batch that every member reads, and (b, positions) which are real."""
+def positions(
+    model: Any, kind: str, batch: Mapping[str, Tensor], members: int, which: str = "all"
+) -> tuple[Tensor, Tensor]:
+    """Logits (members, b, positions, vocabulary) of a batch that every member reads, and (b, positions) which count."""
     inputs = {k: v.repeat(members, 1) for k, v in batch.items() if k != "labels"}
     mask = batch["attention_mask"].bool()
     if kind == "seq2seq":
         labels = batch["labels"].repeat(members, 1)
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
         mask = batch["labels"] != _IGNORED
+    if which == "end":
+        mask = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     logits = model(**inputs, use_cache=False).logits
     return logits.view(members, -1, *logits.shape[1:]), mask
 

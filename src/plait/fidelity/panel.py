@@ -97,6 +97,7 @@ class Panel:
         general: Texts of no task in particular, for the KL to the base; () for none.
         batch_size: Rows a pass, where one adapter is asked alone.
         max_length: Tokens a text.
+        positions: Of text models: "all" positions of a text, or only its "end", where an answer would begin.
     """
 
     base: BaseModel
@@ -105,6 +106,7 @@ class Panel:
     general: Texts = ()
     batch_size: int = 32
     max_length: int = 128
+    positions: str = "all"
     _evaluators: dict[str, Evaluator] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class Panel:
 
     def with_texts(self, texts: Mapping[str, Texts]) -> Panel:
         """The same with other texts; the loaded base is shared."""
-        other = Panel(self.base, self.parts, texts, self.general, self.batch_size, self.max_length)
+        other = Panel(self.base, self.parts, texts, self.general, self.batch_size, self.max_length, self.positions)
         other.evaluator._model = self.evaluator._model
         other.evaluator._tokenizer = self.tokenizer
         other.evaluator._views.update(self.evaluator._views)

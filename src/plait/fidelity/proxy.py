@@ -48,41 +48,38 @@ def terms(merge: Adapter, adapters: Sequence[Adapter], share: float = OWN_SHARE)
 
     Cost: products of (R, in) matrices; no module's dense delta is formed.
     """
-    return {a.name: _summed([_terms(merge.modules[m], f, share) for m, f in _linear(a, merge)]) for a in adapters}
+    return terms_over(merge, adapters, [share])[share]
 
 
-def _linear(adapter: Adapter, merge: Adapter) -> list[tuple[str, LoraFactors]]:
-    return [(m, f) for m, f in adapter.modules.items() if f.kind == LINEAR and m in merge.modules]
+def terms_over(merge: Adapter, adapters: Sequence[Adapter], shares: Sequence[float]) -> dict[float, dict[str, Terms]]:
+    """`terms` for several shares, the products taken once."""
+    folded = {m: f.folded(torch.float64) for m, f in merge.modules.items() if f.kind == LINEAR}
+    found: dict[float, dict[str, Terms]] = {s: {} for s in shares}
+    for adapter in adapters:
+        pairs = [_terms(folded[m], f) for m, f in adapter.modules.items() if m in folded]
+        for s in shares:
+            found[s][adapter.name] = _summed([s * own + (1 - s) * rest for own, rest in pairs])
+    return found
 
 
-def _terms(merge: LoraFactors, own: LoraFactors, share: float) -> Terms:
-    f, g = own.folded(torch.float64), merge.folded(torch.float64)
-    gram = _Assumed(f, share)
-    seen = (gram(f.A, f.A), gram(g.A, f.A), gram(g.A, g.A))
-    B = (f.B.T @ f.B, g.B.T @ f.B, g.B.T @ g.B)
-    return Terms(*(float((b * s).sum()) for b, s in zip(B, seen, strict=True)))
+def _terms(g: LoraFactors, own: LoraFactors) -> tuple[Float[Tensor, 3], Float[Tensor, 3]]:
+    """(own, cross, square) of a module under the row space of the adapter's delta, and under I / in."""
+    f = own.folded(torch.float64)
+    inner, seen = f.B.T @ f.B, f.A @ f.A.T
+    size = float((inner * seen).sum())
+    inside, between = inner / size if size > 0 else inner, g.A @ f.A.T
+    B = (inner, g.B.T @ f.B, g.B.T @ g.B)
+    rows = (seen @ inside @ seen, between @ inside @ seen, between @ inside @ between.T)
+    flat = (seen, between, g.A @ g.A.T)
+    return torch.stack([(b * x).sum() for b, x in zip(B, rows, strict=True)]), torch.stack(
+        [(b * x).sum() for b, x in zip(B, flat, strict=True)]
+    ) / f.A.shape[1]
 
 
-class _Assumed:
-    """X, Y -> X m Y^T for the moments assumed of one adapter's module."""
-
-    def __init__(self, own: LoraFactors, share: float) -> None:
-        size = float(((own.B.T @ own.B) * (own.A @ own.A.T)).sum())
-        self.A, self.inner = own.A, own.B.T @ own.B / size if size > 0 else own.B.T @ own.B
-        self.share, self.rest = share, (1 - share) / own.A.shape[1]
-
-    def __call__(self, X: Float[Tensor, "j in"], Y: Float[Tensor, "k in"]) -> Float[Tensor, "j k"]:
-        inside = (X @ self.A.T) @ self.inner @ (self.A @ Y.T)
-        return self.share * inside + self.rest * (X @ Y.T)
-
-
-def _summed(parts: Sequence[Terms]) -> Terms:
+def _summed(parts: Sequence[Tensor]) -> Terms:
     """Each module counts alike: its own energy is taken as 1."""
-    present = [p for p in parts if p.own > 0]
-    n = max(1, len(present))
-    return Terms(
-        float(len(present)) / n, sum(p.cross / p.own for p in present) / n, sum(p.square / p.own for p in present) / n
-    )
+    present = [p / p[0] for p in parts if p[0] > 0]
+    return Terms(*torch.stack(present).mean(0).tolist()) if present else Terms(0.0, 0.0, 0.0)
 
 
 def mean_error(found: Mapping[str, Terms], scale: float) -> float:

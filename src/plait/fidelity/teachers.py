@@ -120,7 +120,7 @@ class _TextLesson:
         chosen = [r[i] for r, places in zip(self.rows, rows, strict=True) for i in places]
         batch = to_device(collate(self.panel.tokenizer, chosen), self.panel.base.torch_device)
         with wearing():
-            logits, mask = positions(self.model, self.kind, batch, 1)
+            logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
         with torch.no_grad(), stacked_updates(self.model, self.teachers):
             wanted = positions(self.model, self.kind, batch, 1)[0]
         total, each = logits.new_zeros((), dtype=torch.float32), len(rows[0])

@@ -1,0 +1,200 @@
+"""Advice: with texts every figure is measured, without them what is unknown is said; two folders are enough to ask."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from plait.adapters.peft_format import write_adapter
+from plait.cli import main
+from plait.errors import InputError, UsageError
+from plait.fidelity import costs
+from plait.fidelity.advise import SEPARATELY, AdviceSettings, Option, advise, recommend
+from plait.fidelity.given import split_base
+from plait.fidelity.texts import parse_texts, read_texts
+from tests.fidelity.conftest import random_adapter
+from tests.tiny import save_model
+
+PUBLIC = Path(__file__).parents[3] / "shared" / "adapters"
+PAIRS = [("distilbert_imdb", "distilbert_emotion"), ("gemma3_270m_svg", "gemma3_270m_svg_stage1")]
+
+
+def folders_of(panel, root: Path) -> list[str]:
+    made = []
+    for part in panel.parts:
+        folder = root / part.name
+        folder.mkdir()
+        write_adapter(folder, part.adapter)
+        made.append(str(folder))
+    return made
+
+
+def text_file(panel, task: str, root: Path) -> str:
+    path = root / f"{task}.txt"
+    path.write_text("".join("\t".join(t) + "\n" for t in panel.texts[task]))
+    return f"{task}={path}"
+
+
+def said(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def test_with_texts_everything_is_measured(make_panel):
+    panel = make_panel(texts=24)
+    adapters = [p.adapter for p in panel.parts]
+    found = advise(adapters, panel.base, panel.texts, settings=AdviceSettings(repair=4, max_length=24))
+    names = [o["option"] for o in found["options"]]
+    assert names[0] == SEPARATELY and "merged, rank 6" in names and "merged, cut to rank 3" in names
+    assert "merged, baked into the base" in names and "merged and repaired, rank 3" in names
+    assert sum(n.startswith("the best single adapter") for n in names) == 1
+    assert all(o["kept"] is not None and o["worst"] <= o["kept"] + 1e-9 for o in found["options"])
+    assert not found["unknown"]
+    size = {o["option"]: o["bytes"] for o in found["options"]}
+    assert size["merged, baked into the base"] < size["merged, cut to rank 3"] < size["merged, rank 6"]
+    assert size["merged, rank 6"] == costs.base_size(Path(panel.base.name))[0] + costs.factors_at(
+        adapters, 6
+    ) + costs.head_bytes(adapters)
+    good = [o["option"] for o in found["options"] if o["worst"] >= 0.9]
+    assert found["recommended"] in good
+    assert found["recommended"] != SEPARATELY or good == [SEPARATELY]
+
+
+def test_the_advice_follows_the_worst_adapter():
+    separately = Option(SEPARATELY, "", 50, "", 1.0, 1.0)
+    small = Option("small", "", 10, "", 0.97, 0.85, "a")
+    large = Option("large", "", 30, "", 0.95, 0.93, "b")
+    mended = Option("merged and repaired, small", "", 5, "", 0.99, 0.98, "b")
+    settings = AdviceSettings(tolerate=0.1)
+    assert recommend([separately, small, large, mended], settings)[1] == "large"
+    assert recommend([separately, small, mended], settings)[1] == mended.option
+    text, name = recommend([separately, small], settings)
+    assert name == SEPARATELY and "85 % of a" in text
+
+
+def test_one_and_the_same_adapter_twice_is_worth_merging(make_panel):
+    panel = make_panel(texts=16)
+    one = panel.parts[0].adapter
+    twin = replace(one, name="twin", heads={"twin": one.heads["one"]})
+    texts = {"one": panel.texts["one"], "twin": panel.texts["one"]}
+    found = advise([one, twin], panel.base, texts, settings=AdviceSettings(repair=0, max_length=24))
+    assert found["recommended"] != SEPARATELY
+
+
+def test_two_folders_and_nothing_else(make_panel, tmp_path, capsys):
+    folders = folders_of(make_panel(), tmp_path)
+    code, out, err = said(capsys, "advise", *folders)
+    assert code == 0, err
+    assert "Not known:" in out and "serve separately" in out and "--text one=FILE --text two=FILE" in out
+    code, out, _ = said(capsys, "advise", *folders, "--json")
+    found = json.loads(out)
+    assert found["recommended"] == "measure first" and found["options"][1]["kept"] is None
+    assert any("nobody can say" in u for u in found["unknown"])
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: p[0])
+def test_two_downloaded_folders(pair, capsys):
+    if not (PUBLIC / pair[0]).is_dir():
+        pytest.skip("the public adapters are not at hand")
+    code, out, err = said(capsys, "advise", *(str(PUBLIC / p) for p in pair))
+    assert code == 0, err
+    assert "Not known:" in out
+
+
+def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys):
+    panel = make_panel(texts=12)
+    folders = folders_of(panel, tmp_path)
+    texts = [f"--text={text_file(panel, t, tmp_path)}" for t in ("one", "two")]
+    common = [panel.base.name, *folders, *texts, "--max-length", "24", "--device", "cpu"]
+    code, out, err = said(capsys, "merge", "auto", *common, "--refine", "2", "--out", str(tmp_path / "out"))
+    assert code == 0, err
+    assert "agreement" in out and "candidate" in out
+    assert json.loads((tmp_path / "out" / "plait.json").read_text())["result"]["evidence"]
+    code, out, err = said(capsys, "advise", *common, "--repair", "2")
+    assert code == 0, err
+    assert "Advice:" in out and "Not known:" not in out
+    code, _, err = said(capsys, "merge", "auto", *folders, "--out", str(tmp_path / "blind"))
+    assert code == 0, err
+    code, _, err = said(capsys, "merge", "auto", *folders, *texts, "--out", str(tmp_path / "no"))
+    assert code == 2 and "base" in err
+    code, _, err = said(capsys, "merge", "auto", *folders)
+    assert code == 2 and "--out" in err
+    code, _, err = said(capsys, "merge", *folders, *texts, "--out", str(tmp_path / "no"))
+    assert code == 2 and "merge auto" in err
+
+
+def test_what_is_given_is_told_apart(tiny_base, make_panel, tmp_path):
+    base = save_model(tmp_path / "base", "bert")
+    one, two = folders_of(make_panel(), tmp_path)
+    assert split_base([one, f"x={two}"]) == (None, [one, f"x={two}"])
+    found, folders = split_base([str(base), one], "cpu")
+    assert found is not None and found.name == str(base) and folders == [one]
+    with pytest.raises(InputError, match=r"no adapter_config.json in it"):
+        split_base([str(base), one, str(tmp_path)])
+    with pytest.raises(InputError, match="no such folder"):
+        split_base([str(tmp_path / "none"), one])
+    with pytest.raises(InputError, match="no such folder"):
+        split_base([one, str(tmp_path / "none")])
+    for wrong in ([], [str(base)]):
+        with pytest.raises(UsageError, match="no adapters"):
+            split_base(wrong)
+
+
+def test_texts_are_read_from_lines_and_tables(tmp_path):
+    lines = tmp_path / "a.txt"
+    lines.write_text("one\n\n two three \n", "utf-8")
+    assert read_texts(lines) == (("one",), (" two three ",))
+    lines.write_text("a\tb\nc\td\n")
+    assert read_texts(lines, limit=1) == (("a", "b"),)
+    table = tmp_path / "b.jsonl"
+    table.write_text('{"premise": "x", "hypothesis": "y", "text": "z"}\n')
+    assert read_texts(table) == (("z",),)
+    assert parse_texts([f"t={table}:premise,hypothesis"]) == {"t": (("x", "y"),)}
+    (tmp_path / "c.csv").write_text("q\n1\n")
+    for place, message in (
+        ("c.csv", "no column 'text'"),
+        ("b.jsonl:nope", "no column 'nope'"),
+        ("none.txt", "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_texts([f"t={tmp_path / place}"])
+    lines.write_text("a\tb\nc\n")
+    with pytest.raises(InputError, match="parts"):
+        read_texts(lines)
+    lines.write_text("\n")
+    with pytest.raises(InputError, match="no texts"):
+        read_texts(lines)
+    lines.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_texts(lines)
+    for wrong in ("t", "=x", "t="):
+        with pytest.raises(UsageError, match="TASK=FILE"):
+            parse_texts([wrong])
+    lines.write_text("a\n")
+    with pytest.raises(UsageError, match="twice"):
+        parse_texts([f"t={lines}", f"t={lines}"])
+
+
+def test_notes_of_a_server(tiny_base):
+    adapter = random_adapter(tiny_base("llama"), "llama", "one", "causal", 1)
+    assert "--max-lora-rank 8" in costs.vllm_notes([adapter])[0]
+    wide = replace(
+        adapter, modules={m: replace(f, A=f.A.repeat(10, 1), B=f.B.repeat(1, 10)) for m, f in adapter.modules.items()}
+    )
+    assert "32" in costs.vllm_notes([wide])[0]
+    first = next(iter(adapter.modules))
+    mixed = replace(adapter, modules={**adapter.modules, first: replace(adapter.modules[first], scaling=9.0)})
+    assert any("ignores such patterns" in n for n in costs.vllm_notes([mixed]))
+
+
+def test_a_base_without_weights_is_no_size(tmp_path):
+    shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    (tmp_path / "x").mkdir()
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
+        costs.base_size(tmp_path / "x")
