@@ -42,6 +42,8 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--general", required=True)
     p.add_argument("--rows", type=int, default=400, help="validation rows of each task")
     p.add_argument("--steps", type=int, default=100)
+    p.add_argument("--methods", type=lambda t: tuple(t.split(",")), default=METHODS)
+    p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=SCALES)
     p.add_argument("--out", required=True, type=Path)
     return p.parse_args()
 
@@ -54,14 +56,14 @@ def main() -> None:
     adapters = [read_adapter(a.run / "adapters" / a.arm / f"seed-{a.seed}" / n, name=n) for n in names]
     texts = {n: session.training(n, a.seed).texts[: a.texts] for n in names}
     merges = dict.fromkeys(("base",), (None, 1.0))
-    merges["without text"] = (choose_by_factors(adapters, METHODS, SCALES)[0], 1.0)
+    merges["without text"] = (choose_by_factors(adapters, a.methods, a.scales)[0], 1.0)
     chosen = {}
     panels = {}
     for where in ("all", "end"):
         panels[where] = Panel(
             session.base, parts_of(adapters), texts, read_place(a.general, a.texts), 16, session.recipe.data.max_length, where
         )  # fmt: skip
-        found = choose(panels[where], adapters, refine=a.steps, tell=print)
+        found = choose(panels[where], adapters, methods=a.methods, scales=a.scales, refine=a.steps, tell=print)
         merges[f"by fidelity at {where} positions"] = (found.adapter, 1.0)
         chosen[where] = {
             "candidate": found.recipe.label,
@@ -73,7 +75,7 @@ def main() -> None:
             repaired(panels[where], found.adapter, a.steps)[0],
             1.0,
         )
-    grid = [("task_arithmetic", s) for s in SCALES]
+    grid = [("task_arithmetic", s) for s in a.scales]
     plain = Tried(
         next(recipes((), ("task_arithmetic",))), merged_by(next(recipes((), ("task_arithmetic",))), adapters, {})
     )

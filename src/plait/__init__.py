@@ -6,7 +6,7 @@ The public API, imported when first used, so that ``import plait`` stays light:
 - subspaces: `compute_subspaces`, `subspace_state_dict`, `initialize_lora_weights`
 - adapters: `read_adapter`, `write_adapter`, `Adapter`, `LoraFactors`
 - training: `train_adapter`, `TrainingSettings`
-- merging: `merge`, `merge_folders`, `merge_methods`
+- merging: `merge`, `merge_folders`, `merge_methods`; without labels `merge_auto`, `advise`
 - whole runs: `read_recipe`, `run`
 """
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from plait.adapters.peft_format import read_adapter as read_adapter
     from plait.adapters.peft_format import write_adapter as write_adapter
     from plait.errors import PlaitError as PlaitError
+    from plait.fidelity.advise import advise as advise
+    from plait.fidelity.auto import AutoSettings as AutoSettings
+    from plait.fidelity.auto import merge_auto as merge_auto
     from plait.merging import merge as merge
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods
@@ -41,14 +44,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adapter": "adapters.lora",
+    "AutoSettings": "fidelity.auto",
     "LoraFactors": "adapters.lora",
     "PlaitError": "errors",
     "Statistics": "statistics",
     "TrainingSettings": "training",
+    "advise": "fidelity.advise",
     "collect_statistics": "statistics",
     "compute_subspaces": "subspaces",
     "initialize_lora_weights": "adapters.init",
     "merge": "merging",
+    "merge_auto": "fidelity.auto",
     "merge_folders": "merging",
     "merge_methods": "merging",
     "merge_statistics": "statistics",
@@ -63,15 +69,18 @@ _HOMES = {
 }
 __all__ = [
     "Adapter",
+    "AutoSettings",
     "LoraFactors",
     "PlaitError",
     "Statistics",
     "TrainingSettings",
     "__version__",
+    "advise",
     "collect_statistics",
     "compute_subspaces",
     "initialize_lora_weights",
     "merge",
+    "merge_auto",
     "merge_folders",
     "merge_methods",
     "merge_statistics",

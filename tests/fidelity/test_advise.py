@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from plait.adapters.peft_format import write_adapter
 from plait.cli import main
@@ -15,6 +16,7 @@ from plait.errors import InputError, UsageError
 from plait.fidelity import costs
 from plait.fidelity.advise import SEPARATELY, AdviceSettings, Option, advise, recommend
 from plait.fidelity.given import split_base
+from plait.fidelity.proxy import cosines
 from plait.fidelity.texts import parse_texts, read_texts
 from tests.fidelity.conftest import random_adapter
 from tests.tiny import save_model
@@ -129,6 +131,24 @@ def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys)
     assert code == 2 and "merge auto" in err
 
 
+def test_what_cannot_be_merged_is_served_separately(make_panel):
+    one, two = (p.adapter for p in make_panel().parts)
+    other = replace(two, base="another", source={})
+    found = advise([replace(one, source={}), other])
+    assert found["recommended"] == SEPARATELY and "of different bases" in found["advice"]
+    assert [o["option"] for o in found["options"]] == [SEPARATELY]
+    assert "nothing to merge with" in advise([one])["advice"]
+
+
+def test_a_pair_of_one_descent_is_noticed(make_panel):
+    one, two = (p.adapter for p in make_panel().parts)
+    apart = cosines([one, two])[("one", "two")]
+    dense = [torch.cat([f.delta(torch.float64).flatten() for f in a.modules.values()]) for a in (one, two)]
+    assert apart == pytest.approx(float(torch.nn.functional.cosine_similarity(*dense, dim=0)), abs=1e-5)
+    twin = replace(one, name="twin", heads={"twin": one.heads["one"]})
+    assert any("one and twin point much the same way (cosine 1.00)" in n for n in advise([one, twin])["notes"])
+
+
 def test_what_is_given_is_told_apart(tiny_base, make_panel, tmp_path):
     base = save_model(tmp_path / "base", "bert")
     one, two = folders_of(make_panel(), tmp_path)
@@ -137,8 +157,10 @@ def test_what_is_given_is_told_apart(tiny_base, make_panel, tmp_path):
     assert found is not None and found.name == str(base) and folders == [one]
     with pytest.raises(InputError, match=r"no adapter_config.json in it"):
         split_base([str(base), one, str(tmp_path)])
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="neither a folder nor the base that the adapters name"):
         split_base([str(tmp_path / "none"), one])
+    hub, _ = split_base(["somebody/bert", one])
+    assert hub is not None and hub.name == "somebody/bert"
     with pytest.raises(InputError, match="no such folder"):
         split_base([one, str(tmp_path / "none")])
     for wrong in ([], [str(base)]):

@@ -12,7 +12,10 @@ from plait.cli.options import Device, Json, Seed
 from plait.cli.output import emit, table
 
 Given = Annotated[
-    list[str], typer.Argument(help="BASE (a folder or a hub name), then PEFT folders, DIR or NAME=DIR each.")
+    list[str],
+    typer.Argument(
+        metavar="[BASE] ADAPTER...", help="BASE (a folder or a hub name), then PEFT folders, DIR or NAME=DIR each."
+    ),
 ]
 Text = Annotated[
     list[str] | None,

@@ -9,19 +9,22 @@ from typing import Any
 
 from plait.adapters.lora import Adapter, truncated
 from plait.base import BaseModel
+from plait.errors import InputError
 from plait.fidelity import costs
 from plait.fidelity.auto import AutoSettings, merge_auto, repaired
 from plait.fidelity.choose import HELD_OUT, Tell
 from plait.fidelity.given import split_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.proxy import mean_error, terms
+from plait.fidelity.proxy import cosines, mean_error, terms
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, split_off
 from plait.merging.align import align
 from plait.merging.folders import read_all
 
 _MB = 1e6
+# Task vectors of adapters that were trained apart have a cosine near 0.
+_KIN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +105,14 @@ def advise(
 
     With texts, all figures of fidelity are on the quarter of them that neither choice nor repair has seen.
 
-    Raises:
-        InputError: Adapters that cannot be merged at all (other bases, other shapes): the reason is the advice.
+    Adapters that cannot be merged (other bases, other shapes) are told to be served separately, with the reason.
     """
     chosen = settings or AdviceSettings()
-    common = align(adapters, None)
     sizes = _base_sizes(base)
+    if reason := _obstacle(adapters):
+        options = _options(adapters, sizes, {})[:1]
+        return _answer(adapters, options, [], f"serve separately: {reason}", SEPARATELY, {})
+    common = align(adapters, None)
     unknown = (
         [] if sizes else [f"the base's size ({common.base} is not at hand as a folder): memory is given beside it"]
     )
@@ -120,12 +125,55 @@ def advise(
     else:
         panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
         kept, record = _measured(panel, adapters, chosen, tell)
+        if min(map(len, panel.texts.values())) < HELD_OUT:
+            unknown.append(
+                f"how figures hold on other texts: with fewer than {HELD_OUT} of an adapter none could be held out"
+            )
         options = _options(adapters, sizes, kept)
         advice, name = recommend(options, chosen)
+    return _answer(adapters, options, unknown, advice, name, record)
+
+
+def _obstacle(adapters: Sequence[Adapter]) -> str | None:
+    """Why there is nothing to merge, or no way to."""
+    if len(adapters) == 1:
+        return "one adapter alone has nothing to merge with (bake it with plait merge --bake for speed)."
+    try:
+        align(adapters, None)
+    except InputError as e:
+        return f"these adapters cannot be merged. {e}"
+    return None
+
+
+def _answer(
+    adapters: Sequence[Adapter],
+    options: Sequence[Option],
+    unknown: Sequence[str],
+    advice: str,
+    recommended: str,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    notes = costs.vllm_notes(adapters)
+    if recommended != SEPARATELY or len({a.base for a in adapters}) == 1:
+        notes = [*_kinship(adapters), *notes]
     return {
-        "tasks": [a.name for a in adapters], "base": common.base, "options": [asdict(o) for o in options],
-        "notes": costs.vllm_notes(adapters), "unknown": unknown, "advice": advice, "recommended": name, **record,
+        "tasks": [a.name for a in adapters], "base": adapters[0].base, "options": [asdict(o) for o in options],
+        "notes": notes, "unknown": list(unknown), "advice": advice, "recommended": recommended, **record,
     }  # fmt: skip
+
+
+def _kinship(adapters: Sequence[Adapter]) -> list[str]:
+    """Pairs that point the same way, which adapters trained apart hardly do."""
+    try:
+        found = cosines(adapters)
+    except RuntimeError:  # other shapes: they were not comparable in the first place
+        return []
+    return [
+        f"{a} and {b} point much the same way (cosine {c:.2f}): one may have been trained on from the other, and then "
+        "the later one does both"
+        for (a, b), c in found.items()
+        if c > _KIN
+    ]
 
 
 SEPARATELY, SINGLE = "serve separately", "the best single adapter"
@@ -166,7 +214,7 @@ def _options(adapters: Sequence[Adapter], sizes: tuple[int, int] | None, kept: M
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     heads = costs.head_bytes(adapters)
     every = sum(map(costs.adapter_bytes, adapters))
-    rows = [_option(SEPARATELY, every, costs.added_flops(adapters, r), sizes)]
+    rows = [_option(SEPARATELY, every, max(costs.added_flops([a], a.rank) for a in adapters), sizes)]
     rows[0] = replace(rows[0], kept=1.0, worst=1.0)
     names = [*kept] or [f"merged, rank {R}", f"merged, cut to rank {r}"]
     for name in names:
@@ -181,7 +229,8 @@ def _options(adapters: Sequence[Adapter], sizes: tuple[int, int] | None, kept: M
 
 def _option(name: str, size: int, flops: int, sizes: tuple[int, int] | None) -> Option:
     if sizes is None:
-        return Option(name, f"base + {size / _MB:.1f} MB", size, f"+{flops / 1e6:.2f} Mflop")
+        beside = f" + {size / _MB:.1f} MB" if size >= _MB / 20 else ""
+        return Option(name, f"base{beside}", size, f"+{flops / 1e6:.2f} Mflop")
     return Option(
         name, f"{(sizes[0] + size) / _MB:.1f} MB", size + sizes[0], f"+{100 * flops / max(1, sizes[1]):.1f} %"
     )
@@ -215,7 +264,8 @@ def _without_texts(adapters: Sequence[Adapter], merged: Adapter) -> str:
     return (
         f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
         f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}); what that does to predictions is not "
-        f"known. With 20 to 100 unlabelled inputs of each and the base: plait advise BASE ADAPTER... {texts}"
+        f"known. With the base and 20 to 100 unlabelled inputs of each it can be measured:\n"
+        f"  plait advise BASE ADAPTER... {texts}"
     )
 
 

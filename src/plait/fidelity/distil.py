@@ -89,7 +89,7 @@ def distil(
     for _ in range(steps):
         loss = lesson.loss([next(o) for o in orders], lambda: attached(modules, extras))
         optimiser.zero_grad()
-        loss.backward(inputs=parameters)
+        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()

@@ -36,7 +36,8 @@ def choose_by_factors(
     usable = [m for m in methods if not find_method(m).needs]
     if not usable:
         raise UsageError(f"{', '.join(methods)} need statistics, and there are no texts", hint="--text TASK=FILE")
-    rows, merges = [], {}
+    rows: list[dict[str, Any]] = []
+    merges: dict[str, Tried] = {}
     for recipe in recipes((), usable):
         tried = Tried(recipe, merged_by(recipe, adapters, {}, base=base_id))
         found = terms(tried.adapter, adapters)
@@ -51,12 +52,12 @@ def choose_by_factors(
                     "assumed_error": mean_error(found, scale),
                     "tasks": sorted(
                         ({"task": t, "assumed_error": x.error(scale)} for t, x in found.items()),
-                        key=lambda r: (-float(r["assumed_error"]), str(r["task"])),
+                        key=lambda r: (-r["assumed_error"], r["task"]),
                     ),
                 }
             )
-    rows.sort(key=lambda r: (float(r["assumed_error"]), str(r["candidate"]), float(r["scale"])))
+    rows.sort(key=lambda r: (r["assumed_error"], r["candidate"], r["scale"]))
     best = rows[0]
-    adapter = scaled(merges[str(best["candidate"])].adapter, float(best["scale"]))
+    adapter = scaled(merges[best["candidate"]].adapter, best["scale"])
     chosen = {k: best[k] for k in ("candidate", "method", "calibrate", "scale")}
     return adapter, {"chosen": chosen, "assumed": {"own_share": OWN_SHARE}, "evidence": rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from plait.adapters.config import CONFIG
+from plait.adapters.config import CONFIG, read_config
 from plait.base import BaseModel
 from plait.errors import InputError, UsageError
 
@@ -30,11 +30,24 @@ def split_base(
             raise InputError(
                 what, where=str(found), hint="only the first argument may be a base; the others are adapters"
             )
-    if base is not None and base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
-        raise InputError("no such folder", where=base, hint="the first argument is the base or an adapter folder")
+    if base is not None:
+        _require_base(base, folders)
     return (
         BaseModel(str(Path(base).expanduser()) if base.startswith("~") else base, None, dtype, device) if base else None
     ), folders
+
+
+def _require_base(base: str, folders: Sequence[str]) -> None:
+    """Refuse a misspelt folder: what is no folder is a base only if the adapters name it."""
+    if Path(base).expanduser().is_dir():
+        return
+    named = sorted({read_config(place_of(f)).base for f in folders})
+    if base.rpartition("/")[2] not in {n.rstrip("/").rpartition("/")[2] for n in named}:
+        raise InputError(
+            f"neither a folder nor the base that the adapters name ({', '.join(named)})",
+            where=base,
+            hint="the first argument is the base or an adapter folder",
+        )
 
 
 def is_adapter(argument: str) -> bool:

@@ -126,7 +126,8 @@ def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> tupl
 
 def _log_softmax(x: Floats) -> Floats:
     shifted = x - x.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
 
 
 def _correlation(a: Floats, b: Floats) -> float:

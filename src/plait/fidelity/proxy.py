@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
+from plait.merging.core import gram
 
 # How much of the assumed moments is the adapter's own row space, the rest being isotropic; see `Assumed`.
 OWN_SHARE = 0.5
@@ -92,3 +93,21 @@ def best_scale(found: Mapping[str, Terms]) -> float:
     square = sum(t.square / t.own for t in found.values() if t.own > 0)
     cross = sum(t.cross / t.own for t in found.values() if t.own > 0)
     return max(0.0, cross / square) if square > 0 else 0.0
+
+
+def cosines(adapters: Sequence[Adapter]) -> dict[tuple[str, str], float]:
+    """Per pair, the cosine of their task vectors over the linear modules; 0 where one of them is zero."""
+    names = [a.name for a in adapters]
+    total = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    for module in sorted({m for a in adapters for m, f in a.modules.items() if f.kind == LINEAR}):
+        places = [i for i, a in enumerate(adapters) if module in a.modules]
+        folded = [adapters[i].modules[module].folded() for i in places]
+        found = gram([f.A for f in folded], [f.B for f in folded])
+        total[torch.tensor(places)[:, None], torch.tensor(places)] += found
+    sizes = total.diagonal().clamp_min(0).sqrt()
+    norms = sizes[:, None] * sizes
+    return {
+        (names[i], names[j]): float(total[i, j] / norms[i, j]) if norms[i, j] > 0 else 0.0
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+    }

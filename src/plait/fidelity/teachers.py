@@ -58,7 +58,9 @@ class HeadLesson:
 
     def __init__(self, panel: Panel, targets: Mapping[str, Any] | None = None) -> None:
         self.panel, device = panel, panel.base.torch_device
-        rows, self.starts, self.ends = [], [], []
+        rows: list[dict[str, Any]] = []
+        self.starts: list[int] = []
+        self.ends: list[Ends] = []
         self.targets: list[Tensor] = []
         self.rooms: list[float] = []
         for part in panel.parts:
