@@ -161,8 +161,10 @@ def test_what_is_given_is_told_apart(tiny_base, make_panel, tmp_path):
         split_base([str(tmp_path / "none"), one])
     hub, _ = split_base(["somebody/bert", one])
     assert hub is not None and hub.name == "somebody/bert"
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such adapter"):
         split_base([one, str(tmp_path / "none")])
+    (tmp_path / "kohya.safetensors").touch()
+    assert split_base([str(tmp_path / "kohya.safetensors"), one])[0] is None
     for wrong in ([], [str(base)]):
         with pytest.raises(UsageError, match="no adapters"):
             split_base(wrong)

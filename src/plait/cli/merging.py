@@ -24,6 +24,8 @@ Method = Annotated[str, typer.Option("--method", "-m", help="See `plait ls merge
 Weights = Annotated[str | None, typer.Option("--weights", help="One per adapter: 1,1,0.5 (any sign).")]
 Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK.stats.safetensors or TASK=FILE; repeatable.")]
 Format = Annotated[str | None, typer.Option("--format", help="peft, kohya or diffusers; by default as the inputs.")]
+Refine = Annotated[int, typer.Option("--refine", min=0, help="auto: steps of learning weights on the texts.")]
+Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
 
@@ -47,20 +49,14 @@ def merge(
     curve: Annotated[bool, typer.Option("--rank-curve", help="Only say what smaller ranks would lose.")] = False,
     base: Base = None,
     format: Format = None,
-    stack: Annotated[
-        bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")
-    ] = False,
-    text: Text = None,
-    general: General = None,
-    refine: Annotated[int, typer.Option("--refine", min=0, help="auto: steps of learning weights on the texts.")] = 100,
-    repair: Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")] = 0,
-    length: Length = 128,
+    stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
+    text: Text = None, general: General = None, refine: Refine = 100, repair: Repair = 0, length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter; the base itself is needed only to bake.
 
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.

@@ -26,7 +26,7 @@ def split_base(
     for folder in folders:
         if not is_adapter(folder):
             found = place_of(folder)
-            what = f"no {CONFIG} in it" if found.is_dir() else "no such folder"
+            what = f"no {CONFIG} in it" if found.is_dir() else "no such adapter"
             raise InputError(
                 what, where=str(found), hint="only the first argument may be a base; the others are adapters"
             )
@@ -41,7 +41,7 @@ def _require_base(base: str, folders: Sequence[str]) -> None:
     """Refuse a misspelt folder: what is no folder is a base only if the adapters name it."""
     if Path(base).expanduser().is_dir():
         return
-    named = sorted({read_config(place_of(f)).base for f in folders})
+    named = sorted({read_config(place_of(f)).base for f in folders if place_of(f).is_dir()})
     if base.rpartition("/")[2] not in {n.rstrip("/").rpartition("/")[2] for n in named}:
         raise InputError(
             f"neither a folder nor the base that the adapters name ({', '.join(named)})",
@@ -51,11 +51,12 @@ def _require_base(base: str, folders: Sequence[str]) -> None:
 
 
 def is_adapter(argument: str) -> bool:
-    """Whether an argument, ``DIR`` or ``NAME=DIR``, is a PEFT folder."""
-    return (place_of(argument) / CONFIG).is_file()
+    """Whether an argument, ``PATH`` or ``NAME=PATH``, is a PEFT folder or a LoRA file."""
+    place = place_of(argument)
+    return (place / CONFIG).is_file() or (place.is_file() and place.suffix == ".safetensors")
 
 
 def place_of(argument: str) -> Path:
-    """The folder of ``DIR`` or ``NAME=DIR``."""
+    """The folder or file of ``PATH`` or ``NAME=PATH``."""
     name, equals, path = argument.partition("=")
     return Path(path) if equals and "/" not in name and not Path(argument).exists() else Path(argument)
