@@ -115,9 +115,9 @@ class Session:
         trained = order[kept:] if data.train_rows is None else order[kept:][: data.train_rows]
         return whole.take(np.sort(trained)), whole.take(np.sort(order[:kept]))
 
-    def sample(self, task: str, seed: int, samples: int | None = None) -> Examples:
-        """The training rows whose statistics are taken; as many as the recipe says, where no number is given."""
-        return self._examples(task, "train", samples or self.recipe.statistics.samples, seed)
+    def sample(self, task: str, seed: int) -> Examples:
+        """The training rows whose statistics are taken."""
+        return self._examples(task, "train", self.recipe.statistics.samples, seed)
 
     def _examples(self, task: str, split: str, rows: int | None, seed: int) -> Examples:
         if self.shared is not None:

@@ -14,9 +14,10 @@ import torch
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import write_tensors
+from plait.collecting import collect_task
 from plait.initial import InitialSettings, initial_adapters
 from plait.report.summary import PLAIN
-from plait.stages import collect_task
+from plait.session import Session
 from plait.statistics import Statistics, read_statistics, write_statistics
 from plait.store import staged_folder
 from plait.study.features import features
@@ -82,9 +83,11 @@ def _one(unit: Unit, layout: Layout, merged: Future[Adapter] | None) -> None:
 
 def _statistics(unit: Unit, layout: Layout, folder: Path, result: dict[str, Any]) -> None:
     sessions = [(layout.session, "")] + ([(layout.background, _BACKGROUND)] if layout.study.background else [])
-    for session, prefix in sessions:
+    spec = layout.study.statistics.model_copy(update={"pool": unit.pool, "samples": unit.samples})
+    for whole, prefix in sessions:
+        session = Session(whole.recipe.model_copy(update={"statistics": spec}), whole)
         for name, task in session.tasks.items():
-            found = collect_task(session, task, session.sample(name, unit.seed, unit.samples), unit.pool)
+            found = collect_task(session, task, session.sample(name, unit.seed), parts=folder / "parts")
             write_statistics(folder / f"{prefix}{name}.stats.safetensors", found, identity=layout.wanted(unit))
             result[prefix + name] = {"tokens": max(m.count for m in found.sites.values())}
 
