@@ -40,8 +40,12 @@ def collect_file(
     examples = session.sample(name, seed)
     parts = path.parent / f".{path.name}.{sha256_json(dict(wanted))[:12]}.parts"
     with locked(parts), system_errors(parts):
-        statistics = collect_task(session, task, examples, parts=parts)
-        write_statistics(path, statistics, identity=wanted, overwrite=overwrite)
+        try:
+            statistics = collect_task(session, task, examples, parts=parts)
+            write_statistics(path, statistics, identity=wanted, overwrite=overwrite)
+        finally:
+            if session.recipe.statistics.memory is not None:  # groups of layers cannot be gone on with
+                shutil.rmtree(parts, ignore_errors=True)
         for leftover in path.parent.glob(f".{path.name}.*.parts"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -67,7 +71,9 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     if spec.memory is not None:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
-        return collect_statistics(model, given(0, None), targets, memory=bytes_of(spec.memory), spool=parts, **options)
+        return collect_statistics(
+            model, given(0, None), targets, memory=bytes_of(str(spec.memory)), spool=parts, **options
+        )
     if len(rows) <= SHARD_ROWS:
         return collect_statistics(model, given(0, None), targets, **options)
     starts = range(0, len(rows), SHARD_ROWS)

@@ -149,13 +149,13 @@ def initialise_from_files(
     """
     task, statistics = read_own_and_others(own, others)
     mine = statistics[task]
+    pools = [open_statistics(p) for p in background]
     inputs = _hashes(own, others) | {f"background {p.name}": sha256_file(p) for p in background}
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
     summary = {"output": str(out.absolute()), "task": task, "others": [t for t in statistics if t != task]}
     if is_done(out, wanted, overwrite=overwrite):
         return {**summary, "reused": True}
-    pools = [open_statistics(p) for p in background]
     made = initial_adapters(
         statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools
     )

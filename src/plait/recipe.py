@@ -80,7 +80,7 @@ class StatisticsSpec(_Strict):
     pool: Literal["token", "mean"] = "token"
     batch_size: Count = 16
     sketch: Count | None = Field(None, description="keep this many directions per site instead of the whole moment")
-    memory: Annotated[str, Field(pattern=r"(?i)^\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*$")] | None = Field(
+    memory: Annotated[str, Field(pattern=r"(?i)^\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*$")] | Count | None = Field(
         None, description="bytes for the sums, such as 2GB: exact, layer groups or a sketch is chosen by it"
     )
 

@@ -53,7 +53,8 @@ def init(
         own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, overwrite=overwrite
     )
     reused = " (was there already)" if found["reused"] else ""
-    text = f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'} -> {out}{reused}"
+    pools = f" and background at weight {background_weight:g}" if background else ""
+    text = f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'}{pools} -> {out}{reused}"
     if trainer is not None:
         from plait.training.snippets import snippet
 

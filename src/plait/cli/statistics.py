@@ -43,13 +43,14 @@ def collect(
     if context.invoked_subcommand is not None:
         return
     from plait.commands import collect_one
+    from plait.statistics.budget import bytes_of
 
     if out is None:
         raise UsageError("where to?", hint="--out TASK.stats.safetensors")
     extra = [f"statistics.samples={samples}"] if samples else []
     extra += [f"statistics.pool={pool}"] if pool else []
     extra += [f"statistics.sketch={sketch}"] if sketch else []
-    extra += [f"statistics.memory={memory}"] if memory else []
+    extra += [f"statistics.memory={bytes_of(memory)}"] if memory is not None else []
     chosen = recipe_from(
         recipe, task, base, root, train_file, validation, text, label, targets, [*extra, *(sets or [])], device
     )

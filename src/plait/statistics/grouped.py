@@ -95,8 +95,8 @@ def _plan(
         placed |= sites
         layers.append({s: targets[s].shape[1] for s in sorted(sites)})
     sizes = [_positions(b) for b in given]
-    width = max(targets[s].shape[1] for s in whole.sites)
-    state = sum(sizes) * width * torch.finfo(passes.dtype).bits // 8
+    hidden = targets[whole.sites[0]].shape[1]  # the first layer reads hidden states
+    state = sum(sizes) * hidden * torch.finfo(passes.dtype).bits // 8
     rows = sum(sizes) * max(whole.calls.count(s) for s in whole.sites)
     if pool == "mean":
         rows = sum(examples_in(b) for b in given)

@@ -1,0 +1,121 @@
+"""Files alone: a pool of published statistics, a background, and a task that comes later; the data is gone by then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from plait.adapters.peft_format import read_adapter
+from plait.cli import main
+from plait.errors import InputError, UsageError
+from plait.initial import InitialSettings, initialise_from_files
+from plait.statistics import collect_statistics, merge_statistics, read_statistics, write_statistics
+from plait.subspaces import compute_subspaces
+from tests.conftest import tiny_rows, write_rows
+from tests.statistics.models import batches, build
+
+TASKS = ("mine", "one", "two", "public", "web")
+
+
+@pytest.fixture
+def pool(tiny_base, tmp_path, capsys):
+    """Task -> its file, collected at the prompt from rows that are deleted afterwards, like the base."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("bert").name, base)
+    files = {}
+    for i, task in enumerate(TASKS):
+        rows = write_rows(tmp_path / "data" / f"{task}.csv", tiny_rows(2, 40, seed=i))
+        files[task] = tmp_path / f"{task}.stats.safetensors"
+        command = ["stats", "--base", base, "--task", task, "--train-file", rows, "--text", "text", "--samples", "30"]
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, command), "--target-modules", "query", "--device", "cpu", "--out", str(files[task])])
+        assert ended.value.code == 0
+    shutil.rmtree(tmp_path / "data")
+    shutil.rmtree(base)
+    capsys.readouterr()
+    return files
+
+
+def init(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["init", *map(str, arguments), "--rank", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0, found
+    return found
+
+
+def test_from_files_only_with_and_without_background(pool, tmp_path, capsys):
+    statistics = {t: read_statistics(p) for t, p in pool.items()}
+    known = {t: statistics[t] for t in ("mine", "one", "two")}
+    public = merge_statistics(statistics["public"], statistics["web"])
+    cases = {
+        "plain": (["--others", pool["one"], pool["two"]], known, None, 0.5),
+        "mixed": (
+            ["--others", pool["one"], pool["two"], "--background", pool["public"], "--background", pool["web"]],
+            known,
+            public,
+            0.5,
+        ),
+        "little": (
+            ["--others", pool["one"], pool["two"], "--background", pool["public"], "--background-weight", 0.1],
+            known,
+            statistics["public"],
+            0.1,
+        ),
+        "alone": (
+            ["--background", pool["public"], "--background-weight", 1],
+            {"mine": statistics["mine"]},
+            statistics["public"],
+            1.0,
+        ),
+    }
+    made = {}
+    for name, (arguments, mapping, background, weight) in cases.items():
+        found = init(capsys, "--own", pool["mine"], *arguments, "--out", tmp_path / name)
+        made[name] = read_adapter(tmp_path / name)
+        wanted = compute_subspaces(
+            "contrastive", mapping, tasks=["mine"], rank=2, background=background, background_weight=weight
+        )["mine"]
+        for module, subspace in wanted.items():
+            factors = next(f for n, f in made[name].modules.items() if n.endswith(module))
+            assert torch.equal(factors.A, subspace.A) and not factors.B.any()
+        assert ("background" in found) == (background is not None)
+    first = next(iter(made["plain"].modules))
+    starts = [a.modules[first].A for a in made.values()]
+    for i, x in enumerate(starts):
+        assert not any(torch.allclose(x, y, atol=1e-4) for y in starts[i + 1 :])
+
+
+def test_a_pool_in_one_file(pool, tmp_path, capsys):
+    merged = tmp_path / "pool.stats.safetensors"
+    with pytest.raises(SystemExit):
+        main(["stats", "merge", str(pool["one"]), str(pool["two"]), "--out", str(merged)])
+    capsys.readouterr()
+    assert init(capsys, "--own", pool["mine"], "--others", merged, "--out", tmp_path / "a")["others"] == ["pool"]
+    with pytest.raises(UsageError, match="merged from files of 'one' too"):
+        initialise_from_files(pool["one"], [merged], InitialSettings(rank=2), tmp_path / "b")
+    with pytest.raises(InputError, match="no such file"):
+        initialise_from_files(pool["one"], [], InitialSettings(), tmp_path / "b", background=[tmp_path / "none"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_same_base_under_another_path_mixes(tmp_path):
+    model = build("roberta")
+    parts = [
+        collect_statistics(
+            model, batches("roberta", i), ["query"], provenance={"base": name, "base_sha256": sha, "task": name}
+        )
+        for i, (name, sha) in enumerate((("/home/ann/base", "a"), ("/srv/base", "a"), ("/srv/base", "b")))
+    ]
+    merged = merge_statistics(*parts[:2])
+    assert merged.provenance["base"] == "/home/ann/base" and merged.provenance["tasks"] == [
+        "/home/ann/base",
+        "/srv/base",
+    ]
+    with pytest.raises(InputError, match="differ in base"):
+        merge_statistics(*parts[1:])
+    write_statistics(tmp_path / "a", merged)
+    assert read_statistics(tmp_path / "a").provenance == merged.provenance
