@@ -97,3 +97,19 @@ def test_nothing_is_left_and_nothing_overwritten(kohya, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "there.safetensors"]
     assert not convert(path, tmp_path / "d.safetensors", to="diffusers")["reused"]
     assert convert(path, tmp_path / "d.safetensors", to="diffusers")["reused"]
+
+
+def test_a_shorter_dtype_says_what_it_takes(kohya, tmp_path):
+    path = kohya("a", 1, alpha=3.0)
+    found = convert(path, tmp_path / "h.safetensors", to="kohya", dtype="float16")
+    before, after = read_any(path).modules, read_any(tmp_path / "h.safetensors").modules
+    error = sum((after[m].delta(torch.float64) - f.delta(torch.float64)).square().sum() for m, f in before.items())
+    size = sum(f.norm_squared() for f in before.values())
+    assert found["rounding_error"] == pytest.approx(float((error / size).sqrt()), rel=1e-6)
+    assert 1e-5 < found["rounding_error"] < 1e-3
+    assert {f.A.dtype for f in after.values()} == {torch.float16}
+    huge = {f"{KOHYA_NAMES[next(iter(MODULES))]}.lora_up.weight": torch.full((12, 3), 1e6)}
+    with pytest.raises(InputError, match="overflows float16"):
+        convert(kohya("b", changed=huge), tmp_path / "b16.safetensors", to="kohya", dtype="float16")
+    with pytest.raises(UsageError, match="unknown dtype"):
+        convert(path, tmp_path / "x.safetensors", to="kohya", dtype="int8")

@@ -51,7 +51,7 @@ def test_the_guide_runs(kohya, tmp_path, tiny_base, monkeypatch, capsys):
     adapter(root, "first", "base", 4)
     adapter(root, "second", "first", 5)
     monkeypatch.chdir(tmp_path)
-    assert len(lines()) == 13
+    assert len(lines()) == 14
     for line in lines():
         with pytest.raises(SystemExit) as stopped:
             main(shlex.split(line)[1:])

@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from plait.adapters.peft_format import read_adapter
+from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import InputError, UsageError
 from plait.formats.reading import read_any
-from plait.merging import merge
+from plait.merging import merge, merge_folders
 from plait.merging.request import MergeRequest, answer
 from tests.formats.conftest import KOHYA_NAMES, MODULES, by_hand, dense_output, factors_of, input_of
 
@@ -110,3 +110,13 @@ def test_other_settings_at_the_same_place(kohya, tmp_path):
     answer(MergeRequest(paths, out, scale=0.5, overwrite=True))
     with pytest.raises(UsageError, match="not written by plait"):
         answer(MergeRequest(paths[:1], kohya("z", 3)))
+
+
+def test_from_python_too(kohya, tmp_path):
+    paths = [kohya("a", 1), kohya("b", 2)]
+    assert merge_folders(paths, tmp_path / "m.safetensors", method="ties")["format"] == "kohya"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="not as PEFT does"):
+        write_adapter(tmp_path / "folder", read_any(paths[0]))
+    with pytest.raises(UsageError, match="--per-task writes PEFT folders"):
+        answer(MergeRequest([str(p) for p in paths], tmp_path / "x", "emr", per_task=True))

@@ -232,6 +232,10 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     A classification adapter without a head (one that is yet to be trained) has no task type in its config: PEFT would
     look for the head's tensors. The file's metadata keeps it.
     """
+    if adapter.source.get("format", "peft") != "peft":
+        raise InputError(
+            "named as in its LoRA file, not as PEFT does", where=adapter.name, hint="plait convert --to peft"
+        )
     inline = adapter.heads.get(adapter.name) if adapter.task_type in CLASSIFICATION_TYPES else None
     tensors: dict[str, Tensor] = dict(adapter.extras)
     config, fold = peft_config(adapter, inline)

@@ -37,6 +37,7 @@ def convert(
     base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: for DoRA and trained embeddings.")] = None,
     initial: Annotated[Path | None, typer.Option("--initial", help="The adapter before training: for PiSSA and kin.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="For what is not low rank; the error is printed.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float16, bfloat16 or float32; the rounding is printed.")] = None,
     drop_bias: Annotated[bool, typer.Option("--drop-bias", help="Leave biases of lora_bias out.")] = False,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -45,7 +46,7 @@ def convert(
     from plait.formats.plain import Means
 
     means = Means(base, initial, rank, drop_bias)
-    found = change(adapter, out, to=to, means=means, component=component, overwrite=overwrite)
+    found = change(adapter, out, to=to, means=means, component=component, dtype=dtype, overwrite=overwrite)
     emit(found, as_json, conversion_text(found))
 
 
@@ -155,5 +156,7 @@ def conversion_text(found: dict[str, Any]) -> str:
             )
     if found["folded"]:
         lines.append(f"scalings of {found['folded']} modules multiplied into B: {found['to']} cannot express them")
+    if found["rounding_error"] is not None:
+        lines.append(f"rounding took {100 * found['rounding_error']:.2g} % of the update")
     lines += found["notes"]
     return "\n".join([*lines, f"verified: read again, largest error {found['verification_error']:.1e}"])

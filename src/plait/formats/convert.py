@@ -10,8 +10,9 @@ import torch
 
 from plait import store
 from plait.adapters.config import CONFIG
-from plait.adapters.lora import Adapter
+from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
+from plait.adapters.tensors import all_finite
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.keys import DIFFUSERS, KOHYA, PEFT
 from plait.formats.plain import Means, read_plain
@@ -30,6 +31,7 @@ def convert(
     to: str = PEFT,
     means: Means | None = None,
     component: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter in another format, its update unchanged, variants turned into plain LoRA.
@@ -40,10 +42,12 @@ def convert(
         to: "peft", "kohya" or "diffusers".
         means: For variants, see `formats.plain`.
         component: What of a pipeline a single PEFT folder adapts, for kohya and diffusers.
+        dtype: "float16", "bfloat16" or "float32" for all factors; by default as they are.
         overwrite: Replace what stands at `out`.
 
     Returns:
-        {"from", "to", "modules", "conversions", "notes", "folded", "verification_error", "output", "reused"}:
+        {"from", "to", "base", "modules", "conversions", "notes", "folded", "rounding_error", "verification_error",
+        "output", "reused"}: `rounding_error` is |D' - D| / |D| of a change of dtype over all modules, None without one;
         `verification_error` compares the written update with the one that was read, on random inputs.
 
     Raises:
@@ -55,7 +59,10 @@ def convert(
     origin = format_of(adapter) if source.is_file() else PEFT
     adapter = replace(adapter, source={**adapter.source, "format": adapter.source.get("format", PEFT)})
     ready = in_format(adapter, target)
-    wanted = _identity(adapter, target, means, component)
+    rounding = None
+    if dtype is not None:
+        ready, rounding = _cast(ready, dtype)
+    wanted = _identity(adapter, target, means, component, dtype)
     if (found := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**found.get("result", {}), "output": str(out), "reused": True}
     names = names_in(adapter, target)
@@ -66,6 +73,7 @@ def convert(
         "base": adapter.base,
         "modules": len(ready.modules),
         "folded": folded,
+        "rounding_error": rounding,
         "conversions": conversions,
         "notes": _notes(ready, target),
     }
@@ -106,14 +114,33 @@ def component_folders(source: Path) -> dict[str, Path]:
     return {p.name: p for p in sorted(source.iterdir()) if (p / CONFIG).is_file()}
 
 
-def _identity(adapter: Adapter, target: str, means: Means, component: str | None) -> dict[str, Any]:
-    options = {"to": target, "rank": means.rank, "drop_bias": means.drop_bias, "component": component}
+def _identity(adapter: Adapter, target: str, means: Means, component: str | None, dtype: str | None) -> dict[str, Any]:
+    options = {"to": target, "rank": means.rank, "drop_bias": means.drop_bias, "component": component, "dtype": dtype}
     inputs = {"adapter": str(adapter.source.get("sha256", ""))}
     for name, folder in (("base", means.base), ("initial", means.initial)):
         if folder is not None:
             files = sorted(p for p in folder.glob("*.safetensors"))
             inputs[name] = store.sha256_json({p.name: store.sha256_file(p) for p in files})
     return store.identity("convert", options, inputs)
+
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def _cast(adapter: Adapter, dtype: str) -> tuple[Adapter, float]:
+    """The adapter in another dtype, and |D' - D| / |D| over all modules."""
+    if dtype not in _DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(_DTYPES)}")
+    modules: dict[str, LoraFactors] = {}
+    error = size = 0.0
+    for module, f in adapter.modules.items():
+        short = LoraFactors(f.A.to(_DTYPES[dtype]), f.B.to(_DTYPES[dtype]), f.scaling, f.kind)
+        if not all_finite(short.A.float()) or not all_finite(short.B.float()):
+            raise InputError(f"overflows {dtype}", where=module, hint="--dtype bfloat16 has float32's range")
+        modules[module] = short
+        error += concatenated([short, f], [1.0, -1.0], torch.float64).norm_squared()
+        size += f.norm_squared()
+    return replace(adapter, modules=modules), max(0.0, error / size) ** 0.5 if size > 0 else 0.0
 
 
 def _notes(adapter: Adapter, target: str) -> list[str]:

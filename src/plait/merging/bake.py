@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _sites(
     for module, delta in deltas.items():
         name, is_output = tensor_of(module, adapter, tensors, tied)
         dense = delta()
-        stored = tensors[name]
+        stored = _as_matrix(tensors[name])
         embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
         flipped = (dense.shape[1], dense.shape[0])
         transposed = embedding or (conv1d and stored.shape == flipped and not is_output)
@@ -149,6 +150,11 @@ def _sites(
         _ = stored.torch_dtype
         found.append(_Site(module, name, stored, dense, transposed, tied and (is_output or embedding), is_output))
     return found
+
+
+def _as_matrix(stored: StoredTensor) -> StoredTensor:
+    """A convolution's weight as (out, in * kernel): the same bytes."""
+    return replace(stored, shape=(stored.shape[0], math.prod(stored.shape[1:]))) if len(stored.shape) > 2 else stored
 
 
 def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor], tied: bool) -> tuple[str, bool]:

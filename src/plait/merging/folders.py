@@ -12,7 +12,8 @@ from plait import store
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import RunError
-from plait.formats.reading import read_any
+from plait.formats.keys import PEFT
+from plait.formats.reading import format_of, read_any
 from plait.merging.driver import plan_merge
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
@@ -52,11 +53,11 @@ def merge_folders(
     base: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Merge PEFT folders into one PEFT folder.
+    """Merge PEFT folders into one PEFT folder, or LoRA files into one file of their format.
 
     Args:
-        folders: ``DIR`` or ``NAME=DIR`` each.
-        out: The folder to write; a finished one of the same identity is kept, another is an error.
+        folders: ``PATH`` or ``NAME=PATH`` each.
+        out: The folder (or .safetensors file) to write; a finished one of the same identity is kept, another is an error.
         method: A name in `merge_methods()`.
         options: Of the method.
         weights: One per adapter; 1 each by default.
@@ -92,6 +93,10 @@ def merge_folders(
         device=device,
         base=base,
     )
+    if format_of(adapters[0]) != PEFT:
+        from plait.merging.to_format import merge_to_format
+
+        return merge_to_format(plan, out, verify=verify, overwrite=overwrite, statistics=statistics)
     wanted = identity_of(plan, statistics)
     if store.is_done(out, wanted, overwrite=overwrite):
         found = store.read_manifest(out) or {}

@@ -70,6 +70,10 @@ def answer(request: MergeRequest) -> dict[str, Any]:
     if request.out is None:
         raise UsageError("where to?", hint="--out DIR")
     if request.per_task:
+        if is_for_files(request.folders, request.format):
+            raise UsageError(
+                "--per-task writes PEFT folders", hint="plait convert --to peft, then merge each component"
+            )
         return _per_task(request, request.out)
     if request.stack:
         return _stack(request, request.out)
