@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from plait import locks, store
-from plait.errors import EnvironmentFault, UsageError
+from plait.errors import EnvironmentFault, RunError, UsageError
 from plait.store import MANIFEST, identity, is_done, read_manifest, staged_file, staged_folder
 
 OLD, NEW = identity("merge", {"scale": 1}), identity("merge", {"scale": 2})
@@ -46,6 +46,23 @@ def test_a_folder_is_written_with_its_manifest_and_nothing_else(tmp_path):
     assert manifest["files"] == {n: store.sha256_file(tmp_path / "out" / n) for n in ("a", "sub/b")}
     assert manifest["versions"]["plait"] and left_over(tmp_path) == []
     assert is_done(tmp_path / "out", OLD)
+
+
+def test_a_check_sees_the_written_folder_and_what_it_finds_is_recorded(tmp_path):
+    result: dict = {}
+    make(tmp_path / "out", result=result, check=lambda stage: result.update(seen=(stage / "sub/b").read_text()))
+    assert read_manifest(tmp_path / "out")["result"] == {"seen": "old"}
+
+
+def test_a_check_that_fails_leaves_what_was_there(tmp_path):
+    out = make(tmp_path / "out")
+
+    def refuse(stage: Path) -> None:
+        raise RunError(f"{(stage / 'a').read_text()} is wrong")
+
+    with pytest.raises(RunError, match="new is wrong"):
+        make(out, NEW, "new", overwrite=True, check=refuse)
+    assert content(out) == {"old"} and is_done(out, OLD) and left_over(tmp_path) == []
 
 
 def test_other_settings_are_shown_and_overwrite_replaces(tmp_path):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,12 @@ def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 @contextlib.contextmanager
 def staged_folder(
-    path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, result: dict[str, Any] | None = None
+    path: Path,
+    wanted: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    result: dict[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder on the destination's file system; on success it takes the destination's place, whole.
 
@@ -182,7 +187,8 @@ def staged_folder(
         path: The destination.
         wanted: Its identity (see `identity`), written into the manifest, which is written last.
         overwrite: Replace what stands there.
-        result: Filled by the caller inside the block; kept in the manifest, not part of the identity.
+        result: Filled by the caller inside the block or by `check`; kept in the manifest, not part of the identity.
+        check: Looks at the written folder while the disk flushes it; what it raises leaves the destination as it was.
 
     Raises:
         EnvironmentFault: Disk full, read-only, or another process is writing the same output.
@@ -197,19 +203,21 @@ def staged_folder(
         stage.mkdir(parents=True)
         try:
             yield stage
-            _finish(stage, wanted, result or {})
+            _finish(stage, wanted, {} if result is None else result, check)
             _swap(stage, path)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _finish(stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+def _finish(
+    stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any], check: Callable[[Path], None] | None
+) -> None:
     files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing keeps a core busy while the disk flushes
-        hashes = pool.map(sha256_file, files)
-        for p in files:
-            _settle(p)
-        listed = {str(p.relative_to(stage)): digest for p, digest in zip(files, hashes, strict=True)}
+    with ThreadPoolExecutor(max_workers=2) as pool:  # while the disk flushes, the cores hash and check
+        settled, hashes = pool.map(_settle, files), pool.map(sha256_file, files)
+        if check:
+            check(stage)
+        listed = {str(p.relative_to(stage)): digest for p, digest, _ in zip(files, hashes, settled, strict=True)}
     manifest = {**wanted, "versions": versions(), "result": dict(result), "files": listed}
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -217,7 +225,7 @@ def _finish(stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any]) -
 
 
 def _settle(path: Path) -> None:
-    """Give a file the mode the umask allows (safetensors writes 0600) and flush it."""
+    """Give a file the mode the umask allows (some libraries write 0600) and flush it."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import tempfile
 import warnings
 from dataclasses import replace
@@ -12,15 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from plait.adapters.config import CONFIG
 from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import WEIGHTS, read_adapter, write_adapter
+from plait.adapters.tensors import read_tensors, write_tensors
 from plait.base import backbone_of, head_state, load_task_model, load_tokenizer
 from plait.evaluation.applied import applied
 from plait.statistics.moments import ModuleInfo
-from plait.store import identity, staged_folder
+from plait.store import identity, sha256_file, staged_folder
 from plait.subspaces.compute import Subspace
 from plait.tasks import Source, Task, collate, encode
 from plait.tasks.task import Examples
@@ -191,3 +194,50 @@ def test_what_peft_saves_is_read(tiny_base, tmp_path, architecture, pattern):
     bare = load_task_model(base, TASK, seed=0)
     with torch.inference_mode(), applied(bare, adapter):
         torch.testing.assert_close(bare(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- the file itself --------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
+
+
+def test_a_file_has_the_bytes_the_library_writes(tmp_path):
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(2), "µ": torch.randn(()), "none": torch.zeros(0, 4)}
+    write_tensors(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_every_type_goes_and_comes(tmp_path):
+    tensors = {str(d): (torch.randn(3, 3) * 3).to(d) for d in DTYPES} | {"turned": torch.randn(4, 2).T}
+    write_tensors(tmp_path / "x", tensors, {"k": "v"})
+    read, metadata, digest = read_tensors(tmp_path / "x", finite=True)
+    library = load_file(tmp_path / "x")
+    assert metadata == {"format": "pt", "k": "v"} and digest == sha256_file(tmp_path / "x")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor) and torch.equal(library[name], tensor)
+
+
+def test_tensors_that_start_anywhere_are_read(tmp_path):
+    """Writers other than the library need not put wide types first."""
+    parts = {
+        "byte": torch.ones(1, dtype=torch.uint8),
+        "half": torch.full((2,), 2.0, dtype=torch.bfloat16),
+        "wide": torch.ones(2),
+    }
+    names = {"byte": "U8", "half": "BF16", "wide": "F32"}
+    data, header = b"", {}
+    for name, tensor in parts.items():
+        raw = tensor.view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": names[name],
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    read = read_tensors(tmp_path / "x", finite=True)[0]
+    assert list(read) == list(parts) and all(torch.equal(read[n], parts[n]) for n in parts)

@@ -14,7 +14,7 @@ from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig, r
 from plait.adapters.conv import as_matrices, as_stored, stored_as
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
-from plait.adapters.tensors import all_finite, read_tensors, write_tensors
+from plait.adapters.tensors import read_tensors, write_tensors
 from plait.errors import InputError
 from plait.store import MANIFEST, read_json, read_manifest, sha256_json
 
@@ -92,7 +92,7 @@ def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
     """A folder's tensors, their metadata, and the hash of each file."""
     if (folder / WEIGHTS).exists():
-        tensors, metadata, digest = read_tensors(folder / WEIGHTS)
+        tensors, metadata, digest = read_tensors(folder / WEIGHTS, finite=True)
         return tensors, metadata, {WEIGHTS: digest}
     if (folder / INDEX).exists():
         tensors, digests = _read_shards(folder)
@@ -116,7 +116,7 @@ def _read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise InputError(f"weight_map points to {file!r}, not a shard in this folder", where=str(folder / INDEX))
-        found, _, digests[file] = read_tensors(folder / file)
+        found, _, digests[file] = read_tensors(folder / file, finite=True)
         if twice := sorted(set(found) & set(tensors)):
             raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))
         tensors |= found
@@ -144,7 +144,6 @@ def _pair(
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         bare = _bare_key(key, folder)
-        _require_finite(tensor, key, folder)
         for suffix, (half, kind) in _SUFFIXES.items():
             if bare.endswith(suffix):
                 module = bare[: -len(suffix)]
@@ -170,11 +169,6 @@ def _bare_key(key: str, folder: Path) -> str:
                 hint="unwrap the model (accelerator.unwrap_model) and save again",
             )
     return bare
-
-
-def _require_finite(tensor: Tensor, key: str, folder: Path) -> None:
-    if not all_finite(tensor):
-        raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(folder))
 
 
 def _factors(module: str, pair: Mapping[str, Tensor], kind: str, config: AdapterConfig, folder: Path) -> LoraFactors:
@@ -214,11 +208,7 @@ def _split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[di
 
 def _read_heads(folder: Path) -> dict[str, dict[str, Tensor]]:
     files = sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []
-    heads = {checked_name(f.stem, "head"): read_tensors(f)[0] for f in files}
-    for task, head in heads.items():
-        for key, tensor in head.items():
-            _require_finite(tensor, key, folder / HEADS / f"{task}.safetensors")
-    return heads
+    return {checked_name(f.stem, "head"): read_tensors(f, finite=True)[0] for f in files}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

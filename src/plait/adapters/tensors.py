@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from plait.errors import InputError
@@ -32,33 +31,62 @@ _SIGNATURES = (
     (b"GGUF", "a GGUF file"),
 )
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """Read a whole safetensors file.
+
+def read_tensors(path: Path, *, finite: bool = False) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Read a whole safetensors file: once, into one buffer that all its tensors are views of.
+
+    Args:
+        path: The file.
+        finite: Whether to refuse NaN and infinity.
 
     Returns:
         Tensors by name in file order, the metadata, and the SHA-256 of the file's bytes.
 
     Raises:
-        InputError: Not safetensors (the message says what it is instead), damaged, with a name twice, or replaced
-            while it was read.
+        InputError: Not safetensors (the message says what it is instead), damaged, with a name twice, replaced while it
+            was read, or not finite.
     """
     require_regular(path)
-    before = path.stat()
-    try:
-        with path.open("rb") as f:
-            _check_header(f, path)
-            f.seek(0)
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
+    with path.open("rb", buffering=0) as f:
+        before = os.fstat(f.fileno())
+        entries, head = _header(f, path, before.st_size)
+        data = torch.empty(before.st_size - len(head), dtype=torch.uint8)
+        whole = _filled(f, data)
+    try:  # the library checks the layout: every offset, no overlap, no hole
         with safe_open(path, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as e:
         raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
     after = path.stat()
-    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+    changed = (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns)
+    if changed or not whole:
         raise InputError("changed while it was read", where=str(path), hint="try again when nothing writes it")
-    return tensors, metadata, digest
+    digest = hashlib.sha256(head)
+    digest.update(_bytes(data))
+    tensors = _views(data, entries, path)
+    if finite:
+        _require_finite(data, tensors, path)
+    return tensors, metadata, digest.hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -69,8 +97,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     require_regular(path)
     try:
-        with path.open("rb") as f:
-            _check_header(f, path)
+        with path.open("rb", buffering=0) as f:
+            _header(f, path, path.stat().st_size)
         with safe_open(path, framework="pt") as opened:
             return dict(opened.metadata() or {})
     except SafetensorError as e:
@@ -92,20 +120,59 @@ def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
 
 
-def _check_header(f: BinaryIO, path: Path) -> None:
+def _bytes(data: Tensor) -> memoryview:
+    return data.numpy().data
+
+
+def _filled(f: FileIO, data: Tensor) -> bool:
+    """Read as many bytes as the buffer holds; whether there were that many and no more."""
+    rest = _bytes(data)
+    while rest.nbytes and (count := f.readinto(rest)):
+        rest = rest[count:]
+    return not rest.nbytes and not f.read(1)
+
+
+def _views(data: Tensor, entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors, none of them copied but where a writer did not align them."""
+    found: dict[str, Tensor] = {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(f"tensor {name!r} is of type {entry['dtype']}, which is not read", where=str(path))
+        dtype, (start, stop) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        part = data[start:stop]
+        found[name] = (part.clone() if start % dtype.itemsize else part).view(dtype).view(entry["shape"])
+    return found
+
+
+def _require_finite(data: Tensor, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One look at the whole buffer where its tensors are of one type, and at each of them only to say which it is."""
+    types = {t.dtype for t in tensors.values()}
+    only = types.pop() if len(types) == 1 else None
+    if only is not None and data.numel() % only.itemsize == 0 and all_finite(data.view(only)):
+        return
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise InputError(f"tensor {name!r} holds NaN or infinity", where=str(path))
+
+
+def _header(f: FileIO, path: Path, length: int) -> tuple[dict[str, Any], bytes]:
+    """What the header says of each tensor, and the bytes before the data."""
     start = f.read(512)
     for signature, what in _SIGNATURES:
         if start.startswith(signature) and start[8:9] != b"{":  # a header of 640 bytes starts like a pickle
             raise InputError(f"{what}, not safetensors", where=str(path), hint=_ADVICE)
-    length = path.stat().st_size
     size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if len(start) < 8 or size > min(_HEADER_LIMIT, length - 8):
         raise InputError(f"{length} bytes do not hold a safetensors header", where=str(path), hint=_ADVICE)
-    f.seek(8)
+    f.seek(0)
+    head = f.read(8 + size)
     try:  # the library keeps the last of two entries with one name
-        json.loads(f.read(size), object_pairs_hook=lambda pairs: _unique(pairs, path))
+        found = json.loads(head[8:], object_pairs_hook=lambda pairs: _unique(pairs, path))
     except (ValueError, RecursionError) as e:
         raise InputError(f"header is not JSON: {e}", where=str(path), hint=_ADVICE) from None
+    if not isinstance(found, dict):
+        raise InputError("not a whole safetensors file: its header is no object", where=str(path), hint=_ADVICE)
+    return {k: v for k, v in found.items() if k != "__metadata__"}, head
 
 
 def _unique(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
@@ -128,7 +195,9 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors by sorted name; contiguous copies, on the CPU. Equal tensors and metadata give equal bytes.
+    """Write tensors as the library lays them out: wide types first, then by name. Equal tensors and metadata, equal bytes.
+
+    The library itself writes metadata in random order and files that only their owner may read.
 
     Raises:
         InputError: A tensor holds NaN or infinity (its name is in the message).
@@ -137,22 +206,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise InputError("holds NaN or infinity", where=name, hint="nothing was written")
-    ready = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
-    # Tensors that share memory are refused by the library; a clone keeps both.
-    seen: dict[int, str] = {}
+    ready = {
+        k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors, key=lambda k: (-tensors[k].itemsize, k))
+    }
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
     for name, tensor in ready.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer in seen:
-            ready[name] = tensor.clone()
-        seen[pointer] = name
-    try:
-        save_file(ready, str(path), metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as e:
-        number = re.search(r"os error (\d+)", str(e))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
-    _sort_metadata(path)
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    with path.open("wb") as f:
+        f.write(_header_bytes(header))
+        for tensor in ready.values():
+            f.write(_bytes(tensor.reshape(-1).view(torch.uint8)))
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    """The header as it lies in the file: its length, its text, spaces up to a multiple of eight."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def joined_tensors(path: Path, homes: Mapping[str, Path], metadata: Mapping[str, str]) -> None:
@@ -171,16 +243,14 @@ def joined_tensors(path: Path, homes: Mapping[str, Path], metadata: Mapping[str,
         places |= {n: (home, 8 + size, e) for n, e in entries.items() if homes.get(n) == home}
     header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
     # Wide types first, as the library orders them, so that every tensor lies aligned.
-    order = sorted(places, key=lambda n: (-int(re.sub(r"\D", "", places[n][2]["dtype"]) or 8), n))
+    order = sorted(places, key=lambda n: (-_DTYPES.get(places[n][2]["dtype"], torch.uint8).itemsize, n))
     end = 0
     for name in order:
         start, stop = places[name][2]["data_offsets"]
         header[name] = {**places[name][2], "data_offsets": [end, end + stop - start]}
         end += stop - start
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
     with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(_header_bytes(header))
         for name in order:
             home, offset, entry = places[name]
             with home.open("rb") as f:
@@ -195,15 +265,3 @@ def _copy(source: BinaryIO, out: BinaryIO, length: int) -> None:
             raise InputError("ends too early", where=getattr(source, "name", ""), hint=_ADVICE)
         out.write(piece)
         length -= len(piece)
-
-
-def _sort_metadata(path: Path) -> None:
-    """The library writes metadata in random order, and the same tensors should give the same bytes."""
-    with path.open("r+b") as f:
-        size = struct.unpack("<Q", f.read(8))[0]
-        header = json.loads(f.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:
-            f.seek(8)
-            f.write(text.ljust(size))

@@ -100,7 +100,7 @@ class MergeInputs:
 
     def combination(self, weights: tuple[float, ...] | list[float]) -> LoraFactors:
         """sum_t weights_t D_t by concatenation; tasks of weight 0 or rank 0 leave no rows."""
-        kept = [t for t, w in enumerate(weights) if w != 0.0 and self.ranks[t]]
+        kept = [t for t, (w, rank) in enumerate(zip(weights, self.ranks, strict=True)) if w != 0.0 and rank]
         if not kept:
             return self.zero()
         B = torch.cat([self.B[t] if weights[t] == 1.0 else self.B[t] * weights[t] for t in kept], dim=1)

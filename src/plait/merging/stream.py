@@ -45,7 +45,11 @@ class DenseDelta:
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The whole matrix."""
-        return torch.cat([block for _, _, block in self.blocks()])
+        whole: Tensor | None = None
+        for start, stop, block in self.blocks():
+            whole = block.new_empty(self.shape) if whole is None else whole
+            whole[start:stop] = block
+        return torch.empty(self.shape) if whole is None else whole
 
     def held(self) -> DenseDelta:
         """The same delta, computed once where it is small enough to be held."""

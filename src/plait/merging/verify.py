@@ -38,39 +38,42 @@ def projection_error(
         x: The inputs of the module.
         merged: Its result.
         scale: Of the merge.
-        wanted: Coefficients c, where D = sum_t c_t D_t (then B_t (A_t X) is added up in float64), or the method to run again.
+        wanted: Coefficients c, where D = sum_t c_t D_t (then the inputs' factors are applied in float64), or the method
+            to run again.
         renormed: Whether a calibration set the norm afterwards, so that only directions are compared.
 
     Returns:
-        |P D X - D' X| / |D X|, P the projection on the columns of the result's B: what a cut to a rank took away is
-        orthogonal to them, and is reported as discarded energy.
+        |P D X - D' X| / |D X|. Where the result was cut to a lower rank, P is the projection on the columns of its B: what
+        the cut took away is orthogonal to them, and is reported as discarded energy; else P is the identity.
     """
     probes = torch.randn(x.shape[1], _PROBES, dtype=torch.float64, generator=x.generator("verify"))
-    right = _expected(x, wanted, probes) * scale
-    found = _applied(merged, probes)
+    right, rank = _expected(x, wanted, probes)
+    right, found = right * scale, _applied(merged, probes)
     size = right.norm()
-    if size == 0 or merged.norm_squared() == 0:
-        return 1.0 if size != 0 or found.norm() != 0 else 0.0
-    basis = torch.linalg.qr(merged.B.double())[0]
-    inside = basis @ (basis.T @ right)
+    if size == 0 or found.norm() == 0:
+        return 0.0 if size == found.norm() else 1.0
+    if merged.rank < rank:
+        basis = torch.linalg.qr(merged.B.double())[0]
+        right = basis @ (basis.T @ right)
     if renormed:
-        inside *= found.norm() / inside.norm().clamp(min=torch.finfo(torch.float64).tiny)
+        right = right * (found.norm() / right.norm().clamp(min=torch.finfo(torch.float64).tiny))
         size = found.norm()
-    return float((inside - found).norm() / size)
+    return float((right - found).norm() / size)
 
 
 def _expected(
     x: MergeInputs, wanted: Sequence[float] | Callable[[MergeInputs], MergedDelta], probes: Float[Tensor, "in k"]
-) -> Float[Tensor, "out k"]:
+) -> tuple[Float[Tensor, "out k"], int]:
+    """D X from the inputs, and the rank that D may have."""
     if not callable(wanted):
-        total = torch.zeros(x.shape[0], probes.shape[1], dtype=torch.float64)
-        for c, a, b in zip(wanted, x.A, x.B, strict=True):
-            total += c * (b.cpu().double() @ (a.cpu().double() @ probes))
-        return total
+        coefficients = torch.tensor(wanted, dtype=torch.float64).repeat_interleave(torch.tensor(x.ranks))
+        inner = torch.cat(x.A).cpu().double() @ probes
+        return torch.cat(x.B, dim=1).cpu().double() @ (inner * coefficients[:, None]), x.total_rank
     again = wanted(x)
     if isinstance(again, DenseDelta):
-        return again.times(probes.float().to(x.device)).cpu().double()
-    return _applied(again.factors if isinstance(again, Truncated) else again, probes)
+        return again.times(probes.float().to(x.device)).cpu().double(), min(again.shape)
+    factors = again.factors if isinstance(again, Truncated) else again
+    return _applied(factors, probes), factors.rank
 
 
 def _applied(factors: LoraFactors, probes: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
