@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from plait.errors import UsageError
 from plait.evaluation.scores import read_scores
 from plait.jobs import ADAPTER, INITIAL, plan
 from plait.recipe import SnapshotArm
+from plait.recipe_file import load_yaml, parse_recipe
 from plait.session import Session
 from plait.store import read_manifest
 
@@ -140,3 +142,11 @@ def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
     start = Path(tmp_path / "run/initial/kaiming/seed-0/topic")
     found = train_one(recipe, start, "topic", tmp_path / "one", seed=0, overwrite=False, quiet=True)
     assert set(dict(found["selected"]["scores"])) == {2, 4}
+
+
+def test_the_recipe_of_the_documentation_says_what_its_page_says():
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    recipe = parse_recipe(load_yaml(text.split("```yaml\n")[1].split("```")[0], "docs"), "docs/tasks.md")
+    assert len(recipe.arm_specs) == 4 * 3
+    named = [w for w in re.findall(r"`([^`]+)`", text) if "@" in w]
+    assert len(named) == 5 and set(named) <= set(names(recipe))

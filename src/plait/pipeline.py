@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import InputError, UsageError
-from plait.evaluation.text import answers
 from plait.jobs import ADAPTER, BEST, INITIAL, REPORT, STATISTICS, Job, Plan, plan
 from plait.locks import locked
 from plait.progress import Progress, duration
@@ -57,7 +56,7 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
 
 
 def require_scorable(session: Session) -> None:
-    """Refuse, before anything is computed, text tasks with open answers, and kinds that no one model can do together.
+    """Refuse, before anything is computed, kinds of tasks that no one model can do together.
 
     Raises:
         UsageError: Names the task.
@@ -70,8 +69,6 @@ def require_scorable(session: Session) -> None:
                 f"a run has tasks of one form, this is {forms[task.name]} and {tasks[0].name} is {forms[tasks[0].name]}",
                 where=f"task {task.name}",
             )
-        if task.kind in TEXT_KINDS:
-            answers(task)
 
 
 def trains_together(recipe: Recipe, session: Session) -> bool:

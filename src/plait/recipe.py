@@ -63,6 +63,7 @@ class TaskSpec(_Strict):
     labels: list[str] | None = None
     metrics: list[str] | None = None
     template: str | None = None
+    chat: Literal["prompt", "messages"] | None = Field(None, description="use the tokenizer's chat template (causal)")
 
 
 class LoraSpec(_Strict):

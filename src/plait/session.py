@@ -41,6 +41,7 @@ def task_of(spec: str | TaskSpec, root: Path | None) -> Task:
         labels=tuple(spec.labels) if spec.labels else None,
         metrics=tuple(spec.metrics or DEFAULT_METRICS[spec.kind]),
         template=spec.template,
+        chat=spec.chat,
     )
 
 
@@ -143,6 +144,8 @@ class Session:
     def data_identity(self, task: str) -> dict[str, Any]:
         """What a task's rows are: its description, and the hashes of local files."""
         found = asdict(self.tasks[task])
+        if found["chat"] is None:
+            del found["chat"]
         for split in ("train", "validation"):
             place = found["source"][split]
             if place and not place.startswith("hub:"):

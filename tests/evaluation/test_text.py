@@ -13,7 +13,7 @@ import torch
 from plait.base import load_task_model, load_tokenizer
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
-from plait.evaluation.text import answer_ids, choice_scores, perplexity, rouge_l, write_texts
+from plait.evaluation.text import answer_ids, choice_scores, perplexity, prompts_of, rouge_l, write_texts
 from plait.tasks import collate, encode
 from plait.training import TrainingSettings, train_adapter
 from tests.tiny import TARGETS, WORDS
@@ -89,7 +89,8 @@ def test_a_trained_adapter_chooses_and_writes_the_right_answer(tiny_base, tmp_pa
 
     model = evaluator.task_model("topic")
     with applied(model, adapter):
-        written = write_texts(model, evaluator.tokenizer, [t[0] for t in examples.texts], new_tokens=4, batch_size=7)
+        prompts = prompts_of(task, encode(evaluator.tokenizer, task, examples, 40))
+        written = write_texts(model, evaluator.tokenizer, prompts, new_tokens=4, batch_size=7)
     agree = np.mean([w == task.labels[i] for w, i in zip(written, scores.argmax(1), strict=True)])
     assert agree > 0.8
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.errors import UsageError
+from plait.tasks.metrics import OPEN, TEXT_METRICS, open_score
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,6 +56,8 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
         if np.ptp(x) <= 1e-12 * max(1.0, float(np.abs(x).max())):
             return np.zeros(len(W))
         return 100.0 * _correlation(*((rankdata(x), rankdata(y)) if metric == "spearman" else (x, y)), W)
+    if metric in TEXT_METRICS and (labels == OPEN).all():
+        return open_score(metric, predictions, W)
     predicted = predictions.argmax(-1)
     if metric in ("accuracy", "exact_match"):
         return 100.0 * (W @ (predicted == labels)) / W.sum(1)

@@ -17,8 +17,9 @@ from plait.base import BaseModel, backbone_of, head_modules, load_head, load_tas
 from plait.errors import RunError
 from plait.evaluation.applied import applied
 from plait.evaluation.scores import REPORTED, SELECTION, Score
-from plait.evaluation.text import answer_ids, choices, likelihoods
+from plait.evaluation.text import answer_ids, choices, likelihoods, measured_answers
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, scores, to_device
+from plait.tasks.metrics import OPEN
 from plait.tasks.task import TEXT_KINDS
 
 Logits = npt.NDArray[np.float32]
@@ -88,7 +89,12 @@ class Evaluator:
         return [Score(task=task, metric=m, value=v, n=len(rows), **labels) for m, v in values.items()]
 
     def _choices(self, model: Any, task: str, adapter: Adapter | None, scale: float, rows: Any) -> Logits:
-        """Log-likelihoods of a text task's answers."""
+        """Log-likelihoods of a text task's answers, or what is measured of open ones."""
+        if is_open(self.tasks[task]):
+            examples = self.examples[task] if rows is None else self.examples[task].take(rows)
+            sizes = {"batch_size": self.batch_size, "max_length": self.max_length}
+            with applied(model, adapter, scale):
+                return measured_answers(model, self.tokenizer, self.tasks[task], examples, **sizes)
         prompts, ends = self._prompts(task)
         chosen = prompts if rows is None else [prompts[int(i)] for i in rows]
         pad = self.tokenizer.pad_token_id
@@ -123,8 +129,15 @@ class Evaluator:
 
 
 def scored_labels(task: Task, examples: Examples) -> npt.NDArray[Any]:
-    """(n,) class ids or values that predictions are scored against; for text, which answer is the right one."""
+    """(n,) class ids or values that predictions are scored against; for text, which answer is the right one, or `OPEN`."""
+    if is_open(task):
+        return np.full(len(examples), OPEN, np.int64)
     return answer_ids(task, examples) if task.kind in TEXT_KINDS else np.asarray(examples.labels)
+
+
+def is_open(task: Task) -> bool:
+    """Whether a text task's answers are open: the model writes, instead of choosing among known ones."""
+    return task.kind in TEXT_KINDS and not task.labels
 
 
 def task_view(model: nn.Module, task: Task) -> nn.Module:

@@ -15,7 +15,7 @@ from plait.base import backbone_of
 from plait.errors import RunError
 from plait.evaluation.answer_tree import AnswerTree, answer_tree, shared_ends, takes_trees, tree_scores
 from plait.evaluation.applied import in_backbone
-from plait.evaluation.evaluate import Evaluator, Logits
+from plait.evaluation.evaluate import Evaluator, Logits, is_open
 from plait.tasks.task import TEXT_KINDS
 from plait.training.attention import fused_attention
 from plait.training.heads import Ends
@@ -70,7 +70,7 @@ def predict_many(
     length, all candidates read the same rows.
     """
     model, kind = evaluator.task_model(task), evaluator.tasks[task].kind
-    if kind in TEXT_KINDS and not (kind == "causal" and takes_trees(model)):
+    if kind in TEXT_KINDS and (kind != "causal" or is_open(evaluator.tasks[task]) or not takes_trees(model)):
         return [evaluator.predict(task, c.head, c.adapter, c.scale, rows) for c in candidates]
     bank, tree = _bank(evaluator, task, rows)
     renamed = {id(c.adapter): in_backbone(model, c.adapter) for c in candidates if c.adapter is not None}

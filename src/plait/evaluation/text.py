@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.errors import UsageError
-from plait.tasks.encoding import batches, encode, to_device
+from plait.tasks.encoding import collate, encode, length_order, to_device
+from plait.tasks.metrics import rouge_l
 from plait.tasks.task import Examples, Task
 
 _IGNORED = -100
@@ -109,11 +109,9 @@ def choices(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> 
     known = answers(task)
     longest = max(known, key=lambda a: len(tokenizer(" " + a)["input_ids"]))
     rows = encode(tokenizer, task, replace(examples, labels=(longest,) * len(examples)), max_length)
-    first = examples.texts[:1] * len(known)
-    ends = [
-        [t for t in r["labels"] if t != _IGNORED] for r in encode(tokenizer, task, Examples(first, known), max_length)
-    ]
-    return [r["input_ids"][: len(r["input_ids"]) - _answer_length(r, task)] for r in rows], ends
+    after_first = encode(tokenizer, task, Examples(examples.texts[:1] * len(known), known), max_length)
+    ends = [r["labels"][len(r["labels"]) - (_answer_length(r, task) or len(r["labels"])) :] for r in after_first]
+    return prompts_of(task, rows), ends
 
 
 def _targets(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -129,7 +127,10 @@ def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device)
 
 
 def _answer_length(row: dict[str, Any], task: Task) -> int:
-    return sum(t != _IGNORED for t in row["labels"]) if task.kind == "causal" else 0
+    """Tokens of a causal row that belong to its last answer: the labelled ones at its end."""
+    if task.kind != "causal":
+        return 0
+    return next((i for i, t in enumerate(reversed(row["labels"])) if t == _IGNORED), len(row["labels"]))
 
 
 def _left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -172,16 +173,15 @@ def _token_scores(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def write_texts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, batch_size: int = 16, new_tokens: int = 32
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 16, new_tokens: int = 32
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, up to its end token."""
-    device, texts = next(model.parameters()).device, []
+    """What the model writes after each prompt (token ids, see `prompts_of`), greedily, up to its end token."""
+    device, texts = next(model.parameters()).device, [""] * len(prompts)
     decoder_only = not model.config.is_encoder_decoder
-    for start in range(0, len(prompts), batch_size):
-        encoded = [tokenizer(p)["input_ids"] for p in prompts[start : start + batch_size]]
-        if decoder_only:
-            encoded = [e[:-1] if len(e) > 1 and e[-1] == tokenizer.eos_token_id else e for e in encoded]
-        ids, mask = _left_padded(encoded, tokenizer.pad_token_id, device)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        ids, mask = _left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
         found = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -190,37 +190,61 @@ def write_texts(
             pad_token_id=tokenizer.pad_token_id,
         )
         new = found[:, ids.shape[1] :] if decoder_only else found
-        texts += [t.strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            texts[i] = text.strip()
     return texts
 
 
+def prompts_of(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Token ids of each encoded row's prompt: what stands before its last answer."""
+    return [r["input_ids"][: len(r["input_ids"]) - _answer_length(r, task)] for r in rows]
+
+
 @torch.inference_mode()
-def perplexity(
-    model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int = 16, max_length: int = 128
-) -> float:
-    """The exponential of the mean loss of the answers' tokens, prompts left out; 1 is certainty."""
-    total, count, device = 0.0, 0, next(model.parameters()).device
-    for batch in batches(tokenizer, encode(tokenizer, task, examples, max_length), batch_size, by_length=True):
-        inputs = to_device(batch, device)
+def token_likelihoods(
+    model: Any, tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]], batch_size: int
+) -> npt.NDArray[np.float64]:
+    """(n, 2): the log-likelihood of each encoded row's answer, and its number of tokens."""
+    found, device = np.zeros((len(rows), 2)), next(model.parameters()).device
+    order = length_order(rows)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        inputs = to_device(collate(tokenizer, [rows[i] for i in part]), device)
         labels = inputs.pop("labels")
         if task.kind == "seq2seq":
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
         logits = model(**inputs).logits
         if task.kind == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
-        total -= float(_token_scores(logits, labels).sum())
-        count += int((labels != _IGNORED).sum())
-    return math.exp(total / max(1, count))
+        counts = (labels != _IGNORED).sum(1)
+        found[part] = torch.stack([_token_scores(logits, labels), counts.float()], 1).double().cpu().numpy()
+    return found
 
 
-def rouge_l(written: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words, case and punctuation aside, in percent."""
-    a, b = (re.findall(r"[^\W_]+", text.lower()) for text in (written, reference))
-    lengths = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, 1):
-            above = lengths[j]
-            lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
-            diagonal = above
-    return 200.0 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
+def perplexity(
+    model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int = 16, max_length: int = 128
+) -> float:
+    """The exponential of the mean loss of the answers' tokens, prompts left out; 1 is certainty."""
+    rows = encode(tokenizer, task, examples, max_length)
+    total, count = token_likelihoods(model, tokenizer, task, rows, batch_size).sum(0)
+    return math.exp(-total / max(1.0, count))
+
+
+def measured_answers(
+    model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int, max_length: int
+) -> npt.NDArray[np.float32]:
+    """What is measured of open answers: (n, 4), the columns of `plait.tasks.metrics.MEASURED`.
+
+    The model writes only where the task's metrics look at what it writes, as many tokens as the longest right answer has.
+    """
+    rows = encode(tokenizer, task, examples, max_length)
+    found = np.zeros((len(rows), 4), np.float32)
+    found[:, 2:] = token_likelihoods(model, tokenizer, task, rows, batch_size)
+    if set(task.metrics) & {"exact_match", "rouge_l"}:
+        longest = max(_answer_length(r, task) or len(r["labels"]) for r in rows)
+        prompts = prompts_of(task, rows)
+        written = write_texts(model, tokenizer, prompts, batch_size=batch_size, new_tokens=longest)
+        right = [str(y).strip() for y in examples.labels]
+        found[:, 0] = [w == y for w, y in zip(written, right, strict=True)]
+        found[:, 1] = [rouge_l(w, y) for w, y in zip(written, right, strict=True)]
+    return found

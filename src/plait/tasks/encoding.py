@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import InputError
+from plait.tasks.chat import conversation, encode_chat
 from plait.tasks.task import TEXT_KINDS, Examples, Task
 
 Row = dict[str, Any]
@@ -21,7 +22,7 @@ def encode(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> l
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
         task: Its kind decides: a pair of texts is encoded as a pair; causal appends the target and the end token and
-            masks the prompt in `labels`; seq2seq encodes the target apart.
+            masks the prompt in `labels` (for chat, everything but the assistant's turns); seq2seq encodes the target apart.
         examples: The rows.
         max_length: Tokens a row may have; longer texts are cut (the longer of a pair first; a causal prompt from the
             left, so that the target stays).
@@ -29,6 +30,9 @@ def encode(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> l
     Returns:
         One dict per row: input_ids, attention_mask, what else the tokenizer returns, and labels.
     """
+    if task.chat:
+        pairs = zip(examples.texts, examples.labels, strict=True)
+        return [encode_chat(tokenizer, conversation(t[0], str(y), task.chat), max_length) for t, y in pairs]
     if task.kind in TEXT_KINDS:
         maker = _causal if task.kind == "causal" else _seq2seq
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,11 @@ from plait.errors import RunError, UsageError
 
 CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
 VALUE_METRICS = ("pearson", "spearman")
-TEXT_METRICS = ("exact_match",)
+TEXT_METRICS = ("exact_match", "rouge_l", "likelihood")
+OPEN = (
+    -1
+)  # the label of a row whose answer is open; its prediction is then what was measured of the model's own answer:
+MEASURED = ("exact match", "ROUGE-L", "log-likelihood", "tokens")
 METRICS = CLASS_METRICS + VALUE_METRICS + TEXT_METRICS
 METRICS_OF = {
     "classification": CLASS_METRICS,
@@ -30,8 +35,9 @@ def score(
     Args:
         metric: One of `METRICS`. "f1" is that of class 1, as GLUE has it.
         predictions: (n, classes) logits or (n,) class ids for class metrics, (n,) or (n, 1) values for pearson and
-            spearman; for exact_match n strings, or (n, answers) scores of known answers.
-        labels: n of the same kind.
+            spearman; for exact_match n strings, or (n, answers) scores of known answers; for open answers the (n, 4)
+            columns of `MEASURED`.
+        labels: n of the same kind; `OPEN` for open answers.
 
     Returns:
         100 for perfect. Correlation with a constant is 0 (it is undefined; a model that says one thing knows nothing).
@@ -45,15 +51,47 @@ def score(
     values = np.asarray(predictions)
     if not np.isfinite(values).all():
         raise RunError(f"{int((~np.isfinite(values)).sum())} predictions are NaN or infinite")
+    if metric in TEXT_METRICS and np.all(np.asarray(labels) == OPEN):
+        return float(open_score(metric, values, np.ones((1, len(values))))[0])
     if metric in VALUE_METRICS:
         return _correlation(metric, values.reshape(len(labels)), np.asarray(labels))
     return _class_score(metric, values.argmax(-1) if values.ndim == 2 else values, np.asarray(labels))
 
 
+def open_score(metric: str, measured: npt.NDArray[Any], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A metric of open answers, in percent, for every row of weights.
+
+    Args:
+        metric: "exact_match", "rouge_l", or "likelihood": the geometric mean of the probabilities of the right answers'
+            tokens, that is 100 / perplexity.
+        measured: (n, 4), the columns of `MEASURED`.
+        weights: (k, n).
+    """
+    exact, rouge, logs, tokens = measured.astype(np.float64).T
+    if metric == "likelihood":
+        found: npt.NDArray[np.float64] = 100.0 * np.exp((weights @ logs) / np.maximum(weights @ tokens, 1.0))
+        return found
+    chosen = 100.0 * exact if metric == "exact_match" else rouge
+    return (weights @ chosen) / weights.sum(1)  # type: ignore[no-any-return]
+
+
+def rouge_l(written: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, case and punctuation aside, in percent."""
+    a, b = (re.findall(r"[^\W_]+", text.lower()) for text in (written, reference))
+    lengths = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            above = lengths[j]
+            lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
+            diagonal = above
+    return 200.0 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
+
+
 def _class_score(metric: str, predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
     from sklearn import metrics
 
-    if metric in ("accuracy", *TEXT_METRICS):  # of choosing among known answers
+    if metric in ("accuracy", "exact_match"):  # of choosing among known answers
         return 100.0 * float((predicted == labels).mean())
     if metric == "matthews":
         return 100.0 * float(metrics.matthews_corrcoef(labels, predicted))

@@ -11,7 +11,8 @@ import numpy as np
 
 from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.store import require_regular
-from plait.tasks.task import SPLITS, TEXT_KINDS, Examples, Task
+from plait.tasks.chat import checked_messages, packed
+from plait.tasks.task import OPEN_ONLY, SPLITS, TEXT_KINDS, Examples, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,6 +30,8 @@ def load_task(task: Task, *, root: Path | None = None) -> Task:
         targets = load_examples(task, "train", root=root).labels
         return replace(task, target_mean=float(np.mean(targets)))
     if task.kind in TEXT_KINDS and not task.labels:
+        if set(task.metrics) & set(OPEN_ONLY):
+            return task
         distinct = sorted(set(load_examples(task, "train", root=root).labels))
         return replace(task, labels=tuple(map(str, distinct))) if len(distinct) <= _ANSWERS else task
     if task.kind != "classification" or task.labels:
@@ -102,6 +105,10 @@ def load_examples(
     if len(ids) == 0:
         raise InputError("no rows", where=_where(task, split))
     table = table.take(ids)
+    if task.chat == "messages":
+        cells, where = table[task.text_columns[0]].to_pylist(), _where(task, split)
+        pairs = [packed(checked_messages(c, f"{where}, row {i}")) for i, c in zip(ids, cells, strict=True)]
+        return Examples(tuple((before,) for before, _ in pairs), tuple(last for _, last in pairs), ids)
     return Examples(_texts(task, table, ids, split), _labels(task, table, ids, split), ids)
 
 
@@ -161,7 +168,7 @@ def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:
 
 def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     place = task.source.train if split == "train" else task.source.validation or task.source.train
-    wanted = [*task.text_columns, task.label_column]
+    wanted = [*task.text_columns, *([] if task.chat == "messages" else [task.label_column])]
     table = (
         _hub_table(place, task)
         if place.startswith("hub:")
@@ -173,7 +180,7 @@ def _table(task: Task, split: str, root: Path | None) -> pa.Table:
             f"no column {missing[0]!r}; there are {', '.join(map(repr, table.column_names[:12]))}",
             where=_where(task, split),
         )
-    for name in wanted:
+    for name in wanted if task.chat != "messages" else ():  # conversations are checked one by one
         _require_plain(table, name, task, split)
     return table.select(wanted)
 

@@ -12,6 +12,8 @@ from plait.errors import UsageError
 
 KINDS = ("classification", "regression", "causal", "seq2seq")
 TEXT_KINDS = ("causal", "seq2seq")
+CHATS = (None, "prompt", "messages")
+OPEN_ONLY = ("rouge_l", "likelihood")  # metrics of what a model writes, not of what it chooses
 SPLITS = ("train", "validation")
 
 
@@ -42,6 +44,9 @@ class Task:
         metrics: Names in `plait.tasks.metrics`; the score is their mean.
         target_mean: Mean of the training targets (regression): where a fresh head starts, so that the first steps are not
             spent on a constant.
+        chat: For causal tasks, whether the tokenizer's chat template is put around a row: "prompt" makes the prompt a
+            user's turn and the label the assistant's; "messages" reads conversations from the one text column, a list of
+            {role, content} that ends with the assistant. None for plain text.
         template: For causal and seq2seq, the prompt with ``{column}`` fields; by default the texts on lines.
     """
 
@@ -54,12 +59,25 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     template: str | None = None
     target_mean: float = 0.0
+    chat: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}", where=f"task {self.name}")
         if not self.text_columns:
             raise UsageError("no text column", where=f"task {self.name}")
+        if self.chat not in CHATS or (self.chat and self.kind != "causal"):
+            raise UsageError(
+                f"chat {self.chat!r} of a {self.kind} task", where=f"task {self.name}",
+                hint="prompt or messages, for causal tasks",
+            )  # fmt: skip
+        if self.chat == "messages" and len(self.text_columns) != 1:
+            raise UsageError("conversations lie in one column", where=f"task {self.name}")
+        if self.labels and (found := sorted(set(self.metrics) & set(OPEN_ONLY))) and self.kind in TEXT_KINDS:
+            raise UsageError(
+                f"metric {found[0]!r} scores what is written, and `labels` make answers to choose from",
+                where=f"task {self.name}",
+            )
         if len(self.text_columns) > 2 and self.kind not in TEXT_KINDS:
             raise UsageError("at most two text columns", where=f"task {self.name}")
 
@@ -78,7 +96,8 @@ class Examples:
     """Rows of one split, in order.
 
     Args:
-        texts: One tuple of one or two strings per row (the finished prompt for causal and seq2seq).
+        texts: One tuple of one or two strings per row (the finished prompt for causal and seq2seq; of a conversation, the
+            turns before the last, see `plait.tasks.chat.packed`).
         labels: (n,) int64 class ids, (n,) float32 targets, or n strings.
         ids: (n,) row numbers in the source, so that a choice of rows can be traced.
     """

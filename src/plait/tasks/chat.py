@@ -1,0 +1,93 @@
+"""Chat rows: messages to token ids by the tokenizer's own template, the assistant's turns labelled and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plait.errors import InputError
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = Mapping[str, str]
+_IGNORED = -100
+
+
+def checked_messages(cell: Any, where: str) -> list[dict[str, str]]:
+    """One row's conversation.
+
+    Raises:
+        InputError: Not a list of {role, content}, an unknown role, an empty turn, or the last one is not the assistant's.
+    """
+    if not isinstance(cell, list) or not cell or not all(isinstance(m, Mapping) for m in cell):
+        raise InputError("not a list of messages with role and content", where=where)
+    for i, message in enumerate(cell):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise InputError(f"message {i} has role {role!r}, expected one of {', '.join(ROLES)}", where=where)
+        if not isinstance(content, str) or not content.strip():
+            raise InputError(f"message {i} has no text", where=where)
+    if cell[-1]["role"] != "assistant":
+        raise InputError("the last message is not the assistant's: there is nothing to learn", where=where)
+    return [{"role": m["role"], "content": m["content"]} for m in cell]
+
+
+def packed(messages: Sequence[Message]) -> tuple[str, str]:
+    """(all turns before the last as one string, the last turn's text): a prompt and its target."""
+    return json.dumps(list(messages[:-1]), ensure_ascii=False), messages[-1]["content"]
+
+
+def conversation(prompt: str, target: str, chat: str) -> list[dict[str, str]]:
+    """The messages of a prompt and its target: `chat` says whether the prompt is one user's turn, or `packed` ones."""
+    before = json.loads(prompt) if chat == "messages" else [{"role": "user", "content": prompt}]
+    return [*before, {"role": "assistant", "content": target}]
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message], max_length: int) -> dict[str, list[int]]:
+    """Token ids of a conversation; labels only where the assistant speaks, its end-of-turn token included.
+
+    Each turn's place is found by rendering the conversation up to it, so that a template needs no marks of its own. What
+    a template writes after the last end-of-turn token is left off. Too long conversations lose their beginning.
+
+    Raises:
+        InputError: No chat template, one that renders a turn in another way once others follow, or an answer that is
+            longer than `max_length`.
+    """
+    ids = _rendered(tokenizer, messages, ask=False)
+    labels = [_IGNORED] * len(ids)
+    end = tokenizer.eos_token_id
+    last = len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = len(_agreeing(_rendered(tokenizer, messages[:i], ask=True), ids))
+        stop = len(_agreeing(_rendered(tokenizer, messages[: i + 1], ask=False), ids))
+        if end in ids[start:stop]:
+            stop = stop - ids[start:stop][::-1].index(end)  # what follows the end of the turn is the template's
+        labels[start:stop] = ids[start:stop]
+        last = stop
+    ids, labels = ids[:last][-max_length:], labels[:last][-max_length:]
+    if labels[0] != _IGNORED:
+        raise InputError(f"the last answer leaves no room for a prompt in max_length {max_length}", where="chat")
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> list[int]:
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template", where="chat", hint="use a `template` instead of `chat`")
+    if not messages:
+        return []
+    found = tokenizer.apply_chat_template(
+        [dict(m) for m in messages], tokenize=True, add_generation_prompt=ask, return_dict=False
+    )
+    return [int(t) for t in found]
+
+
+def _agreeing(prefix: list[int], ids: list[int]) -> list[int]:
+    if prefix != ids[: len(prefix)]:
+        raise InputError(
+            "the chat template renders a turn in another way once others follow it: its tokens cannot be told apart",
+            where="chat",
+            hint="give single turns, or a template that keeps earlier turns as they were",
+        )
+    return prefix
