@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,15 +36,16 @@ def write_statistics(
         overwrite: Replace a file that is there.
     """
     homes = getattr(statistics.sites, "homes", None)  # of sites that lie in files already: copied as bytes
+    sites = {s: dict(r) for s, (_, r) in homes.items()} if homes is not None else {}
     tensors: dict[str, Tensor] = {}
     for site, moments in statistics.sites.items() if homes is None else ():
-        tensors |= {f"{site}|{part}": tensor for part, tensor in _parts(moments).items()}
+        parts = _parts(moments)
+        sites[site] = {**_site_record(moments), "sha256": content_hash(parts)}
+        tensors |= {f"{site}|{part}": tensor for part, tensor in parts.items()}
     record = {
         "schema": SCHEMA,
         "provenance": dict(statistics.provenance),
-        "sites": {s: dict(r) for s, (_, r) in homes.items()}
-        if homes is not None
-        else {s: _site_record(m) for s, m in statistics.sites.items()},
+        "sites": sites,
         "modules": {
             n: {
                 "site": i.site,
@@ -54,7 +56,8 @@ def write_statistics(
             for n, i in statistics.modules.items()
         },
     }
-    metadata = {"kind": KIND, "statistics": json.dumps(record, allow_nan=False)}
+    text = json.dumps(record, allow_nan=False)
+    metadata = {"kind": KIND, "statistics": text, "statistics_sha256": hashlib.sha256(text.encode()).hexdigest()}
     if identity is not None:
         metadata["identity"] = canonical_json(dict(identity))
     with staged_file(Path(path), overwrite=overwrite) as stage:
@@ -74,6 +77,16 @@ def _parts(moments: Moments) -> dict[str, Tensor]:
     if moments.padded_total is not None:
         parts["padded_total"] = moments.padded_total
     return parts
+
+
+def content_hash(parts: Mapping[str, Tensor]) -> str:
+    """SHA-256 of one site's tensors, so that a bit that flips on a disk or on the way to another team is found."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        if part in parts:
+            digest.update(f"{part}\0".encode())
+            digest.update(parts[part].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _site_record(moments: Moments) -> dict[str, Any]:
@@ -131,8 +144,11 @@ def record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """
     if metadata.get("kind") != KIND:
         raise InputError("holds no statistics", where=str(path), hint="expected a file written by plait stats")
+    text = metadata.get("statistics", "")
+    if metadata.get("statistics_sha256", "") not in ("", hashlib.sha256(text.encode()).hexdigest()):
+        raise InputError("its record is not the one that was written", where=str(path), hint="copy the file again")
     try:
-        record = json.loads(metadata.get("statistics", ""))
+        record = json.loads(text)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
@@ -156,6 +172,7 @@ def moments_of(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tenso
     total, second = tensors[f"{site}|total"], tensors[f"{site}|second"]
     residual, padded = tensors.get(f"{site}|residual"), tensors.get(f"{site}|padded_total")
     dim, form, tail = record["dim"], record["form"], tensors.get(f"{site}|tail")
+    _require_whole(site, record, tensors, path)
     wanted = (dim * (dim + 1) // 2,) if form == DENSE else (second.shape[0], dim)
     vectors = [v for v in (total, residual, padded) if v is not None]
     if form not in (DENSE, FACTOR) or tuple(second.shape) != wanted or any(tuple(v.shape) != (dim,) for v in vectors):
@@ -179,6 +196,15 @@ def moments_of(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tenso
         padded_count=int(record["padded_count"]),
         padded_total=padded,
     )
+
+
+def _require_whole(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+    wanted = record.get("sha256")  # absent from files of earlier versions
+    parts = {part: tensors[f"{site}|{part}"] for part in PARTS if f"{site}|{part}" in tensors}
+    if wanted is not None and wanted != content_hash(parts):
+        raise InputError(
+            f"site {site!r}: its tensors are not those that were written", where=str(path), hint="copy the file again"
+        )
 
 
 def module_of(record: Mapping[str, Any]) -> ModuleInfo:
