@@ -18,7 +18,7 @@ from plait.formats.keys import DIFFUSERS, KOHYA, PEFT
 from plait.formats.plain import Means, read_plain
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import read_lora_file
-from plait.formats.writing import checked_format, finished, in_format, joined, names_in, write_any
+from plait.formats.writing import checked_format, finished, in_format, joined, write_any
 from plait.merging.inputs import seed_of
 
 _FAILED = 1e-6
@@ -65,21 +65,19 @@ def convert(
     wanted = _identity(adapter, target, means, component, dtype)
     if (found := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**found.get("result", {}), "output": str(out), "reused": True}
-    names = names_in(adapter, target)
-    folded = sum(f.scaling != ready.modules[names[m]].scaling for m, f in adapter.modules.items())
     result: dict[str, Any] = {
         "from": origin,
         "to": target,
         "base": adapter.base,
         "modules": len(ready.modules),
-        "folded": folded,
+        "folded": ready.source["folded"],
         "rounding_error": rounding,
         "conversions": conversions,
         "notes": _notes(ready, target),
     }
 
     def check(written: Path) -> None:
-        result["verification_error"] = _verified(ready, written, target)
+        result["verification_error"] = written_error(ready, written, target)
 
     write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
     return {**result, "output": str(out), "reused": False}
@@ -156,7 +154,7 @@ def _notes(adapter: Adapter, target: str) -> list[str]:
     return found
 
 
-def _verified(ready: Adapter, out: Path, target: str) -> float:
+def written_error(ready: Adapter, out: Path, target: str) -> float:
     """The largest relative difference of any module's update on random inputs, written against read."""
     written = read_back(out, target)
     worst = 0.0

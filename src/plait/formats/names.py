@@ -69,7 +69,7 @@ def to_diffusers(name: str) -> str:
     if prefix is None:
         raise InputError(f"module {name!r} starts with none of {', '.join(COMPONENTS)}", hint=_KEEP)
     rest = name.removeprefix(prefix)
-    if re.match(r"(double_blocks|single_blocks|joint_blocks)_\d", rest):
+    if re.match(r"joint_blocks_\d", rest):
         raise InputError(
             f"module {name!r}: this transformer's original layout fuses projections that diffusers keeps apart",
             hint=_KEEP,
@@ -120,12 +120,12 @@ def kohya_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def diffusers_names(modules: Iterable[str]) -> dict[str, str]:
-    """Each kohya module name -> diffusers'.
+    """Each kohya module name -> diffusers'; one that is diffusers' already stays.
 
     Raises:
         InputError: Two that would become one.
     """
-    found = {n: to_diffusers(n) for n in modules}
+    found = {n: n if n.partition(".")[0] in COMPONENTS.values() else to_diffusers(n) for n in modules}
     _require_distinct(found)
     return found
 

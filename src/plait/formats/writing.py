@@ -13,6 +13,7 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
+from plait.formats.flux import taken_apart
 from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, PEFT
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
 from plait.formats.reading import format_of
@@ -32,7 +33,7 @@ def checked_format(name: str) -> str:
     return name
 
 
-def names_in(adapter: Adapter, target: str) -> dict[str, str]:
+def _names_in(adapter: Adapter, target: str) -> dict[str, str]:
     """Module of the adapter -> its name in a format; diffusers' names, component first, where the target is PEFT.
 
     Raises:
@@ -53,17 +54,20 @@ def in_format(adapter: Adapter, target: str) -> Adapter:
 
     kohya's alphas express any scaling, PEFT's whole alphas, diffusers' files (which have none) only 1.
     """
-    modules = {m: _scaled_for(f, target) for m, f in adapter.modules.items()}
-    names = names_in(adapter, target)
-    if format_of(adapter) == target:
-        return replace(adapter, modules=modules)
+    same = format_of(adapter) == target
+    whole = taken_apart(adapter.modules) if format_of(adapter) == KOHYA and not same else adapter.modules
+    modules = {m: _scaled_for(f, target) for m, f in whole.items()}
+    source = {**adapter.source, "folded": sum(modules[m].scaling != f.scaling for m, f in whole.items())}
+    if same:
+        return replace(adapter, modules=modules, source=source)
+    names = _names_in(replace(adapter, modules=modules), target)
     layouts = adapter.source.get("layouts", {}) if target == DIFFUSERS else {}
     return replace(
         adapter,
         modules={names[m]: modules[m] for m in sorted(names, key=lambda m: names[m])},
         prefix="",
         target_modules=None,
-        source={**adapter.source, "format": target, "layouts": layouts, "pipeline": True},
+        source={**source, "format": target, "layouts": layouts, "pipeline": True},
     )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import RunError
-from plait.formats.convert import read_back
+from plait.formats.convert import written_error
 from plait.formats.reading import format_of
-from plait.formats.writing import checked_format, finished, in_format, names_in, write_any
+from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.folders import identity_of
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
@@ -58,12 +58,11 @@ def merge_to_format(
     if (found := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**found.get("result", {}), "output": str(out), "reused": True}
     done = plan.run(out.name.removesuffix(_SUFFIX))
-    ready, names = in_format(done.adapter, target), names_in(done.adapter, target)
+    ready = in_format(done.adapter, target)
     result: dict[str, Any] = {**done.record, "format": target, **(more or {})}
 
     def check(written: Path) -> None:
-        found = read_back(written, target)
-        error = plan.verification_error({m: found[names[m]] for m in done.adapter.modules})
+        error = max(plan.verification_error(done.adapter.modules), written_error(ready, written, target))
         result["verification_error"] = error
         if not error <= FAILED:
             raise RunError(f"the written adapter differs from the merge by {error:.2g}", where=plan.method.name)
