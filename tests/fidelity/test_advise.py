@@ -123,6 +123,8 @@ def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys)
     assert "Advice:" in out and "Not known:" not in out
     code, _, err = said(capsys, "merge", "auto", *folders, "--out", str(tmp_path / "blind"))
     assert code == 0, err
+    code, _, err = said(capsys, "edit", str(tmp_path / "blind"), "--remove", "one", "--out", str(tmp_path / "no"))
+    assert code == 3 and "merge auto again" in err
     code, _, err = said(capsys, "merge", "auto", *folders, *texts, "--out", str(tmp_path / "no"))
     assert code == 2 and "base" in err
     code, _, err = said(capsys, "merge", "auto", *folders)

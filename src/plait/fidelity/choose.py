@@ -123,7 +123,7 @@ def tournament(panel: Panel, entries: Sequence[tuple[Tried, float]], tell: Tell 
     few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
     longest = max(len(rows) for rows in panel.texts.values())
     tell(f"{len(entries)} merges, by fidelity")
-    first = _scored(panel.with_texts(few), entries, min(SCREEN, longest))
+    first = _scored(panel.with_texts(few, general=longest <= SCREEN), entries, min(SCREEN, longest))
     if longest <= SCREEN:
         return first
     going = first[: max(2, len(first) // GOES_ON)]
@@ -149,9 +149,14 @@ def refined_weights(
     most, rest = split_off(panel.texts, HELD_OUT)
     start = scaled(best.tried.adapter, best.scale)
     learnt = distil(
-        panel.with_texts(most), start, learns="weights", groups=groups_of(best.tried, adapters), steps=steps, seed=seed
+        panel.with_texts(most, general=False),
+        start,
+        learns="weights",
+        groups=groups_of(best.tried, adapters),
+        steps=steps,
+        seed=seed,
     )
-    before, after = fidelities(panel.with_texts(rest), [(start, 1.0), (learnt.adapter, 1.0)])
+    before, after = fidelities(panel.with_texts(rest, general=False), [(start, 1.0), (learnt.adapter, 1.0)])
     return learnt.adapter, learnt.weights, {"chosen": before.score, "refined": after.score}
 
 

@@ -129,9 +129,12 @@ class Panel:
         """The tasks, in order."""
         return [p.name for p in self.parts]
 
-    def with_texts(self, texts: Mapping[str, Texts]) -> Panel:
-        """The same with other texts; the loaded base is shared."""
-        other = Panel(self.base, self.parts, texts, self.general, self.batch_size, self.max_length, self.positions)
+    def with_texts(self, texts: Mapping[str, Texts], *, general: bool = True) -> Panel:
+        """The same with other texts, and with or without the general ones; the loaded base is shared."""
+        kept = self.general if general else ()
+        other = Panel(self.base, self.parts, texts, kept, self.batch_size, self.max_length, self.positions)
+        for part in self.parts:
+            self.model(part)  # loaded once, here, for both
         other.evaluator._model = self.evaluator._model
         other.evaluator._tokenizer = self.tokenizer
         other.evaluator._views.update(self.evaluator._views)

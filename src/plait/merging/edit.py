@@ -69,6 +69,12 @@ def recorded(path: Path) -> Recorded:
         found = file_record(read_tensors(path)[1], path)
     else:
         raise InputError("no such merge", where=str(path))
+    if found is not None and found.get("stage") == "merge-auto":
+        raise InputError(
+            "was chosen by merge auto, and a choice depends on all adapters",
+            where=str(path),
+            hint="plait merge auto again, with the adapters that you want",
+        )
     if found is None or found.get("stage") not in ("merge", "merge-difference"):
         raise InputError(
             "holds no record of a merge", where=str(path), hint="only merges that plait wrote can be changed"
