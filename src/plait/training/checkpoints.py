@@ -23,6 +23,11 @@ def checkpoint_root(out: Path) -> Path:
     return out.parent / f".{out.name}.checkpoints"
 
 
+def run_name(root: Path) -> str:
+    """The name of the adapter that a run with these checkpoints writes."""
+    return root.name.removeprefix(".").removesuffix(".checkpoints")
+
+
 def open_root(root: Path, identity: Mapping[str, Any]) -> None:
     """Make the folder ready for a run, removing checkpoints of a run with other settings."""
     mark = root / _IDENTITY

@@ -45,7 +45,8 @@ class TrainingSettings:
         patience: Evaluations without a better score after which training stops; None trains to the end.
         shard_base: Under torchrun, split the frozen base over the processes (FSDP2), for bases that one GPU cannot hold;
             adapter and head stay whole in each.
-        report_to: Trackers of the HF Trainer ("tensorboard", "wandb", "trackio"); none by default.
+        report_to: Trackers of the HF Trainer ("tensorboard", "wandb", "trackio"); none by default. The run is named after
+            the adapter's folder; TensorBoard's files lie beside it in ``NAME.runs``.
         tied: Members of a fleet with one name here train one adapter together, each on its own task and with its own
             head: joint multi-task training. They start from the same factors.
     """

@@ -23,7 +23,7 @@ from plait.locks import locked
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task, collate, encode
-from plait.training.checkpoints import checkpoint_root, latest_whole, open_root
+from plait.training.checkpoints import checkpoint_root, latest_whole, open_root, run_name
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import TrainingSettings
@@ -139,7 +139,7 @@ def _run(
         data_collator=functools.partial(collate, tokenizer),
         callbacks=callbacks,
     )
-    _remove_printers(trainer)
+    _settle_callbacks(trainer, root)
     trainer.accelerator.wait_for_everyone()
     checkpoint = latest_whole(root)
     with _out_of_memory(task, settings):
@@ -166,11 +166,13 @@ def _loaded(base: BaseModel, task: Task, settings: TrainingSettings, seed: int) 
     return model
 
 
-def _remove_printers(trainer: Any) -> None:
-    """The Trainer's own lines and bars: a run reports through `progress`."""
+def _settle_callbacks(trainer: Any, root: Path) -> None:
+    """Take off the Trainer's own lines and bars, and send TensorBoard's files where they outlive the checkpoints."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
+        elif type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
+            callback.logging_dir = str(root.with_name(f"{run_name(root)}.runs"))
 
 
 def logged_losses(history: list[dict[str, Any]]) -> list[tuple[int, float]]:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from plait.base import BaseModel
 from plait.errors import RunError
 from plait.tasks.task import Task
-from plait.training.checkpoints import seal
+from plait.training.checkpoints import run_name, seal
 from plait.training.losses import task_loss
 from plait.training.settings import TrainingSettings, row_order
 
@@ -134,6 +134,7 @@ def training_arguments(settings: TrainingSettings, total: int, seed: int, root: 
         save_strategy="steps" if saves else "no",
         save_steps=settings.checkpoint_every or total,
         report_to=list(settings.report_to) or "none",
+        run_name=run_name(root),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
