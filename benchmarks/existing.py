@@ -137,7 +137,7 @@ def by_aggregate(entries, fidelity, truth) -> dict[str, Any]:
 def by_assumption(adapters, entries, truth) -> dict[str, Any]:
     """What factors alone would choose under other assumed moments, and that choice's mean score on the grid's rows."""
     blind = [i for i, (t, _) in enumerate(entries) if not find_method(t.recipe.method).needs]
-    shares = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+    shares = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
     known: dict[int, Any] = {}
     errors = {s: [] for s in shares}
     for i in blind:

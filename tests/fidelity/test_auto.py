@@ -67,6 +67,11 @@ def test_without_texts_the_same_factors_give_the_same_choice(make_panel):
     errors = [r["assumed_error"] for r in a.record["evidence"]]
     assert errors == sorted(errors)
     assert {r["method"] for r in a.record["evidence"]} == {"task_arithmetic", "tsv", "iso_c", "knots"}
+    assert a.record["chosen"]["candidate"] == "tsv"
+    expected = best_scale(terms(merge(adapters, "tsv").adapter, adapters))
+    assert a.record["chosen"]["scale"] == pytest.approx(expected, abs=1e-4)
+    other = merge_auto(adapters, settings=AutoSettings(methods=("task_arithmetic", "iso_c")))
+    assert other.record["chosen"]["candidate"] == other.record["evidence"][0]["candidate"]
     turned = merge_auto(adapters[::-1])
     assert turned.record["chosen"] == a.record["chosen"]
 

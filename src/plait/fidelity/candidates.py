@@ -11,7 +11,7 @@ from plait.merging.registry import find_method
 from plait.statistics.moments import Statistics
 
 METHODS = ("task_arithmetic", "tsv", "regmean", "least_squares", "iso_c", "knots")
-SCALES = (0.15, 0.25, 0.4, 0.6, 0.85, 1.2, 1.7)
+SCALES = (0.15, 0.25, 0.4, 0.6, 0.9, 1.3, 2.0)
 PICO = "pico"
 BASE_MOMENTS, OWN_MOMENTS = "base", "own"
 
