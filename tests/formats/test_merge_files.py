@@ -120,3 +120,18 @@ def test_from_python_too(kohya, tmp_path):
         write_adapter(tmp_path / "folder", read_any(paths[0]))
     with pytest.raises(UsageError, match="--per-task writes PEFT folders"):
         answer(MergeRequest([str(p) for p in paths], tmp_path / "x", "emr", per_task=True))
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_auto_without_texts_keeps_the_format(kohya, tmp_path, format):
+    from plait.fidelity.auto import merge_auto_folders
+
+    paths = [str(kohya("a", 1)), str(kohya("b", 2))]
+    if format == "diffusers":
+        paths = [diffusers_file(tmp_path / f"d{seed}.safetensors", seed) for seed in (1, 2)]
+    out = tmp_path / "chosen.safetensors"
+    found = merge_auto_folders(paths, out)
+    assert found["verification_error"] < 1e-3
+    assert read_any(out).source["format"] == format
+    assert set(read_any(out).modules) == set(KOHYA_NAMES.values() if format == "kohya" else MODULES)
+    assert merge_auto_folders(paths, out)["reused"]

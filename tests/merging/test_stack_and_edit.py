@@ -187,6 +187,9 @@ def test_what_cannot_be_edited(tmp_path, adapters):
     with pytest.raises(UsageError, match="cut or calibrated"):
         edit(tmp_path / "cut", Change(remove=["a"]), out, by_difference=True)
     manifest = json.loads((tmp_path / "m" / "plait.json").read_text())
+    (tmp_path / "m" / "plait.json").write_text(json.dumps({**manifest, "stage": "merge-auto"}))
+    with pytest.raises(InputError, match="was chosen by merge auto"):
+        edit(tmp_path / "m", Change(remove=["a"]), out)
     del manifest["result"]["adapters"]
     (tmp_path / "m" / "plait.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="does not name its inputs"):

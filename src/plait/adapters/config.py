@@ -33,6 +33,12 @@ _REFUSED = {
     "target_parameters": "target_parameters adapts fused (3-D) expert weights, which are not linear modules",
     "trainable_token_indices": "trainable_token_indices trains embedding rows outside the LoRA factors",
 }
+# The way to a plain LoRA, where there is one.
+_CONVERTED = {
+    "use_dora": "plait convert --base DIR makes it a plain LoRA at the best rank",
+    "lora_bias": "plait convert makes it a plain LoRA where its biases are zero, or without them",
+    "trainable_token_indices": "plait convert --base DIR makes it a plain LoRA, exactly",
+}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -117,9 +123,8 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
         raise InputError(f"peft_type is {kind!r}, only LORA adapters can be merged", where=where)
     for key, why in _REFUSED.items():
         if raw.get(key):
-            raise InputError(
-                f"{key}: {why}", where=where, hint="merge this adapter into its base and serve it separately"
-            )
+            step = _CONVERTED.get(key, "merge this adapter into its base and serve it separately")
+            raise InputError(f"{key}: {why}", where=where, hint=step)
     if raw.get("bias", "none") != "none":
         raise InputError(f"bias={raw['bias']!r}: trained biases are outside the LoRA factors", where=where)
     init = raw.get("init_lora_weights", True)
@@ -127,7 +132,8 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
         raise InputError(
             f"init_lora_weights={init!r} changed the base weights, so these factors are not an update of the original base",
             where=where,
-            hint="convert it first: peft's save_pretrained(path_initial_model_for_weight_conversion=...)",
+            hint="convert it first: plait convert --initial with the adapter as it was before training, or "
+            "peft's save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
 
 

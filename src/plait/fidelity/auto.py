@@ -9,7 +9,7 @@ from typing import Any
 
 from plait import store
 from plait.adapters.lora import Adapter, truncated
-from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.adapters.peft_format import read_adapter
 from plait.base import BaseModel, base_fingerprint
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
@@ -21,6 +21,10 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import Texts, checked
+from plait.formats.keys import PEFT
+from plait.formats.reading import format_of
+from plait.formats.single_file import read_lora_file
+from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.merging.outcome import discarded, provenance
@@ -227,14 +231,19 @@ def merge_auto_folders(
     inputs |= {"general": store.sha256_json(general)} if general else {}
     inputs |= {"base": base_fingerprint(base)} if base is not None and texts else {}
     wanted = store.identity("merge-auto", options, inputs, chosen.seed)
-    if store.is_done(out, wanted, overwrite=overwrite):
-        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    if (before := finished(out, wanted, overwrite=overwrite)) is not None:
+        return {**before.get("result", {}), "output": str(out), "reused": True}
     found = merge_auto(adapters, base, texts, general=general, settings=chosen, base_id=base_id, tell=tell)
     merged = replace(found.adapter, name=out.name) if len(adapters) > 1 else found.adapter
     result = dict(found.record)
-    with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        write_adapter(stage, merged)
-        result["verification_error"] = _difference(read_adapter(stage, name="written"), merged)
+    target = format_of(adapters[0])
+
+    def check(written: Path) -> None:
+        read = read_adapter if target == PEFT else read_lora_file
+        result["verification_error"] = _difference(read(written, name="written"), merged)
+
+    ready = merged if target == PEFT else in_format(merged, target)
+    write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
     return {**result, "output": str(out), "reused": False}
 
 

@@ -200,7 +200,7 @@ def _extras(adapters: Sequence[Adapter]) -> tuple[dict[str, Tensor], dict[str, s
                 raise InputError(
                     f"{owner[name]!r} and {adapter.name!r} both trained {name!r} and it differs",
                     where=adapter.name,
-                    hint="it is not a LoRA update, so it cannot be merged; train without it in modules_to_save",
+                    hint="it is not a LoRA update, so it cannot be merged as it is; plait convert --base DIR makes it one",
                 )
             found.setdefault(name, tensor)
             owner.setdefault(name, adapter.name)

@@ -109,7 +109,7 @@ def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], 
         raise InputError(
             f"{next(iter(extras))!r} was trained beside the LoRA factors",
             where=None if isinstance(source, Plan) else source.name,
-            hint="PEFT's merge_and_unload handles replaced embeddings",
+            hint="plait convert --base DIR makes it part of the update; PEFT's merge_and_unload replaces it",
         )
     if isinstance(source, Plan):
         plan = source
