@@ -46,7 +46,7 @@ def test_against_eigh(kind):
     values = spectrum(kind)
     M = torch.stack([matrix(values, s) for s in range(2)])
     start = torch.randn(1, D, R + 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(2, -1, -1)
-    found = top_eigenpairs(lambda Y: M @ Y, start, R)
+    found = top_eigenpairs(lambda Y, active: M[list(active)] @ Y, start, R)
     exact = dense_eigenpairs(M, R)
     assert found.converged and exact.converged
     X = found.vectors[..., :R]
@@ -76,3 +76,22 @@ def test_signs_and_order_are_fixed():
     assert float(rows[0, 1]) > 0 and torch.equal(rows, orthonormal_rows(-columns))
     torch.testing.assert_close(rows[0].abs(), columns[:, 0].abs() / columns[:, 0].norm())
     assert torch.equal(fixed_signs(torch.tensor([[-2.0, 2.0]])), torch.tensor([[2.0, -2.0]]))
+
+
+def test_an_operator_that_has_settled_is_not_applied_again():
+    M = torch.stack([matrix(spectrum(kind), 0) for kind in ("slow", "decaying", "gap of 0.002")])
+    start = torch.randn(1, D, R + 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(3, -1, -1)
+    applied: list[tuple[int, ...]] = []
+
+    def operator(Y, active):
+        applied.append(tuple(active))
+        return M[list(active)] @ Y
+
+    found = top_eigenpairs(operator, start, R)
+    assert found.converged and applied[0] == (0, 1, 2) and applied[-1] == (2,)
+    assert [len(a) for a in applied] == sorted((len(a) for a in applied), reverse=True)
+    for t in range(3):
+        alone = top_eigenpairs(lambda Y, _, t=t: M[t] @ Y, start[:1], R)
+        torch.testing.assert_close(found.values[t, :R], alone.values[0, :R], rtol=1e-8, atol=1e-8)
+        x, y = found.vectors[t, :, :R], alone.vectors[0, :, :R]
+        assert float(torch.linalg.matrix_norm(x - y @ (y.T @ x), 2)) < 1e-4

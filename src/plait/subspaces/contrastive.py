@@ -89,7 +89,7 @@ def sc_lora(x: SiteInputs, *, beta: Annotated[float, Range(0.0, 1.0)] = 0.5) -> 
 
 def _sc_lora_one(x: SiteInputs, task: str, beta: float) -> Basis:
     difference = x.own(task).mul_(1 - beta).sub_(x.others(task), alpha=beta)
-    pairs = _largest(x, lambda Y: difference @ Y, lambda: difference[None], 1)
+    pairs = _largest(x, lambda Y, _: difference @ Y, lambda: difference[None], 1)
     return Basis(orthonormal_rows(pairs.vectors[0, :, : x.rank]), pairs.values[0, : x.rank], _solver(pairs))
 
 
@@ -118,8 +118,11 @@ def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> 
     for i, task in enumerate(tasks):
         own[i] = x.own(task)
 
-    def operator(Y: Tensor) -> Tensor:
-        return _apply(whitener, own @ _apply(whitener.T, Y))
+    def operator(Y: Tensor, active: Sequence[int]) -> Tensor:
+        Z = _apply(whitener.T, Y)
+        every = len(active) == len(tasks)
+        images = own @ Z if every else torch.stack([own[t] @ z for t, z in zip(active, Z, strict=True)])
+        return _apply(whitener, images)
 
     pairs = _largest(x, operator, lambda: whitener @ own @ whitener.T, len(tasks))
     # The thin rest is quicker on the CPU than in many small steps of a GPU.

@@ -65,7 +65,7 @@ def _by_inverse_iteration(x: SiteInputs, M: Tensor, tolerance: float) -> Basis |
     generator = torch.Generator().manual_seed(named_seed(0, x.name))
     start = torch.randn(1, x.dim, x.rank + _EXTRA, generator=generator, dtype=torch.float64).to(x.device)
     inverse = torch.cholesky_inverse(L)
-    pairs = top_eigenpairs(lambda Y: inverse @ Y, start, x.rank)
+    pairs = top_eigenpairs(lambda Y, _: inverse @ Y, start, x.rank)
     values = 1 / pairs.values[0] - tolerance
     if not pairs.converged or float(values[x.rank] - values[x.rank - 1]) <= tolerance:
         return None

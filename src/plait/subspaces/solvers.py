@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -22,13 +22,14 @@ ENERGY = 1e-6
 SMALL_RESIDUAL = 1e-2
 _MAX_STEPS = 240
 # Blocks of the Krylov space before it is judged and compressed, and after: eight let typical sites run on to 1e-10.
-_BLOCKS, _KEPT = 6, 3
+_BLOCKS, _KEPT = 6, 4
 # Columns this dependent are not orthonormalised by Cholesky, whose error grows with the square of their condition.
 _DEPENDENT = 1e-5
 _VANISHED = 1e-10  # what a projection leaves of a column that lay in the space already: rounding
 _ROUNDS = 6
 
-Operator = Callable[[Float[Tensor, "t d b"]], Float[Tensor, "t d b"]]
+# (t, d, b) and which t of the operators -> (t, d, b): operators whose pairs have settled are not applied again.
+Operator = Callable[[Float[Tensor, "t d b"], Sequence[int]], Float[Tensor, "t d b"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,11 @@ def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int
     """The largest eigenvalues of symmetric operators by thick-restart block Lanczos with full reorthogonalisation.
 
     Every block of the Krylov space is kept up to six of them; then the Ritz pairs are judged and the space is compressed
-    to its best Ritz vectors. All operators of a batch advance together, so that a GPU sees few large products.
+    to its best Ritz vectors. All operators of a batch advance together, so that a GPU sees few large products, and each
+    leaves the batch once its own pairs have settled.
 
     Args:
-        operator: (t, d, b) -> (t, d, b), one symmetric operator per batch entry.
+        operator: (t, d, b) and the numbers of the t operators -> (t, d, b); symmetric.
         start: Random block; b is the block size and should exceed `count` by some columns.
         count: Number of wanted pairs, below b.
 
@@ -80,26 +82,58 @@ def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int
     Source: Zhou and Saad, Block Krylov-Schur method, Numerical Algorithms 2008; Stewart, SIAM J. Matrix Anal. 2001.
     """
     block = start.shape[-1]
+    active = list(range(start.shape[0]))
     V = orthonormal(start)
-    images = operator(V)
-    found = None
+    images = operator(V, active)
+    before: Eigenpairs | None = None
+    settled: dict[int, Eigenpairs] = {}
     for step in range(1, _MAX_STEPS + 1):
         Q = orthonormal(images[..., -block:], V)
         if V.shape[-1] >= _BLOCKS * block:
-            found, Y = _ritz(V, images, count, block, step, found)
-            if found.converged:
-                return found
+            found, done, Y = _ritz(V, images, count, block, step, before)
+            settled |= {t: _only(found, [i], converged=True) for i, t in enumerate(active) if done[i]}
+            keep = [i for i in range(len(active)) if not done[i]]
+            if not keep:
+                break
             V, images = V @ Y, images @ Y
+            if len(keep) < len(active):
+                active, found = [active[i] for i in keep], _only(found, keep, converged=False)
+                V, images, Q = V[keep], images[keep], Q[keep]
+            before = found
         V = torch.cat([V, Q], -1)
-        images = torch.cat([images, operator(Q)], -1)
-    assert found is not None  # _MAX_STEPS exceeds _BLOCKS
-    return found
+        images = torch.cat([images, operator(Q, active)], -1)
+    else:
+        assert before is not None  # _MAX_STEPS exceeds _BLOCKS
+        settled |= {t: _only(before, [i], converged=False) for i, t in enumerate(active)}
+    parts = [settled[t] for t in range(start.shape[0])]
+    return Eigenpairs(
+        torch.cat([p.values for p in parts]),
+        torch.cat([p.vectors for p in parts]),
+        max(p.residual for p in parts),
+        all(p.converged for p in parts),
+        max(p.steps for p in parts),
+        torch.cat([p.turned for p in parts]),
+    )
+
+
+def _only(pairs: Eigenpairs, which: Sequence[int], *, converged: bool) -> Eigenpairs:
+    index = list(which)
+    return replace(
+        pairs,
+        values=pairs.values[index],
+        vectors=pairs.vectors[index],
+        turned=pairs.turned[index],
+        converged=converged,
+    )
 
 
 def _ritz(
     V: Tensor, images: Tensor, count: int, block: int, step: int, before: Eigenpairs | None
-) -> tuple[Eigenpairs, Tensor]:
-    """Rayleigh-Ritz in the current space, and the combinations to keep; LAPACK is quicker than a GPU at this size."""
+) -> tuple[Eigenpairs, list[bool], Tensor]:
+    """Rayleigh-Ritz in the current space, which operators have settled, and the combinations to keep.
+
+    LAPACK is quicker than a GPU at this size.
+    """
     H = V.mT @ images
     values, Y = torch.linalg.eigh((0.5 * (H + H.mT)).cpu())
     values, Y = values.flip(-1), Y.flip(-1)[..., : _KEPT * block].to(V.device)
@@ -118,7 +152,7 @@ def _ritz(
         settled = (error <= ANGLE) | (no_gap & (gained <= ENERGY * count * scale))
         done |= settled & (residuals <= SMALL_RESIDUAL * scale)
     pairs = values[:, :block].to(V.device)
-    return Eigenpairs(pairs, vectors, float(residuals.max()), bool(done.all()), step, turned), Y
+    return Eigenpairs(pairs, vectors, float(residuals.max()), bool(done.all()), step, turned), done.tolist(), Y
 
 
 def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | None = None) -> Float[Tensor, "t d b"]:
