@@ -8,6 +8,8 @@ import pytest
 
 from plait.adapters.peft_format import read_adapter
 from plait.cli import main
+from plait.statistics import read_statistics
+from plait.training import TrainingSettings, prepare_constraint
 from tests.conftest import tiny_rows, write_rows
 
 
@@ -44,6 +46,18 @@ def test_by_hand_from_files(tiny_base, tmp_path, capsys):
     learned = read_adapter(trained)
     assert all(f.B.any() for f in learned.modules.values())
     assert list(learned.heads) == ["one"]
+
+    kept = ["--set", "training.constraint=projected", "--set", "training.constraint_options={m: 4}"]
+    pairs = [x for path in statistics.values() for x in ("--statistics", path)]
+    plait(capsys, "train", start, *source, *kept, *pairs, "--set", "training.steps=3", "--out", tmp_path / "kept")
+    settings = TrainingSettings(steps=1, constraint="projected", constraint_options={"m": 4})
+    known = {task: read_statistics(path) for task, path in statistics.items()}
+    rules = prepare_constraint(settings, learned, known, task="one").rules
+    for name, f in read_adapter(tmp_path / "kept").modules.items():
+        Q = rules[name].matrix
+        assert (f.A - f.A @ Q.T @ Q).norm() < 1e-5 * f.A.norm() and f.B.any()
+        free = learned.modules[name].A
+        assert (free - free @ Q.T @ Q).norm() > 1e-3 * free.norm()
 
     scored = plait(capsys, "eval", trained, *source, "--scales", "0.5,1,2")["adapters"][0]
     assert set(scored["tasks"]) == {"one"}

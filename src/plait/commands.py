@@ -16,7 +16,7 @@ from plait.progress import Progress
 from plait.recipe import Recipe
 from plait.recipe_file import require_known
 from plait.session import Session
-from plait.store import identity, read_manifest, staged_file
+from plait.store import identity, read_manifest, sha256_file, staged_file
 from plait.tasks.task import TEXT_KINDS
 
 
@@ -53,16 +53,36 @@ def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: b
 
 
 def train_one(
-    recipe: Recipe, initial: Path, task: str, out: Path, *, seed: int, overwrite: bool, quiet: bool
+    recipe: Recipe,
+    initial: Path,
+    task: str,
+    out: Path,
+    *,
+    seed: int,
+    overwrite: bool,
+    quiet: bool,
+    statistics: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Fine-tune one adapter folder on one task of a recipe.
+    """Fine-tune one adapter folder on one task of a recipe; under torchrun, in all of its processes together.
+
+    Args:
+        recipe: Base, data, tasks and the training's settings.
+        initial: The folder to start from.
+        task: Which of the recipe's tasks.
+        out: The folder to write.
+        seed: Of the head and the order of the rows.
+        overwrite: Train even where `out` holds something.
+        quiet: No progress on stderr.
+        statistics: Files of this task and of others, for the constraints "projected" and "penalised".
 
     Returns:
-        output, task, and the result that the adapter's manifest holds.
+        output, task, and the result that the adapter's manifest holds; empty in every process but torchrun's first.
     """
     from dataclasses import asdict
 
+    from plait.statistics import read_statistics
     from plait.training import train_adapter
+    from plait.training.train import is_writer
 
     session = Session(recipe)
     require_known(task, list(session.tasks), "task")
@@ -71,8 +91,10 @@ def train_one(
     inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
     options = {"training": asdict(settings), "data": session.data_identity(task), "rows": recipe.data.train_rows}
     options |= {"selection": recipe.data.selection_rows} if settings.evaluate_every else {}
+    known = [read_statistics(path) for path in statistics]
+    inputs |= {f"statistics/{i}": sha256_file(path) for i, path in enumerate(statistics)}
     wanted = identity("adapter", options, inputs, seed)
-    progress = Progress(1.0, 1, quiet)
+    progress = Progress(1.0, 1, quiet or not is_writer())
     progress.start(f"train {task}", 1.0)
     train_adapter(
         start,
@@ -85,9 +107,12 @@ def train_one(
         identity=wanted,
         overwrite=overwrite,
         progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+        statistics={str(s.provenance.get("task") or p.stem): s for p, s in zip(statistics, known, strict=True)} or None,
         selection=session.selection(task, seed) if settings.evaluate_every else None,
     )
     progress.close(f"trained {task}")
+    if not is_writer():
+        return {}
     return {**(read_manifest(out) or {}).get("result", {}), "output": str(out.absolute()), "task": task}
 
 

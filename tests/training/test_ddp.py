@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from plait.adapters.peft_format import read_adapter
+from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import load_task_model, load_tokenizer
 from plait.errors import UsageError
 from plait.statistics import collect_statistics, write_statistics
 from plait.tasks import batches, encode
 from plait.training import train_adapter
+from tests.conftest import tiny_rows, write_rows
 from tests.tiny import TARGETS
 from tests.training import ddp_worker
 from tests.training.conftest import make_adapter, make_examples, make_task
@@ -92,3 +93,20 @@ def test_a_base_is_not_split_over_one_process(tiny_base, tmp_path):
             make_adapter(base, task, "bert"), task, make_examples(task), base, settings,
             seed=0, out=tmp_path / "a", identity={"schema": 1},
         )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun(tiny_base, tmp_path):
+    base, task = tiny_base("bert"), make_task("one")
+    (tmp_path / "start").mkdir()
+    write_adapter(tmp_path / "start", make_adapter(base, task, "bert"))
+    rows = write_rows(tmp_path / "one.csv", tiny_rows(2, 40, seed=0))
+    said = ["--base", base.name, "--task", "one", "--train-file", rows, "--text", "text", "--device", "cpu"]
+    steps = ["--set", "training.steps=3", "--set", "training.batch_size=4", "--set", "training.shard_base=true"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "plait"]
+    command = [*launch, "train", tmp_path / "start", *said, *steps, "--out", tmp_path / "out", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 3  # one process speaks
+    assert any(f.B.any() for f in read_adapter(tmp_path / "out").modules.values())

@@ -87,16 +87,21 @@ def train(
     task: Task,
     recipe: Recipe = None, base: Base = None, root: Root = None, train_file: Train = None, validation: Validation = None,
     text: Text = None, label: Label = "label", targets: Targets = None, sets: Set = None, device: Device = "auto",
+    statistics: Annotated[list[Path] | None, typer.Option("--statistics", help="Of this task and of others; repeat.")] = None,
     seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Fine-tune an adapter on one task with the Hugging Face Trainer; --set training.steps=200 and so on."""
+    """Fine-tune an adapter on one task with the Hugging Face Trainer; --set training.steps=200 and so on.
+
+    On several GPUs: torchrun --nproc_per_node 2 -m plait train ..., with --set training.shard_base=true to split the base.
+    """
     from plait.commands import train_one
 
     found = train_one(
         recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device),
-        initial, task, out, seed=seed, overwrite=overwrite, quiet=quiet,
+        initial, task, out, seed=seed, overwrite=overwrite, quiet=quiet, statistics=statistics or [],
     )  # fmt: skip
-    emit(found, as_json, f"{task}: trained in {found['seconds']:.0f} s -> {out}")
+    if found:  # nothing in the other processes of torchrun
+        emit(found, as_json, f"{task}: trained in {found['seconds']:.0f} s -> {out}")
 
 
 def evaluate(

@@ -83,11 +83,11 @@ def train_adapter(
     root = checkpoint_root(out)
     gpus = [base.torch_device] if base.torch_device.type == "cuda" else []
     with _held(root), _quiet(), torch.random.fork_rng(devices=gpus):
-        if _is_writer():
+        if is_writer():
             open_root(root, identity)
         trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
     result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
-    if not _is_writer():
+    if not is_writer():
         return trained
     with staged_folder(out, identity, overwrite=overwrite, result=result) as stage:
         write_adapter(stage, trained)
@@ -194,10 +194,11 @@ def _write_snapshots(root: Path, stage: Path) -> None:
 
 def _held(root: Path) -> contextlib.AbstractContextManager[None]:
     """Two runs must not share checkpoints; of one run's processes the writer holds them."""
-    return locked(root) if _is_writer() else contextlib.nullcontext()
+    return locked(root) if is_writer() else contextlib.nullcontext()
 
 
-def _is_writer() -> bool:
+def is_writer() -> bool:
+    """Whether this is the process that writes: the only one, or torchrun's first."""
     return os.environ.get("RANK", "0") == "0"
 
 
