@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from plait.errors import InputError
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
+from plait.merging.request import MergeRequest, answer
 from tests.formats.conftest import KOHYA_NAMES, MODULES
 
 SHARED = Path(__file__).parents[3] / "shared" / "adapters"
@@ -158,3 +160,28 @@ def test_public_stages_are_no_stack_and_merge_and_edit(tmp_path, capsys):
 def test_nothing_reads_names_as_paths(kohya, tmp_path):
     kohya("a", 1)
     assert read_any(tmp_path / "a.safetensors", name="mine").name == "mine"
+
+
+def test_an_adapter_on_another_is_recognised(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "top")
+    changed(tmp_path / "top", base_model_name_or_path="topic")
+    found = inspect(tmp_path / "top")
+    assert Path(found["stacked_on"]) == folder
+    assert any("--stack" in c for c in found["can"])
+    assert inspect(folder)["stacked_on"] is None
+
+
+def test_an_adapter_on_a_baked_model(tmp_path, tiny_base):
+    base = tiny_base("llama").name
+    name = "model.layers.0.self_attn.q_proj"
+    for which, below in (("one", base), ("two", str(tmp_path / "full")), ("three", str(tmp_path / "full"))):
+        factors = {name: LoraFactors(torch.randn(2, 32), torch.randn(32, 2), 1.0)}
+        (tmp_path / which).mkdir()
+        write_adapter(tmp_path / which, Adapter(which, below, factors, "CAUSAL_LM"))
+    answer(MergeRequest([str(tmp_path / "one")], tmp_path / "full", bake_into=Path(base)))
+    found = answer(MergeRequest([str(tmp_path / n) for n in ("two", "one")], tmp_path / "s", stack=True))
+    assert [s["name"] for s in found["stack"]] == ["one", "two"]
+    both = sum(read_adapter(tmp_path / n).modules[name].delta() for n in ("one", "two"))
+    torch.testing.assert_close(read_adapter(tmp_path / "s").modules[name].delta(), both)
+    with pytest.raises(InputError, match="not among the adapters given"):
+        answer(MergeRequest([str(tmp_path / n) for n in ("two", "three")], tmp_path / "t", stack=True))

@@ -155,3 +155,24 @@ def test_a_diffusion_model_is_no_full_difference(tmp_path):
     tensors = {f"model.diffusion_model.blocks.0.q.lora_{h}.weight": torch.ones(2, 2) for h in "AB"}
     save_file(tensors, tmp_path / "dit.safetensors")
     assert list(read_any(tmp_path / "dit.safetensors").modules) == ["model.diffusion_model.blocks.0.q"]
+
+
+@pytest.mark.parametrize("record", ["{", "[1]", '{"result": 3}', '{"options": []}', "[" * 5000])
+def test_a_record_that_is_none(kohya, record):
+    with pytest.raises(InputError, match="is no record"):
+        read_any(kohya("style", metadata={"plait": record}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not an object"),
+        ('{"unet.use_dora": true, "unet.r": 3}', "use_dora"),
+        ('{"unet.lora_alpha": -1}', "lora_alpha is -1"),
+    ],
+)
+def test_bad_configs_in_the_metadata(tmp_path, text, message):
+    save_file(diffusers_spelling("today"), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": text})
+    with pytest.raises(InputError, match=message):
+        read_any(tmp_path / "a.safetensors")

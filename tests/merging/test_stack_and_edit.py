@@ -181,6 +181,9 @@ def test_what_cannot_be_edited(tmp_path, adapters):
     ):
         with pytest.raises(UsageError, match=message):
             edit(tmp_path / "m", change, out)
+    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "sum"))
+    with pytest.raises(UsageError, match="takes neither --scale"):
+        edit(tmp_path / "sum", Change(remove=["a"], scale=0.5), out, by_difference=True)
     with pytest.raises(UsageError, match="no weighted sum"):
         edit(tmp_path / "m", Change(remove=["a"]), out, by_difference=True)
     answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "cut", rank=1))
@@ -190,8 +193,9 @@ def test_what_cannot_be_edited(tmp_path, adapters):
     (tmp_path / "m" / "plait.json").write_text(json.dumps({**manifest, "stage": "merge-auto"}))
     with pytest.raises(InputError, match="was chosen by merge auto"):
         edit(tmp_path / "m", Change(remove=["a"]), out)
-    del manifest["result"]["adapters"]
-    (tmp_path / "m" / "plait.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="does not name its inputs"):
-        edit(tmp_path / "m", Change(remove=["a"]), out)
+    for adapters_then in (None, "a", [{"name": "a"}], [{"name": "a", "sha256": "0", "weight": "much"}]):
+        result = {**manifest["result"], "adapters": adapters_then}
+        (tmp_path / "m" / "plait.json").write_text(json.dumps({**manifest, "result": result}))
+        with pytest.raises(InputError, match="does not name its inputs"):
+            edit(tmp_path / "m", Change(remove=["a"]), out)
     assert not out.exists()

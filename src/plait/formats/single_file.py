@@ -81,7 +81,8 @@ def file_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | Non
         record = json.loads(metadata[RECORD])
     except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("result", {}), dict):
+    parts = ("options", "inputs", "result")
+    if not isinstance(record, dict) or any(not isinstance(record.get(key, {}), dict) for key in parts):
         raise InputError(f"its metadata's {RECORD!r} is no record", where=str(path))
     return record
 

@@ -32,6 +32,8 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
         InputError: An adapter that goes is not at hand.
     """
     method = _linear(recipe)
+    if change.scale is not None or change.statistics:
+        raise UsageError("--by-difference takes neither --scale nor --stats", hint="leave --by-difference out")
     weights, added = named_weights(recipe, change)
     before = {str(a["name"]): float(a.get("weight", 1.0)) for a in recipe.adapters}
     old = dict(zip(before, method.combination(list(before.values())), strict=True))

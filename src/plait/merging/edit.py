@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,10 +82,18 @@ def recorded(path: Path) -> Recorded:
         )
     result, options = found.get("result", {}), found.get("options", {})
     adapters = result.get("adapters")
-    whole = isinstance(adapters, list) and all(isinstance(a, dict) and {"name", "sha256"} <= a.keys() for a in adapters)
+    whole = isinstance(adapters, list) and all(_is_input(a) for a in adapters)
     if not whole or "method" not in options:
         raise InputError("its record does not name its inputs", where=str(path), hint="merge again from the adapters")
     return Recorded(path, options, int(found.get("seed") or 0), adapters, dict(found.get("inputs", {})), result)
+
+
+def _is_input(entry: object) -> bool:
+    """Whether a recorded input says what is needed to find it and to weigh it."""
+    if not isinstance(entry, dict) or not {"name", "sha256"} <= entry.keys():
+        return False
+    weight = entry.get("weight", 1.0)
+    return isinstance(weight, int | float) and math.isfinite(weight)
 
 
 def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -> dict[str, Path]:
