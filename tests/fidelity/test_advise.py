@@ -51,7 +51,7 @@ def said(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_with_texts_everything_is_measured(make_panel):
     panel = make_panel(texts=24)
     adapters = [p.adapter for p in panel.parts]
-    found = advise(adapters, panel.base, panel.texts, settings=AdviceSettings(repair=4, max_length=24))
+    found = advise(adapters, panel.base, panel.texts, settings=AdviceSettings(repair=3, refine=3, max_length=24))
     names = [o["option"] for o in found["options"]]
     assert names[0] == SEPARATELY and "merged, rank 6" in names and "merged, cut to rank 3" in names
     assert "merged, baked into the base" in names and "merged and repaired, rank 3" in names
@@ -85,7 +85,7 @@ def test_one_and_the_same_adapter_twice_is_worth_merging(make_panel):
     one = panel.parts[0].adapter
     twin = replace(one, name="twin", heads={"twin": one.heads["one"]})
     texts = {"one": panel.texts["one"], "twin": panel.texts["one"]}
-    found = advise([one, twin], panel.base, texts, settings=AdviceSettings(repair=0, max_length=24))
+    found = advise([one, twin], panel.base, texts, settings=AdviceSettings(repair=0, refine=0, max_length=24))
     assert found["recommended"] != SEPARATELY
 
 
@@ -118,7 +118,7 @@ def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys)
     assert code == 0, err
     assert "agreement" in out and "candidate" in out
     assert json.loads((tmp_path / "out" / "plait.json").read_text())["result"]["evidence"]
-    code, out, err = said(capsys, "advise", *common, "--repair", "2")
+    code, out, err = said(capsys, "advise", *common, "--repair", "0", "--refine", "0")
     assert code == 0, err
     assert "Advice:" in out and "Not known:" not in out
     code, _, err = said(capsys, "merge", "auto", *folders, "--out", str(tmp_path / "blind"))

@@ -38,13 +38,14 @@ def advise(
     general: General = None,
     tolerate: Annotated[float, typer.Option("--tolerate", min=0, max=1, help="Share of an adapter that may be lost.")] = 0.1,
     repair: Annotated[int, typer.Option("--repair", min=0, help="Steps of the repair that is tried; 0 for none.")] = 100,
+    refine: Annotated[int, typer.Option("--refine", min=0, help="Steps of learning the merge's weights.")] = 100,
     length: Length = 128, device: Device = "auto", seed: Seed = 0, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Whether to merge at all: serving separately, merging, the best single adapter and a repair, side by side."""
     from plait.fidelity.advise import AdviceSettings, advise_folders
     from plait.fidelity.texts import parse_texts, read_place
 
-    settings = AdviceSettings(tolerate, repair, length, seed)
+    settings = AdviceSettings(tolerate, repair, refine, length, seed)
     found = advise_folders(
         given, parse_texts(text or []), read_place(general) if general else (), settings, device=device, tell=_tell
     )

@@ -34,12 +34,14 @@ class AdviceSettings:
     Args:
         tolerate: Share of what an adapter does beyond the base that may be lost, in [0, 1].
         repair: Steps of the repair that is tried.
+        refine: Steps of learning the merge's weights.
         max_length: Tokens a text.
         seed: Of the order of the texts.
     """
 
     tolerate: float = 0.1
     repair: int = 100
+    refine: int = 100
     max_length: int = 128
     seed: int = 0
 
@@ -187,7 +189,7 @@ def _measured(
     seen = panel.with_texts(most)
     few = min(map(len, rest.values())) == 0
     judged = panel if few else panel.with_texts(rest)
-    auto = AutoSettings(max_length=settings.max_length, seed=settings.seed)
+    auto = AutoSettings(refine=settings.refine, max_length=settings.max_length, seed=settings.seed)
     merged = merge_auto(adapters, panel.base, seen.texts, general=panel.general, settings=auto, tell=tell)
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     arms = {f"merged, rank {R}": merged.adapter, f"merged, cut to rank {r}": _at_rank(merged.adapter, r)}
