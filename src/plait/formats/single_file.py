@@ -62,7 +62,7 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
             "sha256": digest,
             "format": found.format,
             "layouts": found.layouts,
-            "without_alpha": sum(m not in found.alphas for m in modules) if not configs else 0,
+            "without_alpha": sum(m not in found.alphas for m in modules) if found.format == KOHYA else 0,
         },
     )
 
