@@ -34,12 +34,13 @@ _HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
+def read_adapter(folder: str | Path, *, name: str | None = None, hashed: bool = True) -> Adapter:
     """Read a PEFT LoRA folder into an `Adapter`, checked tensor by tensor.
 
     Args:
         folder: With adapter_config.json and adapter_model.safetensors (or its shards).
         name: What to call it; by default its manifest's task, else the folder's name.
+        hashed: Whether its bytes are hashed and compared with the manifest's; without, `source` holds no "sha256".
 
     Raises:
         InputError: Damaged, incomplete, holding NaN, unlike its config, or of a refused variant; names file and tensor.
@@ -47,7 +48,7 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
-    return adapter_of(folder, read_config(folder), *read_weights(folder), name=name)
+    return adapter_of(folder, read_config(folder), *read_weights(folder, hashed=hashed), name=name)
 
 
 def adapter_of(
@@ -80,7 +81,7 @@ def adapter_of(
         revision=config.revision,
         target_modules=config.target_modules,
         fan_in_fan_out=config.fan_in_fan_out,
-        source={"path": str(folder), "sha256": sha256_json(digests), **_kept_facts(manifest)},
+        source={"path": str(folder), **({"sha256": sha256_json(digests)} if digests else {}), **_kept_facts(manifest)},
     )
 
 
@@ -89,13 +90,13 @@ def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: result[k] for k in ("base_sha256", "backbone_prefix", "labels", "kind") if k in result}
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """A folder's tensors, their metadata, and the hash of each file."""
+def read_weights(folder: Path, *, hashed: bool = True) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """A folder's tensors, their metadata, and the hash of each file, where hashes are asked for."""
     if (folder / WEIGHTS).exists():
-        tensors, metadata, digest = read_tensors(folder / WEIGHTS, finite=True)
-        return tensors, metadata, {WEIGHTS: digest}
+        tensors, metadata, digest = read_tensors(folder / WEIGHTS, finite=True, hashed=hashed)
+        return tensors, metadata, {WEIGHTS: digest} if hashed else {}
     if (folder / INDEX).exists():
-        tensors, digests = _read_shards(folder)
+        tensors, digests = _read_shards(folder, hashed)
         return tensors, {}, digests
     if (folder / "adapter_model.bin").exists():
         raise InputError(
@@ -106,7 +107,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[
     raise InputError(f"no {WEIGHTS}", where=str(folder))
 
 
-def _read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_shards(folder: Path, hashed: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     index = read_json(folder / INDEX)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
@@ -116,13 +117,13 @@ def _read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise InputError(f"weight_map points to {file!r}, not a shard in this folder", where=str(folder / INDEX))
-        found, _, digests[file] = read_tensors(folder / file, finite=True)
+        found, _, digests[file] = read_tensors(folder / file, finite=True, hashed=hashed)
         if twice := sorted(set(found) & set(tensors)):
             raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))
         tensors |= found
     if missing := sorted(set(files) - set(tensors)):
         raise InputError(f"{missing[0]} is in no shard", where=str(folder / INDEX))
-    return tensors, digests
+    return tensors, digests if hashed else {}
 
 
 def _check_digests(folder: Path, manifest: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:

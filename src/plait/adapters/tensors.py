@@ -52,15 +52,18 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def read_tensors(path: Path, *, finite: bool = False) -> tuple[dict[str, Tensor], dict[str, str], str]:
+def read_tensors(
+    path: Path, *, finite: bool = False, hashed: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str], str]:
     """Read a whole safetensors file: once, into one buffer that all its tensors are views of.
 
     Args:
         path: The file.
         finite: Whether to refuse NaN and infinity.
+        hashed: Whether the bytes are hashed, which takes longer than reading them.
 
     Returns:
-        Tensors by name in file order, the metadata, and the SHA-256 of the file's bytes.
+        Tensors by name in file order, the metadata, and the SHA-256 of the file's bytes ("" where it is not asked for).
 
     Raises:
         InputError: Not safetensors (the message says what it is instead), damaged, with a name twice, replaced while it
@@ -81,12 +84,15 @@ def read_tensors(path: Path, *, finite: bool = False) -> tuple[dict[str, Tensor]
     changed = (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns)
     if changed or not whole:
         raise InputError("changed while it was read", where=str(path), hint="try again when nothing writes it")
-    digest = hashlib.sha256(head)
-    digest.update(_bytes(data))
+    digest = ""
+    if hashed:
+        running = hashlib.sha256(head)
+        running.update(_bytes(data))
+        digest = running.hexdigest()
     tensors = _views(data, entries, path)
     if finite:
         _require_finite(data, tensors, path)
-    return tensors, metadata, digest.hexdigest()
+    return tensors, metadata, digest
 
 
 def read_metadata(path: Path) -> dict[str, str]:

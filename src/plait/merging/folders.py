@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from plait import store
 from plait.adapters.lora import Adapter
@@ -17,8 +18,7 @@ from plait.formats.reading import format_of, read_any
 from plait.merging.driver import plan_merge
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
-
-_READERS = 2
+from plait.merging.workers import side_by_side
 
 
 def read_named(folder: Path | str) -> Adapter:
@@ -32,8 +32,7 @@ def read_named(folder: Path | str) -> Adapter:
 
 def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
     """Read several folders at once: hashing and reading leave Python's lock."""
-    with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        return list(pool.map(read_named, folders))
+    return side_by_side(read_named, folders, torch.device("cpu"))
 
 
 def merge_folders(
@@ -120,7 +119,7 @@ def _written(plan: Plan, stage: Path, name: str) -> dict[str, Any]:
 def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
     """Read what was written and compare it with the inputs; the seconds that took."""
     start = time.perf_counter()
-    written = read_adapter(stage, name="written")
+    written = read_adapter(stage, name="written", hashed=False)  # it is hashed beside this
     error = result["verification_error"] = plan.verification_error(written.modules)
     if not error <= FAILED:
         raise RunError(
