@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from plait.training.fleet import Member
 
 _LOOK_EVERY = 25  # steps between looks at the losses: each makes the host wait for the device
+_TIMED = 3  # steps over which launching is timed
 _SAMPLE = 8  # steps whose price is compared
 # Seconds the host takes to launch what belongs to one linear layer, forward and backward, and parameter-tokens a second
 # the device goes through once it has enough of them. Measured: docs/results/training.md.
@@ -59,7 +61,8 @@ class Shared:
         self._encode()
         self.multiple = 8 if self.device.type == "cuda" else 1
         self.prices = Prices(pass_floor(self.backbone, self.device))
-        self.prices = Prices(self.prices.floor, _token_cap(self))
+        cap = _token_cap(self)
+        self.prices = Prices(max(self.prices.floor, _waiting_floor(self)), cap)
 
     def _prepare(self) -> list[Trainee]:
         """Views by shape of head, heads drawn from each member's seed, constraints shared where they are equal."""
@@ -244,14 +247,39 @@ def _token_cap(shared: Shared) -> int:
     """Tokens whose activations fit the free memory, from one pass of a single member over its longest rows."""
     if shared.device.type != "cuda":
         return Prices().cap
-    cohort, order = shared.cohort([0])
-    rows = shared.rows_of(order)[:1]
-    rows[0, 0, :] = int(shared.bank.lengths.argmax())
-    plan = step_plan(shared.bank, rows, shared.device, multiple=shared.multiple)
+    step, rows, plan = _single_step(shared, int(shared.bank.lengths.argmax()))
     torch.cuda.reset_peak_memory_stats(shared.device)
     before = torch.cuda.memory_allocated(shared.device)
-    cohort.step(0, shared.bank, plan, step_items(shared.bank, rows, shared.kind, shared.device)[0])
+    step()
     used = torch.cuda.max_memory_allocated(shared.device) - before
     tokens = rows.size * int(plan.passes[0][-1].length)
     free = torch.cuda.mem_get_info(shared.device)[0]
     return max(1, int(_SPARE * free * tokens / max(used, 1)))
+
+
+def _waiting_floor(shared: Shared) -> int:
+    """Tokens the device could have gone through while this host launches one pass, from the shortest step of one member.
+
+    Hosts differ by a factor of four in this, and it decides how many members are stepped together.
+    """
+    if shared.device.type != "cuda":
+        return 0
+    step, _, _ = _single_step(shared, int(shared.bank.lengths.argmin()))
+    step()
+    torch.cuda.synchronize(shared.device)
+    started = time.monotonic()
+    for _ in range(_TIMED):
+        step()
+    torch.cuda.synchronize(shared.device)
+    numbers = sum(p.numel() for m in _matrices(shared.backbone) for p in m.parameters())
+    return round((time.monotonic() - started) / _TIMED * _LAUNCH["cuda"][1] / max(1, numbers))
+
+
+def _single_step(shared: Shared, row: int) -> tuple[Callable[[], Tensor], np.ndarray[Any, np.dtype[np.int64]], Any]:
+    """A step of one member in which every row is the same one, apart from the members that will be trained."""
+    cohort, order = shared.cohort([0])
+    rows = shared.rows_of(order)[:1]
+    rows[0, 0, :] = row
+    plan = step_plan(shared.bank, rows, shared.device, multiple=shared.multiple)
+    items = step_items(shared.bank, rows, shared.kind, shared.device)[0]
+    return lambda: cohort.step(0, shared.bank, plan, items), rows, plan
