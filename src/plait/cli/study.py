@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +21,6 @@ def register(app: typer.Typer) -> None:
     job = typer.Typer(help="Single batches of a study, for schedulers.", no_args_is_help=True)
     job.command("list")(list_batches)
     job.command("run")(run_job)
-    job.command("serve")(serve)
     app.add_typer(job, name="job")
 
 
@@ -104,13 +102,3 @@ def run_job(
     progress = Progress(len(batch["units"]), len(batch["units"]), quiet)
     done = run_batch(batch, tell=told(progress))
     emit({"done": done}, as_json, f"{done} units")
-
-
-def serve() -> None:
-    """Do batches that come as lines on standard input, for `study run --executor processes`."""
-    from plait.study import executor
-
-    def tell(text: str) -> None:
-        typer.echo(text, err=True)
-
-    executor.serve(sys.stdin, typer.echo, tell)

@@ -132,7 +132,7 @@ def _start(slot: int) -> subprocess.Popen[str]:
     environment = dict(os.environ)
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    command = [sys.executable, "-m", "plait", "job", "serve"]
+    command = [sys.executable, "-m", "plait.study.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
 
 

@@ -46,6 +46,14 @@ def features(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistic
     return found
 
 
+def task_vector_norm(adapter: Adapter) -> float:
+    """Frobenius norm of a whole task vector, from the factors."""
+    total = 0.0
+    for f in (f.folded() for f in adapter.modules.values()):
+        total += float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum())
+    return max(0.0, total) ** 0.5
+
+
 def _gram(adapters: list[Adapter], module: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """(T, T) inner products of the deltas of one module: tr(B_i^T B_j A_j A_i^T)."""
     f = [a.modules[module].folded() for a in adapters]

@@ -20,7 +20,7 @@ from plait.report.summary import PLAIN
 from plait.session import Session
 from plait.statistics import Statistics, read_statistics, write_statistics
 from plait.store import staged_folder
-from plait.study.features import features
+from plait.study.features import features, task_vector_norm
 from plait.study.scoring import Answers, Scorer, cross_fitted, tuned
 from plait.study.splits import HALVES, Split, split_rows
 from plait.study.units import ALONE, FEATURES, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, TUNING, Layout, Unit
@@ -281,17 +281,9 @@ def _alone(unit: Unit, layout: Layout, folder: Path, result: dict[str, Any]) -> 
                 for name, found in zip(names, crossed, strict=True):
                     value = scorer.score(task, found, rows)
                     result[part].setdefault("crossed", {}).setdefault(name, {})[task] = value
-    result["delta_norm"] = {t: _norm(a) for t, a in adapters.items()}
+    result["delta_norm"] = {t: task_vector_norm(a) for t, a in adapters.items()}
     if unit.split != TUNING:
         _keep(folder, answers)
-
-
-def _norm(adapter: Adapter) -> float:
-    """Frobenius norm of a whole task vector, from the factors."""
-    total = 0.0
-    for f in (f.folded() for f in adapter.modules.values()):
-        total += float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum())
-    return max(0.0, total) ** 0.5
 
 
 def _features(unit: Unit, layout: Layout, folder: Path, result: dict[str, Any]) -> None:

@@ -1,0 +1,60 @@
+"""The smallest study, whole: waves, cross-fitted scores, references, an ablation, tables; gone on with, not redone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from plait.errors import UsageError
+from plait.study.executor import InProcess
+from plait.study.run import parts, run_study
+from plait.study.schedule import next_wave, repair_units, sweep_units
+from plait.study.spec import parse_study
+from plait.study.splits import split_rows
+from plait.study.table import rows_of
+from plait.study.units import Layout
+from plait.study.work import adapters_of
+from plait.study.write import write_tables
+
+
+def test_a_study_from_its_file_to_its_tables(small_study, tmp_path):
+    study, out = small_study(), tmp_path / "out"
+    layout = Layout(study, out)
+    done = run_study(study, out, InProcess(layout), layout=layout, quiet=True)
+    assert done["finished"] and next_wave(Layout(study, out)) == ("", [])
+    made = write_tables(layout, tmp_path, about={"hardware": "test"})
+    found = json.loads((tmp_path / "tiny.json").read_text())
+    assert made["rows"] == len(found["rows"]) == 13  # 3 arms x 2 merges x 2 seeds, and the ablation
+    for row in rows_of(layout):
+        assert row.recovered == pytest.approx((row.merged - row.floor) / (row.plain - row.floor))
+        assert row.merged == pytest.approx(np.mean(list(row.tasks.values())))
+    assert {r["reference"] for r in found["references"]} >= {
+        "served separately",
+        "joint training",
+        "best single adapter",
+    }
+    assert "| `contrastive` |" in (tmp_path / "tiny.md").read_text()
+    joint = next(u for u in sweep_units(layout) if u.arm == "joint")
+    one, other = adapters_of(joint, layout).values()
+    assert all((one.modules[m].B == other.modules[m].B).all() for m in one.modules) and repair_units(layout)
+
+
+def test_rows_of_a_split_are_disjoint_and_complete():
+    split = split_rows(103, seed=0, tuning_rows=250, grid_rows=10)
+    whole = np.concatenate([split.tuning, *split.halves.values()])
+    assert sorted(whole) == list(range(103)) and len(split.tuning) == 20
+    assert all(len(g) == 10 and set(g) <= set(split.halves[h]) for h, g in split.grid.items())
+
+
+def test_batches_keep_everything_once_and_wrong_studies_are_refused(small_study, tmp_path):
+    study = small_study()
+    units = sweep_units(Layout(study, tmp_path))
+    dealt = parts(units, 2)
+    assert len(dealt) == 2 and sorted(u.label for p in dealt for u in p) == sorted(u.label for u in units)
+    raw = study.model_dump(mode="json")
+    with pytest.raises(UsageError, match="no arm"):
+        parse_study({**raw, "repair": {"arms": ["nobody"], "merge": "regmean"}}, "x")
+    with pytest.raises(UsageError, match="tuning seed"):
+        parse_study({**raw, "tuning_seed": 0}, "x")
