@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,7 @@ def read_tensors(
     with path.open("rb", buffering=0) as f:
         before = os.fstat(f.fileno())
         entries, head = _header(f, path, before.st_size)
-        data = torch.empty(before.st_size - len(head), dtype=torch.uint8)
+        data = _buffer(before.st_size - len(head))
         whole = _filled(f, data)
     try:  # the library checks the layout: every offset, no overlap, no hole
         with safe_open(path, framework="pt") as opened:
@@ -128,6 +129,11 @@ def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 def _bytes(data: Tensor) -> memoryview:
     return data.numpy().data
+
+
+def _buffer(size: int) -> Tensor:
+    """Bytes mapped for themselves: a large block given back to malloc has it keep all later ones of up to that size."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)[:size]
 
 
 def _filled(f: FileIO, data: Tensor) -> bool:
