@@ -247,3 +247,20 @@ def test_half_precision_members_stay_near_solo_and_near_float32(tiny_base, tmp_p
         assert distance(found, full) < 0.5 and distance(solo, full) < 0.5
     with pytest.raises(UsageError, match="float16"):
         train_fleet([member(base, "bert", tmp_path / "half")], dataclasses.replace(base, dtype="float16"))
+
+
+def test_tied_members_train_one_adapter_and_are_refused_alone_or_where_they_differ(tiny_base, tmp_path):
+    base = tiny_base("bert")
+    tasks = [make_task("topic"), make_task("grade", "regression")]
+    members = [member(base, "bert", tmp_path / t.name, task=t, tied="both", steps=3) for t in tasks]
+    one, other = train_fleet(members, base)
+    assert all(
+        torch.equal(f.A, other.modules[m].A) and torch.equal(f.B, other.modules[m].B) for m, f in one.modules.items()
+    )
+    apart = train_fleet([member(base, "bert", tmp_path / "apart", task=tasks[0], steps=3)], base)[0]
+    assert any(not torch.equal(f.B, apart.modules[m].B) for m, f in one.modules.items())
+    with pytest.raises(UsageError, match="as a fleet"):
+        alone(dataclasses.replace(members[0], out=tmp_path / "x"), base, tmp_path / "x")
+    changed = dataclasses.replace(members[1], settings=dataclasses.replace(members[1].settings, lr=1.0))
+    with pytest.raises(UsageError, match="differ in their settings"):
+        train_fleet([dataclasses.replace(members[0], out=tmp_path / "y"), changed], base, overwrite=True)

@@ -110,9 +110,12 @@ class Processes:
         if slot not in self._alive:
             self._alive[slot] = _start(slot)
         worker = self._alive[slot]
+        if worker.stdin is None or worker.stdout is None:
+            raise RunError("a worker without pipes")
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(batch), file=worker.stdin, flush=True)
-            if worker.stdout is not None and worker.stdout.readline():
+            worker.stdin.write(json.dumps(batch) + "\n")
+            worker.stdin.flush()
+            if worker.stdout.readline():
                 return None
         del self._alive[slot]
         return worker.wait()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import sys
+from typing import TextIO
 
 from plait.cli.output import guarded
 from plait.study.executor import serve
 
 
-def _line(stream: object, text: str) -> None:
-    stream.write(text + "\n")  # type: ignore[attr-defined]
-    stream.flush()  # type: ignore[attr-defined]
+def _line(stream: TextIO, text: str) -> None:
+    stream.write(text + "\n")
+    stream.flush()
 
 
 def main() -> int:
     """Serve until stdin ends; errors as the command line tells them."""
-    return guarded(
-        lambda: serve(sys.stdin, lambda t: _line(sys.stdout, t), lambda t: _line(sys.stderr, t)),
-        debug=False,
-        as_json=False,
-    )
+
+    def answer(text: str) -> None:
+        _line(sys.stdout, text)
+
+    def tell(text: str) -> None:
+        _line(sys.stderr, text)
+
+    return guarded(lambda: serve(sys.stdin, answer, tell), debug=False, as_json=False)
 
 
 if __name__ == "__main__":

@@ -69,12 +69,15 @@ def train_adapter(
     Raises:
         RunError: The loss became NaN or infinite.
         InputError: The adapter does not fit the base, or there are no rows.
+        UsageError: The settings tie this adapter to others (see `train_fleet`).
 
     Cost:
         One forward and one backward pass a step; killed at any moment and started again, it goes on from its last whole
         checkpoint, on the CPU to the same bits.
     """
     out = Path(out)
+    if settings.tied is not None:
+        raise UsageError("tied adapters are trained together, as a fleet", where=f"task {task.name}")
     if is_done(out, identity, overwrite=overwrite):
         return read_adapter(out)
     if len(examples) == 0:
