@@ -1,0 +1,88 @@
+"""Where units run does not matter: worker processes and a Ray cluster, some of them killed, give the same table, to rounding."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from plait.study.executor import InProcess, Processes, RayCluster
+from plait.study.run import run_study
+from plait.study.table import rows_of
+from plait.study.units import Layout
+
+
+def rows(study, out, executor, layout=None):
+    """The table of a study run by an executor."""
+    layout = layout or Layout(study, out)
+    assert run_study(study, out, executor, layout=layout, quiet=True)["finished"]
+    return rows_of(layout)
+
+
+def require_equal(study, out, found):
+    """The same rows as those of one process, to the rounding by which fleets of other company differ."""
+    layout = Layout(study, out)
+    wanted = rows(study, out, InProcess(layout), layout)
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.arm, one.method, one.seed, one.lr, one.step) == (
+            other.arm,
+            other.method,
+            other.seed,
+            other.lr,
+            other.step,
+        )
+        assert one.scales == pytest.approx(other.scales) and one.edge == other.edge
+        for name in ("merged", "individual", "floor", "plain", "recovered"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_workers_of_which_one_is_killed_give_the_same_table(small_study, tmp_path):
+    study, workers, killed = small_study(), Processes(2), []
+
+    def kill():
+        while not workers._alive:
+            time.sleep(0.05)
+        time.sleep(4)
+        killed.append(next(iter(workers._alive.values())))
+        killed[0].send_signal(signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    found = rows(study, tmp_path / "processes", workers)
+    workers.close()
+    assert killed and killed[0].returncode == -signal.SIGKILL
+    require_equal(study, tmp_path / "serial", found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_two_ray_nodes_with_a_killed_worker_give_the_same_table(small_study, tmp_path):
+    ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    killed = []
+
+    def kill():
+        while not killed:
+            time.sleep(0.2)
+            listed = subprocess.run(["pgrep", "-f", "ray::run_batch"], capture_output=True, text=True, check=False)
+            for pid in listed.stdout.split()[:1]:
+                time.sleep(1)
+                os.kill(int(pid), signal.SIGKILL)
+                killed.append(pid)
+
+    try:
+        threading.Thread(target=kill, daemon=True).start()
+        found = rows(small_study(), tmp_path / "ray", RayCluster(2))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed
+    require_equal(small_study(), tmp_path / "serial", found)
