@@ -15,6 +15,7 @@ from plait.store import staged_file, versions
 from plait.study.inference import MARGIN, Comparison, compare
 from plait.study.predictors import predictors
 from plait.study.schedule import sweep_units, swept
+from plait.study.spec import Study
 from plait.study.splits import HALVES
 from plait.study.table import Row, best_by_half, references, rows_of
 from plait.study.units import Layout
@@ -46,7 +47,7 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
     found = {
         "name": study.name,
         "about": {**about, **versions()},
-        "study": study.model_dump(mode="json", exclude_defaults=True),
+        "study": _told(study),
         "rows": [_rounded(asdict(r)) for r in rows],
         "references": [_rounded(r) for r in references(layout)],
         "sweep": [
@@ -64,6 +65,14 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
         with staged_file(path, overwrite=True) as stage:
             stage.write_text(texts[kind], encoding="utf-8")
     return {**{k: str(v) for k, v in made.items()}, "rows": len(rows)}
+
+
+def _told(study: Study) -> dict[str, Any]:
+    """The study as it is published: folders of whoever ran it are nobody's business, their names may stay."""
+    told: dict[str, Any] = study.model_dump(mode="json", exclude_defaults=True)
+    told["base"]["model"] = Path(study.base.model).name if Path(study.base.model).is_absolute() else study.base.model
+    told.get("data", {}).pop("root", None)
+    return told
 
 
 def _rounded(value: Any) -> Any:
