@@ -93,17 +93,6 @@ def predict_many(
     return found
 
 
-def _bank(evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None) -> RowBank:
-    """The rows on the device; kept, since the same rows are scored again and again."""
-    key = (task, None if rows is None else rows.tobytes())
-    if key not in evaluator._banks:
-        encoded = evaluator._encoded(task)
-        chosen = encoded if rows is None else [encoded[int(i)] for i in rows]
-        pad, kind = evaluator.tokenizer.pad_token_id, evaluator.tasks[task].kind
-        evaluator._banks[key] = row_bank(chosen, pad, kind, evaluator.base.torch_device)
-    return evaluator._banks[key]  # type: ignore[no-any-return]
-
-
 def _size(bank: RowBank) -> int:
     """Candidates at once: enough that a pass of 32 rows of typical length fills the device."""
     device = next(iter(bank.inputs.values())).device.type
@@ -111,7 +100,16 @@ def _size(bank: RowBank) -> int:
 
 
 def _bank(evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None) -> tuple[RowBank, AnswerTree | None]:
-    """The chosen rows on the device and, for text, the tree of the answers."""
+    """The chosen rows on the device and, for text, the tree of the answers; kept, since rows are scored again and again."""
+    key = (task, None if rows is None else rows.tobytes())
+    if key not in evaluator._banks:
+        evaluator._banks[key] = _made_bank(evaluator, task, rows)
+    return evaluator._banks[key]  # type: ignore[no-any-return]
+
+
+def _made_bank(
+    evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None
+) -> tuple[RowBank, AnswerTree | None]:
     kind, device, pad = evaluator.tasks[task].kind, evaluator.base.torch_device, evaluator.tokenizer.pad_token_id
     if kind not in TEXT_KINDS:
         encoded = evaluator._encoded(task)
