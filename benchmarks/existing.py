@@ -5,6 +5,7 @@
 `--adapters` holds seed-S/TASK folders as `plait run` writes them. For every seed: all candidates (methods x pico x scales)
 are scored by fidelity on unlabelled training texts and by labels on validation rows; halves of the validation rows take
 turns in choosing (by labels) and reporting. A seed that --out/existing.json already holds is not done again.
+--out/existing-raw.json keeps every candidate's fidelity to every adapter beside its true scores.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def one_seed(
     tick(clock, "grid")
     arms, facts = label_free(panel, adapters, moments, entries, fidelity, a)
     tick(clock, "label_free")
-    oracles = [oracle(grid, adapters, entries, by_label, half, a) for half in (0, 1)]
+    oracles = [oracle(grid, adapters, entries, by_label, half, a) for half in (0, 1)] if a.oracle_steps else []
     tick(clock, "oracle")
     rows = reported(full, panel, arms, entries, by_label, oracles)
     tick(clock, "reported")
@@ -112,6 +113,7 @@ def one_seed(
     return {
         **rows,
         **facts,
+        "raw": raw(panel.names, entries, fidelity, by_label),
         "by_aggregate": by_aggregate(entries, fidelity, truth),
         "by_assumption": by_assumption(adapters, entries, truth),
         "candidates": [
@@ -123,6 +125,18 @@ def one_seed(
         ],
         "seconds": {k: v for k, v in clock.items() if k not in ("start", "last")},
     }  # fmt: skip
+
+
+def raw(names: Sequence[str], entries, fidelity, by_label) -> dict[str, Any]:
+    """Every candidate's fidelity to every adapter, and its true scores: what any other measure can be tried on."""
+    fields = ("kl", "agreement", "chance", "kl_base", "agreement_base", "n")
+    found = [{t.task: t for t in f.tasks} for f in fidelity]
+    return {
+        "tasks": list(names),
+        "candidates": [[t.recipe.label, s] for t, s in entries],
+        "score_halves_tasks": by_label.round(3).tolist(),
+        "fidelity": {n: {k: [round(getattr(f[n], k), 6) for f in found] for k in fields} for n in names},
+    }
 
 
 def by_aggregate(entries, fidelity, truth) -> dict[str, Any]:
@@ -241,9 +255,10 @@ def reported(full: Judge, panel: Panel, arms, entries, by_label, oracles) -> dic
     top, floor = found[0].mean(0), found[1].mean(0)
     n = len(arms)
     rows = {name: found[2 + i].mean(0) for i, name in enumerate(arms)}
-    rows["oracle"] = (found[2 + n][1] + found[3 + n][0]) / 2
+    if oracles:
+        rows["oracle"] = (found[2 + n][1] + found[3 + n][0]) / 2
     for m in labels:
-        at = [4 + n + indices.index(picks[h][m]) for h in (0, 1)]
+        at = [2 + n + len(oracles) + indices.index(picks[h][m]) for h in (0, 1)]
         rows[f"{m}, best scale by labels"] = (found[at[0]][1] + found[at[1]][0]) / 2
     names = [p.name for p in panel.parts]
 
@@ -277,12 +292,12 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
             for s in seeds.values()
         ]
         ranks[kind] = mean(each)
-    oracle_share = recovered["oracle"]
+    oracle_share = recovered.get("oracle")
     return {
         "recovered_no_text": recovered["no text"],
         "recovered_100_texts": recovered["100 texts"],
         "recovered_oracle": oracle_share,
-        "share_of_oracle": recovered["100 texts"] / oracle_share if oracle_share > 0 else None,
+        "share_of_oracle": recovered["100 texts"] / oracle_share if oracle_share else None,
         "rank_correlation": ranks["score"],
         "rank_correlations": ranks,
         "recovered": recovered,
@@ -308,7 +323,8 @@ def parsed() -> argparse.Namespace:
     )
     p.add_argument("--oracle-rows", type=int, default=500)
     p.add_argument("--steps", type=int, default=100, help="of learning weights and of repairing, without labels")
-    p.add_argument("--oracle-steps", type=int, default=100, help="of learning weights from labels")
+    p.add_argument("--oracle-steps", type=int, default=100, help="of learning weights from labels; 0: no oracle")
+    p.add_argument("--note", default="", help="a paragraph for the page")
     p.add_argument("--length", type=int, default=128)
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=SCALES)
     return p.parse_args()
@@ -344,9 +360,13 @@ def main() -> None:
         texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + draw).texts for n in names}
         seeds[seed] = one_seed(base, adapters, tasks, validation, texts, a)
         device = torch.cuda.get_device_name() if base.torch_device.type == "cuda" else "CPU"
+        everything = a.out / "existing-raw.json"
+        kept = json.loads(everything.read_text()) if everything.exists() else {}
+        everything.write_text(json.dumps(kept | {seed: seeds[seed].pop("raw")}) + "\n")
         report = {
             **known,
             **summary(seeds),
+            "note": a.note,
             "settings": settings,
             "device": device,
             "versions": versions(),

@@ -17,6 +17,7 @@ def page(report: Mapping[str, Any]) -> str:
         f"Everything here was written from `existing.json` by this command ({report['device']}, torch {report['versions'].get('torch')}):",
         COMMAND,
         _protocol(settings, seeds),
+        *([report["note"]] if report.get("note") else []),
         "## In one line each",
         _headline(report),
         "## Recovered",
@@ -42,8 +43,13 @@ def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
         f"{len(seeds)} seeds ({', '.join(seeds)}) of plain kaiming adapters on {settings['base']}, trained apart on {settings['tasks']}. "
         f"Label-free choices see {settings['texts']} training texts of each task without their labels, and no validation row. "
         f"All candidates are scored by labels on up to {settings['grid_rows']} rows of each half of each validation set; what is "
-        f"chosen is reported on {rows} rows of the other half. The oracle takes the better of the best candidate and of weights per "
-        f"adapter and module learnt from up to {settings['oracle_rows']} labelled rows of each task, from two starts."
+        f"chosen is reported on {rows} rows of the other half. "
+        + (
+            "The oracle takes the better of the best candidate and of weights per adapter and module learnt from up to "
+            f"{settings['oracle_rows']} labelled rows of each task, from two starts."
+            if settings["oracle_steps"]
+            else "No oracle was learnt."
+        )
     )
 
 
@@ -96,6 +102,8 @@ def _tasks(seeds: Mapping[str, Any]) -> str:
     names = list(next(iter(seeds.values()))["alone"]["tasks"])
     lines = ["| merge | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for key in ("alone", "floor", "no text", "100 texts", "100 texts, repaired", "oracle"):
+        if not all(key in s or key in s["rows"] for s in seeds.values()):
+            continue
         found = [s[key] if key in ("alone", "floor") else s["rows"][key] for s in seeds.values()]
         means = [sum(f["tasks"][n] for f in found) / len(found) for n in names]
         lines.append(f"| {key} | " + " | ".join(f"{m:.1f}" for m in means) + " |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, UsageError
 from plait.evaluation.applied import applied
 from plait.fidelity.language import encoded
-from plait.fidelity.measure import closeness
+from plait.fidelity.measure import Closeness, TaskFidelity, closeness
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
@@ -64,6 +65,7 @@ def test_text_is_compared_at_every_real_position(make_panel, architecture):
     one, two = panel.parts
     model, rows = panel.model(one), encoded(panel, "causal", panel.texts["one"])
     kl, agree, n = 0.0, 0, 0
+    mine, theirs = Counter(), Counter()
     for row in rows:
         batch = collate(panel.tokenizer, [row])
         logs = []
@@ -73,18 +75,46 @@ def test_text_is_compared_at_every_real_position(make_panel, architecture):
         kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
         agree += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
         n += len(row["input_ids"])
+        mine.update(logs[0].argmax(-1).tolist())
+        theirs.update(logs[1].argmax(-1).tolist())
     found = of_task(fidelities(panel, [(two.adapter, 0.7)])[0], "one")
     assert found.n == n
+    assert found.chance == pytest.approx(sum(mine[t] * theirs[t] for t in mine) / n**2, abs=1e-6)
     assert found.kl == pytest.approx(kl / n, rel=1e-3)
     assert found.agreement == pytest.approx(agree / n, abs=1e-6)
 
 
 def test_regressions_are_compared_by_difference_and_correlation():
     own = np.array([[1.0], [2.0], [3.0], [4.0]])
-    assert closeness("regression", own, own) == (0.0, 1.0)
-    kl, agreement = closeness("regression", own, own * 2)
-    assert agreement == pytest.approx(1.0) and kl == pytest.approx(0.5 * 7.5 / 1.25)
-    assert closeness("regression", own, -own)[1] == 0.0
+    assert closeness("regression", own, own) == Closeness(0.0, 1.0, 0.0)
+    twice = closeness("regression", own, own * 2)
+    assert twice.agreement == pytest.approx(1.0) and twice.kl == pytest.approx(0.5 * 7.5 / 1.25)
+    assert closeness("regression", own, -own).agreement == 0.0
+
+
+def of_classes(own, found):
+    """Fidelity of predicted classes."""
+    c = closeness("classification", np.eye(3)[np.array(own)], np.eye(3)[np.array(found)])
+    return TaskFidelity("x", c.kl, c.agreement, c.chance, 1.0, 0.0, len(own))
+
+
+def test_agreement_beyond_chance_is_cohens_kappa():
+    from sklearn.metrics import cohen_kappa_score
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        own, found = rng.choice(3, 40, p=(0.7, 0.2, 0.1)), rng.choice(3, 40, p=(0.5, 0.2, 0.3))
+        found = np.where(rng.random(40) < 0.5, own, found)
+        assert of_classes(own, found).beyond_chance == pytest.approx(cohen_kappa_score(own, found))
+
+
+def test_a_collapsed_merge_agrees_by_chance_only():
+    own = [0] * 9 + [1]
+    collapsed, mistaken = of_classes(own, [0] * 10), of_classes(own, [0] * 7 + [1] * 3)
+    assert collapsed.agreement == 0.9 > mistaken.agreement == 0.8
+    assert collapsed.beyond_chance == 0.0 < mistaken.beyond_chance
+    assert of_classes(own, own).beyond_chance == 1.0
+    assert of_classes([1] * 7, [1] * 7).beyond_chance == of_classes([1] * 7, [0] * 7).beyond_chance == 0.0
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from plait.errors import InputError
 from plait.formats.convert import convert
-from plait.formats.flux import taken_apart
+from plait.formats.fused import taken_apart
+from plait.formats.layouts import FLUX
 from plait.formats.reading import read_any
 from plait.merging.request import MergeRequest, answer
 
@@ -61,12 +62,6 @@ def test_parts_are_the_fused_layer(flux, tmp_path):
     assert "text_encoder.text_model.encoder.layers.0.mlp.fc1" in apart
 
 
-def test_back_it_has_diffusers_names(flux, tmp_path):
-    convert(flux("a", 0), tmp_path / "p")
-    convert(tmp_path / "p", tmp_path / "k.safetensors", to="kohya")
-    assert "lora_transformer_single_transformer_blocks_7_proj_mlp" in read_any(tmp_path / "k.safetensors").modules
-
-
 def test_merged_into_diffusers(flux, tmp_path):
     a, b = flux("a", 0), flux("b", 1)
     answer(MergeRequest([str(a), str(b)], tmp_path / "m.safetensors", "tsv"))
@@ -79,9 +74,9 @@ def test_merged_into_diffusers(flux, tmp_path):
 
 def test_what_flux_has_not(flux):
     for module, shape, message in (
-        ("double_blocks_0_img_attn_q", (8, 8), "is no layer of a double block"),
+        ("double_blocks_0_img_attn_q", (8, 8), "is no layer of double_blocks"),
         ("single_blocks_0_linear1", (24, 8), "do not fill"),
         ("double_blocks_0_txt_attn_qkv", (25, 8), "do not fill"),
     ):
         with pytest.raises(InputError, match=message):
-            taken_apart(read_any(flux("x", 0, {module: shape})).modules)
+            taken_apart(read_any(flux("x", 0, {module: shape})).modules, FLUX)

@@ -49,7 +49,7 @@ def test_transformers():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv", "fuses projections"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", "does not start with a word"),
         ("lora_unet_down_blocks_0_mystery_to_q", "'mystery_to_q'"),
         ("lora_unet_input_blocks_4_0_mystery", "no layer of a residual block"),
         ("something_else", "starts with none of"),

@@ -7,6 +7,7 @@ size 1, B. Its weight update (out, in, kh, kw), flattened to (out, in * kh * kw)
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.adapters.lora import EMBEDDING, LINEAR, LoraFactors
@@ -50,6 +51,36 @@ def as_matrices(A: Tensor, B: Tensor, where: str) -> tuple[Tensor, Tensor, str]:
     if A.ndim == 2:
         return A, B, LINEAR
     return A.reshape(A.shape[0], -1), B.reshape(B.shape[0], B.shape[1]), conv_kind(tuple(A.shape[2:]))
+
+
+def with_middle(A: Tensor, middle: Tensor, B: Tensor, where: str) -> Tensor:
+    """A convolution's A with what a Tucker decomposition has between A and B multiplied into it: rank and B stay.
+
+    The update is sum_pq B[o, p] M[p, q, h, w] A[q, i], so M's and A's product over q, (r, in, kh, kw), is the A of a plain
+    convolution LoRA of the same update: exact, but for rounding in float32.
+
+    Args:
+        A: (r, in, 1, ...).
+        middle: (r, r, *kernel).
+        B: (out, r, 1, ...).
+        where: Names the module in errors.
+
+    Raises:
+        InputError: Shapes of no such decomposition.
+
+    Source: LyCORIS (Yeh et al., arXiv 2309.14859), section on convolutions.
+    """
+    r = A.shape[0]
+    ones = all(k == 1 for t in (A, B) for k in t.shape[2:])
+    if not 3 <= A.ndim == middle.ndim == B.ndim or tuple(middle.shape[:2]) != (r, r) or not ones:
+        raise InputError(
+            f"A {tuple(A.shape)}, middle {tuple(middle.shape)} and B {tuple(B.shape)} are no Tucker decomposition: expected "
+            "(r, in, 1, 1), (r, r, height, width) and (out, r, 1, 1)",
+            where=where,
+        )
+    flat = middle.float().reshape(r, r, -1)
+    product = torch.einsum("pqk,qi->pik", flat, A.float().reshape(r, -1))
+    return product.reshape(r, A.shape[1], *middle.shape[2:])
 
 
 def as_stored(factors: LoraFactors) -> tuple[Tensor, Tensor]:

@@ -143,9 +143,9 @@ def evidence_table(evidence: list[dict[str, Any]], most: int = 12) -> str:
     rows = []
     for r in evidence[:most]:
         worst = r["tasks"][0]
-        kept = [f"{r['score']:.3f}", worst["task"], f"{worst['agreement']:.3f}", str(r["texts"])]
-        rows.append([r["candidate"], f"{r['scale']:g}", *kept])
-    return table(["candidate", "scale", "kept", "worst", "agreement there", "texts"], rows)
+        shown = [f"{r['score']:.3f}", worst["task"], f"{worst['agreement']:.3f}", str(r["texts"])]
+        rows.append([r["candidate"], f"{r['scale']:g}", *shown])
+    return table(["candidate", "scale", "beyond chance", "worst", "agreement there", "texts"], rows)
 
 
 def advice_text(found: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ def convert(
     initial: Annotated[Path | None, typer.Option("--initial", help="The adapter before training: for PiSSA and kin.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="For what is not low rank; the error is printed.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float16, bfloat16 or float32; the rounding is printed.")] = None,
+    layout: Annotated[str, typer.Option("--layout", help="For kohya: flux, sd3, diffusers, or auto by the base's name.")] = "auto",
     drop_bias: Annotated[bool, typer.Option("--drop-bias", help="Leave biases of lora_bias out.")] = False,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -46,7 +47,9 @@ def convert(
     from plait.formats.plain import Means
 
     means = Means(base, initial, rank, drop_bias)
-    found = change(adapter, out, to=to, means=means, component=component, dtype=dtype, overwrite=overwrite)
+    found = change(
+        adapter, out, to=to, means=means, component=component, dtype=dtype, layout=layout, overwrite=overwrite
+    )
     emit(found, as_json, conversion_text(found))
 
 

@@ -242,7 +242,7 @@ def _kept(option: Option, found: Fidelity | None) -> Option:
     if found is None:
         return option
     worst = min(found.tasks, key=lambda t: t.kept_agreement)
-    return replace(option, kept=found.score, worst=worst.kept_agreement, worst_task=worst.task)
+    return replace(option, kept=found.kept_agreement, worst=worst.kept_agreement, worst_task=worst.task)
 
 
 def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plait.adapters.lora import Adapter
 from plait.base import backbone_of
 from plait.evaluation.fleet import Candidate, stack
-from plait.fidelity.measure import TaskFidelity
+from plait.fidelity.measure import Closeness, TaskFidelity
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.texts import Texts
 from plait.tasks import collate, length_order, to_device
@@ -50,49 +50,61 @@ def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
 def text_closeness(panel: Panel, part: Part, merges: Sequence[Worn]) -> list[TaskFidelity]:
     """KL and agreement of each merge with the part's adapter on the part's own texts."""
     rows = encoded(panel, part.task.kind, panel.texts[part.name])
-    kl, agree, n = compared(panel, part, rows, (part.adapter, 1.0), [_BARE, *merges])
-    return [
-        TaskFidelity(part.name, float(k), float(a), float(kl[0]), float(agree[0]), n)
-        for k, a in zip(kl[1:], agree[1:], strict=True)
-    ]
+    (base, *found), n = compared(panel, part, rows, (part.adapter, 1.0), [_BARE, *merges])
+    return [TaskFidelity(part.name, c.kl, c.agreement, c.chance, base.kl, base.agreement, n) for c in found]
 
 
 def text_general(panel: Panel, merges: Sequence[Worn]) -> npt.NDArray[np.float64]:
     """KL(base || merged) a position on the general texts."""
     part = panel.parts[0]
     rows = encoded(panel, part.task.kind, panel.general)
-    return compared(panel, part, rows, _BARE, merges)[0]
+    return np.array([c.kl for c in compared(panel, part, rows, _BARE, merges)[0]])
 
 
 @torch.no_grad()
 def compared(
     panel: Panel, part: Part, rows: Sequence[dict[str, Any]], reference: Worn, merges: Sequence[Worn]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
+) -> tuple[list[Closeness], int]:
     """Mean KL(reference || merge) and top-1 agreement over all positions, for each merge; and the number of positions.
 
-    Cost: one pass of the base on (merges + 1) x rows; logits are compared batch by batch and not kept.
+    Cost: one pass of the base on (merges + 1) x rows; logits are compared batch by batch and not kept, only how often each
+    token was the likeliest.
     """
     model = panel.model(part)
     named = {id(a): on_model(model, a) for a, _ in (reference, *merges) if a is not None}
-    kl, agree, n = np.zeros(len(merges)), np.zeros(len(merges)), 0
+    found: dict[int, Closeness] = {}
+    n = 0
     for group in _groups(panel, model, merges):
         worn = [
             Candidate({}, named[id(a)] if a is not None else None, s)
             for a, s in (reference, *(merges[i] for i in group))
         ]
         updates = stacks(model, worn)
-        n = 0
+        n, kl, agree, tops = 0, np.zeros(len(group)), np.zeros(len(group)), [Tensor()] * len(worn)
         for batch in _batches(panel, rows, len(worn)):
             with stacked_updates(model, updates):
                 logits, mask = positions(model, part.task.kind, batch, len(worn), panel.positions)
             reference_log = _log_softmax(logits[0][mask])
             weights, top = reference_log.exp(), reference_log.argmax(-1)
             n += len(top)
-            for place, own in zip(group, logits[1:], strict=True):
+            tops[0] = _counted(tops[0], top, logits.shape[-1])
+            for i, own in enumerate(logits[1:]):
                 other = _log_softmax(own[mask])
-                kl[place] += float((weights * (reference_log - other)).sum(dtype=torch.float64))
-                agree[place] += float((other.argmax(-1) == top).sum())
-    return kl / max(n, 1), agree / max(n, 1), n
+                theirs = other.argmax(-1)
+                kl[i] += float((weights * (reference_log - other)).sum(dtype=torch.float64))
+                agree[i] += float((theirs == top).sum())
+                tops[i + 1] = _counted(tops[i + 1], theirs, logits.shape[-1])
+        shares = [counts.double() / max(n, 1) for counts in tops]
+        for i, place in enumerate(group):
+            chance = float((shares[0] * shares[i + 1]).sum())
+            found[place] = Closeness(float(kl[i]) / max(n, 1), float(agree[i]) / max(n, 1), chance)
+    return [found[i] for i in range(len(merges))], n
+
+
+def _counted(counts: Tensor, top: Tensor, size: int) -> Tensor:
+    """How often each token was the likeliest so far."""
+    more = torch.bincount(top, minlength=size)
+    return more if counts.numel() == 0 else counts + more
 
 
 def on_model(model: nn.Module, adapter: Adapter) -> Adapter:

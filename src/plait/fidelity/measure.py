@@ -12,6 +12,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 # The least that the base must differ from an adapter for a ratio to it to mean anything: a KL of 1e-4 nats.
 _LEAST = 1e-4
+# Less room above chance than this is none: both answer everything alike, but for the rounding of their shares.
+_ALL_ALIKE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class TaskFidelity:
             that variance).
         agreement: Share of rows (positions) with the same most likely class (token); for a regression the correlation,
             negative ones as 0.
+        chance: Agreement of two that choose each class as often as these do, but independently; 0 for a regression, whose
+            correlation knows no chance.
         kl_base, agreement_base: The same with the bare base in the merge's place: what keeping nothing would score.
         n: Rows, or positions of text.
         shift: Per layer, |h_merged - h_adapter| / |h_base - h_adapter| of the hidden states; () where not measured.
@@ -33,10 +37,24 @@ class TaskFidelity:
     task: str
     kl: float
     agreement: float
+    chance: float
     kl_base: float
     agreement_base: float
     n: int
     shift: tuple[float, ...] = ()
+
+    @property
+    def beyond_chance(self) -> float:
+        """(agreement - chance) / (1 - chance), Cohen's kappa: 1 for the adapter itself, 0 for an unrelated merge.
+
+        It is to classes what the correlation is to values: a merge that always answers the same has 0 of both, however
+        common that answer is. An adapter that itself answers all its texts alike leaves nothing to agree on: 0 for every
+        merge.
+
+        Source: Cohen, Educational and Psychological Measurement 20 (1960) 37-46.
+        """
+        room = 1.0 - self.chance
+        return (self.agreement - self.chance) / room if room > _ALL_ALIKE else 0.0
 
     @property
     def kept(self) -> float:
@@ -51,7 +69,7 @@ class TaskFidelity:
 
     def record(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {**asdict(self), "shift": list(self.shift), "kept": self.kept}
+        return {**asdict(self), "shift": list(self.shift), "kept": self.kept, "beyond_chance": self.beyond_chance}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +95,11 @@ class Fidelity:
         return aggregate(self.tasks)
 
     @property
+    def kept_agreement(self) -> float:
+        """Mean over adapters of the agreement that is kept beyond the base's: what advice goes by."""
+        return _mean([t.kept_agreement for t in self.tasks])
+
+    @property
     def worst(self) -> TaskFidelity:
         """The adapter that the merge keeps least of."""
         return self.tasks[0]
@@ -87,8 +110,13 @@ class Fidelity:
 
 
 def aggregate(tasks: Sequence[TaskFidelity]) -> float:
-    """The mean over adapters of what is kept of their agreement."""
-    return _mean([t.kept_agreement for t in tasks])
+    """The mean over adapters of their agreement beyond chance.
+
+    Why not of what is kept beyond the base: dividing by the room that the base leaves an adapter turns the noise of a task on
+    which both answer nearly alike into most of the mean. Why not of plain agreement: it counts a merge that has collapsed
+    onto the commonest class as mostly faithful.
+    """
+    return _mean([t.beyond_chance for t in tasks])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -100,6 +128,7 @@ def _mean(values: Sequence[float]) -> float:
 AGGREGATES: Mapping[str, Callable[[Sequence[TaskFidelity]], float]] = {
     "score": aggregate,
     "mean agreement": lambda tasks: _mean([t.agreement for t in tasks]),
+    "mean kept agreement": lambda tasks: _mean([t.kept_agreement for t in tasks]),
     "worst kept agreement": lambda tasks: min(t.kept_agreement for t in tasks),
     "mean kept (KL over the base's)": lambda tasks: _mean([t.kept for t in tasks]),
     "minus mean KL": lambda tasks: -_mean([t.kl for t in tasks]),
@@ -107,8 +136,17 @@ AGGREGATES: Mapping[str, Callable[[Sequence[TaskFidelity]], float]] = {
 }
 
 
-def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> tuple[float, float]:
-    """KL and agreement of outputs with an adapter's.
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """How close outputs are to an adapter's: `kl`, `agreement` and `chance` as `TaskFidelity` has them."""
+
+    kl: float
+    agreement: float
+    chance: float
+
+
+def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> Closeness:
+    """KL, agreement and agreement by chance of outputs with an adapter's.
 
     Args:
         kind: Of the task; "regression" or anything with classes.
@@ -119,9 +157,12 @@ def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> tupl
     if kind == "regression":
         a, b = a.reshape(len(a)), b.reshape(len(b))
         spread = max(float(a.var()), 1e-12)
-        return 0.5 * float(((a - b) ** 2).mean()) / spread, max(0.0, _correlation(a, b))
+        return Closeness(0.5 * float(((a - b) ** 2).mean()) / spread, max(0.0, _correlation(a, b)), 0.0)
     p, q = _log_softmax(a), _log_softmax(b)
-    return float((np.exp(p) * (p - q)).sum(-1).mean()), float((a.argmax(-1) == b.argmax(-1)).mean())
+    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    mine, theirs = a.argmax(-1), b.argmax(-1)
+    shares = [np.bincount(top, minlength=a.shape[-1]) / len(a) for top in (mine, theirs)]
+    return Closeness(kl, float((mine == theirs).mean()), float(shares[0] @ shares[1]))
 
 
 def _log_softmax(x: Floats) -> Floats:

@@ -50,10 +50,10 @@ def fidelities(panel: Panel, merges: Sequence[Worn]) -> list[Fidelity]:
 def _classified(panel: Panel, part: Part, merges: Sequence[Worn]) -> list[TaskFidelity]:
     own, bare, *found = outputs(panel, part, [(part.adapter, 1.0), _BARE, *merges])
     kind = part.task.kind
-    kl_base, agreement_base = closeness(kind, own, bare)
+    base = closeness(kind, own, bare)
     return [
-        TaskFidelity(part.name, kl, agreement, kl_base, agreement_base, len(own))
-        for kl, agreement in (closeness(kind, own, f) for f in found)
+        TaskFidelity(part.name, c.kl, c.agreement, c.chance, base.kl, base.agreement, len(own))
+        for c in (closeness(kind, own, f) for f in found)
     ]
 
 
@@ -70,5 +70,5 @@ def _general(panel: Panel, merges: Sequence[Worn]) -> npt.NDArray[np.float64]:
     for part in panel.parts:
         panel.model(part)
         bare, *found = predict_many(evaluator, part.name, [Candidate(part.head, a, s) for a, s in (_BARE, *merges)])
-        totals += [closeness(part.task.kind, bare, f)[0] for f in found]
+        totals += [closeness(part.task.kind, bare, f).kl for f in found]
     return totals / len(panel.parts)

@@ -73,7 +73,7 @@ class HeadLesson:
             own, bare = outputs(panel, part, [(part.adapter, 1.0), (None, 1.0)])
             given = own if targets is None else targets[part.name]
             self.targets.append(torch.as_tensor(np.asarray(given), device=device))
-            room = closeness(part.task.kind, own, bare)[0]
+            room = closeness(part.task.kind, own, bare).kl
             self.rooms.append(max(room, _LEAST_KL) * (float(own.var()) if part.task.kind == "regression" else 1.0))
         self.bank = row_bank(rows, panel.tokenizer.pad_token_id, "classification", device)
         self.heads = [{k: v.to(device, panel.base.torch_dtype) for k, v in p.head.items()} for p in panel.parts]

@@ -15,6 +15,7 @@ from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.keys import DIFFUSERS, KOHYA, PEFT
+from plait.formats.layouts import BY_BASE
 from plait.formats.plain import Means, read_plain
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import read_lora_file
@@ -32,6 +33,7 @@ def convert(
     means: Means | None = None,
     component: str | None = None,
     dtype: str | None = None,
+    layout: str = BY_BASE,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter in another format, its update unchanged, variants turned into plain LoRA.
@@ -43,6 +45,8 @@ def convert(
         means: For variants, see `formats.plain`.
         component: What of a pipeline a single PEFT folder adapts, for kohya and diffusers.
         dtype: "float16", "bfloat16" or "float32" for all factors; by default as they are.
+        layout: For kohya: "flux" or "sd3" fuse projections as those models' original layouts do, "diffusers" does not,
+            "auto" goes by the base's name.
         overwrite: Replace what stands at `out`.
 
     Returns:
@@ -58,11 +62,11 @@ def convert(
     adapter, conversions = _read(source, means, component, target)
     origin = format_of(adapter) if source.is_file() else PEFT
     adapter = replace(adapter, source={**adapter.source, "format": adapter.source.get("format", PEFT)})
-    ready = in_format(adapter, target)
+    ready = in_format(adapter, target, layout)
     rounding = None
     if dtype is not None:
         ready, rounding = _cast(ready, dtype)
-    wanted = _identity(adapter, target, means, component, dtype)
+    wanted = _identity(ready, target, means, component, dtype)
     if (found := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**found.get("result", {}), "output": str(out), "reused": True}
     result: dict[str, Any] = {
@@ -114,6 +118,8 @@ def component_folders(source: Path) -> dict[str, Path]:
 
 def _identity(adapter: Adapter, target: str, means: Means, component: str | None, dtype: str | None) -> dict[str, Any]:
     options = {"to": target, "rank": means.rank, "drop_bias": means.drop_bias, "component": component, "dtype": dtype}
+    if fused := adapter.source.get("fused"):
+        options["layout"] = fused["layout"]
     inputs = {"adapter": str(adapter.source.get("sha256", ""))}
     for name, folder in (("base", means.base), ("initial", means.initial)):
         if folder is not None:
@@ -149,6 +155,14 @@ def _notes(adapter: Adapter, target: str) -> list[str]:
             ranks.setdefault(module.partition(".")[0], set()).add(f.rank)
         for part in [p for p, seen in ranks.items() if len(seen) > 1]:
             found.append(f"{part} has several ranks, which older diffusers scales wrongly in files without alphas")
+    if fused := adapter.source.get("fused"):
+        found.append(f"in the original layout of {fused['layout']}, whose projections are fused (--layout)")
+        if fused["stacked"]:
+            found.append(f"{fused['stacked']} fused layers add up their parts' ranks: each part had an A of its own")
+        if fused["absent"]:
+            found.append(f"{fused['absent']} parts of fused layers were not adapted: their rows are 0")
+    if adapter.source.get("tucker"):
+        found.append(f"{adapter.source['tucker']} convolutions came with a middle (Tucker) factor: multiplied into A")
     if adapter.source.get("without_alpha"):
         found.append(f"{adapter.source['without_alpha']} modules came without an alpha: taken as equal to the rank")
     return found

@@ -13,7 +13,7 @@ from plait.adapters.peft_format import INDEX, WEIGHTS, read_adapter, read_weight
 from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, PlaitError
 from plait.formats.convert import component_folders
-from plait.formats.keys import PEFT, variant_of
+from plait.formats.keys import PEFT, TUCKER, variant_of
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import file_record
 from plait.merging.stack import base_adapter
@@ -113,7 +113,8 @@ def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
     """The variant's name, and the way from it to a plain LoRA; None where there is none or it needs none."""
     if path.is_file():
         found = variant_of(tensors)
-        return (found[0], None) if found else ("LoRA", None)
+        tucker = any(f".{TUCKER}" in key for key in tensors)
+        return (found[0], None) if found else ("LoRA with Tucker convolutions" if tucker else "LoRA", None)
     raw = read_json(path / CONFIG, limit=16 << 20)
     raw = raw if isinstance(raw, dict) else {}
     for key, (name, way) in _VARIANTS.items():

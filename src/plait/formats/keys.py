@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plait.errors import InputError
 
+MIDDLE, TUCKER = "mid", "lora_mid"  # what a Tucker-decomposed convolution has between A and B; its tensors' name
 KOHYA, DIFFUSERS, PEFT = "kohya", "diffusers", "peft"
 FORMATS = (PEFT, KOHYA, DIFFUSERS)
 # Piece of a tensor's name -> the variant it gives away, and why it is no plain LoRA.
@@ -22,7 +23,6 @@ REFUSED = {
         "DoRA",
         "it also trains a magnitude per output, and its update depends on the base's weights",
     ),
-    "lora_mid": ("Tucker (CP) LoRA", "a third factor lies between A and B"),
     "diff": ("full difference", "it holds whole weight differences instead of factors"),
     "on_input": ("IA3", "it scales activations and adds nothing to the weights"),
     "a1.weight": ("GLoRA", "its update depends on the base's weights"),
@@ -33,7 +33,7 @@ REFUSED = {
     "lora_B.bias": ("lora_bias", "a bias is outside the factors"),
     "lora_up.bias": ("a trained bias", "a bias is outside the factors"),
 }
-_KOHYA_SUFFIXES = {".lora_down.weight": "A", ".lora_up.weight": "B"}
+_KOHYA_SUFFIXES = {".lora_down.weight": "A", ".lora_up.weight": "B", f".{TUCKER}.weight": MIDDLE}
 _DIFFUSERS_SUFFIXES = {  # suffix -> (half, layout)
     ".lora_A.weight": ("A", "lora_A"),
     ".lora_B.weight": ("B", "lora_A"),
@@ -56,7 +56,7 @@ class Parsed:
 
     Args:
         format: "kohya" or "diffusers".
-        halves: Module -> {"A": tensor, "B": tensor}, as stored.
+        halves: Module -> {"A": tensor, "B": tensor}, as stored; with a "mid" where a convolution has one between them.
         alphas: Module -> alpha tensor.
         layouts: diffusers' component -> which of its spellings the file uses.
     """

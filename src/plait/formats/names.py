@@ -63,17 +63,12 @@ def to_diffusers(name: str) -> str:
     """A kohya module name as diffusers has it: ``unet.down_blocks.0.attentions.0.proj_in``.
 
     Raises:
-        InputError: An unknown component or word, or a layout whose modules are others (fused projections).
+        InputError: An unknown component or word.
     """
     prefix = next((p for p in COMPONENTS if name.startswith(p)), None)
     if prefix is None:
         raise InputError(f"module {name!r} starts with none of {', '.join(COMPONENTS)}", hint=_KEEP)
     rest = name.removeprefix(prefix)
-    if re.match(r"joint_blocks_\d", rest):
-        raise InputError(
-            f"module {name!r}: this transformer's original layout fuses projections that diffusers keeps apart",
-            hint=_KEEP,
-        )
     inner = _from_first_release(rest) if prefix == "lora_unet_" else None
     return f"{COMPONENTS[prefix]}.{inner or _dotted(rest, name)}"
 
@@ -107,13 +102,17 @@ def to_kohya(name: str, *, several: bool, first_release: bool) -> str:
 _KEEP = "merge and write it in the format it has; only a change of format needs the names"
 
 
-def kohya_names(modules: Iterable[str]) -> dict[str, str]:
+def kohya_names(modules: Iterable[str], *, several: bool = False) -> dict[str, str]:
     """Each diffusers module name -> kohya's, in the numbering its model calls for.
 
     SDXL is told by what other U-Nets lack: a second text encoder, added embeddings, or attention more than one block deep.
+
+    Args:
+        modules: Diffusers' names.
+        several: Whether the model is known to have more than one text encoder, whichever of them are adapted.
     """
     names = list(modules)
-    several = any(n.startswith("text_encoder_2.") for n in names)
+    several = several or any(n.startswith("text_encoder_2.") for n in names)
     deep = re.compile(r"unet\..*attentions\.\d+\.transformer_blocks\.[1-9]")
     first_release = several or any("add_embedding" in n or deep.match(n) for n in names)
     return {n: to_kohya(n, several=first_release, first_release=first_release) for n in names}

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from plait.adapters.config import AdapterConfig, checked_config
-from plait.adapters.conv import as_matrices, as_stored
+from plait.adapters.conv import as_matrices, as_stored, with_middle
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensors import all_finite, read_tensors, write_tensors
 from plait.errors import InputError
-from plait.formats.keys import DIFFUSERS, KOHYA, Parsed, parse, tensor_names
+from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, Parsed, parse, tensor_names
 
 RECORD = "plait"  # metadata key of the record that a folder keeps in plait.json
 _ADAPTER_CONFIG = "lora_adapter_metadata"  # diffusers' metadata key: each component's LoRA config
@@ -31,7 +31,7 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
 
     Scaling is alpha / rank. A module without an alpha has alpha = rank, as both tools have it. Module names stay as the
     file has them (diffusers' processor names become the modules they belong to), so that a merge needs no knowledge of
-    the model.
+    the model. A middle factor between A and B (LyCORIS' Tucker decomposition of a convolution) is multiplied into A.
 
     Args:
         path: A safetensors file.
@@ -62,6 +62,7 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
             "sha256": digest,
             "format": found.format,
             "layouts": found.layouts,
+            "tucker": sum(MIDDLE in half for half in found.halves.values()),
             "without_alpha": sum(m not in found.alphas for m in modules) if found.format == KOHYA else 0,
         },
     )
@@ -112,7 +113,9 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig
 
 def _factors(module: str, found: Parsed, configs: Mapping[str, AdapterConfig], path: Path) -> LoraFactors:
     where = f"{path}: {module}"
-    A, B, kind = as_matrices(found.halves[module]["A"], found.halves[module]["B"], where)
+    half = found.halves[module]
+    A = with_middle(half["A"], half[MIDDLE], half["B"], where) if MIDDLE in half else half["A"]
+    A, B, kind = as_matrices(A, half["B"], where)
     if A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise InputError(f"A {tuple(A.shape)} and B {tuple(B.shape)} have no rank in common", where=where)
     rank = A.shape[0]

@@ -13,8 +13,9 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
-from plait.formats.flux import taken_apart
+from plait.formats.fused import Layout, put_together, taken_apart
 from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, PEFT
+from plait.formats.layouts import BY_BASE, layout_for, original_layout
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
 from plait.formats.reading import format_of
 from plait.formats.single_file import file_record, unscaled, write_lora_file
@@ -33,42 +34,74 @@ def checked_format(name: str) -> str:
     return name
 
 
-def _names_in(adapter: Adapter, target: str) -> dict[str, str]:
-    """Module of the adapter -> its name in a format; diffusers' names, component first, where the target is PEFT.
+def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
+    """The adapter as a format can hold it: modules named its way, and scalings that it cannot express folded into B.
+
+    kohya's alphas express any scaling, PEFT's whole alphas, diffusers' files (which have none) only 1. Transformers whose
+    original layout fuses projections (Flux, Stable Diffusion 3) come apart on the way out of kohya's format and together
+    on the way into it.
+
+    Args:
+        adapter: Read from any format.
+        target: The format.
+        layout: On the way into kohya's format, see `layouts.layout_for`.
 
     Raises:
         InputError: Names that cannot be turned.
+        UsageError: A layout where none is changed.
     """
-    source = format_of(adapter)
-    if source == target or (source == DIFFUSERS and target == PEFT):
-        return {m: m for m in adapter.modules}
-    dotted = diffusers_names(adapter.modules) if source == KOHYA else {m: adapter.full_name(m) for m in adapter.modules}
-    if target != KOHYA:
-        return dotted
-    kohya = kohya_names(dotted.values())
-    return {m: kohya[d] for m, d in dotted.items()}
-
-
-def in_format(adapter: Adapter, target: str) -> Adapter:
-    """The adapter as a format can hold it: modules named its way, and scalings that it cannot express folded into B.
-
-    kohya's alphas express any scaling, PEFT's whole alphas, diffusers' files (which have none) only 1.
-    """
-    same = format_of(adapter) == target
-    whole = taken_apart(adapter.modules) if format_of(adapter) == KOHYA and not same else adapter.modules
-    modules = {m: _scaled_for(f, target) for m, f in whole.items()}
-    source = {**adapter.source, "folded": sum(modules[m].scaling != f.scaling for m, f in whole.items())}
-    if same:
+    origin = format_of(adapter)
+    if layout != BY_BASE and (target != KOHYA or origin == KOHYA):
+        raise UsageError("a layout is chosen on the way from PEFT or diffusers to kohya", hint="leave --layout out")
+    if origin == target:
+        modules = {m: _scaled_for(f, target) for m, f in adapter.modules.items()}
+        source = {**adapter.source, "folded": _folded(modules, adapter.modules)}
         return replace(adapter, modules=modules, source=source)
-    names = _names_in(replace(adapter, modules=modules), target)
-    layouts = adapter.source.get("layouts", {}) if target == DIFFUSERS else {}
+    whole = dict(adapter.modules)
+    if origin == KOHYA:
+        original = original_layout(whole)
+        whole = taken_apart(whole, original) if original else whole
+        names = diffusers_names(whole)
+        names = {m: original.encoder_out(n) for m, n in names.items()} if original else names
+    else:
+        names = {m: m if origin == DIFFUSERS else adapter.full_name(m) for m in whole}
+    dotted = {names[m]: f for m, f in whole.items()}
+    modules = {m: _scaled_for(f, target) for m, f in dotted.items()}
+    facts: dict[str, Any] = {"folded": _folded(modules, dotted)}
+    if target == KOHYA:
+        modules, more = _named_by_kohya(modules, layout_for(adapter.base, layout))
+        facts |= more
     return replace(
         adapter,
-        modules={names[m]: modules[m] for m in sorted(names, key=lambda m: names[m])},
+        modules=dict(sorted(modules.items())),
         prefix="",
         target_modules=None,
-        source={**source, "format": target, "layouts": layouts, "pipeline": True},
+        source={
+            **adapter.source,
+            **facts,
+            "format": target,
+            "layouts": adapter.source.get("layouts", {}) if target == DIFFUSERS else {},
+            "pipeline": True,
+        },
     )
+
+
+def _folded(found: Mapping[str, LoraFactors], before: Mapping[str, LoraFactors]) -> int:
+    return sum(found[m].scaling != f.scaling for m, f in before.items())
+
+
+def _named_by_kohya(
+    modules: Mapping[str, LoraFactors], layout: Layout | None
+) -> tuple[dict[str, LoraFactors], dict[str, Any]]:
+    """Modules named as diffusers has them under kohya's names, fused where the layout fuses; and facts for the record."""
+    if layout is None:
+        kohya = kohya_names(modules)
+        return {kohya[m]: f for m, f in modules.items()}, {"fused": None}
+    fused, counts = put_together(modules, layout)
+    encoders = {m: layout.encoder_in(m) for m in fused if m in modules}
+    kohya = kohya_names(encoders.values(), several=True)
+    named = {kohya[encoders[m]] if m in encoders else m: f for m, f in fused.items()}
+    return named, {"fused": {"layout": layout.name, **counts}}
 
 
 def _scaled_for(factors: LoraFactors, target: str) -> LoraFactors:

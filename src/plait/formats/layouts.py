@@ -1,0 +1,116 @@
+"""Original layouts of transformers beside diffusers': Flux and Stable Diffusion 3, as kohya's files name their modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from plait.errors import UsageError
+from plait.formats.fused import Block, Layout, is_original
+
+_STREAM = ("attn.to_q", "attn.to_k", "attn.to_v")
+_CONTEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+_TIMES = "time_text_embed."
+
+FLUX = Layout(
+    "flux",
+    (
+        Block(
+            "double_blocks",
+            "transformer_blocks",
+            {
+                "img_attn_qkv": _STREAM,
+                "img_attn_proj": ("attn.to_out.0",),
+                "img_mlp_0": ("ff.net.0.proj",),
+                "img_mlp_2": ("ff.net.2",),
+                "img_mod_lin": ("norm1.linear",),
+                "txt_attn_qkv": _CONTEXT,
+                "txt_attn_proj": ("attn.to_add_out",),
+                "txt_mlp_0": ("ff_context.net.0.proj",),
+                "txt_mlp_2": ("ff_context.net.2",),
+                "txt_mod_lin": ("norm1_context.linear",),
+            },
+        ),
+        Block(
+            "single_blocks",
+            "single_transformer_blocks",
+            {"linear1": (*_STREAM, "proj_mlp"), "linear2": ("proj_out",), "modulation_lin": ("norm.linear",)},
+        ),
+    ),
+    {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in_in_layer": f"{_TIMES}timestep_embedder.linear_1",
+        "time_in_out_layer": f"{_TIMES}timestep_embedder.linear_2",
+        "vector_in_in_layer": f"{_TIMES}text_embedder.linear_1",
+        "vector_in_out_layer": f"{_TIMES}text_embedder.linear_2",
+        "guidance_in_in_layer": f"{_TIMES}guidance_embedder.linear_1",
+        "guidance_in_out_layer": f"{_TIMES}guidance_embedder.linear_2",
+        "final_layer_linear": "proj_out",
+        "final_layer_adaLN_modulation_1": "norm_out.linear",
+    },
+    swapped=("norm_out.linear",),
+    third="text_encoder_2",
+)
+SD3 = Layout(
+    "sd3",
+    (
+        Block(
+            "joint_blocks",
+            "transformer_blocks",
+            {
+                "x_block_attn_qkv": _STREAM,
+                "x_block_attn_proj": ("attn.to_out.0",),
+                "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+                "x_block_attn2_proj": ("attn2.to_out.0",),
+                "x_block_mlp_fc1": ("ff.net.0.proj",),
+                "x_block_mlp_fc2": ("ff.net.2",),
+                "x_block_adaLN_modulation_1": ("norm1.linear",),
+                "context_block_attn_qkv": _CONTEXT,
+                "context_block_attn_proj": ("attn.to_add_out",),
+                "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+                "context_block_mlp_fc2": ("ff_context.net.2",),
+                "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+            },
+        ),
+    ),
+    {
+        "x_embedder_proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "t_embedder_mlp_0": f"{_TIMES}timestep_embedder.linear_1",
+        "t_embedder_mlp_2": f"{_TIMES}timestep_embedder.linear_2",
+        "y_embedder_mlp_0": f"{_TIMES}text_embedder.linear_1",
+        "y_embedder_mlp_2": f"{_TIMES}text_embedder.linear_2",
+        "final_layer_linear": "proj_out",
+        "final_layer_adaLN_modulation_1": "norm_out.linear",
+    },
+    swapped=("norm_out.linear", "norm1_context.linear"),
+)
+LAYOUTS = {layout.name: layout for layout in (FLUX, SD3)}
+DIFFUSERS_NAMES, BY_BASE = "diffusers", "auto"
+# What a base is called -> its layout. FLUX.2 has other blocks than Flux, so it is not taken for it.
+_BASES = ((re.compile(r"flux(?![._\- ]?2)", re.I), FLUX), (re.compile(r"stable-diffusion-3|sd[-_]?3", re.I), SD3))
+
+
+def layout_for(base: str, wanted: str = BY_BASE) -> Layout | None:
+    """The original layout that modules named as diffusers has them are to take in kohya's files; None keeps their names.
+
+    Args:
+        base: What the adapter's base is called: modules alone do not tell (SD3's attention is named as Flux's is).
+        wanted: "auto" goes by the base's name, "flux" and "sd3" say it, "diffusers" keeps diffusers' names.
+
+    Raises:
+        UsageError: An unknown layout.
+    """
+    if wanted == BY_BASE:
+        return next((layout for name, layout in _BASES if name.search(base)), None)
+    if wanted != DIFFUSERS_NAMES and wanted not in LAYOUTS:
+        known = ", ".join((BY_BASE, *LAYOUTS, DIFFUSERS_NAMES))
+        raise UsageError(f"unknown layout {wanted!r}", hint=f"one of {known}")
+    return LAYOUTS.get(wanted)
+
+
+def original_layout(modules: Iterable[str]) -> Layout | None:
+    """The original layout that a kohya file's names are in; None for one named as diffusers has it."""
+    names = list(modules)
+    return next((layout for layout in LAYOUTS.values() if any(is_original(m, layout) for m in names)), None)
