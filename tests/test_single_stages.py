@@ -78,6 +78,11 @@ def test_by_hand_from_files(tiny_base, tmp_path, capsys):
         tmp_path / "m",
     )
     assert 0 < moved["energy_kept"] <= 1
+    aside = ["post", trained, "--own", statistics["one"], "--rank", 4, "--background", statistics["two"]]
+    mixed = plait(capsys, *aside, "--others", statistics["two"], "--background-weight", 0, "--out", tmp_path / "m0")
+    assert mixed["energy_kept"] == moved["energy_kept"]  # a background that weighs nothing
+    alone = plait(capsys, *aside, "--out", tmp_path / "m1")
+    assert alone["energy_kept"] == pytest.approx(moved["energy_kept"], rel=1e-6)  # "two" in the others' place
     merged = plait(
         capsys, "merge", f"a={trained}", f"b={tmp_path / 'm'}", "--method", "tsv", "--out", tmp_path / "merged"
     )
@@ -101,3 +106,16 @@ def test_init_prints_what_another_trainer_needs(tiny_base, tmp_path, capsys):
         "--for", "axolotl", "--out", tmp_path / "start",
     )  # fmt: skip
     assert "lora_model_dir" in found["snippet"]
+
+
+def test_a_regression_at_the_prompt(tiny_base, tmp_path, capsys):
+    rows = write_rows(tmp_path / "grade.csv", tiny_rows(None, 40))
+    source = ["--base", tiny_base("bert").name, "--task", "grade", "--train-file", rows, "--text", "text"]
+    source += ["--kind", "regression"]
+    own = tmp_path / "grade.stats.safetensors"
+    plait(capsys, "stats", *source, "--target-modules", "query", "--samples", "12", "--out", own)
+    plait(capsys, "init", "--own", own, "--method", "orthonormal", "--rank", 2, "--out", tmp_path / "start")
+    found = plait(capsys, "train", tmp_path / "start", *source, "--set", "training.steps=2", "--out", tmp_path / "a")
+    assert found["kind"] == "regression"
+    scored = plait(capsys, "eval", f"grade={tmp_path / 'a'}", *source)["adapters"][0]["tasks"]["grade"]
+    assert set(scored["metrics"]) == {"pearson", "spearman"}

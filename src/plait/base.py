@@ -52,15 +52,25 @@ class BaseModel:
     @property
     def torch_device(self) -> torch.device:
         """The device as torch names it."""
-        if self.device == "auto":
-            return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise UsageError(f"unknown device {self.device!r}", where="base.device") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise EnvironmentFault("no GPU that torch can use", where=f"device {self.device}", hint="use --device cpu")
-        return _own_gpu(device)
+        return device_named(self.device)
+
+
+def device_named(name: str) -> torch.device:
+    """A device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
+
+    Raises:
+        UsageError: No such device.
+        EnvironmentFault: No GPU that torch can use.
+    """
+    if name == "auto":
+        return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault("no GPU that torch can use", where=f"device {name}", hint="use --device cpu")
+    return _own_gpu(device)
 
 
 def _own_gpu(device: torch.device) -> torch.device:

@@ -63,7 +63,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
     spec, tokenizer = recipe.statistics, evaluator.tokenizer
     model, targets = evaluator.task_model(task.name), recipe.lora.target_modules
-    options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task, rows)}
+    options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
 
     def given(start: int, stop: int | None) -> Any:
         return batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True)
@@ -81,7 +81,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     return collect_shards(model, shards, parts, targets, **options)
 
 
-def _provenance(session: Session, task: Task, rows: Any) -> dict[str, Any]:
+def _provenance(session: Session, task: Task) -> dict[str, Any]:
     recipe = session.recipe
     return {
         "base": session.base.name,

@@ -117,7 +117,13 @@ def train_one(
 
 
 def evaluate_folders(
-    recipe: Recipe, folders: Sequence[str], *, scales: Sequence[float] | None, out: Path | None, overwrite: bool
+    recipe: Recipe,
+    folders: Sequence[str],
+    *,
+    scales: Sequence[float] | None,
+    out: Path | None,
+    overwrite: bool,
+    task: str = "",
 ) -> dict[str, Any]:
     """Score adapter folders on the tasks whose heads they carry.
 
@@ -128,12 +134,17 @@ def evaluate_folders(
             without, scale 1 on all rows.
         out: Where the long table goes, if anywhere.
         overwrite: Replace it.
+        task: Only this one of the recipe's tasks; all by default.
 
     Returns:
         adapters: a list of {adapter, scale, mean, floor, tasks: {task: {score, floor, n, metrics}}}.
     """
     from plait.merging.folders import read_named
 
+    if task:
+        named = {t if isinstance(t, str) else t.name: t for t in recipe.tasks}
+        require_known(task, list(named), "task")
+        recipe = recipe.model_copy(update={"tasks": [named[task]]})
     session = Session(recipe)
     found, rows = [], []
     for folder in folders:

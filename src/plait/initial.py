@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,15 @@ import torch
 from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.base import device_named
 from plait.errors import UsageError
+from plait.options import did_you_mean
 from plait.statistics import Statistics, open_statistics
 from plait.store import identity, is_done, read_manifest, sha256_file, staged_folder
 from plait.subspaces import compute_subspaces
+from plait.subspaces.registry import checked_row_norm
+
+PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,16 @@ class InitialSettings:
     background_weight: float = 0.5
     task_type: str | None = "SEQ_CLS"
     target_modules: tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError, before anything is read, for what no adapter can be."""
+        if not 0 < self.alpha < math.inf:
+            raise UsageError(f"alpha {self.alpha!r}, expected a finite number above 0")
+        checked_row_norm(self.row_norm)
+        if self.task_type is not None and self.task_type not in PEFT_TASKS:
+            raise UsageError(
+                f"task type {self.task_type!r} is not one of PEFT's", hint=did_you_mean(self.task_type, PEFT_TASKS)
+            )
 
 
 def initial_adapters(
@@ -136,6 +152,7 @@ def initialise_from_files(
     *,
     background: Sequence[Path] = (),
     seed: int = 0,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
@@ -147,21 +164,23 @@ def initialise_from_files(
         UsageError: No others for a method that needs them; `out` holds something else.
         InputError: A file that cannot be read, or files of different bases.
     """
+    where = device_named(device)
     task, statistics = read_own_and_others(own, others)
     mine = statistics[task]
     pools = [open_statistics(p) for p in background]
-    inputs = _hashes(own, others) | {f"background {p.name}": sha256_file(p) for p in background}
+    inputs = _hashes(own, others, background)
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
     summary = {"output": str(out.absolute()), "task": task, "others": [t for t in statistics if t != task]}
     if is_done(out, wanted, overwrite=overwrite):
         return {**summary, "reused": True}
     made = initial_adapters(
-        statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools
+        statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools, device=where
     )
     adapter, record = made[task]
     if pools:
-        record |= {"background": [p.name for p in background], "background_weight": settings.background_weight}
+        weight = 1.0 if len(statistics) == 1 else settings.background_weight  # nobody else to mix it with
+        record |= {"background": [p.name for p in background], "background_weight": weight}
     result: dict[str, Any] = {}
     with staged_folder(out, wanted, overwrite=overwrite, result=result) as folder:
         result |= record
@@ -169,8 +188,9 @@ def initialise_from_files(
     return {**summary, **record, "reused": False}
 
 
-def _hashes(own: Path, others: Sequence[Path]) -> dict[str, str]:
-    return {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
+def _hashes(own: Path, others: Sequence[Path], background: Sequence[Path]) -> dict[str, str]:
+    found = {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
+    return found | {f"background {p.name}": sha256_file(p) for p in background}
 
 
 def move_from_files(
@@ -180,7 +200,9 @@ def move_from_files(
     settings: InitialSettings,
     out: Path,
     *,
+    background: Sequence[Path] = (),
     seed: int = 0,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Move a trained adapter into a subspace of its task and write the result.
@@ -189,9 +211,11 @@ def move_from_files(
         folder: The trained adapter.
         own: Statistics of its task; B is fitted again on them, in closed form.
         others: Statistics of the other tasks.
-        settings: Method, rank, options; alpha, task type and targets are the adapter's own.
+        settings: Method, rank, options, background's weight; alpha, task type and targets are the adapter's own.
         out: The folder to write.
+        background: Statistics of public text that stand for tasks nobody knows yet.
         seed: Of methods that draw at random.
+        device: Where the subspace is sought.
         overwrite: Replace what stands there.
 
     Returns:
@@ -199,15 +223,26 @@ def move_from_files(
     """
     from plait.subspaces.post import move_into
 
+    where = device_named(device)
     adapter = read_adapter(folder)
     task, statistics = read_own_and_others(own, others)
-    options = {"method": settings.method, "rank": settings.rank, "options": dict(settings.options)}
-    inputs = {"adapter": adapter.source["sha256"], **_hashes(own, others)}
+    options: dict[str, Any] = {"method": settings.method, "rank": settings.rank, "options": dict(settings.options)}
+    if background:
+        options["background_weight"] = settings.background_weight
+    inputs = {"adapter": adapter.source["sha256"], **_hashes(own, others, background)}
     wanted = identity("post", options, inputs, seed)
     if is_done(out, wanted, overwrite=overwrite):
         return {**(read_manifest(out) or {})["result"], "output": str(out.absolute()), "reused": True}
     spaces = compute_subspaces(
-        settings.method, statistics, tasks=[task], rank=settings.rank, options=settings.options, seed=seed
+        settings.method,
+        statistics,
+        tasks=[task],
+        rank=settings.rank,
+        options=settings.options,
+        seed=seed,
+        background=[open_statistics(p) for p in background] or None,
+        background_weight=settings.background_weight,
+        device=where,
     )
     moved, kept = move_into(adapter, spaces[task], statistics=statistics[task])
     worst = min(kept, key=lambda m: kept[m])

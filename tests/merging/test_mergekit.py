@@ -66,6 +66,7 @@ def recipe(**changes):
         ({"models": [{"model": "whole", "parameters": {"weight": 1}}]}, "whole model"),
         ({"models": [{"model": "base"}]}, "no model is base"),
         ({"models": [{"model": "base+x"}, {"model": "other+y"}], "base_model": "base"}, "different bases"),
+        ({"models": [{"model": "base+x"}, {"model": "other+y"}]}, "different bases"),
         ({"parameters": {"weight": [0.1, 0.9]}}, "varies by layer"),
         ({"parameters": {"normalize": False}}, "normalize: false"),
         ({"merge_method": "ties", "parameters": {"rescale": True}}, "nothing like rescale"),

@@ -32,6 +32,7 @@ def folders(tmp_path):
         {"per_task": True, "method": "emr", "options": {"x": 1}},
         {"per_task": True, "method": "tsv"},
         {"curve": True, "rank": 2},
+        {"method": "tsv", "statistics": {"a": "a.stats.safetensors"}},
     ],
 )
 def test_contradictions_are_refused(folders, tmp_path, extra):

@@ -66,7 +66,7 @@ def test_from_files_only_with_and_without_background(pool, tmp_path, capsys):
             0.1,
         ),
         "alone": (
-            ["--background", pool["public"], "--background-weight", 1],
+            ["--background", pool["public"]],  # nobody else: its share is all, whatever the weight
             {"mine": statistics["mine"]},
             statistics["public"],
             1.0,
@@ -94,6 +94,9 @@ def test_a_pool_in_one_file(pool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["stats", "merge", str(pool["one"]), str(pool["two"]), "--out", str(merged)])
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["stats", "merge", str(pool["one"]), str(pool["one"]), "--out", str(tmp_path / "twice")])
+    assert "the same statistics as" in capsys.readouterr().err and not (tmp_path / "twice").exists()
     assert init(capsys, "--own", pool["mine"], "--others", merged, "--out", tmp_path / "a")["others"] == ["pool"]
     with pytest.raises(UsageError, match="merged from files of 'one' too"):
         initialise_from_files(pool["one"], [merged], InitialSettings(rank=2), tmp_path / "b")

@@ -9,9 +9,9 @@ import typer
 
 from plait.cli import existing
 from plait.cli.existing import General, Length, Text
+from plait.cli.given import only, without
 from plait.cli.options import Json, Overwrite, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
-from plait.errors import UsageError
 
 Folders = Annotated[
     list[str],
@@ -28,6 +28,9 @@ Refine = Annotated[int, typer.Option("--refine", min=0, help="auto: steps of lea
 Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
+_ONLY_AUTO = ("text", "general", "refine", "repair", "length")
+_AUTO = {*_ONLY_AUTO, "out", "rank", "base", "device", "seed", "overwrite"}
+
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
@@ -35,6 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
+    context: typer.Context,
     folders: Folders,
     out: Out = None,
     method: Method = "task_arithmetic",
@@ -62,13 +66,11 @@ def merge(
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
     """
     if folders[0] == "auto":
+        only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(text, general, refine, repair, length, rank, base, device, seed, overwrite)
         existing.auto(folders[1:], out, chosen, as_json)
         return
-    if text or general or repair:
-        raise UsageError(
-            "--text, --general and --repair are for a choice without labels", hint="plait merge auto BASE ADAPTER..."
-        )
+    _require_meaning(context, folders, per_task=per_task, curve=curve, bake=bake is not None)
     from plait.merging.request import MergeRequest, answer
 
     trailing = [Path(f) for f in folders if f.endswith(".stats.safetensors")]  # --stats pool/* leaves them here
@@ -97,6 +99,21 @@ def merge(
     emit(found, as_json, merge_text(found))
 
 
+def _require_meaning(context: typer.Context, folders: list[str], *, per_task: bool, curve: bool, bake: bool) -> None:
+    """Refuse options that the way of merging that is asked for would pass over."""
+    without(context, "a merge by --method", _ONLY_AUTO, hint="plait merge auto BASE ADAPTER...")
+    if len(folders) == 1 and folders[0].endswith((".yaml", ".yml")):
+        without(
+            context, "a mergekit recipe", ("method", "sets", "weights", "scale", "base"), hint="it says them itself"
+        )
+    if curve:
+        without(context, "--rank-curve", ("out", "overwrite", "verify", "format", "stack"), hint="it writes nothing")
+    if per_task:
+        without(context, "--per-task", ("verify", "device", "stack"))
+    if bake:
+        without(context, "--bake", ("format",), hint="it writes a full model")
+
+
 def named_files(files: list[Path] | None) -> dict[str, Path] | None:
     """``TASK=FILE``, or files whose name before the first dot is the task."""
     if not files:
@@ -117,6 +134,9 @@ def merge_text(found: dict[str, Any]) -> str:
         lines.append(f"rank {found['rank']}")
     if found.get("discarded_energy"):
         lines.append(f"the cut to this rank lost {100 * found['discarded_energy']:.2f} % of the update's energy")
+    if found.get("relative_error"):
+        far = ", ".join(f"{t} {100 * e:.1f} %" for t, e in found["relative_error"].items())
+        lines.append(f"each task with its mask is off by: {far}")
     if "rounding_error" in found:
         lines.append(
             f"rounding to {', '.join(found['dtype'])} took {100 * found['rounding_error']:.3g} % of the update"

@@ -88,9 +88,7 @@ def list_names(
     emit(found, as_json, "\n\n".join(blocks))
 
 
-def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a run.")], quiet: Quiet = False, as_json: Json = False
-) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], as_json: Json = False) -> None:
     """Write the report of a run again from its scores."""
     from plait import pipeline
 

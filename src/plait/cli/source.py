@@ -22,7 +22,8 @@ Validation = Annotated[
     str | None, typer.Option("--validation-file", help="Like --train-file; every fifth row without it.")
 ]
 Text = Annotated[str | None, typer.Option("--text", help="Text column, or two: premise,hypothesis.")]
-Label = Annotated[str, typer.Option("--label", help="Label column.")]
+Label = Annotated[str | None, typer.Option("--label", help="Label column; label by default.")]
+Kind = Annotated[str | None, typer.Option("--kind", help="classification (default), regression, causal or seq2seq.")]
 Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="As PEFT's; may be repeated.")]
 
 
@@ -34,19 +35,30 @@ def recipe_from(
     train_file: str | None,
     validation: str | None,
     text: str | None,
-    label: str,
+    label: str | None,
     targets: list[str] | None,
     sets: list[str] | None,
     device: str,
+    kind: str | None = None,
 ) -> RecipeModel:
     """A checked recipe for one stage.
 
     Raises:
-        UsageError: Neither a recipe nor a base and a task.
+        UsageError: Neither a recipe nor a base and a task, or a recipe beside what describes a task.
     """
     from plait.recipe_file import apply_overrides, find_recipe, parse_recipe, read_recipe
 
+    described = {
+        "--train-file": train_file,
+        "--validation-file": validation,
+        "--text": text,
+        "--label": label,
+        "--kind": kind,
+    }
     if recipe is not None:
+        for option, value in {**described, "--target-modules": targets}.items():
+            if value is not None:
+                raise UsageError(f"--recipe and {option} exclude each other", hint="the recipe says it, or --set does")
         extra = [f"data.root={root}"] if root else []
         extra += [f"base.model={base}"] if base else []
         return read_recipe(find_recipe(recipe), [*extra, f"base.device={device}", *(sets or [])])
@@ -55,7 +67,7 @@ def recipe_from(
     raw: dict[str, Any] = {
         "base": {"model": base, "device": device},
         "data": {"root": str(root) if root else None},
-        "tasks": [_task(task, train_file, validation, text, label)],
+        "tasks": [_task(task, described)],
         "lora": {"target_modules": targets or default_targets(base)},
         "arms": ["kaiming"],  # not used by a single stage; one that needs no other task
         "merges": ["task_arithmetic"],
@@ -65,16 +77,19 @@ def recipe_from(
     return parse_recipe(raw, "options")
 
 
-def _task(
-    task: str, train_file: str | None, validation: str | None, text: str | None, label: str
-) -> str | dict[str, Any]:
+def _task(task: str, described: dict[str, str | None]) -> str | dict[str, Any]:
     if not task:
         raise UsageError("which task?", hint="--task NAME, or --recipe FILE")
-    if train_file is None:
+    train, validation, text, label, kind = described.values()
+    if train is None:
+        for option, value in described.items():
+            if value is not None:
+                raise UsageError(f"{option} describes a file, and there is no --train-file", hint="--train-file FILE")
         return task
     if not text:
         raise UsageError("which text column?", hint="--text sentence, or --text premise,hypothesis")
-    return {"name": task, "train": train_file, "validation": validation, "text": text.split(","), "label": label}
+    given = {"label": label, "kind": kind, "validation": validation}
+    return {"name": task, "train": train, "text": text.split(","), **{k: v for k, v in given.items() if v is not None}}
 
 
 def default_targets(base: str) -> list[str]:

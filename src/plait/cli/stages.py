@@ -7,13 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from plait.cli.given import without
 from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
-from plait.cli.source import Base, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
+from plait.cli.source import Base, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
 
 Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")]
 Others = Annotated[list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")]
 More = Annotated[list[Path] | None, typer.Argument(help="More statistics of others: --others pool/* works.")]
+Background = Annotated[list[Path] | None, typer.Option("--background", help="Statistics of public text.")]
+Share = Annotated[float, typer.Option("--background-weight", min=0, max=1, help="Its share.")]
 Subspace = Annotated[str, typer.Option("--method", "-m", help="See `plait ls subspaces`.")]
 
 
@@ -26,12 +29,13 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
+    context: typer.Context,
     own: Own,
     out: Out,
     more: More = None,
     others: Others = None,
-    background: Annotated[list[Path] | None, typer.Option("--background", help="Statistics of public text.")] = None,
-    background_weight: Annotated[float, typer.Option("--background-weight", min=0, max=1, help="Its share.")] = 0.5,
+    background: Background = None,
+    background_weight: Share = 0.5,
     method: Subspace = "contrastive",
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     alpha: Annotated[float, typer.Option("--alpha")] = 16.0,
@@ -41,6 +45,7 @@ def init(
         str | None, typer.Option("--for", help="Also print what axolotl, llama-factory, unsloth or trl needs.")
     ] = None,
     sets: Set = None,
+    device: Device = "cpu",
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -48,12 +53,19 @@ def init(
     """Write an adapter that is ready to train: A in the task's subspace, B zero. From files alone; no base is loaded."""
     from plait.initial import InitialSettings, initialise_from_files
 
+    if not background:
+        without(context, "an init without --background", ["background_weight"])
+    if trainer is not None:
+        from plait.training.snippets import require_trainer
+
+        require_trainer(trainer, task_type)  # before anything is written
     chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), background_weight, task_type)
     found = initialise_from_files(
-        own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, overwrite=overwrite
-    )
+        own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, device=device,
+        overwrite=overwrite,
+    )  # fmt: skip
     reused = " (was there already)" if found["reused"] else ""
-    pools = f" and background at weight {background_weight:g}" if background else ""
+    pools = f" and background at weight {found['background_weight']:g}" if "background_weight" in found else ""
     text = f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'}{pools} -> {out}{reused}"
     if trainer is not None:
         from plait.training.snippets import snippet
@@ -64,21 +76,28 @@ def init(
 
 
 def post(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Argument(help="A trained adapter folder.")],
     own: Own, out: Out,
-    others: Others = None, more: More = None, method: Subspace = "contrastive",
+    others: Others = None, more: More = None, background: Background = None, background_weight: Share = 0.5,
+    method: Subspace = "contrastive",
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
-    sets: Set = None, seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
+    sets: Set = None, device: Device = "cpu", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Move a trained adapter into its task's subspace, B fitted again from statistics; says how much is kept."""
     from plait.initial import InitialSettings, move_from_files
 
-    chosen = InitialSettings(method, rank, options=settings(sets))
+    if not background:
+        without(context, "a post without --background", ["background_weight"])
+    chosen = InitialSettings(method, rank, options=settings(sets), background_weight=background_weight)
     everyone = [*(others or []), *(more or [])]
-    found = move_from_files(adapter, own, everyone, chosen, out, seed=seed, overwrite=overwrite)
+    found = move_from_files(
+        adapter, own, everyone, chosen, out, background=background or [], seed=seed, device=device, overwrite=overwrite
+    )
     worst, share = found["worst_module"]
     kept = f"{100 * found['energy_kept']:.1f} % of the update's energy kept, least in {worst} ({100 * share:.1f} %)"
-    emit(found, as_json, f"{found['task']} into {method}, rank {rank}: {kept} -> {out}")
+    reused = " (was there already)" if found["reused"] else ""
+    emit(found, as_json, f"{found['task']} into {method}, rank {rank}: {kept} -> {out}{reused}")
 
 
 def train(
@@ -86,7 +105,8 @@ def train(
     out: Out,
     task: Task,
     recipe: Recipe = None, base: Base = None, root: Root = None, train_file: Train = None, validation: Validation = None,
-    text: Text = None, label: Label = "label", targets: Targets = None, sets: Set = None, device: Device = "auto",
+    text: Text = None, label: Label = None, kind: Kind = None, targets: Targets = None,
+    sets: Set = None, device: Device = "auto",
     statistics: Annotated[list[Path] | None, typer.Option("--statistics", help="Of this task and of others; repeat.")] = None,
     seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -97,7 +117,7 @@ def train(
     from plait.commands import train_one
 
     found = train_one(
-        recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device),
+        recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind),
         initial, task, out, seed=seed, overwrite=overwrite, quiet=quiet, statistics=statistics or [],
     )  # fmt: skip
     if found:  # nothing in the other processes of torchrun
@@ -107,7 +127,8 @@ def train(
 def evaluate(
     folders: Annotated[list[str], typer.Argument(help="Adapter folders, DIR or NAME=DIR, alone or merged.")],
     recipe: Recipe = None, base: Base = None, root: Root = None, task: Task = "", train_file: Train = None,
-    validation: Validation = None, text: Text = None, label: Label = "label", sets: Set = None, device: Device = "auto",
+    validation: Validation = None, text: Text = None, label: Label = None, kind: Kind = None, sets: Set = None,
+    device: Device = "auto",
     scales: Annotated[str | None, typer.Option("--scales", help="Grid (0.3,0.5,1): chosen on one half, reported on the other.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the long table (jsonl) here.")] = None,
     overwrite: Overwrite = False, as_json: Json = False,
@@ -115,8 +136,11 @@ def evaluate(
     """Score adapters on the tasks whose heads they carry, beside the floor (the base with those heads)."""
     from plait.commands import evaluate_folders
 
-    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, ["unused"], sets, device)
-    found = evaluate_folders(chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite)
+    targets = ["unused"] if recipe is None else None
+    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind)
+    found = evaluate_folders(
+        chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task
+    )
     emit(found, as_json, _scores_text(found["adapters"]))
 
 

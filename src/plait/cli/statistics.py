@@ -9,7 +9,7 @@ import typer
 
 from plait.cli.options import Device, Json, Overwrite, Root, Seed, Set
 from plait.cli.output import emit, table
-from plait.cli.source import Base, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
+from plait.cli.source import Base, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
 from plait.errors import UsageError
 
 File = Annotated[Path, typer.Argument(help="A statistics file.")]
@@ -32,7 +32,7 @@ def collect(
     context: typer.Context,
     out: Annotated[Path | None, typer.Option("--out", help="The file, TASK.stats.safetensors.")] = None,
     recipe: Recipe = None, base: Base = None, task: Task = "", root: Root = None, train_file: Train = None,
-    validation: Validation = None, text: Text = None, label: Label = "label", targets: Targets = None,
+    validation: Validation = None, text: Text = None, label: Label = None, kind: Kind = None, targets: Targets = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Training rows to look at; 100 by default.")] = None,
     pool: Annotated[str | None, typer.Option("--pool", help="token (default) or mean.")] = None,
     sketch: Annotated[int | None, typer.Option("--sketch", min=1, help="Keep K directions per site, not the whole moment.")] = None,
@@ -52,7 +52,7 @@ def collect(
     extra += [f"statistics.sketch={sketch}"] if sketch else []
     extra += [f"statistics.memory={bytes_of(memory)}"] if memory is not None else []
     chosen = recipe_from(
-        recipe, task, base, root, train_file, validation, text, label, targets, [*extra, *(sets or [])], device
+        recipe, task, base, root, train_file, validation, text, label, targets, [*extra, *(sets or [])], device, kind
     )
     found = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
     if found["memory"]:
@@ -89,7 +89,9 @@ def show(file: File, as_json: Json = False) -> None:
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Add statistics files of one base: more rows of a task, or several tasks as one pool."""
     from plait.statistics import merge_statistics, read_statistics, write_statistics
+    from plait.statistics.files import require_distinct
 
+    require_distinct(files)
     write_statistics(out, merge_statistics(*(read_statistics(f) for f in files)), overwrite=overwrite)
     emit({"output": str(out), "merged": [str(f) for f in files]}, as_json, f"{len(files)} files -> {out}")
 

@@ -47,7 +47,7 @@ def read_mergekit_config(path: Path) -> dict[str, Any]:
     that differ between models) is an error, never ignored.
 
     Returns:
-        {"folders", "method", "options", "weights", "scale", "base"}; `base` only where the recipe names one.
+        {"folders", "method", "options", "weights", "scale", "base"}.
 
     Raises:
         InputError: Not YAML, or not a mapping.
@@ -84,7 +84,7 @@ def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
     models = _models(recipe.get("models"))
     shared = _parameters(recipe.get("parameters"), "parameters")
     folders = [adapter for _, adapter, _ in models]
-    bases = {base for base, _, _ in models} | {str(recipe["base_model"])} if "base_model" in recipe else set()
+    bases = {base for base, _, _ in models} | ({str(recipe["base_model"])} if "base_model" in recipe else set())
     if len(bases) > 1:
         raise UsageError(f"adapters of different bases: {', '.join(sorted(bases))}", where="models")
     own = [parameters for _, _, parameters in models]
@@ -95,7 +95,7 @@ def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "weights": [float(p.get("weight", shared.get("weight", 1.0))) for p in own],
         "scale": float(shared.get("lambda", 1.0)),
     }
-    return merged | ({"base": next(iter(bases))} if bases else {})
+    return merged | {"base": next(iter(bases))}
 
 
 def _models(models: Any) -> list[tuple[str, str, dict[str, float]]]:

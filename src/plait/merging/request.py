@@ -17,6 +17,7 @@ from plait.merging.mergekit import read_mergekit_config
 from plait.merging.per_task import merge_per_task
 from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
+from plait.merging.registry import find_method
 from plait.merging.stack import composed, in_order, stack_record
 from plait.merging.to_format import is_for_files, merge_to_format
 
@@ -63,6 +64,8 @@ def answer(request: MergeRequest) -> dict[str, Any]:
     """
     if len(request.folders) == 1 and Path(request.folders[0]).suffix in (".yaml", ".yml"):
         request = replace(request, **read_mergekit_config(Path(request.folders[0])))
+    if request.statistics and not find_method(request.method).needs:
+        raise UsageError(f"{request.method} takes no statistics", hint="leave --stats out")
     if sum((request.bake_into is not None, request.per_task, request.curve)) > 1:
         raise UsageError("--bake, --per-task and --rank-curve exclude each other")
     if request.curve:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from plait.adapters.tensors import joined_tensors, read_tensors, write_tensors
-from plait.errors import InputError
+from plait.errors import InputError, UsageError
 from plait.statistics.moments import DENSE, FACTOR, ModuleInfo, Moments, Statistics, packed, unpacked
-from plait.store import canonical_json, staged_file
+from plait.store import canonical_json, require_regular, sha256_file, staged_file
 
 SCHEMA = 1
 KIND = "plait.statistics"
@@ -118,6 +118,20 @@ def read_statistics(path: str | Path) -> Statistics:
     if odd := [n for n, i in modules.items() if i.site not in sites]:
         raise InputError(f"module {odd[0]!r} reads a site that is not in the file", where=str(path))
     return Statistics(sites, modules, provenance)
+
+
+def require_distinct(files: Sequence[Path]) -> None:
+    """Refuse to count rows twice.
+
+    Raises:
+        UsageError: Two of the files have the same bytes.
+    """
+    seen: dict[str, Path] = {}
+    for path in files:
+        require_regular(path)
+        other = seen.setdefault(sha256_file(path), path)
+        if other is not path:
+            raise UsageError(f"the same statistics as {other}", where=str(path), hint="name every file once")
 
 
 def read_identity(path: str | Path) -> dict[str, Any] | None:

@@ -80,7 +80,8 @@ def compute_subspaces(
         options: Of the method.
         seed: For what is drawn; each module and task draws from its own hash of it.
         background: Statistics of public text that stand for unknown future tasks.
-        background_weight: Their share among the others, in [0, 1]; 1 leaves the known tasks out.
+        background_weight: Their share among the others, in [0, 1]; 1 leaves the known tasks out. Where no other task is
+            given, any share above 0 is all.
         device: Where to compute.
 
     Returns:
@@ -98,6 +99,8 @@ def compute_subspaces(
     wanted = tuple(tasks) if tasks is not None else tuple(statistics)
     pool = _checked_background(background, background_weight)
     _require_usable(chosen, statistics, wanted, rank, pool, background_weight)
+    if pool is not None and len(statistics) == 1 and background_weight > 0:
+        background_weight = 1.0  # there is nobody else to mix it with
     first = next(iter(statistics.values()))
     found: dict[str, dict[str, Subspace]] = {t: {} for t in wanted}
     for site, modules in readers(first.modules).items():

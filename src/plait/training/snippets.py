@@ -60,12 +60,12 @@ def snippet(trainer: str, folder: str | Path) -> str:
         UsageError: Unknown trainer, or an adapter with a task's head, which these trainers of text do not train.
         InputError: Not an adapter folder.
     """
-    if trainer not in TRAINERS:
-        raise UsageError(f"unknown trainer {trainer!r}", hint=f"one of {', '.join(TRAINERS)}")
+    require_trainer(trainer, None)
     folder = Path(folder)
     adapter, config = read_adapter(folder), read_config(folder)
     if adapter.heads:
         raise UsageError(f"{trainer} trains text, this adapter has a classification head", where=str(folder))
+    require_trainer(trainer, adapter.task_type)
     out = f"{folder}-trained"
     if trainer in ("trl", "unsloth"):
         return (_TRL if trainer == "trl" else _UNSLOTH).format(base=adapter.base, folder=str(folder), out=out)
@@ -73,6 +73,18 @@ def snippet(trainer: str, folder: str | Path) -> str:
     names = sorted(adapter.full_name(m) for m in adapter.modules) if targets is None else targets
     shared = {"base": adapter.base, "folder": str(folder), "r": config.r, "alpha": int(config.alpha), "out": out}
     return _yaml((_axolotl if trainer == "axolotl" else _llama_factory)(shared, names))
+
+
+def require_trainer(trainer: str, task_type: str | None) -> None:
+    """Refuse what `snippet` has nothing for.
+
+    Raises:
+        UsageError: An unknown trainer, or an adapter that is not for a causal language model.
+    """
+    if trainer not in TRAINERS:
+        raise UsageError(f"unknown trainer {trainer!r}", hint=f"one of {', '.join(TRAINERS)}")
+    if task_type not in (None, "CAUSAL_LM"):
+        raise UsageError(f"{trainer} trains causal language models, this is {task_type}", hint="--task-type CAUSAL_LM")
 
 
 def _axolotl(x: dict[str, Any], targets: tuple[str, ...] | list[str] | str) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""Options that make no sense together are refused, never ignored: which of them were typed, and which may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import typer
+
+from plait.errors import UsageError
+
+
+def typed(context: typer.Context) -> dict[str, str]:
+    """Parameter -> option, of those that stand on the command line."""
+    named = {p.name: next((o for o in p.opts if o.startswith("--")), "") for p in context.command.params if p.name}
+    sources = {name: context.get_parameter_source(name) for name in named}
+    return {n: option for n, option in named.items() if option and getattr(sources[n], "name", "") == "COMMANDLINE"}
+
+
+def only(context: typer.Context, what: str, allowed: Iterable[str], *, hint: str = "") -> None:
+    """Refuse every option that was typed and is not among `allowed` parameters.
+
+    Raises:
+        UsageError: Names the options.
+    """
+    _refuse([option for name, option in typed(context).items() if name not in {*allowed, "as_json"}], what, hint)
+
+
+def without(context: typer.Context, what: str, refused: Iterable[str], *, hint: str = "") -> None:
+    """Refuse the options of these parameters where they were typed.
+
+    Raises:
+        UsageError: Names the options.
+    """
+    given = typed(context)
+    _refuse([given[name] for name in refused if name in given], what, hint)
+
+
+def _refuse(options: list[str], what: str, hint: str) -> None:
+    if options:
+        raise UsageError(f"{what} takes no {' and no '.join(options)}", hint=hint or "leave it out")
