@@ -9,9 +9,11 @@ from typing import Any
 
 from plait.base import tokenizer_fingerprint
 from plait.locks import locked, system_errors
+from plait.ranks import is_writer, rank, together
 from plait.session import Session
 from plait.statistics import Statistics, collect_shards, collect_statistics, write_statistics
 from plait.statistics.budget import bytes_of
+from plait.statistics.distributed import own_share
 from plait.store import sha256_json
 from plait.tasks import Task, batches, encode
 
@@ -26,7 +28,8 @@ def collect_file(
 
     More than `SHARD_ROWS` rows are collected shard by shard into a hidden folder beside the file; whoever asks for the
     same file again after an interruption goes on after the last finished shard. With a memory budget the folder takes
-    finished groups of layers instead.
+    finished groups of layers instead. Under torchrun every process reads its share and keeps a folder of its own; the
+    first one writes the file.
 
     Args:
         session: Base, data, settings.
@@ -38,14 +41,17 @@ def collect_file(
     """
     task = session.tasks[name]
     examples = session.sample(name, seed)
-    parts = path.parent / f".{path.name}.{sha256_json(dict(wanted))[:12]}.parts"
-    with locked(parts), system_errors(parts):
+    own = "" if is_writer() else f".rank-{rank()}"
+    parts = path.parent / f".{path.name}.{sha256_json(dict(wanted))[:12]}{own}.parts"
+    with together(session.base.torch_device), locked(parts), system_errors(parts):
         try:
             statistics = collect_task(session, task, examples, parts=parts)
-            write_statistics(path, statistics, identity=wanted, overwrite=overwrite)
+            if is_writer():
+                write_statistics(path, statistics, identity=wanted, overwrite=overwrite)
         finally:
             if session.recipe.statistics.memory is not None:  # groups of layers cannot be gone on with
                 shutil.rmtree(parts, ignore_errors=True)
+    if is_writer():
         for leftover in path.parent.glob(f".{path.name}.*.parts"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -66,7 +72,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
 
     def given(start: int, stop: int | None) -> Any:
-        return batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True)
+        return own_share(batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True))
 
     if spec.memory is not None:
         shutil.rmtree(parts, ignore_errors=True)

@@ -13,6 +13,7 @@ from plait.errors import UsageError
 from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, mean_score, write_scores
 from plait.progress import Progress
+from plait.ranks import is_writer
 from plait.recipe import Recipe
 from plait.recipe_file import require_known
 from plait.session import Session
@@ -21,10 +22,11 @@ from plait.tasks.task import TEXT_KINDS
 
 
 def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
-    """Statistics of one task of a recipe, written to a file.
+    """Statistics of one task of a recipe, written to a file; under torchrun, by all of its processes together.
 
     Returns:
-        output, task, samples, tokens, sites; memory: what a budget chose, else None.
+        output, task, samples, tokens, sites; memory: what a budget chose, else None. Empty in every process but
+        torchrun's first.
     """
     from plait.jobs import STATISTICS, plan
     from plait.pipeline import finished
@@ -38,6 +40,8 @@ def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: b
     reused = finished(job, overwrite=overwrite)
     if not reused:
         run_job(job, whole, session, overwrite=overwrite)
+    if not is_writer():
+        return {}
     found = open_statistics(out)
     tokens = found.provenance.get("tokens")
     samples = found.provenance.get("samples")
@@ -82,7 +86,6 @@ def train_one(
 
     from plait.statistics import read_statistics
     from plait.training import train_adapter
-    from plait.training.train import is_writer
 
     session = Session(recipe)
     require_known(task, list(session.tasks), "task")

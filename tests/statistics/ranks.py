@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch.distributed as dist
 
-from plait.statistics import collect_statistics, write_statistics
+from plait.statistics import collect_statistics, grouped, write_statistics
+from plait.statistics.budget import MemoryPlan
 from plait.statistics.distributed import own_share
 from tests.statistics.models import batches, build
 
@@ -24,6 +26,12 @@ def main(folder: str, kind: str) -> None:
             fully_shard(layer)
         fully_shard(model)
     found = collect_statistics(model, own_share(given), ["q_proj", "v_proj", "down_proj"], **options)
+    if kind == "plain":  # again within a budget, a layer at a time
+        grouped.plan_memory = lambda n, *_, **__: MemoryPlan("layers", n, n, 1)
+        spool = Path(folder) / f"spool-{dist.get_rank()}"
+        parted = collect_statistics(model, own_share(given), ["q_proj", "v_proj", "down_proj"], memory=1, spool=spool)
+        if dist.get_rank() == 0:
+            write_statistics(f"{folder}/grouped-{dist.get_world_size()}", parted)
     if dist.get_rank() == 0:
         write_statistics(f"{folder}/{kind}-{dist.get_world_size()}", found)
     dist.barrier()

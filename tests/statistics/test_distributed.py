@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from plait.errors import UsageError
 from plait.statistics import collect_statistics, read_statistics
 from plait.statistics.distributed import own_share
+from tests.conftest import tiny_rows, write_rows
 from tests.statistics.models import batches, build
 from tests.statistics.test_collect import relative_difference
 
@@ -44,6 +46,12 @@ def test_world_sizes_agree(world, tmp_path):
     for site, moments in alone.sites.items():
         torch.testing.assert_close(moments.total, found.sites[site].total, rtol=1e-5, atol=1e-5)
         assert moments.padded_count == found.sites[site].padded_count
+    parted = read_statistics(tmp_path / f"grouped-{world}")
+    assert parted.provenance["memory"]["chosen"] == "exact, 1 layers at a time"
+    assert relative_difference(alone, parted) < 1e-6
+    assert [parted.provenance[k] for k in ("samples", "tokens")] == [alone.provenance[k] for k in ("samples", "tokens")]
+    for name, info in alone.modules.items():
+        assert parted.modules[name].output_energy == pytest.approx(info.output_energy, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -67,3 +75,23 @@ def test_alone_everything_is_the_own_share():
     assert list(own_share(range(5))) == [0, 1, 2, 3, 4]
     with pytest.raises(UsageError, match="not initialised"):
         collect_statistics(build("llama"), batches("llama", 0), ["q_proj"], distributed=True)
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tiny_base, tmp_path):
+    rows = write_rows(tmp_path / "one.csv", tiny_rows(2, 60))
+    command = ["stats", "--base", tiny_base("bert").name, "--task", "one", "--train-file", str(rows), "--text", "text"]
+    command += ["--target-modules", "query", "--samples", "40", "--device", "cpu", "--set", "statistics.batch_size=4"]
+    for world, name, extra in ((1, "alone", []), (2, "two", []), (2, "budget", ["--memory", "1GB"])):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "plait"]
+        done = subprocess.run(
+            [sys.executable, *(launch if world > 1 else ["-m", "plait"]), *command, *extra, "--out", tmp_path / name, "--json"],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+            capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["samples"] == 40  # one process speaks, of the rows of both
+        found = read_statistics(tmp_path / name)
+        assert relative_difference(read_statistics(tmp_path / "alone"), found) < 1e-6
+    assert found.provenance["memory"]["chosen"] == "exact"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "budget", "one.csv", "two"]

@@ -39,7 +39,10 @@ def collect(
     memory: Annotated[str | None, typer.Option("--memory", help="Bytes for the sums (2GB): chooses how they are held.")] = None,
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Collect a task's statistics: what it feeds into every target module. The file can be shared instead of the data."""
+    """Collect a task's statistics: what it feeds into every target module. The file can be shared instead of the data.
+
+    On several GPUs: torchrun --nproc_per_node 2 -m plait stats ...; each process reads its share.
+    """
     if context.invoked_subcommand is not None:
         return
     from plait.commands import collect_one
@@ -55,6 +58,8 @@ def collect(
         recipe, task, base, root, train_file, validation, text, label, targets, [*extra, *(sets or [])], device, kind
     )
     found = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
+    if not found:  # not torchrun's first process
+        return
     if found["memory"]:
         chosen, needed, allowed = (found["memory"][k] for k in ("chosen", "needed", "allowed"))
         typer.echo(f"memory: {chosen}, {needed:,} of {allowed:,} bytes", err=True)

@@ -60,22 +60,25 @@ def plan_memory(
     batch_rows: int,
     state_bytes: int,
     groups: bool,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """The most exact form that fits: all at once, then layer groups (exact too, and slower), then a sketch.
 
     Args:
         allowed: Bytes for sums; the model and its activations come on top.
         layers: Site -> width of each layer, in order.
-        rows: Inputs of a site, at most: fewer than its width are kept as a factor.
+        rows: Inputs of a site over all ranks, at most: fewer than its width are kept as a factor.
         batch_rows: Inputs of one batch, at most.
         state_bytes: What layer groups keep between them: the hidden states of all batches.
         groups: Whether layer groups save anything: finished ones go elsewhere.
+        ranks: Processes whose sums are added: a site's second copy while it is on its way, and their sketches joined.
 
     Raises:
         UsageError: Not even a sketch of rank 16 fits; the message says what would.
     """
     exact = [_exact_bytes(layer, rows) for layer in layers]
     spare = max((_site_bytes(d, rows) for layer in layers for d in layer.values()), default=0)  # a product, or a QR
+    spare *= 2 if ranks > 1 else 1
     if sum(exact) + spare <= allowed:
         return MemoryPlan("exact", allowed, sum(exact) + spare)
     if groups:
@@ -84,7 +87,7 @@ def plan_memory(
             if needed <= allowed:
                 return MemoryPlan("layers", allowed, needed, layers=size)
     widths = [d for layer in layers for d in layer.values()]
-    least = _sketch_bytes(widths, _LEAST_RANK, batch_rows)
+    least = _sketch_bytes(widths, _LEAST_RANK, batch_rows, ranks)
     if least > allowed or rows <= _LEAST_RANK:
         one = max(exact, default=0) + spare + state_bytes
         smallest = min(least, one) if groups else least
@@ -93,9 +96,9 @@ def plan_memory(
             where="memory",
             hint=f"at least {smallest:,}, or fewer target modules",
         )
-    fits = (k for k in range(_MOST_RANK, _LEAST_RANK - 1, -8) if _sketch_bytes(widths, k, batch_rows) <= allowed)
+    fits = (k for k in range(_MOST_RANK, _LEAST_RANK - 1, -8) if _sketch_bytes(widths, k, batch_rows, ranks) <= allowed)
     rank = next(fits, _LEAST_RANK)
-    return MemoryPlan("sketch", allowed, _sketch_bytes(widths, rank, batch_rows), sketch=rank)
+    return MemoryPlan("sketch", allowed, _sketch_bytes(widths, rank, batch_rows, ranks), sketch=rank)
 
 
 def _site_bytes(width: int, rows: int) -> int:
@@ -106,6 +109,10 @@ def _exact_bytes(layer: Mapping[str, int], rows: int) -> int:
     return sum(_site_bytes(d, rows) + 2 * _FLOAT * d for d in layer.values())
 
 
-def _sketch_bytes(widths: Sequence[int], rank: int, batch_rows: int) -> int:
-    """Buffers of 4 k rows and their diagonals; one site at a time also holds a batch, and its decomposition."""
-    return sum(_FLOAT * d * (4 * rank + 3) for d in widths) + 3 * _FLOAT * max(widths) * (4 * rank + batch_rows)
+def _sketch_bytes(widths: Sequence[int], rank: int, batch_rows: int, ranks: int) -> int:
+    """Buffers of 4 k rows and their diagonals; one site at a time also holds a batch, and its decomposition.
+
+    Added over ranks, a site ends as the rows of all their sketches; on the way it is there three times.
+    """
+    rows = max(4, ranks) * rank
+    return sum(_FLOAT * d * (rows + 3) for d in widths) + 3 * _FLOAT * max(widths) * (rows + batch_rows)

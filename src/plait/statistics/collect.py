@@ -62,7 +62,8 @@ def collect_statistics(
         sketch: Keep rank-k sketches instead of exact moments (see `FrequentDirections`).
         memory: Bytes for the sums, beside the model and its activations. The most exact form that fits is taken, and
             recorded: all layers at once, groups of layers (every batch then runs through each of them), or a sketch.
-        spool: With `memory`: an empty folder that finished groups of layers are written to. The sites of the result
+            Over ranks it is each one's, all choose alike, and none may be without batches.
+        spool: With `memory`: an empty folder, each rank's own, that finished groups of layers are written to. The sites of the result
             are read from there when asked for, so the folder must live as long as the result.
         stop_early: End each forward pass at the last wanted module.
         distributed: Add over all ranks; by default where torch.distributed is initialised.
@@ -83,8 +84,8 @@ def collect_statistics(
     if sketch is not None and sketch < 1:
         raise UsageError(f"sketch {sketch}, expected at least 1")
     added = adds_over_ranks(distributed)
-    if memory is not None and (sketch is not None or added):
-        raise UsageError("memory chooses the form itself, on one rank", hint="leave out sketch, or give sketch alone")
+    if memory is not None and sketch is not None:
+        raise UsageError("memory chooses the form itself", hint="leave out sketch, or give sketch alone")
     limits = {
         "exclude_modules": exclude_modules,
         "layers_to_transform": layers_to_transform,
@@ -98,13 +99,13 @@ def collect_statistics(
         if memory is not None:
             place = Path(spool) if spool is not None else None
             collected, plan = collect_within(
-                memory, passes, targets, list(batches), pool=pool, spool=place, result_device=result_device
+                memory, passes, targets, list(batches), pool=pool, spool=place, result_device=result_device, added=added
             )
             chosen, sketch = {"memory": plan.record()}, plan.sketch
         else:
             collected = _collected(passes, targets, batches, pool, sketch, stop_early)
     record = {**_found_facts(passes, prefix, pool, target_modules, sketch), **chosen, **(provenance or {})}
-    if added:
+    if added and memory is None:
         collected = reduce_statistics(collected)
     if collected is None:
         raise InputError("no batches to collect statistics from")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -30,6 +30,16 @@ def own_share(items: Iterable[T]) -> Iterator[T]:
     if not adds_over_ranks(None):
         return iter(items)
     return islice(items, dist.get_rank(), None, dist.get_world_size())
+
+
+def everywhere(fact: bool, distributed: bool | None = None) -> bool:
+    """Whether something holds on every rank; the fact itself where nothing is added over ranks."""
+    return all(_gathered(fact)) if adds_over_ranks(distributed) else fact
+
+
+def of_all(numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Some numbers of each rank, in rank order; only this one's where torch.distributed does not run."""
+    return _gathered(tuple(numbers)) if dist.is_available() and dist.is_initialized() else [tuple(numbers)]
 
 
 def reduce_statistics(own: Statistics | None) -> Statistics:
@@ -70,12 +80,13 @@ def reduce_statistics(own: Statistics | None) -> Statistics:
 
 
 def _shape_of(own: Statistics) -> dict[str, Any]:
+    first = next(iter(own.sites.values()), None)  # a group of layers may read only sites of the one before
     return {
         "modules": [(n, i.site, i.shape, i.fan_in_fan_out) for n, i in own.modules.items()],
         "sites": {s: m.dim for s, m in own.sites.items()},
         "forms": {s: (m.form, m.residual is not None) for s, m in own.sites.items()},
         "counts": {s: m.count for s, m in own.sites.items()},
-        "dtype": str(next(iter(own.sites.values())).total.dtype).removeprefix("torch."),
+        "dtype": str(first.total.dtype).removeprefix("torch.") if first else "float32",
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from plait.errors import InputError
 from plait.statistics.budget import MemoryPlan, plan_memory
 from plait.statistics.collector import Collector
+from plait.statistics.distributed import everywhere, of_all, reduce_statistics
 from plait.statistics.files import write_statistics
 from plait.statistics.layers import LayerWalk
 from plait.statistics.lazy import joined, open_statistics
@@ -34,6 +35,7 @@ def collect_within(
     pool: str,
     spool: Path | None,
     result_device: torch.device | str,
+    added: bool = False,
 ) -> tuple[Statistics, MemoryPlan]:
     """Statistics whose sums never took more than a number of bytes while they were collected, and how.
 
@@ -46,26 +48,32 @@ def collect_within(
         spool: A folder that finished groups are written to; the sites of what is returned are read from there when
             asked for. Without it they go to `result_device`, which helps where that is another device.
         result_device: Where sums end up.
+        added: Add over the ranks of torch.distributed, group by group.
 
     Raises:
         UsageError: Nothing fits.
         InputError: As in `collect_statistics`.
     """
     given = [b for b in batches if examples_in(b)]
-    if not given:
-        raise InputError("no batches to collect statistics from")
+    if not everywhere(bool(given), added):
+        raise InputError(
+            "no batches to collect statistics from" if not added else "a rank has no batches",
+            hint="fewer processes, or leave memory out" if added else "",
+        )
     whole = find_sites(passes.model, targets, lambda: passes.run(first_example(given[0])))
     walk = LayerWalk(passes, targets, 1)
     groups = spool is not None or torch.device(result_device).type != passes.device.type
-    plan = _plan(allowed, whole, walk, targets, given, passes, pool, groups)
+    plan = _plan(allowed, whole, walk, targets, given, passes, pool, groups, added)
     if plan.form != "layers":
         collector = Collector(targets, whole, passes, pool=pool, sketch=plan.sketch)
         collector.consume(given)
-        return collector.finish(), plan
+        found = collector.finish()
+        return (reduce_statistics(found) if added else found), plan
     walk = LayerWalk(passes, targets, plan.layers or 1)
     parts: list[Statistics] = []
     modules: dict[str, ModuleInfo] = {}
-    for number, part in enumerate(_groups(walk, targets, whole, given, pool)):
+    for number, group in enumerate(_groups(walk, targets, whole, given, pool)):
+        part = reduce_statistics(group) if added else group
         modules |= part.modules
         own = {n: i for n, i in part.modules.items() if i.site in part.sites}
         if spool is None:
@@ -87,6 +95,7 @@ def _plan(
     passes: ForwardPasses,
     pool: str,
     groups: bool,
+    added: bool,
 ) -> MemoryPlan:
     layers = []
     placed: set[str] = set()
@@ -100,7 +109,16 @@ def _plan(
     rows = sum(sizes) * max(whole.calls.count(s) for s in whole.sites)
     if pool == "mean":
         rows = sum(examples_in(b) for b in given)
-    return plan_memory(allowed, layers, rows=rows, batch_rows=max(sizes), state_bytes=state, groups=groups)
+    needs = of_all([rows, max(sizes), state]) if added else [(rows, max(sizes), state)]
+    return plan_memory(
+        allowed,
+        layers,
+        rows=sum(n[0] for n in needs),
+        batch_rows=max(n[1] for n in needs),
+        state_bytes=max(n[2] for n in needs),
+        groups=groups,
+        ranks=len(needs),
+    )
 
 
 def _positions(batch: Batch) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from plait.errors import InputError, UsageError
 from plait.statistics.collect import collect_statistics
 from plait.statistics.collector import Batch
+from plait.statistics.distributed import everywhere
 from plait.statistics.files import read_identity, read_statistics, write_statistics
 from plait.statistics.moments import Statistics, merge_statistics
 from plait.store import differences, identity
@@ -26,6 +27,8 @@ def collect_shards(
     **options: Any,
 ) -> Statistics:
     """Collect shard by shard into a folder and add them up; shards that are there already are not collected again.
+
+    Under torch.distributed each rank passes its share of every shard, and a folder of its own.
 
     An interrupted and resumed collection gives the bits of an uninterrupted one: both add the same files in order.
 
@@ -52,10 +55,10 @@ def collect_shards(
     for number, shard in enumerate(shards):
         path = folder / f"shard-{number:05d}.stats.safetensors"
         found = read_identity(path)
-        if found is None:
+        if not everywhere(found is not None, options.get("distributed")):  # else some would wait for the others forever
             part = collect_statistics(model, shard(), target_modules, **options)
             write_statistics(path, part, identity=wanted, overwrite=True)
-        elif differing := differences(found, wanted):
+        elif differing := differences(found or {}, wanted):
             raise UsageError(f"a shard of another collection: {'; '.join(differing[:4])}", where=str(path))
         parts.append(read_statistics(path))
     return merge_statistics(*parts)

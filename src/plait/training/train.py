@@ -20,6 +20,7 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import BaseModel, base_fingerprint, load_task_model, load_tokenizer, quiet_transformers
 from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.locks import locked
+from plait.ranks import is_writer
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task, collate, encode
@@ -198,11 +199,6 @@ def _write_snapshots(root: Path, stage: Path) -> None:
 def _held(root: Path) -> contextlib.AbstractContextManager[None]:
     """Two runs must not share checkpoints; of one run's processes the writer holds them."""
     return locked(root) if is_writer() else contextlib.nullcontext()
-
-
-def is_writer() -> bool:
-    """Whether this is the process that writes: the only one, or torchrun's first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
