@@ -129,7 +129,7 @@ def one_seed(
 
 def raw(names: Sequence[str], entries, fidelity, by_label) -> dict[str, Any]:
     """Every candidate's fidelity to every adapter, and its true scores: what any other measure can be tried on."""
-    fields = ("kl", "agreement", "chance", "kl_base", "agreement_base", "n")
+    fields = ("kl", "agreement", "chance", "probability", "probability_chance", "kl_base", "agreement_base", "n")
     found = [{t.task: t for t in f.tasks} for f in fidelity]
     return {
         "tasks": list(names),

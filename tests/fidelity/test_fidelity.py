@@ -13,7 +13,7 @@ from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, UsageError
 from plait.evaluation.applied import applied
 from plait.fidelity.language import encoded
-from plait.fidelity.measure import Closeness, TaskFidelity, closeness
+from plait.fidelity.measure import Closeness, closeness, task_fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
@@ -65,7 +65,7 @@ def test_text_is_compared_at_every_real_position(make_panel, architecture):
     one, two = panel.parts
     model, rows = panel.model(one), encoded(panel, "causal", panel.texts["one"])
     kl, agree, n = 0.0, 0, 0
-    mine, theirs = Counter(), Counter()
+    mine, theirs, given, spread = Counter(), Counter(), 0.0, 0.0
     for row in rows:
         batch = collate(panel.tokenizer, [row])
         logs = []
@@ -77,25 +77,47 @@ def test_text_is_compared_at_every_real_position(make_panel, architecture):
         n += len(row["input_ids"])
         mine.update(logs[0].argmax(-1).tolist())
         theirs.update(logs[1].argmax(-1).tolist())
+        given += float(logs[1].exp().gather(1, logs[0].argmax(-1, keepdim=True)).sum())
+        spread = spread + logs[1].exp().sum(0)
     found = of_task(fidelities(panel, [(two.adapter, 0.7)])[0], "one")
     assert found.n == n
     assert found.chance == pytest.approx(sum(mine[t] * theirs[t] for t in mine) / n**2, abs=1e-6)
+    assert found.probability == pytest.approx(given / n, rel=1e-4)
+    assert found.probability_chance == pytest.approx(float(sum(mine[t] * spread[t] for t in mine)) / n**2, rel=1e-4)
     assert found.kl == pytest.approx(kl / n, rel=1e-3)
     assert found.agreement == pytest.approx(agree / n, abs=1e-6)
 
 
 def test_regressions_are_compared_by_difference_and_correlation():
     own = np.array([[1.0], [2.0], [3.0], [4.0]])
-    assert closeness("regression", own, own) == Closeness(0.0, 1.0, 0.0)
+    assert closeness("regression", own, own) == Closeness(0.0, 1.0, 0.0, 1.0, 0.0)
     twice = closeness("regression", own, own * 2)
     assert twice.agreement == pytest.approx(1.0) and twice.kl == pytest.approx(0.5 * 7.5 / 1.25)
     assert closeness("regression", own, -own).agreement == 0.0
 
 
+def test_probabilities_tell_merges_apart_that_choose_alike():
+    rng = np.random.default_rng(1)
+    own = rng.standard_normal((50, 3))
+    base = Closeness(1.0, 0.0, 0.0, 0.0, 0.0)
+    faint, firm, random = (
+        task_fidelity("x", closeness("classification", own, x), base, 50)
+        for x in (own * 0.3, own * 3.0, rng.standard_normal((50, 3)))
+    )
+    assert faint.beyond_chance == firm.beyond_chance == 1.0
+    assert 0 < faint.probability_beyond_chance < firm.probability_beyond_chance < 1
+    assert abs(random.probability_beyond_chance) < 0.2
+    q = np.exp(own * 0.3) / np.exp(own * 0.3).sum(1, keepdims=True)
+    top = own.argmax(1)
+    assert faint.probability == pytest.approx(q[range(50), top].mean())
+    assert faint.probability_chance == pytest.approx(np.mean([q[:, c].mean() for c in top]))
+    assert faint.followed == pytest.approx((1 + faint.probability_beyond_chance) / 2)
+
+
 def of_classes(own, found):
     """Fidelity of predicted classes."""
     c = closeness("classification", np.eye(3)[np.array(own)], np.eye(3)[np.array(found)])
-    return TaskFidelity("x", c.kl, c.agreement, c.chance, 1.0, 0.0, len(own))
+    return task_fidelity("x", c, Closeness(1.0, 0.0, 0.0, 0.0, 0.0), len(own))
 
 
 def test_agreement_beyond_chance_is_cohens_kappa():

@@ -145,7 +145,7 @@ def evidence_table(evidence: list[dict[str, Any]], most: int = 12) -> str:
         worst = r["tasks"][0]
         shown = [f"{r['score']:.3f}", worst["task"], f"{worst['agreement']:.3f}", str(r["texts"])]
         rows.append([r["candidate"], f"{r['scale']:g}", *shown])
-    return table(["candidate", "scale", "beyond chance", "worst", "agreement there", "texts"], rows)
+    return table(["candidate", "scale", "followed", "worst", "agreement there", "texts"], rows)
 
 
 def advice_text(found: dict[str, Any]) -> str:

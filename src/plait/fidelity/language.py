@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plait.adapters.lora import Adapter
 from plait.base import backbone_of
 from plait.evaluation.fleet import Candidate, stack
-from plait.fidelity.measure import Closeness, TaskFidelity
+from plait.fidelity.measure import Closeness, TaskFidelity, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.texts import Texts
 from plait.tasks import collate, length_order, to_device
@@ -51,7 +51,7 @@ def text_closeness(panel: Panel, part: Part, merges: Sequence[Worn]) -> list[Tas
     """KL and agreement of each merge with the part's adapter on the part's own texts."""
     rows = encoded(panel, part.task.kind, panel.texts[part.name])
     (base, *found), n = compared(panel, part, rows, (part.adapter, 1.0), [_BARE, *merges])
-    return [TaskFidelity(part.name, c.kl, c.agreement, c.chance, base.kl, base.agreement, n) for c in found]
+    return [task_fidelity(part.name, c, base, n) for c in found]
 
 
 def text_general(panel: Panel, merges: Sequence[Worn]) -> npt.NDArray[np.float64]:
@@ -72,39 +72,54 @@ def compared(
     """
     model = panel.model(part)
     named = {id(a): on_model(model, a) for a, _ in (reference, *merges) if a is not None}
-    found: dict[int, Closeness] = {}
+    found: list[Closeness] = []
     n = 0
     for group in _groups(panel, model, merges):
         worn = [
             Candidate({}, named[id(a)] if a is not None else None, s)
             for a, s in (reference, *(merges[i] for i in group))
         ]
-        updates = stacks(model, worn)
-        n, kl, agree, tops = 0, np.zeros(len(group)), np.zeros(len(group)), [Tensor()] * len(worn)
+        sums, updates = [_Sums() for _ in group], stacks(model, worn)
+        n, own_tops = 0, 0
         for batch in _batches(panel, rows, len(worn)):
             with stacked_updates(model, updates):
                 logits, mask = positions(model, part.task.kind, batch, len(worn), panel.positions)
-            reference_log = _log_softmax(logits[0][mask])
-            weights, top = reference_log.exp(), reference_log.argmax(-1)
+            own = _log_softmax(logits[0][mask])
+            top = own.argmax(-1)
             n += len(top)
-            tops[0] = _counted(tops[0], top, logits.shape[-1])
-            for i, own in enumerate(logits[1:]):
-                other = _log_softmax(own[mask])
-                theirs = other.argmax(-1)
-                kl[i] += float((weights * (reference_log - other)).sum(dtype=torch.float64))
-                agree[i] += float((theirs == top).sum())
-                tops[i + 1] = _counted(tops[i + 1], theirs, logits.shape[-1])
-        shares = [counts.double() / max(n, 1) for counts in tops]
-        for i, place in enumerate(group):
-            chance = float((shares[0] * shares[i + 1]).sum())
-            found[place] = Closeness(float(kl[i]) / max(n, 1), float(agree[i]) / max(n, 1), chance)
-    return [found[i] for i in range(len(merges))], n
+            own_tops = own_tops + torch.bincount(top, minlength=own.shape[-1])
+            for mine, other in zip(sums, logits[1:], strict=True):
+                mine.add(own, top, _log_softmax(other[mask]))
+        found += [s.closeness(own_tops, n) for s in sums]
+    return found, n
 
 
-def _counted(counts: Tensor, top: Tensor, size: int) -> Tensor:
-    """How often each token was the likeliest so far."""
-    more = torch.bincount(top, minlength=size)
-    return more if counts.numel() == 0 else counts + more
+@dataclass(slots=True)
+class _Sums:
+    """What is summed over positions of one merge beside an adapter, whose likeliest tokens are `top`."""
+
+    kl: float = 0.0
+    agree: float = 0.0
+    given: float = 0.0
+    tops: Tensor | int = 0
+    probabilities: Tensor | int = 0
+
+    def add(self, own: Tensor, top: Tensor, other: Tensor) -> None:
+        """Log probabilities (positions, vocabulary) of both."""
+        theirs, given = other.argmax(-1), other.exp()
+        self.kl += float((own.exp() * (own - other)).sum(dtype=torch.float64))
+        self.agree += float((theirs == top).sum())
+        self.given += float(given.gather(1, top[:, None]).sum(dtype=torch.float64))
+        self.tops = self.tops + torch.bincount(theirs, minlength=own.shape[-1])
+        self.probabilities = self.probabilities + given.sum(0, dtype=torch.float64)
+
+    def closeness(self, own_tops: Tensor | int, n: int) -> Closeness:
+        """Means over n positions."""
+        chances = (
+            float((own_tops * x).sum()) if isinstance(x, Tensor) else 0.0 for x in (self.tops, self.probabilities)
+        )
+        by_top, by_probability = (c / max(n, 1) ** 2 for c in chances)
+        return Closeness(self.kl / max(n, 1), self.agree / max(n, 1), by_top, self.given / max(n, 1), by_probability)
 
 
 def on_model(model: nn.Module, adapter: Adapter) -> Adapter:

@@ -29,6 +29,8 @@ class TaskFidelity:
             negative ones as 0.
         chance: Agreement of two that choose each class as often as these do, but independently; 0 for a regression, whose
             correlation knows no chance.
+        probability: Mean probability that the merge gives the adapter's most likely class; a regression's correlation.
+        probability_chance: The same of a merge whose probabilities are on every row what they are on average.
         kl_base, agreement_base: The same with the bare base in the merge's place: what keeping nothing would score.
         n: Rows, or positions of text.
         shift: Per layer, |h_merged - h_adapter| / |h_base - h_adapter| of the hidden states; () where not measured.
@@ -38,6 +40,8 @@ class TaskFidelity:
     kl: float
     agreement: float
     chance: float
+    probability: float
+    probability_chance: float
     kl_base: float
     agreement_base: float
     n: int
@@ -53,8 +57,21 @@ class TaskFidelity:
 
         Source: Cohen, Educational and Psychological Measurement 20 (1960) 37-46.
         """
-        room = 1.0 - self.chance
-        return (self.agreement - self.chance) / room if room > _ALL_ALIKE else 0.0
+        return _beyond(self.agreement, self.chance)
+
+    @property
+    def probability_beyond_chance(self) -> float:
+        """The same of the probability.
+
+        It still tells merges apart that choose alike, by how far they are from choosing otherwise; a row near the border
+        moves it little.
+        """
+        return _beyond(self.probability, self.probability_chance)
+
+    @property
+    def followed(self) -> float:
+        """The mean of both: what candidates are ranked by."""
+        return 0.5 * (self.beyond_chance + self.probability_beyond_chance)
 
     @property
     def kept(self) -> float:
@@ -69,7 +86,7 @@ class TaskFidelity:
 
     def record(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {**asdict(self), "shift": list(self.shift), "kept": self.kept, "beyond_chance": self.beyond_chance}
+        return {**asdict(self), "shift": list(self.shift), "kept": self.kept, "followed": self.followed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +127,19 @@ class Fidelity:
 
 
 def aggregate(tasks: Sequence[TaskFidelity]) -> float:
-    """The mean over adapters of their agreement beyond chance.
+    """The mean over adapters of how far they are followed beyond chance.
 
     Why not of what is kept beyond the base: dividing by the room that the base leaves an adapter turns the noise of a task on
     which both answer nearly alike into most of the mean. Why not of plain agreement: it counts a merge that has collapsed
-    onto the commonest class as mostly faithful.
+    onto the commonest class as mostly faithful, and a hundred texts tell merges that choose alike apart by single rows. Why
+    not of KL: it has no bound, so that the most confident adapter makes up most of the mean.
     """
-    return _mean([t.beyond_chance for t in tasks])
+    return _mean([t.followed for t in tasks])
+
+
+def _beyond(found: float, chance: float) -> float:
+    room = 1.0 - chance
+    return (found - chance) / room if room > _ALL_ALIKE else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -128,6 +151,8 @@ def _mean(values: Sequence[float]) -> float:
 AGGREGATES: Mapping[str, Callable[[Sequence[TaskFidelity]], float]] = {
     "score": aggregate,
     "mean agreement": lambda tasks: _mean([t.agreement for t in tasks]),
+    "mean beyond chance": lambda tasks: _mean([t.beyond_chance for t in tasks]),
+    "mean probability beyond chance": lambda tasks: _mean([t.probability_beyond_chance for t in tasks]),
     "mean kept agreement": lambda tasks: _mean([t.kept_agreement for t in tasks]),
     "worst kept agreement": lambda tasks: min(t.kept_agreement for t in tasks),
     "mean kept (KL over the base's)": lambda tasks: _mean([t.kept for t in tasks]),
@@ -138,11 +163,18 @@ AGGREGATES: Mapping[str, Callable[[Sequence[TaskFidelity]], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
-    """How close outputs are to an adapter's: `kl`, `agreement` and `chance` as `TaskFidelity` has them."""
+    """How close outputs are to an adapter's; fields as `TaskFidelity` has them."""
 
     kl: float
     agreement: float
     chance: float
+    probability: float
+    probability_chance: float
+
+
+def task_fidelity(task: str, found: Closeness, base: Closeness, n: int) -> TaskFidelity:
+    """A merge's closeness to an adapter beside the bare base's."""
+    return TaskFidelity(task, **asdict(found), kl_base=base.kl, agreement_base=base.agreement, n=n)
 
 
 def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> Closeness:
@@ -157,12 +189,19 @@ def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> Clos
     if kind == "regression":
         a, b = a.reshape(len(a)), b.reshape(len(b))
         spread = max(float(a.var()), 1e-12)
-        return Closeness(0.5 * float(((a - b) ** 2).mean()) / spread, max(0.0, _correlation(a, b)), 0.0)
+        r = max(0.0, _correlation(a, b))
+        return Closeness(0.5 * float(((a - b) ** 2).mean()) / spread, r, 0.0, r, 0.0)
     p, q = _log_softmax(a), _log_softmax(b)
     kl = float((np.exp(p) * (p - q)).sum(-1).mean())
-    mine, theirs = a.argmax(-1), b.argmax(-1)
+    mine, theirs, given = a.argmax(-1), b.argmax(-1), np.exp(q)
     shares = [np.bincount(top, minlength=a.shape[-1]) / len(a) for top in (mine, theirs)]
-    return Closeness(kl, float((mine == theirs).mean()), float(shares[0] @ shares[1]))
+    return Closeness(
+        kl,
+        float((mine == theirs).mean()),
+        float(shares[0] @ shares[1]),
+        float(given[np.arange(len(mine)), mine].mean()),
+        float(shares[0] @ given.mean(0)),
+    )
 
 
 def _log_softmax(x: Floats) -> Floats:

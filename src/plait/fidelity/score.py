@@ -10,7 +10,7 @@ import numpy.typing as npt
 from plait.adapters.lora import Adapter
 from plait.evaluation.evaluate import Logits
 from plait.evaluation.fleet import Candidate, predict_many
-from plait.fidelity.measure import Fidelity, TaskFidelity, closeness
+from plait.fidelity.measure import Fidelity, TaskFidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, Part
 
 # An adapter and a scale of its delta; None for the bare base.
@@ -51,10 +51,7 @@ def _classified(panel: Panel, part: Part, merges: Sequence[Worn]) -> list[TaskFi
     own, bare, *found = outputs(panel, part, [(part.adapter, 1.0), _BARE, *merges])
     kind = part.task.kind
     base = closeness(kind, own, bare)
-    return [
-        TaskFidelity(part.name, c.kl, c.agreement, c.chance, base.kl, base.agreement, len(own))
-        for c in (closeness(kind, own, f) for f in found)
-    ]
+    return [task_fidelity(part.name, c, base, len(own)) for c in (closeness(kind, own, f) for f in found)]
 
 
 def outputs(panel: Panel, part: Part, worn: Sequence[Worn]) -> list[Logits]:
