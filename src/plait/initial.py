@@ -18,7 +18,7 @@ from plait.errors import UsageError
 from plait.options import did_you_mean
 from plait.statistics import Statistics, open_statistics
 from plait.store import identity, is_done, read_manifest, sha256_file, staged_folder
-from plait.subspaces import compute_subspaces
+from plait.subspaces import completed, compute_subspaces
 from plait.subspaces.registry import checked_row_norm
 
 PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -72,6 +72,8 @@ def initial_adapters(
 ) -> dict[str, tuple[Adapter, dict[str, Any]]]:
     """Adapters with B = 0 whose A lies in each task's subspace, and what to remember of how it was chosen.
 
+    That is the task, method, row norm and rank; and `completed` (see `plait.subspaces.completed`), where there is any.
+
     Args:
         statistics: Task -> its statistics; "the others" of a task are all the other entries.
         settings: Method, rank, alpha, norm.
@@ -105,11 +107,21 @@ def initial_adapters(
             task_type=settings.task_type,
             prefix=statistics[task].provenance.get("backbone_prefix", ""),
             target_modules=settings.target_modules,
+            source={"completed": lacking} if (lacking := completed(subspaces)) else None,
         )
         first = next(iter(subspaces.values()))
         record = {"task": task, "subspace": first.method, "row_norm": first.row_norm, "rank": settings.rank}
+        record |= adapter.source
         made[task] = (replace(adapter, revision=revision), record)
     return made
+
+
+def completion_note(task: str, rows: Mapping[str, int]) -> str:
+    """A sentence about rows of A that were completed; `rows` is module -> how many."""
+    return (
+        f"{task}: in {len(rows)} modules the others leave too few tied directions that the task's inputs reach; up to"
+        f" {max(rows.values())} rows are the others' next smallest (more samples may help)"
+    )
 
 
 def read_own_and_others(own: Path, others: Sequence[Path]) -> tuple[str, dict[str, Statistics]]:
@@ -158,7 +170,8 @@ def initialise_from_files(
     """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
 
     Returns:
-        output, task, subspace, rank, row_norm, others; `reused` where the folder already held it.
+        output, task, subspace, rank, row_norm, others; `completed` where there are any (see `osrm`); `reused` where the folder
+        already held it.
 
     Raises:
         UsageError: No others for a method that needs them; `out` holds something else.

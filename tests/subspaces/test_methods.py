@@ -142,15 +142,48 @@ def test_osrm_dense_ties_agree_with_factor_ties():
     torch.testing.assert_close(a.basis, b.basis, rtol=1e-4, atol=1e-4)
 
 
-def test_an_arbitrary_basis_is_an_error():
+@pytest.mark.parametrize("form", ["factor", "dense"])
+def test_osrm_completes_what_the_tied_space_lacks(form):
+    """Own inputs with two directions beyond the others' span: those, then the next smallest eigenvectors they reach."""
+    H = {t: features(i, 7, 32) for i, t in enumerate(pool())}
+    H["t0"] = torch.cat([H["t1"], H["t2"], features(0, 2, 32)])
+    given = {t: Statistics({"a.q": moments_of(H[t])}, s.modules, s.provenance) for t, s in pool().items()}
+    if form == "dense":
+        given = {
+            t: Statistics({"a.q": Moments(x.count, x.total, x.dense())}, s.modules, s.provenance)
+            for t, s in given.items() for x in [s.sites["a.q"]]
+        }  # fmt: skip
+    m = normalised(given)
+    subspace = compute_subspaces("osrm", given, rank=4, tasks=["t0"])["t0"]["a.q"]
+    A = subspace.A.double()
+    torch.testing.assert_close(A @ A.T, torch.eye(4, dtype=A.dtype), rtol=0, atol=1e-6)
+    values, vectors = torch.linalg.eigh(others(m, "t0"))
+    assert int((values < 1e-12).sum()) == 11 and subspace.record["tied"] == 11 and subspace.record["completed"] == 2
+    Z = vectors[:, :11]
+    inside = torch.linalg.eigvalsh(Z.T @ m["t0"] @ Z)
+    assert int((inside > 1e-12).sum()) == 2  # all the energy it has there is taken
+    assert energy(A[:2], m["t0"]) == pytest.approx(float(inside.sum()), rel=1e-5)
+    torch.testing.assert_close((A[2:] @ vectors[:, 11:13]).abs(), torch.eye(2, dtype=A.dtype), rtol=0, atol=1e-5)
+    torch.testing.assert_close(subspace.energies[2:], values[11:13], rtol=1e-5, atol=0)
+
+
+def test_osrm_passes_over_directions_the_own_inputs_never_reach():
+    """The smallest eigenvector above the tied space has no own energy: the one after it is taken."""
+    weights = torch.tensor([0.0, 0.0, 0.0, 1e-3, 1e-2, 1.0], dtype=torch.float64)
+    own = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    modules = {"a.q": ModuleInfo("a.q", (6, 6), 1.0)}
     given = {
-        t: Statistics({"a.q": moments_of(features(i, 2 if i == 0 else 6, 32))}, s.modules, s.provenance)
-        for i, (t, s) in enumerate(pool().items())
+        t: Statistics({"a.q": Moments(9, w, torch.diag(w))}, modules, {"base": "b", "pool": "token"})
+        for t, w in {"own": own, "other": weights}.items()
     }
-    with pytest.raises(
-        InputError,
-        match=r"task 't0' has energy in 2 directions, 4 are wanted",
-    ):
+    found = compute_subspaces("osrm", given, rank=2, tasks=["own"])["own"]["a.q"]
+    torch.testing.assert_close(found.A, torch.eye(6)[[1, 4]])
+    assert (found.record["tied"], found.record["completed"]) == (3, 1)
+
+
+def test_an_arbitrary_basis_is_an_error():
+    given = scarce(2)
+    with pytest.raises(InputError, match="'t0' span fewer than 4 directions"):
         compute_subspaces("osrm", given, rank=4)
     with pytest.raises(InputError, match="span fewer than 4 directions"):
         compute_subspaces("contrastive", given, rank=4)

@@ -51,7 +51,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write an adapter that is ready to train: A in the task's subspace, B zero. From files alone; no base is loaded."""
-    from plait.initial import InitialSettings, initialise_from_files
+    from plait.initial import InitialSettings, completion_note, initialise_from_files
 
     if not background:
         without(context, "an init without --background", ["background_weight"])
@@ -67,6 +67,8 @@ def init(
     reused = " (was there already)" if found["reused"] else ""
     pools = f" and background at weight {found['background_weight']:g}" if "background_weight" in found else ""
     text = f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'}{pools} -> {out}{reused}"
+    if found.get("completed"):
+        text += f"\nwarning: {completion_note(found['task'], found['completed'])}"
     if trainer is not None:
         from plait.training.snippets import snippet
 

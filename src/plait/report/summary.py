@@ -14,10 +14,12 @@ from plait.errors import RunError
 from plait.evaluation.bootstrap import Floats, Resamples, weighted_score
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import ALONE, FLOOR, MERGED, REPORTED, SELECTION, Score, mean_score
+from plait.initial import completion_note
 from plait.jobs import ALONE as ALONE_JOB
-from plait.jobs import SCORES, Job, Plan
+from plait.jobs import INITIAL, SCORES, Job, Plan
 from plait.session import Session
 from plait.stages import PREDICTIONS_FILE, all_scores
+from plait.store import read_manifest
 
 PLAIN = ("kaiming", "gaussian")  # the inits people use today: what "alone" means to somebody who has no plait
 _LEARNED = 1.0  # points by which alone must exceed the floor before a ratio to that gain means anything
@@ -86,7 +88,17 @@ def summarise(plan: Plan, session: Session) -> Summary:
         found.notes.append(
             "Where adapters alone gain less than a point over the floor, no share of that gain is given."
         )
+    found.notes += _completed(plan)
     return found
+
+
+def _completed(plan: Plan) -> list[str]:
+    """A note for every adapter of the first seed that starts from rows its subspace method had to complete."""
+    notes = []
+    for job in plan.of(INITIAL, seed=plan.recipe.seeds[0]):
+        if rows := (read_manifest(job.path) or {}).get("result", {}).get("completed"):
+            notes.append(f"{job.arm.name if job.arm else ''}, {completion_note(job.task or '', rows)}.")
+    return notes
 
 
 def _best_plain(rows: list[Score], arms: Iterable[str]) -> str | None:

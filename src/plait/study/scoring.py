@@ -15,7 +15,6 @@ from plait.adapters.lora import Adapter
 from plait.evaluation.evaluate import Evaluator, scored_labels
 from plait.study.splits import HALVES, Rows, Split, joined
 from plait.tasks import primary, scores
-from plait.tasks.task import TEXT_KINDS
 
 Answers = npt.NDArray[Any]  # class ids (uint8 or int16), or float32 values
 STEP = math.sqrt(2.0)
@@ -39,7 +38,7 @@ class Scorer:
     def answers(self, task: str, worn: Sequence[tuple[Adapter | None, float]], rows: Rows) -> list[Answers]:
         """Class ids or values of each (adapter, scale) on these rows."""
         kind, head = self.evaluator.tasks[task].kind, self.heads[task]
-        if kind in TEXT_KINDS or self.evaluator.base.torch_device.type == "cpu":
+        if self.evaluator.base.torch_device.type == "cpu":
             logits = [self.evaluator.predict(task, head, a, s, rows) for a, s in worn]
         else:
             from plait.evaluation.fleet import Candidate, predict_many

@@ -15,7 +15,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import write_tensors
 from plait.collecting import collect_task
-from plait.initial import InitialSettings, initial_adapters
+from plait.initial import InitialSettings, completion_note, initial_adapters
 from plait.report.summary import PLAIN
 from plait.session import Session
 from plait.statistics import Statistics, read_statistics, write_statistics
@@ -119,6 +119,10 @@ def train(units: Sequence[Unit], layout: Layout, tell: Told = lambda text: None)
     for unit in sorted(units, key=alike):
         here = layout.of(unit)
         members += _repairs(unit, here) if unit.stage == REPAIR else _members(unit, here)
+    rows = {f"{m.initial.name}, seed {m.seed}": m.initial.source.get("completed") for m in members}
+    for name, found in rows.items():
+        if found:
+            tell(f"warning: {completion_note(name, found)}")
     tell(f"{len(members)} adapters are ready to be trained")
     train_fleet(members, layout.session.base)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plait.subspaces.compute import Subspace as Subspace
+    from plait.subspaces.compute import completed as completed
     from plait.subspaces.compute import compute_subspaces as compute_subspaces
     from plait.subspaces.compute import subspace_methods as subspace_methods
     from plait.subspaces.registry import find_subspace_method as find_subspace_method
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "StreamedSubspaces": "stream",
     "Subspace": "compute",
+    "completed": "compute",
     "compute_subspaces": "compute",
     "find_subspace_method": "registry",
     "stream_subspaces": "stream",
@@ -26,6 +28,7 @@ _HOMES = {
 __all__ = [
     "StreamedSubspaces",
     "Subspace",
+    "completed",
     "compute_subspaces",
     "find_subspace_method",
     "stream_subspaces",

@@ -150,6 +150,11 @@ def _subspace(
     return Subspace(rows.float().cpu(), basis.energies.double().cpu(), norm, method.name, record)
 
 
+def completed(subspaces: Mapping[str, Subspace]) -> dict[str, int]:
+    """Module -> rows of its basis that were completed from outside the tied space (see `osrm`); only where there are any."""
+    return {m: s.record["completed"] for m, s in subspaces.items() if s.record.get("completed")}
+
+
 def readers(modules: Mapping[str, ModuleInfo]) -> dict[str, list[str]]:
     """Site -> the modules that read it."""
     found: dict[str, list[str]] = {}

@@ -25,16 +25,22 @@ def osrm(x: SiteInputs) -> Mapping[str, Basis]:
     Equal eigenvalues leave the choice open: a null space where the others have fewer inputs than d, above all. Inside the
     tied space the directions of most own-task energy are taken, in that order, and the record says how many were tied.
 
+    Where the own inputs reach fewer of them than are wanted (short texts of few distinct tokens, at the embeddings), the
+    rest are eigenvectors with the next larger eigenvalues that the own inputs do reach, ties among them treated alike;
+    the record says how many rows were `completed` so.
+
     Returns:
         Orthonormal rows; energies tr(a m_o a^T) per row, smallest first.
 
     Raises:
-        InputError: The task's own inputs do not reach r directions of the tied space: any basis would be arbitrary.
+        InputError: The task's own inputs span fewer than r directions: any basis would be arbitrary.
 
-    Cost: one Cholesky and inverse per site and task; where the others are factors of fewer than d rows, two thin SVDs.
+    Cost: one Cholesky and inverse per site and task; where the others are factors of fewer than d rows, two thin SVDs;
+    a full decomposition where there are other ties.
 
     Source: arXiv:2505.22934, section 3. **Deviates**: the second moment is uncentred and trace-normalised per task, and
-    is of tokens unless the statistics were pooled by mean, as the paper's H is.
+    is of tokens unless the statistics were pooled by mean, as the paper's H is. Completed rows are not the minimum, which
+    any directions that nobody's inputs reach attain: those would be arbitrary, and a row of A without inputs never trains.
     """
     return {task: _osrm_one(x, task) for task in x.tasks}
 
@@ -86,17 +92,45 @@ def _with_ties(x: SiteInputs, task: str, M: Tensor, tolerance: float) -> Basis:
     if not record["tied"]:
         rows = fixed_signs(vectors[:, : x.rank].T)
         return Basis(rows, values[: x.rank], record)
-    certain, space = vectors[:, :below], vectors[:, below : below + tied]
     own = x.own(task)
-    energies, directions = torch.linalg.eigh(space.T @ own @ space)
-    wanted = x.rank - below
-    _require_energy(x, task, energies.flip(0), wanted)
-    rows = fixed_signs(torch.cat([certain, space @ directions.flip(1)[:, :wanted]], 1).T)
+    reached = _reached(x, task, own, vectors[:, below : below + tied])
+    columns = torch.cat([vectors[:, :below], reached], 1)[:, : x.rank]
+    if missing := x.rank - columns.shape[1]:
+        _require_span(x, task, own)
+        more = _next_smallest(x, task, own, (values, vectors), below + tied, tolerance, missing)
+        columns, record["completed"] = torch.cat([columns, more], 1), missing
+    rows = fixed_signs(columns.T)
     return Basis(rows, ((rows @ M) * rows).sum(1), record)
 
 
+def _next_smallest(
+    x: SiteInputs, task: str, own: Tensor, pairs: tuple[Tensor, Tensor], start: int, tolerance: float, wanted: int
+) -> Float[Tensor, "d wanted"]:
+    """Eigenvectors from number `start` on, eigenvalues ascending, that the own inputs reach; tied ones as one space."""
+    values, vectors = pairs
+    found = vectors[:, :0]
+    while found.shape[1] < wanted:
+        if start >= x.dim:
+            raise _too_few(x, task)
+        stop = start + int((values[start:] <= values[start] + tolerance).sum())
+        found = torch.cat([found, _reached(x, task, own, vectors[:, start:stop])], 1)
+        start = stop
+    return found[:, :wanted]
+
+
+def _reached(x: SiteInputs, task: str, own: Tensor, space: Float[Tensor, "d k"]) -> Float[Tensor, "d n"]:
+    """The directions of a space in which the own inputs have energy, the most first."""
+    energies, directions = torch.linalg.eigh(space.T @ own @ space)
+    count = int((energies > x.resolution([task])).sum())
+    found: Tensor = space @ directions.flip(1)[:, :count]
+    return found
+
+
 def _in_null_space(x: SiteInputs, task: str, factor: Float[Tensor, "k d"], resolution: float) -> Basis | None:
-    """The tied space is the others' null space: take the own factor's largest directions in it, all in thin form."""
+    """The tied space is the others' null space: take the own factor's largest directions in it, all in thin form.
+
+    None where the null space, or what the own inputs reach of it, is too small.
+    """
     _, s, Vt = torch.linalg.svd(factor, full_matrices=False)
     Q = Vt[s.square() > resolution * s.square().sum()]
     tied = x.dim - Q.shape[0]
@@ -114,19 +148,23 @@ def _in_null_space(x: SiteInputs, task: str, factor: Float[Tensor, "k d"], resol
         m = m - (m @ Q.T) @ Q
         values, vectors = torch.linalg.eigh(0.5 * (m + m.T))
         energies, rows = values.flip(0), vectors.flip(1).T
-    _require_energy(x, task, energies, x.rank)
+    if int((energies > x.resolution([task])).sum()) < x.rank:
+        return None
     rows = fixed_signs(rows[: x.rank])
     return Basis(rows, (rows @ factor.T).square().sum(1), {"solver": "null space", "tied": tied})
 
 
-def _require_energy(x: SiteInputs, task: str, energies: Tensor, wanted: int) -> None:
-    reached = int((energies > x.resolution([task])).sum())
-    if reached < wanted:
-        raise InputError(
-            f"the others leave a tied space in which task {task!r} has energy in {reached} directions, {wanted} are wanted",
-            where=x.name,
-            hint="collect more samples, or a lower rank: any other basis would be arbitrary",
-        )
+def _require_span(x: SiteInputs, task: str, own: Tensor) -> None:
+    if int((torch.linalg.eigvalsh(own) > x.resolution([task])).sum()) < x.rank:
+        raise _too_few(x, task)
+
+
+def _too_few(x: SiteInputs, task: str) -> InputError:
+    return InputError(
+        f"the inputs of task {task!r} span fewer than {x.rank} directions",
+        where=x.name,
+        hint="collect more samples, or a lower rank: any other basis would be arbitrary",
+    )
 
 
 @subspace_method("osrm_released", paper="arXiv:2505.22934", needs=("means", "others"))

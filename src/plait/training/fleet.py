@@ -198,6 +198,8 @@ def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwri
         "fleet": len(outcome.order),
         "base_sha256": base_fingerprint(shared.base),
     }
+    if "completed" in member.initial.source:  # where it started (see the subspace method osrm)
+        result["completed"] = member.initial.source["completed"]
     with staged_folder(member.out, member.identity, overwrite=overwrite, result=result) as stage:
         write_adapter(stage, adapter)
         for step, snapshot in outcome.snapshots.get(place, {}).items():
