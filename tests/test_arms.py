@@ -135,7 +135,7 @@ def test_too_many_selection_rows(tiny_recipe):
 
 
 def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
-    from plait.commands import train_one
+    from plait.train_folders import train_one
 
     recipe = tiny_recipe(**ONE, arms=["kaiming"], training={**TRAINING, "evaluate_every": 2}, data_selection=8)
     pipeline.run(recipe, tmp_path / "run", quiet=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from plait.adapters.peft_format import read_adapter
 from plait.cli import main
 from plait.statistics import read_statistics
+from plait.statistics.fisher import read_fisher
 from plait.training import TrainingSettings, prepare_constraint
 from tests.conftest import tiny_rows, write_rows
 
@@ -119,3 +121,62 @@ def test_a_regression_at_the_prompt(tiny_base, tmp_path, capsys):
     assert found["kind"] == "regression"
     scored = plait(capsys, "eval", f"grade={tmp_path / 'a'}", *source)["adapters"][0]["tasks"]["grade"]
     assert set(scored["metrics"]) == {"pearson", "spearman"}
+
+
+def test_a_fleet_at_the_prompt_ends_where_single_trainings_do(tiny_base, tmp_path, capsys):
+    rows = write_rows(tmp_path / "one.csv", tiny_rows(2, 40))
+    source = ["--base", tiny_base("bert").name, "--task", "one", "--train-file", rows, "--text", "text"]
+    own = tmp_path / "one.stats.safetensors"
+    plait(capsys, "stats", *source, "--target-modules", "query", "--samples", "12", "--out", own)
+    starts = {name: tmp_path / name for name in ("kaiming", "orthonormal")}
+    for name, folder in starts.items():
+        plait(capsys, "init", "--own", own, "--method", name, "--rank", 2, "--out", folder)
+    steps = ["--set", "training.steps=3", "--set", "training.lr=[0.01,0.02]"]
+    fleet = plait(
+        capsys,
+        "train",
+        starts["kaiming"],
+        f"b={starts['orthonormal']}",
+        *source,
+        *steps,
+        "--fleet",
+        "--out",
+        tmp_path / "f",
+    )
+    names = ["kaiming@lr0.01", "kaiming@lr0.02", "b@lr0.01", "b@lr0.02"]
+    assert [a["name"] for a in fleet["adapters"]] == names and all(a["task"] == "one" for a in fleet["adapters"])
+    steps[-1] = "training.lr=0.02"
+    plait(capsys, "train", starts["orthonormal"], *source, *steps, "--out", tmp_path / "solo")
+    solo, member = read_adapter(tmp_path / "solo"), read_adapter(tmp_path / "f" / "b@lr0.02")
+    for module, f in solo.modules.items():
+        assert f.B.any() and (f.delta() - member.modules[module].delta()).norm() < 1e-4 * f.delta().norm()
+    again = plait(capsys, "train", starts["orthonormal"], *source, *steps, "--out", tmp_path / "f" / "b@lr0.02")
+    assert again["seconds"] == fleet["adapters"][3]["seconds"]  # one identity: it is read, not trained again
+
+
+def test_fisher_merging_at_the_prompt(tiny_base, tmp_path, capsys):
+    adapters, files = [], []
+    for i, task in enumerate(("one", "two")):
+        rows = write_rows(tmp_path / f"{task}.csv", tiny_rows(2, 40, seed=i))
+        source = ["--base", tiny_base("bert").name, "--task", task, "--train-file", rows, "--text", "text"]
+        own = tmp_path / f"{task}.stats.safetensors"
+        plait(capsys, "stats", *source, "--target-modules", "query", "--samples", "12", "--out", own)
+        plait(capsys, "init", "--own", own, "--method", "orthonormal", "--rank", 2, "--out", tmp_path / f"start-{task}")
+        adapters.append(tmp_path / task)
+        plait(capsys, "train", tmp_path / f"start-{task}", *source, "--set", "training.steps=2", "--out", adapters[-1])
+        files.append(tmp_path / f"{task}.fisher.safetensors")
+        found = plait(capsys, "stats", "fisher", adapters[-1], *source, "--samples", "10", "--out", files[-1])
+        assert (found["examples"], found["modules"]) == (10, 2)
+    merged = plait(capsys, "merge", *adapters, "--method", "fisher", "--stats", *files, "--out", tmp_path / "m")
+    F = [read_fisher(p) for p in files]
+    module = next(iter(F[0].modules))
+    shape = F[0].modules[module].shape
+    D, f = [read_adapter(a).modules[module].delta() for a in adapters], [x.modules[module].rows(0, shape[0]) for x in F]
+    assert all(x.any() for x in f) and not torch.allclose(f[0], f[1])
+    f = [x.clamp(min=merged["options"]["floor"]) for x in f]
+    wanted = (f[0] * D[0] + f[1] * D[1]) / (f[0] + f[1])
+    lost = (read_adapter(tmp_path / "m").modules[module].delta() - wanted).norm() / wanted.norm()
+    assert lost**2 < merged["worst_module"]["discarded_energy"] + 1e-6
+    with pytest.raises(SystemExit) as ended:
+        main(["stats", "fisher", str(tmp_path / "start-two"), *map(str, source), "--out", str(tmp_path / "none")])
+    assert ended.value.code == 3 and "no head" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Single stages for people at a prompt: what `stats`, `train` and `eval` do with paths and a recipe's settings."""
+"""Single stages for people at a prompt: what `stats` and `eval` do with paths and a recipe's settings."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import read_adapter
 from plait.errors import UsageError
 from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, mean_score, write_scores
-from plait.progress import Progress
 from plait.ranks import is_writer
 from plait.recipe import Recipe
 from plait.recipe_file import require_known
 from plait.session import Session
-from plait.store import identity, read_manifest, sha256_file, staged_file
+from plait.store import staged_file
 from plait.tasks.task import TEXT_KINDS
 
 
@@ -54,69 +52,6 @@ def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: b
         "memory": found.provenance.get("memory"),
         "reused": reused,
     }
-
-
-def train_one(
-    recipe: Recipe,
-    initial: Path,
-    task: str,
-    out: Path,
-    *,
-    seed: int,
-    overwrite: bool,
-    quiet: bool,
-    statistics: Sequence[Path] = (),
-) -> dict[str, Any]:
-    """Fine-tune one adapter folder on one task of a recipe; under torchrun, in all of its processes together.
-
-    Args:
-        recipe: Base, data, tasks and the training's settings.
-        initial: The folder to start from.
-        task: Which of the recipe's tasks.
-        out: The folder to write.
-        seed: Of the head and the order of the rows.
-        overwrite: Train even where `out` holds something.
-        quiet: No progress on stderr.
-        statistics: Files of this task and of others, for the constraints "projected" and "penalised".
-
-    Returns:
-        output, task, and the result that the adapter's manifest holds; empty in every process but torchrun's first.
-    """
-    from dataclasses import asdict
-
-    from plait.statistics import read_statistics
-    from plait.training import train_adapter
-
-    session = Session(recipe)
-    require_known(task, list(session.tasks), "task")
-    settings = recipe.training_of(recipe.arm_specs[0])
-    start = read_adapter(initial, name=task)
-    inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
-    options = {"training": asdict(settings), "data": session.data_identity(task), "rows": recipe.data.train_rows}
-    options |= {"selection": recipe.data.selection_rows} if settings.evaluate_every else {}
-    known = [read_statistics(path) for path in statistics]
-    inputs |= {f"statistics/{i}": sha256_file(path) for i, path in enumerate(statistics)}
-    wanted = identity("adapter", options, inputs, seed)
-    progress = Progress(1.0, 1, quiet or not is_writer())
-    progress.start(f"train {task}", 1.0)
-    train_adapter(
-        start,
-        session.tasks[task],
-        session.training(task, seed),
-        session.base,
-        settings,
-        seed=seed,
-        out=out,
-        identity=wanted,
-        overwrite=overwrite,
-        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
-        statistics={str(s.provenance.get("task") or p.stem): s for p, s in zip(statistics, known, strict=True)} or None,
-        selection=session.selection(task, seed) if settings.evaluate_every else None,
-    )
-    progress.close(f"trained {task}")
-    if not is_writer():
-        return {}
-    return {**(read_manifest(out) or {}).get("result", {}), "output": str(out.absolute()), "task": task}
 
 
 def evaluate_folders(

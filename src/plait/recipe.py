@@ -185,9 +185,10 @@ class Recipe(_Strict):
         ``NAME@stepN``; neither can be mistaken for a name of the recipe, where @ is not allowed.
         """
         given = [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
-        return [each for arm in given for rated in self._at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
+        return [each for arm in given for rated in self.at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
 
-    def _at_each_rate(self, arm: ArmSpec) -> list[ArmSpec]:
+    def at_each_rate(self, arm: ArmSpec) -> list[ArmSpec]:
+        """An arm, or one for each of its learning rates where they are a list."""
         rates = {**self.training, **arm.training}.get("lr")
         if not isinstance(rates, list) or not rates or not all(isinstance(r, int | float) for r in rates):
             return [arm]  # `training_of` says what is wrong with the rest

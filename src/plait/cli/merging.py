@@ -28,6 +28,7 @@ Refine = Annotated[int, typer.Option("--refine", min=0, help="auto: steps of lea
 Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
+_STATISTICS = (".stats.safetensors", ".fisher.safetensors")
 _ONLY_AUTO = ("text", "general", "refine", "repair", "length")
 _AUTO = {*_ONLY_AUTO, "out", "rank", "base", "device", "seed", "overwrite"}
 
@@ -73,9 +74,9 @@ def merge(
     _require_meaning(context, folders, per_task=per_task, curve=curve, bake=bake is not None)
     from plait.merging.request import MergeRequest, answer
 
-    trailing = [Path(f) for f in folders if f.endswith(".stats.safetensors")]  # --stats pool/* leaves them here
+    trailing = [Path(f) for f in folders if f.endswith(_STATISTICS)]  # --stats pool/* leaves them here
     request = MergeRequest(
-        [f for f in folders if not f.endswith(".stats.safetensors")],
+        [f for f in folders if not f.endswith(_STATISTICS)],
         out,
         method,
         settings(sets),

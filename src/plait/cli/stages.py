@@ -11,6 +11,7 @@ from plait.cli.given import without
 from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
 from plait.cli.source import Base, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
+from plait.errors import UsageError
 
 Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")]
 Others = Annotated[list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")]
@@ -103,9 +104,10 @@ def post(
 
 
 def train(
-    initial: Annotated[Path, typer.Argument(help="An adapter folder to start from.")],
+    initial: Annotated[list[str], typer.Argument(help="An adapter folder to start from; several with --fleet.")],
     out: Out,
-    task: Task,
+    task: Task = "",
+    fleet: Annotated[bool, typer.Option("--fleet", help="Train DIR or NAME=DIR each in one process, into OUT/NAME.")] = False,
     recipe: Recipe = None, base: Base = None, root: Root = None, train_file: Train = None, validation: Validation = None,
     text: Text = None, label: Label = None, kind: Kind = None, targets: Targets = None,
     sets: Set = None, device: Device = "auto",
@@ -115,14 +117,24 @@ def train(
     """Fine-tune an adapter on one task with the Hugging Face Trainer; --set training.steps=200 and so on.
 
     On several GPUs: torchrun --nproc_per_node 2 -m plait train ..., with --set training.shard_base=true to split the base.
-    """
-    from plait.commands import train_one
 
-    found = train_one(
-        recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind),
-        initial, task, out, seed=seed, overwrite=overwrite, quiet=quiet, statistics=statistics or [],
-    )  # fmt: skip
-    if found:  # nothing in the other processes of torchrun
+    With --fleet many adapters share the base's passes: each trains --task, or the task it is named after; a list
+    training.lr trains each at every rate.
+    """
+    from plait.train_folders import train_many, train_one
+
+    if not task and not (fleet and recipe):
+        raise UsageError(
+            "which task?", hint="--task NAME; with --fleet and --recipe each adapter's name may be its task"
+        )
+    if len(initial) > 1 and not fleet:
+        raise UsageError("one adapter at a time", hint="--fleet trains several")
+    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind)
+    how: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "quiet": quiet, "statistics": statistics or []}
+    if fleet:
+        found = train_many(chosen, initial, task, out, **how)
+        emit(found, as_json, "\n".join(f"{a['name']}: {a['task']} -> {a['output']}" for a in found["adapters"]))
+    elif found := train_one(chosen, Path(initial[0]), task, out, **how):  # nothing in the other processes of torchrun
         emit(found, as_json, f"{task}: trained in {found['seconds']:.0f} s -> {out}")
 
 

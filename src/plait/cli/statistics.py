@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode=None, help="Statistics of a task's layer inputs: collect, show, merge, compare."
     )
     group.callback(invoke_without_command=True)(collect)
-    for command in (show, merge, diff, compress, check):
+    for command in (show, merge, diff, compress, check, fisher):
         group.command()(command)
     app.add_typer(group, name="stats")
 
@@ -141,3 +141,27 @@ def check(file: File, as_json: Json = False) -> None:
     emit(found, as_json, "\n".join([*lines, "sound" if found["ok"] else "not sound"]))
     if not found["ok"]:
         raise typer.Exit(3)
+
+
+def fisher(
+    adapter: Annotated[str, typer.Argument(help="A trained adapter with its head, DIR or NAME=DIR.")],
+    out: NewFile,
+    recipe: Recipe = None, base: Base = None, task: Task = "", root: Root = None, train_file: Train = None,
+    text: Text = None, label: Label = None, kind: Kind = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Training rows to look at; 100 by default.")] = None,
+    labels: Annotated[str, typer.Option("--labels", help="sampled from the model, or given by the data.")] = "sampled",
+    sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """The diagonal Fisher information of a trained adapter, for `plait merge --method fisher --stats FILE`."""
+    from plait.fisher_file import fisher_of_folder
+
+    extra = [f"statistics.samples={samples}"] if samples else []
+    targets = ["unused"] if recipe is None else None  # the adapter's own
+    chosen = recipe_from(
+        recipe, task, base, root, train_file, None, text, label, targets, [*extra, *(sets or [])], device, kind
+    )
+    if labels not in ("sampled", "given"):
+        raise UsageError(f"--labels {labels!r}, expected sampled or given")
+    found = fisher_of_folder(chosen, adapter, task, out, labels=labels, seed=seed, overwrite=overwrite)  # type: ignore[arg-type]
+    line = f"{task}: {found['examples']} rows, {found['modules']} modules, {found['bytes']:,} bytes -> {out}"
+    emit(found, as_json, line)

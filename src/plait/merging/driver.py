@@ -152,7 +152,7 @@ def _statistics(
     if lacking := [a.name for a in adapters if a.name not in given]:
         raise UsageError(
             f"{method.name} needs {' and '.join(method.needs)} of every task; none given for {', '.join(lacking)}",
-            hint="collect them and pass --stats TASK=FILE",
+            hint=f"plait stats{' fisher' if 'fisher' in method.needs else ''} collects them; pass --stats TASK=FILE",
         )
     wanted = {"moments": "moments_for", "fisher": "diagonal_for"}
     for adapter in adapters:

@@ -1,0 +1,175 @@
+"""Training at a prompt: one adapter folder by the Hugging Face Trainer, or many as a fleet, by a recipe's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plait.adapters.naming import checked_name
+from plait.adapters.peft_format import read_adapter
+from plait.errors import UsageError
+from plait.progress import Progress
+from plait.ranks import is_writer, world_size
+from plait.recipe import ArmSpec, Recipe
+from plait.recipe_file import require_known
+from plait.session import Session
+from plait.store import identity, read_manifest, sha256_file
+
+if TYPE_CHECKING:
+    from plait.training import Member
+
+
+def train_one(
+    recipe: Recipe,
+    initial: Path,
+    task: str,
+    out: Path,
+    *,
+    seed: int,
+    overwrite: bool,
+    quiet: bool,
+    statistics: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Fine-tune one adapter folder on one task of a recipe; under torchrun, in all of its processes together.
+
+    Args:
+        recipe: Base, data, tasks and the training's settings.
+        initial: The folder to start from.
+        task: Which of the recipe's tasks.
+        out: The folder to write.
+        seed: Of the head and the order of the rows.
+        overwrite: Train even where `out` holds something.
+        quiet: No progress on stderr.
+        statistics: Files of this task and of others, for the constraints "projected" and "penalised".
+
+    Returns:
+        output, task, and the result that the adapter's manifest holds; empty in every process but torchrun's first.
+    """
+    from plait.training import train_adapter
+
+    session = Session(recipe)
+    require_known(task, list(session.tasks), "task")
+    arms = _first_arm(recipe)
+    if len(arms) > 1:
+        raise UsageError(
+            f"{len(arms)} learning rates for one adapter", where="training.lr", hint="one rate, or --fleet"
+        )
+    m = _member(session, initial, task, out, arms[0], seed, statistics)
+    progress = Progress(1.0, 1, quiet or not is_writer())
+    progress.start(f"train {task}", 1.0)
+    train_adapter(
+        m.initial,
+        m.task,
+        m.examples,
+        session.base,
+        m.settings,
+        seed=seed,
+        out=out,
+        identity=m.identity,
+        overwrite=overwrite,
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+        statistics=m.statistics,
+        selection=m.selection,
+    )
+    progress.close(f"trained {task}")
+    if not is_writer():
+        return {}
+    return {**(read_manifest(out) or {}).get("result", {}), "output": str(out.absolute()), "task": task}
+
+
+def train_many(
+    recipe: Recipe,
+    folders: Sequence[str],
+    task: str,
+    out: Path,
+    *,
+    seed: int,
+    overwrite: bool,
+    quiet: bool,
+    statistics: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Fine-tune many adapter folders of one base as a fleet: each ends as `train_one` would have left it, to rounding.
+
+    Args:
+        recipe: Base, data, tasks and the training's settings; a list of learning rates trains every adapter at each.
+        folders: ``DIR`` or ``NAME=DIR``; the name is the adapter's folder in `out`, and its task unless one is given.
+        task: The task of all of them; "" for each its own.
+        out: Holds one folder each, ``NAME`` or ``NAME@lrRATE``.
+        seed: Of the heads and the order of the rows.
+        overwrite: Train even where a folder holds something.
+        quiet: No progress on stderr.
+        statistics: Files of the tasks, for the constraints "projected" and "penalised".
+
+    Returns:
+        output, and adapters: a list of what `train_one` returns, with the name.
+
+    Raises:
+        UsageError: Two of one name, an unknown task, several processes.
+    """
+    from plait.training import train_fleet
+
+    if world_size() > 1:
+        raise UsageError("a fleet is trained in one process", hint="without torchrun, or without --fleet")
+    session, arms, members = Session(recipe), _first_arm(recipe), {}
+    for given in folders:
+        name, equals, place = given.partition("=")
+        folder = Path(place if equals else given)
+        name = checked_name(name if equals else folder.name, "adapter")
+        require_known(task or name, list(session.tasks), "task")
+        for arm in arms:
+            full = f"{name}@{arm.name.rpartition('@')[2]}" if len(arms) > 1 else name
+            if full in members:
+                raise UsageError(f"two adapters are called {name!r}", hint="NAME=DIR")
+            members[full] = _member(session, folder, task or name, out / full, arm, seed, statistics)
+    progress = Progress(1.0, len(members), quiet)
+    progress.start(f"{len(members)} adapters together", 1.0, len(members))
+    train_fleet(
+        list(members.values()),
+        session.base,
+        overwrite=overwrite,
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+    )
+    progress.close(f"trained {len(members)} adapters")
+    found = [
+        {**(read_manifest(m.out) or {}).get("result", {}), "name": n, "output": str(m.out.absolute())}
+        for n, m in members.items()
+    ]
+    return {"output": str(out.absolute()), "adapters": found}
+
+
+def _first_arm(recipe: Recipe) -> list[ArmSpec]:
+    """The recipe's first arm, at each of its learning rates: what single trainings are set by."""
+    first = recipe.arms[0]
+    return recipe.at_each_rate(ArmSpec(name=first) if isinstance(first, str) else first)
+
+
+def _member(
+    session: Session, folder: Path, task: str, out: Path, arm: ArmSpec, seed: int, statistics: Sequence[Path]
+) -> Member:
+    from plait.statistics import read_statistics
+    from plait.training import Member
+
+    settings = session.recipe.training_of(arm)
+    start = read_adapter(folder, name=task)
+    inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
+    options = {
+        "training": asdict(settings),
+        "data": session.data_identity(task),
+        "rows": session.recipe.data.train_rows,
+    }
+    options |= {"selection": session.recipe.data.selection_rows} if settings.evaluate_every else {}
+    known = [read_statistics(path) for path in statistics]
+    inputs |= {f"statistics/{i}": sha256_file(path) for i, path in enumerate(statistics)}
+    return Member(
+        start,
+        session.tasks[task],
+        session.training(task, seed),
+        settings,
+        seed,
+        out,
+        identity("adapter", options, inputs, seed),
+        {str(s.provenance.get("task") or p.stem): s for p, s in zip(statistics, known, strict=True)} or None,
+        session.selection(task, seed) if settings.evaluate_every else None,
+    )
