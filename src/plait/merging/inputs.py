@@ -103,7 +103,10 @@ class MergeInputs:
         kept = [t for t, (w, rank) in enumerate(zip(weights, self.ranks, strict=True)) if w != 0.0 and rank]
         if not kept:
             return self.zero()
-        B = torch.cat([self.B[t] if weights[t] == 1.0 else self.B[t] * weights[t] for t in kept], dim=1)
+        B = torch.cat([self.B[t] for t in kept], dim=1)
+        if any(weights[t] != 1.0 for t in kept):
+            ranks = torch.tensor([self.ranks[t] for t in kept])
+            B *= torch.tensor([weights[t] for t in kept]).repeat_interleave(ranks).to(B)
         return LoraFactors(torch.cat([self.A[t] for t in kept]), B, 1.0, self.kind)
 
     def zero(self) -> LoraFactors:

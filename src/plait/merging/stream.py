@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
+from plait.adapters.tensors import own_memory
 
 # Entries of one block: 1 MB of float32, so that the accumulators of an elementwise rule stay in a core's cache.
 BLOCK = 1 << 18
@@ -47,7 +48,7 @@ class DenseDelta:
         """The whole matrix."""
         whole: Tensor | None = None
         for start, stop, block in self.blocks():
-            whole = block.new_empty(self.shape) if whole is None else whole
+            whole = _empty(self.shape, block) if whole is None else whole
             whole[start:stop] = block
         return torch.empty(self.shape) if whole is None else whole
 
@@ -72,6 +73,13 @@ class DenseDelta:
         for start, stop, block in self.blocks():
             total += block.T @ Y[start:stop]
         return total
+
+
+def _empty(shape: tuple[int, int], like: Tensor) -> Float[Tensor, "out in"]:
+    """A matrix that goes back to the system, whole, when it is let go of."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    return own_memory(shape[0] * shape[1] * like.itemsize).view(like.dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,8 @@ def _expected(
     """D X from the inputs, and the rank that D may have."""
     if not callable(wanted):
         coefficients = torch.tensor(wanted, dtype=torch.float64).repeat_interleave(torch.tensor(x.ranks))
-        inner = torch.cat(x.A).cpu().double() @ probes
-        return torch.cat(x.B, dim=1).cpu().double() @ (inner * coefficients[:, None]), x.total_rank
+        inner = _times(torch.cat(x.A), probes)
+        return _times(torch.cat(x.B, dim=1), inner * coefficients[:, None]), x.total_rank
     again = wanted(x)
     if isinstance(again, DenseDelta):
         return again.times(probes.float().to(x.device)).cpu().double(), min(again.shape)
@@ -77,5 +77,9 @@ def _expected(
 
 
 def _applied(factors: LoraFactors, probes: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
-    f = factors.folded(torch.float64)
-    return f.B @ (f.A @ probes)
+    return _times(factors.B, _times(factors.A, probes) * factors.scaling)
+
+
+def _times(M: Float[Tensor, "n m"], X: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    """M X in float64; with few columns BLAS is a third faster the other way round."""
+    return (X.T @ M.cpu().double().T).T
