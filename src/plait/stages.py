@@ -73,7 +73,12 @@ def initial_of(job: Job, plan: Plan, session: Session) -> dict[str, tuple[Adapte
         target_modules=targets if isinstance(targets, str) else tuple(targets),
     )
     return initial_adapters(
-        _statistics(plan, job.seed), settings, base=recipe.base.model, revision=recipe.base.revision, seed=job.seed
+        _statistics(plan, job.seed),
+        settings,
+        base=recipe.base.model,
+        revision=recipe.base.revision,
+        seed=job.seed,
+        device=session.base.torch_device,
     )
 
 

@@ -169,7 +169,9 @@ def put_together(modules: Mapping[str, LoraFactors], layout: Layout) -> tuple[di
 
 def _places(modules: Mapping[str, LoraFactors], layout: Layout) -> list[tuple[str, tuple[str, ...], str]]:
     """(kohya's name, all its parts, diffusers' name) of every module that the layout knows."""
-    found = [(_ORIGINAL + o, (_DIFFUSERS + d,), _DIFFUSERS + d) for o, d in layout.outside.items()]
+    found: list[tuple[str, tuple[str, ...], str]] = [
+        (_ORIGINAL + o, (_DIFFUSERS + d,), _DIFFUSERS + d) for o, d in layout.outside.items()
+    ]
     for block in layout.blocks:
         places = {part: (layer, parts) for layer, parts in block.layers.items() for part in parts}
         for module in modules:
@@ -210,8 +212,8 @@ def _block_diagonal(parts: Sequence[LoraFactors | None], heights: Sequence[int])
     there = [f for f in parts if f is not None]
     same = all(f.scaling == there[0].scaling for f in there)
     dtype = there[0].B.dtype
-    for f in there:
-        dtype = torch.promote_types(dtype, f.B.dtype)
+    for present in there:
+        dtype = torch.promote_types(dtype, present.B.dtype)
     if not same:  # a scaling of its own goes into each part's B: in float32, which rounds by 6e-8 at most
         dtype = torch.promote_types(dtype, torch.float32)
     B = torch.zeros(sum(heights), sum(f.rank for f in there), dtype=dtype)
