@@ -245,20 +245,29 @@ def plait(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:
 
 
 def read_statistics_alone(folder: Path, repeats: int) -> dict[str, Any]:
+    """What regmean reads beside the adapters; and its solves, everything read."""
     import torch  # noqa: F401
 
     baseline = peak_mb()
-    from plait import store
+    from plait.adapters.peft_format import read_adapter
+    from plait.merging.driver import plan_merge
     from plait.merging.folders import read_statistics_files
+
+    adapters = [read_adapter(folder / t) for t in TASKS]
+    solves: list[float] = []
 
     def run(_: int) -> float:
         start = time.perf_counter()
-        files = {t: folder / f"{t}.stats.safetensors" for t in TASKS}
-        _hashes = [store.sha256_file(f) for f in files.values()]
-        read_statistics_files(files)
-        return time.perf_counter() - start
+        read = read_statistics_files({t: folder / f"{t}.stats.safetensors" for t in TASKS})
+        seconds = time.perf_counter() - start
+        plan = plan_merge(adapters, "regmean", statistics=read)
+        start = time.perf_counter()
+        plan.run("solved")
+        solves.append(time.perf_counter() - start)
+        return seconds
 
-    return repeated(run, repeats, baseline)
+    found = repeated(run, repeats, baseline)
+    return {**found, "solve_seconds": statistics.median(solves)}
 
 
 def peft(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:

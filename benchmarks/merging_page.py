@@ -52,8 +52,9 @@ def targets(rows: list[Row]) -> str:
         dense = {m: r["over_row_block_sum"] for m, r in mine.items() if "over_row_block_sum" in r}
         lines += _line(f"dense part <= {DENSE_LIMIT}x the plain row-block sum", shape, dense, DENSE_LIMIT)
         if {"regmean", "read_statistics"} <= mine.keys():
-            ratio = {"regmean": mine["regmean"]["seconds"] / mine["read_statistics"]["seconds"]}
-            label = f"regmean <= {STATISTICS_LIMIT}x of reading its statistics (its solves not even counted)"
+            read, solves = mine["read_statistics"]["seconds"], mine["read_statistics"]["solve_seconds"]
+            ratio = {"regmean": (mine["regmean"]["seconds"] - solves) / read}
+            label = f"regmean <= {STATISTICS_LIMIT}x of reading its statistics ({read:.1f} s), its solves ({solves:.1f} s) apart"
             lines += _line(label, shape, ratio, STATISTICS_LIMIT)
         peaks = {m: r["peak_mb"] for m, r in mine.items() if m not in ("regmean", "read_statistics")}
         lines += _line(f"peak <= {PEAK_LIMIT} MB above `import torch`", shape, peaks, PEAK_LIMIT, " MB", 0)

@@ -15,7 +15,9 @@ from plait.errors import InputError, RunError, UsageError
 from plait.merging import folders as folders_module
 from plait.merging import merge_folders, merge_methods
 from plait.merging.rank_curve import rank_curve
-from plait.store import read_manifest
+from plait.statistics.files import write_statistics
+from plait.statistics.moments import ModuleInfo, Moments, Statistics
+from plait.store import read_manifest, sha256_file
 
 NAMES = ["first", "second", "third"]
 PUBLIC = Path(__file__).parents[3] / "shared" / "adapters"
@@ -205,3 +207,21 @@ def test_merged_classifiers_run_in_peft_on_the_backbone(tmp_path):
         found = peft.PeftModel.from_pretrained(backbone, tmp_path / "out").eval()(input_ids=ids).last_hidden_state
         torch.testing.assert_close(found, expected(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
     assert (found - plain).abs().max() > 0.05
+
+
+def test_statistics_are_read_once(tmp_path, monkeypatch):
+    folders = [saved(tmp_path / n, i, targets=("q",)) for i, n in enumerate(("a", "b"))]
+    files = {n: tmp_path / f"{n}.stats.safetensors" for n in ("a", "b")}
+    modules = {f"layers.{i}.q": ModuleInfo("layers.0.q", (24, 16), 1.0) for i in range(2)}
+    for seed, file in enumerate(files.values()):
+        h = torch.randn(40, 16, generator=torch.Generator().manual_seed(seed))
+        write_statistics(file, Statistics({"layers.0.q": Moments(40, h.sum(0), h.T @ h)}, modules, {"base": "base"}))
+    wanted = {f"statistics:{n}": sha256_file(file) for n, file in files.items()}
+    hashed: list[Path] = []
+    monkeypatch.setattr("plait.store.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    merge_folders(folders, tmp_path / "out", method="regmean", statistics=files)
+    recorded = read_manifest(tmp_path / "out")["inputs"]
+    assert {k: v for k, v in recorded.items() if k.startswith("statistics:")} == wanted
+    assert hashed and not set(hashed) & set(files.values())
+    merge_folders(folders, tmp_path / "sum", statistics=files)  # which needs none, and so says what it was given
+    assert {k: v for k, v in read_manifest(tmp_path / "sum")["inputs"].items() if k in wanted} == wanted

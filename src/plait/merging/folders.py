@@ -133,7 +133,10 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
 def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:
     """What a merge is: its settings and the hashes of what it reads."""
     inputs = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in plan.adapters}
-    inputs |= {f"statistics:{task}": store.sha256_file(Path(path)) for task, path in (statistics or {}).items()}
+    # Hashed while they were read, but where the method does without them.
+    read = {a.name: s.sha256 for a, s in zip(plan.adapters, plan.statistics, strict=False)}
+    for task, path in (statistics or {}).items():
+        inputs[f"statistics:{task}"] = read.get(task) or store.sha256_file(Path(path))
     return store.identity("merge", plan.settings(), inputs, plan.seed)
 
 

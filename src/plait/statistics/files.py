@@ -107,7 +107,7 @@ def read_statistics(path: str | Path) -> Statistics:
         InputError: Not such a file, damaged, of another schema, or with tensors that do not fit its record.
     """
     path = Path(path)
-    tensors, metadata, _ = read_tensors(path)
+    tensors, metadata, digest = read_tensors(path)
     record = record_of(metadata, path)
     try:
         sites = {s: moments_of(s, r, tensors, path) for s, r in record["sites"].items()}
@@ -117,7 +117,7 @@ def read_statistics(path: str | Path) -> Statistics:
         raise InputError(f"its record is incomplete: {type(e).__name__} {e}", where=str(path)) from None
     if odd := [n for n, i in modules.items() if i.site not in sites]:
         raise InputError(f"module {odd[0]!r} reads a site that is not in the file", where=str(path))
-    return Statistics(sites, modules, provenance)
+    return Statistics(sites, modules, provenance, digest)
 
 
 def require_distinct(files: Sequence[Path]) -> None:

@@ -42,11 +42,13 @@ class FisherDiagonal:
         modules: Name -> its diagonal.
         examples: How many examples it is the mean over.
         provenance: What it was computed on.
+        sha256: Of the file it was read from, "" where there is none.
     """
 
     modules: Mapping[str, Diagonal]
     examples: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""
 
     @classmethod
     def held(cls, tensors: Mapping[str, Tensor], examples: int, **provenance: Any) -> FisherDiagonal:
@@ -82,7 +84,7 @@ def read_fisher(path: Path) -> FisherDiagonal:
     Raises:
         InputError: Another kind of file, damaged, of another schema, or holding NaN or negative entries.
     """
-    tensors, metadata, _ = read_tensors(path)
+    tensors, metadata, digest = read_tensors(path)
     record = json.loads(metadata.get("fisher", "{}"))
     if metadata.get("kind") != KIND or record.get("schema") != SCHEMA:
         raise InputError(
@@ -93,7 +95,7 @@ def read_fisher(path: Path) -> FisherDiagonal:
         if tensor.ndim != 2 or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
             raise InputError(f"{name} is not a finite, nonnegative matrix", where=str(path))
         modules[name] = _on_disk(path, name, (tensor.shape[0], tensor.shape[1]))
-    return FisherDiagonal(modules, int(record["examples"]), record.get("provenance", {}))
+    return FisherDiagonal(modules, int(record["examples"]), record.get("provenance", {}), digest)
 
 
 def _on_disk(path: Path, name: str, shape: tuple[int, int]) -> Diagonal:

@@ -197,11 +197,13 @@ class Statistics:
         sites: Site -> moments. A site is one distinct input and is named after the first module that reads it.
         modules: Module name, relative to the backbone -> `ModuleInfo`.
         provenance: Base, hashes, target modules, pool, samples, tokens, template, dtype, backbone_prefix, task, schema.
+        sha256: Of the file they were read from, "" where there is none.
     """
 
     sites: Mapping[str, Moments]
     modules: Mapping[str, ModuleInfo]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""
 
     def moments_for(self, module: str) -> Moments | None:
         """Moments of what a module reads; the name may carry the recorded backbone prefix. None where unknown."""
