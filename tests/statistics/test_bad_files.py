@@ -92,7 +92,7 @@ def test_damaged_files(damage, good, tmp_path, capsys):
         ["show", path],
         ["check", path],
         ["diff", path, path],
-        ["merge", path, path, "--out", tmp_path / "x"],
+        ["merge", good / "mine.stats.safetensors", path, "--out", tmp_path / "x"],
     ):
         with pytest.raises(SystemExit) as ended:
             main(["stats", *map(str, command)])

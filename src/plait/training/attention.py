@@ -10,9 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import masking_utils
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WRITTEN_OUT = ("MPNetSelfAttention",)
+# Functions of transformers that read a mask's values on the host to see whether it hides anything.
+_LOOKING = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
 
 
 @contextlib.contextmanager
@@ -21,18 +24,40 @@ def fused_attention(backbone: nn.Module) -> Iterator[None]:
 
     MPNet's, which its own code writes out, is replaced by one that is the same to rounding: the relative position bias
     and the mask are added up once a pass, and given to the operation as its mask. For every model cuDNN's kernels are
-    left out: they build a plan for each new shape, a tenth of a second each, and here every pass has another shape.
+    left out: they build a plan for each new shape, a tenth of a second each, and here every pass has another shape. On
+    a GPU masks are made without asking whether they hide anything: the answer would keep the host waiting for the device
+    once a pass, and the device then for the host.
     """
     found = [m for m in backbone.modules() if type(m).__name__ in _WRITTEN_OUT]
     bias = _SharedBias()
     for module in found:
         module.forward = _fused(module, bias)
     try:
-        with sdpa_kernel(_KERNELS):
+        with sdpa_kernel(_KERNELS), _masks_always(next(backbone.parameters()).device.type):
             yield
     finally:
         for module in found:
             del module.forward  # the instance's; the class's own is seen again
+
+
+@contextlib.contextmanager
+def _masks_always(device: str) -> Iterator[None]:
+    """Within the block, padded batches get their mask written out, whatever it holds; on the CPU nothing changes."""
+    known = {n: getattr(masking_utils, n) for n in _LOOKING if device != "cpu" and hasattr(masking_utils, n)}
+    for name, function in known.items():
+        setattr(masking_utils, name, _unless_padded(function))
+    try:
+        yield
+    finally:
+        for name, function in known.items():
+            setattr(masking_utils, name, function)
+
+
+def _unless_padded(function: Callable[..., bool]) -> Callable[..., bool]:
+    def ignored(padding_mask: Tensor | None, *args: Any, **options: Any) -> bool:
+        return padding_mask is None and function(padding_mask, *args, **options)
+
+    return ignored
 
 
 class _SharedBias:
