@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import masking_utils
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WRITTEN_OUT = ("MPNetSelfAttention",)
@@ -43,6 +42,8 @@ def fused_attention(backbone: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _masks_always(device: str) -> Iterator[None]:
     """Within the block, padded batches get their mask written out, whatever it holds; on the CPU nothing changes."""
+    from transformers import masking_utils
+
     known = {n: getattr(masking_utils, n) for n in _LOOKING if device != "cpu" and hasattr(masking_utils, n)}
     for name, function in known.items():
         setattr(masking_utils, name, _unless_padded(function))
