@@ -57,6 +57,8 @@ def resolve(model: nn.Module, name: str, prefix: str = "") -> nn.Module:
 def in_backbone(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter with module names relative to the backbone; a text adapter's on disk are the whole model's."""
     backbone, prefix = backbone_of(model)
+    if not any(prefix and name.startswith(f"{prefix}.") for name in adapter.modules):
+        return adapter
     inside = {name for name, _ in backbone.named_modules()}
     short = {
         name: name.removeprefix(f"{prefix}.") if prefix and name not in inside else name for name in adapter.modules

@@ -53,6 +53,7 @@ class Evaluator:
     _rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _views: dict[str, Any] = field(default_factory=dict)
     _banks: dict[Any, Any] = field(default_factory=dict)
+    _stacks: dict[Any, Any] = field(default_factory=dict)
     _choices_of: dict[str, tuple[list[list[int]], list[list[int]]]] = field(default_factory=dict)
 
     def predict(

@@ -24,6 +24,7 @@ from plait.training.stacked import StackedFactors, by_member, common_shapes, pad
 
 # Tokens a pass is worth having at once; more only takes memory.
 _APPETITE = {"cuda": 131_072, "cpu": 4_096}
+_KEPT = 2  # sets of candidates whose factors stay on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +74,15 @@ def predict_many(
     if kind in TEXT_KINDS and (kind != "causal" or is_open(evaluator.tasks[task]) or not takes_trees(model)):
         return [evaluator.predict(task, c.head, c.adapter, c.scale, rows) for c in candidates]
     bank, tree = _bank(evaluator, task, rows)
-    renamed = {id(c.adapter): in_backbone(model, c.adapter) for c in candidates if c.adapter is not None}
-    candidates = [replace(c, adapter=renamed.get(id(c.adapter))) for c in candidates]
-    adapters = [c.adapter for c in candidates if c.adapter is not None]
-    shapes = common_shapes(adapters, backbone_of(model)[0])
     size = limit or _size(bank)
     found: list[Logits] = []
+
+    def predict(part: Sequence[Candidate]) -> list[Logits]:
+        return _predict(ends, part, _updates(evaluator, model, part), bank, tree)
+
     with shared_ends(model) as ends:
         for start in range(0, len(candidates), size):
-            found += _split_where_full(
-                lambda part: _predict(ends, part, shapes, bank, tree), candidates[start : start + size]
-            )
+            found += _split_where_full(predict, candidates[start : start + size])
     for candidate, logits in zip(candidates, found, strict=True):
         if not np.isfinite(logits).all():
             name = candidate.adapter.name if candidate.adapter else "the base"
@@ -120,6 +119,22 @@ def _made_bank(
     return row_bank(bare, pad, kind, device), answer_tree(ends, device)
 
 
+def _updates(evaluator: Evaluator, model: nn.Module, candidates: Sequence[Candidate]) -> Mapping[str, StackedFactors]:
+    """Factors of these candidates on the device; those of the last two calls are kept, since task follows task."""
+    key = tuple((id(c.adapter), c.scale) for c in candidates)
+    if key not in evaluator._stacks:
+        worn = {id(c.adapter): in_backbone(model, c.adapter) for c in candidates if c.adapter is not None}
+        renamed = [replace(c, adapter=worn.get(id(c.adapter))) for c in candidates]
+        backbone = backbone_of(model)[0]
+        like = next(p for p in backbone.parameters() if p.is_floating_point())
+        shapes = common_shapes(list(worn.values()), backbone)
+        made = {name: stack(name, shape, renamed, like) for name, shape in shapes.items()}
+        while len(evaluator._stacks) >= _KEPT:
+            evaluator._stacks.pop(next(iter(evaluator._stacks)))
+        evaluator._stacks[key] = made, [c.adapter for c in candidates]  # held, so that no other takes their ids
+    return evaluator._stacks[key][0]  # type: ignore[no-any-return]
+
+
 def _split_where_full(
     predict: Callable[[Sequence[Candidate]], list[Logits]], candidates: Sequence[Candidate]
 ) -> list[Logits]:
@@ -137,12 +152,11 @@ def _split_where_full(
 def _predict(
     ends: Ends,
     candidates: Sequence[Candidate],
-    shapes: Mapping[str, tuple[int, int, int]],
+    updates: Mapping[str, StackedFactors],
     bank: RowBank,
     tree: AnswerTree | None,
 ) -> list[Logits]:
     like = next(p for p in ends.backbone.parameters() if p.is_floating_point())
-    updates = {name: stack(name, shape, candidates, like) for name, shape in shapes.items()}
     heads = {k: torch.stack([c.head[k] for c in candidates]).to(like) for k in candidates[0].head}
     order = np.argsort(bank.lengths, kind="stable")[::-1].copy()
     places = torch.from_numpy(order).to(like.device)

@@ -138,13 +138,12 @@ def cross_fitted(scorer: Scorer, adapter: Adapter, start: Sequence[float]) -> tu
     grown(grid, start)
     answers: dict[str, Answers] = {}
     halves = {}
+    scales = {reported: grid.best(chosen_on) for chosen_on, reported in zip(HALVES, reversed(HALVES), strict=True)}
+    for task, split in scorer.splits.items():
+        answers |= {f"{task}.{h}": a for h, a in _reported(scorer, adapter, task, split, scales).items()}
     for chosen_on, reported in zip(HALVES, reversed(HALVES), strict=True):
-        scale = grid.best(chosen_on)
-        found = {}
-        for task, split in scorer.splits.items():
-            rows = split.halves[reported]
-            answers[f"{task}.{reported}"] = scorer.answers(task, [(adapter, scale)], rows)[0]
-            found[task] = scorer.score(task, answers[f"{task}.{reported}"], rows)
+        scale = scales[reported]
+        found = {t: scorer.score(t, answers[f"{t}.{reported}"], s.halves[reported]) for t, s in scorer.splits.items()}
         halves[reported] = {
             "scale": scale,
             "selected": grid.mean(scale, chosen_on),
@@ -152,6 +151,17 @@ def cross_fitted(scorer: Scorer, adapter: Adapter, start: Sequence[float]) -> tu
             **_regret(grid, scale, reported),
         }
     return {"grid": grid.rows(), "halves": halves}, answers
+
+
+def _reported(
+    scorer: Scorer, adapter: Adapter, task: str, split: Split, scales: Mapping[str, float]
+) -> dict[str, Answers]:
+    """Answers on each half at its scale; in one pass over both halves where the scale is the same."""
+    if len(set(scales.values())) > 1:
+        return {h: scorer.answers(task, [(adapter, s)], split.halves[h])[0] for h, s in scales.items()}
+    rows, places = joined([split.halves[h] for h in scales])
+    answers = scorer.answers(task, [(adapter, next(iter(scales.values())))], rows)[0]
+    return {h: answers[place] for h, place in zip(scales, places, strict=True)}
 
 
 def _regret(grid: Grid, scale: float, part: str) -> dict[str, Any]:

@@ -40,8 +40,7 @@ def stacked_updates(backbone: nn.Module, updates: Mapping[str, StackedFactors]) 
         backbone: Whose modules the updates name.
         updates: Module name -> factors. The first dimension of a module's input is a multiple of the members.
     """
-    modules = dict(backbone.named_modules())
-    handles = [modules[name].register_forward_hook(_hook(factors)) for name, factors in updates.items()]
+    handles = [backbone.get_submodule(n).register_forward_hook(_hook(factors)) for n, factors in updates.items()]
     try:
         yield
     finally:
