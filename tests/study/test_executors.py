@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from plait.study.executor import InProcess, Processes, RayCluster
+from plait.errors import UsageError
+from plait.study.executor import InProcess, Processes, RayCluster, executor_of
 from plait.study.run import run_study
 from plait.study.table import rows_of
 from plait.study.units import Layout
@@ -57,6 +58,25 @@ def test_workers_of_which_one_is_killed_give_the_same_table(small_study, tmp_pat
     workers.close()
     assert killed and killed[0].returncode == -signal.SIGKILL
     require_equal(study, tmp_path / "serial", found)
+
+
+@pytest.mark.slow
+def test_more_processes_score_than_train(small_study, tmp_path, monkeypatch):
+    asked = []
+    run = Processes.run
+    monkeypatch.setattr(
+        Processes, "run", lambda self, batches, tell: (asked.append(len(batches)), run(self, batches, tell))[1]
+    )
+    workers = Processes(1, scorers=3)
+    found = rows(small_study(), tmp_path / "processes", workers)
+    workers.close()
+    assert 3 in asked and asked.count(1) >= 2
+    require_equal(small_study(), tmp_path / "serial", found)
+
+
+def test_scorers_belong_to_processes(small_study, tmp_path):
+    with pytest.raises(UsageError, match="scorers"):
+        executor_of("serial", Layout(small_study(), tmp_path), None, 2)
 
 
 @pytest.mark.slow

@@ -32,6 +32,9 @@ def run(
     study: StudyArg, out: Out = Path("plait-study"), sets: Set = None,
     executor: Annotated[str, typer.Option("--executor", help="serial, processes or ray.")] = "serial",
     workers: Workers = None,
+    scorers: Annotated[
+        int | None, typer.Option("--scorers", min=1, help="Processes that score; by default as many as workers.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option("--seconds", min=1, help="Begin nothing after so long.")] = None,
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -45,7 +48,7 @@ def run(
     require_known(executor, ["serial", "processes", "ray"], "executor")
     found = read_study(study, sets)
     layout = Layout(found, out)
-    runs = executor_of(executor, layout, workers)
+    runs = executor_of(executor, layout, workers, scorers)
     with contextlib.closing(runs):
         done = run_study(found, out, runs, layout=layout, seconds=seconds, quiet=quiet)
     said = "finished" if done["finished"] else f"not finished: {done['left']} units of wave {done['wave']!r} left"

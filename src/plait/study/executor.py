@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from plait.errors import EnvironmentFault, RunError
+from plait.errors import EnvironmentFault, RunError, UsageError
 from plait.study.spec import Study, parse_study
 from plait.study.units import Layout, Unit, pending
 from plait.study.work import do
@@ -24,9 +24,13 @@ Told = Callable[[str], None]
 
 
 class Executor(Protocol):
-    """Runs batches; each is a JSON object that `run_batch` understands, and everything a batch leaves is on disk."""
+    """Runs batches; each is a JSON object that `run_batch` understands, and everything a batch leaves is on disk.
+
+    `workers` batches of trainings run at once, or `scorers` of anything else: what scores waits for Python more than for the GPU.
+    """
 
     workers: int
+    scorers: int
 
     def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
         """Do all batches, in any order; a batch whose worker is lost is done again, since its results are whole or absent.
@@ -56,13 +60,23 @@ def run_batch(batch: dict[str, Any], layout: Layout | None = None, tell: Told = 
     layout = layout or Layout(parse_study(batch["study"], "batch"), Path(batch["out"]))
     units = pending(layout, [Unit(**u) for u in batch["units"]])
     left = None if batch.get("until") is None else time.monotonic() + batch["until"] - time.time()
-    return do(units, layout, tell=tell, until=left)
+    done = do(units, layout, tell=tell, until=left)
+    release_memory()  # to others at work on the device
+    return done
+
+
+def release_memory() -> None:
+    """Give the device what the allocator keeps and nothing uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class InProcess:
     """One after another, the base loaded once."""
 
-    workers = 1
+    workers = scorers = 1
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -79,17 +93,19 @@ class InProcess:
 class Processes:
     """One process a worker, alive from wave to wave with the base loaded; worker i sees GPU i alone, where there are GPUs."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, scorers: int | None = None) -> None:
         self.workers = workers
+        self.scorers = scorers or workers
         self._alive: dict[int, subprocess.Popen[str]] = {}
 
     def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
-        """Do all batches, as many at once as there are workers."""
+        """Do all batches, as many at once as there are workers or scorers, whichever are more."""
         waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         for batch in batches:
             waiting.put(batch)
-        with ThreadPoolExecutor(self.workers) as pool:
-            for future in [pool.submit(self._serve, slot, waiting, tell) for slot in range(self.workers)]:
+        slots = min(max(self.workers, self.scorers), len(batches))
+        with ThreadPoolExecutor(slots) as pool:
+            for future in [pool.submit(self._serve, slot, waiting, tell) for slot in range(slots)]:
                 future.result()
 
     def _serve(self, slot: int, waiting: queue.SimpleQueue[dict[str, Any]], tell: Told) -> None:
@@ -126,6 +142,8 @@ class Processes:
             if worker.stdin is not None:
                 worker.stdin.close()
             worker.wait()
+            if worker.stdout is not None:
+                worker.stdout.close()
         self._alive.clear()
 
 
@@ -169,6 +187,7 @@ class RayCluster:
         found = ray.cluster_resources()
         self.gpus = gpus if found.get("GPU") else 0.0
         self.workers = workers or max(1, int(found["GPU"] / gpus if self.gpus else found.get("CPU", 1)))
+        self.scorers = self.workers
 
     def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
         """Do all batches; Ray retries those whose worker or node is lost."""
@@ -188,8 +207,14 @@ class RayCluster:
         """The cluster is not ours to stop."""
 
 
-def executor_of(name: str, layout: Layout, workers: int | None) -> Executor:
-    """An executor by its name: serial, processes or ray."""
+def executor_of(name: str, layout: Layout, workers: int | None, scorers: int | None = None) -> Executor:
+    """An executor by its name: serial, processes or ray.
+
+    Raises:
+        UsageError: Scorers, which are processes of this machine, of another executor.
+    """
+    if scorers is not None and name != "processes":
+        raise UsageError(f"scorers have no meaning with the executor {name!r}", hint="they go with processes")
     if name == "serial":
         return InProcess(layout)
-    return Processes(workers or 2) if name == "processes" else RayCluster(workers)
+    return Processes(workers or 2, scorers) if name == "processes" else RayCluster(workers)

@@ -51,7 +51,8 @@ def run_study(
             if not todo:
                 break
             progress = Progress(len(todo), len(todo), quiet)
-            batches = [batch_of(study, out, part, until) for part in parts(todo, executor.workers)]
+            many = executor.workers if todo[0].stage in (TRAIN, REPAIR) else executor.scorers
+            batches = [batch_of(study, out, part, until) for part in parts(todo, many)]
             executor.run(batches, told(progress))
             progress.close(f"{name}: {len(todo)} units, {duration(time.time() - started)} since the start")
     name, todo = next_wave(layout)
