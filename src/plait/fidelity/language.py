@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
 from plait.base import backbone_of
+from plait.evaluation.answer_tree import shared_ends
 from plait.evaluation.fleet import Candidate, stack
 from plait.fidelity.measure import Closeness, TaskFidelity, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.texts import Texts
 from plait.tasks import collate, length_order, to_device
-from plait.training.stacked import StackedFactors, common_shapes, stacked_updates
+from plait.training.attention import fused_attention
+from plait.training.stacked import StackedFactors, by_member, common_shapes, stacked_updates
 
 Worn = tuple[Adapter | None, float]
 _BARE: Worn = (None, 1.0)
@@ -82,44 +84,59 @@ def compared(
         sums, updates = [_Sums() for _ in group], stacks(model, worn)
         n, own_tops = 0, 0
         for batch in _batches(panel, rows, len(worn)):
-            with stacked_updates(model, updates):
-                logits, mask = positions(model, part.task.kind, batch, len(worn), panel.positions)
-            own = _log_softmax(logits[0][mask])
-            top = own.argmax(-1)
-            n += len(top)
-            own_tops = own_tops + torch.bincount(top, minlength=own.shape[-1])
+            with fused_attention(model), stacked_updates(model, updates):
+                logits = positions(model, part.task.kind, batch, len(worn), panel.positions)[0]
+            own = _Own.of(_log_softmax(logits[0]))
+            n += len(own.top)
+            own_tops = own_tops + torch.bincount(own.top, minlength=logits.shape[-1])
             for mine, other in zip(sums, logits[1:], strict=True):
-                mine.add(own, top, _log_softmax(other[mask]))
+                mine.add(own, _log_softmax(other))
         found += [s.closeness(own_tops, n) for s in sums]
     return found, n
 
 
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """An adapter's log probabilities (positions, vocabulary), its probabilities and its likeliest tokens."""
+
+    logs: Tensor
+    probabilities: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, logs: Tensor) -> _Own:
+        return cls(logs, logs.exp(), logs.argmax(-1))
+
+
 @dataclass(slots=True)
 class _Sums:
-    """What is summed over positions of one merge beside an adapter, whose likeliest tokens are `top`."""
+    """What is summed over positions of one merge beside an adapter; tensors, so that nobody waits for the device."""
 
-    kl: float = 0.0
-    agree: float = 0.0
-    given: float = 0.0
+    kl: Tensor | float = 0.0
+    agree: Tensor | float = 0.0
+    given: Tensor | float = 0.0
     tops: Tensor | int = 0
     probabilities: Tensor | int = 0
 
-    def add(self, own: Tensor, top: Tensor, other: Tensor) -> None:
-        """Log probabilities (positions, vocabulary) of both."""
-        theirs, given = other.argmax(-1), other.exp()
-        self.kl += float((own.exp() * (own - other)).sum(dtype=torch.float64))
-        self.agree += float((theirs == top).sum())
-        self.given += float(given.gather(1, top[:, None]).sum(dtype=torch.float64))
-        self.tops = self.tops + torch.bincount(theirs, minlength=own.shape[-1])
-        self.probabilities = self.probabilities + given.sum(0, dtype=torch.float64)
+    def add(self, own: _Own, other: Tensor) -> None:
+        """Log probabilities (positions, vocabulary) of the merge."""
+        theirs = other.argmax(-1)
+        # A dot product a position: summing a matrix in float64 would first copy it.
+        self.kl = self.kl + torch.linalg.vecdot(own.probabilities, own.logs - other).sum(dtype=torch.float64)
+        self.agree = self.agree + (theirs == own.top).sum(dtype=torch.float64)
+        self.tops = self.tops + torch.bincount(theirs, minlength=other.shape[-1])
+        given = other.exp_()
+        self.given = self.given + given.gather(1, own.top[:, None]).sum(dtype=torch.float64)
+        self.probabilities = self.probabilities + given.sum(0).double()
 
     def closeness(self, own_tops: Tensor | int, n: int) -> Closeness:
         """Means over n positions."""
+        kl, agree, given = (float(x) / max(n, 1) for x in (self.kl, self.agree, self.given))
         chances = (
             float((own_tops * x).sum()) if isinstance(x, Tensor) else 0.0 for x in (self.tops, self.probabilities)
         )
         by_top, by_probability = (c / max(n, 1) ** 2 for c in chances)
-        return Closeness(self.kl / max(n, 1), self.agree / max(n, 1), by_top, self.given / max(n, 1), by_probability)
+        return Closeness(kl, agree, by_top, given, by_probability)
 
 
 def on_model(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -140,7 +157,21 @@ def stacks(model: nn.Module, worn: Sequence[Candidate]) -> dict[str, StackedFact
 def positions(
     model: Any, kind: str, batch: Mapping[str, Tensor], members: int, which: str = "all"
 ) -> tuple[Tensor, Tensor]:
-    """Logits (members, b, positions, vocabulary) of a batch that every member reads, and (b, positions) which count."""
+    """Logits of a batch that every member reads, at the positions that count.
+
+    Args:
+        model: With what the members wear.
+        kind: "causal" or "seq2seq".
+        batch: (b, ...) tensors.
+        members: How many read it.
+        which: "all" positions, or the "end" of each row.
+
+    Returns:
+        (members, counted, vocabulary) logits, row by row, and (b, length) which positions count.
+
+    Cost: a causal model's output layer, a fifth of the work of a small model and most of its memory, runs only where
+    positions count.
+    """
     inputs = {k: v.repeat(members, 1) for k, v in batch.items() if k != "labels"}
     mask = batch["attention_mask"].bool()
     if kind == "seq2seq":
@@ -149,8 +180,19 @@ def positions(
         mask = batch["labels"] != _IGNORED
     if which == "end":
         mask = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    logits = model(**inputs, use_cache=False).logits
-    return logits.view(members, -1, *logits.shape[1:]), mask
+    if not split_in_two(model, kind):
+        return by_member(model(**inputs, use_cache=False).logits, members)[:, mask], mask
+    with shared_ends(model) as ends:
+        arguments, options = ends.backbone_call(inputs)
+        output = ends.backbone(*arguments, **options)
+        picked = by_member(output.last_hidden_state, members)[:, mask]
+        logits = ends.logits(type(output)(last_hidden_state=picked), {"input_ids": inputs["input_ids"][:1]})
+    return logits, mask
+
+
+def split_in_two(model: Any, kind: str) -> bool:
+    """Whether the output layer can be asked about chosen positions: those of causal models look at one at a time."""
+    return kind == "causal" and bool(backbone_of(model)[1])
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

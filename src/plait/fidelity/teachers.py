@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from plait.base import backbone_of
 from plait.evaluation.fleet import Candidate
-from plait.fidelity.language import encoded, on_model, positions, stacks, text_closeness
+from plait.fidelity.language import encoded, on_model, positions, split_in_two, stacks, text_closeness
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import outputs
@@ -114,21 +115,35 @@ class _TextLesson:
         self.panel, self.model = panel, panel.model(panel.parts[0])
         self.kind = panel.parts[0].task.kind
         self.rows = [encoded(panel, self.kind, panel.texts[p.name]) for p in panel.parts]
-        self.teachers = stacks(self.model, [Candidate({}, on_model(self.model, p.adapter)) for p in panel.parts])
+        worn = [Candidate({}, on_model(self.model, p.adapter)) for p in panel.parts]
+        self.teachers = [stacks(self.model, worn)]
+        inside = f"{backbone_of(self.model)[1]}."
+        if split_in_two(self.model, self.kind) and not all(m.startswith(inside) for m in self.teachers[0]):
+            # The output layer sees rows of unlike numbers of positions: each adapter is asked alone.
+            self.teachers = [stacks(self.model, [w]) for w in worn]
         self.rooms = [max(text_closeness(panel, p, [(None, 1.0)])[0].kl_base, _LEAST_KL) for p in panel.parts]
 
     def loss(self, rows: Sequence[Sequence[int]], wearing: Wearing) -> Tensor:
         """Mean over parts of KL(adapter || merged) a position, over KL(adapter || base)."""
         chosen = [r[i] for r, places in zip(self.rows, rows, strict=True) for i in places]
         batch = to_device(collate(self.panel.tokenizer, chosen), self.panel.base.torch_device)
-        with wearing():
-            logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
-        with torch.no_grad(), stacked_updates(self.model, self.teachers):
-            wanted = positions(self.model, self.kind, batch, 1)[0]
-        total, each = logits.new_zeros((), dtype=torch.float32), len(rows[0])
-        for i, room in enumerate(self.rooms):
-            span = slice(i * each, (i + 1) * each)
-            real = mask[span]
-            found, target = (x[0, span][real].float().log_softmax(-1) for x in (logits, wanted))
+        with fused_attention(self.model):
+            with wearing():
+                logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
+            wanted = self._wanted(batch)
+        counts = [int(m.sum()) for m in mask.split(len(rows[0]))]
+        total = logits.new_zeros((), dtype=torch.float32)
+        for room, found, target in zip(self.rooms, logits[0].split(counts), wanted.split(counts), strict=True):
+            found, target = (x.float().log_softmax(-1) for x in (found, target))
             total = total + functional.kl_div(found, target, reduction="batchmean", log_target=True) / room
         return total / len(rows)
+
+    @torch.no_grad()
+    def _wanted(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The adapters' logits (counted, vocabulary), each of its own rows."""
+        each, found = len(batch["input_ids"]) // len(self.teachers), []
+        for i, teachers in enumerate(self.teachers):
+            part = {k: v[i * each : (i + 1) * each] for k, v in batch.items()}
+            with stacked_updates(self.model, teachers):
+                found.append(positions(self.model, self.kind, part, 1, self.panel.positions)[0][0])
+        return torch.cat(found)
