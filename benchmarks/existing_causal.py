@@ -51,6 +51,10 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     a = parsed()
     started = time.perf_counter()
+
+    def tell(what: str) -> None:
+        print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
+
     session = Session(read_recipe(find_recipe(a.recipe), a.set))
     names = list(session.tasks)
     adapters = [read_adapter(a.run / "adapters" / a.arm / f"seed-{a.seed}" / n, name=n) for n in names]
@@ -63,7 +67,7 @@ def main() -> None:
         panels[where] = Panel(
             session.base, parts_of(adapters), texts, read_place(a.general, a.texts), 16, session.recipe.data.max_length, where
         )  # fmt: skip
-        found = choose(panels[where], adapters, methods=a.methods, scales=a.scales, refine=a.steps, tell=print)
+        found = choose(panels[where], adapters, methods=a.methods, scales=a.scales, refine=a.steps, tell=tell)
         merges[f"by fidelity at {where} positions"] = (found.adapter, 1.0)
         chosen[where] = {
             "candidate": found.recipe.label,
@@ -71,6 +75,7 @@ def main() -> None:
             "learnt": bool(found.weights),
             "held_out": dict(found.held_out),
         }
+        tell("repair")
         merges[f"by fidelity at {where} positions, repaired"] = (
             repaired(panels[where], found.adapter, a.steps)[0],
             1.0,
@@ -80,7 +85,9 @@ def main() -> None:
         next(recipes((), ("task_arithmetic",))), merged_by(next(recipes((), ("task_arithmetic",))), adapters, {})
     )
     merges |= {f"task_arithmetic at {s:g}": (plain.adapter, s) for _, s in grid}
+    tell(f"scores of {len(merges)} merges")
     rows = scored(session, names, adapters, list(merges.values()), a.rows)
+    tell("fidelity of them")
     kls = {w: fidelities(p, list(merges.values())) for w, p in panels.items()}
     table = [
         {

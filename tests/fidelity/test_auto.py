@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from plait.adapters.lora import LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import InputError, UsageError
+from plait.evaluation.applied import applied
 from plait.fidelity.auto import AutoSettings, merge_auto, merge_auto_folders
 from plait.fidelity.choose import choose, groups_of, scaled
 from plait.fidelity.distil import distil
+from plait.fidelity.language import encoded
 from plait.fidelity.proxy import best_scale, mean_error, terms
 from plait.fidelity.score import fidelities
+from plait.fidelity.teachers import lesson_of
 from plait.merging import merge
 from plait.store import read_manifest
+from plait.tasks import collate
 from tests.fidelity.conftest import texts_of
 
 FEW = AutoSettings(scales=(0.3, 0.7), refine=6, max_length=24)
@@ -107,6 +113,39 @@ def test_weights_that_are_learnt_come_closer_and_stay_combinations(make_panel):
         assert torch.allclose(done.adapter.modules[m].delta(), sum(parts), atol=1e-4)
     assert same(start, scaled(tried.adapter, 0.3))
     assert all(p.requires_grad for p in panel.model(panel.parts[0]).parameters())
+
+
+@pytest.mark.parametrize(("which", "head"), [("all", False), ("end", False), ("all", True), ("end", True)])
+def test_a_lesson_of_text_is_each_adapters_divergence_on_its_own_texts(make_panel, which, head):
+    """Against the definition, one text at a time; also where an adapter changes the output layer."""
+    panel = make_panel("llama", "causal", texts=6)
+    panel.positions = which
+    one, two = panel.parts
+    model = panel.model(one)
+    if head:
+        g = torch.Generator().manual_seed(5)
+        extra = LoraFactors(
+            torch.randn(2, model.config.hidden_size, generator=g), torch.randn(model.config.vocab_size, 2, generator=g)
+        )
+        two = replace(two, adapter=replace(two.adapter, modules={**two.adapter.modules, "lm_head": extra}))
+        panel = replace(panel, parts=[one, two], _evaluators={})
+        model = panel.model(one)
+    places, expected = [[3, 0, 4], [1, 5, 2]], 0.0
+    for part, chosen in zip((one, two), places, strict=True):
+        kls, rooms = [], []
+        for i, row in enumerate(encoded(panel, "causal", panel.texts[part.name])):
+            batch = collate(panel.tokenizer, [row])
+            with torch.no_grad():
+                bare = model(**batch).logits[0].log_softmax(-1)
+                with applied(model, part.adapter):
+                    own = model(**batch).logits[0].log_softmax(-1)
+            kl = (own.exp() * (own - bare)).sum(-1)[-1 if which == "end" else 0 :]
+            rooms.append(kl)
+            kls += [kl] if i in chosen else []
+        room = max(float(torch.cat(rooms).mean()), 0.05)
+        expected += float(torch.cat(kls).mean()) / room / 2
+    lesson = lesson_of(panel)
+    assert float(lesson.loss(places, contextlib.nullcontext).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

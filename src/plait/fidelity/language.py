@@ -82,7 +82,8 @@ def compared(
             for a, s in (reference, *(merges[i] for i in group))
         ]
         sums, updates = [_Sums() for _ in group], stacks(model, worn)
-        n, own_tops = 0, 0
+        n = 0
+        own_tops: Tensor | int = 0
         for batch in _batches(panel, rows, len(worn)):
             with fused_attention(model), stacked_updates(model, updates):
                 logits = positions(model, part.task.kind, batch, len(worn), panel.positions)[0]

@@ -131,9 +131,11 @@ class _TextLesson:
             with wearing():
                 logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
             wanted = self._wanted(batch)
-        counts = [int(m.sum()) for m in mask.split(len(rows[0]))]
+        counts = mask.sum(1).view(len(rows), -1).sum(1).tolist()
         total = logits.new_zeros((), dtype=torch.float32)
-        for room, found, target in zip(self.rooms, logits[0].split(counts), wanted.split(counts), strict=True):
+        for room, found, target in zip(
+            self.rooms, torch.split(logits[0], counts), torch.split(wanted, counts), strict=True
+        ):
             found, target = (x.float().log_softmax(-1) for x in (found, target))
             total = total + functional.kl_div(found, target, reduction="batchmean", log_target=True) / room
         return total / len(rows)
