@@ -103,7 +103,7 @@ def one_seed(
     tick(clock, "fidelity")
     by_label = grid.scores([(t.adapter, s) for t, s in entries])
     tick(clock, "grid")
-    arms, facts = label_free(panel, adapters, moments, entries, fidelity, a)
+    arms, facts = label_free(panel, adapters, entries, fidelity, a)
     tick(clock, "label_free")
     oracles = [oracle(grid, adapters, entries, by_label, half, a) for half in (0, 1)] if a.oracle_steps else []
     tick(clock, "oracle")
@@ -183,14 +183,14 @@ def tick(clock: dict[str, float], name: str) -> None:
     print(f"  {name} {clock[name]:.1f} s", flush=True)
 
 
-def label_free(panel, adapters, moments, entries, fidelity, a) -> tuple[dict[str, Any], dict[str, Any]]:
+def label_free(panel, adapters, entries, fidelity, a) -> tuple[dict[str, Any], dict[str, Any]]:
     """What would be chosen from factors alone, and from the texts: as it is, its weights learnt, repaired."""
     blind, record = choose_by_factors(adapters, METHODS, a.scales)
     best = max(range(len(entries)), key=lambda i: fidelity[i].score)
     tried, scale = entries[best]
     chosen = Scored(tried, scale, fidelity[best], a.texts)
     plain = scaled(tried.adapter, scale)
-    refined, _, held = refined_weights(panel, adapters, chosen, moments, a.steps, 0)
+    refined, _, held = refined_weights(panel, adapters, chosen, a.steps, 0)
     kept = refined if held["refined"] > held["chosen"] else plain
     mended = distil(panel, kept, learns="factors", steps=a.steps)
     arms = {

@@ -14,7 +14,6 @@ from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import split_off
-from plait.statistics.moments import Statistics
 
 # Texts of each adapter in the first round, in which everything is tried; and the share that goes on to the second.
 SCREEN, GOES_ON = 32, 8
@@ -112,7 +111,7 @@ def choose(
     held_out: dict[str, float] = {}
     if refine and min(len(rows) for rows in panel.texts.values()) >= FEWEST:
         tell("weights per adapter and module")
-        refined, weights, held_out = refined_weights(panel, adapters, best, moments, refine, seed)
+        refined, weights, held_out = refined_weights(panel, adapters, best, refine, seed)
         kept = held_out["refined"] > held_out["chosen"]
         adapter, weights = (refined, weights) if kept else (adapter, {})
     return Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored))
@@ -141,7 +140,6 @@ def refined_weights(
     panel: Panel,
     adapters: Sequence[Adapter],
     best: Scored,
-    moments: Mapping[str, Mapping[str, Statistics]],
     steps: int,
     seed: int,
 ) -> tuple[Adapter, Mapping[str, tuple[float, ...]], dict[str, float]]:
