@@ -88,7 +88,7 @@ def render(summary: Summary, plan: Plan) -> str:
         merges=[m.name for m in plan.recipe.merge_specs],
         summary=summary,
         bars=Markup(plots.bars(summary.lines)),
-        curves=Markup(plots.curves(summary.curves, summary.lines)),
+        curves=Markup(plots.curves(summary.curves)),
         heat=Markup(plots.heat_maps(summary.interference)),
         versions=versions(),
     )

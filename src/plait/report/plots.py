@@ -20,7 +20,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 _STYLE: Any = {"font.size": 9, "text.parse_math": False, "svg.hashsalt": "plait", "svg.fonttype": "none"}
 
 
-def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+def styled(draw: Callable[P, str]) -> Callable[P, str]:
     """Draw with the style of the report, whatever the process has set."""
 
     @functools.wraps(draw)
@@ -33,7 +33,8 @@ def _styled(draw: Callable[P, str]) -> Callable[P, str]:
     return drawn
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def blank(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of a size in inches and its axes, side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -44,18 +45,19 @@ def _short(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "…"
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
+    """A figure as an SVG element."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 
 
-@_styled
+@styled
 def bars(lines: Sequence[Line]) -> str:
     """Merged score of every arm and merge, with what the arm's adapters reach alone (tick) and the floor (line)."""
     arms, merges = list(dict.fromkeys(x.arm for x in lines)), list(dict.fromkeys(x.merge for x in lines))
-    figure, (axis,) = _figure(max(5.0, 0.5 + 0.35 * len(arms) * (len(merges) + 1)), 3.2)
+    figure, (axis,) = blank(max(5.0, 0.5 + 0.35 * len(arms) * (len(merges) + 1)), 3.2)
     width = 0.8 / len(merges)
     for line in lines:
         k = merges.index(line.merge)
@@ -73,14 +75,14 @@ def bars(lines: Sequence[Line]) -> str:
     axis.set_ylim(bottom=max(0.0, low - 8))
     axis.set_ylabel("mean score, %")
     axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _svg(figure)
+    return as_svg(figure)
 
 
-@_styled
-def curves(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], lines: Sequence[Line]) -> str:
+@styled
+def curves(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
     """Selection score against the scale of the merge, one panel a merge, one curve an arm."""
     merges = list(dict.fromkeys(m for by_merge in found.values() for m in by_merge))
-    figure, axes = _figure(3.4 * len(merges), 3.0, len(merges))
+    figure, axes = blank(3.4 * len(merges), 3.0, len(merges))
     for axis, merge in zip(axes, merges, strict=True):
         for k, (arm, by_merge) in enumerate(found.items()):
             if merge in by_merge:
@@ -90,10 +92,10 @@ def curves(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], lin
         axis.set_xlabel("scale")
     axes[0].set_ylabel("mean score, % (selection half)")
     axes[0].legend(fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
-@_styled
+@styled
 def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Predicted relative output shift: row, whose adapter; column, whose inputs; one panel an arm, one logarithmic colour scale."""
     import numpy as np
@@ -104,7 +106,7 @@ def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     names = [_short(t) for t in tasks]
     labels = 0.1 * max(map(len, names))  # inches that tick labels take
     side = max(2.6, 0.42 * len(tasks) + 1.2 + labels)
-    figure, axes = _figure(side * len(arms) + 1.2, side, len(arms))
+    figure, axes = blank(side * len(arms) + 1.2, side, len(arms))
     grids = {arm: np.array([[tables[arm][i][j] for j in tasks] for i in tasks]) for arm in arms}
     found = np.concatenate([g[np.isfinite(g) & (g > 0)] for g in grids.values()])
     low, top = (max(float(found.min()), float(found.max()) / 1e4), float(found.max())) if found.size else (0.1, 1.0)
@@ -121,4 +123,4 @@ def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     ticks = np.geomspace(low, max(top, 1.01 * low), 4)
     bar.set_ticks(ticks, labels=[f"{t:.2g}" for t in ticks])  # plain text: formulas are off, names may hold a dollar
     bar.minorticks_off()
-    return _svg(figure)
+    return as_svg(figure)
