@@ -57,13 +57,13 @@ def run(
 
 def table(
     folder: Annotated[Path, typer.Argument(help="The folder of a finished study.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder of the tables.")] = Path(),
+    to: Annotated[Path, typer.Option("--to", help="Folder of the tables and figures.")] = Path(),
     about: Annotated[list[str] | None, typer.Option("--about", help="KEY=TEXT for the page; may be repeated.")] = None,
     against: Annotated[str | None, typer.Option("--against", help="The arm the others are compared with.")] = None,
     sets: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write the tables of a finished study: NAME.json and NAME.md."""
+    """Write the tables and figures of a finished study: NAME.json, NAME.md and NAME-*.svg."""
     from plait.recipe_file import apply_overrides
     from plait.store import read_json
     from plait.study.run import STUDY_FILE
@@ -75,7 +75,7 @@ def table(
     apply_overrides(raw, sets or [])
     said = dict(pair.split("=", 1) for pair in about or [] if "=" in pair)
     found = write_tables(Layout(parse_study(raw, str(folder)), folder), to, about=said, against=against)
-    emit(found, as_json, f"{found['markdown']}\n{found['json']}")
+    emit(found, as_json, "\n".join([found["markdown"], found["json"], *found["figures"]]))
 
 
 def list_batches(

@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.adapters.tensors import read_tensors
-from plait.errors import RunError
+from plait.errors import UsageError
 from plait.evaluation.bootstrap import Floats, weighted_score
 from plait.evaluation.evaluate import scored_labels
 from plait.study.schedule import chosen
 from plait.study.splits import HALVES, Split
-from plait.study.table import Row, best_by_half, reference_unit
+from plait.study.table import LEARNED, Row, best_by_half, reference_unit
 from plait.study.units import FOLDS, MERGE, Layout, Unit
 from plait.study.work import ANSWERS_FILE, splits
 
+NOTHING_LEARNED = f"adapters alone do not beat the floor by {LEARNED:g} point: there is no gain to recover a share of"
 MARGIN = 0.05  # of recovered: arms nearer than that are called equivalent
-_LEARNED = 1.0  # points by which adapters alone must exceed the floor
 _POWER = 2.80  # standard errors of a difference that a two-sided 5 % test finds with power 0.8
 
 
@@ -36,18 +36,20 @@ class Comparison:
         p_holm: Corrected for all comparisons of one merge.
         equivalent: Two one-sided tests at 5 % put the difference within `MARGIN`.
         detectable: Smallest difference found with power 0.8.
+        undefined: Why there are no numbers: all of them are None then; "" where there are.
     """
 
     arm: str
     other: str
     merge: str
-    difference: float
-    low: float
-    high: float
-    p: float
-    p_holm: float
-    equivalent: bool
-    detectable: float
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    equivalent: bool | None = None
+    detectable: float | None = None
+    undefined: str = ""
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class Resampled:
     def recovered(self, arm: str, merge: str) -> Floats:
         """(1 + resamples,) recovered; the first is that of the data as they are. NaN where nothing was learned."""
         gain = self._mean(self.high - self.low)
-        return self._mean(self.values[arm, merge] - self.low) / np.where(gain > _LEARNED, gain, np.nan)
+        return self._mean(self.values[arm, merge] - self.low) / np.where(gain > LEARNED, gain, np.nan)
 
     def _mean(self, values: Floats) -> Floats:
         weighted = np.einsum("str,rs,rt->r", values, self.seeds, self.tasks)
@@ -77,14 +79,11 @@ class Resampled:
         return found
 
 
-def resample(
-    layout: Layout, rows: Sequence[Row], wanted: Mapping[tuple[str, str], Mapping[str, str]], count: int
-) -> Resampled:
+def resample(layout: Layout, wanted: Mapping[tuple[str, str], Mapping[str, str]], count: int) -> Resampled:
     """Draw seeds, tasks and examples with replacement.
 
     Args:
         layout: Of a finished study.
-        rows: Its rows.
         wanted: (arm, label) -> half -> merge.
         count: Resamples.
     """
@@ -139,8 +138,22 @@ class _Weighted:
         return weighted_score(found.metrics, answers, labels, self.weights[task, half])
 
 
-def compare(layout: Layout, rows: Sequence[Row], against: str, merges: Sequence[str], count: int) -> list[Comparison]:
-    """Every arm against one, under each merge and under each arm's own best.
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """What the resamples say.
+
+    Args:
+        comparisons: Primary endpoint ("best") first; p-values Holm-corrected within each merge.
+        intervals: Arm -> 95 % interval of recovered under its own best merge, for arms that have all seeds; None where
+            recovered is not defined.
+    """
+
+    comparisons: list[Comparison]
+    intervals: dict[str, tuple[float, float] | None]
+
+
+def infer(layout: Layout, rows: Sequence[Row], against: str, merges: Sequence[str], count: int) -> Inference:
+    """Every arm by itself, and against one, under each merge and under each arm's own best.
 
     Args:
         layout: Of a finished study.
@@ -149,29 +162,39 @@ def compare(layout: Layout, rows: Sequence[Row], against: str, merges: Sequence[
         merges: Secondary endpoints.
         count: Resamples.
 
-    Returns:
-        Primary endpoint ("best") first; p-values Holm-corrected within each merge.
+    Raises:
+        UsageError: The arm `against` has no rows, or not of all seeds.
     """
     plain = [r for r in rows if not r.variant]
     full = set(layout.study.seeds)
     arms = [a for a in dict.fromkeys(r.arm for r in plain) if {r.seed for r in plain if r.arm == a} == full]
+    if against not in arms:
+        raise UsageError("the arm to compare with lacks seeds of the study", where=f"arm {against}")
     wanted = {(a, "best"): best_by_half(plain, a) for a in arms}
     wanted |= {(a, m): dict.fromkeys(HALVES, m) for a in arms for m in merges}
-    drawn = resample(layout, plain, wanted, count)
+    drawn = resample(layout, wanted, count)
     found = []
     for merge in ("best", *merges):
         one = [_compared(drawn, against, a, merge) for a in arms if a != against]
         found += _holm(one)
-    return found
+    return Inference(found, {a: _interval(drawn.recovered(a, "best")) for a in arms})
+
+
+def _interval(found: Floats) -> tuple[float, float] | None:
+    values = found[1:][np.isfinite(found[1:])]
+    if not np.isfinite(found[0]) or len(values) < len(found) / 2:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _compared(drawn: Resampled, arm: str, other: str, merge: str) -> Comparison:
     found = drawn.recovered(arm, merge) - drawn.recovered(other, merge)
     center, values = float(found[0]), found[1:][np.isfinite(found[1:])]
+    if not np.isfinite(center):
+        return Comparison(arm, other, merge, undefined=NOTHING_LEARNED)
     if len(values) < len(found) / 2:
-        raise RunError(
-            "adapters alone do not beat the floor by a point: no share of that gain", where=f"{arm}, {merge}"
-        )
+        return Comparison(arm, other, merge, center, undefined=f"in most resamples, {NOTHING_LEARNED}")
     error = float(values.std(ddof=1))
     low, high = np.quantile(values, [0.025, 0.975])
     tail = min(float((values <= 0).mean()), float((values >= 0).mean()))
@@ -182,9 +205,11 @@ def _compared(drawn: Resampled, arm: str, other: str, merge: str) -> Comparison:
 
 
 def _holm(found: Sequence[Comparison]) -> list[Comparison]:
-    order = sorted(range(len(found)), key=lambda i: found[i].p)
-    corrected, running = [0.0] * len(found), 0.0
-    for place, i in enumerate(order):
-        running = max(running, min(1.0, found[i].p * (len(found) - place)))
+    """Corrected for all comparisons that were asked for, those without an answer among them."""
+    known = sorted((c.p, i) for i, c in enumerate(found) if c.p is not None)
+    corrected: dict[int, float] = {}
+    running = 0.0
+    for place, (p, i) in enumerate(known):
+        running = max(running, min(1.0, p * (len(found) - place)))
         corrected[i] = running
-    return [replace(c, p_holm=p) for c, p in zip(found, corrected, strict=True)]
+    return [replace(c, p_holm=corrected.get(i)) for i, c in enumerate(found)]

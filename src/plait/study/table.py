@@ -27,7 +27,7 @@ class Row:
             measured between.
         merged: The merge.
         selected: Its score on the rows its scale was chosen from, by half that was reported.
-        recovered: (merged - floor) / (plain - floor).
+        recovered: (merged - floor) / (plain - floor); NaN where the plain arm has learned nothing (see `share`).
         kept: merged - individual averaged over tasks, in points.
         worst_task: merged - individual of the task that loses most, in points; `worst` names it.
         regret_half, regret_double: Points lost at half and twice the scale; None where the grid ends before.
@@ -59,6 +59,14 @@ class Row:
     by_half: Mapping[str, float] = field(default_factory=dict)
     discarded_energy: float = 0.0
     variant: str = ""
+
+
+LEARNED = 1.0  # points by which adapters alone must exceed the floor; a share of less would be a share of noise
+
+
+def share(score: float, floor: float, alone: float) -> float:
+    """*recovered*: the share of what adapters alone gain over the floor that a score keeps; NaN where that is no point."""
+    return (score - floor) / (alone - floor) if alone - floor > LEARNED else math.nan
 
 
 def rows_of(layout: Layout) -> list[Row]:
@@ -120,7 +128,7 @@ def _row(layout: Layout, unit: Unit) -> Row:
         plain=high,
         merged=merged,
         selected={h: halves[h]["selected"] for h in HALVES},
-        recovered=(merged - low) / (high - low) if high - low > 1 else math.nan,
+        recovered=share(merged, low, high),
         kept=float(np.mean(list(drops.values()))),
         worst_task=drops[worst],
         worst=worst,
@@ -177,8 +185,8 @@ def _reference(
     kind: str, arm: str, seed: int, scores: Mapping[str, float], plain: Mapping[str, float], floor: Mapping[str, float]
 ) -> dict[str, Any]:
     low, high, mean = (_over(scores, v) for v in (floor, plain, scores))
-    recovered = (mean - low) / (high - low) if high - low > 1 else math.nan
-    return {"reference": kind, "arm": arm, "seed": seed, "score": mean, "recovered": recovered, "tasks": dict(scores)}
+    found = {"reference": kind, "arm": arm, "seed": seed, "score": mean, "recovered": share(mean, low, high)}
+    return {**found, "tasks": dict(scores)}
 
 
 def _crossed(layout: Layout, seed: int, plain: Mapping[str, float], floor: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -1,0 +1,96 @@
+"""Tables and figures of a study: what they agree on, and what they say where nothing was learned."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plait.errors import UsageError
+from plait.study.best import best_rows
+from plait.study.executor import InProcess
+from plait.study.figures import figures_of
+from plait.study.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
+from plait.study.run import run_study
+from plait.study.table import rows_of, share
+from plait.study.units import Layout
+from plait.study.write import write_tables
+
+
+def tables_of(study, folder):
+    """A study done and reduced: its layout, its JSON, its page, the paths that were made."""
+    layout = Layout(study, folder / "out")
+    assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    made = write_tables(layout, folder, about={"hardware": "test"})
+    return layout, json.loads(Path(made["json"]).read_text()), Path(made["markdown"]).read_text(), made
+
+
+def small(**changed):
+    """Two arms, no references or ablations."""
+    return {"arms": ["kaiming", "orthonormal"], "repair": None, "variants": [], "rates": [0.03], **changed}
+
+
+def test_tables_and_figures_tell_the_same(small_study, tmp_path):
+    layout, found, page, made = tables_of(small_study(**small(seeds=[0, 1])), tmp_path)
+    assert found["undefined"] == [] and "Not defined" not in page
+    rows = rows_of(layout)
+    curves = {(c["arm"], c["merge"]): dict(c["points"]) for c in found["scales"]}
+    for b in best_rows(rows):
+        low, high = next(x["interval"] for x in found["best"] if x["arm"] == b.arm)
+        assert low <= high and f"{100 * low:.0f} to {100 * high:.0f}" in page
+        assert b.merged == pytest.approx(
+            [np.mean([r.by_half[h] for r in rows for h in "AB" if (r.arm, r.method, r.seed) == (b.arm, b.merges[h], s)])
+             for s in b.seeds]
+        )  # fmt: skip
+        for merge in ("best", "task_arithmetic", "regmean"):
+            assert curves[b.arm, merge][1.0] == 0.0
+        if b.regret_half is not None:
+            assert curves[b.arm, "best"][0.5] == pytest.approx(-b.regret_half, abs=1e-4)
+    assert len(made["figures"]) == 3
+    for path in map(Path, made["figures"]):
+        assert f"]({path.name})" in page and ET.parse(path).getroot().tag.endswith("svg")
+    assert figures_of(found, "kaiming") == figures_of(found, "kaiming")  # bytes, so that a page can be made again
+    texts = Path(made["figures"][0]).read_text()
+    assert ">orthonormal<" in texts and ">recovered, %<" in texts
+
+
+def test_where_nothing_was_learned_recovered_is_null_and_why_is_said(small_study, tmp_path):
+    layout, found, page, made = tables_of(small_study(**small(rates=[1e-9], seeds=[0])), tmp_path)
+    assert all(r["recovered"] is None and r["merged"] > 0 for r in found["rows"])
+    assert found["undefined"] and found["undefined"][0].startswith("Seed 0: adapters alone reach")
+    assert found["undefined"][0] in page and NOTHING_LEARNED in page and "nan" not in page
+    for c in found["comparisons"]:
+        assert c["undefined"] == NOTHING_LEARNED and c["difference"] is c["p"] is c["equivalent"] is None
+    assert all(b["interval"] is None for b in found["best"])
+    assert all(r["recovered"] is None and r["score"] > 0 for r in found["references"])
+    assert ">merged, mean score, %<" in Path(made["figures"][0]).read_text()
+    with pytest.raises(UsageError, match="unknown arm"):
+        write_tables(layout, tmp_path, about={}, against="nobody")
+
+
+def test_a_share_of_no_gain_is_no_number():
+    assert share(55.0, 40.0, 70.0) == 0.5 and math.isnan(share(41.0, 40.0, 40.9))
+
+
+def drawn(high):
+    """One seed, one task, 100 resamples: arm a at 60, b at 50, the floor at 40, adapters alone as given."""
+    line = {"a": 60.0, "b": 50.0}
+    values = {(k, "best"): np.full((1, 1, 101), v) for k, v in line.items()}
+    return Resampled(
+        values, np.full((1, 1, 101), 40.0), np.array(high)[None, None], np.ones((101, 1)), np.ones((101, 1))
+    )
+
+
+def test_comparisons_without_an_answer_have_none_and_say_why():
+    never = _compared(drawn([40.5] * 101), "a", "b", "best")
+    seldom = _compared(drawn([50.0] + [40.0] * 60 + [50.0] * 40), "a", "b", "best")
+    always = _compared(drawn([80.0] * 101), "a", "b", "best")
+    assert (never.difference, never.p, never.undefined) == (None, None, NOTHING_LEARNED)
+    assert seldom.difference == pytest.approx(1.0) and seldom.p is None and "most resamples" in seldom.undefined
+    assert always.difference == pytest.approx(0.25) and always.undefined == "" and always.p == pytest.approx(2 / 101)
+    corrected = _holm([Comparison("a", "b", "m", p=0.03), never, Comparison("a", "c", "m", p=0.01)])
+    assert [c.p_holm for c in corrected] == [pytest.approx(0.06), None, pytest.approx(0.03)]
