@@ -29,21 +29,23 @@ class Scorer:
         evaluator: The loaded base.
         splits: Task -> its rows.
         heads: Task -> its head.
+        together: All (adapter, scale) pairs in one pass over the rows, as suits a GPU; otherwise one after another.
     """
 
     evaluator: Evaluator
     splits: Mapping[str, Split]
     heads: Mapping[str, Mapping[str, Tensor]]
+    together: bool = False
 
     def answers(self, task: str, worn: Sequence[tuple[Adapter | None, float]], rows: Rows) -> list[Answers]:
         """Class ids or values of each (adapter, scale) on these rows."""
         kind, head = self.evaluator.tasks[task].kind, self.heads[task]
-        if self.evaluator.base.torch_device.type == "cpu":
-            logits = [self.evaluator.predict(task, head, a, s, rows) for a, s in worn]
-        else:
+        if self.together:
             from plait.evaluation.fleet import Candidate, predict_many
 
             logits = predict_many(self.evaluator, task, [Candidate(head, a, s) for a, s in worn], rows)
+        else:
+            logits = [self.evaluator.predict(task, head, a, s, rows) for a, s in worn]
         return [compact(found, kind) for found in logits]
 
     def score(self, task: str, answers: Answers, rows: Rows) -> float:

@@ -244,7 +244,8 @@ def _merged(unit: Unit, layout: Layout) -> Adapter:
 
 def _scorer(unit: Unit, layout: Layout) -> Scorer:
     heads = {t: a.heads.get(t, {}) for t, a in adapters_of(unit, layout).items()}
-    return Scorer(layout.session.evaluator, splits(layout), heads)
+    together = layout.session.base.torch_device.type != "cpu"
+    return Scorer(layout.session.evaluator, splits(layout), heads, together)
 
 
 def splits(layout: Layout) -> dict[str, Split]:

@@ -1,0 +1,91 @@
+"""Studies of text tasks, whole: a tiny T5 and a tiny Llama, two tasks whose answers are words, no heads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from plait.evaluation import fleet
+from plait.study.executor import InProcess
+from plait.study.run import run_study
+from plait.study.scoring import cross_fitted
+from plait.study.spec import parse_study
+from plait.study.table import rows_of
+from plait.study.units import FOLDS, MERGE, Layout, Unit
+from plait.study.work import _merged, _scorer
+from plait.study.write import write_tables
+from tests.conftest import tiny_raw
+
+ANSWERS = {"topic": ["w0 w3", "w1"], "pairs": ["w0", "w2 w5", "w2 w6 w7"]}
+RATE = 0.02
+
+
+def text_study(base, architecture, kind, root):
+    raw = tiny_raw(base, architecture, root, list(ANSWERS))
+    for task in raw["tasks"]:
+        template = " ".join("{" + c + "}" for c in task["text"])
+        task |= {"kind": kind, "labels": ANSWERS[task["name"]], "template": template}
+    if kind == "seq2seq":
+        raw["lora"]["target_modules"] = r"encoder\..*\.(q|v)"
+    raw |= {
+        "arms": ["kaiming", {"name": "contrastive", "options": {"rho": 0.1}}],
+        "merges": ["task_arithmetic", "regmean"],
+        "training": {"steps": 3, "batch_size": 8, "lr": RATE},
+        "evaluation": {"scales": [0.5, 1.0], "batch_size": 16},
+        "rates": [RATE],
+        "tuning_seed": 9,
+        "tuning_rows": 4,
+        "grid_rows": 4,
+        "seeds": [0],
+    }
+    return parse_study(raw, "text")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, tmp_path_factory):
+    """finished("llama", "causal") -> the layout of a finished text study."""
+    made = {}
+
+    def get(architecture, kind):
+        if architecture not in made:
+            root = tmp_path_factory.mktemp(architecture)
+            study = text_study(tiny_base(architecture), architecture, kind, root / "data")
+            layout = Layout(study, root / "out")
+            assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+            made[architecture] = layout
+        return made[architecture]
+
+    return get
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("t5", "seq2seq"), ("llama", "causal")])
+def test_a_text_study_from_its_file_to_its_tables(finished, tmp_path, architecture, kind):
+    layout = finished(architecture, kind)
+    made = write_tables(layout, tmp_path, about={"hardware": "test"})
+    found = json.loads((tmp_path / "tiny.json").read_text())
+    assert made["rows"] == len(found["rows"]) == 4
+    for row in rows_of(layout):
+        assert row.merged == pytest.approx(np.mean(list(row.tasks.values()))) and set(row.tasks) == set(ANSWERS)
+    assert len({row["floor"] for row in found["rows"]}) == 1  # the bare base: no head differs
+    assert "| `contrastive` |" in (tmp_path / "tiny.md").read_text()
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("t5", "seq2seq"), ("llama", "causal")])
+def test_what_is_scored_together_is_scored_the_same(finished, monkeypatch, architecture, kind):
+    layout, passes = finished(architecture, kind), []
+    tree_pass = fleet._tree_pass
+    monkeypatch.setattr(fleet, "_tree_pass", lambda *a: (passes.append(a[-1]), tree_pass(*a))[1])
+    unit = Unit(MERGE, 0, "kaiming", RATE, merge="regmean", split=FOLDS)
+    merged, apart = _merged(unit, layout), _scorer(unit, layout)
+    assert not apart.together  # as the CPU likes it
+    together = replace(apart, together=True)
+    for task, split in apart.splits.items():
+        worn, rows = [(merged, 1.0), (None, 0.0), (merged, 0.5)], split.halves["A"]
+        for one, other in zip(apart.answers(task, worn, rows), together.answers(task, worn, rows), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert max(passes, default=0) == (3 if kind == "causal" else 0)  # all three in one pass, where a tree is followed
+    (one, answers), (other, same) = (cross_fitted(s, merged, [0.5, 1.0]) for s in (apart, together))
+    assert one == other and all((answers[k] == same[k]).all() for k in answers)
