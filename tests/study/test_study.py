@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from plait.errors import UsageError
+from plait.store import read_manifest
 from plait.study.executor import InProcess
 from plait.study.run import parts, run_study
-from plait.study.schedule import next_wave, repair_units, sweep_units
+from plait.study.schedule import final_units, next_wave, repair_units, sweep_units
 from plait.study.spec import parse_study
 from plait.study.splits import split_rows
 from plait.study.table import rows_of
@@ -36,9 +37,18 @@ def test_a_study_from_its_file_to_its_tables(small_study, tmp_path):
         "best single adapter",
     }
     assert "| `contrastive` |" in (tmp_path / "tiny.md").read_text()
+    fleets = {u.variant: fleet_of(layout, u) for u in final_units(layout) if u.arm == "contrastive"}
+    assert fleets["rank4"] == fleets[""] >= 10  # an ablation's adapters are trained in the fleet of the main arms
     joint = next(u for u in sweep_units(layout) if u.arm == "joint")
     one, other = adapters_of(joint, layout).values()
     assert all((one.modules[m].B == other.modules[m].B).all() for m in one.modules) and repair_units(layout)
+
+
+def fleet_of(layout, unit):
+    """How many adapters a unit's were trained together with."""
+    here = layout.of(unit)
+    (size,) = {read_manifest(here.path(here.trained_by(unit)) / t)["result"]["fleet"] for t in here.session.tasks}
+    return size
 
 
 def test_rows_of_a_split_are_disjoint_and_complete():
