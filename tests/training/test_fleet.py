@@ -156,6 +156,15 @@ def test_a_fleet_killed_between_two_writes_is_finished_as_it_was(tiny_base, tmp_
     assert not list((tmp_path / "b").glob(".*checkpoints"))
 
 
+def test_the_step_by_which_memory_is_judged_takes_a_row_of_its_member(tiny_base, tmp_path):
+    base = tiny_base("bert")
+    tasks = [make_task("two"), make_task("graded", "regression"), make_task("five", classes=5)]
+    shared = fleet_run.Shared([member(base, "bert", tmp_path / t.name, t) for t in tasks], base)
+    for row in range(len(shared.bank.lengths)):  # a head of two classes cannot take a label of five
+        step, _, _ = fleet_run._single_step(shared, row)
+        assert torch.isfinite(step()).all()
+
+
 def test_an_interrupted_fleet_goes_on_to_the_same_bits(tiny_base, tmp_path, monkeypatch):
     base = tiny_base("bert")
     options = {"checkpoint_every": 4, "snapshots": (3, 20)}

@@ -16,10 +16,10 @@ from plait.options import Positive, Range
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
 from plait.subspaces.solvers import (
-    DENSE_LIMIT,
     Eigenpairs,
     Operator,
     dense_eigenpairs,
+    iteration_pays,
     orthonormal_rows,
     top_eigenpairs,
 )
@@ -149,7 +149,7 @@ def _apply(A: Float[Tensor, "d d"], Y: Float[Tensor, "t d b"]) -> Float[Tensor, 
 
 def _largest(x: SiteInputs, operator: Operator, matrices: Callable[[], Tensor], count: int) -> Eigenpairs:
     """The r largest eigenpairs: dense where the site is small or the iteration does not settle."""
-    if x.dim > max(DENSE_LIMIT, 4 * (x.rank + _EXTRA)):
+    if iteration_pays(x.dim, x.rank + _EXTRA):
         generator = torch.Generator().manual_seed(named_seed(0, x.name))
         start = torch.randn(1, x.dim, x.rank + _EXTRA, generator=generator, dtype=torch.float64)
         pairs = top_eigenpairs(operator, start.to(x.device).expand(count, -1, -1), x.rank)

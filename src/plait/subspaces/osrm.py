@@ -13,7 +13,7 @@ from plait.base import named_seed
 from plait.errors import InputError
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
-from plait.subspaces.solvers import DENSE_LIMIT, fixed_signs, top_eigenpairs
+from plait.subspaces.solvers import fixed_signs, iteration_pays, top_eigenpairs
 
 _EXTRA = 8
 
@@ -54,7 +54,7 @@ def _osrm_one(x: SiteInputs, task: str) -> Basis:
             return found
     M = x.others(task)
     tolerance = x.resolution(names or [task]) * float(torch.linalg.matrix_norm(M))
-    if x.dim > max(DENSE_LIMIT, 4 * (x.rank + _EXTRA)):
+    if iteration_pays(x.dim, x.rank + _EXTRA):
         quick = _by_inverse_iteration(x, M, tolerance)
         if quick is not None:
             return quick

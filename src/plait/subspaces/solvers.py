@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Up to this width the dense solver is as quick as the iteration (2 cores: 0.1 s at 512).
+# Up to this width, or this many times the block, the dense solver is as quick as the iteration (one core: level at widths 768
+# and 1536 with blocks of 72 and 136; at six blocks the Krylov space would be the whole one).
 DENSE_LIMIT = 256
+_DENSE_BLOCKS = 12
 # The wanted subspace has settled when it is within this of the true one (Frobenius norm of the sines), as far as its last
 # two turns tell: an error that shrinks by q = turn / turn before is now about q times the turn. The residual over the gap
 # bounds the same angle, 50 times too cautiously here: a Krylov residual lies far from the wanted end of the spectrum.
@@ -59,6 +61,11 @@ def dense_eigenpairs(matrices: Float[Tensor, "t d d"], count: int) -> Eigenpairs
     return Eigenpairs(
         values.flip(-1)[:, :count], vectors.flip(-1)[..., :count], 0.0, True, 0, torch.zeros(len(matrices))
     )
+
+
+def iteration_pays(dim: int, block: int) -> bool:
+    """Whether a few eigenpairs of this width come quicker from `top_eigenpairs` than from all of them."""
+    return dim > max(DENSE_LIMIT, _DENSE_BLOCKS * block)
 
 
 def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int) -> Eigenpairs:

@@ -276,8 +276,9 @@ def _waiting_floor(shared: Shared) -> int:
 
 
 def _single_step(shared: Shared, row: int) -> tuple[Callable[[], Tensor], np.ndarray[Any, np.dtype[np.int64]], Any]:
-    """A step of one member in which every row is the same one, apart from the members that will be trained."""
-    cohort, order = shared.cohort([0])
+    """A step in which every row is the same one, of a member whose row it is (its head knows the label), apart from the rest."""
+    spans = [(o, o + len(m.examples)) for o, m in zip(shared.offsets, shared.members, strict=True)]
+    cohort, order = shared.cohort([next(i for i, (first, end) in enumerate(spans) if first <= row < end)])
     rows = shared.rows_of(order)[:1]
     rows[0, 0, :] = row
     plan = step_plan(shared.bank, rows, shared.device, multiple=shared.multiple)
