@@ -124,6 +124,8 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
     for key, why in _REFUSED.items():
         if raw.get(key):
             step = _CONVERTED.get(key, "merge this adapter into its base and serve it separately")
+            if Path(where).name == CONFIG:
+                step = step.replace("plait convert", f"plait convert {Path(where).parent}", 1)
             raise InputError(f"{key}: {why}", where=where, hint=step)
     if raw.get("bias", "none") != "none":
         raise InputError(f"bias={raw['bias']!r}: trained biases are outside the LoRA factors", where=where)

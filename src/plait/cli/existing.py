@@ -39,6 +39,7 @@ def advise(
     tolerate: Annotated[float, typer.Option("--tolerate", min=0, max=1, help="Share of an adapter that may be lost.")] = 0.1,
     repair: Annotated[int, typer.Option("--repair", min=0, help="Steps of the repair that is tried; 0 for none.")] = 100,
     refine: Annotated[int, typer.Option("--refine", min=0, help="Steps of learning the merge's weights.")] = 100,
+    base_id: Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")] = None,
     length: Length = 128, device: Device = "auto", seed: Seed = 0, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Whether to merge at all: serving separately, merging, the best single adapter and a repair, side by side."""
@@ -47,8 +48,9 @@ def advise(
 
     settings = AdviceSettings(tolerate, repair, refine, length, seed)
     found = advise_folders(
-        given, parse_texts(text or []), read_place(general) if general else (), settings, device=device, tell=_tell
-    )
+        given, parse_texts(text or []), read_place(general) if general else (), settings, base_id=base_id, device=device,
+        tell=_tell,
+    )  # fmt: skip
     emit(found, as_json, advice_text(found))
 
 
@@ -83,7 +85,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     found = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
-        overwrite=chosen.overwrite, tell=_tell,
+        device=chosen.device, overwrite=chosen.overwrite, tell=_tell,
     )  # fmt: skip
     emit(found, as_json, auto_text(found))
 
@@ -111,11 +113,13 @@ def auto_text(found: dict[str, Any]) -> str:
         lines += ["", fidelity_table(found["fidelity"])]
     if found["evidence"]:
         lines += ["", evidence_table(found["evidence"])]
+    if found.get("notes"):
+        lines += ["", *(f"- {n}" for n in found["notes"])]
     if found["evidence"] and not found.get("fidelity"):
-        lines += [
-            "",
-            "Chosen from factors alone, on assumed inputs: give --text TASK=FILE for a choice that was measured.",
-        ]
+        why = f" ({chosen['why']})" if "why" in chosen else ""
+        lines += ["", f"Chosen from factors alone{why}."]
+        if not found["output"].endswith(".safetensors"):
+            lines[-1] += " With the base and --text TASK=FILE for each the choice is measured."
     return "\n".join(lines)
 
 

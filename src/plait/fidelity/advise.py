@@ -10,21 +10,18 @@ from typing import Any
 from plait.adapters.lora import Adapter, truncated
 from plait.base import BaseModel
 from plait.errors import InputError
-from plait.fidelity import costs
+from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.auto import AutoSettings, merge_auto, repaired
 from plait.fidelity.choose import HELD_OUT, Tell
-from plait.fidelity.given import split_base
+from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.proxy import cosines, mean_error, terms
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, split_off
 from plait.merging.align import align
 from plait.merging.folders import read_all
 
 _MB = 1e6
-# Task vectors of adapters that were trained apart have a cosine near 0.
-_KIN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +71,18 @@ def advise_folders(
     general: Texts = (),
     settings: AdviceSettings | None = None,
     *,
+    base_id: str | None = None,
     device: str = "auto",
     tell: Tell = lambda _: None,
 ) -> dict[str, Any]:
     """Advice on adapter folders, with or without a base, with or without texts.
 
     Args:
-        given: BASE and folders, or folders alone.
+        given: BASE and folders, or folders alone: then a base folder that all of them name is the base.
         texts: Adapter -> some of its texts; {} for none: then nothing that needs them is claimed.
         general: Texts of no task.
         settings: See `AdviceSettings`.
+        base_id: What the base is called, where the adapters name one base by different names.
         device: Where the base runs.
         tell: Told what is being done.
 
@@ -91,7 +90,9 @@ def advise_folders(
         options, notes, unknown, advice, recommended, and the record of the merge that was looked at.
     """
     base, folders = split_base(given, device)
-    return advise(read_all(folders), base, texts, general=general, settings=settings, tell=tell)
+    adapters = read_all(folders)
+    base = base or recorded_base(adapters, device)
+    return advise(adapters, base, texts, general=general, settings=settings, base_id=base_id, tell=tell)
 
 
 def advise(
@@ -101,6 +102,7 @@ def advise(
     *,
     general: Texts = (),
     settings: AdviceSettings | None = None,
+    base_id: str | None = None,
     tell: Tell = lambda _: None,
 ) -> dict[str, Any]:
     """The options, what each costs and keeps, and a recommendation; see `advise_folders`.
@@ -111,37 +113,36 @@ def advise(
     """
     chosen = settings or AdviceSettings()
     sizes = _base_sizes(base)
-    if reason := _obstacle(adapters):
+    if reason := _obstacle(adapters, base_id):
         options = _options(adapters, sizes, {})[:1]
         return _answer(adapters, options, [], f"serve separately: {reason}", SEPARATELY, {})
-    common = align(adapters, None)
-    unknown = (
-        [] if sizes else [f"the base's size ({common.base} is not at hand as a folder): memory is given beside it"]
-    )
+    unknown = [] if sizes else [unmeasured.no_size(align(adapters, base_id).base)]
     if not texts or base is None:
-        unknown += _unknown(adapters, base, bool(texts))
-        merged = merge_auto(adapters, settings=AutoSettings(seed=chosen.seed))
+        unknown += unmeasured.unknown(adapters, base, bool(texts))
+        merged = merge_auto(adapters, settings=AutoSettings(seed=chosen.seed), base_id=base_id)
         options = _options(adapters, sizes, {})
-        advice, name = _without_texts(adapters, merged.adapter), "measure first"
+        advice, name = unmeasured.without_texts(adapters, merged.adapter, base), "measure first"
         record = {k: merged.record[k] for k in ("chosen", "evidence")}
     else:
         panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
-        kept, record = _measured(panel, adapters, chosen, tell)
+        kept, record = _measured(panel, adapters, chosen, base_id, tell)
+        unknown += notes.alike(list(kept.values()))
         if min(map(len, panel.texts.values())) < HELD_OUT:
             unknown.append(
                 f"how figures hold on other texts: with fewer than {HELD_OUT} of an adapter none could be held out"
             )
         options = _options(adapters, sizes, kept)
         advice, name = recommend(options, chosen)
+        record["notes"] = notes.other_base(adapters, base)
     return _answer(adapters, options, unknown, advice, name, record)
 
 
-def _obstacle(adapters: Sequence[Adapter]) -> str | None:
+def _obstacle(adapters: Sequence[Adapter], base_id: str | None) -> str | None:
     """Why there is nothing to merge, or no way to."""
     if len(adapters) == 1:
         return "one adapter alone has nothing to merge with (bake it with plait merge --bake for speed)."
     try:
-        align(adapters, None)
+        align(adapters, base_id)
     except InputError as e:
         return f"these adapters cannot be merged. {e}"
     return None
@@ -155,34 +156,20 @@ def _answer(
     recommended: str,
     record: dict[str, Any],
 ) -> dict[str, Any]:
-    notes = costs.vllm_notes(adapters)
+    said = [*record.pop("notes", ()), *notes.beside(adapters), *notes.serving(adapters)]
     if recommended != SEPARATELY or len({a.base for a in adapters}) == 1:
-        notes = [*_kinship(adapters), *notes]
+        said = [*notes.kinship(adapters), *said]
     return {
         "tasks": [a.name for a in adapters], "base": adapters[0].base, "options": [asdict(o) for o in options],
-        "notes": notes, "unknown": list(unknown), "advice": advice, "recommended": recommended, **record,
+        "notes": said, "unknown": list(unknown), "advice": advice, "recommended": recommended, **record,
     }  # fmt: skip
-
-
-def _kinship(adapters: Sequence[Adapter]) -> list[str]:
-    """Pairs that point the same way, which adapters trained apart hardly do."""
-    try:
-        found = cosines(adapters)
-    except RuntimeError:  # other shapes: they were not comparable in the first place
-        return []
-    return [
-        f"{a} and {b} point much the same way (cosine {c:.2f}): one may have been trained on from the other, and then "
-        "the later one does both"
-        for (a, b), c in found.items()
-        if c > _KIN
-    ]
 
 
 SEPARATELY, SINGLE = "serve separately", "the best single adapter"
 
 
 def _measured(
-    panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, tell: Tell
+    panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, base_id: str | None, tell: Tell
 ) -> tuple[dict[str, Fidelity], dict[str, Any]]:
     """Fidelity of every option on held-out texts."""
     most, rest = split_off(panel.texts, HELD_OUT)
@@ -190,7 +177,9 @@ def _measured(
     few = min(map(len, rest.values())) == 0
     judged = panel if few else panel.with_texts(rest)
     auto = AutoSettings(refine=settings.refine, max_length=settings.max_length, seed=settings.seed)
-    merged = merge_auto(adapters, panel.base, seen.texts, general=panel.general, settings=auto, tell=tell)
+    merged = merge_auto(
+        adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, tell=tell
+    )
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     arms = {f"merged, rank {R}": merged.adapter, f"merged, cut to rank {r}": _at_rank(merged.adapter, r)}
     record: dict[str, Any] = {k: merged.record[k] for k in ("chosen", "evidence")}
@@ -247,28 +236,6 @@ def _kept(option: Option, found: Fidelity | None) -> Option:
 
 def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:
     return costs.base_size(Path(base.name)) if base is not None and Path(base.name).is_dir() else None
-
-
-def _unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) -> list[str]:
-    found = ["what a merge keeps of each adapter: nobody can say without a few of its inputs"]
-    if texts and base is None:
-        found.append("the texts were not used: they are read by the base model, and none was given")
-    if any(not a.heads and a.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") for a in adapters):
-        found.append("what the adapters predict: one has neither a head nor a text task type")
-    return found
-
-
-def _without_texts(adapters: Sequence[Adapter], merged: Adapter) -> str:
-    found = terms(merged, adapters)
-    error = mean_error(found, 1.0)
-    worst = max(found, key=lambda t: found[t].error(1.0))
-    texts = " ".join(f"--text {a.name}=FILE" for a in adapters)
-    return (
-        f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
-        f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}); what that does to predictions is not "
-        f"known. With the base and 20 to 100 unlabelled inputs of each it can be measured:\n"
-        f"  plait advise BASE ADAPTER... {texts}"
-    )
 
 
 def recommend(options: Sequence[Option], settings: AdviceSettings) -> tuple[str, str]:

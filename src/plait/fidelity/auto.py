@@ -16,7 +16,9 @@ from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.choose import Choice, Tell, choose
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
+from plait.fidelity.given import recorded_base
 from plait.fidelity.measure import Fidelity
+from plait.fidelity.notes import beside, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
@@ -112,6 +114,7 @@ def merge_auto(
         "base": common.base,
         "backbone_prefix": common.backbone_prefix,
         "adapters": [provenance(a, 1.0) for a in adapters],
+        "notes": [*kinship(adapters), *beside(adapters), *(other_base(adapters, base) if texts else ())],
     }
     if not texts:
         if chosen.repair:
@@ -201,6 +204,7 @@ def merge_auto_folders(
     general: Texts = (),
     settings: AutoSettings | None = None,
     base_id: str | None = None,
+    device: str = "auto",
     overwrite: bool = False,
     tell: Tell = lambda _: None,
 ) -> dict[str, Any]:
@@ -209,11 +213,12 @@ def merge_auto_folders(
     Args:
         folders: ``DIR`` or ``NAME=DIR`` each.
         out: The folder to write; a finished one of the same identity is kept.
-        base: Needed with texts.
+        base: Needed with texts, but where all adapters name one folder on this machine.
         texts: As `merge_auto` has them; so are the rest.
         general: Texts of no task.
         settings: What is tried.
         base_id: Base id of the result.
+        device: Where a base runs that was not given.
         tell: Told what is being done.
         overwrite: Replace what stands at `out`.
 
@@ -222,6 +227,8 @@ def merge_auto_folders(
     """
     chosen = settings or AutoSettings()
     adapters = read_all(folders)
+    if texts and base is None and (base := recorded_base(adapters, device)) is not None:
+        tell(f"base: {base.name}, as the adapters name it")
     options = {
         "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine,
         "repair": chosen.repair, "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,

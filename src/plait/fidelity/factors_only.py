@@ -9,6 +9,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import UsageError
 from plait.fidelity.candidates import Tried, merged_by, recipes
 from plait.fidelity.choose import scaled
+from plait.fidelity.notes import kin
 from plait.fidelity.proxy import OWN_SHARE, Terms, best_scale, mean_error, terms
 from plait.merging.registry import find_method
 
@@ -22,8 +23,11 @@ def choose_by_factors(
 ) -> tuple[Adapter, dict[str, Any]]:
     """The method of the best record, at the scale that brings it nearest to every adapter on assumed inputs.
 
-    The scale is s* = sum_t c_t / sum_t q_t in closed form (`plait.fidelity.proxy`). Where TSV-M is not among the methods,
-    the least assumed error decides, over s* and the grid. All are in the evidence, with and without pico.
+    The record is of adapters that were trained apart. Where two point the same way (`plait.fidelity.notes.KIN`), or
+    TSV-M is not among the methods, the least assumed error decides.
+
+    The scale is s* = sum_t c_t / sum_t q_t in closed form (`plait.fidelity.proxy`). All methods are
+    in the evidence, with and without pico, at s* and over the grid.
 
     Args:
         adapters: At least two.
@@ -49,11 +53,16 @@ def choose_by_factors(
         merges[recipe.label], nearest[recipe.label] = tried, round(best_scale(found), 4)
         rows += [_row(tried, scale, found) for scale in sorted({*scales, nearest[recipe.label]} - {0.0})]
     rows.sort(key=lambda r: (r["assumed_error"], r["candidate"], r["scale"]))
-    best = next((r for r in rows if (r["candidate"], r["scale"]) == (BY_RECORD, nearest.get(BY_RECORD))), rows[0])
+    recorded = [r for r in rows if (r["candidate"], r["scale"]) == (BY_RECORD, nearest.get(BY_RECORD))]
+    akin = kin(adapters)
+    best = recorded[0] if recorded and not akin else rows[0]
     chosen = {k: best[k] for k in ("candidate", "method", "calibrate", "scale")}
-    chosen["why"] = (
-        "the method's record, and the closed form's scale" if best["candidate"] == BY_RECORD else "least assumed error"
-    )
+    if best in recorded and not akin:
+        chosen["why"] = f"{BY_RECORD} by its record without data; the scale of its least error on assumed inputs"
+    else:
+        chosen["why"] = "the least error on assumed inputs" + (
+            f", since {akin[0][0]} and {akin[0][1]} point the same way" if akin else ""
+        )
     adapter = scaled(merges[best["candidate"]].adapter, best["scale"])
     return adapter, {"chosen": chosen, "assumed": {"own_share": OWN_SHARE}, "evidence": rows}
 

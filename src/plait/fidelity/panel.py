@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from plait.adapters.lora import Adapter
+from plait.adapters.lora import LINEAR, Adapter
 from plait.base import BaseModel, head_modules, load_head
 from plait.errors import InputError, UsageError
+from plait.evaluation.applied import resolve
 from plait.evaluation.evaluate import Evaluator
 from plait.fidelity.texts import Texts
 from plait.options import did_you_mean
@@ -50,11 +51,13 @@ def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
     """What the adapters predict: a part for each head, or one for an adapter of a text model.
 
     Raises:
-        InputError: Neither heads nor a text task type: it predicts nothing that could be compared.
+        InputError: Neither heads nor a text task type: it predicts nothing that could be compared; or it changes
+            more than linear modules.
         UsageError: Two parts of one name.
     """
     found: list[Part] = []
     for adapter in adapters:
+        _require_linear(adapter)
         if adapter.heads:
             found += [Part(_headed(adapter, task, head), adapter, head) for task, head in adapter.heads.items()]
         elif adapter.task_type in _OF_TYPE:
@@ -72,6 +75,23 @@ def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
     if len({p.is_text for p in found}) > 1:
         raise InputError("classifiers and text models cannot be compared with each other")
     return found
+
+
+def _require_linear(adapter: Adapter) -> None:
+    """Whatever an adapter changes beside linear modules would be left out of its predictions."""
+    if adapter.extras:
+        raise InputError(
+            f"it also trained {', '.join(sorted(adapter.extras)[:3])} whole, which is no LoRA update: what it predicts "
+            "cannot be repeated",
+            where=adapter.name,
+            hint="without texts it can be merged",
+        )
+    if other := next((m for m, f in adapter.modules.items() if f.kind != LINEAR), None):
+        raise InputError(
+            f"it changes {other}, {adapter.modules[other].kind}: what it predicts is only repeated for linear modules",
+            where=adapter.name,
+            hint="without texts it can be merged",
+        )
 
 
 def _headed(adapter: Adapter, name: str, head: Mapping[str, Tensor]) -> Task:
@@ -156,10 +176,12 @@ class Panel:
         """The task's model with its head in place; all share one backbone.
 
         Raises:
-            InputError: The head does not fit the model.
+            InputError: The adapter or its head does not fit the model.
         """
         known = part.name in self.evaluator._views
         model = self.evaluator.task_model(part.name)
+        if not known:
+            _require_fit(model, part.adapter)
         if not known and not part.is_text:
             whole = {k.partition(".")[0] for k in part.head}
             if missing := [m for m in head_modules(model) if m not in whole]:
@@ -184,6 +206,19 @@ class Panel:
         tasks = {p.name: p.task for p in self.parts}
         examples = {name: _unlabelled(rows) for name, rows in texts.items()}
         return Evaluator(self.base, tasks, examples, self.batch_size, self.max_length)
+
+
+def _require_fit(model: Any, adapter: Adapter) -> None:
+    """Every module of the adapter is in the model, at its size."""
+    for name, f in adapter.modules.items():
+        module: Any = resolve(model, name, adapter.prefix)
+        shape = tuple(module.weight.shape)
+        if f.kind == LINEAR and shape not in (f.shape, f.shape[::-1]):
+            raise InputError(
+                f"{name} is {f.shape} in it and {shape} in the base model",
+                where=adapter.name,
+                hint="is this adapter of another base?",
+            )
 
 
 def _unlabelled(texts: Texts) -> Examples:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import read_adapter
+from plait.adapters.peft_format import WEIGHTS, read_adapter
 from plait.errors import InputError
 from plait.formats.keys import PEFT
 from plait.formats.single_file import read_lora_file
 
 
 def read_any(path: str | Path, *, name: str | None = None) -> Adapter:
-    """Read a PEFT folder, or a kohya or diffusers file; raises as `read_adapter` and `read_lora_file`."""
+    """Read a PEFT folder, or a kohya or diffusers file; raises as `read_adapter` and `read_lora_file`.
+
+    The weights' file of a PEFT folder stands for its folder.
+    """
     path = Path(path)
+    if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+        path = path.parent
     if path.is_dir() or not path.exists():
         return read_adapter(path, name=name)
     if path.suffix != ".safetensors":

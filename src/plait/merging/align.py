@@ -98,7 +98,9 @@ def _check_formats(adapters: Sequence[Adapter]) -> None:
             raise InputError(
                 f"{first.name!r} is a {a} adapter and {other.name!r} a {b} one",
                 where=other.name,
-                hint="plait convert brings one to the other's format",
+                hint="plait convert brings one to the other's format"
+                if {first.task_type, other.task_type} <= {None, MERGED_TYPE}
+                else "one adapts a language model, the other an image model",
             )
 
 
@@ -172,7 +174,7 @@ def _task_type(adapters: Sequence[Adapter]) -> tuple[str | None, str]:
     if len(types) > 1 and types != {None, *types}:
         raise InputError(
             f"task types {', '.join(sorted(map(str, types)))} are models of different shapes",
-            where=", ".join(a.name for a in adapters),
+            where=", ".join(f"{a.name} (of {a.base})" if a.base else a.name for a in adapters),
         )
     return next((a.task_type for a in adapters if a.task_type), None), adapters[0].prefix
 

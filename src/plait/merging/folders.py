@@ -12,7 +12,7 @@ import torch
 from plait import store
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.errors import RunError
+from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of, read_any
 from plait.merging.driver import plan_merge
@@ -31,8 +31,20 @@ def read_named(folder: Path | str) -> Adapter:
 
 
 def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
-    """Read several folders at once: hashing and reading leave Python's lock."""
-    return side_by_side(read_named, folders, torch.device("cpu"))
+    """Read several folders at once: hashing and reading leave Python's lock.
+
+    Raises:
+        UsageError: Two of one name; names that would do are said.
+    """
+    found = side_by_side(read_named, folders, torch.device("cpu"))
+    names = [a.name for a in found]
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        paths = [Path(str(a.source.get("path", ""))).resolve() for a in found if a.name == twice]
+        if len(set(paths)) < len(paths):
+            raise UsageError(f"{twice!r} is given twice", hint="an adapter counts double with --weights")
+        said = " ".join(f"{p.parent.name}-{twice}={p}" for p in paths)
+        raise UsageError(f"two adapters are called {twice!r}", hint=f"NAME=DIR names them: {said}")
+    return found
 
 
 def merge_folders(

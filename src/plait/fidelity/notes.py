@@ -1,0 +1,107 @@
+"""What a person should know about adapters before merging them: kin, tensors beside the factors, bases, ways to serve."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from plait.adapters.lora import Adapter
+from plait.base import BaseModel
+from plait.fidelity import costs
+from plait.fidelity.measure import Fidelity
+from plait.fidelity.proxy import cosines
+from plait.formats.keys import PEFT
+from plait.formats.reading import format_of
+
+# Task vectors of adapters that were trained apart have a cosine near 0.
+KIN = 0.5
+
+
+def kin(adapters: Sequence[Adapter]) -> list[tuple[str, str, float]]:
+    """Pairs that point the same way, which adapters trained apart hardly do, with the cosine of their task vectors."""
+    try:
+        found = cosines(adapters)
+    except RuntimeError:  # other shapes: they were not comparable in the first place
+        return []
+    return [(a, b, c) for (a, b), c in found.items() if c > KIN]
+
+
+def kinship(adapters: Sequence[Adapter]) -> list[str]:
+    """The same in words."""
+    return [
+        f"{a} and {b} point much the same way (cosine {c:.2f}): one may have been trained on from the other, and then "
+        "the later one does both"
+        for a, b, c in kin(adapters)
+    ]
+
+
+def beside(adapters: Sequence[Adapter]) -> list[str]:
+    """Tensors that were trained whole: a merge takes them over as they are, for all tasks."""
+    return [
+        f"{a.name} also trained {', '.join(sorted(a.extras)[:3])} whole: a merge takes that over as it is, for every task "
+        f"(plait convert {_place(a)} --base DIR makes it low rank, which can be merged)"
+        for a in adapters
+        if a.extras
+    ]
+
+
+def serving(adapters: Sequence[Adapter]) -> list[str]:
+    """What serving these adapters side by side asks for."""
+    if pictures(adapters):
+        return [
+            "diffusers keeps several of them on one pipeline: load_lora_weights for each, then set_adapters with weights"
+        ]
+    notes = costs.vllm_notes(adapters)
+    if any(a.extras for a in adapters):
+        notes.append("vLLM refuses adapters with modules_to_save")
+    return notes
+
+
+def pictures(adapters: Sequence[Adapter]) -> bool:
+    """Whether they are LoRA files of image models, which are not asked here."""
+    return any(format_of(a) != PEFT for a in adapters)
+
+
+def other_base(adapters: Sequence[Adapter], base: BaseModel | None) -> list[str]:
+    """A base that the adapters do not name; what it is called is all that can be seen."""
+    named = sorted({a.base for a in adapters if a.base})
+    if base is None or any(same_name(base.name, n) for n in named) or not named:
+        return []
+    return [
+        f"the adapters name {', '.join(named)} as their base, and {base.name} was given: what is measured holds where "
+        "both are the same weights"
+    ]
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names of a base can mean one: the last parts agree but for case and punctuation, or the folder is one."""
+    a, b = Path(one).expanduser(), Path(other).expanduser()
+    if a.is_dir() and b.is_dir():
+        return a.resolve() == b.resolve()
+    bare = [re.sub(r"[^a-z0-9]", "", n.rstrip("/").rpartition("/")[2].lower()) for n in (one, other)]
+    return bare[0] == bare[1]
+
+
+def alike(found: Sequence[Fidelity]) -> list[str]:
+    """Adapters that choose on every text what the base chooses: nothing can be told about them there."""
+    names = sorted({t.task for f in found for t in f.tasks if t.agreement_base == 1.0})
+    return [
+        f"how well {n} is kept: on these texts it chooses everywhere what the bare base chooses, so that no merge could do "
+        "worse; give texts on which it matters"
+        for n in names
+    ]
+
+
+def next_step(adapters: Sequence[Adapter], base: BaseModel | None) -> str:
+    """The command that measures, ready to be pasted but for the texts."""
+    given = [_place(a) for a in adapters]
+    texts = [f"--text {a.name}=FILE" for a in adapters]
+    known = base.name if base else next((a.base for a in adapters if Path(a.base).is_dir()), "")
+    return " ".join(["plait advise", shlex.quote(known) if known else "BASE", *given, *texts])
+
+
+def _place(adapter: Adapter) -> str:
+    path = str(adapter.source.get("path", adapter.name))
+    return shlex.quote(path if Path(path).resolve().name == adapter.name else f"{adapter.name}={path}")

@@ -1,0 +1,54 @@
+"""Advice where nothing was measured: what nobody can know, what factors alone suggest, the command that would measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from plait.adapters.lora import Adapter
+from plait.base import BaseModel
+from plait.fidelity import notes
+from plait.fidelity.proxy import mean_error, terms
+
+
+def no_size(base: str) -> str:
+    """That the base's size is not known, and why."""
+    where = f"{base} is not at hand as a folder" if base else "the adapters do not name it"
+    return f"the base's size ({where}): memory is given beside it"
+
+
+def unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) -> list[str]:
+    """What is not known, with the reason."""
+    if notes.pictures(adapters):
+        return ["what a merge keeps of each adapter: for that pictures have to be made and looked at, with equal seeds"]
+    found = ["what a merge keeps of each adapter: nobody can say without a few of its inputs"]
+    if texts and base is None:
+        found.append("the texts were not used: they are read by the base model, and none was given")
+    if any(not a.heads and a.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") for a in adapters):
+        found.append("what the adapters predict: one has neither a head nor a text task type")
+    return found
+
+
+def without_texts(adapters: Sequence[Adapter], merged: Adapter, base: BaseModel | None) -> str:
+    """How far a merge is from the adapters on assumed inputs, and the next step."""
+    found = terms(merged, adapters)
+    error = mean_error(found, 1.0)
+    worst = max(found, key=lambda t: found[t].error(1.0))
+    said = (
+        f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
+        f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}){_one_for_all(adapters)}; what that does to "
+    )
+    if notes.pictures(adapters):
+        return f"{said}pictures is not known. plait merge auto writes that merge: try it with seeds you know."
+    return (
+        f"{said}predictions is not known. With the base and 20 to 100 unlabelled inputs of each it can be measured:\n"
+        f"  {notes.next_step(adapters, base)}"
+    )
+
+
+def _one_for_all(adapters: Sequence[Adapter]) -> str:
+    """Of adapters that point the same way, which one could stand for all."""
+    if not notes.kin(adapters):
+        return ""
+    errors = {a.name: mean_error({t: e for t, e in terms(a, adapters).items() if t != a.name}, 1.0) for a in adapters}
+    best = min(errors, key=lambda n: errors[n])
+    return f", {best} alone by {100 * errors[best] ** 0.5:.0f} % of the others'"
