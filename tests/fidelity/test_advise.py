@@ -125,8 +125,10 @@ def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys)
     assert code == 0, err
     code, _, err = said(capsys, "edit", str(tmp_path / "blind"), "--remove", "one", "--out", str(tmp_path / "no"))
     assert code == 3 and "merge auto again" in err
+    Path(panel.base.name, "config.json").rename(tmp_path / "hidden")  # the base is no longer where the adapters say
     code, _, err = said(capsys, "merge", "auto", *folders, *texts, "--out", str(tmp_path / "no"))
-    assert code == 2 and "base" in err
+    (tmp_path / "hidden").rename(Path(panel.base.name, "config.json"))
+    assert code == 2 and "read by the base model" in err
     code, _, err = said(capsys, "merge", "auto", *folders)
     assert code == 2 and "--out" in err
     code, _, err = said(capsys, "merge", *folders, *texts, "--out", str(tmp_path / "no"))
