@@ -8,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from plait.adapters.tensors import read_tensors
 from plait.evaluation import fleet
 from plait.study.executor import InProcess
+from plait.study.inference import resample
 from plait.study.run import run_study
 from plait.study.scoring import cross_fitted
 from plait.study.spec import parse_study
 from plait.study.table import rows_of
 from plait.study.units import FOLDS, MERGE, Layout, Unit
-from plait.study.work import _merged, _scorer
+from plait.study.work import ANSWERS_FILE, _merged, _scorer
 from plait.study.write import write_tables
-from tests.conftest import tiny_raw
+from plait.tasks.metrics import MEASURED, open_score
+from tests.conftest import tiny_raw, write_rows
 
 ANSWERS = {"topic": ["w0 w3", "w1"], "pairs": ["w0", "w2 w5", "w2 w6 w7"]}
 RATE = 0.02
@@ -42,6 +45,17 @@ def text_study(base, architecture, kind, root):
         "seeds": [0],
     }
     return parse_study(raw, "text")
+
+
+def open_study(base, root):
+    """One task among known answers, one whose answers are open: more of them than a choice is made among."""
+    study = text_study(base, "llama", "causal", root)
+    rows = [{"text": f"w3 w{i % 60} w{i // 60}", "label": f"w{i % 60} w{i // 60}"} for i in range(230)]
+    for split, part in (("train", rows), ("validation", rows[::10])):
+        write_rows(root / f"topic.{split}.csv", part)
+    raw = study.model_dump(mode="json")
+    raw["tasks"][0] |= {"labels": None, "metrics": ["likelihood", "rouge_l"]}
+    return parse_study(raw | {"arms": raw["arms"][:1], "merges": ["task_arithmetic"]}, "open")
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +103,22 @@ def test_what_is_scored_together_is_scored_the_same(finished, monkeypatch, archi
     assert max(passes, default=0) == (3 if kind == "causal" else 0)  # all three in one pass, where a tree is followed
     (one, answers), (other, same) = (cross_fitted(s, merged, [0.5, 1.0]) for s in (apart, together))
     assert one == other and all((answers[k] == same[k]).all() for k in answers)
+
+
+def test_a_study_of_open_answers_keeps_what_was_measured_of_them(tiny_base, tmp_path):
+    study = open_study(tiny_base("llama"), tmp_path / "data")
+    layout = Layout(study, tmp_path / "out")
+    assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    made = write_tables(layout, tmp_path, about={})
+    (row,) = rows_of(layout)
+    unit = Unit(MERGE, 0, "kaiming", RATE, merge="task_arithmetic", split=FOLDS)
+    kept, _, _ = read_tensors(layout.path(unit) / ANSWERS_FILE)
+    assert kept["topic.A"].shape[1] == len(MEASURED) and kept["pairs.A"].ndim == 1
+    both = [
+        open_score("likelihood", kept[f"topic.{h}"].numpy(), np.ones((1, len(kept[f"topic.{h}"]))))[0] for h in "AB"
+    ]
+    rouge = [float(kept[f"topic.{h}"][:, 1].mean()) for h in "AB"]
+    assert row.tasks["topic"] == pytest.approx((np.mean(both) + np.mean(rouge)) / 2, abs=1e-4)
+    assert made["rows"] == 1
+    drawn = resample(layout, {("kaiming", "it"): dict.fromkeys("AB", "task_arithmetic")}, 20).values["kaiming", "it"]
+    assert drawn[0, :, 0] == pytest.approx([row.tasks[t] for t in layout.session.tasks]) and np.ptp(drawn[0, 0]) > 0

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from plait.adapters.tensors import read_tensors
 from plait.errors import UsageError
 from plait.evaluation.bootstrap import Floats, weighted_score
-from plait.evaluation.evaluate import scored_labels
+from plait.evaluation.evaluate import is_open, scored_labels
 from plait.study.schedule import chosen
 from plait.study.splits import HALVES, Split
 from plait.study.table import LEARNED, Row, best_by_half, reference_unit
@@ -133,7 +133,9 @@ class _Weighted:
     def _score(self, answers: npt.NDArray[Any], task: str, half: str) -> Floats:
         found = self.layout.session.tasks[task]
         labels = scored_labels(found, self.layout.session.validation(task))[self.parts[task].halves[half]]
-        if found.kind != "regression":  # what was kept is the class; the metrics take scores of classes
+        if found.kind != "regression" and not is_open(
+            found
+        ):  # what was kept is the class; the metrics take scores of classes
             answers = np.eye(max(int(answers.max()), int(labels.max())) + 1)[answers]
         return weighted_score(found.metrics, answers, labels, self.weights[task, half])
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
-from plait.evaluation.evaluate import Evaluator, scored_labels
+from plait.evaluation.evaluate import Evaluator, is_open, scored_labels
 from plait.study.splits import HALVES, Rows, Split, joined
-from plait.tasks import primary, scores
+from plait.tasks import Task, primary, scores
 
-Answers = npt.NDArray[Any]  # class ids (uint8 or int16), or float32 values
+Answers = npt.NDArray[Any]  # class ids (uint8 or int16), float32 values, or the measured columns of open answers
 STEP = math.sqrt(2.0)
 _WIDEST = 6  # steps that a grid may grow by on either side
 
@@ -39,14 +39,14 @@ class Scorer:
 
     def answers(self, task: str, worn: Sequence[tuple[Adapter | None, float]], rows: Rows) -> list[Answers]:
         """Class ids or values of each (adapter, scale) on these rows."""
-        kind, head = self.evaluator.tasks[task].kind, self.heads[task]
+        found, head = self.evaluator.tasks[task], self.heads[task]
         if self.together:
             from plait.evaluation.fleet import Candidate, predict_many
 
             logits = predict_many(self.evaluator, task, [Candidate(head, a, s) for a, s in worn], rows)
         else:
             logits = [self.evaluator.predict(task, head, a, s, rows) for a, s in worn]
-        return [compact(found, kind) for found in logits]
+        return [compact(one, found) for one in logits]
 
     def score(self, task: str, answers: Answers, rows: Rows) -> float:
         """The task's score in percent: the mean of its metrics."""
@@ -54,9 +54,11 @@ class Scorer:
         return primary(scores(self.evaluator.tasks[task].metrics, answers, labels))
 
 
-def compact(logits: npt.NDArray[np.float32], kind: str) -> Answers:
-    """What is kept of logits: the class with the largest, or the value."""
-    if kind == "regression":
+def compact(logits: npt.NDArray[np.float32], task: Task) -> Answers:
+    """What is kept of logits: the class with the largest, the value, or all that was measured of an open answer."""
+    if is_open(task):
+        return logits
+    if task.kind == "regression":
         return logits.reshape(-1).astype(np.float32)
     return logits.argmax(-1).astype(np.uint8 if logits.shape[1] <= 256 else np.int16)
 
