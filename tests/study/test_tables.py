@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from plait.errors import UsageError
+from plait.errors import RunError, UsageError
 from plait.study.best import best_rows
 from plait.study.executor import InProcess
 from plait.study.figures import figures_of
 from plait.study.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
+from plait.study.journal import about_runs, noted
 from plait.study.run import run_study
 from plait.study.table import rows_of, share
 from plait.study.units import Layout
@@ -25,7 +27,7 @@ def tables_of(study, folder):
     """A study done and reduced: its layout, its JSON, its page, the paths that were made."""
     layout = Layout(study, folder / "out")
     assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
-    made = write_tables(layout, folder, about={"hardware": "test"})
+    made = write_tables(layout, folder, about={"command": "of a test"})
     return layout, json.loads(Path(made["json"]).read_text()), Path(made["markdown"]).read_text(), made
 
 
@@ -37,6 +39,8 @@ def small(**changed):
 def test_tables_and_figures_tell_the_same(small_study, tmp_path):
     layout, found, page, made = tables_of(small_study(**small(seeds=[0, 1])), tmp_path)
     assert found["undefined"] == [] and "Not defined" not in page
+    assert f"{os.cpu_count()} CPU cores" in found["about"]["hardware"] and "command of a test; " in page
+    assert found["about"]["executor"] == "InProcess (1 training, 1 scoring)"
     rows = rows_of(layout)
     curves = {(c["arm"], c["merge"]): dict(c["points"]) for c in found["scales"]}
     for b in best_rows(rows):
@@ -70,6 +74,19 @@ def test_where_nothing_was_learned_recovered_is_null_and_why_is_said(small_study
     assert ">merged, mean score, %<" in Path(made["figures"][0]).read_text()
     with pytest.raises(UsageError, match="unknown arm"):
         write_tables(layout, tmp_path, about={}, against="nobody")
+
+
+def test_runs_are_noted_also_where_they_fail(tmp_path):
+    assert about_runs(tmp_path) == {}
+    with noted(tmp_path, "cpu", "Processes", 1, 3):
+        pass
+    with pytest.raises(RunError), noted(tmp_path, "cpu", "Processes", 1, 3):
+        raise RunError("lost")
+    said = about_runs(tmp_path)
+    assert said["seconds"] == "0 in 2 runs" and said["executor"] == "Processes (1 training, 3 scoring)"
+    with noted(tmp_path, "cpu", "RayCluster", 2, 2):
+        pass
+    assert "a Ray cluster" in about_runs(tmp_path)["hardware"]
 
 
 def test_a_share_of_no_gain_is_no_number():

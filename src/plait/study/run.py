@@ -12,6 +12,7 @@ from plait.locks import locked
 from plait.progress import Progress, duration
 from plait.store import staged_file
 from plait.study.executor import Executor, batch_of
+from plait.study.journal import noted
 from plait.study.schedule import next_wave
 from plait.study.spec import Study
 from plait.study.units import MERGE, REPAIR, TRAIN, Layout, Unit
@@ -44,7 +45,8 @@ def run_study(
     layout = layout or Layout(study, out)
     started = time.time()
     until = None if seconds is None else started + seconds
-    with locked(out):
+    device = layout.session.base.torch_device.type
+    with locked(out), noted(out, device, type(executor).__name__, executor.workers, executor.scorers):
         _keep(study, out)
         while until is None or time.time() < until:
             name, todo = next_wave(layout)

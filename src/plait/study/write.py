@@ -14,6 +14,7 @@ from plait.store import staged_file, versions
 from plait.study.best import best_rows, scale_curves
 from plait.study.figures import figures_of
 from plait.study.inference import infer
+from plait.study.journal import about_runs
 from plait.study.page import page_of
 from plait.study.predictors import predictors
 from plait.study.schedule import sweep_units, swept
@@ -33,7 +34,8 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
     Args:
         layout: Of the study.
         to: The folder to write into.
-        about: What the page says about where it was run: hardware, seconds, command.
+        about: What the page says about where it was run besides what the runs noted (hardware, executor, seconds); of the
+            same key, this.
         against: The arm the others are compared with; "contrastive", or the first arm where there is none of that name.
 
     Returns:
@@ -53,7 +55,7 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
     best = best_rows([r for r in rows if not r.variant])
     found = {
         "name": study.name,
-        "about": {**about, **versions()},
+        "about": {**about_runs(layout.out), **about, **versions()},
         "study": _told(study),
         "undefined": undefined(rows),
         "rows": [_rounded(asdict(r)) for r in rows],
