@@ -14,12 +14,12 @@ from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, RunError, UsageError
-from plait.formats.keys import DIFFUSERS, KOHYA, PEFT
+from plait.formats.keys import DIFFUSERS, PEFT
 from plait.formats.layouts import BY_BASE
 from plait.formats.plain import Means, read_plain
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import read_lora_file
-from plait.formats.writing import checked_format, finished, in_format, joined, write_any
+from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
 from plait.merging.inputs import seed_of
 
 _FAILED = 1e-6
@@ -187,7 +187,7 @@ def written_error(ready: Adapter, out: Path, target: str) -> float:
 
 def read_back(out: Path, target: str) -> dict[str, Any]:
     """Module, named as `in_format` names them -> the factors that stand on disk."""
-    if target in (KOHYA, DIFFUSERS):
+    if target in FILE_FORMATS:
         return dict(read_lora_file(out, name="written").modules)
     parts = component_folders(out)
     if not parts:

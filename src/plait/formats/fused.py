@@ -82,7 +82,7 @@ def taken_apart(modules: Mapping[str, LoraFactors], layout: Layout) -> dict[str,
             found[module] = f
             continue
         start = 0
-        for part, rows in zip(parts, _rows(module, f, len(parts)), strict=True):
+        for part, rows in zip(parts, _rows(module, f, len(parts), layout.mlp), strict=True):
             B = f.B[start : start + rows] if len(parts) > 1 else f.B
             found[part] = _ordered(LoraFactors(f.A, B.contiguous(), f.scaling, f.kind), part, layout)
             start += rows
@@ -111,12 +111,12 @@ def _parts(module: str, layout: Layout) -> tuple[str, ...]:
     return (_DIFFUSERS + layout.outside[outside],)
 
 
-def _rows(module: str, f: LoraFactors, parts: int) -> list[int]:
-    """Outputs of each part: queries, keys and values are as wide as their input, and an MLP has what is left."""
+def _rows(module: str, f: LoraFactors, parts: int, mlp: int) -> list[int]:
+    """Outputs of each part: queries, keys and values are as wide as their input, and an MLP is `mlp` times as wide."""
     out, width = f.shape
     if parts == 1:
         return [out]
-    rows = [width] * 3 + ([out - 3 * width] if parts == 4 else [])
+    rows = [width] * 3 + ([mlp * width] if parts == 4 else [])
     if sum(rows) != out or min(rows) <= 0:
         raise InputError(f"module {module!r} is {f.shape}, which its {parts} parts do not fill")
     return rows

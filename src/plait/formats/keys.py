@@ -11,7 +11,8 @@ from plait.errors import InputError
 
 MIDDLE, TUCKER = "mid", "lora_mid"  # what a Tucker-decomposed convolution has between A and B; its tensors' name
 KOHYA, DIFFUSERS, PEFT = "kohya", "diffusers", "peft"
-FORMATS = (PEFT, KOHYA, DIFFUSERS)
+ORIGINAL = "original"  # modules named, with dots, as the model's own authors have them: double_blocks.0.img_attn.qkv
+FORMATS = (PEFT, KOHYA, DIFFUSERS, ORIGINAL)
 # Piece of a tensor's name -> the variant it gives away, and why it is no plain LoRA.
 REFUSED = {
     "hada_": ("LoHa", "the update is an entrywise product of two low-rank matrices, which is not low rank"),
@@ -55,7 +56,7 @@ class Parsed:
     """What a file's names say.
 
     Args:
-        format: "kohya" or "diffusers".
+        format: "kohya" or "diffusers" ("original" is told by modules, not by tensors; see `formats.layouts`).
         halves: Module -> {"A": tensor, "B": tensor}, as stored; with a "mid" where a convolution has one between them.
         alphas: Module -> alpha tensor.
         layouts: diffusers' component -> which of its spellings the file uses.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from plait.errors import UsageError
+from plait.errors import InputError, UsageError
 from plait.formats.fused import Block, Layout, is_original
 
 _STREAM = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -87,6 +87,10 @@ SD3 = Layout(
     swapped=("norm_out.linear", "norm1_context.linear"),
 )
 LAYOUTS = {layout.name: layout for layout in (FLUX, SD3)}
+# What stands before the names of the original layouts where they are written with dots: nothing, what ComfyUI's loaders
+# expect, or PEFT's own wrapper.
+_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
+_FLUX2 = re.compile(r"flux[._\- ]?2", re.I)
 DIFFUSERS_NAMES, BY_BASE = "diffusers", "auto"
 # What a base is called -> its layout. FLUX.2 has other blocks than Flux, so it is not taken for it.
 _BASES = ((re.compile(r"flux(?![._\- ]?2)", re.I), FLUX), (re.compile(r"stable-diffusion-3|sd[-_]?3", re.I), SD3))
@@ -108,6 +112,44 @@ def layout_for(base: str, wanted: str = BY_BASE) -> Layout | None:
         known = ", ".join((BY_BASE, *LAYOUTS, DIFFUSERS_NAMES))
         raise UsageError(f"unknown layout {wanted!r}", hint=f"one of {known}")
     return LAYOUTS.get(wanted)
+
+
+def dotted(modules: Iterable[str]) -> tuple[str, Layout] | None:
+    """The prefix and layout of modules that are named with dots as the model's authors have them; None for others.
+
+    Any of a layout's blocks under one prefix tells; names that the layout has not are refused when they are turned.
+    """
+    names = list(modules)
+    for layout in LAYOUTS.values():
+        blocks = "|".join(b.original for b in layout.blocks)
+        for prefix in _PREFIXES:
+            block = re.compile(rf"{re.escape(prefix)}({blocks})\.\d+\.")
+            if any(block.match(n) for n in names):
+                return prefix, layout
+    return None
+
+
+def dotted_to_kohya(modules: Iterable[str]) -> dict[str, str]:
+    """Such names -> kohya's: dots become underscores under ``lora_unet_``; modules outside the prefix keep theirs."""
+    names = list(modules)
+    found = dotted(names)
+    if found is None:
+        return {n: n for n in names}
+    prefix, _ = found
+    return {n: f"lora_unet_{n.removeprefix(prefix).replace('.', '_')}" if n.startswith(prefix) else n for n in names}
+
+
+def require_known(base: str) -> None:
+    """Refuse to take FLUX.2 for Flux, whose names it shares.
+
+    Raises:
+        InputError: The base is called FLUX.2: its MLPs and modulations are others.
+    """
+    if _FLUX2.search(base):
+        raise InputError(
+            f"{base} has blocks of Flux's names and another inside, and its layout is not known here",
+            hint="merge files of it in the format they have",
+        )
 
 
 def original_layout(modules: Iterable[str]) -> Layout | None:

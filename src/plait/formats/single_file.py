@@ -18,7 +18,8 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensors import all_finite, read_tensors, write_tensors
 from plait.errors import InputError
-from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, Parsed, parse, tensor_names
+from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names
+from plait.formats.layouts import dotted
 
 RECORD = "plait"  # metadata key of the record that a folder keeps in plait.json
 _ADAPTER_CONFIG = "lora_adapter_metadata"  # diffusers' metadata key: each component's LoRA config
@@ -50,6 +51,8 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
         if tensor.is_floating_point() and not all_finite(tensor.float()):
             raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(path))
     found = parse(tensors, str(path))
+    if found.format == DIFFUSERS and dotted(found.halves):
+        found.format = ORIGINAL
     configs = _configs(metadata, path) if found.format == DIFFUSERS else {}
     modules = {m: _factors(m, found, configs, path) for m in sorted(found.halves)}
     record = file_record(metadata, path)
@@ -143,12 +146,12 @@ def _alpha(tensor: Tensor, where: str) -> float:
 def write_lora_file(path: Path, adapter: Adapter, format: str, record: Mapping[str, Any] | None = None) -> None:
     """Write an adapter whose modules are named as the format has them (see `formats.names`).
 
-    kohya: every module with its alpha. diffusers: no alphas, so scalings must be 1 (see `unscaled`).
+    kohya: every module with its alpha. The others: no alphas, so scalings must be 1 (see `unscaled`).
 
     Args:
         path: The file.
         adapter: Without heads and extras, which these formats do not know.
-        format: "kohya" or "diffusers".
+        format: "kohya", "diffusers" or "original".
         record: Kept in the metadata, as a folder keeps its plait.json.
 
     Raises:

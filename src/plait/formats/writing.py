@@ -14,13 +14,13 @@ from plait.adapters.peft_format import write_adapter
 from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
 from plait.formats.fused import Layout, put_together, taken_apart
-from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, PEFT
-from plait.formats.layouts import BY_BASE, layout_for, original_layout
+from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, ORIGINAL, PEFT
+from plait.formats.layouts import BY_BASE, dotted_to_kohya, layout_for, original_layout, require_known
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
 from plait.formats.reading import format_of
 from plait.formats.single_file import file_record, unscaled, write_lora_file
 
-FILE_FORMATS = (KOHYA, DIFFUSERS)
+FILE_FORMATS = (KOHYA, DIFFUSERS, ORIGINAL)
 
 
 def checked_format(name: str) -> str:
@@ -51,24 +51,23 @@ def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
         UsageError: A layout where none is changed.
     """
     origin = format_of(adapter)
-    if layout != BY_BASE and (target != KOHYA or origin == KOHYA):
+    if target == ORIGINAL != origin:
+        raise UsageError(
+            "only merges of files with such names are written with them", hint="--to kohya has the same layout"
+        )
+    if layout != BY_BASE and (target != KOHYA or origin in (KOHYA, ORIGINAL)):
         raise UsageError("a layout is chosen on the way from PEFT or diffusers to kohya", hint="leave --layout out")
     if origin == target:
         modules = {m: _scaled_for(f, target) for m, f in adapter.modules.items()}
         source = {**adapter.source, "folded": _folded(modules, adapter.modules)}
         return replace(adapter, modules=modules, source=source)
-    whole = dict(adapter.modules)
-    if origin == KOHYA:
-        original = original_layout(whole)
-        whole = taken_apart(whole, original) if original else whole
-        names = diffusers_names(whole)
-        names = {m: original.encoder_out(n) for m, n in names.items()} if original else names
-    else:
-        names = {m: m if origin == DIFFUSERS else adapter.full_name(m) for m in whole}
-    dotted = {names[m]: f for m, f in whole.items()}
-    modules = {m: _scaled_for(f, target) for m, f in dotted.items()}
-    facts: dict[str, Any] = {"folded": _folded(modules, dotted)}
-    if target == KOHYA:
+    named = _named_by_diffusers(adapter, origin)
+    modules = {m: _scaled_for(f, target) for m, f in named.items()}
+    facts: dict[str, Any] = {"folded": _folded(modules, named)}
+    if target == KOHYA and origin == ORIGINAL:  # the same layout: whole layers only change their names
+        kohya = dotted_to_kohya(adapter.modules)
+        modules = {kohya[m]: f for m, f in adapter.modules.items()}
+    elif target == KOHYA:
         modules, more = _named_by_kohya(modules, layout_for(adapter.base, layout))
         facts |= more
     return replace(
@@ -84,6 +83,24 @@ def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
             "pipeline": True,
         },
     )
+
+
+def _named_by_diffusers(adapter: Adapter, origin: str) -> dict[str, LoraFactors]:
+    """An adapter's modules as diffusers names and separates them."""
+    whole = dict(adapter.modules)
+    if origin == ORIGINAL:
+        kohya = dotted_to_kohya(whole)
+        whole = {kohya[m]: f for m, f in whole.items()}
+    if origin in (KOHYA, ORIGINAL):
+        original = original_layout(whole)
+        if original:
+            require_known(adapter.base)
+            whole = taken_apart(whole, original)
+        names = diffusers_names(whole)
+        names = {m: original.encoder_out(n) for m, n in names.items()} if original else names
+    else:
+        names = {m: m if origin == DIFFUSERS else adapter.full_name(m) for m in whole}
+    return {names[m]: f for m, f in whole.items()}
 
 
 def _folded(found: Mapping[str, LoraFactors], before: Mapping[str, LoraFactors]) -> int:
