@@ -237,7 +237,7 @@ def _labels(job: Job, adapter: str, scale: float, split: str) -> dict[str, Any]:
 
 
 def _write_scores(folder: Path, rows: list[Score], predictions: dict[str, Logits]) -> None:
-    from plait.adapters.tensors import write_tensors
+    from plait.adapters.tensor_file import write_tensors
 
     write_scores(folder / SCORES_FILE, rows)
     write_tensors(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import WEIGHTS, read_adapter, write_adapter
-from plait.adapters.tensors import write_tensors
+from plait.adapters.tensor_file import write_tensors
 from plait.errors import InputError
 from tests.adapters.conftest import ROOT, Damage, config, refused, tensors, unsealed
 

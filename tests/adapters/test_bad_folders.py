@@ -14,7 +14,8 @@ import torch
 
 from plait.adapters.config import CONFIG
 from plait.adapters.peft_format import WEIGHTS, read_adapter
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensor_file import write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.errors import InputError
 from tests.adapters.conftest import Damage, header, refused, unsealed, weights
 

@@ -19,7 +19,8 @@ from plait.adapters.config import CONFIG
 from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import WEIGHTS, read_adapter, write_adapter
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensor_file import write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.base import backbone_of, head_state, load_task_model, load_tokenizer
 from plait.evaluation.applied import applied
 from plait.statistics.moments import ModuleInfo

@@ -144,6 +144,23 @@ def test_scale_multiplies_the_merged_delta(method, trio):
     close(run(method, trio, scale=-0.3), run(method, trio), factor=-0.3)
 
 
+SPACIOUS = sorted(m for m, found in merge_methods().items() if "space" in found.options and m != "fisher")
+
+
+@pytest.mark.parametrize("space", ["core", "knots"])
+@pytest.mark.parametrize("method", SPACIOUS)
+def test_another_space_keeps_the_laws_and_gives_exact_factors(method, space):
+    three = [adapter(n, i) for i, n in enumerate(["one", "two", "three"])]
+    options = LAWS[method].options | {"space": space}
+    done = run(method, three, options=options, weights=[0.5, 1.0, 2.0])
+    close(done, run(method, three[::-1], options=options, weights=[2.0, 1.0, 0.5]))
+    close(run(method, three, options=options, weights=[0.5, 1.0, 2.0], scale=-0.3), done, factor=-0.3)
+    assert done.record["discarded_energy"] == 0.0 and done.record["verification_error"] < 1e-5
+    assert all(f.rank <= 6 for f in done.adapter.modules.values())
+    zero = [adapter(n, i, size=0.0) for i, n in enumerate(["one", "two", "three"])]
+    assert not any(d.any() for d in dense(run(method, zero, options=options)).values())
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e8])
 def test_size_of_the_deltas_passes_through(method, size):
     law = LAWS[method]

@@ -14,6 +14,8 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import InputError, RunError, UsageError
 from plait.merging import folders as folders_module
 from plait.merging import merge_folders, merge_methods
+from plait.merging.driver import plan_merge
+from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
 from plait.statistics.files import write_statistics
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
@@ -50,6 +52,34 @@ def test_result_is_whole_and_recorded(tmp_path):
         torch.testing.assert_close(f.delta(), 0.3 * (0.5 * a.modules[m].delta() + 2 * b.modules[m].delta()))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "linear"},
+        {"method": "cat", "weights": [0.5, 0.0, -2.0]},
+        {"method": "task_arithmetic", "weights": [0.0, 0.0, 0.0]},
+        {"method": "task_arithmetic", "rank": 50, "scale": 0.3, "calibrate": "pico"},
+    ],
+)
+def test_written_while_computed_or_after_are_the_same_bytes(tmp_path, settings, monkeypatch):
+    three = [saved(tmp_path / n, i, rank=i + 2, targets=("q", "v")[: i + 1]) for i, n in enumerate(NAMES)]
+    assert plan_merge([read_adapter(f) for f in three], **settings).foreseen("x") is not None
+    merge_folders(three, tmp_path / "streamed", **settings)
+    monkeypatch.setattr(Plan, "foreseen", lambda *_: None)
+    merge_folders(three, tmp_path / "held", **settings)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "held" / file).read_bytes()
+    one, other = (read_manifest(tmp_path / n)["result"] for n in ("streamed", "held"))
+    assert one == other
+
+
+def test_what_is_cut_or_not_a_sum_is_not_foreseen(tmp_path):
+    pair = [read_adapter(saved(tmp_path / n, i)) for i, n in enumerate(NAMES[:2])]
+    for method, rank in (("svd", None), ("tsv", None), ("ties", None), ("linear", 3)):
+        assert plan_merge(pair, method, rank=rank).foreseen("x") is None
+    assert plan_merge(pair[:1], "linear").foreseen("x") is None
+
+
 def test_same_settings_are_kept_and_others_refused(tmp_path):
     pair = [saved(tmp_path / "a", 0), saved(tmp_path / "b", 1)]
     merge_folders(pair, tmp_path / "out")
@@ -62,8 +92,8 @@ def test_same_settings_are_kept_and_others_refused(tmp_path):
 
 
 def test_a_write_that_goes_wrong_leaves_nothing(tmp_path, monkeypatch):
-    def damaging(folder: Path, adapter: Adapter) -> None:
-        write_adapter(folder, adapter)
+    def damaging(folder: Path, *what) -> None:
+        write_adapter(folder, *what)
         file = folder / "adapter_model.safetensors"
         save_file({k: v * 1.01 if k.endswith("v.lora_B.weight") else v for k, v in load_file(file).items()}, file)
 

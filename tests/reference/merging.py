@@ -118,16 +118,25 @@ def iso_cts(D, w, common, total):
 
 
 def knots(D, w, density):
+    return in_knots(D, lambda parts: ties(parts, w, density))
+
+
+def in_knots(D, rule):
+    """A rule on the parts S V_t^T of the deltas side by side."""
     U, S, Vt = np.linalg.svd(np.hstack(D), full_matrices=False)
     k = int((1e-5 * S[0] < S).sum())
-    parts = np.split(S[:k, None] * Vt[:k], len(D), axis=1)
-    return U[:, :k] @ ties(parts, w, density)
+    return U[:, :k] @ rule(np.split(S[:k, None] * Vt[:k], len(D), axis=1))
+
+
+def in_core(A, B, rule):
+    """A rule on the cores in the basis of the stacked factors' singular vectors."""
+    U = np.linalg.svd(np.hstack(B), full_matrices=False)[0]
+    V = np.linalg.svd(np.vstack(A), full_matrices=False)[2].T
+    return U @ rule([U.T @ b @ a @ V for a, b in zip(A, B, strict=True)]) @ V.T
 
 
 def core_space(A, B, w, density):
-    U = np.linalg.svd(np.hstack(B), full_matrices=False)[0]
-    V = np.linalg.svd(np.vstack(A), full_matrices=False)[2].T
-    return U @ ties([U.T @ b @ a @ V for a, b in zip(A, B, strict=True)], w, density) @ V.T
+    return in_core(A, B, lambda C: ties(C, w, density))
 
 
 def angle_between(a, b):

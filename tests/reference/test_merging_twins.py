@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.errors import InputError
+from plait.errors import InputError, UsageError
 from plait.merging import merge_methods
 from plait.merging.inputs import MergeInputs
 from plait.merging.pico import mean_norm_factor, shrink_shared_directions
@@ -132,6 +132,64 @@ def test_method_equals_its_twin(method):
             x.ranks,
         )
         compared += 1
+
+
+def words_at(x: MergeInputs, place: str, parts: list[np.ndarray]) -> list[np.ndarray]:
+    return [draw(x, t, place, part.shape).astype(np.int64) for t, part in enumerate(parts)]
+
+
+# method -> (options, twin of the entries in a space)
+RULES = {
+    "ties": ({"density": 0.3, "scope": "module"}, lambda x, parts, place: twin.ties(parts, x.weights, 0.3)),
+    "dare_linear": (
+        {"density": 0.7},
+        lambda x, parts, place: twin.combination(
+            twin.dropped(parts, words_at(x, place, parts), round(0.7 * 65536)), x.weights
+        ),
+    ),
+    "della": (
+        {"density": 0.5, "epsilon": 0.3},
+        lambda x, parts, place: twin.elect(twin.mag_prune(parts, words_at(x, place, parts), 0.5, 0.3), x.weights),
+    ),
+    "breadcrumbs": (
+        {"density": 0.6, "gamma": 0.1},
+        lambda x, parts, place: twin.breadcrumbs(parts, x.weights, 0.6, 0.1),
+    ),
+    "sce": ({"density": 0.3}, lambda x, parts, place: twin.sce(parts, x.weights, 0.3)),
+    "emr": ({}, lambda x, parts, place: twin.emr(parts, x.weights)),
+}
+
+
+@pytest.mark.parametrize("space", ["core", "knots"])
+@pytest.mark.parametrize("method", sorted(RULES))
+def test_method_equals_its_twin_in_another_space(method, space):
+    """Modules whose singular values are all there and apart: elsewhere the basis is not unique."""
+    options, rule = RULES[method]
+    rng = np.random.default_rng(sorted(RULES).index(method))
+    for _ in range(60):
+        x = full_rank_module(rng)
+        found = merge_methods()[method].function(x, **options, space=space)
+        assert isinstance(found, LoraFactors) and found.rank <= x.total_rank
+        A, B = [a.numpy() for a in x.A], [b.numpy() for b in x.B]
+        one = lambda parts: rule(x, parts, space)  # noqa: B023, E731
+        expected = twin.in_core(A, B, one) if space == "core" else twin.in_knots(deltas(x), one)
+        size = max(np.abs(d).max() for d in deltas(x))
+        assert np.abs(dense(found) - expected).max() <= 1e-5 * max(size, np.abs(expected).max())
+
+
+def full_rank_module(rng: np.random.Generator) -> MergeInputs:
+    tasks, (out, width) = int(rng.integers(2, 4)), (int(n) for n in rng.integers(9, 14, 2))
+    A = [torch.tensor(rng.standard_normal((2, width))) for _ in range(tasks)]
+    B = [torch.tensor(rng.standard_normal((out, 2))) for _ in range(tasks)]
+    weights = tuple(rng.uniform(0.5, 1.5, tasks).tolist())
+    return MergeInputs("layer.q", tuple(f"t{i}" for i in range(tasks)), weights, tuple(A), tuple(B), seed=3)
+
+
+def test_fisher_has_no_other_space():
+    x = random_module(np.random.default_rng(0), tasks=2, positive=True)
+    for space in ("core", "knots"):
+        with pytest.raises(UsageError, match="fisher has no space"):
+            merge_methods()["fisher"].function(x, space=space)
 
 
 def test_pico_equals_its_twin():

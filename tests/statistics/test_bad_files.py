@@ -9,7 +9,8 @@ import zipfile
 
 import pytest
 
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensor_file import write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.cli import main
 from plait.errors import InputError
 from plait.initial import InitialSettings, initialise_from_files

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensor_file import write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
 from plait.statistics import (
     check_statistics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig, r
 from plait.adapters.conv import as_matrices, as_stored, stored_as
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.peft_config import peft_config
+from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.errors import InputError
 from plait.store import MANIFEST, read_json, read_manifest, sha256_json
 
@@ -28,6 +30,7 @@ _SUFFIXES = {
     ".lora_embedding_A": ("A", EMBEDDING),
     ".lora_embedding_B": ("B", EMBEDDING),
 }
+PutFactors = Callable[[str, LoraFactors], None]
 _HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_classifier"}
 
 
@@ -215,28 +218,42 @@ def _read_heads(folder: Path) -> dict[str, dict[str, Tensor]]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> None:
+def write_adapter(folder: Path, adapter: Adapter, fill: Callable[[PutFactors], None] | None = None) -> None:
     """Write an adapter into an existing, empty folder (see `store.staged_folder`).
 
     One head and a classification task type: the head lies in adapter_model.safetensors as PEFT has it. Otherwise heads
     go to ``heads/<task>.safetensors``. `init_lora_weights` is true: with it every trainer loads the factors as they are.
     A classification adapter without a head (one that is yet to be trained) has no task type in its config: PEFT would
     look for the head's tensors. The file's metadata keeps it.
+
+    Args:
+        folder: Where to.
+        adapter: What to write.
+        fill: Where the factors are only to come, and the adapter's are shapes on the meta device with a scaling of 1:
+            called with a function that takes (module, factors), once for each, in any order, from any thread. The file
+            is the same as if they had been there.
     """
     if adapter.source.get("format", "peft") != "peft":
         raise InputError(
             "named as in its LoRA file, not as PEFT does", where=adapter.name, hint="plait convert --to peft"
         )
     inline = adapter.heads.get(adapter.name) if adapter.task_type in CLASSIFICATION_TYPES else None
-    tensors: dict[str, Tensor] = dict(adapter.extras)
+    others = {_ROOT + k: v for k, v in {**adapter.extras, **(inline or {})}.items()}
     config, fold = peft_config(adapter, inline)
-    for module, f in adapter.modules.items():
-        a, b = (s for s, (_, kind) in _SUFFIXES.items() if kind == stored_as(f.kind))
-        tensors[adapter.full_name(module) + a], tensors[adapter.full_name(module) + b] = as_stored(
-            f.folded(f.B.dtype) if fold else f
+
+    def named(module: str, f: LoraFactors) -> dict[str, Tensor]:
+        a, b = (
+            _ROOT + adapter.full_name(module) + s for s, (_, kind) in _SUFFIXES.items() if kind == stored_as(f.kind)
         )
+        A, B = as_stored(f.folded(f.B.dtype) if fold else f)
+        return {a: A, b: B}
+
+    tensors = {k: v for m, f in adapter.modules.items() for k, v in named(m, f).items()} | others
     metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else None
-    write_tensors(folder / WEIGHTS, {_ROOT + k: v for k, v in {**tensors, **(inline or {})}.items()}, metadata)
+    if fill is None:
+        write_tensors(folder / WEIGHTS, tensors, metadata)
+    else:
+        fill_tensors(folder / WEIGHTS, tensors, metadata, lambda put: _filled(put, others, named, fill))
     if inline is None and adapter.heads:
         (folder / HEADS).mkdir()
         for task, head in adapter.heads.items():
@@ -245,44 +262,17 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[dict[str, Any], bool]:
-    """The adapter_config.json of an adapter, and whether scalings must be folded into B because no alpha expresses them."""
-    ranks = Counter(f.rank for f in adapter.modules.values())
-    rank = max(ranks, key=lambda r: (ranks[r], r))
-    alphas = {m: f.scaling * f.rank for m, f in adapter.modules.items()}
-    whole = {m: round(a) for m, a in alphas.items() if a > 0.5 and abs(round(a) - a) < 1e-9 * abs(a)}
-    fold = len(whole) < len(alphas)
-    if fold:
-        whole = {m: f.rank for m, f in adapter.modules.items()}
-    alpha = Counter(whole[m] for m, f in adapter.modules.items() if f.rank == rank).most_common(1)[0][0]
-    longest_first = sorted(adapter.modules, key=lambda m: (-len(m), m))  # PEFT: the first key that is a suffix wins
-    config = {
-        "peft_type": "LORA",
-        "task_type": adapter.task_type if head or adapter.task_type not in CLASSIFICATION_TYPES else None,
-        "base_model_name_or_path": adapter.base,
-        "revision": adapter.revision,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {
-            adapter.full_name(m): adapter.modules[m].rank for m in longest_first if adapter.modules[m].rank != rank
-        },
-        "alpha_pattern": {adapter.full_name(m): whole[m] for m in longest_first if whole[m] != alpha},
-        "target_modules": _targets(adapter),
-        "modules_to_save": sorted({k.partition(".")[0] for k in head}) if head else None,
-        "fan_in_fan_out": adapter.fan_in_fan_out,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "inference_mode": adapter.task_type is None or adapter.task_type == "FEATURE_EXTRACTION",
-    }
-    return config, fold
+def _filled(
+    put: Put,
+    others: Mapping[str, Tensor],
+    named: Callable[[str, LoraFactors], dict[str, Tensor]],
+    fill: Callable[[PutFactors], None],
+) -> None:
+    for name, tensor in others.items():
+        put(name, tensor)
 
+    def put_factors(module: str, factors: LoraFactors) -> None:
+        for name, tensor in named(module, factors).items():
+            put(name, tensor)
 
-def _targets(adapter: Adapter) -> list[str] | str:
-    if isinstance(adapter.target_modules, str) and not adapter.prefix:
-        return adapter.target_modules
-    wanted = adapter.target_modules
-    if isinstance(wanted, tuple) and all(any(m == t or m.endswith(f".{t}") for t in wanted) for m in adapter.modules):
-        return sorted(wanted)
-    return sorted(adapter.full_name(m) for m in adapter.modules)
+    fill(put_factors)

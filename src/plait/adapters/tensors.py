@@ -1,4 +1,4 @@
-"""Reading and writing safetensors strictly: one layout check more than the library, and errors that say what the file is."""
+"""Reading safetensors strictly: one layout check more than the library, and errors that say what the file is."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from plait.adapters.memory import bytes_of, own_memory
 from plait.errors import InputError
 from plait.store import require_regular
 
@@ -35,7 +36,7 @@ _SIGNATURES = (
     (b"GGUF", "a GGUF file"),
 )
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -53,7 +54,6 @@ _DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read_tensors(
@@ -130,18 +130,6 @@ def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
 
 
-def _bytes(data: Tensor) -> memoryview:
-    return data.numpy().data
-
-
-def own_memory(size: int) -> Tensor:
-    """Bytes mapped for themselves: a large block given back to malloc has it keep all later ones of up to that size."""
-    block = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; the faults of small pages cost as much as the copying
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.uint8)[:size]
-
-
 def _mapped(f: FileIO) -> Tensor:
     """A file's own pages, copied where somebody changes them."""
     return torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
@@ -149,7 +137,7 @@ def _mapped(f: FileIO) -> Tensor:
 
 def _filled(f: FileIO, data: Tensor, running: hashlib._Hash) -> bool:
     """Read as many bytes as the buffer holds, hashed while they are in the cache; whether there were that many, no more."""
-    rest = _bytes(data)
+    rest = bytes_of(data)
     while rest.nbytes and (count := f.readinto(rest[:_PIECE])):
         running.update(rest[:count])
         rest = rest[count:]
@@ -160,9 +148,9 @@ def _views(data: Tensor, entries: Mapping[str, Any], path: Path) -> dict[str, Te
     """The tensors, none of them copied but where a writer did not align them."""
     found: dict[str, Tensor] = {}
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise InputError(f"tensor {name!r} is of type {entry['dtype']}, which is not read", where=str(path))
-        dtype, (start, stop) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
         part = data[start:stop]
         aligned = (data.storage_offset() + start) % dtype.itemsize == 0
         found[name] = (part if aligned else part.clone()).view(dtype).view(entry["shape"])
@@ -223,76 +211,3 @@ def all_finite(tensor: Tensor) -> bool:
     else:
         total = float(tensor.sum())
     return math.isfinite(total) or bool(torch.isfinite(tensor).all())
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as the library lays them out: wide types first, then by name. Equal tensors and metadata, equal bytes.
-
-    The library itself writes metadata in random order and files that only their owner may read.
-
-    Raises:
-        InputError: A tensor holds NaN or infinity (its name is in the message).
-        OSError: The disk is full, or whatever else the system says.
-    """
-    for name, tensor in tensors.items():
-        if not all_finite(tensor):
-            raise InputError("holds NaN or infinity", where=name, hint="nothing was written")
-    ready = {
-        k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors, key=lambda k: (-tensors[k].itemsize, k))
-    }
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
-    end = 0
-    for name, tensor in ready.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    with path.open("wb") as f:
-        f.write(_header_bytes(header))
-        for tensor in ready.values():
-            f.write(_bytes(tensor.reshape(-1).view(torch.uint8)))
-
-
-def _header_bytes(header: Mapping[str, Any]) -> bytes:
-    """The header as it lies in the file: its length, its text, spaces up to a multiple of eight."""
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def joined_tensors(path: Path, homes: Mapping[str, Path], metadata: Mapping[str, str]) -> None:
-    """Copy tensors from several safetensors files into one, as bytes: none of them is ever whole in memory.
-
-    Args:
-        path: The file to write.
-        homes: Name -> the file that may hold it; names that a file lacks are left out.
-        metadata: Of the new file.
-    """
-    places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for home in dict.fromkeys(homes.values()):
-        with home.open("rb") as f:
-            size = struct.unpack("<Q", f.read(8))[0]
-            entries = json.loads(f.read(size))
-        places |= {n: (home, 8 + size, e) for n, e in entries.items() if homes.get(n) == home}
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
-    # Wide types first, as the library orders them, so that every tensor lies aligned.
-    order = sorted(places, key=lambda n: (-_DTYPES.get(places[n][2]["dtype"], torch.uint8).itemsize, n))
-    end = 0
-    for name in order:
-        start, stop = places[name][2]["data_offsets"]
-        header[name] = {**places[name][2], "data_offsets": [end, end + stop - start]}
-        end += stop - start
-    with path.open("wb") as out:
-        out.write(_header_bytes(header))
-        for name in order:
-            home, offset, entry = places[name]
-            with home.open("rb") as f:
-                f.seek(offset + entry["data_offsets"][0])
-                _copy(f, out, entry["data_offsets"][1] - entry["data_offsets"][0])
-
-
-def _copy(source: BinaryIO, out: BinaryIO, length: int) -> None:
-    while length:
-        piece = source.read(min(length, 1 << 24))
-        if not piece:
-            raise InputError("ends too early", where=getattr(source, "name", ""), hint=_ADVICE)
-        out.write(piece)
-        length -= len(piece)

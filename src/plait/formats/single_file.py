@@ -16,7 +16,8 @@ from plait.adapters.config import AdapterConfig, checked_config
 from plait.adapters.conv import as_matrices, as_stored, with_middle
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
-from plait.adapters.tensors import all_finite, read_tensors, write_tensors
+from plait.adapters.tensor_file import write_tensors
+from plait.adapters.tensors import all_finite, read_tensors
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names
 from plait.formats.layouts import dotted

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plait import store
 from plait.adapters.lora import EMBEDDING, Adapter
-from plait.adapters.tensors import write_tensors
+from plait.adapters.tensor_file import write_tensors
 from plait.errors import InputError, RunError
 from plait.merging.base_files import INDEX, SINGLE, StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.merging.inputs import seed_of

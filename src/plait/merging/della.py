@@ -15,11 +15,11 @@ from plait.merging.inputs import MergeInputs
 from plait.merging.random_masks import LEVELS, draw, ones_where
 from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta
-from plait.options import Density, Fraction
+from plait.options import Density, Fraction, Space
 
 
 @merge_method("della", paper="arXiv:2406.11617")
-def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2) -> MergedDelta:
+def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2, space: Space = "dense") -> MergedDelta:
     """MagPrune, then TIES' election: row by row, an entry's chance to stay rises with its magnitude's rank.
 
     In each row of n entries the k-th smallest magnitude (k = 0 .. n-1) is kept with probability
@@ -29,6 +29,7 @@ def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2) ->
         x: The module.
         density: Mean probability to keep an entry.
         epsilon: Width of the window of probabilities around it.
+        space: Whose rows are meant: of the dense deltas (the paper), of the cores in their SVD basis, or of KnOTS' S V^T.
 
     Raises:
         UsageError: The window leaves (0, 1].
@@ -47,7 +48,7 @@ def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2) ->
         for task, part in enumerate(parts):
             yield _mag_prune(x, task, part, place, density, epsilon) if x.ranks[task] else part
 
-    return in_space(x, lambda parts, place: signed_mean(pruned(parts, place), x.weights))
+    return in_space(x, lambda parts, place: signed_mean(pruned(parts, place), x.weights), space)
 
 
 def _mag_prune(x: MergeInputs, task: int, part: Tensor, place: str, density: float, epsilon: float) -> Tensor:

@@ -11,20 +11,25 @@ from plait.merging.elementwise import in_space
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta
+from plait.options import Space
 
 
 @merge_method("emr", paper="arXiv:2405.17461")
-def emr(x: MergeInputs) -> MergedDelta:
+def emr(x: MergeInputs, *, space: Space = "dense") -> MergedDelta:
     """The unified delta: the sign of the sum, and the largest magnitude among the tasks that have it.
 
     On its own it serves no task: at inference task t uses l_t M_t * unified, M_t = 1 where D_t has the unified sign and
     l_t = sum |D_t| / sum |M_t * unified|. `per_task.write_per_task` writes masks and rescalers beside it.
 
+    Args:
+        x: The module.
+        space: Where signs are elected; see `ties`. Masks are for dense entries, so `--per-task` knows no other.
+
     Cost: one pass over row blocks.
     Source: Huang et al., NeurIPS 2024, section 3.2.
     **Deviates**: weights multiply the deltas first. A sum of exactly zero counts as negative, as in the authors' code.
     """
-    return in_space(x, lambda parts, place: elected(parts, x.weights))
+    return in_space(x, lambda parts, place: elected(parts, x.weights), space)
 
 
 def elected(parts: Iterable[Tensor], weights: Iterable[float]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from plait import store
 from plait.adapters.lora import Adapter
+from plait.adapters.memory import give_back
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
@@ -123,9 +124,15 @@ def merge_folders(
 
 def _written(plan: Plan, stage: Path, name: str) -> dict[str, Any]:
     """Merge, write, and let go of what was written: verification reads it from the file."""
+    if (shapes := plan.foreseen(name)) is not None:
+        write_adapter(stage, shapes, plan.stream_to)
+        return plan.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0))
     done = plan.run(name)
     write_adapter(stage, done.adapter)
-    return done.record
+    record = done.record
+    del done
+    give_back()
+    return record
 
 
 def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:

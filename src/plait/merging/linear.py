@@ -46,7 +46,7 @@ def importances(weights: Sequence[float]) -> Sequence[float]:
     return weights
 
 
-@merge_method("linear", combination=normalised)
+@merge_method("linear", combination=normalised, concatenates=True)
 def linear(x: MergeInputs) -> LoraFactors:
     """The weighted mean of the deltas, sum_t w_t D_t / sum_t w_t, exactly.
 
@@ -56,7 +56,7 @@ def linear(x: MergeInputs) -> LoraFactors:
     return x.combination(normalised(x.weights))
 
 
-@merge_method("task_arithmetic", paper="arXiv:2212.04089", combination=as_given)
+@merge_method("task_arithmetic", paper="arXiv:2212.04089", combination=as_given, concatenates=True)
 def task_arithmetic(x: MergeInputs) -> LoraFactors:
     """The weighted sum of the deltas, sum_t w_t D_t, exactly; negative weights are legal.
 
@@ -66,7 +66,7 @@ def task_arithmetic(x: MergeInputs) -> LoraFactors:
     return x.combination(x.weights)
 
 
-@merge_method("cat", combination=as_given)
+@merge_method("cat", combination=as_given, concatenates=True)
 def cat(x: MergeInputs) -> LoraFactors:
     """The weighted sum as concatenated factors: what PEFT calls `cat`, equal to task_arithmetic here.
 

@@ -15,7 +15,8 @@ from plait import store
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensor_file import write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
 from plait.merging.attach import found_modules
 from plait.merging.driver import plan_merge

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors, truncated
+from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
@@ -69,6 +70,28 @@ class Plan:
         modules, lost = {m: f for m, (f, _) in found.items()}, {m: gone for m, (_, gone) in found.items()}
         return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
 
+    def foreseen(self, name: str) -> Adapter | None:
+        """The result with shapes in the place of factors, where they are known beforehand: a weighted sum, not cut.
+
+        Such a merge is written while it is computed (`stream_to`); None where the method has to be run to know.
+        """
+        if self.method.combination is None or not self.method.concatenates or self.is_unchanged():
+            return None
+        kept = [a for a, c in zip(self.adapters, self.method.combination(self.weights), strict=True) if c != 0.0]
+        shapes: dict[str, LoraFactors] = {}
+        for module, ((out, width), kind) in self.common.modules.items():
+            rank = max(1, sum(a.modules[module].rank for a in kept if module in a.modules))
+            if self.rank is not None and self.rank < rank:
+                return None
+            A, B = torch.empty(rank, width, device="meta"), torch.empty(out, rank, device="meta")
+            shapes[module] = LoraFactors(A, B, 1.0, kind)
+        return assembled(name, self.common, self.adapters, shapes)
+
+    def stream_to(self, put: Callable[[str, LoraFactors], None]) -> None:
+        """Merge every module and hand it on at once; none is held."""
+        context = self.prepared()
+        self.each(lambda m: put(m, self.merged(m, context)[0]), list(self.common.modules))
+
     def each(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
         """The function of every module, in order; side by side where the model is large enough to repay the threads."""
         entries = sum(out * width for (out, width), _ in self.common.modules.values())
@@ -78,6 +101,7 @@ class Plan:
         """What the method decides model-wide, before the first module."""
         if self.method.prepare and "context" not in self.decided:
             self.decided["context"] = self.method.prepare(_Views(self, list(self.common.modules)), self.options)
+            give_back()  # what a pass over the whole model needed, before the modules need theirs
         return self.decided.get("context")
 
     def verification_error(self, modules: Mapping[str, LoraFactors]) -> float:
@@ -93,7 +117,10 @@ class Plan:
             x = self.view(m, context)
             return projection_error(x, modules[m], self.scale, summed or wanted, self.calibration is not None)
 
-        return max(self.each(error, names), default=0.0)
+        found = max(self.each(error, names), default=0.0)
+        if not summed:
+            give_back()
+        return found
 
     def view(self, module: str, context: Any) -> MergeInputs:
         """One module of all tasks, calibrated; factors are moved and folded here and released with the view."""

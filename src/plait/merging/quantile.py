@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.memory import empty_like, own_copy
 from plait.errors import RunError
 from plait.merging.elementwise import parts_of
 from plait.merging.inputs import MergeInputs, seed_of
@@ -112,7 +113,7 @@ class _Bracket:
         spread = widening * (_WIDTH * math.sqrt(share * (1 - share) / len(ordered)) + 2 / len(ordered))
         self.low, self.high = _at_share(ordered, share + spread), _at_share(ordered, share - spread)
         self.above = self.held = 0
-        self.inside = sample.new_empty(min(total, 1024 + int(1.5 * spread * total)))
+        self.inside = empty_like(sample, (min(total, 1024 + int(1.5 * spread * total)),))
 
     def count(self, block: Tensor) -> None:
         """Take one block in. NumPy's boolean kernels are several times faster than torch's on a CPU."""
@@ -128,7 +129,7 @@ class _Bracket:
         """Keep values in one buffer: a list of small arrays, made between large blocks, splits the heap for good."""
         wanted = self.held + part.numel()
         if wanted > self.inside.numel() or self.inside.device != part.device:
-            larger = part.new_empty(max(wanted, 2 * self.held, self.inside.numel()))
+            larger = empty_like(part, (max(wanted, 2 * self.held, self.inside.numel()),))
             larger[: self.held] = self.inside[: self.held]
             self.inside = larger
         self.inside[self.held : wanted] = part
@@ -171,4 +172,4 @@ def _sampled(modules: Sequence[MergeInputs], task: int, total: int) -> Float[Ten
             i = torch.randint(x.shape[0], (n,), generator=generator).to(x.device)
             j = torch.randint(x.shape[1], (n,), generator=generator).to(x.device)
             found.append((x.B[task][i] * x.A[task].T[j]).sum(1).abs().cpu())
-    return torch.cat(found)
+    return own_copy(torch.cat(found))

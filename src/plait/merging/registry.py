@@ -30,6 +30,8 @@ class MergeMethod:
         doc: First line of its docstring.
         combination: Where the merged delta is sum_t c_t D_t: the weights -> c. Verification then needs no second run.
         prepare: Run once over all modules before the first is merged, for what is decided model-wide.
+        concatenates: Whether the result is that sum as `MergeInputs.combination` gives it, so that its rank is known
+            before it is computed.
     """
 
     name: str
@@ -40,6 +42,7 @@ class MergeMethod:
     doc: str
     combination: Combination | None = None
     prepare: Prepare | None = None
+    concatenates: bool = False
 
 
 _METHODS: dict[str, MergeMethod] = {}
@@ -52,6 +55,7 @@ def merge_method(
     needs: Sequence[str] = (),
     combination: Combination | None = None,
     prepare: Prepare | None = None,
+    concatenates: bool = False,
 ) -> Callable[[Callable[..., MergedDelta]], Callable[..., MergedDelta]]:
     """Register a function as a merging method; its keyword-only parameters are the options.
 
@@ -61,6 +65,7 @@ def merge_method(
         needs: Any of "moments", "fisher".
         combination: See `MergeMethod`.
         prepare: See `MergeMethod`.
+        concatenates: See `MergeMethod`.
     """
 
     def register(function: Callable[..., MergedDelta]) -> Callable[..., MergedDelta]:
@@ -68,7 +73,9 @@ def merge_method(
             raise ValueError(f"merging method {name!r} is registered twice")
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         options = options_of(function)
-        _METHODS[name] = MergeMethod(name, function, paper, tuple(needs), options, doc, combination, prepare)
+        _METHODS[name] = MergeMethod(
+            name, function, paper, tuple(needs), options, doc, combination, prepare, concatenates
+        )
         return function
 
     return register

@@ -13,11 +13,11 @@ from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import nth_largest
 from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta, row_blocks
-from plait.options import Density
+from plait.options import Density, Space
 
 
 @merge_method("sce", paper="arXiv:2408.07990")
-def sce(x: MergeInputs, *, density: Density = 0.1) -> MergedDelta:
+def sce(x: MergeInputs, *, density: Density = 0.1, space: Space = "dense") -> MergedDelta:
     """Select, calculate, erase: keep the entries of largest variance over the tasks, weigh and elect.
 
     Of the entries, the `density` with the largest variance over the tasks are selected; task t weighs
@@ -27,6 +27,7 @@ def sce(x: MergeInputs, *, density: Density = 0.1) -> MergedDelta:
     Args:
         x: The module.
         density: Fraction of entries selected.
+        space: Where entries are compared; see `ties`.
 
     Cost: three passes over row blocks.
     Source: Wan et al. (FuseChat), 2024, section 3.3.
@@ -38,13 +39,13 @@ def sce(x: MergeInputs, *, density: Density = 0.1) -> MergedDelta:
         return x.combination(x.weights)
 
     def variances() -> Iterator[tuple[int, Tensor]]:
-        for start, stop in row_blocks(x.shape):
-            yield 0, _variance(_blocks(x, start, stop))
+        for parts in _weighted_parts(x, space):
+            yield 0, _variance(parts)
 
     bound = float(nth_largest(variances, lambda total: math.ceil(density * total), 1)[0])
     energy = torch.zeros(len(x.tasks), dtype=torch.float64)
-    for start, stop in row_blocks(x.shape):
-        kept = _selected(_blocks(x, start, stop), bound)
+    for parts in _weighted_parts(x, space):
+        kept = _selected(parts, bound)
         energy += torch.tensor([float(part.double().square().sum()) for part in kept], dtype=torch.float64)
     if not float(energy.sum()) > 0:
         return x.zero()
@@ -54,11 +55,17 @@ def sce(x: MergeInputs, *, density: Density = 0.1) -> MergedDelta:
         scaled = [part.mul_(w) if w != 1.0 else part for part, w in zip(parts, x.weights, strict=True)]
         return signed_mean(iter(_selected(scaled, bound)), shares)
 
-    return in_space(x, rule)
+    return in_space(x, rule, space)
 
 
-def _blocks(x: MergeInputs, start: int, stop: int) -> list[Tensor]:
-    return [x.block(t, start, stop).mul_(w) for t, w in enumerate(x.weights)]
+def _weighted_parts(x: MergeInputs, space: str) -> Iterator[list[Tensor]]:
+    """Every task's entries times its weight, place by place as `in_space` goes through them."""
+    if space == "dense":
+        for start, stop in row_blocks(x.shape):
+            yield [x.block(t, start, stop).mul_(w) for t, w in enumerate(x.weights)]
+    else:
+        parts = x.svd_core.parts() if space == "core" else x.core.knots()[1]
+        yield [part.mul_(w) for part, w in zip(parts, x.weights, strict=True)]
 
 
 def _variance(parts: Sequence[Tensor]) -> Tensor:

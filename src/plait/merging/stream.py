@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
-from plait.adapters.tensors import own_memory
+from plait.adapters.memory import empty_like, own_copy
 
 # Entries of one block: 1 MB of float32, so that the accumulators of an elementwise rule stay in a core's cache.
 BLOCK = 1 << 18
@@ -48,7 +48,7 @@ class DenseDelta:
         """The whole matrix."""
         whole: Tensor | None = None
         for start, stop, block in self.blocks():
-            whole = _empty(self.shape, block) if whole is None else whole
+            whole = empty_like(block, self.shape) if whole is None else whole
             whole[start:stop] = block
         return torch.empty(self.shape) if whole is None else whole
 
@@ -73,13 +73,6 @@ class DenseDelta:
         for start, stop, block in self.blocks():
             total += block.T @ Y[start:stop]
         return total
-
-
-def _empty(shape: tuple[int, int], like: Tensor) -> Float[Tensor, "out in"]:
-    """A matrix that goes back to the system, whole, when it is let go of."""
-    if like.device.type != "cpu":
-        return like.new_empty(shape)
-    return own_memory(shape[0] * shape[1] * like.itemsize).view(like.dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +124,7 @@ def cut_to_rank(
     total = delta.energy()
     kept = float(S[:rank].double().square().sum())
     root = S[:rank].sqrt()
-    factors = LoraFactors(root[:, None] * Vt[:rank], Q @ (U[:, :rank] * root))
+    factors = LoraFactors(own_copy(root[:, None] * Vt[:rank]), own_copy(Q @ (U[:, :rank] * root)))
     return factors, max(0.0, 1.0 - kept / total) if total > 0 else 0.0
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.tensors import joined_tensors, read_tensors, write_tensors
+from plait.adapters.tensor_file import joined_tensors, write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
 from plait.statistics.moments import DENSE, FACTOR, ModuleInfo, Moments, Statistics, packed, unpacked
 from plait.store import canonical_json, require_regular, sha256_file, staged_file

@@ -13,7 +13,7 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
-from plait.adapters.tensors import write_tensors
+from plait.adapters.tensor_file import write_tensors
 from plait.collecting import collect_task
 from plait.initial import InitialSettings, completion_note, initial_adapters
 from plait.report.summary import PLAIN

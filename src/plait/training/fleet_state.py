@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from plait.adapters.tensors import read_tensors, write_tensors
+from plait.adapters.tensor_file import write_tensors
+from plait.adapters.tensors import read_tensors
 from plait.store import canonical_json, sha256_json
 from plait.training.checkpoints import latest_whole, open_root, recorded_identity, seal
 from plait.training.cohort import Cohort

@@ -1,0 +1,44 @@
+"""Memory that goes back to the system: blocks mapped for themselves, outside malloc."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+
+from torch import Tensor, frombuffer, uint8
+
+_HUGE = 1 << 21
+
+
+def own_memory(size: int) -> Tensor:
+    """Bytes mapped for themselves: a large block given back to malloc has it keep all later ones of up to that size."""
+    whole = -(-size // _HUGE) * _HUGE if size > _HUGE // 2 else max(1, size)  # no rest of hundreds of small pages
+    block = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; the faults of small pages cost as much as the copying
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return frombuffer(block, dtype=uint8)[:size]
+
+
+def empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor of another's dtype and device; on the CPU, in memory of its own."""
+    if tensor.device.type != "cpu":
+        return tensor.new_empty(shape)
+    return own_memory(math.prod(shape) * tensor.itemsize).view(tensor.dtype).view(shape)
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own: what outlives the temporaries around it must not keep malloc from giving them back."""
+    return empty_like(tensor, tuple(tensor.shape)).copy_(tensor)
+
+
+def give_back() -> None:
+    """Have malloc give unused pages back to the system: each thread's heap keeps what it once needed (glibc; else nothing)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return tensor.detach().reshape(-1).view(uint8).numpy().data

@@ -1,0 +1,161 @@
+"""Writing safetensors: a file whose layout is known first, filled tensor by tensor while the disk is at work already."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from plait.adapters.memory import bytes_of
+from plait.adapters.tensors import DTYPES, all_finite
+from plait.errors import InputError
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin to write these pages out and do not wait
+
+Put = Callable[[str, Tensor], None]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as the library lays them out: wide types first, then by name. Equal tensors and metadata, equal bytes.
+
+    The library itself writes metadata in random order and files that only their owner may read.
+
+    Raises:
+        InputError: A tensor holds NaN or infinity (its name is in the message).
+        OSError: The disk is full, or whatever else the system says.
+    """
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise InputError("holds NaN or infinity", where=name, hint="nothing was written")
+
+    def fill(put: Put) -> None:
+        for name, tensor in tensors.items():
+            put(name, tensor)
+
+    fill_tensors(path, tensors, metadata, fill)
+
+
+def fill_tensors(
+    path: Path, shapes: Mapping[str, Tensor], metadata: Mapping[str, str] | None, fill: Callable[[Put], None]
+) -> None:
+    """Write the same bytes as `write_tensors`, each tensor when it is ready and at its place.
+
+    Args:
+        path: The file to write.
+        shapes: Name -> a tensor of the right shape and dtype, which may be on the meta device.
+        metadata: Of the file.
+        fill: Called with a function that takes (name, tensor), once for every name, in any order, from any thread.
+            Whether the numbers are finite is for the caller to know.
+
+    Raises:
+        ValueError: A tensor of another shape or dtype than was said, one twice, or one left out: the caller's mistake.
+        OSError: The disk is full, or whatever else the system says.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
+    for name in sorted(shapes, key=lambda k: (-shapes[k].itemsize, k)):
+        start, end = end, end + shapes[name].nbytes
+        header[name] = {
+            "dtype": _NAMES[shapes[name].dtype],
+            "shape": list(shapes[name].shape),
+            "data_offsets": [start, end],
+        }
+    head = header_bytes(header)
+    missing = set(shapes)
+    with path.open("wb", buffering=0) as f:
+        _write_at(f.fileno(), memoryview(head), 0)
+
+        def put(name: str, tensor: Tensor) -> None:
+            if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not what its header says")
+            missing.remove(name)
+            if tensor.numel():
+                data = bytes_of(tensor.detach().cpu().contiguous())
+                _write_at(f.fileno(), data, len(head) + header[name]["data_offsets"][0])
+
+        fill(put)
+    if missing:
+        raise ValueError(f"{min(missing)} was never written")
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all bytes at a place and have the disk begin with them."""
+    start, length = offset, data.nbytes
+    while data.nbytes:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+    _begin_writeback(fd, start, length)
+
+
+def _writeback() -> Callable[[int, int, int, int], int] | None:
+    """Linux's sync_file_range; None elsewhere, where the disk begins when the file is flushed."""
+    try:
+        found = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError, TypeError):
+        return None
+    found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return found
+
+
+_sync_file_range = _writeback()
+
+
+def _begin_writeback(fd: int, start: int, length: int) -> None:
+    """A hint: whether it is heeded or not, the file is flushed before it takes its place (`store.staged_folder`)."""
+    if _sync_file_range is not None and length:
+        _sync_file_range(fd, start, length, _WRITE)
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """The header as it lies in the file: its length, its text, spaces up to a multiple of eight."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def joined_tensors(path: Path, homes: Mapping[str, Path], metadata: Mapping[str, str]) -> None:
+    """Copy tensors from several safetensors files into one, as bytes: none of them is ever whole in memory.
+
+    Args:
+        path: The file to write.
+        homes: Name -> the file that may hold it; names that a file lacks are left out.
+        metadata: Of the new file.
+    """
+    places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for home in dict.fromkeys(homes.values()):
+        with home.open("rb") as f:
+            size = struct.unpack("<Q", f.read(8))[0]
+            entries = json.loads(f.read(size))
+        places |= {n: (home, 8 + size, e) for n, e in entries.items() if homes.get(n) == home}
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    # Wide types first, as the library orders them, so that every tensor lies aligned.
+    order = sorted(places, key=lambda n: (-DTYPES.get(places[n][2]["dtype"], torch.uint8).itemsize, n))
+    end = 0
+    for name in order:
+        start, stop = places[name][2]["data_offsets"]
+        header[name] = {**places[name][2], "data_offsets": [end, end + stop - start]}
+        end += stop - start
+    with path.open("wb") as out:
+        out.write(header_bytes(header))
+        for name in order:
+            home, offset, entry = places[name]
+            with home.open("rb") as f:
+                f.seek(offset + entry["data_offsets"][0])
+                _copy(f, out, entry["data_offsets"][1] - entry["data_offsets"][0])
+
+
+def _copy(source: BinaryIO, out: BinaryIO, length: int) -> None:
+    while length:
+        piece = source.read(min(length, 1 << 24))
+        if not piece:
+            raise InputError("ends too early", where=getattr(source, "name", ""), hint="copy it again")
+        out.write(piece)
+        length -= len(piece)

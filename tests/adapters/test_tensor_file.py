@@ -1,0 +1,86 @@
+"""Files filled tensor by tensor: the same bytes as those written whole, and no hole in them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from plait.adapters import tensor_file
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.memory import own_copy, own_memory
+from plait.adapters.peft_format import WEIGHTS, write_adapter
+from plait.adapters.tensor_file import fill_tensors, write_tensors
+from plait.adapters.tensors import read_tensors
+
+TENSORS = {
+    "b": torch.arange(12.0).view(3, 4),
+    "a": torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "c": torch.zeros(0, 4),
+    "d": torch.tensor([1, 2], dtype=torch.int64),
+}
+
+
+def shapes(tensors):
+    return {k: torch.empty_like(v, device="meta") for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("order", [list("abcd"), list("dcba")])
+def test_order_and_threads_do_not_show_in_the_bytes(tmp_path, order):
+    write_tensors(tmp_path / "whole", TENSORS, {"k": "v"})
+
+    def fill(put):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda k: put(k, TENSORS[k]), order))
+
+    fill_tensors(tmp_path / "filled", shapes(TENSORS), {"k": "v"}, fill)
+    assert (tmp_path / "filled").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert all(torch.equal(v, TENSORS[k]) for k, v in read_tensors(tmp_path / "filled")[0].items())
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (lambda put: [put(k, TENSORS[k]) for k in "abc"], "d was never written"),
+        (lambda put: put("b", TENSORS["b"].T), "not what its header says"),
+        (lambda put: put("b", TENSORS["b"].double()), "not what its header says"),
+    ],
+)
+def test_what_differs_from_the_header_is_refused(tmp_path, fill, message):
+    with pytest.raises(ValueError, match=message):
+        fill_tensors(tmp_path / "x", shapes(TENSORS), None, fill)
+
+
+def test_without_the_systems_hint_the_bytes_are_the_same(tmp_path, monkeypatch):
+    write_tensors(tmp_path / "hinted", TENSORS)
+    monkeypatch.setattr(tensor_file, "_sync_file_range", None)
+    write_tensors(tmp_path / "plain", TENSORS)
+    assert (tmp_path / "hinted").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_an_adapter_filled_is_the_adapter_written(tmp_path):
+    g = torch.Generator().manual_seed(1)
+    kinds = {"layers.0.q": "linear", "layers.1.q": "linear", "embed": "embedding"}
+    modules = {
+        m: LoraFactors(torch.randn(3, 8, generator=g), torch.randn(6, 3, generator=g), 1.0, k) for m, k in kinds.items()
+    }
+    head = {"t": {"classifier.weight": torch.ones(2, 6)}}
+    whole = Adapter("t", "base", modules, "SEQ_CLS", "bert", head, target_modules=("embed", "q"))
+    shell = {m: LoraFactors(f.A.to("meta"), f.B.to("meta"), 1.0, f.kind) for m, f in modules.items()}
+    empty = Adapter("t", "base", shell, "SEQ_CLS", "bert", head, target_modules=("embed", "q"))
+    for name in ("whole", "filled"):
+        (tmp_path / name).mkdir()
+    write_adapter(tmp_path / "whole", whole)
+    write_adapter(tmp_path / "filled", empty, lambda put: [put(m, f) for m, f in reversed(modules.items())])
+    for file in (WEIGHTS, "adapter_config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "filled" / file).read_bytes()
+
+
+def test_memory_of_its_own_has_the_size_asked_for():
+    for size in (0, 1, 4096, (1 << 20) + 1, (3 << 20) + 7):
+        block = own_memory(size)
+        assert block.numel() == size and not block.any()
+    wanted = torch.randn(7, 3).double()
+    copy = own_copy(wanted)
+    assert torch.equal(copy, wanted) and copy.data_ptr() != wanted.data_ptr()
