@@ -124,9 +124,11 @@ def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys)
     code, _, err = said(capsys, "merge", "auto", *folders, "--out", str(tmp_path / "blind"))
     assert code == 0, err
     code, _, err = said(capsys, "edit", str(tmp_path / "blind"), "--remove", "one", "--out", str(tmp_path / "no"))
-    assert code == 3 and "merge auto again" in err
+    assert code == 0, err
+    code, _, err = said(capsys, "edit", str(tmp_path / "out"), "--remove", "one", "--out", str(tmp_path / "no2"))
+    assert code == 3 and "plait merge auto BASE two=" in err and "--text two=FILE" in err
     Path(panel.base.name, "config.json").rename(tmp_path / "hidden")  # the base is no longer where the adapters say
-    code, _, err = said(capsys, "merge", "auto", *folders, *texts, "--out", str(tmp_path / "no"))
+    code, _, err = said(capsys, "merge", "auto", *folders, *texts, "--out", str(tmp_path / "no3"))
     (tmp_path / "hidden").rename(Path(panel.base.name, "config.json"))
     assert code == 2 and "read by the base model" in err
     code, _, err = said(capsys, "merge", "auto", *folders)

@@ -163,3 +163,38 @@ def test_adapters_of_one_descent_are_averaged_and_one_may_stand_for_both(pair, t
     assert chosen["chosen"]["candidate"] == chosen["evidence"][0]["candidate"]
     code, out, err = said(capsys, "advise", one, two)
     assert code == 0 and "alone by" in out, err
+
+
+def test_a_choice_from_factors_is_made_again_with_other_adapters(pair, tiny_base, tmp_path, capsys):
+    _, (one, two) = pair
+    third = random_adapter(tiny_base("llama"), "llama", "three", "causal", 5)
+    (tmp_path / "three").mkdir()
+    write_adapter(tmp_path / "three", third)
+    chosen, edited, anew = (str(tmp_path / n) for n in ("chosen", "edited", "anew"))
+    assert said(capsys, "merge", "auto", one, two, "--out", chosen)[0] == 0
+    rest = ["--add", str(tmp_path / "three"), "--remove", "one", "--out", edited]
+    code, out, err = said(capsys, "edit", chosen, *rest)
+    assert code == 0 and "of two, three" in out, err
+    assert said(capsys, "merge", "auto", two, str(tmp_path / "three"), "--out", anew)[0] == 0
+    weights = [(Path(p) / "adapter_model.safetensors").read_bytes() for p in (edited, anew)]
+    assert weights[0] == weights[1]
+    code, _, err = said(capsys, "edit", chosen, "--weight", "one=0.5", "--out", str(tmp_path / "no"))
+    assert code == 2 and "chooses weights and scale itself" in err
+    code, _, err = said(capsys, "edit", chosen, "--remove", "one", "--by-difference", "--out", str(tmp_path / "no"))
+    assert code == 2 and "chosen anew" in err
+    Path(one).rename(tmp_path / "moved")
+    code, _, err = said(capsys, "edit", chosen, "--add", str(tmp_path / "three"), "--out", str(tmp_path / "no"))
+    assert code == 3 and "--input NAME=PATH" in err
+    code, _, err = said(capsys, "edit", chosen, "--input", f"one={tmp_path / 'moved'}", "--out", str(tmp_path / "same"))
+    assert code == 0, err
+
+
+def test_a_stack_is_composed(pair, tmp_path, capsys):
+    _, (one, two) = pair
+    config = Path(two, "adapter_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": one}))
+    Path(two, "plait.json").unlink(missing_ok=True)
+    code, out, err = said(capsys, "advise", two, one)
+    assert code == 0, err
+    assert "two on one was trained as a stack" in out and f"plait merge --stack {one} {two} --out DIR" in out
+    assert "serve separately" not in out

@@ -67,14 +67,23 @@ def edit(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Add adapters to a merge, take some out or weigh them anew, from the recipe it recorded."""
-    from plait.merging.edit import Change
+    from plait.cli.existing import auto_text
+    from plait.errors import UsageError
+    from plait.fidelity.again import choose_again
+    from plait.merging.edit import Change, recorded_choice
     from plait.merging.request import edit as change
 
     weights = {n: _number(v, n) for n, v in _pairs(weight, "--weight").items()}
     places = {n: Path(p) for n, p in _pairs(moved, "--input").items()}
     wanted = Change(add or [], remove or [], weights, places, scale, named_files(stats))
-    found = change(merged, wanted, out, by_difference=by_difference, device=device, overwrite=overwrite)
-    emit(found, as_json, merge_text(found))
+    if (recipe := recorded_choice(merged)) is not None:
+        if by_difference or device != "cpu":
+            raise UsageError("what merge auto chose is chosen anew, on the CPU: no --by-difference or --device with it")
+        found = choose_again(recipe, wanted, out, overwrite=overwrite)
+        emit(found, as_json, auto_text(found))
+    else:
+        found = change(merged, wanted, out, by_difference=by_difference, device=device, overwrite=overwrite)
+        emit(found, as_json, merge_text(found))
 
 
 def _pairs(given: list[str] | None, option: str) -> dict[str, str]:

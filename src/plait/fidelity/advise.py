@@ -113,6 +113,12 @@ def advise(
     """
     chosen = settings or AdviceSettings()
     sizes = _base_sizes(base)
+    if composed := unmeasured.stacked(adapters):
+        options = [
+            replace(o, option=o.option.replace("merged", "composed"), kept=1.0, worst=1.0)
+            for o in _options(adapters, sizes, {})[1:3]
+        ]
+        return _answer(adapters, options, [], composed, "compose", {})
     if reason := _obstacle(adapters, base_id):
         options = _options(adapters, sizes, {})[:1]
         return _answer(adapters, options, [], f"serve separately: {reason}", SEPARATELY, {})
@@ -157,7 +163,7 @@ def _answer(
     record: dict[str, Any],
 ) -> dict[str, Any]:
     said = [*record.pop("notes", ()), *notes.beside(adapters), *notes.serving(adapters)]
-    if recommended != SEPARATELY or len({a.base for a in adapters}) == 1:
+    if recommended not in (SEPARATELY, "compose") or len({a.base for a in adapters}) == 1:
         said = [*notes.kinship(adapters), *said]
     return {
         "tasks": [a.name for a in adapters], "base": adapters[0].base, "options": [asdict(o) for o in options],

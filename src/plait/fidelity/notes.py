@@ -41,7 +41,7 @@ def beside(adapters: Sequence[Adapter]) -> list[str]:
     """Tensors that were trained whole: a merge takes them over as they are, for all tasks."""
     return [
         f"{a.name} also trained {', '.join(sorted(a.extras)[:3])} whole: a merge takes that over as it is, for every task "
-        f"(plait convert {_place(a)} --base DIR makes it low rank, which can be merged)"
+        f"(plait convert {place(a)} --base DIR makes it low rank, which can be merged)"
         for a in adapters
         if a.extras
     ]
@@ -96,12 +96,13 @@ def alike(found: Sequence[Fidelity]) -> list[str]:
 
 def next_step(adapters: Sequence[Adapter], base: BaseModel | None) -> str:
     """The command that measures, ready to be pasted but for the texts."""
-    given = [_place(a) for a in adapters]
+    given = [place(a) for a in adapters]
     texts = [f"--text {a.name}=FILE" for a in adapters]
     known = base.name if base else next((a.base for a in adapters if Path(a.base).is_dir()), "")
     return " ".join(["plait advise", shlex.quote(known) if known else "BASE", *given, *texts])
 
 
-def _place(adapter: Adapter) -> str:
+def place(adapter: Adapter) -> str:
+    """An adapter as it is given on the command line."""
     path = str(adapter.source.get("path", adapter.name))
     return shlex.quote(path if Path(path).resolve().name == adapter.name else f"{adapter.name}={path}")

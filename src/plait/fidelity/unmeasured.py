@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from plait.adapters.lora import Adapter
 from plait.base import BaseModel
+from plait.errors import InputError
 from plait.fidelity import notes
 from plait.fidelity.proxy import mean_error, terms
+from plait.merging.stack import base_adapter, in_order
 
 
 def no_size(base: str) -> str:
@@ -52,3 +55,19 @@ def _one_for_all(adapters: Sequence[Adapter]) -> str:
     errors = {a.name: mean_error({t: e for t, e in terms(a, adapters).items() if t != a.name}, 1.0) for a in adapters}
     best = min(errors, key=lambda n: errors[n])
     return f", {best} alone by {100 * errors[best] ** 0.5:.0f} % of the others'"
+
+
+def stacked(adapters: Sequence[Adapter]) -> str | None:
+    """What to do with adapters that were trained one on top of another; None for others."""
+    if not any(base_adapter(Path(str(a.source.get("path", "")))) for a in adapters):
+        return None
+    try:
+        ordered = in_order(adapters)
+    except InputError:
+        return None
+    named = " on ".join(a.name for a in reversed(ordered))
+    given = " ".join(notes.place(a) for a in ordered)
+    return (
+        f"compose them: {named} was trained as a stack, and apart the upper ones do not do what they learnt. Exact:\n"
+        f"  plait merge --stack {given} --out DIR"
+    )

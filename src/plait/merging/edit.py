@@ -15,6 +15,8 @@ from plait.errors import InputError, PlaitError, UsageError
 from plait.formats.reading import read_any
 from plait.formats.single_file import file_record
 
+CHOSEN = "merge-auto"  # the stage of a merge whose method was chosen
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -64,13 +66,8 @@ def recorded(path: Path) -> Recorded:
     Raises:
         InputError: No merge of plait, or one whose record lacks its inputs.
     """
-    if path.is_dir():
-        found = store.read_manifest(path)
-    elif path.exists():
-        found = file_record(read_tensors(path)[1], path)
-    else:
-        raise InputError("no such merge", where=str(path))
-    if found is not None and found.get("stage") == "merge-auto":
+    found = _record(path)
+    if found is not None and found.get("stage") == CHOSEN:
         raise InputError(
             "was chosen by merge auto, and a choice depends on all adapters",
             where=str(path),
@@ -80,10 +77,32 @@ def recorded(path: Path) -> Recorded:
         raise InputError(
             "holds no record of a merge", where=str(path), hint="only merges that plait wrote can be changed"
         )
+    return _recipe(path, found, "method")
+
+
+def recorded_choice(path: Path) -> Recorded | None:
+    """The same of a merge that `plait.fidelity.auto` chose; None for others.
+
+    Raises:
+        InputError: Its record lacks its inputs.
+    """
+    found = _record(path)
+    return _recipe(path, found, "methods") if found is not None and found.get("stage") == CHOSEN else None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    if path.is_dir():
+        return store.read_manifest(path)
+    if path.exists():
+        return file_record(read_tensors(path)[1], path)
+    raise InputError("no such merge", where=str(path))
+
+
+def _recipe(path: Path, found: Mapping[str, Any], needed: str) -> Recorded:
     result, options = found.get("result", {}), found.get("options", {})
     adapters = result.get("adapters")
     whole = isinstance(adapters, list) and all(_is_input(a) for a in adapters)
-    if not whole or "method" not in options:
+    if not whole or needed not in options:
         raise InputError("its record does not name its inputs", where=str(path), hint="merge again from the adapters")
     return Recorded(path, options, int(found.get("seed") or 0), adapters, dict(found.get("inputs", {})), result)
 
