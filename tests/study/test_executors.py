@@ -71,6 +71,7 @@ def test_workers_of_which_one_is_killed_give_the_same_table(small_study, tmp_pat
     found = rows(study, tmp_path / "processes", workers)
     workers.close()
     assert killed and killed[0].returncode == -signal.SIGKILL
+    assert killed[0].stdin.closed and killed[0].stdout.closed
     require_equal(study, tmp_path / "serial", found)
 
 

@@ -134,17 +134,24 @@ class Processes:
             if worker.stdout.readline():
                 return None
         del self._alive[slot]
-        return worker.wait()
+        return _ended(worker)
 
     def close(self) -> None:
         """Let the workers go."""
         for worker in self._alive.values():
-            if worker.stdin is not None:
-                worker.stdin.close()
-            worker.wait()
-            if worker.stdout is not None:
-                worker.stdout.close()
+            _ended(worker)
         self._alive.clear()
+
+
+def _ended(worker: subprocess.Popen[str]) -> int:
+    """The exit code of a worker that gets no more batches; its pipes are closed, also where it was killed."""
+    with contextlib.suppress(BrokenPipeError):  # of a line that a killed worker did not take
+        if worker.stdin is not None:
+            worker.stdin.close()
+    code = worker.wait()
+    if worker.stdout is not None:
+        worker.stdout.close()
+    return code
 
 
 def _start(slot: int) -> subprocess.Popen[str]:
