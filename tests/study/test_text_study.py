@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from plait.adapters.tensors import read_tensors
+from plait.cli import main
 from plait.evaluation import fleet
 from plait.study.executor import InProcess
 from plait.study.inference import resample
@@ -85,6 +88,28 @@ def test_a_text_study_from_its_file_to_its_tables(finished, tmp_path, architectu
         assert row.merged == pytest.approx(np.mean(list(row.tasks.values()))) and set(row.tasks) == set(ANSWERS)
     assert len({row["floor"] for row in found["rows"]}) == 1  # the bare base: no head differs
     assert "| `contrastive` |" in (tmp_path / "tiny.md").read_text()
+
+
+def at_prompt(*arguments):
+    """A command that ends well."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    assert ended.value.code == 0
+
+
+def test_a_text_study_at_the_prompt(finished, tmp_path, capsys):
+    """A file, and the results that are there already: nothing is done twice, the tables come out."""
+    layout = finished("llama", "causal")
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(layout.study.model_dump(mode="json")), encoding="utf-8")
+    before = {p: p.stat().st_mtime_ns for p in layout.out.rglob("plait.json")}
+    at_prompt("study", "run", path, "--out", layout.out, "--quiet", "--json")
+    assert json.loads(capsys.readouterr().out)["finished"]
+    assert before and before == {p: p.stat().st_mtime_ns for p in layout.out.rglob("plait.json")}
+    at_prompt("study", "table", layout.out, "--to", tmp_path, "--about", "command=of a test")
+    listed = capsys.readouterr().out.split()
+    assert len(listed) == 5 and all(Path(p).is_file() for p in listed)
+    assert "command of a test; " in Path(listed[0]).read_text()
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("t5", "seq2seq"), ("llama", "causal")])
