@@ -30,9 +30,10 @@ def _methods(registry: Any) -> list[dict[str, Any]]:
 
 
 def _merges() -> list[dict[str, Any]]:
+    from plait.fidelity.forward import METHODS
     from plait.merging import merge_methods
 
-    return _methods(merge_methods())
+    return _methods({**merge_methods(), **METHODS})
 
 
 def _subspaces() -> list[dict[str, Any]]:

@@ -90,6 +90,33 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     emit(found, as_json, auto_text(found))
 
 
+class ForwardChoice(NamedTuple):
+    """The options of `merge` that methods with forward passes take beside their own."""
+
+    text: list[str] | None
+    length: int
+    base_id: str | None
+    overwrite: bool
+
+
+def by_forward(
+    given: list[str], out: Path | None, method: str, options: dict[str, Any], weights: list[float] | None, chosen: ForwardChoice
+) -> dict[str, Any]:  # fmt: skip
+    """What `plait merge BASE ADAPTER... --method regmean_pp` does."""
+    from plait.errors import UsageError
+    from plait.fidelity.forward import merge_by_forward
+    from plait.fidelity.given import split_base
+    from plait.fidelity.texts import parse_texts
+
+    if out is None:
+        raise UsageError("where to?", hint="--out DIR")
+    base, folders = split_base(given, "cpu")
+    return merge_by_forward(
+        folders, out, method, base=base, texts=parse_texts(chosen.text or []), options=options, weights=weights,
+        base_id=chosen.base_id, max_length=chosen.length, overwrite=chosen.overwrite,
+    )  # fmt: skip
+
+
 def _tell(what: str) -> None:
     sys.stderr.write(f"{what}\n")
 

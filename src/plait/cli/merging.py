@@ -30,6 +30,8 @@ Base = Annotated[str | None, typer.Option("--base", help="Name of the base, wher
 
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
 _ONLY_AUTO = ("text", "general", "refine", "repair", "length")
+_FORWARD = ("regmean_pp", "adamerging")
+_OF_FORWARD = {"method", "sets", "weights", "text", "length", "out", "base", "overwrite"}
 _AUTO = {*_ONLY_AUTO, "out", "rank", "base", "device", "seed", "overwrite"}
 
 
@@ -65,37 +67,28 @@ def merge(
     """Merge LoRA adapters of one base into one adapter; the base itself is needed only to bake.
 
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
+    `plait merge BASE ADAPTER... --method regmean_pp --text TASK=FILE` (or adamerging) runs the base on the texts.
     """
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(text, general, refine, repair, length, rank, base, device, seed, overwrite)
         existing.auto(folders[1:], out, chosen, as_json)
         return
+    if method in _FORWARD:
+        only(context, f"--method {method}", _OF_FORWARD, hint="it runs the base on the texts, on the CPU")
+        forward = existing.ForwardChoice(text, length, base, overwrite)
+        found = existing.by_forward(folders, out, method, settings(sets), numbers(weights, "--weights"), forward)
+        emit(found, as_json, merge_text(found))
+        return
     _require_meaning(context, folders, per_task=per_task, curve=curve, bake=bake is not None)
     from plait.merging.request import MergeRequest, answer
 
     trailing = [Path(f) for f in folders if f.endswith(_STATISTICS)]  # --stats pool/* leaves them here
     request = MergeRequest(
-        [f for f in folders if not f.endswith(_STATISTICS)],
-        out,
-        method,
-        settings(sets),
-        numbers(weights, "--weights"),
-        scale,
-        named_files([*(stats or []), *trailing]),
-        rank,
-        calibrate,
-        seed,
-        device,
-        verify,
-        base,
-        overwrite,
-        bake,
-        per_task,
-        curve,
-        format,
-        stack,
-    )
+        [f for f in folders if not f.endswith(_STATISTICS)], out, method, settings(sets), numbers(weights, "--weights"),
+        scale, named_files([*(stats or []), *trailing]), rank, calibrate, seed, device, verify, base, overwrite, bake,
+        per_task, curve, format, stack,
+    )  # fmt: skip
     found = answer(request)
     emit(found, as_json, merge_text(found))
 
