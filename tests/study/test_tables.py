@@ -43,6 +43,7 @@ def test_tables_and_figures_tell_the_same(small_study, tmp_path):
     assert found["about"]["executor"] == "InProcess (1 training, 1 scoring)"
     rows = rows_of(layout)
     curves = {(c["arm"], c["merge"]): dict(c["points"]) for c in found["scales"]}
+    compared = 0
     for b in best_rows(rows):
         low, high = next(x["interval"] for x in found["best"] if x["arm"] == b.arm)
         assert low <= high and f"{100 * low:.0f} to {100 * high:.0f}" in page
@@ -52,8 +53,11 @@ def test_tables_and_figures_tell_the_same(small_study, tmp_path):
         )  # fmt: skip
         for merge in ("best", "task_arithmetic", "regmean"):
             assert curves[b.arm, merge][1.0] == 0.0
-        if b.regret_half is not None:
-            assert curves[b.arm, "best"][0.5] == pytest.approx(-b.regret_half, abs=1e-4)
+        for multiple, regret in ((0.5, b.regret_half), (2.0, b.regret_double)):
+            if (found_there := curves[b.arm, "best"].get(multiple)) is not None:
+                assert found_there == pytest.approx(-regret, abs=1e-4)
+                compared += 1
+    assert compared > 0
     assert len(made["figures"]) == 3
     for path in map(Path, made["figures"]):
         assert f"]({path.name})" in page and ET.parse(path).getroot().tag.endswith("svg")

@@ -114,7 +114,7 @@ def scale_curves(layout: Layout, best: Sequence[Best], merges: Sequence[str]) ->
 
     Returns:
         Per arm and merge ("best" is the arm's own): `points` = [multiple of the chosen scale, difference], mean over seeds
-        and halves, where all of them have that multiple. At 1/2 and 2 that is minus the regret.
+        and halves, where all of them have that multiple: there, at 1/2 and 2 it is minus the regret.
     """
     found = []
     for b in best:

@@ -59,6 +59,7 @@ def recovered(found: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     for x, label, style in _marks(found, key, factor):
         axis.axvline(x, color="black", linestyle=style, linewidth=0.8, label=label)
     axis.set_yticks(range(len(best)), [b["arm"] for b in best])
+    axis.set_ylim(-0.6, len(best) - 0.4)
     axis.set_xlabel("recovered, %" if defined else "merged, mean score, %")
     axis.grid(axis="x", linewidth=0.3)
     axis.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
@@ -119,7 +120,7 @@ def sweep(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
         if logarithmic:
             values = sorted({r[key] for r in merged})
             axis.set_xscale("log")
-            _ticks(axis, values if key == "lr" else np.geomspace(values[0], values[-1], 4))
+            _ticks(axis, values if key == "lr" else list(np.geomspace(values[0], values[-1], 4)))
         axis.set_xlabel(label)
         axis.grid(linewidth=0.3)
     axes[0].set_ylabel("merged, mean score, % (tuning rows)")
