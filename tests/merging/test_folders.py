@@ -136,6 +136,20 @@ def test_rank_curve_falls_to_zero_at_full_rank(tmp_path):
     lost = [row["discarded_energy"] for row in rows]
     assert lost[0] > lost[1] > lost[2] == 0
     assert rank_curve(three, "ties")[-1]["discarded_energy"] > 0
+    for method in ("cat", "tsv", "ties"):
+        assert all(row["verification_error"] < 1e-5 for row in rank_curve(three, method))
+
+
+def test_rank_curve_notices_a_merge_that_is_wrong(tmp_path, monkeypatch):
+    three = [saved(tmp_path / n, i) for i, n in enumerate("abc")]
+    right = Plan.merged
+
+    def wrong(plan, module, context):
+        f, lost = right(plan, module, context)
+        return LoraFactors(f.A, f.B * 1.1), lost
+
+    monkeypatch.setattr(Plan, "merged", wrong)
+    assert all(row["verification_error"] > 0.05 for row in rank_curve(three))
 
 
 @pytest.fixture

@@ -119,8 +119,16 @@ def named_files(files: list[Path] | None) -> dict[str, Path] | None:
 def merge_text(found: dict[str, Any]) -> str:
     """What a merge did, in a few lines."""
     if "curve" in found:
-        rows = [[str(r["rank"]), f"{100 * r['discarded_energy']:.2f} %", f"{r['size_mb']:.1f}"] for r in found["curve"]]
-        return table(["rank", "energy lost", "MB"], rows, text_columns=0)
+        rows = [
+            [
+                str(r["rank"]),
+                f"{100 * r['discarded_energy']:.2f} %",
+                f"{r['verification_error']:.1e}",
+                f"{r['size_mb']:.1f}",
+            ]
+            for r in found["curve"]
+        ]
+        return table(["rank", "energy lost", "verified to", "MB"], rows, text_columns=0)
     lines = [f"{found.get('method', 'emr')} of {', '.join(found['tasks'])} -> {found['output']}"]
     if found.get("reused"):
         return lines[0] + " (was there already)"
