@@ -55,6 +55,18 @@ class BaseModel:
         return device_named(self.device)
 
 
+def emulated(base: BaseModel) -> str | None:
+    """What to tell somebody whose CPU has no instructions for the base's dtype; None where it has, or on a GPU.
+
+    Without AVX-512 torch has no kernel for bfloat16 products: the same fidelity of merges of a decoder of 135 M parameters
+    took 84 s in bfloat16 and 16 s in float32 on two AVX2 cores.
+    """
+    level = torch.backends.cpu.get_cpu_capability()
+    if base.dtype != "bfloat16" or base.torch_device.type != "cpu" or level not in ("AVX2", "NO AVX"):
+        return None
+    return f"this CPU has no bfloat16 instructions ({level}): --set base.dtype=float32 is several times faster here"
+
+
 def device_named(name: str) -> torch.device:
     """A device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.base import emulated
 from plait.errors import InputError, UsageError
 from plait.jobs import ADAPTER, BEST, INITIAL, REPORT, STATISTICS, Job, Plan, plan
 from plait.locks import locked
@@ -42,6 +43,8 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
     whole = plan(session, out)
     todo = pending(whole.jobs, overwrite=overwrite)
     progress = Progress(sum(j.cost for j in todo), len(todo), quiet)
+    if todo and (slow := emulated(session.base)):
+        progress.close(slow)
     if todo or not _is_kept(recipe, out):
         with locked(out):
             todo = pending(todo, overwrite=overwrite)  # what another process finished before it let go

@@ -198,3 +198,21 @@ def test_a_stack_is_composed(pair, tmp_path, capsys):
     assert code == 0, err
     assert "two on one was trained as a stack" in out and f"plait merge --stack {one} {two} --out DIR" in out
     assert "serve separately" not in out
+
+
+def test_a_negative_weight_apart_from_the_others(pair, tmp_path, capsys):
+    _, (one, two) = pair
+    code, _, err = said(capsys, "merge", one, two, "--weights", "1", "-1", "--out", str(tmp_path / "no"))
+    assert code == 2 and "--weights 1,-1" in err
+
+
+def test_parts_of_a_pipeline_are_not_merged_into_one_adapter(tmp_path, capsys):
+    files = image_files(tmp_path)
+    assert said(capsys, "convert", files[0], "--to", "peft", "--out", str(tmp_path / "parts"))[0] == 0
+    parts = [str(tmp_path / "parts" / p) for p in ("unet", "text_encoder")]
+    code, _, err = said(capsys, "merge", *parts, "--out", str(tmp_path / "no"))
+    assert code == 3 and "no module in common" in err
+    code, _, err = said(capsys, "advise", str(tmp_path / "parts"))
+    assert code == 2 and "parts/unet: name those" in err
+    code, _, err = said(capsys, "advise", str(tmp_path / "nowhere"))
+    assert code == 2 and "nowhere is none" in err

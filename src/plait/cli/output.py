@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -82,7 +83,9 @@ def foreseen(error: Exception) -> PlaitError | None:
         return error
     if hasattr(error, "format_message"):  # the argument parser's
         message = " ".join(str(error.format_message()).split())
-        return UsageError(message, hint="plait --help lists the commands")
+        number = re.search(r"No such option: -\d", message)  # a negative weight, given apart from the others
+        hint = "numbers are one list: --weights 1,-1" if number else "plait --help lists the commands"
+        return UsageError(message, hint=hint)
     if isinstance(error, ModuleNotFoundError):
         hint = "pip install the extra it belongs to: plait[demo], plait[test]"
         return EnvironmentFault(f"the package {error.name!r} is not installed", hint=hint)

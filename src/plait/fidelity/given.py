@@ -26,7 +26,8 @@ def split_base(
     """
     first, rest = (given[0], list(given[1:])) if given else ("", [])
     if not given or (not rest and not is_adapter(first)):
-        raise UsageError("no adapters", hint=_inside(Path(first)) or "plait advise BASE ADAPTER ADAPTER")
+        what = "no adapters" if not given or Path(first).is_dir() else f"no adapters: {first} is none"
+        raise UsageError(what, hint=_inside(Path(first)) or "plait advise BASE ADAPTER ADAPTER")
     base, folders = (None, list(given)) if is_adapter(first) else (first, rest)
     for folder in folders:
         if not is_adapter(folder):

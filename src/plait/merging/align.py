@@ -64,6 +64,8 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
     if not modules:
         raise InputError("none of the adapters adapts a module", where=", ".join(a.name for a in adapters))
     absent = {a.name: [m for m in modules if m not in a.modules] for a in adapters}
+    if base is None:
+        _require_one_model(adapters)
     task_type, prefix = _task_type(adapters)
     _check_heads(adapters)
     extras, extras_from = _extras(adapters)
@@ -101,6 +103,19 @@ def _check_formats(adapters: Sequence[Adapter]) -> None:
                 hint="plait convert brings one to the other's format"
                 if {first.task_type, other.task_type} <= {None, MERGED_TYPE}
                 else "one adapts a language model, the other an image model",
+            )
+
+
+def _require_one_model(adapters: Sequence[Adapter]) -> None:
+    """PEFT folders that name no base and share no module are the parts of a pipeline rather than adapters of one model."""
+    first, *others = adapters
+    for other in others:
+        unnamed = not any(a.base or "format" in a.source for a in (first, other))
+        if unnamed and not first.modules.keys() & other.modules.keys():
+            raise InputError(
+                f"{first.name!r} and {other.name!r} have no module in common, and neither names its base",
+                where=other.name,
+                hint="if they adapt one model, say which with --base",
             )
 
 
