@@ -6,7 +6,8 @@
 The first makes adapters, statistics and bases; the second measures all and writes merging.json and the tables of
 merging.md. The disk it takes is 7 GB, and mergekit's caches, which go again, another 20 GB.
 
-The floor reads the eight files and writes one of an input's size, with safetensors alone. "seconds" is the merge alone,
+The floor reads the eight files and writes one of an input's size, with safetensors alone; plait's ratios are to floors taken
+between its runs. "seconds" is the merge alone,
 from the first file opened to the last one closed; "process_seconds" is a whole process with its imports. Peaks are
 resident memory above what `import torch` (and for PEFT `import transformers, peft`) takes; mergekit's is its whole memory.
 Every tool runs in processes of its own. Runs are repeated --repeats times or until a row has taken --patience seconds;
@@ -158,18 +159,20 @@ def repeated(run: Callable[[int], float], repeats: int, baseline: float) -> dict
     }
 
 
-def floor(folder: Path, out: Path, repeats: int) -> dict[str, Any]:
+def one_floor(folder: Path, out: Path, i: int) -> float:
+    """Seconds to read the eight files and write one."""
     from safetensors.torch import load_file, save_file
 
-    def run(i: int) -> float:
-        start = time.perf_counter()
-        read = [load_file(folder / t / "adapter_model.safetensors") for t in TASKS]
-        save_file(read[0], out / f"floor{i}.safetensors")
-        return time.perf_counter() - start
+    start = time.perf_counter()
+    read = [load_file(folder / t / "adapter_model.safetensors") for t in TASKS]
+    save_file(read[0], out / f"floor{i}.safetensors")
+    return time.perf_counter() - start
 
+
+def floor(folder: Path, out: Path, repeats: int) -> dict[str, Any]:
     import torch  # noqa: F401
 
-    return repeated(run, repeats, peak_mb())
+    return repeated(lambda i: one_floor(folder, out, i), repeats, peak_mb())
 
 
 def row_block_sum(folder: Path, shape: str, repeats: int) -> dict[str, Any]:
@@ -233,15 +236,18 @@ def plait(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:
     files = {t: folder / f"{t}.stats.safetensors" for t in TASKS} if needs else None
     tasks = TASKS[:2] if method == "slerp" else TASKS
     verify: list[float] = []
+    floors: list[float] = []
 
     def run(i: int) -> float:
+        floors.append(one_floor(folder, out, i))
         done = merge_folders([folder / t for t in tasks], out / f"{method}{i}", method=method, statistics=files)
         verify.append(done["seconds_verify"])
         return float(done["seconds_merge"])
 
     found = repeated(run, repeats, baseline)
     size = sum(p.stat().st_size for p in (out / f"{method}0").rglob("*")) / 1e6
-    return {**found, "seconds_verify": statistics.median(verify), "disk_mb": size}
+    beside = {"seconds_verify": statistics.median(verify), "seconds_floor": statistics.median(floors)}
+    return {**found, **beside, "disk_mb": size}
 
 
 def read_statistics_alone(folder: Path, repeats: int) -> dict[str, Any]:
@@ -370,7 +376,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         def add(tool: str, method: str, found: dict[str, Any], shape: str = shape, base: dict[str, Any] = base) -> None:
             row = {"shape": shape, "tool": tool, "method": method, **found}
             if "seconds" in found:
-                row["over_floor"] = found["seconds"] / base["seconds"]
+                row["over_floor"] = found["seconds"] / found.get("seconds_floor", base["seconds"])
             rows.append(row)
             shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
             print(json.dumps(shown), file=sys.stderr, flush=True)

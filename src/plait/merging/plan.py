@@ -14,11 +14,11 @@ from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
 from plait.merging.calibration import Calibration
-from plait.merging.inputs import MergeInputs
+from plait.merging.inputs import MergeInputs, seed_of
 from plait.merging.outcome import assembled, discarded, provenance
 from plait.merging.registry import MergeMethod
 from plait.merging.stream import DenseDelta, Truncated, as_dense, cut_to_rank
-from plait.merging.verify import projection_error, some_modules
+from plait.merging.verify import probes_of, projection_error, some_modules, sum_error
 from plait.merging.workers import side_by_side
 
 T = TypeVar("T")
@@ -114,6 +114,9 @@ class Plan:
             return self.method.function(x, **self.options)
 
         def error(m: str) -> float:
+            if summed and (parts := self._parts(m, summed)) and modules[m].rank >= sum(f.rank for _, f in parts):
+                generator = torch.Generator().manual_seed(seed_of(self.seed, m, "verify"))
+                return sum_error(parts, modules[m], probes_of(modules[m].shape[1], generator))
             x = self.view(m, context)
             return projection_error(x, modules[m], self.scale, summed or wanted, self.calibration is not None)
 
@@ -121,6 +124,11 @@ class Plan:
         if not summed:
             give_back()
         return found
+
+    def _parts(self, module: str, coefficients: Sequence[float]) -> list[tuple[float, LoraFactors]]:
+        """What a weighted sum adds up in one module: coefficient times scale, and factors."""
+        pairs = zip(coefficients, self.adapters, strict=True)
+        return [(c * self.scale, a.modules[module]) for c, a in pairs if c != 0.0 and module in a.modules]
 
     def view(self, module: str, context: Any) -> MergeInputs:
         """One module of all tasks, calibrated; factors are moved and folded here and released with the view."""

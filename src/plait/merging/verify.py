@@ -17,12 +17,47 @@ _PROBES = 4
 _RERUN = 3
 # Above this the written adapter is not the merge that was asked for; float32 factors reach about 1e-6.
 FAILED = 1e-3
+# A weighted sum is first compared in float32; an error above this is looked at again in float64, for sums that nearly cancel.
+_DOUBTFUL = 1e-5
 
 
 def some_modules(names: Sequence[str], seed: int) -> list[str]:
     """The few modules on which a method is run a second time."""
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed_of(seed, "verify"))).tolist()
     return [names[i] for i in order[:_RERUN]]
+
+
+def sum_error(parts: Sequence[tuple[float, LoraFactors]], merged: LoraFactors, probes: Float[Tensor, "in k"]) -> float:
+    """The relative difference between D X and sum_t c_t D_t X, from the factors as they were read; nothing is copied.
+
+    Args:
+        parts: Coefficient (the scale included) and factors of each input.
+        merged: The result, not cut to a lower rank.
+        probes: X, random.
+    """
+    found = 1.0
+    for dtype in (torch.float32, torch.float64):
+        X = probes.to(dtype)
+        wanted, got = _summed(parts, X), _summed([(1.0, merged)], X)
+        size = wanted.norm()
+        if size == 0 or not bool(got.any()):
+            return 0.0 if size == got.norm() else 1.0
+        found = float((wanted - got).norm() / size)
+        if found <= _DOUBTFUL:
+            break
+    return found
+
+
+def _summed(parts: Sequence[tuple[float, LoraFactors]], X: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+    total = torch.zeros(parts[0][1].shape[0], X.shape[1], dtype=X.dtype)
+    for c, f in parts:
+        total.addmm_(f.B.to("cpu", X.dtype), f.A.to("cpu", X.dtype) @ X, alpha=c * f.scaling)
+    return total
+
+
+def probes_of(width: int, generator: torch.Generator) -> Float[Tensor, "in k"]:
+    """Random directions of a module's input, of that width."""
+    return torch.randn(width, _PROBES, dtype=torch.float64, generator=generator)
 
 
 def projection_error(
@@ -46,7 +81,7 @@ def projection_error(
         |P D X - D' X| / |D X|. Where the result was cut to a lower rank, P is the projection on the columns of its B: what
         the cut took away is orthogonal to them, and is reported as discarded energy; else P is the identity.
     """
-    probes = torch.randn(x.shape[1], _PROBES, dtype=torch.float64, generator=x.generator("verify"))
+    probes = probes_of(x.shape[1], x.generator("verify"))
     right, rank = _expected(x, wanted, probes)
     right, found = right * scale, _applied(merged, probes)
     size = right.norm()
