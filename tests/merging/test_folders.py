@@ -59,6 +59,10 @@ def test_result_is_whole_and_recorded(tmp_path):
         {"method": "cat", "weights": [0.5, 0.0, -2.0]},
         {"method": "task_arithmetic", "weights": [0.0, 0.0, 0.0]},
         {"method": "task_arithmetic", "rank": 50, "scale": 0.3, "calibrate": "pico"},
+        {"method": "ties", "weights": [1.0, 0.0, 2.0]},
+        {"method": "dare_ties", "rank": 3, "scale": 0.5},
+        {"method": "della", "rank": 500},
+        {"method": "breadcrumbs", "calibrate": "pico"},
     ],
 )
 def test_written_while_computed_or_after_are_the_same_bytes(tmp_path, settings, monkeypatch):
@@ -73,10 +77,15 @@ def test_written_while_computed_or_after_are_the_same_bytes(tmp_path, settings, 
     assert one == other
 
 
-def test_what_is_cut_or_not_a_sum_is_not_foreseen(tmp_path):
+def test_what_a_core_decides_or_a_sum_is_cut_to_is_not_foreseen(tmp_path):
     pair = [read_adapter(saved(tmp_path / n, i)) for i, n in enumerate(NAMES[:2])]
-    for method, rank in (("svd", None), ("tsv", None), ("ties", None), ("linear", 3)):
-        assert plan_merge(pair, method, rank=rank).foreseen("x") is None
+    for method, rank, options in (
+        ("svd", None, {}),
+        ("tsv", None, {}),
+        ("ties", None, {"space": "core"}),
+        ("linear", 3, {}),
+    ):
+        assert plan_merge(pair, method, rank=rank, options=options).foreseen("x") is None
     assert plan_merge(pair[:1], "linear").foreseen("x") is None
 
 

@@ -125,8 +125,12 @@ def merge_folders(
 def _written(plan: Plan, stage: Path, name: str) -> dict[str, Any]:
     """Merge, write, and let go of what was written: verification reads it from the file."""
     if (shapes := plan.foreseen(name)) is not None:
-        write_adapter(stage, shapes, plan.stream_to)
-        return plan.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0))
+        found: dict[str, tuple[float, float]] = {}
+        write_adapter(stage, shapes, lambda put: found.update(plan.stream_to(put)))
+        give_back()
+        return plan.record(
+            shapes.modules, {m: lost for m, (_, lost) in found.items()}, {m: kept for m, (kept, _) in found.items()}
+        )
     done = plan.run(name)
     write_adapter(stage, done.adapter)
     record = done.record

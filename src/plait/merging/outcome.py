@@ -48,11 +48,20 @@ def _targets(adapters: Sequence[Adapter]) -> tuple[str, ...] | str | None:
     return tuple(sorted(found))
 
 
-def discarded(modules: Mapping[str, LoraFactors], lost: Mapping[str, float]) -> dict[str, Any]:
-    """The fraction of the whole model's energy that cuts to rank lost, and the module that lost the largest share."""
+def discarded(
+    modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """The fraction of the whole model's energy that cuts to rank lost, and the module that lost the largest share.
+
+    Args:
+        modules: After the cut.
+        lost: Of each, in [0, 1].
+        kept: The energy of each, where it is known.
+    """
     if not any(lost.values()):
         return {"discarded_energy": 0.0, "worst_module": None}
-    kept = {m: f.norm_squared() for m, f in modules.items()}
+    if kept is None:
+        kept = {m: f.norm_squared() for m, f in modules.items()}
     before = {m: kept[m] / (1 - lost[m]) if lost[m] < 1 else 0.0 for m in modules}
     total = sum(before.values())
     worst = max(lost, key=lambda m: lost[m])

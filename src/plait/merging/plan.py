@@ -71,26 +71,44 @@ class Plan:
         return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
 
     def foreseen(self, name: str) -> Adapter | None:
-        """The result with shapes in the place of factors, where they are known beforehand: a weighted sum, not cut.
+        """The result with shapes in the place of factors, where they are known beforehand: a sum, or a dense rule cut to rank.
 
         Such a merge is written while it is computed (`stream_to`); None where the method has to be run to know.
         """
-        if self.method.combination is None or not self.method.concatenates or self.is_unchanged():
+        summed = self.method.combination if self.method.concatenates else None
+        dense = self.options.get("space") == "dense"
+        if (summed is None and not dense) or self.is_unchanged():
             return None
-        kept = [a for a, c in zip(self.adapters, self.method.combination(self.weights), strict=True) if c != 0.0]
+        weights = (
+            summed(self.weights) if summed else [1.0] * len(self.adapters)
+        )  # a task of weight 0 has rank all the same
+        kept = [a for a, c in zip(self.adapters, weights, strict=True) if c != 0.0]
         shapes: dict[str, LoraFactors] = {}
         for module, ((out, width), kind) in self.common.modules.items():
             rank = max(1, sum(a.modules[module].rank for a in kept if module in a.modules))
-            if self.rank is not None and self.rank < rank:
+            if dense:
+                rank = min(self.rank or rank, out, width)
+            elif self.rank is not None and self.rank < rank:
                 return None
             A, B = torch.empty(rank, width, device="meta"), torch.empty(out, rank, device="meta")
             shapes[module] = LoraFactors(A, B, 1.0, kind)
         return assembled(name, self.common, self.adapters, shapes)
 
-    def stream_to(self, put: Callable[[str, LoraFactors], None]) -> None:
-        """Merge every module and hand it on at once; none is held."""
+    def stream_to(self, put: Callable[[str, LoraFactors], None]) -> dict[str, tuple[float, float]]:
+        """Merge every module and hand it on at once; none is held.
+
+        Returns:
+            Module -> its energy (0 for sums, which lose none), and the fraction lost.
+        """
         context = self.prepared()
-        self.each(lambda m: put(m, self.merged(m, context)[0]), list(self.common.modules))
+
+        def one(module: str) -> tuple[float, float]:
+            factors, lost = self.merged(module, context)
+            put(module, factors)
+            return 0.0 if self.method.concatenates else factors.norm_squared(), lost
+
+        names = list(self.common.modules)
+        return dict(zip(names, self.each(one, names), strict=True))
 
     def each(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
         """The function of every module, in order; side by side where the model is large enough to repay the threads."""
@@ -236,8 +254,10 @@ class Plan:
         shorter, more = truncated(factors, self.rank)
         return shorter, lost + (1 - lost) * more
 
-    def record(self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float]) -> dict[str, Any]:
-        """What was done, JSON-serialisable; `discarded_energy` is a fraction of the whole model's."""
+    def record(
+        self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """What was done, JSON-serialisable; `discarded_energy` is a fraction of the whole model's. `kept`: see `discarded`."""
         return {
             "method": self.method.name,
             "options": dict(self.options),
@@ -246,7 +266,7 @@ class Plan:
             "seed": self.seed,
             "calibrate": self.calibration.name if self.calibration else None,
             "rank": max((f.rank for f in modules.values()), default=0),
-            **discarded(modules, lost),
+            **discarded(modules, lost, kept),
             "verification_error": None,
             "missing": dict(self.common.missing),
             "base": self.common.base,
