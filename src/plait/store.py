@@ -24,7 +24,7 @@ from plait.locks import locked, system_errors
 
 SCHEMA = 1
 MANIFEST = "plait.json"
-_PIECE = 1 << 18  # stays in a core's cache between reading and hashing
+_PIECE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
 _JSON_LIMIT = 64 << 20
 _VOLATILE = {"versions", "result", "files"}
 
@@ -213,8 +213,11 @@ def _finish(
     stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any], check: Callable[[Path], None] | None
 ) -> None:
     files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # while the disk flushes, the cores hash and check
-        settled, hashes = pool.map(_settle, files), pool.map(sha256_file, files)
+    with (
+        ThreadPoolExecutor(2) as disk,
+        ThreadPoolExecutor(2) as cores,
+    ):  # while the disk flushes, the cores hash and check
+        settled, hashes = disk.map(_settle, files), cores.map(sha256_file, files)
         if check:
             check(stage)
         listed = {str(p.relative_to(stage)): digest for p, digest, _ in zip(files, hashes, settled, strict=True)}

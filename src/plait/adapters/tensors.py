@@ -23,7 +23,7 @@ from plait.errors import InputError
 from plait.store import require_regular
 
 _HEADER_LIMIT = 100 << 20
-_PIECE = 1 << 18
+_PIECE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
 _ADVICE = "download or save it again as safetensors; pickle formats are not read"
 _SIGNATURES = (
     (b"\x80\x02", "a pickle (torch.save)"),
