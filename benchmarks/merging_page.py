@@ -94,8 +94,8 @@ def run(found: dict[str, Any]) -> str:
     """Where and with what it was measured."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    floors = [r for r in found["rows"] if r["method"] == "floor"]
-    shown = ", ".join(f"{1000 * r['seconds']:.0f} ms ({r['shape']})" for r in floors)
+    floors = {r["shape"]: r["seconds"] / r["over_floor"] for r in found["rows"] if "over_floor" in r}
+    shown = ", ".join(f"{1000 * seconds:.0f} ms ({shape})" for shape, seconds in floors.items())
     return (
         f"    {found['command']}\n\n{machine['cores']} cores, {machine['threads']} threads, Python {machine['python']}; "
         f"{versions}. The floor: {shown}."
