@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     from plait.merging.core import CoreSpace
     from plait.statistics.fisher import Diagonal
     from plait.statistics.moments import Moments
+
+
+T = TypeVar("T")
+
+
+class computed(Generic[T]):  # noqa: N801 (used like property)
+    """A property that each instance computes once.
+
+    `functools.cached_property` holds one lock for all instances before Python 3.12, so that modules side by side would
+    wait for each other.
+    """
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        found = instance.__dict__[self.function.__name__] = self.function(instance)
+        return found
 
 
 @dataclass(frozen=True)
@@ -69,14 +87,14 @@ class MergeInputs:
         """R, the sum of the ranks."""
         return sum(self.ranks)
 
-    @cached_property
+    @computed
     def core(self) -> CoreSpace:
         """The lossless core: every delta as a matrix of at most (R, R)."""
         from plait.merging.core import CoreSpace
 
         return CoreSpace.of(self.A, self.B)
 
-    @cached_property
+    @computed
     def svd_core(self) -> CoreSpace:
         """The core in the SVD basis, in which elementwise rules compare its entries."""
         return self.core.in_svd_basis()
@@ -89,7 +107,7 @@ class MergeInputs:
         """A CPU generator seeded by (seed, module, names): the order of the modules does not matter."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.module, *names))
 
-    @cached_property
+    @computed
     def contents(self) -> tuple[str, ...]:
         """Per task, the hash of its factors, so that draws follow the adapter and neither its name nor its place."""
         return self.digests or tuple(digest_of(a, b) for a, b in zip(self.A, self.B, strict=True))
