@@ -213,10 +213,8 @@ def _finish(
     stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any], check: Callable[[Path], None] | None
 ) -> None:
     files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with (
-        ThreadPoolExecutor(2) as disk,
-        ThreadPoolExecutor(2) as cores,
-    ):  # while the disk flushes, the cores hash and check
+    # While the disk flushes, the cores hash and check: threads that wait for the one do not keep the other.
+    with ThreadPoolExecutor(2) as disk, ThreadPoolExecutor(2) as cores:
         settled, hashes = disk.map(_settle, files), cores.map(sha256_file, files)
         if check:
             check(stage)

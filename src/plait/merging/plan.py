@@ -107,8 +107,7 @@ class Plan:
             put(module, factors)
             return 0.0 if self.method.concatenates else factors.norm_squared(), lost
 
-        names = list(self.common.modules)
-        return dict(zip(names, self.each(one, names), strict=True))
+        return dict(zip(self.common.modules, self.each(one, list(self.common.modules)), strict=True))
 
     def each(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
         """The function of every module, in order; side by side where the model is large enough to repay the threads."""
