@@ -146,15 +146,19 @@ def _filled(f: FileIO, data: Tensor, running: hashlib._Hash) -> bool:
 
 def _views(data: Tensor, entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors, none of them copied but where a writer did not align them."""
-    found: dict[str, Tensor] = {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+    order = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    for name, entry in order:
         if entry["dtype"] not in DTYPES:
             raise InputError(f"tensor {name!r} is of type {entry['dtype']}, which is not read", where=str(path))
-        dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        part = data[start:stop]
-        aligned = (data.storage_offset() + start) % dtype.itemsize == 0
-        found[name] = (part if aligned else part.clone()).view(dtype).view(entry["shape"])
-    return found
+    types = [DTYPES[entry["dtype"]] for _, entry in order]
+    sizes = [stop - start for _, entry in order for start, stop in [entry["data_offsets"]]]
+    # "unsafe" only in that autograd does not know the parts as views of one tensor, so that each may be changed in place.
+    if len(set(types)) == 1 and data.storage_offset() % types[0].itemsize == 0:  # a third of the time, as one view
+        parts = torch.unsafe_split_with_sizes(data.view(types[0]), [size // types[0].itemsize for size in sizes])
+    else:
+        pieces = zip(torch.unsafe_split_with_sizes(data, sizes), types, strict=True)
+        parts = tuple((p if p.storage_offset() % t.itemsize == 0 else p.clone()).view(t) for p, t in pieces)
+    return {name: part.view(entry["shape"]) for (name, entry), part in zip(order, parts, strict=True)}
 
 
 def _require_finite(data: Tensor, tensors: Mapping[str, Tensor], path: Path) -> None:
