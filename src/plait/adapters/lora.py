@@ -103,18 +103,26 @@ class Adapter:
 
 
 def concatenated(
-    factors: Sequence[LoraFactors], weights: Sequence[float], dtype: torch.dtype = torch.float32
+    factors: Sequence[LoraFactors],
+    weights: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> LoraFactors:
     """The exact weighted sum of deltas, sum_t w_t D_t, as one pair of factors of rank sum_t r_t.
+
+    Weights and scalings together are multiplied into the whole B at once: a copy, and one pass while it is in the cache.
 
     Args:
         factors: At least one; all of one (out, in).
         weights: One finite number each, any sign; multiplied into B.
         dtype: Of the result.
+        device: Of the result.
     """
-    folded = [f.folded(dtype) for f in factors]
-    A = torch.cat([f.A for f in folded])
-    B = torch.cat([f.B * w for f, w in zip(folded, weights, strict=True)], dim=1)
+    A = torch.cat([f.A.to(device, dtype) for f in factors])
+    B = torch.cat([f.B.to(device, dtype) for f in factors], dim=1)
+    columns = [w * f.scaling for f, w in zip(factors, weights, strict=True) for _ in range(f.rank)]
+    if any(c != 1.0 for c in columns):
+        B *= torch.tensor(columns, dtype=dtype, device=device)
     return LoraFactors(A, B, 1.0, factors[0].kind)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.adapters.lora import LINEAR, LoraFactors
+from plait.adapters.lora import LINEAR, LoraFactors, concatenated
 
 if TYPE_CHECKING:
     from plait.merging.core import CoreSpace
@@ -121,11 +121,8 @@ class MergeInputs:
         kept = [t for t, (w, rank) in enumerate(zip(weights, self.ranks, strict=True)) if w != 0.0 and rank]
         if not kept:
             return self.zero()
-        B = torch.cat([self.B[t] for t in kept], dim=1)
-        if any(weights[t] != 1.0 for t in kept):
-            ranks = torch.tensor([self.ranks[t] for t in kept])
-            B *= torch.tensor([weights[t] for t in kept]).repeat_interleave(ranks).to(B)
-        return LoraFactors(torch.cat([self.A[t] for t in kept]), B, 1.0, self.kind)
+        parts = [LoraFactors(self.A[t], self.B[t], 1.0, self.kind) for t in kept]
+        return concatenated(parts, [weights[t] for t in kept], self.B[0].dtype, self.device)
 
     def zero(self) -> LoraFactors:
         """The zero delta, as rank 1: no file format knows rank 0."""
