@@ -7,7 +7,8 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError, RunError, UsageError
-from plait.merging import merge
+from plait.merging import merge, merge_methods
+from plait.merging.driver import plan_merge
 
 
 def adapter(
@@ -28,6 +29,33 @@ def test_task_arithmetic_is_the_weighted_sum():
         torch.testing.assert_close(f.delta(), 0.3 * (2 * a.modules[module].delta() - b.modules[module].delta()))
     assert done.record["rank"] == 8 and done.record["verification_error"] < 1e-6
     json.dumps(done.record)
+
+
+SUMS = [name for name, method in merge_methods().items() if method.concatenates]
+
+
+@pytest.mark.parametrize("method", SUMS)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_sum_straight_from_the_factors_is_what_its_method_computes(method, rank):
+    inputs = [adapter("a", 0, scaling=1.7), adapter("b", 1, rank=5, scaling=0.3), adapter("c", 2, modules=("l.0.v",))]
+    half = {m: LoraFactors(f.A.half(), f.B.half(), f.scaling) for m, f in adapter("d", 3).modules.items()}
+    before = [f.B.clone() for a in inputs for f in a.modules.values()]
+    weights = [0.6, -1.1, 0.0, 3.0]
+    plan = plan_merge([*inputs, Adapter("d", "base", half)], method, weights=weights, scale=0.7, rank=rank)
+    for module in plan.common.modules:
+        (straight, lost), (wanted, gone) = plan.merged(module, None), plan.computed(module, None)
+        assert straight.rank == wanted.rank == (rank or 11) and lost == pytest.approx(gone, abs=1e-6)
+        torch.testing.assert_close(straight.delta(), wanted.delta())
+        if rank is None:
+            assert torch.equal(straight.A, wanted.A)
+    assert all(
+        torch.equal(f.B, b) for f, b in zip((f for a in inputs for f in a.modules.values()), before, strict=True)
+    )
+
+
+def test_a_sum_of_nothing_is_zero():
+    done = merge([adapter("a", 0), adapter("b", 1)], weights=[0.0, 0.0])
+    assert all(f.rank == 1 and not f.delta().any() for f in done.adapter.modules.values())
 
 
 def test_missing_modules_are_zero_and_recorded():

@@ -15,6 +15,7 @@ from plait.errors import InputError, RunError, UsageError
 from plait.merging import folders as folders_module
 from plait.merging import merge_folders, merge_methods
 from plait.merging.driver import plan_merge
+from plait.merging.foreseen import foreseen
 from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
 from plait.statistics.files import write_statistics
@@ -67,9 +68,9 @@ def test_result_is_whole_and_recorded(tmp_path):
 )
 def test_written_while_computed_or_after_are_the_same_bytes(tmp_path, settings, monkeypatch):
     three = [saved(tmp_path / n, i, rank=i + 2, targets=("q", "v")[: i + 1]) for i, n in enumerate(NAMES)]
-    assert plan_merge([read_adapter(f) for f in three], **settings).foreseen("x") is not None
+    assert foreseen(plan_merge([read_adapter(f) for f in three], **settings), "x") is not None
     merge_folders(three, tmp_path / "streamed", **settings)
-    monkeypatch.setattr(Plan, "foreseen", lambda *_: None)
+    monkeypatch.setattr(folders_module, "foreseen", lambda *_: None)
     merge_folders(three, tmp_path / "held", **settings)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "held" / file).read_bytes()
@@ -85,8 +86,8 @@ def test_what_a_core_decides_or_a_sum_is_cut_to_is_not_foreseen(tmp_path):
         ("ties", None, {"space": "core"}),
         ("linear", 3, {}),
     ):
-        assert plan_merge(pair, method, rank=rank, options=options).foreseen("x") is None
-    assert plan_merge(pair[:1], "linear").foreseen("x") is None
+        assert foreseen(plan_merge(pair, method, rank=rank, options=options), "x") is None
+    assert foreseen(plan_merge(pair[:1], "linear"), "x") is None
 
 
 def test_same_settings_are_kept_and_others_refused(tmp_path):

@@ -38,7 +38,7 @@ def test_a_sum_that_nearly_cancels_is_judged_in_float64():
     first = factors(0)
     nearly = LoraFactors(first.A, first.B * (1 + 2**-17))
     parts = [(1.0, first), (-1.0, nearly)]
-    assert error(parts, concatenated(parts)) < 1e-12
+    assert error(parts, concatenated(parts)) < 1e-10  # float64's rounding, 2**17 times
 
 
 def test_nothing_equals_nothing_and_nothing_else():

@@ -17,6 +17,7 @@ from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of, read_any
 from plait.merging.driver import plan_merge
+from plait.merging.foreseen import foreseen, stream_to
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
 from plait.merging.workers import side_by_side
@@ -124,9 +125,9 @@ def merge_folders(
 
 def _written(plan: Plan, stage: Path, name: str) -> dict[str, Any]:
     """Merge, write, and let go of what was written: verification reads it from the file."""
-    if (shapes := plan.foreseen(name)) is not None:
+    if (shapes := foreseen(plan, name)) is not None:
         found: dict[str, tuple[float, float]] = {}
-        write_adapter(stage, shapes, lambda put: found.update(plan.stream_to(put)))
+        write_adapter(stage, shapes, lambda put: found.update(stream_to(plan, put)))
         give_back()
         return plan.record(
             shapes.modules, {m: lost for m, (_, lost) in found.items()}, {m: kept for m, (kept, _) in found.items()}

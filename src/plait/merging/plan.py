@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, overload
 
 import torch
 
-from plait.adapters.lora import Adapter, LoraFactors, truncated
+from plait.adapters.lora import Adapter, LoraFactors, concatenated, truncated
 from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
 from plait.merging.calibration import Calibration
-from plait.merging.inputs import MergeInputs, seed_of
+from plait.merging.inputs import MergeInputs
 from plait.merging.outcome import assembled, discarded, provenance
 from plait.merging.registry import MergeMethod
 from plait.merging.stream import DenseDelta, Truncated, as_dense, cut_to_rank
-from plait.merging.verify import probes_of, projection_error, some_modules, sum_error
+from plait.merging.verify import probes_by_width, projection_error, some_modules, sum_error
 from plait.merging.workers import side_by_side
 
 T = TypeVar("T")
@@ -70,45 +70,6 @@ class Plan:
         modules, lost = {m: f for m, (f, _) in found.items()}, {m: gone for m, (_, gone) in found.items()}
         return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
 
-    def foreseen(self, name: str) -> Adapter | None:
-        """The result with shapes in the place of factors, where they are known beforehand: a sum, or a dense rule cut to rank.
-
-        Such a merge is written while it is computed (`stream_to`); None where the method has to be run to know.
-        """
-        summed = self.method.combination if self.method.concatenates else None
-        dense = self.options.get("space") == "dense"
-        if (summed is None and not dense) or self.is_unchanged():
-            return None
-        weights = (
-            summed(self.weights) if summed else [1.0] * len(self.adapters)
-        )  # a task of weight 0 has rank all the same
-        kept = [a for a, c in zip(self.adapters, weights, strict=True) if c != 0.0]
-        shapes: dict[str, LoraFactors] = {}
-        for module, ((out, width), kind) in self.common.modules.items():
-            rank = max(1, sum(a.modules[module].rank for a in kept if module in a.modules))
-            if dense:
-                rank = min(self.rank or rank, out, width)
-            elif self.rank is not None and self.rank < rank:
-                return None
-            A, B = torch.empty(rank, width, device="meta"), torch.empty(out, rank, device="meta")
-            shapes[module] = LoraFactors(A, B, 1.0, kind)
-        return assembled(name, self.common, self.adapters, shapes)
-
-    def stream_to(self, put: Callable[[str, LoraFactors], None]) -> dict[str, tuple[float, float]]:
-        """Merge every module and hand it on at once; none is held.
-
-        Returns:
-            Module -> its energy (0 for sums, which lose none), and the fraction lost.
-        """
-        context = self.prepared()
-
-        def one(module: str) -> tuple[float, float]:
-            factors, lost = self.merged(module, context)
-            put(module, factors)
-            return 0.0 if self.method.concatenates else factors.norm_squared(), lost
-
-        return dict(zip(self.common.modules, self.each(one, list(self.common.modules)), strict=True))
-
     def each(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
         """The function of every module, in order; side by side where the model is large enough to repay the threads."""
         entries = sum(out * width for (out, width), _ in self.common.modules.values())
@@ -126,14 +87,14 @@ class Plan:
         summed = None if self.calibration or not self.method.combination else self.method.combination(self.weights)
         context = None if summed else self.prepared()
         names = list(modules) if summed else some_modules(list(modules), self.seed)
+        probes = probes_by_width(modules, self.seed) if summed else {}
 
         def wanted(x: MergeInputs) -> LoraFactors | DenseDelta | Truncated:
             return self.method.function(x, **self.options)
 
         def error(m: str) -> float:
-            if summed and (parts := self._parts(m, summed)) and modules[m].rank >= sum(f.rank for _, f in parts):
-                generator = torch.Generator().manual_seed(seed_of(self.seed, m, "verify"))
-                return sum_error(parts, modules[m], probes_of(modules[m].shape[1], generator))
+            if summed and (parts := self.parts(m)) and modules[m].rank >= sum(f.rank for _, f in parts):
+                return sum_error(parts, modules[m], probes[modules[m].shape[1]])
             x = self.view(m, context)
             return projection_error(x, modules[m], self.scale, summed or wanted, self.calibration is not None)
 
@@ -142,10 +103,19 @@ class Plan:
             give_back()
         return found
 
-    def _parts(self, module: str, coefficients: Sequence[float]) -> list[tuple[float, LoraFactors]]:
-        """What a weighted sum adds up in one module: coefficient times scale, and factors."""
-        pairs = zip(coefficients, self.adapters, strict=True)
-        return [(c * self.scale, a.modules[module]) for c, a in pairs if c != 0.0 and module in a.modules]
+    def parts(self, module: str) -> list[tuple[float, LoraFactors]]:
+        """What a method that has a `combination` adds up in one module: coefficient times scale, and factors as read."""
+        if self.method.combination is None:
+            raise ValueError(f"{self.method.name} is no weighted sum")
+        pairs = zip(self.method.combination(self.weights), self.adapters, strict=True)
+        found = [(c * self.scale, a.modules[module]) for c, a in pairs if c != 0.0 and module in a.modules]
+        return [(c, f) for c, f in found if f.rank]
+
+    def summed(self, module: str) -> LoraFactors:
+        """One module of a method that `concatenates`, scale applied: straight from the factors as they were read."""
+        (out, width), kind = self.common.modules[module]
+        parts = self.parts(module) or [(1.0, LoraFactors(torch.zeros(1, width), torch.zeros(out, 1), 1.0, kind))]
+        return concatenated([f for _, f in parts], [c for c, _ in parts], device=self.device)
 
     def view(self, module: str, context: Any) -> MergeInputs:
         """One module of all tasks, calibrated; factors are moved and folded here and released with the view."""
@@ -189,22 +159,30 @@ class Plan:
         if self.is_unchanged():
             factors, lost = self.adapters[0].modules[module], 0.0
             return truncated(factors, self.rank) if self.rank else (factors, lost)
-        x = self.view(module, context)
         try:
-            factors, lost = self.cut(self.method.function(x, **self.options), x)
+            if self.method.concatenates and not self.calibration:
+                factors, lost = self.to_rank(self.summed(module))
+            else:
+                factors, lost = self.computed(module, context)
         except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # LAPACK on NaN and infinity
             raise RunError(
                 f"{self.method.name}: {e}", where=module, hint="products of huge factors give infinity"
             ) from None
-        scale = self.scale
-        if self.calibration:
-            scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
-        factors = LoraFactors(factors.A.cpu(), (factors.B * scale if scale != 1.0 else factors.B).cpu(), 1.0, x.kind)
+        factors = LoraFactors(factors.A.cpu(), factors.B.cpu(), 1.0, factors.kind)
         if not all_finite(factors.A) or not all_finite(factors.B):
             raise RunError(
                 f"{self.method.name} gave NaN or infinity", where=module, hint="a smaller --scale or other weights?"
             )
         return factors, lost
+
+    def computed(self, module: str, context: Any) -> tuple[LoraFactors, float]:
+        """What the method's function makes of a module, cut to rank, calibrated and scaled; and the fraction of energy lost."""
+        x = self.view(module, context)
+        factors, lost = self.cut(self.method.function(x, **self.options), x)
+        scale = self.scale
+        if self.calibration:
+            scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
+        return (factors if scale == 1.0 else replace(factors, B=factors.B * scale)), lost
 
     def delta(self, module: str) -> DenseDelta:
         """The module's merged delta, scale applied, cut only where a rank was asked for: for baking."""
@@ -247,10 +225,11 @@ class Plan:
         """Factors of a method's result at the wanted rank, and the fraction of energy lost."""
         if isinstance(result, DenseDelta):
             return cut_to_rank(result, self.rank or max(1, x.total_rank), x.generator("cut"), x.device)
-        factors, lost = (result.factors, result.lost) if isinstance(result, Truncated) else (result, 0.0)
-        if self.rank is None or self.rank >= factors.rank:
-            return factors, lost
-        shorter, more = truncated(factors, self.rank)
+        return self.to_rank(*((result.factors, result.lost) if isinstance(result, Truncated) else (result,)))
+
+    def to_rank(self, factors: LoraFactors, lost: float = 0.0) -> tuple[LoraFactors, float]:
+        """Factors at the wanted rank, where there is one; and the fraction of energy lost, with what was lost before."""
+        shorter, more = truncated(factors, self.rank) if self.rank else (factors, 0.0)
         return shorter, lost + (1 - lost) * more
 
     def record(

@@ -30,8 +30,8 @@ class MergeMethod:
         doc: First line of its docstring.
         combination: Where the merged delta is sum_t c_t D_t: the weights -> c. Verification then needs no second run.
         prepare: Run once over all modules before the first is merged, for what is decided model-wide.
-        concatenates: Whether the result is that sum as `MergeInputs.combination` gives it, so that its rank is known
-            before it is computed.
+        concatenates: Whether the result is that sum as `MergeInputs.combination` gives it: its rank is known before it is
+            computed, and without a calibration it is taken straight from the factors as they were read (`Plan.summed`).
     """
 
     name: str

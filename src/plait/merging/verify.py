@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -49,15 +49,23 @@ def sum_error(parts: Sequence[tuple[float, LoraFactors]], merged: LoraFactors, p
 
 
 def _summed(parts: Sequence[tuple[float, LoraFactors]], X: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
-    total = torch.zeros(parts[0][1].shape[0], X.shape[1], dtype=X.dtype)
+    total = torch.zeros(X.shape[1], parts[0][1].shape[0], dtype=X.dtype)  # transposed, as in `_times`
     for c, f in parts:
-        total.addmm_(f.B.to("cpu", X.dtype), f.A.to("cpu", X.dtype) @ X, alpha=c * f.scaling)
-    return total
+        total.addmm_(X.T @ f.A.to("cpu", X.dtype).T, f.B.to("cpu", X.dtype).T, alpha=c * f.scaling)
+    return total.T
 
 
 def probes_of(width: int, generator: torch.Generator) -> Float[Tensor, "in k"]:
-    """Random directions of a module's input, of that width."""
-    return torch.randn(width, _PROBES, dtype=torch.float64, generator=generator)
+    """Random directions of a module's input, of that width; each lies in one piece, as BLAS is fastest with them."""
+    return torch.randn(_PROBES, width, dtype=torch.float64, generator=generator).T
+
+
+def probes_by_width(modules: Mapping[str, LoraFactors], seed: int) -> dict[int, Float[Tensor, "in k"]]:
+    """Width of the input -> directions that all modules of that width share: drawing them takes longer than using them."""
+    generators = {
+        w: torch.Generator().manual_seed(seed_of(seed, "probes", w)) for w in {f.shape[1] for f in modules.values()}
+    }
+    return {width: probes_of(width, generator) for width, generator in generators.items()}
 
 
 def projection_error(
