@@ -85,7 +85,7 @@ def test_more_processes_score_than_train(small_study, tmp_path, monkeypatch):
     workers = Processes(1, scorers=3)
     found = rows(small_study(), tmp_path / "processes", workers)
     workers.close()
-    assert 3 in asked and asked.count(1) >= 2
+    assert max(asked) > 3 and asked.count(1) >= 2  # scores in more batches than processes, fleets whole
     require_equal(small_study(), tmp_path / "serial", found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from plait.study.figures import figures_of
 from plait.study.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
 from plait.study.journal import about_runs, noted
 from plait.study.run import run_study
+from plait.study.schedule import all_units
 from plait.study.table import rows_of, share
-from plait.study.units import Layout
+from plait.study.units import FEATURES, FOLDS, MERGE, Layout
 from plait.study.write import write_tables
 
 
@@ -64,6 +66,19 @@ def test_tables_and_figures_tell_the_same(small_study, tmp_path):
     assert figures_of(found, "kaiming") == figures_of(found, "kaiming")  # bytes, so that a page can be made again
     texts = Path(made["figures"][0]).read_text()
     assert ">orthonormal<" in texts and ">recovered, %<" in texts
+
+
+def test_what_only_predictors_read_may_be_missing(small_study, tmp_path):
+    layout, found, _, _ = tables_of(small_study(**small(seeds=[0])), tmp_path)
+    units = all_units(layout)
+    shutil.rmtree(layout.path(next(u for u in units if u.stage == FEATURES and u.arm == "orthonormal")))
+    again = Layout(layout.study, layout.out)
+    fewer = json.loads(Path(write_tables(again, tmp_path, about={})["json"]).read_text())
+    assert [p["n"] for p in fewer["predictors"]] == [p["n"] // 2 for p in found["predictors"]]
+    assert fewer["rows"] == found["rows"] and fewer["comparisons"] == found["comparisons"]
+    shutil.rmtree(layout.path(next(u for u in units if u.stage == MERGE and u.split == FOLDS)))
+    with pytest.raises(RunError, match="not finished: 1 units of wave 'scores'"):
+        write_tables(Layout(layout.study, layout.out), tmp_path, about={})
 
 
 def test_where_nothing_was_learned_recovered_is_null_and_why_is_said(small_study, tmp_path):

@@ -53,6 +53,8 @@ def _table(layout: Layout, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
     columns: dict[str, list[Any]] = {k: [] for k in ("loss", "task", "arm", *FEATURES)}
     for row in rows:
         unit = Unit(FEATURES_STAGE, row.seed, row.arm, row.lr, row.step, split=FOLDS)
+        if not layout.done(unit):
+            continue
         known = result(layout, unit)["tasks"]
         own = task_means(result(layout, Unit(ALONE, row.seed, row.arm, row.lr, row.step, split=FOLDS)), "alone")
         for task, merged in row.tasks.items():

@@ -18,6 +18,7 @@ from plait.study.spec import Study
 from plait.study.units import MERGE, REPAIR, TRAIN, Layout, Unit
 
 STUDY_FILE = "study.json"
+_A_SCORER = 4  # batches of scores for each process that scores: they take unlike times
 
 
 def run_study(
@@ -53,8 +54,7 @@ def run_study(
             if not todo:
                 break
             progress = Progress(len(todo), len(todo), quiet)
-            many = executor.workers if todo[0].stage in (TRAIN, REPAIR) else executor.scorers
-            batches = [batch_of(study, out, part, until) for part in parts(todo, many)]
+            batches = [batch_of(study, out, part, until) for part in parts(todo, _batches(todo, executor))]
             executor.run(batches, told(progress))
             progress.close(f"{name}: {len(todo)} units, {duration(time.time() - started)} since the start")
     name, todo = next_wave(layout)
@@ -103,6 +103,11 @@ def parts(units: Sequence[Unit], workers: int) -> list[list[Unit]]:
             dealt.append([])
         dealt[-1] += group
     return dealt
+
+
+def _batches(units: Sequence[Unit], executor: Executor) -> int:
+    """How many batches: a fleet is best whole, so one for each worker; of scores several for each, for a short tail."""
+    return executor.workers if units[0].stage in (TRAIN, REPAIR) else _A_SCORER * executor.scorers
 
 
 def _weight(units: Sequence[Unit]) -> int:

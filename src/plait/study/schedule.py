@@ -32,15 +32,18 @@ def next_wave(layout: Layout) -> tuple[str, list[Unit]]:
 
 
 def all_units(layout: Layout) -> list[Unit]:
-    """Every unit of a finished study.
+    """Every unit of a finished study. What only the predictors read may be missing; they say how much they saw.
 
     Raises:
         RunError: It is not finished.
     """
-    name, todo = next_wave(layout)
-    if todo:
-        raise RunError(f"the study is not finished: {len(todo)} units of wave {name!r} are open", where=str(layout.out))
-    return [unit for _, units in _waves(layout) for unit in units]
+    found: list[Unit] = []
+    for name, units in _waves(layout):
+        if todo := [u for u in pending(layout, units) if u.stage != FEATURES]:
+            text = f"the study is not finished: {len(todo)} units of wave {name!r} are open"
+            raise RunError(text, where=str(layout.out))
+        found += units
+    return found
 
 
 def _waves(layout: Layout) -> Iterator[tuple[str, list[Unit]]]:
