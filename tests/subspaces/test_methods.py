@@ -260,7 +260,7 @@ def test_a_background_is_mixed_by_its_weight(method, weight):
         mixed = (1 - weight) * others(m, task) + weight * b
         A = modules["a.q"].A.double()
         if method == "contrastive":
-            R = mixed + 0.1 / 32 * torch.eye(32)
+            R = mixed + 0.001 / 32 * torch.eye(32)
             inverse = torch.linalg.inv(torch.linalg.cholesky(R))
             bound = torch.linalg.eigvalsh(inverse @ m[task] @ inverse.T)[-4:].sum()
             assert objective(A, m[task], R) == pytest.approx(float(bound), rel=1e-5)

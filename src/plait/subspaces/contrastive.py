@@ -30,7 +30,7 @@ _EXTRA = 8  # columns of a block beyond those wanted: they make the gap
 
 
 @subspace_method("contrastive", needs=("moments", "own", "others"), row_norm="gaussian")
-def contrastive(x: SiteInputs, *, rho: Positive = 0.1) -> Mapping[str, Basis]:
+def contrastive(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str, Basis]:
     """The r directions of most own energy per unit of other energy.
 
     Attains the maximum over A of tr[(A R A^T)^-1 A m_t A^T], R = m_o + rho/d I, which is the sum of the r largest
@@ -65,7 +65,7 @@ def contrastive(x: SiteInputs, *, rho: Positive = 0.1) -> Mapping[str, Basis]:
 
 
 @subspace_method("contrastive_permuted", needs=("moments", "own", "others"), row_norm="gaussian")
-def contrastive_permuted(x: SiteInputs, *, rho: Positive = 0.1) -> Mapping[str, Basis]:
+def contrastive_permuted(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str, Basis]:
     """Contrastive with the statistics of the wrong tasks: each gets the subspace of the next task by name (a control)."""
     order = sorted(x.moments)
     wrong = {t: order[(order.index(t) + 1) % len(order)] for t in x.tasks}
