@@ -19,9 +19,9 @@ from plait.study.figures import figures_of
 from plait.study.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
 from plait.study.journal import about_runs, noted
 from plait.study.run import run_study
-from plait.study.schedule import all_units
+from plait.study.schedule import all_units, next_wave
 from plait.study.table import rows_of, share
-from plait.study.units import FEATURES, FOLDS, MERGE, Layout
+from plait.study.units import FEATURES, FOLDS, MERGE, STATISTICS, Layout
 from plait.study.write import write_tables
 
 
@@ -71,14 +71,24 @@ def test_tables_and_figures_tell_the_same(small_study, tmp_path):
 def test_what_only_predictors_read_may_be_missing(small_study, tmp_path):
     layout, found, _, _ = tables_of(small_study(**small(seeds=[0])), tmp_path)
     units = all_units(layout)
+    for room in ("train", "statistics"):  # read by nobody any more
+        shutil.rmtree(layout.out / room)
+    assert next_wave(Layout(layout.study, layout.out)) == ("", [])
     shutil.rmtree(layout.path(next(u for u in units if u.stage == FEATURES and u.arm == "orthonormal")))
     again = Layout(layout.study, layout.out)
+    name, todo = next_wave(again)
+    assert name == "statistics" and {u.stage for u in todo} == {STATISTICS}
     fewer = json.loads(Path(write_tables(again, tmp_path, about={})["json"]).read_text())
     assert [p["n"] for p in fewer["predictors"]] == [p["n"] // 2 for p in found["predictors"]]
     assert fewer["rows"] == found["rows"] and fewer["comparisons"] == found["comparisons"]
     shutil.rmtree(layout.path(next(u for u in units if u.stage == MERGE and u.split == FOLDS)))
     with pytest.raises(RunError, match="not finished: 1 units of wave 'scores'"):
         write_tables(Layout(layout.study, layout.out), tmp_path, about={})
+    layout = Layout(layout.study, layout.out)
+    assert run_study(layout.study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    kept = [r for r in (layout.out / "train").iterdir() if r.is_dir()]
+    assert len(kept) == 2  # the two arms of which a score was open, at the rate that was chosen; no sweep
+    assert json.loads(Path(write_tables(layout, tmp_path, about={})["json"]).read_text())["rows"] == found["rows"]
 
 
 def test_where_nothing_was_learned_recovered_is_null_and_why_is_said(small_study, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,14 +32,14 @@ def next_wave(layout: Layout) -> tuple[str, list[Unit]]:
 
 
 def all_units(layout: Layout) -> list[Unit]:
-    """Every unit of a finished study. What only the predictors read may be missing; they say how much they saw.
+    """Every unit of a finished study. Statistics and adapters may be gone, and what only the predictors read may be missing.
 
     Raises:
         RunError: It is not finished.
     """
     found: list[Unit] = []
     for name, units in _waves(layout):
-        if todo := [u for u in pending(layout, units) if u.stage != FEATURES]:
+        if todo := [u for u in pending(layout, units) if u.stage in (ALONE, MERGE, REPAIRED)]:
             text = f"the study is not finished: {len(todo)} units of wave {name!r} are open"
             raise RunError(text, where=str(layout.out))
         found += units
@@ -47,18 +47,29 @@ def all_units(layout: Layout) -> list[Unit]:
 
 
 def _waves(layout: Layout) -> Iterator[tuple[str, list[Unit]]]:
-    """Waves in order; a wave is worked out only once the ones before it are done."""
-    swept = sweep_units(layout)
-    yield "statistics of the sweep", _statistics(layout, swept)
-    yield "training of the sweep", swept
-    yield "scores of the sweep", [u for t in swept for u in tuning_scores(layout, t)]
-    final = final_units(layout)
-    yield "statistics", _statistics(layout, final)
-    yield "training", list(dict.fromkeys(layout.of(u).trained_by(u) for u in final))
-    yield "scores", [u for t in final for u in fold_scores(layout, t)]
-    repaired = repair_units(layout)
-    yield "repair", repaired
-    yield "scores of the repaired", [replace(u, stage=REPAIRED, split=FOLDS) for u in repaired]
+    """Waves in order; a wave is worked out only once the ones before it are done.
+
+    Statistics and adapters are made for what is still open: once everything that reads them is scored they may be deleted.
+    """
+    swept = {t: tuning_scores(layout, t) for t in sweep_units(layout)}
+    needed = _read_by(layout, swept)
+    yield "statistics of the sweep", _statistics(layout, needed)
+    yield "training of the sweep", needed
+    yield "scores of the sweep", [u for scores in swept.values() for u in scores]
+    final = {t: fold_scores(layout, t) for t in final_units(layout)}
+    repaired = {u: replace(u, stage=REPAIRED, split=FOLDS) for u in repair_units(layout)}
+    starts = {replace(u, stage=TRAIN, merge="", scale=0.0): [r] for u, r in repaired.items()}
+    needed = _read_by(layout, {t: [*scores, *starts.get(t, [])] for t, scores in final.items()})
+    yield "statistics", _statistics(layout, needed)
+    yield "training", list(dict.fromkeys(layout.of(u).trained_by(u) for u in needed))
+    yield "scores", [u for scores in final.values() for u in scores]
+    yield "repair", _read_by(layout, {u: [r] for u, r in repaired.items()})
+    yield "scores of the repaired", list(repaired.values())
+
+
+def _read_by(layout: Layout, readers: Mapping[Unit, Sequence[Unit]]) -> list[Unit]:
+    """Units some reader of which is not done."""
+    return [u for u, scores in readers.items() if pending(layout, scores)]
 
 
 def _statistics(layout: Layout, units: Sequence[Unit]) -> list[Unit]:
