@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -19,11 +21,14 @@ def threads():
 
 def test_results_come_in_order_and_the_setting_comes_back(threads):
     threads(3)
-    found = side_by_side(lambda i: (i, torch.get_num_threads()), range(20), torch.device("cpu"))
-    assert found == [(i, 1) for i in range(20)] and torch.get_num_threads() == 3
+    turn = sys.getswitchinterval()
+    found = side_by_side(
+        lambda i: (i, torch.get_num_threads(), sys.getswitchinterval() < turn), range(20), torch.device("cpu")
+    )
+    assert found == [(i, 1, True) for i in range(20)] and torch.get_num_threads() == 3
     with pytest.raises(ZeroDivisionError):
         side_by_side(lambda i: 1 / i, [1, 0], torch.device("cpu"))
-    assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 3 and sys.getswitchinterval() == turn
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "tsv", "ties", "dare_linear", "core_space"])
