@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from plait.training.settings import TrainingSettings
 from plait.training.train import loss_summary, train_adapter
 
 Progress = Callable[[int, int, float | None], None]
+_WRITERS = 8  # folders written at once: each waits for the disk several times over
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,13 +176,17 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
         parts = [part for part in (chosen[:half], chosen[half:]) if part]
         return [name for part in parts for name in _train_group(part, shared, overwrite, meter)]
     seconds = time.monotonic() - started
-    failed = []
-    for place, index in enumerate(outcome.order):
-        member = shared.members[index]
+
+    def write(place: int) -> str | None:
+        member = shared.members[outcome.order[place]]
         if outcome.failed[place]:
-            failed.append(str(member.out))
-        elif overwrite or not is_done(member.out, member.identity):
+            return str(member.out)
+        if overwrite or not is_done(member.out, member.identity):
             _write(member, outcome, place, shared, overwrite, seconds)
+        return None
+
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        failed = [out for out in pool.map(write, range(len(outcome.order))) if out is not None]
     outcome.forget()
     return failed
 
