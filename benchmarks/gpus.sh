@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Everything published that wants GPUs, in order; each step once: started again, it goes on where it stopped.
+#
+#   MPNET=DIR SMOLLM2=DIR DATA=DIR OUT=DIR [GPUS=2] [SCORERS=12] benchmarks/gpus.sh [STEP...]
+#
+# DATA holds TASK/train.parquet and so on: GLUE's tasks and snli, banking77, clinc_domain. A finished step leaves OUT/done/STEP, its
+# log is OUT/log/STEP.log, and OUT/steps says when each began and ended. The study of MPNet goes on from
+# docs/results/glue8-mpnet.tar.xz where that is unpacked into OUT (same base: the weights in float16).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD/src:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+GPUS=${GPUS:-2} SCORERS=${SCORERS:-12} PY=${PY:-python3}
+mkdir -p "$OUT/done" "$OUT/log"
+
+step() { # NAME COMMAND...
+  local name=$1 began=$SECONDS
+  shift
+  [ -e "$OUT/done/$name" ] && return 0
+  echo "$(date +%T) begin $name" >> "$OUT/steps"
+  if "$@" > "$OUT/log/$name.log" 2>&1; then
+    touch "$OUT/done/$name"
+    echo "$(date +%T) done $name, $((SECONDS - began)) s" >> "$OUT/steps"
+  else
+    echo "$(date +%T) FAILED $name, $((SECONDS - began)) s" >> "$OUT/steps"
+    return 1
+  fi
+}
+
+study() { # NAME RECIPE FOLDER BASE [--set ...]
+  local name=$1 recipe=$2 folder=$3 base=$4
+  shift 4
+  step "$name" $PY -m plait study run "recipes/studies/$recipe.yaml" --out "$OUT/$folder" --set base.model="$base" \
+    --set data.root="$DATA" --executor processes --workers "$GPUS" --scorers "$SCORERS" "$@"
+}
+
+mpnet() { study mpnet glue8-mpnet glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
+finalists() { study finalists glue8-mpnet-finalists glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
+smollm2() { study smollm2 text3-smollm2 text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
+minilm() { study minilm glue8-minilm glue8-minilm "$MINILM" --set "variants=[]" ${MINILM_SET:-}; }
+
+existing() { # adapters that knew nothing of each other, at seeds on which no measure of fidelity was tried
+  export CUDA_VISIBLE_DEVICES=0
+  step fresh $PY -m plait run recipes/glue8-mpnet.yaml --out "$OUT/fresh" --set base.model="$MPNET" --set data.root="$DATA" \
+    --set base.dtype=bfloat16 --set training.precision=bf16 --set "arms=[kaiming]" --set "seeds=[3,4,5]" \
+    --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" ${FRESH_SET:-} || return
+  mkdir -p "$OUT/existing"
+  step existing $PY benchmarks/existing.py --base "$MPNET" --data "$DATA" --adapters "$OUT/fresh/adapters/kaiming" \
+    --dtype bfloat16 --grid-rows 200 --rows 1500 --out "$OUT/existing" ${EXISTING_OPTIONS:-}
+}
+
+causal() { # three tasks of text through the whole line, and the merge of existing adapters by fidelity alone
+  export CUDA_VISIBLE_DEVICES=$((GPUS - 1))
+  step text3 $PY -m plait run recipes/text3-smollm2.yaml --out "$OUT/text3" --set base.model="$SMOLLM2" --set data.root="$DATA" \
+    ${TEXT3_SET:-} || return
+  mkdir -p "$OUT/causal"
+  step causal $PY benchmarks/existing_causal.py --recipe text3-smollm2 --run "$OUT/text3" --set base.model="$SMOLLM2" \
+    --set data.root="$DATA" --general "$DATA/mrpc/train.parquet:sentence1" --out "$OUT/causal" ${CAUSAL_OPTIONS:-}
+}
+
+side() {
+  existing &
+  causal &
+  wait
+}
+
+init() { step init $PY benchmarks/init.py gpu --parts solver,qv,qv-2 --json "$OUT/init.json" ${INIT_OPTIONS:-}; }
+two() { step two $PY benchmarks/two_gpus.py --out "$OUT/two_gpus.json" ${TWO_OPTIONS:-}; }
+
+for name in "${@:-mpnet finalists side init two smollm2}"; do
+  for one in $name; do $one; done
+done
