@@ -41,7 +41,7 @@ def small(**changed):
 def test_tables_and_figures_tell_the_same(small_study, tmp_path):
     layout, found, page, made = tables_of(small_study(**small(seeds=[0, 1])), tmp_path)
     assert found["undefined"] == [] and "Not defined" not in page
-    assert f"{os.cpu_count()} CPU cores" in found["about"]["hardware"] and "command of a test; " in page
+    assert f"{os.cpu_count()} CPU cores" in found["about"]["hardware"] and "- command: `of a test`" in page
     assert found["about"]["executor"] == "InProcess (1 training, 1 scoring)"
     rows = rows_of(layout)
     curves = {(c["arm"], c["merge"]): dict(c["points"]) for c in found["scales"]}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.store import versions
 from plait.study.best import Best
 from plait.study.inference import MARGIN, Comparison, Inference
 from plait.study.spec import Study
@@ -105,8 +106,12 @@ def _percent(share: float | None, form: str = ".0f") -> str:
 
 
 def _about(about: Mapping[str, Any], study: Study) -> str:
-    said = "; ".join(f"{k} {v}" for k, v in about.items())
-    return f"Seeds {', '.join(map(str, study.seeds))}; tuning seed {study.tuning_seed}. {said}."
+    """A line each for what was said of the run, one for the versions of the packages."""
+    packages = versions()
+    said = [f"- {k}: {f'`{v}`' if k == 'command' else v}" for k, v in about.items() if k not in packages]
+    software = ", ".join(f"{k} {v}" for k, v in about.items() if k in packages)
+    seeds = f"- seeds: {', '.join(map(str, study.seeds))}; tuning seed: {study.tuning_seed}"
+    return "\n".join([seeds, *said, *([f"- page made with: {software}"] if software else [])])
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
