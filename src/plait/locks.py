@@ -1,4 +1,4 @@
-"""Who may write an output, and what the operating system says when it cannot be written."""
+"""Who may write an output or read an input, and what the operating system says when it cannot be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plait.errors import EnvironmentFault, PlaitError
+from plait.errors import EnvironmentFault, InputError, PlaitError
 
 STEPS = {
     errno.ENOSPC: "free some space",
@@ -25,6 +25,21 @@ STEPS = {
     errno.EFBIG: "a limit on file sizes is set",
     errno.EIO: "the disk failed",
 }
+
+
+def require_readable(path: Path) -> None:
+    """Refuse a file that may not be read and a folder that may not be entered; what is not there is not looked at.
+
+    Raises:
+        InputError: Its rights are another user's. safetensors' own writer leaves files that only their owner may read.
+    """
+    try:
+        rights = os.R_OK | (os.X_OK if path.is_dir() else 0)
+        shut = path.exists() and not os.access(path, rights, effective_ids=os.access in os.supports_effective_ids)
+    except PermissionError:  # a folder above may not be entered
+        shut = True
+    if shut:
+        raise InputError("may not be read by this user", where=str(path), hint="its owner can: chmod -R a+rX FOLDER")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 
 from plait import __version__
 from plait.errors import InputError, UsageError
-from plait.locks import locked, system_errors
+from plait.locks import locked, require_readable, system_errors
 
 SCHEMA = 1
 MANIFEST = "plait.json"
@@ -96,7 +96,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is not a regular file (a FIFO would block, a device never ends)."""
+    """Refuse what is not a regular file (a FIFO would block, a device never ends) or may not be read."""
+    require_readable(path)
     if not path.exists():
         raise InputError("no such file", where=str(path))
     if not path.is_file():

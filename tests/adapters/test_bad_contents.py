@@ -14,6 +14,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import WEIGHTS, read_adapter, write_adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.errors import InputError
+from plait.store import MANIFEST
 from tests.adapters.conftest import ROOT, Damage, config, refused, tensors, unsealed
 
 # --- config: items 10 to 13, 24 to 28 ---------------------------------------------------------------------------------
@@ -33,6 +34,9 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "36 a bad regex": (lambda f: config(f, rank_pattern={"que(ry": 2}), "is not a regex"),
     "36 an endless regex": (lambda f: config(f, rank_pattern={"([a-z.]+)+x": 2}), "take forever"),
     "36 a slow regex": (lambda f: config(f, rank_pattern={".*" * 9 + "x": 2}), "take forever"),
+    "36 many optional parts": (lambda f: config(f, rank_pattern={"a?" * 40 + "a" * 40: 2}), "take forever"),
+    "36 many alternatives": (lambda f: config(f, rank_pattern={"(a|a)" * 40: 2}), "take forever"),
+    "36 alternatives without a name": (lambda f: config(f, alpha_pattern={"(?:a|a)" * 40: 2}), "take forever"),
     "25 not LoRA": (lambda f: config(f, peft_type="IA3"), "only LORA"),
     "25 DoRA": (lambda f: config(f, use_dora=True), "DoRA"),
     "25 lora_bias": (lambda f: config(f, lora_bias=True), "lora_bias"),
@@ -109,6 +113,19 @@ def test_24_patterns_and_rslora_scale_as_in_peft(folder):
     found = read_adapter(folder)
     assert found.modules["layer.query"].scaling == pytest.approx(3 / 2**0.5)
     assert found.modules["layer.value"].scaling == pytest.approx(6 / 2**0.5)
+
+
+@pytest.mark.parametrize("pattern", [r".*layer\.(query|key)", r"(?:bert\.)?layer\.query", r"layer\.\w+"])
+def test_24_patterns_as_people_write_them_are_matched(folder, pattern):
+    config(unsealed(folder), alpha_pattern={pattern: 6})
+    assert read_adapter(folder).modules["layer.query"].scaling == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("task", [5, ["topic"], {"name": "topic"}])
+def test_a_recorded_task_that_is_no_name(folder, task):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "result": {"task": task}}))
+    refused(folder, "expected a name", MANIFEST)
 
 
 def test_27_a_head_that_holds_nan_is_named(folder, tmp_path):

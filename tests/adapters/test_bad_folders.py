@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -120,6 +121,26 @@ def test_15_pipes_loops_and_a_file_replaced_while_it_is_read(folder, monkeypatch
     monkeypatch.setattr(module, "safe_open", replaced)
     with pytest.raises(InputError, match="changed while it was read"):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize("shut", [f"topic/{WEIGHTS}", f"topic/{CONFIG}", "topic"])
+def test_what_only_its_owner_may_read(folder, shut):
+    with tempfile.TemporaryDirectory() as name:  # a test's own folder is closed to others
+        place = Path(name)
+        place.chmod(0o755)
+        shutil.copytree(unsealed(folder), place / "topic")
+        (place / "topic").chmod(0o755)
+        (place / shut).chmod(0o000)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)  # root may read anything
+        try:
+            with pytest.raises(InputError, match="may not be read") as raised:
+                read_adapter(place / "topic")
+        finally:
+            os.seteuid(before)
+            (place / shut).chmod(0o755)
+        assert "chmod" in str(raised.value.hint) and str(place / "topic") in str(raised.value)
 
 
 def test_a_cache_of_links_is_read(folder, tmp_path):

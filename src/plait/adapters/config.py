@@ -18,6 +18,7 @@ CLASSIFICATION_TYPES = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 _RANK_LIMIT = 1 << 16
 _ALPHA_LIMIT = 1e30  # above, float32 factors overflow
 _PATTERN_LIMIT = 300
+_CHOICES = 4  # parts of a pattern that can match in several ways
 
 # Option -> why plait cannot treat such an adapter as W0 + scaling * B @ A.
 _REFUSED = {
@@ -161,12 +162,18 @@ def _mapping(raw: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
 
 
 def _require_quick(pattern: str, key: str, path: Path) -> None:
-    """PEFT matches these keys as regexes, and a regex can take forever: none with nested or many repetitions is tried."""
+    """PEFT matches these keys as regexes, and a regex can take forever: none with nested or many ways to match is tried.
+
+    An optional part, a repetition and a group of alternatives each multiply the ways; what follows an opening bracket
+    ("(?:") is none of them.
+    """
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
         raise InputError(f"{key} is not a regex: {e}", where=str(path)) from None
-    if len(pattern) > _PATTERN_LIMIT or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+    bare = pattern.replace("(?", "(")
+    choices = len(re.findall(r"[*+{?]", bare)) + (bare.count("(") if "|" in bare else 0)
+    if len(pattern) > _PATTERN_LIMIT or re.search(r"\)[*+{]", bare) or choices > _CHOICES:
         raise InputError(f"{key} could take forever to match", where=str(path), hint="name the modules plainly")
 
 

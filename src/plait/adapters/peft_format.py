@@ -18,6 +18,7 @@ from plait.adapters.peft_config import peft_config
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.tensors import read_tensors
 from plait.errors import InputError
+from plait.locks import require_readable
 from plait.store import MANIFEST, read_json, read_manifest, sha256_json
 
 _TASK_TYPE = "task_type"
@@ -49,6 +50,7 @@ def read_adapter(folder: str | Path, *, name: str | None = None, hashed: bool = 
         InputError: Damaged, incomplete, holding NaN, unlike its config, or of a refused variant; names file and tensor.
     """
     folder = Path(folder)
+    require_readable(folder)
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
     return adapter_of(folder, read_config(folder), *read_weights(folder, hashed=hashed), name=name)
@@ -70,7 +72,7 @@ def adapter_of(
     task_type = config.task_type or metadata.get(_TASK_TYPE)
     prefix = _backbone_prefix(factors, task_type)
     cut = len(prefix) + 1 if prefix else 0
-    name = checked_name(name or (manifest or {}).get("result", {}).get("task") or folder.resolve().name, "adapter")
+    name = checked_name(name or _recorded_task(manifest, folder) or folder.resolve().name, "adapter")
     head, extras = _split_head(others, config)
     heads = {name: head} if head else _read_heads(folder)
     return Adapter(
@@ -86,6 +88,15 @@ def adapter_of(
         fan_in_fan_out=config.fan_in_fan_out,
         source={"path": str(folder), **({"sha256": sha256_json(digests)} if digests else {}), **_kept_facts(manifest)},
     )
+
+
+def _recorded_task(manifest: Mapping[str, Any] | None, folder: Path) -> str | None:
+    task = (manifest or {}).get("result", {}).get("task")
+    if task is not None and not isinstance(task, str):
+        raise InputError(
+            f"its task is {task!r}, expected a name", where=str(folder / MANIFEST), hint=f"NAME={folder} names it anew"
+        )
+    return task
 
 
 def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
