@@ -16,27 +16,32 @@ from pydantic import ValidationError
 from plait import recipe as models
 from plait.errors import InputError, UsageError, printable
 from plait.recipe import Recipe, TaskSpec
-from plait.store import staged_file
+from plait.store import require_regular, staged_file
 
 _SIZE_LIMIT = 1 << 20
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a bomb needs them) and without duplicate keys (the last would silently win)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("aliases (*name) are not supported")
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+class DistinctKeys(yaml.SafeLoader):
+    """Safe YAML without duplicate keys (the last would silently win)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping, where no key stands twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
                 raise yaml.YAMLError(f"key {key.value!r} stands twice, line {key.start_mark.line + 1}")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+class _Loader(DistinctKeys):
+    """The same without aliases: a bomb needs them."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
 
 
 # YAML 1.1 reads 1e-3 as a string; people who write numbers mean numbers.
@@ -81,17 +86,26 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(
             "no such recipe", where=str(path), hint=f"plait cp {near[0]} ." if near else "plait ls recipes"
         )
-    if path.stat().st_size > _SIZE_LIMIT:
-        raise InputError("over 1 MiB, not a recipe", where=str(path))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError("not UTF-8", where=str(path)) from None
-    raw = load_yaml(text, str(path))
+    raw = load_yaml(text_of(path), str(path))
     if not isinstance(raw, dict):
         raise UsageError("a recipe is a mapping of keys", where=str(path))
     apply_overrides(raw, overrides)
     return parse_recipe(raw, str(path))
+
+
+def text_of(path: Path) -> str:
+    """The text of a recipe's or a study's file.
+
+    Raises:
+        InputError: Not a file that may be read, over 1 MiB, or not UTF-8.
+    """
+    require_regular(path)
+    if path.stat().st_size > _SIZE_LIMIT:
+        raise InputError("over 1 MiB, not a recipe", where=str(path))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -82,6 +82,45 @@ def test_other_base_and_shape_are_refused_by_name():
         merge([adapter("a", 0), adapter("b", 1, width=11)])
 
 
+UNLIKE = {
+    "'a' was trained on 'base' at revision 'v1' and 'b' on 'base' at revision 'v2'": (
+        {"revision": "v1"},
+        {"revision": "v2"},
+    ),
+    "the base weights of 'a' and 'b' differ": (
+        {"source": {"base_sha256": "1" * 64}},
+        {"source": {"base_sha256": "2" * 64}},
+    ),
+    r"'a' \(layers.0.q\) and 'b' \(model.layers.0.q\) start at different roots": (
+        {"modules": ("layers.0.q",)},
+        {"modules": ("model.layers.0.q",)},
+    ),
+    "no module in common, and neither names its base": (
+        {"modules": ("down.0.q",), "base": ""},
+        {"modules": ("layers.0.q",), "base": ""},
+    ),
+    "task types CAUSAL_LM, SEQ_CLS are models of different shapes": (
+        {"task_type": "SEQ_CLS"},
+        {"task_type": "CAUSAL_LM"},
+    ),
+    "'a' and 'b' both trained 'norm.weight' and it differs": (
+        {"extras": {"norm.weight": torch.ones(2)}},
+        {"extras": {"norm.weight": torch.zeros(2)}},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", UNLIKE)
+def test_what_was_trained_apart_is_refused_in_either_order(message):
+    one, other = UNLIKE[message]
+    a, b = adapter("a", 0, **one), adapter("b", 1, **other)
+    with pytest.raises(InputError, match=message) as raised:
+        merge([a, b])
+    assert "b" in str(raised.value.where)
+    with pytest.raises(InputError):
+        merge([b, a])
+
+
 def test_classifiers_become_one_backbone_adapter_with_every_head():
     a = adapter("a", 0, task_type="SEQ_CLS", prefix="roberta", heads={"a": {"classifier.weight": torch.ones(2, 12)}})
     b = adapter("b", 1, task_type="SEQ_CLS", prefix="roberta", heads={"b": {"classifier.weight": torch.ones(6, 12)}})

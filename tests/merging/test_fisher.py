@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError, RunError, UsageError
 from plait.merging import merge
+from plait.merging.folders import read_statistics_files
 from plait.statistics.fisher import FisherDiagonal, collect_fisher, is_fisher, read_fisher, write_fisher
 
 
@@ -83,6 +86,37 @@ def test_file_round_trip(tmp_path):
     write_fisher(tmp_path / "b.safetensors", FisherDiagonal.held({"l.q": -torch.ones(2, 2)}, 1))
     with pytest.raises(InputError, match="nonnegative"):
         read_fisher(tmp_path / "b.safetensors")
+
+
+DAMAGE = {
+    "1 truncated": (lambda raw: raw[:-3], "not a whole safetensors file"),
+    "2 zero bytes": (lambda _: b"", "0 bytes do not hold"),
+    "3 header of 10^12": (lambda _: struct.pack("<Q", 10**12) + b"{}", "do not hold a safetensors header"),
+    "6 HTML": (lambda _: b"<!DOCTYPE html><html>not found", "an HTML page"),
+    "7 a pickle": (lambda _: pickle.dumps({"a": 1}, protocol=2), "a pickle"),
+    "no record": (lambda raw: raw.replace(b'{\\"schema', b'[\\"schema'), "not a Fisher file"),
+    "57 newer": (lambda raw: raw.replace(b'schema\\": 1', b'schema\\": 2'), "not a Fisher file of schema 1"),
+    "no examples": (lambda raw: raw.replace(b"examples", b"exampels"), "not a Fisher file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_named_where_a_merge_asks_for_them(tmp_path, damage):
+    change, message = DAMAGE[damage]
+    path = tmp_path / "a.fisher.safetensors"
+    write_fisher(path, FisherDiagonal.held({"l.q": torch.rand(5, 6)}, 7, task="a"))
+    raw = change(path.read_bytes())
+    assert raw != path.read_bytes()
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=message) as raised:
+        read_statistics_files({"a": path})
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["absent", "."])
+def test_statistics_that_are_no_file(tmp_path, name):
+    with pytest.raises(InputError, match=r"no such file|not a regular file"):
+        read_statistics_files({"a": tmp_path / name})
 
 
 def test_tasks_that_care_win_the_entry():

@@ -83,7 +83,7 @@ def test_densities_that_differ_are_refused():
         from_mergekit(recipe(merge_method="ties", models=models))
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [\n", "a: !!python/object:os.system x\n", "\t: x"])
+@pytest.mark.parametrize("text", ["- a\n", "a: 1\na: 2\n", "a: [\n", "a: !!python/object:os.system x\n", "\t: x"])
 def test_what_is_no_recipe_is_an_input_error(tmp_path, text):
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(InputError):

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from plait.errors import UsageError
+from plait.errors import InputError, UsageError
 from plait.store import read_manifest
 from plait.study.executor import InProcess
 from plait.study.run import parts, run_study
 from plait.study.schedule import final_units, next_wave, repair_units, sweep_units
-from plait.study.spec import parse_study
+from plait.study.spec import parse_study, read_study
 from plait.study.splits import split_rows
 from plait.study.table import rows_of
 from plait.study.units import Layout
@@ -63,6 +63,10 @@ def test_batches_keep_everything_once_and_wrong_studies_are_refused(small_study,
     units = sweep_units(Layout(study, tmp_path))
     dealt = parts(units, 2)
     assert len(dealt) == 2 and sorted(u.label for p in dealt for u in p) == sorted(u.label for u in units)
+    for text, message in ((b"name: caf\xe9", "not UTF-8 at byte 9"), (b" " * (1 << 20) + b"a: 1", "over 1 MiB")):
+        (tmp_path / "study.yaml").write_bytes(text)
+        with pytest.raises(InputError, match=message):
+            read_study(tmp_path / "study.yaml")
     raw = study.model_dump(mode="json")
     with pytest.raises(UsageError, match="no arm"):
         parse_study({**raw, "repair": {"arms": ["nobody"], "merge": "regmean"}}, "x")

@@ -105,12 +105,21 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InputError: As in `read_tensors`.
     """
+    return read_layout(path)[0]
+
+
+def read_layout(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
+    """A safetensors file's metadata, what its header says of each tensor, and where the data begin; no tensor is read.
+
+    Raises:
+        InputError: As in `read_tensors`.
+    """
     require_regular(path)
-    try:
+    try:  # the library checks the layout: every offset, no overlap, no hole
         with path.open("rb", buffering=0) as f:
-            _header(f, path, path.stat().st_size)
+            entries, head = _header(f, path, path.stat().st_size)
         with safe_open(path, framework="pt") as opened:
-            return dict(opened.metadata() or {})
+            return dict(opened.metadata() or {}), entries, len(head)
     except SafetensorError as e:
         raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.adapters.tensors import read_layout
 from plait.errors import InputError
-from plait.store import read_json, require_regular
+from plait.store import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HEADER_LIMIT = 100 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +97,14 @@ def base_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def tensors_in(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, by name."""
-    require_regular(path)
-    with path.open("rb") as f:
-        start = f.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < size <= min(_HEADER_LIMIT, path.stat().st_size - 8):
-            raise InputError("no safetensors header", where=str(path))
-        try:
-            header = json.loads(f.read(size))
-        except ValueError as e:
-            raise InputError(f"the header is not JSON: {e}", where=str(path)) from None
-    entries = {k: v for k, v in header.items() if k != "__metadata__"}
-    if entries and 8 + size + max(v["data_offsets"][1] for v in entries.values()) != path.stat().st_size:
-        raise InputError("the file is not as long as its header says", where=str(path), hint="download it again")
+    """The tensors of one safetensors file, by name.
+
+    Raises:
+        InputError: Not a whole safetensors file; what it is instead is said.
+    """
+    _, entries, start = read_layout(path)
     return {
-        name: StoredTensor(path, tuple(v["shape"]), v["dtype"], 8 + size + v["data_offsets"][0])
-        for name, v in entries.items()
+        n: StoredTensor(path, tuple(v["shape"]), v["dtype"], start + v["data_offsets"][0]) for n, v in entries.items()
     }
 
 

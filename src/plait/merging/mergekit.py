@@ -55,11 +55,13 @@ def read_mergekit_config(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    from plait.recipe_file import DistinctKeys
+
     require_regular(path)
     if path.stat().st_size > _LIMIT:
         raise InputError(f"a recipe of more than {_LIMIT} bytes", where=str(path))
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=DistinctKeys)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
         raise InputError(f"not YAML: {e}", where=str(path)) from None
     if not isinstance(raw, dict):

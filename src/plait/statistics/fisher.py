@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from plait.adapters.tensor_file import write_tensors
-from plait.adapters.tensors import read_tensors
+from plait.adapters.tensors import read_metadata, read_tensors
 from plait.errors import InputError, RunError, UsageError
 from plait.store import staged_file
 
@@ -74,9 +74,12 @@ def write_fisher(path: Path, fisher: FisherDiagonal, *, overwrite: bool = False)
 
 
 def is_fisher(path: Path) -> bool:
-    """Whether a safetensors file's metadata says that it holds a Fisher diagonal."""
-    with safe_open(path, framework="pt") as opened:
-        return (opened.metadata() or {}).get("kind") == KIND
+    """Whether a safetensors file's metadata says that it holds a Fisher diagonal.
+
+    Raises:
+        InputError: No such file, or not a whole safetensors file.
+    """
+    return read_metadata(path).get("kind") == KIND
 
 
 def read_fisher(path: Path) -> FisherDiagonal:
@@ -86,8 +89,8 @@ def read_fisher(path: Path) -> FisherDiagonal:
         InputError: Another kind of file, damaged, of another schema, or holding NaN or negative entries.
     """
     tensors, metadata, digest = read_tensors(path)
-    record = json.loads(metadata.get("fisher", "{}"))
-    if metadata.get("kind") != KIND or record.get("schema") != SCHEMA:
+    record = _record(metadata.get("fisher", "{}"))
+    if metadata.get("kind") != KIND or record.get("schema") != SCHEMA or not isinstance(record.get("examples"), int):
         raise InputError(
             f"not a Fisher file of schema {SCHEMA}", where=str(path), hint="plait's collect_fisher writes one"
         )
@@ -97,6 +100,15 @@ def read_fisher(path: Path) -> FisherDiagonal:
             raise InputError(f"{name} is not a finite, nonnegative matrix", where=str(path))
         modules[name] = _on_disk(path, name, (tensor.shape[0], tensor.shape[1]))
     return FisherDiagonal(modules, int(record["examples"]), record.get("provenance", {}), digest)
+
+
+def _record(text: str) -> dict[str, Any]:
+    """The record in a file's metadata; empty where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _on_disk(path: Path, name: str, shape: tuple[int, int]) -> Diagonal:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from plait.adapters.naming import distinct_names
 from plait.errors import InputError, UsageError
 from plait.recipe import ArmSpec, Count, Name, Positive, Recipe, TaskSpec, _Strict
-from plait.recipe_file import apply_overrides, check_names, load_yaml
+from plait.recipe_file import apply_overrides, check_names, load_yaml, text_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -136,12 +136,12 @@ def read_study(path: Path, overrides: list[str] | None = None) -> Study:
     """Read, override and check a study file.
 
     Raises:
-        InputError: No such file.
+        InputError: No such file, or not UTF-8.
         UsageError: Wrong keys, methods or references, named.
     """
     if not path.is_file():
         raise InputError("no such study", where=str(path))
-    raw = load_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    raw = load_yaml(text_of(path), str(path))
     if not isinstance(raw, dict):
         raise UsageError("a study is a mapping of keys", where=str(path))
     apply_overrides(raw, overrides or [])
