@@ -94,6 +94,20 @@ def test_files_that_are_no_plain_lora(tmp_path):
         inspect(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[1]", "null", '"x"', "5"])
+def test_a_config_that_is_no_object(folder, text, capsys):
+    (folder / CONFIG).write_text(text)
+    assert plait("inspect", folder) == 3
+    assert f"{folder / CONFIG}: not a JSON object" in capsys.readouterr().err
+
+
+def test_foreign_text_in_a_config_cannot_write_to_the_terminal(folder, capsys):
+    changed(folder, base_model_name_or_path="some\x1b[2J/base", revision="\x07")
+    assert plait("inspect", folder) == 0
+    said = capsys.readouterr().out
+    assert "some\\x1b[2J/base" in said and "\x1b" not in said and "\n" in said
+
+
 def test_commands_from_files_to_files(kohya, tmp_path, capsys):
     a, b, merged = kohya("a", 1), kohya("b", 2), tmp_path / "m.safetensors"
     assert plait("inspect", a) == 0

@@ -10,6 +10,7 @@ import typer
 
 from plait.cli.options import Device, Json, Seed
 from plait.cli.output import emit, table
+from plait.errors import printable
 
 Given = Annotated[
     list[str],
@@ -118,7 +119,7 @@ def by_forward(
 
 
 def _tell(what: str) -> None:
-    sys.stderr.write(f"{what}\n")
+    sys.stderr.write(f"{printable(what)}\n")
 
 
 def auto_text(found: dict[str, Any]) -> str:

@@ -28,9 +28,11 @@ _TORCH_WRITES = (
 
 def emit(result: Mapping[str, Any], as_json: bool, text: str) -> None:
     """Print a result: the object, or the text a person reads."""
-    typer.echo(
-        json.dumps(jsonable({"schema": SCHEMA, **result}), allow_nan=False, ensure_ascii=True) if as_json else text
-    )
+    if as_json:
+        typer.echo(json.dumps(jsonable({"schema": SCHEMA, **result}), allow_nan=False, ensure_ascii=True))
+    else:  # names of bases and paths come from elsewhere
+        lines = (printable(line, 10 * len(line)) for line in text.split("\n"))  # an escape has at most 10 characters
+        typer.echo("\n".join(lines))
 
 
 def jsonable(value: Any) -> Any:

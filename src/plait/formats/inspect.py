@@ -71,7 +71,7 @@ def _facts(path: Path) -> dict[str, Any]:
     adapter, problem = _attempt(path)
     manifest = read_manifest(path) if path.is_dir() and (path / MANIFEST).exists() else None
     record = file_record(metadata, path) if path.is_file() else manifest
-    config = read_json(path / CONFIG, limit=16 << 20) if path.is_dir() else {}
+    config = _config(path) if path.is_dir() else {}
     below = base_adapter(path) if path.is_dir() else None
     result = (record or {}).get("result", {})
     return {
@@ -102,6 +102,13 @@ def _tensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     return tensors, metadata
 
 
+def _config(folder: Path) -> Mapping[str, Any]:
+    raw = read_json(folder / CONFIG, limit=16 << 20)
+    if not isinstance(raw, dict):
+        raise InputError("not a JSON object", where=str(folder / CONFIG), hint="expected a PEFT adapter folder")
+    return raw
+
+
 def _attempt(path: Path) -> tuple[Adapter | None, str | None]:
     try:
         return (read_adapter(path) if path.is_dir() else read_any(path)), None
@@ -115,8 +122,7 @@ def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
         found = variant_of(tensors)
         tucker = any(f".{TUCKER}" in key for key in tensors)
         return (found[0], None) if found else ("LoRA with Tucker convolutions" if tucker else "LoRA", None)
-    raw = read_json(path / CONFIG, limit=16 << 20)
-    raw = raw if isinstance(raw, dict) else {}
+    raw = _config(path)
     for key, (name, way) in _VARIANTS.items():
         if raw.get(key):
             return name, way
