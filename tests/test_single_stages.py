@@ -92,6 +92,32 @@ def test_by_hand_from_files(tiny_base, tmp_path, capsys):
     assert merged["verification_error"] < 1e-5
 
 
+def test_41_too_long_rows_are_refused_by_every_stage_that_runs_the_base(tiny_base, tmp_path, capsys):
+    short = write_rows(tmp_path / "short.csv", tiny_rows(2, 40))
+    long = write_rows(tmp_path / "long.csv", [{**r, "text": " ".join([r["text"]] * 40)} for r in tiny_rows(2, 40)])
+    source = ["--base", tiny_base("bert").name, "--task", "one", "--text", "text", "--device", "cpu"]
+    steps = ["--set", "training.steps=2"]
+    statistics, start, trained = (tmp_path / name for name in ("s.safetensors", "start", "one"))
+    whole = [*source, "--train-file", short, "--target-modules", "query"]
+    plait(capsys, "stats", *whole, "--out", statistics)
+    plait(capsys, "init", "--own", statistics, "--method", "kaiming", "--rank", 2, "--out", start)
+    plait(capsys, "train", start, *source, "--train-file", short, *steps, "--out", trained)
+    before = set(tmp_path.iterdir())
+    given = [*source, "--train-file", long, "--set", "data.max_length=200"]
+    for arguments in (
+        ["stats", *given, "--target-modules", "query", "--out", tmp_path / "out"],
+        ["stats", "fisher", trained, *given, "--out", tmp_path / "out"],
+        ["train", start, *given, *steps, "--out", tmp_path / "out"],
+        ["train", start, *given, *steps, "--fleet", "--out", tmp_path / "out"],
+        ["eval", trained, *given],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        said = capsys.readouterr().err
+        assert ended.value.code == 3 and "tokens, and the base has 64 positions" in said and "Traceback" not in said
+        assert set(tmp_path.iterdir()) == before
+
+
 def test_init_prints_what_another_trainer_needs(tiny_base, tmp_path, capsys):
     base = tiny_base("bert")
     statistics = []

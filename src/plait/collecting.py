@@ -15,7 +15,7 @@ from plait.statistics import Statistics, collect_shards, collect_statistics, wri
 from plait.statistics.budget import bytes_of
 from plait.statistics.distributed import own_share
 from plait.store import sha256_json
-from plait.tasks import Task, batches, encode
+from plait.tasks import Task, batches, encode, require_positions
 
 # Rows of a shard: some minutes of a large model on one GPU.
 SHARD_ROWS = 1024
@@ -69,6 +69,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
     spec, tokenizer = recipe.statistics, evaluator.tokenizer
     model, targets = evaluator.task_model(task.name), recipe.lora.target_modules
+    require_positions(model, (len(r["input_ids"]) for r in rows), task.name)
     options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
 
     def given(start: int, stop: int | None) -> Any:

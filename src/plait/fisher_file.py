@@ -15,7 +15,7 @@ from plait.evaluation.applied import applied, in_backbone
 from plait.recipe import Recipe
 from plait.session import Session
 from plait.statistics.fisher import collect_fisher, write_fisher
-from plait.tasks import batches, encode, to_device
+from plait.tasks import batches, encode, require_positions, to_device
 
 
 def fisher_of_folder(
@@ -64,6 +64,7 @@ def fisher_of_folder(
     model = evaluator.task_model(task)
     adapter = _ready(given, model, task, kind)
     rows = encode(evaluator.tokenizer, session.tasks[task], session.sample(task, seed), recipe.data.max_length)
+    require_positions(model, (len(r["input_ids"]) for r in rows), task)
     device = session.base.torch_device
     parts = (to_device(b, device) for b in batches(evaluator.tokenizer, rows, recipe.statistics.batch_size))
     with applied(model, adapter):

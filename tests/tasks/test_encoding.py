@@ -8,7 +8,7 @@ import torch
 
 from plait.base import load_task_model, load_tokenizer
 from plait.errors import InputError
-from plait.tasks import Examples, Source, Task, batches, collate, encode, length_order
+from plait.tasks import Examples, Source, Task, batches, collate, encode, length_order, require_positions
 from tests.tiny import ARCHITECTURES, WORDS
 
 
@@ -95,6 +95,29 @@ def test_batches_by_length_hold_every_row_once(tiny_base):
             i[m.bool()].tolist() for b in found for i, m in zip(b["input_ids"], b["attention_mask"], strict=True)
         )
         assert real == sorted(r["input_ids"] for r in rows) and [len(b["labels"]) for b in found] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_41_rows_beyond_the_table_of_positions_are_refused(tiny_base, architecture):
+    kind = {"t5": "seq2seq", "llama": "causal", "gpt2": "causal"}.get(architecture, "classification")
+    model = load_task_model(tiny_base(architecture), task(kind), seed=0)
+
+    def forward(length: int) -> None:
+        ids = torch.full((1, length), 7)
+        with torch.no_grad():
+            model(input_ids=ids, **({"decoder_input_ids": ids[:, :1]} if kind == "seq2seq" else {}))
+
+    forward(64)
+    require_positions(model, [3, 64], "t")
+    if architecture in ("t5", "llama"):  # positions are computed
+        forward(65)
+        require_positions(model, [65, 1000], "t")
+        return
+    with pytest.raises((IndexError, RuntimeError)):
+        forward(65)
+    with pytest.raises(InputError, match="a row of 65 tokens, and the base has 64 positions") as raised:
+        require_positions(model, [3, 65], "t")
+    assert "max_length of 64" in str(raised.value.hint)
 
 
 def test_41_a_tokenizer_without_pads_takes_the_end_token_or_is_refused(tiny_base, tmp_path):

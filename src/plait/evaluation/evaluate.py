@@ -18,7 +18,7 @@ from plait.errors import RunError
 from plait.evaluation.applied import applied
 from plait.evaluation.scores import REPORTED, SELECTION, Score
 from plait.evaluation.text import answer_ids, choices, likelihoods, measured_answers
-from plait.tasks import Examples, Task, batches, encode, length_order, primary, scores, to_device
+from plait.tasks import Examples, Task, batches, encode, length_order, primary, require_positions, scores, to_device
 from plait.tasks.metrics import OPEN
 from plait.tasks.task import TEXT_KINDS
 
@@ -106,12 +106,16 @@ class Evaluator:
         """A text task's prompts and answers as token ids."""
         if task not in self._choices_of:
             found = choices(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
+            after = max(map(len, found[1])) if self.tasks[task].kind == "causal" else 0  # elsewhere the decoder's
+            require_positions(self.task_model(task), (len(p) + after for p in found[0]), task)
             self._choices_of[task] = found
         return self._choices_of[task]
 
     def _encoded(self, task: str) -> list[dict[str, Any]]:
         if task not in self._rows:
-            self._rows[task] = encode(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
+            found = encode(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
+            require_positions(self.task_model(task), (len(r["input_ids"]) for r in found), task)
+            self._rows[task] = found
         return self._rows[task]
 
     @property

@@ -18,7 +18,7 @@ from plait.evaluation.fleet import Candidate, stack
 from plait.fidelity.measure import Closeness, TaskFidelity, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.texts import Texts
-from plait.tasks import collate, length_order, to_device
+from plait.tasks import collate, length_order, require_positions, to_device
 from plait.training.attention import fused_attention
 from plait.training.stacked import StackedFactors, by_member, common_shapes, stacked_updates
 
@@ -73,6 +73,7 @@ def compared(
     token was the likeliest.
     """
     model = panel.model(part)
+    require_positions(model, (len(r["input_ids"]) for r in rows), part.name)
     named = {id(a): on_model(model, a) for a, _ in (reference, *merges) if a is not None}
     found: list[Closeness] = []
     n = 0

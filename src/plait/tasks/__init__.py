@@ -1,6 +1,6 @@
 """Tasks: rows, labels, tokens and metrics."""
 
-from plait.tasks.encoding import batches, collate, encode, length_order, to_device
+from plait.tasks.encoding import batches, collate, encode, length_order, require_positions, to_device
 from plait.tasks.glue import GLUE_TASKS, glue_task
 from plait.tasks.metrics import METRICS, primary, score, scores
 from plait.tasks.rows import load_examples, load_task
@@ -21,6 +21,7 @@ __all__ = [
     "load_examples",
     "load_task",
     "primary",
+    "require_positions",
     "score",
     "scores",
     "to_device",

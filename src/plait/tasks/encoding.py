@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from plait.tasks.chat import conversation, encode_chat
 from plait.tasks.task import TEXT_KINDS, Examples, Task
 
 Row = dict[str, Any]
+_TABLES = ("position_embeddings", "wpe", "embed_positions")  # what transformers calls learnt absolute positions
 _IGNORED = -100  # the label torch's cross entropy leaves out
 
 
@@ -62,6 +63,28 @@ def _seq2seq(tokenizer: Any, prompt: str, target: str, max_length: int) -> Row:
     encoded = tokenizer(prompt, truncation=True, max_length=max_length)
     labels = tokenizer(text_target=target, truncation=True, max_length=max_length)["input_ids"]
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+
+
+def require_positions(model: Any, lengths: Iterable[int], task: str) -> None:
+    """Refuse rows that are longer than the model's table of positions; a model that computes them takes any length.
+
+    Raises:
+        InputError: Names the longest length and how many positions there are.
+    """
+    room = min((_positions(m) for n, m in model.named_modules() if n.rpartition(".")[2] in _TABLES), default=None)
+    longest = max(lengths, default=0)
+    if room is not None and longest > room:
+        raise InputError(
+            f"a row of {longest} tokens, and the base has {room} positions",
+            where=f"task {task}",
+            hint=f"a max_length of {room} cuts rows to that",
+        )
+
+
+def _positions(table: Any) -> int:
+    """Rows of a table of positions that a text can use: RoBERTa's and its kin's begin after the pad's, OPT's after two."""
+    before = int(getattr(table, "offset", 0)) or (0 if table.padding_idx is None else table.padding_idx + 1)
+    return int(table.num_embeddings) - before
 
 
 def collate(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from plait.adapters.lora import Adapter
 from plait.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
 from plait.errors import UsageError
 from plait.evaluation.evaluate import task_view
-from plait.tasks import encode
+from plait.tasks import encode, require_positions
 from plait.training.cohort import Cohort, Trainee, step_items
 from plait.training.fleet_state import restore_state, root_of, save_state
 from plait.training.heads import Ends
@@ -96,7 +96,9 @@ class Shared:
             key = (id(m.examples), m.task.name)
             if key not in offsets:
                 offsets[key] = len(rows)
-                rows += encode(tokenizer, m.task, m.examples, m.settings.max_length)
+                own = encode(tokenizer, m.task, m.examples, m.settings.max_length)
+                require_positions(self.whole, (len(r["input_ids"]) for r in own), m.task.name)
+                rows += own
             self.offsets.append(offsets[key])
         self.bank: RowBank = row_bank(rows, tokenizer.pad_token_id, self.kind, self.device)
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.evaluation.text import perplexity
-from plait.tasks import Examples, Task, batches, encode, length_order, primary, scores, to_device
+from plait.tasks import Examples, Task, batches, encode, length_order, primary, require_positions, scores, to_device
 from plait.training.peft_model import detach
 from plait.training.settings import TrainingSettings
 
@@ -102,6 +102,7 @@ class BestAdapter(TrainerCallback):
             bare = self.model.base_model.model
             return -perplexity(bare, self.tokenizer, self.task, self.examples, batch_size=size, max_length=limit)
         rows = encode(self.tokenizer, self.task, self.examples, limit)
+        require_positions(self.model, (len(r["input_ids"]) for r in rows), self.task.name)
         order, device = length_order(rows), next(self.model.parameters()).device
         parts = []
         for batch in batches(self.tokenizer, [rows[i] for i in order], size):
