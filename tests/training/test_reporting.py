@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
+from plait.errors import EnvironmentFault, UsageError
 from plait.training import TrainingSettings, train_adapter
 from tests.training.conftest import make_adapter, make_examples, make_task
 
@@ -60,6 +61,22 @@ def test_losses_go_to_a_tracker_into_a_folder_that_stays(tiny_base, tmp_path, te
     losses = [(step, value) for _, name, value, step in tensorboard if name == "train/loss"]
     assert [s for s, _ in losses] == list(range(1, 21)) and losses[-1][1] < losses[0][1]
     assert {folder for folder, *_ in tensorboard} == {str(tmp_path / "topic.runs")}
+
+
+@pytest.mark.parametrize(
+    ("trackers", "error", "message"),
+    [
+        ("tensorboard", UsageError, "expected a list of trackers"),
+        (("tensorbord",), UsageError, "unknown tracker 'tensorbord'"),
+        (("neptune",), EnvironmentFault, "neptune is not installed"),
+    ],
+)
+def test_58_trackers_that_cannot_be_told(tiny_base, tmp_path, monkeypatch, trackers, error, message):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_neptune_available", lambda: False)
+    base = tiny_base("bert")
+    with pytest.raises(error, match=message):
+        trained(base, make_adapter(base, make_task(), "bert"), tmp_path / "topic", report_to=trackers)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_tells_every_step_and_the_loss(tiny_base, tmp_path):

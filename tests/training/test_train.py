@@ -198,6 +198,7 @@ def test_bad_settings_and_bad_adapters_are_named(tiny_base, tmp_path):
         train_adapter(
             wrong, task, make_examples(task), tiny_base("llama"), SETTINGS, seed=0, out=tmp_path / "x", identity={}
         )
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="no training rows"):
         train_adapter(
             wrong, task, make_examples(task, 0), tiny_base("bert"), SETTINGS, seed=0, out=tmp_path / "x", identity={}

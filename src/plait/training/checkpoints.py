@@ -39,6 +39,12 @@ def open_root(root: Path, identity: Mapping[str, Any]) -> None:
     partial.replace(mark)
 
 
+def leave_no_empty(root: Path) -> None:
+    """Remove a folder of checkpoints that holds none: its run was refused before the first."""
+    if root.is_dir() and {p.name for p in root.iterdir()} <= {_IDENTITY}:
+        shutil.rmtree(root)
+
+
 def recorded_identity(root: Path) -> dict[str, Any]:
     """The identity of the run that a folder of checkpoints belongs to; empty where it is not readable."""
     try:

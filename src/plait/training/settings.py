@@ -90,6 +90,8 @@ class TrainingSettings:
                 _refuse(name, value, "an integer of at least 1")
         if not isinstance(self.snapshots, tuple) or not all(type(s) is int and s >= 1 for s in self.snapshots):
             _refuse("snapshots", self.snapshots, "a list of steps, from 1")
+        if not isinstance(self.report_to, tuple) or not all(isinstance(name, str) for name in self.report_to):
+            _refuse("report_to", self.report_to, "a list of trackers, such as [tensorboard]")
         for name in ("lr", "epochs", "head_lr", "weight_decay", "max_grad_norm", "warmup_ratio", "dropout"):
             if isinstance(getattr(self, name), bool | str | tuple):
                 _refuse(name, getattr(self, name), "a number")

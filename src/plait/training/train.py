@@ -18,13 +18,13 @@ import torch
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import BaseModel, base_fingerprint, load_task_model, load_tokenizer, quiet_transformers
-from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
 from plait.locks import locked
 from plait.ranks import is_writer
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
-from plait.tasks import Examples, Task, collate, encode
-from plait.training.checkpoints import checkpoint_root, latest_whole, open_root, run_name
+from plait.tasks import Examples, Task, collate, encode, require_positions
+from plait.training.checkpoints import checkpoint_root, latest_whole, leave_no_empty, open_root, run_name
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import TrainingSettings
@@ -89,7 +89,12 @@ def train_adapter(
     with _held(root), _quiet(), torch.random.fork_rng(devices=gpus):
         if is_writer():
             open_root(root, identity)
-        trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
+        try:
+            trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
+        except PlaitError:
+            if is_writer():
+                leave_no_empty(root)
+            raise
     result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
     if not is_writer():
         return trained
@@ -121,6 +126,7 @@ def _run(
     constraint = prepare_constraint(settings, started, statistics, task=task.name)
     peft_model = attach(model, started, dropout=settings.dropout)
     rows = encode(tokenizer, task, examples, settings.max_length)
+    require_positions(model, (len(r["input_ids"]) for r in rows), task.name)
     total = settings.total_steps(len(rows))
     callbacks: list[Any] = [
         Watcher(progress),

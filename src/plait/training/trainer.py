@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from plait.base import BaseModel
-from plait.errors import RunError
+from plait.errors import EnvironmentFault, RunError, UsageError
 from plait.tasks.task import Task
 from plait.training.checkpoints import run_name, seal
 from plait.training.losses import task_loss
@@ -107,6 +107,21 @@ def parameter_groups(model: Any, settings: TrainingSettings) -> list[dict[str, A
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
+def _require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that the Trainer does not know or that are not installed, before it is made."""
+    from transformers.integrations import integration_utils
+
+    known: Any = integration_utils
+    for name in names:
+        if name not in known.INTEGRATION_TO_CALLBACK:
+            hint = f"one of {', '.join(sorted(known.INTEGRATION_TO_CALLBACK))}"
+            raise UsageError(f"unknown tracker {name!r}", where="training.report_to", hint=hint)
+        if name not in known.get_available_reporting_integrations():
+            raise EnvironmentFault(
+                f"{name} is not installed", where="training.report_to", hint="install it, or leave it out"
+            )
+
+
 def training_arguments(settings: TrainingSettings, total: int, seed: int, root: Path, base: BaseModel) -> Any:
     """TrainingArguments: quiet, reproducible, nothing sent anywhere unless `report_to` says so."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -114,6 +129,7 @@ def training_arguments(settings: TrainingSettings, total: int, seed: int, root: 
         raise RunError(
             f"batch_size {settings.batch_size} is no multiple of {world} processes x {settings.accumulation} passes"
         )
+    _require_trackers(settings.report_to)
     device, half = base.torch_device, base.torch_dtype != torch.float32
     saves = settings.checkpoint_every is not None
     arguments = TrainingArguments(
