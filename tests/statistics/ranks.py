@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tests.statistics.models import batches, build
 def main(folder: str, kind: str) -> None:
     dist.init_process_group("gloo")
     model = build("llama")
+    if kind == "dead" and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     given = batches("llama", 0, examples=24)[: 3 if kind == "uneven" else 6]
     options = {"sketch": 3} if kind == "sketch" else {"pool": "mean"} if kind == "mean" else {}
     if kind == "fsdp":

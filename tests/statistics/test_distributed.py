@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(folder: Path, kind: str, world: int) -> None:
+    done = launched(folder, kind, world)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launched(folder: Path, kind: str, world: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     env = {
         **os.environ,
@@ -29,11 +34,10 @@ def launch(folder: Path, kind: str, world: int) -> None:
         "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "tests.statistics.ranks", str(folder), kind],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -69,6 +73,14 @@ def test_uneven_ranks_factors_and_sharded_weights(kind, world, tmp_path):
     for site, moments in alone.sites.items():
         lost = float(torch.linalg.matrix_norm(moments.dense() - found.sites[site].dense(), 2))
         assert 0 < lost <= found.sites[site].error
+
+
+@pytest.mark.slow
+def test_56_a_dead_rank_ends_the_others_and_leaves_nothing(tmp_path):
+    assert launched(tmp_path, "dead", 2).returncode != 0
+    assert list(tmp_path.iterdir()) == []
+    launch(tmp_path, "uneven", 2)
+    assert read_statistics(tmp_path / "uneven-2").sites
 
 
 def test_alone_everything_is_the_own_share():

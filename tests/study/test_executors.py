@@ -6,13 +6,14 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from plait.errors import UsageError
+from plait.errors import EnvironmentFault, UsageError
 from plait.study.executor import InProcess, Processes, RayCluster, executor_of
 from plait.study.run import run_study
 from plait.study.table import rows_of
@@ -92,6 +93,13 @@ def test_more_processes_score_than_train(small_study, tmp_path, monkeypatch):
 def test_scorers_belong_to_processes(small_study, tmp_path):
     with pytest.raises(UsageError, match="scorers"):
         executor_of("serial", Layout(small_study(), tmp_path), None, 2)
+
+
+def test_58_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EnvironmentFault, match="'ray' is not installed") as raised:
+        RayCluster(2)
+    assert raised.value.hint == "pip install 'plait[ray]'"
 
 
 @pytest.mark.slow
