@@ -118,6 +118,26 @@ def test_41_too_long_rows_are_refused_by_every_stage_that_runs_the_base(tiny_bas
         assert set(tmp_path.iterdir()) == before
 
 
+def test_27_a_head_of_other_classes_is_neither_scored_nor_trained_on(tiny_base, tmp_path, capsys):
+    def rows(*names):
+        return write_rows(tmp_path / f"{names[0]}.csv", [{**r, "label": names[r["label"]]} for r in tiny_rows(2, 40)])
+
+    source = ["--base", tiny_base("bert").name, "--task", "one", "--text", "text", "--device", "cpu"]
+    own, start, trained = (tmp_path / name for name in ("s.safetensors", "start", "one"))
+    steps, known = ["--set", "training.steps=2"], rows("no", "yes")
+    plait(capsys, "stats", *source, "--train-file", known, "--target-modules", "query", "--out", own)
+    plait(capsys, "init", "--own", own, "--method", "kaiming", "--rank", 2, "--out", start)
+    plait(capsys, "train", start, *source, "--train-file", known, *steps, "--out", trained)
+    plait(capsys, "eval", trained, *source, "--train-file", known)
+    other = [*source, "--train-file", rows("yes", "zero")]
+    for arguments in (["eval", trained, *other], ["train", trained, *other, *steps, "--out", tmp_path / "out"]):
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        said = capsys.readouterr().err
+        assert ended.value.code == 3 and "trained on the classes no, yes, task 'one' has yes, zero" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_init_prints_what_another_trainer_needs(tiny_base, tmp_path, capsys):
     base = tiny_base("bert")
     statistics = []

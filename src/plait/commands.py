@@ -16,7 +16,7 @@ from plait.recipe import Recipe
 from plait.recipe_file import require_known
 from plait.session import Session
 from plait.store import staged_file
-from plait.tasks.task import TEXT_KINDS
+from plait.tasks.task import TEXT_KINDS, require_same_classes
 
 
 def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
@@ -105,6 +105,8 @@ def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None
             where=adapter.name,
             hint="NAME=DIR",
         )
+    for t in set(tasks) & {adapter.name}:  # of whose head its record speaks
+        require_same_classes(session.tasks[t], adapter.source.get("labels"), adapter.name)
     evaluator, grid = session.evaluator, sorted(set(scales or [1.0]))
     parts = {t: halves(len(session.validation(t)), session.recipe.evaluation.split_seed) for t in tasks}
     if scales is None:

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from plait.errors import InputError, PlaitError, UsageError
 from plait.tasks import Examples, Source, Task, load_examples, load_task
+from plait.tasks.task import require_same_classes
 from tests.conftest import tiny_rows, write_rows
 
 GOOD = b"text,label\n" + b"a b,0\nc d,1\n" * 5
@@ -174,6 +175,27 @@ def test_given_labels_rule(tmp_path):
         load_examples(task("a.csv", labels=("no", "yes")), "train", root=tmp_path)
     rows = load_examples(task("a.csv", labels=("no", "yes", "maybe")), "train", root=tmp_path)
     assert list(rows.labels[:3]) == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "labels", "fits"),
+    [
+        (["no", "yes"], ("no", "yes"), True),
+        (["no", "yes"], ("yes", "no"), False),
+        (["no", "yes"], ("no", "yes", "maybe"), False),
+        (["0", "1"], ("no", "yes"), True),  # ids may mean these names
+        (["no", "yes"], ("0", "1"), True),
+        (5, ("no", "yes"), True),
+    ],
+)
+def test_27_classes_of_a_head(recorded, labels, fits):
+    given = task("a.csv", labels=labels)
+    if fits:
+        require_same_classes(given, recorded, "mine")
+        return
+    with pytest.raises(InputError, match=r"trained on the classes no, yes, task 't' has") as raised:
+        require_same_classes(given, recorded, "mine")
+    assert "same order" in raised.value.hint
 
 
 def test_wrong_calls(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from plait.errors import UsageError
+from plait.errors import InputError, UsageError
 
 KINDS = ("classification", "regression", "causal", "seq2seq")
 TEXT_KINDS = ("causal", "seq2seq")
@@ -89,6 +89,28 @@ class Task:
         if not self.labels:
             raise UsageError("class names are not known yet", where=f"task {self.name}", hint="read its rows first")
         return len(self.labels)
+
+
+def require_same_classes(task: Task, recorded: object, adapter: str) -> None:
+    """Refuse a head whose classes have other names, or another order, than the task's: it would be scored for the wrong ones.
+
+    Args:
+        task: Its class names known.
+        recorded: What the adapter's record says its head's classes are; anything but a list of names says nothing.
+        adapter: Names it in the error.
+
+    Raises:
+        InputError: Both lists are named, and they differ. Bare ids (0, 1, ...) beside names say nothing either.
+    """
+    if task.kind != "classification" or not isinstance(recorded, list) or not task.labels:
+        return
+    trained, ids = tuple(map(str, recorded)), tuple(map(str, range(len(recorded))))
+    if trained != task.labels and ids not in (trained, task.labels):
+        raise InputError(
+            f"its head was trained on the classes {', '.join(trained[:8])}, task {task.name!r} has {', '.join(task.labels[:8])}",
+            where=adapter,
+            hint="the same names in the same order: give the task its `labels`",
+        )
 
 
 @dataclass(frozen=True, slots=True)

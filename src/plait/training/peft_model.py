@@ -16,7 +16,7 @@ from plait.adapters.peft_format import write_adapter
 from plait.base import backbone_of, head_state, load_head
 from plait.errors import InputError
 from plait.evaluation.applied import in_backbone
-from plait.tasks.task import Task
+from plait.tasks.task import Task, require_same_classes
 
 TASK_TYPES = {
     "classification": "SEQ_CLS",
@@ -33,6 +33,8 @@ def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
     of a text adapter are named on disk as in the whole model; here all names are relative to the backbone.
     """
     if task.name in initial.heads:
+        if initial.name == task.name:
+            require_same_classes(task, initial.source.get("labels"), initial.name)
         load_head(model, initial.heads[task.name])
     head = head_state(model) if TASK_TYPES[task.kind] == "SEQ_CLS" else {}
     return replace(
