@@ -80,6 +80,25 @@ def commands() -> list[tuple[str, ...]]:
     return found + [(g, name) for g in groups for name in group.commands[g].commands]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("group", [(), ("stats",), ("study",), ("job",)], ids=" ".join)
+def test_no_summary_of_a_command_is_cut(capsys, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call(capsys, *group, "--help")
+    summaries = out.partition("Commands:\n")[2].splitlines()
+    assert summaries and not [line for line in summaries if line.endswith("...")]
+
+
+def test_the_first_page_says_where_to_begin(capsys):
+    _, out, _ = call(capsys, "--help")
+    assert "plait demo" in out and "plait advise" in out
+
+
+def test_a_merge_without_a_place_is_refused_before_anything_heavy_is_imported():
+    ended = plait("merge", "a", "b", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert ended.returncode == 2 and "where to?" in ended.stderr
+    assert not [line for line in ended.stderr.splitlines() if line.rpartition("|")[2].strip() == "torch"]
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_explains_itself_and_fails_with_one_object(capsys, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
@@ -219,7 +238,13 @@ def test_commands_from_recipe_to_report(capsys, recipe_file, tmp_path):
     code, said, _ = call(capsys, "merge", *adapters, "--out", tmp_path / "m", "--json")
     assert code == 2 and "exists" in one_object(said)["error"]["what"]
     scored = one_object(call(capsys, "eval", tmp_path / "m", "--recipe", recipe_file, "--scales", "0.5,1", "--json")[1])
-    assert set(scored["adapters"][0]["tasks"]) == {"topic", "grade"}
+    assert set(scored["adapters"][0]["tasks"]) == {"topic", "grade"} and scored["adapters"][0]["without_task"] == []
+    other = [f"topic={out}/adapters/osrm/seed-0/topic", f"rating={out}/adapters/osrm/seed-0/grade"]
+    assert call(capsys, "merge", *other, "--out", tmp_path / "named")[0] == 0
+    _, said, _ = call(capsys, "eval", tmp_path / "named", "--recipe", recipe_file)
+    assert "named: not scored, the recipe has no task of that name: rating" in said
+    _, said, _ = call(capsys, "eval", tmp_path / "named", "--recipe", recipe_file, "--task", "topic")
+    assert "not scored" not in said
     statistics = [out / f"statistics/seed-0/{t}.stats.safetensors" for t in ("topic", "grade")]
     begun = call(
         capsys,

@@ -75,7 +75,8 @@ def evaluate_folders(
         task: Only this one of the recipe's tasks; all by default.
 
     Returns:
-        adapters: a list of {adapter, scale, mean, floor, tasks: {task: {score, floor, n, metrics}}}.
+        adapters: a list of {adapter, scale, mean, floor, tasks: {task: {score, floor, n, metrics}}, without_task: heads that
+        are not scored because the recipe has no task of their name ([] where `task` asks for one)}.
     """
     from plait.merging.folders import read_named
 
@@ -88,7 +89,7 @@ def evaluate_folders(
     for folder in folders:
         adapter = read_named(folder)
         summary, scored = _evaluate(adapter, session, scales)
-        found.append(summary)
+        found.append({**summary, "without_task": [] if task else sorted(set(adapter.heads) - set(session.tasks))})
         rows += scored
     if out is not None:
         with staged_file(out, overwrite=overwrite) as stage:

@@ -12,7 +12,6 @@ from plait.cli.output import guarded
 
 app = typer.Typer(
     name="plait",
-    help="LoRA adapters that merge.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,7 +35,8 @@ def root(
 ) -> None:
     """LoRA adapters that merge.
 
-    New here? `plait demo` trains, merges and scores real adapters in a few minutes.
+    New here? `plait demo` trains, merges and scores real adapters in a few minutes. Adapters at hand? `plait advise` and
+    `plait merge` need nothing but their folders.
     """
 
 

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(adapter: Adapter, as_json: Json = False) -> None:
-    """Say what an adapter is and what can be done with it; its base is not needed."""
+    """Say what an adapter is and what can be done with it. Its base is not needed."""
     from plait.formats.inspect import inspect as look
 
     found = look(adapter)
@@ -42,7 +42,10 @@ def convert(
     drop_bias: Annotated[bool, typer.Option("--drop-bias", help="Leave biases of lora_bias out.")] = False,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write an adapter in another format, DoRA and other variants turned into plain LoRA: exactly, or with the error stated."""
+    """Write an adapter in another format, or as plain LoRA.
+
+    DoRA and other variants become plain LoRA exactly, or with the error stated.
+    """
     from plait.formats.convert import convert as change
     from plait.formats.plain import Means
 
@@ -66,7 +69,7 @@ def edit(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Add adapters to a merge, take some out or weigh them anew, from the recipe it recorded."""
+    """Change a merge: add adapters, take some out, weigh them anew. From the recipe that it recorded."""
     from plait.cli.existing import auto_text
     from plait.errors import UsageError
     from plait.fidelity.again import choose_again

@@ -12,6 +12,7 @@ from plait.cli.existing import General, Length, Text
 from plait.cli.given import only, without
 from plait.cli.options import Json, Overwrite, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
+from plait.errors import UsageError
 
 Folders = Annotated[
     list[str],
@@ -50,10 +51,10 @@ def merge(
     weights: Weights = None,
     stats: Stats = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Cut to this rank; the loss is printed.")] = None,
-    calibrate: Annotated[str | None, typer.Option("--calibrate", help="pico")] = None,
+    calibrate: Annotated[str | None, typer.Option("--calibrate", help="pico: first shrink what the B of adapters share.")] = None,
     bake: Annotated[Path | None, typer.Option("--bake", help="Folder of the base: write a full model.")] = None,
-    per_task: Annotated[bool, typer.Option("--per-task", help="EMR: one adapter and a mask per task.")] = False,
-    curve: Annotated[bool, typer.Option("--rank-curve", help="Only say what smaller ranks would lose.")] = False,
+    per_task: Annotated[bool, typer.Option("--per-task", help="With --method emr: one adapter and a mask per task.")] = False,
+    curve: Annotated[bool, typer.Option("--rank-curve", help="Write nothing; say what smaller ranks would lose.")] = False,
     base: Base = None,
     format: Format = None,
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
@@ -64,7 +65,7 @@ def merge(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Merge LoRA adapters of one base into one adapter; the base itself is needed only to bake.
+    """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
 
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
     `plait merge BASE ADAPTER... --method regmean_pp --text TASK=FILE` (or adamerging) runs the base on the texts.
@@ -80,6 +81,8 @@ def merge(
         found = existing.by_forward(folders, out, method, settings(sets), numbers(weights, "--weights"), forward)
         emit(found, as_json, merge_text(found))
         return
+    if out is None and not curve:
+        raise UsageError("where to?", hint="--out DIR")
     _require_meaning(context, folders, per_task=per_task, curve=curve, bake=bake is not None)
     from plait.merging.request import MergeRequest, answer
 

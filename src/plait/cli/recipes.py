@@ -25,7 +25,7 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train, merge and score real adapters of a small model in a few minutes."""
+    """Train, merge and score real adapters of a small model. Takes a few minutes on a CPU."""
     from plait.demo import next_step, run_demo
 
     found = run_demo(out, overwrite=overwrite, quiet=quiet)
@@ -36,7 +36,7 @@ def run(
     recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, overwrite: Overwrite = False,
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Do everything a recipe says; started again, it goes on where it stopped."""
+    """Do all that a recipe says. Started again, it goes on where it stopped."""
     from plait import pipeline
 
     found = pipeline.run(read(recipe, sets), out, overwrite=overwrite, quiet=quiet)
@@ -56,7 +56,7 @@ def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_j
 
 
 def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None:
-    """Check a recipe, and say nothing has to be mended."""
+    """Check every key, name and value of a recipe. Reads no data and no model."""
     found = read(recipe, sets)
     emit({"valid": True, "recipe": found.model_dump(mode="json")}, as_json, f"{recipe}: a valid recipe")
 

@@ -51,7 +51,7 @@ def init(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter that is ready to train: A in the task's subspace, B zero. From files alone; no base is loaded."""
+    """Write an adapter that is ready to train, from statistics files. A lies in its subspace, B is zero; no base is loaded."""
     from plait.initial import InitialSettings, completion_note, initialise_from_files
 
     if not background:
@@ -87,7 +87,7 @@ def post(
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     sets: Set = None, device: Device = "cpu", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Move a trained adapter into its task's subspace, B fitted again from statistics; says how much is kept."""
+    """Move a trained adapter into its task's subspace. B is fitted again from statistics; says how much is kept."""
     from plait.initial import InitialSettings, move_from_files
 
     if not background:
@@ -114,7 +114,9 @@ def train(
     statistics: Annotated[list[Path] | None, typer.Option("--statistics", help="Of this task and of others; repeat.")] = None,
     seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Fine-tune an adapter on one task with the Hugging Face Trainer; --set training.steps=200 and so on.
+    """Fine-tune an adapter on one task, or many at once (--fleet).
+
+    With the Hugging Face Trainer; --set training.steps=200 and so on; without a recipe 3 epochs.
 
     On several GPUs: torchrun --nproc_per_node 2 -m plait train ..., with --set training.shard_base=true to split the base.
 
@@ -147,7 +149,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the long table (jsonl) here.")] = None,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Score adapters on the tasks whose heads they carry, beside the floor (the base with those heads)."""
+    """Score adapters on the tasks whose heads they carry. Beside each stands the floor: the base with that head alone."""
     from plait.commands import evaluate_folders
 
     targets = ["unused"] if recipe is None else None
@@ -164,4 +166,9 @@ def _scores_text(adapters: list[dict[str, Any]]) -> str:
         for a in adapters
         for task, s in a["tasks"].items()
     ]
-    return table(["adapter", "task", "scale", "score", "floor", "rows"], rows, text_columns=2)
+    left = [
+        f"{a['adapter']}: not scored, the recipe has no task of that name: {', '.join(a['without_task'])}"
+        for a in adapters
+        if a["without_task"]
+    ]
+    return "\n".join([table(["adapter", "task", "scale", "score", "floor", "rows"], rows, text_columns=2), *left])

@@ -20,7 +20,9 @@ NewFile = Annotated[Path, typer.Option("--out", help="The file to write.")]
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
     group = typer.Typer(
-        rich_markup_mode=None, help="Statistics of a task's layer inputs: collect, show, merge, compare."
+        rich_markup_mode=None,
+        short_help="Collect statistics of a task's layer inputs, and handle the files.",
+        subcommand_metavar="[COMMAND]",
     )
     group.callback(invoke_without_command=True)(collect)
     for command in (show, merge, diff, compress, check, fisher):
@@ -40,6 +42,8 @@ def collect(
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect a task's statistics: what it feeds into every target module. The file can be shared instead of the data.
+
+    With --out it collects; a command looks at files or writes others.
 
     On several GPUs: torchrun --nproc_per_node 2 -m plait stats ...; each process reads its share.
     """
@@ -68,7 +72,7 @@ def collect(
 
 
 def show(file: File, as_json: Json = False) -> None:
-    """What a statistics file holds: provenance, sites, tokens, spectra."""
+    """Show what a statistics file holds: base, sites, tokens, spectra."""
     from plait.statistics import read_statistics, show_statistics
 
     found = show_statistics(read_statistics(file))
@@ -92,7 +96,7 @@ def show(file: File, as_json: Json = False) -> None:
 
 
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
-    """Add statistics files of one base: more rows of a task, or several tasks as one pool."""
+    """Add up statistics files of one base. More rows of a task, or several tasks as one pool."""
     from plait.statistics import merge_statistics, read_statistics, write_statistics
     from plait.statistics.files import require_distinct
 
@@ -102,7 +106,7 @@ def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Jso
 
 
 def diff(a: File, b: File, as_json: Json = False) -> None:
-    """How two statistics files differ: provenance, and the overlap of each site."""
+    """Compare two statistics files, and say whether they can be mixed."""
     from plait.statistics import diff_statistics, read_statistics
 
     found = diff_statistics(read_statistics(a), read_statistics(b))
@@ -118,10 +122,10 @@ def diff(a: File, b: File, as_json: Json = False) -> None:
 
 def compress(
     file: File, out: NewFile,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Directions kept per site, beside the diagonal.")] = 64,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Directions kept per site, beside the tail.")] = 64,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write a smaller file: the largest directions of each site and a diagonal, with the error recorded."""
+    """Write a smaller file, its error recorded. It keeps the largest directions of each site and an 8-bit tail of the rest."""
     from plait.statistics import compress_statistics, read_statistics, show_statistics, write_statistics
 
     smaller = compress_statistics(read_statistics(file), rank)
@@ -133,7 +137,7 @@ def compress(
 
 
 def check(file: File, as_json: Json = False) -> None:
-    """Whether a statistics file can be what it says; exit code 3 if not."""
+    """Say whether a file can be what it claims; exit code 3 if not."""
     from plait.statistics import check_statistics, read_statistics
 
     found = check_statistics(read_statistics(file))
@@ -152,7 +156,7 @@ def fisher(
     labels: Annotated[str, typer.Option("--labels", help="sampled from the model, or given by the data.")] = "sampled",
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """The diagonal Fisher information of a trained adapter, for `plait merge --method fisher --stats FILE`."""
+    """Collect the diagonal Fisher information of a trained adapter. For `plait merge --method fisher --stats FILE`."""
     from plait.fisher_file import fisher_of_folder
 
     extra = [f"statistics.samples={samples}"] if samples else []

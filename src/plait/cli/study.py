@@ -38,7 +38,7 @@ def run(
     seconds: Annotated[float | None, typer.Option("--seconds", min=1, help="Begin nothing after so long.")] = None,
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Do what a study still lacks; started again, it goes on where it stopped."""
+    """Do what a study still lacks. Started again, it goes on where it stopped."""
     from plait.recipe_file import require_known
     from plait.study.executor import executor_of
     from plait.study.run import run_study
@@ -63,7 +63,7 @@ def table(
     sets: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write the tables and figures of a finished study: NAME.json, NAME.md and NAME-*.svg."""
+    """Write the tables and figures of a finished study. NAME.json, NAME.md and NAME-*.svg."""
     from plait.recipe_file import apply_overrides
     from plait.store import read_json
     from plait.study.run import STUDY_FILE
@@ -82,7 +82,7 @@ def list_batches(
     study: StudyArg, out: Out = Path("plait-study"), sets: Set = None, workers: Workers = None,
     to: Annotated[Path, typer.Option("--to", help="Folder for the job files.")] = Path("jobs"), as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write the open units of the next wave as job files, one per worker: for an array of a scheduler."""
+    """Write a study's open units as job files, one per worker. The next wave, for an array of a scheduler."""
     from plait.study.run import write_jobs
     from plait.study.spec import read_study
 
