@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import write_adapter
+from plait.base import BaseModel
 from plait.cli import main
 from plait.errors import InputError, UsageError
 from plait.fidelity import costs
-from plait.fidelity.advise import SEPARATELY, AdviceSettings, Option, advise, recommend
+from plait.fidelity.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
 from plait.fidelity.given import split_base
+from plait.fidelity.notes import that_merge
 from plait.fidelity.proxy import cosines
 from plait.fidelity.texts import parse_texts, read_texts
 from tests.fidelity.conftest import random_adapter
@@ -87,6 +90,17 @@ def test_one_and_the_same_adapter_twice_is_worth_merging(make_panel):
     texts = {"one": panel.texts["one"], "twin": panel.texts["one"]}
     found = advise([one, twin], panel.base, texts, settings=AdviceSettings(repair=0, refine=0, max_length=24))
     assert found["recommended"] != SEPARATELY
+    assert found["next"] == that_merge([one, twin], panel.base, found["recommended"], 0)
+
+
+def test_the_command_makes_what_is_recommended(make_panel):
+    adapters, base = [p.adapter for p in make_panel().parts], BaseModel("the base")
+    given = "plait merge auto 'the base' one two --out merged"
+    placed = [replace(a, source={"path": a.name}) for a in adapters]
+    assert that_merge(placed, base, "merged, rank 6", 7) == f"{given} --rank 6"
+    assert that_merge(placed, base, "merged, baked into the base", 7) == given
+    assert that_merge(placed, base, "merged and repaired, rank 3", 7) == f"{given} --repair 7 --rank 3"
+    assert that_merge(placed, base, f"{SINGLE} (one)", 7) is None and that_merge(placed, base, SEPARATELY, 7) is None
 
 
 def test_two_folders_and_nothing_else(make_panel, tmp_path, capsys):
@@ -121,6 +135,15 @@ def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys)
     code, out, err = said(capsys, "advise", *common, "--repair", "0", "--refine", "0")
     assert code == 0, err
     assert "Advice:" in out and "the base's size" not in out and "nobody can say" not in out
+    assert "least kept: of" in out and "s] " in err and "(2 of 2)" in err
+    everything = ["--repair", "0", "--refine", "0", "--tolerate", "1"]
+    code, out, err = said(capsys, "advise", *common, *everything)
+    assert code == 0, err
+    command = next(line for line in out.splitlines() if line.startswith("  plait merge auto"))
+    rest = ["--max-length", "24", "--device", "cpu", "--refine", "0"]
+    words = [str(tmp_path / "made") if w == "merged" else w for w in shlex.split(command)[1:]]
+    code, _, err = said(capsys, *words, *rest)
+    assert code == 0 and (tmp_path / "made" / "plait.json").is_file(), err
     code, _, err = said(capsys, "merge", "auto", *folders, "--out", str(tmp_path / "blind"))
     assert code == 0, err
     code, _, err = said(capsys, "edit", str(tmp_path / "blind"), "--remove", "one", "--out", str(tmp_path / "no"))

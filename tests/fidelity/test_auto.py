@@ -161,6 +161,16 @@ def test_a_repair_comes_closer(make_panel, architecture, kind):
     assert {m: f.shape for m, f in done.adapter.modules.items()} == {m: f.shape for m, f in merged.modules.items()}
 
 
+def test_a_merge_is_cut_before_it_is_repaired(make_panel):
+    panel = make_panel(texts=8)
+    settings = replace(FEW, refine=0, rank=2)
+    cut = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=settings)
+    found = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=replace(settings, repair=5))
+    assert same(found.adapter, distil(panel, cut.adapter, learns="factors", steps=5).adapter)
+    assert found.record["rank"] == 2 and found.record["discarded_energy"] == cut.record["discarded_energy"] > 0
+    assert found.record["repair"]["steps"] == 5
+
+
 def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
     panel = make_panel(texts=40)
     folders = []

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,7 +19,8 @@ from plait.errors import printable
 Given = Annotated[
     list[str],
     typer.Argument(
-        metavar="[BASE] ADAPTER...", help="BASE (a folder or a hub name), then PEFT folders, DIR or NAME=DIR each."
+        metavar="ADAPTER",
+        help="PEFT folders, DIR or NAME=DIR each; before them, if at hand, the base: a folder or a hub name.",
     ),
 ]
 Text = Annotated[
@@ -26,6 +31,19 @@ General = Annotated[
     str | None, typer.Option("--general", metavar="FILE", help="Texts of no task, for the KL to the base.")
 ]
 Length = Annotated[int, typer.Option("--max-length", min=8, help="Tokens of a text that are read.")]
+
+
+# What the tables say, below them.
+_PICO = "pico: directions of B that the adapters share were shrunk first."
+_WORDS = f"followed: agreement and probability, beyond chance, mean over adapters (docs/existing.md). {_PICO}"
+_FIDELITY_WORDS = (
+    "agreement: how often the merge predicts what the adapter predicts on its own texts (a correlation for a regression);\n"
+    "KL: how far its probabilities are from the adapter's; base's: the same of the bare base; shift: 1 is the base's distance."
+)
+_ADVICE_WORDS = (
+    "work a token: what the factors add to the base's own; kept: how much of what an adapter predicts otherwise than the base\n"
+    "is still predicted, mean over adapters; least kept: of the adapter that loses most."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -43,15 +61,21 @@ def advise(
     base_id: Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")] = None,
     length: Length = 128, device: Device = "auto", seed: Seed = 0, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Whether to merge at all: serving separately, merging, the best single adapter and a repair, side by side."""
+    """Say whether to merge at all, and how.
+
+    Serving separately, merging, the best single adapter and a repair, side by side; measured where the base and --text are
+    given.
+    """
     from plait.fidelity.advise import AdviceSettings, advise_folders
     from plait.fidelity.texts import parse_texts, read_place
 
     settings = AdviceSettings(tolerate, repair, refine, length, seed)
     found = advise_folders(
         given, parse_texts(text or []), read_place(general) if general else (), settings, base_id=base_id, device=device,
-        tell=_tell,
+        tell=_teller(),
     )  # fmt: skip
+    if found.get("next"):
+        found["next"] = " ".join([found["next"], *(f"--text {shlex.quote(t)}" for t in text or [])])
     emit(found, as_json, advice_text(found))
 
 
@@ -86,7 +110,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     found = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
-        device=chosen.device, overwrite=chosen.overwrite, tell=_tell,
+        device=chosen.device, overwrite=chosen.overwrite, tell=_teller(),
     )  # fmt: skip
     emit(found, as_json, auto_text(found))
 
@@ -118,8 +142,15 @@ def by_forward(
     )  # fmt: skip
 
 
-def _tell(what: str) -> None:
-    sys.stderr.write(f"{printable(what)}\n")
+def _teller() -> Callable[[str], None]:
+    """Says on stderr what is being done, and how many seconds after the start."""
+    started = time.monotonic()
+
+    def tell(what: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed stderr must not end a choice
+            sys.stderr.write(f"[{time.monotonic() - started:.0f} s] {printable(what)}\n")
+
+    return tell
 
 
 def auto_text(found: dict[str, Any]) -> str:
@@ -137,10 +168,14 @@ def auto_text(found: dict[str, Any]) -> str:
         lines.append(
             f"repaired in {found['repair']['steps']} steps: loss {found['repair']['first_loss']:.3f} -> {found['repair']['last_loss']:.3f}"
         )
+    if found.get("discarded_energy"):
+        lines.append(
+            f"the cut to rank {found['rank']} lost {100 * found['discarded_energy']:.2f} % of the update's energy"
+        )
     if found.get("fidelity"):
-        lines += ["", fidelity_table(found["fidelity"])]
+        lines += ["", fidelity_table(found["fidelity"]), "", _FIDELITY_WORDS]
     if found["evidence"]:
-        lines += ["", evidence_table(found["evidence"])]
+        lines += ["", evidence_table(found["evidence"]), "", _WORDS if found.get("fidelity") else _PICO]
     if found.get("notes"):
         lines += ["", *(f"- {n}" for n in found["notes"])]
     if found["evidence"] and not found.get("fidelity"):
@@ -186,11 +221,16 @@ def advice_text(found: dict[str, Any]) -> str:
         [o["option"], o["memory"], o["added_flops"], _share(o["kept"]), _share(o["worst"]), o["worst_task"] or ""]
         for o in found["options"]
     ]
-    lines = [table(["option", "memory", "work a token", "kept", "least kept", "of"], rows)]
+    lines = [table(["option", "memory", "work a token", "kept", "least kept", "of"], rows), "", _ADVICE_WORDS]
     lines += ["", *(f"- {n}" for n in found["notes"])]
     if found["unknown"]:
         lines += ["", "Not known:", *(f"- {u}" for u in found["unknown"])]
-    return "\n".join([*lines, "", f"Advice: {found['advice']}"])
+    lines += ["", f"Advice: {found['advice']}"]
+    if found.get("next"):
+        lines.append(f"  {found['next']}")
+        if "baked" in found["recommended"]:
+            lines.append(f"  plait merge merged --bake {found['next'].split(' ')[3]} --out full-model")
+    return "\n".join(lines)
 
 
 def _share(value: float | None) -> str:

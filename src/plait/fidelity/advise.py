@@ -12,11 +12,11 @@ from plait.base import BaseModel
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.auto import AutoSettings, merge_auto, repaired
-from plait.fidelity.choose import HELD_OUT, Tell
+from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.score import fidelities
+from plait.fidelity.score import Tell, fidelities
 from plait.fidelity.texts import Texts, split_off
 from plait.merging.align import align
 from plait.merging.folders import read_all
@@ -87,7 +87,8 @@ def advise_folders(
         tell: Told what is being done.
 
     Returns:
-        options, notes, unknown, advice, recommended, and the record of the merge that was looked at.
+        options, notes, unknown, advice, recommended, and the record of the merge that was looked at; where merging is
+        the advice, next: the command that makes that merge, given the same texts (None where no command is needed).
     """
     base, folders = split_base(given, device)
     adapters = read_all(folders)
@@ -139,7 +140,10 @@ def advise(
             )
         options = _options(adapters, sizes, kept)
         advice, name = recommend(options, chosen)
-        record["notes"] = notes.other_base(adapters, base)
+        record |= {
+            "notes": notes.other_base(adapters, base),
+            "next": notes.that_merge(adapters, base, name, chosen.repair),
+        }
     return _answer(adapters, options, unknown, advice, name, record)
 
 
@@ -190,7 +194,7 @@ def _measured(
     arms = {f"merged, rank {R}": merged.adapter, f"merged, cut to rank {r}": _at_rank(merged.adapter, r)}
     record: dict[str, Any] = {k: merged.record[k] for k in ("chosen", "evidence")}
     if settings.repair:
-        tell("repair")
+        tell(f"repair at two ranks, {settings.repair} steps each")
         arms[f"merged and repaired, rank {r}"], record["repair"] = repaired(
             seen, _at_rank(merged.adapter, r), settings.repair, settings.seed
         )

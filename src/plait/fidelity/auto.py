@@ -13,14 +13,14 @@ from plait.adapters.peft_format import read_adapter
 from plait.base import BaseModel, base_fingerprint
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
-from plait.fidelity.choose import Choice, Tell, choose
+from plait.fidelity.choose import Choice, choose
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.given import recorded_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.score import fidelities
+from plait.fidelity.score import Tell, fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import Texts, checked
 from plait.formats.keys import PEFT
@@ -39,7 +39,7 @@ class AutoSettings:
     Args:
         methods, scales: What is tried.
         refine: Steps in which the winner's weights per adapter and module are learnt from the texts; 0 for none.
-        repair: Steps in which the winner's factors are distilled on the texts; 0 for none.
+        repair: Steps in which the winner's factors are distilled on the texts, after the cut to rank; 0 for none.
         rank: Cut the result to this rank.
         max_length: Tokens a text.
         batch_size: Texts a pass, where a model is asked alone.
@@ -127,17 +127,20 @@ def merge_auto(
         chosen.batch_size, chosen.max_length,
     )  # fmt: skip
     if len(adapters) == 1:
-        return _finished(adapters[0], panel, chosen, {**record, "chosen": _ALONE, "evidence": []})
+        return _measured(
+            _cut(AutoMerge(adapters[0], None, {**record, "chosen": _ALONE, "evidence": []}), chosen.rank), panel
+        )
     found = choose(
         panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, seed=chosen.seed,
         base=base_id, tell=tell,
     )  # fmt: skip
     record |= _chosen(found, {t: len(x) for t, x in panel.texts.items()})
-    adapter = found.adapter
-    if chosen.repair:
-        tell("repair")
-        adapter, record["repair"] = repaired(panel, adapter, chosen.repair, chosen.seed)
-    return _finished(adapter, panel, chosen, record)
+    merged = _cut(AutoMerge(found.adapter, None, record), chosen.rank)
+    if chosen.repair:  # after the cut, so that it makes good what the cut loses; `advise` measures it in this order
+        tell(f"repair, {chosen.repair} steps")
+        adapter, done = repaired(panel, merged.adapter, chosen.repair, chosen.seed)
+        merged = AutoMerge(adapter, None, {**merged.record, "repair": done})
+    return _measured(merged, panel)
 
 
 _ALONE = {"candidate": "the only adapter", "scale": 1.0}
@@ -175,14 +178,13 @@ def _chosen(found: Choice, texts: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _finished(adapter: Adapter, panel: Panel, settings: AutoSettings, record: dict[str, Any]) -> AutoMerge:
-    """Cut to the wanted rank, and measured as it is then, layer by layer."""
-    cut = _cut(AutoMerge(adapter, None, record), settings.rank)
-    fidelity = fidelities(panel, [(cut.adapter, 1.0)])[0]
+def _measured(merge: AutoMerge, panel: Panel) -> AutoMerge:
+    """The same with its fidelity on all texts, layer by layer."""
+    fidelity = fidelities(panel, [(merge.adapter, 1.0)])[0]
     parts = {p.name: p for p in panel.parts}
-    tasks = [replace(t, shift=hidden_shift(panel, parts[t.task], cut.adapter)) for t in fidelity.tasks]
+    tasks = [replace(t, shift=hidden_shift(panel, parts[t.task], merge.adapter)) for t in fidelity.tasks]
     whole = Fidelity(tuple(tasks), fidelity.general_kl)
-    return AutoMerge(cut.adapter, whole, {**cut.record, "fidelity": whole.record()})
+    return AutoMerge(merge.adapter, whole, {**merge.record, "fidelity": whole.record()})
 
 
 def _cut(merge: AutoMerge, rank: int | None) -> AutoMerge:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from plait.fidelity.distil import distil
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
-from plait.fidelity.score import fidelities
+from plait.fidelity.score import Tell, fidelities
 from plait.fidelity.texts import split_off
 
 # Texts of each adapter in the first round, in which everything is tried; and the share that goes on to the second.
@@ -21,7 +21,6 @@ SCREEN, GOES_ON = 32, 8
 HELD_OUT, FEWEST = 4, 12
 # Methods whose factors are those of the adapters side by side, each in its own ranks.
 _KEPT_APART = ("task_arithmetic", "tsv", "regmean", "least_squares")
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ def choose(
     weights: Mapping[str, tuple[float, ...]] = {}
     held_out: dict[str, float] = {}
     if refine and min(len(rows) for rows in panel.texts.values()) >= FEWEST:
-        tell("weights per adapter and module")
+        tell(f"weights per adapter and module, {refine} steps")
         refined, weights, held_out = refined_weights(panel, adapters, best, refine, seed)
         kept = held_out["refined"] > held_out["chosen"]
         adapter, weights = (refined, weights) if kept else (adapter, {})
@@ -122,16 +121,16 @@ def tournament(panel: Panel, entries: Sequence[tuple[Tried, float]], tell: Tell 
     few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
     longest = max(len(rows) for rows in panel.texts.values())
     tell(f"{len(entries)} merges, by fidelity")
-    first = _scored(panel.with_texts(few, general=longest <= SCREEN), entries, min(SCREEN, longest))
+    first = _scored(panel.with_texts(few, general=longest <= SCREEN), entries, min(SCREEN, longest), tell)
     if longest <= SCREEN:
         return first
     going = first[: max(2, len(first) // GOES_ON)]
     tell(f"the best {len(going)} of them, on all texts")
-    return _scored(panel, [(s.tried, s.scale) for s in going], longest) + first[len(going) :]
+    return _scored(panel, [(s.tried, s.scale) for s in going], longest, tell) + first[len(going) :]
 
 
-def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int) -> list[Scored]:
-    found = fidelities(panel, [(t.adapter, s) for t, s in entries])
+def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, tell: Tell) -> list[Scored]:
+    found = fidelities(panel, [(t.adapter, s) for t, s in entries], tell)
     rows = [Scored(t, s, f, n) for (t, s), f in zip(entries, found, strict=True)]
     return sorted(rows, key=lambda r: -r.fidelity.score)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,16 @@ from plait.fidelity.panel import Panel, Part
 # An adapter and a scale of its delta; None for the bare base.
 Worn = tuple[Adapter | None, float]
 _BARE: Worn = (None, 1.0)
+Tell = Callable[[str], None]
 
 
-def fidelities(panel: Panel, merges: Sequence[Worn]) -> list[Fidelity]:
+def fidelities(panel: Panel, merges: Sequence[Worn], tell: Tell = lambda _: None) -> list[Fidelity]:
     """Fidelity of each merge at its scale, in their order.
 
     Args:
         panel: Base, adapters and texts.
         merges: What is compared with every adapter.
+        tell: Told each time the texts of an adapter are done, how many of the adapters that makes.
 
     Returns:
         KL and agreement per adapter, worst first; with `panel.general`, the mean KL(base || merged) on it.
@@ -36,15 +38,21 @@ def fidelities(panel: Panel, merges: Sequence[Worn]) -> list[Fidelity]:
     if panel.is_text:
         from plait.fidelity.language import text_closeness, text_general
 
-        by_task = [text_closeness(panel, part, merges) for part in panel.parts]
+        by_task = [text_closeness(panel, part, merges) for part in _told(panel.parts, tell)]
         general = text_general(panel, merges) if panel.general else None
     else:
-        by_task = [_classified(panel, part, merges) for part in panel.parts]
+        by_task = [_classified(panel, part, merges) for part in _told(panel.parts, tell)]
         general = _general(panel, merges) if panel.general else None
     return [
         Fidelity.of([found[i] for found in by_task], float(general[i]) if general is not None else None)
         for i in range(len(merges))
     ]
+
+
+def _told(parts: Sequence[Part], tell: Tell) -> Iterator[Part]:
+    for done, part in enumerate(parts, 1):
+        yield part
+        tell(f"  texts of {part.name} ({done} of {len(parts)})")
 
 
 def _classified(panel: Panel, part: Part, merges: Sequence[Worn]) -> list[TaskFidelity]:
