@@ -51,3 +51,36 @@ def test_python_names_exist(page, text):
         if isinstance(node, ast.ImportFrom) and node.module == "plait":
             for alias in node.names:
                 assert hasattr(plait, alias.name), f"{page}: plait.{alias.name}"
+
+
+def test_a_merged_folder_is_used_as_the_readme_says(tiny_base, tmp_path, monkeypatch):
+    import torch
+    import transformers as hf
+
+    from plait.adapters.peft_format import write_adapter
+    from plait.merging.bake import bake
+    from plait.merging.driver import plan_merge
+    from plait.merging.folders import merge_folders
+    from tests.fidelity.conftest import random_adapter
+
+    monkeypatch.chdir(tmp_path)
+    base = tiny_base("bert")
+    adapters = [
+        random_adapter(base, "bert", name, "classification", i, classes=2) for i, name in enumerate(("sst2", "rte"))
+    ]
+    for adapter in adapters:
+        Path(adapter.name).mkdir()
+        write_adapter(Path(adapter.name), adapter)
+    merge_folders(["sst2", "rte"], Path("merged"))
+    text = next(t for page, t in blocks("python") if page == "README.md" and "merged/heads" in t)
+    names: dict = {}
+    exec(compile(text.replace("path/to/base", base.name), "README.md", "exec"), names)
+    row = {"input_ids": torch.tensor([[0, 7, 9, 11, 2]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    logits = names["model"].eval()(**row).logits
+    bake(plan_merge(adapters, "task_arithmetic"), Path(base.name), Path("full"))
+    whole = hf.AutoModelForSequenceClassification.from_pretrained("full", num_labels=2).eval()
+    bare = hf.AutoModelForSequenceClassification.from_pretrained(base.name, num_labels=2).eval()
+    for model in (whole, bare):
+        assert not model.load_state_dict(adapters[0].heads["sst2"], strict=False).unexpected_keys
+    torch.testing.assert_close(logits, whole(**row).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, bare(**row).logits, atol=1e-3)
