@@ -11,7 +11,16 @@ import yaml
 
 from plait.base import load_task_model
 from plait.errors import InputError, PlaitError, UsageError
-from plait.recipe_file import apply_overrides, find_recipe, load_yaml, parse_recipe, read_recipe, shipped_recipes
+from plait.recipe_file import (
+    apply_overrides,
+    copy_recipe,
+    find_recipe,
+    find_study,
+    load_yaml,
+    parse_recipe,
+    read_recipe,
+    shipped_recipes,
+)
 from plait.statistics.targets import find_targets
 from plait.tasks import Source, Task
 
@@ -58,6 +67,21 @@ def test_there_are_shipped_recipes():
         "glue8-t5-large",
         "text3-smollm2",
     }
+
+
+def test_shipped_studies_are_found_and_valid(tmp_path):
+    from plait.catalogue import catalogue
+    from plait.study.spec import read_study
+
+    shipped = shipped_recipes("studies")
+    assert [s["name"] for s in catalogue("studies")["studies"]] == [f"studies/{p.stem}" for p in shipped]
+    for path in shipped:
+        assert find_recipe(Path("studies") / path.stem) == path != find_recipe(Path(path.stem))
+        assert read_study(path).name == path.stem
+        assert find_study(Path(path.stem)) == find_study(Path("studies") / path.stem) == find_study(path) == path
+    assert (
+        copy_recipe("studies/glue8-mpnet", tmp_path).read_text() == (shipped[0].parent / "glue8-mpnet.yaml").read_text()
+    )
 
 
 def test_overrides_set_make_and_keep(tmp_path):

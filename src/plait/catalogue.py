@@ -1,10 +1,10 @@
-"""What there is to choose from: merge methods, subspace methods, recipes and tasks, each with one line about it."""
+"""What there is to choose from: merge methods, subspace methods, recipes, studies and tasks, each with one line about it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from plait.recipe_file import load_yaml, require_known, shipped_recipes
+from plait.recipe_file import STUDIES, load_yaml, require_known, shipped_recipes
 from plait.tasks.glue import GLUE_TASKS, glue_task
 
 
@@ -12,9 +12,9 @@ def catalogue(what: str = "") -> dict[str, list[dict[str, Any]]]:
     """The lists, or one of them.
 
     Args:
-        what: "merges", "subspaces", "recipes", "tasks", or "" for all.
+        what: "merges", "subspaces", "recipes", "studies", "tasks", or "" for all.
     """
-    makers = {"merges": _merges, "subspaces": _subspaces, "recipes": _recipes, "tasks": _tasks}
+    makers = {"merges": _merges, "subspaces": _subspaces, "recipes": _recipes, "studies": _studies, "tasks": _tasks}
     if what:
         require_known(what, list(makers), "list")
     return {name: make() for name, make in makers.items() if what in ("", name)}
@@ -47,6 +47,16 @@ def _recipes() -> list[dict[str, Any]]:
     for path in shipped_recipes():
         raw = load_yaml(path.read_text(encoding="utf-8"), str(path))
         found.append({"name": path.stem, "about": raw.get("description", "")})
+    return found
+
+
+def _studies() -> list[dict[str, Any]]:
+    found = []
+    for path in shipped_recipes(STUDIES):
+        about = load_yaml(path.read_text(encoding="utf-8"), str(path)).get("description", "")
+        found.append(
+            {"name": f"{STUDIES}/{path.stem}", "about": " ".join(about.split()).split(". ")[0].rstrip(".") + "."}
+        )
     return found
 
 

@@ -212,20 +212,30 @@ def require_known(name: str, known: Sequence[str], what: str, where: str | None 
         raise UsageError(f"unknown {what} {printable(name, 60)!r}", where=where, hint=hint)
 
 
-def shipped_recipes() -> list[Path]:
-    """The recipes that come with plait, by name."""
+STUDIES = "studies"
+
+
+def shipped_recipes(under: str = "") -> list[Path]:
+    """The recipes that come with plait, by name; those of studies under `STUDIES`."""
     here = Path(__file__).parent
     folder = here / "_recipes"
-    return sorted((folder if folder.is_dir() else here.parents[1] / "recipes").glob("*.yaml"))
+    return sorted((folder if folder.is_dir() else here.parents[1] / "recipes").joinpath(under).glob("*.yaml"))
 
 
 def find_recipe(given: Path) -> Path:
-    """A recipe's path: the file itself, or the shipped recipe of that name."""
-    shipped = {p.name: p for p in shipped_recipes()}
+    """A recipe's path: the file itself, or the shipped recipe of that name; of a study ``studies/NAME``."""
+    under = str(given.parent) if str(given.parent) == STUDIES else ""
+    shipped = {p.name: p for p in shipped_recipes(under)}
     name = given.name if given.suffix == ".yaml" else f"{given.name}.yaml"
-    if given.exists() or len(given.parts) > 1:
+    if given.exists() or (len(given.parts) > 1 and not under):
         return given
     return shipped.get(name, given)
+
+
+def find_study(given: Path) -> Path:
+    """A study's path: the file itself, or the shipped study of that name, with ``studies/`` or without."""
+    bare = not given.exists() and len(given.parts) == 1
+    return find_recipe(Path(STUDIES) / given if bare else given)
 
 
 def copy_recipe(name: str, to: Path) -> Path:

@@ -221,7 +221,9 @@ def advice_text(found: dict[str, Any]) -> str:
         [o["option"], o["memory"], o["added_flops"], _share(o["kept"]), _share(o["worst"]), o["worst_task"] or ""]
         for o in found["options"]
     ]
-    lines = [table(["option", "memory", "work a token", "kept", "least kept", "of"], rows), "", _ADVICE_WORDS]
+    lines = [table(["option", "memory", "work a token", "kept", "least kept", "of"], rows)]
+    if len(rows) > 1:
+        lines += ["", _ADVICE_WORDS]
     lines += ["", *(f"- {n}" for n in found["notes"])]
     if found["unknown"]:
         lines += ["", "Not known:", *(f"- {u}" for u in found["unknown"])]

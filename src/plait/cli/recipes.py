@@ -62,7 +62,7 @@ def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None
 
 
 def cp(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe, or studies/NAME.")],
     to: Annotated[Path, typer.Argument(help="A folder, or a file that does not exist yet.")] = Path(),
     as_json: Json = False,
 ) -> None:
@@ -74,15 +74,16 @@ def cp(
 
 
 def list_names(
-    what: Annotated[str, typer.Argument(help="merges, subspaces, recipes, tasks, or nothing for all.")] = "",
+    what: Annotated[str, typer.Argument(help="merges, subspaces, recipes, studies, tasks, or nothing for all.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List merge methods, subspace methods, recipes and tasks."""
+    """List merge methods, subspace methods, recipes, studies, tasks."""
     from plait.catalogue import catalogue
 
     found = catalogue(what)
     blocks = [
-        f"{kind}\n" + "\n".join(f"  {r['name'].ljust(20)} {r['about']}" + _options(r) for r in rows)
+        f"{kind}\n"
+        + "\n".join(f"  {r['name'].ljust(20 if kind != 'studies' else 30)} {r['about']}" + _options(r) for r in rows)
         for kind, rows in found.items()
     ]
     emit(found, as_json, "\n\n".join(blocks))
@@ -133,6 +134,6 @@ def result_text(found: dict[str, Any]) -> str:
     header = ["arm", "merge", "alone", "merged", "floor", "recovered", "worst task", "scale"]
     legend = (
         "Mean score over tasks, % (± one standard error over resampled examples). alone: each adapter on its own task;\n"
-        "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor)."
+        "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor). arm: how they start."
     )
     return f"{table(header, rows, text_columns=2)}\n\n{legend}\n\nreport   {found['report']}\nadapter  {found['best']}"

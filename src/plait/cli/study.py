@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(job, name="job")
 
 
-StudyArg = Annotated[Path, typer.Argument(help="A study: a YAML file.")]
+StudyArg = Annotated[Path, typer.Argument(help="A study: a YAML file, or the name of a shipped one.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Batches at once.")]
 
 
@@ -39,14 +39,14 @@ def run(
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Do what a study still lacks. Started again, it goes on where it stopped."""
-    from plait.recipe_file import require_known
+    from plait.recipe_file import find_study, require_known
     from plait.study.executor import executor_of
     from plait.study.run import run_study
     from plait.study.spec import read_study
     from plait.study.units import Layout
 
     require_known(executor, ["serial", "processes", "ray"], "executor")
-    found = read_study(study, sets)
+    found = read_study(find_study(study), sets)
     layout = Layout(found, out)
     runs = executor_of(executor, layout, workers, scorers)
     with contextlib.closing(runs):
@@ -83,10 +83,11 @@ def list_batches(
     to: Annotated[Path, typer.Option("--to", help="Folder for the job files.")] = Path("jobs"), as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a study's open units as job files, one per worker. The next wave, for an array of a scheduler."""
+    from plait.recipe_file import find_study
     from plait.study.run import write_jobs
     from plait.study.spec import read_study
 
-    found = write_jobs(read_study(study, sets), out, to, workers or 1)
+    found = write_jobs(read_study(find_study(study), sets), out, to, workers or 1)
     emit(found, as_json, "\n".join(found["jobs"]) or "finished")
 
 

@@ -140,7 +140,7 @@ def read_study(path: Path, overrides: list[str] | None = None) -> Study:
         UsageError: Wrong keys, methods or references, named.
     """
     if not path.is_file():
-        raise InputError("no such study", where=str(path))
+        raise InputError("no such study", where=str(path), hint="plait ls studies")
     raw = load_yaml(text_of(path), str(path))
     if not isinstance(raw, dict):
         raise UsageError("a study is a mapping of keys", where=str(path))

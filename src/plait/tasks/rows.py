@@ -169,11 +169,7 @@ def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:
 def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     place = task.source.train if split == "train" else task.source.validation or task.source.train
     wanted = [*task.text_columns, *([] if task.chat == "messages" else [task.label_column])]
-    table = (
-        _hub_table(place, task)
-        if place.startswith("hub:")
-        else read_table(Path(root or ".") / place, task.text_columns)
-    )
+    table = _hub_table(place, task) if place.startswith("hub:") else _local_table(Path(root or ".") / place, task)
     missing = [c for c in wanted if c not in table.column_names]
     if missing:
         raise InputError(
@@ -183,6 +179,13 @@ def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     for name in wanted if task.chat != "messages" else ():  # conversations are checked one by one
         _require_plain(table, name, task, split)
     return table.select(wanted)
+
+
+def _local_table(path: Path, task: Task) -> pa.Table:
+    if not path.exists():
+        hint = "files of tasks lie under data.root: --set data.root=DIR, or --root"
+        raise InputError("no such file", where=str(path), hint=hint)
+    return read_table(path, task.text_columns)
 
 
 def _require_plain(table: pa.Table, name: str, task: Task, split: str) -> None:
