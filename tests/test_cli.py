@@ -93,10 +93,11 @@ def test_the_first_page_says_where_to_begin(capsys):
     assert "plait demo" in out and "plait advise" in out
 
 
-def test_a_merge_without_a_place_is_refused_before_anything_heavy_is_imported():
-    ended = plait("merge", "a", "b", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
-    assert ended.returncode == 2 and "where to?" in ended.stderr
-    assert not [line for line in ended.stderr.splitlines() if line.rpartition("|")[2].strip() == "torch"]
+def test_what_needs_no_torch_does_not_import_it():
+    for command, code, said in ((["merge", "a", "b"], 2, "where to?"), (["ls", "recipes"], 0, "demo")):
+        ended = plait(*command, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+        assert ended.returncode == code and said in ended.stdout + ended.stderr
+        assert not [line for line in ended.stderr.splitlines() if line.rpartition("|")[2].strip() == "torch"]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

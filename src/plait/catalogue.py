@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from plait.recipe_file import STUDIES, load_yaml, require_known, shipped_recipes
-from plait.tasks.glue import GLUE_TASKS, glue_task
 
 
 def catalogue(what: str = "") -> dict[str, list[dict[str, Any]]]:
@@ -61,5 +60,7 @@ def _studies() -> list[dict[str, Any]]:
 
 
 def _tasks() -> list[dict[str, Any]]:
+    from plait.tasks.glue import GLUE_TASKS, glue_task
+
     tasks = [glue_task(name) for name in GLUE_TASKS]
     return [{"name": t.name, "about": f"GLUE, {t.kind}, {' and '.join(t.metrics)}"} for t in tasks]
