@@ -146,7 +146,9 @@ def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
 
 def _from_pretrained(cls: Any, base: BaseModel, **options: Any) -> Any:
     if base.name.startswith((".", "/", "~")) and not Path(base.name).is_dir():  # else it is taken for a hub name
-        raise InputError("no such folder", where=base.name, hint="the base model: a local folder or a hub name")
+        raise InputError(
+            "cannot load the base model: no such folder", where=base.name, hint="a local folder or a hub name"
+        )
     try:
         with quiet_transformers():
             return cls.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **options)

@@ -140,5 +140,5 @@ def test_41_a_tokenizer_without_pads_takes_the_end_token_or_is_refused(tiny_base
             continue
         with pytest.raises(InputError, match=message):
             load_tokenizer(bare)
-    with pytest.raises(InputError, match="cannot load the base model"):
+    with pytest.raises(InputError, match="cannot load the base model: no such folder"):
         load_tokenizer(type(base)(str(tmp_path / "absent"), device="cpu"))
