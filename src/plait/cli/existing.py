@@ -230,8 +230,8 @@ def advice_text(found: dict[str, Any]) -> str:
     lines += ["", f"Advice: {found['advice']}"]
     if found.get("next"):
         lines.append(f"  {found['next']}")
-        if "baked" in found["recommended"]:
-            lines.append(f"  plait merge merged --bake {found['next'].split(' ')[3]} --out full-model")
+        if found.get("then"):
+            lines.append(f"  {found['then']}")
     return "\n".join(lines)
 
 

@@ -83,7 +83,9 @@ def list_names(
     found = catalogue(what)
     blocks = [
         f"{kind}\n"
-        + "\n".join(f"  {r['name'].ljust(20 if kind != 'studies' else 30)} {r['about']}" + _options(r) for r in rows)
+        + "\n".join(
+            f"  {r['name'].ljust(max(20, *(len(x['name']) for x in rows)))} {r['about']}" + _options(r) for r in rows
+        )
         for kind, rows in found.items()
     ]
     emit(found, as_json, "\n\n".join(blocks))

@@ -88,7 +88,8 @@ def advise_folders(
 
     Returns:
         options, notes, unknown, advice, recommended, and the record of the merge that was looked at; where merging is
-        the advice, next: the command that makes that merge, given the same texts (None where no command is needed).
+        the advice, next: the command that makes that merge, given the same texts, and then: the one that
+        bakes it (None where no command is needed).
     """
     base, folders = split_base(given, device)
     adapters = read_all(folders)
@@ -143,6 +144,7 @@ def advise(
         record |= {
             "notes": notes.other_base(adapters, base),
             "next": notes.that_merge(adapters, base, name, chosen.repair),
+            "then": notes.that_model(base, name),
         }
     return _answer(adapters, options, unknown, advice, name, record)
 

@@ -113,6 +113,11 @@ def that_merge(adapters: Sequence[Adapter], base: BaseModel, option: str, repair
     return " ".join([*words, *([f"--rank {rank}"] if rank.isdigit() else [])])
 
 
+def that_model(base: BaseModel, option: str) -> str | None:
+    """The command that bakes what `that_merge` wrote, where baking is what `advise` recommends."""
+    return f"plait merge merged --bake {shlex.quote(base.name)} --out full-model" if "baked" in option else None
+
+
 def place(adapter: Adapter) -> str:
     """An adapter as it is given on the command line."""
     path = str(adapter.source.get("path", adapter.name))

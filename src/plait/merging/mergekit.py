@@ -8,9 +8,7 @@ from typing import Any
 
 from plait.errors import InputError, UsageError
 from plait.options import did_you_mean
-from plait.store import require_regular
 
-_LIMIT = 1 << 20
 _KNOWN = {"models", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "name"}
 _IGNORED = {"int8_mask", "dtype"}
 # mergekit's method -> plait's, and the options that make it do what mergekit does by default.
@@ -55,14 +53,12 @@ def read_mergekit_config(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    from plait.recipe_file import DistinctKeys
+    from plait.recipe_file import DistinctKeys, text_of
 
-    require_regular(path)
-    if path.stat().st_size > _LIMIT:
-        raise InputError(f"a recipe of more than {_LIMIT} bytes", where=str(path))
+    text = text_of(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=DistinctKeys)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+        raw = yaml.load(text, Loader=DistinctKeys)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError) as e:
         raise InputError(f"not YAML: {e}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise InputError("not a mapping", where=str(path))
