@@ -161,6 +161,7 @@ WRONG = {
     "looks at the other tasks": {"tasks": ["rte"]},
     "exactly one of steps and epochs": {"training": {}},
     "lr is -1": {"training": {"steps": 1, "lr": -1}},
+    "batch_size is 1000000000, expected an integer of at most 65536": {"training": {"steps": 1, "batch_size": 10**9}},
     "a seed stands twice": {"seeds": [1, 1]},
     "cannot be called 'alone'": {"merges": [{"name": "alone", "method": "ties"}]},
     "less than or equal to 4096": {"lora": {"rank": 10**9, "target_modules": ["q"]}},

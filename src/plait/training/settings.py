@@ -15,6 +15,7 @@ from plait.errors import UsageError
 SCHEDULES = ("linear", "cosine", "constant")
 CONSTRAINTS = ("free", "frozen", "projected", "penalised")
 PRECISIONS = ("fp32", "bf16")
+LARGEST_BATCH = 1 << 16  # rows are drawn for whole steps: with more, a slip of the hand asks for all memory there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class TrainingSettings:
         steps: Optimiser steps; exactly one of `steps` and `epochs` is given.
         epochs: Passes over the rows, any positive number; rounded up to whole steps.
         lr: Learning rate of the LoRA factors (and of the head unless `head_lr` is given), AdamW.
-        batch_size: Rows a step, over all processes and accumulation steps.
+        batch_size: Rows a step, over all processes and accumulation steps; at most `LARGEST_BATCH`.
         accumulation: Backward passes a step; divides `batch_size`.
         warmup_ratio: Fraction of the steps in which the rate rises from 0, in [0, 1).
         weight_decay: AdamW's, on matrices only.
@@ -88,6 +89,8 @@ class TrainingSettings:
         for name, value in counts.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 _refuse(name, value, "an integer of at least 1")
+        if self.batch_size > LARGEST_BATCH:
+            _refuse("batch_size", self.batch_size, f"an integer of at most {LARGEST_BATCH}")
         if not isinstance(self.snapshots, tuple) or not all(type(s) is int and s >= 1 for s in self.snapshots):
             _refuse("snapshots", self.snapshots, "a list of steps, from 1")
         if not isinstance(self.report_to, tuple) or not all(isinstance(name, str) for name in self.report_to):
