@@ -129,8 +129,14 @@ def test_27_a_head_of_other_classes_is_neither_scored_nor_trained_on(tiny_base, 
     plait(capsys, "init", "--own", own, "--method", "kaiming", "--rank", 2, "--out", start)
     plait(capsys, "train", start, *source, "--train-file", known, *steps, "--out", trained)
     plait(capsys, "eval", trained, *source, "--train-file", known)
+    plait(capsys, "merge", trained, "--out", tmp_path / "merged")  # whose name is no task's
+    plait(capsys, "eval", tmp_path / "merged", *source, "--train-file", known)
     other = [*source, "--train-file", rows("yes", "zero")]
-    for arguments in (["eval", trained, *other], ["train", trained, *other, *steps, "--out", tmp_path / "out"]):
+    for arguments in (
+        ["eval", trained, *other],
+        ["eval", tmp_path / "merged", *other],
+        ["train", trained, *other, *steps, "--out", tmp_path / "out"],
+    ):
         with pytest.raises(SystemExit) as ended:
             main([str(a) for a in arguments])
         said = capsys.readouterr().err

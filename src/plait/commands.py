@@ -106,8 +106,8 @@ def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None
             where=adapter.name,
             hint="NAME=DIR",
         )
-    for t in set(tasks) & {adapter.name}:  # of whose head its record speaks
-        require_same_classes(session.tasks[t], adapter.source.get("labels"), adapter.name)
+    for t in tasks:
+        require_same_classes(session.tasks[t], adapter.classes_of(t), adapter.name)
     evaluator, grid = session.evaluator, sorted(set(scales or [1.0]))
     parts = {t: halves(len(session.validation(t)), session.recipe.evaluation.split_seed) for t in tasks}
     if scales is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import InputError, UsageError
 from plait.merging.edit import Change
 from plait.merging.request import MergeRequest, answer, edit
-from plait.store import read_manifest
+from plait.store import identity, read_manifest, staged_folder
 
 MODULES = {"layer.q": (7, 5), "layer.v": (6, 5)}
 
@@ -199,3 +200,31 @@ def test_what_cannot_be_edited(tmp_path, adapters):
         with pytest.raises(InputError, match="does not name its inputs"):
             edit(tmp_path / "m", Change(remove=["a"]), out)
     assert not out.exists()
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_records_the_classes_of_every_head_of_which_they_are_known(tmp_path):
+    def headed(name: str, seed: int, labels: list[str] | None) -> str:
+        plain = read_adapter(write(tmp_path / "plain", name, seed))
+        head = {"classifier.weight": torch.full((len(labels or "ab"), 5), float(seed))}
+        result = {"task": name, **({"labels": labels} if labels else {})}
+        with staged_folder(tmp_path / name, identity("test", {"name": name}), result=result) as folder:
+            write_adapter(folder, replace(plain, task_type="SEQ_CLS", prefix="model", heads={name: head}))
+        return str(tmp_path / name)
+
+    def recorded(name: str) -> object:
+        return read_manifest(tmp_path / name)["result"].get("labels")
+
+    known = {"a": ["no", "yes"], "b": ["low", "middle", "high"]}
+    one, two, three = headed("a", 1, known["a"]), headed("b", 2, known["b"]), headed("c", 3, None)
+    answer(MergeRequest([one, two, three], tmp_path / "merged"))
+    assert recorded("merged") == known and read_adapter(tmp_path / "merged").classes == known
+    answer(MergeRequest([str(tmp_path / "merged"), headed("d", 4, ["x", "y"])], tmp_path / "again"))
+    assert recorded("again") == {**known, "d": ["x", "y"]}
+    for how in (True, False):
+        edit(tmp_path / "merged", Change(remove=["a"]), tmp_path / f"without-{how}", by_difference=how)
+        assert recorded(f"without-{how}") == {"b": known["b"]}
+    answer(MergeRequest([three], tmp_path / "unknown"))
+    assert not recorded("unknown")

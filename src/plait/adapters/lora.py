@@ -97,6 +97,21 @@ class Adapter:
         """The largest rank among its modules."""
         return max((f.rank for f in self.modules.values()), default=0)
 
+    def classes_of(self, head: str) -> list[str] | None:
+        """The names of a head's classes in the order of its outputs, as its record has them; None where it has none.
+
+        A trained adapter's record lists them for the one head it has, a merge's by head.
+        """
+        recorded = self.source.get("labels")
+        found = recorded.get(head) if isinstance(recorded, Mapping) else recorded if head == self.name else None
+        return list(map(str, found)) if isinstance(found, list) else None
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Head -> the names of its classes, for those of its heads of which they are known."""
+        found = {head: self.classes_of(head) for head in self.heads}
+        return {head: names for head, names in found.items() if names}
+
     def full_name(self, module: str) -> str:
         """A module's name in the task's model, as on disk."""
         return f"{self.prefix}.{module}" if self.prefix else module

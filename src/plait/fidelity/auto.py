@@ -29,7 +29,7 @@ from plait.formats.single_file import read_lora_file
 from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
 from plait.merging.folders import read_all
-from plait.merging.outcome import discarded, provenance
+from plait.merging.outcome import discarded, labels_of, provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ def merge_auto(
         "base": common.base,
         "backbone_prefix": common.backbone_prefix,
         "adapters": [provenance(a, 1.0) for a in adapters],
+        **labels_of(adapters),
         "notes": [*kinship(adapters), *beside(adapters), *(other_base(adapters, base) if texts else ())],
     }
     if not texts:

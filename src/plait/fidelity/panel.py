@@ -101,9 +101,9 @@ def _headed(adapter: Adapter, name: str, head: Mapping[str, Tensor]) -> Task:
         raise InputError("the head has no matrix", where=f"{adapter.name}: head {name}")
     if min(rows) == 1:
         return Task(name, "regression", Source("none"), ("text",), metrics=("pearson",))
-    labels = adapter.source.get("labels") if name == adapter.name else None
-    names = tuple(labels) if isinstance(labels, list) and len(labels) == min(rows) else None
-    return Task(name, "classification", Source("none"), ("text",), labels=names or tuple(map(str, range(min(rows)))))
+    known = adapter.classes_of(name) or []
+    names = tuple(known) if len(known) == min(rows) else tuple(map(str, range(min(rows))))
+    return Task(name, "classification", Source("none"), ("text",), labels=names)
 
 
 @dataclass(slots=True)
@@ -204,7 +204,7 @@ class Panel:
 
     def _evaluator(self, texts: Mapping[str, Texts]) -> Evaluator:
         tasks = {p.name: p.task for p in self.parts}
-        examples = {name: _unlabelled(rows) for name, rows in texts.items()}
+        examples = {name: unlabelled(rows) for name, rows in texts.items()}
         return Evaluator(self.base, tasks, examples, self.batch_size, self.max_length)
 
 
@@ -221,5 +221,6 @@ def _require_fit(model: Any, adapter: Adapter) -> None:
             )
 
 
-def _unlabelled(texts: Texts) -> Examples:
+def unlabelled(texts: Texts) -> Examples:
+    """Texts as the rows of a task; the labels are zeros that nobody reads."""
     return Examples(texts, np.zeros(len(texts), np.int64), np.arange(len(texts)))

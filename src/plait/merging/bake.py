@@ -19,6 +19,7 @@ from plait.adapters.tensor_file import write_tensors
 from plait.errors import InputError, RunError
 from plait.merging.base_files import INDEX, SINGLE, StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.merging.inputs import seed_of
+from plait.merging.outcome import labels_of
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, as_dense, row_blocks
 
@@ -100,6 +101,7 @@ def bake(
         result["untied"] = untied
         result["verification_error"] = max((_verify(s, stage) for s in sites), default=0.0) if verify else None
         _write_heads(stage, adapter)
+        result |= labels_of([adapter])
     return {**result, "output": str(out), "reused": False}
 
 

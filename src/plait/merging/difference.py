@@ -14,7 +14,7 @@ from plait.formats.reading import format_of, read_any
 from plait.formats.writing import finished, write_any
 from plait.merging.align import align
 from plait.merging.edit import Change, Recorded, located, named_weights, without_heads
-from plait.merging.outcome import provenance
+from plait.merging.outcome import labels_of, provenance
 from plait.merging.registry import find_method
 
 # A linear merge at full rank loses nothing when what was taken out leaves; more than this means it was not one.
@@ -51,6 +51,8 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     removed_heads = [t for n, a in touched.items() if n not in weights for t in a.heads]
     heads = {**without_heads(merged, removed_heads), **{t: h for n in added for t, h in touched[n].heads.items()}}
     result = _record(recipe, weights, touched, modules, merged)
+    known = labels_of([merged, *touched.values()]).get("labels", {})
+    result["labels"] = {head: names for head, names in known.items() if head in heads}
     adapter = replace(merged, modules=modules, heads=heads, target_modules=None)
     target = format_of(merged)
     inputs = {f"adapter:{n}": str(a.source["sha256"]) for n, a in touched.items()}

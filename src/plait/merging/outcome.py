@@ -11,6 +11,15 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.merging.align import Alignment
 
 
+def labels_of(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """``labels`` for the record of a merge: head -> its class names; {} where no input's record tells any.
+
+    PEFT's config names no classes, so that only heads that plait trained (or merged) have them.
+    """
+    found = {head: names for a in adapters for head, names in a.classes.items()}
+    return {"labels": found} if found else {}
+
+
 def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules: dict[str, LoraFactors]) -> Adapter:
     """The adapter around merged modules: every input's heads, the union of targets."""
     heads: dict[str, dict[str, Tensor]] = {}
@@ -34,6 +43,7 @@ def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules
             "merged_from": [a.name for a in adapters],
             "layouts": layouts,
             **facts,
+            **labels_of(adapters),
         },
     )
 

@@ -15,7 +15,7 @@ from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
 from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
-from plait.merging.outcome import assembled, discarded, provenance
+from plait.merging.outcome import assembled, discarded, labels_of, provenance
 from plait.merging.registry import MergeMethod
 from plait.merging.stream import DenseDelta, Truncated, as_dense, cut_to_rank
 from plait.merging.verify import probes_by_width, projection_error, some_modules, sum_error
@@ -35,7 +35,7 @@ class Merged:
     Args:
         adapter: The result; modules named relative to the backbone.
         record: JSON-serialisable: method, options, weights, scale, rank, discarded_energy (of the whole model, in [0, 1]),
-            verification_error, missing, adapters (provenance), backbone_prefix, tasks.
+            verification_error, missing, adapters (provenance), backbone_prefix, tasks, labels (of heads whose classes are known).
     """
 
     adapter: Adapter
@@ -252,6 +252,7 @@ class Plan:
             "task_type": self.common.task_type,
             "tasks": [a.name for a in self.adapters],
             "extras": dict(self.common.extras_from),
+            **labels_of(self.adapters),
             "adapters": [provenance(a, w) for a, w in zip(self.adapters, self.weights, strict=True)],
         }
 
