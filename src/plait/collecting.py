@@ -69,7 +69,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
     spec, tokenizer = recipe.statistics, evaluator.tokenizer
     model, targets = evaluator.task_model(task.name), recipe.lora.target_modules
-    require_positions(model, (len(r["input_ids"]) for r in rows), task.name)
+    require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
     options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
 
     def given(start: int, stop: int | None) -> Any:

@@ -64,7 +64,7 @@ def fisher_of_folder(
     model = evaluator.task_model(task)
     adapter = _ready(given, model, task, kind)
     rows = encode(evaluator.tokenizer, session.tasks[task], session.sample(task, seed), recipe.data.max_length)
-    require_positions(model, (len(r["input_ids"]) for r in rows), task)
+    require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task}")
     device = session.base.torch_device
     parts = (to_device(b, device) for b in batches(evaluator.tokenizer, rows, recipe.statistics.batch_size))
     with applied(model, adapter):

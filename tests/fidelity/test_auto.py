@@ -223,3 +223,22 @@ def test_bad_inputs_are_named(make_panel):
             AutoSettings(**wrong)
     with pytest.raises(InputError, match="of different bases"):
         merge_auto([adapters[0], replace(adapters[1], base="another")])
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("gpt2", "causal")])
+@pytest.mark.parametrize("late", ["two", "general"])
+def test_texts_beyond_the_table_of_positions_are_refused_before_anything_is_computed(
+    make_panel, architecture, kind, late
+):
+    panel = make_panel(architecture, kind, texts=6)
+    long = (*texts_of(4, 3), (" ".join(t[0] for t in texts_of(20, 4)),))
+    texts = {**panel.texts, "two": long} if late == "two" else panel.texts
+    told: list[str] = []
+    settings = replace(FEW, max_length=200)
+    where = "task two" if late == "two" else "general texts"
+    with pytest.raises(InputError, match="tokens, and the base has 64 positions") as raised:
+        merge_auto(
+            adapters_of(panel), panel.base, texts, general=long if late == "general" else (), settings=settings,
+            tell=told.append,
+        )  # fmt: skip
+    assert told == [] and raised.value.where == where

@@ -107,14 +107,14 @@ class Evaluator:
         if task not in self._choices_of:
             found = choices(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
             after = max(map(len, found[1])) if self.tasks[task].kind == "causal" else 0  # elsewhere the decoder's
-            require_positions(self.task_model(task), (len(p) + after for p in found[0]), task)
+            require_positions(self.task_model(task), (len(p) + after for p in found[0]), f"task {task}")
             self._choices_of[task] = found
         return self._choices_of[task]
 
     def _encoded(self, task: str) -> list[dict[str, Any]]:
         if task not in self._rows:
             found = encode(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
-            require_positions(self.task_model(task), (len(r["input_ids"]) for r in found), task)
+            require_positions(self.task_model(task), (len(r["input_ids"]) for r in found), f"task {task}")
             self._rows[task] = found
         return self._rows[task]
 

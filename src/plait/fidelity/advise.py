@@ -18,6 +18,7 @@ from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import Tell, fidelities
 from plait.fidelity.texts import Texts, split_off
+from plait.fidelity.tokens import require_room
 from plait.merging.align import align
 from plait.merging.folders import read_all
 
@@ -133,6 +134,7 @@ def advise(
         record = {k: merged.record[k] for k in ("chosen", "evidence")}
     else:
         panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
+        require_room(panel)  # of the held-out texts too, which are read last
         kept, record = _measured(panel, adapters, chosen, base_id, tell)
         unknown += notes.alike(list(kept.values()))
         if min(map(len, panel.texts.values())) < HELD_OUT:

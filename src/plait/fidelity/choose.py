@@ -14,6 +14,7 @@ from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import Tell, fidelities
 from plait.fidelity.texts import split_off
+from plait.fidelity.tokens import require_room
 
 # Texts of each adapter in the first round, in which everything is tried; and the share that goes on to the second.
 SCREEN, GOES_ON = 32, 8
@@ -97,8 +98,12 @@ def choose(
         base: Base id of the result where the adapters name one base by different names.
         tell: Told what is being done.
 
+    Raises:
+        InputError: A text beyond the base's table of positions; nothing has been computed then.
+
     Cost: methods x 2 x scales passes over at most 32 texts of each adapter, an eighth of them over all; `refine` steps.
     """
+    require_room(panel)
     tell("moments of the texts")
     moments = collect_moments(panel)
     tell("merging by every method")

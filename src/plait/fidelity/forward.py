@@ -14,9 +14,9 @@ from plait.adapters.lora import Adapter
 from plait.base import BaseModel, base_fingerprint
 from plait.errors import InputError, UsageError
 from plait.fidelity.given import recorded_base
-from plait.fidelity.moments import rows_of
 from plait.fidelity.panel import Panel, Part, parts_of
 from plait.fidelity.texts import Texts, checked
+from plait.fidelity.tokens import require_room, rows_of
 from plait.formats.convert import written_error
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
@@ -112,6 +112,7 @@ def merge_by_forward(
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**before.get("result", {}), "output": str(out), "reused": True}
     more = {} if method == "adamerging" else {"weights": weights}
+    require_room(panel)
     done = _run(found.function, panel, adapters, **chosen, **more, base=base_id, name=out.name)
     result = {**done.record, "texts": {t: len(rows) for t, rows in panel.texts.items()}}
 

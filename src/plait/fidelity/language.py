@@ -73,7 +73,7 @@ def compared(
     token was the likeliest.
     """
     model = panel.model(part)
-    require_positions(model, (len(r["input_ids"]) for r in rows), part.name)
+    require_positions(model, (len(r["input_ids"]) for r in rows), f"task {part.name}")
     named = {id(a): on_model(model, a) for a, _ in (reference, *merges) if a is not None}
     found: list[Closeness] = []
     n = 0

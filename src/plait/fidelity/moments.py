@@ -8,6 +8,7 @@ from plait.adapters.lora import LINEAR, Adapter
 from plait.evaluation.applied import applied
 from plait.fidelity.candidates import BASE_MOMENTS, OWN_MOMENTS
 from plait.fidelity.panel import Panel, Part
+from plait.fidelity.tokens import rows_of
 from plait.statistics.collect import collect_statistics
 from plait.statistics.moments import Statistics, merge_statistics
 from plait.tasks import batches
@@ -44,15 +45,6 @@ def _of_part(panel: Panel, part: Part, modules: list[str], worn: Adapter | None)
             provenance={"task": part.name},
             result_device="cpu",
         )
-
-
-def rows_of(panel: Panel, part: Part) -> list[dict[str, object]]:
-    """A part's texts as tokens."""
-    if part.is_text:
-        from plait.fidelity.language import encoded
-
-        return encoded(panel, part.task.kind, panel.texts[part.name])
-    return panel.evaluator._encoded(part.name)
 
 
 def merged_kinds(moments: Mapping[str, Mapping[str, Statistics]]) -> tuple[str, ...]:

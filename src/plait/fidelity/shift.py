@@ -10,8 +10,8 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.evaluation.applied import applied
-from plait.fidelity.moments import rows_of
 from plait.fidelity.panel import Panel, Part
+from plait.fidelity.tokens import rows_of
 from plait.tasks import batches, to_device
 
 

@@ -65,7 +65,7 @@ def _seq2seq(tokenizer: Any, prompt: str, target: str, max_length: int) -> Row:
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
 
 
-def require_positions(model: Any, lengths: Iterable[int], task: str) -> None:
+def require_positions(model: Any, lengths: Iterable[int], where: str) -> None:
     """Refuse rows that are longer than the model's table of positions; a model that computes them takes any length.
 
     Raises:
@@ -76,7 +76,7 @@ def require_positions(model: Any, lengths: Iterable[int], task: str) -> None:
     if room is not None and longest > room:
         raise InputError(
             f"a row of {longest} tokens, and the base has {room} positions",
-            where=f"task {task}",
+            where=where,
             hint=f"a max_length of {room} cuts rows to that",
         )
 

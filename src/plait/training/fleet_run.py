@@ -97,7 +97,7 @@ class Shared:
             if key not in offsets:
                 offsets[key] = len(rows)
                 own = encode(tokenizer, m.task, m.examples, m.settings.max_length)
-                require_positions(self.whole, (len(r["input_ids"]) for r in own), m.task.name)
+                require_positions(self.whole, (len(r["input_ids"]) for r in own), f"task {m.task.name}")
                 rows += own
             self.offsets.append(offsets[key])
         self.bank: RowBank = row_bank(rows, tokenizer.pad_token_id, self.kind, self.device)

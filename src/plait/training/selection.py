@@ -102,7 +102,7 @@ class BestAdapter(TrainerCallback):
             bare = self.model.base_model.model
             return -perplexity(bare, self.tokenizer, self.task, self.examples, batch_size=size, max_length=limit)
         rows = encode(self.tokenizer, self.task, self.examples, limit)
-        require_positions(self.model, (len(r["input_ids"]) for r in rows), self.task.name)
+        require_positions(self.model, (len(r["input_ids"]) for r in rows), f"task {self.task.name}")
         order, device = length_order(rows), next(self.model.parameters()).device
         parts = []
         for batch in batches(self.tokenizer, [rows[i] for i in order], size):

@@ -126,7 +126,7 @@ def _run(
     constraint = prepare_constraint(settings, started, statistics, task=task.name)
     peft_model = attach(model, started, dropout=settings.dropout)
     rows = encode(tokenizer, task, examples, settings.max_length)
-    require_positions(model, (len(r["input_ids"]) for r in rows), task.name)
+    require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
     total = settings.total_steps(len(rows))
     callbacks: list[Any] = [
         Watcher(progress),
