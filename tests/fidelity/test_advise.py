@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from plait.errors import InputError, UsageError
 from plait.fidelity import costs
 from plait.fidelity.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
 from plait.fidelity.given import split_base
-from plait.fidelity.notes import that_merge
+from plait.fidelity.notes import that_merge, that_model
 from plait.fidelity.proxy import cosines
 from plait.fidelity.texts import parse_texts, read_texts
 from tests.fidelity.conftest import random_adapter
@@ -101,6 +102,20 @@ def test_the_command_makes_what_is_recommended(make_panel):
     assert that_merge(placed, base, "merged, baked into the base", 7) == given
     assert that_merge(placed, base, "merged and repaired, rank 3", 7) == f"{given} --repair 7 --rank 3"
     assert that_merge(placed, base, f"{SINGLE} (one)", 7) is None and that_merge(placed, base, SEPARATELY, 7) is None
+
+
+def test_the_command_that_bakes_is_one_for_a_base_with_a_space_in_its_path(tmp_path, make_panel):
+    base, merged = str(save_model(tmp_path / "the base", "bert")), tmp_path / "merged"
+    command = that_model(BaseModel(base), "merged, baked into the base")
+    program, *words = shlex.split(command)
+    assert program == "plait" and words == ["merge", "merged", "--bake", base, "--out", "full-model"]
+    assert that_model(BaseModel(base), "merged, rank 6") is None
+    one = make_panel().parts[0].adapter
+    merged.mkdir()
+    write_adapter(merged, one)
+    with contextlib.chdir(tmp_path), pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0 and (tmp_path / "full-model" / "config.json").is_file()
 
 
 def test_two_folders_and_nothing_else(make_panel, tmp_path, capsys):
