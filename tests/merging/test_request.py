@@ -7,6 +7,7 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
+from plait.cli import main
 from plait.errors import UsageError
 from plait.merging.request import MergeRequest, answer
 from plait.store import identity, staged_folder
@@ -44,6 +45,21 @@ def test_contradictions_are_refused(folders, tmp_path, extra):
 def test_without_a_place(folders):
     with pytest.raises(UsageError, match="where to"):
         answer(MergeRequest(folders))
+
+
+def test_what_is_printed_says_method_scale_and_weights(folders, tmp_path, capsys):
+    for more, wanted in (
+        ([], "task_arithmetic (the plain sum) at scale 1 of a, b ->"),
+        (
+            ["--scale", "0.4", "--weights", "1,-0.5"],
+            "task_arithmetic (the weighted sum) at scale 0.4, weights 1, -0.5, of a, b ->",
+        ),
+        (["--method", "tsv", "--scale", "0.7"], "tsv at scale 0.7 of a, b ->"),
+        (["--method", "emr", "--per-task"], "emr at scale 1 of a, b ->"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["merge", *folders, *more, "--out", str(tmp_path / "out"), "--overwrite"])
+        assert ended.value.code == 0 and capsys.readouterr().out.startswith(wanted)
 
 
 def test_curve_of_a_sum(folders):

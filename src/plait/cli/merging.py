@@ -21,7 +21,9 @@ Folders = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
-Method = Annotated[str, typer.Option("--method", "-m", help="See `plait ls merges`.")]
+Method = Annotated[
+    str, typer.Option("--method", "-m", help="See `plait ls merges`; task_arithmetic is the plain sum of the updates.")
+]
 Weights = Annotated[str | None, typer.Option("--weights", help="One per adapter: 1,1,0.5 (any sign).")]
 Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK.stats.safetensors or TASK=FILE; repeatable.")]
 Format = Annotated[str | None, typer.Option("--format", help="peft, kohya or diffusers; by default as the inputs.")]
@@ -47,7 +49,7 @@ def merge(
     out: Out = None,
     method: Method = "task_arithmetic",
     sets: Set = None,
-    scale: Annotated[float, typer.Option("--scale", help="Multiplies the merged update.")] = 1.0,
+    scale: Annotated[float, typer.Option("--scale", help="Multiplies the merged update; at 1 it stays as it is.")] = 1.0,
     weights: Weights = None,
     stats: Stats = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Cut to this rank; the loss is printed.")] = None,
@@ -67,6 +69,7 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
 
+    Without --method, --scale and --weights the updates are simply added up: task_arithmetic at scale 1.
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
     `plait merge BASE ADAPTER... --method regmean_pp --text TASK=FILE` (or adamerging) runs the base on the texts.
     """
@@ -119,6 +122,15 @@ def named_files(files: list[Path] | None) -> dict[str, Path] | None:
     return {name if eq else Path(name).name.split(".")[0]: Path(path if eq else name) for name, eq, path in pairs}
 
 
+def _how(found: dict[str, Any]) -> str:
+    """The method, its scale, and weights where they are not 1 each."""
+    method, weights = found.get("method", "emr"), found.get("weights") or []
+    listed = any(w != 1 for w in weights)
+    said = {"task_arithmetic": f" (the {'weighted' if listed else 'plain'} sum)"}.get(method, "")
+    scale = f" at scale {found['scale']:g}" if "scale" in found else ""
+    return f"{method}{said}{scale}" + (f", weights {', '.join(f'{w:g}' for w in weights)}," if listed else "")
+
+
 def merge_text(found: dict[str, Any]) -> str:
     """What a merge did, in a few lines."""
     if "curve" in found:
@@ -132,7 +144,7 @@ def merge_text(found: dict[str, Any]) -> str:
             for r in found["curve"]
         ]
         return table(["rank", "energy lost", "verified to", "MB"], rows, text_columns=0)
-    lines = [f"{found.get('method', 'emr')} of {', '.join(found['tasks'])} -> {found['output']}"]
+    lines = [f"{_how(found)} of {', '.join(found['tasks'])} -> {found['output']}"]
     if found.get("reused"):
         return lines[0] + " (was there already)"
     if found.get("rank"):

@@ -117,7 +117,8 @@ def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
 def _bake(r: MergeRequest, base: Path, out: Path) -> dict[str, Any]:
     plan = plan_of(r)
     found = bake(plan, base, out, verify=r.verify, overwrite=r.overwrite)
-    return {"method": r.method, "tasks": [a.name for a in plan.adapters], **found}
+    how = {"method": r.method, "weights": list(plan.weights), "scale": plan.scale}
+    return {**how, "tasks": [a.name for a in plan.adapters], **found}
 
 
 def _stack(r: MergeRequest, out: Path) -> dict[str, Any]:
