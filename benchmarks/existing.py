@@ -105,9 +105,11 @@ def one_seed(
     tick(clock, "grid")
     arms, facts = label_free(panel, adapters, entries, fidelity, a)
     tick(clock, "label_free")
-    oracles = [oracle(grid, adapters, entries, by_label, half, a) for half in (0, 1)] if a.oracle_steps else []
-    tick(clock, "oracle")
-    rows = reported(full, panel, arms, entries, by_label, oracles)
+    labelled = (
+        [choice_by_labels(grid, adapters, entries, by_label, half, a) for half in (0, 1)] if a.label_steps else []
+    )
+    tick(clock, "chosen by labels")
+    rows = reported(full, panel, arms, entries, by_label, labelled)
     tick(clock, "reported")
     truth = by_label.mean((1, 2))
     return {
@@ -206,7 +208,7 @@ def label_free(panel, adapters, entries, fidelity, a) -> tuple[dict[str, Any], d
     return arms, facts
 
 
-def oracle(grid: Judge, adapters, entries, by_label, half: int, a) -> list[tuple[str, Any]]:
+def choice_by_labels(grid: Judge, adapters, entries, by_label, half: int, a) -> list[tuple[str, Any]]:
     """Merges that labels of one half lead to: the best candidate, and weights per adapter and module learnt on the labels.
 
     Learnt from the best candidates of two methods that keep the adapters' ranks apart.
@@ -216,21 +218,21 @@ def oracle(grid: Judge, adapters, entries, by_label, half: int, a) -> list[tuple
     best = entries[order[0]]
     found = [(f"grid: {best[0].recipe.label} at {best[1]:g}", (best[0].adapter, best[1]))]
     apart = [entries[i] for i in order if len(next(iter(groups_of(entries[i][0], adapters).values()))) > 1]
-    panel, lesson = grid.lesson(half, a.oracle_rows)
+    panel, lesson = grid.lesson(half, a.label_rows)
     starts = {
         id(e[0]): e for e in (best, apart[0], next(e for e in apart if e[0].recipe.method != apart[0][0].recipe.method))
     }
     for tried, scale in starts.values():
         done = distil(
             panel, scaled(tried.adapter, scale), learns="weights", groups=groups_of(tried, adapters),
-            steps=a.oracle_steps, lesson=lesson,
+            steps=a.label_steps, lesson=lesson,
         )  # fmt: skip
         found.append((f"weights learnt from {tried.recipe.label} at {scale:g}", (done.adapter, 1.0)))
     scored = grid.scores([w for _, w in found])[:, half].mean(1)
     return [found[int(np.argmax(scored))]]
 
 
-def reported(full: Judge, panel: Panel, arms, entries, by_label, oracles) -> dict[str, Any]:
+def reported(full: Judge, panel: Panel, arms, entries, by_label, labelled) -> dict[str, Any]:
     """Scores on the half that did not choose, halves swapped and averaged; and recovered shares."""
     labels = sorted({t.recipe.label for t, _ in entries})
     picks = []
@@ -248,17 +250,17 @@ def reported(full: Judge, panel: Panel, arms, entries, by_label, oracles) -> dic
         alone,
         (None, 1.0),
         *arms.values(),
-        *(o[0][1] for o in oracles),
+        *(o[0][1] for o in labelled),
         *((entries[i][0].adapter, entries[i][1]) for i in indices),
     ]
     found = full.scores(worn)
     top, floor = found[0].mean(0), found[1].mean(0)
     n = len(arms)
     rows = {name: found[2 + i].mean(0) for i, name in enumerate(arms)}
-    if oracles:
-        rows["oracle"] = (found[2 + n][1] + found[3 + n][0]) / 2
+    if labelled:
+        rows["chosen by labels"] = (found[2 + n][1] + found[3 + n][0]) / 2
     for m in labels:
-        at = [2 + n + len(oracles) + indices.index(picks[h][m]) for h in (0, 1)]
+        at = [2 + n + len(labelled) + indices.index(picks[h][m]) for h in (0, 1)]
         rows[f"{m}, best scale by labels"] = (found[at[0]][1] + found[at[1]][0]) / 2
     names = [p.name for p in panel.parts]
 
@@ -273,7 +275,7 @@ def reported(full: Judge, panel: Panel, arms, entries, by_label, oracles) -> dic
     scales = {m: [entries[picks[h][m]][1] for h in (0, 1)] for m in labels}
     return {
         "alone": row(top), "floor": row(floor), "rows": {k: row(v) for k, v in rows.items()},
-        "label_scales": scales, "oracles": [o[0][0] for o in oracles],
+        "label_scales": scales, "chosen_by_labels": [o[0][0] for o in labelled],
     }  # fmt: skip
 
 
@@ -292,12 +294,12 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
             for s in seeds.values()
         ]
         ranks[kind] = mean(each)
-    oracle_share = recovered.get("oracle")
+    labelled = recovered.get("chosen by labels")
     return {
         "recovered_no_text": recovered["no text"],
         "recovered_100_texts": recovered["100 texts"],
-        "recovered_oracle": oracle_share,
-        "share_of_oracle": recovered["100 texts"] / oracle_share if oracle_share else None,
+        "recovered_labels": labelled,
+        "share_of_labels": recovered["100 texts"] / labelled if labelled else None,
         "rank_correlation": ranks["score"],
         "rank_correlations": ranks,
         "recovered": recovered,
@@ -321,9 +323,11 @@ def parsed() -> argparse.Namespace:
     p.add_argument(
         "--rows", type=int, default=0, help="rows of each half that the chosen ones are reported on; 0 for all"
     )
-    p.add_argument("--oracle-rows", type=int, default=500)
+    p.add_argument("--label-rows", type=int, default=500)
     p.add_argument("--steps", type=int, default=100, help="of learning weights and of repairing, without labels")
-    p.add_argument("--oracle-steps", type=int, default=100, help="of learning weights from labels; 0: no oracle")
+    p.add_argument(
+        "--label-steps", type=int, default=100, help="of learning weights from labels; 0: labels only choose scales"
+    )
     p.add_argument("--note", default="", help="a paragraph for the page")
     p.add_argument("--length", type=int, default=128)
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=SCALES)
@@ -345,7 +349,7 @@ def main() -> None:
         k: str(v) if isinstance(v, Path) else v
         for k, v in vars(a).items()
         if k
-        in ("tasks", "texts", "grid_rows", "rows", "oracle_rows", "oracle_steps", "steps", "length", "scales", "dtype")
+        in ("tasks", "texts", "grid_rows", "rows", "label_rows", "label_steps", "steps", "length", "scales", "dtype")
     }
     settings |= {"base": Path(a.base).name, "scales": list(a.scales)}
     if known.get("settings", settings) != settings:

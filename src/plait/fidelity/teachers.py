@@ -53,7 +53,7 @@ class HeadLesson:
 
     Args:
         panel: Base, adapters and texts.
-        targets: Part -> (n, classes) logits to come close to, or (n,) class ids or values (labels, for an oracle); by
+        targets: Part -> (n, classes) logits to come close to, or (n,) class ids or values (labels, for comparison); by
             default the adapters' logits.
     """
 
