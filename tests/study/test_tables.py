@@ -6,23 +6,27 @@ import json
 import math
 import os
 import shutil
+import tarfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from plait.cli import main
 from plait.errors import RunError, UsageError
 from plait.study.best import best_rows
 from plait.study.executor import InProcess
 from plait.study.figures import figures_of
 from plait.study.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
 from plait.study.journal import about_runs, noted
+from plait.study.page import linked
 from plait.study.run import run_study
 from plait.study.schedule import all_units, next_wave
 from plait.study.table import rows_of, share
 from plait.study.units import FEATURES, FOLDS, MERGE, STATISTICS, Layout
 from plait.study.write import write_tables
+from tests.conftest import tiny_rows
 
 
 def tables_of(study, folder):
@@ -105,6 +109,47 @@ def test_where_nothing_was_learned_recovered_is_null_and_why_is_said(small_study
         write_tables(layout, tmp_path, about={}, against="nobody")
 
 
+def test_tables_need_neither_the_base_nor_the_data(small_study, tmp_path, capsys):
+    """Where all scores are there: what a published archive is."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    base = shutil.copytree(small_study().base.model, tmp_path / "base")
+    study = small_study(
+        seeds=[0], base={"model": str(base), "device": "cpu"}, description="See docs/study/protocol.md."
+    )
+    layout = Layout(study, out)
+    assert run_study(study, out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    before = json.loads(Path(write_tables(layout, tmp_path, about={})["json"]).read_text())
+    kept = (out / "inputs.json").read_text()
+    assert str(tmp_path) not in kept and tiny_rows(2, 24)[0]["text"] not in kept  # neither folders nor texts
+    for room in (root, base, out / "train", out / "statistics", out / "repair"):
+        shutil.rmtree(room)
+    (tmp_path / "docs" / "study").mkdir(parents=True)
+    (tmp_path / "docs" / "study" / "protocol.md").touch()
+    to = tmp_path / "docs" / "results"
+
+    def table(*more):
+        with pytest.raises(SystemExit) as ended:
+            main(["study", "table", str(out), "--to", str(to), *more])
+        return ended.value.code, capsys.readouterr().err
+
+    assert table() == (0, "")
+    again = json.loads((to / "tiny.json").read_text())
+    assert again["rows"] == before["rows"] and again["comparisons"] == before["comparisons"]
+    assert any(r["variant"] for r in again["rows"]) and again["best"] == before["best"]
+    page = (to / "tiny.md").read_text()
+    assert "See [docs/study/protocol.md](../study/protocol.md)." in page
+    assert table("--set", "base.model=/another")[0] == 3  # of which the folder says nothing: it is looked for
+    (out / "inputs.json").write_text(kept.replace('"labels"', '"lables"'))
+    code, said = table()
+    assert code == 3 and "not what a study keeps of its inputs" in said
+    (out / "inputs.json").unlink()
+    assert table()[0] == 3
+
+
+def test_pages_that_are_not_near_stay_words(tmp_path):
+    assert linked("See docs/study/protocol.md.", tmp_path) == "See docs/study/protocol.md."
+
+
 def test_runs_are_noted_also_where_they_fail(tmp_path):
     assert about_runs(tmp_path) == {}
     with noted(tmp_path, "cpu", "Processes", 1, 3):
@@ -140,3 +185,18 @@ def test_comparisons_without_an_answer_have_none_and_say_why():
     assert always.difference == pytest.approx(0.25) and always.undefined == "" and always.p == pytest.approx(2 / 101)
     corrected = _holm([Comparison("a", "b", "m", p=0.03), never, Comparison("a", "c", "m", p=0.01)])
     assert [c.p_holm for c in corrected] == [pytest.approx(0.06), None, pytest.approx(0.03)]
+
+
+@pytest.mark.slow
+def test_the_published_archive_gives_the_published_numbers(tmp_path, capsys):
+    results = Path(__file__).parents[2] / "docs" / "results"
+    for archive in results.glob("*.tar.xz"):
+        with tarfile.open(archive) as packed:
+            packed.extractall(tmp_path, filter="data")
+        name = archive.name.removesuffix(".tar.xz")
+        with pytest.raises(SystemExit) as ended:
+            main(["study", "table", str(tmp_path / name), "--to", str(tmp_path)])
+        assert ended.value.code == 0, capsys.readouterr().err
+        found, published = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, results))
+        for key in ("rows", "best", "references", "sweep", "comparisons", "predictors"):
+            assert found[key] == published[key], key

@@ -63,18 +63,25 @@ def table(
     sets: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write the tables and figures of a finished study. NAME.json, NAME.md and NAME-*.svg."""
+    """Write the tables and figures of a finished study. NAME.json, NAME.md and NAME-*.svg.
+
+    The folder says what its base and data were, so that neither need be at hand.
+    """
     from plait.recipe_file import apply_overrides
     from plait.store import read_json
+    from plait.study.inputs import kept_inputs
     from plait.study.run import STUDY_FILE
     from plait.study.spec import parse_study
     from plait.study.units import Layout
     from plait.study.write import write_tables
 
     raw = read_json(folder / STUDY_FILE)
+    kept = parse_study(raw, str(folder))
     apply_overrides(raw, sets or [])
+    study = parse_study(raw, str(folder))
+    layout = Layout(study, folder, recorded=kept_inputs(folder, kept, study))
     said = dict(pair.split("=", 1) for pair in about or [] if "=" in pair)
-    found = write_tables(Layout(parse_study(raw, str(folder)), folder), to, about=said, against=against)
+    found = write_tables(layout, to, about=said, against=against)
     emit(found, as_json, "\n".join([found["markdown"], found["json"], *found["figures"]]))
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from plait.adapters.tensors import read_tensors
 from plait.errors import UsageError
 from plait.evaluation.bootstrap import Floats, weighted_score
-from plait.evaluation.evaluate import is_open, scored_labels
+from plait.evaluation.evaluate import is_open
 from plait.study.schedule import chosen
 from plait.study.splits import HALVES, Split
 from plait.study.table import LEARNED, Row, best_by_half, reference_unit
@@ -89,7 +89,7 @@ def resample(layout: Layout, wanted: Mapping[tuple[str, str], Mapping[str, str]]
     """
     study, parts = layout.study, splits(layout)
     generator = np.random.default_rng(study.evaluation.split_seed)
-    tasks, seeds = list(layout.session.tasks), study.seeds
+    tasks, seeds = list(layout.tasks), study.seeds
     weights = {(t, h): _drawn(generator, len(r), count) for t in tasks for h, r in parts[t].halves.items()}
     one = _Weighted(layout, parts, weights)
     values = {
@@ -131,8 +131,8 @@ class _Weighted:
         return self.read[unit]
 
     def _score(self, answers: npt.NDArray[Any], task: str, half: str) -> Floats:
-        found = self.layout.session.tasks[task]
-        labels = scored_labels(found, self.layout.session.validation(task))[self.parts[task].halves[half]]
+        found = self.layout.tasks[task]
+        labels = self.layout.labels(task)[self.parts[task].halves[half]]
         if found.kind != "regression" and not is_open(
             found
         ):  # what was kept is the class; the metrics take scores of classes

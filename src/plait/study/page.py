@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ def page_of(
     inference: Inference,
     found: Mapping[str, Any],
     figures: Mapping[str, str],
+    to: Path,
 ) -> str:
     """The page.
 
@@ -32,13 +36,14 @@ def page_of(
         inference: Intervals and comparisons.
         found: The JSON file, for what is shown as it stands there.
         figures: Name -> file; each is put where its table is.
+        to: The folder the page goes into, where links start.
     """
     plain = [r for r in rows if not r.variant]
     shown = {name: f"![{_FIGURES[name]}]({file})" for name, file in figures.items()}
     methods = list(dict.fromkeys(r.method for r in plain))
     parts = [
         f"# {study.name}",
-        study.description,
+        linked(study.description, to),
         _about(found["about"], study),
         "## Each arm under its best merge",
         *([_undefined(found["undefined"])] if found["undefined"] else []),
@@ -72,6 +77,21 @@ def page_of(
         ]
     parts += ["## What tells beforehand", _PREDICTORS, _predictors(found["predictors"])]
     return "\n\n".join(p for p in parts if p) + "\n"
+
+
+_PAGES = re.compile(r"\bdocs/[\w./-]+\.md\b")
+
+
+def linked(text: str, to: Path) -> str:
+    """A text whose ``docs/...md`` are links from a folder, where that folder lies in a tree that has them."""
+    start = to.resolve()
+
+    def link(found: re.Match[str]) -> str:
+        pages = (root / found[0] for root in (start, *start.parents))
+        page = next((p for p in pages if p.is_file()), None)
+        return f"[{found[0]}]({Path(os.path.relpath(page, start)).as_posix()})" if page else found[0]
+
+    return _PAGES.sub(link, text)
 
 
 _FIGURES = {

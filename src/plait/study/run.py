@@ -12,6 +12,7 @@ from plait.locks import locked
 from plait.progress import Progress, duration
 from plait.store import staged_file
 from plait.study.executor import Executor, batch_of
+from plait.study.inputs import inputs_of, keep_inputs
 from plait.study.journal import noted
 from plait.study.schedule import next_wave
 from plait.study.spec import Study
@@ -48,7 +49,7 @@ def run_study(
     until = None if seconds is None else started + seconds
     device = layout.session.base.torch_device.type
     with locked(out), noted(out, device, type(executor).__name__, executor.workers, executor.scorers):
-        _keep(study, out)
+        _keep(layout)
         while until is None or time.time() < until:
             name, todo = next_wave(layout)
             if not todo:
@@ -78,7 +79,7 @@ def write_jobs(study: Study, out: Path, to: Path, workers: int) -> dict[str, Any
         `wave` and the paths of the `jobs`; none where the study is finished. The next wave's exist once these are done.
     """
     layout = Layout(study, out)
-    _keep(study, out)
+    _keep(layout)
     name, todo = next_wave(layout)
     made = []
     for i, part in enumerate(parts(todo, workers) if todo else []):
@@ -114,9 +115,11 @@ def _weight(units: Sequence[Unit]) -> int:
     return sum(4 if u.stage == MERGE else 1 for u in units)
 
 
-def _keep(study: Study, out: Path) -> None:
-    text = study.model_dump_json(indent=1) + "\n"
-    target = out / STUDY_FILE
+def _keep(layout: Layout) -> None:
+    """The study, and what it reads, as the folder keeps them: tables need nothing else."""
+    text = layout.study.model_dump_json(indent=1) + "\n"
+    target = layout.out / STUDY_FILE
     if not target.is_file() or target.read_text(encoding="utf-8") != text:
         with staged_file(target, overwrite=True) as stage:
             stage.write_text(text, encoding="utf-8")
+    keep_inputs(inputs_of(layout.session, layout.background), layout.out)

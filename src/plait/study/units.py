@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from plait.evaluation.evaluate import scored_labels
 from plait.jobs import NOT_IDENTITY
 from plait.session import Session, task_of
 from plait.store import identity, is_done, sha256_json
+from plait.study.inputs import Inputs, Labels, same_inputs
 from plait.study.spec import Study, StudyArm
+from plait.tasks import Task
 from plait.training.settings import TrainingSettings
 
 STATISTICS, TRAIN, ALONE, MERGE, FEATURES = "statistics", "train", "alone", "merge", "features"
@@ -71,12 +74,14 @@ class Layout:
         study: The study.
         out: Its folder; results are addressed by content, so studies may share one.
         shared: The session whose loaded base a variant uses.
+        recorded: What the folder says the study was made from; with it neither the base nor the data are looked for.
         known: What does not change any more once it is known: keys, what is done, results, choices.
     """
 
     study: Study
     out: Path
     shared: Session | None = None
+    recorded: Inputs | None = None
     _variants: dict[str, Layout] = field(default_factory=dict)
     _read: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     _wanted: dict[tuple[Unit, str], dict[str, Any]] = field(default_factory=dict)
@@ -97,7 +102,9 @@ class Layout:
         if not unit.variant:
             return self
         if unit.variant not in self._variants:
-            self._variants[unit.variant] = Layout(self.study.variant(unit.variant), self.out, self.session)
+            study = self.study.variant(unit.variant)
+            recorded = self.recorded if same_inputs(study, self.study) else None
+            self._variants[unit.variant] = Layout(study, self.out, self.session, recorded)
         return self._variants[unit.variant]
 
     def cached(self, key: Any, read: Callable[[], T]) -> T:
@@ -109,9 +116,27 @@ class Layout:
         return found  # type: ignore[no-any-return]
 
     @functools.cached_property
+    def base_sha256(self) -> str:
+        """Fingerprint of the base's weights."""
+        return self.recorded.base_sha256 if self.recorded else self.session.base_sha256
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks by name, class names known."""
+        return self.recorded.tasks if self.recorded else self.session.tasks
+
+    @functools.cached_property
     def data(self) -> dict[str, Any]:
         """Task -> what its rows are."""
-        return {t: self.session.data_identity(t) for t in self.session.tasks}
+        return self.recorded.data if self.recorded else {t: self.session.data_identity(t) for t in self.tasks}
+
+    def labels(self, task: str) -> Labels:
+        """(n,) what a task's validation rows are scored against."""
+        return (
+            self.recorded.labels[task]
+            if self.recorded
+            else scored_labels(self.tasks[task], self.session.validation(task))
+        )
 
     def settings(self, unit: Unit) -> TrainingSettings:
         """Training settings of a train unit: the arm's, at its rate, keeping every moment that somebody asks for."""
@@ -162,7 +187,7 @@ class Layout:
         if ("done", unit) not in self.known:
             path = self.path(unit)
             if unit.stage in (TRAIN, REPAIR):
-                found = all(is_done(path / t, self.wanted(unit, t)) for t in self.session.tasks)
+                found = all(is_done(path / t, self.wanted(unit, t)) for t in self.tasks)
             else:
                 found = is_done(path, self.wanted(unit))
             if not found:
@@ -173,7 +198,7 @@ class Layout:
     def _statistics(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
         study = self.study
         options = {
-            "base": self.session.base_sha256,
+            "base": self.base_sha256,
             "dtype": study.base.dtype,
             "data": self.data,
             "background": [self._background_identity(t) for t in study.background],
@@ -186,7 +211,8 @@ class Layout:
         return options, {}
 
     def _background_identity(self, spec: Any) -> dict[str, Any]:
-        return self.background.data_identity(task_of(spec, self.background.root).name)
+        name = task_of(spec, self.background.root).name
+        return self.recorded.background[name] if self.recorded else self.background.data_identity(name)
 
     def _train(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
         from plait.subspaces import find_subspace_method
@@ -197,7 +223,7 @@ class Layout:
         start = {k: getattr(arm, k) for k in ("method", "row_norm", "options", "known", "background")}
         lora = study.lora.model_dump() | ({"rank": arm.rank} if arm.rank else {})
         options = {"start": start, "lora": lora, "training": training, "data": self.data}
-        options |= {"rows": study.data.train_rows, "dtype": study.base.dtype, "base": self.session.base_sha256}
+        options |= {"rows": study.data.train_rows, "dtype": study.base.dtype, "base": self.base_sha256}
         measured = bool(find_subspace_method(arm.method).needs) or settings.constraint not in ("free", "frozen")
         source = self.statistics_unit(unit)
         return options, {"statistics": self.key(source)} if measured else {}

@@ -250,9 +250,9 @@ def _scorer(unit: Unit, layout: Layout) -> Scorer:
 
 def splits(layout: Layout) -> dict[str, Split]:
     """Task -> which of its validation rows are in which part."""
-    study, session = layout.study, layout.session
+    study = layout.study
     options = {"seed": study.evaluation.split_seed, "tuning_rows": study.tuning_rows, "grid_rows": study.grid_rows}
-    return {t: split_rows(len(session.validation(t)), **options) for t in session.tasks}
+    return {t: split_rows(len(layout.labels(t)), **options) for t in layout.tasks}
 
 
 def _score_merge(unit: Unit, layout: Layout, folder: Path, result: dict[str, Any], merged: Adapter) -> None:

@@ -70,7 +70,8 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
         "scales": _rounded(scale_curves(layout, best, merges)),
     }
     drawn = {name: (f"{study.name}-{name}.svg", svg) for name, svg in figures_of(found, main).items()}
-    page = page_of(study, rows, best, inference, found, {name: file for name, (file, _) in drawn.items()})
+    files = {name: file for name, (file, _) in drawn.items()}
+    page = page_of(study, rows, best, inference, found, files, to)
     texts = {f"{study.name}.json": json.dumps(found, indent=1, allow_nan=False) + "\n", f"{study.name}.md": page}
     for file, text in (texts | dict(drawn.values())).items():
         with staged_file(to / file, overwrite=True) as stage:

@@ -1,0 +1,120 @@
+"""What a study was made from, kept in its folder: with it tables are written where neither the base nor the data are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.errors import InputError
+from plait.evaluation.evaluate import scored_labels
+from plait.session import Session
+from plait.store import SCHEMA, read_json, staged_file
+from plait.study.spec import Study
+from plait.tasks import Source, Task
+
+INPUTS_FILE = "inputs.json"
+Labels = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The base and the data of a study, by what names its results and by what its answers are scored against.
+
+    Args:
+        base_sha256: Fingerprint of the base.
+        data: Task -> what its rows are, as `Session.data_identity` has it.
+        background: The same of the tasks that only lend their statistics.
+        labels: Task -> (n,) class ids or values of all its validation rows, in order. No texts.
+    """
+
+    base_sha256: str
+    data: dict[str, dict[str, Any]]
+    background: dict[str, dict[str, Any]]
+    labels: dict[str, Labels]
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks; their files are named by their hashes, and nobody reads them."""
+        return {name: _task(found) for name, found in self.data.items()}
+
+
+def _task(found: dict[str, Any]) -> Task:
+    lists = {k: tuple(found[k]) for k in ("text_columns", "labels", "metrics") if found[k] is not None}
+    return Task(**{**found, **lists, "source": Source(**found["source"])})
+
+
+def inputs_of(session: Session, background: Session) -> Inputs:
+    """What a session's base and rows are.
+
+    Cost: hashes the base and the files of the data, and reads the validation rows.
+    """
+    labels = {t: scored_labels(task, session.validation(t)) for t, task in session.tasks.items()}
+    return Inputs(
+        session.base_sha256,
+        {t: session.data_identity(t) for t in session.tasks},
+        {t: background.data_identity(t) for t in background.tasks},
+        labels,
+    )
+
+
+def keep_inputs(found: Inputs, out: Path) -> None:
+    """Write them into a study's folder; the same again changes nothing."""
+    text = json.dumps(
+        {
+            "schema": SCHEMA,
+            "base_sha256": found.base_sha256,
+            "data": found.data,
+            "background": found.background,
+            "labels": {t: rows.tolist() for t, rows in found.labels.items()},
+        }
+    )
+    target = out / INPUTS_FILE
+    if not target.is_file() or target.read_text(encoding="utf-8") != text + "\n":
+        with staged_file(target, overwrite=True) as stage:
+            stage.write_text(text + "\n", encoding="utf-8")
+
+
+def kept_inputs(out: Path, kept: Study, wanted: Study) -> Inputs | None:
+    """What a study's folder says it was made from.
+
+    Args:
+        out: The folder.
+        kept: The study as it lies there.
+        wanted: The study as it is asked about.
+
+    Returns:
+        None where the folder does not say, or where the base or the data that are asked about are others.
+
+    Raises:
+        InputError: A damaged file.
+    """
+    path = out / INPUTS_FILE
+    if not path.is_file() or not same_inputs(kept, wanted):
+        return None
+    found = read_json(path)
+    try:
+        if found["schema"] != SCHEMA:
+            raise ValueError(found["schema"])
+        tasks = {t: _task(one) for t, one in found["data"].items()}
+        kinds = {t: np.float32 if task.kind == "regression" else np.int64 for t, task in tasks.items()}
+        labels = {t: np.asarray(found["labels"][t], kinds[t]) for t in tasks}
+        return Inputs(str(found["base_sha256"]), found["data"], dict(found["background"]), labels)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(
+            f"not what a study keeps of its inputs: {e!r}", where=str(path), hint="without it, base and data are read"
+        ) from None
+
+
+def same_inputs(one: Study, other: Study) -> bool:
+    """Whether two studies read the same base and the same rows, as far as their files say."""
+    return _read_by(one) == _read_by(other)
+
+
+def _read_by(study: Study) -> tuple[Any, ...]:
+    base, data = study.base, study.data
+    return base.model, base.revision, data.root, data.validation_rows, study.tasks, study.background
