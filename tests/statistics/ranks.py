@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from plait.errors import RunError
 from plait.statistics import collect_statistics, grouped, write_statistics
 from plait.statistics.budget import MemoryPlan
 from plait.statistics.distributed import own_share
@@ -18,6 +20,8 @@ from tests.statistics.models import batches, build
 def main(folder: str, kind: str) -> None:
     dist.init_process_group("gloo")
     model = build("llama")
+    if kind == "tensors":
+        split_tensors(Path(folder))
     if kind == "dead" and dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     given = batches("llama", 0, examples=24)[: 3 if kind == "uneven" else 6]
@@ -39,6 +43,23 @@ def main(folder: str, kind: str) -> None:
         write_statistics(f"{folder}/{kind}-{dist.get_world_size()}", found)
     dist.barrier()
     os._exit(0)  # gloo's threads may abort an orderly exit on a busy machine
+
+
+def split_tensors(folder: Path) -> None:
+    """Collect from a base whose weights transformers has split over the ranks; what is said to each target."""
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto").eval()
+    said = {}
+    for target in ("q_proj", "down_proj", "all-linear"):
+        try:
+            collect_statistics(model, batches("llama", 0), target if target == "all-linear" else [target])
+        except RunError as e:
+            said[target] = str(e)
+    if dist.get_rank() == 0:
+        (folder / "said.json").write_text(json.dumps(said))
+    dist.barrier()
+    os._exit(0)
 
 
 if __name__ == "__main__":

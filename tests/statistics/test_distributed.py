@@ -83,6 +83,16 @@ def test_56_a_dead_rank_ends_the_others_and_leaves_nothing(tmp_path):
     assert read_statistics(tmp_path / "uneven-2").sites
 
 
+@pytest.mark.slow
+def test_a_base_split_by_tensor_parallelism_is_refused_whatever_is_targeted(tmp_path):
+    """q reads whole states there and only gives a part: its moments would be counted once a rank, its outputs once."""
+    build("llama").save_pretrained(tmp_path / "base")
+    launch(tmp_path, "tensors", 2)
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert set(said) == {"q_proj", "down_proj", "all-linear"}
+    assert all("sharded by tensor parallelism (load the base without tp_plan" in text for text in said.values())
+
+
 def test_alone_everything_is_the_own_share():
     assert list(own_share(range(5))) == [0, 1, 2, 3, 4]
     with pytest.raises(UsageError, match="not initialised"):

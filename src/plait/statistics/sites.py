@@ -119,24 +119,30 @@ def memory_of(h: Tensor) -> tuple[Any, ...]:
 
 
 def input_of(target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor a module was called with, whole and of its width.
+    """The tensor a module was called with, whole and of its width; to be called as the module is.
 
     Raises:
-        RunError: Tensor-parallel: the input is a shard.
+        RunError: Tensor-parallel: the input or the weight is a shard.
     """
     h = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(h, Tensor):
         raise RunError(f"was called with {type(h).__name__}, expected a tensor", where=target.name)
-    placements = getattr(h, "placements", None)
-    if placements is not None:  # DTensor
-        if not all(p.is_replicate() for p in placements):
+    if _is_sharded(getattr(target.module, "weight", None)):  # then its outputs are a shard too, whatever it reads
+        raise RunError("its weight is sharded by tensor parallelism", where=target.name, hint=_UNSHARD)
+    if hasattr(h, "placements"):  # DTensor
+        if _is_sharded(h):
             raise RunError(_SHARDED, where=target.name, hint=_UNSHARD)
-        h = h.to_local()  # type: ignore[attr-defined]
+        h = h.to_local()
     if h.shape[-1] != target.shape[1]:
         if target.shape[1] % h.shape[-1] == 0:
             raise RunError(f"{_SHARDED}: {h.shape[-1]} of {target.shape[1]} features", where=target.name, hint=_UNSHARD)
         raise RunError(f"reads {tuple(h.shape)}, its weight has width {target.shape[1]}", where=target.name)
     return h
+
+
+def _is_sharded(tensor: Any) -> bool:
+    """Whether a DTensor is split; what FSDP splits is whole again while its module runs."""
+    return not all(p.is_replicate() for p in getattr(tensor, "placements", ()))
 
 
 _SHARDED = "its input is sharded by tensor parallelism, so no rank sees a whole second moment"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from plait.base import named_seed
 from plait.errors import InputError
 from plait.options import Positive, Range
+from plait.statistics.moments import FACTOR, Moments
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
 from plait.subspaces.solvers import (
     Eigenpairs,
+    Measure,
     Operator,
     dense_eigenpairs,
     iteration_pays,
@@ -26,6 +28,7 @@ from plait.subspaces.solvers import (
 
 # Tasks are solved together as long as their float64 matrices fit in this much memory.
 BATCH_BYTES = 7 << 30
+THIN_ROWS = 1024  # the n x n eigen-problem of more inputs takes longer than the iteration
 _EXTRA = 8  # columns of a block beyond those wanted: they make the gap
 
 
@@ -49,7 +52,8 @@ def contrastive(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str, Basis]:
     Raises:
         InputError: A task's inputs span fewer than r directions here.
 
-    Cost: one Cholesky and one triangular inverse per site, 2/3 d^3; some 20 products of d x d with 16 columns per task.
+    Cost: one Cholesky and one triangular inverse per site, 2/3 d^3; some 20 products of d x d with 16 columns per task, or
+    n d^2 + n^2 d for a task of n < d / 2 inputs.
 
     Source: Fukunaga and Koontz 1970; common spatial patterns (Koles 1991); Xiang et al., SC-LoRA, arXiv:2505.23724 is
     the nearest prior in LoRA.
@@ -58,9 +62,11 @@ def contrastive(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str, Basis]:
     P.diagonal().add_((c or 1.0) * rho / x.dim)
     whitener = inverse_factor(P)
     del P
-    found: dict[str, Basis] = {}
-    for tasks in _batches(x):
-        found |= _solved(x, tasks, whitener, c)
+    found = {t: _solved_thin(x, t, whitener, c) for t in x.tasks if _is_thin(x.moments[t])}
+    rest = [t for t in x.tasks if t not in found]
+    size = max(1, BATCH_BYTES // (8 * x.dim**2))
+    for start in range(0, len(rest), size):
+        found |= _solved(x, rest[start : start + size], whitener, c)
     return found
 
 
@@ -107,10 +113,43 @@ def inverse_factor(R: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return inverse
 
 
-def _batches(x: SiteInputs) -> Iterator[Sequence[str]]:
-    size = max(1, BATCH_BYTES // (8 * x.dim**2))
-    for start in range(0, len(x.tasks), size):
-        yield x.tasks[start : start + size]
+def _is_thin(moments: Moments) -> bool:
+    """Whether a task has so few inputs that all its eigenpairs come from them.
+
+    That is also where the iteration is worst: outside the span of few other inputs l is large, mu crowds at 1.
+    """
+    rows = moments.second.shape[0]
+    return moments.form == FACTOR and moments.residual is None and rows <= min(moments.dim // 2, THIN_ROWS)
+
+
+def _solved_thin(x: SiteInputs, task: str, whitener: Tensor, c: float) -> Basis:
+    """From the n x n matrix F P^-1 F^T of the own factor F, which has the same eigenvalues but zero."""
+    moments = x.moments[task]
+    if not moments.trace > 0:
+        x.own(task)  # which names what is wrong
+    F = moments.second.to(x.device, torch.float64) / moments.trace**0.5
+    if len(F) < x.rank:
+        raise _too_few(x, task)
+    G = F @ whitener.T
+    values, vectors = torch.linalg.eigh((G @ G.T).cpu())
+    mu, vectors = values.flip(0)[: x.rank], vectors.flip(1)[:, : x.rank]
+    rows = orthonormal_rows((whitener.T @ (G.T @ vectors.to(x.device))).cpu())
+    weakest = float(torch.linalg.svdvals(F.cpu() @ rows.T)[-1]) ** 2
+    if weakest <= x.resolution([task]):
+        raise _too_few(x, task)
+    return Basis(rows, _energies(mu, c), {"solver": "thin", "steps": 0, "residual": 0.0})
+
+
+def _energies(mu: Tensor, c: float) -> Tensor:
+    """The generalised eigenvalues l that belong to mu; where there is only background they are the same."""
+    mu = mu.clamp(max=1.0)
+    return c * mu / (1 - mu).clamp_min(1e-15) if c else mu
+
+
+def _too_few(x: SiteInputs, task: str) -> InputError:
+    return InputError(
+        f"the inputs of task {task!r} span fewer than {x.rank} directions", where=x.name, hint="collect more samples"
+    )
 
 
 def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> dict[str, Basis]:
@@ -124,20 +163,16 @@ def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> 
         images = own @ Z if every else torch.stack([own[t] @ z for t, z in zip(active, Z, strict=True)])
         return _apply(whitener, images)
 
-    pairs = _largest(x, operator, lambda: whitener @ own @ whitener.T, len(tasks))
+    measure = Measure(lambda mu: _energies(mu, c), lambda Y: _apply(whitener.T, Y))
+    pairs = _largest(x, operator, lambda: whitener @ own @ whitener.T, len(tasks), measure)
     # The thin rest is quicker on the CPU than in many small steps of a GPU.
     rows = [orthonormal_rows(z) for z in (whitener.T @ pairs.vectors[..., : x.rank]).cpu()]
     placed = torch.stack(rows).to(x.device)
     weakest = torch.linalg.eigvalsh((placed @ own @ placed.mT).cpu())[:, 0].tolist()
-    mu = pairs.values[:, : x.rank].cpu().clamp(max=1.0)
-    energies = c * mu / (1 - mu).clamp_min(1e-15) if c else mu
+    energies = _energies(pairs.values[:, : x.rank].cpu(), c)
     for task, energy in zip(tasks, weakest, strict=True):
         if energy <= x.resolution([task]):
-            raise InputError(
-                f"the inputs of task {task!r} span fewer than {x.rank} directions",
-                where=x.name,
-                hint="collect more samples",
-            )
+            raise _too_few(x, task)
     return {t: Basis(rows[i], energies[i], _solver(pairs)) for i, t in enumerate(tasks)}
 
 
@@ -147,12 +182,14 @@ def _apply(A: Float[Tensor, "d d"], Y: Float[Tensor, "t d b"]) -> Float[Tensor, 
     return (A @ Y.transpose(0, 1).reshape(d, t * b)).view(d, t, b).transpose(0, 1)
 
 
-def _largest(x: SiteInputs, operator: Operator, matrices: Callable[[], Tensor], count: int) -> Eigenpairs:
+def _largest(
+    x: SiteInputs, operator: Operator, matrices: Callable[[], Tensor], count: int, measure: Measure | None = None
+) -> Eigenpairs:
     """The r largest eigenpairs: dense where the site is small or the iteration does not settle."""
     if iteration_pays(x.dim, x.rank + _EXTRA):
         generator = torch.Generator().manual_seed(named_seed(0, x.name))
         start = torch.randn(1, x.dim, x.rank + _EXTRA, generator=generator, dtype=torch.float64)
-        pairs = top_eigenpairs(operator, start.to(x.device).expand(count, -1, -1), x.rank)
+        pairs = top_eigenpairs(operator, start.to(x.device).expand(count, -1, -1), x.rank, measure)
         if pairs.converged:
             return pairs
     return dense_eigenpairs(matrices(), x.rank)

@@ -14,8 +14,9 @@ from torch import Tensor
 DENSE_LIMIT = 256
 _DENSE_BLOCKS = 12
 # The wanted subspace has settled when it is within this of the true one (Frobenius norm of the sines), as far as its last
-# two turns tell: an error that shrinks by q = turn / turn before is now about q times the turn. The residual over the gap
-# bounds the same angle, 50 times too cautiously here: a Krylov residual lies far from the wanted end of the spectrum.
+# two turns tell: an error that shrinks by q = turn / turn before is now about q times the turn (the first turn says nothing
+# of q; taking it for its own q left angles of 4e-4). The residual over the gap bounds the same angle, 50 times too
+# cautiously here: a Krylov residual lies far from the wanted end of the spectrum.
 ANGLE = 4e-5
 # Where the gap is below this fraction of the largest eigenvalue the subspace may never settle; then the energies decide,
 # which are of second order: settled when a round gains less than this, relative to the largest.
@@ -32,6 +33,23 @@ _ROUNDS = 6
 
 # (t, d, b) and which t of the operators -> (t, d, b): operators whose pairs have settled are not applied again.
 Operator = Callable[[Float[Tensor, "t d b"], Sequence[int]], Float[Tensor, "t d b"]]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """By what pairs are judged, where the operator is another problem in disguise.
+
+    Args:
+        energies: Eigenvalues -> the ones whose gaps and sums count; increasing.
+        place: (t, d, n) columns -> the columns whose span counts.
+    """
+
+    energies: Callable[[Tensor], Tensor] = _as_it_is
+    place: Callable[[Tensor], Tensor] = _as_it_is
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,9 @@ def iteration_pays(dim: int, block: int) -> bool:
     return dim > max(DENSE_LIMIT, _DENSE_BLOCKS * block)
 
 
-def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int) -> Eigenpairs:
+def top_eigenpairs(
+    operator: Operator, start: Float[Tensor, "t d b"], count: int, measure: Measure | None = None
+) -> Eigenpairs:
     """The largest eigenvalues of symmetric operators by thick-restart block Lanczos with full reorthogonalisation.
 
     Every block of the Krylov space is kept up to six of them; then the Ritz pairs are judged and the space is compressed
@@ -79,6 +99,7 @@ def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int
         operator: (t, d, b) and the numbers of the t operators -> (t, d, b); symmetric.
         start: Random block; b is the block size and should exceed `count` by some columns.
         count: Number of wanted pairs, below b.
+        measure: What they are wanted for; by default the operator's own eigenvalues and space.
 
     Returns:
         As many Ritz pairs as the block has columns; `converged` says whether the wanted ones have settled to `ANGLE`,
@@ -97,7 +118,7 @@ def top_eigenpairs(operator: Operator, start: Float[Tensor, "t d b"], count: int
     for step in range(1, _MAX_STEPS + 1):
         Q = orthonormal(images[..., -block:], V)
         if V.shape[-1] >= _BLOCKS * block:
-            found, done, Y = _ritz(V, images, count, block, step, before)
+            found, done, Y = _ritz(V, images, count, block, step, before, measure or Measure())
             settled |= {t: _only(found, [i], converged=True) for i, t in enumerate(active) if done[i]}
             keep = [i for i in range(len(active)) if not done[i]]
             if not keep:
@@ -135,7 +156,7 @@ def _only(pairs: Eigenpairs, which: Sequence[int], *, converged: bool) -> Eigenp
 
 
 def _ritz(
-    V: Tensor, images: Tensor, count: int, block: int, step: int, before: Eigenpairs | None
+    V: Tensor, images: Tensor, count: int, block: int, step: int, before: Eigenpairs | None, measure: Measure
 ) -> tuple[Eigenpairs, list[bool], Tensor]:
     """Rayleigh-Ritz in the current space, which operators have settled, and the combinations to keep.
 
@@ -149,17 +170,28 @@ def _ritz(
     misfit = images @ Y[..., :count] - vectors[..., :count] * wanted[:, None]
     residuals = torch.linalg.vector_norm(misfit, dim=1).amax(-1).cpu()
     scale = values.abs().amax(-1)
-    done, turned = residuals <= 1e-13 * scale, torch.ones_like(scale)
+    done, turned = residuals <= 1e-13 * scale, torch.zeros_like(scale)
     if before is not None:
-        overlap = (vectors[..., :count].mT @ before.vectors[..., :count]).square().sum((-2, -1)).cpu()
-        turned = (count - overlap).clamp_min(0).sqrt()
-        error = turned * (turned / before.turned.clamp_min(1e-12)).clamp(max=1.0)
-        gained = (values[:, :count].sum(-1) - before.values[:, :count].sum(-1).cpu()).abs()
-        no_gap = values[:, count - 1] - values[:, count] < NO_GAP * scale
-        settled = (error <= ANGLE) | (no_gap & (gained <= ENERGY * count * scale))
+        X, Z = vectors[..., :count], before.vectors[..., :count]
+        turned = _turn(X, Z)
+        shrinks = (turned / before.turned.clamp_min(1e-12)).clamp(max=1.0)
+        settled = turned * shrinks <= ANGLE
+        if measure.place is not _as_it_is and bool(settled.any()):
+            placed = _turn(orthonormal(measure.place(X)), orthonormal(measure.place(Z)))
+            settled &= placed * shrinks <= ANGLE
+        now, then = measure.energies(values[:, : count + 1]), measure.energies(before.values[:, :count].cpu())
+        gained = (now[:, :count].sum(-1) - then.sum(-1)).abs()
+        largest = now.abs().amax(-1)
+        no_gap = now[:, count - 1] - now[:, count] < NO_GAP * largest
+        settled |= no_gap & (gained <= ENERGY * count * largest)
         done |= settled & (residuals <= SMALL_RESIDUAL * scale)
     pairs = values[:, :block].to(V.device)
     return Eigenpairs(pairs, vectors, float(residuals.max()), bool(done.all()), step, turned), done.tolist(), Y
+
+
+def _turn(X: Tensor, Z: Tensor) -> Float[Tensor, " t"]:
+    """How far apart two batches of subspaces are: the Frobenius norm of the sines, on the CPU."""
+    return torch.linalg.matrix_norm(X - Z @ (Z.mT @ X)).cpu()
 
 
 def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | None = None) -> Float[Tensor, "t d b"]:
