@@ -132,7 +132,7 @@ def input_of(target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     if hasattr(h, "placements"):  # DTensor
         if _is_sharded(h):
             raise RunError(_SHARDED, where=target.name, hint=_UNSHARD)
-        h = h.to_local()
+        h = h.to_local()  # type: ignore[attr-defined]
     if h.shape[-1] != target.shape[1]:
         if target.shape[1] % h.shape[-1] == 0:
             raise RunError(f"{_SHARDED}: {h.shape[-1]} of {target.shape[1]} features", where=target.name, hint=_UNSHARD)
