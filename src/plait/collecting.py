@@ -71,6 +71,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     model, targets = evaluator.task_model(task.name), recipe.lora.target_modules
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
     options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
+    options |= recipe.lora.limits
 
     def given(start: int, stop: int | None) -> Any:
         return own_share(batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True))

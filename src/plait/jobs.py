@@ -104,6 +104,7 @@ def _statistics(session: Session, out: Path, seed: int, data: dict[str, Any]) ->
             "dtype": recipe.base.dtype,
             "data": data[task],
             "targets": recipe.lora.target_modules,
+            **recipe.lora.limits,
             "max_length": recipe.data.max_length,
             **recipe.statistics.model_dump(
                 exclude={"batch_size"} | ({"memory"} if not recipe.statistics.memory else set())
@@ -121,7 +122,11 @@ def _arm(
 
     recipe = session.recipe
     where = f"{arm.name}/seed-{seed}"
-    start = arm.model_dump(exclude={"training", "name"}) | {"subspace": arm.method} | recipe.lora.model_dump()
+    start = (
+        arm.model_dump(exclude={"training", "name"})
+        | {"subspace": arm.method}
+        | recipe.lora.model_dump(exclude_none=True)
+    )
     settings = recipe.training_of(arm)
     training = {k: v for k, v in asdict(settings).items() if k not in NOT_IDENTITY}
     measured = _prefixed("statistics", statistics)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
 
 
 class _Strict(PydanticModel):
@@ -71,7 +72,21 @@ class LoraSpec(_Strict):
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     alpha: Positive = 16.0
-    target_modules: list[str] | str = Field(description="as PEFT's target_modules")
+    target_modules: list[str] | str = Field(description="as PEFT's: suffixes, a regex over whole names, or all-linear")
+    exclude_modules: list[str] | str | None = Field(None, description="as PEFT's")
+    layers_to_transform: list[Index] | Index | None = Field(None, description="as PEFT's: numbers of layers, from 0")
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What narrows `target_modules`, where anything does."""
+        return self.model_dump(include={"exclude_modules", "layers_to_transform"}, exclude_none=True)
+
+    @property
+    def recorded_targets(self) -> tuple[str, ...] | str | None:
+        """`target_modules` for an adapter's config; None where they are narrowed: then it lists its modules."""
+        if self.limits:
+            return None
+        return self.target_modules if isinstance(self.target_modules, str) else tuple(self.target_modules)
 
 
 class StatisticsSpec(_Strict):

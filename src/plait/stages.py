@@ -62,7 +62,6 @@ def _initial(job: Job, plan: Plan, session: Session, folder: Path, result: Settl
 def initial_of(job: Job, plan: Plan, session: Session) -> dict[str, tuple[Adapter, Settled]]:
     """All tasks' adapters of an arm and seed at once: they share one factorisation per site."""
     recipe, arm = plan.recipe, job.arm or plan.recipe.arm_specs[0]
-    targets = recipe.lora.target_modules
     settings = InitialSettings(
         arm.method,
         recipe.lora.rank,
@@ -70,7 +69,7 @@ def initial_of(job: Job, plan: Plan, session: Session) -> dict[str, tuple[Adapte
         arm.row_norm,
         arm.options,
         task_type=TASK_TYPES[next(iter(session.tasks.values())).kind],
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules=recipe.lora.recorded_targets,
     )
     return initial_adapters(
         _statistics(plan, job.seed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ Validation = Annotated[
 Text = Annotated[str | None, typer.Option("--text", help="Text column, or two: premise,hypothesis.")]
 Label = Annotated[str | None, typer.Option("--label", help="Label column; label by default.")]
 Kind = Annotated[str | None, typer.Option("--kind", help="classification (default), regression, causal or seq2seq.")]
-Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="As PEFT's; may be repeated.")]
+Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="As PEFT's; a suffix may be repeated.")]
 
 
 def recipe_from(
@@ -68,7 +69,7 @@ def recipe_from(
         "base": {"model": base, "device": device},
         "data": {"root": str(root) if root else None},
         "tasks": [_task(task, described)],
-        "lora": {"target_modules": targets or default_targets(base)},
+        "lora": {"target_modules": _targets(targets) if targets else default_targets(base)},
         "arms": ["kaiming"],  # not used by a single stage; one that needs no other task
         "merges": ["task_arithmetic"],
         "training": {"epochs": 3},
@@ -90,6 +91,11 @@ def _task(task: str, described: dict[str, str | None]) -> str | dict[str, Any]:
         raise UsageError("which text column?", hint="--text sentence, or --text premise,hypothesis")
     given = {"label": label, "kind": kind, "validation": validation}
     return {"name": task, "train": train, "text": text.split(","), **{k: v for k, v in given.items() if v is not None}}
+
+
+def _targets(given: list[str]) -> list[str] | str:
+    """Suffixes, or one regex over whole names, or "all-linear"; a suffix has letters, digits, "_" and "." only."""
+    return given if len(given) > 1 or re.fullmatch(r"[\w.]+", given[0]) else given[0]
 
 
 def default_targets(base: str) -> list[str]:

@@ -203,6 +203,7 @@ class Layout:
             "data": self.data,
             "background": [self._background_identity(t) for t in study.background],
             "targets": study.lora.target_modules,
+            **study.lora.limits,
             "max_length": study.data.max_length,
             "pool": unit.pool,
             "samples": unit.samples,
@@ -221,7 +222,7 @@ class Layout:
         settings = self.settings(unit)
         training = {k: v for k, v in asdict(settings).items() if k not in NOT_IDENTITY}
         start = {k: getattr(arm, k) for k in ("method", "row_norm", "options", "known", "background")}
-        lora = study.lora.model_dump() | ({"rank": arm.rank} if arm.rank else {})
+        lora = study.lora.model_dump(exclude_none=True) | ({"rank": arm.rank} if arm.rank else {})
         options = {"start": start, "lora": lora, "training": training, "data": self.data}
         options |= {"rows": study.data.train_rows, "dtype": study.base.dtype, "base": self.base_sha256}
         measured = bool(find_subspace_method(arm.method).needs) or settings.constraint not in ("free", "frozen")

@@ -162,7 +162,6 @@ def _made(
 ) -> dict[str, Adapter]:
     arm, recipe = layout.study.arm(unit.arm), layout.study
     rank = arm.rank or recipe.lora.rank
-    targets = recipe.lora.target_modules
     settings = InitialSettings(
         arm.method,
         rank,
@@ -171,7 +170,7 @@ def _made(
         arm.options,
         arm.background,
         TASK_TYPES[next(iter(layout.session.tasks.values())).kind],
-        targets if isinstance(targets, str) else tuple(targets),
+        recipe.lora.recorded_targets,
     )
     common: dict[str, Any] = {"base": recipe.base.model, "revision": recipe.base.revision, "seed": unit.seed}
     common |= {"background": background if arm.background else (), "device": layout.session.base.torch_device}
