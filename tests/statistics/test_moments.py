@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.errors import InputError, UsageError
+from plait.statistics.accumulate import SiteSums
+from plait.statistics.masks import Positions
 from plait.statistics.moments import FACTOR, ModuleInfo, Moments, Statistics, merge_statistics, rotated
 from plait.statistics.sketch import FrequentDirections, compress
 
@@ -147,3 +149,19 @@ def test_frequent_directions_keep_their_bound(rank, pieces, seed):
     assert factor.shape[0] <= rank
     assert float(torch.linalg.matrix_norm(S - found, 2)) <= error * (1 + 1e-9) + 1e-9
     torch.testing.assert_close(found.diagonal(), S.diagonal())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dim", [70, 768, 900])
+def test_sums_of_wide_inputs_are_whole(dim, dtype):
+    """Wide ones are summed from the diagonal on and filled in at the end."""
+    rows = torch.randn(2, 500, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums = SiteSums(dim, dtype, torch.device("cpu"), pool="token", sketch=None)
+    every = Positions.of(torch.ones(1, 500, dtype=torch.bool), torch.device("cpu"))
+    for part in rows:
+        sums.add(part[None], every)
+    found = sums.finish()
+    H = rows.reshape(-1, dim).double()
+    assert found.form == "dense" and found.second.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.second.double(), H.T @ H, rtol=1e-5, atol=1e-3)
+    assert (found.second - found.second.T).abs().max() <= 1e-6 * found.second.abs().max()
