@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from plait.base import BaseModel
 from plait.statistics import read_statistics
@@ -30,6 +31,7 @@ def main(folder: str, statistics: str, out: str, constraint: str, split: str = "
     base, task = BaseModel(folder, device="cpu"), make_task()
     if split:
         watch_sizes(Path(out))
+        Accelerator.multi_device = property(lambda self: True)  # as on GPUs, where accelerate wraps no DTensors
     known = {p.name: read_statistics(p) for p in sorted(Path(statistics).iterdir())}
     settings = dataclasses.replace(SETTINGS, constraint=constraint, constraint_options=OPTIONS[constraint])
     settings = dataclasses.replace(settings, shard_base=bool(split))

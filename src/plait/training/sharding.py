@@ -42,6 +42,30 @@ def shard_base(peft_model: Any, device: torch.device) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(peft_model, [*split, *buffers])
 
 
+def average_adapter(accelerator: Any) -> None:
+    """Make an Accelerator wrap a model that `shard_base` has split in DDP, which averages the adapter's gradients.
+
+    Left alone it refuses on GPUs, since the base's weights are DTensors; DDP is told to ignore them.
+
+    Args:
+        accelerator: The Trainer's; changed in place.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    prepare = accelerator.prepare_model
+
+    def prepare_model(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+        prepared = prepare(model, device_placement=False, evaluation_mode=True)  # mixed precision, and no wrapping
+        if not evaluation_mode:
+            handler = accelerator.ddp_handler
+            prepared = DistributedDataParallel(prepared, **(handler.to_kwargs() if handler is not None else {}))
+            accelerator._models[-1] = prepared
+        prepared._is_accelerate_prepared = True
+        return prepared
+
+    accelerator.prepare_model = prepare_model
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: members of the outermost module lists."""
     found: list[nn.Module] = []

@@ -28,7 +28,7 @@ from plait.training.checkpoints import checkpoint_root, latest_whole, leave_no_e
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import TrainingSettings
-from plait.training.sharding import shard_base
+from plait.training.sharding import average_adapter, shard_base
 
 
 def train_adapter(
@@ -149,6 +149,8 @@ def _run(
         data_collator=functools.partial(collate, tokenizer),
         callbacks=callbacks,
     )
+    if settings.shard_base:
+        average_adapter(trainer.accelerator)
     _settle_callbacks(trainer, root)
     trainer.accelerator.wait_for_everyone()
     checkpoint = latest_whole(root)
