@@ -187,6 +187,19 @@ def test_comparisons_without_an_answer_have_none_and_say_why():
     assert [c.p_holm for c in corrected] == [pytest.approx(0.06), None, pytest.approx(0.03)]
 
 
+def test_what_holds_of_these_tasks_is_surer_than_what_holds_of_tasks_drawn_like_them():
+    """Two tasks, differences of 10 and 30 points with no other noise: drawn, 10 to 30; these two, 20 exactly."""
+    tasks = np.array([[1.0, 1.0]] + [[2.0, 0.0], [1.0, 1.0], [0.0, 2.0], [1.0, 1.0]] * 25)
+    better, worse = (np.stack([np.full(101, x) for x in pair])[None] for pair in ((60.0, 80.0), (50.0, 50.0)))
+    low, high = (np.full((1, 2, 101), x) for x in (0.0, 100.0))
+    both = Resampled({("a", "best"): better, ("b", "best"): worse}, low, high, np.ones((101, 1)), tasks)
+    found = _compared(both, "a", "b", "best")
+    assert (found.difference, found.low, found.high) == pytest.approx((0.2, 0.1, 0.3))
+    assert (found.low_here, found.high_here, found.p_here) == pytest.approx((0.2, 0.2, 2 / 101))
+    level = _holm([found, Comparison("a", "c", "best", p=0.9, p_here=0.03)])
+    assert [c.p_here for c in level] == [pytest.approx(4 / 101), pytest.approx(4 / 101)]
+
+
 @pytest.mark.slow
 def test_the_published_archive_gives_the_published_numbers(tmp_path, capsys):
     results = Path(__file__).parents[2] / "docs" / "results"

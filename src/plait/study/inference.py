@@ -36,6 +36,8 @@ class Comparison:
         p_holm: Corrected for all comparisons of one merge.
         equivalent: Two one-sided tests at 5 % put the difference within `MARGIN`.
         detectable: Smallest difference found with power 0.8.
+        low_here, high_here, p_here: The same of these very tasks, which are not drawn then: seeds and examples alone;
+            p Holm-corrected too. What may be said of tasks like these is `low`, `high` and `p_holm`.
         undefined: Why there are no numbers: all of them are None then; "" where there are.
     """
 
@@ -49,6 +51,9 @@ class Comparison:
     p_holm: float | None = None
     equivalent: bool | None = None
     detectable: float | None = None
+    low_here: float | None = None
+    high_here: float | None = None
+    p_here: float | None = None
     undefined: str = ""
 
 
@@ -68,14 +73,21 @@ class Resampled:
     seeds: Floats
     tasks: Floats
 
-    def recovered(self, arm: str, merge: str) -> Floats:
-        """(1 + resamples,) recovered; the first is that of the data as they are. NaN where nothing was learned."""
-        gain = self._mean(self.high - self.low)
-        return self._mean(self.values[arm, merge] - self.low) / np.where(gain > LEARNED, gain, np.nan)
+    def recovered(self, arm: str, merge: str, *, here: bool = False) -> Floats:
+        """(1 + resamples,) recovered; the first is that of the data as they are. NaN where nothing was learned.
 
-    def _mean(self, values: Floats) -> Floats:
-        weighted = np.einsum("str,rs,rt->r", values, self.seeds, self.tasks)
-        found: Floats = weighted / (self.seeds.sum(1) * self.tasks.sum(1))
+        Args:
+            arm: Which.
+            merge: Under which, or "best".
+            here: Of these very tasks: they are not drawn.
+        """
+        tasks = np.ones_like(self.tasks) if here else self.tasks
+        gain = self._mean(self.high - self.low, tasks)
+        return self._mean(self.values[arm, merge] - self.low, tasks) / np.where(gain > LEARNED, gain, np.nan)
+
+    def _mean(self, values: Floats, tasks: Floats) -> Floats:
+        weighted = np.einsum("str,rs,rt->r", values, self.seeds, tasks)
+        found: Floats = weighted / (self.seeds.sum(1) * tasks.sum(1))
         return found
 
 
@@ -197,21 +209,34 @@ def _compared(drawn: Resampled, arm: str, other: str, merge: str) -> Comparison:
         return Comparison(arm, other, merge, undefined=NOTHING_LEARNED)
     if len(values) < len(found) / 2:
         return Comparison(arm, other, merge, center, undefined=f"in most resamples, {NOTHING_LEARNED}")
-    error = float(values.std(ddof=1))
-    low, high = np.quantile(values, [0.025, 0.975])
+    p, inner = _two_sided(values), np.quantile(values, [0.05, 0.95])
+    here = drawn.recovered(arm, merge, here=True) - drawn.recovered(other, merge, here=True)
+    kept = here[1:][np.isfinite(here[1:])]
+    low, high = _interval(found) or (None, None)
+    low_here, high_here = _interval(here) or (None, None)
+    return Comparison(
+        arm, other, merge, center, low, high, p, p,
+        equivalent=bool(inner[0] > -MARGIN and inner[1] < MARGIN),
+        detectable=_POWER * float(values.std(ddof=1)),
+        low_here=low_here, high_here=high_here, p_here=None if low_here is None else _two_sided(kept),
+    )  # fmt: skip
+
+
+def _two_sided(values: Floats) -> float:
     tail = min(float((values <= 0).mean()), float((values >= 0).mean()))
-    p = min(1.0, 2 * max(tail, 1 / (len(values) + 1)))
-    inner = np.quantile(values, [0.05, 0.95])
-    equivalent = bool(inner[0] > -MARGIN and inner[1] < MARGIN)
-    return Comparison(arm, other, merge, center, float(low), float(high), p, p, equivalent, _POWER * error)
+    return min(1.0, 2 * max(tail, 1 / (len(values) + 1)))
 
 
 def _holm(found: Sequence[Comparison]) -> list[Comparison]:
     """Corrected for all comparisons that were asked for, those without an answer among them."""
-    known = sorted((c.p, i) for i, c in enumerate(found) if c.p is not None)
-    corrected: dict[int, float] = {}
+    drawn, here = (_corrected(ps) for ps in ([c.p for c in found], [c.p_here for c in found]))
+    return [replace(c, p_holm=p, p_here=h) for c, p, h in zip(found, drawn, here, strict=True)]
+
+
+def _corrected(ps: Sequence[float | None]) -> list[float | None]:
+    corrected: list[float | None] = [None] * len(ps)
     running = 0.0
-    for place, (p, i) in enumerate(known):
-        running = max(running, min(1.0, p * (len(found) - place)))
+    for place, (p, i) in enumerate(sorted((p, i) for i, p in enumerate(ps) if p is not None)):
+        running = max(running, min(1.0, p * (len(ps) - place)))
         corrected[i] = running
-    return [replace(c, p_holm=corrected.get(i)) for i, c in enumerate(found)]
+    return corrected
