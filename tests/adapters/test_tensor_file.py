@@ -59,6 +59,15 @@ def test_without_the_systems_hint_the_bytes_are_the_same(tmp_path, monkeypatch):
     assert (tmp_path / "hinted").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
+def test_the_disk_begins_at_every_stride(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(tensor_file, "_sync_file_range", lambda *range_and_flags: begun.append(range_and_flags[1:3]))
+    monkeypatch.setattr(tensor_file, "_STRIDE", 4096)
+    tensors = {f"{i:02}": torch.zeros(256) for i in range(16)}  # a kilobyte each
+    write_tensors(tmp_path / "x", tensors)
+    assert 4 <= len(begun) <= 6 and set(begun) == {(0, 0)}  # up to the end of the file
+
+
 def test_an_adapter_filled_is_the_adapter_written(tmp_path):
     g = torch.Generator().manual_seed(1)
     kinds = {"layers.0.q": "linear", "layers.1.q": "linear", "embed": "embedding"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.merging import merge
-from plait.merging.workers import side_by_side
+from plait.merging.workers import one_by_one, side_by_side
 
 
 @pytest.fixture
@@ -29,6 +30,16 @@ def test_results_come_in_order_and_the_setting_comes_back(threads):
     with pytest.raises(ZeroDivisionError):
         side_by_side(lambda i: 1 / i, [1, 0], torch.device("cpu"))
     assert torch.get_num_threads() == 3 and sys.getswitchinterval() == turn
+
+
+def test_one_by_one_stays_in_this_thread_and_the_setting_comes_back(threads):
+    threads(3)
+    here = threading.get_ident()
+    found = one_by_one(lambda i: (i, torch.get_num_threads(), threading.get_ident() == here), range(5))
+    assert found == [(i, 1, True) for i in range(5)] and torch.get_num_threads() == 3
+    with pytest.raises(ZeroDivisionError):
+        one_by_one(lambda i: 1 / i, [1, 0])
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "tsv", "ties", "dare_linear", "core_space"])

@@ -19,6 +19,8 @@ from plait.errors import InputError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin to write these pages out and do not wait
+# Bytes after which the disk is told to begin: telling it for every tensor of a quarter of a megabyte took 6 of 16 ms.
+_STRIDE = 1 << 22
 
 Put = Callable[[str, Tensor], None]
 
@@ -87,12 +89,13 @@ def fill_tensors(
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all bytes at a place and have the disk begin with them."""
-    start, length = offset, data.nbytes
+    """Write all bytes at a place; at every stride the disk begins with what it has got so far."""
+    start = offset
     while data.nbytes:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
-    _begin_writeback(fd, start, length)
+    if start // _STRIDE != offset // _STRIDE:
+        _begin_writeback(fd)
 
 
 def _writeback() -> Callable[[int, int, int, int], int] | None:
@@ -108,10 +111,12 @@ def _writeback() -> Callable[[int, int, int, int], int] | None:
 _sync_file_range = _writeback()
 
 
-def _begin_writeback(fd: int, start: int, length: int) -> None:
+def _begin_writeback(fd: int) -> None:
     """A hint: whether it is heeded or not, the file is flushed before it takes its place (`store.staged_folder`)."""
-    if _sync_file_range is not None and length:
-        _sync_file_range(fd, start, length, _WRITE)
+    if _sync_file_range is not None:
+        _sync_file_range(
+            fd, 0, 0, _WRITE
+        )  # 0 bytes: up to the end, of which only what was not begun yet costs anything
 
 
 def header_bytes(header: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ from plait.merging.outcome import assembled, discarded, labels_of, provenance
 from plait.merging.registry import MergeMethod
 from plait.merging.stream import DenseDelta, Truncated, as_dense, cut_to_rank
 from plait.merging.verify import probes_by_width, projection_error, some_modules, sum_error
-from plait.merging.workers import side_by_side
+from plait.merging.workers import one_by_one, side_by_side
 
 T = TypeVar("T")
 
@@ -71,9 +71,11 @@ class Plan:
         return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
 
     def each(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
-        """The function of every module, in order; side by side where the model is large enough to repay the threads."""
+        """The function of every module, in order; side by side where there is enough to compute to repay the threads."""
         entries = sum(out * width for (out, width), _ in self.common.modules.values())
-        return side_by_side(function, names, self.device) if entries > _LARGE else [function(m) for m in names]
+        if entries <= _LARGE:
+            return [function(m) for m in names]
+        return one_by_one(function, names) if self.copies() else side_by_side(function, names, self.device)
 
     def prepared(self) -> Any:
         """What the method decides model-wide, before the first module."""
@@ -215,6 +217,10 @@ class Plan:
             "calibrate": self.calibration.name if self.calibration else None,
             "base": self.common.base,
         }
+
+    def copies(self) -> bool:
+        """Whether factors are put beside each other and nothing else: a weighted sum that is neither cut nor calibrated."""
+        return self.method.concatenates and self.rank is None and self.calibration is None
 
     def is_unchanged(self) -> bool:
         """One adapter of weight 1 through a linear method: its own factors, its own dtype, its own scaling."""
