@@ -298,8 +298,8 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     return {
         "recovered_no_text": recovered["no text"],
         "recovered_100_texts": recovered["100 texts"],
-        "recovered_labels": labelled,
-        "share_of_labels": recovered["100 texts"] / labelled if labelled else None,
+        "recovered_oracle": labelled,
+        "share_of_oracle": recovered["100 texts"] / labelled if labelled else None,
         "rank_correlation": ranks["score"],
         "rank_correlations": ranks,
         "recovered": recovered,
