@@ -22,6 +22,11 @@ SUBCLASSES = {"training/callbacks.py", "training/selection.py", "training/traine
 HEAVY = {"transformers", "peft", "datasets", "sklearn", "scipy", "pyarrow", "matplotlib", "accelerate", "jinja2"}
 
 
+# What torch makes in its default dtype where none is given; the second kind only of numbers that are written out.
+FLOATS = {"zeros", "ones", "empty", "full", "rand", "randn", "eye", "linspace", "logspace", "tensor", "scalar_tensor"}
+FLOATS_OF_NUMBERS = {"arange", "range", "as_tensor", "asarray", "normal"}
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(SOURCE))
 
@@ -102,3 +107,63 @@ def test_asserts_do_not_guard_and_pickles_are_not_loaded(path):
     assert not [text for text in asserted if not text.endswith(" is not None")]  # those only tell mypy what is known
     called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
     assert not called & {"torch.load", "pickle.load", "pickle.loads", "eval", "exec", "yaml.unsafe_load", "os.system"}
+
+
+def holds_a_float(node: ast.AST) -> bool:
+    """Whether a float, or a quotient, is written out in an expression."""
+    return any(
+        (isinstance(n, ast.Constant) and isinstance(n.value, float))
+        or (isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div))
+        for n in ast.walk(node)
+    )
+
+
+def follows_the_default_dtype(call: ast.Call) -> bool:
+    """Whether the dtype of what torch makes here is the process's default: wrong in a program that changed it.
+
+    `zeros_like`, `new_zeros` and their kin follow a tensor. A quotient of whole numbers is beyond this rule;
+    tests/test_default_dtype.py runs what is computed.
+    """
+    if not isinstance(call.func, ast.Attribute) or ast.unparse(call.func.value) != "torch":
+        return False
+    name = call.func.attr
+    if name in ("get_default_dtype", "set_default_dtype", "Tensor"):
+        return True
+    if name == "where":  # takes no dtype
+        chosen = call.args[1:]
+        return (
+            bool(chosen)
+            and all(isinstance(a, ast.Constant | ast.UnaryOp) for a in chosen)
+            and any(map(holds_a_float, chosen))
+        )
+    if any(k.arg in ("dtype", "out", None) for k in call.keywords):
+        return False
+    return name in FLOATS or (name in FLOATS_OF_NUMBERS and any(map(holds_a_float, call.args)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_tensor_follows_the_default_dtype(path):
+    calls = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call)]
+    assert not [f"line {n.lineno}: {ast.unparse(n)}" for n in calls if follows_the_default_dtype(n)]
+
+
+@pytest.mark.parametrize(
+    ("text", "follows"),
+    [
+        ("torch.zeros(2, 3)", True),
+        ("torch.zeros(2, 3, dtype=x.dtype)", False),
+        ("torch.randn(2, generator=g).to(device)", True),
+        ("torch.tensor([0.5])", True),
+        ("torch.arange(3)", False),
+        ("torch.arange(0, 1, 0.1)", True),
+        ("torch.where(x > 0, 1.0, -1.0)", True),
+        ("torch.where(x > 0, x, 0.0)", False),
+        ("torch.where(x > 0, 1, 2)", False),
+        ("torch.zeros_like(x)", False),
+        ("np.zeros(3)", False),
+        ("torch.empty(3, **like)", False),
+    ],
+)
+def test_the_rule_about_the_default_dtype(text, follows):
+    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+    assert any(map(follows_the_default_dtype, calls)) == follows

@@ -235,7 +235,7 @@ def draw_head(model: nn.Module, seed: int, start: float = 0.0) -> None:
         for inner, module in model.get_submodule(name).named_modules():
             if isinstance(module, nn.Linear):
                 generator = torch.Generator().manual_seed(named_seed(seed, f"{name}.{inner}"))
-                drawn = torch.empty(module.weight.shape).normal_(0.0, std, generator=generator)
+                drawn = torch.empty(module.weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
                 with torch.no_grad():
                     module.weight.copy_(drawn)
                     if module.bias is not None:

@@ -90,6 +90,10 @@ class Session:
         spec = self.recipe.evaluation
         return Evaluator(self.base, self.tasks, examples, spec.batch_size, self.recipe.data.max_length)
 
+    def load(self) -> None:
+        """Load the base now rather than when it is first asked for."""
+        self.evaluator.task_model(next(iter(self.tasks)))
+
     def validation(self, task: str) -> Examples:
         """A task's validation rows: the same for every arm and seed."""
         return self._examples(task, "validation", self.recipe.data.validation_rows, 0)

@@ -9,13 +9,14 @@ import pytest
 
 from plait.errors import InputError, UsageError
 from plait.store import read_manifest
+from plait.study import work
 from plait.study.executor import InProcess
 from plait.study.run import parts, run_study
-from plait.study.schedule import final_units, next_wave, repair_units, sweep_units
+from plait.study.schedule import final_units, next_wave, repair_units, sweep_units, tuning_scores
 from plait.study.spec import parse_study, read_study
 from plait.study.splits import split_rows
 from plait.study.table import rows_of
-from plait.study.units import Layout
+from plait.study.units import MERGE, Layout
 from plait.study.work import adapters_of
 from plait.study.write import write_tables
 
@@ -72,3 +73,13 @@ def test_batches_keep_everything_once_and_wrong_studies_are_refused(small_study,
         parse_study({**raw, "repair": {"arms": ["nobody"], "merge": "regmean"}}, "x")
     with pytest.raises(UsageError, match="tuning seed"):
         parse_study({**raw, "tuning_seed": 0}, "x")
+
+
+def test_the_base_is_loaded_before_merges_are_computed_beside(small_study, tmp_path, monkeypatch):
+    """While it loads, transformers sets torch's default dtype, for a thread that merges too."""
+    layout, seen = Layout(small_study(), tmp_path), []
+    monkeypatch.setattr(work, "_merged", lambda _, here: seen.append(here.session.evaluator._model is not None))
+    monkeypatch.setattr(work, "_one", lambda unit, here, future: future.result() if future else None)
+    units = [u for train in sweep_units(layout) for u in tuning_scores(layout, train)]
+    assert work.do(units, layout) == len(units)
+    assert seen == [True] * sum(u.stage == MERGE for u in units) and seen

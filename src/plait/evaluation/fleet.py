@@ -204,13 +204,15 @@ def stack(
     rank, n_out, n_in = shape
     worn = {id(c.adapter): c.adapter for c in candidates if c.adapter is not None}
     device = like.device
-    A, B = torch.zeros(1 + len(worn), rank, n_in), torch.zeros(1 + len(worn), n_out, rank)
+    A = torch.zeros(1 + len(worn), rank, n_in, dtype=torch.float32)
+    B = torch.zeros(1 + len(worn), n_out, rank, dtype=torch.float32)
     for i, adapter in enumerate(worn.values(), 1):
         A[i], b, scaling = padded_factors(adapter, name, shape)
         B[i] = b * scaling
     places = {None: 0} | {key: i for i, key in enumerate(worn, 1)}
-    chosen = torch.tensor([places[None if c.adapter is None else id(c.adapter)] for c in candidates], device=device)
-    scales = torch.tensor([c.scale for c in candidates], device=device)[:, None, None]
+    which = [places[None if c.adapter is None else id(c.adapter)] for c in candidates]
+    chosen = torch.tensor(which, dtype=torch.int64, device=device)
+    scales = torch.tensor([c.scale for c in candidates], dtype=torch.float32, device=device)[:, None, None]
     return StackedFactors(
         A.to(device).to(like.dtype).index_select(0, chosen),
         (B.to(device).index_select(0, chosen) * scales).to(like.dtype),

@@ -116,14 +116,14 @@ def choices(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> 
 
 def _targets(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     width = max(map(len, ends))
-    return torch.tensor([[*e, *[_IGNORED] * (width - len(e))] for e in ends], device=device)
+    return torch.tensor([[*e, *[_IGNORED] * (width - len(e))] for e in ends], dtype=torch.int64, device=device)
 
 
 def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(n, longest) ids and (n,) lengths."""
     width = max(map(len, lists))
-    ids = torch.tensor([[*x, *[pad] * (width - len(x))] for x in lists], device=device)
-    return ids, torch.tensor([len(x) for x in lists], device=device)
+    ids = torch.tensor([[*x, *[pad] * (width - len(x))] for x in lists], dtype=torch.int64, device=device)
+    return ids, torch.tensor([len(x) for x in lists], dtype=torch.int64, device=device)
 
 
 def _answer_length(row: dict[str, Any], task: Task) -> int:
@@ -135,8 +135,8 @@ def _answer_length(row: dict[str, Any], task: Task) -> int:
 
 def _left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(map(len, lists))
-    ids = torch.tensor([[*[pad] * (width - len(x)), *x] for x in lists], device=device)
-    mask = torch.tensor([[*[0] * (width - len(x)), *[1] * len(x)] for x in lists], device=device)
+    ids = torch.tensor([[*[pad] * (width - len(x)), *x] for x in lists], dtype=torch.int64, device=device)
+    mask = torch.tensor([[*[0] * (width - len(x)), *[1] * len(x)] for x in lists], dtype=torch.int64, device=device)
     return ids, mask
 
 

@@ -121,8 +121,8 @@ class _Pupil:
         # Copies: the merge itself must not move.
         A, B = folded.A.clone(), folded.B.clone()
         sizes = list(groups or [f.rank])
-        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
-        w = torch.ones(len(sizes), device=device)
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)).to(device)
+        w = torch.ones(len(sizes), dtype=A.dtype, device=device)
         parameters = (w,) if learns == "weights" else (A, B)
         for p in parameters:
             p.requires_grad_(True)

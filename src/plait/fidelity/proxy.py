@@ -105,7 +105,8 @@ def cosines(adapters: Sequence[Adapter]) -> dict[tuple[str, str], float]:
         places = [i for i, a in enumerate(adapters) if module in a.modules]
         folded = [adapters[i].modules[module].folded() for i in places]
         found = gram([f.A for f in folded], [f.B for f in folded])
-        total[torch.tensor(places)[:, None], torch.tensor(places)] += found
+        at = torch.tensor(places, dtype=torch.int64)
+        total[at[:, None], at] += found
     sizes = total.diagonal().clamp_min(0).sqrt()
     norms = sizes[:, None] * sizes
     return {

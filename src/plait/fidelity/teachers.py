@@ -89,7 +89,7 @@ class HeadLesson:
         arguments, options = self.ends[0].backbone_call(inputs)
         with fused_attention(backbone), wearing():
             output = backbone(*arguments, **options)
-        total, at = torch.zeros((), device=device), 0
+        total, at = torch.zeros((), dtype=torch.float32, device=device), 0
         for i, chosen in enumerate(rows):
             span = slice(at, at + len(chosen))
             piece = type(output)(**{k: v[span] for k, v in output.items() if isinstance(v, Tensor)})

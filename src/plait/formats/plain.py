@@ -233,7 +233,7 @@ def _indices(given: Any, module: str, count: int, work: _Work) -> Tensor:
         given = next((v for k, v in given.items() if module == k or module.endswith(f".{k}")), None)
     if not isinstance(given, list) or len(given) != count or not all(isinstance(i, int) and i >= 0 for i in given):
         raise InputError(f"trainable_token_indices do not name the {count} rows of {module!r}", where=str(work.folder))
-    return torch.tensor(given)
+    return torch.tensor(given, dtype=torch.int64)
 
 
 def _without_tokens(work: _Work, adapter: Adapter, base: BaseWeights | None) -> Adapter:
@@ -252,7 +252,7 @@ def _without_tokens(work: _Work, adapter: Adapter, base: BaseWeights | None) -> 
         ):
             raise InputError(f"the trained rows of {module!r} do not fit the base", where=str(work.folder))
         before = torch.cat([stored.read(int(i), int(i) + 1) for i in indices])
-        one_hot = torch.zeros(len(indices), stored.shape[0])
+        one_hot = torch.zeros(len(indices), stored.shape[0], dtype=torch.float32)
         one_hot[torch.arange(len(indices)), indices] = 1.0
         change = rows.float() - before.float()
         modules[inside] = LoraFactors(one_hot, change.T.contiguous(), 1.0, EMBEDDING)

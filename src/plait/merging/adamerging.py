@@ -68,7 +68,7 @@ def adamerging(
         raise UsageError(f"no batches for {', '.join(lacking)}")
     modules = found_modules(model, list(plan.common.modules))
     shape = (len(tasks), len(modules) if layerwise else 1)
-    weights = torch.full(shape, init, requires_grad=True)
+    weights = torch.full(shape, init, dtype=torch.float32, requires_grad=True)
     losses = _descend(plan, modules, weights, forward, {t: cycle(batches[t]) for t in tasks}, learning_rate, steps)
     final = weights.detach().expand(len(tasks), len(modules))
     merged: dict[str, LoraFactors] = {}
@@ -119,7 +119,7 @@ def _weighted(plan: Plan, modules: Sequence[str], weights: Tensor) -> dict[str, 
     def extra(module: str, column: int) -> Extra:
         x = plan.view(module, None)
         A, B = torch.cat(x.A), torch.cat(x.B, dim=1)
-        owner = torch.repeat_interleave(torch.arange(len(x.tasks)), torch.tensor(x.ranks))
+        owner = torch.repeat_interleave(torch.arange(len(x.tasks)), torch.tensor(x.ranks, dtype=torch.int64))
 
         def run(h: Tensor) -> Tensor:
             scaled = (h.to(A.dtype) @ A.T) * weights[:, column][owner]

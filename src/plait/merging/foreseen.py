@@ -58,5 +58,5 @@ def _of_cut(plan: Plan, module: str) -> LoraFactors:
 
 def _shape(plan: Plan, module: str, rank: int) -> LoraFactors:
     (out, width), kind = plan.common.modules[module]
-    A, B = torch.empty(rank, width, device="meta"), torch.empty(out, rank, device="meta")
-    return LoraFactors(A, B, 1.0, kind)
+    A = torch.empty(rank, width, dtype=torch.float32, device="meta")
+    return LoraFactors(A, torch.empty(out, rank, dtype=torch.float32, device="meta"), 1.0, kind)

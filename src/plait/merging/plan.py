@@ -116,13 +116,13 @@ class Plan:
     def summed(self, module: str) -> LoraFactors:
         """One module of a method that `concatenates`, scale applied: straight from the factors as they were read."""
         (out, width), kind = self.common.modules[module]
-        parts = self.parts(module) or [(1.0, LoraFactors(torch.zeros(1, width), torch.zeros(out, 1), 1.0, kind))]
+        parts = self.parts(module) or [(1.0, _zero(out, width, 1, kind))]
         return concatenated([f for _, f in parts], [c for c, _ in parts], device=self.device)
 
     def view(self, module: str, context: Any) -> MergeInputs:
         """One module of all tasks, calibrated; factors are moved and folded here and released with the view."""
         (out, width), kind = self.common.modules[module]
-        absent = LoraFactors(torch.zeros(0, width), torch.zeros(out, 0), 1.0, kind)
+        absent = _zero(out, width, 0, kind)
         raw = [a.modules.get(module, absent) for a in self.adapters]
         folded = [f.folded(torch.float32, self.device) for f in raw]
         x = MergeInputs(
@@ -200,9 +200,7 @@ class Plan:
 
     def shell(self) -> Adapter:
         """The merged adapter's names, heads and kinds, its factors left out."""
-        none = {
-            m: LoraFactors(torch.zeros(1, 0), torch.zeros(0, 1), 1.0, k) for m, (_, k) in self.common.modules.items()
-        }
+        none = {m: _zero(0, 0, 1, kind) for m, (_, kind) in self.common.modules.items()}
         return assembled("merged", self.common, self.adapters, none)
 
     def settings(self) -> dict[str, Any]:
@@ -261,6 +259,11 @@ class Plan:
             **labels_of(self.adapters),
             "adapters": [provenance(a, w) for a, w in zip(self.adapters, self.weights, strict=True)],
         }
+
+
+def _zero(out: int, width: int, rank: int, kind: str) -> LoraFactors:
+    A, B = torch.zeros(rank, width, dtype=torch.float32), torch.zeros(out, rank, dtype=torch.float32)
+    return LoraFactors(A, B, 1.0, kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def magnitude_thresholds(modules: Sequence[MergeInputs], density: float, space: 
         One pass over the deltas (two in the other spaces); memory for about one entry in a hundred.
     """
     if density >= 1:
-        return [torch.zeros(()) for _ in modules[0].tasks]
+        return [torch.zeros((), dtype=torch.float32) for _ in modules[0].tasks]
     return magnitudes_at(modules, lambda total: math.ceil(density * total), space)
 
 
@@ -57,7 +57,10 @@ def magnitudes_at(modules: Sequence[MergeInputs], rank: Callable[[int], int], sp
     if space != "dense":
         return nth_largest(values, rank, tasks)
     totals = [sum(x.shape[0] * x.shape[1] for x in modules if x.ranks[t]) for t in range(tasks)]
-    samples = [_sampled(modules, t, totals[t]) if totals[t] > _SMALL else torch.zeros(0) for t in range(tasks)]
+    samples = [
+        _sampled(modules, t, totals[t]) if totals[t] > _SMALL else torch.zeros(0, dtype=torch.float32)
+        for t in range(tasks)
+    ]
     return nth_largest(values, rank, tasks, (totals, samples))
 
 
@@ -78,7 +81,7 @@ def nth_largest(
         known: Per group the number of its values, and some of them drawn at random; else one pass finds out.
     """
     totals, samples = known or _counted(values, groups)
-    found = [torch.zeros(()) for _ in range(groups)]
+    found = [torch.zeros((), dtype=torch.float32) for _ in range(groups)]
     if small := [g for g in range(groups) if 0 < totals[g] <= _SMALL]:
         held: dict[int, list[Tensor]] = {g: [] for g in small}
         for g, block in values():
@@ -97,7 +100,7 @@ def nth_largest(
 
 
 def _counted(values: Blocks, groups: int) -> tuple[list[int], list[Float[Tensor, " n"]]]:
-    totals, parts = [0] * groups, [[torch.zeros(0)] for _ in range(groups)]
+    totals, parts = [0] * groups, [[torch.zeros(0, dtype=torch.float32)] for _ in range(groups)]
     for g, block in values():
         totals[g] += block.numel()
         parts[g].append(block.flatten()[::_STRIDE].clone().cpu())

@@ -50,7 +50,7 @@ class DenseDelta:
         for start, stop, block in self.blocks():
             whole = empty_like(block, self.shape) if whole is None else whole
             whole[start:stop] = block
-        return torch.empty(self.shape) if whole is None else whole
+        return torch.empty(self.shape, dtype=torch.float32) if whole is None else whole
 
     def held(self) -> DenseDelta:
         """The same delta, computed once where it is small enough to be held."""
@@ -116,7 +116,7 @@ def cut_to_rank(
     if rank >= short:
         return _exactly(delta), 0.0
     width = min(rank + _OVERSAMPLED, short)
-    test = torch.randn(delta.shape[1], width, generator=generator).to(device)
+    test = torch.randn(delta.shape[1], width, generator=generator, dtype=torch.float32).to(device)
     Q = torch.linalg.qr(delta.times(test))[0]
     Z = torch.linalg.qr(delta.transposed_times(Q))[0]
     Q = torch.linalg.qr(delta.times(Z))[0]

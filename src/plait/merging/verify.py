@@ -109,7 +109,8 @@ def _expected(
 ) -> tuple[Float[Tensor, "out k"], int]:
     """D X from the inputs, and the rank that D may have."""
     if not callable(wanted):
-        coefficients = torch.tensor(wanted, dtype=torch.float64).repeat_interleave(torch.tensor(x.ranks))
+        ranks = torch.tensor(x.ranks, dtype=torch.int64)
+        coefficients = torch.tensor(wanted, dtype=torch.float64).repeat_interleave(ranks)
         inner = _times(torch.cat(x.A), probes)
         return _times(torch.cat(x.B, dim=1), inner * coefficients[:, None]), x.total_rank
     again = wanted(x)

@@ -100,7 +100,7 @@ def _numbers(own: Statistics | None, layout: Mapping[str, Any]) -> list[float]:
 def _reduced(mine: Moments, forms: list[tuple[str, bool]], counts: list[int]) -> Moments:
     sketched = any(residual for _, residual in forms)
     small = all(form == FACTOR for form, _ in forms) and (sketched or sum(counts) < mine.dim)
-    has_pads = torch.tensor([0.0 if mine.padded_total is None else 1.0])
+    has_pads = torch.tensor([0.0 if mine.padded_total is None else 1.0], dtype=torch.float32)
     _all_reduce(has_pads, dist.ReduceOp.MIN)
     padded = torch.zeros_like(mine.total) if mine.padded_total is None else mine.padded_total.clone()
     total = mine.total.clone()

@@ -168,7 +168,7 @@ def rotated(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k d"]:
     if rows.shape[0] == 0:
         return rows
     R: Tensor = torch.linalg.qr(rows, mode="r").R
-    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R)
+    signs = 1 - 2 * (R.diagonal() < 0).to(R.dtype)
     return signs[:, None] * R
 
 

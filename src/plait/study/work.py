@@ -51,6 +51,8 @@ def do(units: Sequence[Unit], layout: Layout, *, tell: Told = lambda text: None,
         train(trainings, layout, tell)
     done = len(trainings)
     others = [u for u in units if u.stage not in (TRAIN, REPAIR)]
+    if any(u.stage == MERGE for u in others):  # while it loads, transformers sets the whole process's default dtype
+        layout.session.load()
     with ThreadPoolExecutor(1) as ahead:  # the next merge is computed while this one is scored
         merges: dict[int, Future[Adapter]] = {}
         for i, unit in enumerate(others):

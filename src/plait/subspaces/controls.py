@@ -16,7 +16,7 @@ from plait.subspaces.solvers import orthonormal_rows
 @subspace_method("kaiming", paper="arXiv:2106.09685", row_norm="drawn")
 def kaiming(x: SiteInputs) -> Mapping[str, Basis]:
     """PEFT's default: uniform in +-1/sqrt(d), row norm about 0.58; drawn per task and module."""
-    return _drawn(x, lambda g: (2 * torch.rand(x.rank, x.dim, generator=g) - 1) / x.dim**0.5)
+    return _drawn(x, lambda g: (2 * torch.rand(x.rank, x.dim, generator=g, dtype=torch.float32) - 1) / x.dim**0.5)
 
 
 @subspace_method("gaussian", paper="arXiv:2106.09685", row_norm="drawn")
@@ -25,7 +25,7 @@ def gaussian(x: SiteInputs) -> Mapping[str, Basis]:
 
     **Deviates** from the baseline of OSRM's authors, where one seed gives five of eight tasks the same draw.
     """
-    return _drawn(x, lambda g: torch.randn(x.rank, x.dim, generator=g) / x.rank)
+    return _drawn(x, lambda g: torch.randn(x.rank, x.dim, generator=g, dtype=torch.float32) / x.rank)
 
 
 @subspace_method("orthonormal")

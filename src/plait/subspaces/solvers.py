@@ -76,9 +76,8 @@ class Eigenpairs:
 def dense_eigenpairs(matrices: Float[Tensor, "t d d"], count: int) -> Eigenpairs:
     """The largest eigenpairs by a full decomposition. Cost: d^3 each."""
     values, vectors = torch.linalg.eigh(matrices)
-    return Eigenpairs(
-        values.flip(-1)[:, :count], vectors.flip(-1)[..., :count], 0.0, True, 0, torch.zeros(len(matrices))
-    )
+    values, vectors, turned = values.flip(-1), vectors.flip(-1), torch.zeros(len(matrices), dtype=values.dtype)
+    return Eigenpairs(values[:, :count], vectors[..., :count], 0.0, True, 0, turned)
 
 
 def iteration_pays(dim: int, block: int) -> bool:
@@ -191,7 +190,8 @@ def _ritz(
 
 def _turn(X: Tensor, Z: Tensor) -> Float[Tensor, " t"]:
     """How far apart two batches of subspaces are: the Frobenius norm of the sines, on the CPU."""
-    return torch.linalg.matrix_norm(X - Z @ (Z.mT @ X)).cpu()
+    sines: Tensor = torch.linalg.matrix_norm(X - Z @ (Z.mT @ X))
+    return sines.cpu()
 
 
 def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | None = None) -> Float[Tensor, "t d b"]:
@@ -231,7 +231,7 @@ def _cholesky_q(W: Tensor) -> tuple[Tensor, Tensor]:
 def fixed_signs(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
     """The same rows with each one's largest entry positive; among equals the first decides."""
     largest = rows.abs().argmax(dim=1, keepdim=True)
-    return rows * torch.where(rows.gather(1, largest) < 0, -1.0, 1.0).to(rows)
+    return rows * (1 - 2 * (rows.gather(1, largest) < 0).to(rows.dtype))
 
 
 def orthonormal_rows(columns: Float[Tensor, "d r"]) -> Float[Tensor, "r d"]:

@@ -189,7 +189,7 @@ class _Jobs:
 
     def __enter__(self) -> _Jobs:
         if self.pool is not None:  # torch loads its solvers on first use, which threads must not do together
-            torch.linalg.cholesky_ex(torch.eye(2, device=self.solver.device))
+            torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float32, device=self.solver.device))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -96,7 +96,8 @@ def collate(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
         longest = max(len(r["labels"]) for r in rows)
         batch["labels"] = _padded([r["labels"] for r in rows], longest, _IGNORED, tokenizer.padding_side)
     elif "labels" in rows[0]:
-        batch["labels"] = torch.tensor([r["labels"] for r in rows])
+        kind = torch.float32 if isinstance(rows[0]["labels"], float) else torch.int64  # a target, or a class's number
+        batch["labels"] = torch.tensor([r["labels"] for r in rows], dtype=kind)
     return batch
 
 

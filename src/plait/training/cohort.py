@@ -83,7 +83,7 @@ class Cohort:
             named = [(HEAD + k, first, last, tuple(v.shape)) for k, v in sorted(trainees[first].head.items())]
             slots, end = lay_out(named, self.head_start)
             self.slots, ends_at = [*self.slots, *slots], [*ends_at, end]
-        values = torch.zeros(len(trainees), max(ends_at))
+        values = torch.zeros(len(trainees), max(ends_at), dtype=torch.float32)
         self._fill(values)
         self.parameters = FlatParameters(self.slots, values.to(self.device), autocast or like.dtype)
         self._bind()
@@ -165,7 +165,7 @@ class Cohort:
         """
         flat = self.parameters
         flat.clear_gradients()
-        losses = torch.zeros(len(self.trainees), device=self.device)
+        losses = torch.zeros(len(self.trainees), dtype=torch.float32, device=self.device)
         for part in plan.passes[index]:
             mean = self._sums(part, bank, plan.rows[index]) / items
             flat.add_gradients(mean.sum())

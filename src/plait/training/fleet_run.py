@@ -190,7 +190,7 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
     plan = step_plan(shared.bank, rows, shared.device, shared.prices, multiple=shared.multiple)
     items = step_items(shared.bank, rows, shared.kind, shared.device)
     total = len(rows)
-    losses = torch.zeros(total, len(order), device=shared.device)
+    losses = torch.zeros(total, len(order), dtype=torch.float32, device=shared.device)
     root, every = root_of(members), min((m.settings.checkpoint_every or total for m in members), default=total)
     snapshots: dict[int, Tensor] = {}
     start = restore_state(root, cohort, losses, snapshots) if root else 0

@@ -103,7 +103,7 @@ def padded_factors(adapter: Adapter, name: str, shape: tuple[int, int, int]) -> 
     A zero row of A beside a zero column of B has zero gradients, so it stays zero in training too.
     """
     rank, n_out, n_in = shape
-    A, B = torch.zeros(rank, n_in), torch.zeros(n_out, rank)
+    A, B = torch.zeros(rank, n_in, dtype=torch.float32), torch.zeros(n_out, rank, dtype=torch.float32)
     if name not in adapter.modules:
         return A, B, 1.0
     f = adapter.modules[name]
