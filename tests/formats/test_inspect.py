@@ -113,7 +113,7 @@ def test_commands_from_files_to_files(kohya, tmp_path, capsys):
     assert plait("inspect", a) == 0
     assert "kinds      linear (7), conv:1x1 (2), conv:3x3 (1)" in capsys.readouterr().out
     assert plait("merge", a, b, "--method", "tsv", "--out", merged) == 0
-    assert "tsv of a, b" in capsys.readouterr().out
+    assert "tsv at scale 1 of a, b" in capsys.readouterr().out
     assert plait("inspect", merged) == 0
     assert "merge of   a, b (tsv)" in capsys.readouterr().out
     assert plait("convert", merged, "--to", "diffusers", "--out", tmp_path / "d.safetensors") == 0
