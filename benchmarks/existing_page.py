@@ -46,8 +46,8 @@ def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
         f"chosen is reported on {rows} rows of the other half. "
         + (
             "Chosen by labels (`oracle` in the file) is the better of the best candidate and of weights per adapter and module learnt "
-            f"from up to {settings['label_rows']} labelled rows of each task, from two starts; which is better, the labelled rows of the half "
-            "that chooses say, so that it is no upper bound: a choice without labels may come out above it."
+            f"from up to {settings['label_rows']} labelled rows of each task, from two starts; which is better, the labelled rows "
+            "of the half that chooses say, so that it is no upper bound: a choice without labels may come out above it."
             if settings["label_steps"]
             else "Labels choose scales and nothing else."
         )
