@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from plait.adapters import tensor_file
+from plait.adapters import tensor_file, tensors
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.memory import own_copy, own_memory
 from plait.adapters.peft_format import WEIGHTS, write_adapter
 from plait.adapters.tensor_file import fill_tensors, write_tensors
 from plait.adapters.tensors import read_tensors
+from plait.errors import InputError
 
 TENSORS = {
     "b": torch.arange(12.0).view(3, 4),
@@ -63,8 +68,7 @@ def test_the_disk_begins_at_every_stride(tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(tensor_file, "_sync_file_range", lambda *range_and_flags: begun.append(range_and_flags[1:3]))
     monkeypatch.setattr(tensor_file, "_STRIDE", 4096)
-    tensors = {f"{i:02}": torch.zeros(256) for i in range(16)}  # a kilobyte each
-    write_tensors(tmp_path / "x", tensors)
+    write_tensors(tmp_path / "x", {f"{i:02}": torch.zeros(256) for i in range(16)})  # a kilobyte each
     assert 4 <= len(begun) <= 6 and set(begun) == {(0, 0)}  # up to the end of the file
 
 
@@ -93,3 +97,36 @@ def test_memory_of_its_own_has_the_size_asked_for():
     wanted = torch.randn(7, 3).double()
     copy = own_copy(wanted)
     assert torch.equal(copy, wanted) and copy.data_ptr() != wanted.data_ptr()
+
+
+def test_the_hash_of_what_was_read_is_the_files_whatever_the_pieces(tmp_path, monkeypatch):
+    write_tensors(tmp_path / "x", TENSORS)
+    wanted = hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    for piece in (1, 7, 16, 1 << 20):
+        monkeypatch.setattr(tensors, "_PIECE", piece)
+        found, _, digest = read_tensors(tmp_path / "x")
+        assert digest == wanted and all(torch.equal(v, TENSORS[k]) for k, v in found.items())
+
+
+def test_a_hash_that_was_not_finished_is_an_error(tmp_path, monkeypatch):
+    write_tensors(tmp_path / "x", TENSORS)
+
+    class Failing:
+        def update(self, piece):
+            raise MemoryError("no more")
+
+    monkeypatch.setattr(tensors.hashlib, "sha256", Failing)
+    with pytest.raises(MemoryError):
+        read_tensors(tmp_path / "x")
+
+
+def test_reading_that_fails_leaves_no_thread(tmp_path):
+    (tmp_path / "x").write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(9))  # bytes that belong to no tensor
+    before = threading.active_count()
+    with pytest.raises(InputError):
+        read_tensors(tmp_path / "x")
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(5)
+    assert threading.active_count() <= before

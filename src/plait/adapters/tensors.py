@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from plait.errors import InputError
 from plait.store import require_regular
 
 _HEADER_LIMIT = 100 << 20
-_PIECE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
+_PIECE = 1 << 20  # bytes that are hashed while the next are read; threads wait for Python's lock once a piece
 _ADVICE = "download or save it again as safetensors; pickle formats are not read"
 _SIGNATURES = (
     (b"\x80\x02", "a pickle (torch.save)"),
@@ -64,8 +65,8 @@ def read_tensors(
     Args:
         path: The file.
         finite: Whether to refuse NaN and infinity.
-        hashed: Whether the bytes are read into memory of our own and hashed on the way; without, the file is mapped, so
-            nobody else may write it while the tensors are in use.
+        hashed: Whether the bytes are read into memory of our own and hashed meanwhile by another thread; without, the file
+            is mapped, so nobody else may write it while the tensors are in use.
 
     Returns:
         Tensors by name in file order, the metadata, and the SHA-256 of the file's bytes ("" where it is not asked for).
@@ -78,8 +79,9 @@ def read_tensors(
     with path.open("rb", buffering=0) as f:
         before = os.fstat(f.fileno())
         entries, head = _header(f, path, before.st_size)
-        running = hashlib.sha256(head)
+        running = _Hash()
         if hashed:
+            running.update(head)
             data = own_memory(before.st_size - len(head))
             whole = _filled(f, data, running)
         else:
@@ -97,6 +99,26 @@ def read_tensors(
     if finite:
         _require_finite(data, tensors, path)
     return tensors, metadata, running.hexdigest() if hashed else ""
+
+
+class _Hash:
+    """SHA-256 of pieces in their order, worked out by a thread beside the one that hands them over and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.running, self.beside = (
+            hashlib.sha256(),
+            ThreadPoolExecutor(1),
+        )  # whose thread goes with it, should reading fail
+        self.pending: list[Future[None]] = []
+
+    def update(self, piece: bytes | memoryview) -> None:
+        self.pending.append(self.beside.submit(self.running.update, piece))
+
+    def hexdigest(self) -> str:
+        self.beside.shutdown()
+        for done in self.pending:
+            done.result()  # raises what the thread met
+        return self.running.hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -144,8 +166,8 @@ def _mapped(f: FileIO) -> Tensor:
     return torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 
-def _filled(f: FileIO, data: Tensor, running: hashlib._Hash) -> bool:
-    """Read as many bytes as the buffer holds, hashed while they are in the cache; whether there were that many, no more."""
+def _filled(f: FileIO, data: Tensor, running: _Hash) -> bool:
+    """Read as many bytes as the buffer holds, each piece hashed while the next is read; whether there were that many, no more."""
     rest = bytes_of(data)
     while rest.nbytes and (count := f.readinto(rest[:_PIECE])):
         running.update(rest[:count])

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plait import store
 from plait.adapters.lora import Adapter
 from plait.adapters.memory import give_back
@@ -20,7 +18,7 @@ from plait.merging.driver import plan_merge
 from plait.merging.foreseen import foreseen, stream_to
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
-from plait.merging.workers import side_by_side
+from plait.merging.workers import one_by_one
 
 
 def read_named(folder: Path | str) -> Adapter:
@@ -33,12 +31,12 @@ def read_named(folder: Path | str) -> Adapter:
 
 
 def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
-    """Read several folders at once: hashing and reading leave Python's lock.
+    """Read several folders, one by one: each is hashed beside, and two readers would mostly wait for Python's lock.
 
     Raises:
         UsageError: Two of one name; names that would do are said.
     """
-    found = side_by_side(read_named, folders, torch.device("cpu"))
+    found = one_by_one(read_named, folders)
     names = [a.name for a in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         paths = [Path(str(a.source.get("path", ""))).resolve() for a in found if a.name == twice]
