@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
+from plait.base import head_state
 from plait.errors import InputError, UsageError
 from plait.evaluation.applied import applied
 from plait.fidelity.language import encoded
@@ -17,6 +18,7 @@ from plait.fidelity.measure import Closeness, closeness, task_fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
+from plait.fidelity.tokens import require_room
 from plait.tasks import collate
 from tests.fidelity.conftest import random_adapter, texts_of
 
@@ -164,3 +166,13 @@ def test_what_cannot_be_compared_is_named(tiny_base):
     small = replace(one, heads={"one": {k: v for k, v in one.heads["one"].items() if "bias" not in k}})
     with pytest.raises(InputError, match="head tensor is absent"):
         fidelities(Panel(base, parts_of([small]), {"one": texts_of(3)}), [(None, 1.0)])
+
+
+def test_a_part_has_its_head_whoever_asked_for_the_model_first(make_panel):
+    """The check of positions asks for the tasks' models, whose heads hold no values yet."""
+    panel = make_panel()
+    require_room(panel)
+    for part in panel.parts:
+        found = head_state(panel.model(part))
+        assert found.keys() == part.head.keys()
+        assert all(torch.equal(found[k].cpu(), v) for k, v in part.head.items())

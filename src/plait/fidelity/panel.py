@@ -128,6 +128,7 @@ class Panel:
     max_length: int = 128
     positions: str = "all"
     _evaluators: dict[str, Evaluator] = field(default_factory=dict)
+    _placed: set[str] = field(default_factory=set)  # parts whose head is in the model of their task
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.parts]
@@ -178,11 +179,11 @@ class Panel:
         Raises:
             InputError: The adapter or its head does not fit the model.
         """
-        known = part.name in self.evaluator._views
         model = self.evaluator.task_model(part.name)
-        if not known:
-            _require_fit(model, part.adapter)
-        if not known and not part.is_text:
+        if part.name in self._placed:
+            return model
+        _require_fit(model, part.adapter)
+        if not part.is_text:
             whole = {k.partition(".")[0] for k in part.head}
             if missing := [m for m in head_modules(model) if m not in whole]:
                 raise InputError(
@@ -191,6 +192,7 @@ class Panel:
                     hint="it was trained without saving it (modules_to_save): its predictions cannot be repeated",
                 )
             load_head(model, part.head)
+        self._placed.add(part.name)
         return model
 
     def general_evaluator(self) -> Evaluator:
