@@ -104,7 +104,7 @@ def main() -> None:
     report["causal"] = {
         "text": (
             f"{session.base.name.rpartition('/')[2]}, {len(names)} adapters ({a.arm}, seed {a.seed}) that knew nothing of each other, "
-            f"{a.texts} unlabelled prompts of each, scores on {a.rows} validation rows. Chosen: {json.dumps(chosen)}"
+            f"{a.texts} unlabelled prompts of each, scores on {a.rows} validation rows."
         ),
         "tasks": names, "rows": table, "chosen": chosen, "seconds": time.perf_counter() - started,
     }  # fmt: skip

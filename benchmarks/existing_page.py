@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-COMMAND = """    python benchmarks/existing.py --base MPNET --data GLUE --adapters RUN/adapters/kaiming --dtype bfloat16 --out docs/results
-"""
 
-
-def page(report: Mapping[str, Any]) -> str:
-    """The whole page."""
+def page(report: Mapping[str, Any], file: str = "existing.json") -> str:
+    """The whole page, of the report in a file of that name."""
     settings, seeds = report["settings"], report["seeds"]
     parts = [
         "# Merging adapters that already exist: what was measured",
-        f"Everything here was written from `existing.json` by this command ({report['device']}, torch {report['versions'].get('torch')}):",
-        COMMAND,
+        f"Everything here was written from `{file}`, which this command made ({report['device']}, torch "
+        f"{report['versions'].get('torch')}):",
+        _command(settings),
         _protocol(settings, seeds),
         *([report["note"]] if report.get("note") else []),
         "## In one line each",
@@ -35,6 +33,13 @@ def page(report: Mapping[str, Any]) -> str:
     if "causal" in report:
         parts += ["## A small language model", _causal(report["causal"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _command(settings: Mapping[str, Any]) -> str:
+    return (
+        "    python benchmarks/existing.py --base MPNET --data GLUE --adapters RUN/adapters/kaiming \\\n"
+        f"        --dtype {settings['dtype']} --grid-rows {settings['grid_rows']} --rows {settings['rows']} --out OUT"
+    )
 
 
 def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
@@ -125,7 +130,20 @@ def _chosen(seeds: Mapping[str, Any]) -> str:
 
 
 def _causal(found: Mapping[str, Any]) -> str:
-    lines = [found["text"], "", "| merge | " + " | ".join(found["tasks"]) + " | KL to the base on general text |"]
+    chosen = [
+        f"at {where} positions {c['candidate']} at {c['scale']:g}{', weights learnt' if c['learnt'] else ''}"
+        for where, c in found["chosen"].items()
+    ]
+    command = (
+        "    python benchmarks/existing_causal.py --recipe text3-smollm2 --run RUN --general FILE:COLUMN --out OUT"
+    )
+    lines = [
+        command,
+        "",
+        f"{found['text']} Chosen: {'; '.join(chosen)}.",
+        "",
+        "| merge | " + " | ".join(found["tasks"]) + " | KL to the base on general text |",
+    ]
     lines.append("|---|" + "---|" * (len(found["tasks"]) + 1))
     for row in found["rows"]:
         kl = "" if row["general_kl"] is None else f"{row['general_kl']:.4f}"

@@ -114,9 +114,8 @@ _sync_file_range = _writeback()
 def _begin_writeback(fd: int) -> None:
     """A hint: whether it is heeded or not, the file is flushed before it takes its place (`store.staged_folder`)."""
     if _sync_file_range is not None:
-        _sync_file_range(
-            fd, 0, 0, _WRITE
-        )  # 0 bytes: up to the end, of which only what was not begun yet costs anything
+        # 0 bytes: up to the end, of which only what was not begun yet costs anything.
+        _sync_file_range(fd, 0, 0, _WRITE)
 
 
 def header_bytes(header: Mapping[str, Any]) -> bytes:

@@ -105,10 +105,8 @@ class _Hash:
     """SHA-256 of pieces in their order, worked out by a thread beside the one that hands them over and leaves them as they are."""
 
     def __init__(self) -> None:
-        self.running, self.beside = (
-            hashlib.sha256(),
-            ThreadPoolExecutor(1),
-        )  # whose thread goes with it, should reading fail
+        self.running = hashlib.sha256()
+        self.beside = ThreadPoolExecutor(1)  # its thread goes with it, should reading fail
         self.pending: list[Future[None]] = []
 
     def update(self, piece: bytes | memoryview) -> None:
