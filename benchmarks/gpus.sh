@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything published that wants GPUs, in order; each step once: started again, it goes on where it stopped.
 #
-#   MPNET=DIR SMOLLM2=DIR DATA=DIR OUT=DIR [GPUS=2] [SCORERS=12] benchmarks/gpus.sh [STEP...]
+#   MPNET=DIR SMOLLM2=DIR MINILM=DIR DATA=DIR OUT=DIR [GPUS=2] [SCORERS=12] benchmarks/gpus.sh [STEP...]
 #
 # DATA holds TASK/train.parquet and so on: GLUE's tasks and snli, banking77, clinc_domain. A finished step leaves OUT/done/STEP, its
 # log is OUT/log/STEP.log, and OUT/steps says when each began and ended. The study of MPNet goes on from
@@ -36,7 +36,9 @@ study() { # NAME RECIPE FOLDER BASE [--set ...]
 mpnet() { study mpnet glue8-mpnet glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 finalists() { study finalists glue8-mpnet-finalists glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 smollm2() { study smollm2 text3-smollm2 text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
+smollm2_finalists() { study smollm2_finalists text3-smollm2-finalists text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
 minilm() { study minilm glue8-minilm glue8-minilm "$MINILM" --set "variants=[]" ${MINILM_SET:-}; }
+ablations() { study ablations glue8-minilm glue8-minilm "$MINILM" ${MINILM_SET:-}; }
 
 existing() { # adapters that knew nothing of each other, at seeds on which no measure of fidelity was tried
   export CUDA_VISIBLE_DEVICES=0
