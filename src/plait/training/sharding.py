@@ -29,8 +29,8 @@ def shard_base(peft_model: Any, device: torch.device) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    named = dict(peft_model.named_parameters())
-    kept = {p for name, p in named.items() if any(part in name for part in _TRAINED)}
+    # No other name for a base weight may live on here: its whole copy would stay on the GPU beside its share.
+    kept = {p for name, p in peft_model.named_parameters() if any(part in name for part in _TRAINED)}
     for parameter in kept:
         parameter.data = parameter.data.to(device)
     base = peft_model.get_base_model()
