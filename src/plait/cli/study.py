@@ -1,15 +1,18 @@
-"""Commands about studies: study run, study table, job run."""
+"""Commands about studies: study run, study table, study archive, job run."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plait.cli.options import Json, Out, Quiet, Set
 from plait.cli.output import emit
+
+if TYPE_CHECKING:
+    from plait.study.units import Layout
 
 
 def register(app: typer.Typer) -> None:
@@ -17,6 +20,7 @@ def register(app: typer.Typer) -> None:
     study = typer.Typer(help="Arms x merges x seeds, with controls, by a fixed protocol.", no_args_is_help=True)
     study.command("run")(run)
     study.command("table")(table)
+    study.command("archive")(archive)
     app.add_typer(study, name="study")
     job = typer.Typer(help="Single batches of a study, for schedulers.", no_args_is_help=True)
     job.command("list")(list_batches)
@@ -67,22 +71,44 @@ def table(
 
     The folder says what its base and data were, so that neither need be at hand.
     """
+    from plait.study.write import write_tables
+
+    layout = _kept(folder, sets)
+    said = dict(pair.split("=", 1) for pair in about or [] if "=" in pair)
+    found = write_tables(layout, to, about=said, against=against)
+    emit(found, as_json, "\n".join([found["markdown"], found["json"], *found["figures"]]))
+
+
+def archive(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished study.")],
+    to: Annotated[Path, typer.Option("--to", help="The file to write, *.tar.xz.")],
+    base: Annotated[str, typer.Option("--base", help="What the base is called there.")] = "",
+    data: Annotated[str, typer.Option("--data", help="What the folder of the data is called there.")] = "",
+    sets: Set = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --to.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Pack what a finished study's tables need into one file to publish. Answers and labels; no texts, no adapters."""
+    from plait.study.archive import write_archive
+
+    found = write_archive(_kept(folder, sets), to, base=base, data=data, overwrite=overwrite)
+    emit(found, as_json, f"{found['units']} results, {found['bytes'] / 1e6:.1f} MB -> {to}")
+
+
+def _kept(folder: Path, sets: list[str] | None) -> Layout:
+    """The study that a folder keeps, with overrides, and what the folder knows of its base and data."""
     from plait.recipe_file import apply_overrides
     from plait.store import read_json
     from plait.study.inputs import kept_inputs
     from plait.study.run import STUDY_FILE
     from plait.study.spec import parse_study
     from plait.study.units import Layout
-    from plait.study.write import write_tables
 
     raw = read_json(folder / STUDY_FILE)
     kept = parse_study(raw, str(folder))
     apply_overrides(raw, sets or [])
     study = parse_study(raw, str(folder))
-    layout = Layout(study, folder, recorded=kept_inputs(folder, kept, study))
-    said = dict(pair.split("=", 1) for pair in about or [] if "=" in pair)
-    found = write_tables(layout, to, about=said, against=against)
-    emit(found, as_json, "\n".join([found["markdown"], found["json"], *found["figures"]]))
+    return Layout(study, folder, recorded=kept_inputs(folder, kept, study))
 
 
 def list_batches(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ class Inputs:
     data: dict[str, dict[str, Any]]
     background: dict[str, dict[str, Any]]
     labels: dict[str, Labels]
+
+    def only(self, study: Study) -> Inputs:
+        """What a study within this one reads: its own tasks, in its order."""
+        names = [t if isinstance(t, str) else t.name for t in study.tasks]
+        return replace(self, data={t: self.data[t] for t in names}, labels={t: self.labels[t] for t in names})
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -94,7 +99,7 @@ def kept_inputs(out: Path, kept: Study, wanted: Study) -> Inputs | None:
         InputError: A damaged file.
     """
     path = out / INPUTS_FILE
-    if not path.is_file() or not same_inputs(kept, wanted):
+    if not path.is_file() or not within(wanted, kept):
         return None
     found = read_json(path)
     try:
@@ -103,18 +108,18 @@ def kept_inputs(out: Path, kept: Study, wanted: Study) -> Inputs | None:
         tasks = {t: _task(one) for t, one in found["data"].items()}
         kinds = {t: np.float32 if task.kind == "regression" else np.int64 for t, task in tasks.items()}
         labels = {t: np.asarray(found["labels"][t], kinds[t]) for t in tasks}
-        return Inputs(str(found["base_sha256"]), found["data"], dict(found["background"]), labels)
+        return Inputs(str(found["base_sha256"]), found["data"], dict(found["background"]), labels).only(wanted)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(
             f"not what a study keeps of its inputs: {e!r}", where=str(path), hint="without it, base and data are read"
         ) from None
 
 
-def same_inputs(one: Study, other: Study) -> bool:
-    """Whether two studies read the same base and the same rows, as far as their files say."""
-    return _read_by(one) == _read_by(other)
+def within(one: Study, other: Study) -> bool:
+    """Whether a study reads the base and the rows of another, all or some of its tasks, as far as their files say."""
+    return _read_by(one) == _read_by(other) and all(t in other.tasks for t in one.tasks)
 
 
 def _read_by(study: Study) -> tuple[Any, ...]:
     base, data = study.base, study.data
-    return base.model, base.revision, data.root, data.validation_rows, study.tasks, study.background
+    return base.model, base.revision, data.root, data.validation_rows, study.background

@@ -13,7 +13,7 @@ from plait.evaluation.evaluate import scored_labels
 from plait.jobs import NOT_IDENTITY
 from plait.session import Session, task_of
 from plait.store import identity, is_done, sha256_json
-from plait.study.inputs import Inputs, Labels, same_inputs
+from plait.study.inputs import Inputs, Labels, within
 from plait.study.spec import Study, StudyArm
 from plait.tasks import Task
 from plait.training.settings import TrainingSettings
@@ -103,7 +103,7 @@ class Layout:
             return self
         if unit.variant not in self._variants:
             study = self.study.variant(unit.variant)
-            recorded = self.recorded if same_inputs(study, self.study) else None
+            recorded = self.recorded.only(study) if self.recorded and within(study, self.study) else None
             self._variants[unit.variant] = Layout(study, self.out, self.session, recorded)
         return self._variants[unit.variant]
 
