@@ -85,7 +85,12 @@ def test_shipped_studies_are_found_and_valid(tmp_path):
 
 
 def test_overrides_set_make_and_keep(tmp_path):
-    raw = {"training": {"steps": 3}, "tasks": ["sst2"]}
+    raw = {
+        "training": {"steps": 3},
+        "tasks": ["sst2", {"name": "own", "text": ["a"]}, {"name": "other", "text": ["a"]}],
+    }
+    apply_overrides(raw, ["tasks.other.template={a} is"])
+    assert raw["tasks"][1:] == [{"name": "own", "text": ["a"]}, {"name": "other", "text": ["a"], "template": "{a} is"}]
     apply_overrides(
         raw, ["training.lr=1e-3", "lora.rank=4", "evaluation.scales=[0.5, 1]", "base.model=a=b", "training.lr=2e-3"]
     )
@@ -94,7 +99,10 @@ def test_overrides_set_make_and_keep(tmp_path):
     for bad, message in (
         ("x", "not key=value"),
         ("=1", "not key=value"),
-        ("tasks.0=rte", "not a mapping"),
+        ("tasks.0=rte", "which entry of tasks"),
+        ("tasks.sst2.template=x", "sst2 is not a mapping"),
+        ("tasks.nobody.template=x", "nobody is not a mapping"),
+        ("training.steps.x=1", "steps is not a mapping"),
         ("a=[", "not a recipe"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -118,15 +118,40 @@ def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {printable(text)!r} is not key=value")
-    *parents, last = key.split(".")
-    place = raw
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise UsageError(f"--set {key}: {parent} is not a mapping")
-    place[last] = load_yaml(value, f"--set {key}")
+    put(raw, key, load_yaml(value, f"--set {key}"), f"--set {key}")
     if key in _EXCLUDES:
-        place.pop(_EXCLUDES[key], None)
+        *parents, _ = key.split(".")
+        _inside(raw, parents, f"--set {key}").pop(_EXCLUDES[key], None)
+
+
+def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set one value of a raw recipe.
+
+    Args:
+        raw: Changed in place.
+        key: Dotted; in a list an entry is called by its name, as in "tasks.snli.template".
+        value: What is put there.
+        where: What an error names.
+
+    Raises:
+        UsageError: A part of the key is neither a mapping nor the name of an entry that is one.
+    """
+    *parents, last = key.split(".")
+    _inside(raw, parents, where)[last] = value
+
+
+def _inside(place: Any, parents: Sequence[str], where: str) -> dict[str, Any]:
+    """The mapping that a dotted key's parents lead to; missing ones are made."""
+    for parent in parents:
+        if isinstance(place, list):
+            place = next((p for p in place if isinstance(p, dict) and p.get("name") == parent), None)
+        else:
+            place = place.setdefault(parent, {})
+        if not isinstance(place, dict | list):
+            raise UsageError(f"{where}: {parent} is not a mapping, nor an entry described under that name")
+    if isinstance(place, list):
+        raise UsageError(f"{where}: which entry of {parents[-1]}?", hint="its name, as in tasks.NAME.template")
+    return place
 
 
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from plait.adapters.naming import distinct_names
 from plait.errors import InputError, UsageError
 from plait.recipe import ArmSpec, Count, Name, Positive, Recipe, TaskSpec, _Strict
-from plait.recipe_file import apply_overrides, check_names, load_yaml, text_of
+from plait.recipe_file import apply_overrides, check_names, load_yaml, put, text_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -112,7 +112,7 @@ class Study(Recipe):
         found = next(v for v in self.variants if v.name == name)
         raw = self.model_dump(mode="json", exclude={"variants", "repair"})
         for key, value in found.set.items():
-            _put(raw, key.split("."), value)
+            put(raw, key, value, f"variant {name}: {key}")
         for arm in raw["arms"]:
             if isinstance(arm, dict):
                 arm["rates"] = None
@@ -123,13 +123,6 @@ class Study(Recipe):
             m for m in changed.merges if found.merges is None or (m if isinstance(m, str) else m.name) in found.merges
         ]
         return changed.model_copy(update={"arms": arms, "merges": merges, "seeds": found.seeds or self.seeds[:1]})
-
-
-def _put(raw: dict[str, Any], keys: list[str], value: Any) -> None:
-    *parents, last = keys
-    for key in parents:
-        raw = raw.setdefault(key, {})
-    raw[last] = value
 
 
 def read_study(path: Path, overrides: list[str] | None = None) -> Study:
