@@ -89,7 +89,7 @@ def test_overrides_set_make_and_keep(tmp_path):
         "training": {"steps": 3},
         "tasks": ["sst2", {"name": "own", "text": ["a"]}, {"name": "other", "text": ["a"]}],
     }
-    apply_overrides(raw, ["tasks.other.template={a} is"])
+    apply_overrides(raw, ['tasks.other.template="{a} is"'])
     assert raw["tasks"][1:] == [{"name": "own", "text": ["a"]}, {"name": "other", "text": ["a"], "template": "{a} is"}]
     apply_overrides(
         raw, ["training.lr=1e-3", "lora.rank=4", "evaluation.scales=[0.5, 1]", "base.model=a=b", "training.lr=2e-3"]
