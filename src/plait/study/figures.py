@@ -141,7 +141,7 @@ def _line(arm: str, colours: Mapping[str, str]) -> dict[str, Any]:
 
 def _ticks(axis: Any, values: Sequence[float]) -> None:
     """Ticks of a logarithmic axis in plain figures, where its own would be formulas."""
-    axis.set_xticks(values, [f"{v:.2g}" for v in values])
+    axis.set_xticks(values, [f"{v:.0f}" if v >= 10 else f"{v:.2g}" for v in values])
     axis.minorticks_off()
 
 
