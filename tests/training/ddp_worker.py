@@ -10,10 +10,13 @@ import json
 import os
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor
 
 from plait.base import BaseModel
 from plait.statistics import read_statistics
@@ -42,16 +45,24 @@ def main(folder: str, statistics: str, out: str, constraint: str, split: str = "
 
 
 def watch_sizes(out: Path) -> None:
-    """Note how many numbers of the model this process holds before and after the base is split."""
-    whole = sharding.shard_base
+    """Note how many numbers this process holds before and after the base is split, and which whole weights outlive it."""
+    whole, split = sharding.shard_base, fsdp.fully_shard
+    known = {"split": [], "outlived": []}
 
     def noted(model, device):
         before = sharding.local_numbers(model)
         whole(model, device)
-        sizes = [before, sharding.local_numbers(model)]
-        out.with_name(f"sizes-{os.environ['RANK']}.json").write_text(json.dumps(sizes))
+        known["sizes"] = [before, sharding.local_numbers(model)]
+        out.with_name(f"split-{os.environ['RANK']}.json").write_text(json.dumps(known))
 
-    train.shard_base = noted
+    def watched(block, *, ignored_params, **options):
+        frozen = {n: weakref.ref(p) for n, p in block.named_parameters() if p not in ignored_params}
+        frozen = {n: ref for n, ref in frozen.items() if not isinstance(ref(), DTensor)}  # not of a block split before
+        split(block, ignored_params=ignored_params, **options)
+        known["split"].append(len(frozen))
+        known["outlived"] += [n for n, ref in frozen.items() if ref() is not None]
+
+    train.shard_base, fsdp.fully_shard = noted, watched
 
 
 if __name__ == "__main__":

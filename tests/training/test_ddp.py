@@ -81,8 +81,11 @@ def test_a_base_split_over_two_processes_trains_the_same_adapter(
     ddp_worker.main(folder, str(statistics), str(tmp_path / "one"), constraint)
     assert_alike(tmp_path / "one", tmp_path / "two")
     for rank in (0, 1):
-        before, after = json.loads((tmp_path / f"sizes-{rank}.json").read_text())
+        known = json.loads((tmp_path / f"split-{rank}.json").read_text())
+        before, after = known["sizes"]
         assert after < 0.7 * before  # half of the base, and the whole adapter
+        assert len(known["split"]) == 3 and all(known["split"])  # two blocks, and what is in none
+        assert known["outlived"] == []  # a whole weight that another name keeps would stay on the GPU
 
 
 def test_a_base_is_not_split_over_one_process(tiny_base, tmp_path):
