@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,28 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseMod
         return BaseModel(str(folder), device="cpu", **options)
 
     return get
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """An empty folder that every user may enter; a test's own folder is closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def unprivileged(path: Path, mode: int) -> Iterator[None]:
+    """Within, a path has this mode and the process is not root, who may do anything."""
+    before, was = os.geteuid(), path.stat().st_mode
+    path.chmod(mode)
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+        path.chmod(was & 0o7777)
 
 
 def tiny_rows(classes: int | None, rows: int, *, seed: int = 0, pair: bool = False) -> Rows:

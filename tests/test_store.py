@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from plait import locks, store
 from plait.errors import EnvironmentFault, RunError, UsageError
 from plait.store import MANIFEST, identity, is_done, read_manifest, staged_file, staged_folder
+from tests.conftest import unprivileged
 
 OLD, NEW = identity("merge", {"scale": 1}), identity("merge", {"scale": 2})
 
@@ -250,20 +250,13 @@ def test_places_that_cannot_hold_a_result(tmp_path):
     assert (tmp_path / "file").read_text() == "x" and (tmp_path / "folder").is_dir() and left_over(tmp_path) == []
 
 
-def test_a_folder_one_may_not_write_to():
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        place.chmod(0o555)
-        before = os.geteuid()
-        if before == 0:
-            os.seteuid(65534)  # root may write anywhere
-        try:
-            with pytest.raises(EnvironmentFault, match="Permission denied") as raised:
-                make(place / "out")
-        finally:
-            os.seteuid(before)
-            place.chmod(0o755)
-        assert "writable" in str(raised.value) and list(place.iterdir()) == []
+def test_a_folder_one_may_not_write_to(public_path):
+    with (
+        unprivileged(public_path, 0o555),
+        pytest.raises(EnvironmentFault, match="Permission denied") as raised,
+    ):
+        make(public_path / "out")
+    assert "writable" in str(raised.value) and list(public_path.iterdir()) == []
 
 
 def test_errors_of_the_caller_are_not_mistaken_for_the_systems(tmp_path):
