@@ -16,6 +16,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 CONSTRAINTS = ("free", "frozen", "projected", "penalised")
 PRECISIONS = ("fp32", "bf16")
 LARGEST_BATCH = 1 << 16  # rows are drawn for whole steps: with more, a slip of the hand asks for all memory there is
+LARGEST_STEPS, LARGEST_EPOCHS = 10**9, 10**6  # centuries; the order of all rows is drawn before the first step
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class TrainingSettings:
     """Settings of one training run.
 
     Args:
-        steps: Optimiser steps; exactly one of `steps` and `epochs` is given.
-        epochs: Passes over the rows, any positive number; rounded up to whole steps.
+        steps: Optimiser steps, at most `LARGEST_STEPS`; exactly one of `steps` and `epochs` is given.
+        epochs: Passes over the rows, above 0 and at most `LARGEST_EPOCHS`; rounded up to whole steps.
         lr: Learning rate of the LoRA factors (and of the head unless `head_lr` is given), AdamW.
         batch_size: Rows a step, over all processes and accumulation steps; at most `LARGEST_BATCH`.
         accumulation: Backward passes a step; divides `batch_size`.
@@ -91,6 +92,8 @@ class TrainingSettings:
                 _refuse(name, value, "an integer of at least 1")
         if self.batch_size > LARGEST_BATCH:
             _refuse("batch_size", self.batch_size, f"an integer of at most {LARGEST_BATCH}")
+        if self.steps is not None and self.steps > LARGEST_STEPS:
+            _refuse("steps", self.steps, f"an integer of at most {LARGEST_STEPS}")
         if not isinstance(self.snapshots, tuple) or not all(type(s) is int and s >= 1 for s in self.snapshots):
             _refuse("snapshots", self.snapshots, "a list of steps, from 1")
         if not isinstance(self.report_to, tuple) or not all(isinstance(name, str) for name in self.report_to):
@@ -100,6 +103,8 @@ class TrainingSettings:
                 _refuse(name, getattr(self, name), "a number")
         _within("lr", self.lr, 0.0, math.inf, open_below=True)
         _within("epochs", self.epochs, 0.0, math.inf, open_below=True)
+        if self.epochs is not None and self.epochs > LARGEST_EPOCHS:
+            _refuse("epochs", self.epochs, f"a number of at most {LARGEST_EPOCHS}")
         _within("head_lr", self.head_lr, 0.0, math.inf)
         _within("weight_decay", self.weight_decay, 0.0, math.inf)
         _within("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
