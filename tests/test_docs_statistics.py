@@ -37,6 +37,7 @@ def test_every_command_of_the_page_runs(tiny_base, tmp_path, monkeypatch, capsys
         assert ended.value.code == 0, command
         said += "".join(capsys.readouterr())
     assert "memory: exact" in said
+    assert "refunds: trained (penalised)" in said
     starts = {p.name: read_adapter(p) for p in sorted(Path("start").iterdir())}
     assert set(starts) == {"refunds", "refunds-merged", "refunds-mixed", "refunds-alone"}
     first = next(iter(starts["refunds"].modules))

@@ -58,6 +58,16 @@ def test_shipped_recipes_are_valid_and_come_back_the_same(path):
         assert recipe.training_of(arm).max_length == recipe.data.max_length
 
 
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda p: p.stem)
+def test_shipped_recipes_compare_starts_and_show_the_default(path):
+    recipe = read_recipe(path)
+    arms = {a.name: (a.method, recipe.training_of(a)) for a in recipe.arm_specs}
+    method, settings = arms.pop("contrastive_penalised")
+    assert (method, settings.constraint, dict(settings.constraint_options)) == ("contrastive", "penalised", {})
+    assert {"contrastive", "osrm"} <= set(arms)
+    assert all(settings.constraint == "free" and method == name for name, (method, settings) in arms.items())
+
+
 def test_there_are_shipped_recipes():
     assert {p.stem for p in shipped_recipes()} >= {
         "demo",

@@ -124,20 +124,21 @@ def completion_note(task: str, rows: Mapping[str, int]) -> str:
     )
 
 
-def read_own_and_others(own: Path, others: Sequence[Path]) -> tuple[str, dict[str, Statistics]]:
+def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[str, dict[str, Statistics]]:
     """The own task's name, and statistics by task; a file of the own task among the others is left out.
 
     Raises:
         UsageError: Two files of one task.
     """
+    own = Path(own)
     mine = open_statistics(own)
-    task = _task_of(mine, own)
+    task = task_recorded(mine, own)
     statistics = {task: mine}
-    for path in others:
+    for path in map(Path, others):
         if path.exists() and path.samefile(own):  # a glob over the pool may hold it too
             continue
         found = open_statistics(path)
-        name = _task_of(found, path)
+        name = task_recorded(found, path)
         if task in found.provenance.get("tasks", ()):
             raise UsageError(
                 f"the pool was merged from files of {task!r} too",
@@ -152,7 +153,8 @@ def read_own_and_others(own: Path, others: Sequence[Path]) -> tuple[str, dict[st
     return task, statistics
 
 
-def _task_of(statistics: Statistics, path: Path) -> str:
+def task_recorded(statistics: Statistics, path: Path) -> str:
+    """The task that a statistics file is of: as it says itself, else by its name."""
     return str(statistics.provenance.get("task") or path.name.split(".")[0])
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter
 from plait.errors import UsageError
+from plait.initial import task_recorded
 from plait.progress import Progress
 from plait.ranks import is_writer, world_size
 from plait.recipe import ArmSpec, Recipe
@@ -18,6 +19,7 @@ from plait.session import Session
 from plait.store import identity, read_manifest, sha256_file
 
 if TYPE_CHECKING:
+    from plait.statistics import Statistics
     from plait.training import Member
 
 
@@ -42,13 +44,17 @@ def train_one(
         seed: Of the head and the order of the rows.
         overwrite: Train even where `out` holds something.
         quiet: No progress on stderr.
-        statistics: Files of this task and of others, for the constraints "projected" and "penalised".
+        statistics: Files of this task and of others. Where there are any and the recipe names no constraint, training is
+            "penalised" (beta 1): a penalty keeps the others' outputs in place. Without any, and where the recipe says
+            "free" or "frozen", nothing is made of them.
 
     Returns:
-        output, task, and the result that the adapter's manifest holds; empty in every process but torchrun's first.
+        output, task, constraint, and the result that the adapter's manifest holds; empty in every process but torchrun's
+        first.
     """
     from plait.training import train_adapter
 
+    recipe = _with_constraint(recipe, statistics)
     session = Session(recipe)
     require_known(task, list(session.tasks), "task")
     arms = _first_arm(recipe)
@@ -56,7 +62,7 @@ def train_one(
         raise UsageError(
             f"{len(arms)} learning rates for one adapter", where="training.lr", hint="one rate, or --fleet"
         )
-    m = _member(session, initial, task, out, arms[0], seed, statistics)
+    m = _member(session, initial, task, out, arms[0], seed, _open(statistics))
     progress = Progress(1.0, 1, quiet or not is_writer())
     progress.start(f"train {task}", 1.0)
     train_adapter(
@@ -76,7 +82,8 @@ def train_one(
     progress.close(f"trained {task}")
     if not is_writer():
         return {}
-    return {**(read_manifest(out) or {}).get("result", {}), "output": str(out.absolute()), "task": task}
+    found = (read_manifest(out) or {}).get("result", {})
+    return {**found, "output": str(out.absolute()), "task": task, "constraint": m.settings.constraint}
 
 
 def train_many(
@@ -100,7 +107,7 @@ def train_many(
         seed: Of the heads and the order of the rows.
         overwrite: Train even where a folder holds something.
         quiet: No progress on stderr.
-        statistics: Files of the tasks, for the constraints "projected" and "penalised".
+        statistics: Files of the tasks, as for `train_one`.
 
     Returns:
         output, and adapters: a list of what `train_one` returns, with the name.
@@ -112,6 +119,7 @@ def train_many(
 
     if world_size() > 1:
         raise UsageError("a fleet is trained in one process", hint="without torchrun, or without --fleet")
+    recipe, known = _with_constraint(recipe, statistics), _open(statistics)
     session, arms, members = Session(recipe), _first_arm(recipe), {}
     for given in folders:
         name, equals, place = given.partition("=")
@@ -122,7 +130,7 @@ def train_many(
             full = f"{name}@{arm.name.rpartition('@')[2]}" if len(arms) > 1 else name
             if full in members:
                 raise UsageError(f"two adapters are called {name!r}", hint="NAME=DIR")
-            members[full] = _member(session, folder, task or name, out / full, arm, seed, statistics)
+            members[full] = _member(session, folder, task or name, out / full, arm, seed, known)
     progress = Progress(1.0, len(members), quiet)
     progress.start(f"{len(members)} adapters together", 1.0, len(members))
     train_fleet(
@@ -133,7 +141,12 @@ def train_many(
     )
     progress.close(f"trained {len(members)} adapters")
     found = [
-        {**(read_manifest(m.out) or {}).get("result", {}), "name": n, "output": str(m.out.absolute())}
+        {
+            **(read_manifest(m.out) or {}).get("result", {}),
+            "name": n,
+            "output": str(m.out.absolute()),
+            "constraint": m.settings.constraint,
+        }
         for n, m in members.items()
     ]
     return {"output": str(out.absolute()), "adapters": found}
@@ -145,10 +158,39 @@ def _first_arm(recipe: Recipe) -> list[ArmSpec]:
     return recipe.at_each_rate(ArmSpec(name=first) if isinstance(first, str) else first)
 
 
+def _with_constraint(recipe: Recipe, statistics: Sequence[Path]) -> Recipe:
+    """The recipe, with the constraint that statistics are given for where it names none."""
+    from plait.training.settings import WITH_STATISTICS
+
+    first = recipe.arms[0]
+    said = recipe.training if isinstance(first, str) else {**recipe.training, **first.training}
+    if not statistics or "constraint" in said:
+        return recipe
+    return recipe.model_copy(update={"training": {**recipe.training, "constraint": WITH_STATISTICS}})
+
+
+def _open(files: Sequence[Path]) -> tuple[dict[str, Statistics] | None, dict[str, str]]:
+    """Statistics by task, their sites still in the files, and the files' hashes as an identity has them."""
+    from plait.statistics import open_statistics
+
+    known: dict[str, Statistics] = {}
+    for path in files:
+        found = open_statistics(path)
+        if (task := task_recorded(found, path)) in known:
+            raise UsageError(f"two statistics files of task {task!r}", where=str(path), hint="name every task once")
+        known[task] = found
+    return known or None, {f"statistics/{i}": sha256_file(path) for i, path in enumerate(files)}
+
+
 def _member(
-    session: Session, folder: Path, task: str, out: Path, arm: ArmSpec, seed: int, statistics: Sequence[Path]
+    session: Session,
+    folder: Path,
+    task: str,
+    out: Path,
+    arm: ArmSpec,
+    seed: int,
+    statistics: tuple[dict[str, Statistics] | None, dict[str, str]],
 ) -> Member:
-    from plait.statistics import read_statistics
     from plait.training import Member
 
     settings = session.recipe.training_of(arm)
@@ -160,8 +202,8 @@ def _member(
         "rows": session.recipe.data.train_rows,
     }
     options |= {"selection": session.recipe.data.selection_rows} if settings.evaluate_every else {}
-    known = [read_statistics(path) for path in statistics]
-    inputs |= {f"statistics/{i}": sha256_file(path) for i, path in enumerate(statistics)}
+    known, hashes = statistics
+    inputs |= hashes if settings.constraint not in ("free", "frozen") else {}  # else they have no part in the result
     return Member(
         start,
         session.tasks[task],
@@ -170,6 +212,6 @@ def _member(
         seed,
         out,
         identity("adapter", options, inputs, seed),
-        {str(s.provenance.get("task") or p.stem): s for p, s in zip(statistics, known, strict=True)} or None,
+        known,
         session.selection(task, seed) if settings.evaluate_every else None,
     )

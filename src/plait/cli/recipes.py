@@ -136,6 +136,7 @@ def result_text(found: dict[str, Any]) -> str:
     header = ["arm", "merge", "alone", "merged", "floor", "recovered", "worst task", "scale"]
     legend = (
         "Mean score over tasks, % (± one standard error over resampled examples). alone: each adapter on its own task;\n"
-        "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor). arm: how they start."
+        "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor).\n"
+        "arm: how they start and are trained."
     )
     return f"{table(header, rows, text_columns=2)}\n\n{legend}\n\nreport   {found['report']}\nadapter  {found['best']}"

@@ -19,6 +19,10 @@ More = Annotated[list[Path] | None, typer.Argument(help="More statistics of othe
 Background = Annotated[list[Path] | None, typer.Option("--background", help="Statistics of public text.")]
 Share = Annotated[float, typer.Option("--background-weight", min=0, max=1, help="Its share.")]
 Subspace = Annotated[str, typer.Option("--method", "-m", help="See `plait ls subspaces`.")]
+_STATISTICS = (
+    "Of this task and of others; repeat. Then training is penalised for shifting the others' outputs, unless the recipe or "
+    "--set names a training.constraint; free without."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -73,7 +77,7 @@ def init(
     if trainer is not None:
         from plait.training.snippets import snippet
 
-        found["snippet"] = snippet(trainer, out)
+        found["snippet"] = snippet(trainer, out, own=own, others=[*(others or []), *(more or [])])
         text += f"\n\n{found['snippet']}"
     emit(found, as_json, text)
 
@@ -111,12 +115,14 @@ def train(
     recipe: Recipe = None, base: Base = None, root: Root = None, train_file: Train = None, validation: Validation = None,
     text: Text = None, label: Label = None, kind: Kind = None, targets: Targets = None,
     sets: Set = None, device: Device = "auto",
-    statistics: Annotated[list[Path] | None, typer.Option("--statistics", help="Of this task and of others; repeat.")] = None,
+    statistics: Annotated[list[Path] | None, typer.Option("--statistics", help=_STATISTICS)] = None,
     seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Fine-tune an adapter on one task, or many at once (--fleet).
 
     With the Hugging Face Trainer; --set training.steps=200 and so on; without a recipe 3 epochs.
+
+    Give it the --statistics that `plait init` had: what it learns then disturbs the other tasks less once merged.
 
     On several GPUs: torchrun --nproc_per_node 2 -m plait train ..., with --set training.shard_base=true to split the base.
 
@@ -135,9 +141,10 @@ def train(
     how: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "quiet": quiet, "statistics": statistics or []}
     if fleet:
         found = train_many(chosen, initial, task, out, **how)
-        emit(found, as_json, "\n".join(f"{a['name']}: {a['task']} -> {a['output']}" for a in found["adapters"]))
+        lines = [f"{a['name']}: {a['task']}, {a['constraint']} -> {a['output']}" for a in found["adapters"]]
+        emit(found, as_json, "\n".join(lines))
     elif found := train_one(chosen, Path(initial[0]), task, out, **how):  # nothing in the other processes of torchrun
-        emit(found, as_json, f"{task}: trained in {found['seconds']:.0f} s -> {out}")
+        emit(found, as_json, f"{task}: trained ({found['constraint']}) in {found['seconds']:.0f} s -> {out}")
 
 
 def evaluate(

@@ -7,6 +7,7 @@ tasks' mean normalised second moment: the relative shift of their outputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,12 +91,14 @@ def penalty_gradients(
 class Enforcer:
     """Applies constraints to cells before and after an optimiser step; cells of one shape in one batched product.
 
-    Cost: two (r, d) x (d, m) products a module for a projection; one (r, d) x (d, d) for a penalty.
+    Cost: two (r, d) x (d, m) products a module for a projection; one (r, d) x (d, d) for a penalty. The matrices are held
+    once more on the cells' device, stacked.
     """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        self._projected = [_Batch(b) for b in _by_shape([c for c in cells if c.rule.weight == 0.0])]
-        self._penalised = [_Batch(b) for b in _by_shape([c for c in cells if c.rule.weight != 0.0])]
+        stacks: dict[tuple[Any, ...], Tensor] = {}
+        self._projected = [_Batch(b, stacks) for b in _by_shape([c for c in cells if c.rule.weight == 0.0])]
+        self._penalised = [_Batch(b, stacks) for b in _by_shape([c for c in cells if c.rule.weight != 0.0])]
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -118,9 +121,9 @@ class Enforcer:
 
 
 class _Batch:
-    """Cells of one shape, ordered by the matrix they use."""
+    """Cells of one shape, ordered by the matrix they use; `stacks` are shared with batches that use the same matrices."""
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
+    def __init__(self, cells: Sequence[Cell], stacks: dict[tuple[Any, ...], Tensor]) -> None:
         keys = [id(c.rule.matrix) for c in cells]
         distinct = list(dict.fromkeys(keys))
         cells = [c for k in distinct for c, key in zip(cells, keys, strict=True) if key == k]
@@ -134,7 +137,10 @@ class _Batch:
             if self.sharing * len(distinct) == len(cells)
             else [c.rule.matrix for c in cells]
         )
-        self.matrices = torch.stack([m.to(device, torch.float32) for m in chosen])
+        same = (device, *map(id, chosen))  # such as those of v, with another number of outputs than q
+        if same not in stacks:
+            stacks[same] = torch.stack([m.to(device, torch.float32) for m in chosen])
+        self.matrices = stacks[same]
         self.As, self.Bs = [c.A for c in cells], [c.B for c in cells]
         self.A_gradients, self.B_gradients = [c.A_gradient for c in cells], [c.B_gradient for c in cells]
         weights = [c.rule.weight * c.scaling**2 for c in cells]
@@ -145,11 +151,11 @@ class _Batch:
         return A.reshape(len(self.matrices), -1, A.shape[-1])
 
     def projected(self) -> Tensor:
-        A = torch.stack(self.As)
+        A = torch.stack(self.As).float()
         return projected_rows(self._under(A), self.matrices).view(A.shape)
 
     def penalty(self) -> tuple[Tensor, Tensor, Tensor]:
-        A, B = torch.stack(self.As), torch.stack(self.Bs)
+        A, B = torch.stack(self.As).float(), torch.stack(self.Bs).float()
         AM = torch.bmm(self._under(A), self.matrices).view(A.shape)
         return penalty_gradients(A, B, AM, self.weight)
 
@@ -216,7 +222,8 @@ def attach_constraint(optimizer: Any, model: Any, constraint: Constraint) -> Cal
     if not cells:
         return lambda: None
     owned: list[Tensor] = [p for c in cells for p in (c.A_gradient, c.B_gradient)]  # parameters: .grad is new each step
-    buffers = [Cell(c.A, c.B, torch.zeros_like(c.A), torch.zeros_like(c.B), c.scaling, c.rule) for c in cells]
+    zeros = functools.partial(torch.zeros_like, dtype=torch.float32)  # whatever the factors are trained in
+    buffers = [Cell(c.A, c.B, zeros(c.A), zeros(c.B), c.scaling, c.rule) for c in cells]
     enforcer = Enforcer(buffers)
     if constraint.kind == "projected":
         enforcer.after_step()

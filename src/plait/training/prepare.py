@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
-from plait.errors import UsageError
-from plait.statistics.moments import Moments, Statistics
+from plait.errors import InputError, UsageError
+from plait.statistics.moments import Statistics, require_compatible
 from plait.training.constraints import Constraint, Rule
 from plait.training.settings import TrainingSettings
 
@@ -32,12 +32,18 @@ def prepare_constraint(
             ``method`` ("contrastive" by default, or "osrm": whose first m directions) and its ``rho``; for "penalised"
             ``beta`` (default 1).
         adapter: Which modules.
-        statistics: Task -> statistics, of all tasks; not needed for "free" and "frozen".
+        statistics: Task -> statistics, of all tasks; not needed for "free" and "frozen". Exact, sketched or compressed, read or
+            opened: of those that stay in their files one site at a time is in memory.
         task: The adapter's task.
         device: Where eigenvectors are computed.
 
     Raises:
-        UsageError: An unknown option, or no statistics of this task and at least one other.
+        UsageError: An unknown option, no statistics of this task and at least one other, or others that hold this task too.
+        InputError: Statistics that do not compare, or lack a module of the adapter.
+
+    Cost:
+        For "penalised" a float32 (d, d) matrix for each site, whatever the number of tasks, as long as the adapter is
+        trained; sites are shared by the modules that read them, and a sketch is written out.
     """
     kind, options = settings.constraint, dict(settings.constraint_options)
     if unknown := sorted(set(options) - _OPTIONS.get(kind, set())):
@@ -45,7 +51,13 @@ def prepare_constraint(
     if kind in ("free", "frozen"):
         return Constraint(kind)
     if not statistics or task not in statistics or len(statistics) < 2:
-        raise UsageError(f"constraint {kind!r} needs statistics of this task and of others", where=f"task {task}")
+        have = f"; given are those of {', '.join(statistics)}" if statistics else ""
+        raise UsageError(
+            f"constraint {kind!r} needs statistics of this task and of others{have}",
+            where=f"task {task}",
+            hint="--statistics FILE for each of them, or training.constraint=free",
+        )
+    _require_usable(statistics, adapter, task)
     if kind == "projected":
         return Constraint(kind, _spans(adapter, statistics, task, options, device))
     beta = float(options.get("beta", 1.0))
@@ -74,20 +86,45 @@ def _spans(
     return {module: Rule(found[own.relative(module)].basis) for module in adapter.modules}
 
 
+def _require_usable(statistics: Mapping[str, Statistics], adapter: Adapter, task: str) -> None:
+    own = statistics[task]
+    for name, other in statistics.items():
+        require_compatible(own, other)
+        if name != task and task in other.provenance.get("tasks", ()):
+            raise UsageError(
+                f"the statistics of {name!r} were merged from files of {task!r} too",
+                hint="pass the other files one by one",
+            )
+    if lacking := [m for m in adapter.modules if own.relative(m) not in own.modules]:
+        raise InputError(
+            f"the statistics hold nothing of {lacking[0]}",
+            where=f"task {task}",
+            hint="collect them for all its modules",
+        )
+
+
 def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str, beta: float) -> dict[str, Rule]:
+    """The others' mean m of every site, each task counting the same, and beta / tr(W0 m W0^T) of every module."""
     others = [s for name, s in statistics.items() if name != task]
-    shared: dict[str, Tensor] = {}
+    names = {module: others[0].relative(module) for module in adapter.modules}
+    means: dict[str, Tensor] = {}
+    traces: dict[str, list[float]] = {}
+    for site in dict.fromkeys(others[0].modules[name].site for name in names.values()):
+        for s in others:
+            moments = s.sites[site]  # once: it may be read from a file here
+            m = moments.normalised(torch.float32)
+            means[site] = means[site].add_(m) if site in means else m
+            traces.setdefault(site, []).append(moments.trace)
+        means[site] /= len(others)
     rules = {}
-    for module in adapter.modules:
-        name = others[0].relative(module)
-        info = others[0].modules[name]
-        if info.site not in shared:
-            shared[info.site] = mean_moment([s.sites[s.modules[name].site] for s in others])
-        energy = sum(s.modules[name].output_energy / s.sites[s.modules[name].site].trace for s in others) / len(others)
-        rules[module] = Rule(shared[info.site], beta / energy)
+    for module, name in names.items():
+        site = others[0].modules[name].site
+        energies = [s.modules[name].output_energy / t for s, t in zip(others, traces[site], strict=True)]
+        if not (energy := sum(energies) / len(others)) > 0:
+            raise InputError(
+                f"the other tasks' outputs of {module} are zero: no shift is relative to them",
+                where=f"task {task}",
+                hint="training.constraint=free, or leave the module out",
+            )
+        rules[module] = Rule(means[site], beta / energy)
     return rules
-
-
-def mean_moment(moments: list[Moments]) -> Tensor:
-    """The mean of trace-normalised second moments: what the other tasks, each counting the same, feed into a site."""
-    return torch.stack([m.normalised(torch.float32) for m in moments]).mean(0)

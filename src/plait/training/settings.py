@@ -14,6 +14,9 @@ from plait.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")
 CONSTRAINTS = ("free", "frozen", "projected", "penalised")
+WITH_STATISTICS = (
+    "penalised"  # the constraint of `plait train --statistics` where none is named: docs/study/findings.md
+)
 PRECISIONS = ("fp32", "bf16")
 LARGEST_BATCH = 1 << 16  # rows are drawn for whole steps: with more, a slip of the hand asks for all memory there is
 LARGEST_STEPS, LARGEST_EPOCHS = 10**9, 10**6  # centuries; the order of all rows is drawn before the first step
@@ -40,7 +43,8 @@ class TrainingSettings:
             alone, and a fleet equals solo runs.
         checkpoint_every: Steps between the checkpoints a killed run restarts from; None for none.
         snapshots: Steps after which the adapter of that moment is kept under ``steps/NNNNNN`` in its folder.
-        constraint: How A is kept in its subspace (see `plait.training.constraints`).
+        constraint: How A is kept in its subspace (see `plait.training.constraints`). Where `plait train` is given statistics
+            and nothing names a constraint, it is `WITH_STATISTICS`.
         constraint_options: Its options: ``m``, ``beta``, ``method``.
         precision: "fp32", or "bf16" for autocast around the forward pass; factors and optimiser stay float32.
         evaluate_every: Steps between scores on the selection rows, where those are given; the best adapter is kept.

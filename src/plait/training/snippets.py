@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from plait.adapters.config import read_config
 from plait.adapters.peft_format import read_adapter
 from plait.errors import UsageError
 
-TRAINERS = ("axolotl", "llama-factory", "trl", "unsloth")
+_NAMES = {"axolotl": "Axolotl", "llama-factory": "LLaMA-Factory", "trl": "TRL", "unsloth": "Unsloth"}
+TRAINERS = tuple(_NAMES)
 
 _TRL = """\
 from peft import PeftModel
@@ -18,11 +20,12 @@ from trl import SFTConfig, SFTTrainer
 
 base = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, {folder!r}, is_trainable=True)  # no peft_config below: the folder is it
+{constraint}
 trainer = SFTTrainer(
     model=model,
     processing_class=AutoTokenizer.from_pretrained({base!r}),
     args=SFTConfig(output_dir={out!r}, learning_rate=4e-4),
-    train_dataset=dataset,  # rows with "prompt" and "completion", or "messages"
+    train_dataset=dataset,  # rows with "prompt" and "completion", or "messages"{callbacks}
 )
 trainer.train()
 trainer.save_model({out!r})  # a folder that `plait merge` takes
@@ -35,23 +38,48 @@ from trl import SFTConfig, SFTTrainer
 # Given the adapter's folder, Unsloth loads the base it names and continues the adapter: do not call get_peft_model.
 model, tokenizer = FastLanguageModel.from_pretrained({folder!r}, max_seq_length=2048, load_in_4bit=False)
 model = FastLanguageModel.for_training(model)
+{constraint}
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
     args=SFTConfig(output_dir={out!r}, learning_rate=4e-4),
-    train_dataset=dataset,
+    train_dataset=dataset,{callbacks}
 )
 trainer.train()
 model.save_pretrained({out!r})
 """
 
+_CONSTRAINT = """\
 
-def snippet(trainer: str, folder: str | Path) -> str:
+# While training, a penalty on the shift of the other tasks' outputs, as `plait train --statistics` has it.
+from plait.adapters.peft_format import read_adapter
+from plait.initial import read_own_and_others
+from plait.training import TrainingSettings, prepare_constraint
+from plait.training.callbacks import ConstraintCallback
+
+task, statistics = read_own_and_others({own!r}, {others!r})
+penalised = TrainingSettings(steps=1, constraint="penalised")  # the trainer's own steps are what counts
+constraint = prepare_constraint(penalised, read_adapter({folder!r}), statistics, task=task)
+"""
+_CALLBACKS = "\n    callbacks=[ConstraintCallback(constraint, model)],"
+_FREE = "# Nothing keeps the other tasks' outputs in place while this trains: their statistics were not given."
+_NO_CALLBACK = """\
+# Training is free here: {trainer} reads a file, and plait's penalty on the shift of the other tasks' outputs is a callback.
+# `plait train --statistics` has it, and `plait init --for trl` and `--for unsloth` print it.
+"""
+
+
+def snippet(
+    trainer: str, folder: str | Path, *, own: str | Path | None = None, others: Sequence[str | Path] = ()
+) -> str:
     """What to give another trainer so that it continues from an adapter folder.
 
     Args:
         trainer: "axolotl" and "llama-factory" (YAML), "trl" and "unsloth" (Python).
         folder: A PEFT folder, as `plait init` writes it.
+        own: Statistics of the adapter's own task.
+        others: Statistics of the other tasks. With both, the Python carries the constraint "penalised"; without, and in
+            YAML, training is free, and the text says so.
 
     Returns:
         The text; what the user must still name (the data) is marked in it.
@@ -68,11 +96,20 @@ def snippet(trainer: str, folder: str | Path) -> str:
     require_trainer(trainer, adapter.task_type)
     out = f"{folder}-trained"
     if trainer in ("trl", "unsloth"):
-        return (_TRL if trainer == "trl" else _UNSLOTH).format(base=adapter.base, folder=str(folder), out=out)
+        penalised = own is not None and len(apart := [str(p) for p in others if not _same(p, own)]) > 0
+        given = {"base": adapter.base, "folder": str(folder), "out": out, "callbacks": _CALLBACKS if penalised else ""}
+        given["constraint"] = _CONSTRAINT.format(own=str(own), others=apart, folder=str(folder)) if penalised else _FREE
+        return (_TRL if trainer == "trl" else _UNSLOTH).format(**given)
     targets = config.target_modules
     names = sorted(adapter.full_name(m) for m in adapter.modules) if targets is None else targets
     shared = {"base": adapter.base, "folder": str(folder), "r": config.r, "alpha": int(config.alpha), "out": out}
-    return _yaml((_axolotl if trainer == "axolotl" else _llama_factory)(shared, names))
+    made = (_axolotl if trainer == "axolotl" else _llama_factory)(shared, names)
+    return _NO_CALLBACK.format(trainer=_NAMES[trainer]) + _yaml(made)
+
+
+def _same(path: str | Path, own: str | Path) -> bool:
+    """A glob over a pool may hold the own file too; where a path is none (yet), it is another."""
+    return Path(path).exists() and Path(own).exists() and Path(path).samefile(own)
 
 
 def require_trainer(trainer: str, task_type: str | None) -> None:
