@@ -35,13 +35,13 @@ ATTENTION = {
 }
 
 
-def build(architecture: str, seed: int = 0, *, layers: int = 2) -> nn.Module:
-    """A model with its usual head, in evaluation mode; `layers` of decoders only."""
+def build(architecture: str, seed: int = 0, *, layers: int = 2, **sizes: int) -> nn.Module:
+    """A model with its usual head, in evaluation mode; `layers` and other sizes of decoders only."""
     import transformers as hf
 
     torch.manual_seed(seed)
     encoder = {**_ENCODER, "max_position_embeddings": 66, **_IDS}
-    decoder = {**_DECODER, **_IDS, "num_hidden_layers": layers}
+    decoder = {**_DECODER, **_IDS, "num_hidden_layers": layers, **sizes}
     makers = {
         "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**encoder)),
         "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**encoder)),

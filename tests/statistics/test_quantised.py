@@ -10,6 +10,8 @@ from plait.subspaces import stream_subspaces
 from tests.statistics.models import batches, build, inputs_by_hand
 
 pytest.importorskip("bitsandbytes")
+# Where the CPU multiplies bfloat16, bitsandbytes packs weights anew: inputs in blocks of 64, outputs of 32.
+SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def quantised(tmp_path_factory):
     import transformers as hf
 
     folder = tmp_path_factory.mktemp("base")
-    build("llama").save_pretrained(folder)
+    build("llama", **SIZES).save_pretrained(folder)
     config = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu").eval()
 
@@ -26,7 +28,9 @@ def quantised(tmp_path_factory):
 def test_nf4_is_collected_and_labelled(quantised, tmp_path):
     given = batches("llama", 0, examples=12)
     found = collect_statistics(quantised, given, "all-linear", provenance={"base": "b", "base_sha256": "q"})
-    plain = collect_statistics(build("llama"), given, "all-linear", provenance={"base": "b", "base_sha256": "f"})
+    plain = collect_statistics(
+        build("llama", **SIZES), given, "all-linear", provenance={"base": "b", "base_sha256": "f"}
+    )
     assert found.provenance["quantisation"] == "bitsandbytes-4bit" and found.provenance["dtype"] == "float32"
     assert {n: i.shape for n, i in found.modules.items()} == {n: i.shape for n, i in plain.modules.items()}
     layer = quantised.model.layers[1].mlp.down_proj
