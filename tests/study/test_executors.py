@@ -39,6 +39,17 @@ def ancestors(pid):
     return found
 
 
+def killed_at_work(pid):
+    """Kill a Ray worker if it is in the middle of a batch: stopped first, so that it cannot end the batch meanwhile."""
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        at_work = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::run_batch")
+        os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return at_work
+
+
 def require_equal(study, out, found):
     """The same rows as those of one process, to the rounding by which fleets of other company differ."""
     layout = Layout(study, out)
@@ -110,22 +121,25 @@ def test_two_ray_nodes_with_a_killed_worker_give_the_same_table(small_study, tmp
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
-    killed = []
+    assert len({n["NodeID"] for n in ray.nodes() if n["Alive"]}) == 2
+    killed, nodes, over = [], set(), threading.Event()
 
     def kill():
-        while not killed:
-            time.sleep(0.2)
+        while not over.wait(0.2):
             listed = subprocess.run(["pgrep", "-f", "ray::run_batch"], capture_output=True, text=True, check=False)
-            for pid in [int(p) for p in listed.stdout.split() if os.getpid() in ancestors(int(p))][:1]:
-                time.sleep(1)
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+            ours = {int(p): above for p in listed.stdout.split() if os.getpid() in (above := ancestors(int(p)))}
+            nodes.update(above[0] for above in ours.values())  # a worker's parent is its node's raylet
+            if ours and not killed and not over.wait(1) and killed_at_work(next(iter(ours))):
+                killed.append(next(iter(ours)))
 
+    watch = threading.Thread(target=kill, daemon=True)
     try:
-        threading.Thread(target=kill, daemon=True).start()
+        watch.start()
         found = rows(small_study(), tmp_path / "ray", RayCluster(2))
     finally:
+        over.set()
+        watch.join()
         ray.shutdown()
         cluster.shutdown()
-    assert killed
+    assert killed and len(nodes) == 2
     require_equal(small_study(), tmp_path / "serial", found)
