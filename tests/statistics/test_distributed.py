@@ -99,21 +99,49 @@ def test_alone_everything_is_the_own_share():
         collect_statistics(build("llama"), batches("llama", 0), ["q_proj"], distributed=True)
 
 
+# Read by every Python process that finds it first: at its end a rank notes how many (d, d) matrices it has added over all.
+WATCH = """
+import atexit, os, pathlib
+if "RANK" in os.environ:
+    import torch.distributed as dist
+    added, reduce = [], dist.all_reduce
+    def watched(tensor, *args, **options):
+        added.append(tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1])
+        return reduce(tensor, *args, **options)
+    dist.all_reduce = watched
+    name = f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}"
+    atexit.register(lambda: pathlib.Path(__file__).with_name(name).write_text(str(sum(added))))
+"""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+}
+
+
 @pytest.mark.slow
-def test_the_command_under_torchrun(tiny_base, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_under_launchers(launcher, tiny_base, tmp_path):
     rows = write_rows(tmp_path / "one.csv", tiny_rows(2, 60))
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch/sitecustomize.py").write_text(WATCH)
     command = ["stats", "--base", tiny_base("bert").name, "--task", "one", "--train-file", str(rows), "--text", "text"]
     command += ["--target-modules", "query", "--samples", "40", "--device", "cpu", "--set", "statistics.batch_size=4"]
-    for world, name, extra in ((1, "alone", []), (2, "two", []), (2, "budget", ["--memory", "1GB"])):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "plait"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path / 'watch'}:{ROOT / 'src'}"}
+    for name, launch, extra in (
+        ("alone", [], []),
+        ("two", ["-m", *LAUNCHERS[launcher]], []),
+        ("budget", ["-m", *LAUNCHERS[launcher]], ["--memory", "1GB"]),
+    ):
         done = subprocess.run(
-            [sys.executable, *(launch if world > 1 else ["-m", "plait"]), *command, *extra, "--out", tmp_path / name, "--json"],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
-            capture_output=True, text=True, timeout=240, check=False,
+            [sys.executable, *launch, "-m", "plait", *command, *extra, "--out", tmp_path / name, "--json"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(done.stdout)["samples"] == 40  # one process speaks, of the rows of both
         found = read_statistics(tmp_path / name)
         assert relative_difference(read_statistics(tmp_path / "alone"), found) < 1e-6
+        noted = {p.name: int(p.read_text()) for p in (tmp_path / "watch").glob("rank-*")}
+        wanted = {f"rank-{r}-of-2": len(found.sites) for r in (0, 1)} if launch else {}
+        assert noted == wanted  # both were there, and one all-reduce a site added the moments
     assert found.provenance["memory"]["chosen"] == "exact"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "budget", "one.csv", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "budget", "one.csv", "two", "watch"]

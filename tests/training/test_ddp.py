@@ -18,6 +18,7 @@ from plait.statistics import collect_statistics, write_statistics
 from plait.tasks import batches, encode
 from plait.training import train_adapter
 from tests.conftest import tiny_rows, write_rows
+from tests.statistics.test_distributed import LAUNCHERS
 from tests.tiny import TARGETS
 from tests.training import ddp_worker
 from tests.training.conftest import make_adapter, make_examples, make_task
@@ -99,14 +100,15 @@ def test_a_base_is_not_split_over_one_process(tiny_base, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_under_torchrun(tiny_base, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_line_under_launchers(launcher, tiny_base, tmp_path):
     base, task = tiny_base("bert"), make_task("one")
     (tmp_path / "start").mkdir()
     write_adapter(tmp_path / "start", make_adapter(base, task, "bert"))
     rows = write_rows(tmp_path / "one.csv", tiny_rows(2, 40, seed=0))
     said = ["--base", base.name, "--task", "one", "--train-file", rows, "--text", "text", "--device", "cpu"]
     steps = ["--set", "training.steps=3", "--set", "training.batch_size=4", "--set", "training.shard_base=true"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "plait"]
+    launch = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "plait"]
     command = [*launch, "train", tmp_path / "start", *said, *steps, "--out", tmp_path / "out", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
