@@ -181,6 +181,7 @@ def staged_folder(
     overwrite: bool = False,
     result: dict[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
+    digests: Mapping[str, Callable[[], str]] | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder on the destination's file system; on success it takes the destination's place, whole.
 
@@ -190,6 +191,8 @@ def staged_folder(
         overwrite: Replace what stands there.
         result: Filled by the caller inside the block or by `check`; kept in the manifest, not part of the identity.
         check: Looks at the written folder while the disk flushes it; what it raises leaves the destination as it was.
+        digests: Filled by the caller inside the block, for files that are hashed while they are written: path in the folder
+            -> waits for the hash.
 
     Raises:
         EnvironmentFault: Disk full, read-only, or another process is writing the same output.
@@ -204,22 +207,29 @@ def staged_folder(
         stage.mkdir(parents=True)
         try:
             yield stage
-            _finish(stage, wanted, {} if result is None else result, check)
+            _finish(stage, wanted, {} if result is None else result, check, digests or {})
             _swap(stage, path)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
 
 def _finish(
-    stage: Path, wanted: Mapping[str, Any], result: Mapping[str, Any], check: Callable[[Path], None] | None
+    stage: Path,
+    wanted: Mapping[str, Any],
+    result: Mapping[str, Any],
+    check: Callable[[Path], None] | None,
+    digests: Mapping[str, Callable[[], str]],
 ) -> None:
     files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != MANIFEST)
     # While the disk flushes, the cores hash and check: threads that wait for the one do not keep the other.
     with ThreadPoolExecutor(2) as disk, ThreadPoolExecutor(2) as cores:
-        settled, hashes = disk.map(_settle, files), cores.map(sha256_file, files)
+        settled = disk.map(_settle, files)
+        names = {str(p.relative_to(stage)): p for p in files}
+        hashes = {n: digests.get(n) or cores.submit(sha256_file, p).result for n, p in names.items()}
         if check:
             check(stage)
-        listed = {str(p.relative_to(stage)): digest for p, digest, _ in zip(files, hashes, settled, strict=True)}
+        listed = {name: digest() for name, digest in hashes.items()}
+        list(settled)  # raises what the disk met
     manifest = {**wanted, "versions": versions(), "result": dict(result), "files": listed}
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from plait.adapters import tensor_file, tensors
+from plait.adapters import hashing, tensor_file, tensors
+from plait.adapters.hashing import Hashing
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.memory import own_copy, own_memory
 from plait.adapters.peft_format import WEIGHTS, write_adapter
@@ -103,9 +104,34 @@ def test_the_hash_of_what_was_read_is_the_files_whatever_the_pieces(tmp_path, mo
     write_tensors(tmp_path / "x", TENSORS)
     wanted = hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
     for piece in (1, 7, 16, 1 << 20):
-        monkeypatch.setattr(tensors, "_PIECE", piece)
+        monkeypatch.setattr(tensors, "PIECE", piece)
         found, _, digest = read_tensors(tmp_path / "x")
         assert digest == wanted and all(torch.equal(v, TENSORS[k]) for k, v in found.items())
+
+
+@pytest.mark.parametrize("order", ["abcd", "dcba", "bdca"])
+def test_the_hash_of_what_was_written_is_the_files_whatever_the_order_and_the_pieces(tmp_path, monkeypatch, order):
+    for piece in (1, 7, 16, 1 << 20):
+        monkeypatch.setattr(hashing, "PIECE", piece)
+        with Hashing() as beside:
+            written = beside.file(tmp_path / "x")
+            fill_tensors(
+                tmp_path / "x", shapes(TENSORS), None, lambda put: [put(k, TENSORS[k]) for k in order], written
+            )
+            digest = written.whole()
+            assert digest() == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+
+
+def test_what_lies_behind_a_gap_waits_and_what_is_whole_is_hashed_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(hashing, "PIECE", 4)
+    (tmp_path / "x").write_bytes(b"abcdefgh")
+    with Hashing() as beside:
+        pieces = beside.pieces()
+        written = hashing.WrittenFile(tmp_path / "x", pieces)
+        written.wrote(4, 8)
+        assert pieces.digest() == hashlib.sha256(b"").hexdigest()
+        written.wrote(0, 4)
+        assert pieces.digest() == hashlib.sha256(b"abcdefgh").hexdigest() == written.whole()()
 
 
 def test_a_hash_that_was_not_finished_is_an_error(tmp_path, monkeypatch):
@@ -115,7 +141,7 @@ def test_a_hash_that_was_not_finished_is_an_error(tmp_path, monkeypatch):
         def update(self, piece):
             raise MemoryError("no more")
 
-    monkeypatch.setattr(tensors.hashlib, "sha256", Failing)
+    monkeypatch.setattr(hashing.hashlib, "sha256", Failing)
     with pytest.raises(MemoryError):
         read_tensors(tmp_path / "x")
 

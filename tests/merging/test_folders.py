@@ -102,10 +102,11 @@ def test_same_settings_are_kept_and_others_refused(tmp_path):
 
 
 def test_a_write_that_goes_wrong_leaves_nothing(tmp_path, monkeypatch):
-    def damaging(folder: Path, *what) -> None:
-        write_adapter(folder, *what)
+    def damaging(folder: Path, *what, **more):
+        digests = write_adapter(folder, *what, **more)
         file = folder / "adapter_model.safetensors"
         save_file({k: v * 1.01 if k.endswith("v.lora_B.weight") else v for k, v in load_file(file).items()}, file)
+        return digests
 
     monkeypatch.setattr(folders_module, "write_adapter", damaging)
     for method in ("task_arithmetic", "tsv"):

@@ -12,17 +12,19 @@ from torch import Tensor
 
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig, read_config
 from plait.adapters.conv import as_matrices, as_stored, stored_as
+from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.tensors import read_tensors
+from plait.adapters.weights import WEIGHTS, begin_weights, check_digests
 from plait.errors import InputError
 from plait.locks import require_readable
-from plait.store import MANIFEST, read_json, read_manifest, sha256_json
+from plait.store import MANIFEST, read_manifest, sha256_json
 
 _TASK_TYPE = "task_type"
-WEIGHTS, INDEX, HEADS = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "heads"
+HEADS = "heads"
 _ROOT = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 _SUFFIXES = {
@@ -38,22 +40,38 @@ _HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_adapter(folder: str | Path, *, name: str | None = None, hashed: bool = True) -> Adapter:
+def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
     """Read a PEFT LoRA folder into an `Adapter`, checked tensor by tensor.
 
     Args:
         folder: With adapter_config.json and adapter_model.safetensors (or its shards).
         name: What to call it; by default its manifest's task, else the folder's name.
-        hashed: Whether its bytes are hashed and compared with the manifest's; without, `source` holds no "sha256".
 
     Raises:
         InputError: Damaged, incomplete, holding NaN, unlike its config, or of a refused variant; names file and tensor.
+    """
+    with Hashing() as hashing:
+        return begin_adapter(folder, hashing, name=name)()
+
+
+def begin_adapter(folder: str | Path, hashing: Hashing | None, *, name: str | None = None) -> Callable[[], Adapter]:
+    """As `read_adapter`, whose errors it raises, but for the hashes: they may be on their way yet, and others be read meanwhile.
+
+    Args:
+        folder: See `read_adapter`.
+        hashing: Hashes its bytes, to be compared with the manifest's; None does without, and `source` holds no "sha256".
+        name: See `read_adapter`.
+
+    Returns:
+        A function that waits for the hashes and gives the adapter.
     """
     folder = Path(folder)
     require_readable(folder)
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
-    return adapter_of(folder, read_config(folder), *read_weights(folder, hashed=hashed), name=name)
+    config = read_config(folder)
+    tensors, metadata, digests = begin_weights(folder, hashing)
+    return lambda: adapter_of(folder, config, tensors, metadata, {f: d() for f, d in digests.items()}, name=name)
 
 
 def adapter_of(
@@ -67,7 +85,7 @@ def adapter_of(
 ) -> Adapter:
     """An adapter from what was read from a folder; raises as `read_adapter`."""
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    _check_digests(folder, manifest, digests)
+    check_digests(folder, manifest, digests)
     factors, others = _pair(tensors, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
     prefix = _backbone_prefix(factors, task_type)
@@ -102,53 +120,6 @@ def _recorded_task(manifest: Mapping[str, Any] | None, folder: Path) -> str | No
 def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     result = (manifest or {}).get("result", {})
     return {k: result[k] for k in ("base_sha256", "backbone_prefix", "labels", "kind") if k in result}
-
-
-def read_weights(folder: Path, *, hashed: bool = True) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """A folder's tensors, their metadata, and the hash of each file, where hashes are asked for."""
-    if (folder / WEIGHTS).exists():
-        tensors, metadata, digest = read_tensors(folder / WEIGHTS, finite=True, hashed=hashed)
-        return tensors, metadata, {WEIGHTS: digest} if hashed else {}
-    if (folder / INDEX).exists():
-        tensors, digests = _read_shards(folder, hashed)
-        return tensors, {}, digests
-    if (folder / "adapter_model.bin").exists():
-        raise InputError(
-            "adapter_model.bin is a pickle and pickle formats are not read",
-            where=str(folder),
-            hint="load it once with PEFT in an environment you trust and save_pretrained(safe_serialization=True)",
-        )
-    raise InputError(f"no {WEIGHTS}", where=str(folder))
-
-
-def _read_shards(folder: Path, hashed: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    index = read_json(folder / INDEX)
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
-        raise InputError("no weight_map from tensor to file", where=str(folder / INDEX))
-    tensors: dict[str, Tensor] = {}
-    digests: dict[str, str] = {}
-    for file in sorted(set(files.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"weight_map points to {file!r}, not a shard in this folder", where=str(folder / INDEX))
-        found, _, digests[file] = read_tensors(folder / file, finite=True, hashed=hashed)
-        if twice := sorted(set(found) & set(tensors)):
-            raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))
-        tensors |= found
-    if missing := sorted(set(files) - set(tensors)):
-        raise InputError(f"{missing[0]} is in no shard", where=str(folder / INDEX))
-    return tensors, digests if hashed else {}
-
-
-def _check_digests(folder: Path, manifest: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
-    recorded = (manifest or {}).get("files", {})
-    for file, digest in digests.items():
-        if recorded.get(file, digest) != digest:
-            raise InputError(
-                "its bytes are not those the manifest recorded",
-                where=str(folder / file),
-                hint=f"damaged or edited since; remove {MANIFEST} if that was on purpose",
-            )
 
 
 def _pair(
@@ -229,7 +200,12 @@ def _read_heads(folder: Path) -> dict[str, dict[str, Tensor]]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, adapter: Adapter, fill: Callable[[PutFactors], None] | None = None) -> None:
+def write_adapter(
+    folder: Path,
+    adapter: Adapter,
+    fill: Callable[[PutFactors], None] | None = None,
+    hashing: Hashing | None = None,
+) -> dict[str, Digest]:
     """Write an adapter into an existing, empty folder (see `store.staged_folder`).
 
     One head and a classification task type: the head lies in adapter_model.safetensors as PEFT has it. Otherwise heads
@@ -243,6 +219,10 @@ def write_adapter(folder: Path, adapter: Adapter, fill: Callable[[PutFactors], N
         fill: Where the factors are only to come, and the adapter's are shapes on the meta device with a scaling of 1:
             called with a function that takes (module, factors), once for each, in any order, from any thread. The file
             is the same as if they had been there.
+        hashing: Hashes the weights as far as they are written.
+
+    Returns:
+        Name of a file -> its hash, for those that `hashing` took.
     """
     if adapter.source.get("format", "peft") != "peft":
         raise InputError(
@@ -261,16 +241,18 @@ def write_adapter(folder: Path, adapter: Adapter, fill: Callable[[PutFactors], N
 
     tensors = {k: v for m, f in adapter.modules.items() for k, v in named(m, f).items()} | others
     metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else None
+    written = hashing.file(folder / WEIGHTS) if hashing else None
     if fill is None:
-        write_tensors(folder / WEIGHTS, tensors, metadata)
+        write_tensors(folder / WEIGHTS, tensors, metadata, written)
     else:
-        fill_tensors(folder / WEIGHTS, tensors, metadata, lambda put: _filled(put, others, named, fill))
+        fill_tensors(folder / WEIGHTS, tensors, metadata, lambda put: _filled(put, others, named, fill), written)
     if inline is None and adapter.heads:
         (folder / HEADS).mkdir()
         for task, head in adapter.heads.items():
             write_tensors(folder / HEADS / f"{checked_name(task, 'head')}.safetensors", head)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    return {WEIGHTS: written.whole()} if written else {}
 
 
 def _filled(

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from plait.adapters.hashing import WrittenFile
 from plait.adapters.memory import bytes_of
 from plait.adapters.tensors import DTYPES, all_finite
 from plait.errors import InputError
@@ -25,10 +26,15 @@ _STRIDE = 1 << 22
 Put = Callable[[str, Tensor], None]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    written: WrittenFile | None = None,
+) -> None:
     """Write tensors as the library lays them out: wide types first, then by name. Equal tensors and metadata, equal bytes.
 
-    The library itself writes metadata in random order and files that only their owner may read.
+    The library itself writes metadata in random order and files that only their owner may read. `written`: see `fill_tensors`.
 
     Raises:
         InputError: A tensor holds NaN or infinity (its name is in the message).
@@ -42,11 +48,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for name, tensor in tensors.items():
             put(name, tensor)
 
-    fill_tensors(path, tensors, metadata, fill)
+    fill_tensors(path, tensors, metadata, fill, written)
 
 
 def fill_tensors(
-    path: Path, shapes: Mapping[str, Tensor], metadata: Mapping[str, str] | None, fill: Callable[[Put], None]
+    path: Path,
+    shapes: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    fill: Callable[[Put], None],
+    written: WrittenFile | None = None,
 ) -> None:
     """Write the same bytes as `write_tensors`, each tensor when it is ready and at its place.
 
@@ -56,6 +66,7 @@ def fill_tensors(
         metadata: Of the file.
         fill: Called with a function that takes (name, tensor), once for every name, in any order, from any thread.
             Whether the numbers are finite is for the caller to know.
+        written: Is told what the file holds already, where it is to be hashed meanwhile.
 
     Raises:
         ValueError: A tensor of another shape or dtype than was said, one twice, or one left out: the caller's mistake.
@@ -73,7 +84,8 @@ def fill_tensors(
     head = header_bytes(header)
     missing = set(shapes)
     with path.open("wb", buffering=0) as f:
-        _write_at(f.fileno(), memoryview(head), 0)
+        tell = written.wrote if written else _nobody
+        tell(0, _write_at(f.fileno(), memoryview(head), 0))
 
         def put(name: str, tensor: Tensor) -> None:
             if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
@@ -81,21 +93,27 @@ def fill_tensors(
             missing.remove(name)
             if tensor.numel():
                 data = bytes_of(tensor.detach().cpu().contiguous())
-                _write_at(f.fileno(), data, len(head) + header[name]["data_offsets"][0])
+                place = len(head) + header[name]["data_offsets"][0]
+                tell(place, _write_at(f.fileno(), data, place))
 
         fill(put)
     if missing:
         raise ValueError(f"{min(missing)} was never written")
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all bytes at a place; at every stride the disk begins with what it has got so far."""
+def _nobody(start: int, stop: int) -> None:
+    """Nobody hashes what is written."""
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> int:
+    """Write all bytes at a place, and return where they end; at every stride the disk begins with what it has got so far."""
     start = offset
     while data.nbytes:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
     if start // _STRIDE != offset // _STRIDE:
         _begin_writeback(fd)
+    return offset
 
 
 def _writeback() -> Callable[[int, int, int, int], int] | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from plait.adapters.hashing import PIECE, Digest, Hashing, Pieces
 from plait.adapters.memory import bytes_of, own_memory
 from plait.errors import InputError
 from plait.store import require_regular
 
 _HEADER_LIMIT = 100 << 20
-_PIECE = 1 << 20  # bytes that are hashed while the next are read; threads wait for Python's lock once a piece
 _ADVICE = "download or save it again as safetensors; pickle formats are not read"
 _SIGNATURES = (
     (b"\x80\x02", "a pickle (torch.save)"),
@@ -57,33 +55,46 @@ DTYPES = {
 }
 
 
-def read_tensors(
-    path: Path, *, finite: bool = False, hashed: bool = True
-) -> tuple[dict[str, Tensor], dict[str, str], str]:
+def read_tensors(path: Path, *, finite: bool = False) -> tuple[dict[str, Tensor], dict[str, str], str]:
     """Read a whole safetensors file: once, into one buffer that all its tensors are views of.
 
     Args:
         path: The file.
         finite: Whether to refuse NaN and infinity.
-        hashed: Whether the bytes are read into memory of our own and hashed meanwhile by another thread; without, the file
-            is mapped, so nobody else may write it while the tensors are in use.
 
     Returns:
-        Tensors by name in file order, the metadata, and the SHA-256 of the file's bytes ("" where it is not asked for).
+        Tensors by name in file order, the metadata, and the SHA-256 of the file's bytes.
 
     Raises:
         InputError: Not safetensors (the message says what it is instead), damaged, with a name twice, replaced while it
             was read, or not finite.
     """
+    with Hashing() as hashing:
+        tensors, metadata, digest = begin_tensors(path, hashing, finite=finite)
+        return tensors, metadata, digest()
+
+
+def begin_tensors(
+    path: Path, hashing: Hashing | None, *, finite: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str], Digest]:
+    """As `read_tensors`, but for the hash, which may be on its way yet: the last of what is returned waits for it.
+
+    Args:
+        path: The file.
+        hashing: Hashes the bytes, which are read into memory of our own, while the next ones are read; None where no hash
+            is wanted (it is ""): then the file is mapped, so nobody else may write it while the tensors are in use.
+        finite: Whether to refuse NaN and infinity.
+    """
     require_regular(path)
     with path.open("rb", buffering=0) as f:
         before = os.fstat(f.fileno())
         entries, head = _header(f, path, before.st_size)
-        running = _Hash()
-        if hashed:
-            running.update(head)
+        digest: Digest = str
+        if hashing:
+            pieces = hashing.pieces()
+            pieces.update(head)
             data = own_memory(before.st_size - len(head))
-            whole = _filled(f, data, running)
+            whole, digest = _filled(f, data, pieces), pieces.digest
         else:
             data, whole = _mapped(f)[len(head) :], True
     try:  # the library checks the layout: every offset, no overlap, no hole
@@ -98,25 +109,7 @@ def read_tensors(
     tensors = _views(data, entries, path)
     if finite:
         _require_finite(data, tensors, path)
-    return tensors, metadata, running.hexdigest() if hashed else ""
-
-
-class _Hash:
-    """SHA-256 of pieces in their order, worked out by a thread beside the one that hands them over and leaves them as they are."""
-
-    def __init__(self) -> None:
-        self.running = hashlib.sha256()
-        self.beside = ThreadPoolExecutor(1)  # its thread goes with it, should reading fail
-        self.pending: list[Future[None]] = []
-
-    def update(self, piece: bytes | memoryview) -> None:
-        self.pending.append(self.beside.submit(self.running.update, piece))
-
-    def hexdigest(self) -> str:
-        self.beside.shutdown()
-        for done in self.pending:
-            done.result()  # raises what the thread met
-        return self.running.hexdigest()
+    return tensors, metadata, digest
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -164,11 +157,11 @@ def _mapped(f: FileIO) -> Tensor:
     return torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 
-def _filled(f: FileIO, data: Tensor, running: _Hash) -> bool:
+def _filled(f: FileIO, data: Tensor, pieces: Pieces) -> bool:
     """Read as many bytes as the buffer holds, each piece hashed while the next is read; whether there were that many, no more."""
     rest = bytes_of(data)
-    while rest.nbytes and (count := f.readinto(rest[:_PIECE])):
-        running.update(rest[:count])
+    while rest.nbytes and (count := f.readinto(rest[:PIECE])):
+        pieces.update(rest[:count])
         rest = rest[count:]
     return not rest.nbytes and not f.read(1)
 

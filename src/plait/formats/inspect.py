@@ -9,8 +9,9 @@ from typing import Any
 
 from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import INDEX, WEIGHTS, read_adapter, read_weights
+from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import read_tensors
+from plait.adapters.weights import INDEX, WEIGHTS, read_weights
 from plait.errors import InputError, PlaitError
 from plait.formats.convert import component_folders
 from plait.formats.keys import PEFT, TUCKER, variant_of

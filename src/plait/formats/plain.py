@@ -12,7 +12,8 @@ from torch import Tensor
 
 from plait.adapters.config import CONFIG, checked_config
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors, concatenated
-from plait.adapters.peft_format import adapter_of, read_weights
+from plait.adapters.peft_format import adapter_of
+from plait.adapters.weights import read_weights
 from plait.errors import InputError
 from plait.formats.base_weights import OUTPUT, BaseWeights
 from plait.formats.lowrank import Cut, best_rank

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plait import store
+from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.lora import Adapter
 from plait.adapters.memory import give_back
-from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.adapters.peft_format import begin_adapter, write_adapter
 from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
-from plait.formats.reading import format_of, read_any
+from plait.formats.reading import begin_any, format_of
 from plait.merging.driver import plan_merge
 from plait.merging.foreseen import foreseen, stream_to
 from plait.merging.plan import Plan
@@ -23,20 +24,26 @@ from plait.merging.workers import one_by_one
 
 def read_named(folder: Path | str) -> Adapter:
     """Read ``PATH`` or ``NAME=PATH``, which gives the adapter (and its one head) another name; a folder or a LoRA file."""
+    return read_all([folder])[0]
+
+
+def _begin_named(folder: Path | str, hashing: Hashing) -> Callable[[], Adapter]:
     text = str(folder)
     name, equals, path = text.partition("=")
     if equals and "/" not in name and not Path(text).exists():
-        return read_any(path, name=name)
-    return read_any(text)
+        return begin_any(path, hashing, name=name)
+    return begin_any(text, hashing)
 
 
 def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
-    """Read several folders, one by one: each is hashed beside, and two readers would mostly wait for Python's lock.
+    """Read several folders, one by one: two readers would mostly wait for Python's lock. Hashes are worked out beside.
 
     Raises:
         UsageError: Two of one name; names that would do are said.
     """
-    found = one_by_one(read_named, folders)
+    with Hashing() as hashing:
+        begun = one_by_one(lambda folder: _begin_named(folder, hashing), folders)
+        found = [rest() for rest in begun]
     names = [a.name for a in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         paths = [Path(str(a.source.get("path", ""))).resolve() for a in found if a.name == twice]
@@ -115,23 +122,27 @@ def merge_folders(
     result: dict[str, Any] = {}
     verifying: list[float] = []
     check = (lambda stage: verifying.append(_verified(plan, stage, result))) if verify else None
-    with store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check) as stage:
-        result |= _written(plan, stage, out.name)
+    digests: dict[str, Digest] = {}
+    with (
+        Hashing() as hashing,
+        store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check, digests=digests) as stage,
+    ):
+        result |= _written(plan, stage, out.name, hashing, digests)
     seconds = time.perf_counter() - start
     return {**result, "seconds_merge": seconds, "seconds_verify": sum(verifying), "output": str(out), "reused": False}
 
 
-def _written(plan: Plan, stage: Path, name: str) -> dict[str, Any]:
+def _written(plan: Plan, stage: Path, name: str, hashing: Hashing, digests: dict[str, Digest]) -> dict[str, Any]:
     """Merge, write, and let go of what was written: verification reads it from the file."""
     if (shapes := foreseen(plan, name)) is not None:
         found: dict[str, tuple[float, float]] = {}
-        write_adapter(stage, shapes, lambda put: found.update(stream_to(plan, put)))
+        digests |= write_adapter(stage, shapes, lambda put: found.update(stream_to(plan, put)), hashing)
         give_back()
         return plan.record(
             shapes.modules, {m: lost for m, (_, lost) in found.items()}, {m: kept for m, (kept, _) in found.items()}
         )
     done = plan.run(name)
-    write_adapter(stage, done.adapter)
+    digests |= write_adapter(stage, done.adapter, hashing=hashing)
     record = done.record
     del done
     give_back()
@@ -141,7 +152,7 @@ def _written(plan: Plan, stage: Path, name: str) -> dict[str, Any]:
 def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
     """Read what was written and compare it with the inputs; the seconds that took."""
     start = time.perf_counter()
-    written = read_adapter(stage, name="written", hashed=False)  # it is hashed beside this
+    written = begin_adapter(stage, None, name="written")()  # it is hashed beside this
     error = result["verification_error"] = plan.verification_error(written.modules)
     if not error <= FAILED:
         raise RunError(

@@ -1,0 +1,99 @@
+"""SHA-256 beside the work: one thread hashes what another reads or writes."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Bytes that are hashed at once: threads wait for Python's lock once a piece.
+PIECE = 1 << 20
+
+Digest = Callable[[], str]  # waits until the hash is there
+
+
+class Hashing:
+    """A thread that hashes what it is handed, in that order, while the one that hands it over goes on.
+
+    One serves all the files of a merge: their hashes together take longer than all reading and checking, and a thread for
+    each file would only take that time from the others.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Hashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def pieces(self) -> Pieces:
+        """The hash of what is handed over piece by piece."""
+        return Pieces(self._thread.submit)
+
+    def file(self, path: Path) -> WrittenFile:
+        """The hash of a file that is being written."""
+        return WrittenFile(path, self.pieces())
+
+
+class Pieces:
+    """The hash of pieces in their order; each must stay as it is until the hash is asked for."""
+
+    def __init__(self, submit: Callable[..., Future[Any]]) -> None:
+        self._submit, self._running = submit, hashlib.sha256()
+        self._pending: list[Future[Any]] = []
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """Hash these bytes next."""
+        self._pending.append(self._submit(self._running.update, piece))
+
+    def update_from(self, path: Path, start: int, stop: int) -> None:
+        """Hash these bytes of a file next; they are read when it is their turn, and never held together."""
+        self._pending.append(self._submit(self._read, path, start, stop))
+
+    def _read(self, path: Path, start: int, stop: int) -> None:
+        piece = memoryview(bytearray(min(PIECE, stop - start)))
+        with path.open("rb", buffering=0) as f:
+            f.seek(start)
+            while start < stop and (count := f.readinto(piece[: stop - start])):
+                self._running.update(piece[:count])
+                start += count
+
+    def digest(self) -> str:
+        """The hash of all pieces so far, in hexadecimal digits; waits for it, and raises what the thread met."""
+        for done in self._pending:
+            done.result()
+        return self._running.hexdigest()
+
+
+class WrittenFile:
+    """The hash of a file that is written in any order, from any thread: whatever lies without a gap from its start is hashed."""
+
+    def __init__(self, path: Path, pieces: Pieces) -> None:
+        self._path, self._pieces = path, pieces
+        self._lock = threading.Lock()
+        self._ends: dict[int, int] = {}  # of what was written behind a gap, by its start
+        self._whole = self._given = 0
+
+    def wrote(self, start: int, stop: int) -> None:
+        """These bytes, one at least, are in the file now and stay as they are."""
+        with self._lock:
+            self._ends[start] = stop
+            while self._whole in self._ends:
+                self._whole = self._ends.pop(self._whole)
+            if self._whole - self._given >= PIECE:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._pieces.update_from(self._path, self._given, self._whole)
+        self._given = self._whole
+
+    def whole(self) -> Digest:
+        """To be called when the whole file is written: what waits for its hash."""
+        with self._lock:
+            self._hand_over()
+        return self._pieces.digest

@@ -1,0 +1,75 @@
+"""The weights of a PEFT folder: one file or several, hashed while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from plait.adapters.hashing import Digest, Hashing
+from plait.adapters.tensors import begin_tensors
+from plait.errors import InputError
+from plait.store import MANIFEST, read_json
+
+WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """A folder's tensors, their metadata, and the hash of each file."""
+    with Hashing() as hashing:
+        tensors, metadata, digests = begin_weights(folder, hashing)
+        return tensors, metadata, {file: digest() for file, digest in digests.items()}
+
+
+def begin_weights(folder: Path, hashing: Hashing | None) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Digest]]:
+    """As `read_weights`, but for the hashes, which may be on their way yet; without `hashing` there are none."""
+    if (folder / WEIGHTS).exists():
+        tensors, metadata, digest = begin_tensors(folder / WEIGHTS, hashing, finite=True)
+        return tensors, metadata, {WEIGHTS: digest} if hashing else {}
+    if (folder / INDEX).exists():
+        tensors, digests = _begin_shards(folder, hashing)
+        return tensors, {}, digests if hashing else {}
+    if (folder / "adapter_model.bin").exists():
+        raise InputError(
+            "adapter_model.bin is a pickle and pickle formats are not read",
+            where=str(folder),
+            hint="load it once with PEFT in an environment you trust and save_pretrained(safe_serialization=True)",
+        )
+    raise InputError(f"no {WEIGHTS}", where=str(folder))
+
+
+def _begin_shards(folder: Path, hashing: Hashing | None) -> tuple[dict[str, Tensor], dict[str, Digest]]:
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
+        raise InputError("no weight_map from tensor to file", where=str(folder / INDEX))
+    tensors: dict[str, Tensor] = {}
+    digests: dict[str, Digest] = {}
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"weight_map points to {file!r}, not a shard in this folder", where=str(folder / INDEX))
+        found, _, digests[file] = begin_tensors(folder / file, hashing, finite=True)
+        if twice := sorted(set(found) & set(tensors)):
+            raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))
+        tensors |= found
+    if missing := sorted(set(files) - set(tensors)):
+        raise InputError(f"{missing[0]} is in no shard", where=str(folder / INDEX))
+    return tensors, digests
+
+
+def check_digests(folder: Path, manifest: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
+    """Refuse files whose hashes are not those that the folder's manifest recorded.
+
+    Raises:
+        InputError: One differs; it is named.
+    """
+    recorded = (manifest or {}).get("files", {})
+    for file, digest in digests.items():
+        if recorded.get(file, digest) != digest:
+            raise InputError(
+                "its bytes are not those the manifest recorded",
+                where=str(folder / file),
+                hint=f"damaged or edited since; remove {MANIFEST} if that was on purpose",
+            )
