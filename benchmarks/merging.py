@@ -166,7 +166,9 @@ def one_floor(folder: Path, out: Path, i: int) -> float:
     start = time.perf_counter()
     read = [load_file(folder / t / "adapter_model.safetensors") for t in TASKS]
     save_file(read[0], out / f"floor{i}.safetensors")
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    (out / f"floor{i}.safetensors").unlink()  # the next process would spend its time on cutting it to length first
+    return seconds
 
 
 def floor(folder: Path, out: Path, repeats: int) -> dict[str, Any]:
