@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import mmap
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -109,29 +110,30 @@ def test_the_hash_of_what_was_read_is_the_files_whatever_the_pieces(tmp_path, mo
         assert digest == wanted and all(torch.equal(v, TENSORS[k]) for k, v in found.items())
 
 
-@pytest.mark.parametrize("order", ["abcd", "dcba", "bdca"])
-def test_the_hash_of_what_was_written_is_the_files_whatever_the_order_and_the_pieces(tmp_path, monkeypatch, order):
-    for piece in (1, 7, 16, 1 << 20):
-        monkeypatch.setattr(hashing, "PIECE", piece)
-        with Hashing() as beside:
-            written = beside.file(tmp_path / "x")
-            fill_tensors(
-                tmp_path / "x", shapes(TENSORS), None, lambda put: [put(k, TENSORS[k]) for k in order], written
-            )
-            digest = written.whole()
-            assert digest() == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+@pytest.mark.parametrize("order", [1, -1, 5])
+def test_the_hash_of_what_was_written_is_the_files_in_whatever_order(tmp_path, monkeypatch, order):
+    monkeypatch.setattr(hashing, "RANGE", mmap.ALLOCATIONGRANULARITY)
+    many = {f"{i:02}": torch.full((700,), float(i)) for i in range(24)} | {"none": torch.zeros(0, 3)}
+    names = list(many)[::order] if order < 2 else [n for k in range(order) for n in list(many)[k::order]]
+    with Hashing() as beside:
+        written = beside.file(tmp_path / "x")
+        fill_tensors(tmp_path / "x", shapes(many), None, lambda put: [put(n, many[n]) for n in names], written)
+        digest = written.whole()
+        assert digest() == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
 
 
 def test_what_lies_behind_a_gap_waits_and_what_is_whole_is_hashed_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(hashing, "PIECE", 4)
-    (tmp_path / "x").write_bytes(b"abcdefgh")
+    size = mmap.ALLOCATIONGRANULARITY
+    monkeypatch.setattr(hashing, "RANGE", size)
+    content = bytes(range(256)) * (size // 128) + b"rest"
+    (tmp_path / "x").write_bytes(content)
     with Hashing() as beside:
         pieces = beside.pieces()
         written = hashing.WrittenFile(tmp_path / "x", pieces)
-        written.wrote(4, 8)
-        assert pieces.digest() == hashlib.sha256(b"").hexdigest()
-        written.wrote(0, 4)
-        assert pieces.digest() == hashlib.sha256(b"abcdefgh").hexdigest() == written.whole()()
+        for start, stop, hashed in ((size, 2 * size, 0), (0, size, 2 * size), (2 * size, len(content), 2 * size)):
+            written.wrote(start, stop)
+            assert pieces.digest() == hashlib.sha256(content[:hashed]).hexdigest()
+        assert written.whole()() == hashlib.sha256(content).hexdigest()
 
 
 def test_a_hash_that_was_not_finished_is_an_error(tmp_path, monkeypatch):

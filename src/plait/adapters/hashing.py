@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# Bytes that are hashed at once: threads wait for Python's lock once a piece.
-PIECE = 1 << 20
+PIECE = 1 << 20  # bytes that are hashed while the next are read; threads wait for Python's lock once a piece
+RANGE = 1 << 22  # bytes of a written file that are hashed at once: a multiple of a page, wherever we run
 
 Digest = Callable[[], str]  # waits until the hash is there
 
@@ -52,16 +53,13 @@ class Pieces:
         self._pending.append(self._submit(self._running.update, piece))
 
     def update_from(self, path: Path, start: int, stop: int) -> None:
-        """Hash these bytes of a file next; they are read when it is their turn, and never held together."""
+        """Hash these bytes of a file next, which are looked up when it is their turn; `start` is a multiple of `RANGE`."""
         self._pending.append(self._submit(self._read, path, start, stop))
 
     def _read(self, path: Path, start: int, stop: int) -> None:
-        piece = memoryview(bytearray(min(PIECE, stop - start)))
-        with path.open("rb", buffering=0) as f:
-            f.seek(start)
-            while start < stop and (count := f.readinto(piece[: stop - start])):
-                self._running.update(piece[:count])
-                start += count
+        # Mapped, so that a whole range is hashed without Python's lock, which the thread that writes has need of.
+        with path.open("rb") as f, mmap.mmap(f.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start) as pages:
+            self._running.update(pages)
 
     def digest(self) -> str:
         """The hash of all pieces so far, in hexadecimal digits; waits for it, and raises what the thread met."""
@@ -85,15 +83,16 @@ class WrittenFile:
             self._ends[start] = stop
             while self._whole in self._ends:
                 self._whole = self._ends.pop(self._whole)
-            if self._whole - self._given >= PIECE:
-                self._hand_over()
+            if self._whole - self._given >= RANGE:
+                self._hand_over(self._whole // RANGE * RANGE)
 
-    def _hand_over(self) -> None:
-        self._pieces.update_from(self._path, self._given, self._whole)
-        self._given = self._whole
+    def _hand_over(self, stop: int) -> None:
+        if stop > self._given:  # nothing is no range of a file
+            self._pieces.update_from(self._path, self._given, stop)
+            self._given = stop
 
     def whole(self) -> Digest:
         """To be called when the whole file is written: what waits for its hash."""
         with self._lock:
-            self._hand_over()
+            self._hand_over(self._whole)
         return self._pieces.digest

@@ -49,9 +49,11 @@ def sum_error(parts: Sequence[tuple[float, LoraFactors]], merged: LoraFactors, p
 
 
 def _summed(parts: Sequence[tuple[float, LoraFactors]], X: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
-    total = torch.zeros(X.shape[1], parts[0][1].shape[0], dtype=X.dtype)  # transposed, as in `_times`
+    rows = X.T
+    total = torch.zeros(len(rows), parts[0][1].shape[0], dtype=X.dtype)  # transposed, as in `_times`
     for c, f in parts:
-        total.addmm_(X.T @ f.A.to("cpu", X.dtype).T, f.B.to("cpu", X.dtype).T, alpha=c * f.scaling)
+        inner = torch.nn.functional.linear(rows, f.A.to("cpu", X.dtype))
+        total.addmm_(inner, f.B.to("cpu", X.dtype).T, alpha=c * f.scaling)
     return total.T
 
 
