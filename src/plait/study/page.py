@@ -69,6 +69,13 @@ def page_of(
         shown["sweep"],
         _sweep(found["sweep"]),
     ]
+    if found["matched"]:
+        against = found["matched"][0]["against"]
+        parts += [
+            "## At the same norm, at the same score alone",
+            _MATCHED.format(against),
+            matched_table(found["matched"]),
+        ]
     if variants := [r for r in rows if r.variant]:
         parts += [
             "## Ablations",
@@ -110,6 +117,16 @@ _SCALES = (
     "Points won or lost by a multiple of the chosen scale, which was chosen on the other half: mean over tasks, halves and"
     " seeds, on the grid rows of the reported half. Colours are the same in all figures; grey: the other arms."
 )
+_MATCHED = (
+    "Merged scores of the sweep, an arm minus `{0}`, where the two are alike: at the same delta norm, or at the same score"
+    " alone. `{0}` at its rates draws a curve of merged scores over log norm, or over the score alone, straight between two"
+    " rates, for each moment; points of another arm are held against the curve of their moment where they lie in its range"
+    " (where these lie, and how many of how many, stands first), and the mean difference is shown, in points. A score alone"
+    " rises with the rate and falls behind its best: of every arm, in both comparisons, only rates up to its best alone count,"
+    " and none that reaches no more than a lower one. Arms that take another's rate were not swept. This describes tuning rows"
+    " of one seed, at rates that lie far apart; it tests nothing."
+)
+_KINDS = {"norm": "at the same delta norm", "alone": "at the same score alone"}
 _PREDICTORS = (
     "Points a task loses by merging against what is known of the adapters: rank correlation with differences between tasks"
     " taken out, and the variance explained on tasks and on arms left out of the fit."
@@ -240,6 +257,23 @@ def _sweep(found: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     return markdown_table(["arm", "lr", "step", "alone", "delta norm", "merged", "by"], lines)
+
+
+def matched_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """An arm a line: where it has equals in the reference, and the differences there by merge."""
+    merges, kinds = (list(dict.fromkeys(r[key] for r in found)) for key in ("merge", "matched"))
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in found):
+        cells = [f"`{arm}`"]
+        for kind in kinds:
+            mine = {r["merge"]: r for r in found if (r["arm"], r["matched"]) == (arm, kind)}
+            at, of = (mine[merges[0]][key] for key in ("at", "of"))
+            ends = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (at[:1] + at[-1:])))
+            cells.append(f"{ends} ({len(at)} of {of})" if at else "no overlap")
+            cells += [f"{mine[m]['difference']:+.1f}" if at else "–" for m in merges]
+        lines.append(cells)
+    header = [h for kind in kinds for h in (_KINDS[kind], *merges)]
+    return markdown_table(["arm", *header], lines)
 
 
 def _variants(rows: Sequence[Row]) -> str:

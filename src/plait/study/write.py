@@ -15,6 +15,7 @@ from plait.study.best import best_rows, scale_curves
 from plait.study.figures import figures_of
 from plait.study.inference import infer
 from plait.study.journal import about_runs
+from plait.study.matched import matched_rows
 from plait.study.page import page_of
 from plait.study.predictors import predictors
 from plait.study.schedule import sweep_units, swept
@@ -52,6 +53,7 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
     require_known(main, names, "arm")
     merges = [m for m in ("task_arithmetic", "tsv", "regmean") if m in {r.method for r in rows}]
     inference = infer(layout, rows, main, merges, RESAMPLES)
+    sweep = [r for a in dict.fromkeys(u.arm for u in sweep_units(layout)) for r in swept(layout, study.arm(a))]
     best = best_rows([r for r in rows if not r.variant])
     found = {
         "name": study.name,
@@ -61,9 +63,8 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
         "rows": [_rounded(asdict(r)) for r in rows],
         "best": [_rounded(asdict(b) | {"interval": inference.intervals.get(b.arm)}) for b in best],
         "references": [_rounded(r) for r in references(layout)],
-        "sweep": [
-            _rounded(r) for a in dict.fromkeys(u.arm for u in sweep_units(layout)) for r in swept(layout, study.arm(a))
-        ],
+        "sweep": [_rounded(r) for r in sweep],
+        "matched": [_rounded(r) for r in matched_rows(sweep, main)],
         "resamples": RESAMPLES,
         "comparisons": [_rounded(asdict(c)) for c in inference.comparisons],
         "predictors": [_rounded(p) for p in predictors(layout, rows, merges)],
