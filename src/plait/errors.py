@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class PlaitError(Exception):
     """Base of every error plait raises on purpose.
@@ -28,6 +30,20 @@ class RunError(PlaitError):
     """The inputs were fine and the computation failed."""
 
     exit_code = 1
+
+
+class Diverged(RunError):  # noqa: N818 (what happened, as the field says it)
+    """The loss of a training became NaN or infinite, or of some trainings among many.
+
+    Args:
+        lost: Of many: folder of each that was to be written -> what happened to it.
+    """
+
+    def __init__(
+        self, what: str, *, where: str | None = None, hint: str | None = None, lost: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.lost = dict(lost or {})
 
 
 class UsageError(PlaitError):

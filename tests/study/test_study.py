@@ -13,11 +13,11 @@ from plait.study import work
 from plait.study.executor import InProcess
 from plait.study.run import parts, run_study
 from plait.study.schedule import final_units, next_wave, repair_units, sweep_units, tuning_scores
+from plait.study.sources import adapters_of
 from plait.study.spec import parse_study, read_study
 from plait.study.splits import split_rows
 from plait.study.table import rows_of
 from plait.study.units import MERGE, Layout
-from plait.study.work import adapters_of
 from plait.study.write import write_tables
 
 
@@ -78,7 +78,7 @@ def test_batches_keep_everything_once_and_wrong_studies_are_refused(small_study,
 def test_the_base_is_loaded_before_merges_are_computed_beside(small_study, tmp_path, monkeypatch):
     """While it loads, transformers sets torch's default dtype, for a thread that merges too."""
     layout, seen = Layout(small_study(), tmp_path), []
-    monkeypatch.setattr(work, "_merged", lambda _, here: seen.append(here.session.evaluator._model is not None))
+    monkeypatch.setattr(work, "merged_of", lambda _, here: seen.append(here.session.evaluator._model is not None))
     monkeypatch.setattr(work, "_one", lambda unit, here, future: future.result() if future else None)
     units = [u for train in sweep_units(layout) for u in tuning_scores(layout, train)]
     assert work.do(units, layout) == len(units)

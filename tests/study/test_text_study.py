@@ -17,10 +17,11 @@ from plait.study.executor import InProcess
 from plait.study.inference import resample
 from plait.study.run import run_study
 from plait.study.scoring import cross_fitted
+from plait.study.sources import merged_of
 from plait.study.spec import parse_study
 from plait.study.table import rows_of
 from plait.study.units import FOLDS, MERGE, Layout, Unit
-from plait.study.work import ANSWERS_FILE, _merged, _scorer
+from plait.study.work import ANSWERS_FILE, _scorer
 from plait.study.write import write_tables
 from plait.tasks.metrics import MEASURED, open_score
 from tests.conftest import tiny_raw, write_rows
@@ -118,7 +119,7 @@ def test_what_is_scored_together_is_scored_the_same(finished, monkeypatch, archi
     tree_pass = fleet._tree_pass
     monkeypatch.setattr(fleet, "_tree_pass", lambda *a: (passes.append(a[-1]), tree_pass(*a))[1])
     unit = Unit(MERGE, 0, "kaiming", RATE, merge="regmean", split=FOLDS)
-    merged, apart = _merged(unit, layout), _scorer(unit, layout)
+    merged, apart = merged_of(unit, layout), _scorer(unit, layout)
     assert not apart.together  # as the CPU likes it
     together = replace(apart, together=True)
     for task, split in apart.splits.items():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter
-from plait.errors import RunError, UsageError
+from plait.errors import Diverged, UsageError
 from plait.store import MANIFEST, identity
 from plait.training import Member, TrainingSettings, fleet, fleet_run, rates_sweep, train_adapter, train_fleet
 from tests.tiny import ARCHITECTURES
@@ -219,8 +221,11 @@ def test_a_member_that_leaves_the_numbers_takes_nobody_along(tiny_base, tmp_path
     base = tiny_base("bert")
     good = [member(base, "bert", tmp_path / str(s), seed=s) for s in range(2)]
     bad = member(base, "bert", tmp_path / "bad", seed=7, lr=1e38, checkpoint_every=5)
-    with pytest.raises(RunError, match=r"1 of 3.*bad"):
-        train_fleet([good[0], bad, good[1]], base)
+    by_itself = member(base, "bert", tmp_path / "bad2", seed=7, lr=1e30, dropout=0.1)
+    with pytest.raises(Diverged, match=r"2 of 4.*bad") as lost:
+        train_fleet([by_itself, good[0], bad, good[1]], base)
+    assert {Path(out).name for out in lost.value.lost} == {"bad", "bad2"}
+    assert re.fullmatch(r"the loss became (nan|inf) at step \d+ of 20", lost.value.lost[str(tmp_path / "bad")])
     assert not (tmp_path / "bad").exists()
     assert distance(read_adapter(tmp_path / "0"), alone(good[0], base, tmp_path / "alone")) < 1e-4
 

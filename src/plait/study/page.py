@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 from plait.store import versions
 from plait.study.best import Best
 from plait.study.inference import MARGIN, Comparison, Inference
+from plait.study.markdown import markdown_table
 from plait.study.spec import Study
+from plait.study.sweep_page import sweep_sections
 from plait.study.table import Row
 
 
@@ -63,19 +65,7 @@ def page_of(
         "## Comparisons",
         _comparisons(inference.comparisons, found["resamples"]),
     ]
-    parts += [
-        "## The sweep",
-        "On the tuning rows, at the tuning seed; merged is the best of the merges. Dotted: a moment before the end.",
-        shown["sweep"],
-        _sweep(found["sweep"]),
-    ]
-    if found["matched"]:
-        against = found["matched"][0]["against"]
-        parts += [
-            "## At the same norm, at the same score alone",
-            _MATCHED.format(against),
-            matched_table(found["matched"]),
-        ]
+    parts += sweep_sections(found["sweep"], found["matched"], shown["sweep"])
     if variants := [r for r in rows if r.variant]:
         parts += [
             "## Ablations",
@@ -117,16 +107,6 @@ _SCALES = (
     "Points won or lost by a multiple of the chosen scale, which was chosen on the other half: mean over tasks, halves and"
     " seeds, on the grid rows of the reported half. Colours are the same in all figures; grey: the other arms."
 )
-_MATCHED = (
-    "Merged scores of the sweep, an arm minus `{0}`, where the two are alike: at the same delta norm, or at the same score"
-    " alone. `{0}` at its rates draws a curve of merged scores over log norm, or over the score alone, straight between two"
-    " rates, for each moment; points of another arm are held against the curve of their moment where they lie in its range"
-    " (where these lie, and how many of how many, stands first), and the mean difference is shown, in points. A score alone"
-    " rises with the rate and falls behind its best: of every arm, in both comparisons, only rates up to its best alone count,"
-    " and none that reaches no more than a lower one. Arms that take another's rate were not swept. This describes tuning rows"
-    " of one seed, at rates that lie far apart; it tests nothing."
-)
-_KINDS = {"norm": "at the same delta norm", "alone": "at the same score alone"}
 _PREDICTORS = (
     "Points a task loses by merging against what is known of the adapters: rank correlation with differences between tasks"
     " taken out, and the variance explained on tasks and on arms left out of the fit."
@@ -149,12 +129,6 @@ def _about(about: Mapping[str, Any], study: Study) -> str:
     software = ", ".join(f"{k} {v}" for k, v in about.items() if k in packages)
     seeds = f"- seeds: {', '.join(map(str, study.seeds))}; tuning seed: {study.tuning_seed}"
     return "\n".join([seeds, *said, *([f"- page made with: {software}"] if software else [])])
-
-
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; cells are plain text."""
-    shown = [" | ".join(cells) for cells in [header, ["---"] * len(header), *lines]]
-    return "\n".join(f"| {line} |" for line in shown)
 
 
 def _best_table(best: Sequence[Best], inference: Inference) -> str:
@@ -239,41 +213,6 @@ def _between(low: float | None, high: float | None) -> str:
 
 def _p(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _sweep(found: Sequence[Mapping[str, Any]]) -> str:
-    lines = []
-    for r in found:
-        best = max(r["merged"], key=lambda m: r["merged"][m]) if r["merged"] else None
-        merged = [f"{r['merged'][best]:.1f}", best] if best else ["–", "–"]
-        lines.append(
-            [
-                f"`{r['arm']}`",
-                f"{r['lr']:g}",
-                str(r["step"] or "end"),
-                f"{r['alone']:.1f}",
-                f"{r['delta_norm']:.2f}",
-                *merged,
-            ]
-        )
-    return markdown_table(["arm", "lr", "step", "alone", "delta norm", "merged", "by"], lines)
-
-
-def matched_table(found: Sequence[Mapping[str, Any]]) -> str:
-    """An arm a line: where it has equals in the reference, and the differences there by merge."""
-    merges, kinds = (list(dict.fromkeys(r[key] for r in found)) for key in ("merge", "matched"))
-    lines = []
-    for arm in dict.fromkeys(r["arm"] for r in found):
-        cells = [f"`{arm}`"]
-        for kind in kinds:
-            mine = {r["merge"]: r for r in found if (r["arm"], r["matched"]) == (arm, kind)}
-            at, of = (mine[merges[0]][key] for key in ("at", "of"))
-            ends = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (at[:1] + at[-1:])))
-            cells.append(f"{ends} ({len(at)} of {of})" if at else "no overlap")
-            cells += [f"{mine[m]['difference']:+.1f}" if at else "–" for m in merges]
-        lines.append(cells)
-    header = [h for kind in kinds for h in (_KINDS[kind], *merges)]
-    return markdown_table(["arm", *header], lines)
 
 
 def _variants(rows: Sequence[Row]) -> str:

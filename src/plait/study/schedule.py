@@ -12,7 +12,20 @@ from plait.errors import RunError
 from plait.report.summary import PLAIN
 from plait.store import read_manifest
 from plait.study.spec import StudyArm
-from plait.study.units import ALONE, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, TRAIN, TUNING, Layout, Unit, pending
+from plait.study.units import (
+    ALONE,
+    DIVERGED,
+    FEATURES,
+    FOLDS,
+    MERGE,
+    REPAIR,
+    REPAIRED,
+    TRAIN,
+    TUNING,
+    Layout,
+    Unit,
+    pending,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,28 +133,46 @@ def result(layout: Layout, unit: Unit) -> dict[str, Any]:
 
 
 def swept(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
-    """What the sweep saw of an arm: rate, step, alone, delta norm, score and scale of each merge; percent."""
+    """What the sweep saw of an arm: rate, step, alone, delta norm, score and scale of each merge; percent.
+
+    Of a training that diverged, of which no moment counts: None and nothing merged, and under `diverged` what happened.
+    """
     rows = []
     for trained in (u for u in sweep_units(layout) if u.arm == arm.name):
         for step in layout.moments(arm):
             alone = replace(trained, stage=ALONE, step=step, split=TUNING)
             found = result(layout, alone)
+            row: dict[str, Any] = {"arm": arm.name, "lr": trained.rate, "step": step}
+            if DIVERGED in found:
+                lost = {"alone": None, "delta_norm": None, "merged": {}, "scale": {}, DIVERGED: found[DIVERGED]}
+                rows.append(row | lost)
+                continue
             merges = (
                 {}
                 if arm.joint
                 else {m: result(layout, replace(alone, stage=MERGE, merge=m)) for m in tuning_merges(layout)}
             )
             rows.append(
-                {
-                    "arm": arm.name,
-                    "lr": trained.rate,
-                    "step": step,
+                row
+                | {
                     "alone": float(np.mean(list(found["tuning"]["alone"].values()))),
                     "delta_norm": float(np.mean(list(found["delta_norm"].values()))),
                     "merged": {m: r["score"] for m, r in merges.items()},
                     "scale": {m: r["scale"] for m, r in merges.items()},
                 }
             )
+    return rows
+
+
+def learned(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
+    """What the sweep saw of an arm, without rates that diverged: what may be chosen.
+
+    Raises:
+        RunError: There is nothing else.
+    """
+    rows = [r for r in swept(layout, arm) if DIVERGED not in r]
+    if not rows:
+        raise RunError("every rate of the sweep diverged", where=f"arm {arm.name}", hint="give it lower rates")
     return rows
 
 
@@ -153,14 +184,14 @@ def chosen(layout: Layout, arm: StudyArm) -> Choice:
     if arm.like is not None:
         found = chosen(layout, layout.study.arm(arm.like))
         return Choice(found.rate, arm.snapshot or found.step)
-    rows = swept(layout, arm)
+    rows = learned(layout, arm)
     best = max(rows, key=lambda r: r["alone"] if arm.joint else max(r["merged"].values()))
     return Choice(best["lr"], best["step"])
 
 
 def chosen_alone(layout: Layout, arm: StudyArm) -> Choice:
     """The rate and moment at which an arm's adapters are best alone."""
-    best = max(swept(layout, arm), key=lambda r: r["alone"])
+    best = max(learned(layout, arm), key=lambda r: r["alone"])
     return Choice(best["lr"], best["step"])
 
 

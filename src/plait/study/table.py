@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from plait.study.schedule import Choice, all_units, chosen, chosen_alone, plain_arms, repair_units, result, swept
+from plait.study.schedule import Choice, all_units, chosen, chosen_alone, learned, plain_arms, repair_units, result
 from plait.study.splits import HALVES
 from plait.study.units import ALONE, FOLDS, MERGE, REPAIRED, Layout, Unit
 
@@ -82,7 +82,7 @@ def rows_of(layout: Layout) -> list[Row]:
 def reference_unit(layout: Layout, seed: int) -> Unit:
     """The scores of the best plain arm alone, at its own best rate; which arm that is, the tuning rows decide."""
     arms = plain_arms(layout) or [a for a in layout.study.study_arms if not a.joint and not a.like]
-    best = max(arms, key=lambda a: max(float(r["alone"]) for r in swept(layout, a)))
+    best = max(arms, key=lambda a: max(float(r["alone"]) for r in learned(layout, a)))
     choice = chosen_alone(layout, best) if best in plain_arms(layout) else chosen(layout, best)
     return _alone_unit(best.name, choice, seed)
 

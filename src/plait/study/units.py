@@ -20,6 +20,7 @@ from plait.training.settings import TrainingSettings
 
 STATISTICS, TRAIN, ALONE, MERGE, FEATURES = "statistics", "train", "alone", "merge", "features"
 REPAIR, REPAIRED = "repair", "repaired"
+DIVERGED = "diverged"  # in a result: why a training of the sweep, or a score of it, has nothing else
 TUNING, FOLDS = "tuning", "folds"
 T = TypeVar("T")
 _KEPT = 8  # sets of adapters or statistics

@@ -1,35 +1,42 @@
-"""How each kind of unit is done: read, compute, write; training units many at once, as a fleet."""
+"""How units are done, and what each that is not a training computes: statistics, merges, scores, features."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.collecting import collect_task
-from plait.initial import InitialSettings, completion_note, initial_adapters
 from plait.report.summary import PLAIN
 from plait.session import Session
-from plait.statistics import Statistics, read_statistics, write_statistics
+from plait.statistics import write_statistics
 from plait.store import staged_folder
 from plait.study.features import features, task_vector_norm
 from plait.study.scoring import Answers, Scorer, cross_fitted, tuned
+from plait.study.sources import BACKGROUND, adapters_of, diverged, merged_of, statistics_of
 from plait.study.splits import HALVES, Split, split_rows
-from plait.study.units import ALONE, FEATURES, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, TUNING, Layout, Unit
-from plait.training import Member, train_fleet
-from plait.training.peft_model import TASK_TYPES
+from plait.study.trainings import Told, train
+from plait.study.units import (
+    ALONE,
+    DIVERGED,
+    FEATURES,
+    MERGE,
+    REPAIR,
+    REPAIRED,
+    STATISTICS,
+    TRAIN,
+    TUNING,
+    Layout,
+    Unit,
+)
 
 ANSWERS_FILE = "answers.safetensors"
-_BACKGROUND = "background."  # prefix of the files of tasks that only lend their statistics
-Told = Callable[[str], None]
 _AHEAD = 2  # merges computed before they are scored
 
 
@@ -49,8 +56,8 @@ def do(units: Sequence[Unit], layout: Layout, *, tell: Told = lambda text: None,
     if trainings:
         tell(f"training {len(trainings)} sets of adapters")
         train(trainings, layout, tell)
-    done = len(trainings)
-    others = [u for u in units if u.stage not in (TRAIN, REPAIR)]
+    others = _not_diverged([u for u in units if u.stage not in (TRAIN, REPAIR)], layout)
+    done = len(units) - len(others)
     if any(u.stage == MERGE for u in others):  # while it loads, transformers sets the whole process's default dtype
         layout.session.load()
     with ThreadPoolExecutor(1) as ahead:  # the next merge is computed while this one is scored
@@ -61,12 +68,26 @@ def do(units: Sequence[Unit], layout: Layout, *, tell: Told = lambda text: None,
             tell(unit.label)
             for j in range(i, min(i + _AHEAD + 1, len(others))):
                 if others[j].stage == MERGE and j not in merges:
-                    merges[j] = ahead.submit(_merged, others[j], layout.of(others[j]))
+                    merges[j] = ahead.submit(merged_of, others[j], layout.of(others[j]))
             _one(unit, layout.of(unit), merges.pop(i, None))
             done += 1
         for future in merges.values():
             future.cancel()
     return done
+
+
+def _not_diverged(units: Sequence[Unit], layout: Layout) -> list[Unit]:
+    """Units without the scores of sweep trainings that diverged: these get the reason as their result."""
+    found = []
+    for unit in units:
+        root = layout.path(layout.trained_by(unit)) if unit.split == TUNING else None
+        reasons = [f"{t}: {why}" for t in layout.tasks if (why := diverged(root / t))] if root else []
+        if reasons:
+            with staged_folder(layout.path(unit), layout.wanted(unit), result={DIVERGED: "; ".join(reasons)}):
+                pass
+        else:
+            found.append(unit)
+    return found
 
 
 def _one(unit: Unit, layout: Layout, merged: Future[Adapter] | None) -> None:
@@ -84,7 +105,7 @@ def _one(unit: Unit, layout: Layout, merged: Future[Adapter] | None) -> None:
 
 
 def _statistics(unit: Unit, layout: Layout, folder: Path, result: dict[str, Any]) -> None:
-    sessions = [(layout.session, "")] + ([(layout.background, _BACKGROUND)] if layout.study.background else [])
+    sessions = [(layout.session, "")] + ([(layout.background, BACKGROUND)] if layout.study.background else [])
     spec = layout.study.statistics.model_copy(update={"pool": unit.pool, "samples": unit.samples})
     for whole, prefix in sessions:
         session = Session(whole.recipe.model_copy(update={"statistics": spec}), whole)
@@ -94,153 +115,7 @@ def _statistics(unit: Unit, layout: Layout, folder: Path, result: dict[str, Any]
             result[prefix + name] = {"tokens": max(m.count for m in found.sites.values())}
 
 
-def statistics_of(unit: Unit, layout: Layout) -> tuple[dict[str, Statistics], list[Statistics]]:
-    """Statistics by task, and those of the background, that a unit reads."""
-    source = layout.statistics_unit(unit)
-
-    def read() -> tuple[dict[str, Statistics], list[Statistics]]:
-        folder = layout.path(source)
-        found = {t: read_statistics(folder / f"{t}.stats.safetensors") for t in layout.session.tasks}
-        pool = sorted(folder.glob(f"{_BACKGROUND}*.stats.safetensors"))
-        return found, [read_statistics(p) for p in pool]
-
-    return layout.cached(layout.path(source), read)
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def train(units: Sequence[Unit], layout: Layout, tell: Told = lambda text: None) -> None:
-    """Train the adapters of several units together; members that are done already are left alone."""
-    members: list[Member] = []
-
-    def alike(unit: Unit) -> tuple[str, str, int]:
-        here = layout.of(unit)
-        return here.key(here.statistics_unit(unit)), unit.arm, unit.seed
-
-    for unit in sorted(units, key=alike):
-        here = layout.of(unit)
-        members += _repairs(unit, here) if unit.stage == REPAIR else _members(unit, here)
-    rows = {f"{m.initial.name}, seed {m.seed}": m.initial.source.get("completed") for m in members}
-    for name, found in rows.items():
-        if found:
-            tell(f"warning: {completion_note(name, found)}")
-    tell(f"{len(members)} adapters are ready to be trained")
-    train_fleet(members, layout.session.base)
-
-
-def _members(unit: Unit, layout: Layout) -> list[Member]:
-    settings = layout.settings(unit)
-    if settings.tied:
-        settings = replace(settings, tied=layout.key(unit))
-    statistics, background = statistics_of(unit, layout)
-    initial = _initial(unit, layout, statistics, background)
-    constrained = statistics if settings.constraint not in ("free", "frozen") else None
-    return [_member(unit, layout, t, initial[t], settings, constrained) for t in layout.session.tasks]
-
-
-def _member(
-    unit: Unit, layout: Layout, task: str, initial: Adapter, settings: Any, statistics: dict[str, Statistics] | None
-) -> Member:
-    session = layout.session
-    out, wanted = layout.path(unit) / task, layout.wanted(unit, task)
-    return Member(
-        initial, session.tasks[task], session.training(task, unit.seed), settings, unit.seed, out, wanted, statistics
-    )
-
-
-def _initial(
-    unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
-) -> dict[str, Adapter]:
-    """Initial adapters of an arm and seed; arms that differ in training alone, and all rates, share them."""
-    arm = layout.study.arm(unit.arm)
-    start = [str(getattr(arm, k)) for k in ("method", "row_norm", "options", "rank", "known", "background", "joint")]
-    key = (layout.path(layout.statistics_unit(unit)), unit.seed, *start, str(layout.study.lora))
-    return layout.cached(key, lambda: _made(unit, layout, statistics, background))
-
-
-def _made(
-    unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
-) -> dict[str, Adapter]:
-    arm, recipe = layout.study.arm(unit.arm), layout.study
-    rank = arm.rank or recipe.lora.rank
-    settings = InitialSettings(
-        arm.method,
-        rank,
-        recipe.lora.alpha * rank / recipe.lora.rank,  # the scaling stays what it is
-        arm.row_norm,
-        arm.options,
-        arm.background,
-        TASK_TYPES[next(iter(layout.session.tasks.values())).kind],
-        recipe.lora.recorded_targets,
-    )
-    common: dict[str, Any] = {"base": recipe.base.model, "revision": recipe.base.revision, "seed": unit.seed}
-    common |= {"background": background if arm.background else (), "device": layout.session.base.torch_device}
-    names = list(statistics)
-    if arm.known is not None:
-        found = {}
-        for i, task in enumerate(names):
-            known = [names[(i + k) % len(names)] for k in range(arm.known + 1)]
-            found |= initial_adapters({n: statistics[n] for n in known}, settings, tasks=[task], **common)
-    elif arm.joint:
-        first = initial_adapters(statistics, settings, tasks=names[:1], **common)[names[0]]
-        found = dict.fromkeys(names, first)
-    else:
-        found = initial_adapters(statistics, settings, **common)
-    return {task: adapter for task, (adapter, _) in found.items()}
-
-
-def _repairs(unit: Unit, layout: Layout) -> list[Member]:
-    """A merge, with every task's head, trained on all tasks together: the factors tied, the heads apart."""
-    repair = layout.study.repair
-    settings = replace(
-        layout.settings(unit), steps=repair.steps if repair else 0, epochs=None, snapshots=(), constraint="free"
-    )
-    settings = replace(settings, constraint_options={}, tied=layout.key(unit))
-    merged = _merged(replace(unit, stage=MERGE), layout)
-    modules = {m: replace(f, B=f.B * (f.scaling * unit.scale), scaling=1.0) for m, f in merged.modules.items()}
-    start = replace(merged, modules=modules)
-    heads = {t: a.heads.get(t, {}) for t, a in adapters_of(replace(unit, stage=MERGE), layout).items()}
-    return [
-        _member(unit, layout, t, replace(start, name=t, heads={t: heads[t]} if heads[t] else {}), settings, None)
-        for t in layout.session.tasks
-    ]
-
-
 # --- merges and scores ------------------------------------------------------------------------------------------------
-
-
-def adapters_of(unit: Unit, layout: Layout) -> dict[str, Adapter]:
-    """Task -> the trained adapter a unit is about, at the moment it is about."""
-    repaired = unit.stage == REPAIRED
-    root = layout.path(replace(unit, stage=REPAIR, split="") if repaired else layout.trained_by(unit))
-    tail = Path("steps") / f"{unit.step:06d}" if unit.step and not repaired else Path()
-
-    def read() -> dict[str, Adapter]:
-        return {t: read_adapter(root / t / tail, name=t) for t in layout.session.tasks}
-
-    return layout.cached(root / tail, read)
-
-
-def _merged(unit: Unit, layout: Layout) -> Adapter:
-    from plait.merging import merge
-    from plait.merging.registry import find_method
-
-    spec = next(m for m in layout.study.merge_specs if m.name == unit.merge)
-    adapters = list(adapters_of(unit, layout).values())
-    statistics = statistics_of(unit, layout)[0] if find_method(spec.merge_method).needs else None
-    made = merge(
-        adapters,
-        spec.merge_method,
-        options=spec.options,
-        calibrate=spec.calibrate,
-        rank=spec.rank,
-        statistics=statistics,
-        seed=unit.seed,
-        verify=False,
-        name=spec.name,
-    )
-    return replace(made.adapter, source={"discarded_energy": made.record.get("discarded_energy", 0.0)})
 
 
 def _scorer(unit: Unit, layout: Layout) -> Scorer:

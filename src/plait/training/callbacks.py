@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import write_adapter
-from plait.errors import RunError
+from plait.errors import Diverged
 from plait.training.constraints import Constraint, attach_constraint, freeze_rows
 from plait.training.peft_model import detach
 
@@ -85,7 +85,7 @@ class Watcher(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None:
             if not np.isfinite(loss):
-                raise RunError(
+                raise Diverged(
                     f"the loss is {loss} at step {state.global_step}", hint="lower the learning rate, or use fp32"
                 )
             self.losses.append((int(state.global_step), float(loss)))

@@ -14,7 +14,7 @@ import torch
 from plait.adapters.lora import LINEAR, Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import BaseModel, base_fingerprint
-from plait.errors import InputError, RunError, UsageError
+from plait.errors import Diverged, InputError, UsageError
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task
@@ -80,7 +80,8 @@ def train_fleet(
         The adapters in the order of the members, as read back from their folders.
 
     Raises:
-        RunError: The loss of some members became NaN or infinite; the others are finished and written first.
+        Diverged: The loss of some members became NaN or infinite; the others are finished and written first. Its `lost`
+            says which folders are missing, and why.
 
     Cost:
         Per step about one forward and one backward pass on the stacked rows, the base in the autocast dtype.
@@ -99,10 +100,10 @@ def train_fleet(
         if len(m.examples) == 0:
             raise InputError("no training rows", where=f"task {m.task.name}")
     meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     for group in interrupted(members, todo):
         shared = Shared(group, base)
-        failed += _train_group(list(range(len(group))), shared, overwrite, meter)
+        failed |= _train_group(list(range(len(group))), shared, overwrite, meter)
         shared.release()
         todo = [m for m in todo if not any(m is other for other in group)]
     for group in _groups([m for m in todo if stackable(m)]):
@@ -110,14 +111,18 @@ def train_fleet(
         size = len(group) if group[0].settings.tied else min(limit or len(group), cohort_size(shared))
         order = shared.by_length()
         for start in range(0, len(group), size):
-            failed += _train_group(order[start : start + size], shared, overwrite, meter)
+            failed |= _train_group(order[start : start + size], shared, overwrite, meter)
         shared.release()
     for m in (m for m in todo if not stackable(m)):
-        _train_alone(m, base, overwrite, meter)
+        try:
+            _train_alone(m, base, overwrite, meter)
+        except Diverged as e:
+            failed[str(m.out)] = e.what
     if failed:
-        raise RunError(
-            f"the loss of {len(failed)} of {len(members)} adapters became NaN or infinite: {', '.join(failed[:5])}",
+        raise Diverged(
+            f"the loss of {len(failed)} of {len(members)} adapters became NaN or infinite: {', '.join(list(failed)[:5])}",
             hint="lower their learning rate; the others are written",
+            lost=failed,
         )
     return [read_adapter(m.out) for m in members]
 
@@ -158,8 +163,8 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
     return [g for _, g in sorted(groups.items())]
 
 
-def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Meter) -> list[str]:
-    """Train members of a group, splitting them where memory runs out; returns the names of those that failed."""
+def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Meter) -> dict[str, str]:
+    """Train members of a group, splitting them where memory runs out; returns folder -> reason of those that failed."""
     started = time.monotonic()
     done = meter.done
     try:
@@ -174,21 +179,22 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
             return _train_group(chosen, shared, overwrite, meter)
         half = len(chosen) // 2
         parts = [part for part in (chosen[:half], chosen[half:]) if part]
-        return [name for part in parts for name in _train_group(part, shared, overwrite, meter)]
+        found = [_train_group(part, shared, overwrite, meter) for part in parts]
+        return {out: why for one in found for out, why in one.items()}
     seconds = time.monotonic() - started
 
-    def write(place: int) -> str | None:
+    def write(place: int) -> None:
         member = shared.members[outcome.order[place]]
         if outcome.failed[place]:
-            return str(member.out)
+            return
         if overwrite or not is_done(member.out, member.identity):
             _write(member, outcome, place, shared, overwrite, seconds)
-        return None
 
     with ThreadPoolExecutor(_WRITERS) as pool:
-        failed = [out for out in pool.map(write, range(len(outcome.order))) if out is not None]
+        list(pool.map(write, range(len(outcome.order))))
     outcome.forget()
-    return failed
+    lost = [place for place, failed in enumerate(outcome.failed) if failed]
+    return {str(shared.members[outcome.order[place]].out): outcome.why(place) for place in lost}
 
 
 def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwrite: bool, seconds: float) -> None:

@@ -176,6 +176,14 @@ class Outcome:
         starts = [0, *ends[:-1]]
         return [(e, float(self.losses[s:e, place].mean())) for s, e in zip(starts, ends, strict=True)]
 
+    def why(self, place: int) -> str:
+        """What happened to a member that failed."""
+        losses = self.losses[:, place]
+        lost = np.flatnonzero(~np.isfinite(losses))
+        if len(lost) == 0:
+            return f"the weights became NaN or infinite in the last of {len(losses)} steps"
+        return f"the loss became {losses[lost[0]]} at step {lost[0] + 1} of {len(losses)}"
+
     def forget(self) -> None:
         """Remove the checkpoints, once the members are written."""
         if self.root is not None:

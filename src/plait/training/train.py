@@ -68,7 +68,7 @@ def train_adapter(
         attribute, labels, kind, a summary of the losses, seconds, and the hash of the base's weights.
 
     Raises:
-        RunError: The loss became NaN or infinite.
+        Diverged: The loss became NaN or infinite.
         InputError: The adapter does not fit the base, or there are no rows.
         UsageError: The settings tie this adapter to others (see `train_fleet`).
 
