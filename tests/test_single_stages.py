@@ -156,11 +156,12 @@ def test_init_prints_what_another_trainer_needs(tiny_base, tmp_path, capsys):
             "--target-modules", "query", "--sketch", "4", "--out", statistics[-1],
         )  # fmt: skip
     own, other = statistics
-    found = plait(
-        capsys, "init", "--own", own, "--others", other, "--task-type", "CAUSAL_LM", "--rank", 2,
-        "--for", "axolotl", "--out", tmp_path / "start",
-    )  # fmt: skip
-    assert "lora_model_dir" in found["snippet"]
+    init = ["init", "--own", own, "--others", own, other, "--task-type", "CAUSAL_LM", "--rank", 2]
+    found = plait(capsys, *init, "--for", "axolotl", "--out", tmp_path / "start")
+    assert "lora_model_dir" in found["snippet"] and "Training is free here" in found["snippet"]
+    found = plait(capsys, *init, "--for", "trl", "--out", tmp_path / "start")
+    assert f"read_own_and_others({str(own)!r}, [{str(other)!r}])" in found["snippet"]
+    assert "callbacks=[ConstraintCallback(" in found["snippet"]
 
 
 def test_a_regression_at_the_prompt(tiny_base, tmp_path, capsys):
