@@ -88,7 +88,7 @@ def archive(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --to.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Pack what a finished study's tables need into one file to publish. Answers and labels; no texts, no adapters."""
+    """Pack a finished study into one file to publish. What its tables need: answers and labels; no texts, no adapters."""
     from plait.study.archive import write_archive
 
     found = write_archive(_kept(folder, sets), to, base=base, data=data, overwrite=overwrite)
