@@ -8,7 +8,8 @@ merging.md. The disk it takes is 7 GB, and mergekit's caches, which go again, an
 
 The floor reads the eight files and writes one of an input's size, with safetensors alone; it is taken anew
 before each of plait's runs, and ratios are to the median over a shape's processes. "seconds" is the merge alone,
-from the first file opened to the last one closed; "process_seconds" is a whole process with its imports. Peaks are
+from the first file opened to the last one closed; "seconds_verified" has plait's verification too, which is its default and
+which the other tools lack; "process_seconds" is a whole process with its imports (and verification). Peaks are
 resident memory above what `import torch` (and for PEFT `import transformers, peft`) takes; mergekit's is its whole memory.
 Every tool runs in processes of its own. Runs are repeated --repeats times or until a row has taken --patience seconds;
 each row says how many runs its median is of. mergekit lives in another environment: give its Python, or it is left out
@@ -237,19 +238,23 @@ def plait(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:
     needs = merge_methods()[method].needs
     files = {t: folder / f"{t}.stats.safetensors" for t in TASKS} if needs else None
     tasks = TASKS[:2] if method == "slerp" else TASKS
-    verify: list[float] = []
+    verified: list[float] = []
     floors: list[float] = []
+
+    def merged(to: str, verify: bool) -> float:
+        done = merge_folders([folder / t for t in tasks], out / to, method=method, statistics=files, verify=verify)
+        return float(done["seconds_merge"])
 
     def run(i: int) -> float:
         floors.append(one_floor(folder, out, i))
-        done = merge_folders([folder / t for t in tasks], out / f"{method}{i}", method=method, statistics=files)
-        verify.append(done["seconds_verify"])
-        return float(done["seconds_merge"])
+        alone = merged(f"{method}{i}-alone", False)
+        verified.append(merged(f"{method}{i}", True))
+        return alone
 
     found = repeated(run, repeats, baseline)
     size = sum(p.stat().st_size for p in (out / f"{method}0").rglob("*")) / 1e6
-    beside = {"seconds_verify": statistics.median(verify), "seconds_floor": statistics.median(floors)}
-    return {**found, **beside, "disk_mb": size}
+    beside = {"seconds_verified": statistics.median(verified), "seconds_floor": statistics.median(floors)}
+    return {**found, **beside, "beyond": sum(found["all"]) + sum(verified[1:]), "disk_mb": size}
 
 
 def read_statistics_alone(folder: Path, repeats: int) -> dict[str, Any]:
@@ -315,7 +320,8 @@ def child(*arguments: str, python: str = sys.executable) -> dict[str, Any]:
         }
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     runs = found.pop("all", [])
-    return {**found, "process_seconds": whole - sum(runs[1:]), "runs": len(runs)} if found else {}
+    beyond = found.pop("beyond", sum(runs[1:]))  # what a process that merges once, and verifies, would not do
+    return {**found, "process_seconds": whole - beyond, "runs": len(runs)} if found else {}
 
 
 def mergekit(python: str, folder: Path, method: str, out: Path, limit: float) -> dict[str, Any]:
@@ -398,7 +404,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             repeats = 1 if method.endswith("svd") else min(3, args.repeats)
             add("peft", method, child("peft", str(folder), method, str(out), str(repeats)))
             for i in range(repeats):
-                shutil.rmtree(out / f"{method}{i}", ignore_errors=True)
+                for made in (f"{method}{i}", f"{method}{i}-alone"):
+                    shutil.rmtree(out / made, ignore_errors=True)
         for method in MERGEKIT_METHODS[shape] if args.mergekit else ():
             add("mergekit", method, mergekit(args.mergekit, folder, method, out, args.limit))
         shutil.rmtree(out, ignore_errors=True)
@@ -417,6 +424,8 @@ def over_floor(rows: list[dict[str, Any]]) -> None:
         floors += [r["seconds"] for r in mine if r["method"] == "floor"]
         for r in mine:
             r["over_floor"] = r["seconds"] / statistics.median(floors)
+            if "seconds_verified" in r:
+                r["over_floor_verified"] = r["seconds_verified"] / statistics.median(floors)
 
 
 def spoken(args: argparse.Namespace) -> str:

@@ -24,19 +24,20 @@ DENSE_LIMIT, STATISTICS_LIMIT, PEAK_LIMIT = 10, 2, 200
 def times(rows: list[Row]) -> str:
     """Every row."""
     lines = [
-        "| shape | tool | method | seconds | over the floor | whole process | peak MB | disk MB | runs |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| shape | tool | method | seconds | over the floor | verified, over the floor | whole process | peak MB | disk MB | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "seconds" not in r:
-            lines.append(f"| {r['shape']} | {r['tool']} | {r['method']} | failed: {r.get('error', '')} | | | | | |")
+            lines.append(f"| {r['shape']} | {r['tool']} | {r['method']} | failed: {r.get('error', '')} | | | | | | |")
             continue
         more = "over " if r.get("stopped") else ""  # a run that was stopped is a lower bound
         dense = f" (dense part: {r['over_row_block_sum']:.1f}x the plain sum)" if "over_row_block_sum" in r else ""
         disk = f"{r['disk_mb']:.0f}" if "disk_mb" in r else ""
+        verified = f"{r['over_floor_verified']:.1f}x" if "over_floor_verified" in r else ""
         lines.append(
             f"| {r['shape']} | {r['tool']} | {r['method']} | {more}{r['seconds']:.3f} | {more}{r['over_floor']:.1f}x{dense} "
-            f"| {more}{r['process_seconds']:.1f} s | {r['peak_mb']:.0f} | {disk} | {r['runs']} |"
+            f"| {verified} | {more}{r['process_seconds']:.1f} s | {r['peak_mb']:.0f} | {disk} | {r['runs']} |"
         )
     return "\n".join(lines)
 
@@ -71,9 +72,9 @@ def _line(label: str, shape: str, found: dict[str, float], limit: float, unit: s
 
 
 def peers(rows: list[Row]) -> str:
-    """What the other tools take for what plait does, as multiples of plait's own seconds."""
+    """What the other tools take for what plait does, as multiples of plait's own seconds, its verification counted."""
     lines = [
-        "| shape | tool | method | over the floor | plait's nearest method | times plait's seconds |",
+        "| shape | tool | method | over the floor | plait's nearest method | times plait's seconds, verified |",
         "|---|---|---|---|---|---|",
     ]
     nearest = {"ties_svd": "ties"}
@@ -83,7 +84,8 @@ def peers(rows: list[Row]) -> str:
         name = nearest.get(r["method"], r["method"])
         ours = next((o for o in rows if (o["shape"], o["tool"], o["method"]) == (r["shape"], "plait", name)), {})
         more = "over " if r.get("stopped") else ""
-        ratio = f"{more}{r['seconds'] / ours['seconds']:.1f}x" if "seconds" in ours else ""
+        seconds = ours.get("seconds_verified", ours.get("seconds"))
+        ratio = f"{more}{r['seconds'] / seconds:.1f}x" if seconds else ""
         lines.append(
             f"| {r['shape']} | {r['tool']} | {r['method']} | {more}{r['over_floor']:.1f}x | {name} | {ratio} |"
         )

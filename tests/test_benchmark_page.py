@@ -29,10 +29,11 @@ def row(tool: str, method: str, seconds: float, **more: Any) -> dict[str, Any]:
 
 ROWS = [
     row("safetensors", "floor", 0.5),
-    row("plait", "linear", 1.0),
+    row("plait", "linear", 1.0, seconds_verified=1.5, over_floor_verified=3.0),
     row("plait", "cat", 2.5, disk_mb=25.0),
     row("plait", "ties", 9.0, over_row_block_sum=4.0, peak_mb=210.0),
     row("peft", "ties_svd", 90.0),
+    row("peft", "linear", 3.0),
     row("mergekit", "ties", 180.0, stopped=True),
     {"shape": "s", "tool": "mergekit", "method": "linear", "error": "no tensor"},
 ]
@@ -47,6 +48,9 @@ def test_verdicts_follow_the_numbers(page):
 def test_a_stopped_run_is_a_lower_bound_and_a_failed_one_is_named(page):
     assert "| mergekit | ties | over 180.000 | over 360.0x" in page.times(ROWS)
     assert "failed: no tensor" in page.times(ROWS)
+    assert "| plait | linear | 1.000 | 2.0x | 3.0x |" in page.times(
+        ROWS
+    ) and "| peft | linear | 6.0x | linear | 2.0x |" in page.peers(ROWS)
     assert "| ties_svd | 180.0x | ties | 10.0x |" in page.peers(ROWS) and "over 20.0x" in page.peers(ROWS)
 
 
