@@ -241,8 +241,12 @@ def plait(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:
     verified: list[float] = []
     floors: list[float] = []
 
+    cpu: list[float] = []
+
     def merged(to: str, verify: bool) -> float:
+        start = time.process_time()
         done = merge_folders([folder / t for t in tasks], out / to, method=method, statistics=files, verify=verify)
+        cpu.append(time.process_time() - start)
         return float(done["seconds_merge"])
 
     def run(i: int) -> float:
@@ -254,6 +258,7 @@ def plait(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:
     found = repeated(run, repeats, baseline)
     size = sum(p.stat().st_size for p in (out / f"{method}0").rglob("*")) / 1e6
     beside = {"seconds_verified": statistics.median(verified), "seconds_floor": statistics.median(floors)}
+    beside["cpu_seconds"] = statistics.median(cpu[::2])
     return {**found, **beside, "beyond": sum(found["all"]) + sum(verified[1:]), "disk_mb": size}
 
 
