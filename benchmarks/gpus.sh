@@ -36,7 +36,14 @@ study() { # NAME RECIPE FOLDER BASE [--set ...]
 mpnet() { study mpnet glue8-mpnet glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 finalists() { study finalists glue8-mpnet-finalists glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 smollm2() { study smollm2 text3-smollm2 text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
-smollm2_finalists() { study smollm2_finalists text3-smollm2-finalists text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
+smollm2_finalists() { # in the folder of smollm2, whose sweep and seeds are used again
+  local arms='[kaiming, orthonormal_shared, {name: osrm_mean, subspace: osrm, pool: mean}, {name: contrastive, options: {rho: 0.001}},
+    {name: contrastive_permuted, options: {rho: 0.001}}, {name: kaiming_penalised, subspace: kaiming, like: kaiming,
+    training: {constraint: penalised, constraint_options: {beta: 1.0}}}, {name: contrastive_penalised, subspace: contrastive,
+    options: {rho: 0.001}, like: contrastive, training: {constraint: penalised, constraint_options: {beta: 1.0}}}]'
+  study smollm2_finalists text3-smollm2 text3-smollm2 "$SMOLLM2" --set "name=text3-smollm2-finalists" --set "arms=$arms" \
+    --set "seeds=[0,1,2,3,4,5,6,7,8,9]" --set "variants=[]" ${SMOLLM2_SET:-}
+}
 minilm() { study minilm glue8-minilm glue8-minilm "$MINILM" --set "variants=[]" ${MINILM_SET:-}; }
 ablations() { study ablations glue8-minilm glue8-minilm "$MINILM" ${MINILM_SET:-}; }
 
@@ -68,6 +75,6 @@ side() {
 init() { step init $PY benchmarks/init.py gpu --parts solver,qv,qv-2 --json "$OUT/init.json" ${INIT_OPTIONS:-}; }
 two() { step two $PY benchmarks/two_gpus.py --out "$OUT/two_gpus.json" ${TWO_OPTIONS:-}; }
 
-for name in "${@:-mpnet finalists side init two smollm2}"; do
+for name in "${@:-mpnet finalists side init two smollm2 smollm2_finalists minilm ablations}"; do
   for one in $name; do $one; done
 done

@@ -191,8 +191,7 @@ def staged_folder(
         overwrite: Replace what stands there.
         result: Filled by the caller inside the block or by `check`; kept in the manifest, not part of the identity.
         check: Looks at the written folder while the disk flushes it; what it raises leaves the destination as it was.
-        digests: Filled by the caller inside the block, for files that are hashed while they are written: path in the folder
-            -> waits for the hash.
+        digests: Filled inside the block for files that are hashed while written: path in the folder -> waits for the hash.
 
     Raises:
         EnvironmentFault: Disk full, read-only, or another process is writing the same output.

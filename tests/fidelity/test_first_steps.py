@@ -56,7 +56,7 @@ def test_the_base_that_all_name_reads_the_texts(pair, tmp_path, capsys):
     assert recorded_base([replace(one, base="nobody/has-this")]) is None
 
 
-def test_too_long_texts_are_told_the_option_of_the_command(make_panel, tmp_path, capsys):
+def test_too_long_texts_are_told_the_option(make_panel, tmp_path, capsys):
     panel = make_panel("gpt2", "causal", texts=8)
     folders = folders_of(panel, tmp_path)
     (tmp_path / "one.txt").write_text("w1 " * 100)
@@ -64,7 +64,7 @@ def test_too_long_texts_are_told_the_option_of_the_command(make_panel, tmp_path,
     for command in (["merge", "auto"], ["advise"]):
         out = ["--out", str(tmp_path / "out")] if command[0] == "merge" else []
         code, _, err = said(capsys, *command, panel.base.name, *folders, *texts, *out, "--device", "cpu")
-        assert code == 3 and "(--max-length 64 cuts rows to that)" in err
+        assert code == 3 and "(cut rows to that: --max-length 64, or " in err
 
 
 def test_folders_that_are_none_say_what_lies_in_them(pair, tmp_path, capsys):

@@ -117,7 +117,7 @@ def test_41_rows_beyond_the_table_of_positions_are_refused(tiny_base, architectu
         forward(65)
     with pytest.raises(InputError, match="a row of 65 tokens, and the base has 64 positions") as raised:
         require_positions(model, [3, 65], "t")
-    assert "max_length of 64" in str(raised.value.hint)
+    assert "--max-length 64" in str(raised.value.hint)
 
 
 def test_41_a_tokenizer_without_pads_takes_the_end_token_or_is_refused(tiny_base, tmp_path):

@@ -8,7 +8,6 @@ import typer
 
 from plait import __version__
 from plait.cli import existing, formats, merging, recipes, stages, statistics, study
-from plait.cli.given import hints_for
 from plait.cli.output import guarded
 
 app = typer.Typer(
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def call() -> int | None:
         try:
-            with hints_for(given[0] if given else ""), command.make_context("plait", list(given)) as context:
+            with command.make_context("plait", list(given)) as context:
                 command.invoke(context)
         except Exception as e:
             if type(e).__name__ == "Exit":

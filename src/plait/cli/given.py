@@ -1,14 +1,12 @@
-"""Options: which were typed, which may stand together (others are refused, never ignored), and what errors call them."""
+"""Options that make no sense together are refused, never ignored: which of them were typed, and which may be."""
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import typer
 
-from plait.errors import PlaitError, UsageError
+from plait.errors import UsageError
 
 
 def typed(context: typer.Context) -> dict[str, str]:
@@ -35,17 +33,6 @@ def without(context: typer.Context, what: str, refused: Iterable[str], *, hint: 
     """
     given = typed(context)
     _refuse([given[name] for name in refused if name in given], what, hint)
-
-
-@contextlib.contextmanager
-def hints_for(command: str) -> Iterator[None]:
-    """Within, a hint that names the library's argument `max_length` names what this command calls it."""
-    option = "--max-length " if command in ("merge", "advise") else "--set data.max_length="
-    try:
-        yield
-    except PlaitError as e:
-        e.hint = re.sub(r"a max_length of (\d+)", rf"{option}\1", e.hint) if e.hint else None
-        raise
 
 
 def _refuse(options: list[str], what: str, hint: str) -> None:

@@ -15,6 +15,7 @@ from plait.study.inputs import INPUTS_FILE
 from plait.study.journal import JOURNAL
 from plait.study.run import STUDY_FILE
 from plait.study.schedule import all_units
+from plait.study.spec import published
 from plait.study.units import REPAIR, STATISTICS, TRAIN, Layout
 
 SUFFIX = ".tar.xz"
@@ -66,13 +67,9 @@ def _results(layout: Layout) -> Iterator[Path]:
 def _told(layout: Layout, base: str, data: str) -> str:
     """The study, its folders by their published names."""
     told = layout.study.model_dump(mode="json")
-    told["base"]["model"] = base or _last(told["base"]["model"])
-    told["data"]["root"] = data or _last(told["data"]["root"])
+    told["base"]["model"] = base or published(told["base"]["model"])
+    told["data"]["root"] = data or published(told["data"]["root"])
     return json.dumps(told, indent=1) + "\n"
-
-
-def _last(place: str | None) -> str | None:
-    return f"./{Path(place).name}" if place and place.startswith((".", "/", "~")) else place
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

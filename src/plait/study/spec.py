@@ -125,6 +125,11 @@ class Study(Recipe):
         return changed.model_copy(update={"arms": arms, "merges": merges, "seeds": found.seeds or self.seeds[:1]})
 
 
+def published(place: str | None) -> str | None:
+    """What a base or a folder is called in public: whose folders they lie in is nobody's business, their names may stay."""
+    return f"./{Path(place).name}" if place and place.startswith((".", "/", "~")) else place
+
+
 def read_study(path: Path, overrides: list[str] | None = None) -> Study:
     """Read, override and check a study file.
 

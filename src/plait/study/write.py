@@ -19,7 +19,7 @@ from plait.study.matched import matched_rows
 from plait.study.page import page_of
 from plait.study.predictors import predictors
 from plait.study.schedule import sweep_units, swept
-from plait.study.spec import Study
+from plait.study.spec import Study, published
 from plait.study.table import LEARNED, Row, references, rows_of
 from plait.study.units import Layout
 
@@ -95,9 +95,9 @@ def undefined(rows: Sequence[Row]) -> list[str]:
 
 
 def _told(study: Study) -> dict[str, Any]:
-    """The study as it is published: folders of whoever ran it are nobody's business, their names may stay."""
+    """The study as it is published."""
     told: dict[str, Any] = study.model_dump(mode="json", exclude_defaults=True)
-    told["base"]["model"] = Path(study.base.model).name if Path(study.base.model).is_absolute() else study.base.model
+    told["base"]["model"] = published(study.base.model)
     told.get("data", {}).pop("root", None)
     return told
 

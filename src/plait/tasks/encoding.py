@@ -77,7 +77,7 @@ def require_positions(model: Any, lengths: Iterable[int], where: str) -> None:
         raise InputError(
             f"a row of {longest} tokens, and the base has {room} positions",
             where=where,
-            hint=f"a max_length of {room} cuts rows to that",
+            hint=f"cut rows to that: --max-length {room}, or --set data.max_length={room}",
         )
 
 

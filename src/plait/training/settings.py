@@ -14,9 +14,7 @@ from plait.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")
 CONSTRAINTS = ("free", "frozen", "projected", "penalised")
-WITH_STATISTICS = (
-    "penalised"  # the constraint of `plait train --statistics` where none is named: docs/study/findings.md
-)
+WITH_STATISTICS = "penalised"  # what `plait train --statistics` does where nothing is named: docs/study/findings.md
 PRECISIONS = ("fp32", "bf16")
 LARGEST_BATCH = 1 << 16  # rows are drawn for whole steps: with more, a slip of the hand asks for all memory there is
 LARGEST_STEPS, LARGEST_EPOCHS = 10**9, 10**6  # centuries; the order of all rows is drawn before the first step
