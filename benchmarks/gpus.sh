@@ -36,13 +36,35 @@ study() { # NAME RECIPE FOLDER BASE [--set ...]
 mpnet() { study mpnet glue8-mpnet glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 finalists() { study finalists glue8-mpnet-finalists glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 smollm2() { study smollm2 text3-smollm2 text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
-smollm2_finalists() { # in the folder of smollm2, whose sweep and seeds are used again
-  local arms='[kaiming, orthonormal_shared, {name: osrm_mean, subspace: osrm, pool: mean}, {name: contrastive, options: {rho: 0.001}},
-    {name: contrastive_permuted, options: {rho: 0.001}}, {name: kaiming_penalised, subspace: kaiming, like: kaiming,
-    training: {constraint: penalised, constraint_options: {beta: 1.0}}}, {name: contrastive_penalised, subspace: contrastive,
-    options: {rho: 0.001}, like: contrastive, training: {constraint: penalised, constraint_options: {beta: 1.0}}}]'
-  study smollm2_finalists text3-smollm2 text3-smollm2 "$SMOLLM2" --set "name=text3-smollm2-finalists" --set "arms=$arms" \
-    --set "seeds=[0,1,2,3,4,5,6,7,8,9]" --set "variants=[]" ${SMOLLM2_SET:-}
+# Three more studies on the decoder, and one on MiniLM, that are another one with some settings changed.
+SHORT_MERGES='{name: task_arithmetic, scales: [0.15, 1.0]}, {name: tsv, scales: [0.35, 1.4]}, {name: iso_c, scales: [0.7, 2.0]},
+  {name: regmean, scales: [0.7, 2.0]}, {name: task_arithmetic_pico, method: task_arithmetic, calibrate: pico, scales: [0.3, 1.2]}'
+RHO='options: {rho: 0.001}'
+PENALISED='training: {constraint: penalised, constraint_options: {beta: 1.0}}'
+FINALISTS="kaiming, orthonormal_shared, {name: osrm_mean, subspace: osrm, pool: mean}, {name: contrastive, $RHO},
+  {name: contrastive_permuted, $RHO}, {name: kaiming_penalised, subspace: kaiming, like: kaiming, $PENALISED},
+  {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
+FREE_AND_PENALISED="kaiming, gaussian, {name: contrastive, $RHO}, {name: kaiming_penalised, subspace: kaiming, like: kaiming, $PENALISED},
+  {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
+WIDE=(--set "rates=[1.0e-3, 3.0e-3, 1.0e-2]" --set lora.rank=32 --set lora.alpha=64 --set "arms=[$FREE_AND_PENALISED]") # A's rows are shorter
+
+smollm2_finalists() { # in the folder of smollm2, whose sweep and seeds are used again; its tables before, or from its archive
+  study smollm2_finalists text3-smollm2 text3-smollm2 "$SMOLLM2" --set "name=text3-smollm2-finalists" --set "arms=[$FINALISTS]" \
+    --set "seeds=[0,1,2,3,4,5,6,7,8,9]" ${SMOLLM2_SET:-}
+}
+smollm2_template() { # one template for all tasks: their own ones end in different words, which tells the tasks apart
+  study smollm2_template text3-smollm2 text3-smollm2-one-template "$SMOLLM2" --set "name=text3-smollm2-one-template" \
+    --set "arms=[gaussian, osrm, $FINALISTS]" --set "merges=[$SHORT_MERGES]" \
+    --set 'tasks.snli.template="{premise}\n{hypothesis}\nAnswer:"' --set 'tasks.banking77.template="{sentence}\nAnswer:"' \
+    --set 'tasks.clinc_domain.template="{sentence}\nAnswer:"' ${TEMPLATE_SET:-}
+}
+smollm2_rank32() {
+  study smollm2_rank32 text3-smollm2 text3-smollm2-rank32 "$SMOLLM2" --set "name=text3-smollm2-rank32" "${WIDE[@]}" \
+    --set "merges=[$SHORT_MERGES]" ${RANK32_SET:-}
+}
+minilm_rank32() {
+  study minilm_rank32 glue8-minilm glue8-minilm-rank32 "$MINILM" --set "name=glue8-minilm-rank32" "${WIDE[@]}" --set "variants=[]" \
+    --set "repair=null" --set "merges=[$SHORT_MERGES]" ${RANK32_SET:-}
 }
 minilm() { study minilm glue8-minilm glue8-minilm "$MINILM" --set "variants=[]" ${MINILM_SET:-}; }
 ablations() { study ablations glue8-minilm glue8-minilm "$MINILM" ${MINILM_SET:-}; }
@@ -75,6 +97,6 @@ side() {
 init() { step init $PY benchmarks/init.py gpu --parts solver,qv,qv-2 --json "$OUT/init.json" ${INIT_OPTIONS:-}; }
 two() { step two $PY benchmarks/two_gpus.py --out "$OUT/two_gpus.json" ${TWO_OPTIONS:-}; }
 
-for name in "${@:-mpnet finalists side init two smollm2 smollm2_finalists minilm ablations}"; do
+for name in "${@:-mpnet finalists side init two smollm2 smollm2_finalists smollm2_template smollm2_rank32 minilm ablations minilm_rank32}"; do
   for one in $name; do $one; done
 done

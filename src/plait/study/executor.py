@@ -159,9 +159,16 @@ def _start(slot: int) -> subprocess.Popen[str]:
 
     environment = dict(os.environ)
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     command = [sys.executable, "-m", "plait.study.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+
+
+def _gpu(slot: int, count: int, visible: str | None) -> str:
+    """What a worker may see: one of the `count` GPUs this process sees, by the name it has among `visible` ones."""
+    names = [n.strip() for n in visible.split(",")] if visible else []
+    index = slot % count
+    return names[index] if index < len(names) else str(index)
 
 
 def serve(batches: Iterable[str], answer: Callable[[str], None], tell: Told) -> None:
