@@ -46,6 +46,13 @@ FINALISTS="kaiming, orthonormal_shared, {name: osrm_mean, subspace: osrm, pool: 
   {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
 FREE_AND_PENALISED="kaiming, gaussian, {name: contrastive, $RHO}, {name: kaiming_penalised, subspace: kaiming, like: kaiming, $PENALISED},
   {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
+BETAS="kaiming, gaussian, {name: contrastive, $RHO}, {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
+for beta in 0.1 0.3 3 10 30; do # how hard the penalty holds
+  BETAS="$BETAS, {name: contrastive_penalised_${beta/./_}, subspace: contrastive, $RHO, like: contrastive,
+    training: {constraint: penalised, constraint_options: {beta: $beta}}}"
+done
+TEMPLATE=(--set 'tasks.snli.template="{premise}\n{hypothesis}\nAnswer:"' --set 'tasks.banking77.template="{sentence}\nAnswer:"'
+  --set 'tasks.clinc_domain.template="{sentence}\nAnswer:"')
 WIDE=(--set "rates=[1.0e-3, 3.0e-3, 1.0e-2]" --set lora.rank=32 --set lora.alpha=64 --set "arms=[$FREE_AND_PENALISED]") # A's rows are shorter
 
 smollm2_finalists() { # in the folder of smollm2, whose sweep and seeds are used again; its tables before, or from its archive
@@ -55,8 +62,11 @@ smollm2_finalists() { # in the folder of smollm2, whose sweep and seeds are used
 smollm2_template() { # one template for all tasks: their own ones end in different words, which tells the tasks apart
   study smollm2_template text3-smollm2 text3-smollm2-one-template "$SMOLLM2" --set "name=text3-smollm2-one-template" \
     --set "arms=[gaussian, osrm, $FINALISTS]" --set "merges=[$SHORT_MERGES]" \
-    --set 'tasks.snli.template="{premise}\n{hypothesis}\nAnswer:"' --set 'tasks.banking77.template="{sentence}\nAnswer:"' \
-    --set 'tasks.clinc_domain.template="{sentence}\nAnswer:"' ${TEMPLATE_SET:-}
+    "${TEMPLATE[@]}" ${TEMPLATE_SET:-}
+}
+smollm2_beta() { # in the folder of smollm2_template
+  study smollm2_beta text3-smollm2 text3-smollm2-one-template "$SMOLLM2" --set "name=text3-smollm2-beta" --set "arms=[$BETAS]" \
+    --set "merges=[$SHORT_MERGES]" "${TEMPLATE[@]}" ${TEMPLATE_SET:-}
 }
 smollm2_rank32() {
   study smollm2_rank32 text3-smollm2 text3-smollm2-rank32 "$SMOLLM2" --set "name=text3-smollm2-rank32" "${WIDE[@]}" \
@@ -65,6 +75,12 @@ smollm2_rank32() {
 minilm_rank32() {
   study minilm_rank32 glue8-minilm glue8-minilm-rank32 "$MINILM" --set "name=glue8-minilm-rank32" "${WIDE[@]}" --set "variants=[]" \
     --set "repair=null" --set "merges=[$SHORT_MERGES]" ${RANK32_SET:-}
+}
+minilm_beta() { # in the folder of minilm
+  study minilm_beta glue8-minilm glue8-minilm "$MINILM" --set "name=glue8-minilm-beta" --set "arms=[$BETAS]" --set "variants=[]" \
+    --set "repair=null" --set "merges=[{name: task_arithmetic, scales: [0.15, 0.84]}, {name: tsv, scales: [0.35, 1.4]},
+      {name: regmean, scales: [0.7, 2.8]}, {name: task_arithmetic_pico, method: task_arithmetic, calibrate: pico, scales: [0.3, 1.2]}]" \
+    ${MINILM_SET:-}
 }
 minilm() { study minilm glue8-minilm glue8-minilm "$MINILM" --set "variants=[]" ${MINILM_SET:-}; }
 ablations() { study ablations glue8-minilm glue8-minilm "$MINILM" ${MINILM_SET:-}; }
@@ -97,6 +113,6 @@ side() {
 init() { step init $PY benchmarks/init.py gpu --parts solver,qv,qv-2 --json "$OUT/init.json" ${INIT_OPTIONS:-}; }
 two() { step two $PY benchmarks/two_gpus.py --out "$OUT/two_gpus.json" ${TWO_OPTIONS:-}; }
 
-for name in "${@:-mpnet finalists side init two smollm2 smollm2_finalists smollm2_template smollm2_rank32 minilm ablations minilm_rank32}"; do
+for name in "${@:-mpnet finalists side init two smollm2 smollm2_finalists smollm2_template smollm2_beta smollm2_rank32 minilm ablations minilm_beta minilm_rank32}"; do
   for one in $name; do $one; done
 done
