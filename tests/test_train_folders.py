@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter
 from plait.cli import main
+from plait.errors import InputError
+from plait.statistics import open_statistics
+from plait.statistics.moments import require_base
 from plait.store import read_manifest
 from tests.conftest import tiny_rows, write_rows
 
@@ -145,3 +152,37 @@ def test_what_no_penalty_can_be_made_of_is_named(prepared, tmp_path, capsys):
     free = ["--set", "training.constraint=free"]
     code, _ = plait(capsys, "train", start, *source, *given([files["one"]]), *free, "--out", tmp_path / "out")
     assert code == 0 and constraint_of(tmp_path / "out") == "free"
+
+
+def test_init_says_what_trains_the_adapter_and_that_does(prepared, tmp_path, capsys):
+    source, _, files = prepared
+    others = [x for t in ("two", "three") for x in ("--others", files[t])]
+    start = tmp_path / "a start"
+    code, said = plait(capsys, "init", "--own", files["one"], *others, "--rank", 2, "--out", start)
+    assert code == 0
+    command = shlex.split(next(line for line in said.splitlines() if line.startswith("next: ")))
+    assert command[1:4] == ["plait", "train", str(start)]
+    code, said = plait(capsys, *command[2:], *source[4:])  # the base and the task are said
+    assert code == 0, said
+    assert constraint_of(tmp_path / "a start-trained") == "penalised"
+
+
+def test_statistics_of_another_base_are_refused_by_name(prepared, tiny_base, tmp_path, capsys):
+    source, start, files = prepared
+    known = open_statistics(files["two"])
+    require_base(known, "here", known.provenance["base_sha256"])
+    for sha256 in ("commit:abc", "name:x@main"):  # of another kind: nothing follows
+        require_base(known, "here", sha256)
+    require_base(replace(known, provenance={**known.provenance, "quantisation": "bitsandbytes-4bit"}), "here", "0" * 64)
+    require_base(replace(known, provenance={}), "here", "0" * 64)
+    with pytest.raises(InputError, match=r"task two: the statistics were collected on .* not those of 'here'"):
+        require_base(known, "here", "0" * 64)
+    weights = Path(source[1]) / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: t + 0.01 for k, t in tensors.items()}, weights, metadata={"format": "pt"})
+    code, said = plait(capsys, "train", start, *source, *given(files.values()), "--out", tmp_path / "out")
+    assert code == 3 and "collected on" in said and "Traceback" not in said, said
+    assert not (tmp_path / "out").exists()
+    free = ["--set", "training.constraint=free"]
+    code, said = plait(capsys, "train", start, *source, *given(files.values()), *free, "--out", tmp_path / "out")
+    assert code == 0, said

@@ -172,7 +172,7 @@ def initialise_from_files(
     """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
 
     Returns:
-        output, task, subspace, rank, row_norm, others; `completed` where there are any (see `osrm`); `reused` where the folder
+        output, task, base, subspace, rank, row_norm, others; `completed` where there are any (see `osrm`); `reused` where the folder
         already held it.
 
     Raises:
@@ -186,7 +186,12 @@ def initialise_from_files(
     inputs = _hashes(own, others, background)
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
-    summary = {"output": str(out.absolute()), "task": task, "others": [t for t in statistics if t != task]}
+    summary = {
+        "output": str(out.absolute()),
+        "task": task,
+        "base": base,
+        "others": [t for t in statistics if t != task],
+    }
     if is_done(out, wanted, overwrite=overwrite):
         return {**summary, "reused": True}
     made = initial_adapters(

@@ -21,7 +21,7 @@ from plait.initial import InitialSettings, initial_adapters
 from plait.jobs import ADAPTER, ALONE, BEST, INITIAL, REPORT, SCORES, STATISTICS, Job, Plan
 from plait.jobs import MERGED as MERGED_JOB
 from plait.session import Session
-from plait.statistics import Statistics, read_statistics
+from plait.statistics import Statistics, open_statistics
 from plait.store import staged_folder
 from plait.training.peft_model import TASK_TYPES
 
@@ -93,6 +93,7 @@ def member_of(job: Job, plan: Plan, session: Session) -> Member:
     settings = plan.recipe.training_of(arm)
     statistics = None
     if settings.constraint not in ("free", "frozen"):
+        # one object for all of a seed: members that share it share their constraints' matrices
         statistics = session.remember("statistics", job.seed, lambda: _statistics(plan, job.seed))
     return Member(
         read_adapter(initial, name=task),
@@ -108,7 +109,8 @@ def member_of(job: Job, plan: Plan, session: Session) -> Member:
 
 
 def _statistics(plan: Plan, seed: int) -> dict[str, Statistics]:
-    return {j.task or "": read_statistics(j.path) for j in plan.of(STATISTICS, seed=seed)}
+    """By task, their sites still in the files: all of them at once may be more than fits."""
+    return {j.task or "": open_statistics(j.path) for j in plan.of(STATISTICS, seed=seed)}
 
 
 def _train(job: Job, plan: Plan, session: Session, overwrite: bool, progress: Progress | None) -> None:

@@ -191,6 +191,7 @@ def _member(
     seed: int,
     statistics: tuple[dict[str, Statistics] | None, dict[str, str]],
 ) -> Member:
+    from plait.statistics.moments import require_base
     from plait.training import Member
 
     settings = session.recipe.training_of(arm)
@@ -203,7 +204,10 @@ def _member(
     }
     options |= {"selection": session.recipe.data.selection_rows} if settings.evaluate_every else {}
     known, hashes = statistics
-    inputs |= hashes if settings.constraint not in ("free", "frozen") else {}  # else they have no part in the result
+    if settings.constraint not in ("free", "frozen"):  # else they have no part in the result
+        inputs |= hashes
+        for found in (known or {}).values():
+            require_base(found, session.base.name, session.base_sha256)
     return Member(
         start,
         session.tasks[task],

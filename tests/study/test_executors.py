@@ -147,7 +147,16 @@ def test_two_ray_nodes_with_a_killed_worker_give_the_same_table(small_study, tmp
 
 @pytest.mark.parametrize(
     ("slot", "count", "visible", "seen"),
-    [(1, 4, None, "1"), (5, 4, None, "1"), (0, 1, "3", "3"), (3, 2, "2,3", "3"), (1, 2, "GPU-aa, GPU-bb", "GPU-bb"), (0, 1, "", "0")],
+    [
+        (1, 4, None, "1"),
+        (5, 4, None, "1"),
+        (0, 1, "3", "3"),
+        (3, 2, "2,3", "3"),
+        (1, 2, "GPU-aa, GPU-bb", "GPU-bb"),
+        (0, 1, "", "0"),
+    ],
 )
-def test_a_worker_sees_one_of_the_gpus_this_process_may_use(slot: int, count: int, visible: str | None, seen: str) -> None:
+def test_a_worker_sees_one_of_the_gpus_this_process_may_use(
+    slot: int, count: int, visible: str | None, seen: str
+) -> None:
     assert _gpu(slot, count, visible) == seen

@@ -82,6 +82,9 @@ def test_what_does_not_belong_together_is_refused(given):
     more = dataclasses.replace(start, modules={**start.modules, "pooler.dense": next(iter(start.modules.values()))})
     with pytest.raises(InputError, match=r"nothing of pooler\.dense"):
         prepare_constraint(PENALISED, more, known, task="topic")
+    wide = {m: dataclasses.replace(f, A=torch.zeros(f.A.shape[0], f.A.shape[1] + 1)) for m, f in start.modules.items()}
+    with pytest.raises(InputError, match=r"reads \d+ numbers, its statistics are of"):
+        prepare_constraint(PENALISED, dataclasses.replace(start, modules=wide), known, task="topic")
     with pytest.raises(UsageError, match=r"given are those of b, c .*--statistics FILE"):
         prepare_constraint(PENALISED, start, {t: known[t] for t in ("b", "c")}, task="topic")
     dead = {m: dataclasses.replace(i, output_energy=0.0) for m, i in known["b"].modules.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +81,21 @@ def init(
 
         found["snippet"] = snippet(trainer, out, own=own, others=[*(others or []), *(more or [])])
         text += f"\n\n{found['snippet']}"
+    else:
+        text += f"\n\n{_next_step(found, out, [own, *(others or []), *(more or [])])}"
     emit(found, as_json, text)
+
+
+def _next_step(found: dict[str, Any], initial: Path, statistics: Sequence[Path]) -> str:
+    """What trains the adapter, as typed at a prompt."""
+    words = ["plait", "train", str(initial), "--task", found["task"]]
+    if found["base"]:
+        words += ["--base", found["base"]]
+    if found["others"]:
+        words += [str(p) for s in statistics for p in ("--statistics", s)]
+    words += ["--out", f"{initial}-trained"]
+    where = "--root FOLDER for a GLUE task, --train-file and --text for your own; another trainer: --for TRAINER"
+    return f"next: {shlex.join(words)}\n({where})"
 
 
 def post(
@@ -124,7 +140,8 @@ def train(
 
     Give it the --statistics that `plait init` had: what it learns then disturbs the other tasks less once merged.
 
-    On several GPUs: torchrun --nproc_per_node 2 -m plait train ..., with --set training.shard_base=true to split the base.
+    On several GPUs: torchrun --nproc_per_node 2 -m plait train ... (or accelerate launch --multi_gpu -m plait train ...), with
+    --set training.shard_base=true to split the base.
 
     With --fleet many adapters share the base's passes: each trains --task, or the task it is named after; a list
     training.lr trains each at every rate.

@@ -264,6 +264,31 @@ def require_compatible(a: Statistics, b: Statistics) -> None:
             )
 
 
+def require_base(statistics: Statistics, name: str, sha256: str) -> None:
+    """Refuse statistics that were collected on other weights than those of the base at hand.
+
+    Told by hashes of one kind alone: of a local folder's files, or a hub model's commit. A quantised base is another set of
+    weights on purpose and is not compared.
+
+    Args:
+        statistics: Whose record is asked.
+        name: Of the base at hand, for the message.
+        sha256: `plait.base.base_fingerprint` of it.
+
+    Raises:
+        InputError: Both are known and differ.
+    """
+    recorded = statistics.provenance.get("base_sha256")
+    if not recorded or statistics.provenance.get("quantisation") or (":" in recorded) != (":" in sha256):
+        return
+    if recorded != sha256:
+        raise InputError(
+            f"the statistics were collected on {statistics.provenance.get('base')!r}, whose weights or config are not those of {name!r}",
+            where=_label(statistics),
+            hint="collect them on the base that is trained, or training.constraint=free",
+        )
+
+
 def _label(statistics: Statistics) -> str | None:
     task = statistics.provenance.get("task")
     return f"task {task}" if task else None

@@ -159,7 +159,9 @@ def _start(slot: int) -> subprocess.Popen[str]:
 
     environment = dict(os.environ)
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        environment["CUDA_VISIBLE_DEVICES"] = _gpu(
+            slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        )
     command = [sys.executable, "-m", "plait.study.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
 

@@ -101,6 +101,14 @@ def _require_usable(statistics: Mapping[str, Statistics], adapter: Adapter, task
             where=f"task {task}",
             hint="collect them for all its modules",
         )
+    for module, factors in adapter.modules.items():
+        wide = own.modules[own.relative(module)].shape[1]
+        if factors.shape[1] != wide:
+            raise InputError(
+                f"{module} reads {factors.shape[1]} numbers, its statistics are of {wide}",
+                where=f"task {task}",
+                hint="they are of another base",
+            )
 
 
 def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str, beta: float) -> dict[str, Rule]:
