@@ -15,7 +15,7 @@ from plait.adapters.peft_format import read_adapter
 from plait.cli import main
 from plait.errors import InputError
 from plait.statistics import open_statistics
-from plait.statistics.moments import require_base
+from plait.statistics.agreement import require_base
 from plait.store import read_manifest
 from tests.conftest import tiny_rows, write_rows
 

@@ -191,7 +191,7 @@ def _member(
     seed: int,
     statistics: tuple[dict[str, Statistics] | None, dict[str, str]],
 ) -> Member:
-    from plait.statistics.moments import require_base
+    from plait.statistics.agreement import require_base
     from plait.training import Member
 
     settings = session.recipe.training_of(arm)

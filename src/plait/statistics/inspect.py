@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from plait.errors import InputError
-from plait.statistics.moments import Moments, Statistics, require_compatible
+from plait.statistics.agreement import require_compatible
+from plait.statistics.moments import Moments, Statistics
 
 # A float32 sum of PSD terms may have eigenvalues below zero by rounding: d * eps of the largest, with room.
 _NEGATIVE = 1e-4

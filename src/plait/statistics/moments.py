@@ -12,10 +12,9 @@ from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
 from plait.errors import InputError
+from plait.statistics.agreement import require_compatible
 
 DENSE, FACTOR = "dense", "factor"
-# What must agree before two files may be added; a difference in any other key is only dropped from the record.
-_MUST_AGREE = ("base", "base_sha256", "tokenizer_sha256", "pool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,62 +235,6 @@ def merge_statistics(*statistics: Statistics) -> Statistics:
         for m, info in first.modules.items()
     }
     return Statistics(sites, modules, _merged_provenance([x.provenance for x in statistics]))
-
-
-def require_compatible(a: Statistics, b: Statistics) -> None:
-    """Refuse to mix statistics of different bases, pools or modules; the message names the first difference.
-
-    A quantised base is another set of weights on purpose: where one side is quantised, the hashes are not compared.
-    Where they are, and agree, the base's name may differ: everybody keeps it in a folder of their own.
-    """
-    hashes = a.provenance.get("base_sha256"), b.provenance.get("base_sha256")
-    quantised = a.provenance.get("quantisation") != b.provenance.get("quantisation")
-    skipped = "base_sha256" if quantised else "base" if None not in hashes and hashes[0] == hashes[1] else None
-    for key in _MUST_AGREE:
-        x, y = a.provenance.get(key), b.provenance.get(key)
-        if x != y and None not in (x, y) and key != skipped:
-            raise InputError(f"statistics differ in {key}: {x!r} and {y!r}", where=_label(b), hint="collect them alike")
-    for what, x, y in (("module", a.modules, b.modules), ("site", a.sites, b.sites)):
-        if odd := sorted(set(x) ^ set(y)):
-            raise InputError(
-                f"{what} {odd[0]!r} is in only one of the statistics", where=_label(b), hint="collect them alike"
-            )
-    for name, info in a.modules.items():
-        other = b.modules[name]
-        if (info.site, info.shape) != (other.site, other.shape):
-            raise InputError(
-                f"module {name!r} is {info.shape} at {info.site!r} and {other.shape} at {other.site!r}", where=_label(b)
-            )
-
-
-def require_base(statistics: Statistics, name: str, sha256: str) -> None:
-    """Refuse statistics that were collected on other weights than those of the base at hand.
-
-    Told by hashes of one kind alone: of a local folder's files, or a hub model's commit. A quantised base is another set of
-    weights on purpose and is not compared.
-
-    Args:
-        statistics: Whose record is asked.
-        name: Of the base at hand, for the message.
-        sha256: `plait.base.base_fingerprint` of it.
-
-    Raises:
-        InputError: Both are known and differ.
-    """
-    recorded = statistics.provenance.get("base_sha256")
-    if not recorded or statistics.provenance.get("quantisation") or (":" in recorded) != (":" in sha256):
-        return
-    if recorded != sha256:
-        raise InputError(
-            f"the statistics were collected on {statistics.provenance.get('base')!r}, whose weights or config are not those of {name!r}",
-            where=_label(statistics),
-            hint="collect them on the base that is trained, or training.constraint=free",
-        )
-
-
-def _label(statistics: Statistics) -> str | None:
-    task = statistics.provenance.get("task")
-    return f"task {task}" if task else None
 
 
 def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

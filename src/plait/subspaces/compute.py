@@ -12,7 +12,8 @@ from torch import Tensor
 
 from plait.errors import InputError, RunError, UsageError
 from plait.options import checked_options
-from plait.statistics.moments import ModuleInfo, Statistics, merge_statistics, require_compatible
+from plait.statistics.agreement import require_compatible
+from plait.statistics.moments import ModuleInfo, Statistics, merge_statistics
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import (
     SubspaceMethod,

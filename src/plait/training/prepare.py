@@ -10,7 +10,8 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.errors import InputError, UsageError
-from plait.statistics.moments import Statistics, require_compatible
+from plait.statistics.agreement import require_compatible
+from plait.statistics.moments import Statistics
 from plait.training.constraints import Constraint, Rule
 from plait.training.settings import TrainingSettings
 
