@@ -104,8 +104,12 @@ class SiteInputs:
         return torch.Generator().manual_seed(named_seed(self.seed, "\0".join((self.name, *names))))
 
     def resolution(self, tasks: Sequence[str]) -> float:
-        """Relative size below which eigenvalues of these tasks' moments are rounding: the unit of their dtype."""
-        return max(torch.finfo(self.moments[t].second.dtype).eps for t in tasks)
+        """Relative size below which eigenvalues of these tasks' moments are rounding.
+
+        The unit of their dtype, or what a decomposition in float64 leaves, d times its unit, whichever is more.
+        """
+        stored = max(torch.finfo(self.moments[t].second.dtype).eps for t in tasks)
+        return max(stored, self.dim * torch.finfo(torch.float64).eps)
 
     @property
     def _share(self) -> float:
