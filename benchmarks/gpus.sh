@@ -34,6 +34,7 @@ study() { # NAME RECIPE FOLDER BASE [--set ...]
 }
 
 mpnet() { study mpnet glue8-mpnet glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
+tasks11() { study tasks11 tasks11-mpnet tasks11-mpnet "$MPNET" ${TASKS11_SET:-}; }
 finalists() { study finalists glue8-mpnet-finalists glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 smollm2() { study smollm2 text3-smollm2 text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
 # Three more studies on the decoder, and one on MiniLM, that are another one with some settings changed.
@@ -113,6 +114,6 @@ side() {
 init() { step init $PY benchmarks/init.py gpu --parts solver,qv,qv-2 --json "$OUT/init.json" ${INIT_OPTIONS:-}; }
 two() { step two $PY benchmarks/two_gpus.py --out "$OUT/two_gpus.json" ${TWO_OPTIONS:-}; }
 
-for name in "${@:-mpnet finalists side init two smollm2 smollm2_finalists smollm2_template smollm2_beta smollm2_rank32 minilm ablations minilm_beta minilm_rank32}"; do
+for name in "${@:-mpnet finalists tasks11 side init two smollm2 smollm2_finalists smollm2_template smollm2_beta smollm2_rank32 minilm ablations minilm_beta minilm_rank32}"; do
   for one in $name; do $one; done
 done
