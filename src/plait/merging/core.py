@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
+from plait.merging.basis import Basis, orthonormal
+from plait.merging.small_svd import thin_svd
 
 # Singular values below this share of the largest are rounding noise of float32 factors, such as those that a second copy
 # of a shared A leaves behind.
@@ -25,32 +27,32 @@ class CoreSpace:
     """Orthonormal bases that span every task's factors, and the tasks' coordinates in them.
 
     Args:
-        left: Q_B, (out, p), orthonormal columns, in the factors' dtype; p = min(out, R).
-        right: Q_A, (in, q), orthonormal columns, in the factors' dtype; q = min(in, R).
+        left: Q_B, (out, p), p = min(out, R).
+        right: Q_A, (in, q), q = min(in, R).
         B: Per task Q_B^T B_t, (p, r_t), float64.
         A: Per task A_t Q_A, (r_t, q), float64.
     """
 
-    left: Float[Tensor, "out p"]
-    right: Float[Tensor, "in q"]
+    left: Basis
+    right: Basis
     B: tuple[Float[Tensor, "p r"], ...]
     A: tuple[Float[Tensor, "r q"], ...]
 
     @classmethod
     def of(cls, A: Sequence[Tensor], B: Sequence[Tensor]) -> CoreSpace:
-        """From the tasks' factors: two thin QR decompositions in their dtype; all that follows is (R, R) and float64.
+        """From the tasks' factors: a basis for each kind (see `orthonormal`); all that follows is (R, R) and float64.
 
         Args:
             A: Per task (r_t, in).
             B: Per task (out, r_t).
 
         Cost:
-            2 R^2 (in + out) multiplications, memory R (in + out).
+            R^2 (in + out) multiplications, memory 3 R (in + out).
         """
         ranks = [a.shape[0] for a in A]
-        left, Rb = torch.linalg.qr(torch.cat(list(B), dim=1))
-        right, Ra = torch.linalg.qr(torch.cat(list(A)).T)
-        return cls(left, right, torch.split(Rb.double(), ranks, dim=1), torch.split(Ra.T.double(), ranks))
+        left, Tb = orthonormal(torch.cat(list(B), dim=1))
+        right, Ta = orthonormal(torch.cat(list(A)).T)
+        return cls(left, right, torch.split(Tb, ranks, dim=1), torch.split(Ta.T, ranks))
 
     @property
     def tasks(self) -> int:
@@ -82,21 +84,22 @@ class CoreSpace:
             Qa, Ra = torch.linalg.qr(torch.stack([self.A[t].T for t in alike]))
             U, S, Vt = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
             U, V = Qb @ U, Qa @ Vt.mT
-            for i, t in enumerate(alike):
-                k = min(significant(S[i]), S.shape[1] if rank is None else rank)
-                found[t] = U[i, :, :k], S[i, :k], V[i, :, :k]
+            counts = (S[:, :1] * NOISE < S).sum(1).tolist()
+            for t, u, s, v, count in zip(alike, U, S, V, counts, strict=True):
+                k = min(count, r if rank is None else rank)
+                found[t] = (u, s, v) if k == len(s) else (u[:, :k], s[:k], v[:, :k])
         return found
 
     def factors(self, core: Float[Tensor, "p q"], kind: str = LINEAR) -> LoraFactors:
         """The delta Q_B core Q_A^T as LoRA factors of rank min(p, q)."""
         p, q = core.shape
         if p <= q:
-            return LoraFactors(core.to(self.right.dtype) @ self.right.T, self.left, 1.0, kind)
-        return LoraFactors(self.right.T, self.left @ core.to(self.left.dtype), 1.0, kind)
+            return LoraFactors(self.right.rows(core), self.left.columns(), 1.0, kind)
+        return LoraFactors(self.right.columns().T, self.left.times(core), 1.0, kind)
 
     def lifted(self, B: Float[Tensor, "p k"], A: Float[Tensor, "k q"], kind: str = LINEAR) -> LoraFactors:
         """The delta Q_B B A Q_A^T as LoRA factors."""
-        return LoraFactors(A.to(self.right.dtype) @ self.right.T, self.left @ B.to(self.left.dtype), 1.0, kind)
+        return LoraFactors(self.right.rows(A), self.left.times(B), 1.0, kind)
 
     def in_svd_basis(self) -> CoreSpace:
         """The same space in the basis of the core-space paper: left and right singular vectors of the stacked factors.
@@ -104,10 +107,10 @@ class CoreSpace:
         The SVD of [B_1 .. B_T] = U S W^T gives the left basis Q_B U, that of the stacked A_t the right one. Elementwise
         rules depend on the basis; this one does not depend on the order of the tasks (up to signs, which no rule sees).
         """
-        U = torch.linalg.svd(torch.cat(self.B, dim=1), full_matrices=False)[0]
-        V = torch.linalg.svd(torch.cat(self.A), full_matrices=False)[2].T
-        left, right = self.left @ U.to(self.left.dtype), self.right @ V.to(self.right.dtype)
-        return CoreSpace(left, right, tuple(U.T @ b for b in self.B), tuple(a @ V for a in self.A))
+        U = thin_svd(torch.cat(self.B, dim=1))[0]
+        V = thin_svd(torch.cat(self.A))[2].T
+        B, A = tuple(U.T @ b for b in self.B), tuple(a @ V for a in self.A)
+        return CoreSpace(self.left.turned(U), self.right.turned(V), B, A)
 
     def knots(self) -> tuple[Float[Tensor, "out k"], list[Float[Tensor, "k in"]]]:
         """U and the parts S V_t^T of the SVD [D_1 .. D_T] = U S [V_1^T .. V_T^T].
@@ -121,7 +124,7 @@ class CoreSpace:
         values, vectors = torch.linalg.eigh(squares)
         k = max(1, int((values > values[-1:] * 1e-10).sum()))
         U = vectors.flip(1)[:, :k]
-        return self.left @ U.to(self.left.dtype), [(U.T @ c).to(self.right.dtype) @ self.right.T for c in cores]
+        return self.left.times(U), [self.right.rows(U.T @ c) for c in cores]
 
 
 def significant(S: Float[Tensor, " k"], share: float = NOISE) -> int:
@@ -131,10 +134,9 @@ def significant(S: Float[Tensor, " k"], share: float = NOISE) -> int:
 
 def polar(M: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """The nearest (partial) isometry U V^T of M = U S V^T: directions whose singular value is noise are left out."""
-    U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+    U, S, Vt = thin_svd(M)
     k = significant(S)
-    nearest: Tensor = U[:, :k] @ Vt[:k]
-    return nearest
+    return U[:, :k] @ Vt[:k]
 
 
 def gram(A: Sequence[Tensor], B: Sequence[Tensor]) -> Float[Tensor, "T T"]:

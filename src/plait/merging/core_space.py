@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
 from plait.merging.core import significant
 from plait.merging.elementwise import signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
-from plait.merging.quantile import magnitude_thresholds
+from plait.merging.quantile import smallest_kept
 from plait.merging.random_masks import kept_at_random
 from plait.merging.registry import merge_method
+from plait.merging.small_svd import thin_svd
 from plait.merging.ties import trimmed
 from plait.options import Density
 
@@ -48,7 +48,8 @@ def core_space(
         return x.zero()
     core = x.svd_core
     if rule == "ties":
-        merged = trimmed(magnitude_thresholds([x], density, "core"), x.weights)(core.parts(), "core")
+        bounds = [smallest_kept(part, density) for part in core.parts()]
+        merged = trimmed(bounds, x.weights)(core.parts(), "core")
     elif rule == "sum":
         merged = weighted_sum(core.parts(), x.weights)
     else:
@@ -58,6 +59,6 @@ def core_space(
 
 
 def _flattened(core: Tensor) -> Tensor:
-    U, S, Vt = torch.linalg.svd(core, full_matrices=False)
+    U, S, Vt = thin_svd(core)
     k = significant(S)
     return (U[:, :k] @ Vt[:k]) * S[:k].mean() if k else core

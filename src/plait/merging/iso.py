@@ -9,6 +9,7 @@ from plait.adapters.lora import LoraFactors
 from plait.merging.core import polar, significant
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
+from plait.merging.small_svd import thin_svd
 from plait.options import Fraction
 
 
@@ -22,7 +23,7 @@ def iso_c(x: MergeInputs) -> LoraFactors:
     authors average over all min(out, in), most of which are zero for a LoRA, and give that value to the vectors of the
     zeros too, which are arbitrary. On the sum's own span theirs is this result times R / min(out, in).
     """
-    U, S, Vt = torch.linalg.svd(x.core.combination(x.weights), full_matrices=False)
+    U, S, Vt = thin_svd(x.core.combination(x.weights))
     k = significant(S)
     if k == 0:
         return x.zero()
@@ -46,7 +47,7 @@ def iso_cts(x: MergeInputs, *, common: Fraction = 0.8) -> LoraFactors:
     **Deviates**: R directions in place of min(out, in), as in `iso_c`; directions without energy are left out.
     """
     core, tasks = x.core, sum(1 for rank in x.ranks if rank)
-    U, S, Vt = torch.linalg.svd(core.combination(x.weights), full_matrices=False)
+    U, S, Vt = thin_svd(core.combination(x.weights))
     total = min(x.total_rank, len(S))
     if tasks == 0 or significant(S) == 0:
         return x.zero()

@@ -22,8 +22,8 @@ def wudi(x: MergeInputs) -> LoraFactors:
     """
     importances(x.weights)
     core = x.core
-    left = core.left.new_zeros(core.left.shape[1], core.right.shape[1], dtype=torch.float64)
-    right = left.new_zeros(core.right.shape[1], core.right.shape[1])
+    left = x.A[0].new_zeros(core.left.width, core.right.width, dtype=torch.float64)
+    right = left.new_zeros(core.right.width, core.right.width)
     for t, weight in enumerate(x.weights):
         part = core.part(t)
         size = part.square().sum()

@@ -1,0 +1,89 @@
+"""Orthonormal bases of tall matrices: by Cholesky of the Gram matrix where that is as exact as QR, by QR elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# The largest |D R^-1| for which the Gram matrix is trusted; see `orthonormal`. Of the stacked factors of public adapters it
+# is 4 to 900, of random ones about the root of their number of columns, of linearly dependent ones infinite.
+_TRUSTED = 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Orthonormal columns Q = M C, kept as that product: whoever needs Q X multiplies M by the small C X.
+
+    Args:
+        tall: M, (n, R), in the dtype of what it was made from.
+        inner: C, (R, k), float64, k <= n.
+    """
+
+    tall: Float[Tensor, "n R"]
+    inner: Float[Tensor, "R k"]
+
+    @property
+    def width(self) -> int:
+        """k, the number of columns."""
+        return self.inner.shape[1]
+
+    def columns(self) -> Float[Tensor, "n k"]:
+        """Q itself, in the dtype of M."""
+        return self.tall @ self.inner.to(self.tall.dtype)
+
+    def times(self, X: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
+        """Q X, in the dtype of M."""
+        return self.tall @ (self.inner @ X).to(self.tall.dtype)
+
+    def rows(self, X: Float[Tensor, "m k"]) -> Float[Tensor, "m n"]:
+        """X Q^T, in the dtype of M."""
+        return (X @ self.inner.T).to(self.tall.dtype) @ self.tall.T
+
+    def turned(self, U: Float[Tensor, "k j"]) -> Basis:
+        """The basis Q U; U has orthonormal columns."""
+        return Basis(self.tall, self.inner @ U)
+
+
+def orthonormal(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]]:
+    """M = Q T: an orthonormal basis of M's columns, and their coordinates in it, float64; k = min(n, R).
+
+    With the Cholesky factor of the Gram matrix, M^T M = T^T T, Q = M T^-1 is orthonormal, and no tall matrix has to be
+    made orthogonal: a fifth of the time of Householder's QR.
+
+    **Error**: let D be the column norms of M and kappa = |D T^-1|, in the Frobenius norm, which is at least one over the
+    smallest singular value of M D^-1; columns of any size are alike to Cholesky's method. The Gram matrix is float64, so T is
+    exact to 1e-16 kappa^2. What float32 rounds in Q X is 6e-8 kappa |X| at most. Householder's QR in float32 has no less: its
+    Q stays orthonormal, but turns from M's columns by as much (measured for kappa from 1 to 1e6, two to four times as much).
+
+    **Fallback**: where kappa exceeds 1e3, where M has zero or dependent columns or more columns than rows, Householder's QR in
+    the dtype of M; what is then noise in T is for the caller to cut.
+
+    Args:
+        M: Of any float dtype that LAPACK knows; any strides.
+
+    Cost: n R^2 multiplications in float64.
+    Source: the error of Cholesky's method does not see D: Demmel, LAPACK working note 14, 1989.
+    """
+    return _by_gram(M) or _by_householder(M)
+
+
+def _by_gram(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]] | None:
+    n, R = M.shape
+    if not 0 < R <= n:
+        return None
+    wide = M.double()
+    gram = wide.T @ wide
+    L, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return None
+    inverse = torch.linalg.solve_triangular(L, torch.eye(R, dtype=L.dtype, device=L.device), upper=False).T
+    kappa = (gram.diagonal().sqrt()[:, None] * inverse).norm()
+    return (Basis(M, inverse), L.T) if kappa <= _TRUSTED else None  # NaN is not
+
+
+def _by_householder(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]]:
+    Q, T = torch.linalg.qr(M)
+    return Basis(Q, torch.eye(Q.shape[1], dtype=torch.float64, device=Q.device)), T.double()

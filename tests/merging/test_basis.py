@@ -1,0 +1,121 @@
+"""Two shortcuts of the spectral methods: as exact as what they stand for, and left where they would not be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from plait.merging import basis, small_svd
+from plait.merging.basis import orthonormal
+from plait.merging.quantile import smallest_kept
+from plait.merging.small_svd import thin_svd
+
+
+def with_condition(n: int, m: int, condition: float, seed: int = 0) -> torch.Tensor:
+    """A float64 matrix whose singular values fall evenly, on a logarithmic scale, from 1 to 1 / condition."""
+    g = torch.Generator().manual_seed(seed)
+    k = min(n, m)
+    U = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64))[0]
+    return (U * torch.logspace(0, -math.log10(condition), k, dtype=torch.float64)) @ V.T
+
+
+def by_gram(M: torch.Tensor) -> bool:
+    return basis._by_gram(M) is not None
+
+
+@pytest.mark.parametrize("condition", [1.0, 10.0, 100.0, 500.0])
+def test_a_basis_by_gram_is_no_worse_than_householders(condition):
+    M = with_condition(300, 24, condition).float()
+    assert by_gram(M)
+    exact, R = torch.linalg.qr(M.double())
+    truth = exact @ torch.linalg.svd(R)[0]  # the singular vectors: what the spectral methods make of the basis
+
+    def error(found, T):
+        lifted = found.times(torch.linalg.svd(T)[0]).double()
+        return float((lifted @ lifted.T - truth @ truth.T).norm())  # the same span, whatever the signs
+
+    found, T = orthonormal(M)
+    assert error(found, T) <= 1.5 * error(*basis._by_householder(M)) + 1e-6
+    Q = found.columns().double()
+    assert float((Q.T @ Q - torch.eye(24)).norm()) <= 1e-6 * condition + 1e-5
+    assert float((found.times(T).double() - M).norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("made", [orthonormal, basis._by_householder])
+def test_a_basis_multiplies_from_both_sides(made):
+    M = with_condition(40, 6, 3.0)
+    found, T = made(M)
+    X, U = torch.randn(6, 4, dtype=torch.float64), torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    Q = found.columns()
+    assert found.width == 6
+    torch.testing.assert_close(Q @ T, M)
+    torch.testing.assert_close(found.times(X), Q @ X)
+    torch.testing.assert_close(found.rows(X.T), X.T @ Q.T)
+    torch.testing.assert_close(found.turned(U).columns(), Q @ U)
+
+
+@pytest.mark.parametrize("sizes", [(1e-12, 1.0), (1.0, 1e8), (1e-15, 1e10)])
+def test_columns_of_any_size_are_alike(sizes):
+    M = with_condition(50, 8, 5.0).float() * torch.tensor([*sizes] * 4)
+    assert by_gram(M)
+    found, T = orthonormal(M)
+    assert float((found.times(T) / M - 1).abs().median()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "M",
+    [
+        with_condition(50, 8, 1e5).float(),
+        torch.ones(50, 8),
+        torch.zeros(50, 8),
+        with_condition(50, 8, 2.0).float() * torch.tensor([1.0] * 7 + [0.0]),
+        with_condition(6, 8, 2.0).float(),
+        torch.full((50, 8), 1e200, dtype=torch.float64),
+        torch.zeros(50, 0),
+    ],
+    ids=["ill", "dependent", "zero", "a zero column", "wide", "huge", "none"],
+)
+def test_a_basis_falls_back_to_householder(M):
+    assert not by_gram(M)
+    found, T = orthonormal(M)
+    k = min(M.shape)
+    assert T.shape == (k, M.shape[1]) and found.width == k and T.dtype == torch.float64
+    Q = found.columns()
+    torch.testing.assert_close(Q.T @ Q, torch.eye(k, dtype=M.dtype), atol=1e-5, rtol=0)
+    torch.testing.assert_close((Q.double() @ T).to(M.dtype), M, atol=1e-5 * float(M.abs().sum()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (20, 8), (8, 20), (1, 5), (5, 1), (1, 1), (0, 4), (4, 0)])
+@pytest.mark.parametrize("condition", [1.5, 1e3, 1e7])
+def test_thin_svd_is_the_svd(shape, condition):
+    M = with_condition(*shape, condition) if min(shape) else torch.zeros(shape, dtype=torch.float64)
+    U, S, Vt = thin_svd(M)
+    k = min(shape)
+    assert U.shape == (shape[0], k) and Vt.shape == (k, shape[1])
+    torch.testing.assert_close(U * S @ Vt, M, atol=1e-14, rtol=1e-12)
+    torch.testing.assert_close(S, torch.linalg.svdvals(M), atol=1e-14, rtol=1e-8)
+    torch.testing.assert_close(U.T @ U, torch.eye(k, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(Vt @ Vt.T, torch.eye(k, dtype=torch.float64), atol=1e-8, rtol=0)
+    assert bool((S.diff() <= 0).all())
+
+
+def test_singular_values_that_are_zero_or_noise_come_from_lapack():
+    for M in (torch.ones(6, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64), with_condition(6, 6, 1e6)):
+        for found, wanted in zip(thin_svd(M), torch.linalg.svd(M, full_matrices=False), strict=True):
+            assert torch.equal(found, wanted)
+    assert 1 / math.sqrt(small_svd._TRUSTED) == pytest.approx(1e4)
+
+
+def test_infinity_raises():
+    with pytest.raises(torch.linalg.LinAlgError):
+        thin_svd(torch.full((4, 4), torch.inf, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 1.0])
+def test_smallest_kept(density):
+    part = torch.randn(13, 7, generator=torch.Generator().manual_seed(1))
+    before, bound = part.clone(), smallest_kept(part, density)
+    assert int((part.abs() >= bound).sum()) == math.ceil(density * part.numel()) and torch.equal(part, before)
