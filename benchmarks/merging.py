@@ -7,7 +7,8 @@ The first makes adapters, statistics and bases; the second measures all and writ
 merging.md. The disk it takes is 7 GB, and mergekit's caches, which go again, another 20 GB.
 
 The floor reads the eight files and writes one of an input's size, with safetensors alone; it is taken anew
-before each of plait's runs, and ratios are to the median over a shape's processes. "seconds" is the merge alone,
+before each of plait's runs, and ratios are to the median over a shape's processes. A second floor, in the row "floor_exact",
+writes one of the exact result's size instead, which is that of all eight. "seconds" is the merge alone,
 from the first file opened to the last one closed; "seconds_verified" has plait's verification too, which is its default and
 which the other tools lack; "process_seconds" is a whole process with its imports (and verification). Peaks are
 resident memory above what `import torch` (and for PEFT `import transformers, peft`) takes; mergekit's is its whole memory.
@@ -160,13 +161,14 @@ def repeated(run: Callable[[int], float], repeats: int, baseline: float) -> dict
     }
 
 
-def one_floor(folder: Path, out: Path, i: int) -> float:
-    """Seconds to read the eight files and write one."""
+def one_floor(folder: Path, out: Path, i: int, exact: bool = False) -> float:
+    """Seconds to read the eight files and write one: of an input's size, or of all eight together."""
     from safetensors.torch import load_file, save_file
 
     start = time.perf_counter()
     read = [load_file(folder / t / "adapter_model.safetensors") for t in TASKS]
-    save_file(read[0], out / f"floor{i}.safetensors")
+    written = {f"{t}.{name}": f for t, one in enumerate(read if exact else read[:1]) for name, f in one.items()}
+    save_file(written, out / f"floor{i}.safetensors")
     seconds = time.perf_counter() - start
     (out / f"floor{i}.safetensors").unlink()  # the next process would spend its time on cutting it to length first
     return seconds
@@ -176,6 +178,13 @@ def floor(folder: Path, out: Path, repeats: int) -> dict[str, Any]:
     import torch  # noqa: F401
 
     return repeated(lambda i: one_floor(folder, out, i), repeats, peak_mb())
+
+
+def floor_exact(folder: Path, out: Path, repeats: int) -> dict[str, Any]:
+    """The floor that writes as much as an exact merge does, whose rank is the sum of the eight."""
+    import torch  # noqa: F401
+
+    return repeated(lambda i: one_floor(folder, out, i, exact=True), repeats, peak_mb())
 
 
 def row_block_sum(folder: Path, shape: str, repeats: int) -> dict[str, Any]:
@@ -384,6 +393,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         base = child("floor", str(folder), str(out), str(args.repeats))
+        exact = child("floor_exact", str(folder), str(out), str(args.repeats))
         summed = child("row_block_sum", str(folder), shape, str(args.repeats))
 
         def add(tool: str, method: str, found: dict[str, Any], shape: str = shape) -> None:
@@ -393,6 +403,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             print(json.dumps(shown), file=sys.stderr, flush=True)
 
         add("safetensors", "floor", base)
+        add("safetensors", "floor_exact", exact)
         add("torch", "row_block_sum", summed)
         for method in args.methods if "plait" in args.tools else ():
             found = child("plait", str(folder), method, str(out), str(args.repeats))
@@ -427,8 +438,11 @@ def over_floor(rows: list[dict[str, Any]]) -> None:
         mine = [r for r in rows if r["shape"] == shape and "seconds" in r]
         floors = [r["seconds_floor"] for r in mine if "seconds_floor" in r and r["method"] not in (*DENSE, "regmean")]
         floors += [r["seconds"] for r in mine if r["method"] == "floor"]
+        written = next((r["seconds"] for r in mine if r["method"] == "floor_exact"), None)
         for r in mine:
             r["over_floor"] = r["seconds"] / statistics.median(floors)
+            if written:
+                r["over_floor_exact"] = r["seconds"] / written
             if "seconds_verified" in r:
                 r["over_floor_verified"] = r["seconds_verified"] / statistics.median(floors)
 

@@ -30,7 +30,7 @@ def row(tool: str, method: str, seconds: float, **more: Any) -> dict[str, Any]:
 ROWS = [
     row("safetensors", "floor", 0.5),
     row("plait", "linear", 1.0, seconds_verified=1.5, over_floor_verified=3.0),
-    row("plait", "cat", 2.5, disk_mb=25.0),
+    row("plait", "cat", 2.5, disk_mb=25.0, over_floor_exact=1.8),
     row("plait", "ties", 9.0, over_row_block_sum=4.0, peak_mb=210.0),
     row("peft", "ties_svd", 90.0),
     row("peft", "linear", 3.0),
@@ -51,6 +51,8 @@ def test_a_stopped_run_is_a_lower_bound_and_a_failed_one_is_named(page):
     assert "| plait | linear | 1.000 | 2.0x | 3.0x |" in page.times(
         ROWS
     ) and "| peft | linear | 6.0x | linear | 2.0x |" in page.peers(ROWS)
+    assert "| plait | cat | 2.500 | 5.0x |  | 1.8x | 5.0 s |" in page.times(ROWS)
+    assert len({line.count("|") for line in page.times(ROWS).splitlines() if "failed" not in line}) == 1
     assert "| ties_svd | 180.0x | ties | 10.0x |" in page.peers(ROWS) and "over 20.0x" in page.peers(ROWS)
 
 
