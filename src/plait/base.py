@@ -152,6 +152,10 @@ def _from_pretrained(cls: Any, base: BaseModel, **options: Any) -> Any:
     try:
         with quiet_transformers():
             return cls.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **options)
+    except ImportError as e:  # such as bitsandbytes, for a base in 4 bits
+        raise EnvironmentFault(
+            f"this base model needs a package: {str(e).strip().splitlines()[0]}", where=base.name
+        ) from e
     except (OSError, ValueError, KeyError) as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(

@@ -97,30 +97,39 @@ def karcher(
 
 
 def _spherical_mean(x: MergeInputs, steps: int, tolerance: float) -> LoraFactors:
-    """Every point is held by its coefficients over the unit deltas, whose Gram matrix is all the geometry there is."""
+    """In coordinates of the span of the unit deltas, which their Gram matrix gives.
+
+    Coefficients over the deltas themselves would do in exact arithmetic. But where deltas are dependent, what has no
+    meaning in them grows from step to step.
+    """
     weights = torch.tensor(_shares(x), dtype=torch.float64)
     inner = gram(x.A, x.B)
     if not bool(inner.any()):
         return x.zero()
-    K = _units(x, inner)
     norms = inner.diagonal().sqrt().cpu()
-    point = _on_sphere(weights, K, x)
+    values, vectors = torch.linalg.eigh(_units(x, inner))
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
+    roots, vectors = values[kept].sqrt(), vectors[:, kept]
+    units = vectors * roots  # (T, k): the unit deltas, as rows
+    point = _on_sphere(weights @ units, x)
     for _ in range(steps):
-        cosines = (K @ point).clamp(-1.0, 1.0)
-        angles = cosines.arccos()
-        sines = angles.sin()
-        stretch = torch.where(sines > 1e-9, angles / sines.clamp(min=1e-9), 1.0)
+        cosines = (units @ point).clamp(-1.0, 1.0)
+        across = units - cosines[:, None] * point
+        sines = torch.linalg.vector_norm(across, dim=1)
+        angles = torch.atan2(sines, cosines)
         # log map of unit delta u at p: (u - cos p) angle / sin; summed with weights, then the exponential map.
-        tangent = weights * stretch - (weights * stretch * cosines).sum() * point
-        length = float((tangent @ K @ tangent).clamp(min=0.0).sqrt())
+        stretch = torch.where(sines > 1e-12, angles / sines.clamp(min=1e-12), 0.0)
+        tangent = (weights * stretch) @ across
+        length = float(torch.linalg.vector_norm(tangent))
         if length <= tolerance:
             break
-        point = _on_sphere(math.cos(length) * point + math.sin(length) / length * tangent, K, x)
-    return x.combination((point / norms * (weights * norms).sum()).tolist())
+        point = _on_sphere(math.cos(length) * point + math.sin(length) / length * tangent, x)
+    coefficients = vectors @ (point / roots)
+    return x.combination((coefficients / norms * (weights * norms).sum()).tolist())
 
 
-def _on_sphere(point: Tensor, K: Tensor, x: MergeInputs) -> Tensor:
-    norm = float((point @ K @ point).clamp(min=0.0).sqrt())
+def _on_sphere(point: Tensor, x: MergeInputs) -> Tensor:
+    norm = float(torch.linalg.vector_norm(point))
     if norm < _NO_DIRECTION:
         raise InputError(
             "the directions of the deltas cancel, so they have no mean", where=x.module, hint="task_arithmetic has one"

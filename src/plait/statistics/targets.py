@@ -140,7 +140,7 @@ def _matched(base: nn.Module, config: Any, modules: Mapping[str, nn.Module]) -> 
         if isinstance(value, str) and value.lower() != "all-linear":
             _require_quick_regex(value, modules, key)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        linear = [n for n, m in modules.items() if _shape_of(m) is not None]
+        linear = [n for n, m in modules.items() if linear_shape(m) is not None]
         kept = set(cast(Any, tuners_utils._maybe_include_all_linear_layers(config, base)).target_modules)
         config.target_modules = [n for n in linear if n in kept or _was_adapted(base, n)]
     # PEFT finds a layer's index only behind a prefix ("model.layers.0."), which a bare backbone's names lack.
@@ -185,7 +185,7 @@ def _require_all_used(targets: Any, hits: Sequence[str], modules: Mapping[str, n
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
     for target in wanted:
         if not hits or (not isinstance(targets, str) and not _used(target, hits, modules)):
-            known = sorted({n.rpartition(".")[2] for n, m in modules.items() if _shape_of(m) is not None})
+            known = sorted({n.rpartition(".")[2] for n, m in modules.items() if linear_shape(m) is not None})
             near = difflib.get_close_matches(target, known, n=3, cutoff=0.4) or known[:12]
             fused = f"; {target} is a fused parameter, not a module" if _is_parameter(target, modules) else ""
             raise UsageError(
@@ -206,7 +206,7 @@ def _is_parameter(target: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _target(name: str, full: str, module: nn.Module) -> Target:
-    shape = _shape_of(module)
+    shape = linear_shape(module)
     if shape is None:
         raise UsageError(
             f"matches a {type(module).__name__}, not a linear layer",
@@ -216,7 +216,7 @@ def _target(name: str, full: str, module: nn.Module) -> Target:
     return Target(name, module, shape, hasattr(module, "nf"))
 
 
-def _shape_of(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer of any make: plain, quantised, or transformers' Conv1D."""
     for out, width in (("out_features", "in_features"), ("nf", "nx")):
         found = getattr(module, out, None), getattr(module, width, None)

@@ -16,6 +16,7 @@ from plait.adapters.peft_format import write_adapter
 from plait.base import backbone_of, head_state, load_head
 from plait.errors import InputError
 from plait.evaluation.applied import in_backbone
+from plait.statistics.targets import linear_shape
 from plait.tasks.task import Task, require_same_classes
 
 TASK_TYPES = {
@@ -84,11 +85,11 @@ def attach(model: Any, adapter: Adapter, *, dropout: float = 0.0) -> Any:
 def _check_module(module: nn.Module | None, factors: LoraFactors, name: str) -> None:
     if module is None:
         raise InputError("no such module in the base model", where=name, hint="is this adapter of another base?")
-    weight = getattr(module, "weight", None)
-    shape = tuple(getattr(weight, "shape", ()))
+    # a quantised weight is packed: only the layer itself says how wide it is
+    shape = linear_shape(module) or tuple(getattr(getattr(module, "weight", None), "shape", ()))
     expected = factors.shape[::-1] if factors.kind == EMBEDDING else factors.shape
     if shape not in (expected, expected[::-1]):
-        raise InputError(f"the adapter's update is {expected}, the base's weight {shape}", where=name)
+        raise InputError(f"the adapter's update is {expected}, the base's module {shape}", where=name)
 
 
 def detach(peft_model: Any, adapter: Adapter, source: Mapping[str, Any]) -> Adapter:

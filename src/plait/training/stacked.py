@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.errors import InputError, UsageError
+from plait.statistics.targets import linear_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +82,16 @@ def common_shapes(adapters: Sequence[Adapter], backbone: nn.Module) -> dict[str,
     shapes: dict[str, tuple[int, int, int]] = {}
     for adapter in adapters:
         for name, f in adapter.modules.items():
-            weight = getattr(known.get(name), "weight", None)
-            if weight is None:
+            layer = known.get(name)
+            if layer is None or getattr(layer, "weight", None) is None:
                 raise InputError(
                     "no such module in the base model", where=name, hint="is this adapter of another base?"
                 )
             if f.kind != LINEAR:
                 raise UsageError(f"{f.kind} updates cannot be stacked", where=name, hint="train or score it alone")
-            if tuple(weight.shape) not in (f.shape, f.shape[::-1]):
-                raise InputError(
-                    f"the adapter's update is {f.shape}, the base's weight {tuple(weight.shape)}", where=name
-                )
+            shape = linear_shape(layer)
+            if shape not in (f.shape, f.shape[::-1]):
+                raise InputError(f"the adapter's update is {f.shape}, the base's module {shape}", where=name)
             rank = max(f.rank, shapes.get(name, (0, 0, 0))[0])
             shapes[name] = (rank, *f.shape)
     return dict(sorted(shapes.items()))
