@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.merging.stacks import PartingError
+
 # The largest |D R^-1| for which the Gram matrix is trusted; see `orthonormal`. Of the stacked factors of public adapters it
 # is 4 to 900, of random ones about the root of their number of columns, of linearly dependent ones infinite.
 _TRUSTED = 1e3
@@ -17,18 +19,20 @@ _TRUSTED = 1e3
 class Basis:
     """Orthonormal columns Q = M C, kept as that product: whoever needs Q X multiplies M by the small C X.
 
+    Of a stack of matrices too, with its dimension in front.
+
     Args:
         tall: M, (n, R), in the dtype of what it was made from.
         inner: C, (R, k), float64, k <= n.
     """
 
-    tall: Float[Tensor, "n R"]
-    inner: Float[Tensor, "R k"]
+    tall: Float[Tensor, "... n R"]
+    inner: Float[Tensor, "... R k"]
 
     @property
     def width(self) -> int:
         """k, the number of columns."""
-        return self.inner.shape[1]
+        return self.inner.shape[-1]
 
     def columns(self) -> Float[Tensor, "n k"]:
         """Q itself, in the dtype of M."""
@@ -40,14 +44,14 @@ class Basis:
 
     def rows(self, X: Float[Tensor, "m k"]) -> Float[Tensor, "m n"]:
         """X Q^T, in the dtype of M."""
-        return (X @ self.inner.T).to(self.tall.dtype) @ self.tall.T
+        return (X @ self.inner.mT).to(self.tall.dtype) @ self.tall.mT
 
     def turned(self, U: Float[Tensor, "k j"]) -> Basis:
         """The basis Q U; U has orthonormal columns."""
         return Basis(self.tall, self.inner @ U)
 
 
-def orthonormal(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]]:
+def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]]:
     """M = Q T: an orthonormal basis of M's columns, and their coordinates in it, float64; k = min(n, R).
 
     With the Cholesky factor of the Gram matrix, M^T M = T^T T, Q = M T^-1 is orthonormal, and no tall matrix has to be
@@ -62,26 +66,33 @@ def orthonormal(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]]:
     the dtype of M; what is then noise in T is for the caller to cut.
 
     Args:
-        M: Of any float dtype that LAPACK knows; any strides.
+        M: Of any float dtype that LAPACK knows; any strides; one matrix or a stack.
+
+    Raises:
+        PartingError: A stack with a member that falls back.
 
     Cost: n R^2 multiplications in float64.
     Source: the error of Cholesky's method does not see D: Demmel, LAPACK working note 14, 1989.
     """
-    return _by_gram(M) or _by_householder(M)
+    found = _by_gram(M)
+    if found is None and M.ndim > 2:
+        raise PartingError
+    return found or _by_householder(M)
 
 
-def _by_gram(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]] | None:
-    n, R = M.shape
+def _by_gram(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]] | None:
+    """None where a matrix, or any of a stack, is not to be trusted."""
+    n, R = M.shape[-2:]
     if not 0 < R <= n:
         return None
     wide = M.double()
-    gram = wide.T @ wide
+    gram = wide.mT @ wide
     L, failed = torch.linalg.cholesky_ex(gram)
-    if failed:
+    if bool(failed.any()):
         return None
-    inverse = torch.linalg.solve_triangular(L, torch.eye(R, dtype=L.dtype, device=L.device), upper=False).T
-    kappa = (gram.diagonal().sqrt()[:, None] * inverse).norm()
-    return (Basis(M, inverse), L.T) if kappa <= _TRUSTED else None  # NaN is not
+    inverse = torch.linalg.solve_triangular(L, torch.eye(R, dtype=L.dtype, device=L.device), upper=False).mT
+    kappa = (gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * inverse).norm(dim=(-2, -1))
+    return (Basis(M, inverse), L.mT) if bool((kappa <= _TRUSTED).all()) else None  # NaN is not
 
 
 def _by_householder(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from plait.adapters.lora import LINEAR, LoraFactors
 from plait.merging.basis import Basis, orthonormal
 from plait.merging.small_svd import thin_svd
+from plait.merging.stacks import common_count, factors_of
 
 # Singular values below this share of the largest are rounding noise of float32 factors, such as those that a second copy
 # of a shared A leaves behind.
@@ -31,28 +32,29 @@ class CoreSpace:
         right: Q_A, (in, q), q = min(in, R).
         B: Per task Q_B^T B_t, (p, r_t), float64.
         A: Per task A_t Q_A, (r_t, q), float64.
+
+    Of a stack of modules all of it has their dimension in front; `knots` alone takes none.
     """
 
     left: Basis
     right: Basis
-    B: tuple[Float[Tensor, "p r"], ...]
-    A: tuple[Float[Tensor, "r q"], ...]
+    B: tuple[Float[Tensor, "... p r"], ...]
+    A: tuple[Float[Tensor, "... r q"], ...]
 
     @classmethod
-    def of(cls, A: Sequence[Tensor], B: Sequence[Tensor]) -> CoreSpace:
+    def of(cls, A: Float[Tensor, "... R in"], B: Float[Tensor, "... out R"], ranks: Sequence[int]) -> CoreSpace:
         """From the tasks' factors: a basis for each kind (see `orthonormal`); all that follows is (R, R) and float64.
 
         Args:
-            A: Per task (r_t, in).
-            B: Per task (out, r_t).
+            A: Of all tasks, one below the other.
+            B: Of all tasks, side by side.
+            ranks: Of each task.
 
         Cost:
             R^2 (in + out) multiplications, memory 3 R (in + out).
         """
-        ranks = [a.shape[0] for a in A]
-        left, Tb = orthonormal(torch.cat(list(B), dim=1))
-        right, Ta = orthonormal(torch.cat(list(A)).T)
-        return cls(left, right, torch.split(Tb, ranks, dim=1), torch.split(Ta.T, ranks))
+        (left, Tb), (right, Ta) = orthonormal(B), orthonormal(A.mT)
+        return cls(left, right, torch.split(Tb, list(ranks), dim=-1), torch.split(Ta.mT, list(ranks), dim=-2))
 
     @property
     def tasks(self) -> int:
@@ -69,37 +71,38 @@ class CoreSpace:
 
     def combination(self, weights: Sequence[float]) -> Float[Tensor, "p q"]:
         """sum_t w_t C_t."""
-        B = torch.cat([b * w for b, w in zip(self.B, weights, strict=True)], dim=1)
-        return B @ torch.cat(self.A)
+        B = torch.cat([b * w for b, w in zip(self.B, weights, strict=True)], dim=-1)
+        return B @ torch.cat(self.A, dim=-2)
 
     def task_svds(self, rank: int | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Per task, the singular triplets of C_t without its zeros: U (p, k), S (k,), V (q, k), largest first, k <= rank.
 
         The QR of its factors comes first, so the SVDs are (r_t, r_t); tasks of one rank go through it together.
         """
-        found: list[tuple[Tensor, Tensor, Tensor]] = [(b, b[0, :0], a.T) for a, b in zip(self.A, self.B, strict=True)]
-        for r in {b.shape[1] for b in self.B} - {0}:
-            alike = [t for t, b in enumerate(self.B) if b.shape[1] == r]
+        pairs = zip(self.A, self.B, strict=True)
+        found: list[tuple[Tensor, Tensor, Tensor]] = [(b, b[..., 0, :0], a.mT) for a, b in pairs]
+        for r in {b.shape[-1] for b in self.B} - {0}:
+            alike = [t for t, b in enumerate(self.B) if b.shape[-1] == r]
             Qb, Rb = torch.linalg.qr(torch.stack([self.B[t] for t in alike]))
-            Qa, Ra = torch.linalg.qr(torch.stack([self.A[t].T for t in alike]))
+            Qa, Ra = torch.linalg.qr(torch.stack([self.A[t].mT for t in alike]))
             U, S, Vt = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
             U, V = Qb @ U, Qa @ Vt.mT
-            counts = (S[:, :1] * NOISE < S).sum(1).tolist()
-            for t, u, s, v, count in zip(alike, U, S, V, counts, strict=True):
-                k = min(count, r if rank is None else rank)
-                found[t] = (u, s, v) if k == len(s) else (u[:, :k], s[:k], v[:, :k])
+            full = bool((S[..., :1] * NOISE < S).all()) and (rank is None or rank >= r)
+            for t, u, s, v in zip(alike, U, S, V, strict=True):
+                k = r if full else min(significant(s), r if rank is None else rank)
+                found[t] = (u, s, v) if k == s.shape[-1] else (u[..., :k], s[..., :k], v[..., :k])
         return found
 
     def factors(self, core: Float[Tensor, "p q"], kind: str = LINEAR) -> LoraFactors:
         """The delta Q_B core Q_A^T as LoRA factors of rank min(p, q)."""
-        p, q = core.shape
+        p, q = core.shape[-2:]
         if p <= q:
-            return LoraFactors(self.right.rows(core), self.left.columns(), 1.0, kind)
-        return LoraFactors(self.right.columns().T, self.left.times(core), 1.0, kind)
+            return factors_of(self.right.rows(core), self.left.columns(), kind)
+        return factors_of(self.right.columns().mT, self.left.times(core), kind)
 
     def lifted(self, B: Float[Tensor, "p k"], A: Float[Tensor, "k q"], kind: str = LINEAR) -> LoraFactors:
         """The delta Q_B B A Q_A^T as LoRA factors."""
-        return LoraFactors(self.right.rows(A), self.left.times(B), 1.0, kind)
+        return factors_of(self.right.rows(A), self.left.times(B), kind)
 
     def in_svd_basis(self) -> CoreSpace:
         """The same space in the basis of the core-space paper: left and right singular vectors of the stacked factors.
@@ -107,9 +110,9 @@ class CoreSpace:
         The SVD of [B_1 .. B_T] = U S W^T gives the left basis Q_B U, that of the stacked A_t the right one. Elementwise
         rules depend on the basis; this one does not depend on the order of the tasks (up to signs, which no rule sees).
         """
-        U = thin_svd(torch.cat(self.B, dim=1))[0]
-        V = thin_svd(torch.cat(self.A))[2].T
-        B, A = tuple(U.T @ b for b in self.B), tuple(a @ V for a in self.A)
+        U = thin_svd(torch.cat(self.B, dim=-1))[0]
+        V = thin_svd(torch.cat(self.A, dim=-2))[2].mT
+        B, A = tuple(U.mT @ b for b in self.B), tuple(a @ V for a in self.A)
         return CoreSpace(self.left.turned(U), self.right.turned(V), B, A)
 
     def knots(self) -> tuple[Float[Tensor, "out k"], list[Float[Tensor, "k in"]]]:
@@ -127,16 +130,20 @@ class CoreSpace:
         return self.left.times(U), [self.right.rows(U.T @ c) for c in cores]
 
 
-def significant(S: Float[Tensor, " k"], share: float = NOISE) -> int:
-    """How many descending singular values exceed `share` of the first."""
-    return int((S[:1] * share < S).sum())
+def significant(S: Float[Tensor, "... k"], share: float = NOISE) -> int:
+    """How many descending singular values exceed `share` of the first.
+
+    Raises:
+        PartingError: Not the same number in all members of a stack.
+    """
+    return common_count(S[..., :1] * share < S)
 
 
-def polar(M: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+def polar(M: Float[Tensor, "... n k"]) -> Float[Tensor, "... n k"]:
     """The nearest (partial) isometry U V^T of M = U S V^T: directions whose singular value is noise are left out."""
     U, S, Vt = thin_svd(M)
     k = significant(S)
-    return U[:, :k] @ Vt[:k]
+    return U[..., :k] @ Vt[..., :k, :]
 
 
 def gram(A: Sequence[Tensor], B: Sequence[Tensor]) -> Float[Tensor, "T T"]:

@@ -18,7 +18,7 @@ from plait.merging.ties import trimmed
 from plait.options import Density
 
 
-@merge_method("core_space", paper="arXiv:2509.17786")
+@merge_method("core_space", paper="arXiv:2509.17786", stacks=True)
 def core_space(
     x: MergeInputs,
     *,
@@ -61,4 +61,4 @@ def core_space(
 def _flattened(core: Tensor) -> Tensor:
     U, S, Vt = thin_svd(core)
     k = significant(S)
-    return (U[:, :k] @ Vt[:k]) * S[:k].mean() if k else core
+    return (U[..., :k] @ Vt[..., :k, :]) * S[..., :k].mean(-1)[..., None, None] if k else core

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors, concatenated
+from plait.merging.stacks import factors_of
 
 if TYPE_CHECKING:
     from plait.merging.core import CoreSpace
@@ -53,24 +54,28 @@ class MergeInputs:
         fisher: Per task, where the method needs the Fisher diagonal.
         context: What the method's `prepare` returned.
         digests: Per task, the hash of the factors as they were given (before a calibration changed them).
+        members: Of a stack, its modules; their number is then the first dimension of every factor (`stacks.stack_of`).
+        joined: Of a stack, the matrices (n, R, in) and (n, out, R) of which A and B are views.
     """
 
     module: str
     tasks: tuple[str, ...]
     weights: tuple[float, ...]
-    A: tuple[Float[Tensor, "r in"], ...]
-    B: tuple[Float[Tensor, "out r"], ...]
+    A: tuple[Float[Tensor, "... r in"], ...]
+    B: tuple[Float[Tensor, "... out r"], ...]
     kind: str = LINEAR
     seed: int = 0
     moments: tuple[Moments, ...] = ()
     fisher: tuple[Diagonal, ...] = ()
     context: Any = None
     digests: tuple[str, ...] = ()
+    members: tuple[MergeInputs, ...] = ()
+    joined: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.B[0].shape[0], self.A[0].shape[1]
+        return self.B[0].shape[-2], self.A[0].shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +85,7 @@ class MergeInputs:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each task, 0 where it does not adapt the module."""
-        return tuple(a.shape[0] for a in self.A)
+        return tuple(a.shape[-2] for a in self.A)
 
     @property
     def total_rank(self) -> int:
@@ -92,7 +97,8 @@ class MergeInputs:
         """The lossless core: every delta as a matrix of at most (R, R)."""
         from plait.merging.core import CoreSpace
 
-        return CoreSpace.of(self.A, self.B)
+        A, B = self.joined or (torch.cat(self.A), torch.cat(self.B, dim=1))
+        return CoreSpace.of(A, B, self.ranks)
 
     @computed
     def svd_core(self) -> CoreSpace:
@@ -128,7 +134,8 @@ class MergeInputs:
         """The zero delta, as rank 1: no file format knows rank 0."""
         out, width = self.shape
         like = self.A[0]
-        return LoraFactors(like.new_zeros(1, width), like.new_zeros(out, 1), 1.0, self.kind)
+        before = like.shape[:-2]
+        return factors_of(like.new_zeros(*before, 1, width), like.new_zeros(*before, out, 1), self.kind)
 
 
 def seed_of(*parts: object) -> int:

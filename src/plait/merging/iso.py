@@ -13,7 +13,7 @@ from plait.merging.small_svd import thin_svd
 from plait.options import Fraction
 
 
-@merge_method("iso_c", paper="arXiv:2502.04959")
+@merge_method("iso_c", paper="arXiv:2502.04959", stacks=True)
 def iso_c(x: MergeInputs) -> LoraFactors:
     """The weighted sum U S V^T with every singular value replaced by their mean.
 
@@ -27,7 +27,7 @@ def iso_c(x: MergeInputs) -> LoraFactors:
     k = significant(S)
     if k == 0:
         return x.zero()
-    return _with_one_value(x, U[:, :k], Vt[:k].T, S[:k])
+    return _with_one_value(x, U[..., :k], Vt[..., :k, :].mT, S[..., :k])
 
 
 @merge_method("iso_cts", paper="arXiv:2502.04959")
@@ -63,5 +63,5 @@ def iso_cts(x: MergeInputs, *, common: Fraction = 0.8) -> LoraFactors:
 
 
 def _with_one_value(x: MergeInputs, U: Tensor, V: Tensor, S: Tensor) -> LoraFactors:
-    root = S.mean().sqrt()
-    return x.core.lifted(U * root, V.T * root, x.kind)
+    root = S.mean(-1).sqrt()[..., None, None]
+    return x.core.lifted(U * root, V.mT * root, x.kind)

@@ -17,10 +17,12 @@ from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
 from plait.merging.outcome import assembled, discarded, labels_of, provenance
 from plait.merging.registry import MergeMethod
-from plait.merging.stream import DenseDelta, Truncated, as_dense, cut_to_rank
+from plait.merging.stacks import groups_of, merged_group
+from plait.merging.stream import DenseDelta, MergedDelta, Truncated, as_dense, cut_to_rank
 from plait.merging.verify import probes_by_width, projection_error, some_modules, sum_error
 from plait.merging.workers import one_by_one, side_by_side
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Entries of all modules' deltas together, from which threads of our own are worth starting: about four layers of a
@@ -65,13 +67,15 @@ class Plan:
     def run(self, name: str) -> Merged:
         """Merge every module."""
         context = self.prepared()
-        names = list(self.common.modules)
-        found = dict(zip(names, self.each(lambda m: self.merged(m, context), names), strict=True))
-        modules, lost = {m: f for m, (f, _) in found.items()}, {m: gone for m, (_, gone) in found.items()}
+        groups = groups_of(self)
+        done = self.each(lambda names: merged_group(self, names, context), groups)
+        found = {m: one for names, ones in zip(groups, done, strict=True) for m, one in zip(names, ones, strict=True)}
+        modules = {m: found[m][0] for m in self.common.modules}
+        lost = {m: found[m][1] for m in modules}
         return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
 
-    def each(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
-        """The function of every module, in order; side by side where there is enough to compute to repay the threads."""
+    def each(self, function: Callable[[S], T], names: Sequence[S]) -> list[T]:
+        """The function of every module, or list of some, in order; side by side where that repays the threads."""
         entries = sum(out * width for (out, width), _ in self.common.modules.values())
         if entries <= _LARGE:
             return [function(m) for m in names]
@@ -91,7 +95,7 @@ class Plan:
         names = list(modules) if summed else some_modules(list(modules), self.seed)
         probes = probes_by_width(modules, self.seed) if summed else {}
 
-        def wanted(x: MergeInputs) -> LoraFactors | DenseDelta | Truncated:
+        def wanted(x: MergeInputs) -> MergedDelta:
             return self.method.function(x, **self.options)
 
         def error(m: str) -> float:
@@ -170,17 +174,25 @@ class Plan:
             raise RunError(
                 f"{self.method.name}: {e}", where=module, hint="products of huge factors give infinity"
             ) from None
+        return self.checked(factors, module), lost
+
+    def checked(self, factors: LoraFactors, module: str) -> LoraFactors:
+        """The module's merged factors on the CPU; finite."""
         factors = LoraFactors(factors.A.cpu(), factors.B.cpu(), 1.0, factors.kind)
         if not all_finite(factors.A) or not all_finite(factors.B):
             raise RunError(
                 f"{self.method.name} gave NaN or infinity", where=module, hint="a smaller --scale or other weights?"
             )
-        return factors, lost
+        return factors
 
     def computed(self, module: str, context: Any) -> tuple[LoraFactors, float]:
-        """What the method's function makes of a module, cut to rank, calibrated and scaled; and the fraction of energy lost."""
+        """What the method's function makes of a module, adjusted."""
         x = self.view(module, context)
-        factors, lost = self.cut(self.method.function(x, **self.options), x)
+        return self.adjusted(self.method.function(x, **self.options), x)
+
+    def adjusted(self, result: MergedDelta, x: MergeInputs) -> tuple[LoraFactors, float]:
+        """A method's result, cut to rank, calibrated and scaled; and the fraction of energy lost."""
+        factors, lost = self.cut(result, x)
         scale = self.scale
         if self.calibration:
             scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
@@ -225,7 +237,7 @@ class Plan:
         alone = len(self.adapters) == 1 and self.scale == 1.0 and self.calibration is None
         return alone and self.method.combination is not None and tuple(self.method.combination(self.weights)) == (1.0,)
 
-    def cut(self, result: LoraFactors | DenseDelta | Truncated, x: MergeInputs) -> tuple[LoraFactors, float]:
+    def cut(self, result: MergedDelta, x: MergeInputs) -> tuple[LoraFactors, float]:
         """Factors of a method's result at the wanted rank, and the fraction of energy lost."""
         if isinstance(result, DenseDelta):
             return cut_to_rank(result, self.rank or max(1, x.total_rank), x.generator("cut"), x.device)

@@ -46,10 +46,13 @@ def magnitude_thresholds(modules: Sequence[MergeInputs], density: float, space: 
 
 
 def smallest_kept(part: Tensor, density: float) -> Tensor:
-    """The smallest magnitude among the `density` largest of a matrix's entries, as a scalar; 0 where all are kept."""
+    """The smallest magnitude among the `density` largest of a matrix's entries, as a scalar; 0 where all are kept.
+
+    Of a stack of matrices, one for each.
+    """
     if density >= 1 or not part.numel():
-        return torch.zeros((), dtype=part.dtype)
-    return _kth(part.abs().flatten(), math.ceil(density * part.numel()))
+        return torch.zeros(part.shape[:-2], dtype=part.dtype)
+    return _kth(part.abs().flatten(-2), math.ceil(density * (part.shape[-2] * part.shape[-1])))
 
 
 def magnitudes_at(modules: Sequence[MergeInputs], rank: Callable[[int], int], space: str = "dense") -> list[Tensor]:
@@ -160,12 +163,12 @@ class _Bracket:
         return _Bracket(self.sample, self.total, self.k, 4 * self.widening)
 
 
-def _kth(values: Float[Tensor, " n"], k: int) -> Tensor:
+def _kth(values: Float[Tensor, "... n"], k: int) -> Tensor:
     """NumPy's selection takes a seventh of torch's time on a CPU; NaN counts as largest with either."""
-    n = values.numel() - k
+    n = values.shape[-1] - k
     if values.is_cuda:
         return values.kthvalue(n + 1).values.cpu()
-    return torch.from_numpy(np.partition(values.numpy(), n)[n : n + 1])[0]
+    return torch.from_numpy(np.partition(values.numpy(), n)[..., n : n + 1])[..., 0]
 
 
 def _at_share(ordered: Float[Tensor, " n"], share: float) -> float:

@@ -21,6 +21,8 @@ def draw(
     x: MergeInputs, task: int, place: str, shape: tuple[int, ...]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
     """Uniform integers in [0, 65536) for one task's entries at one place; on the CPU whatever the device."""
+    if x.members:
+        return np.stack([draw(member, task, place, shape[1:]) for member in x.members])
     stream = np.random.SFC64(seed_of(x.seed, x.module, place, x.contents[task]))
     count = math.prod(shape)
     words: np.ndarray[tuple[int, ...], np.dtype[np.uint16]] = stream.random_raw(-(-count // 4)).view(np.uint16)

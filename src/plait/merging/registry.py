@@ -32,6 +32,8 @@ class MergeMethod:
         prepare: Run once over all modules before the first is merged, for what is decided model-wide.
         concatenates: Whether the result is that sum as `MergeInputs.combination` gives it: its rank is known before it is
             computed, and without a calibration it is taken straight from the factors as they were read (`Plan.summed`).
+        stacks: Whether the function also takes several modules as one (`stacks.stack_of`) and gives a `FactorStack`: it is
+            written for factors with any dimensions in front.
     """
 
     name: str
@@ -43,6 +45,7 @@ class MergeMethod:
     combination: Combination | None = None
     prepare: Prepare | None = None
     concatenates: bool = False
+    stacks: bool = False
 
 
 _METHODS: dict[str, MergeMethod] = {}
@@ -56,6 +59,7 @@ def merge_method(
     combination: Combination | None = None,
     prepare: Prepare | None = None,
     concatenates: bool = False,
+    stacks: bool = False,
 ) -> Callable[[Callable[..., MergedDelta]], Callable[..., MergedDelta]]:
     """Register a function as a merging method; its keyword-only parameters are the options.
 
@@ -66,6 +70,7 @@ def merge_method(
         combination: See `MergeMethod`.
         prepare: See `MergeMethod`.
         concatenates: See `MergeMethod`.
+        stacks: See `MergeMethod`.
     """
 
     def register(function: Callable[..., MergedDelta]) -> Callable[..., MergedDelta]:
@@ -74,7 +79,7 @@ def merge_method(
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         options = options_of(function)
         _METHODS[name] = MergeMethod(
-            name, function, paper, tuple(needs), options, doc, combination, prepare, concatenates
+            name, function, paper, tuple(needs), options, doc, combination, prepare, concatenates, stacks
         )
         return function
 

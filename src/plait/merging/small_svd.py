@@ -6,13 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.merging.stacks import PartingError
+
 # The smallest eigenvalue of the Gram matrix, of the largest, for which it is trusted; see `thin_svd`.
 _TRUSTED = 1e-8
 
 
 def thin_svd(
-    M: Float[Tensor, "n m"],
-) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"], Float[Tensor, "k m"]]:
+    M: Float[Tensor, "... n m"],
+) -> tuple[Float[Tensor, "... n k"], Float[Tensor, "... k"], Float[Tensor, "... k m"]]:
     """M = U diag(S) V^T with k = min(n, m), S descending, signs as they come: what `torch.linalg.svd` gives, in half the time.
 
     M^T M = V diag(S^2) V^T, and U = M V diag(S)^-1.
@@ -22,19 +24,22 @@ def thin_svd(
     **Fallback**: `torch.linalg.svd` above that, so that singular values which are zero or noise come from there always.
 
     Args:
-        M: float64.
+        M: float64; one matrix or a stack.
 
     Raises:
         LinAlgError: NaN or infinity.
+        PartingError: A stack with a member that falls back.
     """
-    n, m = M.shape
+    n, m = M.shape[-2:]
     if m > n:
-        V, S, Ut = thin_svd(M.T)
-        return Ut.T, S, V.T
+        V, S, Ut = thin_svd(M.mT)
+        return Ut.mT, S, V.mT
     if m:
-        values, V = torch.linalg.eigh(M.T @ M)
-        if values[0] > _TRUSTED * values[-1]:
-            S, V = values.flip(0).sqrt(), V.flip(1)
-            return M @ V / S, S, V.T
+        values, V = torch.linalg.eigh(M.mT @ M)
+        if bool((values[..., 0] > _TRUSTED * values[..., -1]).all()):
+            S, V = values.flip(-1).sqrt(), V.flip(-1)
+            return M @ V / S[..., None, :], S, V.mT
+    if M.ndim > 2:
+        raise PartingError
     U, S, Vt = torch.linalg.svd(M, full_matrices=False)
     return U, S, Vt

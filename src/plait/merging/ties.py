@@ -51,8 +51,11 @@ def ties(
 
 
 def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float], agreeing: str = "mean") -> Rule:
-    """The rule: entries below their task's threshold are zero; then the mean of those that agree with the elected sign."""
-    bounds = [float(threshold) for threshold in thresholds]
+    """The rule: entries below their task's threshold are zero; then the mean of those that agree with the elected sign.
+
+    A threshold is a scalar, or for parts of a stack of modules one for each of them.
+    """
+    bounds = [threshold if threshold.ndim else float(threshold) for threshold in thresholds]
 
     def rule(parts: Iterable[Tensor], place: str) -> Tensor:
         kept = (keep_from(part, bound) for part, bound in zip(parts, bounds, strict=True))

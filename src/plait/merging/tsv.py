@@ -13,7 +13,7 @@ from plait.merging.registry import merge_method
 from plait.options import Range
 
 
-@merge_method("tsv", paper="arXiv:2412.00081")
+@merge_method("tsv", paper="arXiv:2412.00081", stacks=True)
 def tsv(x: MergeInputs, *, triplets: Annotated[int, Range(1)] | None = None) -> LoraFactors:
     """Stack every task's top k singular triplets and replace the stacked U and V by their polar factors.
 
@@ -31,9 +31,9 @@ def tsv(x: MergeInputs, *, triplets: Annotated[int, Range(1)] | None = None) -> 
     polar factor is a partial isometry: the authors' SVD completes it with arbitrary vectors.
     """
     found = x.core.task_svds(triplets)
-    values = torch.cat([s * w for (_, s, _), w in zip(found, x.weights, strict=True)])
+    values = torch.cat([s * w for (_, s, _), w in zip(found, x.weights, strict=True)], dim=-1)
     if values.numel() == 0:
         return x.zero()
-    U, V = (polar(torch.cat([triplet[i] for triplet in found], dim=1)) for i in (0, 2))
+    U, V = (polar(torch.cat([triplet[i] for triplet in found], dim=-1)) for i in (0, 2))
     root = values.abs().sqrt()
-    return x.core.lifted(U * (root * values.sign()), root[:, None] * V.T, x.kind)
+    return x.core.lifted(U * (root * values.sign())[..., None, :], root[..., None] * V.mT, x.kind)
