@@ -156,8 +156,10 @@ def test_only_likes_are_grouped():
 
 def test_groups_are_small_and_large_modules_stay_alone():
     assert grouped((f"m{i}", i % 2, 2) for i in range(7)) == [["m0", "m2"], ["m1", "m3"], ["m4", "m6"], ["m5"]]
-    few = groups_of(plan_merge(adapters({f"l.{i}": (6, 7) for i in range(9)}), "tsv"))
+    few = groups_of(plan_merge(adapters({f"l.{i}": (16, 17) for i in range(9)}), "tsv"))
     assert [len(names) for names in few] == [4, 4, 1]
+    wide = groups_of(plan_merge(adapters({f"l.{i}": (10, 17) for i in range(3)}), "tsv"))  # R is 11
+    assert [len(names) for names in wide] == [1, 1, 1]
     large = adapters({f"l.{i}": (30000, 30000) for i in range(3)}, ranks=(10,))
     assert [len(names) for names in groups_of(plan_merge(large, "tsv"))] == [1, 1, 1]
 

@@ -53,7 +53,8 @@ class CoreSpace:
         Cost:
             R^2 (in + out) multiplications, memory 3 R (in + out).
         """
-        (left, Tb), (right, Ta) = orthonormal(B), orthonormal(A.mT)
+        # A first: it is A that tasks share where a stack has to be taken apart, and that is then known at half the cost.
+        (right, Ta), (left, Tb) = orthonormal(A.mT), orthonormal(B)
         return cls(left, right, torch.split(Tb, list(ranks), dim=-1), torch.split(Ta.mT, list(ranks), dim=-2))
 
     @property
