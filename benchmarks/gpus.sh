@@ -37,26 +37,29 @@ mpnet() { study mpnet glue8-mpnet glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 tasks11() { study tasks11 tasks11-mpnet tasks11-mpnet "$MPNET" ${TASKS11_SET:-}; }
 finalists() { study finalists glue8-mpnet-finalists glue8-mpnet "$MPNET" ${MPNET_SET:-}; }
 smollm2() { study smollm2 text3-smollm2 text3-smollm2 "$SMOLLM2" ${SMOLLM2_SET:-}; }
-# Three more studies on the decoder, and one on MiniLM, that are another one with some settings changed.
+
+# Studies that are one of the above with some settings changed. Those in the folder of another use what it has answered again, and leave
+# their own settings there: make the other's tables before, or from its archive.
 SHORT_MERGES='{name: task_arithmetic, scales: [0.15, 1.0]}, {name: tsv, scales: [0.35, 1.4]}, {name: iso_c, scales: [0.7, 2.0]},
   {name: regmean, scales: [0.7, 2.0]}, {name: task_arithmetic_pico, method: task_arithmetic, calibrate: pico, scales: [0.3, 1.2]}'
 RHO='options: {rho: 0.001}'
 PENALISED='training: {constraint: penalised, constraint_options: {beta: 1.0}}'
+KAIMING_PENALISED="{name: kaiming_penalised, subspace: kaiming, like: kaiming, $PENALISED}"
+CONTRASTIVE_PENALISED="{name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
 FINALISTS="kaiming, orthonormal_shared, {name: osrm_mean, subspace: osrm, pool: mean}, {name: contrastive, $RHO},
-  {name: contrastive_permuted, $RHO}, {name: kaiming_penalised, subspace: kaiming, like: kaiming, $PENALISED},
-  {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
-FREE_AND_PENALISED="kaiming, gaussian, {name: contrastive, $RHO}, {name: kaiming_penalised, subspace: kaiming, like: kaiming, $PENALISED},
-  {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
-BETAS="kaiming, gaussian, {name: contrastive, $RHO}, {name: contrastive_penalised, subspace: contrastive, $RHO, like: contrastive, $PENALISED}"
+  {name: contrastive_permuted, $RHO}, $KAIMING_PENALISED,
+  $CONTRASTIVE_PENALISED"
+PLAIN_AND_OURS="kaiming, gaussian, {name: contrastive, $RHO}, $CONTRASTIVE_PENALISED"
+BETAS=$PLAIN_AND_OURS
 for beta in 0.1 0.3 3 10 30; do # how hard the penalty holds
   BETAS="$BETAS, {name: contrastive_penalised_${beta/./_}, subspace: contrastive, $RHO, like: contrastive,
     training: {constraint: penalised, constraint_options: {beta: $beta}}}"
 done
 TEMPLATE=(--set 'tasks.snli.template="{premise}\n{hypothesis}\nAnswer:"' --set 'tasks.banking77.template="{sentence}\nAnswer:"'
   --set 'tasks.clinc_domain.template="{sentence}\nAnswer:"')
-WIDE=(--set "rates=[1.0e-3, 3.0e-3, 1.0e-2]" --set lora.rank=32 --set lora.alpha=64 --set "arms=[$FREE_AND_PENALISED]") # A's rows are shorter
+WIDE=(--set "rates=[1.0e-3, 3.0e-3, 1.0e-2]" --set lora.rank=32 --set lora.alpha=64 --set "arms=[$PLAIN_AND_OURS, $KAIMING_PENALISED]") # A's rows are shorter
 
-smollm2_finalists() { # in the folder of smollm2, whose sweep and seeds are used again; its tables before, or from its archive
+smollm2_finalists() { # in the folder of smollm2
   study smollm2_finalists text3-smollm2 text3-smollm2 "$SMOLLM2" --set "name=text3-smollm2-finalists" --set "arms=[$FINALISTS]" \
     --set "seeds=[0,1,2,3,4,5,6,7,8,9]" ${SMOLLM2_SET:-}
 }

@@ -43,7 +43,8 @@ def test_a_sum_straight_from_the_factors_is_what_its_method_computes(method, ran
     weights = [0.6, -1.1, 0.0, 3.0]
     plan = plan_merge([*inputs, Adapter("d", "base", half)], method, weights=weights, scale=0.7, rank=rank)
     for module in plan.common.modules:
-        (straight, lost), (wanted, gone) = plan.merged(module, None), plan.computed(module, None)
+        x = plan.view(module, None)
+        (straight, lost), (wanted, gone) = plan.merged(module, None), plan.adjusted(plan.method.function(x), x)
         assert straight.rank == wanted.rank == (rank or 11) and lost == pytest.approx(gone, abs=1e-6)
         torch.testing.assert_close(straight.delta(), wanted.delta())
         if rank is None:

@@ -38,12 +38,12 @@ class LoraFactors:
     @property
     def rank(self) -> int:
         """Number of rows of A."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the delta."""
-        return self.B.shape[0], self.A.shape[1]
+        return self.B.shape[-2], self.A.shape[-1]
 
     def folded(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LoraFactors:
         """The same delta with scaling 1: the scaling is multiplied into B, in `dtype`."""

@@ -169,7 +169,8 @@ class Plan:
             if self.method.concatenates and not self.calibration:
                 factors, lost = self.to_rank(self.summed(module))
             else:
-                factors, lost = self.computed(module, context)
+                x = self.view(module, context)
+                factors, lost = self.adjusted(self.method.function(x, **self.options), x)
         except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # LAPACK on NaN and infinity
             raise RunError(
                 f"{self.method.name}: {e}", where=module, hint="products of huge factors give infinity"
@@ -184,11 +185,6 @@ class Plan:
                 f"{self.method.name} gave NaN or infinity", where=module, hint="a smaller --scale or other weights?"
             )
         return factors
-
-    def computed(self, module: str, context: Any) -> tuple[LoraFactors, float]:
-        """What the method's function makes of a module, adjusted."""
-        x = self.view(module, context)
-        return self.adjusted(self.method.function(x, **self.options), x)
 
     def adjusted(self, result: MergedDelta, x: MergeInputs) -> tuple[LoraFactors, float]:
         """A method's result, cut to rank, calibrated and scaled; and the fraction of energy lost."""

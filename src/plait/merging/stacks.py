@@ -29,21 +29,11 @@ class PartingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FactorStack(LoraFactors):
-    """The factors of several modules: A (n, rank, in), B (n, out, rank)."""
+    """The factors of several modules: A (n, rank, in), B (n, out, rank); rank and shape are those of each."""
 
     def __post_init__(self) -> None:
         if self.A.ndim != 3 or self.B.ndim != 3 or self.A.shape[1] != self.B.shape[2]:
             raise InputError(f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are no stack of factors")
-
-    @property
-    def rank(self) -> int:
-        """Of each member."""
-        return self.A.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of each member."""
-        return self.B.shape[1], self.A.shape[2]
 
     def members(self) -> list[LoraFactors]:
         """The factors of each module; views."""
