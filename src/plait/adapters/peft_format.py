@@ -17,7 +17,7 @@ from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
-from plait.adapters.tensors import read_tensors
+from plait.adapters.tensors import read_tensors, widened
 from plait.adapters.weights import WEIGHTS, begin_weights, check_digests
 from plait.errors import InputError
 from plait.locks import require_readable
@@ -86,7 +86,7 @@ def adapter_of(
     """An adapter from what was read from a folder; raises as `read_adapter`."""
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     check_digests(folder, manifest, digests)
-    factors, others = _pair(tensors, config, folder)
+    factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
     prefix = _backbone_prefix(factors, task_type)
     cut = len(prefix) + 1 if prefix else 0

@@ -223,6 +223,11 @@ def _unique(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
     return found
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """An 8 bit float as float32, which holds each of its values exactly and with which torch can compute; others as they are."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 
@@ -231,6 +236,8 @@ def all_finite(tensor: Tensor) -> bool:
     """
     if not tensor.is_floating_point():
         return True
+    if tensor.dtype.itemsize == 1:  # torch neither adds up nor judges 8 bit floats
+        return bool(torch.isfinite(tensor.float()).all())
     if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
         with np.errstate(over="ignore", invalid="ignore"):
             total = float(tensor.detach().numpy().sum())

@@ -17,7 +17,7 @@ from plait.adapters.conv import as_matrices, as_stored, with_middle
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensor_file import write_tensors
-from plait.adapters.tensors import all_finite, read_tensors
+from plait.adapters.tensors import all_finite, read_tensors, widened
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names
 from plait.formats.layouts import dotted
@@ -43,11 +43,12 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
         InputError: Damaged, incomplete, holding NaN, of mixed formats, or of a refused variant; names file and tensor.
     """
     path = Path(path)
-    tensors, metadata, digest = read_tensors(path)
+    stored, metadata, digest = read_tensors(path)
+    tensors = {key: widened(tensor) for key, tensor in stored.items()}
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES and not key.endswith(".alpha"):
             raise InputError(
-                f"tensor {key!r} is {tensor.dtype}", where=str(path), hint="expected 16, 32 or 64 bit floats"
+                f"tensor {key!r} is {tensor.dtype}", where=str(path), hint="expected 8, 16, 32 or 64 bit floats"
             )
         if tensor.is_floating_point() and not all_finite(tensor.float()):
             raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(path))

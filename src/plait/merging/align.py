@@ -124,7 +124,7 @@ def _base(adapters: Sequence[Adapter]) -> str:
     known = [a for a in adapters if a.base or "format" not in a.source]
     first, *others = known or adapters
     for other in others:
-        if (other.base, other.revision) != (first.base, first.revision):
+        if (other.base, revision_of(other)) != (first.base, revision_of(first)):
             raise InputError(
                 f"{first.name!r} was trained on {_named(first)} and {other.name!r} on {_named(other)}",
                 where=other.name,
@@ -136,6 +136,11 @@ def _base(adapters: Sequence[Adapter]) -> str:
         if mine and theirs and mine != theirs:
             raise InputError(f"the base weights of {first.name!r} and {other.name!r} differ", where=other.name)
     return first.base
+
+
+def revision_of(adapter: Adapter) -> str:
+    """The revision of an adapter's base; a hub's main branch is what none named means."""
+    return adapter.revision or "main"
 
 
 def _named(adapter: Adapter) -> str:

@@ -178,8 +178,8 @@ class Plan:
         return self.checked(factors, module), lost
 
     def checked(self, factors: LoraFactors, module: str) -> LoraFactors:
-        """The module's merged factors on the CPU; finite."""
-        factors = LoraFactors(factors.A.cpu(), factors.B.cpu(), 1.0, factors.kind)
+        """The module's merged factors on the CPU, of the module's kind (dense rows know none); finite."""
+        factors = LoraFactors(factors.A.cpu(), factors.B.cpu(), 1.0, self.common.modules[module][1])
         if not all_finite(factors.A) or not all_finite(factors.B):
             raise RunError(
                 f"{self.method.name} gave NaN or infinity", where=module, hint="a smaller --scale or other weights?"
