@@ -161,7 +161,7 @@ def test_a_diffusion_model_is_no_full_difference(tmp_path):
 
 @pytest.mark.parametrize("record", ["{", "[1]", '{"result": 3}', '{"options": []}', "[" * 5000])
 def test_a_record_that_is_none(kohya, record):
-    with pytest.raises(InputError, match="is no record"):
+    with pytest.raises(InputError, match="its metadata's 'plait'"):
         read_any(kohya("style", metadata={"plait": record}))
 
 
@@ -169,7 +169,7 @@ def test_a_record_that_is_none(kohya, record):
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not an object"),
+        ("[]", "expected an object"),
         ('{"unet.use_dora": true, "unet.r": 3}', "use_dora"),
         ('{"unet.lora_alpha": -1}', "lora_alpha is -1"),
     ],

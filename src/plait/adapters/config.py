@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.checked import Record, shown
 from plait.errors import InputError
+from plait.patterns import first_hits, require_patterns
 from plait.store import read_json
 
 CONFIG = "adapter_config.json"
@@ -17,8 +18,8 @@ CONFIG = "adapter_config.json"
 CLASSIFICATION_TYPES = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 _RANK_LIMIT = 1 << 16
 _ALPHA_LIMIT = 1e30  # above, float32 factors overflow
-_PATTERN_LIMIT = 300
-_CHOICES = 4  # parts of a pattern that can match in several ways
+_TEXT_LIMIT = 1024
+LARGEST_CONFIG = 4 << 20  # of 18,000 modules with a rank and an alpha each, 3 MB
 
 # Option -> why plait cannot treat such an adapter as W0 + scaling * B @ A.
 _REFUSED = {
@@ -40,6 +41,7 @@ _CONVERTED = {
     "lora_bias": "plait convert makes it a plain LoRA where its biases are zero, or without them",
     "trainable_token_indices": "plait convert --base DIR makes it a plain LoRA, exactly",
 }
+_FLAGS = {"use_dora", "lora_bias", "use_qalora", "use_bdlora"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -54,6 +56,7 @@ class AdapterConfig:
         rslora: Whether scaling is alpha / sqrt(r).
         rank_pattern, alpha_pattern: Overrides; a key matches ``(.*\.)?KEY$``, the first hit wins, as in PEFT.
         target_modules: None also where layers or exclusions narrow it: then only the tensors say what is adapted.
+        where: The file it was read from.
     """
 
     base: str
@@ -67,19 +70,27 @@ class AdapterConfig:
     target_modules: tuple[str, ...] | str | None
     modules_to_save: tuple[str, ...]
     fan_in_fan_out: bool
+    where: str = ""
 
-    def rank_of(self, module: str) -> int:
-        """Rank that the config promises for a module."""
-        return self.rank_pattern.get(_hit(self.rank_pattern, module), self.r)
+    def promised(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Module -> the rank and the alpha that the config promises.
 
-    def scaling_of(self, module: str, rank: int) -> float:
+        Raises:
+            InputError: A pattern that takes too long to match.
+        """
+        ranks = first_hits(self.rank_pattern, modules, where=self.where, what="rank_pattern")
+        alphas = first_hits(self.alpha_pattern, modules, where=self.where, what="alpha_pattern")
+        return {
+            m: (
+                self.rank_pattern[ranks[m]] if m in ranks else self.r,
+                self.alpha_pattern[alphas[m]] if m in alphas else self.alpha,
+            )
+            for m in modules
+        }
+
+    def scaling(self, alpha: float, rank: int) -> float:
         """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        alpha = self.alpha_pattern.get(_hit(self.alpha_pattern, module), self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
-
-
-def _hit(pattern: Mapping[str, Any], module: str) -> str:
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), module)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -88,32 +99,43 @@ def read_config(folder: Path) -> AdapterConfig:
     Raises:
         InputError: Missing, not LoRA, out of range, or of a variant that cannot be merged (named, with the reason).
     """
+    return checked_config(read_raw_config(folder), folder / CONFIG)
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """Everything that a folder's adapter_config.json says, its values not looked at yet.
+
+    Raises:
+        InputError: Missing, over `LARGEST_CONFIG` bytes, or no JSON object.
+    """
     path = folder / CONFIG
     if not path.exists():
         raise InputError(f"no {CONFIG}", where=str(folder), hint="expected a PEFT adapter folder")
-    return checked_config(read_json(path, limit=16 << 20), path)
+    raw = read_json(path, limit=LARGEST_CONFIG)
+    return dict(Record.of(raw, str(path), hint="expected a PEFT adapter folder").values)
 
 
-def checked_config(raw: Any, path: Path) -> AdapterConfig:
+def checked_config(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
     """The fields of a config that was read from `path`; raises as `read_config`."""
-    if not isinstance(raw, dict):
-        raise InputError("not a JSON object", where=str(path))
+    record = Record.of(raw, str(path), hint="correct it, or save the adapter again")
     refuse_variants(raw, str(path))
     narrowed = any(raw.get(k) for k in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    ranks, alphas = (record.record(k, optional=True) for k in ("rank_pattern", "alpha_pattern"))
+    require_patterns(ranks.values, str(path), "rank_pattern")
+    require_patterns(alphas.values, str(path), "alpha_pattern")
     return AdapterConfig(
-        base=_text(raw, "base_model_name_or_path", path) or "",
-        revision=_text(raw, "revision", path),
-        task_type=_text(raw, "task_type", path),
-        r=_rank(raw.get("r", 8), "r", path),
-        alpha=_alpha(raw.get("lora_alpha", 8), "lora_alpha", path),
-        rslora=bool(raw.get("use_rslora", False)),
-        rank_pattern={k: _rank(v, f"rank_pattern[{k}]", path) for k, v in _mapping(raw, "rank_pattern", path).items()},
-        alpha_pattern={
-            k: _alpha(v, f"alpha_pattern[{k}]", path) for k, v in _mapping(raw, "alpha_pattern", path).items()
-        },
-        target_modules=None if narrowed else _strings(raw.get("target_modules"), "target_modules", path),
-        modules_to_save=_list(raw.get("modules_to_save"), "modules_to_save", path),
-        fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)),
+        base=_text(record, "base_model_name_or_path") or "",
+        revision=_text(record, "revision"),
+        task_type=_text(record, "task_type"),
+        r=record.integer("r", 1, _RANK_LIMIT, 8),
+        alpha=_alpha(record, "lora_alpha", 8),
+        rslora=record.flag("use_rslora", False),
+        rank_pattern={k: ranks.integer(k, 1, _RANK_LIMIT) for k in ranks.values},
+        alpha_pattern={k: _alpha(alphas, k) for k in alphas.values},
+        target_modules=None if narrowed else _targets(record),
+        modules_to_save=tuple(sorted(set(record.texts("modules_to_save", ())))),
+        fan_in_fan_out=record.flag("fan_in_fan_out", False),
+        where=str(path),
     )
 
 
@@ -121,15 +143,16 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
     """Raise for LoRA variants whose update is not scaling * B @ A on the unchanged base, naming the reason."""
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"peft_type is {kind!r}, only LORA adapters can be merged", where=where)
+        raise InputError(f"peft_type is {shown(kind)}, only LORA adapters can be merged", where=where)
+    record = Record.of(raw, where)
     for key, why in _REFUSED.items():
-        if raw.get(key):
+        if record.flag(key, False) if key in _FLAGS else raw.get(key):
             step = _CONVERTED.get(key, "merge this adapter into its base and serve it separately")
             if Path(where).name == CONFIG:
                 step = step.replace("plait convert", f"plait convert {Path(where).parent}", 1)
             raise InputError(f"{key}: {why}", where=where, hint=step)
     if raw.get("bias", "none") != "none":
-        raise InputError(f"bias={raw['bias']!r}: trained biases are outside the LoRA factors", where=where)
+        raise InputError(f"bias={shown(raw['bias'])}: trained biases are outside the LoRA factors", where=where)
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise InputError(
@@ -140,57 +163,21 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _rank(value: Any, key: str, path: Path) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _RANK_LIMIT:
-        raise InputError(f"{key} is {value!r}, expected an integer from 1 to {_RANK_LIMIT}", where=str(path))
+def _alpha(record: Record, key: str, *default: float) -> float:
+    return record.number(key, 0.0, _ALPHA_LIMIT, *default, above=True)
+
+
+def _text(record: Record, key: str) -> str | None:
+    """A text that names something, or None."""
+    if not record.has(key):
+        return None
+    value = record.text(key, longest=_TEXT_LIMIT)
+    if "\0" in value:
+        raise record.wrong(key, value, "a text without NUL")
     return value
 
 
-def _alpha(value: Any, key: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _ALPHA_LIMIT:
-        raise InputError(f"{key} is {value!r}, expected a finite number above 0", where=str(path))
-    return float(value)
-
-
-def _mapping(raw: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
-    value = raw.get(key) or {}
-    if not isinstance(value, dict):
-        raise InputError(f"{key} is not an object", where=str(path))
-    for name in value:
-        _require_quick(name, f"{key}[{name}]", path)
-    return value
-
-
-def _require_quick(pattern: str, key: str, path: Path) -> None:
-    """PEFT matches these keys as regexes, and a regex can take forever: none with nested or many ways to match is tried.
-
-    An optional part, a repetition and a group of alternatives each multiply the ways; what follows an opening bracket
-    ("(?:") is none of them.
-    """
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as e:
-        raise InputError(f"{key} is not a regex: {e}", where=str(path)) from None
-    bare = pattern.replace("(?", "(")
-    choices = len(re.findall(r"[*+{?]", bare)) + (bare.count("(") if "|" in bare else 0)
-    if len(pattern) > _PATTERN_LIMIT or re.search(r"\)[*+{]", bare) or choices > _CHOICES:
-        raise InputError(f"{key} could take forever to match", where=str(path), hint="name the modules plainly")
-
-
-def _text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{key} is not a string", where=str(path))
-    return value
-
-
-def _list(value: Any, key: str, path: Path) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise InputError(f"{key} is not a list of strings", where=str(path))
-    return tuple(sorted(set(value)))
-
-
-def _strings(value: Any, key: str, path: Path) -> tuple[str, ...] | str | None:
-    return value if isinstance(value, str) else _list(value, key, path) or None
+def _targets(record: Record) -> tuple[str, ...] | str | None:
+    if isinstance(record.values.get("target_modules"), str):
+        return record.text("target_modules")
+    return tuple(sorted(set(record.texts("target_modules", ())))) or None

@@ -140,7 +140,8 @@ def _pair(
             others[bare] = tensor
     if not halves:
         raise InputError("holds no LoRA tensors", where=str(folder / WEIGHTS))
-    return {m: _factors(m, pair, kinds[m], config, folder) for m, pair in halves.items()}, others
+    promised = config.promised(list(halves))
+    return {m: _factors(m, pair, kinds[m], promised[m], config, folder) for m, pair in halves.items()}, others
 
 
 def _bare_key(key: str, folder: Path) -> str:
@@ -157,7 +158,14 @@ def _bare_key(key: str, folder: Path) -> str:
     return bare
 
 
-def _factors(module: str, pair: Mapping[str, Tensor], kind: str, config: AdapterConfig, folder: Path) -> LoraFactors:
+def _factors(
+    module: str,
+    pair: Mapping[str, Tensor],
+    kind: str,
+    promised: tuple[int, float],
+    config: AdapterConfig,
+    folder: Path,
+) -> LoraFactors:
     for half in ("A", "B"):
         if half not in pair:
             raise InputError(f"module {module!r} has no lora_{half}", where=str(folder))
@@ -168,13 +176,13 @@ def _factors(module: str, pair: Mapping[str, Tensor], kind: str, config: Adapter
             )
     A, B, stored = as_matrices(pair["A"], pair["B"], f"{folder}: {module}")
     kind = kind if stored == LINEAR else stored
-    rank, promised = A.shape[0], config.rank_of(module)
-    if rank != B.shape[1] or rank != promised or rank == 0:
+    rank = A.shape[0]
+    if rank != B.shape[1] or rank != promised[0] or rank == 0:
         raise InputError(
-            f"module {module!r}: A {tuple(A.shape)}, B {tuple(B.shape)}, and rank {promised} in {CONFIG} disagree",
+            f"module {module!r}: A {tuple(A.shape)}, B {tuple(B.shape)}, and rank {promised[0]} in {CONFIG} disagree",
             where=str(folder),
         )
-    return LoraFactors(A, B, config.scaling_of(module, rank), kind)
+    return LoraFactors(A, B, config.scaling(promised[1], rank), kind)
 
 
 def _backbone_prefix(factors: Mapping[str, LoraFactors], task_type: str | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.config import CONFIG
+from plait.adapters.config import CONFIG, read_raw_config
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import read_tensors
@@ -18,7 +18,7 @@ from plait.formats.keys import PEFT, TUCKER, variant_of
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import file_record
 from plait.merging.stack import base_adapter
-from plait.store import MANIFEST, read_json, read_manifest
+from plait.store import MANIFEST, read_manifest
 
 # What a config or the names of tensors give away -> its name, and the way to a plain LoRA, if there is one.
 _BASE, _START = "plait convert --base DIR", "plait convert --initial DIR"
@@ -104,10 +104,7 @@ def _tensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    raw = read_json(folder / CONFIG, limit=16 << 20)
-    if not isinstance(raw, dict):
-        raise InputError("not a JSON object", where=str(folder / CONFIG), hint="expected a PEFT adapter folder")
-    return raw
+    return read_raw_config(folder)
 
 
 def _attempt(path: Path) -> tuple[Adapter | None, str | None]:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.config import CONFIG, checked_config
+from plait.adapters.config import CONFIG, checked_config, read_raw_config
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import adapter_of
 from plait.adapters.weights import read_weights
 from plait.errors import InputError
 from plait.formats.base_weights import OUTPUT, BaseWeights
 from plait.formats.lowrank import Cut, best_rank
-from plait.store import read_json
 
 _MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _BIAS, _TOKENS = ".lora_B.bias", ".token_adapter.trainable_tokens_delta"
@@ -64,11 +63,9 @@ def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[
     Raises:
         InputError: A variant that cannot be converted, or lacks what its conversion needs; says which.
     """
-    raw = read_json(folder / CONFIG, limit=16 << 20)
-    if not isinstance(raw, dict):
-        raise InputError("not a JSON object", where=str(folder / CONFIG))
+    raw = read_raw_config(folder)
     tensors, metadata, digests = read_weights(folder)
-    work = _Work(folder, dict(raw), dict(tensors), means)
+    work = _Work(folder, raw, dict(tensors), means)
     _take_magnitudes(work)
     _take_biases(work)
     _take_tokens(work)
@@ -197,8 +194,7 @@ def _take_start(work: _Work) -> bool:
 def _minus_start(work: _Work, adapter: Adapter) -> Adapter:
     """The update of the original base: s B A - s B0 A0, of twice the rank, exactly."""
     initial = work.means.initial or work.folder
-    raw = read_json(initial / CONFIG, limit=16 << 20)
-    config = checked_config({**(raw if isinstance(raw, dict) else {}), "init_lora_weights": True}, initial / CONFIG)
+    config = checked_config({**read_raw_config(initial), "init_lora_weights": True}, initial / CONFIG)
     start = adapter_of(initial, config, *read_weights(initial), name=adapter.name)
     if start.modules.keys() != adapter.modules.keys():
         raise InputError("adapts other modules than the trained adapter", where=str(initial))

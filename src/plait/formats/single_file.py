@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.config import AdapterConfig, checked_config
+from plait.adapters.config import LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.conv import as_matrices, as_stored, with_middle
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import all_finite, read_tensors, widened
+from plait.checked import LARGEST_MANIFEST, Record, parsed_json
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names
 from plait.formats.layouts import dotted
@@ -56,7 +57,8 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
     if found.format == DIFFUSERS and dotted(found.halves):
         found.format = ORIGINAL
     configs = _configs(metadata, path) if found.format == DIFFUSERS else {}
-    modules = {m: _factors(m, found, configs, path) for m in sorted(found.halves)}
+    promised = _promised(found, configs)
+    modules = {m: _factors(m, found, promised.get(m), path) for m in sorted(found.halves)}
     record = file_record(metadata, path)
     return Adapter(
         name=checked_name(name or _plain_name(path), "adapter"),
@@ -83,14 +85,11 @@ def file_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | Non
     """The record plait left in a file's metadata, or None."""
     if RECORD not in metadata:
         return None
-    try:
-        record = json.loads(metadata[RECORD])
-    except (ValueError, RecursionError):
-        record = None
-    parts = ("options", "inputs", "result")
-    if not isinstance(record, dict) or any(not isinstance(record.get(key, {}), dict) for key in parts):
-        raise InputError(f"its metadata's {RECORD!r} is no record", where=str(path))
-    return record
+    raw = parsed_json(metadata[RECORD], str(path), f"its metadata's {RECORD!r}", LARGEST_MANIFEST)
+    record = Record.of(raw, str(path), inside=f"its metadata's {RECORD!r}")
+    for key in ("options", "inputs", "result"):
+        record.record(key, optional=True)
+    return dict(record.values)
 
 
 def _base(metadata: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
@@ -103,20 +102,30 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig
     """Component -> its LoRA config, where diffusers wrote them into the metadata."""
     if _ADAPTER_CONFIG not in metadata:
         return {}
-    try:
-        raw = json.loads(metadata[_ADAPTER_CONFIG])
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"its metadata's {_ADAPTER_CONFIG} is not JSON: {e}", where=str(path)) from None
-    if not isinstance(raw, dict):
-        raise InputError(f"its metadata's {_ADAPTER_CONFIG} is not an object", where=str(path))
+    what = f"its metadata's {_ADAPTER_CONFIG}"
+    raw = parsed_json(metadata[_ADAPTER_CONFIG], str(path), what, LARGEST_CONFIG)
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in raw.items():
+    for key, value in Record.of(raw, str(path), inside=what).values.items():
         component, _, field = key.partition(".")
         parts.setdefault(component, {"peft_type": "LORA"})[field] = value
     return {c: checked_config(config, path) for c, config in parts.items()}
 
 
-def _factors(module: str, found: Parsed, configs: Mapping[str, AdapterConfig], path: Path) -> LoraFactors:
+def _promised(found: Parsed, configs: Mapping[str, AdapterConfig]) -> dict[str, tuple[AdapterConfig, float]]:
+    """Module -> its component's config and the alpha that this promises, where there is one."""
+    parts: dict[str, list[str]] = {}
+    for module in found.halves:
+        component, _, inside = module.partition(".")
+        if component in configs:
+            parts.setdefault(component, []).append(inside)
+    return {
+        f"{component}.{inside}": (configs[component], alpha)
+        for component, insides in parts.items()
+        for inside, (_, alpha) in configs[component].promised(insides).items()
+    }
+
+
+def _factors(module: str, found: Parsed, promised: tuple[AdapterConfig, float] | None, path: Path) -> LoraFactors:
     where = f"{path}: {module}"
     half = found.halves[module]
     A = with_middle(half["A"], half[MIDDLE], half["B"], where) if MIDDLE in half else half["A"]
@@ -124,11 +133,10 @@ def _factors(module: str, found: Parsed, configs: Mapping[str, AdapterConfig], p
     if A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise InputError(f"A {tuple(A.shape)} and B {tuple(B.shape)} have no rank in common", where=where)
     rank = A.shape[0]
-    component, _, inside = module.partition(".")
     if module in found.alphas:
         scaling = _alpha(found.alphas[module], where) / rank
-    elif component in configs:
-        scaling = configs[component].scaling_of(inside, rank)
+    elif promised is not None:
+        scaling = promised[0].scaling(promised[1], rank)
     else:
         scaling = 1.0
     return LoraFactors(A, B, scaling, kind)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG
+from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, read_raw_config
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.store import MANIFEST, read_json, read_manifest
+from plait.store import MANIFEST, read_manifest
 
 # Two adapters from one random A reach about 0.99 after training; from two, chance alone gives a few hundredths.
 _CONTINUED = 0.9
@@ -25,14 +25,19 @@ def base_adapter(folder: Path) -> Path | None:
     """
     if not (folder / CONFIG).is_file():
         return None
-    raw = read_json(folder / CONFIG, limit=16 << 20)
-    named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+    named = read_raw_config(folder).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return None
-    for place in (Path(named), folder.parent / named, folder.parent / Path(named).name):
-        if place.resolve() != folder.resolve() and ((place / CONFIG).is_file() or _is_baked(place)):
-            return place
-    return None
+    places = (Path(named), folder.parent / named, folder.parent / Path(named).name)
+    return next((place for place in places if _leads_elsewhere(place, folder)), None)
+
+
+def _leads_elsewhere(place: Path, folder: Path) -> bool:
+    """Whether there is another adapter, or a baked model; what cannot be a path, or not be looked into, is a name."""
+    try:
+        return place.resolve() != folder.resolve() and ((place / CONFIG).is_file() or _is_baked(place))
+    except (OSError, ValueError):  # too long, with NUL, half a surrogate pair; another user's
+        return False
 
 
 def _is_baked(folder: Path) -> bool:
