@@ -134,7 +134,8 @@ class Automaton:
                 raise Unsupported
             return self._sequence(inner, after)
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(*value, after)
+            low, high, inner = value
+            return self._repeat(low, high, inner, after)
         if op == "AT":
             mark = {"AT_BEGINNING": "begin", "AT_BEGINNING_STRING": "begin", "AT_END": "end", "AT_END_STRING": "end"}
             if str(value) in mark:

@@ -128,7 +128,7 @@ def _plain_hits(keys: Sequence[str], order: dict[str, int], names: Sequence[str]
     hits: dict[str, str] = {}
     for name in names:
         budget.spend(5 * len(shapes))
-        best = None
+        best: str | None = None
         for (length, dots), known in shapes.items():
             key = known.get(_shaped(name, length, dots))
             if key is not None and (best is None or order[key] < order[best]):
