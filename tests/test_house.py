@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "plait"
 FILES = sorted(SOURCE.rglob("*.py"))
 LOWER = sorted(
-    [SOURCE / "errors.py", SOURCE / "locks.py", SOURCE / "store.py", SOURCE / "statistics" / "moments.py"]
+    [SOURCE / f"{name}.py" for name in ("errors", "files", "locks", "manifest", "store", "statistics/moments")]
     + [f for room in ("subspaces", "adapters", "formats", "merging") for f in (SOURCE / room).rglob("*.py")]
 )
 ALLOWED = {"torch", "safetensors", "numpy", "jaxtyping", "plait", "__future__"} | set(sys.stdlib_module_names)

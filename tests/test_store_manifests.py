@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plait import store
 from plait.errors import InputError
 from plait.store import MANIFEST, identity, is_done, read_json, read_manifest
+from tests.conftest import resealed
 from tests.test_store import OLD, make
 
 # --- manifests and JSON -----------------------------------------------------------------------------------------------
@@ -20,8 +21,7 @@ from tests.test_store import OLD, make
 @pytest.mark.parametrize("schema", [0, 2, "1", None])
 def test_manifests_of_other_versions_are_refused(tmp_path, schema):
     out = make(tmp_path / "out")
-    found = json.loads((out / MANIFEST).read_text())
-    (out / MANIFEST).write_text(json.dumps({**found, "schema": schema}))
+    resealed(out, schema=schema)
     with pytest.raises(InputError, match="this plait reads 1") as raised:
         is_done(out, OLD)
     assert MANIFEST in str(raised.value) and raised.value.exit_code == 3

@@ -58,6 +58,10 @@ class InputError(PlaitError):
     exit_code = 3
 
 
+class Damaged(InputError):  # noqa: N818 (what happened to it)
+    """A result of plait's own that is not what was written: files changed or gone, or a manifest that is."""
+
+
 class EnvironmentFault(PlaitError):  # noqa: N818 (EnvironmentError is a builtin)
     """Disk, memory, GPU, network or a missing extra."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -19,36 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from plait import __version__
-from plait.errors import InputError, UsageError
-from plait.locks import locked, require_readable, system_errors
-
-SCHEMA = 1
-MANIFEST = "plait.json"
-_PIECE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
-_JSON_LIMIT = 64 << 20
-_VOLATILE = {"versions", "result", "files"}
-
+from plait.errors import UsageError
+from plait.files import canonical_json as canonical_json
+from plait.files import read_json as read_json
+from plait.files import require_regular as require_regular
+from plait.files import sha256_file as sha256_file
+from plait.files import sha256_json as sha256_json
+from plait.locks import locked, system_errors
+from plait.manifest import CARD, require_whole, sealed
+from plait.manifest import MANIFEST as MANIFEST
+from plait.manifest import SCHEMA as SCHEMA
+from plait.manifest import differences as differences
+from plait.manifest import read_manifest as read_manifest
 
 # --- identity ---------------------------------------------------------------------------------------------------------
-
-
-def sha256_file(path: Path) -> str:
-    """Hash a file's bytes."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
-    with path.open("rb", buffering=0) as f:
-        while count := f.readinto(piece):
-            digest.update(piece[:count])
-    return digest.hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    """Hash a JSON value independently of key order."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def canonical_json(value: Any) -> str:
-    """One JSON text per value: sorted keys, no spaces, NaN refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def identity(
@@ -69,68 +52,21 @@ def identity(
     return json.loads(canonical_json(wanted))  # type: ignore[no-any-return]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path, limit: int = _JSON_LIMIT) -> Any:
-    """Read a JSON file strictly: a regular file, UTF-8 (a BOM is tolerated), bounded size and depth, no duplicate keys."""
-    require_regular(path)
-    size = path.stat().st_size
-    if size > limit:
-        raise InputError(f"JSON of {size} bytes, at most {limit} expected", where=str(path))
-    try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as e:
-        raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"not valid JSON: {e}", where=str(path)) from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"duplicate key {key!r}")
-        seen[key] = value
-    return seen
-
-
-def require_regular(path: Path) -> None:
-    """Refuse what is not a regular file (a FIFO would block, a device never ends) or may not be read."""
-    require_readable(path)
-    if not path.exists():
-        raise InputError("no such file", where=str(path))
-    if not path.is_file():
-        raise InputError("not a regular file", where=str(path))
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder, or None where there is none."""
-    file = path / MANIFEST
-    if not file.is_file():
-        return None
-    found = read_json(file)
-    if not isinstance(found, dict) or "schema" not in found:
-        raise InputError("not a plait manifest", where=str(file))
-    if any(not isinstance(found.get(key, {}), dict) for key in ("options", "inputs", "result", "files")):
-        raise InputError("not a plait manifest", where=str(file))
-    if found["schema"] != SCHEMA:
-        raise InputError(
-            f"manifest schema {found['schema']}, this plait reads {SCHEMA}",
-            where=str(file),
-            hint="redo it with this version",
-        )
-    return found
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False) -> bool:
-    """Whether the folder already holds the wanted result.
+def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, read: bool = False) -> bool:
+    """Whether the folder already holds the wanted result, whole.
+
+    Args:
+        path: The folder.
+        wanted: The identity of the result (see `identity`).
+        overwrite: Whether it is to be made again in any case.
+        read: Whether to compare the hashes of its files too, as where they are used again; existence and sizes always are.
 
     Raises:
         UsageError: It holds another one (the difference is in the message), or something that is not a result.
+        Damaged: It held the wanted one, and files were changed or are gone since.
     """
     if overwrite:
         return False
@@ -150,27 +86,12 @@ def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False) -
             where=str(path),
             hint="choose another --out, or --overwrite",
         )
+    require_whole(path, read=read)
     return True
 
 
 def _occupied(path: Path) -> bool:
     return path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two manifests differ, as "key: found -> wanted"."""
-    a, b = dict(_flat(found)), dict(_flat(wanted))
-    differing = [k for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
-    return [f"{'.'.join(k)}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in differing]
-
-
-def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            if path or key not in _VOLATILE:
-                yield from _flat(inner, (*path, str(key)))
-    else:
-        yield path, value
 
 
 @contextlib.contextmanager
@@ -219,17 +140,17 @@ def _finish(
     check: Callable[[Path], None] | None,
     digests: Mapping[str, Callable[[], str]],
 ) -> None:
-    files = sorted(p for p in stage.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in stage.rglob("*") if p.is_file() and p not in (stage / MANIFEST, stage / CARD))
     # While the disk flushes, the cores hash and check: threads that wait for the one do not keep the other.
     with ThreadPoolExecutor(2) as disk, ThreadPoolExecutor(2) as cores:
-        settled = disk.map(_settle, files)
+        settled = disk.map(_settle, [*files, *(stage.glob(CARD))])
         names = {str(p.relative_to(stage)): p for p in files}
         hashes = {n: digests.get(n) or cores.submit(sha256_file, p).result for n, p in names.items()}
         if check:
             check(stage)
-        listed = {name: digest() for name, digest in hashes.items()}
+        listed = {name: (names[name].stat().st_size, digest()) for name, digest in hashes.items()}
         list(settled)  # raises what the disk met
-    manifest = {**wanted, "versions": versions(), "result": dict(result), "files": listed}
+    manifest = sealed({**wanted, "versions": versions(), "result": dict(result)}, listed)
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _settle(stage / MANIFEST)

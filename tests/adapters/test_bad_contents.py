@@ -17,6 +17,7 @@ from plait.adapters.tensor_file import write_tensors
 from plait.errors import InputError
 from plait.store import MANIFEST
 from tests.adapters.conftest import ROOT, Damage, config, refused, tensors, unsealed
+from tests.conftest import resealed
 
 # --- config: items 10 to 13, 24 to 28 ---------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ def test_bad_configs(folder, damage):
 
 
 def test_10_a_byte_order_mark_is_no_damage(folder):
-    (folder / CONFIG).write_bytes(b"\xef\xbb\xbf" + (folder / CONFIG).read_bytes())
+    (unsealed(folder) / CONFIG).write_bytes(b"\xef\xbb\xbf" + (folder / CONFIG).read_bytes())
     assert read_adapter(folder).rank == 2
 
 
@@ -143,8 +144,7 @@ def test_24_patterns_as_people_write_them_are_matched(folder, pattern):
 
 @pytest.mark.parametrize("task", [5, ["topic"], {"name": "topic"}])
 def test_a_recorded_task_that_is_no_name(folder, task):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "result": {"task": task}}))
+    resealed(folder, result={"task": task})
     refused(folder, "expected a name", MANIFEST)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import resealed
 
 from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter, LoraFactors
@@ -191,12 +192,12 @@ def test_what_cannot_be_edited(tmp_path, adapters):
     with pytest.raises(UsageError, match="cut or calibrated"):
         edit(tmp_path / "cut", Change(remove=["a"]), out, by_difference=True)
     manifest = json.loads((tmp_path / "m" / "plait.json").read_text())
-    (tmp_path / "m" / "plait.json").write_text(json.dumps({**manifest, "stage": "merge-auto"}))
+    resealed(tmp_path / "m", stage="merge-auto")
     with pytest.raises(InputError, match="was chosen by merge auto"):
         edit(tmp_path / "m", Change(remove=["a"]), out)
     for adapters_then in (None, "a", [{"name": "a"}], [{"name": "a", "sha256": "0", "weight": "much"}]):
         result = {**manifest["result"], "adapters": adapters_then}
-        (tmp_path / "m" / "plait.json").write_text(json.dumps({**manifest, "result": result}))
+        resealed(tmp_path / "m", stage="merge", result=result)
         with pytest.raises(InputError, match="does not name its inputs"):
             edit(tmp_path / "m", Change(remove=["a"]), out)
     assert not out.exists()

@@ -18,10 +18,11 @@ from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.tensors import read_tensors, widened
-from plait.adapters.weights import WEIGHTS, begin_weights, check_digests
+from plait.adapters.weights import WEIGHTS, begin_weights
 from plait.errors import InputError
+from plait.files import sha256_json
 from plait.locks import require_readable
-from plait.store import MANIFEST, read_manifest, sha256_json
+from plait.manifest import MANIFEST, read_manifest, require_whole
 
 _TASK_TYPE = "task_type"
 HEADS = "heads"
@@ -48,7 +49,8 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
         name: What to call it; by default its manifest's task, else the folder's name.
 
     Raises:
-        InputError: Damaged, incomplete, holding NaN, unlike its config, or of a refused variant; names file and tensor.
+        InputError: Damaged, incomplete, holding NaN, unlike its config or its manifest, or of a refused variant; names
+            file and tensor.
     """
     with Hashing() as hashing:
         return begin_adapter(folder, hashing, name=name)()
@@ -84,8 +86,10 @@ def adapter_of(
     name: str | None = None,
 ) -> Adapter:
     """An adapter from what was read from a folder; raises as `read_adapter`."""
-    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    check_digests(folder, manifest, digests)
+    require_readable(folder / HEADS)
+    manifest = read_manifest(folder)
+    if digests:  # without, what is read was only just written, and has no manifest yet
+        require_whole(folder, read=True, known=digests)
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
     prefix = _backbone_prefix(factors, task_type)

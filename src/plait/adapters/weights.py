@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.tensors import begin_tensors
 from plait.errors import InputError
-from plait.store import MANIFEST, read_json
+from plait.files import read_json
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
 
@@ -57,19 +55,3 @@ def _begin_shards(folder: Path, hashing: Hashing | None) -> tuple[dict[str, Tens
     if missing := sorted(set(files) - set(tensors)):
         raise InputError(f"{missing[0]} is in no shard", where=str(folder / INDEX))
     return tensors, digests
-
-
-def check_digests(folder: Path, manifest: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
-    """Refuse files whose hashes are not those that the folder's manifest recorded.
-
-    Raises:
-        InputError: One differs; it is named.
-    """
-    recorded = (manifest or {}).get("files", {})
-    for file, digest in digests.items():
-        if recorded.get(file, digest) != digest:
-            raise InputError(
-                "its bytes are not those the manifest recorded",
-                where=str(folder / file),
-                hint=f"damaged or edited since; remove {MANIFEST} if that was on purpose",
-            )

@@ -12,7 +12,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import read_tensors
 from plait.adapters.weights import INDEX, WEIGHTS, read_weights
-from plait.errors import InputError, PlaitError
+from plait.errors import Damaged, InputError, PlaitError
 from plait.formats.convert import component_folders
 from plait.formats.keys import PEFT, TUCKER, variant_of
 from plait.formats.reading import format_of, read_any
@@ -51,6 +51,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: Nothing there, or neither a folder of adapters nor a safetensors file.
+        Damaged: A folder of plait's that is not what its manifest says.
     """
     path = Path(path)
     if parts := component_folders(path):
@@ -110,6 +111,8 @@ def _config(folder: Path) -> Mapping[str, Any]:
 def _attempt(path: Path) -> tuple[Adapter | None, str | None]:
     try:
         return (read_adapter(path) if path.is_dir() else read_any(path)), None
+    except Damaged:  # of nothing in it can be said that it is what was written
+        raise
     except PlaitError as e:
         return None, f"{e.what}" + (f" ({e.hint})" if e.hint else "")
 
