@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.reference import merging as twins
 from torch import nn
 
 from plait.adapters.lora import LINEAR
@@ -15,7 +16,6 @@ from plait.adapters.peft_format import read_adapter
 from plait.errors import PlaitError
 from plait.merging import merge, merge_methods
 from plait.merging.folders import merge_folders
-from tests.reference import merging as twins
 
 TARGETS = ["words", "wide", "long", "last"]
 WITHOUT_STATISTICS = [name for name, method in merge_methods().items() if not method.needs]
