@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "plait"
 FILES = sorted(SOURCE.rglob("*.py"))
 LOWER = sorted(
     [SOURCE / f"{name}.py" for name in ("errors", "files", "locks", "manifest", "store", "statistics/moments")]
-    + [f for room in ("subspaces", "adapters", "formats", "merging") for f in (SOURCE / room).rglob("*.py")]
+    + [f for room in ("subspaces", "adapters", "formats", "loading", "merging") for f in (SOURCE / room).rglob("*.py")]
 )
 ALLOWED = {"torch", "safetensors", "numpy", "jaxtyping", "plait", "__future__"} | set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
@@ -57,6 +57,20 @@ def test_the_lower_layer_imports_little(path):
     found = set(imports(parsed(path), top_level=True))
     assert found <= ALLOWED, f"{name_of(path)} imports {sorted(found - ALLOWED)}"
     assert not set(imports(parsed(path))) & {"transformers", "datasets", "sklearn", "scipy", "matplotlib"}
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "loading").rglob("*.py")), ids=name_of)
+def test_the_account_of_loading_stands_on_its_own(path):
+    """What verifies the writers must not read by their rules: of plait only errors and options, and no tensor library."""
+    tree = parsed(path)
+    ours = {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("plait")
+    }
+    ours |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name.startswith("plait")}
+    assert not {m for m in ours if not m.startswith("plait.loading") and m not in ("plait.errors", "plait.options")}
+    assert set(imports(tree, top_level=True)) <= {"plait"} | set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if name_of(f) not in SUBCLASSES], ids=name_of)
