@@ -4,7 +4,7 @@ The public API, imported when first used, so that ``import plait`` stays light:
 
 - statistics: `collect_statistics`, `merge_statistics`, `read_statistics`, `write_statistics`
 - subspaces: `compute_subspaces`, `subspace_state_dict`, `initialize_lora_weights`
-- adapters: `read_adapter`, `write_adapter`, `Adapter`, `LoraFactors`
+- adapters: `read_adapter`, `write_adapter`, `Adapter`, `LoraFactors`, `load_head`
 - training: `train_adapter`, `TrainingSettings`
 - merging: `merge`, `merge_folders`, `merge_methods`; without labels `merge_auto`, `advise`
 - whole runs: `read_recipe`, `run`
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from plait.fidelity.advise import advise as advise
     from plait.fidelity.auto import AutoSettings as AutoSettings
     from plait.fidelity.auto import merge_auto as merge_auto
+    from plait.heads import load_head as load_head
     from plait.merging import merge as merge
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods
@@ -53,6 +54,7 @@ _HOMES = {
     "collect_statistics": "statistics",
     "compute_subspaces": "subspaces",
     "initialize_lora_weights": "adapters.init",
+    "load_head": "heads",
     "merge": "merging",
     "merge_auto": "fidelity.auto",
     "merge_folders": "merging",
@@ -79,6 +81,7 @@ __all__ = [
     "collect_statistics",
     "compute_subspaces",
     "initialize_lora_weights",
+    "load_head",
     "merge",
     "merge_auto",
     "merge_folders",

@@ -126,7 +126,7 @@ def test_classifiers_become_one_backbone_adapter_with_every_head():
     a = adapter("a", 0, task_type="SEQ_CLS", prefix="roberta", heads={"a": {"classifier.weight": torch.ones(2, 12)}})
     b = adapter("b", 1, task_type="SEQ_CLS", prefix="roberta", heads={"b": {"classifier.weight": torch.ones(6, 12)}})
     done = merge([a, b])
-    assert done.adapter.task_type == "FEATURE_EXTRACTION" and done.adapter.prefix == ""
+    assert done.adapter.task_type == "FEATURE_EXTRACTION" and done.adapter.prefix == "roberta"
     assert set(done.adapter.heads) == {"a", "b"} and done.record["backbone_prefix"] == "roberta"
 
 

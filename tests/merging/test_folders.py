@@ -252,14 +252,15 @@ def test_merged_classifiers_run_in_peft_on_the_backbone(tmp_path):
         wrapped.save_pretrained(tmp_path / name)
     merge_folders([tmp_path / "two", tmp_path / "three"], tmp_path / "out", scale=0.5)
     ids = torch.randint(3, 60, (2, 7))
-    backbone = hf.AutoModel.from_pretrained(tmp_path / "base").eval()
+    whole = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
     expected = hf.AutoModel.from_pretrained(tmp_path / "base").eval()
     for name in ("two", "three"):
         for module, f in read_adapter(tmp_path / name).modules.items():
             expected.get_submodule(module).weight.data += 0.5 * f.delta()
     with torch.no_grad():
-        plain = backbone(ids).last_hidden_state
-        found = peft.PeftModel.from_pretrained(backbone, tmp_path / "out").eval()(input_ids=ids).last_hidden_state
+        plain = whole.roberta(ids).last_hidden_state
+        peft.PeftModel.from_pretrained(whole, tmp_path / "out")
+        found = whole.eval().roberta(ids).last_hidden_state
         torch.testing.assert_close(found, expected(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
     assert (found - plain).abs().max() > 0.05
 

@@ -16,6 +16,8 @@ from plait.store import read_json
 CONFIG = "adapter_config.json"
 # Head modules PEFT itself saves for these task types (peft.tuners.tuners_utils, SEQ_CLS_HEAD names).
 CLASSIFICATION_TYPES = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
+# Type of an adapter of a backbone: what a merge of classifiers is.
+MERGED_TYPE = "FEATURE_EXTRACTION"
 _RANK_LIMIT = 1 << 16
 _ALPHA_LIMIT = 1e30  # above, float32 factors overflow
 _TEXT_LIMIT = 1024

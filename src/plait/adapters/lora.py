@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.config import CLASSIFICATION_TYPES
+from plait.adapters.heads import HeadFacts
 from plait.errors import InputError
 
 LINEAR, EMBEDDING = "linear", "embedding"
@@ -78,6 +80,7 @@ class Adapter:
         target_modules: As PEFT's config had them; None where only the full list of `modules` describes them.
         fan_in_fan_out: Whether the base stores these weights transposed (Conv1D).
         source: Where it came from: path, hashes, what the training base was. Provenance, not arithmetic.
+        head_facts: Task -> what the outputs of its head mean, where that is known.
     """
 
     name: str
@@ -91,17 +94,26 @@ class Adapter:
     target_modules: tuple[str, ...] | str | None = None
     fan_in_fan_out: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
+    head_facts: Mapping[str, HeadFacts] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         """The largest rank among its modules."""
         return max((f.rank for f in self.modules.values()), default=0)
 
+    def facts_of(self, head: str) -> HeadFacts:
+        """What is known of a head: from its file, else from the folder's record."""
+        labels, known = self.classes_of(head), self.head_facts.get(head, HeadFacts())
+        own = self.task_type if self.task_type in CLASSIFICATION_TYPES else None
+        return known.otherwise(HeadFacts(tuple(labels) if labels else None, None, own, self.prefix))
+
     def classes_of(self, head: str) -> list[str] | None:
-        """The names of a head's classes in the order of its outputs, as its record has them; None where it has none.
+        """The names of a head's classes in the order of its outputs, as its file or record has them; None where none has.
 
         A trained adapter's record lists them for the one head it has, a merge's by head.
         """
+        if (facts := self.head_facts.get(head)) and facts.labels:
+            return list(facts.labels)
         recorded = self.source.get("labels")
         found = recorded.get(head) if isinstance(recorded, Mapping) else recorded if head == self.name else None
         return list(map(str, found)) if isinstance(found, list) else None

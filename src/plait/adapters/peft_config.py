@@ -1,4 +1,13 @@
-"""What PEFT's adapter_config.json says of an adapter."""
+"""What PEFT's adapter_config.json says of an adapter.
+
+A classification merge holds the backbone's update and no head that PEFT knows of, and its names are the whole model's. What
+PEFT 0.21 does with such a folder depends on `task_type` alone. With null it loads over AutoModelForSequenceClassification
+(and over AutoModelForTokenClassification), applies the update to the backbone and leaves the head as it is; over AutoModel it
+finds none of the modules and raises; AutoPeftModelForSequenceClassification raises too ("Cannot infer the auto class"), as
+it has no head to give. SEQ_CLS, without a head's tensors inside, ends in a KeyError over every classifier. FEATURE_EXTRACTION
+loads as null does, and promises the backbone's own class, over which it raises. So it is null. Names of the backbone
+alone, which this config used to have, changed nothing over a classifier but for a warning.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.adapters.config import CLASSIFICATION_TYPES
+from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.lora import Adapter
 
 
@@ -25,7 +34,7 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
     longest_first = sorted(adapter.modules, key=lambda m: (-len(m), m))  # PEFT: the first key that is a suffix wins
     config = {
         "peft_type": "LORA",
-        "task_type": adapter.task_type if head or adapter.task_type not in CLASSIFICATION_TYPES else None,
+        "task_type": _task_type(adapter, head),
         "base_model_name_or_path": adapter.base,
         "revision": adapter.revision,
         "r": rank,
@@ -41,12 +50,29 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         "bias": "none",
         "use_rslora": False,
         "init_lora_weights": True,
-        "inference_mode": adapter.task_type is None or adapter.task_type == "FEATURE_EXTRACTION",
+        "inference_mode": True,  # as PEFT saves it; `is_trainable=True` undoes it
     }
     return config, fold
 
 
+def named_in_full(adapter: Adapter) -> bool:
+    """Whether only names of the whole model keep PEFT from passing over the update, on a class that has another root.
+
+    A text model's own class and its backbone's share no such names as adapters have ("model.layers"), and its trainers
+    read `target_modules` as people write them.
+    """
+    return bool(adapter.prefix) and (adapter.task_type in CLASSIFICATION_TYPES or adapter.task_type == MERGED_TYPE)
+
+
+def _task_type(adapter: Adapter, head: Mapping[str, Tensor] | None) -> str | None:
+    if adapter.task_type in CLASSIFICATION_TYPES and not head:
+        return None
+    return None if adapter.task_type == MERGED_TYPE and adapter.prefix else adapter.task_type
+
+
 def _targets(adapter: Adapter) -> list[str] | str:
+    if named_in_full(adapter):
+        return sorted(adapter.full_name(m) for m in adapter.modules)
     if isinstance(adapter.target_modules, str) and not adapter.prefix:
         return adapter.target_modules
     wanted = adapter.target_modules

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig, read_config
+from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, MERGED_TYPE, AdapterConfig, read_config
 from plait.adapters.conv import as_matrices, as_stored, stored_as
 from plait.adapters.hashing import Digest, Hashing
+from plait.adapters.heads import HeadFacts, head_metadata, read_facts, recorded_facts
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
@@ -24,7 +25,7 @@ from plait.files import sha256_json
 from plait.locks import require_readable
 from plait.manifest import MANIFEST, read_manifest, require_whole
 
-_TASK_TYPE = "task_type"
+_TASK_TYPE, _PREFIX = "task_type", "backbone_prefix"  # metadata of the weights' file
 HEADS = "heads"
 _ROOT = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
@@ -92,23 +93,26 @@ def adapter_of(
         require_whole(folder, read=True, known=digests)
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
-    prefix = _backbone_prefix(factors, task_type)
-    cut = len(prefix) + 1 if prefix else 0
+    prefix, cut = _prefix_of(factors, task_type, metadata, folder)
     name = checked_name(name or _recorded_task(manifest, folder) or folder.resolve().name, "adapter")
     head, extras = _split_head(others, config)
-    heads = {name: head} if head else _read_heads(folder)
+    heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else _read_heads(folder)
+    result = (manifest or {}).get("result", {})
+    if not prefix and task_type == MERGED_TYPE and heads and isinstance(result.get(_PREFIX), str):
+        prefix = result[_PREFIX]  # merges of old have the backbone's names
     return Adapter(
         name=name,
         base=config.base,
         modules={k[cut:]: factors[k] for k in sorted(factors)},
         task_type=task_type,
         prefix=prefix,
-        heads=heads,
+        heads={head: tensors for head, (tensors, _) in heads.items()},
         extras=extras,
         revision=config.revision,
         target_modules=config.target_modules,
         fan_in_fan_out=config.fan_in_fan_out,
         source={"path": str(folder), **({"sha256": sha256_json(digests)} if digests else {}), **_kept_facts(manifest)},
+        head_facts={h: facts.otherwise(recorded_facts(result, h, name)) for h, (_, facts) in heads.items()},
     )
 
 
@@ -189,12 +193,24 @@ def _factors(
     return LoraFactors(A, B, config.scaling(promised[1], rank), kind)
 
 
-def _backbone_prefix(factors: Mapping[str, LoraFactors], task_type: str | None) -> str:
-    """The backbone's attribute: with a task head beside it, the backbone is the one child all LoRA modules live in."""
+def _prefix_of(
+    factors: Mapping[str, LoraFactors], task_type: str | None, metadata: Mapping[str, str], folder: Path
+) -> tuple[str, int]:
+    """The backbone's attribute, and how much of every name it takes.
+
+    A merge's file says it; with a task head beside it, the backbone is the one child that all LoRA modules live in.
+    """
+    if prefix := metadata.get(_PREFIX):
+        if lost := [name for name in factors if not name.startswith(f"{prefix}.")]:
+            raise InputError(
+                f"module {lost[0]!r} is not inside {prefix!r}, as its file says", where=str(folder / WEIGHTS)
+            )
+        return prefix, len(prefix) + 1
     if task_type not in CLASSIFICATION_TYPES:
-        return ""
+        return "", 0
     firsts = Counter(name.partition(".")[0] for name in factors)
-    return next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
+    prefix = next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
+    return prefix, len(prefix) + 1 if prefix else 0
 
 
 def _split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -204,9 +220,12 @@ def _split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[di
     return head, {k: v for k, v in others.items() if k not in head}
 
 
-def _read_heads(folder: Path) -> dict[str, dict[str, Tensor]]:
-    files = sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []
-    return {checked_name(f.stem, "head"): read_tensors(f, finite=True)[0] for f in files}
+def _read_heads(folder: Path) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:
+    found = {}
+    for file in sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []:
+        tensors, metadata, _ = read_tensors(file, finite=True)
+        found[checked_name(file.stem, "head")] = tensors, read_facts(metadata, tensors, str(file))
+    return found
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -223,7 +242,11 @@ def write_adapter(
     One head and a classification task type: the head lies in adapter_model.safetensors as PEFT has it. Otherwise heads
     go to ``heads/<task>.safetensors``. `init_lora_weights` is true: with it every trainer loads the factors as they are.
     A classification adapter without a head (one that is yet to be trained) has no task type in its config: PEFT would
-    look for the head's tensors. The file's metadata keeps it.
+    look for the head's tensors. The file's metadata keeps it, and names of classes beside the head.
+
+    Names are the whole model's, in tensors and in `target_modules`, wherever the backbone's own name is known
+    (`Adapter.prefix`), so that PEFT loads the folder over the class it is for and raises over another. Adapters of a bare
+    backbone know none: their folders hold the backbone's names, as PEFT saved them, for AutoModel alone.
 
     Args:
         folder: Where to.
@@ -252,7 +275,11 @@ def write_adapter(
         return {a: A, b: B}
 
     tensors = {k: v for m, f in adapter.modules.items() for k, v in named(m, f).items()} | others
-    metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else None
+    metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else {}
+    if adapter.task_type == MERGED_TYPE and adapter.prefix:
+        metadata |= {_PREFIX: adapter.prefix}
+    if inline:
+        metadata |= head_metadata(adapter.facts_of(adapter.name), inline)
     written = hashing.file(folder / WEIGHTS) if hashing else None
     if fill is None:
         write_tensors(folder / WEIGHTS, tensors, metadata, written)
@@ -261,7 +288,8 @@ def write_adapter(
     if inline is None and adapter.heads:
         (folder / HEADS).mkdir()
         for task, head in adapter.heads.items():
-            write_tensors(folder / HEADS / f"{checked_name(task, 'head')}.safetensors", head)
+            facts = head_metadata(adapter.facts_of(task), head)
+            write_tensors(folder / HEADS / f"{checked_name(task, 'head')}.safetensors", head, facts)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return {WEIGHTS: written.whole()} if written else {}

@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.config import CLASSIFICATION_TYPES
+from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, UsageError
 from plait.merging.stack import base_adapter
-
-MERGED_TYPE = "FEATURE_EXTRACTION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +185,21 @@ def _check_roots(adapters: Sequence[Adapter]) -> None:
 
 
 def _task_type(adapters: Sequence[Adapter]) -> tuple[str | None, str]:
-    """A task model's type is kept where all agree and no head distinguishes them; classifiers become their backbone."""
+    """A task model's type is kept where all agree and no head distinguishes them; classifiers become their backbone.
+
+    The backbone keeps the name it has in its classifier, of the first input that knows one: adapters of a bare backbone do
+    not. Where classifiers name it differently, each head remembers its own (`HeadFacts.prefix`).
+    """
     types = {a.task_type for a in adapters}
     if types <= {*CLASSIFICATION_TYPES, MERGED_TYPE, None} and types & CLASSIFICATION_TYPES:
-        return MERGED_TYPE, ""
+        return MERGED_TYPE, next((a.prefix for a in adapters if a.prefix), "")
     if len(types) > 1 and types != {None, *types}:
         raise InputError(
             f"task types {', '.join(sorted(map(str, types)))} are models of different shapes",
             where=", ".join(f"{a.name} (of {a.base})" if a.base else a.name for a in adapters),
         )
-    return next((a.task_type for a in adapters if a.task_type), None), adapters[0].prefix
+    prefix = next((a.prefix for a in adapters if a.prefix), "")
+    return next((a.task_type for a in adapters if a.task_type), None), prefix
 
 
 def _check_heads(adapters: Sequence[Adapter]) -> None:

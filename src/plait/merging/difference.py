@@ -53,7 +53,8 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     result = _record(recipe, weights, touched, modules, merged)
     known = labels_of([merged, *touched.values()]).get("labels", {})
     result["labels"] = {head: names for head, names in known.items() if head in heads}
-    adapter = replace(merged, modules=modules, heads=heads, target_modules=None)
+    facts = {t: a.facts_of(t) for a in (merged, *touched.values()) for t in a.heads if t in heads}
+    adapter = replace(merged, modules=modules, heads=heads, head_facts=facts, target_modules=None)
     target = format_of(merged)
     inputs = {f"adapter:{n}": str(a.source["sha256"]) for n, a in touched.items()}
     inputs["merged"] = str(merged.source["sha256"])

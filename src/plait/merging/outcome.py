@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from plait.adapters.heads import HeadFacts
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.merging.align import Alignment
 
@@ -18,6 +19,11 @@ def labels_of(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """
     found = {head: names for a in adapters for head, names in a.classes.items()}
     return {"labels": found} if found else {}
+
+
+def head_facts_of(adapters: Sequence[Adapter]) -> dict[str, HeadFacts]:
+    """What is known of every head that the inputs bring."""
+    return {head: adapter.facts_of(head) for adapter in adapters for head in adapter.heads}
 
 
 def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules: dict[str, LoraFactors]) -> Adapter:
@@ -45,6 +51,7 @@ def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules
             **facts,
             **labels_of(adapters),
         },
+        head_facts=head_facts_of(adapters),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plait.adapters.heads import facts_of_task
 from plait.adapters.lora import EMBEDDING, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.base import backbone_of, head_state, load_head
@@ -43,6 +44,7 @@ def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
         task_type=TASK_TYPES[task.kind],
         prefix=backbone_of(model)[1],
         heads={task.name: head} if head else {},
+        head_facts={task.name: facts_of_task(task.kind, task.labels)} if head else {},
     )
 
 
