@@ -72,7 +72,7 @@ def test_a_merged_folder_is_used_as_the_readme_says(tiny_base, tmp_path, monkeyp
         Path(adapter.name).mkdir()
         write_adapter(Path(adapter.name), adapter)
     merge_folders(["sst2", "rte"], Path("merged"))
-    text = next(t for page, t in blocks("python") if page == "README.md" and "merged/heads" in t)
+    text = next(t for page, t in blocks("python") if page == "README.md" and "load_head" in t)
     names: dict = {}
     exec(compile(text.replace("path/to/base", base.name), "README.md", "exec"), names)
     row = {"input_ids": torch.tensor([[0, 7, 9, 11, 2]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}

@@ -33,10 +33,11 @@ def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> 
 
     adapter = read_adapter(folder)
     name = chosen_head(adapter, task, str(folder))
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    own: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     head, facts = adapter.heads[name], adapter.facts_of(name)
     outputs = num_outputs(head)
-    config: Any = getattr(own, "config", None)
+    config = getattr(own, "config", None)
     if outputs is not None and config is not None and getattr(config, "num_labels", outputs) != outputs:
         raise InputError(
             f"the head {name!r} has {outputs} outputs, the model {config.num_labels}",

@@ -18,6 +18,7 @@ from plait.adapters.peft_format import CONFIG, HEADS, read_adapter, write_adapte
 from plait.adapters.weights import WEIGHTS
 from plait.errors import InputError, UsageError
 from plait.merging import merge_folders
+from plait.store import identity, read_manifest, staged_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 PREFIXES = {"bert": "bert", "roberta": "roberta", "mpnet": "mpnet", "distilbert": "distilbert"}
@@ -94,9 +95,9 @@ def test_read_back_it_merges_as_before(merged, tmp_path):
     """A merge is an input like another, beside a classifier and alone, also one without names of the whole model."""
     architecture, _, folders, folder = merged
     old = tmp_path / "old"
-    write_adapter(_made(old), replace(read_adapter(folder), prefix=""))
-    manifest = json.loads((folder / "plait.json").read_text()) | {"files": {}}
-    (old / "plait.json").write_text(json.dumps(manifest))
+    record = (read_manifest(folder) or {})["result"]
+    with staged_folder(old, identity("merge", {}), result=record) as stage:
+        write_adapter(stage, replace(read_adapter(folder), prefix=""))
     root = f"base_model.model.{PREFIXES[architecture]}."
     assert not any(k.startswith(root) for k in load_file(old / WEIGHTS))
     assert json.loads((old / CONFIG).read_text())["task_type"] == "FEATURE_EXTRACTION"

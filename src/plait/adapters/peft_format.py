@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,20 @@ from torch import Tensor
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, MERGED_TYPE, AdapterConfig, read_config
 from plait.adapters.conv import as_matrices, as_stored, stored_as
 from plait.adapters.hashing import Digest, Hashing
-from plait.adapters.heads import HeadFacts, head_metadata, read_facts, recorded_facts
+from plait.adapters.head_files import HEADS, PREFIX, prefix_of, read_heads, split_head
+from plait.adapters.heads import head_metadata, read_facts, recorded_facts
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
-from plait.adapters.tensors import read_tensors, widened
+from plait.adapters.tensors import widened
 from plait.adapters.weights import WEIGHTS, begin_weights
 from plait.errors import InputError
 from plait.files import sha256_json
 from plait.locks import require_readable
 from plait.manifest import MANIFEST, read_manifest, require_whole
 
-_TASK_TYPE, _PREFIX = "task_type", "backbone_prefix"  # metadata of the weights' file
-HEADS = "heads"
+_TASK_TYPE = "task_type"  # metadata of the weights' file
 _ROOT = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 _SUFFIXES = {
@@ -36,7 +35,6 @@ _SUFFIXES = {
     ".lora_embedding_B": ("B", EMBEDDING),
 }
 PutFactors = Callable[[str, LoraFactors], None]
-_HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_classifier"}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -93,13 +91,13 @@ def adapter_of(
         require_whole(folder, read=True, known=digests)
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
-    prefix, cut = _prefix_of(factors, task_type, metadata, folder)
+    prefix, cut = prefix_of(factors, task_type, metadata, folder)
     name = checked_name(name or _recorded_task(manifest, folder) or folder.resolve().name, "adapter")
-    head, extras = _split_head(others, config)
-    heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else _read_heads(folder)
+    head, extras = split_head(others, config)
+    heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else read_heads(folder)
     result = (manifest or {}).get("result", {})
-    if not prefix and task_type == MERGED_TYPE and heads and isinstance(result.get(_PREFIX), str):
-        prefix = result[_PREFIX]  # merges of old have the backbone's names
+    if not prefix and task_type == MERGED_TYPE and heads and isinstance(result.get(PREFIX), str):
+        prefix = result[PREFIX]  # merges of old have the backbone's names
     return Adapter(
         name=name,
         base=config.base,
@@ -193,41 +191,6 @@ def _factors(
     return LoraFactors(A, B, config.scaling(promised[1], rank), kind)
 
 
-def _prefix_of(
-    factors: Mapping[str, LoraFactors], task_type: str | None, metadata: Mapping[str, str], folder: Path
-) -> tuple[str, int]:
-    """The backbone's attribute, and how much of every name it takes.
-
-    A merge's file says it; with a task head beside it, the backbone is the one child that all LoRA modules live in.
-    """
-    if prefix := metadata.get(_PREFIX):
-        if lost := [name for name in factors if not name.startswith(f"{prefix}.")]:
-            raise InputError(
-                f"module {lost[0]!r} is not inside {prefix!r}, as its file says", where=str(folder / WEIGHTS)
-            )
-        return prefix, len(prefix) + 1
-    if task_type not in CLASSIFICATION_TYPES:
-        return "", 0
-    firsts = Counter(name.partition(".")[0] for name in factors)
-    prefix = next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
-    return prefix, len(prefix) + 1 if prefix else 0
-
-
-def _split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    saved = {*config.modules_to_save} | (_HEAD_NAMES if config.task_type in CLASSIFICATION_TYPES else set())
-    is_classifier = config.task_type in CLASSIFICATION_TYPES
-    head = {k: v for k, v in others.items() if is_classifier and saved & set(k.split(".")[:-1])}
-    return head, {k: v for k, v in others.items() if k not in head}
-
-
-def _read_heads(folder: Path) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:
-    found = {}
-    for file in sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []:
-        tensors, metadata, _ = read_tensors(file, finite=True)
-        found[checked_name(file.stem, "head")] = tensors, read_facts(metadata, tensors, str(file))
-    return found
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +240,7 @@ def write_adapter(
     tensors = {k: v for m, f in adapter.modules.items() for k, v in named(m, f).items()} | others
     metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else {}
     if adapter.task_type == MERGED_TYPE and adapter.prefix:
-        metadata |= {_PREFIX: adapter.prefix}
+        metadata |= {PREFIX: adapter.prefix}
     if inline:
         metadata |= head_metadata(adapter.facts_of(adapter.name), inline)
     written = hashing.file(folder / WEIGHTS) if hashing else None

@@ -1,0 +1,61 @@
+"""The heads of a PEFT folder, inside the weights' file or beside it, and what the backbone is called next to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from plait.adapters.config import CLASSIFICATION_TYPES, AdapterConfig
+from plait.adapters.heads import HeadFacts, read_facts
+from plait.adapters.lora import LoraFactors
+from plait.adapters.naming import checked_name
+from plait.adapters.tensors import read_tensors
+from plait.adapters.weights import WEIGHTS
+from plait.errors import InputError
+
+HEADS = "heads"
+PREFIX = "backbone_prefix"  # in the metadata of a merge's weights
+_HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_classifier"}
+
+
+def prefix_of(
+    factors: Mapping[str, LoraFactors], task_type: str | None, metadata: Mapping[str, str], folder: Path
+) -> tuple[str, int]:
+    """The backbone's attribute, and how much of every name it takes.
+
+    A merge's file says it; with a task head beside it, the backbone is the one child that all LoRA modules live in.
+
+    Raises:
+        InputError: A module lies outside the backbone that the file names.
+    """
+    if prefix := metadata.get(PREFIX):
+        if lost := [name for name in factors if not name.startswith(f"{prefix}.")]:
+            raise InputError(
+                f"module {lost[0]!r} is not inside {prefix!r}, as its file says", where=str(folder / WEIGHTS)
+            )
+        return prefix, len(prefix) + 1
+    if task_type not in CLASSIFICATION_TYPES:
+        return "", 0
+    firsts = Counter(name.partition(".")[0] for name in factors)
+    prefix = next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
+    return prefix, len(prefix) + 1 if prefix else 0
+
+
+def split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a classifier's file holds beside the factors: the tensors of its head, and others."""
+    saved = {*config.modules_to_save} | (_HEAD_NAMES if config.task_type in CLASSIFICATION_TYPES else set())
+    is_classifier = config.task_type in CLASSIFICATION_TYPES
+    head = {k: v for k, v in others.items() if is_classifier and saved & set(k.split(".")[:-1])}
+    return head, {k: v for k, v in others.items() if k not in head}
+
+
+def read_heads(folder: Path) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:
+    """The heads in the folder's own files: task -> tensors and what is known of them."""
+    found = {}
+    for file in sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []:
+        tensors, metadata, _ = read_tensors(file, finite=True)
+        found[checked_name(file.stem, "head")] = tensors, read_facts(metadata, tensors, str(file))
+    return found
