@@ -34,7 +34,6 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "arrow_config": "Arrow routes between adapters at run time",
     "layer_replication": "layer_replication trains on a deeper model than the base",
-    "target_parameters": "target_parameters adapts fused (3-D) expert weights, which are not linear modules",
     "trainable_token_indices": "trainable_token_indices trains embedding rows outside the LoRA factors",
 }
 # The way to a plain LoRA, where there is one.
@@ -59,6 +58,8 @@ class AdapterConfig:
         rank_pattern, alpha_pattern: Overrides; a key matches ``(.*\.)?KEY$``, the first hit wins, as in PEFT.
         target_modules: None also where layers or exclusions narrow it: then only the tensors say what is adapted.
         where: The file it was read from.
+        target_parameters: Weights that are adapted as parameters; see `experts`.
+        listed: The list of target_modules, narrowed or not.
     """
 
     base: str
@@ -73,6 +74,8 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     fan_in_fan_out: bool
     where: str = ""
+    target_parameters: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
 
     def promised(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
         """Module -> the rank and the alpha that the config promises.
@@ -138,6 +141,8 @@ def checked_config(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
         modules_to_save=tuple(sorted(set(record.texts("modules_to_save", ())))),
         fan_in_fan_out=record.flag("fan_in_fan_out", False),
         where=str(path),
+        target_parameters=tuple(sorted(set(record.texts("target_parameters", ())))),
+        listed=tuple(record.texts("target_modules", ())) if isinstance(raw.get("target_modules"), list) else (),
     )
 
 

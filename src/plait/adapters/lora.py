@@ -14,7 +14,7 @@ from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.heads import HeadFacts
 from plait.errors import InputError
 
-LINEAR, EMBEDDING = "linear", "embedding"
+LINEAR, EMBEDDING, EXPERT = "linear", "embedding", "expert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class LoraFactors:
         A: (rank, in), any floating dtype.
         B: (out, rank), any floating dtype.
         scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-        kind: "linear" (Conv1D included: delta is always (out, in)) or "embedding" (A is (rank, vocabulary)).
+        kind: "linear" (Conv1D included: delta is always (out, in)), "embedding" (A is (rank, vocabulary)) or "expert" (one
+            matrix of a fused weight, see `experts`).
     """
 
     A: Float[Tensor, "r in"]
@@ -78,6 +79,7 @@ class Adapter:
         extras: Other trained tensors passed through, named as on disk (embeddings).
         revision: Revision of the base, or None.
         target_modules: As PEFT's config had them; None where only the full list of `modules` describes them.
+        target_parameters: As PEFT's config had them: weights that are adapted as parameters, not as their modules' layers.
         fan_in_fan_out: Whether the base stores these weights transposed (Conv1D).
         source: Where it came from: path, hashes, what the training base was. Provenance, not arithmetic.
         head_facts: Task -> what the outputs of its head mean, where that is known.
@@ -92,6 +94,7 @@ class Adapter:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     revision: str | None = None
     target_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
     head_facts: Mapping[str, HeadFacts] = field(default_factory=dict)

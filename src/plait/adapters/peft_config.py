@@ -13,25 +13,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
-from plait.adapters.lora import Adapter
+from plait.adapters.experts import is_parameter, keeps_targets, parameters_of, stacks_of
+from plait.adapters.lora import EXPERT, Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What PEFT has one rank and one alpha for: a module, or a fused weight with all its experts.
+
+    Args:
+        rank: Of the module, or the largest of the experts'.
+        scaling: None where the experts' differ.
+    """
+
+    rank: int
+    scaling: float | None
 
 
 def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[dict[str, Any], bool]:
     """The adapter_config.json of an adapter, and whether scalings must be folded into B because no alpha expresses them."""
-    ranks = Counter(f.rank for f in adapter.modules.values())
+    entries = _entries(adapter)
+    ranks = Counter(e.rank for e in entries.values())
     rank = max(ranks, key=lambda r: (ranks[r], r))
-    alphas = {m: f.scaling * f.rank for m, f in adapter.modules.items()}
-    whole = {m: round(a) for m, a in alphas.items() if a > 0.5 and abs(round(a) - a) < 1e-9 * abs(a)}
-    fold = len(whole) < len(alphas)
+    alphas = {k: e.scaling * e.rank for k, e in entries.items() if e.scaling is not None}
+    whole = {k: round(a) for k, a in alphas.items() if a > 0.5 and abs(round(a) - a) < 1e-9 * abs(a)}
+    fold = len(whole) < len(entries)
     if fold:
-        whole = {m: f.rank for m, f in adapter.modules.items()}
-    alpha = Counter(whole[m] for m, f in adapter.modules.items() if f.rank == rank).most_common(1)[0][0]
-    longest_first = sorted(adapter.modules, key=lambda m: (-len(m), m))  # PEFT: the first key that is a suffix wins
+        whole = {k: e.rank for k, e in entries.items()}
+    alpha = Counter(whole[k] for k, e in entries.items() if e.rank == rank).most_common(1)[0][0]
+    longest_first = sorted(entries, key=lambda k: (-len(k), k))  # PEFT: the first key that is a suffix wins
     config = {
         "peft_type": "LORA",
         "task_type": _task_type(adapter, head),
@@ -39,10 +55,8 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         "revision": adapter.revision,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {
-            adapter.full_name(m): adapter.modules[m].rank for m in longest_first if adapter.modules[m].rank != rank
-        },
-        "alpha_pattern": {adapter.full_name(m): whole[m] for m in longest_first if whole[m] != alpha},
+        "rank_pattern": {k: entries[k].rank for k in longest_first if entries[k].rank != rank},
+        "alpha_pattern": {k: whole[k] for k in longest_first if whole[k] != alpha},
         "target_modules": _targets(adapter),
         "modules_to_save": sorted({k.partition(".")[0] for k in head}) if head else None,
         "fan_in_fan_out": adapter.fan_in_fan_out,
@@ -52,6 +66,9 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         "init_lora_weights": True,
         "inference_mode": True,  # as PEFT saves it; `is_trainable=True` undoes it
     }
+    if parameters := parameters_of(adapter):
+        kept = keeps_targets(adapter) and not named_in_full(adapter)
+        config["target_parameters"] = sorted(adapter.target_parameters if kept else map(adapter.full_name, parameters))
     return config, fold
 
 
@@ -70,12 +87,24 @@ def _task_type(adapter: Adapter, head: Mapping[str, Tensor] | None) -> str | Non
     return None if adapter.task_type == MERGED_TYPE and adapter.prefix else adapter.task_type
 
 
-def _targets(adapter: Adapter) -> list[str] | str:
-    if named_in_full(adapter):
-        return sorted(adapter.full_name(m) for m in adapter.modules)
-    if isinstance(adapter.target_modules, str) and not adapter.prefix:
-        return adapter.target_modules
-    wanted = adapter.target_modules
-    if isinstance(wanted, tuple) and all(any(m == t or m.endswith(f".{t}") for t in wanted) for m in adapter.modules):
+def _entries(adapter: Adapter) -> dict[str, _Entry]:
+    """PEFT's key, a module's name or a parameter's, -> its rank and scaling."""
+    found = {}
+    for module, f in adapter.modules.items():
+        if f.kind != EXPERT:
+            weight = ".weight" if is_parameter(module, adapter.target_parameters) else ""
+            found[adapter.full_name(module) + weight] = _Entry(f.rank, f.scaling)
+    for parameter, experts in stacks_of(adapter.modules).items():
+        scalings = {f.scaling for f in experts.values()}
+        rank = max(f.rank for f in experts.values())
+        found[adapter.full_name(parameter)] = _Entry(rank, scalings.pop() if len(scalings) == 1def _targets(adapter: Adapter) -> list[str] | str:
+    wanted, full = adapter.target_modules, named_in_full(adapter)
+    if isinstance(wanted, str) and not adapter.prefix:
+        return wanted
+    layers = [
+        m for m, f in adapter.modules.items() if f.kind != EXPERT and not is_parameter(m, adapter.target_parameters)
+    ]
+    covered = isinstance(wanted, tuple) and all(any(m == t or m.endswith(f".{t}") for t in wanted) for m in layers)
+    if covered and not full and isinstance(wanted, tuple):
         return sorted(wanted)
-    return sorted(adapter.full_name(m) for m in adapter.modules)
+    return sorted(map(adapter.full_name, layers))

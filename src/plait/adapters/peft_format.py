@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, MERGED_TYPE, AdapterConfig, read_config
-from plait.adapters.conv import as_matrices, as_stored, stored_as
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.head_files import HEADS, PREFIX, prefix_of, read_heads, split_head
 from plait.adapters.heads import head_metadata, read_facts, recorded_facts
-from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
+from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
+from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.tensors import widened
 from plait.adapters.weights import WEIGHTS, begin_weights
@@ -26,14 +26,7 @@ from plait.locks import require_readable
 from plait.manifest import MANIFEST, read_manifest, require_whole
 
 _TASK_TYPE = "task_type"  # metadata of the weights' file
-_ROOT = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-_SUFFIXES = {
-    ".lora_A.weight": ("A", LINEAR),
-    ".lora_B.weight": ("B", LINEAR),
-    ".lora_embedding_A": ("A", EMBEDDING),
-    ".lora_embedding_B": ("B", EMBEDDING),
-}
 PutFactors = Callable[[str, LoraFactors], None]
 
 
@@ -108,6 +101,7 @@ def adapter_of(
         extras=extras,
         revision=config.revision,
         target_modules=config.target_modules,
+        target_parameters=tuple(t.removeprefix(f"{prefix}.") if prefix else t for t in config.target_parameters),
         fan_in_fan_out=config.fan_in_fan_out,
         source={"path": str(folder), **({"sha256": sha256_json(digests)} if digests else {}), **_kept_facts(manifest)},
         head_facts={h: facts.otherwise(recorded_facts(result, h, name)) for h, (_, facts) in heads.items()},
@@ -136,7 +130,7 @@ def _pair(
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         bare = _bare_key(key, folder)
-        for suffix, (half, kind) in _SUFFIXES.items():
+        for suffix, (half, kind) in SUFFIXES.items():
             if bare.endswith(suffix):
                 module = bare[: -len(suffix)]
                 halves.setdefault(module, {})[half] = tensor
@@ -146,14 +140,13 @@ def _pair(
             others[bare] = tensor
     if not halves:
         raise InputError("holds no LoRA tensors", where=str(folder / WEIGHTS))
-    promised = config.promised(list(halves))
-    return {m: _factors(m, pair, kinds[m], promised[m], config, folder) for m, pair in halves.items()}, others
+    return all_factors(halves, kinds, config, folder), others
 
 
 def _bare_key(key: str, folder: Path) -> str:
-    if not key.startswith(_ROOT):
-        raise InputError(f"tensor {key!r} does not start with {_ROOT!r}", where=str(folder), hint="not saved by PEFT?")
-    bare = key[len(_ROOT) :]
+    if not key.startswith(ROOT):
+        raise InputError(f"tensor {key!r} does not start with {ROOT!r}", where=str(folder), hint="not saved by PEFT?")
+    bare = key[len(ROOT) :]
     for wrapper in _WRAPPERS:
         if wrapper in bare and not (wrapper == "module." and not bare.startswith(wrapper)):
             raise InputError(
@@ -162,33 +155,6 @@ def _bare_key(key: str, folder: Path) -> str:
                 hint="unwrap the model (accelerator.unwrap_model) and save again",
             )
     return bare
-
-
-def _factors(
-    module: str,
-    pair: Mapping[str, Tensor],
-    kind: str,
-    promised: tuple[int, float],
-    config: AdapterConfig,
-    folder: Path,
-) -> LoraFactors:
-    for half in ("A", "B"):
-        if half not in pair:
-            raise InputError(f"module {module!r} has no lora_{half}", where=str(folder))
-        if not 2 <= pair[half].ndim <= 5 or not pair[half].is_floating_point():
-            raise InputError(
-                f"lora_{half} of {module!r} is {pair[half].dtype} {tuple(pair[half].shape)}, expected a floating matrix",
-                where=str(folder),
-            )
-    A, B, stored = as_matrices(pair["A"], pair["B"], f"{folder}: {module}")
-    kind = kind if stored == LINEAR else stored
-    rank = A.shape[0]
-    if rank != B.shape[1] or rank != promised[0] or rank == 0:
-        raise InputError(
-            f"module {module!r}: A {tuple(A.shape)}, B {tuple(B.shape)}, and rank {promised[0]} in {CONFIG} disagree",
-            where=str(folder),
-        )
-    return LoraFactors(A, B, config.scaling(promised[1], rank), kind)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -227,16 +193,9 @@ def write_adapter(
             "named as in its LoRA file, not as PEFT does", where=adapter.name, hint="plait convert --to peft"
         )
     inline = adapter.heads.get(adapter.name) if adapter.task_type in CLASSIFICATION_TYPES else None
-    others = {_ROOT + k: v for k, v in {**adapter.extras, **(inline or {})}.items()}
+    others = {ROOT + k: v for k, v in {**adapter.extras, **(inline or {})}.items()}
     config, fold = peft_config(adapter, inline)
-
-    def named(module: str, f: LoraFactors) -> dict[str, Tensor]:
-        a, b = (
-            _ROOT + adapter.full_name(module) + s for s, (_, kind) in _SUFFIXES.items() if kind == stored_as(f.kind)
-        )
-        A, B = as_stored(f.folded(f.B.dtype) if fold else f)
-        return {a: A, b: B}
-
+    named = naming(adapter, fold)
     tensors = {k: v for m, f in adapter.modules.items() for k, v in named(m, f).items()} | others
     metadata = {_TASK_TYPE: adapter.task_type} if adapter.task_type else {}
     if adapter.task_type == MERGED_TYPE and adapter.prefix:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.config import CONFIG, read_raw_config
-from plait.adapters.lora import Adapter
+from plait.adapters.experts import member_of
+from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import read_tensors
 from plait.adapters.weights import INDEX, WEIGHTS, read_weights
@@ -33,7 +34,6 @@ _VARIANTS = {
     "monteclora_config": ("MonteCLoRA", None),
     "arrow_config": ("Arrow", None),
     "layer_replication": ("layer replication", None),
-    "target_parameters": ("fused experts", None),
 }
 _STARTS = {"pissa": _START, "olora": _START, "corda": _START, "lora_ga": _START, "mica": _START, "loftq": None}
 
@@ -152,6 +152,8 @@ def _numbers(adapter: Adapter) -> dict[str, Any]:
 
 def _target(module: str) -> str:
     """A module's last word: what target_modules would call it; kohya's names have no dots to tell words by."""
+    if member := member_of(module):
+        return member[0].rpartition(".")[2]
     return module.rpartition(".")[2] if "." in module else "_".join(module.split("_")[:2])
 
 
@@ -159,7 +161,8 @@ def _can(adapter: Adapter | None, path: Path, way: str | None, stacked: bool, re
     if adapter is None:
         return [f"become a plain LoRA: {way}"] if way else []
     found = ["merge with adapters of the same base and format (plait merge)"]
-    found += ["convert to another format (plait convert)"]
+    if not any(f.kind == EXPERT for f in adapter.modules.values()):
+        found.append("convert to another format (plait convert)")
     if path.is_dir() and not adapter.extras:
         found.append("bake into its base (plait merge --bake)")
     if adapter.extras:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait import store
-from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
@@ -61,6 +61,12 @@ def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
         modules = {m: _scaled_for(f, target) for m, f in adapter.modules.items()}
         source = {**adapter.source, "folded": _folded(modules, adapter.modules)}
         return replace(adapter, modules=modules, source=source)
+    if any(f.kind == EXPERT for f in adapter.modules.values()):
+        raise InputError(
+            f"adapts fused experts, for which {target} has no names",
+            where=adapter.name,
+            hint="keep it as a PEFT folder",
+        )
     named = _named_by_diffusers(adapter, origin)
     modules = {m: _scaled_for(f, target) for m, f in named.items()}
     facts: dict[str, Any] = {"folded": _folded(modules, named)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
-from plait.adapters.lora import Adapter
+from plait.adapters.experts import same_experts
+from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, UsageError
 from plait.merging.stack import base_adapter
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +163,29 @@ def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[tuple[int, int], st
                     hint="not adapters of the same base model",
                 )
             owner.setdefault(module, adapter.name)
+    _check_experts(adapters)
     _check_roots(adapters)
     return {m: found[m] for m in sorted(found)}
+
+
+def _check_experts(adapters: Sequence[Adapter]) -> None:
+    """Fused weights must have the same experts everywhere; and experts trained one by one bear other names than fused ones."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if differing := same_experts(first.modules, other.modules):
+            raise InputError(
+                f"{differing} in {first.name!r} and {other.name!r}",
+                where=other.name,
+                hint="not adapters of the same base model",
+            )
+    fused = next((a for a in adapters for f in a.modules.values() if f.kind == EXPERT), None)
+    single = next((a for a in adapters for m in a.modules if _ONE_EXPERT.search(m)), None)
+    if fused and single:
+        raise InputError(
+            f"{single.name!r} adapts experts one by one, as older transformers have them, and {fused.name!r} fused",
+            where=single.name,
+            hint="PEFT with transformers 5 loads it fused: PeftModel.from_pretrained(base, DIR).save_pretrained(NEW)",
+        )
 
 
 def _shown(module: tuple[tuple[int, int], str]) -> str:

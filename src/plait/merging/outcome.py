@@ -43,6 +43,7 @@ def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules
         extras=common.extras,
         revision=adapters[0].revision,
         target_modules=_targets(adapters),
+        target_parameters=tuple(sorted({t for a in adapters for t in a.target_parameters})),
         fan_in_fan_out=any(a.fan_in_fan_out for a in adapters),
         source={
             "backbone_prefix": common.backbone_prefix,

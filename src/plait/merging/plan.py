@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from plait.adapters.lora import Adapter, LoraFactors, concatenated, truncated
+from plait.adapters.lora import EXPERT, Adapter, LoraFactors, concatenated, truncated
 from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
@@ -154,7 +154,10 @@ class Plan:
                     raise UsageError(
                         f"the statistics of {adapter.name!r} hold no {need} for this module",
                         where=module,
-                        hint="collect them with the adapters' target modules",
+                        hint="every expert reads tokens of its own inside one fused weight, and nothing can watch that; "
+                        "choose a method without statistics"
+                        if factors.kind == EXPERT
+                        else "collect them with the adapters' target modules",
                     )
                 per_task.append(one)
             found[need] = tuple(per_task)
