@@ -97,7 +97,11 @@ def _entries(adapter: Adapter) -> dict[str, _Entry]:
     for parameter, experts in stacks_of(adapter.modules).items():
         scalings = {f.scaling for f in experts.values()}
         rank = max(f.rank for f in experts.values())
-        found[adapter.full_name(parameter)] = _Entry(rank, scalings.pop() if len(scalings) == 1def _targets(adapter: Adapter) -> list[str] | str:
+        found[adapter.full_name(parameter)] = _Entry(rank, scalings.pop() if len(scalings) == 1 else None)
+    return found
+
+
+def _targets(adapter: Adapter) -> list[str] | str:
     wanted, full = adapter.target_modules, named_in_full(adapter)
     if isinstance(wanted, str) and not adapter.prefix:
         return wanted
