@@ -1,12 +1,10 @@
-"""The base model: how it is named, loaded for a task, taken apart into backbone and head, and fingerprinted."""
+"""The base model: how it is named, loaded for a task, and taken apart into backbone and head."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from plait.errors import EnvironmentFault, InputError, UsageError
-from plait.store import sha256_file
+from plait.base_files import read_base_config, require_vocabulary
+from plait.base_whole import LoadingReport, require_plausible, require_whole
+from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
+from plait.hub import base_snapshot, is_hub_name
+from plait.locks import require_readable
 
 if TYPE_CHECKING:
     from plait.tasks.task import Task
@@ -101,7 +102,9 @@ def load_tokenizer(base: BaseModel) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, base)
+    folder = base_folder(base)
+    tokenizer = _from_pretrained(AutoTokenizer, base, folder)
+    require_vocabulary(folder, tokenizer.vocab_files_names, base.name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError("the tokenizer has neither a pad nor an end-of-text token", where=base.name)
@@ -114,7 +117,9 @@ def load_config(base: BaseModel) -> Any:
     """The base's configuration."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, base)
+    folder = base_folder(base)
+    read_base_config(folder)
+    return _from_pretrained(AutoConfig, base, folder)
 
 
 def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
@@ -127,42 +132,68 @@ def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
             the config's `initializer_range`, biases zero: the same head on every machine.
 
     Raises:
-        InputError: No such model, or its kind of config has no class for the task.
+        InputError: No such model, one that is not whole (see `plait.base_whole`), or its kind of config has no class for
+            the task.
     """
     import transformers
 
+    folder = base_folder(base, weights=True)
+    require_plausible(folder, base.name)
     classes = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
     cls = getattr(transformers, classes.get(task.kind, "AutoModelForSequenceClassification"))
     options: dict[str, Any] = {"dtype": base.torch_dtype}
     if task.kind not in classes:
         kind = "regression" if task.kind == "regression" else "single_label_classification"
         options |= {"num_labels": task.num_labels, "problem_type": kind}
-    model = _from_pretrained(cls, base, **options)
-    if task.kind not in classes:
+    new_head = task.kind not in classes
+    model, info = _from_pretrained(
+        cls, base, folder, output_loading_info=True, ignore_mismatched_sizes=new_head, use_safetensors=True, **options
+    )
+    heads = set(head_modules(model)) if new_head else set()
+    for name in require_whole(model, LoadingReport.of(info), heads, base.name, poolers=new_head):
+        draw_linear(model.get_submodule(name), 0, name, _std(model))
+    if new_head:
         model.config.pad_token_id = load_tokenizer(base).pad_token_id
         draw_head(model, seed, task.target_mean)
     return model.to(base.torch_device).eval()
 
 
-def _from_pretrained(cls: Any, base: BaseModel, **options: Any) -> Any:
-    if base.name.startswith((".", "/", "~")) and not Path(base.name).is_dir():  # else it is taken for a hub name
+def base_folder(base: BaseModel, *, weights: bool = False) -> Path:
+    """The folder that a base is loaded from: the one it names, or the hub's cache, filled where the hub may be asked.
+
+    Args:
+        base: The base.
+        weights: Whether its weights are wanted too; else config and tokenizer.
+
+    Raises:
+        InputError: No such folder, and nothing of that name on the hub or in its cache.
+    """
+    folder = Path(base.name).expanduser()
+    if folder.is_dir():
+        require_readable(folder)
+        return folder
+    if not is_hub_name(base.name):
         raise InputError(
             "cannot load the base model: no such folder", where=base.name, hint="a local folder or a hub name"
         )
+    return base_snapshot(base.name, base.revision, weights=weights).folder
+
+
+def _from_pretrained(cls: Any, base: BaseModel, folder: Path, **options: Any) -> Any:
+    """What a class of transformers makes of a base's folder: the one way in, from files on this machine alone."""
     try:
         with quiet_transformers():
-            return cls.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **options)
+            return cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except ImportError as e:  # such as bitsandbytes, for a base in 4 bits
         raise EnvironmentFault(
             f"this base model needs a package: {str(e).strip().splitlines()[0]}", where=base.name
         ) from e
-    except (OSError, ValueError, KeyError) as e:
+    except (MemoryError, torch.OutOfMemoryError, PlaitError):
+        raise
+    except Exception as e:  # what configs, weights and tokenizers of strangers bring about is of any kind
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(
-            f"cannot load the base model: {first}",
-            where=base.name,
-            hint="a local folder or a hub name; offline, a cached one",
-        ) from e
+        hint = "is it whole, and of a kind that this version of transformers knows?"
+        raise InputError(f"cannot load the base model: {first}", where=base.name, hint=hint) from e
 
 
 @contextlib.contextmanager
@@ -234,52 +265,30 @@ def draw_head(model: nn.Module, seed: int, start: float = 0.0) -> None:
         seed: Of the drawing.
         start: Bias of the last layer of a head with one output (the mean target of a regression).
     """
-    std = float(getattr(model.config, "initializer_range", None) or _HEAD_STD)
+    std = _std(model)
     for name in head_modules(model):
         for inner, module in model.get_submodule(name).named_modules():
             if isinstance(module, nn.Linear):
-                generator = torch.Generator().manual_seed(named_seed(seed, f"{name}.{inner}"))
-                drawn = torch.empty(module.weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-                with torch.no_grad():
-                    module.weight.copy_(drawn)
-                    if module.bias is not None:
-                        module.bias.fill_(start if module.out_features == 1 else 0.0)
+                draw_linear(module, seed, f"{name}.{inner}", std, start if module.out_features == 1 else 0.0)
+
+
+def _std(model: nn.Module) -> float:
+    config: Any = model.config
+    return float(getattr(config, "initializer_range", None) or _HEAD_STD)
+
+
+def draw_linear(module: nn.Module, seed: int, name: str, std: float, bias: float = 0.0) -> None:
+    """Draw a linear layer's weight, normal with deviation `std`, from a generator of its own; its bias is a constant."""
+    if not isinstance(module, nn.Linear):
+        raise InputError("a new layer that is not linear", where=name, hint="a base that holds it")
+    generator = torch.Generator().manual_seed(named_seed(seed, name))
+    drawn = torch.empty(module.weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    with torch.no_grad():
+        module.weight.copy_(drawn)
+        if module.bias is not None:
+            module.bias.fill_(bias)
 
 
 def named_seed(seed: int, name: str) -> int:
     """A seed for one named thing, from the run's seed: a hash, so that neither order nor number of things matters."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:7], "little")
-
-
-# --- identity ---------------------------------------------------------------------------------------------------------
-
-
-def base_fingerprint(base: BaseModel) -> str:
-    """A hash of the base's weights: of the files for a local folder, the commit for a hub model.
-
-    Cost: reads the weights once per process (about a second per 2 GB).
-    """
-    folder = Path(base.name)
-    if folder.is_dir():
-        files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
-        return _hash_files(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
-    commit = getattr(load_config(base), "_commit_hash", None)
-    return f"commit:{commit}" if commit else f"name:{base.name}@{base.revision}"
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of what a tokenizer makes of text: its vocabulary, merges and special tokens."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    found = json.loads(fast.to_str()) if fast is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(found, dict):  # how the last call padded and cut is no property of the tokenizer
-        found = {k: v for k, v in found.items() if k not in ("truncation", "padding")}
-    text = json.dumps(found, sort_keys=True)
-    return hashlib.sha256(f"{text}\0{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=16)
-def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for path, _, _ in files:
-        digest.update(Path(path).name.encode() + b"\0" + sha256_file(Path(path)).encode())
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plait.base import tokenizer_fingerprint
+from plait.base_identity import base_facts, tokenizer_fingerprint
 from plait.locks import locked, system_errors
 from plait.ranks import is_writer, rank, together
 from plait.session import Session
@@ -93,7 +93,7 @@ def _provenance(session: Session, task: Task) -> dict[str, Any]:
     recipe = session.recipe
     return {
         "base": session.base.name,
-        "base_sha256": session.base_sha256,
+        **base_facts(session.base),
         "revision": session.base.revision,
         "tokenizer_sha256": tokenizer_fingerprint(session.evaluator.tokenizer),
         "task": task.name,

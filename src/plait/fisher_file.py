@@ -10,6 +10,7 @@ import torch
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.base import load_head
+from plait.base_identity import base_facts
 from plait.errors import InputError, UsageError
 from plait.evaluation.applied import applied, in_backbone
 from plait.recipe import Recipe
@@ -99,6 +100,6 @@ def _facts(session: Session, task: str, adapter: Adapter) -> dict[str, Any]:
     return {
         "task": task,
         "base": session.base.name,
-        "base_sha256": session.base_sha256,
+        **base_facts(session.base),
         "adapter_sha256": adapter.source.get("sha256"),
     }

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from plait.errors import printable
+
 _LIVE_EVERY, _LOG_EVERY = 0.2, 15.0  # seconds between two lines about one job, on a terminal and in a log
 _ENOUGH = 0.02  # share of the work after which the pace tells something; before it, loading weighs too much
 
@@ -87,3 +89,11 @@ def duration(seconds: float) -> str:
     if s < 3600:
         return f"{s // 60} min {s % 60} s"
     return f"{s // 3600} h {s % 3600 // 60} min"
+
+
+def note(text: str) -> None:
+    """One line on stderr about something to know, where there is a stderr."""
+    try:
+        sys.stderr.write(f"note: {printable(text, 2000)}\n")
+    except (OSError, ValueError, AttributeError):  # a closed stderr must not end a command
+        return

@@ -12,7 +12,8 @@ import numpy as np
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel, base_fingerprint
+from plait.base import BaseModel
+from plait.base_identity import base_fingerprint
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.recipe import Recipe, TaskSpec
@@ -67,7 +68,7 @@ class Session:
 
     @functools.cached_property
     def base_sha256(self) -> str:
-        """Fingerprint of the base's weights."""
+        """Fingerprint of the base: of everything that is loaded from it."""
         return base_fingerprint(self.base)
 
     @functools.cached_property

@@ -191,6 +191,7 @@ def _member(
     seed: int,
     statistics: tuple[dict[str, Statistics] | None, dict[str, str]],
 ) -> Member:
+    from plait.base_identity import base_facts
     from plait.statistics.agreement import require_base
     from plait.training import Member
 
@@ -207,7 +208,7 @@ def _member(
     if settings.constraint not in ("free", "frozen"):  # else they have no part in the result
         inputs |= hashes
         for found in (known or {}).values():
-            require_base(found, session.base.name, session.base_sha256)
+            require_base(found, session.base.name, base_facts(session.base))
     return Member(
         start,
         session.tasks[task],

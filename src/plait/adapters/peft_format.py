@@ -119,7 +119,9 @@ def _recorded_task(manifest: Mapping[str, Any] | None, folder: Path) -> str | No
 
 def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     result = (manifest or {}).get("result", {})
-    return {k: result[k] for k in ("base_sha256", "backbone_prefix", "labels", "kind") if k in result}
+    return {
+        k: result[k] for k in ("base_sha256", "base_weights_sha256", "backbone_prefix", "labels", "kind") if k in result
+    }
 
 
 def _pair(

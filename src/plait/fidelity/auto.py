@@ -10,7 +10,8 @@ from typing import Any
 from plait import store
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel, base_fingerprint
+from plait.base import BaseModel
+from plait.base_identity import base_fingerprint
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.choose import Choice, choose

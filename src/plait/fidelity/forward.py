@@ -11,7 +11,8 @@ from torch import Tensor
 
 from plait import store
 from plait.adapters.lora import Adapter
-from plait.base import BaseModel, base_fingerprint
+from plait.base import BaseModel
+from plait.base_identity import base_fingerprint
 from plait.errors import InputError, UsageError
 from plait.fidelity.given import recorded_base
 from plait.fidelity.panel import Panel, Part, parts_of

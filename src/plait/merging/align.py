@@ -16,6 +16,7 @@ from plait.adapters.experts import same_experts
 from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
+from plait.base_records import same_weights
 from plait.errors import InputError, UsageError
 from plait.merging.stack import base_adapter
 
@@ -134,8 +135,7 @@ def _base(adapters: Sequence[Adapter]) -> str:
                 if any(base_adapter(Path(str(a.source.get("path", "")))) for a in (first, other))
                 else "adapters of different bases cannot be merged; if both names mean the same weights, say which with --base",
             )
-        mine, theirs = first.source.get("base_sha256"), other.source.get("base_sha256")
-        if mine and theirs and mine != theirs:
+        if same_weights(first.source, other.source) is False:
             raise InputError(f"the base weights of {first.name!r} and {other.name!r} differ", where=other.name)
     return first.base
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from plait import store
 from plait.adapters.lora import EMBEDDING, Adapter
 from plait.adapters.tensor_file import write_tensors
+from plait.base_files import INDEX, SINGLE, weight_files
 from plait.errors import InputError, RunError
-from plait.merging.base_files import INDEX, SINGLE, StoredTensor, base_tensors, require_unquantised, tensors_in
+from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.merging.inputs import seed_of
 from plait.merging.outcome import labels_of
 from plait.merging.plan import Plan
@@ -214,13 +215,11 @@ def _copy(base: Path, stage: Path, sites: list[_Site], config: Mapping[str, Any]
 
 
 def _shard_name(path: Path, base: Path, untied: bool) -> str:
-    return _FIRST_SHARD if untied and not (base / INDEX).exists() else path.name
+    return _FIRST_SHARD if untied and path.name == SINGLE else path.name
 
 
 def _is_shard(path: Path, base: Path) -> bool:
-    if not (base / INDEX).exists():
-        return path.name == SINGLE
-    return path.name in set(store.read_json(base / INDEX)["weight_map"].values())
+    return path in weight_files(base)
 
 
 def _rows(site: _Site, stored: StoredTensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from plait.adapters.tensors import read_layout
+from plait.base_files import weight_files
 from plait.errors import InputError
 from plait.store import read_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -78,21 +78,9 @@ def base_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: No safetensors weights, a damaged header, or a shard that is missing.
     """
-    if (folder / INDEX).exists():
-        index = read_json(folder / INDEX)
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(files, dict) or any(Path(str(f)).name != f for f in files.values()):
-            raise InputError("no weight_map from tensor to shard", where=str(folder / INDEX))
-        shards = sorted(set(files.values()))
-    elif (folder / SINGLE).exists():
-        shards = [SINGLE]
-    else:
-        raise InputError(
-            f"no {SINGLE} and no {INDEX}", where=str(folder), hint="a local folder of the base in safetensors"
-        )
     found: dict[str, StoredTensor] = {}
-    for shard in shards:
-        found |= tensors_in(folder / shard)
+    for shard in weight_files(folder):
+        found |= tensors_in(shard)
     return found
 
 

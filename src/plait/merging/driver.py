@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plait.adapters.lora import Adapter
+from plait.base_records import same_weights
 from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.merging.align import align
 from plait.merging.calibration import find_calibration
@@ -168,9 +169,8 @@ def _statistics(
 def _require_same_base(name: str, one: Any, other_name: str, other: Any) -> None:
     """Statistics of different bases, or pooled differently, do not compare; modules may differ as adapters' may."""
     a, b = getattr(one, "provenance", {}), getattr(other, "provenance", {})
-    for key in ("base_sha256", "pool"):
-        quantised = key == "base_sha256" and a.get("quantisation") != b.get("quantisation")
-        if a.get(key) != b.get(key) and None not in (a.get(key), b.get(key)) and not quantised:
-            raise InputError(
-                f"the statistics of {name!r} and {other_name!r} differ in {key}", hint="collect them alike"
-            )
+    quantised = a.get("quantisation") != b.get("quantisation")
+    pooled = a.get("pool") != b.get("pool") and None not in (a.get("pool"), b.get("pool"))
+    based = not quantised and same_weights(a, b) is False
+    for key in (*(["base_sha256"] if based else []), *(["pool"] if pooled else [])):
+        raise InputError(f"the statistics of {name!r} and {other_name!r} differ in {key}", hint="collect them alike")

@@ -31,7 +31,9 @@ def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules
     heads: dict[str, dict[str, Tensor]] = {}
     for adapter in adapters:
         heads |= {task: dict(head) for task, head in adapter.heads.items()}
-    facts = {k: a.source[k] for a in adapters for k in ("base_sha256", "format") if k in a.source}
+    facts = {
+        k: a.source[k] for a in adapters for k in ("base_sha256", "base_weights_sha256", "format") if k in a.source
+    }
     layouts = {k: v for a in reversed(adapters) for k, v in a.source.get("layouts", {}).items()}
     return Adapter(
         name=name,

@@ -11,6 +11,7 @@ import torch
 
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, read_raw_config
 from plait.adapters.lora import Adapter
+from plait.base_records import EARLIER, SHA256
 from plait.errors import InputError
 from plait.store import MANIFEST, read_manifest
 
@@ -141,7 +142,8 @@ def composed(ordered: Sequence[Adapter]) -> list[Adapter]:
     for adapter in ordered:
         heads = adapter.heads if adapter is top else {}
         source = {**adapter.source, "trained_on": adapter.base}
-        source.pop("base_sha256", None)
+        source.pop(SHA256, None)
+        source.pop(EARLIER, None)
         kind = top.task_type if root.task_type in CLASSIFICATION_TYPES else adapter.task_type
         found.append(
             replace(adapter, base=root.base, revision=root.revision, heads=heads, task_type=kind, source=source)

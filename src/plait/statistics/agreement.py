@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from plait.base_records import same_weights
 from plait.errors import InputError
 
 if TYPE_CHECKING:
     from plait.statistics.moments import Statistics
 
 # What must agree before two files may be added; a difference in any other key is only dropped from the record.
-_MUST_AGREE = ("base", "base_sha256", "tokenizer_sha256", "pool")
+_MUST_AGREE = ("base", "tokenizer_sha256", "pool")
 
 
 def require_compatible(a: Statistics, b: Statistics) -> None:
     """Refuse to mix statistics of different bases, pools or modules; the message names the first difference.
 
     A quantised base is another set of weights on purpose: where one side is quantised, the hashes are not compared.
-    Where they are, and agree, the base's name may differ: everybody keeps it in a folder of their own.
+    Where they are, and agree, the base's name may differ: everybody keeps it in a folder of their own. Where they are of
+    different kinds (a folder's and a hub commit) the names must agree.
     """
-    hashes = a.provenance.get("base_sha256"), b.provenance.get("base_sha256")
     quantised = a.provenance.get("quantisation") != b.provenance.get("quantisation")
-    skipped = "base_sha256" if quantised else "base" if None not in hashes and hashes[0] == hashes[1] else None
+    same = None if quantised else same_weights(a.provenance, b.provenance)
+    if same is False:
+        key = "base_sha256"
+        x, y = a.provenance.get(key), b.provenance.get(key)
+        raise InputError(f"statistics differ in {key}: {x!r} and {y!r}", where=_label(b), hint="collect them alike")
     for key in _MUST_AGREE:
         x, y = a.provenance.get(key), b.provenance.get(key)
-        if x != y and None not in (x, y) and key != skipped:
+        if x != y and None not in (x, y) and not (key == "base" and same):
             raise InputError(f"statistics differ in {key}: {x!r} and {y!r}", where=_label(b), hint="collect them alike")
     for what, x, y in (("module", a.modules, b.modules), ("site", a.sites, b.sites)):
         if odd := sorted(set(x) ^ set(y)):
@@ -39,26 +45,25 @@ def require_compatible(a: Statistics, b: Statistics) -> None:
             )
 
 
-def require_base(statistics: Statistics, name: str, sha256: str) -> None:
+def require_base(statistics: Statistics, name: str, facts: Mapping[str, Any]) -> None:
     """Refuse statistics that were collected on other weights than those of the base at hand.
 
-    Told by hashes of one kind alone: of a local folder's files, or a hub model's commit. A quantised base is another set of
-    weights on purpose and is not compared.
+    Told by hashes of one kind alone: of a local folder's files (today's or an earlier plait's), or a hub model's commit.
+    A quantised base is another set of weights on purpose and is not compared.
 
     Args:
         statistics: Whose record is asked.
         name: Of the base at hand, for the message.
-        sha256: `plait.base.base_fingerprint` of it.
+        facts: `plait.base_identity.base_facts` of it.
 
     Raises:
         InputError: Both are known and differ.
     """
-    recorded = statistics.provenance.get("base_sha256")
-    if not recorded or statistics.provenance.get("quantisation") or (":" in recorded) != (":" in sha256):
+    if statistics.provenance.get("quantisation"):
         return
-    if recorded != sha256:
+    if same_weights(statistics.provenance, facts) is False:
         raise InputError(
-            f"the statistics were collected on {statistics.provenance.get('base')!r}, whose weights or config are not those of {name!r}",
+            f"the statistics were collected on {statistics.provenance.get('base')!r}, whose files are not those of {name!r}",
             where=_label(statistics),
             hint="collect them on the base that is trained, or training.constraint=free",
         )

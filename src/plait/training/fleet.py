@@ -13,7 +13,8 @@ import torch
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.base import BaseModel, base_fingerprint
+from plait.base import BaseModel
+from plait.base_identity import base_facts
 from plait.errors import Diverged, InputError, UsageError
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
@@ -208,7 +209,7 @@ def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwri
         "losses": loss_summary(outcome.curve(place)),
         "seconds": round(seconds / len(outcome.order), 3),
         "fleet": len(outcome.order),
-        "base_sha256": base_fingerprint(shared.base),
+        **base_facts(shared.base),
     }
     if "completed" in member.initial.source:  # where it started (see the subspace method osrm)
         result["completed"] = member.initial.source["completed"]

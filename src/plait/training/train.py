@@ -17,7 +17,8 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.base import BaseModel, base_fingerprint, load_task_model, load_tokenizer, quiet_transformers
+from plait.base import BaseModel, load_task_model, load_tokenizer, quiet_transformers
+from plait.base_identity import base_facts
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
 from plait.locks import locked
 from plait.ranks import is_writer
@@ -95,7 +96,7 @@ def train_adapter(
             if is_writer():
                 leave_no_empty(root)
             raise
-    result |= {"seconds": round(time.monotonic() - started, 3), "base_sha256": base_fingerprint(base)}
+    result |= {"seconds": round(time.monotonic() - started, 3), **base_facts(base)}
     if not is_writer():
         return trained
     with staged_folder(out, identity, overwrite=overwrite, result=result) as stage:
