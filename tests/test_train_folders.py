@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter
+from plait.base import BaseModel
+from plait.base_identity import base_facts
 from plait.cli import main
 from plait.errors import InputError
 from plait.statistics import open_statistics
@@ -170,13 +172,19 @@ def test_init_says_what_trains_the_adapter_and_that_does(prepared, tmp_path, cap
 def test_statistics_of_another_base_are_refused_by_name(prepared, tiny_base, tmp_path, capsys):
     source, start, files = prepared
     known = open_statistics(files["two"])
-    require_base(known, "here", known.provenance["base_sha256"])
-    for sha256 in ("commit:abc", "name:x@main"):  # of another kind: nothing follows
-        require_base(known, "here", sha256)
-    require_base(replace(known, provenance={**known.provenance, "quantisation": "bitsandbytes-4bit"}), "here", "0" * 64)
-    require_base(replace(known, provenance={}), "here", "0" * 64)
-    with pytest.raises(InputError, match=r"task two: the statistics were collected on .* not those of 'here'"):
-        require_base(known, "here", "0" * 64)
+    facts, other = (
+        base_facts(BaseModel(source[1])),
+        {"base_sha256": "files:" + "0" * 64, "base_weights_sha256": "0" * 64},
+    )
+    require_base(known, "here", facts)
+    require_base(known, "here", {"base_sha256": "commit:abc"})  # of another kind: nothing follows
+    require_base(replace(known, provenance={**known.provenance, "quantisation": "bitsandbytes-4bit"}), "here", other)
+    require_base(replace(known, provenance={}), "here", other)
+    earlier = replace(known, provenance={"base": "here", "base_sha256": facts["base_weights_sha256"], "task": "two"})
+    require_base(earlier, "here", facts)
+    for statistics in (known, earlier):
+        with pytest.raises(InputError, match=r"task two: the statistics were collected on .* not those of 'here'"):
+            require_base(statistics, "here", other)
     weights = Path(source[1]) / "model.safetensors"
     tensors = load_file(weights)
     save_file({k: t + 0.01 for k, t in tensors.items()}, weights, metadata={"format": "pt"})
