@@ -189,11 +189,19 @@ def parsed_json(text: str, where: str, what: str, limit: int, hint: str | None =
         raise InputError(f"{what} is not JSON: {e}", where=where, hint=hint) from None
 
 
+class DuplicateKey(ValueError):  # noqa: N818 (what is wrong with the text)
+    """A JSON object has a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"duplicate key {shown(key)}")
+        self.key = key
+
+
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs of a JSON object as a mapping.
 
     Raises:
-        ValueError: A key stands twice: the last would silently win.
+        DuplicateKey: The last would silently win.
 
     Cost: linear in the number of pairs.
     """
@@ -201,7 +209,7 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"duplicate key {shown(twice)}")
+        raise DuplicateKey(twice)
     return found
 
 

@@ -24,6 +24,7 @@ STEPS = {
     errno.ELOOP: "a symbolic link points to itself",
     errno.EFBIG: "a limit on file sizes is set",
     errno.EIO: "the disk failed",
+    errno.ENOMEM: "a larger machine, or free some memory",
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import pickle
 import shutil
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,8 +19,8 @@ from plait.adapters.config import CONFIG
 from plait.adapters.peft_format import WEIGHTS, read_adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
-from plait.errors import InputError
-from tests.adapters.conftest import Damage, header, refused, unsealed, weights
+from plait.errors import EnvironmentFault, InputError
+from tests.adapters.conftest import ROOT, Damage, header, refused, unsealed, weights
 from tests.conftest import unprivileged
 
 
@@ -39,6 +42,10 @@ def overlapping(found: dict) -> None:
     found[names[1]]["data_offsets"] = found[names[0]]["data_offsets"]
 
 
+def first(found: dict) -> dict:
+    return next(v for k, v in found.items() if k != "__metadata__")
+
+
 FILES: dict[str, tuple[Damage, str]] = {
     "1 truncated": (lambda f: weights(f, (f / WEIGHTS).read_bytes()[:-9]), "not a whole safetensors file"),
     "1 truncated header": (lambda f: weights(f, (f / WEIGHTS).read_bytes()[:40]), "do not hold a safetensors header"),
@@ -54,7 +61,17 @@ FILES: dict[str, tuple[Damage, str]] = {
     "7 a pickle": (lambda f: weights(f, pickle.dumps({"a": 1}, protocol=2)), "a pickle"),
     "8 a zip": (zipped, "a zip archive"),
     "header that is a list": (lambda f: weights(f, struct.pack("<Q", 8) + b"[1,2,3] "), "header"),
-    "header that nests": (lambda f: weights(f, struct.pack("<Q", 200_000) + b"[" * 200_000), "header is not JSON"),
+    "header that nests": (lambda f: weights(f, struct.pack("<Q", 200_000) + b"[" * 200_000), "header is all brackets"),
+    "header of nested lists": (lambda f: weights(f, struct.pack("<Q", 200_000) + b"[       " * 25_000), "header is not JSON"),
+    "header over its limit": (lambda f: weights(f, struct.pack("<Q", 17 << 20) + b" " * (17 << 20)), "at most 16777216 are read"),
+    "a shape that does not fill its bytes": (lambda f: header(f, lambda h: first(h).update(shape=[3, 6])), "does not fill its"),
+    "a negative shape": (lambda f: header(f, lambda h: first(h).update(shape=[-2, -6])), "lacks its type, shape or place"),
+    "a shape of true": (lambda f: header(f, lambda h: first(h).update(shape=[True, 12])), "lacks its type, shape or place"),
+    "offsets that go back": (lambda f: header(f, lambda h: first(h).update(data_offsets=[8, 0])), "ends before it begins"),
+    "offsets of 10^400": (lambda f: header(f, lambda h: first(h).update(data_offsets=[0, 10**400])), "lacks its type"),
+    "an entry that is none": (lambda f: header(f, lambda h: h.update({"x": 5})), "has no entry"),
+    "a long name": (lambda f: header(f, lambda h: h.update({"x" * 600: first(h)})), "a name of 600 characters"),
+    "a name with an escape": (lambda f: header(f, lambda h: h.update({"\x1b[31m": first(h)})), "control characters"),
 }  # fmt: skip
 
 
@@ -63,6 +80,65 @@ def test_damaged_weights(folder, damage):
     make, message = FILES[damage]
     make(unsealed(folder))
     refused(folder, message, WEIGHTS)
+
+
+@pytest.mark.parametrize("text", [b'{"":0},', b"{},", b'"x":[],'])
+def test_a_header_of_nothing_but_brackets_is_refused_before_it_is_parsed(folder, text):
+    body = b"[" + text * ((16 << 20) // len(text) - 1) + b"0]"
+    weights(unsealed(folder), struct.pack("<Q", len(body)) + body)
+    refused(folder, "header is all brackets")
+
+
+@pytest.mark.parametrize("count", [20_000, 40_000])
+def test_a_name_that_stands_twice_among_many_is_found_in_linear_time(folder, count):
+    entry = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    body = b"{" + b",".join(b'"t%d":%b' % (i, entry) for i in range(count)) + b',"t9":' + entry + b"}"
+    weights(unsealed(folder), struct.pack("<Q", len(body)) + body)
+    refused(folder, "names 't9' twice")
+
+
+def sparse(folder: Path, shapes: dict[str, list[int]]) -> None:
+    """Weights whose data are a hole in the file."""
+    found, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * shape[0] * shape[1]
+        found[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(found).encode()
+    with (unsealed(folder) / WEIGHTS).open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+
+
+GB = 1 << 28  # numbers of four bytes
+TB = {"A": [2, 1 << 23], "B": [1 << 23, 2]}  # of 8192 modules
+SPARSE = {
+    "2 GB of another rank": ({"A": [GB // 6 * 2, 6], "B": [4, 2]}, InputError, "the rank in adapter_config.json is 2"),
+    "2 GB in B": ({"A": [2, 6], "B": [1 << 14, 1 << 15]}, InputError, "the rank in adapter_config.json is 2"),
+    "6 GB of width": ({"A": [2, 3 * GB], "B": [4, 2]}, InputError, "the rank in adapter_config.json is 2"),
+    "1 TB": ({f"{i}.{h}": TB[h] for i in range(8192) for h in "AB"}, EnvironmentFault, "free some memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_files_of_holes_are_refused_by_their_header_or_for_want_of_memory(folder, case):
+    shapes, kind, message = SPARSE[case]
+    names = {f"{ROOT}{k.rpartition('.')[0] or 'query'}.lora_{k[-1]}.weight": v for k, v in shapes.items()}
+    sparse(folder, names)
+    started = time.monotonic()
+    with pytest.raises(kind, match=message):
+        read_adapter(folder)
+    assert time.monotonic() - started < 5
+
+
+def test_memory_that_the_system_does_not_give_is_an_error_of_the_environment(folder, monkeypatch):
+    def none(size: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("plait.adapters.tensors.own_memory", none)
+    with pytest.raises(EnvironmentFault, match="free some memory") as raised:
+        read_adapter(unsealed(folder))
+    assert str(folder / WEIGHTS) in str(raised.value)
 
 
 def test_a_header_that_begins_like_a_pickle_is_read(tmp_path):

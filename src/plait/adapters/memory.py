@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+from pathlib import Path
 
 from torch import Tensor, frombuffer, uint8
 
@@ -37,6 +38,18 @@ def give_back() -> None:
     """Have malloc give unused pages back to the system: each thread's heap keeps what it once needed (glibc; else nothing)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take, as the system tells it: free pages, within its group's limit; None where it does not."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            found.append(int(Path(limit).read_text(encoding="ascii")))
+    return min(found, default=None)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -16,7 +16,7 @@ from plait.adapters.heads import head_metadata, read_facts, recorded_facts
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
-from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming
+from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, require_ranks
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.tensors import widened
 from plait.adapters.weights import WEIGHTS, begin_weights
@@ -64,7 +64,7 @@ def begin_adapter(folder: str | Path, hashing: Hashing | None, *, name: str | No
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
     config = read_config(folder)
-    tensors, metadata, digests = begin_weights(folder, hashing)
+    tensors, metadata, digests = begin_weights(folder, hashing, lambda shapes: require_ranks(shapes, config, folder))
     return lambda: adapter_of(folder, config, tensors, metadata, {f: d() for f, d in digests.items()}, name=name)
 
 

@@ -30,6 +30,28 @@ SUFFIXES = {
     ".lora_embedding_B": ("B", EMBEDDING),
 }
 
+_WIDEST = 1 << 24  # no vocabulary has sixteen million words
+_MOST_EXPERTS = 1024  # whose factors lie in one tensor, one after another
+
+
+def require_ranks(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, folder: Path) -> None:
+    """Refuse what the header alone refutes, before gigabytes are read: factors whose rank is none of the config's.
+
+    Raises:
+        InputError: Names the tensor.
+    """
+    halves = [(key, suffix, half) for key in shapes for suffix, (half, _) in SUFFIXES.items() if key.endswith(suffix)]
+    modules = {key: key.removeprefix(ROOT).removesuffix(suffix) for key, suffix, _ in halves}
+    promised = config.promised(list(dict.fromkeys(modules.values())))
+    for key, _, half in halves:
+        shape, rank, side = shapes[key], promised[modules[key]][0], half == "B"
+        if max(shape, default=0) > _WIDEST or (len(shape) >= 2 and shape[side] > rank * _MOST_EXPERTS):
+            raise InputError(
+                f"tensor {key!r} is {shape}, and the rank in {CONFIG} is {rank}",
+                where=str(folder),
+                hint="save it again",
+            )
+
 
 def all_factors(
     halves: Mapping[str, Mapping[str, Tensor]], kinds: Mapping[str, str], config: AdapterConfig, folder: Path

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from plait.adapters.hashing import WrittenFile
+from plait.adapters.header import DTYPES
 from plait.adapters.memory import bytes_of
-from plait.adapters.tensors import DTYPES, all_finite
+from plait.adapters.tensors import all_finite
 from plait.errors import InputError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,41 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plait.adapters.hashing import PIECE, Digest, Hashing, Pieces
-from plait.adapters.memory import bytes_of, own_memory
-from plait.errors import InputError
+from plait.adapters.header import ADVICE, DTYPES, read_header
+from plait.adapters.memory import available_memory, bytes_of, own_memory
+from plait.checked import shown
+from plait.errors import EnvironmentFault, InputError
 from plait.store import require_regular
 
-_HEADER_LIMIT = 100 << 20
-_ADVICE = "download or save it again as safetensors; pickle formats are not read"
-_SIGNATURES = (
-    (b"\x80\x02", "a pickle (torch.save)"),
-    (b"\x80\x04", "a pickle"),
-    (b"PK\x03\x04", "a zip archive (torch.save)"),
-    (b"version https://git-lfs", "a Git LFS pointer: the real file was not downloaded"),
-    (b"<!DOCTYPE", "an HTML page"),
-    (b"<html", "an HTML page"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"GGUF", "a GGUF file"),
-)
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+_LARGE = 1 << 26  # below, nobody asks how much memory there is
+Check = Callable[[Mapping[str, tuple[int, ...]]], None]
 
 
 def read_tensors(path: Path, *, finite: bool = False) -> tuple[dict[str, Tensor], dict[str, str], str]:
@@ -75,7 +46,7 @@ def read_tensors(path: Path, *, finite: bool = False) -> tuple[dict[str, Tensor]
 
 
 def begin_tensors(
-    path: Path, hashing: Hashing | None, *, finite: bool = False
+    path: Path, hashing: Hashing | None, *, finite: bool = False, check: Check | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str], Digest]:
     """As `read_tensors`, but for the hash, which may be on its way yet: the last of what is returned waits for it.
 
@@ -84,16 +55,19 @@ def begin_tensors(
         hashing: Hashes the bytes, which are read into memory of our own, while the next ones are read; None where no hash
             is wanted (it is ""): then the file is mapped, so nobody else may write it while the tensors are in use.
         finite: Whether to refuse NaN and infinity.
+        check: Told the shape of every tensor before any is read, to refuse a file that cannot be what it should.
     """
     require_regular(path)
     with path.open("rb", buffering=0) as f:
         before = os.fstat(f.fileno())
-        entries, head = _header(f, path, before.st_size)
+        entries, head = read_header(f, path, before.st_size)
+        if check:
+            check({name: tuple(entry["shape"]) for name, entry in entries.items()})
         digest: Digest = str
         if hashing:
             pieces = hashing.pieces()
             pieces.update(head)
-            data = own_memory(before.st_size - len(head))
+            data = _memory_for(before.st_size - len(head), path)
             whole, digest = _filled(f, data, pieces), pieces.digest
         else:
             data, whole = _mapped(f)[len(head) :], True
@@ -101,7 +75,7 @@ def begin_tensors(
         with safe_open(path, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
     except SafetensorError as e:
-        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
+        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
     after = path.stat()
     changed = (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns)
     if changed or not whole:
@@ -130,11 +104,32 @@ def read_layout(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     require_regular(path)
     try:  # the library checks the layout: every offset, no overlap, no hole
         with path.open("rb", buffering=0) as f:
-            entries, head = _header(f, path, path.stat().st_size)
+            entries, head = read_header(f, path, path.stat().st_size)
         with safe_open(path, framework="pt") as opened:
             return dict(opened.metadata() or {}), entries, len(head)
     except SafetensorError as e:
-        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
+        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
+
+
+def read_shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors on the meta device, of their shapes and types but without numbers, and its metadata.
+
+    Raises:
+        InputError: As in `read_tensors`.
+    """
+    metadata, entries, _ = read_layout(path)
+    return {n: torch.empty(e["shape"], dtype=type_of(n, e, path), device="meta") for n, e in entries.items()}, metadata
+
+
+def type_of(name: str, entry: Mapping[str, Any], path: Path) -> torch.dtype:
+    """The dtype of a header's entry.
+
+    Raises:
+        InputError: One that is not read.
+    """
+    if entry["dtype"] not in DTYPES:
+        raise InputError(f"tensor {name!r} is of type {shown(entry['dtype'])}, which is not read", where=str(path))
+    return DTYPES[entry["dtype"]]
 
 
 def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -149,7 +144,26 @@ def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
             known = set(opened.keys())
             return {n: opened.get_tensor(n) for n in names if n in known}
     except SafetensorError as e:
-        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=_ADVICE) from None
+        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
+
+
+def _memory_for(size: int, path: Path) -> Tensor:
+    """Memory for a file's data.
+
+    Raises:
+        EnvironmentFault: There is less.
+    """
+    shortage = EnvironmentFault(
+        f"{size / 1e9:.3g} GB of tensors are more than the memory that is free",
+        where=str(path),
+        hint="a larger machine, or free some memory",
+    )
+    if size > _LARGE and (free := available_memory()) is not None and size > free:
+        raise shortage
+    try:
+        return own_memory(size)
+    except (MemoryError, OverflowError, OSError) as e:
+        raise shortage from e
 
 
 def _mapped(f: FileIO) -> Tensor:
@@ -169,10 +183,7 @@ def _filled(f: FileIO, data: Tensor, pieces: Pieces) -> bool:
 def _views(data: Tensor, entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors, none of them copied but where a writer did not align them."""
     order = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    for name, entry in order:
-        if entry["dtype"] not in DTYPES:
-            raise InputError(f"tensor {name!r} is of type {entry['dtype']}, which is not read", where=str(path))
-    types = [DTYPES[entry["dtype"]] for _, entry in order]
+    types = [type_of(name, entry, path) for name, entry in order]
     sizes = [stop - start for _, entry in order for start, stop in [entry["data_offsets"]]]
     # "unsafe" only in that autograd does not know the parts as views of one tensor, so that each may be changed in place.
     if len(set(types)) == 1 and data.storage_offset() % types[0].itemsize == 0:  # a third of the time, as one view
@@ -192,35 +203,6 @@ def _require_finite(data: Tensor, tensors: Mapping[str, Tensor], path: Path) -> 
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise InputError(f"tensor {name!r} holds NaN or infinity", where=str(path))
-
-
-def _header(f: FileIO, path: Path, length: int) -> tuple[dict[str, Any], bytes]:
-    """What the header says of each tensor, and the bytes before the data."""
-    start = f.read(512)
-    for signature, what in _SIGNATURES:
-        if start.startswith(signature) and start[8:9] != b"{":  # a header of 640 bytes starts like a pickle
-            raise InputError(f"{what}, not safetensors", where=str(path), hint=_ADVICE)
-    size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-    if len(start) < 8 or size > min(_HEADER_LIMIT, length - 8):
-        raise InputError(f"{length} bytes do not hold a safetensors header", where=str(path), hint=_ADVICE)
-    f.seek(0)
-    head = f.read(8 + size)
-    try:  # the library keeps the last of two entries with one name
-        found = json.loads(head[8:], object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"header is not JSON: {e}", where=str(path), hint=_ADVICE) from None
-    if not isinstance(found, dict):
-        raise InputError("not a whole safetensors file: its header is no object", where=str(path), hint=_ADVICE)
-    return {k: v for k, v in found.items() if k != "__metadata__"}, head
-
-
-def _unique(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [k for k, _ in pairs]
-        twice = next(k for k in names if names.count(k) > 1)
-        raise InputError(f"the header names {twice!r} twice", where=str(path), hint=_ADVICE)
-    return found
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from plait.adapters.hashing import Digest, Hashing
-from plait.adapters.tensors import begin_tensors
+from plait.adapters.header import LARGEST_HEADER
+from plait.adapters.tensors import Check, begin_tensors, read_shapes
+from plait.checked import shown
 from plait.errors import InputError
 from plait.files import read_json
 
@@ -21,13 +23,26 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[
         return tensors, metadata, {file: digest() for file, digest in digests.items()}
 
 
-def begin_weights(folder: Path, hashing: Hashing | None) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Digest]]:
-    """As `read_weights`, but for the hashes, which may be on their way yet; without `hashing` there are none."""
+def weight_shapes(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A folder's tensors without their numbers (see `read_shapes`), and their metadata; none where it has no weights."""
     if (folder / WEIGHTS).exists():
-        tensors, metadata, digest = begin_tensors(folder / WEIGHTS, hashing, finite=True)
+        return read_shapes(folder / WEIGHTS)
+    shards = _shards(folder) if (folder / INDEX).exists() else []
+    return {name: tensor for file in shards for name, tensor in read_shapes(folder / file)[0].items()}, {}
+
+
+def begin_weights(
+    folder: Path, hashing: Hashing | None, check: Check | None = None
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Digest]]:
+    """As `read_weights`, but for the hashes, which may be on their way yet; without `hashing` there are none.
+
+    `check` is told the shapes of each file before its tensors are read (see `begin_tensors`).
+    """
+    if (folder / WEIGHTS).exists():
+        tensors, metadata, digest = begin_tensors(folder / WEIGHTS, hashing, finite=True, check=check)
         return tensors, metadata, {WEIGHTS: digest} if hashing else {}
     if (folder / INDEX).exists():
-        tensors, digests = _begin_shards(folder, hashing)
+        tensors, digests = _begin_shards(folder, hashing, check)
         return tensors, {}, digests if hashing else {}
     if (folder / "adapter_model.bin").exists():
         raise InputError(
@@ -38,17 +53,33 @@ def begin_weights(folder: Path, hashing: Hashing | None) -> tuple[dict[str, Tens
     raise InputError(f"no {WEIGHTS}", where=str(folder))
 
 
-def _begin_shards(folder: Path, hashing: Hashing | None) -> tuple[dict[str, Tensor], dict[str, Digest]]:
-    index = read_json(folder / INDEX)
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file, as the index has it."""
+    index = read_json(folder / INDEX, limit=LARGEST_HEADER)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
         raise InputError("no weight_map from tensor to file", where=str(folder / INDEX))
+    return files
+
+
+def _shards(folder: Path) -> list[str]:
+    files = sorted(set(_weight_map(folder).values()))
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(
+                f"weight_map points to {shown(file)}, not a shard in this folder", where=str(folder / INDEX)
+            )
+    return files
+
+
+def _begin_shards(
+    folder: Path, hashing: Hashing | None, check: Check | None
+) -> tuple[dict[str, Tensor], dict[str, Digest]]:
+    files = _weight_map(folder)
     tensors: dict[str, Tensor] = {}
     digests: dict[str, Digest] = {}
-    for file in sorted(set(files.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"weight_map points to {file!r}, not a shard in this folder", where=str(folder / INDEX))
-        found, _, digests[file] = begin_tensors(folder / file, hashing, finite=True)
+    for file in _shards(folder):
+        found, _, digests[file] = begin_tensors(folder / file, hashing, finite=True, check=check)
         if twice := sorted(set(found) & set(tensors)):
             raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))
         tensors |= found

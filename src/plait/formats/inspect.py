@@ -11,8 +11,8 @@ from plait.adapters.config import CONFIG, read_raw_config
 from plait.adapters.experts import member_of
 from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.peft_format import read_adapter
-from plait.adapters.tensors import read_tensors
-from plait.adapters.weights import INDEX, WEIGHTS, read_weights
+from plait.adapters.tensors import read_shapes
+from plait.adapters.weights import weight_shapes
 from plait.errors import Damaged, InputError, PlaitError
 from plait.formats.convert import component_folders
 from plait.formats.keys import PEFT, TUCKER, variant_of
@@ -95,13 +95,8 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-    if path.is_file():
-        tensors, metadata, _ = read_tensors(path)
-        return tensors, metadata
-    if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
-        return {}, {}
-    tensors, metadata, _ = read_weights(path)
-    return tensors, metadata
+    """The tensors without their numbers, and the metadata."""
+    return read_shapes(path) if path.is_file() else weight_shapes(path)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

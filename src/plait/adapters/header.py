@@ -1,0 +1,146 @@
+"""The header of a safetensors file: read within bounds, and held against the file's length before any tensor is."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.checked import DuplicateKey, distinct_keys, encodable, shown
+from plait.errors import InputError
+
+# 18,000 modules of a mixture of experts, each with two factors, take 6 MB; a hundred times the text in Python's objects.
+LARGEST_HEADER = 16 << 20
+LONGEST_NAME = 512
+_LARGEST_SIDE = 1 << 48
+_DENSITY = 8  # bytes a bracket at least: a tensor's entry has three in 50 bytes
+ADVICE = "download or save it again as safetensors; pickle formats are not read"
+_SIGNATURES = (
+    (b"\x80\x02", "a pickle (torch.save)"),
+    (b"\x80\x04", "a pickle"),
+    (b"PK\x03\x04", "a zip archive (torch.save)"),
+    (b"version https://git-lfs", "a Git LFS pointer: the real file was not downloaded"),
+    (b"<!DOCTYPE", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"GGUF", "a GGUF file"),
+)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+
+def read_header(f: FileIO, path: Path, length: int) -> tuple[dict[str, Any], bytes]:
+    """What the header says of each tensor, and the bytes before the data.
+
+    Args:
+        f: The file, at its beginning.
+        path: For messages.
+        length: Of the file in bytes.
+
+    Returns:
+        Name -> {"dtype", "shape", "data_offsets"} without the metadata, and the header's bytes with its length.
+
+    Raises:
+        InputError: Something else than safetensors, too large, or offsets that do not cover the data once, in one piece.
+
+    Cost: linear in the header.
+    """
+    start = f.read(512)
+    for signature, what in _SIGNATURES:
+        if start.startswith(signature) and start[8:9] != b"{":  # a header of 640 bytes starts like a pickle
+            raise InputError(f"{what}, not safetensors", where=str(path), hint=ADVICE)
+    size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if len(start) < 8 or size > length - 8:
+        raise InputError(f"{length} bytes do not hold a safetensors header", where=str(path), hint=ADVICE)
+    if size > LARGEST_HEADER:
+        raise InputError(f"a header of {size} bytes, at most {LARGEST_HEADER} are read", where=str(path), hint=ADVICE)
+    f.seek(0)
+    head = f.read(8 + size)
+    if head.count(b"{") + head.count(b"[") > size // _DENSITY + 16:
+        raise InputError("not a whole safetensors file: its header is all brackets", where=str(path), hint=ADVICE)
+    try:  # the library keeps the last of two entries with one name
+        found = json.loads(head[8:], object_pairs_hook=distinct_keys)
+    except DuplicateKey as e:
+        raise InputError(f"the header names {shown(e.key)} twice", where=str(path), hint=ADVICE) from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"header is not JSON: {e}", where=str(path), hint=ADVICE) from None
+    if not isinstance(found, dict):
+        raise InputError("not a whole safetensors file: its header is no object", where=str(path), hint=ADVICE)
+    entries = {k: v for k, v in found.items() if k != "__metadata__"}
+    _require_layout(entries, length - len(head), path)
+    return entries, head
+
+
+def _require_layout(entries: Mapping[str, Any], length: int, path: Path) -> None:
+    """Refuse tensors whose offsets do not fit shape and type, or do not cover the data once."""
+    places: list[tuple[int, int]] = []
+    for name, entry in entries.items():
+        wrong = _wrong_in(name, entry)
+        if wrong:
+            raise InputError(
+                f"not a whole safetensors file: tensor {shown(name)} {wrong}", where=str(path), hint=ADVICE
+            )
+        start, stop = entry["data_offsets"]
+        places.append((start, stop))
+    end = 0
+    for start, stop in sorted(places):
+        if start != end:
+            raise InputError(
+                f"not a whole safetensors file: its tensors {'overlap' if start < end else 'leave a hole'} at byte {start}",
+                where=str(path),
+                hint=ADVICE,
+            )
+        end = stop
+    if end != length:
+        raise InputError(
+            f"not a whole safetensors file: its header speaks of {end} bytes, and {length} follow",
+            where=str(path),
+            hint=ADVICE,
+        )
+
+
+def _wrong_in(name: str, entry: Any) -> str:
+    """What is wrong with one entry of a header; "" where nothing is."""
+    if len(name) > LONGEST_NAME:
+        return f"has a name of {len(name)} characters, at most {LONGEST_NAME} are read"
+    if not encodable(name) or any(c < " " or c == "\x7f" for c in name):
+        return "has a name with control characters"
+    if not isinstance(entry, dict):
+        return "has no entry"
+    kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        return "lacks its type, shape or place"
+    if offsets[0] > offsets[1]:
+        return "ends before it begins"
+    size = DTYPES[kind].itemsize if kind in DTYPES else None
+    if size is not None and math.prod(shape) * size != offsets[1] - offsets[0]:
+        return f"of shape {shape} does not fill its {offsets[1] - offsets[0]} bytes"
+    return ""
+
+
+def _are_sizes(value: Any) -> bool:
+    whole = isinstance(value, list) and len(value) <= 16
+    return whole and all(type(v) is int and 0 <= v <= _LARGEST_SIDE for v in value)
