@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
+from plait.checked import LARGEST_NUMBER, shown
 from plait.errors import UsageError
 
 
@@ -84,9 +85,11 @@ def checked_options(method: Configurable, options: Mapping[str, Any] | None) -> 
 
 
 def _checked(method: str, key: str, value: Any, option: Option) -> Any:
-    wrong = UsageError(f"{method}: {key} is {value!r}, expected {option.describe()}")
+    wrong = UsageError(f"{method}: {key} is {shown(value)}, expected {option.describe()}")
     if value is None and option.optional:
         return None
+    if isinstance(value, int | float) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+        raise wrong
     if option.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, option.type) or (isinstance(value, bool) and option.type is not bool):

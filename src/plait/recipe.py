@@ -8,17 +8,19 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic import BaseModel as PydanticModel
 
 from plait.adapters.naming import checked_name, distinct_names
+from plait.checked import LARGEST_NUMBER
 
 if TYPE_CHECKING:
     from plait.training.settings import TrainingSettings
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Index = Annotated[int, Field(ge=0, le=10**6)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class _Strict(PydanticModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def _distinct(scales: list[float]) -> list[float]:
@@ -27,8 +29,19 @@ def _distinct(scales: list[float]) -> list[float]:
     return sorted(scales)
 
 
+def _once(values: list[str]) -> list[str]:
+    if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+        raise ValueError(f"{twice[0]!r} stands twice")
+    return values
+
+
+Once = Annotated[list[str], Field(min_length=1, max_length=100_000), AfterValidator(_once)]
 Name = Annotated[str, AfterValidator(checked_name)]
 Scales = Annotated[list[Positive], Field(min_length=1, max_length=200), AfterValidator(_distinct)]
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST_NUMBER
 
 
 class BaseSpec(_Strict):
@@ -37,7 +50,7 @@ class BaseSpec(_Strict):
     model: str = Field(min_length=1, description="hub name or local folder")
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
 
 
 class DataSpec(_Strict):
@@ -58,11 +71,11 @@ class TaskSpec(_Strict):
     name: Name
     train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
     validation: str | None = Field(None, description="held-out rows; every fifth training row without it")
-    text: list[str] = Field(min_length=1)
+    text: Once
     label: str = "label"
     kind: Literal["classification", "regression", "causal", "seq2seq"] = "classification"
-    labels: list[str] | None = None
-    metrics: list[str] | None = None
+    labels: Once | None = None
+    metrics: Once | None = None
     template: str | None = None
     chat: Literal["prompt", "messages"] | None = Field(None, description="use the tokenizer's chat template (causal)")
 
@@ -150,7 +163,7 @@ class EvaluationSpec(_Strict):
 
     scales: Scales = Field([0.3, 0.5, 0.7, 1.0, 1.5])
     batch_size: Count = 64
-    split_seed: Annotated[int, Field(ge=0)] = 0
+    split_seed: Seed = 0
     resamples: Annotated[int, Field(ge=0, le=100_000)] = 400
 
 
@@ -169,7 +182,7 @@ class Recipe(_Strict):
     merges: list[str | MergeSpec] = Field(min_length=1)
     evaluation: EvaluationSpec = EvaluationSpec.model_construct()
     fleet: Literal["auto", "always", "never"] = Field("auto", description="train adapters together; auto: on a GPU")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
@@ -205,7 +218,7 @@ class Recipe(_Strict):
     def at_each_rate(self, arm: ArmSpec) -> list[ArmSpec]:
         """An arm, or one for each of its learning rates where they are a list."""
         rates = {**self.training, **arm.training}.get("lr")
-        if not isinstance(rates, list) or not rates or not all(isinstance(r, int | float) for r in rates):
+        if not isinstance(rates, list) or not rates or not all(_is_rate(r) for r in rates):
             return [arm]  # `training_of` says what is wrong with the rest
         alike = {"subspace": arm.method} if len(rates) > 1 else {}
         shown = [f"{arm.name}@lr{rate:g}" if alike else arm.name for rate in rates]
@@ -216,7 +229,7 @@ class Recipe(_Strict):
 
     def _snapshots(self, arm: ArmSpec) -> list[SnapshotArm]:
         steps = {**self.training, **arm.training}.get("snapshots")
-        if not isinstance(steps, list) or not all(isinstance(s, int) for s in steps):
+        if not isinstance(steps, list) or not all(type(s) is int for s in steps):
             return []
         described = arm.model_dump(exclude={"name", "subspace"}) | {"subspace": arm.method, "of": arm.name}
         return [SnapshotArm(name=f"{arm.name}@step{s}", step=s, **described) for s in steps]

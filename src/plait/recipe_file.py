@@ -14,11 +14,15 @@ from pydantic import BaseModel as PydanticModel
 from pydantic import ValidationError
 
 from plait import recipe as models
+from plait.checked import shown
 from plait.errors import InputError, UsageError, printable
+from plait.options import Configurable, checked_options
 from plait.recipe import Recipe, TaskSpec
 from plait.store import require_regular, staged_file
 
 _SIZE_LIMIT = 1 << 20
+# What PyYAML raises: its own, and what its constructors of dates, numbers and truth values let through.
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError, OverflowError)
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 
 
@@ -58,8 +62,8 @@ def load_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
-        raise UsageError("not a recipe: " + " ".join(str(e).split()), where=where) from None
+    except YAML_ERRORS as e:
+        raise UsageError("not a recipe: " + " ".join(str(e).split()), where=where, hint="correct the file") from None
 
 
 _SECTIONS: dict[str, type[PydanticModel]] = {
@@ -180,8 +184,8 @@ def _problem(error: Mapping[str, Any], whole: type[PydanticModel]) -> str:
         near = difflib.get_close_matches(place[-1], known, n=1)
         advice = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""
         return f"unknown key {printable('.'.join(place), 80)!r}{advice}"
-    shown = printable(repr(error.get("input")), 60)
-    return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {shown})" if place else "")
+    found = printable(shown(error.get("input")), 60)
+    return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {found})" if place else "")
 
 
 def _fields_at(place: Sequence[str], whole: type[PydanticModel]) -> set[str]:
@@ -192,6 +196,7 @@ def _fields_at(place: Sequence[str], whole: type[PydanticModel]) -> set[str]:
 def check_names(recipe: Recipe, where: str) -> None:
     """Check what only the registries know: methods, their options, training overrides."""
     from plait.merging import merge_methods
+    from plait.merging.calibration import CALIBRATIONS
     from plait.subspaces import subspace_methods
     from plait.tasks import GLUE_TASKS, METRICS
     from plait.tasks.metrics import METRICS_OF
@@ -207,17 +212,32 @@ def check_names(recipe: Recipe, where: str) -> None:
     for arm in recipe.arm_specs:
         require_known(arm.method, list(subspace_methods()), "subspace method", where)
         method = subspace_methods()[arm.method]
-        for option in arm.options:
-            require_known(option, list(method.options), f"option of {arm.method}", where)
+        _check_options(method, arm.options, where, f"arm {arm.name}")
         if "others" in method.needs and len(recipe.tasks) < 2:
             raise UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
         for key in {**recipe.training, **arm.training}:
             require_known(key, training_keys(), "training key", where)
-        recipe.training_of(arm)
+        settings = recipe.training_of(arm)
+        require_known(
+            settings.constraint_options.get("method", arm.method), list(subspace_methods()), "subspace method", where
+        )
     for m in recipe.merge_specs:
         require_known(m.merge_method, list(merge_methods()), "merge method", where)
-        for option in m.options:
-            require_known(option, list(merge_methods()[m.merge_method].options), f"option of {m.merge_method}", where)
+        _check_options(merge_methods()[m.merge_method], m.options, where, f"merge {m.name}")
+        if m.calibrate is not None:
+            require_known(m.calibrate, list(CALIBRATIONS), "calibration", where)
+
+
+def _check_options(method: Configurable, options: Mapping[str, Any], where: str, what: str) -> None:
+    """Check the options of a method, values and all, before anything is computed with them."""
+    for option in options:
+        require_known(option, list(method.options), f"option of {method.name}", where)
+    try:
+        checked_options(method, options)
+    except UsageError as e:
+        raise UsageError(
+            f"{what}: {e.what}", where=where, hint=e.hint or "plait ls methods shows what is allowed"
+        ) from None
 
 
 def training_keys() -> list[str]:

@@ -94,9 +94,9 @@ DAMAGE = {
     "3 header of 10^12": (lambda _: struct.pack("<Q", 10**12) + b"{}", "do not hold a safetensors header"),
     "6 HTML": (lambda _: b"<!DOCTYPE html><html>not found", "an HTML page"),
     "7 a pickle": (lambda _: pickle.dumps({"a": 1}, protocol=2), "a pickle"),
-    "no record": (lambda raw: raw.replace(b'{\\"schema', b'[\\"schema'), "not a Fisher file"),
-    "57 newer": (lambda raw: raw.replace(b'schema\\": 1', b'schema\\": 2'), "not a Fisher file of schema 1"),
-    "no examples": (lambda raw: raw.replace(b"examples", b"exampels"), "not a Fisher file"),
+    "no record": (lambda raw: raw.replace(b'{\\"schema', b'[\\"schema'), "its record is not JSON"),
+    "57 newer": (lambda raw: raw.replace(b'schema\\": 1', b'schema\\": 2'), "Fisher schema 2, this plait reads 1"),
+    "no examples": (lambda raw: raw.replace(b"examples", b"exampels"), "its record.examples is absent"),
 }
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.checked import LARGEST_NUMBER, shown
 from plait.errors import InputError, UsageError
 from plait.options import did_you_mean
 
 _KNOWN = {"models", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "name"}
+_FLAGS = {"normalize", "rescale", "int8_mask"}
 _IGNORED = {"int8_mask", "dtype"}
 # mergekit's method -> plait's, and the options that make it do what mergekit does by default.
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,15 +55,15 @@ def read_mergekit_config(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    from plait.recipe_file import DistinctKeys, text_of
+    from plait.recipe_file import YAML_ERRORS, DistinctKeys, text_of
 
     text = text_of(path)
     try:
         raw = yaml.load(text, Loader=DistinctKeys)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError) as e:
-        raise InputError(f"not YAML: {e}", where=str(path)) from None
+    except YAML_ERRORS as e:
+        raise InputError("not YAML: " + " ".join(str(e).split()), where=str(path), hint="correct the file") from None
     if not isinstance(raw, dict):
-        raise InputError("not a mapping", where=str(path))
+        raise InputError("not a mapping", where=str(path), hint="expected a mergekit recipe")
     try:
         return from_mergekit(raw)
     except UsageError as e:
@@ -74,14 +76,19 @@ def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError("slices put layers of several models together, which adapters cannot", where="slices")
     for key in recipe:
         if key not in _KNOWN:
-            raise UsageError(f"unknown key {key!r}", hint=did_you_mean(str(key), _KNOWN))
+            raise UsageError(f"unknown key {shown(key)}", hint=did_you_mean(shown(key), _KNOWN))
     name = recipe.get("merge_method")
-    if name not in _METHODS:
-        raise UsageError(f"merge_method {name!r} is not one that plait shares", hint=did_you_mean(str(name), _METHODS))
+    if not isinstance(name, str) or name not in _METHODS:
+        hint = did_you_mean(shown(name).strip("'"), _METHODS)
+        raise UsageError(f"merge_method {shown(name)} is not one that plait shares", hint=hint)
     method, defaults = _METHODS[name]
     models = _models(recipe.get("models"))
     shared = _parameters(recipe.get("parameters"), "parameters")
     folders = [adapter for _, adapter, _ in models]
+    if not isinstance(recipe.get("base_model", ""), str):
+        raise UsageError(
+            f"base_model is {shown(recipe['base_model'])}, expected a name", hint="a folder, or a hub name"
+        )
     bases = {base for base, _, _ in models} | ({str(recipe["base_model"])} if "base_model" in recipe else set())
     if len(bases) > 1:
         raise UsageError(f"adapters of different bases: {', '.join(sorted(bases))}", where="models")
@@ -125,12 +132,16 @@ def _parameters(raw: Any, where: str) -> dict[str, float]:
     if not isinstance(raw, dict):
         raise UsageError("not a mapping", where=where)
     for key, value in raw.items():
+        if not isinstance(key, str):
+            raise UsageError(f"a parameter is called {shown(key)}", where=where, hint="names are text")
         if isinstance(value, list | dict):
             raise UsageError(
                 f"{key} varies by layer or by filter, which plait does not do", where=where, hint="one number"
             )
-        if not isinstance(value, bool | int | float):
-            raise UsageError(f"{key} is {value!r}, expected a number", where=where)
+        if key in _FLAGS and value in (True, False):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
+            raise UsageError(f"{key} is {shown(value)}, expected a finite number", where=where, hint="one number")
     return dict(raw)
 
 

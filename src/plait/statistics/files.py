@@ -13,13 +13,14 @@ from torch import Tensor
 
 from plait.adapters.tensor_file import joined_tensors, write_tensors
 from plait.adapters.tensors import read_tensors
+from plait.checked import parsed_json, shown
 from plait.errors import InputError, UsageError
-from plait.statistics.moments import DENSE, FACTOR, ModuleInfo, Moments, Statistics, packed, unpacked
+from plait.statistics.moments import DENSE, Moments, Statistics, packed, unpacked
+from plait.statistics.records import LARGEST_RECORD, PARTS, SiteRecord, file_record
 from plait.store import canonical_json, require_regular, sha256_file, staged_file
 
 SCHEMA = 1
 KIND = "plait.statistics"
-PARTS = ("total", "second", "residual", "tail", "padded_total")
 
 
 def write_statistics(
@@ -109,16 +110,9 @@ def read_statistics(path: str | Path) -> Statistics:
     """
     path = Path(path)
     tensors, metadata, digest = read_tensors(path)
-    record = record_of(metadata, path)
-    try:
-        sites = {s: moments_of(s, r, tensors, path) for s, r in record["sites"].items()}
-        modules = {n: module_of(i) for n, i in record["modules"].items()}
-        provenance = dict(record["provenance"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise InputError(f"its record is incomplete: {type(e).__name__} {e}", where=str(path)) from None
-    if odd := [n for n, i in modules.items() if i.site not in sites]:
-        raise InputError(f"module {odd[0]!r} reads a site that is not in the file", where=str(path))
-    return Statistics(sites, modules, provenance, digest)
+    record = file_record(record_of(metadata, path), tensors, path)
+    sites = {site: moments_of(site, facts, tensors, path) for site, facts in record.sites.items()}
+    return Statistics(sites, record.modules, record.provenance, digest)
 
 
 def require_distinct(files: Sequence[Path]) -> None:
@@ -145,8 +139,8 @@ def read_identity(path: str | Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as opened:
             text = (opened.metadata() or {}).get("identity")
-        found = json.loads(text) if text is not None else None
-    except (SafetensorError, ValueError) as e:
+        found = None if text is None else parsed_json(text, str(path), "its identity", LARGEST_RECORD)
+    except SafetensorError as e:
         raise InputError(f"not a whole statistics file: {e}", where=str(path)) from None
     return found if isinstance(found, dict) else None
 
@@ -162,35 +156,31 @@ def record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     text = metadata.get("statistics", "")
     if metadata.get("statistics_sha256", "") not in ("", hashlib.sha256(text.encode()).hexdigest()):
         raise InputError("its record is not the one that was written", where=str(path), hint="copy the file again")
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
+    record = parsed_json(text, str(path), "its record", LARGEST_RECORD, hint="copy the file again")
     if not isinstance(record, dict):
-        raise InputError("its record is not JSON", where=str(path))
+        raise InputError("its record is not JSON", where=str(path), hint="copy the file again")
     if record.get("schema") != SCHEMA:
         raise InputError(
-            f"statistics schema {record.get('schema')!r}, this plait reads {SCHEMA}",
+            f"statistics schema {shown(record.get('schema'))}, this plait reads {SCHEMA}",
             where=str(path),
             hint="collect them again with this version",
         )
     return record
 
 
-def moments_of(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Moments:
+def moments_of(site: str, record: SiteRecord, tensors: Mapping[str, Tensor], path: Path) -> Moments:
     """One site from its record and its tensors.
 
     Raises:
         InputError: They do not fit each other, or hold what is no finite number.
-        KeyError, TypeError, ValueError: The record lacks something.
     """
     total, second = tensors[f"{site}|total"], tensors[f"{site}|second"]
     residual, padded = tensors.get(f"{site}|residual"), tensors.get(f"{site}|padded_total")
-    dim, form, tail = record["dim"], record["form"], tensors.get(f"{site}|tail")
-    _require_whole(site, record, tensors, path)
-    wanted = (dim * (dim + 1) // 2,) if form == DENSE else (second.shape[0], dim)
+    dim, form, tail = record.dim, record.form, tensors.get(f"{site}|tail")
+    _require_whole(site, record.sha256, tensors, path)
+    wanted = (dim * (dim + 1) // 2,) if form == DENSE else (*second.shape[:1], dim)
     vectors = [v for v in (total, residual, padded) if v is not None]
-    if form not in (DENSE, FACTOR) or tuple(second.shape) != wanted or any(tuple(v.shape) != (dim,) for v in vectors):
+    if tuple(second.shape) != wanted or any(tuple(v.shape) != (dim,) for v in vectors):
         raise InputError(f"site {site!r}: tensors do not fit width {dim}, form {form!r}", where=str(path))
     if tail is not None and (
         tail.dtype != torch.int8 or tuple(tail.shape) != (dim * (dim + 1) // 2,) or residual is None
@@ -200,31 +190,22 @@ def moments_of(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tenso
         if not part.is_floating_point() or not bool(part.isfinite().all()):
             raise InputError(f"site {site!r} holds NaN, infinity or integers", where=str(path))
     return Moments(
-        count=int(record["count"]),
+        count=record.count,
         total=total,
         second=unpacked(second, dim) if form == DENSE else second,
         form=form,
         residual=residual,
-        error=float(record["error"]),
+        error=record.error,
         tail=tail,
-        step=float(record.get("step", 0.0)),
-        padded_count=int(record["padded_count"]),
+        step=record.step,
+        padded_count=record.padded_count,
         padded_total=padded,
     )
 
 
-def _require_whole(site: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    wanted = record.get("sha256")  # absent from files of earlier versions
+def _require_whole(site: str, wanted: str | None, tensors: Mapping[str, Tensor], path: Path) -> None:
     parts = {part: tensors[f"{site}|{part}"] for part in PARTS if f"{site}|{part}" in tensors}
     if wanted is not None and wanted != content_hash(parts):
         raise InputError(
             f"site {site!r}: its tensors are not those that were written", where=str(path), hint="copy the file again"
         )
-
-
-def module_of(record: Mapping[str, Any]) -> ModuleInfo:
-    """One module from its record."""
-    out, width = record["shape"]
-    return ModuleInfo(
-        str(record["site"]), (int(out), int(width)), float(record["output_energy"]), bool(record["fan_in_fan_out"])
-    )

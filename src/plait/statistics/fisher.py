@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_metadata, read_tensors
+from plait.checked import Record, parsed_json
 from plait.errors import InputError, RunError, UsageError
+from plait.statistics.records import LARGEST_RECORD
 from plait.store import staged_file
 
 KIND, SCHEMA = "plait.fisher", 1
+_HINT = "expected a file written by plait stats fisher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +92,21 @@ def read_fisher(path: Path) -> FisherDiagonal:
         InputError: Another kind of file, damaged, of another schema, or holding NaN or negative entries.
     """
     tensors, metadata, digest = read_tensors(path)
-    record = _record(metadata.get("fisher", "{}"))
-    if metadata.get("kind") != KIND or record.get("schema") != SCHEMA or not isinstance(record.get("examples"), int):
-        raise InputError(
-            f"not a Fisher file of schema {SCHEMA}", where=str(path), hint="plait's collect_fisher writes one"
-        )
+    if metadata.get("kind") != KIND:
+        raise InputError("holds no Fisher diagonal", where=str(path), hint=_HINT)
+    raw = parsed_json(metadata.get("fisher", ""), str(path), "its record", LARGEST_RECORD, hint=_HINT)
+    record = Record.of(raw, str(path), inside="its record", hint=_HINT)
+    if (schema := record.integer("schema")) != SCHEMA:
+        raise InputError(f"Fisher schema {schema}, this plait reads {SCHEMA}", where=str(path), hint=_HINT)
+    examples = record.integer("examples", 1)
     modules = {}
     for name, tensor in tensors.items():
-        if tensor.ndim != 2 or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
-            raise InputError(f"{name} is not a finite, nonnegative matrix", where=str(path))
+        whole = tensor.ndim == 2 and tensor.is_floating_point() and tensor.itemsize > 1
+        if not whole or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
+            raise InputError(f"{name} is not a finite, nonnegative matrix", where=str(path), hint=_HINT)
         modules[name] = _on_disk(path, name, (tensor.shape[0], tensor.shape[1]))
-    return FisherDiagonal(modules, int(record["examples"]), record.get("provenance", {}), digest)
-
-
-def _record(text: str) -> dict[str, Any]:
-    """The record in a file's metadata; empty where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    provenance = record.record("provenance", optional=True)
+    return FisherDiagonal(modules, examples, dict(provenance.values), digest)
 
 
 def _on_disk(path: Path, name: str, shape: tuple[int, int]) -> Diagonal:

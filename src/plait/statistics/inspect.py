@@ -138,6 +138,8 @@ def _problems(moments: Moments) -> list[str]:
     found = []
     if moments.count < 1 or moments.padded_count < 0:
         found.append(f"counts {moments.count} inputs")
+    if moments.residual is not None and bool((moments.residual < -_NEGATIVE * moments.residual.abs().max()).any()):
+        found.append("a negative residual")
     if not moments.trace > 0:
         return [*found, "its second moment is zero"]
     values = torch.linalg.eigvalsh(moments.dense().double())

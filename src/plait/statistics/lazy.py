@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from plait.adapters.tensors import read_metadata, read_some
+from plait.adapters.tensors import read_layout, read_some
+from plait.checked import Record
 from plait.errors import InputError
-from plait.statistics.files import PARTS, module_of, moments_of, record_of
+from plait.statistics.files import moments_of, record_of
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
+from plait.statistics.records import PARTS, file_record, site_record
 
 
 class FileSites(Mapping[str, Moments]):
@@ -24,10 +26,10 @@ class FileSites(Mapping[str, Moments]):
     def __getitem__(self, site: str) -> Moments:
         path, record = self.homes[site]
         tensors = read_some(path, [f"{site}|{part}" for part in PARTS])
-        try:
-            return moments_of(site, record, tensors, path)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise InputError(f"its record is incomplete: {type(e).__name__} {e}", where=str(path)) from None
+        facts = site_record(Record.of(record, str(path), inside=f"sites.{site}"))
+        if missing := [p for p in ("total", "second") if f"{site}|{p}" not in tensors]:
+            raise InputError(f"site {site!r} has no tensor {missing[0]!r} any more", where=str(path))
+        return moments_of(site, facts, tensors, path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.homes)
@@ -46,16 +48,10 @@ def open_statistics(path: str | Path) -> Statistics:
         InputError: Not such a file, or of another schema; later, from the site at fault: tensors that do not fit.
     """
     path = Path(path)
-    record = record_of(read_metadata(path), path)
-    try:
-        homes = {str(s): (path, dict(r)) for s, r in record["sites"].items()}
-        modules = {n: module_of(i) for n, i in record["modules"].items()}
-        provenance = dict(record["provenance"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise InputError(f"its record is incomplete: {type(e).__name__} {e}", where=str(path)) from None
-    if odd := [n for n, i in modules.items() if i.site not in homes]:
-        raise InputError(f"module {odd[0]!r} reads a site that is not in the file", where=str(path))
-    return Statistics(FileSites(homes), modules, provenance)
+    metadata, entries, _ = read_layout(path)
+    record = file_record(record_of(metadata, path), entries, path)
+    homes = {site: (path, raw) for site, raw in record.raw_sites.items()}
+    return Statistics(FileSites(homes), record.modules, record.provenance)
 
 
 def joined(parts: Sequence[Statistics], modules: Mapping[str, ModuleInfo]) -> Statistics:

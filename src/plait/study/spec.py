@@ -10,11 +10,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from plait.adapters.naming import distinct_names
 from plait.errors import InputError, UsageError
-from plait.recipe import ArmSpec, Count, Name, Positive, Recipe, TaskSpec, _Strict
+from plait.recipe import ArmSpec, Count, Name, Positive, Recipe, Seed, TaskSpec, _Strict
 from plait.recipe_file import apply_overrides, check_names, load_yaml, put, text_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 
 
 class StudyArm(ArmSpec):
@@ -62,7 +62,7 @@ class Study(Recipe):
     arms: list[str | StudyArm] = Field(min_length=1)  # type: ignore[assignment]
     rates: list[Positive] = Field(min_length=1, description="learning rates every arm chooses from")
     moments: list[Count] = Field(default_factory=list, description="steps before the end that the sweep may choose too")
-    tuning_seed: Annotated[int, Field(ge=0)] = Field(1000, description="seed of the sweep; never reported")
+    tuning_seed: Seed = Field(1000, description="seed of the sweep; never reported")
     tuning_merges: list[Name] | None = Field(None, description="merges by whose best an arm's rate is chosen")
     tuning_rows: Count = Field(250, description="validation rows a task that only the sweep sees, a fifth at most")
     grid_rows: Count = Field(400, description="rows a half from which scales are chosen")

@@ -15,8 +15,6 @@ from plait.statistics.moments import Statistics
 from plait.training.constraints import Constraint, Rule
 from plait.training.settings import TrainingSettings
 
-_OPTIONS = {"projected": {"m", "method", "rho"}, "penalised": {"beta"}}
-
 
 def prepare_constraint(
     settings: TrainingSettings,
@@ -39,7 +37,7 @@ def prepare_constraint(
         device: Where eigenvectors are computed.
 
     Raises:
-        UsageError: An unknown option, no statistics of this task and at least one other, or others that hold this task too.
+        UsageError: No statistics of this task and at least one other, or others that hold this task too.
         InputError: Statistics that do not compare, or lack a module of the adapter.
 
     Cost:
@@ -47,8 +45,6 @@ def prepare_constraint(
         trained; sites are shared by the modules that read them, and a sketch is written out.
     """
     kind, options = settings.constraint, dict(settings.constraint_options)
-    if unknown := sorted(set(options) - _OPTIONS.get(kind, set())):
-        raise UsageError(f"constraint {kind!r} has no option {unknown[0]!r}", where="constraint_options")
     if kind in ("free", "frozen"):
         return Constraint(kind)
     if not statistics or task not in statistics or len(statistics) < 2:

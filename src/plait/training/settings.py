@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from plait.checked import Record, shown
 from plait.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")
 CONSTRAINTS = ("free", "frozen", "projected", "penalised")
 WITH_STATISTICS = "penalised"  # what `plait train --statistics` does where nothing is named: docs/study/findings.md
+CONSTRAINT_OPTIONS = {"projected": {"m", "method", "rho"}, "penalised": {"beta"}}
+_WHERE = "training settings"
 PRECISIONS = ("fp32", "bf16")
 LARGEST_BATCH = 1 << 16  # rows are drawn for whole steps: with more, a slip of the hand asks for all memory there is
 LARGEST_STEPS, LARGEST_EPOCHS = 10**9, 10**6  # centuries; the order of all rows is drawn before the first step
@@ -81,7 +84,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise UsageError("give exactly one of steps and epochs", where="training settings")
+            raise UsageError("give exactly one of steps and epochs", where=_WHERE)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("constraint", self.constraint, CONSTRAINTS)
         _one_of("precision", self.precision, PRECISIONS)
@@ -89,8 +92,11 @@ class TrainingSettings:
             k: getattr(self, k) for k in ("steps", "batch_size", "accumulation", "max_length", "checkpoint_every")
         }
         counts |= {"evaluate_every": self.evaluate_every, "patience": self.patience}
+        needed = ("batch_size", "accumulation", "max_length")
         for name, value in counts.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if (value is not None or name in needed) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
                 _refuse(name, value, "an integer of at least 1")
         if self.batch_size > LARGEST_BATCH:
             _refuse("batch_size", self.batch_size, f"an integer of at most {LARGEST_BATCH}")
@@ -100,9 +106,23 @@ class TrainingSettings:
             _refuse("snapshots", self.snapshots, "a list of steps, from 1")
         if not isinstance(self.report_to, tuple) or not all(isinstance(name, str) for name in self.report_to):
             _refuse("report_to", self.report_to, "a list of trackers, such as [tensorboard]")
+        self._check_numbers()
+        if self.batch_size % self.accumulation:
+            _refuse("accumulation", self.accumulation, f"a divisor of batch_size {self.batch_size}")
+
+    def _check_numbers(self) -> None:
         for name in ("lr", "epochs", "head_lr", "weight_decay", "max_grad_norm", "warmup_ratio", "dropout"):
-            if isinstance(getattr(self, name), bool | str | tuple):
-                _refuse(name, getattr(self, name), "a number")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                _refuse(name, value, "a number")
+            if value is None and name not in ("epochs", "head_lr"):
+                _refuse(name, value, "a number")
+        for name in ("base_dropout", "shard_base"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, getattr(self, name), "true or false")
+        if not isinstance(self.tied, str | None):
+            _refuse("tied", self.tied, "a name")
+        _check_constraint(self.constraint, self.constraint_options)
         _within("lr", self.lr, 0.0, math.inf, open_below=True)
         _within("epochs", self.epochs, 0.0, math.inf, open_below=True)
         if self.epochs is not None and self.epochs > LARGEST_EPOCHS:
@@ -112,8 +132,6 @@ class TrainingSettings:
         _within("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
         _within("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
         _within("dropout", self.dropout, 0.0, 1.0)
-        if self.batch_size % self.accumulation:
-            _refuse("accumulation", self.accumulation, f"a divisor of batch_size {self.batch_size}")
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps on this many rows."""
@@ -154,6 +172,19 @@ def row_order(rows: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:
     return np.concatenate([*passes, np.zeros(0, np.int64)])[:wanted].astype(np.int64)
 
 
+def _check_constraint(kind: str, options: object) -> None:
+    """Refuse options that the constraint does not have, or whose values it cannot use."""
+    given = Record.of(
+        dict(options) if isinstance(options, Mapping) else options, _WHERE, inside="constraint_options", kind=UsageError
+    )
+    if unknown := sorted(set(given.values) - CONSTRAINT_OPTIONS.get(kind, set())):
+        raise UsageError(f"constraint {kind!r} has no option {unknown[0]!r}", where="constraint_options")
+    given.number("beta", 0.0, default=1.0)
+    given.number("rho", 0.0, default=1.0)
+    given.integer("m", 1, default=128)
+    given.text("method", "contrastive")
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         _refuse(name, value, f"one of {', '.join(allowed)}")
@@ -165,4 +196,4 @@ def _within(name: str, value: float | None, low: float, high: float, *, open_bel
 
 
 def _refuse(name: str, value: object, expected: str) -> None:
-    raise UsageError(f"{name} is {value!r}, expected {expected}", where="training settings")
+    raise UsageError(f"{name} is {shown(value)}, expected {expected}", where=_WHERE)
