@@ -19,7 +19,7 @@ test-all: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p plait.adapters -p plait.merging -p plait.formats -p plait.subspaces -p plait.statistics -m plait.store -m plait.errors -m plait.options
+	$(BIN)/mypy -p plait.adapters -p plait.merging -p plait.formats -p plait.subspaces -p plait.statistics -m plait.store -m plait.errors -m plait.options -m plait.checked -m plait.patterns -m plait.automaton
 
 # torch first and pinned: left to the resolver it may come as gigabytes of GPU packages.
 $(VENV)/.torch: constraints.txt

@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "plait"
 FILES = sorted(SOURCE.rglob("*.py"))
 LOWER = sorted(
     [SOURCE / f"{name}.py" for name in ("errors", "files", "locks", "manifest", "store", "statistics/moments")]
+    + [SOURCE / f"{n}.py" for n in ("checked", "patterns", "automaton")]
     + [f for room in ("subspaces", "adapters", "formats", "loading", "merging") for f in (SOURCE / room).rglob("*.py")]
 )
 ALLOWED = {"torch", "safetensors", "numpy", "jaxtyping", "plait", "__future__"} | set(sys.stdlib_module_names)

@@ -130,9 +130,9 @@ def _plain_hits(keys: Sequence[str], order: dict[str, int], names: Sequence[str]
         budget.spend(5 * len(shapes))
         best: str | None = None
         for (length, dots), known in shapes.items():
-            key = known.get(_shaped(name, length, dots))
-            if key is not None and (best is None or order[key] < order[best]):
-                best = key
+            hit = known.get(_shaped(name, length, dots))
+            if hit is not None and (best is None or order[hit] < order[best]):
+                best = hit
         if best is not None:
             hits[name] = best
     return hits

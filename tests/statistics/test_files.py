@@ -99,7 +99,7 @@ def test_damaged_files_are_named(many, tmp_path):
 
     with pytest.raises(InputError, match="do not fit width"):
         read_statistics(broken("short", {**tensors, f"{first}|second": tensors[f"{first}|second"][:-1].clone()}))
-    with pytest.raises(InputError, match="has no tensor .total"):
+    with pytest.raises(InputError, match=r"has no tensor .total"):
         read_statistics(broken("missing", {k: v for k, v in tensors.items() if k != f"{first}|total"}))
     record = json.loads(metadata["statistics"])
     with pytest.raises(InputError, match="schema 9, this plait reads 1"):

@@ -130,7 +130,9 @@ def _wrong_in(name: str, entry: Any) -> str:
         return "has a name with control characters"
     if not isinstance(entry, dict):
         return "has no entry"
-    kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    kind: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         return "lacks its type, shape or place"
     if offsets[0] > offsets[1]:
