@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from plait.checked import LARGEST_MANIFEST
 from plait.errors import Damaged, InputError
 from plait.files import read_json, sha256_file, sha256_json
 from plait.locks import require_readable
@@ -71,7 +72,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = read_json(file)
+        found = read_json(file, limit=LARGEST_MANIFEST)
     except InputError as e:
         raise Damaged(e.what, where=e.where, hint=e.hint) from None
     if not isinstance(found, dict) or "schema" not in found:

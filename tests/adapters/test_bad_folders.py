@@ -171,7 +171,7 @@ def test_14_a_flipped_bit_is_found(folder):
     raw = bytearray((folder / WEIGHTS).read_bytes())
     raw[-3] ^= 1
     weights(folder, bytes(raw))
-    refused(folder, "not those the manifest recorded", WEIGHTS)
+    refused(folder, "is not what was written", WEIGHTS)
 
 
 def test_15_pipes_loops_and_a_file_replaced_while_it_is_read(folder, monkeypatch):
