@@ -8,21 +8,25 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from plait import store
-from plait.adapters.lora import EMBEDDING, Adapter
+from plait.adapters.lora import EMBEDDING, EXPERT, Adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.base_files import INDEX, SINGLE, weight_files
 from plait.errors import InputError, RunError
 from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised, tensors_in
+from plait.merging.expert_parts import expert_parts, known_names, layout_for
 from plait.merging.inputs import seed_of
 from plait.merging.outcome import labels_of
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, as_dense, row_blocks
+
+if TYPE_CHECKING:
+    from plait.base_layout import StoredParameter
 
 # Model types whose linear layers are Conv1D, stored (in, out); only square weights leave this to the name.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}
@@ -82,7 +86,9 @@ def bake(
     """
     config = require_unquantised(base)
     adapter, deltas = _deltas_of(source)
-    sites = _sites(adapter, deltas, base_tensors(base), config)
+    tensors = base_tensors(base)
+    layout = layout_for(base, adapter, tensors)
+    sites = _sites(adapter, deltas, known_names(tensors, layout), config, layout)
     inputs = {
         "adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules)),
         "base": _hash(base),
@@ -93,7 +99,7 @@ def bake(
     wanted = store.identity("bake", options, inputs, source.seed if isinstance(source, Plan) else None)
     if store.is_done(out, wanted, overwrite=overwrite):
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
-    result: dict[str, Any] = {"modules": len(sites), "dtype": sorted({s.stored.dtype for s in sites})}
+    result: dict[str, Any] = {"modules": len(deltas), "dtype": sorted({s.stored.dtype for s in sites})}
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
         untied = _copy(base, stage, sites, config)
         lost = [_write(site, _target(site, stage)) for site in sites]
@@ -133,13 +139,18 @@ def _sites(
     deltas: Mapping[str, Callable[[], DenseDelta]],
     tensors: Mapping[str, StoredTensor],
     config: Mapping[str, Any],
+    layout: Mapping[str, StoredParameter],
 ) -> list[_Site]:
-    found = []
+    found: list[_Site] = []
     conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
     tied = bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
     for module, delta in deltas.items():
-        name, is_output = tensor_of(module, adapter, tensors, tied)
         dense = delta()
+        if module in adapter.modules and adapter.modules[module].kind == EXPERT:
+            parts = expert_parts(module, adapter.prefix, dense, layout, tensors)
+            found += [_Site(module, p.tensor, p.stored, p.delta, p.transposed, False, False) for p in parts]
+            continue
+        name, is_output = tensor_of(module, adapter, tensors, tied)
         stored = _as_matrix(tensors[name])
         embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
         flipped = (dense.shape[1], dense.shape[0])
