@@ -156,7 +156,7 @@ WRONG = {
     "finite number above 0": ["init", "--own", "a", "--alpha", "nan", "--out", "o"],
     "not one of PEFT's": ["init", "--own", "a", "--task-type", "CLS", "--out", "o"],
     "one of axolotl": ["init", "--own", "a", "--for", "axlotl", "--out", "o"],
-    "--task-type CAUSAL_LM": ["init", "--own", "a", "--for", "trl", "--out", "o"],
+    "--task-type CAUSAL_LM": ["init", "--own", "a", "--for", "trl", "--task-type", "SEQ_CLS", "--out", "o"],
 }
 
 

@@ -164,6 +164,32 @@ def test_init_prints_what_another_trainer_needs(tiny_base, tmp_path, capsys):
     assert "callbacks=[ConstraintCallback(" in found["snippet"]
 
 
+def test_init_takes_the_task_type_from_the_statistics(tiny_base, tmp_path, capsys):
+    """Of the model that was run: nobody has to say it again, and a trainer of text takes what is one."""
+    rows = write_rows(tmp_path / "one.csv", [{"text": f"w{i} w1 w2", "label": f"w{i % 3}"} for i in range(20)])
+    for architecture, kind, expected in (("llama", "causal", "CAUSAL_LM"), ("bert", "classification", "SEQ_CLS")):
+        own = tmp_path / f"{kind}.stats.safetensors"
+        targets = "q_proj" if kind == "causal" else "query"
+        plait(
+            capsys, "stats", "--base", tiny_base(architecture).name, "--task", "one", "--train-file", rows, "--text", "text",
+            "--kind", kind, "--target-modules", targets, "--sketch", "4", "--out", own,
+        )  # fmt: skip
+        start = ["init", "--own", own, "--method", "orthonormal", "--rank", 2]
+        found = plait(capsys, *start, "--out", tmp_path / kind)
+        config = json.loads((tmp_path / kind / "adapter_config.json").read_text())
+        assert found["task_type"] == expected and config["inference_mode"] is True
+        assert config["task_type"] == (None if expected == "SEQ_CLS" else expected)  # its head is yet to come
+        assert json.loads((tmp_path / kind / "plait.json").read_text())["options"]["task_type"] == expected
+        trl = [*map(str, start), "--for", "trl", "--out", str(tmp_path / f"{kind}-trl"), "--json"]
+        if expected == "CAUSAL_LM":
+            assert "SFTTrainer" in plait(capsys, *trl)["snippet"]
+        else:
+            with pytest.raises(SystemExit) as ended:
+                main(trl)
+            assert ended.value.code == 2 and "this is SEQ_CLS" in capsys.readouterr().err
+            assert not (tmp_path / f"{kind}-trl").exists()
+
+
 def test_a_regression_at_the_prompt(tiny_base, tmp_path, capsys):
     rows = write_rows(tmp_path / "grade.csv", tiny_rows(None, 40))
     source = ["--base", tiny_base("bert").name, "--task", "grade", "--train-file", rows, "--text", "text"]

@@ -14,13 +14,14 @@ from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import device_named
-from plait.errors import UsageError
+from plait.errors import InputError, UsageError
 from plait.options import did_you_mean
 from plait.statistics import Statistics, open_statistics
 from plait.store import identity, is_done, read_manifest, sha256_file, staged_folder
 from plait.subspaces import completed, compute_subspaces
 from plait.subspaces.registry import checked_row_norm
 
+_UNRECORDED = "SEQ_CLS"
 PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -35,7 +36,8 @@ class InitialSettings:
         row_norm: Norm of each row of A; None for the method's own.
         options: Of the method.
         background_weight: Share of the background pool among the others, where there is one, in [0, 1].
-        task_type: PEFT's task type.
+        task_type: PEFT's task type; None takes the one that the statistics were collected for (SEQ_CLS in files of old,
+            which do not say).
         target_modules: As PEFT's; None lists every module the statistics hold.
     """
 
@@ -45,7 +47,7 @@ class InitialSettings:
     row_norm: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     background_weight: float = 0.5
-    task_type: str | None = "SEQ_CLS"
+    task_type: str | None = None
     target_modules: tuple[str, ...] | str | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +106,7 @@ def initial_adapters(
             subspaces,
             statistics[task].modules,
             alpha=settings.alpha,
-            task_type=settings.task_type,
+            task_type=settings.task_type or task_type_of(statistics[task]),
             prefix=statistics[task].provenance.get("backbone_prefix", ""),
             target_modules=settings.target_modules,
             source={"completed": lacking} if (lacking := completed(subspaces)) else None,
@@ -114,6 +116,18 @@ def initial_adapters(
         record |= adapter.source
         made[task] = (replace(adapter, revision=revision), record)
     return made
+
+
+def task_type_of(statistics: Statistics) -> str:
+    """PEFT's task type of the model that statistics were collected on.
+
+    Raises:
+        InputError: The file records one that PEFT does not know.
+    """
+    found = statistics.provenance.get("task_type") or _UNRECORDED
+    if found not in PEFT_TASKS:
+        raise InputError(f"its task_type is {found!r:.80}, none of PEFT's", hint="--task-type names another")
+    return str(found)
 
 
 def completion_note(task: str, rows: Mapping[str, int]) -> str:
@@ -168,12 +182,15 @@ def initialise_from_files(
     seed: int = 0,
     device: str = "cpu",
     overwrite: bool = False,
+    trainer: str | None = None,
 ) -> dict[str, Any]:
     """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
 
+    `trainer`, where one is named, must be one that trains the adapter's task type.
+
     Returns:
-        output, task, base, subspace, rank, row_norm, others; `completed` where there are any (see `osrm`); `reused` where the folder
-        already held it.
+        output, task, base, task_type, subspace, rank, row_norm, others; `completed` where there are any (see `osrm`);
+        `reused` where the folder already held it.
 
     Raises:
         UsageError: No others for a method that needs them; `out` holds something else.
@@ -182,6 +199,11 @@ def initialise_from_files(
     where = device_named(device)
     task, statistics = read_own_and_others(own, others)
     mine = statistics[task]
+    settings = replace(settings, task_type=settings.task_type or task_type_of(mine))
+    if trainer is not None:
+        from plait.training.snippets import require_trainer
+
+        require_trainer(trainer, settings.task_type)
     pools = [open_statistics(p) for p in background]
     inputs = _hashes(own, others, background)
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
@@ -190,6 +212,7 @@ def initialise_from_files(
         "output": str(out.absolute()),
         "task": task,
         "base": base,
+        "task_type": settings.task_type,
         "others": [t for t in statistics if t != task],
     }
     if is_done(out, wanted, overwrite=overwrite):

@@ -47,7 +47,10 @@ def init(
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     alpha: Annotated[float, typer.Option("--alpha")] = 16.0,
     row_norm: Annotated[float | None, typer.Option("--row-norm", help="Norm of each row of A.")] = None,
-    task_type: Annotated[str, typer.Option("--task-type", help="PEFT's task type.")] = "SEQ_CLS",
+    task_type: Annotated[
+        str | None,
+        typer.Option("--task-type", help="PEFT's; by default that of the model behind the statistics."),
+    ] = None,
     trainer: Annotated[
         str | None, typer.Option("--for", help="Also print what axolotl, llama-factory, unsloth or trl needs.")
     ] = None,
@@ -65,11 +68,11 @@ def init(
     if trainer is not None:
         from plait.training.snippets import require_trainer
 
-        require_trainer(trainer, task_type)  # before anything is written
+        require_trainer(trainer, task_type)  # before anything is read
     chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), background_weight, task_type)
     found = initialise_from_files(
         own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, device=device,
-        overwrite=overwrite,
+        overwrite=overwrite, trainer=trainer,
     )  # fmt: skip
     reused = " (was there already)" if found["reused"] else ""
     pools = f" and background at weight {found['background_weight']:g}" if "background_weight" in found else ""

@@ -24,6 +24,16 @@ from plait.statistics.targets import Target, find_targets
 
 SCHEMA = 1
 
+# Ending of a class of transformers -> PEFT's task type.
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
 
 def collect_statistics(
     model: nn.Module,
@@ -150,12 +160,19 @@ def _found_facts(
         "plait": __version__,
         "base": getattr(config, "_name_or_path", "") or None,
         "backbone_prefix": prefix,
+        "task_type": _task_type(passes.base),
         "target_modules": named,
         "pool": pool,
         "dtype": str(passes.dtype).removeprefix("torch."),
         "quantisation": _quantisation(passes.base, config),
         "sketch": sketch,
     }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's task type of a model, by its class; None for a bare backbone and others that have none."""
+    name = type(model).__name__
+    return next((kind for ending, kind in _TASK_TYPES.items() if name.endswith(ending)), None)
 
 
 def _quantisation(base: nn.Module, config: Any) -> str | None:

@@ -195,7 +195,8 @@ class Statistics:
     Args:
         sites: Site -> moments. A site is one distinct input and is named after the first module that reads it.
         modules: Module name, relative to the backbone -> `ModuleInfo`.
-        provenance: Base, hashes, target modules, pool, samples, tokens, template, dtype, backbone_prefix, task, schema.
+        provenance: Base, hashes, target modules, pool, samples, tokens, template, dtype, backbone_prefix, task,
+            task_type (PEFT's, of the model that was run), schema.
         sha256: Of the file they were read from, "" where there is none.
     """
 

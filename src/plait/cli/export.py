@@ -1,0 +1,49 @@
+"""The command that writes an adapter for one loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plait.cli.options import Json, Out, Overwrite
+from plait.cli.output import emit
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command()(export)
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, trained or merged.")],
+    out: Out,
+    loader: Annotated[str, typer.Option("--for", help="peft, vllm or gguf (llama.cpp).")],
+    task: Annotated[str | None, typer.Option("--task", help="Which of its heads goes with it.")] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: gguf needs its config.json.")] = None,
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write an adapter as PEFT and pipelines, vLLM or llama.cpp take it, and print the lines that load it.
+
+    plait export merged --for peft --task sst2 --out merged-sst2
+
+    plait export merged --for vllm --out merged-vllm
+
+    plait export merged --for gguf --base path/to/base --out merged.gguf
+    """
+    from plait.formats.export import export as write
+
+    found = write(adapter, out, loader=loader, task=task, base=base, overwrite=overwrite)
+    emit(found, as_json, export_text(found))
+
+
+def export_text(found: dict[str, Any]) -> str:
+    """What was written, what rounding took, and the lines that load it."""
+    head = f" with the head of {found['task']}" if found["task"] else ""
+    lines = [f"{found['modules']} modules, rank {found['rank']}{head}, for {found['for']} -> {found['output']}"]
+    if found.get("reused"):
+        lines[0] += " (was there already)"
+    if found.get("rounding_error"):
+        lines.append(f"scalings multiplied into B: the rounding is {found['rounding_error']:.1e} of it at most")
+    return "\n".join([*lines, "", found["next"].rstrip()])

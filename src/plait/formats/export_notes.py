@@ -1,0 +1,91 @@
+"""What to do next with an exported adapter: the lines that load it, printed and in the README.md of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.head_config import config_values, outputs_of
+from plait.adapters.lora import Adapter
+
+PEFT, VLLM, GGUF = "peft", "vllm", "gguf"
+_AUTO = {
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "question-answering"),
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", "text2text-generation"),
+}
+_PLAIN = """\
+from peft import {cls}
+
+model = {cls}.from_pretrained({folder!r})
+"""
+_WITH_HEAD = """\
+from peft import {cls}
+from transformers import pipeline
+
+# PEFT's config names no classes: they are given when the adapter is loaded.
+head = {values}
+model = {cls}.from_pretrained({folder!r}, **head)
+# or at once:
+classify = pipeline({task!r}, model={folder!r}, tokenizer={base!r}, model_kwargs=head)
+"""
+_VLLM = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}\n"
+_GGUF = "llama-server --model BASE.gguf --lora {folder}  # the base by llama.cpp's convert_hf_to_gguf.py\n"
+
+
+def next_steps(adapter: Adapter, kind: str, out: Path | str, base: str | None = None) -> dict[str, Any]:
+    """What loads an export: {"next", "num_labels"}, the latter None without a head.
+
+    Args:
+        adapter: As it is written, its one head included.
+        kind: The loader.
+        out: Where it goes.
+        base: What to call the base; as the adapter does by default.
+
+    Raises:
+        InputError: A head whose number of outputs cannot be told.
+    """
+    head = next(iter(adapter.heads), None) if kind != GGUF else None
+    base = base or adapter.base or "BASE"
+    outputs = outputs_of(adapter, head, str(out)) if head else None
+    if kind == GGUF:
+        return {"next": _GGUF.format(folder=out), "num_labels": None}
+    if kind == VLLM:
+        text = _VLLM.format(base=base, rank=adapter.rank, name=Path(out).name, folder=out)
+        return {"next": text, "num_labels": outputs}
+    cls, task = _AUTO.get(adapter.task_type or "", ("AutoPeftModel", ""))
+    if head is None or outputs is None:
+        return {"next": _PLAIN.format(cls=cls, folder=str(out)), "num_labels": None}
+    values = config_values(adapter.facts_of(head), outputs)
+    if adapter.task_type != "SEQ_CLS":
+        del values["problem_type"]
+    shown = "{\n" + "".join(f"    {k!r}: {v!r},\n" for k, v in values.items()) + "}"
+    text = _WITH_HEAD.format(cls=cls, task=task, values=shown, folder=str(out), base=base)
+    return {"next": text, "num_labels": outputs}
+
+
+def readme(adapter: Adapter, kind: str, out: Path, result: Mapping[str, Any]) -> str:
+    """The README.md of an exported folder: what it is, and the lines that load it. Folders of this machine are not named."""
+    made = result["merged_from"]
+    public = adapter.base if adapter.base and not adapter.base.startswith((".", "/", "~")) else None
+    base = public or f"path/to/{Path(adapter.base).name or 'base'}"
+    lines = [
+        "---",
+        "library_name: peft",
+        *([f"base_model: {public}"] if public else []),
+        "tags:",
+        "- lora",
+        "- plait",
+        "---",
+        f"# {adapter.name}",
+        "",
+        f"A LoRA adapter of `{Path(base).name if public is None else public}`, exported by plait for {kind}"
+        + (f", merged from {', '.join(made)}." if made else "."),
+    ]
+    if result["labels"]:
+        lines += ["", "Classes, in the order of the outputs: " + ", ".join(f"`{name}`" for name in result["labels"])]
+    fence, text = "bash" if kind == VLLM else "python", next_steps(adapter, kind, out.name, base)["next"]
+    return "\n".join([*lines, "", f"```{fence}", text.rstrip(), "```", ""])
