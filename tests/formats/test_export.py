@@ -82,6 +82,43 @@ def test_a_task_of_a_merge_as_peft_and_pipelines_load_it(merged, task, tmp_path)
     assert str(tmp_path) not in card and str(base) not in card and all(f"`{n}`" in card for n in LABELS[task] or [])
 
 
+def test_predictions_are_those_of_plait_eval(tiny_base, tmp_path):
+    """Row by row: the merge scored by plait, and the exported folder in a pipeline."""
+    import transformers as hf
+
+    from plait.evaluation.evaluate import Evaluator
+    from plait.tasks.task import Examples
+    from tests.fidelity.conftest import random_adapter, texts_of
+    from tests.training.conftest import make_task
+
+    base = tiny_base("bert")
+    tasks = {"one": make_task("one", "classification", 3), "two": make_task("two", "regression")}
+    for i, (name, task) in enumerate(tasks.items()):
+        adapter = random_adapter(base, "bert", name, task.kind, i, classes=3)
+        with staged_folder(tmp_path / name, identity("train", {})) as stage:
+            write_adapter(stage, adapter)
+    merge_folders([tmp_path / name for name in tasks], tmp_path / "merged")
+    merged, texts = read_adapter(tmp_path / "merged"), texts_of(12)
+    examples = {name: Examples(texts, np.zeros(12, np.int64)) for name in tasks}
+    examples["two"] = Examples(texts, np.zeros(12, np.float32))
+    evaluator = Evaluator(base, tasks, examples)
+    for name, outputs in (("one", 3), ("two", 1)):
+        scored = evaluator.predict(name, merged.heads[name], merged)
+        done = export(tmp_path / "merged", tmp_path / f"out-{name}", loader="peft", task=name)
+        values = loading(done["next"])
+        with quiet():
+            classify = hf.pipeline(
+                "text-classification", model=done["output"], tokenizer=base.name, model_kwargs=values
+            )
+            found = classify([t for (t,) in texts], top_k=None, function_to_apply="none", batch_size=1)
+        rows = [
+            [next(r["score"] for r in row if r["label"] == values["id2label"][i]) for i in range(outputs)]
+            for row in found
+        ]
+        np.testing.assert_allclose(np.asarray(rows), scored, atol=2e-5, rtol=1e-4)
+        assert (np.argmax(rows, 1) == np.argmax(scored, 1)).all() and scored.std() > 0.05
+
+
 def test_over_another_class_it_raises(merged, tmp_path):
     import peft
     import transformers as hf
