@@ -58,9 +58,17 @@ def checkpoint_layout(folder: Path, names: Sequence[str]) -> dict[str, StoredPar
     Raises:
         InputError: A config that transformers cannot read.
     """
+    model = model_without_weights(folder)
+    return {} if model is None else layout_in(model, names)
+
+
+def model_without_weights(folder: Path) -> Any:
+    """The model that a base's config describes, on the meta device; None for one that transformers does not know itself.
+
+    Raises:
+        InputError: A config that transformers cannot read.
+    """
     import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
@@ -68,9 +76,16 @@ def checkpoint_layout(folder: Path, names: Sequence[str]) -> dict[str, StoredPar
         raise InputError(str(e).splitlines()[0], where=str(folder / "config.json"), hint="a base's folder?") from None
     cls = getattr(transformers, next(iter(config.architectures or ["?"])), None)
     if cls is None:
-        return {}
+        return None
     with torch.device("meta"):
-        model = cls(config)
+        return cls(config)
+
+
+def layout_in(model: Any, names: Sequence[str]) -> dict[str, StoredParameter]:
+    """As `checkpoint_layout`, for a model that is there: a base's names in a model with a head, or the other way round."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]

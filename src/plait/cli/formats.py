@@ -1,4 +1,4 @@
-"""Commands about adapters that exist: inspect, convert, edit."""
+"""Commands about adapters that exist, or lie in a model: inspect, convert, edit, extract."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK=FILE, wh
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    for command in (inspect, convert, edit):
+    for command in (inspect, convert, edit, extract):
         app.command()(command)
 
 
@@ -54,6 +54,28 @@ def convert(
         adapter, out, to=to, means=means, component=component, dtype=dtype, layout=layout, overwrite=overwrite
     )
     emit(found, as_json, conversion_text(found))
+
+
+def extract(
+    finetuned: Annotated[Path, typer.Argument(help="Folder of a fully fine-tuned model.")],
+    base: Annotated[Path, typer.Option("--base", help="Folder of the model it was trained from.")],
+    out: Out,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every module.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="Share of each module's squared change to keep.")] = None,
+    target_modules: Annotated[str | None, typer.Option("--target-modules", help="Endings of names; all layers by default.")] = None,
+    drop: Annotated[bool, typer.Option("--drop", help="Leave out what else changed: norms, biases, embeddings.")] = False,
+    stats: Annotated[Path | None, typer.Option("--stats", help="The base's statistics: cut in the metric of the inputs.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of power iterations, which only large matrices need.")] = 0,
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Take the best LoRA out of a full fine-tune, and say exactly what it keeps."""
+    from plait.extraction.extract import Extraction
+    from plait.extraction.extract import extract as take
+
+    targets = tuple(t for t in target_modules.split(",") if t) if target_modules else None
+    ask = Extraction(finetuned, base, rank, energy, targets, drop, stats, seed)
+    found = take(ask, out, overwrite=overwrite)
+    emit(found, as_json, extraction_text(found))
 
 
 def edit(
@@ -175,3 +197,30 @@ def conversion_text(found: dict[str, Any]) -> str:
         lines.append(f"rounding took {100 * found['rounding_error']:.2g} % of the update")
     lines += found["notes"]
     return "\n".join([*lines, f"verified: read again, largest error {found['verification_error']:.1e}"])
+
+
+def extraction_text(found: dict[str, Any]) -> str:
+    """What was extracted, and what was left out."""
+    ranks = sorted({row["rank"] for row in found["by_module"].values()})
+    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    worst = found["worst_module"]
+    lines = [
+        f"{found['modules']} modules at {said} -> {found['output']}",
+        f"keeps {found['energy_kept']:.4%} of the squared change (relative error {found['relative_error']:.3g}); "
+        f"least {worst['energy_kept']:.4%}, of {worst['name']}",
+    ]
+    if found["metric_kept"] is not None:
+        lines.append(f"in the metric of the inputs {found['metric_kept']:.4%}")
+    if found["unchanged"]:
+        lines.append(f"{found['unchanged']} modules did not change")
+    if found["heads"]:
+        lines.append("the head is kept whole")
+    if dropped := found["dropped"]:
+        lines.append(
+            f"left out: {len(dropped)} tensors that changed and are not covered, {', '.join(list(dropped)[:3])} ..."
+        )
+    if found["without_statistics"]:
+        lines.append(f"cut without the metric, having no statistics: {len(found['without_statistics'])} modules")
+    if found["verification_error"] is not None:
+        lines.append(f"verified: read again, loses what was stated to {found['verification_error']:.1e}")
+    return "\n".join(lines)
