@@ -127,7 +127,7 @@ def test_what_is_trained_beside_linear_modules_is_not_left_out_silently(pair, ti
     assert code == 0, err
     assert "two also trained lm_head.weight whole" in out and "modules_to_save" in out
     code, out, err = said(capsys, "merge", "auto", one, two, "--out", str(tmp_path / "out"))
-    assert code == 0 and "two also trained lm_head.weight whole" in out, err
+    assert code == 3 and "'lm_head.weight' was trained whole" in err and f"plait convert {two} --base" in err
     with pytest.raises(InputError, match=r"lm_head.weight whole"):
         parts_of([changed])
     words = {"model.embed_tokens": LoraFactors(torch.ones(2, 65), torch.ones(32, 2), 1.0, EMBEDDING)}

@@ -90,7 +90,7 @@ def test_dora_needs_the_right_base(tiny_base, tmp_path):
         convert(folder, tmp_path / "plain", means=Means(base=other))
     config = read_json(folder / "adapter_config.json")
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))
-    with pytest.raises(InputError, match="disagree"):
+    with pytest.raises(InputError, match="use_dora is not set, and the file holds magnitudes"):
         convert(folder, tmp_path / "plain", means=Means(base=base))
     assert not (tmp_path / "plain").exists()
 

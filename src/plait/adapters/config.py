@@ -60,6 +60,7 @@ class AdapterConfig:
         where: The file it was read from.
         target_parameters: Weights that are adapted as parameters; see `experts`.
         listed: The list of target_modules, narrowed or not.
+        weight_tying: Whether PEFT trained the output layer tied to the embedding (`ensure_weight_tying`).
     """
 
     base: str
@@ -76,6 +77,7 @@ class AdapterConfig:
     where: str = ""
     target_parameters: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
+    weight_tying: bool = False
 
     def promised(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
         """Module -> the rank and the alpha that the config promises.
@@ -143,6 +145,7 @@ def checked_config(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
         where=str(path),
         target_parameters=tuple(sorted(set(record.texts("target_parameters", ())))),
         listed=tuple(record.texts("target_modules", ())) if isinstance(raw.get("target_modules"), list) else (),
+        weight_tying=record.flag("ensure_weight_tying", False),
     )
 
 

@@ -53,6 +53,28 @@ def as_matrices(A: Tensor, B: Tensor, where: str) -> tuple[Tensor, Tensor, str]:
     return A.reshape(A.shape[0], -1), B.reshape(B.shape[0], B.shape[1]), conv_kind(tuple(A.shape[2:]))
 
 
+def refuse_groups(A: Tensor, B: Tensor, kind: str, where: str) -> None:
+    """Refuse the factors of a grouped convolution by that name: there B is (out, rank / groups).
+
+    Args:
+        A: As a matrix.
+        B: As a matrix.
+        kind: Of the module.
+        where: Names the module in errors.
+
+    Raises:
+        InputError: It is one.
+    """
+    rank, columns = A.shape[0], B.shape[1]
+    if kernel_of(kind) and 0 < columns < rank and rank % columns == 0:
+        raise InputError(
+            f"a grouped convolution of {rank // columns} groups (A {tuple(A.shape)}, B {tuple(B.shape)}): its update is no "
+            "product of one B and one A",
+            where=where,
+            hint="PEFT's merge_and_unload writes it into the base; adapters without this module can be merged",
+        )
+
+
 def with_middle(A: Tensor, middle: Tensor, B: Tensor, where: str) -> Tensor:
     """A convolution's A with what a Tucker decomposition has between A and B multiplied into it: rank and B stay.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from plait.adapters.config import CLASSIFICATION_TYPES, AdapterConfig
+from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.heads import HeadFacts, read_facts
 from plait.adapters.lora import LoraFactors
 from plait.adapters.naming import checked_name
@@ -18,7 +18,6 @@ from plait.errors import InputError
 
 HEADS = "heads"
 PREFIX = "backbone_prefix"  # in the metadata of a merge's weights
-_HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_classifier"}
 
 
 def prefix_of(
@@ -42,14 +41,6 @@ def prefix_of(
     firsts = Counter(name.partition(".")[0] for name in factors)
     prefix = next(iter(firsts)) if len(firsts) == 1 and all("." in name for name in factors) else ""
     return prefix, len(prefix) + 1 if prefix else 0
-
-
-def split_head(others: Mapping[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a classifier's file holds beside the factors: the tensors of its head, and others."""
-    saved = {*config.modules_to_save} | (_HEAD_NAMES if config.task_type in CLASSIFICATION_TYPES else set())
-    is_classifier = config.task_type in CLASSIFICATION_TYPES
-    head = {k: v for k, v in others.items() if is_classifier and saved & set(k.split(".")[:-1])}
-    return head, {k: v for k, v in others.items() if k not in head}
 
 
 def read_heads(folder: Path) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:

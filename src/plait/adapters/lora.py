@@ -76,7 +76,10 @@ class Adapter:
         prefix: Dotted attribute of the backbone inside the task's model ("roberta", "model", "" where the adapter's
             model is the backbone itself). Names on disk are `prefix + "." + name`.
         heads: Task -> head tensors, named as in the task's model ("classifier.weight").
-        extras: Other trained tensors passed through, named as on disk (embeddings).
+        extras: Weights that were trained whole, named as in the task's model (embeddings).
+        modules_to_save: Names that declare those of them which PEFT keeps apart from the base's; the others take the place of
+            the base's weights when PEFT loads them.
+        copies: The base's own weights that PEFT saves below an adapted embedding or output layer: not trained.
         revision: Revision of the base, or None.
         target_modules: As PEFT's config had them; None where only the full list of `modules` describes them.
         target_parameters: As PEFT's config had them: weights that are adapted as parameters, not as their modules' layers.
@@ -92,6 +95,8 @@ class Adapter:
     prefix: str = ""
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
     revision: str | None = None
     target_modules: tuple[str, ...] | str | None = None
     target_parameters: tuple[str, ...] = ()

@@ -58,7 +58,7 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         "rank_pattern": {k: entries[k].rank for k in longest_first if entries[k].rank != rank},
         "alpha_pattern": {k: whole[k] for k in longest_first if whole[k] != alpha},
         "target_modules": _targets(adapter),
-        "modules_to_save": sorted({k.partition(".")[0] for k in head}) if head else None,
+        "modules_to_save": sorted({k.partition(".")[0] for k in head or {}} | {*adapter.modules_to_save}) or None,
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from plait.adapters.beside import require_filled, sorted_beside
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, MERGED_TYPE, AdapterConfig, read_config
 from plait.adapters.hashing import Digest, Hashing
-from plait.adapters.head_files import HEADS, PREFIX, prefix_of, read_heads, split_head
+from plait.adapters.head_files import HEADS, PREFIX, prefix_of, read_heads
 from plait.adapters.heads import head_metadata, read_facts, recorded_facts
+from plait.adapters.key_names import kinds_of_names, without_adapter_name
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_config import peft_config
@@ -82,11 +84,13 @@ def adapter_of(
     manifest = read_manifest(folder)
     if digests:  # without, what is read was only just written, and has no manifest yet
         require_whole(folder, read=True, known=digests)
+    require_filled(tensors, str(folder))
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
     prefix, cut = prefix_of(factors, task_type, metadata, folder)
     name = checked_name(name or _recorded_task(manifest, folder) or folder.resolve().name, "adapter")
-    head, extras = split_head(others, config)
+    beside = sorted_beside(others, config, str(folder))
+    head = beside.head
     heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else read_heads(folder)
     result = (manifest or {}).get("result", {})
     if not prefix and task_type == MERGED_TYPE and heads and isinstance(result.get(PREFIX), str):
@@ -98,7 +102,9 @@ def adapter_of(
         task_type=task_type,
         prefix=prefix,
         heads={head: tensors for head, (tensors, _) in heads.items()},
-        extras=extras,
+        extras=beside.whole,
+        modules_to_save=beside.saved,
+        copies=beside.copies,
         revision=config.revision,
         target_modules=config.target_modules,
         target_parameters=tuple(t.removeprefix(f"{prefix}.") if prefix else t for t in config.target_parameters),
@@ -130,7 +136,7 @@ def _pair(
     halves: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
     others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in without_adapter_name(tensors, str(folder)).items():
         bare = _bare_key(key, folder)
         for suffix, (half, kind) in SUFFIXES.items():
             if bare.endswith(suffix):
@@ -141,7 +147,7 @@ def _pair(
         else:
             others[bare] = tensor
     if not halves:
-        raise InputError("holds no LoRA tensors", where=str(folder / WEIGHTS))
+        raise InputError(f"holds no LoRA factors, but {kinds_of_names(tensors)}", where=str(folder / WEIGHTS))
     return all_factors(halves, kinds, config, folder), others
 
 
@@ -195,7 +201,7 @@ def write_adapter(
             "named as in its LoRA file, not as PEFT does", where=adapter.name, hint="plait convert --to peft"
         )
     inline = adapter.heads.get(adapter.name) if adapter.task_type in CLASSIFICATION_TYPES else None
-    others = {ROOT + k: v for k, v in {**adapter.extras, **(inline or {})}.items()}
+    others = {ROOT + k: v for k, v in {**adapter.extras, **adapter.copies, **(inline or {})}.items()}
     config, fold = peft_config(adapter, inline)
     named = naming(adapter, fold)
     tensors = {k: v for m, f in adapter.modules.items() for k, v in named(m, f).items()} | others

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from plait.adapters.config import CONFIG, AdapterConfig
-from plait.adapters.conv import as_matrices, as_stored, stored_as
+from plait.adapters.conv import as_matrices, as_stored, refuse_groups, stored_as
 from plait.adapters.experts import (
     WRAPPED,
     Waiting,
@@ -109,10 +109,16 @@ def _factors(
     A, B, stored = as_matrices(pair["A"], pair["B"], f"{folder}: {module}")
     kind = kind if stored == LINEAR else stored
     rank = A.shape[0]
-    if rank != B.shape[1] or rank != promised[0] or rank == 0:
+    refuse_groups(A, B, stored, f"{folder}: {module}")
+    if rank != B.shape[1]:
         raise InputError(
-            f"module {module!r}: A {tuple(A.shape)}, B {tuple(B.shape)}, and rank {promised[0]} in {CONFIG} disagree",
+            f"module {module!r}: A {tuple(A.shape)} and B {tuple(B.shape)} have no rank in common", where=str(folder)
+        )
+    if rank != promised[0]:
+        raise InputError(
+            f"module {module!r} has factors of rank {rank}, and {CONFIG} says {promised[0]}",
             where=str(folder),
+            hint="r, rank_pattern or target_parameters of the run that saved these weights?",
         )
     return LoraFactors(A, B, config.scaling(promised[1], rank), kind)
 

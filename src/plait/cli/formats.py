@@ -153,7 +153,9 @@ def inspection_text(found: dict[str, Any]) -> str:
         if found["heads"]:
             lines.append(f"  heads      {', '.join(found['heads'])}")
         if found["extras"]:
-            lines.append(f"  beside     {', '.join(found['extras'])}")
+            lines.append(f"  beside     {', '.join(found['extras'])}: trained whole")
+        if found["copies"]:
+            lines.append(f"  copies     {', '.join(found['copies'])}: the base's own, not trained")
     lines.append(f"  size       {found['size_mb']:.2f} MB, {', '.join(found['dtypes'])}")
     if found["merged_from"]:
         lines.append(f"  merge of   {', '.join(found['merged_from'])} ({found['method']})")

@@ -158,6 +158,7 @@ def merge_text(found: dict[str, Any]) -> str:
         lines.append(
             f"rounding to {', '.join(found['dtype'])} took {100 * found['rounding_error']:.3g} % of the update"
         )
+    lines += found.get("beside") or []
     if found.get("verification_error") is not None:
         lines.append(
             f"verified: read again and compared on random inputs, largest error {found['verification_error']:.1e}"

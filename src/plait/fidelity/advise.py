@@ -128,7 +128,8 @@ def advise(
     unknown = [] if sizes else [unmeasured.no_size(align(adapters, base_id).base)]
     if not texts or base is None:
         unknown += unmeasured.unknown(adapters, base, bool(texts))
-        merged = merge_auto(adapters, settings=AutoSettings(seed=chosen.seed), base_id=base_id)
+        factors = [replace(a, extras={}, modules_to_save=()) for a in adapters]  # what lies beside them is said below
+        merged = merge_auto(factors, settings=AutoSettings(seed=chosen.seed), base_id=base_id)
         options = _options(adapters, sizes, {})
         advice, name = unmeasured.without_texts(adapters, merged.adapter, base), "measure first"
         record = {k: merged.record[k] for k in ("chosen", "evidence")}

@@ -29,6 +29,7 @@ from plait.formats.reading import format_of
 from plait.formats.single_file import read_lora_file
 from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
+from plait.merging.beside import require_exact
 from plait.merging.folders import read_all
 from plait.merging.outcome import discarded, labels_of, provenance
 
@@ -110,6 +111,8 @@ def merge_auto(
     """
     chosen = settings or AutoSettings()
     common = align(adapters, base_id)
+    if len(adapters) > 1:
+        require_exact(adapters, None, "what is chosen here")
     record: dict[str, Any] = {
         "tasks": [a.name for a in adapters],
         "base": common.base,

@@ -38,10 +38,10 @@ def kinship(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def beside(adapters: Sequence[Adapter]) -> list[str]:
-    """Tensors that were trained whole: a merge takes them over as they are, for all tasks."""
+    """Tensors that were trained whole: a sum in which they count once takes them over as they are; no other merge does."""
     return [
-        f"{a.name} also trained {', '.join(sorted(a.extras)[:3])} whole: a merge takes that over as it is, for every task "
-        f"(plait convert {place(a)} --base DIR makes it low rank, which can be merged)"
+        f"{a.name} also trained {', '.join(sorted(a.extras)[:3])} whole: only a sum at weight 1 takes that over, as it is and for "
+        f"every task (plait convert {place(a)} --base DIR makes it low rank, which every method merges)"
         for a in adapters
         if a.extras
     ]

@@ -84,7 +84,7 @@ def _require_linear(adapter: Adapter) -> None:
             f"it also trained {', '.join(sorted(adapter.extras)[:3])} whole, which is no LoRA update: what it predicts "
             "cannot be repeated",
             where=adapter.name,
-            hint="without texts it can be merged",
+            hint="plait convert --base DIR makes it low rank",
         )
     if other := next((m for m, f in adapter.modules.items() if f.kind != LINEAR), None):
         raise InputError(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.merging.bake import tensor_of
 from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised
+from plait.merging.base_names import tensor_of
 
 OUTPUT = "lm_head"  # what every causal model of transformers calls its output layer
 
@@ -52,8 +52,6 @@ class BaseWeights:
             W = W.T
         if tuple(W.shape) != tuple(shape):
             raise InputError(
-                f"{module!r} has a delta {tuple(shape)} and the base a weight {stored.shape}",
-                where=str(stored.file),
-                hint="not the base this adapter was trained on",
+                f"{module!r} has a delta {tuple(shape)} and the base a weight {stored.shape}", where=str(stored.file)
             )
         return W

@@ -20,6 +20,7 @@ from plait.formats.plain import Means, read_plain
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import read_lora_file
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
+from plait.merging.beside import carried, lines, verify_carried
 from plait.merging.inputs import seed_of
 
 _FAILED = 1e-6
@@ -82,6 +83,8 @@ def convert(
 
     def check(written: Path) -> None:
         result["verification_error"] = written_error(ready, written, target)
+        if target == PEFT and not component_folders(written):
+            verify_carried(carried([ready]), read_adapter(written, name="written"))
 
     write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
     return {**result, "output": str(out), "reused": False}
@@ -161,6 +164,7 @@ def _notes(adapter: Adapter, target: str) -> list[str]:
             found.append(f"{fused['stacked']} fused layers add up their parts' ranks: each part had an A of its own")
         if fused["absent"]:
             found.append(f"{fused['absent']} parts of fused layers were not adapted: their rows are 0")
+    found += lines(carried([adapter]))
     if adapter.source.get("tucker"):
         found.append(f"{adapter.source['tucker']} convolutions came with a middle (Tucker) factor: multiplied into A")
     if adapter.source.get("without_alpha"):

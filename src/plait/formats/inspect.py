@@ -46,8 +46,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         {"path", "format", "components" | one adapter's facts}: facts are name, base, task_type, variant, modules, ranks,
-        alphas, kinds, heads, extras, dtypes, parameters, size_mb, stacked_on, merged_from, problem (why it cannot be read
-        as a plain LoRA, or None) and can (what plait can do with it).
+        alphas, kinds, heads, extras (weights trained whole), copies (the base's own weights), dtypes, parameters, size_mb,
+        stacked_on, merged_from, problem (why it cannot be read as a plain LoRA, or None) and can (what plait can do with it).
 
     Raises:
         InputError: Nothing there, or neither a folder of adapters nor a safetensors file.
@@ -140,6 +140,8 @@ def _numbers(adapter: Adapter) -> dict[str, Any]:
         "without_alpha": adapter.source.get("without_alpha", 0),
         "heads": sorted(adapter.heads),
         "extras": sorted(adapter.extras),
+        "modules_to_save": list(adapter.modules_to_save),
+        "copies": sorted(adapter.copies),
         "update_norm": sum(f.norm_squared() for f in adapter.modules.values()) ** 0.5,
         "zero_modules": sum(f.norm_squared() == 0 for f in adapter.modules.values()),
     }

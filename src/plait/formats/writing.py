@@ -231,8 +231,12 @@ def joined(parts: Mapping[str, Adapter], name: str) -> Adapter:
         raise InputError(f"{unknown[0]!r} is no component", hint=f"one of {', '.join(sorted(_PARTS))}")
     modules = {f"{part}.{a.full_name(m)}": f for part, a in parts.items() for m, f in a.modules.items()}
     for part, adapter in parts.items():
-        if adapter.heads or adapter.extras:
-            raise InputError("holds heads or whole weights", where=part, hint="single files hold LoRA factors only")
+        if beside := [*adapter.heads, *adapter.extras, *adapter.copies]:
+            raise InputError(
+                f"holds {beside[0]!r} beside the factors",
+                where=part,
+                hint="single files hold LoRA factors only; plait convert --base DIR --to peft first where it is an embedding's",
+            )
     first = next(iter(parts.values()))
     digests = {part: str(a.source.get("sha256", "")) for part, a in parts.items()}
     source: dict[str, Any] = {

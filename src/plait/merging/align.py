@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import same_experts
@@ -18,6 +17,7 @@ from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
 from plait.base_records import same_weights
 from plait.errors import InputError, UsageError
+from plait.merging.beside import Carried, carried
 from plait.merging.stack import base_adapter
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
@@ -32,8 +32,7 @@ class Alignment:
         modules: Module -> (shape, kind), sorted by name.
         missing: Task -> modules it does not adapt (its delta there is zero); tasks that lack none are left out.
         task_type, prefix, backbone_prefix: Of the result; and what the inputs' prefix was.
-        extras: Trained tensors that are not LoRA factors, passed through.
-        extras_from: Name of each such tensor -> the task it came from.
+        carried: Tensors that are no LoRA factors, passed through.
     """
 
     base: str
@@ -42,8 +41,7 @@ class Alignment:
     task_type: str | None
     prefix: str
     backbone_prefix: str
-    extras: dict[str, Tensor]
-    extras_from: dict[str, str]
+    carried: Carried
 
 
 def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
@@ -71,7 +69,6 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
         _require_one_model(adapters)
     task_type, prefix = _task_type(adapters)
     _check_heads(adapters)
-    extras, extras_from = _extras(adapters)
     prefixes = sorted({a.prefix or str(a.source.get("backbone_prefix", "")) for a in adapters} - {""})
     return Alignment(
         base=_base(adapters) if base is None else base,
@@ -80,8 +77,7 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
         task_type=task_type,
         prefix=prefix,
         backbone_prefix=prefixes[0] if prefixes else "",
-        extras=extras,
-        extras_from=extras_from,
+        carried=carried(adapters),
     )
 
 
@@ -239,19 +235,3 @@ def _check_heads(adapters: Sequence[Adapter]) -> None:
                     where=adapter.name,
                     hint="heads are not merged; give one task another name",
                 )
-
-
-def _extras(adapters: Sequence[Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    found: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    for adapter in adapters:
-        for name, tensor in adapter.extras.items():
-            if name in found and not torch.equal(found[name], tensor):
-                raise InputError(
-                    f"{owner[name]!r} and {adapter.name!r} both trained {name!r} and it differs",
-                    where=adapter.name,
-                    hint="it is not a LoRA update, so it cannot be merged as it is; plait convert --base DIR makes it one",
-                )
-            found.setdefault(name, tensor)
-            owner.setdefault(name, adapter.name)
-    return found, owner

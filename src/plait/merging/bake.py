@@ -19,6 +19,7 @@ from plait.adapters.tensor_file import write_tensors
 from plait.base_files import INDEX, SINGLE, weight_files
 from plait.errors import InputError, RunError
 from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised, tensors_in
+from plait.merging.base_names import compared_copies, tensor_of
 from plait.merging.expert_parts import expert_parts, known_names, layout_for
 from plait.merging.inputs import seed_of
 from plait.merging.outcome import labels_of
@@ -89,6 +90,8 @@ def bake(
     tensors = base_tensors(base)
     layout = layout_for(base, adapter, tensors)
     sites = _sites(adapter, deltas, known_names(tensors, layout), config, layout)
+    copies = source.common.carried.copies if isinstance(source, Plan) else source.copies
+    beside = compared_copies(copies, adapter, tensors, _is_tied(config))
     inputs = {
         "adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules)),
         "base": _hash(base),
@@ -99,7 +102,7 @@ def bake(
     wanted = store.identity("bake", options, inputs, source.seed if isinstance(source, Plan) else None)
     if store.is_done(out, wanted, overwrite=overwrite):
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
-    result: dict[str, Any] = {"modules": len(deltas), "dtype": sorted({s.stored.dtype for s in sites})}
+    result: dict[str, Any] = {"modules": len(deltas), "dtype": sorted({s.stored.dtype for s in sites}), "beside": beside}
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
         untied = _copy(base, stage, sites, config)
         lost = [_write(site, _target(site, stage)) for site in sites]
@@ -113,7 +116,7 @@ def bake(
 
 
 def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
-    extras = source.common.extras if isinstance(source, Plan) else source.extras
+    extras = source.common.carried.whole if isinstance(source, Plan) else source.extras
     if extras:
         raise InputError(
             f"{next(iter(extras))!r} was trained beside the LoRA factors",
@@ -142,8 +145,8 @@ def _sites(
     layout: Mapping[str, StoredParameter],
 ) -> list[_Site]:
     found: list[_Site] = []
+    tied = _is_tied(config)
     conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
-    tied = bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
     for module, delta in deltas.items():
         dense = delta()
         if module in adapter.modules and adapter.modules[module].kind == EXPERT:
@@ -156,45 +159,19 @@ def _sites(
         flipped = (dense.shape[1], dense.shape[0])
         transposed = embedding or (conv1d and stored.shape == flipped and not is_output)
         if stored.shape != (flipped if transposed else dense.shape):
-            raise InputError(
-                f"{module!r} has a delta {dense.shape} and the base a weight {stored.shape}",
-                where=name,
-                hint="not the base these adapters were trained on",
-            )
+            raise InputError(f"{module!r} has a delta {dense.shape} and the base a weight {stored.shape}", where=name)
         _ = stored.torch_dtype
         found.append(_Site(module, name, stored, dense, transposed, tied and (is_output or embedding), is_output))
     return found
 
 
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+
+
 def _as_matrix(stored: StoredTensor) -> StoredTensor:
     """A convolution's weight as (out, in * kernel): the same bytes."""
     return replace(stored, shape=(stored.shape[0], math.prod(stored.shape[1:]))) if len(stored.shape) > 2 else stored
-
-
-def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor], tied: bool) -> tuple[str, bool]:
-    """Name of a module's stored weight, and whether it is the tied output layer, which has none of its own."""
-    prefixes = ["", f"{adapter.prefix}.", f"{adapter.source.get('backbone_prefix', '')}."]
-    names = [f"{p}{module}.weight" for p in prefixes if p != "."]
-    inner = module.partition(".")[2]  # saved from the backbone alone: "model.layers.0" is "layers.0" there
-    for name in [*names, f"{inner}.weight"]:
-        if name in tensors:
-            return name, False
-    endings = [n for n in tensors if n.endswith(f".{module}.weight")]
-    if len(endings) == 1:
-        return endings[0], False
-    if tied and module.rpartition(".")[2] in ("lm_head", "embed_out", "output"):
-        embeddings = [
-            n
-            for n in tensors
-            if n.rsplit(".", 2)[-2] in ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
-        ]
-        if len(embeddings) == 1:
-            return embeddings[0], True
-    raise InputError(
-        f"the base holds no weight for module {module!r} ({len(endings)} names end in it)",
-        where=adapter.name,
-        hint="not the base these adapters were trained on, or its experts are fused",
-    )
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from plait.adapters.lora import Adapter
 from plait.base_records import same_weights
 from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.merging.align import align
+from plait.merging.beside import require_exact
 from plait.merging.calibration import find_calibration
 from plait.merging.plan import Merged, Plan
 from plait.merging.registry import MergeMethod, find_method
@@ -103,13 +104,16 @@ def plan_merge(
     common = align(adapters, base)
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}, expected at least 1")
+    counted, factor = _weights(adapters, weights), _finite(scale, "scale")
+    summed = found.combination(counted) if found.combination and calibrate is None else None
+    require_exact(adapters, None if summed is None else [c * factor for c in summed], found.name)
     return Plan(
         method=found,
         options=chosen,
         common=common,
         adapters=tuple(adapters),
-        weights=_weights(adapters, weights),
-        scale=_finite(scale, "scale"),
+        weights=counted,
+        scale=factor,
         rank=rank,
         calibration=find_calibration(calibrate),
         seed=seed,

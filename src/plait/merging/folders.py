@@ -15,6 +15,7 @@ from plait.adapters.peft_format import begin_adapter, write_adapter
 from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of
+from plait.merging.beside import verify_carried
 from plait.merging.driver import plan_merge
 from plait.merging.foreseen import foreseen, stream_to
 from plait.merging.plan import Plan
@@ -153,6 +154,7 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
     """Read what was written and compare it with the inputs; the seconds that took."""
     start = time.perf_counter()
     written = begin_adapter(stage, None, name="written")()  # it is hashed beside this
+    verify_carried(plan.common.carried, written)
     error = result["verification_error"] = plan.verification_error(written.modules)
     if not error <= FAILED:
         raise RunError(

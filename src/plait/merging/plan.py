@@ -13,6 +13,7 @@ from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
+from plait.merging.beside import lines
 from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
 from plait.merging.outcome import assembled, discarded, labels_of, provenance
@@ -266,7 +267,8 @@ class Plan:
             "backbone_prefix": self.common.backbone_prefix,
             "task_type": self.common.task_type,
             "tasks": [a.name for a in self.adapters],
-            "extras": dict(self.common.extras_from),
+            "extras": dict(self.common.carried.whole_from),
+            "beside": lines(self.common.carried),
             **labels_of(self.adapters),
             "adapters": [provenance(a, w) for a, w in zip(self.adapters, self.weights, strict=True)],
         }

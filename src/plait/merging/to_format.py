@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.peft_format import read_adapter
 from plait.errors import RunError
 from plait.formats.convert import written_error
+from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.writing import checked_format, finished, in_format, write_any
+from plait.merging.beside import verify_carried
 from plait.merging.folders import identity_of
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
@@ -62,6 +65,8 @@ def merge_to_format(
     result: dict[str, Any] = {**done.record, "format": target, **(more or {})}
 
     def check(written: Path) -> None:
+        if target == PEFT and (done.adapter.extras or done.adapter.copies):
+            verify_carried(plan.common.carried, read_adapter(written, name="written"))
         error = max(plan.verification_error(done.adapter.modules), written_error(ready, written, target))
         result["verification_error"] = error
         if not error <= FAILED:
