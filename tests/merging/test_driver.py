@@ -104,7 +104,7 @@ UNLIKE = {
         {"task_type": "SEQ_CLS"},
         {"task_type": "CAUSAL_LM"},
     ),
-    "'a' and 'b' both trained 'norm.weight' and it differs": (
+    "'a' and 'b' both trained 'norm.weight' whole and it differs": (
         {"extras": {"norm.weight": torch.ones(2)}},
         {"extras": {"norm.weight": torch.zeros(2)}},
     ),

@@ -39,6 +39,7 @@ def convert(
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="For what is not low rank; the error is printed.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float16, bfloat16 or float32; the rounding is printed.")] = None,
     layout: Annotated[str, typer.Option("--layout", help="For kohya: flux, sd3, diffusers, or auto by the base's name.")] = "auto",
+    rename: Annotated[list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Another beginning of module names.")] = None,
     drop_bias: Annotated[bool, typer.Option("--drop-bias", help="Leave biases of lora_bias out.")] = False,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -51,7 +52,15 @@ def convert(
 
     means = Means(base, initial, rank, drop_bias)
     found = change(
-        adapter, out, to=to, means=means, component=component, dtype=dtype, layout=layout, overwrite=overwrite
+        adapter,
+        out,
+        to=to,
+        means=means,
+        component=component,
+        dtype=dtype,
+        layout=layout,
+        rename=rename or [],
+        overwrite=overwrite,
     )
     emit(found, as_json, conversion_text(found))
 

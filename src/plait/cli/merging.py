@@ -60,6 +60,7 @@ def merge(
     base: Base = None,
     format: Format = None,
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
+    disjoint: Annotated[bool, typer.Option("--disjoint", help="They share no module, and that is meant.")] = False,
     text: Text = None, general: General = None, refine: Refine = 100, repair: Repair = 0, length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
@@ -93,7 +94,7 @@ def merge(
     request = MergeRequest(
         [f for f in folders if not f.endswith(_STATISTICS)], out, method, settings(sets), numbers(weights, "--weights"),
         scale, named_files([*(stats or []), *trailing]), rank, calibrate, seed, device, verify, base, overwrite, bake,
-        per_task, curve, format, stack,
+        per_task, curve, format, stack, disjoint,
     )  # fmt: skip
     found = answer(request)
     emit(found, as_json, merge_text(found))

@@ -18,7 +18,11 @@ _LOOKED_UP = ("embed_tokens", "word_embeddings", "wte", "shared", "position_embe
 def adapter_bytes(adapter: Adapter) -> int:
     """Bytes of an adapter's tensors as they are stored: factors, heads and what else was trained."""
     tensors = [t for f in adapter.modules.values() for t in (f.A, f.B)]
-    tensors += [*adapter.extras.values(), *adapter.copies.values(), *(t for head in adapter.heads.values() for t in head.values())]
+    tensors += [
+        *adapter.extras.values(),
+        *adapter.copies.values(),
+        *(t for head in adapter.heads.values() for t in head.values()),
+    ]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from plait.formats.keys import DIFFUSERS, PEFT
 from plait.formats.layouts import BY_BASE
 from plait.formats.plain import Means, read_plain
 from plait.formats.reading import format_of, read_any
+from plait.formats.renaming import renamed
 from plait.formats.single_file import read_lora_file
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
 from plait.merging.beside import carried, lines, verify_carried
@@ -35,6 +37,7 @@ def convert(
     component: str | None = None,
     dtype: str | None = None,
     layout: str = BY_BASE,
+    rename: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter in another format, its update unchanged, variants turned into plain LoRA.
@@ -48,6 +51,7 @@ def convert(
         dtype: "float16", "bfloat16" or "float32" for all factors; by default as they are.
         layout: For kohya: "flux" or "sd3" fuse projections as those models' original layouts do, "diffusers" does not,
             "auto" goes by the base's name.
+        rename: ``OLD=NEW`` each: other beginnings of module names, see `renaming.renamed`.
         overwrite: Replace what stands at `out`.
 
     Returns:
@@ -61,13 +65,17 @@ def convert(
     """
     target, means = checked_format(to), means or Means()
     adapter, conversions = _read(source, means, component, target)
+    if rename:
+        if target != PEFT or not (source / CONFIG).is_file():
+            raise UsageError("--rename is for a PEFT folder that becomes one", hint="leave --rename or --to out")
+        adapter = renamed(adapter, rename)
     origin = format_of(adapter) if source.is_file() else PEFT
     adapter = replace(adapter, source={**adapter.source, "format": adapter.source.get("format", PEFT)})
     ready = in_format(adapter, target, layout)
     rounding = None
     if dtype is not None:
         ready, rounding = _cast(ready, dtype)
-    wanted = _identity(ready, target, means, component, dtype)
+    wanted = _identity(ready, target, means, component, dtype, rename)
     if (found := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**found.get("result", {}), "output": str(out), "reused": True}
     result: dict[str, Any] = {
@@ -119,8 +127,11 @@ def component_folders(source: Path) -> dict[str, Path]:
     return {p.name: p for p in sorted(source.iterdir()) if (p / CONFIG).is_file()}
 
 
-def _identity(adapter: Adapter, target: str, means: Means, component: str | None, dtype: str | None) -> dict[str, Any]:
-    options = {"to": target, "rank": means.rank, "drop_bias": means.drop_bias, "component": component, "dtype": dtype}
+def _identity(
+    adapter: Adapter, target: str, means: Means, component: str | None, dtype: str | None, rename: Sequence[str]
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"to": target, "rank": means.rank, "drop_bias": means.drop_bias}
+    options |= {"component": component, "dtype": dtype, **({"rename": list(rename)} if rename else {})}
     if fused := adapter.source.get("fused"):
         options["layout"] = fused["layout"]
     inputs = {"adapter": str(adapter.source.get("sha256", ""))}

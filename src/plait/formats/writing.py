@@ -233,9 +233,9 @@ def joined(parts: Mapping[str, Adapter], name: str) -> Adapter:
     for part, adapter in parts.items():
         if beside := [*adapter.heads, *adapter.extras, *adapter.copies]:
             raise InputError(
-                f"holds {beside[0]!r} beside the factors",
+                f"holds heads or whole weights beside the factors ({beside[0]!r})",
                 where=part,
-                hint="single files hold LoRA factors only; plait convert --base DIR --to peft first where it is an embedding's",
+                hint="single files hold LoRA factors only; plait convert --base DIR --to peft makes an embedding's weights factors",
             )
     first = next(iter(parts.values()))
     digests = {part: str(a.source.get("sha256", "")) for part, a in parts.items()}

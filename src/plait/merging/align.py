@@ -18,6 +18,7 @@ from plait.adapters.tensors import all_finite
 from plait.base_records import same_weights
 from plait.errors import InputError, UsageError
 from plait.merging.beside import Carried, carried
+from plait.merging.shared import require_shared
 from plait.merging.stack import base_adapter
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
@@ -33,6 +34,7 @@ class Alignment:
         missing: Task -> modules it does not adapt (its delta there is zero); tasks that lack none are left out.
         task_type, prefix, backbone_prefix: Of the result; and what the inputs' prefix was.
         carried: Tensors that are no LoRA factors, passed through.
+        disjoint: Whether adapters without a module in common were meant as they are.
     """
 
     base: str
@@ -42,14 +44,16 @@ class Alignment:
     prefix: str
     backbone_prefix: str
     carried: Carried
+    disjoint: bool = False
 
 
-def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
+def align(adapters: Sequence[Adapter], base: str | None = None, *, disjoint: bool = False) -> Alignment:
     """Check adapters against each other.
 
     Args:
         adapters: At least one, names distinct.
         base: Takes the place of the bases the adapters name, where their names differ and the weights do not.
+        disjoint: Adapters that have no module in common, or names that look like two for one module, are meant as they are.
 
     Raises:
         UsageError: No adapters, or two of one name.
@@ -67,6 +71,8 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
     absent = {a.name: [m for m in modules if m not in a.modules] for a in adapters}
     if base is None:
         _require_one_model(adapters)
+    if not disjoint and (base is None or any(a.base for a in adapters)):
+        require_shared(adapters)
     task_type, prefix = _task_type(adapters)
     _check_heads(adapters)
     prefixes = sorted({a.prefix or str(a.source.get("backbone_prefix", "")) for a in adapters} - {""})
@@ -78,6 +84,7 @@ def align(adapters: Sequence[Adapter], base: str | None = None) -> Alignment:
         prefix=prefix,
         backbone_prefix=prefixes[0] if prefixes else "",
         carried=carried(adapters),
+        disjoint=disjoint,
     )
 
 
@@ -160,7 +167,6 @@ def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[tuple[int, int], st
                 )
             owner.setdefault(module, adapter.name)
     _check_experts(adapters)
-    _check_roots(adapters)
     return {m: found[m] for m in sorted(found)}
 
 
@@ -187,22 +193,6 @@ def _check_experts(adapters: Sequence[Adapter]) -> None:
 def _shown(module: tuple[tuple[int, int], str]) -> str:
     (out, width), kind = module
     return f"{kind} ({out}, {width})"
-
-
-def _check_roots(adapters: Sequence[Adapter]) -> None:
-    """Two adapters without one module in common whose names agree but for a prefix were saved from different wrappers."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        if not first.modules.keys() & other.modules.keys():
-            a, b = (next(iter(m.modules), "") for m in (first, other))
-            if any(x.endswith("." + y) for x, y in ((m, b) for m in first.modules)) or any(
-                m.endswith("." + a) for m in other.modules
-            ):
-                raise InputError(
-                    f"module names of {first.name!r} ({a}) and {other.name!r} ({b}) start at different roots",
-                    where=other.name,
-                    hint="save both from the same model class",
-                )
 
 
 def _task_type(adapters: Sequence[Adapter]) -> tuple[str | None, str]:

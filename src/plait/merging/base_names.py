@@ -15,7 +15,7 @@ from plait.merging.base_files import StoredTensor
 
 # Attributes that transformers has put around a model's layers, and taken away again, from one version to another: the files
 # of many bases, and adapters of other versions, have the names from before.
-_MOVED = {"model", "language_model"}
+_MOVED = {"model", "language_model", "llm"}
 
 
 def without_wrappers(name: str) -> str:

@@ -111,8 +111,8 @@ def require_exact(adapters: Sequence[Adapter], coefficients: Sequence[float] | N
 
 def _way(adapter: Adapter) -> str:
     return (
-        f"plait convert {adapter.source.get('path', adapter.name)} --base BASE makes it a low-rank update, which every method merges; at a weight of 1 in a sum "
-        "it is carried as it is"
+        f"plait convert {adapter.source.get('path', adapter.name)} --base BASE makes it a low-rank update, which every method "
+        "merges; at a weight of 1 in a sum it is carried as it is"
     )
 
 

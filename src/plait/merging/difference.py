@@ -44,12 +44,12 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     scale = float(recipe.options.get("scale", 1.0))
     places = {**located(recipe, changing, change.inputs), **{n: Path(p) for n, p in added.items()}}
     touched = {n: read_any(p, name=n) for n, p in places.items()}
+    shares = {n: scale * (new.get(n, 0.0) - ratio * old.get(n, 0.0)) for n in touched}
+    merged = read_any(recipe.path, name=recipe.path.name)
     if whole := next((k for a in (merged, *touched.values()) for k in a.extras), None):
         raise UsageError(
             f"{whole!r} was trained whole, and differences are of factors", hint="leave --by-difference out"
         )
-    shares = {n: scale * (new.get(n, 0.0) - ratio * old.get(n, 0.0)) for n in touched}
-    merged = read_any(recipe.path, name=recipe.path.name)
     ranks = {n: (new.get(n, 0.0) != 0.0) - (old.get(n, 0.0) != 0.0) for n in touched}
     modules = _summed(merged, touched, ratio, shares, ranks)
     removed_heads = [t for n, a in touched.items() if n not in weights for t in a.heads]
@@ -90,7 +90,7 @@ def _summed(
 
     `ranks` says of each adapter whether its rank comes (1), goes (-1) or stays.
     """
-    common = align([replace(merged, name="merged-so-far"), *touched.values()], merged.base)
+    common = align([replace(merged, name="merged-so-far"), *touched.values()], merged.base, disjoint=True)
     modules: dict[str, LoraFactors] = {}
     for module in common.modules:
         parts = [(merged.modules[module], ratio)] if module in merged.modules else []

@@ -37,6 +37,7 @@ def merge(
     device: str = "cpu",
     verify: bool = True,
     base: str | None = None,
+    disjoint: bool = False,
     name: str = "merged",
 ) -> Merged:
     """Merge adapters of one base model into one adapter.
@@ -55,6 +56,7 @@ def merge(
         device: Where to compute; the result is on the CPU.
         verify: Compare random projections of the result with the same projections recomputed from the inputs.
         base: Base id of the result where the adapters name one base by different names.
+        disjoint: The adapters are meant side by side though they have no module in common.
         name: Of the result.
 
     Returns:
@@ -77,6 +79,7 @@ def merge(
         seed=seed,
         device=device,
         base=base,
+        disjoint=disjoint,
     )
     done = plan.run(name)
     if verify:
@@ -97,11 +100,12 @@ def plan_merge(
     seed: int = 0,
     device: str = "cpu",
     base: str | None = None,
+    disjoint: bool = False,
 ) -> Plan:
     """Check everything about a merge and compute nothing; arguments as `merge` has them."""
     found = find_method(method)
     chosen = checked_options(found, options)
-    common = align(adapters, base)
+    common = align(adapters, base, disjoint=disjoint)
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}, expected at least 1")
     counted, factor = _weights(adapters, weights), _finite(scale, "scale")

@@ -70,6 +70,7 @@ def merge_folders(
     device: str = "cpu",
     verify: bool = True,
     base: str | None = None,
+    disjoint: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Merge PEFT folders into one PEFT folder, or LoRA files into one file of their format.
@@ -87,6 +88,7 @@ def merge_folders(
         seed: Of random masks and of the randomised SVD.
         device: Where to compute.
         base: Base id of the result where the adapters name one base by different names.
+        disjoint: The adapters are meant side by side though they have no module in common.
         verify: Read the result again before it takes its place, and compare it with the inputs.
         overwrite: Replace what stands at `out`.
 
@@ -111,6 +113,7 @@ def merge_folders(
         seed=seed,
         device=device,
         base=base,
+        disjoint=disjoint,
     )
     if format_of(adapters[0]) != PEFT:
         from plait.merging.to_format import merge_to_format

@@ -226,6 +226,7 @@ class Plan:
             "rank": self.rank,
             "calibrate": self.calibration.name if self.calibration else None,
             "base": self.common.base,
+            **({"disjoint": True} if self.common.disjoint else {}),
         }
 
     def copies(self) -> bool:

@@ -32,6 +32,7 @@ class MergeRequest:
         per_task: Write EMR's unified adapter with a mask per task.
         curve: Write nothing; say what ranks r, 2r, 4r and R would lose.
         format: "peft", "kohya" or "diffusers": of the result; by default that of the inputs.
+        disjoint: They are meant side by side though they have no module in common.
         stack: The adapters were trained one on top of another: compose them in that order.
     """
 
@@ -54,6 +55,7 @@ class MergeRequest:
     curve: bool = False
     format: str | None = None
     stack: bool = False
+    disjoint: bool = False
 
 
 def answer(request: MergeRequest) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
         device=r.device,
         verify=r.verify,
         base=r.base,
+        disjoint=r.disjoint,
         overwrite=r.overwrite,
     )
 
@@ -129,7 +132,7 @@ def _stack(r: MergeRequest, out: Path) -> dict[str, Any]:
     if len(r.folders) < 2 or r.calibrate or r.statistics:
         raise UsageError("--stack takes two adapters or more, and neither --calibrate nor --stats")
     ordered = in_order(read_all(r.folders))
-    plan = plan_merge(composed(ordered), "cat", rank=r.rank, seed=r.seed, device=r.device, base=r.base)
+    plan = plan_merge(composed(ordered), "cat", rank=r.rank, seed=r.seed, device=r.device, base=r.base, disjoint=True)
     more = stack_record(ordered)
     return merge_to_format(plan, out, format=r.format, verify=r.verify, overwrite=r.overwrite, more=more)
 
@@ -176,6 +179,7 @@ def edit(
         base=base_override(recipe),
         overwrite=overwrite,
         format=options.get("format"),
+        disjoint=bool(options.get("disjoint")) or not change.add,
     )
     return answer(request)
 
@@ -194,6 +198,7 @@ def plan_of(r: MergeRequest) -> Plan:
         seed=r.seed,
         device=r.device,
         base=r.base,
+        disjoint=r.disjoint,
     )
 
 
