@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.places import CONFIG as CONFIG
+from plait.adapters.places import inside
 from plait.checked import Record, shown
 from plait.errors import InputError
 from plait.patterns import first_hits, require_patterns
 from plait.store import read_json
 
-CONFIG = "adapter_config.json"
 # Head modules PEFT itself saves for these task types (peft.tuners.tuners_utils, SEQ_CLS_HEAD names).
 CLASSIFICATION_TYPES = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 # Type of an adapter of a backbone: what a merge of classifiers is.
@@ -117,7 +118,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.exists():
-        raise InputError(f"no {CONFIG}", where=str(folder), hint="expected a PEFT adapter folder")
+        raise InputError(f"no {CONFIG}", where=str(folder), hint=inside(folder) or "expected a PEFT adapter folder")
     raw = read_json(path, limit=LARGEST_CONFIG)
     return dict(Record.of(raw, str(path), hint="expected a PEFT adapter folder").values)
 

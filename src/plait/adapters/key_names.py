@@ -46,7 +46,11 @@ def without_adapter_name(tensors: Mapping[str, Tensor], where: str) -> dict[str,
 
 
 def kinds_of_names(names: Iterable[str]) -> str:
-    """What the names of a file without LoRA factors end in, in words: how many tensors, and the first names."""
+    """What a file without LoRA factors holds, in words: how many tensors, and the first names."""
     known = list(names)
     shown = ", ".join(repr(n) for n in known[:3])
-    return f"{len(known)} tensors, none of them called lora_A and lora_B: {shown}" if known else "no tensors at all"
+    return (
+        f"{len(known)} tensors, none of them called lora_A, lora_B, lora_down or lora_up: {shown}"
+        if known
+        else "nothing"
+    )

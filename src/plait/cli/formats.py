@@ -142,37 +142,47 @@ def _number(text: str, name: str) -> float:
 
 def inspection_text(found: dict[str, Any]) -> str:
     """What an adapter is, a line per fact."""
-    if "components" in found:
-        return "\n\n".join(f"{part}\n{inspection_text(facts)}" for part, facts in found["components"].items())
+    several = found.get("components") or found.get("adapters")
+    if several:
+        shown = [f"{place}\n{inspection_text(facts)}" for place, facts in several.items()]
+        none = [] if "components" in found else [f"{found['path']}: no adapter itself, {len(several)} in folders of it"]
+        return "\n\n".join([*none, *shown])
     lines = [f"{found['name']}: {found['variant']}, {found['format'] or 'unknown format'}"]
     lines.append(f"  base       {found['base'] or 'not recorded'}")
     if found["task_type"]:
         lines.append(f"  task type  {found['task_type']}")
-    if "modules" in found:
-        lines.append(f"  modules    {found['modules']}: {_counts(found['targets'])}")
-        if list(found["module_kinds"]) != ["linear"]:
-            lines.append(f"  kinds      {_counts(found['module_kinds'])}")
-        lines.append(f"  rank       {_counts(found['ranks'])}")
-        lines.append(f"  alpha      {_counts(found['alphas'])}")
-        if found["without_alpha"]:
-            lines.append(f"             {found['without_alpha']} modules came without: alpha = rank")
-        lines.append(f"  |update|   {found['update_norm']:.4g}" + (
-            f", zero in {found['zero_modules']} modules" if found["zero_modules"] else ""
-        ))  # fmt: skip
-        if found["heads"]:
-            lines.append(f"  heads      {', '.join(found['heads'])}")
-        if found["extras"]:
-            lines.append(f"  beside     {', '.join(found['extras'])}: trained whole")
-        if found["copies"]:
-            lines.append(f"  copies     {', '.join(found['copies'])}: the base's own, not trained")
+    lines += _figures(found) if "modules" in found else []
     lines.append(f"  size       {found['size_mb']:.2f} MB, {', '.join(found['dtypes'])}")
     if found["merged_from"]:
         lines.append(f"  merge of   {', '.join(found['merged_from'])} ({found['method']})")
     if found["stacked_on"]:
         lines.append(f"  on top of  {found['stacked_on']}")
+    lines += [f"  inside     {place}: an adapter of its own" for place in found.get("inside", [])]
     if found["problem"]:
         lines.append(f"  problem    {found['problem']}")
     return "\n".join([*lines, *(f"  can        {c}" for c in found["can"] or ["nothing here: serve it as it is"])])
+
+
+def _figures(found: dict[str, Any]) -> list[str]:
+    """The lines about modules, ranks and what lies beside them."""
+    lines: list[str] = []
+    lines.append(f"  modules    {found['modules']}: {_counts(found['targets'])}")
+    if list(found["module_kinds"]) != ["linear"]:
+        lines.append(f"  kinds      {_counts(found['module_kinds'])}")
+    lines.append(f"  rank       {_counts(found['ranks'])}")
+    lines.append(f"  alpha      {_counts(found['alphas'])}")
+    if found["without_alpha"]:
+        lines.append(f"             {found['without_alpha']} modules came without: alpha = rank")
+    lines.append(f"  |update|   {found['update_norm']:.4g}" + (
+        f", zero in {found['zero_modules']} modules" if found["zero_modules"] else ""
+    ))  # fmt: skip
+    if found["heads"]:
+        lines.append(f"  heads      {', '.join(found['heads'])}")
+    if found["extras"]:
+        lines.append(f"  beside     {', '.join(found['extras'])}: trained whole")
+    if found["copies"]:
+        lines.append(f"  copies     {', '.join(found['copies'])}: the base's own, not trained")
+    return lines
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from plait.adapters.config import CONFIG, read_config
 from plait.adapters.lora import Adapter
+from plait.adapters.places import inside
 from plait.base import BaseModel
 from plait.errors import InputError, UsageError
 from plait.fidelity.notes import same_name
-
-# Adapters are looked for so many folders down where a folder is none itself; and so many are named.
-_DEPTH, _NAMED = 3, 4
 
 
 def split_base(
@@ -27,13 +25,13 @@ def split_base(
     first, rest = (given[0], list(given[1:])) if given else ("", [])
     if not given or (not rest and not is_adapter(first)):
         what = "no adapters" if not given or Path(first).is_dir() else f"no adapters: {first} is none"
-        raise UsageError(what, hint=_inside(Path(first)) or "plait advise BASE ADAPTER ADAPTER")
+        raise UsageError(what, hint=inside(Path(first)) or "plait advise BASE ADAPTER ADAPTER")
     base, folders = (None, list(given)) if is_adapter(first) else (first, rest)
     for folder in folders:
         if not is_adapter(folder):
             found = place_of(folder)
             what = f"no {CONFIG} in it" if found.is_dir() else "no such adapter"
-            hint = _inside(found) or "only the first argument may be a base; the others are adapters"
+            hint = inside(found) or "only the first argument may be a base; the others are adapters"
             raise InputError(what, where=str(found), hint=hint)
     if base is not None:
         _require_base(base, folders)
@@ -47,7 +45,7 @@ def _require_base(base: str, folders: Sequence[str]) -> None:
     if (folder := Path(base).expanduser()).is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(
-                f"neither an adapter (no {CONFIG}) nor a base (no config.json)", where=base, hint=_inside(folder)
+                f"neither an adapter (no {CONFIG}) nor a base (no config.json)", where=base, hint=inside(folder)
             )
         return
     named = sorted({read_config(place_of(f)).base for f in folders if place_of(f).is_dir()})
@@ -64,16 +62,6 @@ def recorded_base(adapters: Sequence[Adapter], device: str = "auto", dtype: str 
     names = {a.base for a in adapters}
     folder = Path(next(iter(names))).expanduser() if len(names) == 1 else Path()
     return BaseModel(str(folder), None, dtype, device) if (folder / "config.json").is_file() else None
-
-
-def _inside(folder: Path) -> str | None:
-    """Adapters that lie in a folder which is none, in words."""
-    if not folder.is_dir():
-        return None
-    levels = ["/".join(["*"] * depth) for depth in range(1, _DEPTH + 1)]
-    found = [str(p.parent) for level in levels for p in sorted(folder.glob(f"{level}/{CONFIG}"))]
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"in it lie {', '.join(found[:_NAMED])}{more}: name those" if found else None
 
 
 def is_adapter(argument: str) -> bool:

@@ -17,10 +17,12 @@ from plait.adapters.tensors import all_finite
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.keys import DIFFUSERS, PEFT
 from plait.formats.layouts import BY_BASE
-from plait.formats.plain import Means, read_plain
+from plait.formats.names import COMPONENTS
+from plait.formats.plain import read_plain
 from plait.formats.reading import format_of, read_any
 from plait.formats.renaming import renamed
 from plait.formats.single_file import read_lora_file
+from plait.formats.work import Means
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
 from plait.merging.beside import carried, lines, verify_carried
 from plait.merging.inputs import seed_of
@@ -121,10 +123,11 @@ def _read(source: Path, means: Means, component: str | None, target: str) -> tup
 
 
 def component_folders(source: Path) -> dict[str, Path]:
-    """Component -> its PEFT folder, where a folder holds such folders and is none itself."""
+    """Component -> its PEFT folder, where a folder holds such folders, one of them named as a pipeline's, and is none itself."""
     if not source.is_dir() or (source / CONFIG).exists():
         return {}
-    return {p.name: p for p in sorted(source.iterdir()) if (p / CONFIG).is_file()}
+    found = {p.name: p for p in sorted(source.iterdir()) if (p / CONFIG).is_file()}
+    return found if found.keys() & {*COMPONENTS.values()} else {}
 
 
 def _identity(

@@ -11,6 +11,7 @@ from plait.adapters.config import CONFIG, read_raw_config
 from plait.adapters.experts import member_of
 from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.peft_format import read_adapter
+from plait.adapters.places import folders_inside
 from plait.adapters.tensors import read_shapes
 from plait.adapters.weights import weight_shapes
 from plait.errors import Damaged, InputError, PlaitError
@@ -45,7 +46,8 @@ def inspect(path: Path) -> dict[str, Any]:
         path: A PEFT folder, a folder of them named by component, or a LoRA file.
 
     Returns:
-        {"path", "format", "components" | one adapter's facts}: facts are name, base, task_type, variant, modules, ranks,
+        {"path", "format", "components" | "adapters" (in folders of other names) | one adapter's facts and "inside" (adapters in
+        folders below)}: facts are name, base, task_type, variant, modules, ranks,
         alphas, kinds, heads, extras (weights trained whole), copies (the base's own weights), dtypes, parameters, size_mb,
         stacked_on, merged_from, problem (why it cannot be read as a plain LoRA, or None) and can (what plait can do with it).
 
@@ -62,7 +64,10 @@ def inspect(path: Path) -> dict[str, Any]:
         }
     if not path.exists():
         raise InputError("no such file or folder", where=str(path))
-    return {"path": str(path), **_facts(path)}
+    within = folders_inside(path)
+    if within and not (path / CONFIG).exists():
+        return {"path": str(path), "format": PEFT, "adapters": {str(p.relative_to(path)): _facts(p) for p in within}}
+    return {"path": str(path), **_facts(path), "inside": [str(p) for p in within]}
 
 
 def _facts(path: Path) -> dict[str, Any]:

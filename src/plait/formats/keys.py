@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from plait.adapters.key_names import kinds_of_names
 from plait.errors import InputError
 
 MIDDLE, TUCKER = "mid", "lora_mid"  # what a Tucker-decomposed convolution has between A and B; its tensors' name
@@ -97,7 +98,7 @@ def parse(tensors: Mapping[str, Tensor], where: str) -> Parsed:
         if layout:
             found.layouts.setdefault(module.partition(".")[0], layout)
     if not found.halves:
-        raise InputError("holds no LoRA tensors", where=where, hint="expected lora_down/lora_up or lora_A/lora_B")
+        raise InputError(f"holds no LoRA factors, but {kinds_of_names(tensors)}", where=where)
     if unknown:
         raise InputError(f"tensor {unknown[0]!r} belongs to no LoRA known here", where=where)
     _alphas(tensors, found, where)

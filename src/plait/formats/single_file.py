@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plait.adapters.config import LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.conv import as_matrices, as_stored, with_middle
+from plait.adapters.key_names import without_adapter_name
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensor_file import write_tensors
@@ -45,7 +46,8 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
     """
     path = Path(path)
     stored, metadata, digest = read_tensors(path)
-    tensors = {key: widened(tensor) for key, tensor in stored.items()}
+    require_filled(stored, str(path))
+    tensors = without_adapter_name({key: widened(tensor) for key, tensor in stored.items()}, str(path))
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES and not key.endswith(".alpha"):
             raise InputError(
