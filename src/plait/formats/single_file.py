@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.adapters.beside import require_filled
 from plait.adapters.config import LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.conv import as_matrices, as_stored, with_middle
 from plait.adapters.key_names import without_adapter_name
