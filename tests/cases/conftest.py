@@ -123,7 +123,7 @@ def folder_of(
 def changed_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Rewrite the weights' file of a folder."""
     file = folder / "adapter_model.safetensors"
-    save_file(change(dict(load_file(file))), file)
+    save_file({k: v.clone() for k, v in change(dict(load_file(file))).items()}, file)
 
 
 def changed_config(folder: Path, **fields: Any) -> None:

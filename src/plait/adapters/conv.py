@@ -68,10 +68,10 @@ def refuse_groups(A: Tensor, B: Tensor, kind: str, where: str) -> None:
     rank, columns = A.shape[0], B.shape[1]
     if kernel_of(kind) and 0 < columns < rank and rank % columns == 0:
         raise InputError(
-            f"a grouped convolution of {rank // columns} groups (A {tuple(A.shape)}, B {tuple(B.shape)}): its update is no "
-            "product of one B and one A",
+            f"{where.rpartition(': ')[2]!r} is a grouped convolution of {rank // columns} groups (A {tuple(A.shape)}, "
+            f"B {tuple(B.shape)}): its update is no product of one B and one A",
             where=where,
-            hint="PEFT's merge_and_unload writes it into the base; adapters without this module can be merged",
+            hint="PEFT does not merge it either: serve it as it is, or train without this module",
         )
 
 

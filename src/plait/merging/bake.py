@@ -102,7 +102,11 @@ def bake(
     wanted = store.identity("bake", options, inputs, source.seed if isinstance(source, Plan) else None)
     if store.is_done(out, wanted, overwrite=overwrite):
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
-    result: dict[str, Any] = {"modules": len(deltas), "dtype": sorted({s.stored.dtype for s in sites}), "beside": beside}
+    result: dict[str, Any] = {
+        "modules": len(deltas),
+        "dtype": sorted({s.stored.dtype for s in sites}),
+        "beside": beside,
+    }
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
         untied = _copy(base, stage, sites, config)
         lost = [_write(site, _target(site, stage)) for site in sites]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,3 +146,8 @@ def lines(wanted: Carried) -> list[str]:
         found.append(f"{key} of {name} was trained whole: carried as it is ({how})")
     found += [f"{key} is the base's own weight, as PEFT saves it: carried, not merged" for key in wanted.copies]
     return found
+
+
+def recorded(found: Carried) -> dict[str, Any]:
+    """What the record of a merge says of them: whose the whole weights are, and a line for each tensor."""
+    return {"extras": dict(found.whole_from), "beside": lines(found)}

@@ -13,7 +13,7 @@ from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
-from plait.merging.beside import lines
+from plait.merging.beside import recorded
 from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
 from plait.merging.outcome import assembled, discarded, labels_of, provenance
@@ -182,7 +182,7 @@ class Plan:
         return self.checked(factors, module), lost
 
     def checked(self, factors: LoraFactors, module: str) -> LoraFactors:
-        """The module's merged factors on the CPU, of the module's kind (dense rows know none); finite."""
+        """The module's merged factors on the CPU, of its kind (dense rows know none); finite."""
         factors = LoraFactors(factors.A.cpu(), factors.B.cpu(), 1.0, self.common.modules[module][1])
         if not all_finite(factors.A) or not all_finite(factors.B):
             raise RunError(
@@ -268,9 +268,7 @@ class Plan:
             "backbone_prefix": self.common.backbone_prefix,
             "task_type": self.common.task_type,
             "tasks": [a.name for a in self.adapters],
-            "extras": dict(self.common.carried.whole_from),
-            "beside": lines(self.common.carried),
-            **labels_of(self.adapters),
+            **(recorded(self.common.carried) | labels_of(self.adapters)),
             "adapters": [provenance(a, w) for a, w in zip(self.adapters, self.weights, strict=True)],
         }
 
