@@ -24,12 +24,16 @@ from plait.files import read_json as read_json
 from plait.files import require_regular as require_regular
 from plait.files import sha256_file as sha256_file
 from plait.files import sha256_json as sha256_json
+from plait.loading import require_loadable
 from plait.locks import locked, system_errors
 from plait.manifest import CARD, require_whole, sealed
 from plait.manifest import MANIFEST as MANIFEST
 from plait.manifest import SCHEMA as SCHEMA
 from plait.manifest import differences as differences
 from plait.manifest import read_manifest as read_manifest
+
+_LOADED = (".safetensors", ".gguf")  # files that other programs load
+
 
 # --- identity ---------------------------------------------------------------------------------------------------------
 
@@ -115,6 +119,7 @@ def staged_folder(
         digests: Filled inside the block for files that are hashed while written: path in the folder -> waits for the hash.
 
     Raises:
+        RunError: An adapter or model in it would not be loaded as it was meant (see `plait.loading.require_loadable`).
         EnvironmentFault: Disk full, read-only, or another process is writing the same output.
     """
     path = path.absolute()
@@ -148,6 +153,7 @@ def _finish(
         hashes = {n: digests.get(n) or cores.submit(sha256_file, p).result for n, p in names.items()}
         if check:
             check(stage)
+        require_loadable(stage)
         listed = {name: (names[name].stat().st_size, digest()) for name, digest in hashes.items()}
         list(settled)  # raises what the disk met
     manifest = sealed({**wanted, "versions": versions(), "result": dict(result)}, listed)
@@ -202,6 +208,8 @@ def staged_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         stage.unlink(missing_ok=True)
         try:
             yield stage
+            if path.suffix in _LOADED:
+                require_loadable(stage)
             _settle(stage)
             stage.replace(path)
         finally:

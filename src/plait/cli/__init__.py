@@ -7,7 +7,7 @@ import sys
 import typer
 
 from plait import __version__
-from plait.cli import existing, export, formats, merging, recipes, stages, statistics, study
+from plait.cli import checking, existing, export, formats, merging, recipes, stages, statistics, study
 from plait.cli.output import guarded
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for module in (recipes, statistics, stages, merging, existing, formats, export, study):
+for module in (recipes, statistics, stages, merging, existing, formats, export, checking, study):
     module.register(app)
 
 

@@ -62,7 +62,6 @@ def diffusers_account(file: LoraFile) -> Account:
     faults: list[Fault] = []
     for tensor, stored in file.header.tensors.items():
         part = part_of(tensor)
-        where = _home(part.module) if part else ""
         if part is None:
             named = " (an adapter's name stands in it)" if _NAMED.search(tensor) else ""
             faults.append(Fault(tensor, f"is no name of factors{named}: refused or dropped, by the pipeline", _AGAIN))
@@ -74,20 +73,16 @@ def diffusers_account(file: LoraFile) -> Account:
                 )
             )
             lines[tensor] = Placement(tensor, "", part.kind, "refused")
-        elif not where:
-            what = "starts with no component of a pipeline (unet., transformer., text_encoder., lora_unet_, ...): dropped in silence"
-            faults.append(Fault(tensor, what, _AGAIN))
-            lines[tensor] = Placement(tensor, "", part.kind, "dropped")
         else:
             modules[part.module][part.kind] = tensor
-            lines[tensor] = Placement(tensor, where, part.kind, "loaded")
+            lines[tensor] = Placement(tensor, _home(part.module), part.kind, "loaded")
     for module, found in modules.items():
         faults += _pair_faults(module, found, file.header.tensors)
     return Account("diffusers", VERSION, tuple(lines.values()), tuple(_notes(file, modules)), tuple(faults), own=True)
 
 
 def _home(module: str) -> str:
-    """Where diffusers puts a module: component and name; "" where no pipeline would take it."""
+    """Where diffusers puts a module: component and name."""
     component, dot, rest = module.partition(".")
     if dot and component in COMPONENTS:
         return f"{component}.{rest}"
@@ -95,11 +90,7 @@ def _home(module: str) -> str:
         return f"{_KOHYA[prefix]}: {module.removeprefix(prefix)}"
     if any(module.startswith(p) for p in _AUTHORS):
         return f"transformer: {module}"
-    return (
-        f"transformer: {module}"
-        if re.match(r"(double_blocks|single_blocks|joint_blocks|blocks|layers)\.\d+\.", module)
-        else ""
-    )
+    return f"the model itself: {module}"
 
 
 def _pair_faults(module: str, found: Mapping[str, str], tensors: Mapping[str, Stored]) -> Iterator[Fault]:
@@ -124,4 +115,7 @@ def _notes(file: LoraFile, modules: Mapping[str, Mapping[str, str]]) -> Iterator
     elif without:
         yield f"{without} of {len(modules)} modules have no alpha: their scaling is 1"
     if any(m.startswith(_AUTHORS) or ("." in m and not m.startswith(COMPONENTS)) for m in modules):
-        yield "named as the model's authors name it: diffusers turns the names of the models it knows"
+        yield (
+            "without a component of diffusers' before its names: pipelines turn the names of authors that they know, and "
+            "pipe.transformer.load_lora_adapter(FILE, prefix=None) takes a model's own"
+        )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from plait.loading.account import Account, Fault, Placement
 from plait.loading.contents import MODEL_INDEX, ModelFolder, PeftFolder
 from plait.loading.peft import peft_account
+from plait.loading.tensor_names import ROOT
 
 VERSION = "5.3 to 5.23"
 _FACTORS = re.compile(r"\.(lora_(embedding_)?[AB]|base_layer|lora_magnitude_vector|modules_to_save)(\.|$)")
@@ -66,22 +67,8 @@ def _notes(folder: ModelFolder, tensors: set[str]) -> Iterator[str]:
 
 
 def adapter_account(folder: PeftFolder) -> Account:
-    """A PEFT folder loaded by `model.load_adapter(FOLDER)`, which builds PEFT's factors into the model itself."""
+    """A PEFT folder loaded by `model.load_adapter(FOLDER)`, which builds what PEFT builds into the model itself."""
     found = peft_account(folder)
-    faults = []
-    lines = []
-    for p in found.placements:
-        if p.effect == "replaces":
-            faults.append(
-                Fault(p.tensor, "load_adapter builds no place for whole modules", "PeftModel.from_pretrained has one")
-            )
-            p = replace(p, parameter=p.tensor.removeprefix("base_model.model."), effect="overwrites")
-        elif p.effect in ("loaded", "overwrites"):
-            p = replace(p, parameter=p.parameter.removeprefix("base_model.model."))
-        lines.append(p)
-    notes = ("model.load_adapter(FOLDER), or from_pretrained(FOLDER)",)
-    return replace(
-        found.named("transformers", notes, tuple(faults)),
-        version=f"{VERSION}, by PEFT {found.version}",
-        placements=tuple(lines),
-    )
+    lines = tuple(replace(p, parameter=p.parameter.removeprefix(ROOT)) for p in found.placements)
+    named = found.named("transformers", ("model.load_adapter(FOLDER), or from_pretrained(FOLDER)",))
+    return replace(named, version=f"{VERSION}, by PEFT {found.version}", placements=lines)

@@ -15,6 +15,7 @@ VERSION = "0.32"
 # Ranks that it takes as --max-lora-rank; everything it holds is padded to the one chosen.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_RANK = 16
+_LOW_RANK = "plait convert --base DIR makes it part of the factors"
 _EXPORT = "plait export --for vllm writes what it takes"
 _HEADS = ("classifier", "score")
 _INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -86,7 +87,7 @@ def _refusals(folder: PeftFolder) -> Iterator[Fault]:
         )
     if other := [m for m in settings.declared if m not in _HEADS]:
         yield Fault(
-            "modules_to_save", f"vLLM refuses {', '.join(other)}: only classifier and score are taken", _EXPORT, True
+            "modules_to_save", f"vLLM refuses {', '.join(other)}: only classifier and score are taken", _LOW_RANK, True
         )
     if settings.raw.get("bias", "none") != "none":
         yield Fault(

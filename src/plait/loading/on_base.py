@@ -1,0 +1,211 @@
+"""A folder loaded by PEFT itself on its base, and held against the base with every update added by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.errors import InputError
+from plait.loading import tensor_names as names
+from plait.loading.contents import WEIGHTS, PeftFolder, contents
+from plait.loading.settings import Settings
+
+_TOKENS, _ROWS, _SEED = 16, 2, 0
+_EQUAL = 1e-4  # of the adapter's own effect: float32 through some dozen layers leaves 1e-6
+# task_type -> transformers' class, as PEFT's own AutoPeftModel classes choose it.
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_BY_HAND = "its updates are not scaling * B A added to weights: --base compares plain LoRA"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What PEFT made of a folder on its base.
+
+    Args:
+        model: The class that was loaded, as transformers calls it.
+        error: Largest difference between PEFT's output and that of the base with scaling * B A added to its weights.
+        effect: Largest difference between PEFT's output and the base's own.
+        restored: Largest difference between the output with the adapter switched off and the base's own.
+        missing: Parameters of the adapter that the file does not hold, by PEFT's own word.
+        unexpected: Tensors of the file that became no parameter, by PEFT's own word.
+        faults: What is not as it was meant; empty where all is.
+    """
+
+    model: str
+    error: float
+    effect: float
+    restored: float
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+def compare_on_base(path: Path, base: str) -> Comparison:
+    """Load the base, let PEFT load the folder on it, and compare its output on random tokens with updates added by hand.
+
+    Raises:
+        InputError: No PEFT folder, a variant whose update is no scaling * B A, or a folder that PEFT refuses.
+    """
+    import torch
+
+    found = contents(path)
+    if len(found) != 1 or not isinstance(found[0], PeftFolder):
+        raise InputError("is no PEFT folder: --base is for one adapter", where=str(path))
+    folder = found[0]
+    if variant := next(
+        (
+            k
+            for k in ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+            if folder.settings.raw.get(k)
+        ),
+        None,
+    ):
+        raise InputError(f"{variant}: {_BY_HAND}", where=str(folder.settings.path))
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder.path / WEIGHTS)
+    with torch.no_grad():
+        plain = _loaded(base, folder.settings, tensors)
+        batch = _batch(plain.config)
+        before = _output(plain, batch)
+        model, result = _by_peft(_loaded(base, folder.settings, tensors), folder.path)
+        after = _output(model, batch)
+        with model.disable_adapter():
+            off = _output(model, batch)
+        skipped = _add_by_hand(plain, tensors, folder.settings)
+        expected = _output(plain, batch)
+    error, effect, restored = (
+        float((a - b).abs().max()) for a, b in ((after, expected), (after, before), (off, before))
+    )
+    missing = tuple(sorted(k for k in result.missing_keys if ".default" in k))
+    unexpected = tuple(sorted(result.unexpected_keys))
+    trained = any(bool(t.any()) for n, t in tensors.items() if names.named(n).kind in (names.B, names.EMBEDDING_B))
+    faults = [
+        *(f"PEFT starts {m} anew: the file does not hold it" for m in missing[:3]),
+        *(f"PEFT drops {u}" for u in unexpected[:3]),
+        *(f"the base has no module for {s}" for s in skipped[:3]),
+    ]
+    if trained and effect == 0.0:
+        faults.append("the adapter has no effect: PEFT's output is the base's own")
+    if not error <= _EQUAL * max(effect, 1e-3):
+        faults.append(
+            f"PEFT's output is off by {error:.2g} from the base with its updates added (the adapter's effect is {effect:.2g})"
+        )
+    if restored != 0.0:
+        faults.append(
+            f"with the adapter switched off the base is another by {restored:.2g}: its weights were overwritten"
+        )
+    return Comparison(type(plain).__name__, error, effect, restored, missing, unexpected, tuple(faults))
+
+
+def _loaded(base: str, settings: Settings, tensors: dict[str, Any]) -> Any:
+    """The base as the adapter's task type asks for it, float32, in evaluation mode; its head's sizes follow the file."""
+    import torch
+    import transformers as hf
+
+    cls = getattr(hf, _CLASSES.get(settings.task_type or "", _class_of_base(base)))
+    heads = [
+        t.shape[0] for n, t in tensors.items() if settings.saved_as(n.removeprefix(names.ROOT)) and n.endswith("weight")
+    ]
+    labels = {"num_labels": heads[-1]} if cls is hf.AutoModelForSequenceClassification and heads else {}
+    torch.manual_seed(_SEED)  # a head that the base has not is drawn at random, the same one each time
+    logging: Any = hf.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return cls.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **labels).eval()
+    except (OSError, ValueError) as e:
+        raise InputError(f"transformers cannot load it: {e}", where=base) from None
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _class_of_base(base: str) -> str:
+    """Without a task type: the class that the base was saved as, where AutoModel would leave its head out."""
+    import transformers as hf
+
+    named = (hf.AutoConfig.from_pretrained(base).architectures or [""])[0]
+    if re.search(r"CausalLM|LMHeadModel", named):
+        return "AutoModelForCausalLM"
+    return "AutoModelForSeq2SeqLM" if "ConditionalGeneration" in named else "AutoModel"
+
+
+def _by_peft(base: Any, folder: Path) -> tuple[Any, Any]:
+    """The folder on the base, and what PEFT itself says of its tensors."""
+    from peft import PeftModel
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = PeftModel.from_pretrained(base, str(folder)).eval()
+            result: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        except (ValueError, RuntimeError, KeyError, TypeError) as e:
+            raise InputError(f"PEFT refuses it: {type(e).__name__}: {e}", where=str(folder)) from None
+    return model, result
+
+
+def _batch(config: Any) -> dict[str, Any]:
+    import torch
+
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    generator = torch.Generator().manual_seed(_SEED)
+    length = min(_TOKENS, int(getattr(text, "max_position_embeddings", _TOKENS)) // 2 or _TOKENS)
+    ids = torch.randint(5, int(text.vocab_size), (_ROWS, length), generator=generator)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**found, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else found
+
+
+def _output(model: Any, batch: dict[str, Any]) -> Any:
+    found = model(**batch)
+    return next(found[k] for k in ("logits", "start_logits", "last_hidden_state") if k in found)
+
+
+def _add_by_hand(model: Any, tensors: dict[str, Any], settings: Settings) -> list[str]:
+    """Add scaling * B A to the base's weights, put in what was kept whole; the tensors that found no place."""
+    modules, skipped = dict(model.named_modules(remove_duplicate=False)), []
+    halves: dict[str, dict[str, Any]] = {}
+    for tensor, values in tensors.items():
+        name = names.named(tensor)
+        if name.kind in names.HALVES:
+            halves.setdefault(name.module, {})[name.kind] = values.float()
+        elif name.kind == names.PARAMETER:
+            module, _, leaf = name.module.rpartition(".")
+            if module in modules:
+                _untied(modules[module], leaf, values.float())
+            else:
+                skipped.append(tensor)
+    for module, pair in halves.items():
+        if len(pair) != 2 or not hasattr(modules.get(module), "weight"):
+            skipped.append(module)
+            continue
+        rank, alpha = settings.rank_of(module), settings.alpha_of(module)
+        scaling = alpha / math.sqrt(rank) if settings.flag("use_rslora") else alpha / rank
+        weight = modules[module].weight
+        if names.A in pair:
+            delta = (pair[names.B].flatten(1) @ pair[names.A].flatten(1)).reshape(-1, *pair[names.A].shape[1:])
+            delta = delta.T if type(modules[module]).__name__ == "Conv1D" else delta
+        else:
+            delta = (pair[names.EMBEDDING_B] @ pair[names.EMBEDDING_A]).T
+        _untied(modules[module], "weight", weight + scaling * delta)
+    return skipped
+
+
+def _untied(module: Any, leaf: str, values: Any) -> None:
+    """Give a module a parameter of its own: what is tied to the old one keeps the old one, as PEFT's wrappers do."""
+    import torch
+
+    setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
