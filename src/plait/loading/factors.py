@@ -36,10 +36,9 @@ def factor_faults(halves: Mapping[str, list[Half]], settings: Settings) -> Itera
             yield Fault(first.tensor, what, _AGAIN)
         elif len(found) > 2 or names.HALVES[kinds[0]] != kinds[1]:
             yield Fault(first.tensor, f"stands beside {', '.join(kinds[1:])}: not two halves of one update", _AGAIN)
-        elif what := _misfit(found, settings.rank_of(module), bool(settings.parameters_in(_container(module)))):
-            yield Fault(
-                first.tensor, f"{what}: PEFT stops with a size mismatch", "restore the config it was saved with", True
-            )
+        elif what := _misfit(found, settings.ranks_of(module), bool(settings.parameters_in(_container(module)))):
+            what = f"{what}: PEFT stops with a size mismatch"
+            yield Fault(first.tensor, what, "restore the config it was saved with", True)
 
 
 def _container(module: str) -> str:
@@ -48,19 +47,14 @@ def _container(module: str) -> str:
     return module
 
 
-def _misfit(found: list[Half], rank: float, several: bool) -> str:
+def _misfit(found: list[Half], ranks: set[float], several: bool) -> str:
     """Why two halves do not fit each other or the rank; "" where they do."""
     first = next(h for h in found if h.kind in (names.A, names.EMBEDDING_A))
     second = next(h for h in found if h is not first)
     a, b = first.shape, second.shape
+    told = f"is {list(a)} beside {list(b)}, and the config says rank {' or '.join(f'{r:g}' for r in sorted(ranks))}"
     if len(a) < 2 or len(b) != len(a):
         return f"is {list(a)} beside {list(b)}"
     if several:  # one factor for each expert, side by side
-        return (
-            ""
-            if a[0] == b[1] and a[0] % rank == 0
-            else f"is {list(a)} beside {list(b)}, by the config of rank {rank:g} for each expert"
-        )
-    if a[0] != rank or (b[1] != rank and len(a) == 2):
-        return f"is {list(a)} beside {list(b)}, and the config says rank {rank:g}"
-    return ""
+        return "" if a[0] == b[1] and any(a[0] % rank == 0 for rank in ranks) else f"{told} for each expert"
+    return "" if a[0] in ranks and (b[1] in ranks or len(a) > 2) else told

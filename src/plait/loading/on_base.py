@@ -75,10 +75,11 @@ def compare_on_base(path: Path, base: str) -> Comparison:
 
     tensors = load_file(folder.path / WEIGHTS)
     with torch.no_grad():
-        plain = _loaded(base, folder.settings, tensors)
+        classes = _classes(folder, base)
+        plain = _loaded(base, classes, folder.settings, tensors)
         batch = _batch(plain.config)
         before = _output(plain, batch)
-        model, result = _by_peft(_loaded(base, folder.settings, tensors), folder.path)
+        model, result = _by_peft(_loaded(base, classes, folder.settings, tensors), folder.path)
         after = _output(model, batch)
         with model.disable_adapter():
             off = _output(model, batch)
@@ -108,12 +109,21 @@ def compare_on_base(path: Path, base: str) -> Comparison:
     return Comparison(type(plain).__name__, error, effect, restored, missing, unexpected, tuple(faults))
 
 
-def _loaded(base: str, settings: Settings, tensors: dict[str, Any]) -> Any:
-    """The base as the adapter's task type asks for it, float32, in evaluation mode; its head's sizes follow the file."""
+def _classes(folder: PeftFolder, base: str) -> str:
+    """Choose the class of the base: by the task type, by the heads beside, else by what the base was saved as."""
+    if named := _CLASSES.get(folder.settings.task_type or ""):
+        return named
+    if any(t.startswith("heads/") for t in folder.beside):  # a merge of classifiers: its update goes under any head
+        return "AutoModelForSequenceClassification"
+    return _class_of_base(base)
+
+
+def _loaded(base: str, named: str, settings: Settings, tensors: dict[str, Any]) -> Any:
+    """The base as the adapter asks for it, float32, in evaluation mode; its head's sizes follow the file."""
     import torch
     import transformers as hf
 
-    cls = getattr(hf, _CLASSES.get(settings.task_type or "", _class_of_base(base)))
+    cls = getattr(hf, named)
     heads = [
         t.shape[0] for n, t in tensors.items() if settings.saved_as(n.removeprefix(names.ROOT)) and n.endswith("weight")
     ]
@@ -134,7 +144,7 @@ def _loaded(base: str, settings: Settings, tensors: dict[str, Any]) -> Any:
 
 
 def _class_of_base(base: str) -> str:
-    """Without a task type: the class that the base was saved as, where AutoModel would leave its head out."""
+    """The class that the base was saved as, where AutoModel would leave its head out."""
     import transformers as hf
 
     named = (hf.AutoConfig.from_pretrained(base).architectures or [""])[0]

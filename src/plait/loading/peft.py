@@ -168,7 +168,14 @@ def _config_faults(settings: Settings, taken: Mapping[str, Named], folder: PeftF
     init = settings.raw.get("init_lora_weights", True)
     if isinstance(init, str) and not init.lower().startswith(("pissa", *_INITS)):
         yield Fault("init_lora_weights", f"is {init!r}, which PEFT refuses", "true loads the factors as they are", True)
+    prefix = folder.record.get("backbone_prefix")
     modules = {n.module.replace(".base_layer.", ".") for n in taken.values() if n.kind in names.HALVES}
+    bare = [m for m in modules if not m.startswith(f"{prefix}.")]
+    if isinstance(prefix, str) and prefix and bare and any(t.startswith("heads/") for t in folder.beside):
+        what = (
+            f"is a name of the backbone alone: over the classifier, where it lies in {prefix!r}, nothing takes effect"
+        )
+        yield Fault(min(bare), what, "merge it again with this version, which writes names of the whole model")
     wanted = settings.raw.get("target_modules")
     for target in wanted if isinstance(wanted, list) else ():
         if not settings.target(str(target)).hit:

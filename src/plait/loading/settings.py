@@ -122,6 +122,12 @@ class Settings:
         """The rank that is allocated for a module."""
         return self.pattern("rank_pattern", module, "r", 8)
 
+    def ranks_of(self, module: str) -> set[float]:
+        """Ranks that may be allocated for a module: one, but for several parameters that its name stands for."""
+        container = re.sub(r"(\.base_layer)+$", "", module)
+        parameters = {f"{container}.{t.rpartition('.')[2]}" for t in self.parameters_in(container)}
+        return {self.rank_of(name) for name in parameters or {module}}
+
     def alpha_of(self, module: str) -> float:
         """A module's alpha."""
         return self.pattern("alpha_pattern", module, "lora_alpha", 8)

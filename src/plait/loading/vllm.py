@@ -63,7 +63,7 @@ def _placed(tensor: str, stored: Stored, settings: Settings) -> tuple[Placement,
     a = name.kind in (names.A, names.EMBEDDING_A)
     rank = stored.shape[0 if a else 1]
     line_ = line(f"{name.module}.{'lora_a' if a else 'lora_b'}", "loaded")
-    if rank != settings.rank_of(name.module) and not settings.names("target_parameters"):
+    if rank not in settings.ranks_of(name.module) and not settings.names("target_parameters"):
         what = f"has rank {rank} and the config says {settings.rank_of(name.module):g}, by which vLLM divides alpha"
         return line_, Fault(tensor, what, "restore the config it was saved with")
     if not name.rooted:
