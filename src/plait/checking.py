@@ -10,8 +10,8 @@ from typing import Any
 
 from plait.errors import InputError, UsageError
 from plait.loading import Account, accounts, loader_named
-from plait.loading.on_base import Comparison, compare_on_base
 from plait.manifest import MANIFEST, compare_with_manifest
+from plait.on_base import Comparison, compare_on_base
 
 _MARKS = (MANIFEST, "adapter_config.json")
 _DEPTH, _MOST = 6, 10_000
