@@ -24,7 +24,7 @@ def export(
     base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: gguf needs its config.json.")] = None,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write an adapter as PEFT and pipelines, vLLM or llama.cpp take it, and print the lines that load it.
+    """Write an adapter for PEFT, vLLM or llama.cpp, and print how to load it.
 
     plait export merged --for peft --task sst2 --out merged-sst2
 
