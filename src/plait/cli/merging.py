@@ -164,6 +164,11 @@ def merge_text(found: dict[str, Any]) -> str:
         lines.append(
             f"verified: read again and compared on random inputs, largest error {found['verification_error']:.1e}"
         )
+    if heads := sorted(p.stem for p in (Path(found["output"]) / "heads").glob("*.safetensors")):
+        lines.append(
+            f"heads of {', '.join(heads)}: plait.load_head puts one in; plait export {found['output']} --for peft --task {heads[0]} "
+            "--out DIR makes an ordinary classifier's folder"
+        )
     if "seconds_merge" in found:
         lines.append(f"{found['seconds_merge']:.2f} s")
     return "\n".join(lines)

@@ -82,7 +82,11 @@ def vllm_notes(adapters: Sequence[Adapter]) -> list[str]:
         notes.append(f"vLLM: --enable-lora --max-loras {len(adapters)} --max-lora-rank {allowed}")
     for a in adapters:
         if len({f.rank for f in a.modules.values()}) > 1 or len({f.scaling for f in a.modules.values()}) > 1:
-            notes.append(f"{a.name} has several ranks or scalings: vLLM ignores such patterns, pad and fold them first")
+            notes.append(
+                f"{a.name} has several ranks or scalings: vLLM 0.32 reads them, older versions ignore them (plait export --for vllm)"
+            )
     if any(a.heads for a in adapters):
-        notes.append("vLLM refuses adapters that carry a head: serve the heads yourself, or with PEFT")
+        notes.append(
+            "vLLM takes a head only inside, named classifier or score (0.32; others refuse it): plait export --for vllm --task TASK"
+        )
     return notes
