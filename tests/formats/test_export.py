@@ -282,11 +282,12 @@ def test_every_rank_finds_its_place(tmp_path):
         export(saved(tmp_path / "r513", Adapter("r", "b", one, "CAUSAL_LM")), tmp_path / "o513", loader="vllm")
 
 
-def test_vllm_takes_two_names_of_heads(tmp_path):
-    base = saved_base(tmp_path / "base", "distilbert")
-    folder = saved_classifier(tmp_path / "two", base, "distilbert", 2)
-    with pytest.raises(InputError, match="pre_classifier"):
-        export(folder, tmp_path / "out", loader="vllm")
+def test_vllm_takes_heads_of_one_layer(tmp_path):
+    for architecture, layer in (("distilbert", "pre_classifier"), ("roberta", r"classifier\.dense")):
+        base = saved_base(tmp_path / architecture, architecture)
+        folder = saved_classifier(tmp_path / f"{architecture}-two", base, architecture, 2)
+        with pytest.raises(InputError, match=layer):
+            export(folder, tmp_path / "out", loader="vllm")
     bert = saved_base(tmp_path / "bert", "bert")
     assert export(saved_classifier(tmp_path / "b", bert, "bert", 2), tmp_path / "ok", loader="vllm")["num_labels"] == 2
 

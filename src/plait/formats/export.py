@@ -168,9 +168,9 @@ def _same(found: LoraFactors, wanted: LoraFactors) -> bool:
 
 def _for_vllm(adapter: Adapter) -> tuple[Adapter, float]:
     """Every module at one allowed rank with a scaling of 1, and the largest relative error of a B by its scaling."""
-    if refused := sorted({key.partition(".")[0] for head in adapter.heads.values() for key in head} - _VLLM_HEADS):
+    if refused := sorted({key.rpartition(".")[0] for head in adapter.heads.values() for key in head} - _VLLM_HEADS):
         raise InputError(
-            f"vLLM takes heads named {' and '.join(sorted(_VLLM_HEADS))}, this one has {', '.join(refused)} too",
+            f"vLLM takes heads of one layer, {' or '.join(sorted(_VLLM_HEADS))}; this one has {', '.join(refused)}",
             where=adapter.name,
             hint="bake it into its base and serve the whole model",
         )
