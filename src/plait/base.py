@@ -44,6 +44,11 @@ class BaseModel:
     device: str = "auto"
 
     @property
+    def written(self) -> str:
+        """The base as it is named on the command line: with its revision, where it has one."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
         if self.dtype not in _DTYPES:

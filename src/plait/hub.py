@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,15 @@ class Snapshot:
         return f"{self.repo}@{self.commit}"
 
 
+def go_offline() -> None:
+    """Ask nothing of the network from now on, nor have a process that is started from here ask."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ[name] = "1"
+    loaded: Any = sys.modules.get("huggingface_hub.constants")  # it read its variable when it was imported
+    if loaded is not None:
+        loaded.HF_HUB_OFFLINE = True
+
+
 def split_revision(text: str) -> tuple[str, str | None]:
     """``user/name@revision`` as its two parts; other texts, and names of existing paths, as they are."""
     found = _ID.fullmatch(text)
@@ -63,6 +74,12 @@ def name_of(folder: Path) -> str:
     whole = folder.absolute()
     found = snapshot_of(whole) or snapshot_of(whole.resolve())
     return found.repo.rpartition("/")[2] if found else whole.resolve().name
+
+
+def hub_facts(folder: Path) -> dict[str, str]:
+    """What a record says of an input from the hub: {"hub": "user/name@commit"}; nothing of a folder of one's own."""
+    found = snapshot_of(folder.absolute())
+    return {"hub": str(found)} if found else {}
 
 
 def adapter_place(text: str | Path) -> Path:
@@ -101,6 +118,18 @@ def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot
 
     wanted = (*_SMALL, SINGLE, *indexed_shards(found.folder))
     return snapshot(name, found.commit, wanted, what="base model")
+
+
+def base_place(text: str | Path) -> Path:
+    """The folder of a base: a path that exists, else ``name``, ``user/name`` or either ``@revision`` on the hub.
+
+    Raises:
+        InputError: It looks like a hub name and is neither here, nor in the cache, nor on the hub.
+    """
+    written = str(text)
+    if not is_hub_name(written) or Path(Path(written).parts[0]).is_dir():
+        return Path(text)
+    return base_snapshot(*split_revision(written), weights=True).folder
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
@@ -167,7 +196,7 @@ def _listed(manifest: Path) -> tuple[str, ...]:
     """What else a result of plait consists of."""
     if not manifest.is_file():
         return ()
-    from plait.store import read_manifest
+    from plait.manifest import read_manifest
 
     files: dict[str, Any] = (read_manifest(manifest.parent) or {}).get("files", {})
     return tuple(f for f in files if Path(f).suffix in _READ and ".." not in f)

@@ -16,6 +16,7 @@ from plait.base import BaseModel
 from plait.base_identity import base_fingerprint
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
+from plait.hub import split_revision
 from plait.recipe import Recipe, TaskSpec
 from plait.store import sha256_file
 from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
@@ -64,7 +65,10 @@ class Session:
     def base(self) -> BaseModel:
         """The base model of the recipe."""
         spec = self.recipe.base
-        return BaseModel(spec.model, spec.revision, spec.dtype, spec.device)
+        name, revision = split_revision(spec.model)
+        if revision and spec.revision not in (None, revision):
+            raise UsageError(f"two revisions, {revision!r} and {spec.revision!r}", where="base.revision")
+        return BaseModel(name, revision or spec.revision, spec.dtype, spec.device)
 
     @functools.cached_property
     def base_sha256(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter
 from plait.errors import UsageError
+from plait.hub import adapter_place, name_of
 from plait.initial import task_recorded
 from plait.progress import Progress
 from plait.ranks import is_writer, world_size
@@ -124,7 +125,7 @@ def train_many(
     for given in folders:
         name, equals, place = given.partition("=")
         folder = Path(place if equals else given)
-        name = checked_name(name if equals else folder.name, "adapter")
+        name = checked_name(name if equals else name_of(adapter_place(folder)), "adapter")
         require_known(task or name, list(session.tasks), "task")
         for arm in arms:
             full = f"{name}@{arm.name.rpartition('@')[2]}" if len(arms) > 1 else name

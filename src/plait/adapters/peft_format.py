@@ -24,6 +24,7 @@ from plait.adapters.tensors import widened
 from plait.adapters.weights import WEIGHTS, begin_weights
 from plait.errors import InputError
 from plait.files import sha256_json
+from plait.hub import adapter_place, hub_facts, name_of
 from plait.locks import require_readable
 from plait.manifest import MANIFEST, read_manifest, require_whole
 
@@ -39,7 +40,8 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
     """Read a PEFT LoRA folder into an `Adapter`, checked tensor by tensor.
 
     Args:
-        folder: With adapter_config.json and adapter_model.safetensors (or its shards).
+        folder: With adapter_config.json and adapter_model.safetensors (or its shards); or ``user/name`` and
+            ``user/name@revision`` on the hub (see `plait.hub.adapter_place`).
         name: What to call it; by default its manifest's task, else the folder's name.
 
     Raises:
@@ -61,7 +63,7 @@ def begin_adapter(folder: str | Path, hashing: Hashing | None, *, name: str | No
     Returns:
         A function that waits for the hashes and gives the adapter.
     """
-    folder = Path(folder)
+    folder = adapter_place(folder)
     require_readable(folder)
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
@@ -88,7 +90,7 @@ def adapter_of(
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
     prefix, cut = prefix_of(factors, task_type, metadata, folder)
-    name = checked_name(name or _recorded_task(manifest, folder) or folder.resolve().name, "adapter")
+    name = checked_name(name or _recorded_task(manifest, folder) or name_of(folder), "adapter")
     beside = sorted_beside(others, config, str(folder))
     head = beside.head
     heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else read_heads(folder)
@@ -109,7 +111,12 @@ def adapter_of(
         target_modules=config.target_modules,
         target_parameters=tuple(t.removeprefix(f"{prefix}.") if prefix else t for t in config.target_parameters),
         fan_in_fan_out=config.fan_in_fan_out,
-        source={"path": str(folder), **({"sha256": sha256_json(digests)} if digests else {}), **_kept_facts(manifest)},
+        source={
+            "path": str(folder),
+            **({"sha256": sha256_json(digests)} if digests else {}),
+            **hub_facts(folder),
+            **_kept_facts(manifest),
+        },
         head_facts={h: facts.otherwise(recorded_facts(result, h, name)) for h, (_, facts) in heads.items()},
     )
 

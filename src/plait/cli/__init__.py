@@ -9,6 +9,7 @@ import typer
 from plait import __version__
 from plait.cli import checking, existing, export, formats, merging, recipes, stages, statistics, study
 from plait.cli.output import guarded
+from plait.hub import go_offline
 
 app = typer.Typer(
     name="plait",
@@ -32,6 +33,9 @@ def _version(value: bool) -> None:
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    offline: bool = typer.Option(
+        False, "--offline", help="Ask nothing of the network; with any command, anywhere in it."
+    ),
 ) -> None:
     """LoRA adapters that merge.
 
@@ -44,7 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
-    given = [a for a in given if a != "--debug"]  # allowed anywhere
+    if "--offline" in given:
+        go_offline()
+    given = [a for a in given if a not in ("--debug", "--offline")]  # allowed anywhere
     command = typer.main.get_command(app)
 
     def call() -> int | None:

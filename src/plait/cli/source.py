@@ -107,8 +107,9 @@ def default_targets(base: str) -> list[str]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     from plait.base import BaseModel, load_config
+    from plait.hub import split_revision
 
-    kind = load_config(BaseModel(base)).model_type
+    kind = load_config(BaseModel(*split_revision(base))).model_type
     if kind not in KNOWN:
         raise UsageError(
             f"PEFT has no default target modules for {kind!r}", hint="--target-modules query --target-modules value"

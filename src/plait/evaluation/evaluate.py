@@ -18,6 +18,7 @@ from plait.errors import RunError
 from plait.evaluation.applied import applied
 from plait.evaluation.scores import REPORTED, SELECTION, Score
 from plait.evaluation.text import answer_ids, choices, likelihoods, measured_answers
+from plait.out_of_memory import by_parts
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, require_positions, scores, to_device
 from plait.tasks.metrics import OPEN
 from plait.tasks.task import TEXT_KINDS
@@ -167,10 +168,14 @@ def forward_logits(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], b
     """Logits of encoded rows, in their order, float32 on the CPU."""
     device = next(model.parameters()).device
     order = length_order(rows)
-    parts = []
-    for batch in batches(tokenizer, [rows[i] for i in order], batch_size):
+
+    def logits(part: Sequence[dict[str, Any]]) -> Tensor:
+        batch = next(iter(batches(tokenizer, list(part), len(part))))
         inputs = to_device({k: v for k, v in batch.items() if k != "labels"}, device)
-        parts.append(model(**inputs).logits.float())
+        found: Tensor = model(**inputs).logits.float()
+        return found
+
+    parts = by_parts(logits, [rows[i] for i in order], batch_size, "scored")
     joined = torch.cat(parts).cpu().numpy()
     found = np.empty_like(joined)
     found[np.asarray(order)] = joined

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.errors import UsageError
+from plait.out_of_memory import by_parts
 from plait.tasks.encoding import collate, encode, length_order, to_device
 from plait.tasks.metrics import rouge_l
 from plait.tasks.task import Examples, Task
@@ -93,14 +94,16 @@ def likelihoods(
     tree = answer_tree(ends, device) if kind == "causal" and takes_trees(model) else None
     one_by_one = _causal_scores if kind == "causal" else _seq2seq_scores
     with shared_ends(model) if tree is not None else contextlib.nullcontext() as halves, fused_attention(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
+
+        def scored(part: Sequence[int]) -> None:
             chosen = [prompts[i] for i in part]
             if tree is not None:
                 scores = tree_scores(halves, tree, *right_padded(chosen, pad, device))
             else:
                 scores = one_by_one(model, *_left_padded(chosen, pad, device), _targets(ends, device))
-            found[part] = scores.float().cpu().numpy()
+            found[list(part)] = scores.float().cpu().numpy()
+
+        by_parts(scored, order, batch_size, "scored")
     return found
 
 
@@ -179,8 +182,8 @@ def write_texts(
     device, texts = next(model.parameters()).device, [""] * len(prompts)
     decoder_only = not model.config.is_encoder_decoder
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+
+    def write(part: Sequence[int]) -> None:
         ids, mask = _left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
         found = model.generate(
             input_ids=ids,
@@ -192,6 +195,8 @@ def write_texts(
         new = found[:, ids.shape[1] :] if decoder_only else found
         for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[i] = text.strip()
+
+    by_parts(write, order, batch_size, "written")
     return texts
 
 
@@ -207,8 +212,8 @@ def token_likelihoods(
     """(n, 2): the log-likelihood of each encoded row's answer, and its number of tokens."""
     found, device = np.zeros((len(rows), 2)), next(model.parameters()).device
     order = length_order(rows)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+
+    def scored(part: Sequence[int]) -> None:
         inputs = to_device(collate(tokenizer, [rows[i] for i in part]), device)
         labels = inputs.pop("labels")
         if task.kind == "seq2seq":
@@ -217,7 +222,9 @@ def token_likelihoods(
         if task.kind == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
         counts = (labels != _IGNORED).sum(1)
-        found[part] = torch.stack([_token_scores(logits, labels), counts.float()], 1).double().cpu().numpy()
+        found[list(part)] = torch.stack([_token_scores(logits, labels), counts.float()], 1).double().cpu().numpy()
+
+    by_parts(scored, order, batch_size, "scored")
     return found
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter, truncated
-from plait.base import BaseModel
+from plait.base import BaseModel, base_folder
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.auto import AutoSettings, merge_auto, repaired
@@ -250,7 +249,7 @@ def _kept(option: Option, found: Fidelity | None) -> Option:
 
 
 def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:
-    return costs.base_size(Path(base.name)) if base is not None and Path(base.name).is_dir() else None
+    return costs.base_size(base_folder(base, weights=True)) if base is not None else None
 
 
 def recommend(options: Sequence[Option], settings: AdviceSettings) -> tuple[str, str]:

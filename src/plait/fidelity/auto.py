@@ -31,7 +31,7 @@ from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
 from plait.merging.beside import require_exact
 from plait.merging.folders import read_all
-from plait.merging.outcome import discarded, labels_of, provenance
+from plait.merging.outcome import discarded, input_hashes, labels_of, provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ def merge_auto_folders(
         "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine,
         "repair": chosen.repair, "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
     }  # fmt: skip
-    inputs = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in adapters}
+    inputs = input_hashes(adapters)
     inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in (texts or {}).items()}
     inputs |= {"general": store.sha256_json(general)} if general else {}
     inputs |= {"base": base_fingerprint(base)} if base is not None and texts else {}

@@ -24,6 +24,7 @@ from plait.formats.reading import format_of
 from plait.formats.writing import finished, write_any
 from plait.merging.adamerging import adamerging
 from plait.merging.folders import read_all
+from plait.merging.outcome import input_hashes
 from plait.merging.plan import Merged
 from plait.merging.regmean_pp import regmean_pp
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of
@@ -105,7 +106,7 @@ def merge_by_forward(
     if weights is not None and method == "adamerging":
         raise UsageError("adamerging learns the weights", hint="leave --weights out, or --set init=0.5")
     settings = {"method": method, "options": chosen, "weights": list(weights or ()), "base": base_id}
-    inputs = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in adapters}
+    inputs = input_hashes(adapters)
     inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in panel.texts.items()}
     inputs["base"] = base_fingerprint(panel.base)
     passes = {"max_length": max_length, "batch_size": batch_size, "order": [a.name for a in adapters]}

@@ -11,6 +11,7 @@ from plait.adapters.places import inside
 from plait.base import BaseModel
 from plait.errors import InputError, UsageError
 from plait.fidelity.notes import same_name
+from plait.hub import adapter_place, cached_folder, split_revision
 
 
 def split_base(
@@ -35,9 +36,10 @@ def split_base(
             raise InputError(what, where=str(found), hint=hint)
     if base is not None:
         _require_base(base, folders)
-    return (
-        BaseModel(str(Path(base).expanduser()) if base.startswith("~") else base, None, dtype, device) if base else None
-    ), folders
+    name, revision = (
+        split_revision(str(Path(base).expanduser()) if base.startswith("~") else base or "") if base else ("", None)
+    )
+    return (BaseModel(name, revision, dtype, device) if name else None), folders
 
 
 def _require_base(base: str, folders: Sequence[str]) -> None:
@@ -48,8 +50,9 @@ def _require_base(base: str, folders: Sequence[str]) -> None:
                 f"neither an adapter (no {CONFIG}) nor a base (no config.json)", where=base, hint=inside(folder)
             )
         return
+    name, revision = split_revision(base)
     named = sorted({read_config(place_of(f)).base for f in folders if place_of(f).is_dir()})
-    if not any(same_name(base, n) for n in named):
+    if not any(same_name(name, n) for n in named) and cached_folder(name, revision) is None:
         raise InputError(
             f"neither a folder nor the base that the adapters name ({', '.join(named)})",
             where=base,
@@ -66,11 +69,14 @@ def recorded_base(adapters: Sequence[Adapter], device: str = "auto", dtype: str 
 
 def is_adapter(argument: str) -> bool:
     """Whether an argument, ``PATH`` or ``NAME=PATH``, is a PEFT folder or a LoRA file."""
-    place = place_of(argument)
+    try:
+        place = place_of(argument)
+    except InputError:  # on the hub, if anywhere, and not as an adapter
+        return False
     return (place / CONFIG).is_file() or (place.is_file() and place.suffix == ".safetensors")
 
 
 def place_of(argument: str) -> Path:
-    """The folder or file of ``PATH`` or ``NAME=PATH``."""
+    """The folder or file of ``PATH`` or ``NAME=PATH``; of ``user/name``, its folder in the hub's cache."""
     name, equals, path = argument.partition("=")
-    return Path(path) if equals and "/" not in name and not Path(argument).exists() else Path(argument)
+    return adapter_place(path if equals and "/" not in name and not Path(argument).exists() else argument)

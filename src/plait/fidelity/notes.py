@@ -98,7 +98,7 @@ def next_step(adapters: Sequence[Adapter], base: BaseModel | None) -> str:
     """The command that measures, ready to be pasted but for the texts."""
     given = [place(a) for a in adapters]
     texts = [f"--text {a.name}=FILE" for a in adapters]
-    known = base.name if base else next((a.base for a in adapters if Path(a.base).is_dir()), "")
+    known = base.written if base else next((a.base for a in adapters if Path(a.base).is_dir()), "")
     return " ".join(["plait advise", shlex.quote(known) if known else "BASE", *given, *texts])
 
 
@@ -106,7 +106,7 @@ def that_merge(adapters: Sequence[Adapter], base: BaseModel, option: str, repair
     """The command that makes a merge which `advise` recommends, but for the texts, which have to be given again."""
     if not option.startswith("merged"):
         return None
-    words = ["plait merge auto", shlex.quote(base.name), *(place(a) for a in adapters), "--out merged"]
+    words = ["plait merge auto", shlex.quote(base.written), *(place(a) for a in adapters), "--out merged"]
     if "repaired" in option:
         words.append(f"--repair {repair}")
     rank = option.rpartition("rank ")[2]
@@ -115,10 +115,11 @@ def that_merge(adapters: Sequence[Adapter], base: BaseModel, option: str, repair
 
 def that_model(base: BaseModel, option: str) -> str | None:
     """The command that bakes what `that_merge` wrote, where baking is what `advise` recommends."""
-    return f"plait merge merged --bake {shlex.quote(base.name)} --out full-model" if "baked" in option else None
+    return f"plait merge merged --bake {shlex.quote(base.written)} --out full-model" if "baked" in option else None
 
 
 def place(adapter: Adapter) -> str:
     """An adapter as it is given on the command line."""
-    path = str(adapter.source.get("path", adapter.name))
-    return shlex.quote(path if Path(path).resolve().name == adapter.name else f"{adapter.name}={path}")
+    path = str(adapter.source.get("hub") or adapter.source.get("path", adapter.name))
+    own = path.partition("@")[0].rpartition("/")[2] if "hub" in adapter.source else Path(path).resolve().name
+    return shlex.quote(path if own == adapter.name else f"{adapter.name}={path}")

@@ -24,6 +24,7 @@ from plait.formats.renaming import renamed
 from plait.formats.single_file import read_lora_file
 from plait.formats.work import Means
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
+from plait.hub import adapter_place, base_place, name_of
 from plait.merging.beside import carried, lines, verify_carried
 from plait.merging.inputs import seed_of
 
@@ -65,7 +66,7 @@ def convert(
         InputError: What cannot be converted, with the reason.
         RunError: What was written is not what was read; it is not left behind.
     """
-    target, means = checked_format(to), means or Means()
+    target, means, source = checked_format(to), _found(means or Means()), adapter_place(source)
     adapter, conversions = _read(source, means, component, target)
     if rename:
         if target != PEFT or not (source / CONFIG).is_file():
@@ -100,6 +101,12 @@ def convert(
     return {**result, "output": str(out), "reused": False}
 
 
+def _found(means: Means) -> Means:
+    """The same, names on the hub as folders."""
+    base = base_place(means.base) if means.base else None
+    return replace(means, base=base, initial=adapter_place(means.initial) if means.initial else None)
+
+
 def _read(source: Path, means: Means, component: str | None, target: str) -> tuple[Adapter, list[dict[str, Any]]]:
     if source.is_file():
         if component:
@@ -109,7 +116,7 @@ def _read(source: Path, means: Means, component: str | None, target: str) -> tup
     if parts:
         read = {part: read_plain(folder, means, name=part) for part, folder in parts.items()}
         done = [{**d, "component": part} for part, (_, found) in read.items() for d in found]
-        return joined({part: a for part, (a, _) in read.items()}, source.resolve().name), done
+        return joined({part: a for part, (a, _) in read.items()}, name_of(source)), done
     if not source.is_dir():
         raise InputError("no such adapter", where=str(source))
     adapter, done = read_plain(source, means)

@@ -19,6 +19,7 @@ from plait.formats.convert import component_folders
 from plait.formats.keys import PEFT, TUCKER, variant_of
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import file_record
+from plait.hub import adapter_place, hub_facts, name_of
 from plait.merging.stack import base_adapter
 from plait.store import MANIFEST, read_manifest
 
@@ -55,7 +56,7 @@ def inspect(path: Path) -> dict[str, Any]:
         InputError: Nothing there, or neither a folder of adapters nor a safetensors file.
         Damaged: A folder of plait's that is not what its manifest says.
     """
-    path = Path(path)
+    path = adapter_place(path)
     if parts := component_folders(path):
         return {
             "path": str(path),
@@ -83,7 +84,8 @@ def _facts(path: Path) -> dict[str, Any]:
     result = (record or {}).get("result", {})
     return {
         "format": format_of(adapter) if adapter else (PEFT if path.is_dir() else None),
-        "name": adapter.name if adapter else path.resolve().name.removesuffix(".safetensors"),
+        "name": adapter.name if adapter else name_of(path).removesuffix(".safetensors"),
+        **hub_facts(path),
         "base": (adapter.base if adapter else config.get("base_model_name_or_path")) or None,
         "task_type": adapter.task_type if adapter else config.get("task_type"),
         "variant": variant,

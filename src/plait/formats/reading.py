@@ -14,6 +14,7 @@ from plait.adapters.weights import WEIGHTS
 from plait.errors import InputError
 from plait.formats.keys import PEFT
 from plait.formats.single_file import read_lora_file
+from plait.hub import adapter_place
 
 
 def read_any(path: str | Path, *, name: str | None = None) -> Adapter:
@@ -27,7 +28,7 @@ def read_any(path: str | Path, *, name: str | None = None) -> Adapter:
 
 def begin_any(path: str | Path, hashing: Hashing, *, name: str | None = None) -> Callable[[], Adapter]:
     """As `read_any`, but for the hashes of a folder, which may be on their way yet (see `begin_adapter`)."""
-    path = Path(path)
+    path = adapter_place(path)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
     if path.is_dir() or not path.exists():

@@ -18,13 +18,15 @@ from plait.adapters.lora import EMBEDDING, EXPERT, Adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.base_files import INDEX, SINGLE, weight_files
 from plait.errors import InputError, RunError
+from plait.hub import hub_facts
 from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.merging.base_names import compared_copies, tensor_of
 from plait.merging.expert_parts import expert_parts, known_names, layout_for
 from plait.merging.inputs import seed_of
-from plait.merging.outcome import labels_of
+from plait.merging.outcome import input_hashes, labels_of
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, as_dense, row_blocks
+from plait.space import require_space
 
 if TYPE_CHECKING:
     from plait.base_layout import StoredParameter
@@ -94,25 +96,29 @@ def bake(
     beside = compared_copies(copies, adapter, tensors, _is_tied(config))
     inputs = {
         "adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules)),
-        "base": _hash(base),
+        "base": store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)}),
     }
+    if from_hub := hub_facts(base):
+        inputs["hub:base"] = from_hub["hub"]
     if isinstance(source, Plan):
-        inputs |= {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in source.adapters}
+        inputs |= input_hashes(source.adapters)
     options = source.settings() if isinstance(source, Plan) else {}
     wanted = store.identity("bake", options, inputs, source.seed if isinstance(source, Plan) else None)
     if store.is_done(out, wanted, overwrite=overwrite):
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    untied = {s.tensor: s.stored for s in sites if s.unties}.values()
+    size = sum((base / inside).stat().st_size for inside in _copied(base))
+    require_space(out, size + sum(math.prod(t.shape) * t.torch_dtype.itemsize for t in untied))
     result: dict[str, Any] = {
         "modules": len(deltas),
         "dtype": sorted({s.stored.dtype for s in sites}),
         "beside": beside,
     }
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        untied = _copy(base, stage, sites, config)
+        result["untied"] = _copy(base, stage, sites, config)
         lost = [_write(site, _target(site, stage)) for site in sites]
         changed = sum(d for _, d in lost)
         result["rounding_error"] = (sum(e for e, _ in lost) / changed) ** 0.5 if changed > 0 else 0.0
-        result["untied"] = untied
         result["verification_error"] = max((_verify(s, stage) for s in sites), default=0.0) if verify else None
         _write_heads(stage, adapter)
         result |= labels_of([adapter])
@@ -131,11 +137,6 @@ def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], 
         plan = source
         return plan.shell(), {m: (lambda m=m: plan.delta(m)) for m in plan.common.modules}  # type: ignore[misc]
     return source, {m: (lambda f=f: as_dense(f)) for m, f in source.modules.items()}  # type: ignore[misc]
-
-
-def _hash(base: Path) -> str:
-    files = sorted(p for p in base.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
-    return store.sha256_json({p.name: store.sha256_file(p) for p in files})
 
 
 # --- where each delta goes ----------------------------------------------------------------------------------------------
@@ -184,14 +185,11 @@ def _as_matrix(stored: StoredTensor) -> StoredTensor:
 def _copy(base: Path, stage: Path, sites: list[_Site], config: Mapping[str, Any]) -> bool:
     """Copy the base's files; where weights are untied, add the output layer in a shard of its own and say so."""
     unties = [s for s in sites if s.unties]
-    for path in sorted(p for p in base.rglob("*") if p.is_file()):
-        inside = path.relative_to(base)
-        if path.name == store.MANIFEST or any(part.startswith(".") for part in inside.parts):
-            continue
-        if path.suffix not in _WEIGHTS or (len(inside.parts) == 1 and _is_shard(path, base)):
-            target = stage / (_shard_name(path, base, bool(unties)) if path.suffix == ".safetensors" else inside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    for inside in _copied(base):
+        path = base / inside
+        target = stage / (_shard_name(path, base, bool(unties)) if path.suffix == ".safetensors" else inside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
     if not unties:
         return False
     name = next((f"{s.module}.weight" for s in unties if s.is_output), "lm_head.weight")
@@ -210,8 +208,16 @@ def _shard_name(path: Path, base: Path, untied: bool) -> str:
     return _FIRST_SHARD if untied and path.name == SINGLE else path.name
 
 
-def _is_shard(path: Path, base: Path) -> bool:
-    return path in weight_files(base)
+def _copied(base: Path) -> list[Path]:
+    """The files of a base that its baked copy has: all but weights that are not loaded, and what is hidden; inside it."""
+    shards = set(weight_files(base))
+    found = []
+    for path in sorted(p for p in base.rglob("*") if p.is_file()):
+        inside = path.relative_to(base)
+        hidden = path.name == store.MANIFEST or any(part.startswith(".") for part in inside.parts)
+        if not hidden and (path.suffix not in _WEIGHTS or path in shards):
+            found.append(inside)
+    return found
 
 
 def _rows(site: _Site, stored: StoredTensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, PlaitError, UsageError
 from plait.formats.reading import read_any
 from plait.formats.single_file import file_record
+from plait.hub import adapter_place, cached_folder, split_revision
 
 CHOSEN = "merge-auto"  # the stage of a merge whose method was chosen
 
@@ -91,6 +92,7 @@ def recorded_choice(path: Path) -> Recorded | None:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
+    path = adapter_place(path)
     if path.is_dir():
         return store.read_manifest(path)
     if path.exists():
@@ -129,7 +131,11 @@ def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -
             continue
         path = Path(str(entry.get("path", "")))
         beside = recipe.path.absolute().parent
-        places = [moved[name]] if name in moved else [path, beside / path, beside / path.name]
+        places = (
+            [adapter_place(moved[name])]
+            if name in moved
+            else [path, beside / path, beside / path.name, *_cached(entry)]
+        )
         verdicts = [_verdict(p, name, str(entry["sha256"])) for p in places]
         if "" in verdicts:
             found[name] = places[verdicts.index("")]
@@ -143,6 +149,13 @@ def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -
             hint="--input NAME=PATH says where one is now; --by-difference needs only those that change",
         )
     return found
+
+
+def _cached(entry: Mapping[str, Any]) -> list[Path]:
+    """Where an input from the hub lies in this machine's cache."""
+    hub = entry.get("hub")
+    folder = cached_folder(*split_revision(hub)) if isinstance(hub, str) else None
+    return [folder] if folder else []
 
 
 _GONE = "is gone"

@@ -18,9 +18,11 @@ from plait.formats.reading import begin_any, format_of
 from plait.merging.beside import verify_carried
 from plait.merging.driver import plan_merge
 from plait.merging.foreseen import foreseen, stream_to
+from plait.merging.outcome import input_hashes
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
 from plait.merging.workers import one_by_one
+from plait.space import require_space
 
 
 def read_named(folder: Path | str) -> Adapter:
@@ -50,9 +52,15 @@ def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
         paths = [Path(str(a.source.get("path", ""))).resolve() for a in found if a.name == twice]
         if len(set(paths)) < len(paths):
             raise UsageError(f"{twice!r} is given twice", hint="an adapter counts double with --weights")
-        said = " ".join(f"{p.parent.name}-{twice}={p}" for p in paths)
+        said = " ".join(_renamed(a) for a in found if a.name == twice)
         raise UsageError(f"two adapters are called {twice!r}", hint=f"NAME=DIR names them: {said}")
     return found
+
+
+def _renamed(adapter: Adapter) -> str:
+    """``NAME=DIR`` with a name that tells adapters of one name apart: their folder's, or their user's on the hub."""
+    path, hub = Path(str(adapter.source.get("path", ""))).resolve(), adapter.source.get("hub")
+    return f"{hub.partition('/')[0]}-{adapter.name}={hub}" if hub else f"{path.parent.name}-{adapter.name}={path}"
 
 
 def merge_folders(
@@ -123,6 +131,7 @@ def merge_folders(
     if store.is_done(out, wanted, overwrite=overwrite):
         found = store.read_manifest(out) or {}
         return {**found.get("result", {}), "output": str(out), "reused": True}
+    require_space(out, sum(map(bytes_of_adapter, adapters)))
     result: dict[str, Any] = {}
     verifying: list[float] = []
     check = (lambda stage: verifying.append(_verified(plan, stage, result))) if verify else None
@@ -134,6 +143,13 @@ def merge_folders(
         result |= _written(plan, stage, out.name, hashing, digests)
     seconds = time.perf_counter() - start
     return {**result, "seconds_merge": seconds, "seconds_verify": sum(verifying), "output": str(out), "reused": False}
+
+
+def bytes_of_adapter(adapter: Adapter) -> int:
+    """What an adapter takes on disk; of several together, the most that their merge takes: ranks add up at most."""
+    heads = [t for head in adapter.heads.values() for t in head.values()]
+    parts = [t for f in adapter.modules.values() for t in (f.A, f.B)]
+    return sum(t.numel() * t.element_size() for t in (*parts, *heads, *adapter.extras.values()))
 
 
 def _written(plan: Plan, stage: Path, name: str, hashing: Hashing, digests: dict[str, Digest]) -> dict[str, Any]:
@@ -170,7 +186,7 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
 
 def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:
     """What a merge is: its settings and the hashes of what it reads."""
-    inputs = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in plan.adapters}
+    inputs = input_hashes(plan.adapters)
     # Hashed while they were read, but where the method does without them.
     read = {a.name: s.sha256 for a, s in zip(plan.adapters, plan.statistics, strict=False)}
     for task, path in (statistics or {}).items():

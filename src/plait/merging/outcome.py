@@ -91,6 +91,12 @@ def discarded(
     return {"discarded_energy": gone, "worst_module": {"name": worst, "discarded_energy": lost[worst]}}
 
 
+def input_hashes(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """What a merge's identity says of its inputs: the hash of each, and the commit of those from the hub."""
+    found = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in adapters}
+    return found | {f"hub:{a.name}": str(a.source["hub"]) for a in adapters if "hub" in a.source}
+
+
 def provenance(adapter: Adapter, weight: float) -> dict[str, Any]:
     """Where an input came from."""
     facts = {k: v for k, v in adapter.source.items() if isinstance(v, str | int | float | bool | list | dict)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import UsageError
+from plait.hub import base_place
 from plait.merging.bake import bake
 from plait.merging.difference import edit_by_difference
 from plait.merging.driver import plan_merge
@@ -28,7 +29,7 @@ class MergeRequest:
 
     Args:
         folders: ``DIR`` or ``NAME=DIR`` each, or one mergekit YAML file, whose settings then hold.
-        bake_into: Local folder of the base: write a full model instead of an adapter.
+        bake_into: Folder of the base, or its name on the hub: write a full model instead of an adapter.
         per_task: Write EMR's unified adapter with a mask per task.
         curve: Write nothing; say what ranks r, 2r, 4r and R would lose.
         format: "peft", "kohya" or "diffusers": of the result; by default that of the inputs.
@@ -83,7 +84,7 @@ def answer(request: MergeRequest) -> dict[str, Any]:
     if request.stack:
         return _stack(request, request.out)
     if request.bake_into:
-        return _bake(request, request.bake_into, request.out)
+        return _bake(request, base_place(request.bake_into), request.out)
     if is_for_files(request.folders, request.format):
         plan = plan_of(request)
         return merge_to_format(

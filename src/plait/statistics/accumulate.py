@@ -89,7 +89,17 @@ class SiteSums:
 
         Returns:
             The sum of the new rows' entries: not finite exactly where an entry is not (the caller checks once a batch).
+
+        Where memory runs out, the sums are as they were (a sketch's are not: `torch.OutOfMemoryError` ends it).
         """
+        before = self.count, self.padded_count, self.total.clone(), self.padded_total.clone(), list(self.rows)
+        try:
+            return self._added(inputs, positions)
+        except torch.OutOfMemoryError:
+            self.count, self.padded_count, self.total, self.padded_total, self.rows = before
+            raise
+
+    def _added(self, inputs: Float[Tensor, "... d"], positions: Positions) -> Tensor:
         flat = inputs.detach().reshape(-1, self.dim)
         rows = flat if positions.index is None else flat.index_select(0, positions.index)
         real = rows.sum(0, dtype=self.dtype)
@@ -112,8 +122,10 @@ class SiteSums:
             self.rows.append(rows.clone())  # the model may reuse the memory of its activations
             if self.count < self.dim:
                 return
-            rows, self.rows = torch.cat(self.rows), []
-            self.second = self.total.new_zeros(self.dim, self.dim)
+            rows, second = torch.cat(self.rows), self.total.new_zeros(self.dim, self.dim)
+            add_gram(second, rows)
+            self.rows, self.second = [], second
+            return
         add_gram(self.second, rows)
 
     def finish(self) -> Moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import InputError, RunError
+from plait.out_of_memory import half_of, split
 from plait.statistics.accumulate import SiteSums, means
 from plait.statistics.masks import BatchMasks, Positions
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
@@ -52,32 +54,73 @@ class Collector:
         self.pool = pool
         self.energies = {n: torch.zeros((), dtype=torch.float64, device=passes.device) for n in found.site_of}
         self.samples = self.tokens = self.batch = 0
+        self.most: int | None = None  # examples a pass, once memory has run out
+        self._halves = sketch is None
+        self._calls: Counter[tuple[str, str]] = Counter()  # of the pass that runs
+        self._added: set[tuple[str, str, int]] = set()  # sums that have the pass's rows
+        self._skipped: frozenset[tuple[str, str, int]] = frozenset()  # sums that have them from a pass that failed
         self._followers = {s: sum(1 for x in found.site_of.values() if x == s) - 1 for s in found.sites}
         self._live: dict[str, list[Tensor]] = {}
         self._awaited: dict[str, int] = {}
         self._pending: set[str] = set()
         self._checks: list[tuple[str, Tensor]] = []  # of the batch that runs
+        self._carried: list[tuple[str, Tensor]] = []  # of a pass that failed
         self._unread: tuple[int, list[tuple[str, Tensor]]] = 0, []  # of the batch before, so that no GPU is waited for
         self._masks: BatchMasks | None = None
 
     def consume(self, batches: Iterable[Batch], run: Callable[[Batch], None] | None = None) -> None:
-        """Run all batches; `run` replaces the plain forward pass."""
+        """Run all batches; `run` replaces the plain forward pass.
+
+        Where memory runs out in a plain pass, the batch goes on in halves, later ones too (not with a sketch). What the
+        failed pass had added to some sites stays added, and its halves pass those by.
+        """
         handles = [h for t in self.targets.values() for h in self._hooked(t)]
         try:
             for batch in batches:
-                if examples_in(batch):
+                if examples_in(batch) and run is None and self._halves:
+                    self._consume_in_parts(batch)
+                elif examples_in(batch):
                     self._consume_one(batch, run or self.passes.run)
             self._live.clear()
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _consume_in_parts(self, batch: Batch) -> None:
+        waiting = [(part, frozenset[tuple[str, str, int]]()) for part in self._parts(batch)]
+        while waiting:
+            part, self._skipped = waiting.pop(0)
+            try:
+                self._consume_one(part, self.passes.run)
+                continue
+            except torch.OutOfMemoryError:
+                had = self._skipped | self._added
+            self._live.clear()  # outside the handler: the failed pass's frames are gone
+            self._carried, self._masks = self._checks, None
+            self.most = half_of(examples_in(part), "collected")
+            waiting = [(half, had) for half in self._parts(part)] + waiting
+        self._skipped = frozenset()
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        size = examples_in(batch)
+        return [batch] if self.most is None or size <= self.most else list(split(batch, size, self.most))
+
+    def _is_new(self, kind: str, name: str) -> bool:
+        """Whether a sum lacks the rows of this call, which then counts as added once the caller has added them."""
+        self._calls[kind, name] += 1
+        return (kind, name, self._calls[kind, name]) not in self._skipped
+
+    def _has(self, kind: str, name: str) -> None:
+        self._added.add((kind, name, self._calls[kind, name]))
+
     def _consume_one(self, batch: Batch, run: Callable[[Batch], None]) -> None:
         self._masks = BatchMasks(batch, getattr(self.passes.base, "config", None), self.passes.device)
         self._pending = set(self.targets)
         self._live.clear()
         self._awaited.clear()
-        self._checks = []
+        self._calls.clear()
+        self._added = set()
+        self._checks, self._carried = self._carried, []
         run(batch)
         if self._pending:
             name = sorted(self._pending)[0]
@@ -116,7 +159,9 @@ class Collector:
         if followers := self._followers[target.name]:
             self._live.setdefault(target.name, []).append(h)
             self._awaited[target.name] = self._awaited.get(target.name, 0) + followers
-        self._checks.append((target.name, self.sums[target.name].add(h, self._fit(target.name, h.shape))))
+        if self._is_new("site", target.name):
+            self._checks.append((target.name, self.sums[target.name].add(h, self._fit(target.name, h.shape))))
+            self._has("site", target.name)
 
     def _follow(self, target: Target, h: Tensor) -> None:
         """Check that the tensor is one the site has counted: sites were found on one example.
@@ -132,7 +177,9 @@ class Collector:
 
     def _leave(self, target: Target, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
-        self.energies[target.name] += self._energy(target, y)
+        if self._is_new("energy", target.name):
+            self.energies[target.name] += self._energy(target, y)
+            self._has("energy", target.name)
         self._pending.discard(target.name)
         if self.stops and not self._pending:
             raise Enough

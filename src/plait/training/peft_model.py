@@ -75,6 +75,7 @@ def attach(model: Any, adapter: Adapter, *, dropout: float = 0.0) -> Any:
         config = LoraConfig.from_pretrained(folder)
         config.lora_dropout = dropout
         config.inference_mode = False
+        config.base_model_name_or_path = ""  # else PEFT asks the hub for the base's config whenever it saves
         # peft 0.21 asks transformers for a property that transformers 5 has renamed; the answer is still right.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         peft_model = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
@@ -104,7 +105,10 @@ def detach(peft_model: Any, adapter: Adapter, source: Mapping[str, Any]) -> Adap
     """
     from peft import get_peft_model_state_dict
 
-    state = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(peft_model).items()}
+    state = {
+        k: v.detach().cpu().clone()
+        for k, v in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()
+    }
     root = "base_model.model."
     modules = {name: _factors(state, root + adapter.full_name(name), f) for name, f in adapter.modules.items()}
     head: dict[str, Tensor] = {k.removeprefix(root): v for k, v in state.items()}

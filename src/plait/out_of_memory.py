@@ -1,0 +1,74 @@
+"""Out of memory in the middle of the work: half the batch, and on; said, never in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from plait.errors import EnvironmentFault
+from plait.progress import note
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def by_parts(call: Callable[[Sequence[S]], T], rows: Sequence[S], size: int, what: str) -> list[T]:
+    """What a function gives of consecutive parts of the rows; where memory runs out, parts are half as long from then on.
+
+    Args:
+        call: Takes at most `size` rows; called again with fewer of them after `torch.OutOfMemoryError`.
+        rows: In the order in which they are taken.
+        size: Rows a call.
+        what: What is done with a row, for the message, such as "scored".
+
+    Returns:
+        The results, in order.
+
+    Raises:
+        EnvironmentFault: One row alone does not fit.
+    """
+    found: list[T] = []
+    start = 0
+    while start < len(rows):
+        part = rows[start : start + size]
+        done, result = _tried(call, part)
+        if not done:
+            size = half_of(len(part), what)
+            continue
+        found.append(result)  # type: ignore[arg-type]
+        start += len(part)
+    return found
+
+
+def _tried(call: Callable[[Sequence[S]], T], part: Sequence[S]) -> tuple[bool, T | None]:
+    """The result, or that there was none; the error is let go of here, and with it what its frames held."""
+    try:
+        return True, call(part)
+    except torch.OutOfMemoryError:
+        return False, None
+
+
+def half_of(size: int, what: str) -> int:
+    """Half a batch that did not fit, after giving unused blocks of memory back and saying so.
+
+    Raises:
+        EnvironmentFault: It was of one row.
+    """
+    if size < 2:
+        raise EnvironmentFault("out of memory with one row at a time", hint="shorter rows, or --device cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    note(f"out of memory with {size} rows at a time: {what} {size // 2} at a time from here on")
+    return size // 2
+
+
+def split(batch: Mapping[str, Any], size: int, most: int) -> list[dict[str, Any]]:
+    """A batch of `size` examples as batches of at most `most`: tensors over examples are cut, everything else goes along."""
+
+    def cut(value: Any, start: int) -> Any:
+        return value[start : start + most] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+
+    return [{k: cut(v, start) for k, v in batch.items()} for start in range(0, size, most)]

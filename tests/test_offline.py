@@ -1,0 +1,145 @@
+"""Nothing reaches the network that was not asked to: commands run in a process whose connections are refused and counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from plait.base import BaseModel
+from plait.store import identity, staged_folder
+from tests.conftest import tiny_raw, tiny_rows, write_rows
+from tests.fidelity.conftest import random_adapter
+
+SOURCE = Path(__file__).parents[1] / "src"
+# Python imports this before anything else: every connection and look-up of a name is written down and refused.
+GUARD = """
+import os, socket
+
+def refuse(what, address):
+    with open(os.environ["GUARD_LOG"], "a") as log:
+        log.write(f"{what} {address}\\n")
+    raise OSError(101, "refused by the test")
+
+def guarded(name):
+    original = getattr(socket.socket, name)
+    def connect(self, address, *rest):
+        if self.family == socket.AF_UNIX:
+            return original(self, address, *rest)
+        refuse(name, address)
+    return connect
+
+for name in ("connect", "connect_ex"):
+    setattr(socket.socket, name, guarded(name))
+socket.getaddrinfo = lambda host, *rest, **more: refuse("getaddrinfo", host)
+"""
+DRIVER = """
+import json, sys
+from plait.cli import main
+for command in json.load(open(sys.argv[1])):
+    try:
+        main(command)
+    except SystemExit as e:
+        print("exit", e.code or 0, " ".join(command[:2]), flush=True)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(commands) -> (exit codes, what they said, connections that were tried); without HF_HUB_OFFLINE."""
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    log = tmp_path / "connections"
+
+    def call(commands: list[list[Any]], cwd: Path | None = None) -> tuple[list[int], str, str]:
+        log.write_text("")
+        (tmp_path / "commands.json").write_text(json.dumps([[str(a) for a in c] for c in commands]))
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+        surroundings = kept | {
+            "PYTHONPATH": os.pathsep.join([str(tmp_path / "guard"), str(SOURCE)]),
+            "GUARD_LOG": str(log),
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-P", tmp_path / "driver.py", tmp_path / "commands.json"],
+            env=surroundings, cwd=cwd or tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        codes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("exit ")]
+        assert len(codes) == len(commands), said
+        return codes, said, log.read_text()
+
+    return call
+
+
+@pytest.fixture
+def adapters(tmp_path, tiny_base):
+    """Two trained adapters that name a base of the hub."""
+    from plait.adapters.peft_format import write_adapter
+
+    made = []
+    for seed, name in enumerate(("a", "b")):
+        adapter = random_adapter(BaseModel(tiny_base("bert").name, device="cpu"), "bert", name, "classification", seed)
+        object.__setattr__(adapter, "base", "some-org/some-base")
+        with staged_folder(tmp_path / name, identity("adapter", {}), result={"task": name}) as stage:
+            write_adapter(stage, adapter)
+        made.append(tmp_path / name)
+    return made
+
+
+def test_local_inputs_ask_nothing_of_the_network(run, adapters, tmp_path, tiny_base):
+    base, (one, two) = tiny_base("bert").name, adapters
+    rows = write_rows(tmp_path / "rows.csv", tiny_rows(3, 16))
+    task = ["--base", base, "--train-file", rows, "--text", "text", "--device", "cpu"]
+    stats = tmp_path / "a.stats.safetensors"
+    steps = ["--set", "training.steps=2", "--set", "training.checkpoint_every=1"]
+    recipe = tmp_path / "recipe.yaml"
+    raw = tiny_raw(BaseModel(base, device="cpu"), "bert", tmp_path / "data")
+    recipe.write_text(yaml.safe_dump(raw))
+    commands = [
+        ["inspect", one],
+        ["advise", one, two],
+        ["advise", base, one, two, "--device", "cpu"],
+        ["convert", one, "--out", tmp_path / "converted"],
+        ["merge", one, two, "--out", tmp_path / "m"],
+        ["merge", one, two, "--bake", base, "--out", tmp_path / "baked"],
+        ["merge", "auto", one, two, "--out", tmp_path / "auto"],
+        ["edit", tmp_path / "m", "--weight", "a=0.5", "--out", tmp_path / "edited"],
+        ["stats", *task, "--task", "a", "--out", stats],
+        ["init", "--own", stats, "--out", tmp_path / "start", "--method", "kaiming"],
+        ["train", tmp_path / "start", *task, "--task", "a", *steps, "--out", tmp_path / "trained"],
+        ["train", one, *task, "--task", "a", *steps, "--out", tmp_path / "longer"],
+        ["eval", one, *task, "--task", "a"],
+        ["plan", recipe, "--out", tmp_path / "run"],
+    ]
+    codes, said, tried = run(commands)
+    assert codes == [0] * len(commands), said
+    assert tried == ""
+
+
+def test_offline_asks_nothing_whatever_is_named(run, adapters, tmp_path):
+    ids = ["merge", "nobody/x", "nobody/y", "--out", tmp_path / "m"]
+    described = ["--base", "nobody/base", "--task", "a", "--train-file", "rows.csv", "--text", "text"]
+    offline = [
+        ["--offline", *ids],
+        [*ids, "--offline"],
+        ["inspect", "nobody/x", "--offline"],
+        ["merge", *adapters, "--bake", "nobody/base@v1", "--out", tmp_path / "m", "--offline"],
+        ["stats", *described, "--out", tmp_path / "s", "--offline"],
+        ["advise", "nobody/base", *adapters, "--offline"],
+    ]
+    codes, said, tried = run(offline)
+    assert codes == [3] * len(offline), said
+    assert tried == ""
+    assert "cannot be reached" not in said and "hf download nobody/x" in said
+    codes, said, tried = run([ids])  # the same is asked of the hub without it: the guard does see
+    assert codes == [3] and "the hub cannot be reached" in said
+    assert "huggingface.co" in tried
