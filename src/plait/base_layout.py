@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from plait.errors import InputError
+from plait.base import BaseModel, load_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,7 @@ def model_without_weights(folder: Path) -> Any:
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError) as e:
-        raise InputError(str(e).splitlines()[0], where=str(folder / "config.json"), hint="a base's folder?") from None
+    config = load_config(BaseModel(str(folder)))
     cls = getattr(transformers, next(iter(config.architectures or ["?"])), None)
     if cls is None:
         return None
