@@ -258,7 +258,7 @@ def test_notes_of_a_server(tiny_base):
     assert "32" in costs.vllm_notes([wide])[0]
     first = next(iter(adapter.modules))
     mixed = replace(adapter, modules={**adapter.modules, first: replace(adapter.modules[first], scaling=9.0)})
-    assert any("older versions ignore them" in n for n in costs.vllm_notes([mixed]))
+    assert any("read by vLLM 0.32, dropped in silence by older" in n for n in costs.vllm_notes([mixed]))
 
 
 def test_a_base_without_weights_is_no_size(tmp_path):

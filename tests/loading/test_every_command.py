@@ -81,6 +81,18 @@ def test_what_is_made_of_a_merge(capsys, llm, tmp_path):
     assert own["loader"] == "transformers" and own["effects"] == {"loaded": len(own["placements"])}
 
 
+def test_exports_and_extracts(capsys, llm, tmp_path):
+    done(capsys, "merge", llm / "one", llm / "two", "--out", tmp_path / "m")
+    done(capsys, "merge", llm / "one", "--bake", llm / "base", "--out", tmp_path / "tuned")
+    done(capsys, "export", tmp_path / "m", "--for", "vllm", "--out", tmp_path / "vllm")
+    done(capsys, "export", tmp_path / "m", "--for", "peft", "--out", tmp_path / "peft")
+    done(capsys, "extract", tmp_path / "tuned", "--base", llm / "base", "--rank", 2, "--out", tmp_path / "extract")
+    for name in ("vllm", "peft", "extract"):
+        passes(capsys, tmp_path / name)
+    for loader in ("peft", "vllm", "llama.cpp"):
+        assert call(capsys, "check", tmp_path / "vllm", "--for", loader)[0] == 0
+
+
 def test_stacks(capsys, llm, tmp_path):
     upper = shutil.copytree(llm / "two", tmp_path / "upper")
     change(upper, configure(base_model_name_or_path=str(llm / "one")))

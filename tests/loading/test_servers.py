@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from plait.errors import InputError, RunError
 from plait.loading import accounts, require_loadable
 from plait.loading.vllm import RANKS, rank_flag
-from tests.loading.planted import ROOT, add, causal, change, classifier, configure, save_adapter
+from tests.loading.planted import ROOT, add, causal, change, classifier, configure, save_adapter, turned
 
 LLM = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -108,6 +108,12 @@ def test_vllm_takes_a_head_that_is_declared(tmp_path):
 def test_what_llama_cpps_converter_passes_over_is_named(adapter, changes, key):
     change(adapter, configure(**changes))
     assert key in {f.tensor for f in of(adapter, "llama.cpp").faults}
+
+
+@pytest.mark.parametrize("loader", ["vllm", "llama.cpp", "peft", "transformers"])
+def test_factors_that_lie_the_other_way_round_are_told(adapter, loader):
+    change(adapter, turned)
+    assert sum("multiplied with" in f.what for f in of(adapter, loader).faults) == 2
 
 
 def test_ranks_alone_are_right_in_llama_cpp(adapter):

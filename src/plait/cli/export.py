@@ -24,7 +24,7 @@ def export(
     base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: gguf needs its config.json.")] = None,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write an adapter for PEFT, vLLM or llama.cpp, and print how to load it.
+    """Write an adapter as its loader takes it, and print the lines.
 
     plait export merged --for peft --task sst2 --out merged-sst2
 

@@ -77,7 +77,7 @@ def extract(
     seed: Annotated[int, typer.Option("--seed", help="Of power iterations, which only large matrices need.")] = 0,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Take the best LoRA out of a full fine-tune, and say exactly what it keeps."""
+    """Take the best LoRA out of a full fine-tune; say what it keeps."""
     from plait.extraction.extract import Extraction
     from plait.extraction.extract import extract as take
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plait.adapters.lora import LINEAR, Adapter
+from plait.loading.vllm import DEFAULT_RANK, RANKS, VERSION, pattern_note, rank_flag
 from plait.merging.base_files import StoredTensor, base_tensors
 
-# Ranks that vLLM takes as max_lora_rank; everything it holds is padded to the one chosen (16 unless told otherwise).
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_VLLM_DEFAULT = 16
 # The last part of a vocabulary matrix's name: looked up, not multiplied.
 _LOOKED_UP = ("embed_tokens", "word_embeddings", "wte", "shared", "position_embeddings", "wpe")
 
@@ -70,23 +68,22 @@ _ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 def vllm_notes(adapters: Sequence[Adapter]) -> list[str]:
-    """What vLLM's multi-LoRA serving asks of these adapters."""
+    """What vLLM's multi-LoRA serving asks of these adapters (its rules: `plait.loading.vllm`)."""
     rank = max(a.rank for a in adapters)
-    allowed = next((r for r in VLLM_RANKS if r >= rank), None)
+    allowed = rank_flag(rank)
     notes = []
     if allowed is None:
-        notes.append(f"rank {rank} is above what vLLM takes ({VLLM_RANKS[-1]}): cut it with plait merge --rank")
-    elif allowed > _VLLM_DEFAULT:
-        notes.append(f"vLLM: --max-lora-rank {allowed} (its default is {_VLLM_DEFAULT})")
+        notes.append(f"rank {rank} is above what vLLM takes ({RANKS[-1]}): cut it with plait merge --rank")
+    elif allowed > DEFAULT_RANK:
+        notes.append(f"vLLM: --max-lora-rank {allowed} (its default is {DEFAULT_RANK})")
     else:
         notes.append(f"vLLM: --enable-lora --max-loras {len(adapters)} --max-lora-rank {allowed}")
-    for a in adapters:
-        if len({f.rank for f in a.modules.values()}) > 1 or len({f.scaling for f in a.modules.values()}) > 1:
-            notes.append(
-                f"{a.name} has several ranks or scalings: vLLM 0.32 reads them, older versions ignore them (plait export --for vllm)"
-            )
+    patterned = [a.name for a in adapters if len({(f.rank, f.scaling) for f in a.modules.values()}) > 1]
+    if patterned:
+        notes.append(f"{', '.join(patterned)}: {pattern_note()}")
     if any(a.heads for a in adapters):
         notes.append(
-            "vLLM takes a head only inside, named classifier or score (0.32; others refuse it): plait export --for vllm --task TASK"
+            f"vLLM {VERSION} takes a head called classifier or score inside an adapter of a classification model (by its source; "
+            "not served here); plait's heads/ are served by PEFT, or one task at a time: plait export --task"
         )
     return notes

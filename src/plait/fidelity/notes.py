@@ -14,6 +14,7 @@ from plait.fidelity.measure import Fidelity
 from plait.fidelity.proxy import cosines
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
+from plait.loading.vllm import VERSION
 
 # Task vectors of adapters that were trained apart have a cosine near 0.
 KIN = 0.5
@@ -55,7 +56,9 @@ def serving(adapters: Sequence[Adapter]) -> list[str]:
         ]
     notes = costs.vllm_notes(adapters)
     if any(a.extras for a in adapters):
-        notes.append("vLLM refuses adapters with modules_to_save")
+        notes.append(
+            f"vLLM {VERSION} refuses modules_to_save other than classifier and score: plait convert --base first"
+        )
     return notes
 
 

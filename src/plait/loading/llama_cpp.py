@@ -37,6 +37,12 @@ def llama_cpp_account(folder: PeftFolder) -> Account:
                         True,
                     )
                 )
+            elif name.kind.startswith("lora_embedding") and names.is_looked_up(name.module) is False:
+                effect = "refused"
+                what = (
+                    "lies as an embedding's factors do, and its module is multiplied with: the loader refuses the shape"
+                )
+                faults.append(Fault(tensor, what, _EXPORT, True))
         elif ".base_layer.weight" in tensor and not stored.is_empty:
             effect = "dropped"
         elif "_layernorm" in tensor or ".norm" in tensor:

@@ -60,6 +60,9 @@ def _placed(tensor: str, stored: Stored, settings: Settings) -> tuple[Placement,
     if stored.is_empty or len(stored.shape) != 2:
         what = f"is {list(stored.shape)}: vLLM adapts linear modules and embeddings alone"
         return line("", "refused"), Fault(tensor, what, _EXPORT, True)
+    if name.kind in (names.EMBEDDING_A, names.EMBEDDING_B) and names.is_looked_up(name.module) is False:
+        what = "lies as an embedding's factors do, and its module is multiplied with: their shapes do not fit"
+        return line("", "refused"), Fault(tensor, what, _EXPORT, True)
     a = name.kind in (names.A, names.EMBEDDING_A)
     rank = stored.shape[0 if a else 1]
     line_ = line(f"{name.module}.{'lora_a' if a else 'lora_b'}", "loaded")
