@@ -194,3 +194,16 @@ def test_statistics_of_another_base_are_refused_by_name(prepared, tiny_base, tmp
     free = ["--set", "training.constraint=free"]
     code, said = plait(capsys, "train", start, *source, *given(files.values()), *free, "--out", tmp_path / "out")
     assert code == 0, said
+
+
+def test_options_are_used_or_refused(prepared, tmp_path, capsys):
+    source, start, _ = prepared
+    out = ["--out", tmp_path / "refused"]
+    code, said = plait(capsys, "train", start, *source, "--target-modules", "zzz", *out)
+    assert code == 2 and "--target-modules" in said, said
+    other = write_rows(tmp_path / "other.csv", [{"sentence": "w1", "label": 0}, {"sentence": "w2", "label": 1}])
+    code, said = plait(capsys, "train", start, *source, "--validation-file", other, *out)
+    assert code == 3 and "text" in said and "other.csv" in said, said
+    code, said = plait(capsys, "train", start, *source, "--validation-file", tmp_path / "nowhere.csv", *out)
+    assert code == 3 and "nowhere.csv" in said, said
+    assert not (tmp_path / "refused").exists()

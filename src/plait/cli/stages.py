@@ -157,7 +157,14 @@ def train(
         )
     if len(initial) > 1 and not fleet:
         raise UsageError("one adapter at a time", hint="--fleet trains several")
-    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind)
+    if targets:
+        raise UsageError("--target-modules: an adapter trains the modules that it has", hint="plait init chooses them")
+    own = ["unused"] if recipe is None else None
+    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, own, sets, device, kind)
+    if validation is not None:
+        from plait.session import Session
+
+        Session(chosen).validation(task)  # not trained on, yet not to be passed over: it must be what it is said to be
     how: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "quiet": quiet, "statistics": statistics or []}
     if fleet:
         found = train_many(chosen, initial, task, out, **how)
