@@ -69,6 +69,7 @@ def initial_adapter(
         target_modules=target_modules
         if isinstance(target_modules, str) or target_modules is None
         else tuple(target_modules),
+        target_parameters=tuple(f"{m}.weight" for m in factors if modules[m].is_router),
         revision=revision,
         fan_in_fan_out=fans == {True},
         source=dict(source or {}),

@@ -103,12 +103,16 @@ def _entries(adapter: Adapter) -> dict[str, _Entry]:
 
 def _targets(adapter: Adapter) -> list[str] | str:
     wanted, full = adapter.target_modules, named_in_full(adapter)
-    if isinstance(wanted, str) and not adapter.prefix:
+    if isinstance(wanted, str) and not adapter.prefix and not parameters_of(adapter):
         return wanted
-    layers = [
-        m for m, f in adapter.modules.items() if f.kind != EXPERT and not is_parameter(m, adapter.target_parameters)
-    ]
-    covered = isinstance(wanted, tuple) and all(any(m == t or m.endswith(f".{t}") for t in wanted) for m in layers)
-    if covered and not full and isinstance(wanted, tuple):
-        return sorted(wanted)
+    own = {m for m in adapter.modules if is_parameter(m, adapter.target_parameters)}
+    layers = [m for m, f in adapter.modules.items() if f.kind != EXPERT and m not in own]
+    if isinstance(wanted, tuple) and not full:
+        named = [t for t in wanted if not any(_ends(m, t) for m in own)]  # PEFT takes no parameter for a layer
+        if all(any(_ends(m, t) for t in named) for m in layers):
+            return sorted(named)
     return sorted(map(adapter.full_name, layers))
+
+
+def _ends(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")

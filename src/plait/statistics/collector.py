@@ -15,6 +15,7 @@ from plait.statistics.accumulate import SiteSums, means
 from plait.statistics.masks import BatchMasks, Positions
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 from plait.statistics.passes import Enough, ForwardPasses, examples_in
+from plait.statistics.routers import linear_outputs
 from plait.statistics.sites import SiteMap, input_of, memory_of
 from plait.statistics.targets import Target
 
@@ -149,7 +150,13 @@ class Collector:
         yield target.module.register_forward_pre_hook(
             lambda _m, args, kwargs: see(target, input_of(target, args, kwargs)), with_kwargs=True
         )
-        yield target.module.register_forward_hook(lambda _m, _a, output: self._leave(target, output))
+        if target.is_router:  # what it returns is chosen from, or made into shares
+            yield target.module.register_forward_hook(
+                lambda m, args, kwargs, _o: self._leave(target, linear_outputs(m, input_of(target, args, kwargs))),
+                with_kwargs=True,
+            )
+        else:
+            yield target.module.register_forward_hook(lambda _m, _a, output: self._leave(target, output))
 
     def _fit(self, name: str, shape: torch.Size) -> Positions:
         assert self._masks is not None  # set before every pass
@@ -208,7 +215,7 @@ class Collector:
         self._require_finite()
         energies = torch.stack(list(self.energies.values())).tolist() if self.energies else []
         modules = {
-            n: ModuleInfo(self.found.site_of[n], t.shape, energy, t.fan_in_fan_out)
+            n: ModuleInfo(self.found.site_of[n], t.shape, energy, t.fan_in_fan_out, t.is_router)
             for (n, t), energy in zip(self.targets.items(), energies, strict=True)
         }
         return modules, {s: sums.finish() for s, sums in self.sums.items()}

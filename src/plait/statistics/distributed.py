@@ -73,8 +73,8 @@ def reduce_statistics(own: Statistics | None) -> Statistics:
     _all_reduce(numbers)
     samples, tokens, *energies = numbers[0].tolist()
     modules = {
-        name: ModuleInfo(site, tuple(shape), energy, fan)
-        for (name, site, shape, fan), energy in zip(layout["modules"], energies, strict=True)
+        name: ModuleInfo(site, tuple(shape), energy, fan, router)
+        for (name, site, shape, fan, router), energy in zip(layout["modules"], energies, strict=True)
     }
     return Statistics(sites, modules, {"samples": int(samples), "tokens": int(tokens)})
 
@@ -82,7 +82,7 @@ def reduce_statistics(own: Statistics | None) -> Statistics:
 def _shape_of(own: Statistics) -> dict[str, Any]:
     first = next(iter(own.sites.values()), None)  # a group of layers may read only sites of the one before
     return {
-        "modules": [(n, i.site, i.shape, i.fan_in_fan_out) for n, i in own.modules.items()],
+        "modules": [(n, i.site, i.shape, i.fan_in_fan_out, i.is_router) for n, i in own.modules.items()],
         "sites": {s: m.dim for s, m in own.sites.items()},
         "forms": {s: (m.form, m.residual is not None) for s, m in own.sites.items()},
         "counts": {s: m.count for s, m in own.sites.items()},

@@ -54,6 +54,7 @@ def write_statistics(
                 "shape": list(i.shape),
                 "output_energy": i.output_energy,
                 "fan_in_fan_out": i.fan_in_fan_out,
+                **({"is_router": True} if i.is_router else {}),
             }
             for n, i in statistics.modules.items()
         },

@@ -180,12 +180,14 @@ class ModuleInfo:
         shape: (out, in) of the weight, whatever way round the model stores it.
         output_energy: tr(W0 S W0^T), the summed squared norm of its outputs without bias: a sum, so that it adds.
         fan_in_fan_out: Whether the model stores the weight as (in, out) (Conv1D).
+        is_router: Whether it is no linear layer, but a matrix that PEFT adapts as a parameter.
     """
 
     site: str
     shape: tuple[int, int]
     output_energy: float
     fan_in_fan_out: bool = False
+    is_router: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ def site_record(entry: Record) -> SiteRecord:
 
 def _module(entry: Record) -> ModuleInfo:
     out, width = entry.integers("shape", length=2, low=1, high=_WIDEST)
-    return ModuleInfo(entry.text("site"), (out, width), entry.number("output_energy"), entry.flag("fan_in_fan_out"))
+    energy, fan = entry.number("output_energy"), entry.flag("fan_in_fan_out")
+    return ModuleInfo(entry.text("site"), (out, width), energy, fan, entry.flag("is_router", False))
 
 
 def _require_parts(sites: Iterable[str], tensors: set[str], path: Path) -> None:

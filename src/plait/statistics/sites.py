@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from plait.base import backbone_of
 from plait.errors import InputError, RunError
 from plait.statistics.masks import DECODER, MAIN
+from plait.statistics.routers import checked_routers
 from plait.statistics.targets import Target, unwrapped
 
 
@@ -85,7 +86,8 @@ def find_sites(
     if encoder is not None:
         handles.append(encoder.register_forward_hook(lambda _m, _a, out: encoder_outputs.append(out[0])))
     try:
-        forward()
+        with checked_routers({n: t.module for n, t in targets.items() if t.is_router}):
+            forward()
     finally:
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ from torch import nn
 
 from plait.base import backbone_of
 from plait.errors import UsageError
+from plait.statistics.routers import has_experts, is_gate, router_shape
 
 # Match every name in a child process: Python's regex engine has no time limit, a process has.
 _MATCH = "import json,re,sys; p,n=json.load(sys.stdin); print(json.dumps([bool(re.fullmatch(p,x)) for x in n]))"
@@ -32,12 +33,14 @@ class Target:
         module: The linear layer itself (PEFT's `base_layer` where the model already carries LoRA).
         shape: (out, in) of the weight.
         fan_in_fan_out: Whether the weight is stored as (in, out) (Conv1D).
+        is_router: Whether it is no linear layer, but applies a matrix of its own (see `routers`).
     """
 
     name: str
     module: nn.Module
     shape: tuple[int, int]
     fan_in_fan_out: bool
+    is_router: bool = False
 
 
 def find_targets(
@@ -141,8 +144,9 @@ def _matched(base: nn.Module, config: Any, modules: Mapping[str, nn.Module]) -> 
             _require_quick_regex(value, modules, key)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = [n for n, m in modules.items() if linear_shape(m) is not None]
+        routers = [n for n, m in modules.items() if is_gate(m)]  # as PEFT's has them, by target_parameters
         kept = set(cast(Any, tuners_utils._maybe_include_all_linear_layers(config, base)).target_modules)
-        config.target_modules = [n for n in linear if n in kept or _was_adapted(base, n)]
+        config.target_modules = [n for n in linear if n in kept or _was_adapted(base, n)] + routers
     # PEFT finds a layer's index only behind a prefix ("model.layers.0."), which a bare backbone's names lack.
     bare = config.layers_to_transform is not None and not backbone_of(base)[1]
     lead = f"{getattr(base, 'base_model_prefix', '') or 'model'}." if bare else ""
@@ -206,7 +210,15 @@ def _is_parameter(target: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _target(name: str, full: str, module: nn.Module) -> Target:
+    if has_experts(module):  # PEFT's wrapper of them has in_features, too
+        raise UsageError(
+            "holds fused experts: each reads tokens of its own inside, where nothing can watch",
+            where=full,
+            hint="target_modules without experts; their start is PEFT's own",
+        )
     shape = linear_shape(module)
+    if shape is None and (own := router_shape(module)):
+        return Target(name, module, own, False, True)
     if shape is None:
         raise UsageError(
             f"matches a {type(module).__name__}, not a linear layer",

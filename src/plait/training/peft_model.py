@@ -15,7 +15,7 @@ from plait.adapters.heads import facts_of_task
 from plait.adapters.lora import EMBEDDING, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.base import backbone_of, head_state, load_head
-from plait.errors import InputError
+from plait.errors import InputError, UsageError
 from plait.evaluation.applied import in_backbone
 from plait.statistics.targets import linear_shape
 from plait.tasks.task import Task, require_same_classes
@@ -67,6 +67,11 @@ def attach(model: Any, adapter: Adapter, *, dropout: float = 0.0) -> Any:
     """
     from peft import LoraConfig, PeftModel
 
+    if dropout and adapter.target_parameters:
+        raise UsageError(
+            f"dropout {dropout} and a router ({adapter.target_parameters[0]}): PEFT drops no inputs of parameters",
+            hint="dropout 0, or target_modules without routers",
+        )
     known = dict(model.named_modules())
     for name, factors in adapter.modules.items():
         _check_module(known.get(adapter.full_name(name)), factors, name)
