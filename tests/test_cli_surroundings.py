@@ -86,7 +86,11 @@ def test_interrupted(recipe_file, tmp_path, times):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--base", "nobody/nothing", "--task", "x", "--train-file", "rows.csv", "--text", "text"], 3, "hf download nobody/nothing"),
+        (
+            ["--base", "nobody/nothing", "--task", "x", "--train-file", "rows.csv", "--text", "text"],
+            3,
+            "hf download nobody/nothing",
+        ),
         (["--base", "BASE", "--task", "sst2", "--target-modules", "query"], 4, "name local files instead"),
         (["--base", "BASE", "--task", "x", "--train-file", "hub:nobody/rows", "--text", "text"], 4, "local files"),
     ],
