@@ -29,7 +29,7 @@ step() { # NAME COMMAND...
 study() { # NAME RECIPE FOLDER BASE [--set ...]
   local name=$1 recipe=$2 folder=$3 base=$4
   shift 4
-  step "$name" $PY -m plait study run "recipes/studies/$recipe.yaml" --out "$OUT/$folder" --set base.model="$base" \
+  step "$name" $PY -P -m plait study run "recipes/studies/$recipe.yaml" --out "$OUT/$folder" --set base.model="$base" \
     --set data.root="$DATA" --executor processes --workers "$GPUS" --scorers "$SCORERS" "$@"
 }
 
@@ -91,7 +91,7 @@ ablations() { study ablations glue8-minilm glue8-minilm "$MINILM" ${MINILM_SET:-
 
 existing() { # adapters that knew nothing of each other, at seeds on which no measure of fidelity was tried
   export CUDA_VISIBLE_DEVICES=0
-  step fresh $PY -m plait run recipes/glue8-mpnet.yaml --out "$OUT/fresh" --set base.model="$MPNET" --set data.root="$DATA" \
+  step fresh $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$OUT/fresh" --set base.model="$MPNET" --set data.root="$DATA" \
     --set base.dtype=bfloat16 --set training.precision=bf16 --set "arms=[kaiming]" --set "seeds=[3,4,5]" \
     --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" ${FRESH_SET:-} || return
   mkdir -p "$OUT/existing"
@@ -101,7 +101,7 @@ existing() { # adapters that knew nothing of each other, at seeds on which no me
 
 causal() { # three tasks of text through the whole line, and the merge of existing adapters by fidelity alone
   export CUDA_VISIBLE_DEVICES=$((GPUS - 1))
-  step text3 $PY -m plait run recipes/text3-smollm2.yaml --out "$OUT/text3" --set base.model="$SMOLLM2" --set data.root="$DATA" \
+  step text3 $PY -P -m plait run recipes/text3-smollm2.yaml --out "$OUT/text3" --set base.model="$SMOLLM2" --set data.root="$DATA" \
     ${TEXT3_SET:-} || return
   mkdir -p "$OUT/causal"
   step causal $PY benchmarks/existing_causal.py --recipe text3-smollm2 --run "$OUT/text3" --set base.model="$SMOLLM2" \

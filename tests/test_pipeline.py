@@ -170,25 +170,6 @@ def test_plan_changes_nothing_and_report_needs_a_finished_run(tiny_recipe, tmp_p
         pipeline.report(out)
 
 
-def test_a_damaged_or_outdated_result_is_named_and_overwrite_mends_it(tiny_recipe, tmp_path):
-    recipe, out = tiny_recipe(tasks=["topic"], **SCALED), tmp_path / "out"
-    first = pipeline.run(recipe, out, quiet=True)
-    manifest = out / "merged/kaiming/seed-0/task_arithmetic" / MANIFEST
-    whole = manifest.read_text()
-    for damaged in (whole[:40], json.dumps({**json.loads(whole), "schema": 999}), "[]"):
-        manifest.write_text(damaged)
-        with pytest.raises(InputError) as raised:
-            pipeline.run(recipe, out, quiet=True)
-        assert str(manifest) in str(raised.value)
-    again = pipeline.run(recipe, out, overwrite=True, quiet=True)
-    assert again["jobs"] == 1 and again["merged"] == first["merged"]
-    statistics = out / "statistics/seed-0/topic.stats.safetensors"
-    statistics.write_bytes(statistics.read_bytes()[:50])
-    with pytest.raises(InputError, match=r"topic\.stats"):
-        pipeline.run(recipe, out, quiet=True)
-    assert pipeline.run(recipe, out, overwrite=True, quiet=True)["jobs"] == 1
-
-
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""``python -m plait``: the command line without its script."""
+"""``python -P -m plait``: the command line without its script."""
 
 from plait.cli import main
 

@@ -10,7 +10,8 @@ from typing import Any
 from plait.adapters.lora import Adapter
 from plait.errors import UsageError
 from plait.evaluation.evaluate import halves
-from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, mean_score, write_scores
+from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, are_scores, mean_score, write_scores
+from plait.overwriting import require_apart
 from plait.ranks import is_writer
 from plait.recipe import Recipe
 from plait.recipe_file import require_known
@@ -86,13 +87,15 @@ def evaluate_folders(
         recipe = recipe.model_copy(update={"tasks": [named[task]]})
     session = Session(recipe)
     found, rows = [], []
+    if out is not None:
+        require_apart(out, [f if Path(f).exists() else f.partition("=")[2] for f in folders])
     for folder in folders:
         adapter = read_named(folder)
         summary, scored = _evaluate(adapter, session, scales)
         found.append({**summary, "without_task": [] if task else sorted(set(adapter.heads) - set(session.tasks))})
         rows += scored
     if out is not None:
-        with staged_file(out, overwrite=overwrite) as stage:
+        with staged_file(out, overwrite=overwrite, ours=are_scores) as stage:
             write_scores(stage, rows)
     return {"adapters": found}
 

@@ -52,6 +52,10 @@ class UsageError(PlaitError):
     exit_code = 2
 
 
+class Unfinished(UsageError):  # noqa: N818 (what it is)
+    """Something stands where a result goes that holds no manifest, so plait did not finish it."""
+
+
 class InputError(PlaitError):
     """A file or folder that cannot be used: damaged, incomplete, of another base, of a refused kind."""
 

@@ -13,9 +13,10 @@ from plait.base import load_head
 from plait.base_identity import base_facts
 from plait.errors import InputError, UsageError
 from plait.evaluation.applied import applied, in_backbone
+from plait.overwriting import require_apart, require_replaceable_file
 from plait.recipe import Recipe
 from plait.session import Session
-from plait.statistics.fisher import collect_fisher, write_fisher
+from plait.statistics.fisher import collect_fisher, is_fisher, write_fisher
 from plait.tasks import batches, encode, require_positions, to_device
 
 
@@ -53,6 +54,7 @@ def fisher_of_folder(
     from plait.merging.folders import read_named
     from plait.recipe_file import require_known
 
+    require_apart(out, [folder if Path(folder).exists() else folder.partition("=")[2]])
     session = Session(recipe)
     require_known(task, list(session.tasks), "task")
     kind = session.tasks[task].kind
@@ -60,6 +62,7 @@ def fisher_of_folder(
         raise UsageError(f"Fisher information is of classes or of a decoder's tokens, this is {kind}", where=task)
     if out.exists() and not overwrite:  # before minutes are spent on it
         raise UsageError("exists", where=str(out), hint="choose another --out, or --overwrite")
+    require_replaceable_file(out, is_fisher)
     given = read_named(folder)
     evaluator = session.evaluator
     model = evaluator.task_model(task)

@@ -16,6 +16,7 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import device_named
 from plait.errors import InputError, UsageError
 from plait.options import did_you_mean
+from plait.overwriting import require_apart
 from plait.statistics import Statistics, open_statistics
 from plait.store import identity, is_done, read_manifest, sha256_file, staged_folder
 from plait.subspaces import completed, compute_subspaces
@@ -197,6 +198,7 @@ def initialise_from_files(
         InputError: A file that cannot be read, or files of different bases.
     """
     where = device_named(device)
+    require_apart(out, [own, *others, *background])
     task, statistics = read_own_and_others(own, others)
     mine = statistics[task]
     settings = replace(settings, task_type=settings.task_type or task_type_of(mine))
@@ -267,6 +269,7 @@ def move_from_files(
     from plait.subspaces.post import move_into
 
     where = device_named(device)
+    require_apart(out, [folder, own, *others, *background])
     adapter = read_adapter(folder)
     task, statistics = read_own_and_others(own, others)
     options: dict[str, Any] = {"method": settings.method, "rank": settings.rank, "options": dict(settings.options)}

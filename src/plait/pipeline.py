@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from plait.base import emulated
-from plait.errors import InputError, UsageError
+from plait.errors import Damaged, InputError, PlaitError, Unfinished, UsageError
 from plait.jobs import ADAPTER, BEST, INITIAL, REPORT, STATISTICS, Job, Plan, plan
 from plait.locks import locked
+from plait.overwriting import require_replaceable, require_replaceable_file
 from plait.progress import Progress, duration
 from plait.recipe import Recipe
 from plait.session import Session
-from plait.store import is_done, read_json, sha256_json, staged_file
+from plait.store import discard, is_done, read_json, require_regular, sha256_json, staged_file
 from plait.tasks.task import TEXT_KINDS
 
 RECIPE_FILE = "recipe.json"
@@ -27,7 +28,8 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
     Args:
         recipe: The checked recipe.
         out: The folder of the run; one that holds a part of this run is gone on with.
-        overwrite: Redo jobs whose folder holds the result of other settings (results that match are always kept).
+        overwrite: Redo jobs whose folder holds the result of other settings (results that match are always kept). A result
+            that is damaged is done again in any case, with a line on stderr that says so.
         quiet: No progress on stderr.
 
     Returns:
@@ -37,17 +39,31 @@ def run(recipe: Recipe, out: Path, *, overwrite: bool = False, quiet: bool = Fal
         UsageError: `out` holds results of other settings; nothing was changed.
         EnvironmentFault: Another process is at work on `out`.
     """
+    from plait.statistics.files import is_statistics
+
     started = time.monotonic()
     session = Session(recipe)
     require_scorable(session)
     whole = plan(session, out)
-    todo = pending(whole.jobs, overwrite=overwrite)
+    damaged: list[tuple[Job, PlaitError]] = []
+    begun = (out / RECIPE_FILE).is_file()
+    for job in whole.jobs if overwrite and not begun else ():  # nothing in it is known to be ours
+        if job.stage == STATISTICS:
+            require_replaceable_file(job.path, is_statistics)
+        else:
+            require_replaceable(job.path)
+    todo = pending(whole.jobs, overwrite=overwrite, damaged=damaged if begun else None)
     progress = Progress(sum(j.cost for j in todo), len(todo), quiet)
     if todo and (slow := emulated(session.base)):
         progress.close(slow)
+    for job, fault in damaged:
+        Progress(0, 0).close(f"{job.label} is done again: {fault}")  # with --quiet too
     if todo or not _is_kept(recipe, out):
         with locked(out):
-            todo = pending(todo, overwrite=overwrite)  # what another process finished before it let go
+            again: list[tuple[Job, PlaitError]] = []
+            todo = pending(todo, overwrite=overwrite, damaged=again)  # others may have finished some meanwhile
+            for job, _ in again:
+                discard(job.path)
             write_recipe(recipe, out)
             for batch in batches_of(todo, together=trains_together(recipe, session)):
                 _do(batch, whole, session, progress, overwrite)
@@ -112,20 +128,45 @@ def _clear_checkpoints(whole: Plan) -> None:
         shutil.rmtree(checkpoint_root(job.path), ignore_errors=True)
 
 
-def pending(jobs: Iterable[Job], *, overwrite: bool = False) -> list[Job]:
-    """The jobs whose result is not there yet.
+def pending(
+    jobs: Iterable[Job], *, overwrite: bool = False, damaged: list[tuple[Job, PlaitError]] | None = None
+) -> list[Job]:
+    """The jobs whose result is not there, whole.
+
+    Args:
+        jobs: Which.
+        overwrite: Whether results of other settings are to be replaced.
+        damaged: Gets those of which a result is there and damaged, with what is wrong; None raises that.
 
     Raises:
         UsageError: A result of other settings stands in the place of one (unless `overwrite`).
+        Damaged: See `damaged`.
     """
-    return [j for j in jobs if not finished(j, overwrite=overwrite)]
+    found = []
+    for job in jobs:
+        try:
+            if not finished(job, overwrite=overwrite and damaged is None):
+                found.append(job)
+        except (Damaged, Unfinished) as e:
+            if damaged is None:
+                raise
+            damaged.append((job, e))
+            found.append(job)
+        except (UsageError, InputError):
+            if not overwrite:
+                raise
+            found.append(job)
+    return found
 
 
 def finished(job: Job, *, overwrite: bool = False) -> bool:
-    """Whether a job's result is on disk, whole and made with the same settings."""
+    """Whether a job's result is on disk, every byte as it was written, and made with the same settings.
+
+    Cost: reads the result.
+    """
     try:
         if job.stage != STATISTICS:
-            return is_done(job.path, job.wanted)
+            return is_done(job.path, job.wanted, read=True)
         return _statistics_done(job)
     except (UsageError, InputError):  # other settings, or a manifest that is damaged or of another version
         if overwrite:
@@ -134,11 +175,17 @@ def finished(job: Job, *, overwrite: bool = False) -> bool:
 
 
 def _statistics_done(job: Job) -> bool:
-    from plait.statistics import read_identity
+    from plait.statistics import open_statistics, read_identity
 
     if not job.path.exists():
         return False
-    found = read_identity(job.path)
+    require_regular(job.path)
+    try:
+        found = read_identity(job.path)
+        for moments in open_statistics(job.path).sites.values():
+            del moments  # each is held against its hash as it is read
+    except InputError as e:
+        raise Damaged(e.what, where=e.where, hint=e.hint) from None
     if found is None or sha256_json(found) != sha256_json(job.wanted):
         raise UsageError("exists with other settings", where=str(job.path), hint="choose another --out, or --overwrite")
     return True

@@ -44,7 +44,7 @@ def run_job(
     else:
         makers = {INITIAL: _initial, ALONE: _alone, MERGED_JOB: _merge, SCORES: _score, BEST: _best, REPORT: _report}
         result: Settled = {}
-        with staged_folder(job.path, job.wanted, overwrite=overwrite, result=result) as folder:
+        with staged_folder(job.path, job.wanted, overwrite=overwrite, result=result, unit=True) as folder:
             makers[job.stage](job, plan, session, folder, result)
 
 

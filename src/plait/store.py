@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from plait import __version__
-from plait.errors import UsageError
+from plait.durable import absent_above, flush_above, flush_file, flush_folders
+from plait.errors import Unfinished, UsageError
 from plait.files import canonical_json as canonical_json
 from plait.files import read_json as read_json
 from plait.files import require_regular as require_regular
@@ -31,6 +32,7 @@ from plait.manifest import MANIFEST as MANIFEST
 from plait.manifest import SCHEMA as SCHEMA
 from plait.manifest import differences as differences
 from plait.manifest import read_manifest as read_manifest
+from plait.overwriting import require_replaceable, require_replaceable_file
 
 _LOADED = (".safetensors", ".gguf")  # files that other programs load
 
@@ -59,7 +61,9 @@ def identity(
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, read: bool = False) -> bool:
+def is_done(
+    path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, read: bool = False, unit: bool = False
+) -> bool:
     """Whether the folder already holds the wanted result, whole.
 
     Args:
@@ -67,12 +71,15 @@ def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, r
         wanted: The identity of the result (see `identity`).
         overwrite: Whether it is to be made again in any case.
         read: Whether to compare the hashes of its files too, as where they are used again; existence and sizes always are.
+        unit: See `plait.overwriting.require_replaceable`.
 
     Raises:
-        UsageError: It holds another one (the difference is in the message), or something that is not a result.
+        UsageError: It holds another one (the difference is in the message), or something that is not a result; with
+            `overwrite`, something that may not be replaced.
         Damaged: It held the wanted one, and files were changed or are gone since.
     """
     if overwrite:
+        require_replaceable(path, unit=unit)
         return False
     if not path.exists() and _aside(path).exists():
         with locked(path):
@@ -81,7 +88,7 @@ def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, r
         return False
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
-        raise UsageError(
+        raise Unfinished(
             "exists and was not finished by plait", where=str(path), hint="choose another --out, or --overwrite"
         )
     if differing := differences(found, wanted):
@@ -92,6 +99,27 @@ def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, r
         )
     require_whole(path, read=read)
     return True
+
+
+def discard(path: Path) -> None:
+    """Remove what is left of a unit of a run or a study, so that it can be done again.
+
+    Raises:
+        UsageError: It is not plait's, or holds what plait did not write.
+        EnvironmentFault: Another process holds it.
+    """
+    path = path.absolute()
+    with system_errors(path), locked(path):
+        stage = path.parent / f".{path.name}.staging"
+        for place in (stage, path):
+            if place.is_dir() and not place.is_symlink():
+                if place == path:
+                    require_replaceable(path, unit=True)
+                    path.rename(stage)  # whatever happens from here on, the next writer clears it away
+                shutil.rmtree(stage)
+            elif place == path:
+                require_replaceable_file(path, None)
+                path.unlink(missing_ok=True)
 
 
 def _occupied(path: Path) -> bool:
@@ -107,26 +135,31 @@ def staged_folder(
     result: dict[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
     digests: Mapping[str, Callable[[], str]] | None = None,
+    unit: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty folder on the destination's file system; on success it takes the destination's place, whole.
 
     Args:
         path: The destination.
         wanted: Its identity (see `identity`), written into the manifest, which is written last.
-        overwrite: Replace what stands there.
+        overwrite: Replace what stands there, if plait wrote it; it comes back if the new result fails.
         result: Filled by the caller inside the block or by `check`; kept in the manifest, not part of the identity.
         check: Looks at the written folder while the disk flushes it; what it raises leaves the destination as it was.
         digests: Filled inside the block for files that are hashed while written: path in the folder -> waits for the hash.
+        unit: See `plait.overwriting.require_replaceable`.
 
     Raises:
         RunError: An adapter or model in it would not be loaded as it was meant (see `plait.loading.require_loadable`).
+        UsageError: Something stands there that is not replaced.
         EnvironmentFault: Disk full, read-only, or another process is writing the same output.
     """
     path = path.absolute()
+    made = absent_above(path)
     with system_errors(path), locked(path):
         _recover(path)
         if _occupied(path) and not overwrite:
             raise UsageError("exists", where=str(path), hint="choose another --out, or --overwrite")
+        require_replaceable(path, unit=unit)
         stage = path.parent / f".{path.name}.staging"
         shutil.rmtree(stage, ignore_errors=True)  # left by a killed run: the lock says nobody writes it now
         stage.mkdir(parents=True)
@@ -134,6 +167,8 @@ def staged_folder(
             yield stage
             _finish(stage, wanted, {} if result is None else result, check, digests or {})
             _swap(stage, path)
+            flush_above(path, made)
+            shutil.rmtree(_aside(path), ignore_errors=True)  # only now: a power loss may have undone the renames
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -160,6 +195,7 @@ def _finish(
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _settle(stage / MANIFEST)
+    flush_folders(stage)
 
 
 def _settle(path: Path) -> None:
@@ -167,8 +203,7 @@ def _settle(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
+    flush_file(path)
 
 
 def _recover(path: Path) -> None:
@@ -184,26 +219,35 @@ def _aside(path: Path) -> Path:
 def _swap(stage: Path, path: Path) -> None:
     old = _aside(path)
     shutil.rmtree(old, ignore_errors=True)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        path.unlink()
-    elif path.exists():
+    if path.exists():
         path.rename(old)
-    stage.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-    fd = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        stage.rename(path)
+    except BaseException:
+        _recover(path)
+        raise
 
 
 @contextlib.contextmanager
-def staged_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed and takes its place."""
+def staged_file(path: Path, *, overwrite: bool = False, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed and takes its place.
+
+    Args:
+        path: The destination.
+        overwrite: Replace what stands there.
+        ours: Whether a file is one that the caller's command writes, and no other is replaced; None where the place is
+            plait's own, such as a run's recipe.
+
+    Raises:
+        UsageError: Something stands there that is not replaced.
+        EnvironmentFault: Disk full, read-only, or another process is writing the same output.
+    """
     path = path.absolute()
+    made = absent_above(path)
     with system_errors(path), locked(path):
         if _occupied(path) and not overwrite:
             raise UsageError("exists", where=str(path), hint="choose another --out, or --overwrite")
+        require_replaceable_file(path, ours)
         stage = path.parent / f".{path.name}.staging"
         stage.unlink(missing_ok=True)
         try:
@@ -212,6 +256,7 @@ def staged_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 require_loadable(stage)
             _settle(stage)
             stage.replace(path)
+            flush_above(path, made)
         finally:
             stage.unlink(missing_ok=True)
 

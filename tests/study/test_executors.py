@@ -43,7 +43,7 @@ def killed_at_work(pid):
     """Kill a Ray worker if it is in the middle of a batch: stopped first, so that it cannot end the batch meanwhile."""
     try:
         os.kill(pid, signal.SIGSTOP)
-        at_work = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::run_batch")
+        at_work = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_run_batch_at")
         os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
     except (ProcessLookupError, FileNotFoundError):
         return False
@@ -126,7 +126,7 @@ def test_two_ray_nodes_with_a_killed_worker_give_the_same_table(small_study, tmp
 
     def kill():
         while not over.wait(0.2):
-            listed = subprocess.run(["pgrep", "-f", "ray::run_batch"], capture_output=True, text=True, check=False)
+            listed = subprocess.run(["pgrep", "-f", "ray::_run_batch_at"], capture_output=True, text=True, check=False)
             ours = {int(p): above for p in listed.stdout.split() if os.getpid() in (above := ancestors(int(p)))}
             nodes.update(above[0] for above in ours.values())  # a worker's parent is its node's raylet
             if ours and not killed and not over.wait(1) and killed_at_work(next(iter(ours))):

@@ -143,7 +143,7 @@ def train(
 
     Give it the --statistics that `plait init` had: what it learns then disturbs the other tasks less once merged.
 
-    On several GPUs: torchrun --nproc_per_node 2 -m plait train ... (or accelerate launch --multi_gpu -m plait train ...), with
+    On several GPUs: PYTHONSAFEPATH=1 torchrun --nproc_per_node 2 -m plait train ... (or accelerate launch --multi_gpu ...), with
     --set training.shard_base=true to split the base.
 
     With --fleet many adapters share the base's passes: each trains --task, or the task it is named after; a list

@@ -45,7 +45,7 @@ def collect(
 
     With --out it collects; a command looks at files or writes others.
 
-    On several GPUs: torchrun --nproc_per_node 2 -m plait stats ...; each process reads its share.
+    On several GPUs: PYTHONSAFEPATH=1 torchrun --nproc_per_node 2 -m plait stats ...; each process reads its share.
     """
     if context.invoked_subcommand is not None:
         return
@@ -97,9 +97,11 @@ def show(file: File, as_json: Json = False) -> None:
 
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Add up statistics files of one base. More rows of a task, or several tasks as one pool."""
+    from plait.overwriting import require_apart
     from plait.statistics import merge_statistics, read_statistics, write_statistics
     from plait.statistics.files import require_distinct
 
+    require_apart(out, files)
     require_distinct(files)
     write_statistics(out, merge_statistics(*(read_statistics(f) for f in files)), overwrite=overwrite)
     emit({"output": str(out), "merged": [str(f) for f in files]}, as_json, f"{len(files)} files -> {out}")
@@ -126,8 +128,10 @@ def compress(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a smaller file, its error recorded. It keeps the largest directions of each site and an 8-bit tail of the rest."""
+    from plait.overwriting import require_apart
     from plait.statistics import compress_statistics, read_statistics, show_statistics, write_statistics
 
+    require_apart(out, [file])
     smaller = compress_statistics(read_statistics(file), rank)
     write_statistics(out, smaller, overwrite=overwrite)
     worst = max(s["relative_error"] for s in show_statistics(smaller)["sites"].values())

@@ -131,11 +131,11 @@ def run_job(
 ) -> None:
     """Do one batch of a study."""
     from plait.progress import Progress
-    from plait.store import read_json
     from plait.study.executor import run_batch
+    from plait.study.job_file import read_batch
     from plait.study.run import told
 
-    batch = read_json(job)
+    batch = read_batch(job)
     progress = Progress(len(batch["units"]), len(batch["units"]), quiet)
     done = run_batch(batch, tell=told(progress))
     emit({"done": done}, as_json, f"{done} units")

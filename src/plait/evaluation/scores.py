@@ -55,6 +55,17 @@ def read_scores(path: Path) -> list[Score]:
         raise InputError(f"not a table of scores: {e}", where=str(path)) from None
 
 
+def are_scores(path: Path) -> bool:
+    """Whether a file begins as `write_scores` begins one."""
+    with path.open("rb") as file:
+        start = file.readline(1 << 16)
+    try:
+        Score(**json.loads(start))
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 def write_parquet(path: Path, rows: Sequence[Score]) -> None:
     """Write rows as a parquet table with the columns of `Score`."""
     import pyarrow as pa

@@ -18,6 +18,7 @@ from plait.extraction.outcome import Found, adapter_of_cuts, record_of
 from plait.extraction.pairs import Matrix, Pair
 from plait.extraction.spectrum import extracted, loss_of
 from plait.merging.inputs import seed_of
+from plait.overwriting import require_apart
 
 _NAMED = 5  # tensors that an error lists
 # The factors are rounded to float32: what is read again may lose this share of the energy more or less than was stated.
@@ -74,6 +75,7 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str,
         InputError: Nothing differs; shapes or tensors differ that no LoRA can hold; changes outside the LoRA, without `drop`.
         RunError: What was written, read again, does not keep what was stated.
     """
+    require_apart(out, [ask.finetuned, ask.base, *([ask.statistics] if ask.statistics else [])])
     inputs = {"finetuned": _hash(ask.finetuned), "base": _hash(ask.base)}
     if ask.statistics:
         inputs["statistics"] = store.sha256_file(ask.statistics)

@@ -30,8 +30,9 @@ from plait.formats.single_file import read_lora_file
 from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
 from plait.merging.beside import require_exact
-from plait.merging.folders import read_all
+from plait.merging.folders import places, read_all
 from plait.merging.outcome import discarded, input_hashes, labels_of, provenance
+from plait.overwriting import require_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +235,7 @@ def merge_auto_folders(
     """
     chosen = settings or AutoSettings()
     adapters = read_all(folders)
+    require_apart(out, places(adapters))
     if texts and base is None and (base := recorded_base(adapters, device)) is not None:
         tell(f"base: {base.name}, as the adapters name it")
     options = {

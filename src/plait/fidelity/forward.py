@@ -23,11 +23,12 @@ from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.writing import finished, write_any
 from plait.merging.adamerging import adamerging
-from plait.merging.folders import read_all
+from plait.merging.folders import places, read_all
 from plait.merging.outcome import input_hashes
 from plait.merging.plan import Merged
 from plait.merging.regmean_pp import regmean_pp
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of
+from plait.overwriting import require_apart
 from plait.tasks import batches
 
 
@@ -101,6 +102,7 @@ def merge_by_forward(
             another format.
     """
     found, adapters = METHODS[method], read_all(folders)
+    require_apart(out, places(adapters))
     chosen = checked_options(found, options)
     panel = _panel(method, adapters, base or recorded_base(adapters, "cpu"), texts, batch_size, max_length)
     if weights is not None and method == "adamerging":

@@ -27,6 +27,7 @@ from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_for
 from plait.hub import adapter_place, base_place, name_of
 from plait.merging.beside import carried, lines, verify_carried
 from plait.merging.inputs import seed_of
+from plait.overwriting import require_apart
 
 _FAILED = 1e-6
 
@@ -72,6 +73,7 @@ def convert(
         if target != PEFT or not (source / CONFIG).is_file():
             raise UsageError("--rename is for a PEFT folder that becomes one", hint="leave --rename or --to out")
         adapter = renamed(adapter, rename)
+    require_apart(out, [source, *(p for p in (means.base, means.initial) if p is not None)])
     origin = format_of(adapter) if source.is_file() else PEFT
     adapter = replace(adapter, source={**adapter.source, "format": adapter.source.get("format", PEFT)})
     ready = in_format(adapter, target, layout)

@@ -20,6 +20,7 @@ from plait.formats.export_notes import GGUF, PEFT, VLLM, next_steps, readme
 from plait.formats.gguf_file import base_config, gguf_record, gguf_tensors, require_written, write_gguf
 from plait.loading import accounts, loader_named, require_loadable
 from plait.options import did_you_mean
+from plait.overwriting import require_apart
 
 # --max-lora-rank of vLLM; all factors are padded to one of them.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -61,6 +62,7 @@ def export(
         raise UsageError(f"no export for {loader!r}", hint=did_you_mean(loader, _NAMES))
     kind = _NAMES[loader]
     adapter = read_adapter(source)
+    require_apart(out, [source, *([base] if base else [])])
     if kind == GGUF:
         if task is not None:
             raise UsageError("llama.cpp loads no heads", hint="leave --task out")
@@ -228,7 +230,7 @@ def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overw
                 f"exists with other settings: {'; '.join(differing[:6])}", where=str(out), hint="another --out"
             )
         return {**_result(record), "output": str(out), "reused": True}
-    with store.staged_file(out, overwrite=overwrite) as stage:
+    with store.staged_file(out, overwrite=overwrite, ours=lambda p: gguf_record(p) is not None) as stage:
         write_gguf(stage, tensors, alpha, layout.architecture.name, adapter.name, {**wanted, "result": result})
         require_written(stage, tensors, alpha, layout.architecture.name)
         require_loadable(stage)

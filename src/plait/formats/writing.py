@@ -11,7 +11,7 @@ from typing import Any
 from plait import store
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
-from plait.adapters.tensors import read_tensors
+from plait.adapters.tensors import read_metadata, read_tensors
 from plait.errors import InputError, UsageError
 from plait.formats.fused import Layout, put_together, taken_apart
 from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, ORIGINAL, PEFT
@@ -19,6 +19,7 @@ from plait.formats.layouts import BY_BASE, dotted_to_kohya, layout_for, original
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
 from plait.formats.reading import format_of
 from plait.formats.single_file import file_record, unscaled, write_lora_file
+from plait.overwriting import require_replaceable, require_replaceable_file
 
 FILE_FORMATS = (KOHYA, DIFFUSERS, ORIGINAL)
 
@@ -140,6 +141,10 @@ def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> dict[s
         UsageError: Something else stands there.
     """
     if overwrite or not (out.exists() or out.is_symlink()):
+        if out.suffix == ".safetensors":
+            require_replaceable_file(out, _has_record)
+        else:
+            require_replaceable(out)
         return None
     if not out.is_file():
         return (store.read_manifest(out) or {}) if store.is_done(out, wanted) else None
@@ -150,6 +155,10 @@ def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> dict[s
         shown = "; ".join(differing[:6])
         raise UsageError(f"exists with other settings: {shown}", where=str(out), hint="another --out, or --overwrite")
     return record
+
+
+def _has_record(path: Path) -> bool:
+    return file_record(read_metadata(path), path) is not None
 
 
 def write_any(
@@ -183,7 +192,7 @@ def write_any(
         raise UsageError(f"{target} is written as {due}", where=str(out), hint="--out, or another format")
     if is_file:
         record = json.loads(json.dumps({**wanted, "versions": store.versions(), "result": result}, allow_nan=False))
-        with store.staged_file(out, overwrite=overwrite) as stage:
+        with store.staged_file(out, overwrite=overwrite, ours=_has_record) as stage:
             write_lora_file(stage, adapter, target, record)
             if check:
                 check(stage)

@@ -26,6 +26,7 @@ from plait.merging.inputs import seed_of
 from plait.merging.outcome import input_hashes, labels_of
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, as_dense, row_blocks
+from plait.overwriting import require_apart
 from plait.space import require_space
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def bake(
         RunError: What was written is not base + delta.
     """
     config = require_unquantised(base)
+    read = source.adapters if isinstance(source, Plan) else [source]
+    require_apart(out, [base, *(str(a.source["path"]) for a in read if a.source.get("path"))])
     adapter, deltas = _deltas_of(source)
     tensors = base_tensors(base)
     layout = layout_for(base, adapter, tensors)

@@ -22,6 +22,7 @@ from plait.merging.outcome import input_hashes
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
 from plait.merging.workers import one_by_one
+from plait.overwriting import require_apart
 from plait.space import require_space
 
 
@@ -61,6 +62,11 @@ def _renamed(adapter: Adapter) -> str:
     """``NAME=DIR`` with a name that tells adapters of one name apart: their folder's, or their user's on the hub."""
     path, hub = Path(str(adapter.source.get("path", ""))).resolve(), adapter.source.get("hub")
     return f"{hub.partition('/')[0]}-{adapter.name}={hub}" if hub else f"{path.parent.name}-{adapter.name}={path}"
+
+
+def places(adapters: Sequence[Adapter]) -> list[str]:
+    """Where adapters were read from."""
+    return [str(a.source["path"]) for a in adapters if a.source.get("path")]
 
 
 def merge_folders(
@@ -109,6 +115,7 @@ def merge_folders(
     """
     start = time.perf_counter()
     adapters = read_all(folders)
+    require_apart(out, [*places(adapters), *(statistics or {}).values()])
     plan = plan_merge(
         adapters,
         method,

@@ -20,9 +20,10 @@ from plait.adapters.tensors import read_tensors
 from plait.errors import InputError, UsageError
 from plait.merging.attach import found_modules
 from plait.merging.driver import plan_merge
-from plait.merging.folders import identity_of, read_named
+from plait.merging.folders import identity_of, places, read_named
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, row_blocks
+from plait.overwriting import require_apart
 
 MASKS = "masks"
 
@@ -81,7 +82,9 @@ def merge_per_task(
     Returns:
         The record of the merge with `rescalers`, and per task `relative_error`, |l_t M_t * unified - D_t| / |D_t|.
     """
-    plan = plan_merge([read_named(f) for f in folders], "emr", weights=weights, rank=rank, seed=seed, base=base)
+    adapters = [read_named(f) for f in folders]
+    require_apart(out, places(adapters))
+    plan = plan_merge(adapters, "emr", weights=weights, rank=rank, seed=seed, base=base)
     wanted = identity_of(plan) | {"stage": "merge-per-task"}
     if store.is_done(out, wanted, overwrite=overwrite):
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}

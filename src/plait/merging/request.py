@@ -21,6 +21,7 @@ from plait.merging.rank_curve import rank_curve
 from plait.merging.registry import find_method
 from plait.merging.stack import composed, in_order, stack_record
 from plait.merging.to_format import is_for_files, merge_to_format
+from plait.overwriting import require_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ def edit(
         UsageError: Unknown names, nothing left, or a difference of a method that is no weighted sum.
     """
     recipe = recorded(path)
+    require_apart(out, [path])
     if recipe.result.get("stack"):
         raise UsageError("a stack is no merge of equals: compose it anew with --stack", where=str(path))
     if by_difference:

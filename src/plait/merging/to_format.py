@@ -14,9 +14,10 @@ from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.beside import verify_carried
-from plait.merging.folders import identity_of
+from plait.merging.folders import identity_of, places
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
+from plait.overwriting import require_apart
 
 
 def is_for_files(folders: Sequence[str], format: str | None) -> bool:
@@ -55,6 +56,7 @@ def merge_to_format(
         RunError: What was written is not what was asked for; nothing is left at `out`.
     """
     start = time.perf_counter()
+    require_apart(out, [*places(plan.adapters), *(statistics or {}).values()])
     target = checked_format(format or format_of(plan.adapters[0]))
     wanted = identity_of(plan, statistics)
     wanted["options"]["format"] = target

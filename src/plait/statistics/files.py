@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from plait.adapters.tensor_file import joined_tensors, write_tensors
-from plait.adapters.tensors import read_tensors
+from plait.adapters.tensors import read_metadata, read_tensors
 from plait.checked import parsed_json, shown
-from plait.errors import InputError, UsageError
+from plait.errors import Damaged, InputError, UsageError
 from plait.statistics.moments import DENSE, Moments, Statistics, packed, unpacked
 from plait.statistics.records import LARGEST_RECORD, PARTS, SiteRecord, file_record
-from plait.store import canonical_json, require_regular, sha256_file, staged_file
+from plait.store import canonical_json, require_regular, sha256_file, sha256_json, staged_file
 
 SCHEMA = 1
 KIND = "plait.statistics"
@@ -59,15 +59,22 @@ def write_statistics(
             for n, i in statistics.modules.items()
         },
     }
+    if identity is not None:
+        record["identity_sha256"] = sha256_json(dict(identity))
     text = json.dumps(record, allow_nan=False)
     metadata = {"kind": KIND, "statistics": text, "statistics_sha256": hashlib.sha256(text.encode()).hexdigest()}
     if identity is not None:
         metadata["identity"] = canonical_json(dict(identity))
-    with staged_file(Path(path), overwrite=overwrite) as stage:
+    with staged_file(Path(path), overwrite=overwrite, ours=is_statistics) as stage:
         if homes is None:
             write_tensors(stage, tensors, metadata)
         else:
             joined_tensors(stage, {f"{s}|{part}": home for s, (home, _) in homes.items() for part in PARTS}, metadata)
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a safetensors file's metadata says that it holds statistics."""
+    return read_metadata(path).get("kind") == KIND
 
 
 def _parts(moments: Moments) -> dict[str, Tensor]:
@@ -139,10 +146,14 @@ def read_identity(path: str | Path) -> dict[str, Any] | None:
         return None
     try:
         with safe_open(path, framework="pt") as opened:
-            text = (opened.metadata() or {}).get("identity")
+            metadata = opened.metadata() or {}
+        text = metadata.get("identity")
         found = None if text is None else parsed_json(text, str(path), "its identity", LARGEST_RECORD)
     except SafetensorError as e:
         raise InputError(f"not a whole statistics file: {e}", where=str(path)) from None
+    written = record_of(metadata, path).get("identity_sha256")  # absent from files of earlier versions
+    if written is not None and written != sha256_json(found):
+        raise Damaged("its identity is not the one that was written", where=str(path), hint="collect them again")
     return found if isinstance(found, dict) else None
 
 

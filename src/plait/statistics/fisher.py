@@ -72,7 +72,7 @@ def write_fisher(path: Path, fisher: FisherDiagonal, *, overwrite: bool = False)
     """Write a ``*.fisher.safetensors``: one (out, in) float32 tensor per module, the record in the metadata."""
     tensors = {name: d.rows(0, d.shape[0]).float() for name, d in fisher.modules.items()}
     record = {"schema": SCHEMA, "examples": fisher.examples, "provenance": dict(fisher.provenance)}
-    with staged_file(path, overwrite=overwrite) as stage:
+    with staged_file(path, overwrite=overwrite, ours=is_fisher) as stage:
         write_tensors(stage, tensors, {"kind": KIND, "fisher": json.dumps(record, allow_nan=False)})
 
 

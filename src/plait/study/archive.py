@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def write_archive(
     if not to.name.endswith(SUFFIX):
         raise UsageError(f"an archive is called *{SUFFIX}", where=str(to))
     paths = sorted({p for p in _results(layout) if p.is_dir()})
-    with staged_file(to, overwrite=overwrite) as stage, tarfile.open(stage, "w:xz") as tar:
+    with staged_file(to, overwrite=overwrite, ours=_is_archive) as stage, tarfile.open(stage, "w:xz") as tar:
         _add(tar, f"{layout.study.name}/{STUDY_FILE}", _told(layout, base, data).encode())
         for name in (INPUTS_FILE, JOURNAL):
             if (layout.out / name).is_file():
@@ -55,6 +56,16 @@ def write_archive(
             for file in sorted(p for p in path.iterdir() if p.is_file()):
                 _add(tar, f"{layout.study.name}/{path.relative_to(layout.out)}/{file.name}", file.read_bytes())
     return {"archive": str(to), "units": len(paths), "bytes": to.stat().st_size}
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is an archive as `write_archive` begins one."""
+    try:
+        with tarfile.open(path, "r:xz") as tar:
+            first = tar.next()
+    except (tarfile.TarError, lzma.LZMAError, EOFError):
+        return False
+    return first is not None and first.name.endswith(f"/{STUDY_FILE}")
 
 
 def _results(layout: Layout) -> Iterator[Path]:

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from plait.errors import EnvironmentFault, RunError, UsageError
+from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
+from plait.store import discard
 from plait.study.spec import Study, parse_study
-from plait.study.units import Layout, Unit, pending
+from plait.study.units import Layout, Mend, Unit, pending
 from plait.study.work import do
 
 RETRIES = 3
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # no child, nor a child of one, imports from the working directory
 Told = Callable[[str], None]
 
 
@@ -58,11 +60,29 @@ def batch_of(study: Study, out: Path, units: Sequence[Unit], until: float | None
 def run_batch(batch: dict[str, Any], layout: Layout | None = None, tell: Told = lambda text: None) -> int:
     """Do the units of a batch that are not done yet; returns how many that were."""
     layout = layout or Layout(parse_study(batch["study"], "batch"), Path(batch["out"]))
+    layout.mend = layout.mend or mender(tell)
     units = pending(layout, [Unit(**u) for u in batch["units"]])
     left = None if batch.get("until") is None else time.monotonic() + batch["until"] - time.time()
     done = do(units, layout, tell=tell, until=left)
     release_memory()  # to others at work on the device
     return done
+
+
+def _run_batch_at(folder: str, batch: dict[str, Any]) -> int:
+    """`run_batch` with the paths of a study read as where it was started, where that folder is on this machine too."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    return run_batch(batch)
+
+
+def mender(tell: Told) -> Mend:
+    """What clears a damaged result of a study away and says so."""
+
+    def mend(path: Path, fault: PlaitError) -> None:
+        discard(path)
+        tell(f"done again: {fault}")
+
+    return mend
 
 
 def release_memory() -> None:
@@ -157,12 +177,12 @@ def _ended(worker: subprocess.Popen[str]) -> int:
 def _start(slot: int) -> subprocess.Popen[str]:
     import torch
 
-    environment = dict(os.environ)
+    environment = {**os.environ, **SAFE_PATH}
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = _gpu(
             slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         )
-    command = [sys.executable, "-m", "plait.study.worker"]
+    command = [sys.executable, "-P", "-m", "plait.study.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
 
 
@@ -199,7 +219,8 @@ class RayCluster:
         except ModuleNotFoundError:
             raise EnvironmentFault("the package 'ray' is not installed", hint="pip install 'plait[ray]'") from None
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False)
+            with contextlib.chdir(Path(__file__).parents[2]):  # Ray has its workers import from where it was started
+                ray.init(address=address, log_to_driver=False)
         found = ray.cluster_resources()
         self.gpus = gpus if found.get("GPU") else 0.0
         self.workers = workers or max(1, int(found["GPU"] / gpus if self.gpus else found.get("CPU", 1)))
@@ -209,8 +230,8 @@ class RayCluster:
         """Do all batches; Ray retries those whose worker or node is lost."""
         import ray
 
-        remote = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=RETRIES)(run_batch)
-        waiting = [remote.remote(batch) for batch in batches]
+        remote = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=RETRIES)(_run_batch_at)
+        waiting = [remote.remote(str(Path.cwd()), batch) for batch in batches]
         while waiting:
             ready, waiting = ray.wait(waiting)
             try:

@@ -11,6 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.checked import Record
+from plait.errors import PlaitError
+from plait.files import require_regular
+from plait.locks import system_errors
+
 JOURNAL = "runs.jsonl"
 
 
@@ -32,8 +37,11 @@ def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> 
     finally:
         line = {"seconds": round(time.monotonic() - started, 1), "executor": executor, "workers": workers}
         line |= {"scorers": scorers, "hardware": "a Ray cluster" if executor == "RayCluster" else hardware(device)}
-        with (out / JOURNAL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with system_errors(out / JOURNAL), (out / JOURNAL).open("a+b") as file:
+            torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a power loss
+            file.write(b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def hardware(device: str) -> str:
@@ -47,18 +55,37 @@ def hardware(device: str) -> str:
 
 
 def about_runs(out: Path) -> dict[str, str]:
-    """Hardware, processes, and seconds of all runs noted in a folder, as the page says them; {} where none are."""
+    """Hardware, processes, and seconds of all runs noted in a folder, as the page says them; {} where none are.
+
+    Lines that cannot be read (one may be cut, by a power loss) are counted, not passed over in silence.
+    """
     path = out / JOURNAL
     if not path.is_file():
         return {}
-    runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    require_regular(path)
+    noted = [_run(line) for line in path.read_bytes().splitlines() if line.strip()]
+    lost = sum(r is None for r in noted)
+    if not (runs := [r for r in noted if r is not None]):
+        return {"seconds": f"unknown: {lost} lines of {JOURNAL} cannot be read"} if lost else {}
     runs = [r for r in runs if r["seconds"] >= 1] or runs  # a look at a finished study is no run
     seconds = sum(r["seconds"] for r in runs)
     return {
         "hardware": _each([r["hardware"] for r in runs]),
         "executor": _each([f"{r['executor']} ({r['workers']} training, {r['scorers']} scoring)" for r in runs]),
-        "seconds": f"{seconds:.0f} in {len(runs)} run{'s' if len(runs) > 1 else ''}",
+        "seconds": f"{seconds:.0f} in {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        + (f", {lost} more cannot be read" if lost else ""),
     }
+
+
+def _run(line: bytes) -> dict[str, Any] | None:
+    """One line of the journal; None if it is none."""
+    try:
+        record = Record.of(json.loads(line), JOURNAL)
+        texts = {key: record.text(key) for key in ("hardware", "executor")}
+        counts = {key: record.integer(key) for key in ("workers", "scorers")}
+        return {**texts, **counts, "seconds": record.number("seconds", 0)}
+    except (ValueError, RecursionError, PlaitError):
+        return None
 
 
 def _each(texts: Sequence[Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from plait.locks import locked
 from plait.progress import Progress, duration
 from plait.store import staged_file
-from plait.study.executor import Executor, batch_of
+from plait.study.executor import Executor, batch_of, mender
 from plait.study.inputs import inputs_of, keep_inputs
 from plait.study.journal import noted
 from plait.study.schedule import next_wave
@@ -45,6 +45,7 @@ def run_study(
         `finished`, the `wave` that is at work, the units `left` in it, `seconds`.
     """
     layout = layout or Layout(study, out)
+    layout.mend = mender(Progress(0, 0).close)  # damage is told with --quiet too
     started = time.time()
     until = None if seconds is None else started + seconds
     device = layout.session.base.torch_device.type
@@ -78,7 +79,7 @@ def write_jobs(study: Study, out: Path, to: Path, workers: int) -> dict[str, Any
     Returns:
         `wave` and the paths of the `jobs`; none where the study is finished. The next wave's exist once these are done.
     """
-    layout = Layout(study, out)
+    layout = Layout(study, out, mend=mender(Progress(0, 0).close))
     _keep(layout)
     name, todo = next_wave(layout)
     made = []

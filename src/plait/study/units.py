@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from plait.errors import Damaged, PlaitError, Unfinished
 from plait.evaluation.evaluate import scored_labels
 from plait.jobs import NOT_IDENTITY
 from plait.session import Session, task_of
@@ -22,6 +23,7 @@ STATISTICS, TRAIN, ALONE, MERGE, FEATURES = "statistics", "train", "alone", "mer
 REPAIR, REPAIRED = "repair", "repaired"
 DIVERGED = "diverged"  # in a result: why a training of the sweep, or a score of it, has nothing else
 TUNING, FOLDS = "tuning", "folds"
+Mend = Callable[[Path, PlaitError], None]
 T = TypeVar("T")
 _KEPT = 8  # sets of adapters or statistics
 
@@ -77,6 +79,7 @@ class Layout:
         shared: The session whose loaded base a variant uses.
         recorded: What the folder says the study was made from; with it neither the base nor the data are looked for.
         known: What does not change any more once it is known: keys, what is done, results, choices.
+        mend: Called with the folder of a damaged result and its fault, to clear it away; None makes it an error.
     """
 
     study: Study
@@ -87,6 +90,7 @@ class Layout:
     _read: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     _wanted: dict[tuple[Unit, str], dict[str, Any]] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
+    mend: Mend | None = None
 
     @functools.cached_property
     def session(self) -> Session:
@@ -105,7 +109,7 @@ class Layout:
         if unit.variant not in self._variants:
             study = self.study.variant(unit.variant)
             recorded = self.recorded.only(study) if self.recorded and within(study, self.study) else None
-            self._variants[unit.variant] = Layout(study, self.out, self.session, recorded)
+            self._variants[unit.variant] = Layout(study, self.out, self.session, recorded, mend=self.mend)
         return self._variants[unit.variant]
 
     def cached(self, key: Any, read: Callable[[], T]) -> T:
@@ -184,17 +188,27 @@ class Layout:
         return self.out / unit.stage / self.key(unit)[:24]
 
     def done(self, unit: Unit) -> bool:
-        """Whether a unit's result is there, whole."""
+        """Whether a unit's result is there, every byte as it was written; it is read for that, once in a process."""
         if ("done", unit) not in self.known:
             path = self.path(unit)
             if unit.stage in (TRAIN, REPAIR):
-                found = all(is_done(path / t, self.wanted(unit, t)) for t in self.tasks)
+                each = [self._whole(path / t, self.wanted(unit, t)) for t in self.tasks]  # whatever the first one says
+                found = all(each)
             else:
-                found = is_done(path, self.wanted(unit))
+                found = self._whole(path, self.wanted(unit))
             if not found:
                 return False
             self.known["done", unit] = True
         return True
+
+    def _whole(self, path: Path, wanted: dict[str, Any]) -> bool:
+        try:
+            return is_done(path, wanted, read=True)
+        except (Damaged, Unfinished) as e:
+            if self.mend is None:
+                raise
+            self.mend(path, e)
+            return False
 
     def _statistics(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
         study = self.study

@@ -21,6 +21,7 @@ from plait.base import BaseModel, load_task_model, load_tokenizer, quiet_transfo
 from plait.base_identity import base_facts
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
 from plait.locks import locked
+from plait.overwriting import require_apart
 from plait.ranks import is_writer
 from plait.statistics.moments import Statistics
 from plait.store import is_done, staged_folder
@@ -80,6 +81,7 @@ def train_adapter(
     out = Path(out)
     if settings.tied is not None:
         raise UsageError("tied adapters are trained together, as a fleet", where=f"task {task.name}")
+    require_apart(out, [str(initial.source.get("path", ""))])
     if is_done(out, identity, overwrite=overwrite):
         return read_adapter(out)
     if len(examples) == 0:
