@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from io import FileIO
@@ -18,6 +19,7 @@ from plait.errors import InputError
 # 18,000 modules of a mixture of experts, each with two factors, take 6 MB; a hundred times the text in Python's objects.
 LARGEST_HEADER = 16 << 20
 LONGEST_NAME = 512
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LARGEST_SIDE = 1 << 48
 _DENSITY = 8  # bytes a bracket at least: a tensor's entry has three in 50 bytes
 ADVICE = "download or save it again as safetensors; pickle formats are not read"
@@ -126,7 +128,7 @@ def _wrong_in(name: str, entry: Any) -> str:
     """What is wrong with one entry of a header; "" where nothing is."""
     if len(name) > LONGEST_NAME:
         return f"has a name of {len(name)} characters, at most {LONGEST_NAME} are read"
-    if not encodable(name) or any(c < " " or c == "\x7f" for c in name):
+    if not encodable(name) or _CONTROL.search(name):
         return "has a name with control characters"
     if not isinstance(entry, dict):
         return "has no entry"

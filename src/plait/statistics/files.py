@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.adapters.memory import bytes_of
 from plait.adapters.tensor_file import joined_tensors, write_tensors
 from plait.adapters.tensors import read_metadata, read_tensors
 from plait.checked import parsed_json, shown
@@ -95,7 +96,7 @@ def content_hash(parts: Mapping[str, Tensor]) -> str:
     for part in PARTS:
         if part in parts:
             digest.update(f"{part}\0".encode())
-            digest.update(parts[part].detach().cpu().contiguous().numpy().tobytes())
+            digest.update(bytes_of(parts[part].detach().cpu().contiguous()))
     return digest.hexdigest()
 
 
