@@ -84,8 +84,11 @@ def device_named(name: str) -> torch.device:
         return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
+        known = device.type in ("cpu", "cuda")
     except RuntimeError:
-        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N") from None
+        known = False
+    if not known:
+        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFault("no GPU that torch can use", where=f"device {name}", hint="use --device cpu")
     return _own_gpu(device)

@@ -39,6 +39,10 @@ def require_readable(path: Path) -> None:
         shut = path.exists() and not os.access(path, rights, effective_ids=os.access in os.supports_effective_ids)
     except PermissionError:  # a folder above may not be entered
         shut = True
+    except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
+            raise
+        raise InputError("no such file: its name is none", where=str(path), hint="check the path") from None
     if shut:
         raise InputError("may not be read by this user", where=str(path), hint="its owner can: chmod -R a+rX FOLDER")
 

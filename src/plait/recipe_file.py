@@ -217,7 +217,10 @@ def check_names(recipe: Recipe, where: str) -> None:
             raise UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
         for key in {**recipe.training, **arm.training}:
             require_known(key, training_keys(), "training key", where)
-        settings = recipe.training_of(arm)
+        try:
+            settings = recipe.training_of(arm)
+        except UsageError as e:
+            raise UsageError(f"training of arm {arm.name}: {e.what}", where=where, hint=e.hint) from None
         require_known(
             settings.constraint_options.get("method", arm.method), list(subspace_methods()), "subspace method", where
         )

@@ -37,12 +37,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, message: str, names: str = "topic") -> InputError:
-    """Reading raises one InputError with these words, within a second, and changes no file."""
+    """Reading raises one InputError with these words, within five seconds of work, and changes no file."""
     before = {p: (p.lstat().st_mtime_ns, p.is_file() and sha256_file(p)) for p in folder.rglob("*")}
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=message) as raised:
         read_adapter(folder)
-    assert time.monotonic() - started < 5.0
+    assert time.process_time() - started < 5.0
     assert {p: (p.lstat().st_mtime_ns, p.is_file() and sha256_file(p)) for p in folder.rglob("*")} == before
     assert raised.value.exit_code == 3 and names in str(raised.value) and str(raised.value).isprintable()
     return raised.value

@@ -43,6 +43,7 @@ _CONVERTED = {
     "lora_bias": "plait convert makes it a plain LoRA where its biases are zero, or without them",
     "trainable_token_indices": "plait convert --base DIR makes it a plain LoRA, exactly",
 }
+_HINT = "correct it, or save the adapter again"
 _FLAGS = {"use_dora", "lora_bias", "use_qalora", "use_bdlora"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -125,7 +126,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
 
 def checked_config(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
     """The fields of a config that was read from `path`; raises as `read_config`."""
-    record = Record.of(raw, str(path), hint="correct it, or save the adapter again")
+    record = Record.of(raw, str(path), hint=_HINT)
     refuse_variants(raw, str(path))
     narrowed = any(raw.get(k) for k in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     ranks, alphas = (record.record(k, optional=True) for k in ("rank_pattern", "alpha_pattern"))
@@ -155,7 +156,7 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise InputError(f"peft_type is {shown(kind)}, only LORA adapters can be merged", where=where)
-    record = Record.of(raw, where)
+    record = Record.of(raw, where, hint=_HINT)
     for key, why in _REFUSED.items():
         if record.flag(key, False) if key in _FLAGS else raw.get(key):
             step = _CONVERTED.get(key, "merge this adapter into its base and serve it separately")

@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.heads import HeadFacts, read_facts
 from plait.adapters.lora import LoraFactors
-from plait.adapters.naming import checked_name
+from plait.adapters.naming import checked_in_file
 from plait.adapters.tensors import read_tensors
 from plait.adapters.weights import WEIGHTS
 from plait.errors import InputError
@@ -48,5 +48,6 @@ def read_heads(folder: Path) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:
     found = {}
     for file in sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []:
         tensors, metadata, _ = read_tensors(file, finite=True)
-        found[checked_name(file.stem, "head")] = tensors, read_facts(metadata, tensors, str(file))
+        name = checked_in_file(file.stem, "head", str(file), "give the file a task's name")
+        found[name] = tensors, read_facts(metadata, tensors, str(file))
     return found

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from plait.errors import UsageError, printable
+from plait.errors import InputError, UsageError, printable
 
 _NAME = re.compile(r"[^\W_][\w.+-]{0,99}")
 _BYTES = 200  # file systems allow 255, and names get suffixes
@@ -26,6 +26,18 @@ def checked_name(name: str, what: str = "name") -> str:
             hint="letters, digits and _ . + - only, at most 100, starting with a letter or digit; NAME=DIR gives a folder another name",
         )
     return normal
+
+
+def checked_in_file(name: str, what: str, where: str, hint: str) -> str:
+    """As `checked_name`, of a name that a file gives: then the file is at fault, not the call.
+
+    Raises:
+        InputError: Names the file.
+    """
+    try:
+        return checked_name(name, what)
+    except UsageError as e:
+        raise InputError(e.what, where=where, hint=hint) from None
 
 
 def distinct_names(names: Sequence[str], what: str = "name") -> list[str]:

@@ -16,12 +16,13 @@ from plait.adapters.head_files import HEADS, PREFIX, prefix_of, read_heads
 from plait.adapters.heads import head_metadata, read_facts, recorded_facts
 from plait.adapters.key_names import kinds_of_names, without_adapter_name
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.adapters.naming import checked_name
+from plait.adapters.naming import checked_in_file, checked_name
 from plait.adapters.peft_config import peft_config
-from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, require_ranks
+from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, require_sides
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.tensors import widened
 from plait.adapters.weights import WEIGHTS, begin_weights
+from plait.checked import Record
 from plait.errors import InputError
 from plait.files import sha256_json
 from plait.hub import adapter_place, hub_facts, name_of
@@ -68,7 +69,7 @@ def begin_adapter(folder: str | Path, hashing: Hashing | None, *, name: str | No
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
     config = read_config(folder)
-    tensors, metadata, digests = begin_weights(folder, hashing, lambda shapes: require_ranks(shapes, config, folder))
+    tensors, metadata, digests = begin_weights(folder, hashing, lambda shapes: require_sides(shapes, folder, config))
     return lambda: adapter_of(folder, config, tensors, metadata, {f: d() for f, d in digests.items()}, name=name)
 
 
@@ -90,7 +91,7 @@ def adapter_of(
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
     task_type = config.task_type or metadata.get(_TASK_TYPE)
     prefix, cut = prefix_of(factors, task_type, metadata, folder)
-    name = checked_name(name or _recorded_task(manifest, folder) or name_of(folder), "adapter")
+    name = checked_name(name, "adapter") if name else _own_name(manifest, folder)
     beside = sorted_beside(others, config, str(folder))
     head = beside.head
     heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else read_heads(folder)
@@ -121,13 +122,13 @@ def adapter_of(
     )
 
 
-def _recorded_task(manifest: Mapping[str, Any] | None, folder: Path) -> str | None:
-    task = (manifest or {}).get("result", {}).get("task")
-    if task is not None and not isinstance(task, str):
-        raise InputError(
-            f"its task is {task!r}, expected a name", where=str(folder / MANIFEST), hint=f"NAME={folder} names it anew"
-        )
-    return task
+def _own_name(manifest: Mapping[str, Any] | None, folder: Path) -> str:
+    """The task that the manifest records, else the folder's name."""
+    hint = f"NAME={folder} gives it another name"
+    result = Record.of((manifest or {}).get("result", {}), str(folder / MANIFEST), inside="result", hint=hint)
+    if not result.has("task"):
+        return checked_name(name_of(folder), "adapter")
+    return checked_in_file(result.text("task"), "result.task", str(folder / MANIFEST), hint)
 
 
 def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:

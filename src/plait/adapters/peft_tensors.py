@@ -34,23 +34,23 @@ _WIDEST = 1 << 24  # no vocabulary has sixteen million words
 _MOST_EXPERTS = 1024  # whose factors lie in one tensor, one after another
 
 
-def require_ranks(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, folder: Path) -> None:
-    """Refuse what the header alone refutes, before gigabytes are read: factors whose rank is none of the config's.
+def require_sides(shapes: Mapping[str, tuple[int, ...]], folder: Path, config: AdapterConfig | None = None) -> None:
+    """Refuse what the header alone refutes, before gigabytes are read: sides wider than any, ranks that are not the config's.
 
     Raises:
         InputError: Names the tensor.
     """
     halves = [(key, suffix, half) for key in shapes for suffix, (half, _) in SUFFIXES.items() if key.endswith(suffix)]
     modules = {key: key.removeprefix(ROOT).removesuffix(suffix) for key, suffix, _ in halves}
-    promised = config.promised(list(dict.fromkeys(modules.values())))
+    promised = config.promised(list(dict.fromkeys(modules.values()))) if config else {}
     for key, _, half in halves:
-        shape, rank, side = shapes[key], promised[modules[key]][0], half == "B"
-        if max(shape, default=0) > _WIDEST or (len(shape) >= 2 and shape[side] > rank * _MOST_EXPERTS):
-            raise InputError(
-                f"tensor {key!r} is {shape}, and the rank in {CONFIG} is {rank}",
-                where=str(folder),
-                hint="save it again",
-            )
+        shape, wrong = shapes[key], ""
+        if max(shape, default=0) > _WIDEST:
+            wrong = "wider than any layer"
+        elif config and len(shape) >= 2 and shape[half == "B"] > promised[modules[key]][0] * _MOST_EXPERTS:
+            wrong = f"and the rank in {CONFIG} is {promised[modules[key]][0]}"
+        if wrong:
+            raise InputError(f"tensor {key!r} is {shape}, {wrong}", where=str(folder), hint="save it again")
 
 
 def all_factors(

@@ -16,10 +16,10 @@ from plait.files import read_json
 WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """A folder's tensors, their metadata, and the hash of each file."""
+def read_weights(folder: Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """A folder's tensors, their metadata, and the hash of each file; `check`: see `begin_tensors`."""
     with Hashing() as hashing:
-        tensors, metadata, digests = begin_weights(folder, hashing)
+        tensors, metadata, digests = begin_weights(folder, hashing, check)
         return tensors, metadata, {file: digest() for file, digest in digests.items()}
 
 

@@ -14,6 +14,7 @@ from plait.adapters.peft_format import read_adapter
 from plait.adapters.places import folders_inside
 from plait.adapters.tensors import read_shapes
 from plait.adapters.weights import weight_shapes
+from plait.checked import Record
 from plait.errors import Damaged, InputError, PlaitError
 from plait.formats.convert import component_folders
 from plait.formats.keys import PEFT, TUCKER, variant_of
@@ -81,7 +82,8 @@ def _facts(path: Path) -> dict[str, Any]:
     record = file_record(metadata, path) if path.is_file() else manifest
     config = _config(path) if path.is_dir() else {}
     below = base_adapter(path) if path.is_dir() else None
-    result = (record or {}).get("result", {})
+    made = Record.of(record or {}, str(path)).record("result", optional=True)
+    result = made.values
     return {
         "format": format_of(adapter) if adapter else (PEFT if path.is_dir() else None),
         "name": adapter.name if adapter else name_of(path).removesuffix(".safetensors"),
@@ -94,8 +96,8 @@ def _facts(path: Path) -> dict[str, Any]:
         "parameters": sum(t.numel() for t in tensors.values()),
         "size_mb": sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
         "stacked_on": str(below) if below else None,
-        "merged_from": result.get("tasks"),
-        "method": result.get("method"),
+        "merged_from": list(made.texts("tasks")) if made.has("tasks") else None,
+        "method": made.text("method") if made.has("method") else None,
         "problem": problem,
         "can": _can(adapter, path, way, below is not None, result),
     }

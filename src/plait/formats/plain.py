@@ -13,6 +13,7 @@ from plait.adapters.config import CONFIG, checked_config, read_raw_config
 from plait.adapters.key_names import without_adapter_name
 from plait.adapters.lora import EMBEDDING, Adapter, concatenated
 from plait.adapters.peft_format import adapter_of
+from plait.adapters.peft_tensors import require_sides
 from plait.adapters.tensors import widened
 from plait.adapters.weights import read_weights
 from plait.errors import InputError
@@ -36,7 +37,7 @@ def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[
         InputError: A variant that cannot be converted, or lacks what its conversion needs; says which.
     """
     raw = read_raw_config(folder)
-    tensors, metadata, digests = read_weights(folder)
+    tensors, metadata, digests = read_weights(folder, lambda shapes: require_sides(shapes, folder))
     require_filled(tensors, str(folder))
     plain = without_adapter_name({k: widened(t) for k, t in tensors.items()}, str(folder))
     work = Work(folder, raw, plain, means)
@@ -139,7 +140,9 @@ def _minus_start(work: Work, adapter: Adapter) -> Adapter:
     """The update of the original base: s B A - s B0 A0, of twice the rank, exactly."""
     initial = work.means.initial or work.folder
     config = checked_config({**read_raw_config(initial), "init_lora_weights": True}, initial / CONFIG)
-    start = adapter_of(initial, config, *read_weights(initial), name=adapter.name)
+    start = adapter_of(
+        initial, config, *read_weights(initial, lambda shapes: require_sides(shapes, initial)), name=adapter.name
+    )
     if start.modules.keys() != adapter.modules.keys():
         raise InputError("adapts other modules than the trained adapter", where=str(initial))
     if any(f.shape != adapter.modules[m].shape for m, f in start.modules.items()):

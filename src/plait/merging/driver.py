@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.base_records import same_weights
+from plait.checked import LARGEST_NUMBER, shown
 from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.merging.align import align
 from plait.merging.beside import require_exact
@@ -137,16 +137,19 @@ def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tu
 
 
 def _finite(value: float, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{what} is {value!r}, expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
+        raise UsageError(f"{what} is {shown(value)}, expected a finite number")
     return float(value)
 
 
 def _device(device: str) -> torch.device:
     try:
         found = torch.device(device)
+        known = found.type in ("cpu", "cuda")
     except RuntimeError:
-        raise UsageError(f"unknown device {device!r}", hint="cpu, cuda or cuda:0") from None
+        known = False
+    if not known:
+        raise UsageError(f"unknown device {device!r}", hint="cpu, cuda or cuda:0")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFault("no CUDA device", hint="--device cpu computes the same")
     return found

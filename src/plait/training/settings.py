@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plait.checked import Record, shown
+from plait.checked import LARGEST_NUMBER, Record, shown
 from plait.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -115,6 +115,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 _refuse(name, value, "a number")
+            if value is not None and not abs(value) <= LARGEST_NUMBER:
+                _refuse(name, value, "a finite number")
             if value is None and name not in ("epochs", "head_lr"):
                 _refuse(name, value, "a number")
         for name in ("base_dropout", "shard_base"):
