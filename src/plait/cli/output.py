@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import typer
 
-from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError, printable
+from plait.errors import EnvironmentFault, InputError, PlaitError, RunError, UsageError, printable
 from plait.locks import STEPS
 
 SCHEMA = 1
@@ -91,6 +92,10 @@ def foreseen(error: Exception) -> PlaitError | None:
     if isinstance(error, ModuleNotFoundError):
         hint = "pip install the extra it belongs to: plait[demo], plait[test]"
         return EnvironmentFault(f"the package {error.name!r} is not installed", hint=hint)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of an output, `system_errors` says it
+        return InputError(
+            "no such file or folder: its name is too long", where=str(error.filename or ""), hint="check the path"
+        )
     if isinstance(error, OSError) and error.errno in STEPS:
         return EnvironmentFault(error.strerror or str(error), where=str(error.filename or ""), hint=STEPS[error.errno])
     if any(words in str(error) for words in _TORCH_WRITES) and isinstance(error, RuntimeError):
