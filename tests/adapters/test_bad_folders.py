@@ -113,9 +113,9 @@ def sparse(folder: Path, shapes: dict[str, list[int]]) -> None:
 GB = 1 << 28  # numbers of four bytes
 TB = {"A": [2, 1 << 23], "B": [1 << 23, 2]}  # of 8192 modules
 SPARSE = {
-    "2 GB of another rank": ({"A": [GB // 6 * 2, 6], "B": [4, 2]}, InputError, "the rank in adapter_config.json is 2"),
+    "2 GB of another rank": ({"A": [GB // 6 * 2, 6], "B": [4, 2]}, InputError, "wider than any layer"),
     "2 GB in B": ({"A": [2, 6], "B": [1 << 14, 1 << 15]}, InputError, "the rank in adapter_config.json is 2"),
-    "6 GB of width": ({"A": [2, 3 * GB], "B": [4, 2]}, InputError, "the rank in adapter_config.json is 2"),
+    "6 GB of width": ({"A": [2, 3 * GB], "B": [4, 2]}, InputError, "wider than any layer"),
     "1 TB": ({f"{i}.{h}": TB[h] for i in range(8192) for h in "AB"}, EnvironmentFault, "free some memory"),
 }  # fmt: skip
 

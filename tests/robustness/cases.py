@@ -110,7 +110,7 @@ ADAPTERS = [
     Case("16 NaN", lambda w: tensors(w / "A", lambda t: t[QUERY].__setitem__((0, 0), float("nan"))), MERGE, 3, (f"A/{WEIGHTS}", QUERY, "NaN")),
     Case("17 a missing tensor", without(QUERY), MERGE, 3, ("A", "layer.0.query", "no lora_A")),
     Case("18 A without B", with_tensor(f"{ROOT}0.key.lora_A.weight", torch.ones(2, 6)), MERGE, 3, ("A", "layer.0.key", "no lora_B")),
-    Case("19 r unlike the tensor", lambda w: config(w / "A", r=3), MERGE, 3, ("A", "rank 3", CONFIG)),
+    Case("19 r unlike the tensor", lambda w: config(w / "A", r=3), MERGE, 3, ("A", "says 3", CONFIG)),
     Case("20 another base", lambda w: config(w / "A", base_model_name_or_path="other/base"), MERGE, 3, ("other/base", "some/base", "--base")),
     Case("21 another revision", lambda w: config(w / "A", revision="v2"), MERGE, 3, ("v2", "--base")),
     Case("22 different r", lambda w: (config(w / "A", r=3), tensors(w / "A", lambda t: t.update({k: wider(k, v) for k, v in t.items()}))),
