@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +83,9 @@ def device_named(name: str) -> torch.device:
     """
     if name == "auto":
         return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        device = torch.device(name)
-        known = device.type in ("cpu", "cuda")
-    except RuntimeError:
-        known = False
-    if not known:
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", name):
         raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFault("no GPU that torch can use", where=f"device {name}", hint="use --device cpu")
     return _own_gpu(device)
