@@ -134,6 +134,8 @@ def _how(found: dict[str, Any]) -> str:
 
 def merge_text(found: dict[str, Any]) -> str:
     """What a merge did, in a few lines."""
+    from plait.formats.alpha import alpha_notes
+
     if "curve" in found:
         rows = [
             [
@@ -148,6 +150,8 @@ def merge_text(found: dict[str, Any]) -> str:
     lines = [f"{_how(found)} of {', '.join(found['tasks'])} -> {found['output']}"]
     if found.get("reused"):
         return lines[0] + " (was there already)"
+    for adapter in found.get("adapters", []):
+        lines += [f"{adapter['name']}: {note}" for note in alpha_notes(adapter)]
     if found.get("rank"):
         lines.append(f"rank {found['rank']}")
     if found.get("discarded_energy"):

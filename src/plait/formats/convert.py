@@ -15,6 +15,7 @@ from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, RunError, UsageError
+from plait.formats.alpha import alpha_notes
 from plait.formats.keys import DIFFUSERS, PEFT
 from plait.formats.layouts import BY_BASE
 from plait.formats.names import COMPONENTS
@@ -190,9 +191,7 @@ def _notes(adapter: Adapter, target: str) -> list[str]:
     found += lines(carried([adapter]))
     if adapter.source.get("tucker"):
         found.append(f"{adapter.source['tucker']} convolutions came with a middle (Tucker) factor: multiplied into A")
-    if adapter.source.get("without_alpha"):
-        found.append(f"{adapter.source['without_alpha']} modules came without an alpha: taken as equal to the rank")
-    return found
+    return found + alpha_notes(adapter.source)
 
 
 def written_error(ready: Adapter, out: Path, target: str) -> float:

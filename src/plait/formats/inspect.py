@@ -147,6 +147,7 @@ def _numbers(adapter: Adapter) -> dict[str, Any]:
         "ranks": {str(k): v for k, v in sorted(Counter(f.rank for f in adapter.modules.values()).items())},
         "alphas": {f"{k:g}": v for k, v in sorted(alphas.items())},
         "without_alpha": adapter.source.get("without_alpha", 0),
+        "alpha_from": list(adapter.source.get("alpha_from", [])),
         "heads": sorted(adapter.heads),
         "extras": sorted(adapter.extras),
         "modules_to_save": list(adapter.modules_to_save),

@@ -50,6 +50,7 @@ _DIFFUSERS_SUFFIXES = {  # suffix -> (half, layout)
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _LAYOUTS = {"lora_A": ("lora_A", "lora_B"), "lora.down": ("lora.down", "lora.up")}
 _LAYOUTS["lora_linear_layer"] = ("lora_linear_layer.down", "lora_linear_layer.up")
+_LAYOUTS["lora_down"] = ("lora_down", "lora_up")  # kohya's words behind names with dots
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ class Parsed:
         format: "kohya" or "diffusers" ("original" is told by modules, not by tensors; see `formats.layouts`).
         halves: Module -> {"A": tensor, "B": tensor}, as stored; with a "mid" where a convolution has one between them.
         alphas: Module -> alpha tensor.
-        layouts: diffusers' component -> which of its spellings the file uses.
+        layouts: diffusers' component (or whatever stands before the first dot) -> which of its spellings the file uses.
     """
 
     format: str
@@ -126,9 +127,11 @@ def refuse_keys(tensors: Mapping[str, object], where: str) -> None:
 
 
 def _kohya(key: str) -> tuple[str, str, str, str] | None:
+    """Kohya's words make a file kohya's only where its names have no dots either: with them it is a spelling of the others."""
     for suffix, half in _KOHYA_SUFFIXES.items():
         if key.endswith(suffix):
-            return KOHYA, key.removesuffix(suffix), half, ""
+            module = key.removesuffix(suffix)
+            return (DIFFUSERS, module, half, "lora_down") if "." in module else (KOHYA, module, half, "")
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from plait.errors import InputError, UsageError
 from plait.formats.fused import Block, Layout, is_original
+from plait.formats.names import require_distinct
 
 _STREAM = ("attn.to_q", "attn.to_k", "attn.to_v")
 _CONTEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -89,7 +90,8 @@ SD3 = Layout(
 LAYOUTS = {layout.name: layout for layout in (FLUX, SD3)}
 # What stands before the names of the original layouts where they are written with dots: nothing, what ComfyUI's loaders
 # expect, or PEFT's own wrapper.
-_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
+_COMFY = ("diffusion_model.", "model.diffusion_model.")
+_PREFIXES = ("", *_COMFY, "base_model.model.")
 _FLUX2 = re.compile(r"flux[._\- ]?2", re.I)
 DIFFUSERS_NAMES, BY_BASE = "diffusers", "auto"
 # What a base is called -> its layout. FLUX.2 has other blocks than Flux, so it is not taken for it.
@@ -129,14 +131,30 @@ def dotted(modules: Iterable[str]) -> tuple[str, Layout] | None:
     return None
 
 
-def dotted_to_kohya(modules: Iterable[str]) -> dict[str, str]:
-    """Such names -> kohya's: dots become underscores under ``lora_unet_``; modules outside the prefix keep theirs."""
+def original_prefix(modules: Iterable[str]) -> str | None:
+    """What stands before names that a model's own authors gave; None where they are others'.
+
+    A layout known here tells them, and so does ComfyUI's prefix, whichever model's blocks follow.
+    """
     names = list(modules)
-    found = dotted(names)
-    if found is None:
+    if (found := dotted(names)) is not None:
+        return found[0]
+    return next((p for p in _COMFY if any(n.startswith(p) for n in names)), None)
+
+
+def dotted_to_kohya(modules: Iterable[str]) -> dict[str, str]:
+    """Such names -> kohya's: dots become underscores under ``lora_unet_``; modules outside the prefix keep theirs.
+
+    Raises:
+        InputError: Two that would become one.
+    """
+    names = list(modules)
+    prefix = original_prefix(names)
+    if prefix is None:
         return {n: n for n in names}
-    prefix, _ = found
-    return {n: f"lora_unet_{n.removeprefix(prefix).replace('.', '_')}" if n.startswith(prefix) else n for n in names}
+    found = {n: f"lora_unet_{n.removeprefix(prefix).replace('.', '_')}" if n.startswith(prefix) else n for n in names}
+    require_distinct(found)
+    return found
 
 
 def require_known(base: str) -> None:

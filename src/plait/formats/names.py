@@ -69,6 +69,10 @@ def to_diffusers(name: str) -> str:
     if prefix is None:
         raise InputError(f"module {name!r} starts with none of {', '.join(COMPONENTS)}", hint=_KEEP)
     rest = name.removeprefix(prefix)
+    if prefix == "lora_unet_" and rest.startswith("blocks_"):
+        raise InputError(
+            f"module {name!r} is of no U-Net: its blocks are a transformer's own, unknown here", hint=_KEEP
+        )
     inner = _from_first_release(rest) if prefix == "lora_unet_" else None
     return f"{COMPONENTS[prefix]}.{inner or _dotted(rest, name)}"
 
@@ -125,11 +129,16 @@ def diffusers_names(modules: Iterable[str]) -> dict[str, str]:
         InputError: Two that would become one.
     """
     found = {n: n if n.partition(".")[0] in COMPONENTS.values() else to_diffusers(n) for n in modules}
-    _require_distinct(found)
+    require_distinct(found)
     return found
 
 
-def _require_distinct(found: Mapping[str, str]) -> None:
+def require_distinct(found: Mapping[str, str]) -> None:
+    """Refuse a renaming that gives two modules one name.
+
+    Raises:
+        InputError: Names both.
+    """
     seen: dict[str, str] = {}
     for name, other in found.items():
         if other in seen:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import begin_adapter
 from plait.adapters.weights import WEIGHTS
 from plait.errors import InputError
-from plait.formats.keys import PEFT
+from plait.formats.keys import DIFFUSERS, ORIGINAL, PEFT
+from plait.formats.layouts import original_prefix
+from plait.formats.names import require_distinct
 from plait.formats.single_file import read_lora_file
 from plait.hub import adapter_place
 
@@ -41,5 +44,36 @@ def begin_any(path: str | Path, hashing: Hashing, *, name: str | None = None) ->
 
 
 def format_of(adapter: Adapter) -> str:
-    """The format an adapter was read from: "peft", "kohya" or "diffusers"."""
+    """The format an adapter was read from, a name in `keys.FORMATS`."""
     return str(adapter.source.get("format", PEFT))
+
+
+def with_one_prefix(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Files whose modules a model's authors named, all under the prefix that the first of them has.
+
+    ``diffusion_model.blocks.0``, ``model.diffusion_model.blocks.0`` and ``blocks.0`` are one module. Names are changed only
+    where that gives an adapter modules of the first one; everything else stays.
+    """
+    first = next((a for a in adapters if format_of(a) == ORIGINAL), None)
+    if first is None:
+        return list(adapters)
+    prefix = original_prefix(first.modules) or ""
+    return [a if a is first else _under(prefix, a, first) for a in adapters]
+
+
+def _under(prefix: str, adapter: Adapter, first: Adapter) -> Adapter:
+    if format_of(adapter) not in (DIFFUSERS, ORIGINAL):
+        return adapter
+    own = original_prefix(adapter.modules) or ""
+    named = {m: prefix + m.removeprefix(own) if m.startswith(own) else m for m in adapter.modules}
+    if own == prefix or not first.modules.keys() & set(named.values()):
+        return adapter
+    require_distinct(named)
+    modules = {new: adapter.modules[m] for m, new in named.items()}
+    spelling = next(iter(adapter.source.get("layouts", {}).values()), "lora_A")
+    layouts = {m.partition(".")[0]: spelling for m in modules}
+    return replace(
+        adapter,
+        modules=dict(sorted(modules.items())),
+        source={**adapter.source, "format": ORIGINAL, "layouts": layouts},
+    )

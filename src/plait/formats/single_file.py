@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from plait.adapters.beside import require_filled
-from plait.adapters.config import LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.conv import as_matrices, as_stored, with_middle
 from plait.adapters.key_names import without_adapter_name
 from plait.adapters.lora import Adapter, LoraFactors
@@ -22,11 +21,11 @@ from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import all_finite, read_tensors, widened
 from plait.checked import LARGEST_MANIFEST, Record, parsed_json
 from plait.errors import InputError
+from plait.formats.alpha import scalings_of
 from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names
-from plait.formats.layouts import dotted
+from plait.formats.layouts import original_prefix
 
 RECORD = "plait"  # metadata key of the record that a folder keeps in plait.json
-_ADAPTER_CONFIG = "lora_adapter_metadata"  # diffusers' metadata key: each component's LoRA config
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE_KEYS = ("ss_base_model_version", "modelspec.architecture")
 
@@ -34,9 +33,9 @@ _BASE_KEYS = ("ss_base_model_version", "modelspec.architecture")
 def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
     """Read a kohya or diffusers LoRA file.
 
-    Scaling is alpha / rank. A module without an alpha has alpha = rank, as both tools have it. Module names stay as the
-    file has them (diffusers' processor names become the modules they belong to), so that a merge needs no knowledge of
-    the model. A middle factor between A and B (LyCORIS' Tucker decomposition of a convolution) is multiplied into A.
+    Scaling is alpha / rank, wherever alpha stands (see `formats.alpha`). Module names stay as the file has them (diffusers'
+    processor names become the modules they belong to), so that a merge needs no knowledge of the model. A middle factor
+    between A and B (LyCORIS' Tucker decomposition of a convolution) is multiplied into A.
 
     Args:
         path: A safetensors file.
@@ -57,12 +56,13 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
         if tensor.is_floating_point() and not all_finite(tensor.float()):
             raise InputError(f"tensor {key!r} holds NaN or infinity", where=str(path))
     found = parse(tensors, str(path))
-    if found.format == DIFFUSERS and dotted(found.halves):
+    if found.format == DIFFUSERS and original_prefix(found.halves) is not None:
         found.format = ORIGINAL
-    configs = _configs(metadata, path) if found.format == DIFFUSERS else {}
-    promised = _promised(found, configs)
-    modules = {m: _factors(m, found, promised.get(m), path) for m in sorted(found.halves)}
     record = file_record(metadata, path)
+    modules = {m: _matrices(m, found, path) for m in sorted(found.halves)}
+    ranks = {m: f.rank for m, f in modules.items()}
+    scalings = scalings_of(found, ranks, metadata, path, written_here=record is not None)
+    modules = {m: replace(f, scaling=scalings.of[m]) for m, f in modules.items()}
     return Adapter(
         name=checked_name(name or _plain_name(path), "adapter"),
         base=_base(metadata, record),
@@ -73,7 +73,8 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
             "format": found.format,
             "layouts": found.layouts,
             "tucker": sum(MIDDLE in half for half in found.halves.values()),
-            "without_alpha": sum(m not in found.alphas for m in modules) if found.format == KOHYA else 0,
+            "without_alpha": scalings.by_format,
+            "alpha_from": list(scalings.places),
         },
     )
 
@@ -92,6 +93,7 @@ def file_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | Non
     record = Record.of(raw, str(path), inside=f"its metadata's {RECORD!r}")
     for key in ("options", "inputs", "result"):
         record.record(key, optional=True)
+    record.record("result", optional=True).texts("tasks", ())
     return dict(record.values)
 
 
@@ -101,56 +103,15 @@ def _base(metadata: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
     return next((metadata[k] for k in _BASE_KEYS if metadata.get(k)), "")
 
 
-def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig]:
-    """Component -> its LoRA config, where diffusers wrote them into the metadata."""
-    if _ADAPTER_CONFIG not in metadata:
-        return {}
-    what = f"its metadata's {_ADAPTER_CONFIG}"
-    raw = parsed_json(metadata[_ADAPTER_CONFIG], str(path), what, LARGEST_CONFIG)
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in Record.of(raw, str(path), inside=what).values.items():
-        component, _, field = key.partition(".")
-        parts.setdefault(component, {"peft_type": "LORA"})[field] = value
-    return {c: checked_config(config, path) for c, config in parts.items()}
-
-
-def _promised(found: Parsed, configs: Mapping[str, AdapterConfig]) -> dict[str, tuple[AdapterConfig, float]]:
-    """Module -> its component's config and the alpha that this promises, where there is one."""
-    parts: dict[str, list[str]] = {}
-    for module in found.halves:
-        component, _, inside = module.partition(".")
-        if component in configs:
-            parts.setdefault(component, []).append(inside)
-    return {
-        f"{component}.{inside}": (configs[component], alpha)
-        for component, insides in parts.items()
-        for inside, (_, alpha) in configs[component].promised(insides).items()
-    }
-
-
-def _factors(module: str, found: Parsed, promised: tuple[AdapterConfig, float] | None, path: Path) -> LoraFactors:
+def _matrices(module: str, found: Parsed, path: Path) -> LoraFactors:
+    """A module's factors as matrices, their scaling yet to come."""
     where = f"{path}: {module}"
     half = found.halves[module]
     A = with_middle(half["A"], half[MIDDLE], half["B"], where) if MIDDLE in half else half["A"]
     A, B, kind = as_matrices(A, half["B"], where)
     if A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise InputError(f"A {tuple(A.shape)} and B {tuple(B.shape)} have no rank in common", where=where)
-    rank = A.shape[0]
-    if module in found.alphas:
-        scaling = _alpha(found.alphas[module], where) / rank
-    elif promised is not None:
-        scaling = promised[0].scaling(promised[1], rank)
-    else:
-        scaling = 1.0
-    return LoraFactors(A, B, scaling, kind)
-
-
-def _alpha(tensor: Tensor, where: str) -> float:
-    value = float(tensor.double().reshape(-1)[0]) if tensor.numel() == 1 else math.nan
-    if not 0 < value < math.inf:
-        shown = value if tensor.numel() == 1 else f"a tensor {tuple(tensor.shape)}"
-        raise InputError(f"alpha is {shown}, expected one finite number above 0", where=where)
-    return value
+    return LoraFactors(A, B, 1.0, kind)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

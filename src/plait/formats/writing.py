@@ -58,6 +58,7 @@ def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
         )
     if layout != BY_BASE and (target != KOHYA or origin in (KOHYA, ORIGINAL)):
         raise UsageError("a layout is chosen on the way from PEFT or diffusers to kohya", hint="leave --layout out")
+    facts: dict[str, Any]
     if origin == target:
         modules = {m: _scaled_for(f, target) for m, f in adapter.modules.items()}
         source = {**adapter.source, "folded": _folded(modules, adapter.modules)}
@@ -68,15 +69,18 @@ def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
             where=adapter.name,
             hint="keep it as a PEFT folder",
         )
-    named = _named_by_diffusers(adapter, origin)
-    modules = {m: _scaled_for(f, target) for m, f in named.items()}
-    facts: dict[str, Any] = {"folded": _folded(modules, named)}
     if target == KOHYA and origin == ORIGINAL:  # the same layout: whole layers only change their names
         kohya = dotted_to_kohya(adapter.modules)
-        modules = {kohya[m]: f for m, f in adapter.modules.items()}
-    elif target == KOHYA:
-        modules, more = _named_by_kohya(modules, layout_for(adapter.base, layout))
-        facts |= more
+        if original_layout(kohya.values()):
+            _named_by_diffusers(adapter, origin)  # refuses what the layout has not
+        modules, facts = {kohya[m]: f for m, f in adapter.modules.items()}, {"folded": 0}
+    else:
+        named = _named_by_diffusers(adapter, origin)
+        modules = {m: _scaled_for(f, target) for m, f in named.items()}
+        facts = {"folded": _folded(modules, named)}
+        if target == KOHYA:
+            modules, more = _named_by_kohya(modules, layout_for(adapter.base, layout))
+            facts |= more
     return replace(
         adapter,
         modules=dict(sorted(modules.items())),
@@ -100,6 +104,11 @@ def _named_by_diffusers(adapter: Adapter, origin: str) -> dict[str, LoraFactors]
         whole = {kohya[m]: f for m, f in whole.items()}
     if origin in (KOHYA, ORIGINAL):
         original = original_layout(whole)
+        if origin == ORIGINAL and original is None:
+            raise InputError(
+                f"module {next(iter(adapter.modules))!r} is of a model whose names in diffusers are not known here",
+                hint="--to kohya keeps its names; merge and write it in the format it has",
+            )
         if original:
             require_known(adapter.base)
             whole = taken_apart(whole, original)

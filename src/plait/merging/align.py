@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,10 +106,18 @@ def _check_formats(adapters: Sequence[Adapter]) -> None:
             raise InputError(
                 f"{first.name!r} is a {a} adapter and {other.name!r} a {b} one",
                 where=other.name,
-                hint="plait convert brings one to the other's format"
-                if {first.task_type, other.task_type} <= {None, MERGED_TYPE}
-                else "one adapts a language model, the other an image model",
+                hint=_way_to_one_format({str(a): first, str(b): other}),
             )
+
+
+def _way_to_one_format(pair: Mapping[str, Adapter]) -> str:
+    if not {a.task_type for a in pair.values()} <= {None, MERGED_TYPE}:
+        return "one adapts a language model, the other an image model"
+    if pair.keys() == {"kohya", "original"}:
+        return (
+            f"plait convert {pair['original'].source.get('path', 'FILE')} --to kohya --out FILE changes its names only"
+        )
+    return "plait convert brings one to the other's format, where it knows the model's names"
 
 
 def _require_one_model(adapters: Sequence[Adapter]) -> None:

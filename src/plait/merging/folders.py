@@ -14,7 +14,7 @@ from plait.adapters.memory import give_back
 from plait.adapters.peft_format import begin_adapter, write_adapter
 from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
-from plait.formats.reading import begin_any, format_of
+from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.merging.beside import verify_carried
 from plait.merging.driver import plan_merge
 from plait.merging.foreseen import foreseen, stream_to
@@ -48,6 +48,7 @@ def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
     with Hashing() as hashing:
         begun = one_by_one(lambda folder: _begin_named(folder, hashing), folders)
         found = [rest() for rest in begun]
+    found = with_one_prefix(found)
     names = [a.name for a in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         paths = [Path(str(a.source.get("path", ""))).resolve() for a in found if a.name == twice]
