@@ -297,7 +297,8 @@ def page(result: dict[str, Any]) -> str:
         shown, why = "", r.get("refused", "")
         if r.get("random"):
             shown = f"norms {r['ratio_of_norms']:.3f} : 1"
-            why = f"random masks: {100 * r['changed_by_plait']:.1f} % of entries changed, {100 * r['changed_by_mergekit']:.1f} % by mergekit"
+            mine, theirs = (f"{100 * r[f'changed_by_{who}']:.1f} %" for who in ("plait", "mergekit"))
+            why = f"random masks: {mine} of entries changed, {theirs} by mergekit"
         elif "max_relative_difference" in r:
             shown = (
                 f"{r['max_relative_difference']:.1e}"

@@ -47,6 +47,11 @@ LAWS = {
     "dare_linear": Law(identity=False, antipodal_is_zero=False),
     "dare_ties": Law(identity=False, antipodal_is_zero=False),
     "della": Law(identity=False, antipodal_is_zero=False),
+    "sparse_arithmetic": Law(
+        options={"drop": "small", "density": 0.5, "elect": True, "normalise": True, "rescale": True},
+        identity=False,
+        antipodal_is_zero=False,
+    ),
     "breadcrumbs": Law(identity=False, antipodal_is_zero=True),
     "sce": Law(antipodal_is_zero=False),
     "emr": Law(antipodal_is_zero=False),

@@ -6,10 +6,8 @@ import pytest
 from tests.merging.test_folders import saved
 
 from plait.errors import InputError, UsageError
-from plait.merging import merge_folders, merge_methods
-from plait.merging.mergekit import _METHODS, from_mergekit, read_mergekit_config
-from plait.merging.registry import find_method
-from plait.options import checked_options
+from plait.merging import merge_folders
+from plait.merging.mergekit import from_mergekit, read_mergekit_config
 
 TIES = """
 models:
@@ -35,24 +33,23 @@ def test_a_recipe_runs(tmp_path):
     read = read_mergekit_config(tmp_path / "m.yaml")
     assert read == {
         "folders": [str(a), str(b)],
-        "method": "ties",
-        "options": {"scope": "module", "density": 0.4, "agreeing": "sum"},
+        "method": "sparse_arithmetic",
+        "options": {"rescale": False, "elect": True, "normalise": False, "drop": "small", "density": 0.4},
         "weights": [0.5, 1.5],
         "scale": 0.8,
         "base": "base",
     }
     done = merge_folders(read.pop("folders"), tmp_path / "out", **read)
-    assert done["method"] == "ties" and done["options"]["agreeing"] == "sum"
+    assert done["method"] == "sparse_arithmetic" and done["options"]["elect"]
+    dense = merge_folders([str(a), str(b)], tmp_path / "again", **read)
+    assert dense["tasks"] == [a.name, b.name]
 
 
-def test_every_shared_method_gives_valid_options():
-    assert {name for name, _ in _METHODS.values()} <= set(merge_methods())
-    for method, options in _METHODS.values():
-        checked_options(find_method(method), options)
+UNWEIGHTED = [{"model": "base+x"}, {"model": "base+y"}]
 
 
 def recipe(**changes):
-    models = [{"model": "base+x"}, {"model": "base+y"}]
+    models = [{"model": "base+x", "parameters": {"weight": 1}}, {"model": "base+y", "parameters": {"weight": 2}}]
     return {"models": models, "merge_method": "linear", **changes}
 
 
@@ -63,13 +60,31 @@ def recipe(**changes):
         ({"merge_metod": "linear"}, "did you mean 'merge_method'"),
         ({"merge_method": "tias"}, "did you mean 'ties'"),
         ({"merge_method": "passthrough"}, "passthrough"),
-        ({"models": [{"model": "whole", "parameters": {"weight": 1}}]}, "whole model"),
+        ({"models": [{"model": "whole", "parameters": {"weight": 1}}, *UNWEIGHTED]}, "whole model"),
         ({"models": [{"model": "base"}]}, "no model is base"),
         ({"models": [{"model": "base+x"}, {"model": "other+y"}], "base_model": "base"}, "different bases"),
         ({"models": [{"model": "base+x"}, {"model": "other+y"}]}, "different bases"),
         ({"parameters": {"weight": [0.1, 0.9]}}, "varies by layer"),
-        ({"parameters": {"normalize": False}}, "normalize: false"),
-        ({"merge_method": "ties", "parameters": {"rescale": True}}, "nothing like rescale"),
+        ({"parameters": {"normalize": False}}, "the base itself changes"),
+        ({"parameters": {"t": 0.5}}, "nothing like t of linear"),
+        ({"merge_method": "ties"}, "needs a base_model"),
+        ({"merge_method": "sce", "base_model": "base"}, "nothing like weight of sce"),
+        ({"merge_method": "karcher", "models": UNWEIGHTED}, "whole weights"),
+        ({"merge_method": "slerp", "models": UNWEIGHTED, "base_model": "base"}, "whole weights"),
+        ({"merge_method": "nuslerp"}, "whole weights"),
+        ({"merge_method": "multislerp"}, "whole weights"),
+        ({"merge_method": "nuslerp", "base_model": "base", "parameters": {"nuslerp_flatten": False}}, "row by row"),
+        ({"merge_method": "multislerp", "base_model": "base", "parameters": {"normalize_weights": False}}, "sum is 1"),
+        ({"models": UNWEIGHTED}, "no weight"),
+        ({"models": UNWEIGHTED, "merge_method": "ties", "base_model": "base"}, "no weight"),
+        ({"models": [{"model": "base"}, {"model": "base+x", "parameters": {"weight": 1}}]}, "base has no weight"),
+        ({"base_model": "base"}, "base has no weight"),
+        ({"models": [UNWEIGHTED[0]] * 2}, "listed twice"),
+        ({"merge_method": "ties", "base_model": "base+x"}, "different bases"),
+        ({"merge_method": ["ties"]}, "merge_method"),
+        ({"parameters": {"weight": 10**400}}, "weight"),
+        ({"parameters": {1: 2}}, "a key of parameters"),
+        ({"dtype": "int3"}, "dtype"),
     ],
 )
 def test_what_plait_does_not_do_is_refused(changes, message):
@@ -78,9 +93,9 @@ def test_what_plait_does_not_do_is_refused(changes, message):
 
 
 def test_densities_that_differ_are_refused():
-    models = [{"model": "base+x", "parameters": {"density": 0.1}}, {"model": "base+y", "parameters": {"density": 0.2}}]
+    models = [{"model": f"base+{n}", "parameters": {"density": d, "weight": 1}} for n, d in (("x", 0.1), ("y", 0.2))]
     with pytest.raises(UsageError, match="density differs"):
-        from_mergekit(recipe(merge_method="ties", models=models))
+        from_mergekit(recipe(merge_method="ties", models=models, base_model="base"))
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: 1\na: 2\n", "a: [\n", "a: !!python/object:os.system x\n", "\t: x"])

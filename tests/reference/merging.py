@@ -56,6 +56,24 @@ def breadcrumbs(D, w, density, gamma):
     return out
 
 
+def sparse_arithmetic(D, w, density, gamma):
+    """Largest and smallest magnitudes dropped by their place in the order, L1 norms restored, signs elected, signed mean."""
+    kept = []
+    for d in D:
+        n, flat = d.size, d.flatten()
+        left = int(density * n)
+        bottom = max(0, n - left - int(gamma * n))
+        mask = np.zeros(n)
+        mask[np.argsort(np.abs(flat), kind="stable")[bottom : bottom + left]] = 1
+        part = flat * mask
+        kept.append((part * (np.abs(flat).sum() / np.abs(part).sum() if left else 1)).reshape(d.shape))
+    scaled = [p * c for p, c in zip(kept, w, strict=True)]
+    sign = np.where(sum(scaled) >= 0, 1, -1)
+    agree = [np.sign(s) == sign for s in scaled]
+    divisor = sum(c * a for a, c in zip(agree, w, strict=True))
+    return sum(s * a for s, a in zip(scaled, agree, strict=True)) / np.where(divisor == 0, 1, divisor)
+
+
 def sce(D, w, density):
     if len(D) == 1:
         return w[0] * D[0]

@@ -80,6 +80,11 @@ TWINS = {
         {},
     ),
     "breadcrumbs": ({"density": 0.6, "gamma": 0.1}, lambda x: twin.breadcrumbs(deltas(x), x.weights, 0.6, 0.1), {}),
+    "sparse_arithmetic": (
+        {"drop": "outliers", "density": 0.6, "gamma": 0.2, "rescale": True, "elect": True, "normalise": True},
+        lambda x: twin.sparse_arithmetic(deltas(x), x.weights, 0.6, 0.2),
+        {},
+    ),
     "sce": ({"density": 0.3}, lambda x: twin.sce(deltas(x), x.weights, 0.3), {}),
     "emr": ({}, lambda x: twin.emr(deltas(x), x.weights), {}),
     "fisher": ({"floor": 1e-5}, lambda x: twin.fisher(deltas(x), x.weights, diagonals(x), 1e-5), {"positive": True}),

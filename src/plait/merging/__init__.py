@@ -13,6 +13,7 @@ from plait.merging import (  # noqa: F401  importing a method registers it
     linear,
     regmean,
     sce,
+    sparse_arithmetic,
     spherical,
     ties,
     tsv,

@@ -46,12 +46,15 @@ def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2, sp
 
     def pruned(parts: Iterable[Tensor], place: str) -> Iterator[Tensor]:
         for task, part in enumerate(parts):
-            yield _mag_prune(x, task, part, place, density, epsilon) if x.ranks[task] else part
+            yield mag_prune(x, task, part, place, density, epsilon) if x.ranks[task] else part
 
     return in_space(x, lambda parts, place: signed_mean(pruned(parts, place), x.weights), space)
 
 
-def _mag_prune(x: MergeInputs, task: int, part: Tensor, place: str, density: float, epsilon: float) -> Tensor:
+def mag_prune(
+    x: MergeInputs, task: int, part: Tensor, place: str, density: float, epsilon: float, *, divided: bool = True
+) -> Tensor:
+    """Drop entries of one task's rows, small ones more often; what stays is `divided` by its probability."""
     n = part.shape[1]
     order = _ascending(part.abs().cpu().numpy())
     ramp = np.linspace(density - epsilon / 2, density + epsilon / 2, n) if n > 1 else np.array([density])
@@ -60,6 +63,8 @@ def _mag_prune(x: MergeInputs, task: int, part: Tensor, place: str, density: flo
         levels, order, np.broadcast_to(np.maximum(1, np.rint(ramp * LEVELS)).astype(np.int32), part.shape), axis=1
     )
     part *= ones_where(draw(x, task, place, tuple(part.shape)) < levels, part)
+    if not divided:
+        return part
     return part.mul_(LEVELS).div_(torch.from_numpy(levels).to(part.device).to(part.dtype))
 
 

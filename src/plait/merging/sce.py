@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +16,13 @@ from plait.merging.registry import merge_method
 from plait.merging.stream import MergedDelta, row_blocks
 from plait.options import Density, Space
 
+_SMALL = 1e-6  # sum of the tasks' mean squares, below which mergekit weighs all alike
+
 
 @merge_method("sce", paper="arXiv:2408.07990")
-def sce(x: MergeInputs, *, density: Density = 0.1, space: Space = "dense") -> MergedDelta:
+def sce(
+    x: MergeInputs, *, density: Density = 0.1, space: Space = "dense", details: Literal["paper", "mergekit"] = "paper"
+) -> MergedDelta:
     """Select, calculate, erase: keep the entries of largest variance over the tasks, weigh and elect.
 
     Of the entries, the `density` with the largest variance over the tasks are selected; task t weighs
@@ -28,34 +33,59 @@ def sce(x: MergeInputs, *, density: Density = 0.1, space: Space = "dense") -> Me
         x: The module.
         density: Fraction of entries selected.
         space: Where entries are compared; see `ties`.
+        details: "mergekit" elects by the unweighted sum, rounds the number of selected entries down (of those that differ
+            at all, so that of one task none is), and gives all tasks one share where their mean squares add up to less
+            than 1e-6, as they do for most small adapters.
 
     Cost: three passes over row blocks.
     Source: Wan et al. (FuseChat), 2024, section 3.3.
     **Deviates**: signs are elected by the weighted sum and the weights renormalised over the tasks that agree, entry by
     entry. Given weights multiply the deltas. With one task every variance is zero: it comes back unchanged.
     """
+    as_mergekit = details == "mergekit"
     present = [t for t, rank in enumerate(x.ranks) if rank]
-    if len(present) < 2:
+    if len(present) < 2 and not as_mergekit:
         return x.combination(x.weights)
 
     def variances() -> Iterator[tuple[int, Tensor]]:
         for parts in _weighted_parts(x, space):
             yield 0, _variance(parts)
 
-    bound = float(nth_largest(variances, lambda total: math.ceil(density * total), 1)[0])
+    if as_mergekit:
+        chosen = math.floor(density * sum(int(torch.count_nonzero(v)) for _, v in variances()))
+        if chosen == 0 and density < 1:
+            return x.zero()
+        bound = float(nth_largest(variances, lambda total: chosen, 1)[0]) if density < 1 else 0.0
+    else:
+        bound = float(nth_largest(variances, lambda total: math.ceil(density * total), 1)[0])
     energy = torch.zeros(len(x.tasks), dtype=torch.float64)
     for parts in _weighted_parts(x, space):
         kept = _selected(parts, bound)
         energy += torch.tensor([float(part.double().square().sum()) for part in kept], dtype=torch.float64)
     if not float(energy.sum()) > 0:
         return x.zero()
+    if as_mergekit and float(energy.sum()) / (x.shape[0] * x.shape[1]) < _SMALL:
+        energy = torch.ones_like(energy)
     shares: Sequence[float] = (energy / energy.sum()).tolist()
 
     def rule(parts: Iterable[Tensor], place: str) -> Tensor:
         scaled = [part.mul_(w) if w != 1.0 else part for part, w in zip(parts, x.weights, strict=True)]
-        return signed_mean(iter(_selected(scaled, bound)), shares)
+        chosen = _selected(scaled, bound)
+        return _mean_of_agreeing(chosen, shares) if as_mergekit else signed_mean(iter(chosen), shares)
 
     return in_space(x, rule, space)
+
+
+def _mean_of_agreeing(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The mean, by shares, of the entries whose sign is that of their plain sum, zero counting as positive."""
+    total = sum(parts[1:], start=parts[0].clone())
+    elected = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
+    mixed, mass = torch.zeros_like(total), torch.zeros_like(total)
+    for part, share in zip(parts, shares, strict=True):
+        agrees = (part.sign() == elected).to(part.dtype)
+        mixed.addcmul_(part, agrees, value=share)
+        mass.add_(agrees, alpha=share)
+    return mixed.div_(mass.clamp_(min=1e-6))
 
 
 def _weighted_parts(x: MergeInputs, space: str) -> Iterator[list[Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from plait.merging.linear import normalised
 from plait.merging.registry import merge_method
 from plait.options import Fraction, Range
 
-# Beyond this cosine an arc is a straight line to float32, and the sine in the denominator is noise.
-_PARALLEL = 0.9995
+# Beyond this cosine an arc is a straight line to 1e-7 of its length.
+_PARALLEL = 1 - 1e-7
 # Norm of a mean of unit vectors, or sine of an angle to the antipode, below which no direction is defined.
 _NO_DIRECTION = 1e-6
 
@@ -36,7 +36,7 @@ def slerp(x: MergeInputs, *, t: Fraction | None = None) -> LoraFactors:
 
     Cost: copying the factors and two (R, R) Gram matrices.
     Source: Shoemake, SIGGRAPH 1985.
-    **Deviates**: a straight line where the cosine exceeds 0.9995. The lengths are interpolated by the same
+    **Deviates**: a straight line where the cosine exceeds 1 - 1e-7. The lengths are interpolated by the same
     coefficients, as mergekit has it; here the angle is between deltas, not between weights.
     """
     if len(x.tasks) != 2:
@@ -60,19 +60,25 @@ def slerp(x: MergeInputs, *, t: Fraction | None = None) -> LoraFactors:
 
 
 @merge_method("multi_slerp", paper="Buss and Fillmore 2001")
-def multi_slerp(x: MergeInputs) -> LoraFactors:
+def multi_slerp(x: MergeInputs, *, tangent: Literal["log", "projected"] = "log") -> LoraFactors:
     """One step of the spherical mean: average in the tangent space at the normalised mean, and map back.
 
     The result has the weighted mean of the deltas' norms.
+
+    Args:
+        x: The module.
+        tangent: How unit deltas get into the tangent space: by the logarithmic map, or projected onto it without
+            regard to the length of the arc, as mergekit's multislerp does.
 
     Raises:
         UsageError: Weights that are negative or sum to zero.
         InputError: A zero delta, or unit deltas that cancel.
 
     Cost: copying the factors and two (R, R) Gram matrices.
-    Source: the first iteration of Buss & Fillmore, ACM TOG 2001, as mergekit's multislerp takes it.
+    Source: the first iteration of Buss & Fillmore, ACM TOG 2001.
+    **Deviates** from mergekit's multislerp unless `tangent` is "projected".
     """
-    return _spherical_mean(x, steps=1, tolerance=0.0)
+    return _spherical_mean(x, steps=1, tolerance=0.0, projected=tangent == "projected")
 
 
 @merge_method("karcher", paper="Karcher 1977")
@@ -96,7 +102,7 @@ def karcher(
     return _spherical_mean(x, steps, tolerance)
 
 
-def _spherical_mean(x: MergeInputs, steps: int, tolerance: float) -> LoraFactors:
+def _spherical_mean(x: MergeInputs, steps: int, tolerance: float, *, projected: bool = False) -> LoraFactors:
     """In coordinates of the span of the unit deltas, which their Gram matrix gives.
 
     Coefficients over the deltas themselves would do in exact arithmetic. But where deltas are dependent, what has no
@@ -119,7 +125,7 @@ def _spherical_mean(x: MergeInputs, steps: int, tolerance: float) -> LoraFactors
         angles = torch.atan2(sines, cosines)
         # log map of unit delta u at p: (u - cos p) angle / sin; summed with weights, then the exponential map.
         stretch = torch.where(sines > 1e-12, angles / sines.clamp(min=1e-12), 0.0)
-        tangent = (weights * stretch) @ across
+        tangent = (weights if projected else weights * stretch) @ across
         length = float(torch.linalg.vector_norm(tangent))
         if length <= tolerance:
             break
