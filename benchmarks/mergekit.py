@@ -164,7 +164,8 @@ def recipes() -> list[tuple[str, dict[str, Any]]]:
     add("weights of sum 0", "nuslerp", (1.0, -1.0))
     add("row by row", "nuslerp", (1.0, 3.0), nuslerp_flatten=False)
     add("whole weights", "nuslerp", (1.0, 3.0), base=False)
-    add("base_model", "multislerp", (1.0, 3.0, 0.5))
+    add("base_model", "multislerp", (1.0, 3.0))
+    add("three models", "multislerp", (1.0, 3.0, 0.5))
     add("base_model, equal weights", "multislerp", (0.5, 0.5))
     add("whole weights", "multislerp", (0.5, 0.5), base=False)
     add("normalize_weights: false, sum 1", "multislerp", (0.3, 0.7), normalize_weights=False)
@@ -207,7 +208,7 @@ def row(
     try:
         answer(MergeRequest([str(file)], mine, bake_into=base))
     except PlaitError as e:
-        return found | {"refused": e.what}
+        return found | {"refused": e.what.replace(f"{base.parent}/", "")}
     if refused:
         return found | {"max_relative_difference": None}
     a, b = differences(base, theirs), differences(base, mine)
@@ -284,11 +285,11 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# mergekit's recipes in plait",
         "",
-        f"mergekit {result['mergekit']} and plait on a tiny random Llama and three adapters of rank {RANK} whose updates are as large as its",
-        "weights, float32, CPU. Both read the same YAML; the table holds |plait - mergekit| / |mergekit| over all weights, of what the",
-        "merged model adds to the base. plait's merge is baked (as an adapter it is cut to the sum of the ranks, and says what that",
-        "loses). Masks that are drawn at random cannot be the same: there the ratio of the norms and the fractions of changed entries",
-        "are compared. Made by `benchmarks/mergekit.py`.",
+        f"mergekit {result['mergekit']} and plait on a tiny random Llama and three adapters of rank {RANK}, whose updates are as",
+        "large as its weights, float32, CPU. Both read the same YAML; the table holds |plait - mergekit| / |mergekit| over all",
+        "weights, of what the merged model adds to the base. plait's merge is baked (as an adapter it is cut to the sum of the",
+        "ranks, and says what that loses). Masks that are drawn at random cannot be the same: there the ratio of the norms and",
+        "the fractions of changed entries are compared. Made by `benchmarks/mergekit.py`.",
         "",
         "| method | recipe | difference | or why not |",
         "|---|---|---|---|",

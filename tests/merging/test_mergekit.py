@@ -47,6 +47,8 @@ def test_a_recipe_runs(tmp_path):
 
 UNWEIGHTED = [{"model": "base+x"}, {"model": "base+y"}]
 
+THREE = [{"model": f"base+{n}", "parameters": {"weight": 1}} for n in "xyz"]
+
 
 def recipe(**changes):
     models = [{"model": "base+x", "parameters": {"weight": 1}}, {"model": "base+y", "parameters": {"weight": 2}}]
@@ -75,6 +77,7 @@ def recipe(**changes):
         ({"merge_method": "multislerp"}, "whole weights"),
         ({"merge_method": "nuslerp", "base_model": "base", "parameters": {"nuslerp_flatten": False}}, "row by row"),
         ({"merge_method": "multislerp", "base_model": "base", "parameters": {"normalize_weights": False}}, "sum is 1"),
+        ({"merge_method": "multislerp", "base_model": "base", "models": THREE}, "more than two"),
         ({"models": UNWEIGHTED}, "no weight"),
         ({"models": UNWEIGHTED, "merge_method": "ties", "base_model": "base"}, "no weight"),
         ({"models": [{"model": "base"}, {"model": "base+x", "parameters": {"weight": 1}}]}, "base has no weight"),

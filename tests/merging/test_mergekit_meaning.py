@@ -136,7 +136,7 @@ CASES = {
     "sce": ("sce", None, {"select_topk": 0.4}, True, None, lambda D, w, W0, W: W0 + sce(D, 0.4)),
     "sce, default": ("sce", None, {}, True, None, lambda D, w, W0, W: W0 + sce(D, 1.0)),
     "nuslerp": ("nuslerp", (1, 3), {}, True, None, lambda D, w, W0, W: W0 + slerp(0.75, *D)),
-    "multislerp": ("multislerp", (1, 3, 0.5), {}, True, None, lambda D, w, W0, W: W0 + multislerp(D, w)),
+    "multislerp": ("multislerp", (1, 3), {}, True, None, lambda D, w, W0, W: W0 + multislerp(D, w)),
 }  # fmt: skip
 
 

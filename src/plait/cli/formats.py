@@ -32,9 +32,9 @@ def inspect(adapter: Adapter, as_json: Json = False) -> None:
 def convert(
     adapter: Adapter,
     out: Out,
-    to: Annotated[str, typer.Option("--to", help="peft, kohya or diffusers.")] = "peft",
+    to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers or mlx.")] = "peft",
     component: Annotated[str | None, typer.Option("--component", help="What a PEFT folder adapts: unet, text_encoder, ...")] = None,
-    base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: for DoRA and trained embeddings.")] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: for DoRA, trained embeddings and GGUF files.")] = None,
     initial: Annotated[Path | None, typer.Option("--initial", help="The adapter before training: for PiSSA and kin.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="For what is not low rank; the error is printed.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float16, bfloat16 or float32; the rounding is printed.")] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from plait.cli.given import only, without
 from plait.cli.options import Json, Overwrite, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
 from plait.errors import UsageError
+
+if TYPE_CHECKING:
+    from plait.merging.module_weights import ModuleWeights
 
 Folders = Annotated[
     list[str],
@@ -24,9 +27,16 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes."
 Method = Annotated[
     str, typer.Option("--method", "-m", help="See `plait ls merges`; task_arithmetic is the plain sum of the updates.")
 ]
-Weights = Annotated[str | None, typer.Option("--weights", help="One per adapter: 1,1,0.5 (any sign).")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="One per adapter: 1,1,0.5 (any sign); or a YAML or JSON file of adapter: {pattern: number}."
+    ),
+]
 Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK.stats.safetensors or TASK=FILE; repeatable.")]
-Format = Annotated[str | None, typer.Option("--format", help="peft, kohya or diffusers; by default as the inputs.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="peft, kohya, diffusers or mlx; by default as the inputs.")
+]
 Refine = Annotated[int, typer.Option("--refine", min=0, help="auto: steps of learning weights on the texts.")]
 Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
@@ -91,10 +101,11 @@ def merge(
     from plait.merging.request import MergeRequest, answer
 
     trailing = [Path(f) for f in folders if f.endswith(_STATISTICS)]  # --stats pool/* leaves them here
+    listed, by_module = _weights(weights)
     request = MergeRequest(
-        [f for f in folders if not f.endswith(_STATISTICS)], out, method, settings(sets), numbers(weights, "--weights"),
+        [f for f in folders if not f.endswith(_STATISTICS)], out, method, settings(sets), listed,
         scale, named_files([*(stats or []), *trailing]), rank, calibrate, seed, device, verify, base, overwrite, bake,
-        per_task, curve, format, stack, disjoint,
+        per_task, curve, format, stack, disjoint, by_module,
     )  # fmt: skip
     found = answer(request)
     emit(found, as_json, merge_text(found))
@@ -115,6 +126,15 @@ def _require_meaning(context: typer.Context, folders: list[str], *, per_task: bo
         without(context, "--bake", ("format",), hint="it writes a full model")
 
 
+def _weights(given: str | None) -> tuple[list[float] | None, ModuleWeights | None]:
+    """One weight per adapter, or those of a file by module pattern."""
+    from plait.merging.module_weights import SUFFIXES, read_module_weights
+
+    if given is None or not given.endswith(SUFFIXES):
+        return numbers(given, "--weights"), None
+    return None, read_module_weights(Path(given))
+
+
 def named_files(files: list[Path] | None) -> dict[str, Path] | None:
     """``TASK=FILE``, or files whose name before the first dot is the task."""
     if not files:
@@ -127,9 +147,12 @@ def _how(found: dict[str, Any]) -> str:
     """The method, its scale, and weights where they are not 1 each."""
     method, weights = found.get("method", "emr"), found.get("weights") or []
     listed = any(w != 1 for w in weights)
+    by_module = " with weights by module" if found.get("module_weights") else ""
     said = {"task_arithmetic": f" (the {'weighted' if listed else 'plain'} sum)"}.get(method, "")
     scale = f" at scale {found['scale']:g}" if "scale" in found else ""
-    return f"{method}{said}{scale}" + (f", weights {', '.join(f'{w:g}' for w in weights)}," if listed else "")
+    return f"{method}{said}{by_module}{scale}" + (
+        f", weights {', '.join(f'{w:g}' for w in weights)}," if listed else ""
+    )
 
 
 def merge_text(found: dict[str, Any]) -> str:

@@ -16,8 +16,10 @@ from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.alpha import alpha_notes
-from plait.formats.keys import DIFFUSERS, PEFT
+from plait.formats.gguf_reading import read_gguf
+from plait.formats.keys import DIFFUSERS, MLX, PEFT
 from plait.formats.layouts import BY_BASE
+from plait.formats.mlx import is_mlx, read_mlx
 from plait.formats.names import COMPONENTS
 from plait.formats.plain import read_plain
 from plait.formats.reading import format_of, read_any
@@ -48,9 +50,10 @@ def convert(
     """Write an adapter in another format, its update unchanged, variants turned into plain LoRA.
 
     Args:
-        source: A PEFT folder, a folder of them named by component (``unet``, ``text_encoder``), or a LoRA file.
-        out: A folder for PEFT, else a .safetensors file.
-        to: "peft", "kohya" or "diffusers".
+        source: A PEFT folder, a folder of them named by component (``unet``, ``text_encoder``), or a LoRA file; a folder
+            of mlx-lm; a GGUF adapter (with the base in `means`).
+        out: A folder for PEFT and mlx-lm, else a .safetensors file.
+        to: "peft", "kohya", "diffusers" or "mlx".
         means: For variants, see `formats.plain`.
         component: What of a pipeline a single PEFT folder adapts, for kohya and diffusers.
         dtype: "float16", "bfloat16" or "float32" for all factors; by default as they are.
@@ -75,7 +78,8 @@ def convert(
             raise UsageError("--rename is for a PEFT folder that becomes one", hint="leave --rename or --to out")
         adapter = renamed(adapter, rename)
     require_apart(out, [source, *(p for p in (means.base, means.initial) if p is not None)])
-    origin = format_of(adapter) if source.is_file() else PEFT
+    origin = "gguf" if source.suffix == ".gguf" else MLX if is_mlx(source) else PEFT
+    origin = format_of(adapter) if source.is_file() and origin == PEFT else origin
     adapter = replace(adapter, source={**adapter.source, "format": adapter.source.get("format", PEFT)})
     ready = in_format(adapter, target, layout)
     rounding = None
@@ -111,6 +115,12 @@ def _found(means: Means) -> Means:
 
 
 def _read(source: Path, means: Means, component: str | None, target: str) -> tuple[Adapter, list[dict[str, Any]]]:
+    if source.suffix == ".gguf" and source.is_file():
+        if means.base is None:
+            raise UsageError(f"which base does {source} adapt?", hint="--base DIR, which tells its names")
+        return read_gguf(source, means.base), []
+    if is_mlx(source):
+        return read_mlx(source), []
     if source.is_file():
         if component:
             raise UsageError("--component is for a PEFT folder; a file names its components itself")
@@ -123,7 +133,7 @@ def _read(source: Path, means: Means, component: str | None, target: str) -> tup
     if not source.is_dir():
         raise InputError("no such adapter", where=str(source))
     adapter, done = read_plain(source, means)
-    if target == PEFT:
+    if target in (PEFT, MLX):
         return adapter, done
     if component is None:
         raise UsageError(
@@ -215,6 +225,8 @@ def read_back(out: Path, target: str) -> dict[str, Any]:
     """Module, named as `in_format` names them -> the factors that stand on disk."""
     if target in FILE_FORMATS:
         return dict(read_lora_file(out, name="written").modules)
+    if target == MLX:
+        return dict(read_mlx(out, name="written").modules)
     parts = component_folders(out)
     if not parts:
         adapter = read_adapter(out, name="written")

@@ -17,7 +17,8 @@ from plait.adapters.weights import weight_shapes
 from plait.checked import Record
 from plait.errors import Damaged, InputError, PlaitError
 from plait.formats.convert import component_folders
-from plait.formats.keys import PEFT, TUCKER, variant_of
+from plait.formats.keys import MLX, PEFT, TUCKER, variant_of
+from plait.formats.mlx import FILE, is_mlx
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import file_record
 from plait.hub import adapter_place, hub_facts, name_of
@@ -75,7 +76,9 @@ def inspect(path: Path) -> dict[str, Any]:
 def _facts(path: Path) -> dict[str, Any]:
     if path.is_dir() and not (path / CONFIG).exists():
         raise InputError(f"no {CONFIG}, and no folders with one", where=str(path), hint="expected an adapter")
-    tensors, metadata = _tensors(path)
+    path = path.parent if path.is_file() and is_mlx(path) else path
+    mlx = is_mlx(path)
+    tensors, metadata = _tensors(path / FILE if mlx else path)
     variant, way = _variant(path, tensors)
     adapter, problem = _attempt(path)
     manifest = read_manifest(path) if path.is_dir() and (path / MANIFEST).exists() else None
@@ -85,7 +88,7 @@ def _facts(path: Path) -> dict[str, Any]:
     made = Record.of(record or {}, str(path)).record("result", optional=True)
     result = made.values
     return {
-        "format": format_of(adapter) if adapter else (PEFT if path.is_dir() else None),
+        "format": format_of(adapter) if adapter else (MLX if mlx else PEFT if path.is_dir() else None),
         "name": adapter.name if adapter else name_of(path).removesuffix(".safetensors"),
         **hub_facts(path),
         "base": (adapter.base if adapter else config.get("base_model_name_or_path")) or None,
@@ -114,7 +117,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 def _attempt(path: Path) -> tuple[Adapter | None, str | None]:
     try:
-        return (read_adapter(path) if path.is_dir() else read_any(path)), None
+        return (read_adapter(path) if path.is_dir() and not is_mlx(path) else read_any(path)), None
     except Damaged:  # of nothing in it can be said that it is what was written
         raise
     except PlaitError as e:
@@ -128,6 +131,9 @@ def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
         tucker = any(f".{TUCKER}" in key for key in tensors)
         return (found[0], None) if found else ("LoRA with Tucker convolutions" if tucker else "LoRA", None)
     raw = _config(path)
+    if is_mlx(path):
+        kind = str(raw.get("fine_tune_type", "lora"))
+        return {"lora": "LoRA", "dora": "DoRA", "full": "a full fine-tune"}.get(kind, kind), None
     for key, (name, way) in _VARIANTS.items():
         if raw.get(key):
             return name, way

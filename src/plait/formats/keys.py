@@ -13,7 +13,8 @@ from plait.errors import InputError
 MIDDLE, TUCKER = "mid", "lora_mid"  # what a Tucker-decomposed convolution has between A and B; its tensors' name
 KOHYA, DIFFUSERS, PEFT = "kohya", "diffusers", "peft"
 ORIGINAL = "original"  # modules named, with dots, as the model's own authors have them: double_blocks.0.img_attn.qkv
-FORMATS = (PEFT, KOHYA, DIFFUSERS, ORIGINAL)
+MLX = "mlx"  # mlx-lm's folders
+FORMATS = (PEFT, KOHYA, DIFFUSERS, ORIGINAL, MLX)
 # Piece of a tensor's name -> the variant it gives away, and why it is no plain LoRA.
 REFUSED = {
     "hada_": ("LoHa", "the update is an entrywise product of two low-rank matrices, which is not low rank"),

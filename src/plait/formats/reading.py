@@ -1,4 +1,4 @@
-"""Reading an adapter whatever it is: a PEFT folder, or a LoRA file of kohya or diffusers."""
+"""Reading an adapter whatever it is: a folder of PEFT or mlx-lm, or a LoRA file of kohya or diffusers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from plait.adapters.weights import WEIGHTS
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, ORIGINAL, PEFT
 from plait.formats.layouts import original_prefix
+from plait.formats.mlx import is_mlx, read_mlx
 from plait.formats.names import require_distinct
 from plait.formats.single_file import read_lora_file
 from plait.hub import adapter_place
 
 
 def read_any(path: str | Path, *, name: str | None = None) -> Adapter:
-    """Read a PEFT folder, or a kohya or diffusers file; raises as `read_adapter` and `read_lora_file`.
+    """Read a folder of PEFT or mlx-lm, or a kohya or diffusers file; raises as `read_adapter` and the others do.
 
     The weights' file of a PEFT folder stands for its folder.
     """
@@ -34,8 +35,16 @@ def begin_any(path: str | Path, hashing: Hashing, *, name: str | None = None) ->
     path = adapter_place(path)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
+    if is_mlx(path):
+        return partial(read_mlx, path, name=name)
     if path.is_dir() or not path.exists():
         return begin_adapter(path, hashing, name=name)
+    if path.suffix == ".gguf":
+        raise InputError(
+            "a GGUF adapter, whose names only its base tells",
+            where=str(path),
+            hint=f"plait convert {path} --base DIR --out FOLDER, then merge that folder",
+        )
     if path.suffix != ".safetensors":
         raise InputError(
             "a file, but no .safetensors", where=str(path), hint="a PEFT folder, or a LoRA file in safetensors"

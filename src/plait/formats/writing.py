@@ -14,8 +14,9 @@ from plait.adapters.peft_format import write_adapter
 from plait.adapters.tensors import read_metadata, read_tensors
 from plait.errors import InputError, UsageError
 from plait.formats.fused import Layout, put_together, taken_apart
-from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, ORIGINAL, PEFT
+from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, MLX, ORIGINAL, PEFT
 from plait.formats.layouts import BY_BASE, dotted_to_kohya, layout_for, original_layout, require_known
+from plait.formats.mlx import write_mlx
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
 from plait.formats.reading import format_of
 from plait.formats.single_file import file_record, unscaled, write_lora_file
@@ -69,6 +70,10 @@ def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
             where=adapter.name,
             hint="keep it as a PEFT folder",
         )
+    if {origin, target} == {PEFT, MLX}:  # the same names
+        return _of_language_model(adapter, target)
+    if MLX in (origin, target):
+        raise InputError(f"{MLX} is for language models, and {origin} files are not", where=adapter.name)
     if target == KOHYA and origin == ORIGINAL:  # the same layout: whole layers only change their names
         kohya = dotted_to_kohya(adapter.modules)
         if original_layout(kohya.values()):
@@ -94,6 +99,17 @@ def in_format(adapter: Adapter, target: str, layout: str = BY_BASE) -> Adapter:
             "pipeline": True,
         },
     )
+
+
+def _of_language_model(adapter: Adapter, target: str) -> Adapter:
+    """The adapter with the names of the whole model, for PEFT's folders and mlx-lm's."""
+    modules = {adapter.full_name(m): f for m, f in adapter.modules.items()}
+    if target == MLX and len({f.scaling for f in modules.values()}) > 1:
+        scaled = {m: unscaled(f) for m, f in modules.items()}
+    else:
+        scaled = {m: _scaled_for(f, PEFT) for m, f in modules.items()} if target == PEFT else modules
+    source = {**adapter.source, "format": target, "folded": _folded(scaled, modules)}
+    return replace(adapter, modules=dict(sorted(scaled.items())), prefix="", target_modules=None, source=source)
 
 
 def _named_by_diffusers(adapter: Adapter, origin: str) -> dict[str, LoraFactors]:
@@ -211,7 +227,7 @@ def write_any(
         for component, part in parts.items():
             inside = stage / component if component else stage
             inside.mkdir(exist_ok=True)
-            write_adapter(inside, part)
+            (write_mlx if target == MLX else write_adapter)(inside, part)
         if check:
             check(stage)
 

@@ -73,6 +73,8 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
 def _linear(recipe: Recorded) -> Any:
     method = find_method(str(recipe.options["method"]))
     cut = recipe.options.get("rank") is not None or recipe.result.get("discarded_energy", 0.0) > 0
+    if recipe.options.get("module_weights"):
+        raise UsageError("its weights differ by module", where=str(recipe.path), hint="leave --by-difference out")
     if method.combination is None or cut or recipe.options.get("calibrate"):
         why = "its result was cut or calibrated" if method.combination else "it is no weighted sum of its inputs"
         raise UsageError(

@@ -14,6 +14,7 @@ from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.merging.align import align
 from plait.merging.beside import require_exact
 from plait.merging.calibration import find_calibration
+from plait.merging.module_weights import ModuleWeights, weights_of_modules
 from plait.merging.plan import Merged, Plan
 from plait.merging.registry import MergeMethod, find_method
 from plait.options import checked_options
@@ -101,6 +102,7 @@ def plan_merge(
     device: str = "cpu",
     base: str | None = None,
     disjoint: bool = False,
+    module_weights: ModuleWeights | None = None,
 ) -> Plan:
     """Check everything about a merge and compute nothing; arguments as `merge` has them."""
     found = find_method(method)
@@ -108,8 +110,17 @@ def plan_merge(
     common = align(adapters, base, disjoint=disjoint)
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}, expected at least 1")
-    counted, factor = _weights(adapters, weights), _finite(scale, "scale")
-    summed = found.combination(counted) if found.combination and calibrate is None else None
+    defaults: tuple[float, ...] = ()
+    by_module: dict[str, tuple[float, ...]] = {}
+    if module_weights is not None:
+        if weights is not None:
+            raise UsageError(
+                "weights per adapter and weights by module exclude each other", hint="default: in the file"
+            )
+        defaults, by_module = weights_of_modules(module_weights, adapters, list(common.modules))
+    counted = _weights(adapters, weights) if module_weights is None else defaults
+    factor = _finite(scale, "scale")
+    summed = found.combination(counted) if found.combination and calibrate is None and not by_module else None
     require_exact(adapters, None if summed is None else [c * factor for c in summed], found.name)
     return Plan(
         method=found,
@@ -123,6 +134,8 @@ def plan_merge(
         seed=seed,
         device=_device(device),
         statistics=_statistics(found, adapters, statistics),
+        module_weights=module_weights,
+        by_module=by_module,
     )
 
 

@@ -18,6 +18,7 @@ from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.merging.beside import verify_carried
 from plait.merging.driver import plan_merge
 from plait.merging.foreseen import foreseen, stream_to
+from plait.merging.module_weights import ModuleWeights
 from plait.merging.outcome import input_hashes
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
@@ -87,6 +88,7 @@ def merge_folders(
     base: str | None = None,
     disjoint: bool = False,
     overwrite: bool = False,
+    module_weights: ModuleWeights | None = None,
 ) -> dict[str, Any]:
     """Merge PEFT folders into one PEFT folder, or LoRA files into one file of their format.
 
@@ -106,6 +108,7 @@ def merge_folders(
         disjoint: The adapters are meant side by side though they have no module in common.
         verify: Read the result again before it takes its place, and compare it with the inputs.
         overwrite: Replace what stands at `out`.
+        module_weights: Adapter -> module pattern -> weight, in place of `weights`; see `module_weights`.
 
     Returns:
         The record of `merge`, with `seconds_merge` (first file opened to last file closed, verification included),
@@ -130,6 +133,7 @@ def merge_folders(
         device=device,
         base=base,
         disjoint=disjoint,
+        module_weights=module_weights,
     )
     if format_of(adapters[0]) != PEFT:
         from plait.merging.to_format import merge_to_format

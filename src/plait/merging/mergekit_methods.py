@@ -184,6 +184,12 @@ def _multislerp(recipe: MergekitRecipe) -> dict[str, Any]:
     if recipe.number("eps", 1e-8) != 1e-8:
         raise UsageError("plait has nothing like eps of multislerp", where="parameters", hint="leave it out")
     weights = recipe.weights()
+    if len(weights) > 2:
+        raise UsageError(
+            "multislerp of more than two adapters stops in mergekit at every weight that none of them changes",
+            where="models",
+            hint="the folders themselves with --method multi_slerp --set tangent=projected",
+        )
     if not recipe.flag("normalize_weights", True) and abs(sum(weights) - 1) > _EXACT:
         raise UsageError(
             "multislerp takes weights whose sum is 1, or normalises them",

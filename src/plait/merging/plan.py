@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,11 +16,13 @@ from plait.merging.align import Alignment
 from plait.merging.beside import recorded
 from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
+from plait.merging.module_weights import ModuleWeights
 from plait.merging.outcome import assembled, discarded, labels_of, provenance
 from plait.merging.registry import MergeMethod
 from plait.merging.stacks import groups_of, merged_group
 from plait.merging.stream import DenseDelta, MergedDelta, Truncated, as_dense, cut_to_rank
 from plait.merging.verify import probes_by_width, projection_error, some_modules, sum_error
+from plait.merging.views import Views
 from plait.merging.workers import one_by_one, side_by_side
 
 S = TypeVar("S")
@@ -49,7 +51,8 @@ class Merged:
 class Plan:
     """One merge, everything checked and nothing computed; arguments as `merge` has them.
 
-    `decided` keeps what the method's `prepare` returned, so that verification does not run it again.
+    `module_weights` are those by pattern, where there are any, and `by_module` what they are in each module. `decided` keeps
+    what the method's `prepare` returned, so that verification does not run it again.
     """
 
     method: MergeMethod
@@ -63,7 +66,13 @@ class Plan:
     seed: int
     device: torch.device
     statistics: tuple[Any, ...]
+    module_weights: ModuleWeights | None = None
+    by_module: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     decided: dict[str, Any] = field(default_factory=dict)
+
+    def weights_in(self, module: str) -> tuple[float, ...]:
+        """The weights that hold in one module."""
+        return self.by_module.get(module, self.weights)
 
     def run(self, name: str) -> Merged:
         """Merge every module."""
@@ -85,13 +94,14 @@ class Plan:
     def prepared(self) -> Any:
         """What the method decides model-wide, before the first module."""
         if self.method.prepare and "context" not in self.decided:
-            self.decided["context"] = self.method.prepare(_Views(self, list(self.common.modules)), self.options)
+            self.decided["context"] = self.method.prepare(Views(self.view, list(self.common.modules)), self.options)
             give_back()  # what a pass over the whole model needed, before the modules need theirs
         return self.decided.get("context")
 
     def verification_error(self, modules: Mapping[str, LoraFactors]) -> float:
         """Compare a result, wherever it was read from, with the inputs; see `verify`."""
-        summed = None if self.calibration or not self.method.combination else self.method.combination(self.weights)
+        combination = None if self.calibration else self.method.combination
+        summed = combination is not None
         context = None if summed else self.prepared()
         names = list(modules) if summed else some_modules(list(modules), self.seed)
         probes = probes_by_width(modules, self.seed) if summed else {}
@@ -103,7 +113,8 @@ class Plan:
             if summed and (parts := self.parts(m)) and modules[m].rank >= sum(f.rank for _, f in parts):
                 return sum_error(parts, modules[m], probes[modules[m].shape[1]])
             x = self.view(m, context)
-            return projection_error(x, modules[m], self.scale, summed or wanted, self.calibration is not None)
+            right = combination(self.weights_in(m)) if combination else wanted
+            return projection_error(x, modules[m], self.scale, right, self.calibration is not None)
 
         found = max(self.each(error, names), default=0.0)
         if not summed:
@@ -114,7 +125,7 @@ class Plan:
         """What a method that has a `combination` adds up in one module: coefficient times scale, and factors as read."""
         if self.method.combination is None:
             raise ValueError(f"{self.method.name} is no weighted sum")
-        pairs = zip(self.method.combination(self.weights), self.adapters, strict=True)
+        pairs = zip(self.method.combination(self.weights_in(module)), self.adapters, strict=True)
         found = [(c * self.scale, a.modules[module]) for c, a in pairs if c != 0.0 and module in a.modules]
         return [(c, f) for c, f in found if f.rank]
 
@@ -133,7 +144,7 @@ class Plan:
         x = MergeInputs(
             module=module,
             tasks=tuple(a.name for a in self.adapters),
-            weights=self.weights,
+            weights=self.weights_in(module),
             A=tuple(f.A for f in folded),
             B=tuple(f.B for f in folded),
             kind=kind,
@@ -227,7 +238,14 @@ class Plan:
             "calibrate": self.calibration.name if self.calibration else None,
             "base": self.common.base,
             **({"disjoint": True} if self.common.disjoint else {}),
+            **self.by_pattern(),
         }
+
+    def by_pattern(self) -> dict[str, Any]:
+        """Weights by module pattern for the record, where there are any."""
+        if self.module_weights is None:
+            return {}
+        return {"module_weights": {name: dict(table) for name, table in self.module_weights.items()}}
 
     def copies(self) -> bool:
         """Whether factors are put beside each other and nothing else: a weighted sum that is neither cut nor calibrated."""
@@ -235,7 +253,7 @@ class Plan:
 
     def is_unchanged(self) -> bool:
         """One adapter of weight 1 through a linear method: its own factors, its own dtype, its own scaling."""
-        alone = len(self.adapters) == 1 and self.scale == 1.0 and self.calibration is None
+        alone = len(self.adapters) == 1 and self.scale == 1.0 and self.calibration is None and not self.by_module
         return alone and self.method.combination is not None and tuple(self.method.combination(self.weights)) == (1.0,)
 
     def cut(self, result: MergedDelta, x: MergeInputs) -> tuple[LoraFactors, float]:
@@ -257,6 +275,7 @@ class Plan:
             "method": self.method.name,
             "options": dict(self.options),
             "weights": list(self.weights),
+            **self.by_pattern(),
             "scale": self.scale,
             "seed": self.seed,
             "calibrate": self.calibration.name if self.calibration else None,
@@ -276,25 +295,3 @@ class Plan:
 def _zero(out: int, width: int, rank: int, kind: str) -> LoraFactors:
     A, B = torch.zeros(rank, width, dtype=torch.float32), torch.zeros(out, rank, dtype=torch.float32)
     return LoraFactors(A, B, 1.0, kind)
-
-
-@dataclass(frozen=True, slots=True)
-class _Views(Sequence[MergeInputs]):
-    """All modules, each made when it is looked at and released after: what a model-wide pass may hold."""
-
-    plan: Plan
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> MergeInputs: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> _Views: ...
-
-    def __getitem__(self, index: int | slice) -> MergeInputs | _Views:
-        if isinstance(index, slice):
-            return _Views(self.plan, self.names[index])
-        return self.plan.view(self.names[index], None)

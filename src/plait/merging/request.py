@@ -15,6 +15,7 @@ from plait.merging.driver import plan_merge
 from plait.merging.edit import Change, base_override, check_statistics, located, named_weights, recorded
 from plait.merging.folders import merge_folders, read_all, read_statistics_files
 from plait.merging.mergekit import read_mergekit_config
+from plait.merging.module_weights import DEFAULT, ModuleWeights
 from plait.merging.per_task import merge_per_task
 from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
@@ -36,6 +37,7 @@ class MergeRequest:
         format: "peft", "kohya" or "diffusers": of the result; by default that of the inputs.
         disjoint: They are meant side by side though they have no module in common.
         stack: The adapters were trained one on top of another: compose them in that order.
+        module_weights: Adapter -> module pattern -> weight, in place of `weights`.
     """
 
     folders: Sequence[str]
@@ -58,6 +60,7 @@ class MergeRequest:
     format: str | None = None
     stack: bool = False
     disjoint: bool = False
+    module_weights: ModuleWeights | None = None
 
 
 def answer(request: MergeRequest) -> dict[str, Any]:
@@ -116,6 +119,7 @@ def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
         base=r.base,
         disjoint=r.disjoint,
         overwrite=r.overwrite,
+        module_weights=r.module_weights,
     )
 
 
@@ -127,7 +131,14 @@ def _bake(r: MergeRequest, base: Path, out: Path) -> dict[str, Any]:
 
 
 def _stack(r: MergeRequest, out: Path) -> dict[str, Any]:
-    if r.method not in ("cat", "task_arithmetic") or r.options or r.weights or r.scale != 1.0 or r.bake_into:
+    if (
+        r.method not in ("cat", "task_arithmetic")
+        or r.options
+        or r.weights
+        or r.module_weights
+        or r.scale != 1.0
+        or r.bake_into
+    ):
         raise UsageError(
             "--stack adds the updates as they are: no --method, --set, --weights, --scale or --bake with it"
         )
@@ -167,12 +178,13 @@ def edit(
     check_statistics(recipe, change.statistics)
     places = {**located(recipe, list(weights), change.inputs), **added}
     options = recipe.options
+    table = _changed_table(options.get("module_weights"), weights, change)
     request = MergeRequest(
         [f"{name}={places[name]}" for name in weights],
         out,
         str(options["method"]),
         options.get("options", {}),
-        list(weights.values()),
+        list(weights.values()) if table is None else None,
         float(options.get("scale", 1.0)) if change.scale is None else change.scale,
         change.statistics,
         options.get("rank"),
@@ -183,8 +195,17 @@ def edit(
         overwrite=overwrite,
         format=options.get("format"),
         disjoint=bool(options.get("disjoint")) or not change.add,
+        module_weights=table,
     )
     return answer(request)
+
+
+def _changed_table(table: ModuleWeights | None, weights: Mapping[str, float], change: Change) -> ModuleWeights | None:
+    """Weights by module of the adapters that are left; a new weight of an adapter takes the place of all of its own."""
+    if table is None:
+        return None
+    kept = {n: dict(table[n]) if n in table else {DEFAULT: w} for n, w in weights.items()}
+    return {**kept, **{n: {DEFAULT: float(w)} for n, w in change.weights.items()}}
 
 
 def plan_of(r: MergeRequest) -> Plan:
@@ -202,10 +223,13 @@ def plan_of(r: MergeRequest) -> Plan:
         device=r.device,
         base=r.base,
         disjoint=r.disjoint,
+        module_weights=r.module_weights,
     )
 
 
 def _per_task(r: MergeRequest, out: Path) -> dict[str, Any]:
+    if r.module_weights is not None:
+        raise UsageError("--per-task takes one weight per adapter", hint="--weights 1,0.5")
     if r.method not in ("emr", "task_arithmetic"):
         raise UsageError(f"--per-task is EMR's, not {r.method}'s", hint="--method emr")
     if r.options or r.calibrate or r.scale != 1.0 or r.statistics:

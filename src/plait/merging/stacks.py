@@ -76,9 +76,10 @@ def stack_of(members: Sequence[MergeInputs]) -> MergeInputs:
 def groups_of(plan: Plan) -> list[list[str]]:
     """The modules of a merge, those that are computed together in one list; by shapes, ranks, kinds and order alone.
 
-    A module that finds no other of its kind, and every module of a method that takes no stacks, is alone in its list.
+    A module that finds no other of its kind, and every module of a method that takes no stacks or of a merge with weights by
+    module, is alone in its list.
     """
-    if not plan.method.stacks:
+    if not plan.method.stacks or plan.by_module:
         return [[m] for m in plan.common.modules]
     return grouped((m, *_likeness(plan, m)) for m in plan.common.modules)
 
