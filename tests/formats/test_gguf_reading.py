@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,3 +183,42 @@ def test_the_questions_it_asks(tmp_path):
         convert(tmp_path / "a.gguf", tmp_path / "peft")
     with pytest.raises(InputError, match="plait convert"):
         read_any(tmp_path / "a.gguf")
+
+
+@pytest.mark.skipif(
+    not os.environ.get("PLAIT_LLAMA_CPP"), reason="PLAIT_LLAMA_CPP names no folder with llama.cpp's converters"
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_what_llama_cpps_own_converter_wrote(base, tmp_path, kind):
+    """llama.cpp's convert_lora_to_gguf.py, run as it is, then read here: PEFT's update again, in float32."""
+    folder = base(kind)
+    config = json.loads((folder / "config.json").read_text())
+    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]
+    config |= {
+        "architectures": [name],
+        "vocab_size": VOCABULARY,
+        "intermediate_size": FF,
+        "max_position_embeddings": 64,
+    }
+    config |= {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(2)
+    names = {f"model.layers.{i}.{n}": s for i in range(2) for n, s in SHAPES.items()}
+    tensors, deltas = {}, {}
+    for module, (out, width) in names.items():
+        A, B = torch.randn(4, width, generator=generator), torch.randn(out, 4, generator=generator)
+        tensors |= {f"base_model.model.{module}.lora_A.weight": A, f"base_model.model.{module}.lora_B.weight": B}
+        deltas[module] = 2.5 * B.double() @ A.double()
+    (tmp_path / "p").mkdir()
+    save_file(tensors, tmp_path / "p" / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps({**about, "base_model_name_or_path": str(folder)}))
+    script = Path(os.environ["PLAIT_LLAMA_CPP"]) / "convert_lora_to_gguf.py"
+    arguments = ["--base", folder, "--outfile", tmp_path / "x.gguf", "--outtype", "f32", tmp_path / "p"]
+    subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True)
+    found = convert(tmp_path / "x.gguf", tmp_path / "back", means=_means(folder))
+    assert found["verification_error"] < 1e-6
+    modules = read_adapter(tmp_path / "back").modules
+    assert set(modules) == set(deltas)
+    for module, f in modules.items():
+        torch.testing.assert_close(f.delta(torch.float64), deltas[module], rtol=1e-6, atol=1e-6)
