@@ -71,8 +71,8 @@ def test_curve_of_a_sum(folders):
 
 def test_mergekit_recipe(folders, tmp_path):
     models = "".join(f"- model: base+{folder}\n" for folder in folders)
-    text = f"merge_method: ties\nbase_model: base\nmodels:\n{models}parameters: {{density: 0.5}}\n"
+    text = f"merge_method: ties\nbase_model: base\nmodels:\n{models}parameters: {{density: 0.5, weight: 1.0}}\n"
     (tmp_path / "config.yaml").write_text(text)
     found = answer(MergeRequest([str(tmp_path / "config.yaml")], tmp_path / "out"))
-    assert found["method"] == "ties"
+    assert found["method"] == "sparse_arithmetic"
     assert found["options"]["density"] == 0.5
