@@ -294,7 +294,7 @@ def page(result: dict[str, Any]) -> str:
         "| method | recipe | difference | or why not |",
         "|---|---|---|---|",
     ]
-    for r in result["rows"]:
+    for r in [*result["rows"], *result["random_masks"]]:
         shown, why = "", r.get("refused", "")
         if r.get("random"):
             shown = f"norms {r['ratio_of_norms']:.3f} : 1"

@@ -172,7 +172,9 @@ def _figures(found: dict[str, Any]) -> list[str]:
     lines.append(f"  rank       {_counts(found['ranks'])}")
     lines.append(f"  alpha      {_counts(found['alphas'])}")
     if found["without_alpha"]:
-        lines.append(f"             {found['without_alpha']} modules came without: alpha = rank, as their loaders take it")
+        lines.append(
+            f"             {found['without_alpha']} modules came without: alpha = rank, as their loaders take it"
+        )
     if found["alpha_from"]:
         lines.append(f"             from {' and '.join(found['alpha_from'])}")
     lines.append(f"  |update|   {found['update_norm']:.4g}" + (
