@@ -79,7 +79,7 @@ def sce(
 def _mean_of_agreeing(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """The mean, by shares, of the entries whose sign is that of their plain sum, zero counting as positive."""
     total = sum(parts[1:], start=parts[0].clone())
-    elected = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
+    elected = (total >= 0).to(total.dtype) * 2 - 1
     mixed, mass = torch.zeros_like(total), torch.zeros_like(total)
     for part, share in zip(parts, shares, strict=True):
         agrees = (part.sign() == elected).to(part.dtype)

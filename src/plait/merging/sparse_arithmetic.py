@@ -89,7 +89,7 @@ def _divided(weights: Sequence[float]) -> list[float]:
 
 def _elected(scaled: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     total = torch.stack(list(scaled)).sum(0)
-    elected = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
+    elected = (total >= 0).to(total.dtype) * 2 - 1
     chosen, divisor = torch.zeros_like(total), torch.zeros_like(total)
     for part, weight in zip(scaled, weights, strict=True):
         agrees = (part.sign() == elected).to(part.dtype)
