@@ -258,6 +258,13 @@ FOUND = [
     Case("U2 a Fisher file of other things", record("a.fisher.safetensors", "fisher", lambda r: r.update(examples=-1)),
          ("merge", "A", "B", "--method", "fisher", "--stats", "A=a.fisher.safetensors", "--stats", "B=a.fisher.safetensors", "--out", "out"), 3,
          ("a.fisher.safetensors", "examples is -1")),
+    Case("D1 --overwrite of a folder of others", lambda w: (w / "home").mkdir() or (w / "home" / "thesis").write_text("x"),
+         ("merge", "A", "B", "--out", "home", "--overwrite"), 2, ("home",)),
+    Case("D1 --overwrite of an input", lambda w: None, ("merge", "A", "B", "--out", "A", "--overwrite"), 2, ("A",)),
+    Case("D1 --overwrite of the working directory", lambda w: None, ("merge", "A", "B", "--out", ".", "--overwrite"), 2, ()),
+    *[Case(f"U1 a job file that is {what}", lambda w, t=text: (w / "job.json").write_text(t), ("job", "run", "job.json"), 3, ("job.json",))
+      for what, text in (("no JSON", "{"), ("a list", "[]"), ("empty", "{}"), ("of no units", '{"units": 5, "study": {}, "out": "x"}'))],
+    Case("U1 no job file", lambda w: None, ("job", "run", "job.json"), 3, ("job.json", "no such file")),
     Case("U13 a device that is none of ours", lambda w: None, (*MERGE, "--device", "meta"), 2, ("meta", "cpu, cuda")),
     Case("weights that are no numbers", lambda w: None, (*MERGE, "--weights", "1,x"), 2, ("--weights", "1,x")),
     Case("an option of no method", lambda w: None, (*MERGE, "--method", "ties", "--set", "density=50"), 2, ("density", "(0, 1]")),
