@@ -15,6 +15,7 @@ from plait.cli import main
 from plait.errors import InputError
 from plait.initial import InitialSettings, initialise_from_files
 from plait.statistics import collect_statistics, open_statistics, read_statistics, write_statistics
+from plait.statistics.files import read_identity
 from tests.statistics.models import batches, build
 
 
@@ -120,3 +121,13 @@ def test_files_without_hashes_are_read(good, tmp_path):
         del site["sha256"]
     write_tensors(tmp_path / "old", tensors, {"kind": record["kind"], "statistics": json.dumps(plain)})
     assert read_statistics(tmp_path / "old").provenance["task"] == "mine"
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"another"', "[]"])
+def test_an_identity_that_is_not_the_one_written(good, tmp_path, value):
+    path = tmp_path / "x.stats.safetensors"
+    write_statistics(path, read_statistics(good / "mine.stats.safetensors"), identity={"options": {"samples": 4}})
+    assert read_identity(path) == {"options": {"samples": 4}}
+    path.write_bytes(metadata(lambda m: m.update(identity=m["identity"].replace("4", value)))(path.read_bytes()))
+    with pytest.raises(InputError, match="its identity is not the one"):
+        read_identity(path)
