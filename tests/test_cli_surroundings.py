@@ -154,3 +154,21 @@ def test_progress_on_a_terminal_rewrites_its_line_and_survives_a_closed_stream()
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("wait", [0.06, 0.1, 0.2, 0.35, 0.6, 1.0])
+def test_an_early_interrupt_is_told_in_one_line(tmp_path, wait):
+    running = subprocess.Popen(
+        [sys.executable, "-P", "-X", "importtime", "-m", "plait", "inspect", str(tmp_path), "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads; background jobs ignore it)
+    )  # fmt: skip
+    for line in running.stderr:  # the entry's own first import: from here on it is plait's to answer
+        if line.rstrip().endswith(" plait.entry"):
+            break
+    time.sleep(wait)
+    running.send_signal(signal.SIGINT)
+    said, err = running.communicate(timeout=120)
+    assert "Traceback" not in err and running.returncode in (130, 3), err[-500:]  # 3: it had ended before
+    if running.returncode == 130:
+        assert one_object(said)["error"]["exit_code"] == 130 and "interrupted" in err

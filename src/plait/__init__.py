@@ -13,11 +13,13 @@ The public API, imported when first used, so that ``import plait`` stays light:
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # typing itself takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from plait.adapters.init import initialize_lora_weights as initialize_lora_weights
     from plait.adapters.init import subspace_state_dict as subspace_state_dict
     from plait.adapters.lora import Adapter as Adapter

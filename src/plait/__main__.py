@@ -1,5 +1,5 @@
 """``python -P -m plait``: the command line without its script."""
 
-from plait.cli import main
+from plait.entry import main
 
 main()

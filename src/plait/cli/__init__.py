@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -44,8 +45,19 @@ def root(
     """
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point: run a command and exit with its code."""
+def main(
+    arguments: list[str] | None = None,
+    *,
+    begin: Callable[[], Callable[[], bool]] | None = None,
+    end: Callable[[], None] | None = None,
+) -> None:
+    """Run a command and exit with its code.
+
+    Args:
+        arguments: By default those of the process.
+        begin: Called once errors are told in one line; gives what tells whether an interrupt has come since.
+        end: Called when nothing is left to be cleared away.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     if "--offline" in given:
@@ -66,4 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         return 0
 
-    sys.exit(guarded(call, debug=debug, as_json="--json" in given))
+    code = guarded(call, debug=debug, as_json="--json" in given, begin=begin)
+    if end is not None:
+        end()
+    sys.exit(code)

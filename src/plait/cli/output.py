@@ -59,9 +59,17 @@ def table(header: list[str], rows: list[list[str]], *, text_columns: int = 1) ->
     return "\n".join(lines)
 
 
-def guarded(call: Callable[[], int | None], *, debug: bool, as_json: bool) -> int:
+def guarded(
+    call: Callable[[], int | None],
+    *,
+    debug: bool,
+    as_json: bool,
+    begin: Callable[[], Callable[[], bool]] | None = None,
+) -> int:
     """Run a command and turn what it raises into one line, one object with `--json`, and an exit code."""
+    interrupted: Callable[[], bool] | None = None
     try:
+        interrupted = begin() if begin else None
         code = call() or 0
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -75,6 +83,9 @@ def guarded(call: Callable[[], int | None], *, debug: bool, as_json: bool) -> in
     except Exception as e:
         if debug:
             traceback.print_exception(e)
+        if interrupted is not None and interrupted():  # an import that it stopped fails in ways of its own
+            _tell("interrupted; run the same command again to go on")
+            return _object(INTERRUPTED, "KeyboardInterrupt", RunError("interrupted"), as_json)
         error = foreseen(e) or RunError(f"{type(e).__name__}: {e}", hint="unexpected; --debug shows the traceback")
         _tell(f"error: {error}")
         return _object(error.exit_code, type(error).__name__, error, as_json)

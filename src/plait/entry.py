@@ -1,0 +1,71 @@
+"""Where the command begins: from here on an interrupt ends it with one line and exit code 130, also while it still imports."""
+
+from __future__ import annotations
+
+import _signal as signal  # built in; the module around it imports enum first, which takes longer than all of this
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INTERRUPTED = 130
+LINE = "interrupted; run the same command again to go on"
+_ERROR = '{"kind": "KeyboardInterrupt", "what": "interrupted", "where": null, "hint": null, "exit_code": 130}'
+
+
+def leave_at_once(*, silent: bool = False) -> None:
+    """Have an interrupt end the process on the spot: before anything is written, nothing has to be undone.
+
+    Where interrupts are ignored (a job in the background of a shell) they stay ignored.
+
+    Args:
+        silent: Whether to say nothing, as in a worker whose parent says it.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        if not silent:
+            _write(2, f"{LINE}\n")
+            if "--json" in sys.argv:
+                _write(1, f'{{"schema": 1, "error": {_ERROR}}}\n')
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL, None):
+        signal.signal(signal.SIGINT, leave)
+
+
+def raise_again() -> Callable[[], bool]:
+    """Have an interrupt raise `KeyboardInterrupt` again: from here on what was begun is cleared away.
+
+    Returns:
+        Whether an interrupt has come since: imports turn some into errors of their own.
+    """
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL, None):
+        signal.signal(signal.SIGINT, interrupt)
+    return lambda: bool(seen)
+
+
+def _write(descriptor: int, text: str) -> None:
+    try:  # noqa: SIM105 (contextlib is one more import to be interrupted in)
+        os.write(descriptor, text.encode())
+    except OSError:  # a closed stream
+        pass
+
+
+def main() -> None:
+    """Run the command line."""
+    leave_at_once()
+    from plait.cli import main as run
+
+    run(begin=raise_again, end=leave_at_once)
+
+
+if __name__ == "__main__":
+    main()
