@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _signal as signal  # built in; the module around it imports enum first, which takes longer than all of this
+import _signal as signal  # type: ignore[import-not-found]  # built in; signal itself imports enum first, which takes longer
 import os
 import sys
 
