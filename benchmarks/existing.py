@@ -27,8 +27,9 @@ from plait.adapters.peft_format import read_adapter
 from plait.base import BaseModel
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import REPORTED, SELECTION
+from plait.fidelity.auto import repaired
 from plait.fidelity.candidates import METHODS, SCALES, Tried, merged_by, recipes
-from plait.fidelity.choose import Scored, groups_of, refined_weights, scaled
+from plait.fidelity.choose import HELD_OUT, Scored, groups_of, refined_weights, scaled
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.measure import AGGREGATES
@@ -37,12 +38,29 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import mean_error, terms_over
 from plait.fidelity.score import fidelities, outputs
 from plait.fidelity.teachers import HeadLesson
+from plait.fidelity.texts import split_off
 from plait.merging.registry import find_method
 from plait.store import versions
-from plait.tasks import glue_task, load_examples, load_task
+from plait.tasks import GLUE_TASKS, Task, glue_task, load_examples, load_task
 from plait.tasks.metrics import primary, scores
+from plait.tasks.task import Source
 
 GLUE = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"
+# Tasks beside GLUE's: their text columns and the file that is scored.
+OPEN = {
+    "snli": (("premise", "hypothesis"), "validation"),
+    "banking77": (("sentence",), "test"),
+    "clinc_domain": (("sentence",), "validation"),
+}
+
+
+def task_of(name: str, root: Path) -> Task:
+    """One task by its name: GLUE's, or one of `OPEN`."""
+    if name in GLUE_TASKS:
+        return load_task(glue_task(name, root), root=root)
+    columns, split = OPEN[name]
+    source = Source(str(root / name / "train.parquet"), str(root / name / f"{split}.parquet"))
+    return load_task(Task(name, "classification", source, columns), root=root)
 
 
 class Judge:
@@ -195,14 +213,21 @@ def label_free(panel, adapters, entries, fidelity, a) -> tuple[dict[str, Any], d
     refined, _, held = refined_weights(panel, adapters, chosen, a.steps, 0)
     kept = refined if held["refined"] > held["chosen"] else plain
     mended = distil(panel, kept, learns="factors", steps=a.steps)
+    gated, repair = repaired(panel, kept, a.steps)
+    most, rest = split_off(panel.texts, HELD_OUT)
+    tried_repair = distil(panel.with_texts(most), kept, learns="factors", steps=a.steps)
+    pair = fidelities(panel.with_texts(rest), [(kept, 1.0), (tried_repair.adapter, 1.0)])
+    repair["held_out_by_aggregate"] = {k: [f([*x.tasks]) for x in pair] for k, f in AGGREGATES.items()}
     arms = {
         "no text": (blind, 1.0),
         "100 texts, chosen": (plain, 1.0),
         "100 texts": (kept, 1.0),
         "100 texts, repaired": (mended.adapter, 1.0),
+        "100 texts, repaired where it holds up": (gated, 1.0),
     }
     facts = {
         "chosen_no_text": record["chosen"],
+        "repair": repair,
         "chosen_100_texts": {"candidate": tried.recipe.label, "scale": scale, "held_out": held},
     }
     return arms, facts
@@ -309,7 +334,7 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
 def parsed() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", required=True)
-    p.add_argument("--data", required=True, type=Path, help="GLUE, laid out as TASK/train.parquet")
+    p.add_argument("--data", required=True, type=Path, help="rows, laid out as TASK/train.parquet")
     p.add_argument("--adapters", required=True, type=Path, help="folder of seed-S/TASK")
     p.add_argument("--tasks", default=GLUE)
     p.add_argument("--seeds", default="", help="0,1,2; all there are by default")
@@ -339,7 +364,7 @@ def main() -> None:
     started = time.perf_counter()
     base = BaseModel(a.base, dtype=a.dtype, device=a.device)
     names, root = a.tasks.split(","), a.data.absolute()
-    tasks = {n: load_task(glue_task(n, root), root=root) for n in names}
+    tasks = {n: task_of(n, root) for n in names}
     validation = {n: load_examples(tasks[n], "validation", root=root) for n in names}
     found = [f"seed-{s}" for s in a.seeds.split(",") if s] or sorted(f.name for f in a.adapters.glob("seed-*"))
     a.out.mkdir(parents=True, exist_ok=True)
@@ -351,8 +376,8 @@ def main() -> None:
         if k
         in ("tasks", "texts", "grid_rows", "rows", "label_rows", "label_steps", "steps", "length", "scales", "dtype")
     }
-    settings |= {"base": Path(a.base).name, "scales": list(a.scales)}
-    if known.get("settings", settings) != settings:
+    settings |= {"base": Path(a.base).name, "scales": list(a.scales), "arm": a.adapters.name}
+    if {"arm": settings["arm"], **known.get("settings", settings)} != settings:
         raise SystemExit(f"{file} holds results of other settings; choose another --out")
     seeds = known.get("seeds", {})
     for seed in found:

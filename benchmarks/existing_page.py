@@ -36,16 +36,23 @@ def page(report: Mapping[str, Any], file: str = "existing.json") -> str:
 
 
 def _command(settings: Mapping[str, Any]) -> str:
+    tasks = "" if settings["tasks"].count(",") == 7 else f" --tasks {settings['tasks']}"
+    scales = "" if max(settings["scales"]) == 2.0 else f" --scales {','.join(f'{s:g}' for s in settings['scales'])}"
     return (
-        "    python benchmarks/existing.py --base MPNET --data GLUE --adapters RUN/adapters/kaiming \\\n"
-        f"        --dtype {settings['dtype']} --grid-rows {settings['grid_rows']} --rows {settings['rows']} --out OUT"
+        f"    python benchmarks/existing.py --base MPNET --data DATA --adapters RUN/adapters/{_arm(settings)}{tasks} \\\n"
+        f"        --dtype {settings['dtype']} --grid-rows {settings['grid_rows']} --rows {settings['rows']}{scales} --out OUT"
     )
+
+
+def _arm(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("arm", "kaiming"))
 
 
 def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
     rows = settings["rows"] or "all"
     return (
-        f"{len(seeds)} seeds ({', '.join(seeds)}) of plain kaiming adapters on {settings['base']}, trained apart on {settings['tasks']}. "
+        f"{len(seeds)} seeds ({', '.join(seeds)}) of {'plain ' if _arm(settings) == 'kaiming' else ''}{_arm(settings)} adapters on "
+        f"{settings['base']}, trained apart on {settings['tasks']}. "
         f"Label-free choices see {settings['texts']} training texts of each task without their labels, and no validation row. "
         f"All candidates are scored by labels on up to {settings['grid_rows']} rows of each half of each validation set; what is "
         f"chosen is reported on {rows} rows of the other half. "

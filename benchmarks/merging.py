@@ -222,7 +222,7 @@ def plait_dense(folder: Path, method: str, repeats: int) -> dict[str, Any]:
     adapters = [read_adapter(folder / t) for t in TASKS]
 
     def run(_: int) -> float:
-        plan = plan_merge(adapters, method)
+        plan = plan_merge(adapters, method, scale=1.0)
         start = time.perf_counter()
         context = plan.prepared()
 
@@ -254,7 +254,9 @@ def plait(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:
 
     def merged(to: str, verify: bool) -> float:
         start = time.process_time()
-        done = merge_folders([folder / t for t in tasks], out / to, method=method, statistics=files, verify=verify)
+        done = merge_folders(
+            [folder / t for t in tasks], out / to, method=method, statistics=files, verify=verify, scale=1.0
+        )
         cpu.append(time.process_time() - start)
         return float(done["seconds_merge"])
 
@@ -287,7 +289,7 @@ def read_statistics_alone(folder: Path, repeats: int) -> dict[str, Any]:
         start = time.perf_counter()
         read = read_statistics_files({t: folder / f"{t}.stats.safetensors" for t in TASKS})
         seconds = time.perf_counter() - start
-        plan = plan_merge(adapters, "regmean", statistics=read)
+        plan = plan_merge(adapters, "regmean", statistics=read, scale=1.0)
         start = time.perf_counter()
         plan.run("solved")
         solves.append(time.perf_counter() - start)

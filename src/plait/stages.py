@@ -159,6 +159,7 @@ def _merge(job: Job, plan: Plan, session: Session, folder: Path, result: Settled
         list(_trained(job, plan, session).values()),
         spec.merge_method,
         options=spec.options,
+        scale=1.0,
         calibrate=spec.calibrate,
         rank=spec.rank,
         statistics=statistics,

@@ -11,7 +11,7 @@ from plait.cli import existing
 from plait.cli.existing import General, Length, Text
 from plait.cli.given import only, without
 from plait.cli.options import Json, Overwrite, Seed, Set
-from plait.cli.output import emit, numbers, settings, table
+from plait.cli.output import emit, number, numbers, settings, table
 from plait.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,11 @@ Folders = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
 Method = Annotated[
-    str, typer.Option("--method", "-m", help="See `plait ls merges`; task_arithmetic is the plain sum of the updates.")
+    str | None,
+    typer.Option("--method", "-m", help="See `plait ls merges`; by default tsv, and for LoRA files the plain sum."),
+]
+Strength = Annotated[
+    str, typer.Option("--scale", help="Multiplies the merged update; auto chooses by method, number and --stats.")
 ]
 Weights = Annotated[
     str | None,
@@ -57,9 +61,9 @@ def merge(
     context: typer.Context,
     folders: Folders,
     out: Out = None,
-    method: Method = "task_arithmetic",
+    method: Method = None,
     sets: Set = None,
-    scale: Annotated[float, typer.Option("--scale", help="Multiplies the merged update; at 1 it stays as it is.")] = 1.0,
+    scale: Strength = "auto",
     weights: Weights = None,
     stats: Stats = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Cut to this rank; the loss is printed.")] = None,
@@ -80,7 +84,8 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
 
-    Without --method, --scale and --weights the updates are simply added up: task_arithmetic at scale 1.
+    Without --method it is TSV-M, which keeps most of what needs neither texts nor statistics; without --scale the scale
+    follows from the method and the number of adapters, or from --stats. The plain sum: --method task_arithmetic --scale 1.
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
     `plait merge BASE ADAPTER... --method regmean_pp --text TASK=FILE` (or adamerging) runs the base on the texts.
     """
@@ -100,11 +105,12 @@ def merge(
     _require_meaning(context, folders, per_task=per_task, curve=curve, bake=bake is not None)
     from plait.merging.request import MergeRequest, answer
 
+    strength = None if scale == "auto" else number(scale, "--scale")
     trailing = [Path(f) for f in folders if f.endswith(_STATISTICS)]  # --stats pool/* leaves them here
     listed, by_module = _weights(weights)
     request = MergeRequest(
         [f for f in folders if not f.endswith(_STATISTICS)], out, method, settings(sets), listed,
-        scale, named_files([*(stats or []), *trailing]), rank, calibrate, seed, device, verify, base, overwrite, bake,
+        strength, named_files([*(stats or []), *trailing]), rank, calibrate, seed, device, verify, base, overwrite, bake,
         per_task, curve, format, stack, disjoint, by_module,
     )  # fmt: skip
     found = answer(request)
@@ -175,6 +181,8 @@ def merge_text(found: dict[str, Any]) -> str:
         return lines[0] + " (was there already)"
     for adapter in found.get("adapters", []):
         lines += [f"{adapter['name']}: {note}" for note in alpha_notes(adapter)]
+    if found.get("scale_reason"):
+        lines.append(f"scale {found['scale']:g}: {found['scale_reason']}")
     if found.get("rank"):
         lines.append(f"rank {found['rank']}")
     if found.get("discarded_energy"):

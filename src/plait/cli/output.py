@@ -148,6 +148,14 @@ def settings(pairs: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def number(text: str, what: str) -> float:
+    """One finite number; raises as `numbers`."""
+    found = numbers(text, what) or []
+    if len(found) != 1:
+        raise UsageError(f"{what} {printable(text, 60)!r} is not a number", hint="such as 0.7")
+    return found[0]
+
+
 def numbers(text: str | None, what: str) -> list[float] | None:
     """A comma-separated list of finite numbers.
 

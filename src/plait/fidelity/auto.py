@@ -14,7 +14,7 @@ from plait.base import BaseModel
 from plait.base_identity import base_fingerprint
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
-from plait.fidelity.choose import Choice, choose
+from plait.fidelity.choose import FEWEST, HELD_OUT, Choice, choose
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.given import recorded_base
@@ -23,7 +23,7 @@ from plait.fidelity.notes import beside, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import Tell, fidelities
 from plait.fidelity.shift import hidden_shift
-from plait.fidelity.texts import Texts, checked
+from plait.fidelity.texts import Texts, checked, split_off
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.single_file import read_lora_file
@@ -153,9 +153,23 @@ _ALONE = {"candidate": "the only adapter", "scale": 1.0}
 
 
 def repaired(panel: Panel, merge: Adapter, steps: int, seed: int = 0) -> tuple[Adapter, dict[str, Any]]:
-    """A merge after a short distillation of all adapters into its factors, and what that did."""
-    done = distil(panel, merge, learns="factors", steps=steps, seed=seed)
-    return done.adapter, {"steps": steps, "first_loss": done.first_loss, "last_loss": done.last_loss}
+    """A merge after a short distillation of all adapters into its factors, and what that did.
+
+    A merge that is near its adapters already can lose by it, so it first learns from three quarters of the texts; where that keeps
+    more on the fourth by the divergence that it learns from (`held_out`, `kept` in the record), it learns anew from all of them.
+    With fewer than 12 texts of an adapter nothing is held out.
+    """
+    record: dict[str, Any] = {"steps": steps, "held_out": {}, "kept": True}
+    if min(len(rows) for rows in panel.texts.values()) >= FEWEST:
+        most, rest = split_off(panel.texts, HELD_OUT)
+        tried = distil(panel.with_texts(most, general=False), merge, learns="factors", steps=steps, seed=seed)
+        before, after = fidelities(panel.with_texts(rest, general=False), [(merge, 1.0), (tried.adapter, 1.0)])
+        record["held_out"] = {"merge": before.kept, "repaired": after.kept}
+        if not after.kept > before.kept:
+            losses = {"first_loss": tried.first_loss, "last_loss": tried.last_loss}
+            return merge, {**record, **losses, "kept": False}
+    done = distil(panel.with_texts(panel.texts, general=False), merge, learns="factors", steps=steps, seed=seed)
+    return done.adapter, {**record, "first_loss": done.first_loss, "last_loss": done.last_loss}
 
 
 def _without_texts(

@@ -81,6 +81,7 @@ def merged_by(
         adapters,
         recipe.method,
         weights=weights,
+        scale=1.0,
         calibrate=recipe.calibrate,
         statistics=moments.get(recipe.moments),
         base=base,

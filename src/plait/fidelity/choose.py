@@ -20,6 +20,8 @@ from plait.fidelity.tokens import require_room
 SCREEN, GOES_ON = 32, 8
 # Every fourth text is held out when weights are learnt; with fewer texts than this none are learnt.
 HELD_OUT, FEWEST = 4, 12
+# Beyond the scales that are given: by this factor, so often at most.
+STEP, _GROWTH = 2**0.5, 6
 # Methods whose factors are those of the adapters side by side, each in its own ranks.
 _KEPT_APART = ("task_arithmetic", "tsv", "regmean", "least_squares")
 
@@ -101,14 +103,15 @@ def choose(
     Raises:
         InputError: A text beyond the base's table of positions; nothing has been computed then.
 
-    Cost: methods x 2 x scales passes over at most 32 texts of each adapter, an eighth of them over all; `refine` steps.
+    Cost: methods x 2 x scales passes over at most 32 texts of each adapter (and as many more as the grid has to grow by), an eighth
+        of them over all; `refine` steps.
     """
     require_room(panel)
     tell("moments of the texts")
     moments = collect_moments(panel)
     tell("merging by every method")
     tried = [Tried(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
-    scored = tournament(panel, [(t, s) for t in tried for s in scales], tell)
+    scored = tournament(panel, tried, scales, tell)
     best = scored[0]
     adapter = scaled(best.tried.adapter, best.scale)
     weights: Mapping[str, tuple[float, ...]] = {}
@@ -121,17 +124,43 @@ def choose(
     return Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored))
 
 
-def tournament(panel: Panel, entries: Sequence[tuple[Tried, float]], tell: Tell = lambda _: None) -> list[Scored]:
-    """All entries on a part of the texts, the best of them on all; best first, later rounds before earlier ones."""
+def tournament(
+    panel: Panel, tried: Sequence[Tried], scales: Sequence[float], tell: Tell = lambda _: None
+) -> list[Scored]:
+    """All merges at all scales on a part of the texts, the best of them on all; best first, later rounds before earlier ones.
+
+    A merge whose best scale lies on the edge of those it was tried at is tried one step further, until its best lies within.
+    """
     few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
     longest = max(len(rows) for rows in panel.texts.values())
-    tell(f"{len(entries)} merges, by fidelity")
-    first = _scored(panel.with_texts(few, general=longest <= SCREEN), entries, min(SCREEN, longest), tell)
+    screen = panel.with_texts(few, general=longest <= SCREEN)
+    entries = [(t, s) for t in tried for s in scales]
+    first: list[Scored] = []
+    for _ in range(_GROWTH + 1):
+        tell(f"{len(entries)} merges, by fidelity")
+        first += _scored(screen, entries, min(SCREEN, longest), tell)
+        if not (entries := _beyond(first)) or len(scales) < 2:
+            break
+    first.sort(key=lambda r: -r.fidelity.score)
     if longest <= SCREEN:
         return first
     going = first[: max(2, len(first) // GOES_ON)]
     tell(f"the best {len(going)} of them, on all texts")
     return _scored(panel, [(s.tried, s.scale) for s in going], longest, tell) + first[len(going) :]
+
+
+def _beyond(scored: Sequence[Scored]) -> list[tuple[Tried, float]]:
+    """For every merge whose best scale is the smallest or largest it was tried at: the merge, and the scale a step further."""
+    by_merge: dict[int, list[Scored]] = {}
+    for one in scored:
+        by_merge.setdefault(id(one.tried), []).append(one)
+    further = []
+    for ones in by_merge.values():
+        at = max(ones, key=lambda r: r.fidelity.score).scale
+        tried = [r.scale for r in ones]
+        if at in (min(tried), max(tried)):
+            further.append((ones[0].tried, at * STEP if at == max(tried) else at / STEP))
+    return further
 
 
 def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, tell: Tell) -> list[Scored]:

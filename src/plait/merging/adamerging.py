@@ -62,7 +62,7 @@ def adamerging(
     Source: Yang et al., ICLR 2024 (arXiv:2310.02575), section 3.2.2.
     **Deviates**: only the adapters' modules are merged, so those are the "layers".
     """
-    plan = plan_merge(adapters, "task_arithmetic", base=base)
+    plan = plan_merge(adapters, "task_arithmetic", scale=1.0, base=base)
     tasks = [a.name for a in adapters]
     if lacking := [t for t in tasks if not batches.get(t)]:
         raise UsageError(f"no batches for {', '.join(lacking)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from plait.merging.calibration import find_calibration
 from plait.merging.module_weights import ModuleWeights, weights_of_modules
 from plait.merging.plan import Merged, Plan
 from plait.merging.registry import MergeMethod, find_method
+from plait.merging.scales import DEFAULT_METHOD, SUMS, Scale, asks_moments, scale_by_moments, scale_by_rule
 from plait.options import checked_options
 
 if TYPE_CHECKING:
@@ -26,11 +28,11 @@ if TYPE_CHECKING:
 
 def merge(
     adapters: Sequence[Adapter],
-    method: str = "task_arithmetic",
+    method: str | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     statistics: Mapping[str, Statistics | FisherDiagonal] | None = None,
     rank: int | None = None,
     calibrate: str | None = None,
@@ -45,11 +47,12 @@ def merge(
 
     Args:
         adapters: At least one; their names are the tasks' names.
-        method: A name in `merge_methods()`.
+        method: A name in `merge_methods()`; by default TSV-M, the best that needs neither texts nor statistics.
         options: Of the method.
         weights: One per adapter, any sign; 1 each by default.
-        scale: Multiplies the merged delta, whatever the method.
-        statistics: Task -> its statistics, for methods that need moments or a Fisher diagonal.
+        scale: Multiplies the merged delta, whatever the method; None chooses one without labels (`plait.merging.scales`).
+        statistics: Task -> its statistics, for methods that need moments or a Fisher diagonal; a scale that is to be
+            chosen is chosen by moments.
         rank: Cut every module to this rank at most; None keeps exact results exact (rank R = sum of ranks) and cuts
             dense ones to R.
         calibrate: "pico" or None.
@@ -90,11 +93,11 @@ def merge(
 
 def plan_merge(
     adapters: Sequence[Adapter],
-    method: str,
+    method: str | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     statistics: Mapping[str, Statistics | FisherDiagonal] | None = None,
     rank: int | None = None,
     calibrate: str | None = None,
@@ -104,8 +107,8 @@ def plan_merge(
     disjoint: bool = False,
     module_weights: ModuleWeights | None = None,
 ) -> Plan:
-    """Check everything about a merge and compute nothing; arguments as `merge` has them."""
-    found = find_method(method)
+    """Check everything about a merge; arguments as `merge` has them. Only a scale chosen by moments is computed here."""
+    found = find_method(method or (DEFAULT_METHOD if len(adapters) > 1 else "task_arithmetic"))
     chosen = checked_options(found, options)
     common = align(adapters, base, disjoint=disjoint)
     if rank is not None and rank < 1:
@@ -119,16 +122,17 @@ def plan_merge(
             )
         defaults, by_module = weights_of_modules(module_weights, adapters, list(common.modules))
     counted = _weights(adapters, weights) if module_weights is None else defaults
-    factor = _finite(scale, "scale")
+    ruled = _ruled(found.name, calibrate, counted, scale, by_module=bool(by_module))
     summed = found.combination(counted) if found.combination and calibrate is None and not by_module else None
-    require_exact(adapters, None if summed is None else [c * factor for c in summed], found.name)
-    return Plan(
+    require_exact(adapters, None if summed is None else [c * ruled.value for c in summed], found.name)
+    plan = Plan(
         method=found,
         options=chosen,
         common=common,
         adapters=tuple(adapters),
         weights=counted,
-        scale=factor,
+        scale=ruled.value,
+        scale_reason=ruled.reason,
         rank=rank,
         calibration=find_calibration(calibrate),
         seed=seed,
@@ -137,6 +141,30 @@ def plan_merge(
         module_weights=module_weights,
         by_module=by_module,
     )
+    return _scaled_by_moments(plan, statistics) if scale is None and statistics else plan
+
+
+def _ruled(
+    method: str, calibration: str | None, weights: Sequence[float], scale: float | None, *, by_module: bool
+) -> Scale:
+    """The scale that was given, or what the rule says."""
+    if scale is not None:
+        return Scale(_finite(scale, "scale"), "")
+    if by_module and method in SUMS:
+        return Scale(1.0, "the weights say how much of each is added")
+    return scale_by_rule(method, calibration, weights)
+
+
+def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
+    """The plan at the scale that the adapters' moments say, where they say one; merged once at scale 1 for it."""
+    asked = asks_moments(plan.method.name, plan.calibration.name if plan.calibration else None)
+    counted = [a for a, w in zip(plan.adapters, plan.weights, strict=True) if w]
+    weighted = bool(plan.by_module) or any(w not in (0.0, 1.0) for w in plan.weights)
+    if not asked or len(counted) < 2 or (plan.method.name in SUMS and weighted):
+        return plan
+    merged = replace(plan, scale=1.0).run("merged").adapter.modules
+    found = scale_by_moments(counted, merged, statistics)
+    return plan if found is None else replace(plan, scale=found.value, scale_reason=found.reason)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tuple[float, ...]:

@@ -75,10 +75,10 @@ def merge_folders(
     folders: Sequence[Path | str],
     out: Path,
     *,
-    method: str = "task_arithmetic",
+    method: str | None = None,
     options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     statistics: Mapping[str, Path | str] | None = None,
     rank: int | None = None,
     calibrate: str | None = None,
@@ -95,10 +95,10 @@ def merge_folders(
     Args:
         folders: ``PATH`` or ``NAME=PATH`` each.
         out: The folder (or .safetensors file) to write; a finished one of the same identity is kept, another is an error.
-        method: A name in `merge_methods()`.
+        method: A name in `merge_methods()`; None is TSV-M for PEFT folders, and for LoRA files the plain sum.
         options: Of the method.
         weights: One per adapter; 1 each by default.
-        scale: Multiplies the merged delta.
+        scale: Multiplies the merged delta; None chooses one without labels (`plait.merging.scales`).
         statistics: Task -> its statistics file.
         rank: Cut every module to this rank at most.
         calibrate: "pico" or None.
@@ -120,6 +120,7 @@ def merge_folders(
     start = time.perf_counter()
     adapters = read_all(folders)
     require_apart(out, [*places(adapters), *(statistics or {}).values()])
+    method, scale = defaults(adapters, method, scale)
     plan = plan_merge(
         adapters,
         method,
@@ -194,6 +195,13 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
             hint="nothing was written; please report this",
         )
     return time.perf_counter() - start
+
+
+def defaults(adapters: Sequence[Adapter], method: str | None, scale: float | None) -> tuple[str | None, float | None]:
+    """Method and scale where none was given: LoRA files of image models are added up, since nobody measured them otherwise."""
+    if method is None and any(format_of(a) != PEFT for a in adapters):
+        return "task_arithmetic", 1.0 if scale is None else scale
+    return method, scale
 
 
 def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def merge_per_task(
     """
     adapters = [read_named(f) for f in folders]
     require_apart(out, places(adapters))
-    plan = plan_merge(adapters, "emr", weights=weights, rank=rank, seed=seed, base=base)
+    plan = plan_merge(adapters, "emr", weights=weights, scale=1.0, rank=rank, seed=seed, base=base)
     wanted = identity_of(plan) | {"stage": "merge-per-task"}
     if store.is_done(out, wanted, overwrite=overwrite):
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}

@@ -51,8 +51,9 @@ class Merged:
 class Plan:
     """One merge, everything checked and nothing computed; arguments as `merge` has them.
 
-    `module_weights` are those by pattern, where there are any, and `by_module` what they are in each module. `decided` keeps
-    what the method's `prepare` returned, so that verification does not run it again.
+    `scale_reason` says where the scale comes from, "" where it was given. `module_weights` are weights by pattern, where there are
+    any, and `by_module` what they are in each module. `decided` keeps what the method's `prepare` returned, so that verification
+    does not run it again.
     """
 
     method: MergeMethod
@@ -68,6 +69,7 @@ class Plan:
     statistics: tuple[Any, ...]
     module_weights: ModuleWeights | None = None
     by_module: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    scale_reason: str = ""
     decided: dict[str, Any] = field(default_factory=dict)
 
     def weights_in(self, module: str) -> tuple[float, ...]:
@@ -277,6 +279,7 @@ class Plan:
             "weights": list(self.weights),
             **self.by_pattern(),
             "scale": self.scale,
+            "scale_reason": self.scale_reason,
             "seed": self.seed,
             "calibrate": self.calibration.name if self.calibration else None,
             "rank": max((f.rank for f in modules.values()), default=0),

@@ -16,7 +16,7 @@ from plait.merging.plan import Plan
 
 def rank_curve(
     adapters: Sequence[Adapter | Path | str],
-    method: str = "task_arithmetic",
+    method: str | None = None,
     *,
     ranks: Sequence[int] | None = None,
     score: Callable[[Adapter], float] | None = None,

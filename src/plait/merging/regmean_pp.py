@@ -76,6 +76,7 @@ def regmean_pp(
         "regmean",
         options={"alpha": alpha, "normalised": normalised},
         weights=weights,
+        scale=1.0,
         statistics=gathered,
         base=base,
     )

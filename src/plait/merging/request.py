@@ -13,13 +13,14 @@ from plait.merging.bake import bake
 from plait.merging.difference import edit_by_difference
 from plait.merging.driver import plan_merge
 from plait.merging.edit import Change, base_override, check_statistics, located, named_weights, recorded
-from plait.merging.folders import merge_folders, read_all, read_statistics_files
+from plait.merging.folders import defaults, merge_folders, read_all, read_statistics_files
 from plait.merging.mergekit import read_mergekit_config
 from plait.merging.module_weights import DEFAULT, ModuleWeights
 from plait.merging.per_task import merge_per_task
 from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
 from plait.merging.registry import find_method
+from plait.merging.scales import DEFAULT_METHOD, asks_moments
 from plait.merging.stack import composed, in_order, stack_record
 from plait.merging.to_format import is_for_files, merge_to_format
 from plait.overwriting import require_apart
@@ -42,10 +43,10 @@ class MergeRequest:
 
     folders: Sequence[str]
     out: Path | None = None
-    method: str = "task_arithmetic"
+    method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: Sequence[float] | None = None
-    scale: float = 1.0
+    scale: float | None = None
     statistics: Mapping[str, Path | str] | None = None
     rank: int | None = None
     calibrate: str | None = None
@@ -71,8 +72,11 @@ def answer(request: MergeRequest) -> dict[str, Any]:
     """
     if len(request.folders) == 1 and Path(request.folders[0]).suffix in (".yaml", ".yml"):
         request = replace(request, **read_mergekit_config(Path(request.folders[0])))
-    if request.statistics and not find_method(request.method).needs:
-        raise UsageError(f"{request.method} takes no statistics", hint="leave --stats out")
+    method = request.method or DEFAULT_METHOD
+    scaled = request.scale is None and asks_moments(method, request.calibrate)
+    if request.statistics and not scaled and not find_method(method).needs:
+        why = "takes no statistics" + ("" if request.scale is None else ", and the scale is given")
+        raise UsageError(f"{method} {why}", hint="leave --stats out")
     if sum((request.bake_into is not None, request.per_task, request.curve)) > 1:
         raise UsageError("--bake, --per-task and --rank-curve exclude each other")
     if request.curve:
@@ -126,17 +130,18 @@ def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
 def _bake(r: MergeRequest, base: Path, out: Path) -> dict[str, Any]:
     plan = plan_of(r)
     found = bake(plan, base, out, verify=r.verify, overwrite=r.overwrite)
-    how = {"method": r.method, "weights": list(plan.weights), "scale": plan.scale}
+    how = {"method": plan.method.name, "weights": list(plan.weights), "scale": plan.scale}
+    how["scale_reason"] = plan.scale_reason
     return {**how, "tasks": [a.name for a in plan.adapters], **found}
 
 
 def _stack(r: MergeRequest, out: Path) -> dict[str, Any]:
     if (
-        r.method not in ("cat", "task_arithmetic")
+        r.method not in ("cat", "task_arithmetic", None)
         or r.options
         or r.weights
         or r.module_weights
-        or r.scale != 1.0
+        or r.scale is not None
         or r.bake_into
     ):
         raise UsageError(
@@ -209,13 +214,15 @@ def _changed_table(table: ModuleWeights | None, weights: Mapping[str, float], ch
 
 
 def plan_of(r: MergeRequest) -> Plan:
-    """The merge that is asked for, everything read and checked, nothing computed."""
+    """The merge that is asked for, everything read and checked."""
+    adapters = read_all(r.folders)
+    method, scale = defaults(adapters, r.method, r.scale)
     return plan_merge(
-        read_all(r.folders),
-        r.method,
+        adapters,
+        method,
         options=r.options,
         weights=r.weights,
-        scale=r.scale,
+        scale=scale,
         statistics=read_statistics_files(r.statistics),
         rank=r.rank,
         calibrate=r.calibrate,
@@ -230,9 +237,9 @@ def plan_of(r: MergeRequest) -> Plan:
 def _per_task(r: MergeRequest, out: Path) -> dict[str, Any]:
     if r.module_weights is not None:
         raise UsageError("--per-task takes one weight per adapter", hint="--weights 1,0.5")
-    if r.method not in ("emr", "task_arithmetic"):
+    if r.method not in ("emr", None):
         raise UsageError(f"--per-task is EMR's, not {r.method}'s", hint="--method emr")
-    if r.options or r.calibrate or r.scale != 1.0 or r.statistics:
+    if r.options or r.calibrate or r.scale is not None or r.statistics:
         raise UsageError("--per-task takes neither --set, --scale, --stats nor --calibrate")
     return merge_per_task(
         r.folders, out, weights=r.weights, rank=r.rank, seed=r.seed, base=r.base, overwrite=r.overwrite
@@ -244,7 +251,7 @@ def _curve(r: MergeRequest) -> dict[str, Any]:
         raise UsageError("--rank-curve tries ranks by itself", hint="leave --rank out")
     rows = rank_curve(
         list(r.folders),
-        r.method,
+        r.method or DEFAULT_METHOD,
         options=r.options,
         weights=r.weights,
         scale=r.scale,
@@ -254,4 +261,4 @@ def _curve(r: MergeRequest) -> dict[str, Any]:
         device=r.device,
         base=r.base,
     )
-    return {"method": r.method, "curve": rows}
+    return {"method": r.method or DEFAULT_METHOD, "curve": rows}

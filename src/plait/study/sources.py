@@ -55,6 +55,7 @@ def merged_of(unit: Unit, layout: Layout) -> Adapter:
         adapters,
         spec.merge_method,
         options=spec.options,
+        scale=1.0,
         calibrate=spec.calibrate,
         rank=spec.rank,
         statistics=statistics,

@@ -1,0 +1,137 @@
+"""How strongly a merge is applied where nobody says: a scale by method and number of adapters, or from second moments.
+
+Several updates that are added up at scale 1 move the model several times too far; how far is right depends on the method and on
+how many there are, and hardly on the tasks. The rule's two numbers for each method were fitted once, by labels, on the archived
+studies and on merges of 2 to 11 adapters (benchmarks/scales.py makes the table in docs/results/scales.md); they are constants,
+so that a user needs no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plait.adapters.lora import Adapter, LoraFactors
+
+DEFAULT_METHOD = "tsv"
+EXACT_SUMS = ("linear", "cat")  # weighted sums that stay what their weights say
+SUMS = ("task_arithmetic", "svd", "dare_linear")  # sums too, of which the rule is for weights of 1
+_PICO = "pico"
+
+# (method, calibration) -> c and p of the scale c * T ** p for T adapters.
+RULES: Mapping[tuple[str, str | None], tuple[float, float]] = {
+    ("task_arithmetic", None): (1.1, -0.5),
+    ("svd", None): (1.1, -0.5),  # the same sum, cut
+    ("dare_linear", None): (1.1, -0.5),
+    ("ties", None): (1.5, -0.2),
+    ("dare_ties", None): (1.1, 0.1),
+    ("knots", None): (0.75, 0.3),
+    ("core_space", None): (0.75, 0.3),
+    ("tsv", None): (0.7, 0.0),
+    ("iso_c", None): (2.2, -0.2),
+    ("regmean", None): (0.8, 0.4),
+    ("least_squares", None): (0.58, 0.5),
+    ("task_arithmetic", _PICO): (1.0, 0.2),
+    ("tsv", _PICO): (1.05, 0.4),
+    ("regmean", _PICO): (1.05, 0.4),
+}
+BY_RULE = ("regmean", "iso_c")  # for these the rule was nearer to the best scale than what moments say
+# How much further than its own adapter a merge moves each task's outputs where it serves the tasks best.
+REACH = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A scale and where it comes from.
+
+    Args:
+        value: Multiplies the merged update.
+        reason: One phrase, such as "0.7 for tsv, whatever the number of adapters".
+    """
+
+    value: float
+    reason: str
+
+
+def asks_moments(method: str, calibration: str | None) -> bool:
+    """Whether a scale that nobody gives is read off second moments, where there are any."""
+    return calibration is not None or method not in (*EXACT_SUMS, *BY_RULE)
+
+
+def scale_by_rule(method: str, calibration: str | None, weights: Sequence[float]) -> Scale:
+    """Choose a scale from the method and the number of adapters alone.
+
+    Args:
+        method: A name in `merge_methods()`.
+        calibration: "pico" or None.
+        weights: One per adapter, as the merge has them.
+
+    Returns:
+        c T^p for T adapters that count, three digits; 1 for one adapter, for sums whose weights were given (they say how much of
+        each is added), for exact sums, and for methods that nobody has measured.
+    """
+    count = sum(w != 0.0 for w in weights)
+    if count <= 1:
+        return Scale(1.0, "one adapter stays as it is")
+    if method in SUMS and any(w not in (0.0, 1.0) for w in weights):
+        return Scale(1.0, "the weights say how much of each is added")
+    if method in EXACT_SUMS and calibration is None:
+        return Scale(1.0, f"{method} is an exact sum")
+    if (method, calibration) not in RULES:
+        return Scale(1.0, f"no rule was measured for {method}{f' with {calibration}' if calibration else ''}")
+    c, p = RULES[method, calibration]
+    how = f"{c:g}" + (f" * {count} ** {p:g}" if p else ", whatever their number")
+    return Scale(float(f"{c * count**p:.3g}"), f"the rule for {count} adapters by {method}: {how}")
+
+
+def scale_by_moments(
+    adapters: Sequence[Adapter], merged: Mapping[str, LoraFactors], statistics: Mapping[str, Any]
+) -> Scale | None:
+    """Choose the scale at which the merge moves every task's outputs about as far as the task's own adapter does.
+
+    Formula: s = 1.1 sqrt(T / sum_t c_t / a_t) with a_t = sum over modules of tr(D_t m_t D_t^T) / tr(W0 m_t W0^T) and c_t
+    the same of the merge D: the mean square, over tasks, of the merge's output shift in units of the own one becomes 1.21.
+    The factor was fitted by labels, one number for all methods.
+
+    Args:
+        adapters: What was merged.
+        merged: Module -> its merge at scale 1.
+        statistics: Adapter -> its second moments (`Statistics`).
+
+    Returns:
+        The scale; None where an adapter has no statistics of any of its modules, or changes nothing on them.
+
+    Cost: two small products a module and adapter, and one (d, d) product with the merge's A.
+    """
+    ratios = []
+    for adapter in adapters:
+        own = whole = 0.0
+        stats = statistics.get(adapter.name)
+        if stats is None or not hasattr(stats, "moments_for"):
+            return None
+        for module, factors in adapter.modules.items():
+            moments = stats.moments_for(module)
+            energy = stats.modules[stats.relative(module)].output_energy if moments is not None else 0.0
+            if moments is None or not energy > 0 or module not in merged:
+                continue
+            own += _shift(factors, moments.project) / energy
+            whole += _shift(merged[module], moments.project) / energy
+        if not own > 0:
+            return None
+        ratios.append(whole / own)
+    mean = sum(ratios) / len(ratios)
+    if not mean > 0:
+        return None
+    value = float(f"{REACH * mean**-0.5:.3g}")
+    return Scale(
+        value, f"{REACH:g} times what moves each task's outputs as far as its own adapter does, from their statistics"
+    )
+
+
+def _shift(factors: LoraFactors, project: Callable[[Any], Any]) -> float:
+    """tr(D S D^T) of one module, from the factors."""
+    folded = factors.folded()
+    inner = project(folded.A).double()  # A S A^T
+    B = folded.B.double()
+    return float(((B.T @ B) * inner).sum())
