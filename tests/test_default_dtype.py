@@ -108,7 +108,9 @@ def test_merges(unchanged, method, given):
     adapters = adapters_for(method)
     weights = [0.5, 1.0, 2.0][: len(adapters)]
     held = statistics(adapters)
-    plan = plan_merge(adapters, method, options=LAWS[method].options, statistics=held, weights=weights, **given)
+    plan = plan_merge(
+        adapters, method, options=LAWS[method].options, statistics=held, weights=weights, **{"scale": 1.0} | given
+    )
     unchanged(lambda: {m: plan.merged(m, plan.prepared()) for m in MODULES})
 
 
@@ -122,7 +124,7 @@ def test_merges_in_another_space(unchanged, method, space):
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv"])
 def test_merges_to_bake_and_to_a_folder(unchanged, method, tmp_path):
     adapters = [adapter(n, i, MODULES) for i, n in enumerate(["one", "two"])]
-    plan = plan_merge(adapters, method)
+    plan = plan_merge(adapters, method, scale=1.0)
     unchanged(lambda: [plan.shell(), *(plan.delta(m).dense() for m in MODULES)])
     folders = [tmp_path / a.name for a in adapters]
     for folder, a in zip(folders, adapters, strict=True):
@@ -132,7 +134,7 @@ def test_merges_to_bake_and_to_a_folder(unchanged, method, tmp_path):
 
     def to_folder() -> bytes:
         out = tmp_path / f"out{len(written)}"
-        written.append(merge_folders(folders, out, method=method))
+        written.append(merge_folders(folders, out, method=method, scale=1.0))
         return (out / "adapter_model.safetensors").read_bytes()
 
     unchanged(to_folder)

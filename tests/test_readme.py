@@ -71,13 +71,13 @@ def test_a_merged_folder_is_used_as_the_readme_says(tiny_base, tmp_path, monkeyp
     for adapter in adapters:
         Path(adapter.name).mkdir()
         write_adapter(Path(adapter.name), adapter)
-    merge_folders(["sst2", "rte"], Path("merged"))
+    merge_folders(["sst2", "rte"], Path("merged"), method="task_arithmetic", scale=1.0)
     text = next(t for page, t in blocks("python") if page == "README.md" and "load_head" in t)
     names: dict = {}
     exec(compile(text.replace("path/to/base", base.name), "README.md", "exec"), names)
     row = {"input_ids": torch.tensor([[0, 7, 9, 11, 2]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     logits = names["model"].eval()(**row).logits
-    bake(plan_merge(adapters, "task_arithmetic"), Path(base.name), Path("full"))
+    bake(plan_merge(adapters, "task_arithmetic", scale=1.0), Path(base.name), Path("full"))
     whole = hf.AutoModelForSequenceClassification.from_pretrained("full", num_labels=2).eval()
     bare = hf.AutoModelForSequenceClassification.from_pretrained(base.name, num_labels=2).eval()
     for model in (whole, bare):

@@ -227,7 +227,11 @@ def test_embeddings_are_covered_where_they_are_asked_for(tmp_path, tied):
     from plait.merging.bake import bake
     from plait.merging.driver import plan_merge
 
-    bake(plan_merge([read_adapter(tmp_path / "lora")], "task_arithmetic"), tmp_path / "base", tmp_path / "baked")
+    bake(
+        plan_merge([read_adapter(tmp_path / "lora")], "task_arithmetic", scale=1.0),
+        tmp_path / "base",
+        tmp_path / "baked",
+    )
     import transformers as hf
 
     assert difference(logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "baked")), logits(tuned)) < 1e-5

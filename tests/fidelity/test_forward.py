@@ -54,7 +54,7 @@ def test_texts_go_through_the_adapters_own_layers(pair, tmp_path):
     written = read_adapter(tmp_path / "out")
     adapters = [read_adapter(f) for f in folders]
     panel = Panel(base, parts_of(adapters), texts)
-    plain = merge(adapters, "regmean", statistics=collect_moments(panel)["base"]).adapter
+    plain = merge(adapters, "regmean", statistics=collect_moments(panel)["base"], scale=1.0).adapter
     first = [m for m in plain.modules if "layer.0." in m]
     later = [m for m in plain.modules if m not in first]
     for m in first:

@@ -38,7 +38,7 @@ def merged(request, tmp_path_factory) -> tuple[Path, list[Path], Path]:
         with staged_folder(root / name, identity("train", {}), result=record) as stage:
             write_adapter(stage, replace(made, name=name, heads={name: made.heads[made.name]}, head_facts={}))
         folders.append(root / name)
-    merge_folders(folders, root / "merged")
+    merge_folders(folders, root / "merged", method="task_arithmetic", scale=1.0)
     return base, folders, root / "merged"
 
 
@@ -97,7 +97,7 @@ def test_predictions_are_those_of_plait_eval(tiny_base, tmp_path):
         adapter = random_adapter(base, "bert", name, task.kind, i, classes=3)
         with staged_folder(tmp_path / name, identity("train", {})) as stage:
             write_adapter(stage, adapter)
-    merge_folders([tmp_path / name for name in tasks], tmp_path / "merged")
+    merge_folders([tmp_path / name for name in tasks], tmp_path / "merged", method="task_arithmetic", scale=1.0)
     merged, texts = read_adapter(tmp_path / "merged"), texts_of(12)
     examples = {name: Examples(texts, np.zeros(12, np.int64)) for name in tasks}
     examples["two"] = Examples(texts, np.zeros(12, np.float32))
@@ -156,7 +156,12 @@ def test_tokens_keep_their_class(tmp_path):
 
     base = saved_base(tmp_path / "base", "bert")
     tags = saved_classifier(tmp_path / "tags", base, "bert", 5, task_type="TOKEN_CLS")
-    merge_folders([tags, saved_classifier(tmp_path / "two", base, "bert", 2, seed=1)], tmp_path / "merged")
+    merge_folders(
+        [tags, saved_classifier(tmp_path / "two", base, "bert", 2, seed=1)],
+        tmp_path / "merged",
+        method="task_arithmetic",
+        scale=1.0,
+    )
     done = export(tmp_path / "merged", tmp_path / "out", loader="peft", task="tags")
     with quiet():
         model = peft.AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "out", **loading(done["next"]))
@@ -172,7 +177,7 @@ def test_each_head_in_its_own_classes_names(tmp_path):
     )
     (tmp_path / "other").mkdir()
     write_adapter(tmp_path / "other", other)
-    merge_folders([tmp_path / "one", tmp_path / "other"], tmp_path / "merged")
+    merge_folders([tmp_path / "one", tmp_path / "other"], tmp_path / "merged", method="task_arithmetic", scale=1.0)
     for task, prefix in (("one", "bert"), ("other", "encoder_model")):
         export(tmp_path / "merged", tmp_path / f"out-{task}", loader="peft", task=task)
         targets = json.loads((tmp_path / f"out-{task}" / CONFIG).read_text())["target_modules"]
@@ -218,7 +223,7 @@ def llama(folder: Path, **changes) -> Path:
 def test_what_is_asked_for_must_be_there(tmp_path):
     base = saved_base(tmp_path / "base", "bert")
     folders = [saved_classifier(tmp_path / n, base, "bert", 2, seed=i) for i, n in enumerate(("a", "b"))]
-    merge_folders(folders, tmp_path / "merged")
+    merge_folders(folders, tmp_path / "merged", method="task_arithmetic", scale=1.0)
     text = saved(tmp_path / "text", text_adapter())
     for source, options, message in (
         (tmp_path / "merged", {"loader": "peft"}, "which of its heads"),

@@ -50,7 +50,7 @@ def test_data_free_methods_see_convolutions_as_matrices(kohya, tmp_path, method)
     paths = [kohya("a", 1), kohya("b", 2)]
     found = answer(MergeRequest([str(p) for p in paths], tmp_path / "m.safetensors", method))
     merged = read_any(tmp_path / "m.safetensors")
-    twin = merge([read_any(p) for p in paths], method).adapter
+    twin = merge([read_any(p) for p in paths], method, scale=1.0).adapter
     for module, factors in twin.modules.items():
         torch.testing.assert_close(merged.modules[module].delta(), factors.delta(), rtol=1e-4, atol=1e-5)
     assert found["verification_error"] < 1e-3
@@ -114,7 +114,7 @@ def test_other_settings_at_the_same_place(kohya, tmp_path):
 
 def test_from_python_too(kohya, tmp_path):
     paths = [kohya("a", 1), kohya("b", 2)]
-    assert merge_folders(paths, tmp_path / "m.safetensors", method="ties")["format"] == "kohya"
+    assert merge_folders(paths, tmp_path / "m.safetensors", method="ties", scale=1.0)["format"] == "kohya"
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="not as PEFT does"):
         write_adapter(tmp_path / "folder", read_any(paths[0]))

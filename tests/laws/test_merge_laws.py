@@ -111,7 +111,7 @@ class _Both:
 
 def run(method: str, adapters: list[Adapter], **given: Any) -> Merged:
     given.setdefault("options", LAWS[method].options)
-    return merge(adapters, method, statistics=statistics(adapters), **given)
+    return merge(adapters, method, statistics=statistics(adapters), **{"scale": 1.0} | given)
 
 
 def dense(done: Merged) -> dict[str, torch.Tensor]:
@@ -324,7 +324,7 @@ def test_huge_weights_stay_finite_or_raise(method, trio):
 def test_statistics_are_asked_for(method, trio):
     if merge_methods()[method].needs:
         with pytest.raises(UsageError, match="needs"):
-            merge(trio, method)
+            merge(trio, method, scale=1.0)
 
 
 def test_real_statistics_type_is_understood(trio, method):
@@ -333,7 +333,10 @@ def test_real_statistics_type_is_understood(trio, method):
     modules = {m: ModuleInfo(site=m, shape=s, output_energy=None, fan_in_fan_out=False) for m, s in MODULES.items()}
     sites = {m: Moments(5, torch.zeros(i), torch.eye(i) * 5) for m, (_, i) in MODULES.items()}
     done = merge(
-        trio, method, statistics={a.name: Statistics(sites=sites, modules=modules, provenance={}) for a in trio}
+        trio,
+        method,
+        statistics={a.name: Statistics(sites=sites, modules=modules, provenance={}) for a in trio},
+        scale=1.0,
     )
     assert all(torch.isfinite(d).all() for d in dense(done).values())
 

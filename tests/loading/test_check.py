@@ -35,7 +35,7 @@ def adapters(bases, tmp_path_factory):
 
 @pytest.fixture
 def merged(adapters, tmp_path):
-    merge_folders([adapters / "one", adapters / "two"], tmp_path / "merged")
+    merge_folders([adapters / "one", adapters / "two"], tmp_path / "merged", method="task_arithmetic", scale=1.0)
     return tmp_path / "merged"
 
 
@@ -110,7 +110,10 @@ def test_nothing_to_check(capsys, tmp_path):
 def test_a_folder_of_results_is_checked_result_by_result(capsys, adapters, tmp_path):
     for name in ("a", "b"):
         merge_folders(
-            [adapters / "one", adapters / "two"], tmp_path / "run" / "merged" / name, scale=1.0 if name == "a" else 0.5
+            [adapters / "one", adapters / "two"],
+            tmp_path / "run" / "merged" / name,
+            scale=1.0 if name == "a" else 0.5,
+            method="task_arithmetic",
         )
     found = json.loads(call(capsys, "check", tmp_path / "run", "--json")[1])
     assert found["ok"] and [r["path"].rpartition("/")[2] for r in found["results"]] == ["a", "b"]

@@ -35,7 +35,7 @@ def test_one_and_two_adapters(tmp_path, name, fused):
     base = saved(name, tmp_path / "base", fused=fused)
     a, b = (adapter(mixture(name), tmp_path / n, s, **targets(name)) for n, s in (("a", 1), ("b", 2)))
     for given in ([a], [a, b]):
-        done = bake(plan_merge(read_all(given), "task_arithmetic"), base, tmp_path / "baked", overwrite=True)
+        done = bake(plan_merge(read_all(given), "task_arithmetic", scale=1.0), base, tmp_path / "baked", overwrite=True)
         assert done["verification_error"] < 1e-6
         assert difference(reloaded(tmp_path / "baked"), logits(loaded(mixture(name), *given))) < 1e-5
 
@@ -46,9 +46,9 @@ def test_merges_that_are_no_sums_are_baked_as_they_are_written(tmp_path, method)
 
     base = saved("mixtral", tmp_path / "base", fused=False)
     a, b = (adapter(mixture("mixtral"), tmp_path / n, s) for n, s in (("a", 1), ("b", 2)))
-    plan = plan_merge(read_all([a, b]), method, rank=16)
+    plan = plan_merge(read_all([a, b]), method, rank=16, scale=1.0)
     bake(plan, base, tmp_path / "baked")
-    merge_folders([a, b], tmp_path / "m", method=method, rank=16)
+    merge_folders([a, b], tmp_path / "m", method=method, rank=16, scale=1.0)
     assert difference(reloaded(tmp_path / "baked"), logits(loaded(mixture("mixtral"), tmp_path / "m"))) < 1e-5
 
 
@@ -61,7 +61,7 @@ def test_square_experts_are_turned_as_the_model_has_them(tmp_path, name):
         given = adapter(
             mixture(name, **sizes), tmp_path / f"a{inner}", 1, target_modules=["q_proj"], target_parameters=FUSED
         )
-        bake(plan_merge(read_all([given]), "task_arithmetic"), base, tmp_path / f"baked{inner}")
+        bake(plan_merge(read_all([given]), "task_arithmetic", scale=1.0), base, tmp_path / f"baked{inner}")
         wanted = logits(loaded(mixture(name, **sizes), given))
         assert difference(reloaded(tmp_path / f"baked{inner}"), wanted) < 1e-5
 
@@ -73,7 +73,7 @@ def test_half_precision_and_shards(tmp_path):
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     a = adapter(mixture("mixtral"), tmp_path / "a", 1)
-    done = bake(plan_merge(read_all([a]), "task_arithmetic"), tmp_path / "base", tmp_path / "baked")
+    done = bake(plan_merge(read_all([a]), "task_arithmetic", scale=1.0), tmp_path / "base", tmp_path / "baked")
     assert done["dtype"] == ["BF16"] and 0 < done["rounding_error"] < 0.02
     rounded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     wanted = loaded(rounded, a)
@@ -86,11 +86,11 @@ def test_other_bases_are_refused_by_name(tmp_path):
     a = adapter(mixture("mixtral"), tmp_path / "a", 1)
     fewer = saved("mixtral", tmp_path / "fewer", fused=False, num_local_experts=3)
     with pytest.raises(InputError, match=r"no expert 3|update \(4, 16\)"):
-        bake(plan_merge(read_all([a]), "task_arithmetic"), fewer, tmp_path / "baked")
+        bake(plan_merge(read_all([a]), "task_arithmetic", scale=1.0), fewer, tmp_path / "baked")
     wider = saved("mixtral", tmp_path / "wider", fused=False, intermediate_size=32)
     with pytest.raises(InputError, match="has an update"):
-        bake(plan_merge(read_all([a]), "task_arithmetic"), wider, tmp_path / "baked")
+        bake(plan_merge(read_all([a]), "task_arithmetic", scale=1.0), wider, tmp_path / "baked")
     other = saved("gpt_oss", tmp_path / "other", fused=False)
     with pytest.raises(InputError):
-        bake(plan_merge(read_all([a]), "task_arithmetic"), other, tmp_path / "baked")
+        bake(plan_merge(read_all([a]), "task_arithmetic", scale=1.0), other, tmp_path / "baked")
     assert not (tmp_path / "baked").exists()

@@ -35,7 +35,7 @@ def merged(request, tmp_path_factory) -> tuple[str, Path, list[Path], Path]:
         saved_classifier(root / name, base, request.param, outputs, seed=i)
         for i, (name, outputs) in enumerate(OUTPUTS.items())
     ]
-    merge_folders(folders, root / "merged")
+    merge_folders(folders, root / "merged", method="task_arithmetic", scale=1.0)
     return request.param, base, folders, root / "merged"
 
 
@@ -102,8 +102,8 @@ def test_read_back_it_merges_as_before(merged, tmp_path):
     assert not any(k.startswith(root) for k in load_file(old / WEIGHTS))
     assert json.loads((old / CONFIG).read_text())["task_type"] == "FEATURE_EXTRACTION"
     for name, source in (("new", folder), ("renewed", old)):
-        merge_folders([f"m={source}", folders[0]], tmp_path / f"{name}-again")
-        merge_folders([f"m={source}"], tmp_path / f"{name}-alone")
+        merge_folders([f"m={source}", folders[0]], tmp_path / f"{name}-again", method="task_arithmetic", scale=1.0)
+        merge_folders([f"m={source}"], tmp_path / f"{name}-alone", method="task_arithmetic", scale=1.0)
     for kind in ("again", "alone"):
         a, b = (load_file(tmp_path / f"{name}-{kind}" / WEIGHTS) for name in ("new", "renewed"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -125,10 +125,12 @@ def test_adapters_of_a_bare_backbone_keep_its_names(tmp_path):
         write_adapter(
             _made(tmp_path / name), replace(seq, name=name, heads={}, prefix="", task_type="FEATURE_EXTRACTION")
         )
-    merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "bare")
+    merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "bare", method="task_arithmetic", scale=1.0)
     assert json.loads((tmp_path / "bare" / CONFIG).read_text())["task_type"] == "FEATURE_EXTRACTION"
     assert over("AutoModel", base, tmp_path / "bare")[1]() is not None
-    merge_folders([tmp_path / "a", tmp_path / "seq"], tmp_path / "with")  # the classifier tells
+    merge_folders(
+        [tmp_path / "a", tmp_path / "seq"], tmp_path / "with", method="task_arithmetic", scale=1.0
+    )  # the classifier tells
     assert read_adapter(tmp_path / "with").prefix == "bert"
 
 
@@ -138,7 +140,7 @@ def test_two_names_of_one_backbone(tmp_path):
     one = saved_classifier(tmp_path / "one", base, "bert", 2)
     other = replace(read_adapter(one), name="other", prefix="encoder_model", source={})
     write_adapter(_made(tmp_path / "other"), replace(other, heads={"other": one_head(one)}))
-    merge_folders([one, tmp_path / "other"], tmp_path / "merged")
+    merge_folders([one, tmp_path / "other"], tmp_path / "merged", method="task_arithmetic", scale=1.0)
     read = read_adapter(tmp_path / "merged")
     assert read.prefix == "bert"
     assert (read.facts_of("one").prefix, read.facts_of("other").prefix) == ("bert", "encoder_model")
@@ -151,7 +153,12 @@ def one_head(folder: Path) -> dict[str, torch.Tensor]:
 def test_tokens_and_sentences_together(tmp_path):
     base = saved_base(tmp_path / "base", "bert")
     tags = saved_classifier(tmp_path / "tags", base, "bert", 5, task_type="TOKEN_CLS")
-    merge_folders([tags, saved_classifier(tmp_path / "two", base, "bert", 2, seed=1)], tmp_path / "merged")
+    merge_folders(
+        [tags, saved_classifier(tmp_path / "two", base, "bert", 2, seed=1)],
+        tmp_path / "merged",
+        method="task_arithmetic",
+        scale=1.0,
+    )
     assert read_adapter(tmp_path / "merged").facts_of("tags").task_type == "TOKEN_CLS"
     wrapped = over("AutoModelForTokenClassification", base, tmp_path / "merged", num_labels=5)[1]()
     plait.load_head(wrapped, tmp_path / "merged", "tags")
@@ -175,7 +182,7 @@ def test_names_of_classes_stay_with_the_head(tmp_path):
     base = saved_base(tmp_path / "base", "bert")
     two = named(saved_classifier(tmp_path / "two", base, "bert", 2), ["negative", "positive"])
     grade = saved_classifier(tmp_path / "grade", base, "bert", 1, seed=1)
-    merge_folders([f"two={two}", grade], tmp_path / "merged")
+    merge_folders([f"two={two}", grade], tmp_path / "merged", method="task_arithmetic", scale=1.0)
     (tmp_path / "merged/plait.json").unlink()  # the files alone tell
     model = classifier(base, 2)
     plait.load_head(model, tmp_path / "merged", "two")
@@ -223,7 +230,9 @@ def test_bad_facts_are_refused(tmp_path, message):
 
 def test_a_prefix_that_is_not_there(tmp_path):
     base = saved_base(tmp_path / "base", "bert")
-    merge_folders([saved_classifier(tmp_path / "two", base, "bert", 2)], tmp_path / "merged")
+    merge_folders(
+        [saved_classifier(tmp_path / "two", base, "bert", 2)], tmp_path / "merged", method="task_arithmetic", scale=1.0
+    )
     tensors = load_file(tmp_path / "merged" / WEIGHTS)
     (tmp_path / "merged/plait.json").unlink()
     metadata = {"task_type": "FEATURE_EXTRACTION", "backbone_prefix": "roberta"}

@@ -125,7 +125,7 @@ def test_tasks_that_care_win_the_entry():
         for n, v in (("a", 1.0), ("b", 3.0))
     ]
     F = {n: FisherDiagonal.held({"q": torch.full((3, 4), f)}, 1) for n, f in (("a", 3.0), ("b", 1.0))}
-    done = merge(ads, "fisher", statistics=F)
+    done = merge(ads, "fisher", statistics=F, scale=1.0)
     torch.testing.assert_close(done.adapter.modules["q"].delta(), torch.full((3, 4), 1.5))
 
 

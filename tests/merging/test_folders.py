@@ -42,7 +42,7 @@ def saved(folder: Path, seed: int, *, rank=4, targets=("q", "v"), out=24, width=
 
 def test_result_is_whole_and_recorded(tmp_path):
     pair = [saved(tmp_path / "a", 0), f"other={saved(tmp_path / 'b', 1, rank=2)}"]
-    done = merge_folders(pair, tmp_path / "out", weights=[0.5, 2.0], scale=0.3)
+    done = merge_folders(pair, tmp_path / "out", weights=[0.5, 2.0], scale=0.3, method="task_arithmetic")
     json.dumps(done)
     assert done["tasks"] == ["a", "other"] and done["seconds_merge"] > 0 and done["verification_error"] < 1e-6
     result = read_manifest(tmp_path / "out")["result"]
@@ -68,10 +68,15 @@ def test_result_is_whole_and_recorded(tmp_path):
 )
 def test_written_while_computed_or_after_are_the_same_bytes(tmp_path, settings, monkeypatch):
     three = [saved(tmp_path / n, i, rank=i + 2, targets=("q", "v")[: i + 1]) for i, n in enumerate(NAMES)]
-    assert foreseen(plan_merge([read_adapter(f) for f in three], **settings), "x") is not None
-    merge_folders(three, tmp_path / "streamed", **settings)
+    assert (
+        foreseen(
+            plan_merge([read_adapter(f) for f in three], **{"method": "task_arithmetic", "scale": 1.0} | settings), "x"
+        )
+        is not None
+    )
+    merge_folders(three, tmp_path / "streamed", **{"method": "task_arithmetic", "scale": 1.0} | settings)
     monkeypatch.setattr(folders_module, "foreseen", lambda *_: None)
-    merge_folders(three, tmp_path / "held", **settings)
+    merge_folders(three, tmp_path / "held", **{"method": "task_arithmetic", "scale": 1.0} | settings)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "held" / file).read_bytes()
     one, other = (read_manifest(tmp_path / n)["result"] for n in ("streamed", "held"))
@@ -86,18 +91,18 @@ def test_what_a_core_decides_or_a_sum_is_cut_to_is_not_foreseen(tmp_path):
         ("ties", None, {"space": "core"}),
         ("linear", 3, {}),
     ):
-        assert foreseen(plan_merge(pair, method, rank=rank, options=options), "x") is None
-    assert foreseen(plan_merge(pair[:1], "linear"), "x") is None
+        assert foreseen(plan_merge(pair, method, rank=rank, options=options, scale=1.0), "x") is None
+    assert foreseen(plan_merge(pair[:1], "linear", scale=1.0), "x") is None
 
 
 def test_same_settings_are_kept_and_others_refused(tmp_path):
     pair = [saved(tmp_path / "a", 0), saved(tmp_path / "b", 1)]
-    merge_folders(pair, tmp_path / "out")
-    assert merge_folders(pair, tmp_path / "out")["reused"]
+    merge_folders(pair, tmp_path / "out", method="task_arithmetic", scale=1.0)
+    assert merge_folders(pair, tmp_path / "out", method="task_arithmetic", scale=1.0)["reused"]
     with pytest.raises(UsageError, match="scale"):
-        merge_folders(pair, tmp_path / "out", scale=0.5)
+        merge_folders(pair, tmp_path / "out", scale=0.5, method="task_arithmetic")
     first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    merge_folders(pair, tmp_path / "out", overwrite=True)
+    merge_folders(pair, tmp_path / "out", overwrite=True, method="task_arithmetic", scale=1.0)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first
 
 
@@ -112,7 +117,10 @@ def test_a_write_that_goes_wrong_leaves_nothing(tmp_path, monkeypatch):
     for method in ("task_arithmetic", "tsv"):
         with pytest.raises(RunError, match="differs from the merge of its inputs"):
             merge_folders(
-                [saved(tmp_path / f"a{method}", 0), saved(tmp_path / f"b{method}", 1)], tmp_path / "out", method=method
+                [saved(tmp_path / f"a{method}", 0), saved(tmp_path / f"b{method}", 1)],
+                tmp_path / "out",
+                method=method,
+                scale=1.0,
             )
         assert not (tmp_path / "out").exists()
 
@@ -131,7 +139,7 @@ def test_sharded_half_precision_and_patterns(tmp_path):
         "alpha_pattern": {"layers.0.q": 3},
     }
     (b / "adapter_config.json").write_text(json.dumps(config))
-    done = merge_folders([a, b], tmp_path / "out")
+    done = merge_folders([a, b], tmp_path / "out", method="task_arithmetic", scale=1.0)
     b_read = read_adapter(b)
     assert b_read.modules["layers.0.q"].scaling == 1.5 and b_read.modules["layers.1.q"].scaling == 4.0
     merged = read_adapter(tmp_path / "out")
@@ -142,13 +150,13 @@ def test_sharded_half_precision_and_patterns(tmp_path):
 
 def test_rank_curve_falls_to_zero_at_full_rank(tmp_path):
     three = [saved(tmp_path / n, i) for i, n in enumerate("abc")]
-    rows = rank_curve(three, score=lambda a: float(a.rank))
+    rows = rank_curve(three, score=lambda a: float(a.rank), method="task_arithmetic", scale=1.0)
     assert [row["rank"] for row in rows] == [4, 8, 12] and [row["score"] for row in rows] == [4.0, 8.0, 12.0]
     lost = [row["discarded_energy"] for row in rows]
     assert lost[0] > lost[1] > lost[2] == 0
-    assert rank_curve(three, "ties")[-1]["discarded_energy"] > 0
+    assert rank_curve(three, "ties", scale=1.0)[-1]["discarded_energy"] > 0
     for method in ("cat", "tsv", "ties"):
-        assert all(row["verification_error"] < 1e-5 for row in rank_curve(three, method))
+        assert all(row["verification_error"] < 1e-5 for row in rank_curve(three, method, scale=1.0))
 
 
 def test_rank_curve_notices_a_merge_that_is_wrong(tmp_path, monkeypatch):
@@ -160,7 +168,7 @@ def test_rank_curve_notices_a_merge_that_is_wrong(tmp_path, monkeypatch):
         return LoraFactors(f.A, f.B * 1.1), lost
 
     monkeypatch.setattr(Plan, "merged", wrong)
-    assert all(row["verification_error"] > 0.05 for row in rank_curve(three))
+    assert all(row["verification_error"] > 0.05 for row in rank_curve(three, method="task_arithmetic", scale=1.0))
 
 
 @pytest.fixture
@@ -193,7 +201,9 @@ def test_agrees_with_peft(wrapped, tmp_path, kind, options):
     weights = [0.5, 1.0, -0.25]
     extra = {"svd_rank": 4} if kind == "svd" else {}
     wrapped.add_weighted_adapter(NAMES, weights, "theirs", combination_type=kind, **extra)
-    merge_folders([tmp_path / n for n in NAMES], tmp_path / "out", method=kind, weights=weights, options=options)
+    merge_folders(
+        [tmp_path / n for n in NAMES], tmp_path / "out", method=kind, weights=weights, options=options, scale=1.0
+    )
     ours = read_adapter(tmp_path / "out")
     for name in "qv":
         layer = getattr(wrapped.base_model.model, name)
@@ -209,7 +219,7 @@ def test_public_adapters_merge_by_every_method_without_data(tmp_path, pair):
     for method, found in merge_methods().items():
         if found.needs or (method == "della" and "gemma" in pair[0]):
             continue
-        done = merge_folders([PUBLIC / p for p in pair], tmp_path / method, method=method)
+        done = merge_folders([PUBLIC / p for p in pair], tmp_path / method, method=method, scale=1.0)
         assert done["verification_error"] < 1e-5, method
         read = read_adapter(tmp_path / method)
         assert set(read.heads) == ({*pair} if "distilbert" in pair[0] else set())
@@ -227,8 +237,8 @@ def test_bases_of_other_names_can_be_declared_one(tmp_path):
     config = json.loads((b / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/base"}
     (b / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="'base' and 'b' on 'org/base'"):
-        merge_folders([a, b], tmp_path / "out")
-    done = merge_folders([a, b], tmp_path / "out", base="org/base")
+        merge_folders([a, b], tmp_path / "out", method="task_arithmetic", scale=1.0)
+    done = merge_folders([a, b], tmp_path / "out", base="org/base", method="task_arithmetic", scale=1.0)
     assert done["base"] == "org/base" and [p["base"] for p in done["adapters"]] == ["base", "org/base"]
 
 
@@ -250,7 +260,7 @@ def test_merged_classifiers_run_in_peft_on_the_backbone(tmp_path):
             if "lora_" in n:
                 torch.nn.init.normal_(p, std=0.2)
         wrapped.save_pretrained(tmp_path / name)
-    merge_folders([tmp_path / "two", tmp_path / "three"], tmp_path / "out", scale=0.5)
+    merge_folders([tmp_path / "two", tmp_path / "three"], tmp_path / "out", scale=0.5, method="task_arithmetic")
     ids = torch.randint(3, 60, (2, 7))
     whole = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
     expected = hf.AutoModel.from_pretrained(tmp_path / "base").eval()
@@ -275,9 +285,11 @@ def test_statistics_are_read_once(tmp_path, monkeypatch):
     wanted = {f"statistics:{n}": sha256_file(file) for n, file in files.items()}
     hashed: list[Path] = []
     monkeypatch.setattr("plait.store.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
-    merge_folders(folders, tmp_path / "out", method="regmean", statistics=files)
+    merge_folders(folders, tmp_path / "out", method="regmean", statistics=files, scale=1.0)
     recorded = read_manifest(tmp_path / "out")["inputs"]
     assert {k: v for k, v in recorded.items() if k.startswith("statistics:")} == wanted
     assert hashed and not set(hashed) & set(files.values())
-    merge_folders(folders, tmp_path / "sum", statistics=files)  # which needs none, and so says what it was given
+    merge_folders(
+        folders, tmp_path / "sum", statistics=files, method="task_arithmetic", scale=1.0
+    )  # which needs none, and so says what it was given
     assert {k: v for k, v in read_manifest(tmp_path / "sum")["inputs"].items() if k in wanted} == wanted

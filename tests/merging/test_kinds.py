@@ -72,10 +72,12 @@ def as_linear(adapter):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_peft_sees_what_the_method_gives_for_plain_matrices(method, space, rank, pair, tmp_path):
     options = {"space": space} if space else {}
-    merge_folders(pair, tmp_path / "m", method=method, options=options, rank=rank)
+    merge_folders(pair, tmp_path / "m", method=method, options=options, rank=rank, scale=1.0)
     kinds = {m: f.kind for m, f in read_adapter(tmp_path / "m").modules.items()}
     assert kinds == {"words": "embedding", "wide": "conv:3x3", "long": "conv:2", "last": "linear"}
-    matrices = merge([as_linear(read_adapter(p)) for p in pair], method, options=options, rank=rank).adapter.modules
+    matrices = merge(
+        [as_linear(read_adapter(p)) for p in pair], method, options=options, rank=rank, scale=1.0
+    ).adapter.modules
     found = deltas_by_peft(tmp_path / "m")
     for name, factors in matrices.items():
         wanted = factors.delta(torch.float64)
@@ -94,7 +96,9 @@ def test_peft_sees_what_the_method_gives_for_plain_matrices(method, space, rank,
     ],
 )
 def test_dense_rules_are_the_papers_on_peft_s_own_deltas(method, options, twin, pair, tmp_path):
-    merge_folders(pair, tmp_path / "m", method=method, options=options, rank=64)  # more than any module has: no cut
+    merge_folders(
+        pair, tmp_path / "m", method=method, options=options, rank=64, scale=1.0
+    )  # more than any module has: no cut
     inputs, found = [deltas_by_peft(p) for p in pair], deltas_by_peft(tmp_path / "m")
     for name in TARGETS:
         wanted = twin([each[name].numpy() for each in inputs])
@@ -105,12 +109,12 @@ def test_dense_rules_are_the_papers_on_peft_s_own_deltas(method, options, twin, 
 def test_a_module_of_one_adapter_whose_weight_is_0(method, pair, tmp_path):
     first, second = (read_adapter(p) for p in pair)
     alone = replace(second, modules={m: f for m, f in second.modules.items() if m != "words"})
-    done = merge([first, alone], method, weights=[0.0, 1.0]).adapter
+    done = merge([first, alone], method, weights=[0.0, 1.0], scale=1.0).adapter
     assert float(done.modules["words"].delta().norm()) == 0 and done.modules["words"].kind == "embedding"
 
 
 def test_methods_that_need_statistics_say_so_at_once(pair, tmp_path):
     for name in set(merge_methods()) - set(WITHOUT_STATISTICS):
         with pytest.raises(PlaitError, match=f"{name} needs"):
-            merge_folders(pair, tmp_path / "m", method=name)
+            merge_folders(pair, tmp_path / "m", method=name, scale=1.0)
         assert not (tmp_path / "m").exists()

@@ -29,7 +29,7 @@ def targets(name: str) -> dict:
 @pytest.mark.parametrize("name", MODELS)
 def test_one_adapter_of_weight_one_comes_back(tmp_path, name):
     given = adapter(mixture(name), tmp_path / "a", 1, **targets(name))
-    done = merge_folders([given], tmp_path / "m")
+    done = merge_folders([given], tmp_path / "m", method="task_arithmetic", scale=1.0)
     assert done["verification_error"] < 1e-6
     assert difference(logits(loaded(mixture(name), tmp_path / "m")), logits(loaded(mixture(name), given))) < 1e-6
     config = json.loads((tmp_path / "m/adapter_config.json").read_text())
@@ -44,7 +44,7 @@ def test_one_adapter_of_weight_one_comes_back(tmp_path, name):
 def test_two_add_up(tmp_path, name, other):
     a = adapter(mixture(name), tmp_path / "a", 1, **targets(name))
     b = adapter(mixture(name), tmp_path / "b", 2, **targets(name), **other)
-    merge_folders([a, b], tmp_path / "m")
+    merge_folders([a, b], tmp_path / "m", method="task_arithmetic", scale=1.0)
     found, wanted = logits(loaded(mixture(name), tmp_path / "m")), logits(loaded(mixture(name), a, b))
     assert difference(found, wanted) < 1e-5
 
@@ -65,14 +65,14 @@ def test_experts_beside_an_adapter_of_other_targets(tmp_path, partner):
     a = adapter(mixture("qwen3_moe"), tmp_path / "a", 1)
     b = adapter(mixture("qwen3_moe"), tmp_path / "b", 2, **PARTNERS[partner])
     for order in ([a, b], [b, a]):
-        merge_folders(order, tmp_path / "m", overwrite=True)
+        merge_folders(order, tmp_path / "m", overwrite=True, method="task_arithmetic", scale=1.0)
         found, wanted = logits(loaded(mixture("qwen3_moe"), tmp_path / "m")), logits(loaded(mixture("qwen3_moe"), a, b))
         assert difference(found, wanted) < 1e-5
 
 
 def test_weights_and_a_cut_are_each_experts_own(tmp_path):
     a, b = (adapter(mixture("mixtral"), tmp_path / n, s, **Q_AND_EXPERTS) for n, s in (("a", 1), ("b", 2)))
-    merge_folders([a, b], tmp_path / "m", weights=[0.5, -2.0], rank=3)
+    merge_folders([a, b], tmp_path / "m", weights=[0.5, -2.0], rank=3, method="task_arithmetic", scale=1.0)
     found, (x, y) = read_adapter(tmp_path / "m"), map(read_adapter, (a, b))
     assert {f.rank for f in found.modules.values()} == {3}
     for module, f in found.modules.items():
@@ -88,9 +88,9 @@ def test_every_method_merges_experts_or_says_what_it_lacks(tmp_path, method):
     a, b = (adapter(mixture("mixtral", num_hidden_layers=1), tmp_path / n, s) for n, s in (("a", 1), ("b", 2)))
     if find_method(method).needs:
         with pytest.raises(UsageError):
-            merge_folders([a, b], tmp_path / "m", method=method)
+            merge_folders([a, b], tmp_path / "m", method=method, scale=1.0)
         return
-    done = merge_folders([a, b], tmp_path / "m", method=method)
+    done = merge_folders([a, b], tmp_path / "m", method=method, scale=1.0)
     assert done["verification_error"] < 1e-3
     found = logits(loaded(mixture("mixtral", num_hidden_layers=1), tmp_path / "m"))
     assert difference(found, logits(mixture("mixtral", num_hidden_layers=1))) > 1e-4
@@ -113,7 +113,7 @@ def test_other_numbers_of_experts_are_other_bases(tmp_path):
     a = adapter(mixture("mixtral"), tmp_path / "a", 1, **Q_AND_EXPERTS)
     b = adapter(mixture("mixtral", num_local_experts=3), tmp_path / "b", 2, **Q_AND_EXPERTS)
     with pytest.raises(InputError, match=r"4 experts .* 3"):
-        merge_folders([a, b], tmp_path / "m")
+        merge_folders([a, b], tmp_path / "m", method="task_arithmetic", scale=1.0)
 
 
 def test_experts_one_by_one_and_fused_are_not_merged_side_by_side(tmp_path):
@@ -135,7 +135,7 @@ def test_experts_one_by_one_and_fused_are_not_merged_side_by_side(tmp_path):
     }
     (tmp_path / "b/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="one by one"):
-        merge_folders([a, tmp_path / "b"], tmp_path / "m")
+        merge_folders([a, tmp_path / "b"], tmp_path / "m", method="task_arithmetic", scale=1.0)
 
 
 def damaged(folder: Path, **changed: object) -> Path:
@@ -180,7 +180,7 @@ def test_peft_loads_without_a_word_about_missing_keys(tmp_path):
     import peft
 
     a = adapter(mixture("mixtral"), tmp_path / "a", 1)
-    merge_folders([a], tmp_path / "m", method="tsv")
+    merge_folders([a], tmp_path / "m", method="tsv", scale=1.0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         peft.PeftModel.from_pretrained(mixture("mixtral"), tmp_path / "m")

@@ -83,7 +83,7 @@ def test_every_method_that_takes_stacks_is_compared():
 @every_case
 @pytest.mark.parametrize("ranks", [(3, 3, 5), (4, 4, 4), (2, 6), (30, 30)], ids=str)
 def test_a_stack_gives_what_its_members_give_alone(method, options, ranks, called):
-    plan = plan_merge(adapters(ranks=ranks), method, options=options, weights=[0.5, -1.0, 2.0][: len(ranks)])
+    plan = plan_merge(adapters(ranks=ranks), method, options=options, weights=[0.5, -1.0, 2.0][: len(ranks)], scale=1.0)
     found = plan.run("x").adapter.modules
     assert list(found) == list(LIKE)
     assert called == ([] if sum(ranks) > 40 else [tuple(LIKE)])  # more columns than rows: QR, one by one
@@ -116,7 +116,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("module", ["l.0.q", "l.2.q"])
 def test_with_one_degenerate_member_all_are_computed_alone(method, options, kind, module, called):
-    plan = plan_merge(changed(adapters(), 1, module, **DEGENERATE[kind]), method, options=options)
+    plan = plan_merge(changed(adapters(), 1, module, **DEGENERATE[kind]), method, options=options, scale=1.0)
     found = plan.run("x").adapter.modules
     assert called == []
     assert all(same_bits(found[m], f) for m, f in alone(plan).items())
@@ -143,29 +143,29 @@ def test_only_likes_are_grouped():
     modules = {"a.q": (48, 40), "a.v": (24, 40), "b.q": (48, 40), "b.v": (24, 40), "c.q": (48, 40)}
     given = adapters(modules)
     short = changed(given, 2, "b.q", A=lambda A: A[:2], B=lambda B: B[:, :2])
-    assert groups_of(plan_merge(given, "tsv")) == [["a.q", "b.q", "c.q"], ["a.v", "b.v"]]
-    assert groups_of(plan_merge(short, "tsv")) == [["a.q", "c.q"], ["a.v", "b.v"], ["b.q"]]
+    assert groups_of(plan_merge(given, "tsv", scale=1.0)) == [["a.q", "b.q", "c.q"], ["a.v", "b.v"]]
+    assert groups_of(plan_merge(short, "tsv", scale=1.0)) == [["a.q", "c.q"], ["a.v", "b.v"], ["b.q"]]
     lacking = [*given[:2], Adapter("t2", "base", {m: f for m, f in given[2].modules.items() if m != "a.v"})]
-    assert groups_of(plan_merge(lacking, "tsv")) == [["a.q", "b.q", "c.q"], ["a.v"], ["b.v"]]
-    assert groups_of(plan_merge(given, "iso_cts")) == [[m] for m in modules]
+    assert groups_of(plan_merge(lacking, "tsv", scale=1.0)) == [["a.q", "b.q", "c.q"], ["a.v"], ["b.v"]]
+    assert groups_of(plan_merge(given, "iso_cts", scale=1.0)) == [[m] for m in modules]
     for changed_ in (short, lacking):
-        plan = plan_merge(changed_, "core_space")
+        plan = plan_merge(changed_, "core_space", scale=1.0)
         found = plan.run("x").adapter.modules
         assert list(found) == list(modules) and all(difference(found[m], f) < 5e-7 for m, f in alone(plan).items())
 
 
 def test_groups_are_small_and_large_modules_stay_alone():
     assert grouped((f"m{i}", i % 2, 2) for i in range(7)) == [["m0", "m2"], ["m1", "m3"], ["m4", "m6"], ["m5"]]
-    few = groups_of(plan_merge(adapters({f"l.{i}": (16, 17) for i in range(9)}), "tsv"))
+    few = groups_of(plan_merge(adapters({f"l.{i}": (16, 17) for i in range(9)}), "tsv", scale=1.0))
     assert [len(names) for names in few] == [4, 4, 1]
-    wide = groups_of(plan_merge(adapters({f"l.{i}": (10, 17) for i in range(3)}), "tsv"))  # R is 11
+    wide = groups_of(plan_merge(adapters({f"l.{i}": (10, 17) for i in range(3)}), "tsv", scale=1.0))  # R is 11
     assert [len(names) for names in wide] == [1, 1, 1]
     large = adapters({f"l.{i}": (30000, 30000) for i in range(3)}, ranks=(10,))
-    assert [len(names) for names in groups_of(plan_merge(large, "tsv"))] == [1, 1, 1]
+    assert [len(names) for names in groups_of(plan_merge(large, "tsv", scale=1.0))] == [1, 1, 1]
 
 
 def test_factors_of_a_stack():
-    plan = plan_merge(adapters(), "iso_c")
+    plan = plan_merge(adapters(), "iso_c", scale=1.0)
     x = stack_of([plan.view(m, None) for m in LIKE])
     assert x.shape == (48, 40) and x.ranks == (3, 3, 5)
     found = plan.method.function(x)

@@ -58,7 +58,7 @@ def test_adamerging_lowers_the_entropy_and_learns_per_module():
 def test_adamerging_without_steps_is_task_arithmetic():
     net = Net()
     done = adamerging(adapters(), net, lambda t, b: net(b["x"]), batches(), steps=0, layerwise=False)
-    other = merge(adapters(), scale=0.3)
+    other = merge(adapters(), scale=0.3, method="task_arithmetic")
     for m, f in done.adapter.modules.items():
         torch.testing.assert_close(f.delta(), other.adapter.modules[m].delta())
 
@@ -75,12 +75,12 @@ def test_regmean_pp_is_regmean_in_the_first_block_and_sees_merged_inputs_in_the_
             return Moments(len(self.rows), self.rows.sum(0), self.rows.T @ self.rows)
 
     inputs = {t: torch.cat([b["x"] for b in data[t]]) for t in data}
-    plain = merge(ads, "regmean", statistics={t: First(x) for t, x in inputs.items()})
+    plain = merge(ads, "regmean", statistics={t: First(x) for t, x in inputs.items()}, scale=1.0)
     first = done.adapter.modules["layers.0.q"].delta()
     torch.testing.assert_close(first, plain.adapter.modules["layers.0.q"].delta(), atol=1e-5, rtol=1e-4)
     layer = net.layers[0]["q"]
     through = {t: torch.tanh(layer(x) + x @ first.T).detach() for t, x in inputs.items()}
-    second = merge(ads, "regmean", statistics={t: First(x) for t, x in through.items()})
+    second = merge(ads, "regmean", statistics={t: First(x) for t, x in through.items()}, scale=1.0)
     found, wanted = done.adapter.modules["layers.1.q"].delta(), second.adapter.modules["layers.1.q"].delta()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found, plain.adapter.modules["layers.1.q"].delta(), atol=1e-3)
