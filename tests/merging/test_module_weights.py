@@ -81,7 +81,7 @@ def test_every_method_takes_a_modules_weights_as_if_it_were_alone(method):
         if sum(weights) == 0:
             continue
         alone = [Adapter(a.name, "base", {module: a.modules[module]}, "CAUSAL_LM") for a in adapters]
-        wanted = merge(alone, method, options=options, weights=weights).adapter.modules[module]
+        wanted = merge(alone, method, options=options, weights=weights, scale=1.0).adapter.modules[module]
         torch.testing.assert_close(
             whole[module].delta(torch.float64), wanted.delta(torch.float64), rtol=1e-5, atol=1e-6
         )
@@ -90,7 +90,7 @@ def test_every_method_takes_a_modules_weights_as_if_it_were_alone(method):
 def _merged(adapters, method, options):
     from plait.merging.driver import plan_merge
 
-    plan = plan_merge(adapters, method, options=options, module_weights=TABLE)
+    plan = plan_merge(adapters, method, options=options, module_weights=TABLE, scale=1.0)
     done = plan.run("m")
     assert plan.verification_error(done.adapter.modules) < 1e-4
     return done.adapter.modules
