@@ -33,7 +33,9 @@ def folders(tmp_path):
         {"per_task": True, "method": "emr", "options": {"x": 1}},
         {"per_task": True, "method": "tsv"},
         {"curve": True, "rank": 2},
-        {"method": "tsv", "statistics": {"a": "a.stats.safetensors"}},
+        {"method": "tsv", "scale": 0.5, "statistics": {"a": "a.stats.safetensors"}},
+        {"method": "linear", "statistics": {"a": "a.stats.safetensors"}},
+        {"statistics": {"a": "a.stats.safetensors"}, "scale": 1.0},
     ],
 )
 def test_contradictions_are_refused(folders, tmp_path, extra):
@@ -49,7 +51,9 @@ def test_without_a_place(folders):
 
 def test_what_is_printed_says_method_scale_and_weights(folders, tmp_path, capsys):
     for more, wanted in (
-        ([], "task_arithmetic (the plain sum) at scale 1 of a, b ->"),
+        ([], "tsv at scale 0.7 of a, b ->"),
+        (["--method", "task_arithmetic", "--scale", "1"], "task_arithmetic (the plain sum) at scale 1 of a, b ->"),
+        (["--weights", "1,-0.5"], "task_arithmetic (the weighted sum) at scale 1, weights 1, -0.5, of a, b ->"),
         (
             ["--scale", "0.4", "--weights", "1,-0.5"],
             "task_arithmetic (the weighted sum) at scale 0.4, weights 1, -0.5, of a, b ->",

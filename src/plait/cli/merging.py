@@ -26,7 +26,9 @@ Folders = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
 Method = Annotated[
     str | None,
-    typer.Option("--method", "-m", help="See `plait ls merges`; by default tsv, and for LoRA files the plain sum."),
+    typer.Option(
+        "--method", "-m", help="See `plait ls merges`; by default tsv; with --weights, and for LoRA files, the sum."
+    ),
 ]
 Strength = Annotated[
     str, typer.Option("--scale", help="Multiplies the merged update; auto chooses by method, number and --stats.")
@@ -84,8 +86,9 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
 
-    Without --method it is TSV-M, which keeps most of what needs neither texts nor statistics; without --scale the scale
-    follows from the method and the number of adapters, or from --stats. The plain sum: --method task_arithmetic --scale 1.
+    Without --method it is TSV-M, which keeps most of what needs neither texts nor statistics (with --weights the weighted sum);
+    without --scale the scale follows from the method and the number of adapters, or from --stats.
+    The plain sum: --method task_arithmetic --scale 1.
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
     `plait merge BASE ADAPTER... --method regmean_pp --text TASK=FILE` (or adamerging) runs the base on the texts.
     """

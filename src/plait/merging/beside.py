@@ -113,7 +113,7 @@ def require_exact(adapters: Sequence[Adapter], coefficients: Sequence[float] | N
 def _way(adapter: Adapter) -> str:
     return (
         f"plait convert {adapter.source.get('path', adapter.name)} --base BASE makes it a low-rank update, which every method "
-        "merges; at a weight of 1 in a sum it is carried as it is"
+        "merges; at a weight of 1 in a sum (--method task_arithmetic --scale 1) it is carried as it is"
     )
 
 

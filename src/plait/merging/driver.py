@@ -18,7 +18,7 @@ from plait.merging.calibration import find_calibration
 from plait.merging.module_weights import ModuleWeights, weights_of_modules
 from plait.merging.plan import Merged, Plan
 from plait.merging.registry import MergeMethod, find_method
-from plait.merging.scales import DEFAULT_METHOD, SUMS, Scale, asks_moments, scale_by_moments, scale_by_rule
+from plait.merging.scales import SUMS, Scale, asks_moments, default_method, scale_by_moments, scale_by_rule
 from plait.options import checked_options
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def merge(
 
     Args:
         adapters: At least one; their names are the tasks' names.
-        method: A name in `merge_methods()`; by default TSV-M, the best that needs neither texts nor statistics.
+        method: A name in `merge_methods()`; None is `plait.merging.scales.default_method`.
         options: Of the method.
         weights: One per adapter, any sign; 1 each by default.
         scale: Multiplies the merged delta, whatever the method; None chooses one without labels (`plait.merging.scales`).
@@ -108,7 +108,9 @@ def plan_merge(
     module_weights: ModuleWeights | None = None,
 ) -> Plan:
     """Check everything about a merge; arguments as `merge` has them. Only a scale chosen by moments is computed here."""
-    found = find_method(method or (DEFAULT_METHOD if len(adapters) > 1 else "task_arithmetic"))
+    found = find_method(
+        method or default_method(len(adapters), weighted=weights is not None or module_weights is not None)
+    )
     chosen = checked_options(found, options)
     common = align(adapters, base, disjoint=disjoint)
     if rank is not None and rank < 1:

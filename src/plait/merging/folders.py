@@ -95,7 +95,7 @@ def merge_folders(
     Args:
         folders: ``PATH`` or ``NAME=PATH`` each.
         out: The folder (or .safetensors file) to write; a finished one of the same identity is kept, another is an error.
-        method: A name in `merge_methods()`; None is TSV-M for PEFT folders, and for LoRA files the plain sum.
+        method: A name in `merge_methods()`; None is TSV-M, and the sum for one adapter, for given weights and for LoRA files.
         options: Of the method.
         weights: One per adapter; 1 each by default.
         scale: Multiplies the merged delta; None chooses one without labels (`plait.merging.scales`).

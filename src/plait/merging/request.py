@@ -20,7 +20,7 @@ from plait.merging.per_task import merge_per_task
 from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
 from plait.merging.registry import find_method
-from plait.merging.scales import DEFAULT_METHOD, asks_moments
+from plait.merging.scales import asks_moments, default_method
 from plait.merging.stack import composed, in_order, stack_record
 from plait.merging.to_format import is_for_files, merge_to_format
 from plait.overwriting import require_apart
@@ -72,7 +72,7 @@ def answer(request: MergeRequest) -> dict[str, Any]:
     """
     if len(request.folders) == 1 and Path(request.folders[0]).suffix in (".yaml", ".yml"):
         request = replace(request, **read_mergekit_config(Path(request.folders[0])))
-    method = request.method or DEFAULT_METHOD
+    method = request.method or _default(request)
     scaled = request.scale is None and asks_moments(method, request.calibrate)
     if request.statistics and not scaled and not find_method(method).needs:
         why = "takes no statistics" + ("" if request.scale is None else ", and the scale is given")
@@ -104,6 +104,10 @@ def answer(request: MergeRequest) -> dict[str, Any]:
             statistics=request.statistics,
         )
     return _merge(request, request.out)
+
+
+def _default(r: MergeRequest) -> str:
+    return default_method(len(r.folders), weighted=r.weights is not None or r.module_weights is not None)
 
 
 def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
@@ -251,7 +255,7 @@ def _curve(r: MergeRequest) -> dict[str, Any]:
         raise UsageError("--rank-curve tries ranks by itself", hint="leave --rank out")
     rows = rank_curve(
         list(r.folders),
-        r.method or DEFAULT_METHOD,
+        r.method or _default(r),
         options=r.options,
         weights=r.weights,
         scale=r.scale,
@@ -261,4 +265,4 @@ def _curve(r: MergeRequest) -> dict[str, Any]:
         device=r.device,
         base=r.base,
     )
-    return {"method": r.method or DEFAULT_METHOD, "curve": rows}
+    return {"method": r.method or _default(r), "curve": rows}

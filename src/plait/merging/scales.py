@@ -54,6 +54,20 @@ class Scale:
     reason: str
 
 
+def default_method(count: int, *, weighted: bool) -> str:
+    """Name the method where nobody does.
+
+    Args:
+        count: How many adapters.
+        weighted: Whether weights were given.
+
+    Returns:
+        TSV-M, which keeps most of what needs neither texts nor statistics; the sum for one adapter and where weights say how
+        much of each is added.
+    """
+    return "task_arithmetic" if count < 2 or weighted else DEFAULT_METHOD
+
+
 def asks_moments(method: str, calibration: str | None) -> bool:
     """Whether a scale that nobody gives is read off second moments, where there are any."""
     return calibration is not None or method not in (*EXACT_SUMS, *BY_RULE)
