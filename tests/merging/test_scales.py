@@ -57,18 +57,18 @@ def test_rules_are_for_methods_that_exist():
 
 @pytest.mark.parametrize("method", ["linear", "cat"])
 def test_exact_sums_stay_exact_sums(method):
-    done = merge(trio(), method, scale=1.0)
+    done = merge(trio(), method)
     assert done.record["scale"] == 1.0 and "exact sum" in done.record["scale_reason"]
 
 
 def test_given_weights_say_how_much_is_added():
-    done = merge(trio(), "task_arithmetic", weights=[0.5, 0.5, 1.0], scale=1.0)
+    done = merge(trio(), "task_arithmetic", weights=[0.5, 0.5, 1.0])
     assert done.record["scale"] == 1.0 and "weights" in done.record["scale_reason"]
-    assert merge(trio(), "tsv", weights=[0.5, 0.5, 1.0], scale=1.0).record["scale"] == 0.7
+    assert merge(trio(), "tsv", weights=[0.5, 0.5, 1.0]).record["scale"] == 0.7
 
 
 def test_a_method_that_nobody_measured_stays_at_one_and_says_so():
-    done = merge(trio(), "wudi", scale=1.0)
+    done = merge(trio(), "wudi")
     assert done.record["scale"] == 1.0 and "no rule was measured" in done.record["scale_reason"]
 
 
@@ -78,7 +78,7 @@ def test_a_given_scale_is_kept_and_has_no_reason():
 
 
 def test_without_a_method_it_is_tsv_at_its_rule():
-    done = merge(trio(), method="task_arithmetic", scale=1.0)
+    done = merge(trio())
     twin = merge(trio(), "tsv", scale=0.7)
     assert (done.record["method"], done.record["scale"]) == ("tsv", 0.7)
     for module, f in done.adapter.modules.items():
@@ -89,7 +89,7 @@ def test_without_a_method_it_is_tsv_at_its_rule():
 def test_by_moments_outputs_move_as_far_as_under_their_own_adapter(method):
     """The defining property, from dense updates: the mean square ratio of output shifts at the chosen scale is REACH^2."""
     adapters, stats = trio(), {"a": moments(3), "b": moments(4, 5.0), "c": moments(5, 0.1)}
-    done = merge(adapters, method, statistics=stats, scale=1.0)
+    done = merge(adapters, method, statistics=stats)
     assert done.record["scale_reason"].startswith(f"{REACH:g} times")
     ratios = []
     for a in adapters:
@@ -124,7 +124,7 @@ def test_statistics_that_lack_a_task_leave_the_rule():
     adapters = trio()
     merged = merge(adapters, "tsv", scale=1.0).adapter.modules
     assert scale_by_moments(adapters, merged, {"a": moments(1)}) is None
-    assert merge(adapters, "tsv", statistics={"a": moments(1)}, scale=1.0).record["scale"] == 0.7
+    assert merge(adapters, "tsv", statistics={"a": moments(1)}).record["scale"] == 0.7
 
 
 def saved(folder: Path, one: Adapter) -> Path:
@@ -139,8 +139,8 @@ def test_folders_take_the_scale_that_statistics_say_and_keep_its_reason(tmp_path
     for i, a in enumerate(trio()):
         files[a.name] = tmp_path / f"{a.name}.stats.safetensors"
         write_statistics(files[a.name], moments(i))
-    found = merge_folders(folders, tmp_path / "by_moments", statistics=files, method="task_arithmetic", scale=1.0)
-    twin = merge(trio(), "tsv", statistics={a.name: moments(i) for i, a in enumerate(trio())}, scale=1.0)
+    found = merge_folders(folders, tmp_path / "by_moments", statistics=files)
+    twin = merge(trio(), "tsv", statistics={a.name: moments(i) for i, a in enumerate(trio())})
     assert found["method"] == "tsv" and found["scale"] == twin.record["scale"] != 0.7
     assert "statistics" in found["scale_reason"] and found["verification_error"] < 1e-5
     read = read_adapter(tmp_path / "by_moments")
