@@ -165,6 +165,13 @@ def test_a_record_that_is_none(kohya, record):
         read_any(kohya("style", metadata={"plait": record}))
 
 
+@pytest.mark.parametrize("record", ['{"result": null}', '{"options": null, "inputs": null, "result": null}', "{}"])
+def test_a_record_in_the_metadata_may_hold_nothing(kohya, record):
+    """Null stands for nothing there; an earlier reader looked for the base inside it."""
+    read, bare = read_any(kohya("style", metadata={"plait": record})), read_any(kohya("bare"))
+    assert set(read.modules) == set(bare.modules)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

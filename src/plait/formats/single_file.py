@@ -91,10 +91,9 @@ def file_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | Non
         return None
     raw = parsed_json(metadata[RECORD], str(path), f"its metadata's {RECORD!r}", LARGEST_MANIFEST)
     record = Record.of(raw, str(path), inside=f"its metadata's {RECORD!r}")
-    for key in ("options", "inputs", "result"):
-        record.record(key, optional=True)
+    parts = {key: dict(record.record(key, optional=True).values) for key in ("options", "inputs", "result")}
     record.record("result", optional=True).texts("tasks", ())
-    return dict(record.values)
+    return {**record.values, **parts}  # null stands for nothing
 
 
 def _base(metadata: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
