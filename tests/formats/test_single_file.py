@@ -149,7 +149,7 @@ def test_damaged_files_are_named(kohya, tmp_path):
         read_any(tmp_path / "old.ckpt")
     path.write_bytes(data)
     save_file({"x.weight": torch.ones(2)}, path)
-    with pytest.raises(InputError, match="no LoRA tensors"):
+    with pytest.raises(InputError, match="no LoRA factors"):
         read_any(path)
 
 
