@@ -18,6 +18,7 @@ from plait.recipe import SnapshotArm
 from plait.recipe_file import load_yaml, parse_recipe
 from plait.session import Session
 from plait.store import read_manifest
+from tests.conftest import tiny_rows
 
 ONE = {"tasks": ["topic", "grade"], "merges": ["task_arithmetic"]}
 TRAINING = {"steps": 4, "batch_size": 8, "lr": 0.02}
@@ -150,3 +151,41 @@ def test_the_recipe_of_the_documentation_says_what_its_page_says():
     assert len(recipe.arm_specs) == 4 * 3
     named = re.findall(r"`([^`\n]*@[^`\n]*)`", text)
     assert len(named) == 5 and set(named) <= set(names(recipe))
+
+
+def data(folder, **rows):
+    return {"root": str(folder / "data"), "max_length": 24, "train_rows": 10, **rows}
+
+
+def texts(examples):
+    return [row[0] for row in examples.texts]
+
+
+def drawn_texts(rows, seed, count):
+    """The texts of `count` rows drawn without replacement, in file order."""
+    kept = sorted(np.random.default_rng(seed).permutation(len(rows))[:count])
+    return [rows[i]["text"] for i in kept]
+
+
+def test_the_seed_draws_which_rows_are_trained_on_and_counted(tiny_recipe, tmp_path):
+    """The rows of `topic` as its file was made: 32 for training (its seed is 1), 24 for validation (0)."""
+    session = Session(tiny_recipe(data=data(tmp_path, validation_rows=8), statistics={"samples": 12}))
+    rows = {split: tiny_rows(2, n, seed=seed) for split, n, seed in (("train", 32, 1), ("validation", 24, 0))}
+    trained = {s: texts(session.training("topic", s)) for s in (0, 1, 2)}
+    for seed, found in trained.items():
+        assert found == drawn_texts(rows["train"], seed, 10)
+        assert texts(session.sample("topic", seed)) == drawn_texts(rows["train"], seed, 12)
+    assert len({tuple(t) for t in trained.values()}) == 3
+    assert texts(session.validation("topic")) == drawn_texts(rows["validation"], 0, 8)
+
+
+def test_the_seed_draws_which_rows_are_kept_back(tiny_recipe, tmp_path):
+    training = {**TRAINING, "evaluate_every": 2}
+    session = Session(tiny_recipe(data=data(tmp_path, selection_rows=6), training=training))
+    whole = [r["text"] for r in tiny_rows(2, 32, seed=1)]
+    kept = {s: [whole.index(t) for t in texts(session.selection("topic", s))] for s in (0, 1)}
+    trained = {s: [whole.index(t) for t in texts(session.training("topic", s))] for s in (0, 1)}
+    for seed in (0, 1):
+        assert len(kept[seed]) == 6 and len(trained[seed]) == 10 and not {*kept[seed]} & {*trained[seed]}
+        assert kept[seed] == sorted(kept[seed]) and trained[seed] == sorted(trained[seed])
+    assert kept[0] != kept[1] and trained[0] != trained[1]

@@ -140,6 +140,31 @@ def test_order_of_the_adapters_does_not_matter(method, trio):
     close(run(method, trio, weights=weights), run(method, trio[::-1], weights=weights[::-1]))
 
 
+def same_bytes(a: Merged, b: Merged) -> bool:
+    pairs = [(a.adapter.modules[m], b.adapter.modules[m]) for m in MODULES]
+    return all(torch.equal(one.A, two.A) and torch.equal(one.B, two.B) for one, two in pairs)
+
+
+def test_the_same_set_gives_the_same_bytes_in_any_order(method, trio):
+    """Weights and statistics follow their adapters; the record keeps the order given."""
+    weights = [0.5, 1.0, 2.0][: len(trio)]
+    first = run(method, trio, weights=weights)
+    for order in ([1, 0], [1, 2, 0], [2, 0, 1], [2, 1, 0]):
+        if len(order) == len(trio):
+            other = run(method, [trio[i] for i in order], weights=[weights[i] for i in order])
+            assert same_bytes(first, other)
+            assert other.record["tasks"] == [trio[i].name for i in order]
+            assert other.record["weights"] == [weights[i] for i in order]
+
+
+def test_a_place_on_an_arc_counts_from_the_first_adapter_given():
+    """t = 0 is the first of the two, whatever it is called."""
+    a, b = adapter("a", 0), adapter("b", 1)
+    for first, second in ((a, b), (b, a)):
+        done = run("slerp", [first, second], options={"t": 0.0})
+        close(done, {m: f.delta(torch.float64) for m, f in first.modules.items()})
+
+
 def test_order_of_the_modules_does_not_matter(method, trio):
     turned = [Adapter(a.name, a.base, dict(reversed(a.modules.items()))) for a in trio]
     close(run(method, trio), run(method, turned), tolerance=0.0)

@@ -63,7 +63,7 @@ def adamerging(
     **Deviates**: only the adapters' modules are merged, so those are the "layers".
     """
     plan = plan_merge(adapters, "task_arithmetic", scale=1.0, base=base)
-    tasks = [a.name for a in adapters]
+    tasks = [a.name for a in plan.adapters]
     if lacking := [t for t in tasks if not batches.get(t)]:
         raise UsageError(f"no batches for {', '.join(lacking)}")
     modules = found_modules(model, list(plan.common.modules))
@@ -83,7 +83,7 @@ def adamerging(
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
     }
-    return Merged(assembled(name, plan.common, adapters, merged), record)
+    return Merged(assembled(name, plan.common, plan.adapters, merged), record)
 
 
 def _descend(

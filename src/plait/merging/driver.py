@@ -112,18 +112,20 @@ def plan_merge(
         method or default_method(len(adapters), weighted=weights is not None or module_weights is not None)
     )
     chosen = checked_options(found, options)
+    counted = _weights(adapters, weights)
+    given = tuple(a.name for a in adapters)
+    order = found.order_of(given, chosen)
+    adapters, counted = [adapters[i] for i in order], tuple(counted[i] for i in order)
     common = align(adapters, base, disjoint=disjoint)
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}, expected at least 1")
-    defaults: tuple[float, ...] = ()
     by_module: dict[str, tuple[float, ...]] = {}
     if module_weights is not None:
         if weights is not None:
             raise UsageError(
                 "weights per adapter and weights by module exclude each other", hint="default: in the file"
             )
-        defaults, by_module = weights_of_modules(module_weights, adapters, list(common.modules))
-    counted = _weights(adapters, weights) if module_weights is None else defaults
+        counted, by_module = weights_of_modules(module_weights, adapters, list(common.modules))
     ruled = _ruled(found.name, calibrate, counted, scale, by_module=bool(by_module))
     summed = found.combination(counted) if found.combination and calibrate is None and not by_module else None
     require_exact(adapters, None if summed is None else [c * ruled.value for c in summed], found.name)
@@ -142,6 +144,7 @@ def plan_merge(
         statistics=_statistics(found, adapters, statistics),
         module_weights=module_weights,
         by_module=by_module,
+        given=given,
     )
     return _scaled_by_moments(plan, statistics) if scale is None and statistics else plan
 

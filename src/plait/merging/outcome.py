@@ -91,6 +91,14 @@ def discarded(
     return {"discarded_energy": gone, "worst_module": {"name": worst, "discarded_energy": lost[worst]}}
 
 
+def as_given(
+    adapters: Sequence[Adapter], weights: Sequence[float], given: Sequence[str]
+) -> list[tuple[Adapter, float]]:
+    """Adapters and their weights in the order of the names that were given; as they stand where none are known."""
+    pairs = list(zip(adapters, weights, strict=True))
+    return sorted(pairs, key=lambda pair: given.index(pair[0].name)) if given else pairs
+
+
 def input_hashes(adapters: Sequence[Adapter]) -> dict[str, str]:
     """What a merge's identity says of its inputs: the hash of each, and the commit of those from the hub."""
     found = {f"adapter:{a.name}": str(a.source.get("sha256", "")) for a in adapters}

@@ -17,7 +17,7 @@ from plait.merging.beside import recorded
 from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
 from plait.merging.module_weights import ModuleWeights
-from plait.merging.outcome import assembled, discarded, labels_of, provenance
+from plait.merging.outcome import as_given, assembled, discarded, labels_of, provenance
 from plait.merging.registry import MergeMethod
 from plait.merging.stacks import groups_of, merged_group
 from plait.merging.stream import DenseDelta, MergedDelta, Truncated, as_dense, cut_to_rank
@@ -28,8 +28,7 @@ from plait.merging.workers import one_by_one, side_by_side
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Entries of all modules' deltas together, from which threads of our own are worth starting: about four layers of a
-# small encoder.
+# Entries of all deltas together from which threads of our own are worth starting: about four layers of a small encoder.
 _LARGE = 1 << 22
 
 
@@ -51,6 +50,7 @@ class Merged:
 class Plan:
     """One merge, everything checked and nothing computed; arguments as `merge` has them.
 
+    Adapters, weights and statistics stand as `MergeMethod.order_of` says; `given` has the names as they were given.
     `scale_reason` says where the scale comes from, "" where it was given. `module_weights` are weights by pattern, where there are
     any, and `by_module` what they are in each module. `decided` keeps what the method's `prepare` returned, so that verification
     does not run it again.
@@ -70,6 +70,7 @@ class Plan:
     module_weights: ModuleWeights | None = None
     by_module: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     scale_reason: str = ""
+    given: tuple[str, ...] = ()
     decided: dict[str, Any] = field(default_factory=dict)
 
     def weights_in(self, module: str) -> tuple[float, ...]:
@@ -83,8 +84,8 @@ class Plan:
         done = self.each(lambda names: merged_group(self, names, context), groups)
         found = {m: one for names, ones in zip(groups, done, strict=True) for m, one in zip(names, ones, strict=True)}
         modules = {m: found[m][0] for m in self.common.modules}
-        lost = {m: found[m][1] for m in modules}
-        return Merged(assembled(name, self.common, self.adapters, modules), self.record(modules, lost))
+        record = self.record(modules, {m: found[m][1] for m in modules})
+        return Merged(assembled(name, self.common, self.adapters, modules), record)
 
     def each(self, function: Callable[[S], T], names: Sequence[S]) -> list[T]:
         """The function of every module, or list of some, in order; side by side where that repays the threads."""
@@ -128,8 +129,8 @@ class Plan:
         if self.method.combination is None:
             raise ValueError(f"{self.method.name} is no weighted sum")
         pairs = zip(self.method.combination(self.weights_in(module)), self.adapters, strict=True)
-        found = [(c * self.scale, a.modules[module]) for c, a in pairs if c != 0.0 and module in a.modules]
-        return [(c, f) for c, f in found if f.rank]
+        found = ((c, a.modules.get(module)) for c, a in pairs if c != 0.0)
+        return [(c * self.scale, f) for c, f in found if f is not None and f.rank]
 
     def summed(self, module: str) -> LoraFactors:
         """One module of a method that `concatenates`, scale applied: straight from the factors as they were read."""
@@ -189,9 +190,7 @@ class Plan:
                 x = self.view(module, context)
                 factors, lost = self.adjusted(self.method.function(x, **self.options), x)
         except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # LAPACK on NaN and infinity
-            raise RunError(
-                f"{self.method.name}: {e}", where=module, hint="products of huge factors give infinity"
-            ) from None
+            raise RunError(f"{self.method.name}: {e}", where=module, hint="huge factors multiply to infinity") from None
         return self.checked(factors, module), lost
 
     def checked(self, factors: LoraFactors, module: str) -> LoraFactors:
@@ -273,10 +272,11 @@ class Plan:
         self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
     ) -> dict[str, Any]:
         """What was done, JSON-serialisable; `discarded_energy` is a fraction of the whole model's. `kept`: see `discarded`."""
+        inputs = as_given(self.adapters, self.weights, self.given)
         return {
             "method": self.method.name,
             "options": dict(self.options),
-            "weights": list(self.weights),
+            "weights": [w for _, w in inputs],
             **self.by_pattern(),
             "scale": self.scale,
             "scale_reason": self.scale_reason,
@@ -289,9 +289,9 @@ class Plan:
             "base": self.common.base,
             "backbone_prefix": self.common.backbone_prefix,
             "task_type": self.common.task_type,
-            "tasks": [a.name for a in self.adapters],
+            "tasks": [a.name for a, _ in inputs],
             **(recorded(self.common.carried) | labels_of(self.adapters)),
-            "adapters": [provenance(a, w) for a, w in zip(self.adapters, self.weights, strict=True)],
+            "adapters": [provenance(a, w) for a, w in inputs],
         }
 
 

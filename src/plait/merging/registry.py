@@ -34,6 +34,8 @@ class MergeMethod:
             computed, and without a calibration it is taken straight from the factors as they were read (`Plan.summed`).
         stacks: Whether the function also takes several modules as one (`stacks.stack_of`) and gives a `FactorStack`: it is
             written for factors with any dimensions in front.
+        ordered_by: The option that counts from the first adapter to the last, once it is given; "" where there is none. Only
+            then is the order of the adapters more than a way to name them (`order_of`).
     """
 
     name: str
@@ -46,6 +48,17 @@ class MergeMethod:
     prepare: Prepare | None = None
     concatenates: bool = False
     stacks: bool = False
+    ordered_by: str = ""
+
+    def order_of(self, names: Sequence[str], options: Mapping[str, Any]) -> list[int]:
+        """Places of the adapters in the order in which they are merged: that of their names, whatever the order given.
+
+        Rounding, and the place of each adapter's factors in the result, then depend on the set alone: the same adapters give
+        the same bytes. The order given is kept where an option counts by it.
+        """
+        places = range(len(names))
+        kept = self.ordered_by and options.get(self.ordered_by) is not None
+        return list(places) if kept else sorted(places, key=lambda i: names[i])
 
 
 _METHODS: dict[str, MergeMethod] = {}
@@ -60,6 +73,7 @@ def merge_method(
     prepare: Prepare | None = None,
     concatenates: bool = False,
     stacks: bool = False,
+    ordered_by: str = "",
 ) -> Callable[[Callable[..., MergedDelta]], Callable[..., MergedDelta]]:
     """Register a function as a merging method; its keyword-only parameters are the options.
 
@@ -71,6 +85,7 @@ def merge_method(
         prepare: See `MergeMethod`.
         concatenates: See `MergeMethod`.
         stacks: See `MergeMethod`.
+        ordered_by: See `MergeMethod`.
     """
 
     def register(function: Callable[..., MergedDelta]) -> Callable[..., MergedDelta]:
@@ -79,7 +94,7 @@ def merge_method(
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         options = options_of(function)
         _METHODS[name] = MergeMethod(
-            name, function, paper, tuple(needs), options, doc, combination, prepare, concatenates, stacks
+            name, function, paper, tuple(needs), options, doc, combination, prepare, concatenates, stacks, ordered_by
         )
         return function
 

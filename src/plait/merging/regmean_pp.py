@@ -80,6 +80,7 @@ def regmean_pp(
         statistics=gathered,
         base=base,
     )
+    adapters = plan.adapters
     if lacking := [a.name for a in adapters if not batches.get(a.name)]:
         raise UsageError(f"no batches for {', '.join(lacking)}")
     modules = found_modules(model, list(plan.common.modules))

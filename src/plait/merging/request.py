@@ -16,6 +16,7 @@ from plait.merging.edit import Change, base_override, check_statistics, located,
 from plait.merging.folders import defaults, merge_folders, read_all, read_statistics_files
 from plait.merging.mergekit import read_mergekit_config
 from plait.merging.module_weights import DEFAULT, ModuleWeights
+from plait.merging.outcome import as_given
 from plait.merging.per_task import merge_per_task
 from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
@@ -134,9 +135,10 @@ def _merge(r: MergeRequest, out: Path) -> dict[str, Any]:
 def _bake(r: MergeRequest, base: Path, out: Path) -> dict[str, Any]:
     plan = plan_of(r)
     found = bake(plan, base, out, verify=r.verify, overwrite=r.overwrite)
-    how = {"method": plan.method.name, "weights": list(plan.weights), "scale": plan.scale}
+    inputs = as_given(plan.adapters, plan.weights, plan.given)
+    how = {"method": plan.method.name, "weights": [w for _, w in inputs], "scale": plan.scale}
     how["scale_reason"] = plan.scale_reason
-    return {**how, "tasks": [a.name for a in plan.adapters], **found}
+    return {**how, "tasks": [a.name for a, _ in inputs], **found}
 
 
 def _stack(r: MergeRequest, out: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _PARALLEL = 1 - 1e-7
 _NO_DIRECTION = 1e-6
 
 
-@merge_method("slerp", paper="Shoemake 1985")
+@merge_method("slerp", paper="Shoemake 1985", ordered_by="t")
 def slerp(x: MergeInputs, *, t: Fraction | None = None) -> LoraFactors:
     """Walk the arc between two deltas: (sin((1-t) a) D_1 + sin(t a) D_2) / sin(a), a the angle between them.
 

@@ -1,0 +1,104 @@
+"""The same set of adapters and the same seed give the same files: any number of threads, any order, any run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import write_adapter
+from plait.merging import merge_folders, merge_methods
+from plait.store import read_manifest
+
+NAMES = ("zebra", "ant", "mole")
+OF_STATISTICS = {m for m, found in merge_methods().items() if found.needs}
+PAIRS = {"slerp"}
+
+
+def saved(folder: Path, seed: int, *, width: int, modules: int) -> Path:
+    g = torch.Generator().manual_seed(seed)
+    factors = {
+        f"layers.{i}.q": LoraFactors(torch.randn(4, width, generator=g), torch.randn(width, 4, generator=g), 0.5)
+        for i in range(modules)
+    }
+    head = {
+        folder.name: {
+            "classifier.weight": torch.randn(3, width, generator=g),
+            "classifier.bias": torch.randn(3, generator=g),
+        }
+    }
+    folder.mkdir(parents=True)
+    adapter = Adapter(folder.name, "base", factors, task_type="SEQ_CLS", prefix="bert", heads=head)
+    write_adapter(folder, adapter)
+    return folder
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file but the record, which keeps the order given."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert "adapter_model.safetensors" in found
+    del found["plait.json"]
+    return found
+
+
+def merged(trio, out, method, count, **given):
+    with threads(count):
+        merge_folders(trio, out, method=method, seed=3, overwrite=True, **given)
+    return files_of(out)
+
+
+def differing(trio, tmp_path, method, runs):
+    """Names of files that are not the same in every run: (threads, order) each."""
+    weights = dict(zip(trio, (1.0, 0.5, 2.0), strict=False))
+    first, *others = [
+        merged(order, tmp_path / "out", method, count, weights=[weights[f] for f in order]) for count, order in runs
+    ]
+    assert sum(name.startswith("heads/") for name in first) == len(trio)
+    return {n for other in others for n in {*first, *other} if first.get(n) != other.get(n)}
+
+
+@pytest.mark.parametrize("method", sorted({*merge_methods()} - OF_STATISTICS))
+def test_every_order_gives_the_same_files(tmp_path, method):
+    names = NAMES[: 2 if method in PAIRS else 3]
+    trio = [saved(tmp_path / n, i, width=12, modules=2) for i, n in enumerate(names)]
+    runs = [(1, list(order)) for order in itertools.permutations(trio)]
+    assert not differing(trio, tmp_path, method, runs)
+
+
+@pytest.mark.slow
+@pytest.mark.ci_sample
+@pytest.mark.parametrize("modules", [1, 8], ids=["torch's threads", "a thread a module"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv", "della"])
+def test_threads_runs_and_orders_give_the_same_files(tmp_path, method, modules):
+    """Modules wide enough that torch splits them; eight of them, so that they are merged side by side."""
+    trio = [saved(tmp_path / n, i, width=768, modules=modules) for i, n in enumerate(NAMES)]
+    runs = [(1, trio), (2, trio), (2, trio[::-1]), (1, [trio[1], trio[2], trio[0]]), (2, trio)]
+    assert not differing(trio, tmp_path, method, runs)
+
+
+def test_the_same_set_in_another_order_is_the_same_result(tmp_path):
+    """It is found as done; weights follow their adapters, and other weights are another result."""
+    trio = [saved(tmp_path / n, i, width=12, modules=1) for i, n in enumerate(NAMES)]
+    first = merge_folders(trio, tmp_path / "out", weights=[1.0, 2.0, 3.0])
+    again = merge_folders(trio[::-1], tmp_path / "out", weights=[3.0, 2.0, 1.0])
+    assert not first["reused"] and again["reused"]
+    recorded = read_manifest(tmp_path / "out")["result"]
+    assert recorded["tasks"] == list(NAMES) and recorded["weights"] == [1.0, 2.0, 3.0]
+    assert [(a["name"], a["weight"]) for a in recorded["adapters"]] == list(zip(NAMES, (1.0, 2.0, 3.0), strict=True))
+    turned = merge_folders(trio[::-1], tmp_path / "other", weights=[1.0, 2.0, 3.0])
+    assert turned["tasks"] == list(NAMES[::-1]) and turned["weights"] == [1.0, 2.0, 3.0]
+    assert files_of(tmp_path / "other") != files_of(tmp_path / "out")
