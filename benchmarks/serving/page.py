@@ -38,6 +38,8 @@ def agrees(row: Row) -> bool:
 def table(rows: list[Row], server: str) -> str:
     """What one server did with each folder."""
     what = "log-probabilities" if server == VLLM else "probabilities"
+    if not any(r["server"] == server for r in rows):
+        return "Not run yet."
     lines = [
         f"| folder | largest difference of {what} | first tokens equal | what the adapter moves | `plait check --for {server}` |",
         "|---|---|---|---|---|",

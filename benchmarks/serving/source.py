@@ -20,19 +20,9 @@ def main() -> None:
     p.add_argument("--to", required=True, type=Path)
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--dest",
-            work,
-        ]
-        subprocess.run([*command, f"{a.name}=={a.version}"], check=True)
+        # --no-binary for this package alone: its build tools, which pip wants for its metadata, come built.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", a.name]
+        subprocess.run([*command, "--dest", work, f"{a.name}=={a.version}"], check=True)
         with tarfile.open(next(Path(work).glob("*.tar.gz"))) as archive:
             archive.extractall(a.to, filter="data")
 
