@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from plait.cli.output import foreseen
+from plait.errors import EnvironmentFault
+from plait.locks import locked, writing_to
 from plait.progress import Progress, duration
-from tests.conftest import tiny_rows, write_rows
+from plait.training.checkpoints import open_root
+from tests.conftest import tiny_rows, unprivileged, write_rows
 from tests.test_cli import PLAIT, call, one_object, plait
 
 # --- odd surroundings -------------------------------------------------------------------------------------------------
@@ -50,6 +55,59 @@ def test_a_full_stdout_is_a_fault_of_the_environment():
         check=False,
     )
     assert ended.returncode == 4 and "No space left" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_no_room_for_temporary_files_is_a_fault_of_the_environment():
+    """A limit of no bytes a file (ulimit -f 0), under which what Python says is what is foreseen."""
+    program = "import resource, tempfile; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); tempfile.gettempdir()"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("FileNotFoundError: ")
+    said = foreseen(FileNotFoundError(2, last.partition("] ")[2]))
+    assert said is not None and said.exit_code == 4 and "ulimit -f" in str(said)
+    assert foreseen(FileNotFoundError(2, "No such file or directory")) is None
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "/proc/x.stats.safetensors"])
+def test_a_place_where_nothing_can_be_made(place):
+    with pytest.raises(EnvironmentFault, match="nothing can be made there") as raised, locked(Path(place)):
+        pass
+    assert raised.value.where == place
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "convert"])
+@pytest.mark.parametrize("mode", [0o000, 0o700])
+def test_a_folder_that_another_user_shut(capsys, public_path, command, mode):
+    folder = public_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    call(capsys, command, folder, "--out", public_path / "out")  # what it imports is there: others may not read it
+    more = ["--out", public_path / "out"] if command == "convert" else []
+    for path in (folder, folder / "adapter_model.safetensors"):
+        with unprivileged(folder, mode):
+            code, _, err = call(capsys, command, path, *more)
+        assert code == 3 and f"{folder}: may not be read by this user" in err and err.count("\n") == 1
+
+
+def test_errors_of_writing_name_a_folder_that_is_not_staged(tmp_path):
+    """What a full disk says of a write names no file: checkpoints lie in folders that are not staged."""
+    with pytest.raises(OSError, match="No space left") as raised, writing_to(tmp_path / "checkpoints"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(tmp_path / "checkpoints") in str(foreseen(raised.value))
+    with pytest.raises(OSError, match="No space left") as raised, writing_to(tmp_path / "checkpoints"):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
+    assert str(foreseen(raised.value)).startswith(f"{tmp_path}/file")
+
+
+def test_a_full_disk_under_checkpoints_is_told_with_their_folder(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        open_root(tmp_path / ".a.checkpoints", {})
+    assert str(tmp_path / ".a.checkpoints") in str(foreseen(raised.value))
 
 
 def test_a_name_that_is_no_unicode():

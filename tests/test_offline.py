@@ -97,6 +97,22 @@ def adapters(tmp_path, tiny_base):
 
 def test_local_inputs_ask_nothing_of_the_network(run, adapters, tmp_path, tiny_base):
     base, (one, two) = tiny_base("bert").name, adapters
+    commands = [
+        ["inspect", one],
+        ["advise", one, two],
+        ["convert", one, "--out", tmp_path / "converted"],
+        ["merge", one, two, "--out", tmp_path / "m"],
+        ["merge", one, two, "--bake", base, "--out", tmp_path / "baked"],
+        ["edit", tmp_path / "m", "--weight", "a=0.5", "--out", tmp_path / "edited"],
+    ]
+    codes, said, tried = run(commands)
+    assert codes == [0] * len(commands), said
+    assert tried == ""
+
+
+@pytest.mark.slow
+def test_stages_on_local_inputs_ask_nothing_of_the_network(run, adapters, tmp_path, tiny_base):
+    base, (one, two) = tiny_base("bert").name, adapters
     rows = write_rows(tmp_path / "rows.csv", tiny_rows(3, 16))
     task = ["--base", base, "--train-file", rows, "--text", "text", "--device", "cpu"]
     stats = tmp_path / "a.stats.safetensors"
@@ -105,14 +121,8 @@ def test_local_inputs_ask_nothing_of_the_network(run, adapters, tmp_path, tiny_b
     raw = tiny_raw(BaseModel(base, device="cpu"), "bert", tmp_path / "data")
     recipe.write_text(yaml.safe_dump(raw))
     commands = [
-        ["inspect", one],
-        ["advise", one, two],
         ["advise", base, one, two, "--device", "cpu"],
-        ["convert", one, "--out", tmp_path / "converted"],
-        ["merge", one, two, "--out", tmp_path / "m"],
-        ["merge", one, two, "--bake", base, "--out", tmp_path / "baked"],
         ["merge", "auto", one, two, "--out", tmp_path / "auto"],
-        ["edit", tmp_path / "m", "--weight", "a=0.5", "--out", tmp_path / "edited"],
         ["stats", *task, "--task", "a", "--out", stats],
         ["init", "--own", stats, "--out", tmp_path / "start", "--method", "kaiming"],
         ["train", tmp_path / "start", *task, "--task", "a", *steps, "--out", tmp_path / "trained"],

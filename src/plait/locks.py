@@ -57,8 +57,13 @@ def locked(path: Path) -> Iterator[None]:
     lock = path.absolute().parent / f".{path.absolute().name}.lock"
     with contextlib.ExitStack() as held:
         with system_errors(path):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(lock.open("w"))
+            try:
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(lock.open("w"))
+            except FileNotFoundError:  # /proc and the like, or a folder removed meanwhile
+                raise EnvironmentFault(
+                    "cannot write: nothing can be made there", where=str(path), hint="choose a writable --out"
+                ) from None
             ours = _seize(file.fileno(), lock)
         if not ours:
             raise EnvironmentFault("another process is writing this output", where=str(path), hint="wait for it")
@@ -73,6 +78,27 @@ def _seize(descriptor: int, lock: Path) -> bool:
         return os.fstat(descriptor).st_ino == lock.stat().st_ino
     except (BlockingIOError, FileNotFoundError):  # held, or just let go and unlinked by its holder
         return False
+
+
+def shut_from(path: Path) -> InputError | None:
+    """Why a path may not be read by this user, where its rights or those of a folder above it are the reason."""
+    try:
+        for place in (*reversed(path.absolute().parents), path):
+            require_readable(place)
+    except InputError as e:
+        return e
+    return None
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Have the system's errors of writing into a folder that is not staged name it, where they name no file."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno in STEPS:
+            e.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from tests.reference import merging as twin
 from torch import nn
 
 from plait.adapters.peft_format import read_adapter
-from plait.errors import InputError, UsageError
+from plait.errors import Damaged, InputError, UsageError
 from plait.merging.per_task import TaskSwitch, load_task, merge_per_task
 
 
@@ -64,3 +64,14 @@ def test_what_is_missing_is_named(tmp_path):
         load_task(tmp_path / "out", "c")
     with pytest.raises(InputError, match="not a per-task merge"):
         load_task(tmp_path / "a", "a")
+
+
+@pytest.mark.parametrize("file", ["masks/a.safetensors", "masks/b.safetensors", "adapter_model.safetensors"])
+def test_a_flipped_bit_is_noticed(tmp_path, file):
+    """Also one in the mask of another task: the folder is not what was written."""
+    merge_per_task([saved(tmp_path / n, i) for i, n in enumerate("ab")], tmp_path / "out")
+    data = bytearray((tmp_path / "out" / file).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "out" / file).write_bytes(data)
+    with pytest.raises(Damaged, match="not what was written"):
+        load_task(tmp_path / "out", "a")

@@ -11,12 +11,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from plait.errors import EnvironmentFault, InputError, PlaitError, RunError, UsageError, printable
-from plait.locks import STEPS
+from plait.locks import STEPS, shut_from
 
 SCHEMA = 1
 INTERRUPTED = 130
@@ -107,6 +108,11 @@ def foreseen(error: Exception) -> PlaitError | None:
         return InputError(
             "no such file or folder: its name is too long", where=str(error.filename or ""), hint="check the path"
         )
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error.strerror):
+        hint = "a full disk, or a limit on file sizes (ulimit -f)? TMPDIR=FOLDER names another"
+        return EnvironmentFault("no folder takes temporary files", hint=hint)
+    if isinstance(error, PermissionError) and error.filename and (shut := shut_from(Path(os.fsdecode(error.filename)))):
+        return shut  # outputs are told by `system_errors`
     if isinstance(error, OSError) and error.errno in STEPS:
         return EnvironmentFault(error.strerror or str(error), where=str(error.filename or ""), hint=STEPS[error.errno])
     if any(words in str(error) for words in _TORCH_WRITES) and isinstance(error, RuntimeError):

@@ -165,7 +165,11 @@ class Settings:
         return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
 
     def parameters_in(self, container: str) -> list[str]:
-        """Names of `target_parameters` that lie in a module, sorted as PEFT wraps them."""
+        """Names of `target_parameters` that lie in a module, in no order that means anything.
+
+        PEFT nests their factors as the module's class defines the parameters, the first of them innermost, whatever the
+        order of the names; so names alone do not tell which factors belong to which of them.
+        """
         found = sorted(set(self.names("target_parameters")))
         return [t for t in found if _is_at(container, t.rpartition(".")[0]) or "." not in t]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from plait.checked import Record
 from plait.errors import InputError, UsageError
-from plait.merging.mergekit_methods import METHODS, MergekitRecipe, Model
+from plait.merging.mergekit_methods import METHODS, MergekitRecipe, Model, refuse_end
 from plait.options import did_you_mean
 
 _KNOWN = ("models", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "name")
@@ -67,6 +67,8 @@ def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"merge_method {name!r} is not one that plait shares", hint=did_you_mean(name, METHODS))
     base_model = record.text("base_model") if record.has("base_model") else None
     models = _models(recipe.get("models"))
+    if base_model and any(m.folder and f"{m.base}+{m.folder}" == base_model for m in models):
+        refuse_end(name, base_model)
     bases = {m.base for m in models} | ({base_model} if base_model else set())
     if len(bases) > 1:
         raise UsageError(

@@ -214,6 +214,28 @@ def _refuse_whole(recipe: MergekitRecipe) -> NoReturn:
     )
 
 
+def refuse_end(method: str, base_model: str) -> NoReturn:
+    """Refuse a recipe whose base_model is one of its own models, an adapter in its base.
+
+    slerp begins its walk at that whole model; the methods of updates count them from it.
+
+    Raises:
+        UsageError: Always.
+    """
+    if method in ("slerp", "karcher"):
+        raise UsageError(
+            f"{method} walks between whole weights in mergekit, from its base_model {base_model!r} to the other model, "
+            "which no merge of adapters does",
+            where="merge_method",
+            hint=f"the folders themselves with --method {method}, which walks between their updates",
+        )
+    if method == "linear":
+        hint = "leave base_model out: linear takes the mean of the models without it"
+    else:
+        hint = "base_model: the base alone; updates from the middle of another model are no adapters of the base"
+    raise UsageError(f"base_model {base_model!r} is one of the models, not the base", where="base_model", hint=hint)
+
+
 _GTA = ("weight", "density", "normalize", "rescale", "int8_mask", "lambda")
 METHODS = {
     "linear": MergekitMethod(_linear, False, ("weight", "normalize")),

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.adapters.tensors import read_tensors
-from plait.errors import UsageError
+from plait.errors import InputError, UsageError
 from plait.evaluation.bootstrap import Floats, weighted_score
 from plait.evaluation.evaluate import is_open
+from plait.study.inputs import INPUTS_FILE
 from plait.study.schedule import chosen
 from plait.study.splits import HALVES, Split
 from plait.study.table import LEARNED, Row, best_by_half, reference_unit
@@ -145,6 +146,12 @@ class _Weighted:
     def _score(self, answers: npt.NDArray[Any], task: str, half: str) -> Floats:
         found = self.layout.tasks[task]
         labels = self.layout.labels(task)[self.parts[task].halves[half]]
+        if len(answers) != len(labels):
+            raise InputError(
+                f"task {task!r}: {len(labels)} labels of a half whose answers are {len(answers)}",
+                where=str(self.layout.out / INPUTS_FILE if self.layout.recorded else self.layout.out),
+                hint="restore the study's folder as it was written",
+            )
         if found.kind != "regression" and not is_open(
             found
         ):  # what was kept is the class; the metrics take scores of classes

@@ -13,11 +13,12 @@ import numpy.typing as npt
 from plait.errors import InputError
 from plait.evaluation.evaluate import scored_labels
 from plait.session import Session
-from plait.store import SCHEMA, read_json, staged_file
+from plait.store import SCHEMA, read_json, sha256_json, staged_file
 from plait.study.spec import Study
 from plait.tasks import Source, Task
 
 INPUTS_FILE = "inputs.json"
+_DIGEST = "inputs_sha256"  # of the file's other content; earlier files have none
 Labels = npt.NDArray[Any]
 
 
@@ -69,15 +70,14 @@ def inputs_of(session: Session, background: Session) -> Inputs:
 
 def keep_inputs(found: Inputs, out: Path) -> None:
     """Write them into a study's folder; the same again changes nothing."""
-    text = json.dumps(
-        {
-            "schema": SCHEMA,
-            "base_sha256": found.base_sha256,
-            "data": found.data,
-            "background": found.background,
-            "labels": {t: rows.tolist() for t, rows in found.labels.items()},
-        }
-    )
+    content = {
+        "schema": SCHEMA,
+        "base_sha256": found.base_sha256,
+        "data": found.data,
+        "background": found.background,
+        "labels": {t: rows.tolist() for t, rows in found.labels.items()},
+    }
+    text = json.dumps({**content, _DIGEST: sha256_json(content)})
     target = out / INPUTS_FILE
     if not target.is_file() or target.read_text(encoding="utf-8") != text + "\n":
         with staged_file(target, overwrite=True) as stage:
@@ -105,6 +105,8 @@ def kept_inputs(out: Path, kept: Study, wanted: Study) -> Inputs | None:
     try:
         if found["schema"] != SCHEMA:
             raise ValueError(found["schema"])
+        if _DIGEST in found and found.pop(_DIGEST) != sha256_json(found):
+            raise ValueError("its digest is another")
         tasks = {t: _task(one) for t, one in found["data"].items()}
         kinds = {t: np.float32 if task.kind == "regression" else np.int64 for t, task in tasks.items()}
         labels = {t: np.asarray(found["labels"][t], kinds[t]) for t in tasks}

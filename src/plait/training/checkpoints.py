@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError
+from plait.locks import writing_to
 from plait.store import canonical_json, read_json, sha256_file
 
 SEAL = "complete.json"
@@ -33,10 +34,11 @@ def open_root(root: Path, identity: Mapping[str, Any]) -> None:
     mark = root / _IDENTITY
     if root.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == canonical_json(identity)):
         shutil.rmtree(root)
-    root.mkdir(parents=True, exist_ok=True)
-    partial = mark.with_suffix(".partial")
-    partial.write_text(canonical_json(identity), encoding="utf-8")
-    partial.replace(mark)
+    with writing_to(root):
+        root.mkdir(parents=True, exist_ok=True)
+        partial = mark.with_suffix(".partial")
+        partial.write_text(canonical_json(identity), encoding="utf-8")
+        partial.replace(mark)
 
 
 def leave_no_empty(root: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
+from plait.locks import writing_to
 from plait.store import canonical_json, sha256_json
 from plait.training.checkpoints import latest_whole, open_root, recorded_identity, seal
 from plait.training.cohort import Cohort
@@ -60,13 +61,14 @@ def interrupted(members: Sequence[Member], todo: Sequence[Member]) -> list[list[
 def save_state(root: Path, step: int, cohort: Cohort, losses: Tensor, snapshots: Mapping[int, Tensor]) -> None:
     """Write a cohort's numbers, optimiser state, losses and snapshots as the checkpoint of a step."""
     flat, stage = cohort.parameters, root / "staging"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
     state = {"values": flat.values, "first": flat.first, "second": flat.second, "losses": losses}
     state |= {f"{_SNAPSHOT}{n}": values for n, values in snapshots.items()}
     # As integers: a member that has left the numbers must not keep the others from being saved.
-    write_tensors(stage / _STATE, {k: v.view(torch.int32) for k, v in state.items()})
-    seal(stage, root / f"checkpoint-{step}")
+    with writing_to(root):
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        write_tensors(stage / _STATE, {k: v.view(torch.int32) for k, v in state.items()})
+        seal(stage, root / f"checkpoint-{step}")
 
 
 def restore_state(root: Path, cohort: Cohort, losses: Tensor, snapshots: dict[int, Tensor]) -> int:

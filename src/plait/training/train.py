@@ -20,7 +20,7 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.base import BaseModel, load_task_model, load_tokenizer, quiet_transformers
 from plait.base_identity import base_facts
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
-from plait.locks import locked
+from plait.locks import locked, writing_to
 from plait.overwriting import require_apart
 from plait.ranks import is_writer
 from plait.statistics.moments import Statistics
@@ -157,7 +157,7 @@ def _run(
     _settle_callbacks(trainer, root)
     trainer.accelerator.wait_for_everyone()
     checkpoint = latest_whole(root)
-    with _out_of_memory(task, settings):
+    with _out_of_memory(task, settings), writing_to(root):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     labels = list(task.labels) if task.labels else None
     result: dict[str, Any] = {"task": task.name, "kind": task.kind, "labels": labels, "backbone_prefix": started.prefix}
