@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVING := $(CURDIR)/.serving
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all test-serving lint docs audit sbom clean
+.PHONY: demo test test-all test-serving lint docs audit sbom trust clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -25,6 +25,24 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p plait.adapters -p plait.merging -p plait.formats -p plait.subspaces -p plait.statistics -m plait.store -m plait.errors -m plait.options -m plait.checked -m plait.patterns -m plait.automaton
+
+# What plait is attacked with, into docs/results/trust.json and trust.md: hours; TRUST_FUZZ=10000 and so on for less.
+TRUST := .trust
+TRUST_FUZZ ?= 1000000
+TRUST_KILLS ?= 200
+TRUST_DISKS ?= 100
+TRUST_RUN := PYTHONPATH=src:. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -P -m benchmarks.trust
+
+trust: $(VENV)/.test
+	rm -rf $(TRUST)
+	$(TRUST_RUN).cases --to $(TRUST)
+	$(TRUST_RUN).fuzz --to $(TRUST) --count $(TRUST_FUZZ)
+	$(TRUST_RUN).flips --to $(TRUST)
+	$(TRUST_RUN).kills --to $(TRUST) --count $(TRUST_KILLS)
+	$(TRUST_RUN).power --to $(TRUST)
+	$(TRUST_RUN).disks --to $(TRUST) --count $(TRUST_DISKS)
+	test ! -f benchmarks/trust/mutants.py || $(TRUST_RUN).mutants --to $(TRUST)
+	$(TRUST_RUN) $(TRUST) --out docs/results/trust
 
 # torch first and pinned: left to the resolver it may come as gigabytes of GPU packages.
 $(VENV)/.torch: constraints.txt
@@ -78,4 +96,4 @@ $(SERVING)/.base: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build plait-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRUST) dist build plait-demo .pytest_cache .mypy_cache .ruff_cache

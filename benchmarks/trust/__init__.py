@@ -19,6 +19,7 @@ A part takes ``--seed`` and ``--sample N`` (a share of its attacks, for a quick 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ def write_part(folder: Path, part: str, rows: Iterable[Row], command: str = "") 
     folder.mkdir(parents=True, exist_ok=True)
     text = {
         "part": part,
-        "command": command or f"python -P -m benchmarks.trust.{part}",
+        "command": re.sub(r"--to \S+", "--to parts", command or f"python -P -m benchmarks.trust.{part} --to parts"),
         "seconds": round(time.monotonic() - STARTED, 1),
         "versions": versions(),
         "rows": [asdict(r) for r in rows],

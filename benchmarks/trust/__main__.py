@@ -1,21 +1,22 @@
-"""Gather the parts of a folder into one JSON file, and print what fell."""
+"""Gather the parts of a folder into trust.json and trust.md, and print them; exit code 1 if anything fell.
+
+``PYTHONPATH=src:. python -P -m benchmarks.trust FOLDER --out docs/results/trust``
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from benchmarks.trust import gathered
+from benchmarks.trust.page import write
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path)
-parser.add_argument("--out", type=Path, required=True)
+parser.add_argument("--out", type=Path, required=True, help="without .json and .md")
+parser.add_argument("--remark", action="append", default=[], help="a paragraph about this run, for the top of the page")
 chosen = parser.parse_args()
-found = gathered(chosen.folder)
-chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-rows: list[dict] = found["rows"]  # type: ignore[assignment]
+rows = write(chosen.folder, chosen.out, chosen.remark)["rows"]
 for r in rows:
     print(f"{r['part']}: {r['what']}: tried {r['tried']}, held {r['held']}, fell {r['fell']}")
 sys.exit(any(r["fell"] for r in rows))

@@ -1,0 +1,157 @@
+"""Power losses replayed: ``PYTHONPATH=src:. python -P -m benchmarks.trust.power --to FOLDER``; needs strace.
+
+One run of each command is recorded (every write, flush, rename and entry). For every beginning of the record all states that
+`power_loss.WAYS` names are laid out in fresh folders, and `--random` states more in which each change that was not flushed
+is there or not by chance. Held: every reader finds the result that was there before, or the new one, or says what is wrong,
+and the old result still lies there wherever the new one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from benchmarks.trust import Row, row, write_part
+from benchmarks.trust.power_loss import WAYS, Record, Tree, after, lay
+from benchmarks.trust.recording import recorded
+from benchmarks.trust.small import COMMANDS, Command, comparable, contents, ended, require_done, warm, worlds
+
+from plait.checking import check_path
+from plait.errors import PlaitError
+from plait.formats.reading import read_any
+from plait.manifest import read_manifest
+from plait.statistics.files import is_statistics, read_statistics
+from plait.store import is_done
+
+Files = Mapping[str, bytes]
+
+
+def states(record: Record, chance: int, seed: int) -> Iterator[tuple[str, Tree]]:
+    """Every distinct state that a power loss may leave: where it was cut and what was kept, and the state."""
+    seen, rng = set(), random.Random(seed)
+    for cut in range(len(record.steps) + 1):
+        for way in (*WAYS, *["some"] * chance):
+            tree = after(record, cut, way, rng)
+            parts = [
+                f"{name!r} {content is None} {hashlib.sha256(content or b'').hexdigest()}"
+                for name, content in sorted(tree.items())
+            ]
+            key = hashlib.sha256("\n".join(parts).encode()).digest()
+            if key not in seen:
+                seen.add(key)
+                yield f"after step {cut} of {len(record.steps)}, {way}", tree
+
+
+def verdict(place: Path, old: Files, new: Files) -> str:
+    """What is wrong with a state; "" where it is the old result, the new one, or is refused with the old one still there."""
+    aside = place.parent / f".{place.name}.replaced"
+    there = contents(place) if place.exists() else {}
+    if there == new:
+        return (
+            ""
+            if any(_accepts(read, place, new) for read in READERS.values())
+            else "the new result is refused by every reader"
+        )
+    kept = not old or there == old or (aside.exists() and contents(aside) == old)
+    if not kept:
+        return "neither the old result nor the new one is there"
+    if not there or there == old:
+        return ""
+    accepting = [name for name, read in READERS.items() if _accepts(read, place, new)]
+    return f"half a result is accepted by {', '.join(accepting)}" if accepting else ""
+
+
+def _accepts(read: object, place: Path, new: Files) -> bool:
+    try:
+        return bool(read(place, new))  # type: ignore[operator]
+    except PlaitError:
+        return False
+
+
+def _check(place: Path, new: Files) -> bool:
+    return not any(c.failed for c in check_path(place))
+
+
+def _read(place: Path, new: Files) -> bool:
+    return bool(read_statistics(place) if place.is_file() and is_statistics(place) else read_any(place))
+
+
+def _done(place: Path, new: Files) -> bool:
+    """Whether a command that wants this result takes it for done."""
+    if "plait.json" not in new:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "plait.json").write_bytes(new["plait.json"])
+        wanted = read_manifest(Path(folder)) or {}
+    return is_done(place, {k: wanted[k] for k in ("schema", "stage", "options", "inputs", "seed")}, read=True)
+
+
+READERS = {"plait check": _check, "the reader": _read, "is_done": _done}
+
+
+def lost(command: Command, world: Path, scratch: Path, chance: int, again: int, seed: int = 0) -> Row:
+    """Record a command in a world, and judge every state a power loss may leave.
+
+    Args:
+        command: What is recorded.
+        world: Its inputs; holds the new result afterwards.
+        scratch: For the states.
+        chance: Random states for each beginning.
+        again: In how many of the states the command is run again, which must end in the new result.
+        seed: Of the random states.
+    """
+    if command.before:
+        require_done(command.before, world)
+    old = contents(world / command.out)
+    record, code = recorded(command.args, world, scratch.parent / "strace.log")
+    if code:
+        raise RuntimeError(f"plait {command.name}: exit code {code}")
+    new = contents(world / command.out)
+    found = list(states(record, chance, seed))
+    chosen = set(random.Random(seed).sample(range(len(found)), min(again, len(found))))
+    outcomes = []
+    for i, (name, tree) in enumerate(found):
+        lay(tree, scratch)
+        fell = verdict(scratch / command.out, old, new)
+        if i in chosen and not fell:
+            lay(tree, scratch)
+            status, said = ended(command.args, scratch)
+            if status or comparable(contents(scratch / command.out)) != comparable(new):
+                fell = f"run again it ends with exit code {status}: {said.strip()[-150:]}"
+        outcomes.append(f"{name}: {fell}" if fell else "")
+    what = f"plait {command.name}: states a power loss may leave: the old result, the new one, or an error that says so"
+    note = (
+        f"{len(record.steps)} steps recorded; the command run again in {len(chosen)} of the states, to the same bytes"
+    )
+    return row(what, outcomes, [note])
+
+
+def main() -> None:
+    """Run and write the part's file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=["stats", "init", "merge", "merge --overwrite", "convert", "bake", "export", "train"],
+    )
+    parser.add_argument("--random", type=int, default=3, help="random states for each beginning")
+    parser.add_argument("--again", type=int, default=5, help="states in which the command is run again")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    warm()
+    rows = []
+    with worlds() as fresh, tempfile.TemporaryDirectory() as scratch:
+        for name in given.only:
+            rows.append(lost(COMMANDS[name], fresh(), Path(scratch) / "world", given.random, given.again, given.seed))
+            print(f"{name}: tried {rows[-1].tried}, fell {rows[-1].fell} {rows[-1].notes}", file=sys.stderr, flush=True)
+            write_part(given.to, "power", rows, " ".join(["python -P -m benchmarks.trust.power", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A power loss at any moment of a merge leaves the old result, the new one, or an error; and the replay finds what is unsafe."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from benchmarks.trust.power import lost, states, verdict
+from benchmarks.trust.power_loss import WAYS, Data, Entries, Flush, Record, after
+from benchmarks.trust.small import COMMANDS, Command, contents
+
+from plait.manifest import MANIFEST
+from tests.robustness.world import build
+
+MERGE = ("merge", "M", "x=B", "--out", "out")  # M has heads, which lie in a folder of their own
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="the steps are recorded by strace")
+@pytest.mark.timeout(180)
+def test_a_merge_with_heads_whose_power_goes(tmp_path):
+    world = tmp_path / "world"
+    world.mkdir()
+    build(world)
+    row = lost(Command("merge", MERGE, "out"), world, tmp_path / "scratch", chance=1, again=0)
+    assert row.fell == 0, row.notes
+    assert row.tried > 30 and (world / "out/heads").is_dir()
+
+
+# --- the replay itself ------------------------------------------------------------------------------------------------
+
+
+def record_of(*steps: Data | Entries | Flush) -> Record:
+    """A folder "out" (1) with a file (2) written beside it as "new", in a folder (3)."""
+    return Record(files={1: b"old", 2: b""}, folders={0: {"out": 1}}, steps=list(steps))
+
+
+NAMED = Entries(0, (("new", 2),))
+FILLED = Data(2, b"new")
+RENAMED = Entries(0, (("out", 2), ("new", None)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "possible"),
+    [
+        ((NAMED, FILLED, RENAMED), {b"old", b"new", b""}),
+        ((NAMED, FILLED, Flush(2), RENAMED), {b"old", b"new", b""}),  # empty only before the rename
+        ((NAMED, FILLED, Flush(2), RENAMED, Flush(0)), {b"new"}),
+    ],
+)
+def test_what_may_be_there_in_the_end(steps, possible):
+    record = record_of(*steps)
+    there = {after(record, len(steps), way)["out"] for way in WAYS}
+    assert there <= possible and (b"new" in there)
+    if Flush(2) in steps:
+        assert b"" not in there
+
+
+def test_an_entry_that_was_not_flushed_may_be_gone_and_a_flushed_one_may_not():
+    steps = (NAMED, FILLED, Flush(2))
+    assert "new" not in after(record_of(*steps), 3, "dropped")
+    assert after(record_of(*steps, Flush(0)), 4, "dropped")["new"] == b"new"
+    assert after(record_of(NAMED, Flush(0), FILLED), 3, "dropped")["new"] == b""
+
+
+@pytest.fixture
+def new(tmp_path) -> dict[str, bytes]:
+    """The files of a small result."""
+    world = tmp_path / "whole"
+    world.mkdir()
+    build(world)
+    return contents(world / "M")
+
+
+def lay(place: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(data)
+
+
+def test_half_a_result_without_its_manifest_is_found(tmp_path, new):
+    """What a command that writes its files straight to their place would leave."""
+    lay(tmp_path / "out", {n: d for n, d in new.items() if n != MANIFEST})
+    assert "half a result is accepted" in verdict(tmp_path / "out", {}, new)
+
+
+def test_a_whole_result_passes_and_a_damaged_one_is_refused(tmp_path, new):
+    lay(tmp_path / "out", new)
+    assert verdict(tmp_path / "out", {}, new) == ""
+    head = next(n for n in new if n.startswith("heads/"))
+    (tmp_path / "out" / head).write_bytes(bytes(len(new[head])))
+    assert verdict(tmp_path / "out", {}, new) == ""
+
+
+def test_an_old_result_that_is_gone_is_found_and_one_aside_is_not_lost(tmp_path, new):
+    old = {**new, "adapter_config.json": b"{}"}
+    assert "neither" in verdict(tmp_path / "out", old, new)
+    lay(tmp_path / ".out.replaced", old)
+    assert verdict(tmp_path / "out", old, new) == ""
+
+
+def test_states_are_distinct_and_begin_and_end_with_what_was_and_is():
+    record = record_of(NAMED, FILLED, Flush(2), RENAMED, Flush(0))
+    trees = [tree for _, tree in states(record, 2, 0)]
+    assert Counter(str(sorted(t.items())) for t in trees).most_common(1)[0][1] == 1
+    assert {"out": b"old"} in trees and {"out": b"new"} in trees
+    assert COMMANDS["merge --overwrite"].before

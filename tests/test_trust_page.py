@@ -1,0 +1,65 @@
+"""The page of attacks: rows that add up, every finding with what holds it, and parts of several runs in one file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from benchmarks.trust import Row, gathered, row, write_part
+from benchmarks.trust.findings import FINDINGS, cases_of, table
+from benchmarks.trust.page import page
+from benchmarks.trust.small import comparable, differing, litter
+
+from plait.study.journal import JOURNAL, about_runs, noted
+
+
+def test_rows_add_up():
+    assert row("x", ["", "broke", ""]) == Row("x", 3, 2, 1, ("broke",))
+    with pytest.raises(ValueError, match="3 tried"):
+        Row("x", 3, 3, 1)
+
+
+def test_every_finding_is_there_and_is_held_by_something_that_exists():
+    numbers = [f"{k}{i}" for k, n in (("S", 10), ("D", 2), ("H", 4), ("U", 15)) for i in range(1, n + 1)]
+    assert [f.number for f in FINDINGS] == numbers
+    lines = table()  # raises where a test that is named is not there
+    assert len(lines) == len(numbers) + 2 and not [line for line in lines if "no test of its own" in line]
+    assert any("use_rslora" in case for case in cases_of("S8")) and len(cases_of("U8")) > len(cases_of("U7"))
+
+
+def test_the_page_tells_every_row_and_what_fell(tmp_path):
+    write_part(tmp_path, "kills", [row("plait merge: killed", ["", "after 1 s: litter"])], "make it")
+    write_part(tmp_path, "power", [row("plait stats: power", [""])])
+    found = gathered(tmp_path)
+    assert json.loads(json.dumps(found))["rows"][0]["fell"] == 1
+    text = page(found, ["A remark."])
+    assert "| plait merge: killed | 2 | 1 | 1 |" in text and "after 1 s: litter" in text and "A remark." in text
+    assert "    make it" in text and "| S1 |" in text
+
+
+def test_recorded_times_are_no_other_bytes_and_numbers_are():
+    one = {"a.json": b'{"seconds": 1, "x": 2}', "b.jsonl": b'{"x": 1, "wall_seconds": 2}\n'}
+    later = {"a.json": b'{"x": 2, "seconds": 5}', "b.jsonl": b'{"wall_seconds": 3, "x": 1}\n'}
+    assert comparable(one) == comparable(later) and not differing(one, later)
+    assert differing(one, {**later, "a.json": b'{"x": 3}'}) == {"a.json"}
+    assert comparable({"w": b"1"}) != comparable({"w": b"2"})
+
+
+def test_litter_is_found(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.gitkeep").touch()
+    assert not litter(tmp_path)
+    (tmp_path / ".out.staging").mkdir()
+    (tmp_path / "out/.x.lock").touch()
+    assert litter(tmp_path) == [".out.staging", "out/.x.lock"]
+
+
+@pytest.mark.parametrize("line", [b'{"seconds": 1', b"\xff\x00", b"{}", b"[]", b"5"])
+def test_lines_of_the_journal_that_are_none_are_counted(tmp_path, line):
+    with noted(tmp_path, "cpu", "Processes", 1, 3):
+        pass
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(line + b"\n")
+    assert "cannot be read" in about_runs(tmp_path)["seconds"]
+    (tmp_path / JOURNAL).write_bytes(line)
+    assert about_runs(tmp_path) == {"seconds": f"unknown: 1 lines of {JOURNAL} cannot be read"}
