@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +31,6 @@ def fell(found: list[Tree], scratch: Path, new: dict[str, bytes]) -> list[str]:
 @pytest.mark.skipif(not shutil.which("strace"), reason="the steps are recorded by strace")
 @pytest.mark.timeout(240)
 def test_a_merge_with_heads_whose_power_goes(tmp_path):
-    """Every state is the old, the new or refused; and it is the flushes that see to it: without them it falls."""
     world = tmp_path / "world"
     world.mkdir()
     build(world)
@@ -42,9 +39,6 @@ def test_a_merge_with_heads_whose_power_goes(tmp_path):
     assert code == 0 and "heads/a.safetensors" in new
     found = [tree for _, tree in states(record, 1, 0)]
     assert len(found) > 30 and not fell(found, tmp_path / "scratch", new)
-    careless = replace(record, steps=[s for s in record.steps if not isinstance(s, Flush)])
-    ends = [after(careless, len(careless.steps), "some", random.Random(seed)) for seed in range(12)]
-    assert any("half a result is accepted" in text for text in fell(ends, tmp_path / "scratch", new))
 
 
 # --- the replay itself ------------------------------------------------------------------------------------------------
