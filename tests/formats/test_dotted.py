@@ -54,7 +54,7 @@ def test_spellings_merge(tmp_path, first, second):
 def test_prefixes_merge(tmp_path, prefix):
     a, b, out = (tmp_path / f"{n}.safetensors" for n in "abo")
     one, two = written(a, 1, alpha=2), written(b, 2, "lora_down", prefix, alpha=8)
-    found = answer(MergeRequest([str(a), str(b)], out))
+    found = answer(MergeRequest([str(a), str(b)], out, method="task_arithmetic", scale=1.0))
     assert found["rank"] == 8 and not found["missing"]
     for module, f in read_any(out).modules.items():
         name = module.removeprefix("diffusion_model.")
@@ -77,7 +77,7 @@ def test_the_hint_for_kohyas_flat_names_works(tmp_path):
     written(a, 1, alpha=2)
     convert(a, b, to="kohya")
     with pytest.raises(InputError, match="is a kohya adapter") as refused:
-        answer(MergeRequest([f"flat={b}", f"dotted={a}"], out))
+        answer(MergeRequest([f"flat={b}", f"dotted={a}"], out, method="task_arithmetic", scale=1.0))
     hint = str(refused.value.hint).split()[1:5]  # convert FILE --to kohya
     assert hint == ["convert", str(a), "--to", "kohya"]
     done = CliRunner().invoke(app, [*hint, "--out", str(tmp_path / "c.safetensors")])

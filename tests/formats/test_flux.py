@@ -64,8 +64,8 @@ def test_parts_are_the_fused_layer(flux, tmp_path):
 
 def test_merged_into_diffusers(flux, tmp_path):
     a, b = flux("a", 0), flux("b", 1)
-    answer(MergeRequest([str(a), str(b)], tmp_path / "m.safetensors", "tsv"))
-    found = answer(MergeRequest([str(a), str(b)], tmp_path / "d.safetensors", "tsv", format="diffusers"))
+    answer(MergeRequest([str(a), str(b)], tmp_path / "m.safetensors", "tsv", scale=1.0))
+    found = answer(MergeRequest([str(a), str(b)], tmp_path / "d.safetensors", "tsv", format="diffusers", scale=1.0))
     assert found["verification_error"] < 1e-4
     fused = read_any(tmp_path / "m.safetensors").modules["lora_unet_double_blocks_3_img_attn_qkv"]
     apart = read_any(tmp_path / "d.safetensors").modules

@@ -157,7 +157,7 @@ def test_a_merge_of_diffusers_files_in_the_original_layout(original, tmp_path):
         convert(original(name, FLUX_SHAPES, "flux1", seed=i), tmp_path / f"{name}-peft")
         convert(tmp_path / f"{name}-peft", tmp_path / f"{name}-d.safetensors", to="diffusers")
     inputs = [str(tmp_path / f"{n}-d.safetensors") for n in "ab"]
-    answer(MergeRequest(inputs, tmp_path / "m.safetensors", "task_arithmetic", format="kohya"))
+    answer(MergeRequest(inputs, tmp_path / "m.safetensors", "task_arithmetic", format="kohya", scale=1.0))
     fused = [read_any(tmp_path / f"{n}.safetensors").modules for n in "ab"]
     merged = read_any(tmp_path / "m.safetensors").modules
     for module in ("lora_unet_single_blocks_7_linear1", "lora_unet_double_blocks_3_img_attn_qkv"):

@@ -192,7 +192,11 @@ def test_an_adapter_on_a_baked_model(tmp_path, tiny_base):
         factors = {name: LoraFactors(torch.randn(2, 32), torch.randn(32, 2), 1.0)}
         (tmp_path / which).mkdir()
         write_adapter(tmp_path / which, Adapter(which, below, factors, "CAUSAL_LM"))
-    answer(MergeRequest([str(tmp_path / "one")], tmp_path / "full", bake_into=Path(base)))
+    answer(
+        MergeRequest(
+            [str(tmp_path / "one")], tmp_path / "full", bake_into=Path(base), method="task_arithmetic", scale=1.0
+        )
+    )
     found = answer(MergeRequest([str(tmp_path / n) for n in ("two", "one")], tmp_path / "s", stack=True))
     assert [s["name"] for s in found["stack"]] == ["one", "two"]
     both = sum(read_adapter(tmp_path / n).modules[name].delta() for n in ("one", "two"))

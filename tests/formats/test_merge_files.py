@@ -36,7 +36,11 @@ def test_merged_file_does_the_sum_of_both(kohya, tmp_path, format):
 
 
 def test_kernels_are_written_as_they_came(kohya, tmp_path):
-    answer(MergeRequest([str(kohya("a", 1)), str(kohya("b", 2))], tmp_path / "m.safetensors"))
+    answer(
+        MergeRequest(
+            [str(kohya("a", 1)), str(kohya("b", 2))], tmp_path / "m.safetensors", method="task_arithmetic", scale=1.0
+        )
+    )
     stored = load_file(tmp_path / "m.safetensors")
     for module, (out, width, kernel) in MODULES.items():
         name = KOHYA_NAMES[module]
@@ -48,7 +52,7 @@ def test_kernels_are_written_as_they_came(kohya, tmp_path):
 @pytest.mark.parametrize("method", ["tsv", "ties", "iso_c", "knots", "svd", "dare_linear"])
 def test_data_free_methods_see_convolutions_as_matrices(kohya, tmp_path, method):
     paths = [kohya("a", 1), kohya("b", 2)]
-    found = answer(MergeRequest([str(p) for p in paths], tmp_path / "m.safetensors", method))
+    found = answer(MergeRequest([str(p) for p in paths], tmp_path / "m.safetensors", method, scale=1.0))
     merged = read_any(tmp_path / "m.safetensors")
     twin = merge([read_any(p) for p in paths], method, scale=1.0).adapter
     for module, factors in twin.modules.items():
@@ -57,7 +61,7 @@ def test_data_free_methods_see_convolutions_as_matrices(kohya, tmp_path, method)
 
 
 def test_into_peft_folders_by_component(kohya, tmp_path):
-    answer(MergeRequest([str(kohya("a", 1))], tmp_path / "out", format="peft"))
+    answer(MergeRequest([str(kohya("a", 1))], tmp_path / "out", format="peft", method="task_arithmetic", scale=1.0))
     unet = read_adapter(tmp_path / "out" / "unet")
     assert unet.modules["down_blocks.0.resnets.0.conv1"].kind == "conv:3x3"
     with safe_open(tmp_path / "out" / "unet" / "adapter_model.safetensors", "pt") as f:
@@ -79,37 +83,50 @@ def diffusers_file(path, seed):
 def test_what_does_not_go_together(kohya, tmp_path):
     a, out = str(kohya("a", 1)), tmp_path / "m.safetensors"
     with pytest.raises(InputError, match="a kohya adapter and 'd' a diffusers one"):
-        answer(MergeRequest([a, diffusers_file(tmp_path / "d.safetensors", 2)], out))
+        answer(
+            MergeRequest([a, diffusers_file(tmp_path / "d.safetensors", 2)], out, method="task_arithmetic", scale=1.0)
+        )
     with pytest.raises(InputError, match="trained on 'sd_v1' and 'x' on 'sdxl'"):
-        answer(MergeRequest([a, str(kohya("x", metadata={"ss_base_model_version": "sdxl"}))], out))
+        answer(
+            MergeRequest(
+                [a, str(kohya("x", metadata={"ss_base_model_version": "sdxl"}))],
+                out,
+                method="task_arithmetic",
+                scale=1.0,
+            )
+        )
     conv = KOHYA_NAMES["unet.mid_block.resnets.1.conv_shortcut"]
     other = {f"{conv}.lora_down.weight": torch.ones(3, 5), f"{conv}.lora_up.weight": torch.ones(6, 3)}
     with pytest.raises(InputError, match=r"conv:1x1 \(6, 5\) in 'a' and linear \(6, 5\) in 'k'"):
-        answer(MergeRequest([a, str(kohya("k", changed=other))], out))
+        answer(MergeRequest([a, str(kohya("k", changed=other))], out, method="task_arithmetic", scale=1.0))
     with pytest.raises(UsageError, match=r"kohya is written as a \.safetensors file"):
-        answer(MergeRequest([a], tmp_path / "folder"))
+        answer(MergeRequest([a], tmp_path / "folder", method="task_arithmetic", scale=1.0))
     with pytest.raises(UsageError, match="unknown format"):
-        answer(MergeRequest([a], out, format="ckpt"))
+        answer(MergeRequest([a], out, format="ckpt", method="task_arithmetic", scale=1.0))
     assert not out.exists()
 
 
 def test_an_unknown_base_goes_with_any(kohya, tmp_path):
     nameless = kohya("n", 2, metadata={})
-    found = answer(MergeRequest([str(nameless), str(kohya("a", 1))], tmp_path / "m.safetensors"))
+    found = answer(
+        MergeRequest(
+            [str(nameless), str(kohya("a", 1))], tmp_path / "m.safetensors", method="task_arithmetic", scale=1.0
+        )
+    )
     assert found["base"] == "sd_v1"
     assert [a["base"] for a in found["adapters"]] == ["", "sd_v1"]
 
 
 def test_other_settings_at_the_same_place(kohya, tmp_path):
     paths, out = [str(kohya("a", 1)), str(kohya("b", 2))], tmp_path / "m.safetensors"
-    answer(MergeRequest(paths, out))
+    answer(MergeRequest(paths, out, method="task_arithmetic", scale=1.0))
     before = out.read_bytes()
     with pytest.raises(UsageError, match=r"options.scale: 1.0 -> 0.5"):
-        answer(MergeRequest(paths, out, scale=0.5))
+        answer(MergeRequest(paths, out, scale=0.5, method="task_arithmetic"))
     assert out.read_bytes() == before
-    answer(MergeRequest(paths, out, scale=0.5, overwrite=True))
+    answer(MergeRequest(paths, out, scale=0.5, overwrite=True, method="task_arithmetic"))
     with pytest.raises(UsageError, match="not written by plait"):
-        answer(MergeRequest(paths[:1], kohya("z", 3)))
+        answer(MergeRequest(paths[:1], kohya("z", 3), method="task_arithmetic", scale=1.0))
 
 
 def test_from_python_too(kohya, tmp_path):

@@ -79,7 +79,11 @@ def test_a_merge_keeps_the_names(written, tmp_path, prefix):
     merged, (one, two) = read_any(out).modules, (read_any(d).modules for d, _ in files)
     for m, f in merged.items():
         torch.testing.assert_close(f.delta(), one[m].delta() - 0.5 * two[m].delta())
-    answer(MergeRequest([str(d) for d, _ in files], tmp_path / "d.safetensors", "task_arithmetic", format="diffusers"))
+    answer(
+        MergeRequest(
+            [str(d) for d, _ in files], tmp_path / "d.safetensors", "task_arithmetic", format="diffusers", scale=1.0
+        )
+    )
     apart = read_any(tmp_path / "d.safetensors").modules
     qkv = torch.cat([apart[f"transformer.transformer_blocks.3.attn.to_{x}"].delta() for x in "qkv"])
     sums = [
@@ -99,7 +103,7 @@ def test_flux_2_is_not_taken_for_flux(written, tmp_path):
         with pytest.raises(InputError, match="do not fill"):
             convert(file, tmp_path / "y.safetensors", to="diffusers")
     files = [str(written(n, i, wide)[0]) for i, n in enumerate("cd")]
-    assert answer(MergeRequest(files, tmp_path / "m.safetensors", "tsv"))["verification_error"] < 1e-4
+    assert answer(MergeRequest(files, tmp_path / "m.safetensors", "tsv", scale=1.0))["verification_error"] < 1e-4
 
 
 def test_what_these_files_may_not_hold(written, tmp_path):

@@ -70,9 +70,9 @@ def test_sum_and_bake(base, tmp_path):
     close(applied(tmp_path / "a", base), one)
     wanted = {k: one[k] + two[k] - v for k, v in base.state_dict().items()}
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
-    answer(MergeRequest(folders, tmp_path / "sum"))
+    answer(MergeRequest(folders, tmp_path / "sum", method="task_arithmetic", scale=1.0))
     close(applied(tmp_path / "sum", base), wanted)
-    answer(MergeRequest(folders, tmp_path / "full", bake_into=tmp_path / "base"))
+    answer(MergeRequest(folders, tmp_path / "full", bake_into=tmp_path / "base", method="task_arithmetic", scale=1.0))
     baked = load_file(tmp_path / "full" / "model.safetensors")
     assert baked["conv.weight"].shape == (6, 3, 3, 3)
     close(baked, wanted)
@@ -82,7 +82,7 @@ def test_the_written_merge_loads_in_peft(base, tmp_path):
     import peft
 
     trained(tmp_path / "a", base, 0)
-    answer(MergeRequest([str(tmp_path / "a")], tmp_path / "m", scale=2.0))
+    answer(MergeRequest([str(tmp_path / "a")], tmp_path / "m", scale=2.0, method="task_arithmetic"))
     wanted = applied(tmp_path / "m", base)
     net = Net()
     net.load_state_dict(base.state_dict())

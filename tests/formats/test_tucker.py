@@ -48,7 +48,7 @@ def test_read_as_its_plain_lora(kohya, dtype):
 def test_merged_and_converted(kohya, tmp_path):
     one, two = tucker(1), tucker(2)
     a, b = kohya("a", 0, changed=one), kohya("b", 1, changed=two)
-    found = answer(MergeRequest([str(a), str(b)], tmp_path / "m.safetensors", "task_arithmetic"))
+    found = answer(MergeRequest([str(a), str(b)], tmp_path / "m.safetensors", "task_arithmetic", scale=1.0))
     assert found["verification_error"] < 1e-4
     x = torch.randn(1, 5, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     merged = applied(read_any(tmp_path / "m.safetensors"), x)

@@ -198,5 +198,5 @@ def test_the_way_that_a_refusal_names_exists(place, tmp_path, hint):
     with pytest.raises(UsageError, match="whole weights") as refused:
         from_mergekit(recipe)
     method = str(refused.value.hint).split("--method ")[1].split(",")[0]
-    found = answer(MergeRequest([str(place / "a"), str(place / "b")], tmp_path / "m", method))
+    found = answer(MergeRequest([str(place / "a"), str(place / "b")], tmp_path / "m", method, scale=1.0))
     assert found["method"] == method

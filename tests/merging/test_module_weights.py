@@ -110,7 +110,7 @@ def test_it_is_part_of_the_identity(tmp_path, folders):
     with pytest.raises(UsageError, match="module_weights"):
         answer(MergeRequest(folders, tmp_path / "m", module_weights={"a": {"q_proj": 2.0}}))
     with pytest.raises(UsageError, match="settings"):
-        answer(MergeRequest(folders, tmp_path / "m"))
+        answer(MergeRequest(folders, tmp_path / "m", method="task_arithmetic", scale=1.0))
 
 
 def test_edits_keep_them(tmp_path, folders):

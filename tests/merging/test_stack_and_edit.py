@@ -65,7 +65,7 @@ def test_stack_in_any_order_given(tmp_path):
 
 
 def test_stack_on_a_merge(tmp_path, adapters):
-    answer(MergeRequest([str(adapters["a"]), str(adapters["b"])], tmp_path / "m", scale=0.5))
+    answer(MergeRequest([str(adapters["a"]), str(adapters["b"])], tmp_path / "m", scale=0.5, method="task_arithmetic"))
     top = write(tmp_path, "top", 9, base=str(tmp_path / "m"))
     answer(MergeRequest([str(tmp_path / "m"), str(top)], tmp_path / "out", stack=True))
     a, b, t = (update(f) for f in (adapters["a"], adapters["b"], top))
@@ -111,7 +111,7 @@ def test_an_ordinary_merge_points_to_the_stack(tmp_path):
     first = write(tmp_path, "first", 0)
     second = write(tmp_path, "second", 1, base=str(first))
     with pytest.raises(InputError, match="--stack"):
-        answer(MergeRequest([str(first), str(second)], tmp_path / "out"))
+        answer(MergeRequest([str(first), str(second)], tmp_path / "out", method="task_arithmetic", scale=1.0))
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_edited_is_what_merging_anew_gives(tmp_path, adapters, method, options):
 
 
 def test_moved_changed_and_missing_inputs(tmp_path, adapters):
-    answer(MergeRequest([str(adapters[n]) for n in "abc"], tmp_path / "m"))
+    answer(MergeRequest([str(adapters[n]) for n in "abc"], tmp_path / "m", method="task_arithmetic", scale=1.0))
     shutil.move(adapters["a"], tmp_path / "elsewhere")
     shutil.rmtree(adapters["b"])
     shutil.copytree(adapters["d"], adapters["b"])
@@ -167,7 +167,7 @@ def test_by_difference_needs_only_what_changes(tmp_path, adapters, method, share
 
 
 def test_what_cannot_be_edited(tmp_path, adapters):
-    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "m", "ties"))
+    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "m", "ties", scale=1.0))
     out = tmp_path / "out"
     for merged, change, message in (
         (adapters["a"], Change(), "no record of a merge"),
@@ -183,12 +183,14 @@ def test_what_cannot_be_edited(tmp_path, adapters):
     ):
         with pytest.raises(UsageError, match=message):
             edit(tmp_path / "m", change, out)
-    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "sum"))
+    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "sum", method="task_arithmetic", scale=1.0))
     with pytest.raises(UsageError, match="takes neither --scale"):
         edit(tmp_path / "sum", Change(remove=["a"], scale=0.5), out, by_difference=True)
     with pytest.raises(UsageError, match="no weighted sum"):
         edit(tmp_path / "m", Change(remove=["a"]), out, by_difference=True)
-    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "cut", rank=1))
+    answer(
+        MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "cut", rank=1, method="task_arithmetic", scale=1.0)
+    )
     with pytest.raises(UsageError, match="cut or calibrated"):
         edit(tmp_path / "cut", Change(remove=["a"]), out, by_difference=True)
     manifest = json.loads((tmp_path / "m" / "plait.json").read_text())
@@ -220,12 +222,19 @@ def test_a_merge_records_the_classes_of_every_head_of_which_they_are_known(tmp_p
 
     known = {"a": ["no", "yes"], "b": ["low", "middle", "high"]}
     one, two, three = headed("a", 1, known["a"]), headed("b", 2, known["b"]), headed("c", 3, None)
-    answer(MergeRequest([one, two, three], tmp_path / "merged"))
+    answer(MergeRequest([one, two, three], tmp_path / "merged", method="task_arithmetic", scale=1.0))
     assert recorded("merged") == known and read_adapter(tmp_path / "merged").classes == known
-    answer(MergeRequest([str(tmp_path / "merged"), headed("d", 4, ["x", "y"])], tmp_path / "again"))
+    answer(
+        MergeRequest(
+            [str(tmp_path / "merged"), headed("d", 4, ["x", "y"])],
+            tmp_path / "again",
+            method="task_arithmetic",
+            scale=1.0,
+        )
+    )
     assert recorded("again") == {**known, "d": ["x", "y"]}
     for how in (True, False):
         edit(tmp_path / "merged", Change(remove=["a"]), tmp_path / f"without-{how}", by_difference=how)
         assert recorded(f"without-{how}") == {"b": known["b"]}
-    answer(MergeRequest([three], tmp_path / "unknown"))
+    answer(MergeRequest([three], tmp_path / "unknown", method="task_arithmetic", scale=1.0))
     assert not recorded("unknown")
