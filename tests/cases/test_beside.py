@@ -109,7 +109,11 @@ def whole_ones(tmp_path_factory) -> Path:
 def test_what_would_need_the_base_is_refused_with_the_way_out(command, why, plait, whole_ones, tmp_path):
     shutil.copytree(whole_ones / "in", tmp_path / "in")
     code, _, err = plait(command)
-    assert code == 3 and why in err and "plait convert in/chat --base" in err.replace("in/other", "in/chat"), err
+    assert (
+        code == 3
+        and why in err
+        and "plait convert in/chat --base" in err.replace("in/other", "in/chat").replace("in/again", "in/chat")
+    ), err
     assert not Path("out").exists()
 
 
@@ -144,9 +148,8 @@ def test_a_whole_embedding_without_modules_to_save_takes_the_base_s_place_as_pef
     trained(tmp_path / "in/chat", llama(), modules_to_save=["embed_tokens"])
     changed_config(tmp_path / "in/chat", modules_to_save=None)
     wanted, zero = logits(loaded("in/chat", llama())), logits(llama())
-    code, out, err = plait("merge in/chat --out out")
-    assert code == 0 and "it takes the place of the base's" in out, err
-    assert far(logits(loaded("out", llama())), wanted, zero) < 1e-6
+    code, _, err = plait("merge in/chat --out out")
+    assert code == 1 and "is written over the base's own weight" in err and "modules_to_save" in err
     saved(True)
     assert plait("convert in/chat --base in/base --rank 32 --out low")[0] == 0
     assert far(logits(loaded("low", llama())), wanted, zero) < 1e-4

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.cases.conftest import (
@@ -104,6 +105,10 @@ def test_a_tensor_with_and_without_the_name(plait, tmp_path):
 
 def test_the_shared_case_of_names_in_files(case, plait):
     case("04_adapter_name_in_keys")
+    assert plait("merge in/one.safetensors in/two.safetensors --out m.safetensors")[0] == 3  # names that tell no alpha
+    with safe_open("in/one.safetensors", "pt") as file:
+        rank = min(file.get_slice(k).get_shape()[0] for k in file.keys() if ".lora_A" in k)  # noqa: SIM118
+    Path("in/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
     assert plait("merge in/one.safetensors in/two.safetensors --out m.safetensors")[0] == 0
     tensors = [load_file(f) for f in ("in/one.safetensors", "in/plain.safetensors", "m.safetensors")]  # plain is two
     modules = {k.split(".lora_")[0] for k in tensors[1]}
@@ -149,10 +154,13 @@ def test_the_same_modules_by_other_names_are_no_others(old, new, method, plait, 
     code, _, err = plait(f"merge in/before in/after --method {method} --out m")
     assert code == 3 and "their module names start at different roots" in err and not Path("m").exists()
     assert plait("advise in/before in/after")[1].count("different roots") == 1
-    rename = next(w for w in err.split() if "=" in w)
-    assert plait(f"convert in/before --rename {rename} --out renamed")[0] == 0  # as the error says
-    code, _, err = plait("merge renamed in/after --out m")
+    words = err.split()
+    given, rename = words[words.index("convert") + 1], next(w for w in words if "=" in w)
+    assert plait(f"convert {given} --rename {rename} --out renamed")[0] == 0  # as the error says
+    code, _, err = plait(f"merge renamed {'in/after' if given == 'in/before' else 'in/before'} --out m")
     assert code == 0, err
+    old, new = (old, new) if given == "in/before" else (new, old)
+    before, after = (before, after) if given == "in/before" else (after, before)
     summed = {m: deltas(before)[old + m.removeprefix(new)] + d for m, d in deltas(after).items()}
     close(deltas(Path("m")), summed)
 

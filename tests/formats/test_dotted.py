@@ -76,7 +76,7 @@ def test_the_hint_for_kohyas_flat_names_works(tmp_path):
     a, b, out = (tmp_path / f"{n}.safetensors" for n in "abo")
     written(a, 1, alpha=2)
     convert(a, b, to="kohya")
-    with pytest.raises(InputError, match="is a kohya adapter") as refused:
+    with pytest.raises(InputError, match="a kohya one") as refused:
         answer(MergeRequest([f"flat={b}", f"dotted={a}"], out, method="task_arithmetic", scale=1.0))
     hint = str(refused.value.hint).split()[1:5]  # convert FILE --to kohya
     assert hint == ["convert", str(a), "--to", "kohya"]

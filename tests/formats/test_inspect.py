@@ -113,7 +113,7 @@ def test_commands_from_files_to_files(kohya, tmp_path, capsys):
     assert plait("inspect", a) == 0
     assert "kinds      linear (7), conv:1x1 (2), conv:3x3 (1)" in capsys.readouterr().out
     assert plait("merge", a, b, "--method", "tsv", "--out", merged) == 0
-    assert "tsv at scale 1 of a, b" in capsys.readouterr().out
+    assert "tsv at scale 0.7 of a, b" in capsys.readouterr().out
     assert plait("inspect", merged) == 0
     assert "merge of   a, b (tsv)" in capsys.readouterr().out
     assert plait("convert", merged, "--to", "diffusers", "--out", tmp_path / "d.safetensors") == 0
@@ -161,7 +161,7 @@ def test_public_stages_are_no_stack_and_merge_and_edit(tmp_path, capsys):
     assert plait("merge", "--stack", *stages, "--out", tmp_path / "s") == 3
     assert "one adapter at two stages of training (their A agree to 0.99" in capsys.readouterr().err
     tasks = [SHARED / "distilbert_imdb", SHARED / "distilbert_emotion"]
-    assert plait("merge", *tasks, "--out", tmp_path / "m") == 0
+    assert plait("merge", *tasks, "--method", "task_arithmetic", "--scale", "1", "--out", tmp_path / "m") == 0
     assert (
         plait("edit", tmp_path / "m", "--remove", "distilbert_emotion", "--by-difference", "--out", tmp_path / "l") == 0
     )

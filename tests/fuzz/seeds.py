@@ -50,8 +50,8 @@ repair: {arms: [o], merge: ties, steps: 5}
 MERGEKITS = (
     b"models:\n- {model: base+a, parameters: {weight: 0.5}}\n- {model: base+b, parameters: {weight: 1}}\n"
     b"merge_method: ties\nbase_model: base\nparameters: {density: 0.5, normalize: true, lambda: 0.7}\ndtype: float32\n",
-    b"models: [{model: base+a}, {model: base+b}]\nmerge_method: task_arithmetic\nparameters: &p {weight: -1.5}\n",
-    b"merge_method: dare_linear\nmodels:\n  - model: b+x\n    parameters: {weight: 1.0, density: 0.3}\n",
+    b"models: [{model: base+a}, {model: base+b}]\nmerge_method: task_arithmetic\nbase_model: base\nparameters: &p {weight: -1.5}\n",
+    b"merge_method: dare_linear\nbase_model: b\nmodels:\n  - model: b+x\n    parameters: {weight: 1.0, density: 0.3}\n",
 )
 
 

@@ -99,6 +99,10 @@ def _factor(tensor: str, name: Named, settings: Settings) -> tuple[Placement, Fa
     container = re.sub(r"(\.base_layer)+$", "", module)
     depth = (len(module) - len(container)) // len(".base_layer")
     target = settings.target(module)
+    if (
+        not target.hit and ".base_layer." in name.module
+    ):  # inside a multi-head attention, which adapts its parts with it
+        target = settings.target(name.module.partition(".base_layer.")[0])
     what = ""
     if parameters := settings.parameters_in(container):
         if depth >= len(parameters) and not (depth == 0 and target.hit):
@@ -180,7 +184,8 @@ def _config_faults(settings: Settings, taken: Mapping[str, Named], folder: PeftF
     for target in wanted if isinstance(wanted, list) else ():
         if not settings.target(str(target)).hit:
             continue
-        if re.search(r"\.\d+\.", str(target)) and not any(m == target or m.endswith(f".{target}") for m in modules):
+        named = str(target).replace(".base_layer.", ".")  # what lies inside a multi-head attention
+        if re.search(r"\.\d+\.", named) and not any(m == named or m.endswith(f".{named}") for m in modules):
             what = "is named in target_modules and has no tensors: PEFT starts it anew, without effect, with a warning"
             yield Fault(str(target), what, "take the whole file from where it came")
 
