@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/plait demo --out plait-demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -m ""

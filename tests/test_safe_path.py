@@ -73,7 +73,6 @@ def test_the_child_that_matches_patterns_imports_nothing_from_there(evil, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.ci_sample
 @pytest.mark.parametrize("executor", ["processes", "ray"])
 def test_processes_of_a_study_import_nothing_from_there(evil, tiny_base, tmp_path, executor):
     if executor == "ray":

@@ -80,7 +80,6 @@ def test_every_order_gives_the_same_files(tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.ci_sample
 @pytest.mark.parametrize("modules", [1, 8], ids=["torch's threads", "a thread a module"])
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv", "della"])
 def test_threads_runs_and_orders_give_the_same_files(tmp_path, method, modules):
