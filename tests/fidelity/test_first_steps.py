@@ -110,7 +110,7 @@ def test_another_base_is_noticed(pair, tiny_base, make_panel, tmp_path, capsys):
     texts = [f"--text={text_file(panel, t, tmp_path)}" for t in ("one", "two")]
     rest = ["--max-length", "24", "--refine", "0", "--repair", "0", "--device", "cpu"]
     code, _, err = said(capsys, "advise", tiny_base("bert").name, *folders, *texts, *rest)
-    assert code == 3 and "is this adapter of another base?" in err
+    assert code == 3 and "a backbone alone predicts no text" in err
     from tests.tiny import save_model
 
     other = str(save_model(tmp_path / "other", "llama", seed=9))
