@@ -126,7 +126,8 @@ class Settings:
         """Ranks that may be allocated for a module: one, but for several parameters that its name stands for."""
         container = re.sub(r"(\.base_layer)+$", "", module)
         parameters = {f"{container}.{t.rpartition('.')[2]}" for t in self.parameters_in(container)}
-        return {self.rank_of(name) for name in parameters or {module}}
+        own = {module} if not parameters or self.target(module).hit else set()  # a layer may be a target itself
+        return {self.rank_of(name) for name in parameters | own}
 
     def alpha_of(self, module: str) -> float:
         """A module's alpha."""
