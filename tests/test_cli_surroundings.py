@@ -214,6 +214,7 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
+@pytest.mark.slow  # where an interrupt lands is a matter of timing
 @pytest.mark.parametrize("wait", [0.06, 0.1, 0.2, 0.35, 0.6, 1.0])
 def test_an_early_interrupt_is_told_in_one_line(tmp_path, wait):
     running = subprocess.Popen(
