@@ -5,8 +5,8 @@
 Eight random adapters in the shape of Llama-3-8B (32 layers, q, k, v, o, gate, up and down, rank 16, bfloat16) are made in DIR.
 Each method is one process, `plait merge ... --json`, verified as by default. The floor reads the inputs and writes as many bytes
 as the result has, flushed, with safetensors alone. "process" is the wall time of the process with its imports, "merge" the
-record's `seconds_merge`, "peak_mb" its resident memory; "gpu_mb" is not measured.
-RegMean reads second moments: of q and v alone, whose inputs are as wide as the model (down_proj's would be 26 GB a task).
+record's `seconds_merge`, "peak_mb" its resident memory. Memory on the GPU is not measured, and RegMean is left out: second
+moments of all linear layers of such a model would be 26 GB a task for down_proj alone.
 """
 
 from __future__ import annotations
