@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel
+from plait.disk.store import versions
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import REPORTED, SELECTION
 from plait.fidelity.auto import repaired
@@ -40,7 +40,7 @@ from plait.fidelity.score import fidelities, outputs
 from plait.fidelity.teachers import HeadLesson
 from plait.fidelity.texts import split_off
 from plait.merging.registry import find_method
-from plait.store import versions
+from plait.model.base import BaseModel
 from plait.tasks import GLUE_TASKS, Task, glue_task, load_examples, load_task
 from plait.tasks.metrics import primary, scores
 from plait.tasks.task import Source

@@ -26,8 +26,8 @@ from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import read_place
-from plait.recipe_file import find_recipe, read_recipe
-from plait.session import Session
+from plait.runs.recipe_file import find_recipe, read_recipe
+from plait.runs.session import Session
 from plait.tasks.metrics import primary, scores
 
 

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from plait.cli.study import _kept
+from plait.evaluation.splits import HALVES
 from plait.merging.scales import REACH, RULES, scale_by_rule
-from plait.study.schedule import all_units, result
-from plait.study.splits import HALVES
-from plait.study.table import reference
-from plait.study.units import FOLDS, MERGE
+from plait.report.table import reference
+from plait.runs.units import FOLDS, MERGE
+from plait.runs.waves import all_units, result
 
 FIRST_TIER = (
     "task_arithmetic",

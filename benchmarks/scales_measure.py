@@ -25,12 +25,12 @@ from existing import Judge, task_of
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel
+from plait.evaluation.features import features
 from plait.fidelity.candidates import Recipe, merged_by
 from plait.fidelity.moments import collect_moments
 from plait.fidelity.panel import Panel, parts_of
+from plait.model.base import BaseModel
 from plait.statistics.moments import Statistics
-from plait.study.features import features
 from plait.tasks import load_examples
 
 TASKS = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,snli,banking77,clinc_domain"

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.base import BaseModel, backbone_of, load_task_model, load_tokenizer
+from plait.disk.store import identity, versions
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
-from plait.store import identity, versions
+from plait.model.base import BaseModel, backbone_of, load_task_model, load_tokenizer
 from plait.tasks import Examples, Task, collate, encode, glue_task, load_examples, load_task
 from plait.training import Member, TrainingSettings, attach_constraint, train_adapter, train_fleet
 from plait.training.constraints import Constraint, Rule

@@ -24,8 +24,8 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel, backbone_of, load_task_model
-from plait.store import identity
+from plait.disk.store import identity
+from plait.model.base import BaseModel, backbone_of, load_task_model
 from plait.tasks import Examples, Source, Task
 from plait.training import TrainingSettings, train_adapter
 

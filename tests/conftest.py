@@ -17,10 +17,10 @@ import yaml
 from hypothesis import settings
 from pyarrow import csv, parquet
 
-from plait.base import BaseModel
-from plait.manifest import MANIFEST, sealed
-from plait.recipe import Recipe
-from plait.recipe_file import parse_recipe
+from plait.disk.manifest import MANIFEST, sealed
+from plait.model.base import BaseModel
+from plait.runs.recipe import Recipe
+from plait.runs.recipe_file import parse_recipe
 from tests.tiny import TARGETS, WORDS, save_model
 
 settings.register_profile("plait", deadline=None)  # a busy machine is no failure

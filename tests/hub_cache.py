@@ -30,7 +30,7 @@ def use_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Have the hub's client and transformers look into this cache, offline."""
     import huggingface_hub.constants as constants
 
-    from plait import hub
+    from plait.disk import hub
 
     hub.snapshot.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from plait import pipeline
 from plait.adapters.peft_format import read_adapter
+from plait.disk.store import read_manifest
 from plait.errors import UsageError
 from plait.evaluation.scores import read_scores
-from plait.jobs import ADAPTER, INITIAL, plan
-from plait.recipe import SnapshotArm
-from plait.recipe_file import load_yaml, parse_recipe
-from plait.session import Session
-from plait.store import read_manifest
+from plait.runs import pipeline
+from plait.runs.jobs import ADAPTER, INITIAL, plan
+from plait.runs.recipe import SnapshotArm
+from plait.runs.recipe_file import load_yaml, parse_recipe
+from plait.runs.session import Session
 from tests.conftest import tiny_rows
 
 ONE = {"tasks": ["topic", "grade"], "merges": ["task_arithmetic"]}
@@ -136,7 +136,7 @@ def test_too_many_selection_rows(tiny_recipe):
 
 
 def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
-    from plait.train_folders import train_one
+    from plait.runs.train_folders import train_one
 
     recipe = tiny_recipe(**ONE, arms=["kaiming"], training={**TRAINING, "evaluate_every": 2}, data_selection=8)
     pipeline.run(recipe, tmp_path / "run", quiet=True)

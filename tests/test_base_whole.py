@@ -15,10 +15,10 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from plait.base import BaseModel, load_task_model, load_tokenizer
-from plait.base_identity import base_facts, base_fingerprint, earlier_fingerprint
-from plait.base_records import same_weights
 from plait.errors import InputError
+from plait.model.base import BaseModel, load_task_model, load_tokenizer
+from plait.model.identity import base_facts, base_fingerprint, earlier_fingerprint
+from plait.model.records import same_weights
 from plait.tasks import Source, Task
 
 LABELLED = Task("t", "classification", Source("none"), ("text",), labels=("a", "b"))

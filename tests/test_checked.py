@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from plait.checked import Record, distinct_keys, parsed_json, shown
+from plait.border.checked import Record, distinct_keys, parsed_json, shown
 from plait.errors import InputError, UsageError
 
 WRONG = {

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from plait.cli.output import foreseen
+from plait.disk.locks import locked, writing_to
 from plait.errors import EnvironmentFault
-from plait.locks import locked, writing_to
 from plait.progress import Progress, duration
 from plait.training.checkpoints import open_root
 from tests.conftest import tiny_rows, unprivileged, write_rows

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from plait import pipeline
+from plait.disk.manifest import MANIFEST
 from plait.errors import InputError, UsageError
-from plait.manifest import MANIFEST
-from plait.recipe_file import parse_recipe
+from plait.runs import pipeline
+from plait.runs.recipe_file import parse_recipe
 from tests.conftest import resealed, tiny_raw
 from tests.test_pipeline import SCALED, snapshot
 

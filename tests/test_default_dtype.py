@@ -17,19 +17,19 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
-from plait.base import head_state, load_task_model
+from plait.disk.store import identity
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.merging import merge_folders, merge_methods
-from plait.merging.adamerging import adamerging
 from plait.merging.driver import plan_merge
+from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.per_task import merge_per_task
-from plait.merging.regmean_pp import regmean_pp
+from plait.model.base import head_state, load_task_model
 from plait.statistics import collect_statistics
 from plait.statistics.fisher import collect_fisher
 from plait.statistics.sketch import compress
-from plait.store import identity
 from plait.subspaces import compute_subspaces, subspace_methods
 from plait.subspaces.stream import stream_subspaces
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet

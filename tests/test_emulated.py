@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plait.base import BaseModel, device_named, emulated
 from plait.errors import EnvironmentFault, UsageError
+from plait.model.base import BaseModel, device_named, emulated
 
 
 @pytest.mark.parametrize(

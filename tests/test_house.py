@@ -12,9 +12,12 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "plait"
 FILES = sorted(SOURCE.rglob("*.py"))
 LOWER = sorted(
-    [SOURCE / f"{name}.py" for name in ("errors", "files", "locks", "manifest", "store", "statistics/moments")]
-    + [SOURCE / f"{n}.py" for n in ("checked", "patterns", "automaton")]
-    + [f for room in ("subspaces", "adapters", "formats", "loading", "merging") for f in (SOURCE / room).rglob("*.py")]
+    [SOURCE / f"{name}.py" for name in ("errors", "options", "progress", "statistics/moments")]
+    + [
+        file
+        for room in ("border", "disk", "subspaces", "adapters", "formats", "loading", "merging")
+        for file in (SOURCE / room).rglob("*.py")
+    ]
 )
 ALLOWED = {"torch", "safetensors", "numpy", "jaxtyping", "plait", "__future__"} | set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from plait import hub
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.base import BaseModel, load_task_model, load_tokenizer
-from plait.base_identity import base_fingerprint
 from plait.cli import main
+from plait.disk import hub
+from plait.disk.store import identity, read_manifest, staged_folder
 from plait.errors import InputError
-from plait.store import identity, read_manifest, staged_folder
+from plait.model.base import BaseModel, load_task_model, load_tokenizer
+from plait.model.identity import base_fingerprint
 from plait.tasks import Source, Task
 from tests.conftest import tiny_rows, write_rows
 from tests.fidelity.conftest import random_adapter

@@ -13,10 +13,10 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk.files import sha256_file
+from plait.disk.manifest import MANIFEST, Fault, compare_with_manifest, read_manifest, require_whole
+from plait.disk.store import identity, is_done, staged_folder
 from plait.errors import Damaged, InputError, PlaitError
-from plait.files import sha256_file
-from plait.manifest import MANIFEST, Fault, compare_with_manifest, read_manifest, require_whole
-from plait.store import identity, is_done, staged_folder
 from tests.conftest import unprivileged
 
 WANTED = identity("merge", {"scale": 1, "weights": [0.5, 1.25]}, {"adapter:a": "0" * 64}, 7)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from plait.base import BaseModel
-from plait.store import identity, staged_folder
+from plait.disk.store import identity, staged_folder
+from plait.model.base import BaseModel
 from tests.conftest import tiny_raw, tiny_rows, write_rows
 from tests.fidelity.conftest import random_adapter
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from plait.base import load_task_model, load_tokenizer
 from plait.cli import main
+from plait.disk.space import require_space
 from plait.errors import EnvironmentFault
 from plait.evaluation.evaluate import forward_logits
 from plait.evaluation.text import choices, likelihoods, token_likelihoods, write_texts
-from plait.out_of_memory import by_parts, split
-from plait.space import require_space
+from plait.model.base import load_task_model, load_tokenizer
+from plait.model.out_of_memory import by_parts, split
 from plait.statistics import collect_statistics
 from plait.tasks import Examples, batches, encode
 from tests.fidelity.conftest import random_adapter, texts_of

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from plait.disk.manifest import MANIFEST
+from plait.disk.overwriting import require_apart, require_replaceable
+from plait.disk.store import discard, is_done, staged_file
 from plait.errors import EnvironmentFault, UsageError
-from plait.manifest import MANIFEST
-from plait.overwriting import require_apart, require_replaceable
-from plait.store import discard, is_done, staged_file
 from tests.conftest import resealed
 from tests.test_cli import call, one_object
 from tests.test_manifest import a_folder

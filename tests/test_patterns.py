@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.automaton import Automaton, Budget, Unsupported
+from plait.border.automaton import Automaton, Budget, Unsupported
+from plait.border.patterns import first_hits, matches, require_patterns
 from plait.errors import InputError, UsageError
-from plait.patterns import first_hits, matches, require_patterns
 
 ATOMS = [
     "a",

@@ -15,14 +15,14 @@ import pytest
 import yaml
 from sklearn.metrics import accuracy_score
 
-from plait import pipeline
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import read_tensors
+from plait.disk.store import MANIFEST, sha256_file
 from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import read_scores
-from plait.recipe_file import parse_recipe
-from plait.store import MANIFEST, sha256_file
+from plait.runs import pipeline
+from plait.runs.recipe_file import parse_recipe
 from tests.tiny import ARCHITECTURES
 
 FAST = {"arms": ["osrm"], "merges": ["task_arithmetic"]}
@@ -177,7 +177,7 @@ def test_two_processes_on_one_output(tiny_recipe, tmp_path):
     recipe, out = tiny_recipe(tasks=["topic"], **SCALED), tmp_path / "out"
     pipeline.write_recipe(recipe, out)
     before = snapshot(out)
-    code = "import sys, time; from plait.store import locked; from pathlib import Path\n"
+    code = "import sys, time; from plait.disk.store import locked; from pathlib import Path\n"
     code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
     try:

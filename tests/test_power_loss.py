@@ -13,7 +13,7 @@ from benchmarks.trust.power_loss import lay as lay_tree
 from benchmarks.trust.recording import recorded
 from benchmarks.trust.small import COMMANDS, contents
 
-from plait.manifest import MANIFEST
+from plait.disk.manifest import MANIFEST
 from tests.robustness.world import build
 
 MERGE = ("merge", "M", "x=B", "--out", "out")  # M has heads, which lie in a folder of their own

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plait.base import load_task_model
 from plait.errors import InputError, PlaitError, UsageError
-from plait.recipe_file import (
+from plait.model.base import load_task_model
+from plait.runs.recipe_file import (
     apply_overrides,
     copy_recipe,
     find_recipe,
@@ -80,8 +80,8 @@ def test_there_are_shipped_recipes():
 
 
 def test_shipped_studies_are_found_and_valid(tmp_path):
-    from plait.catalogue import catalogue
-    from plait.study.spec import read_study
+    from plait.cli.catalogue import catalogue
+    from plait.runs.study_spec import read_study
 
     shipped = shipped_recipes("studies")
     assert [s["name"] for s in catalogue("studies")["studies"]] == [f"studies/{p.stem}" for p in shipped]

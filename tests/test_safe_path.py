@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plait.study.executor import SAFE_PATH
+from plait.runs.executors import SAFE_PATH
 from tests.study.conftest import raw_study
 
 PLANTED = [
@@ -88,7 +88,7 @@ def test_processes_of_a_study_import_nothing_from_there(evil, tiny_base, tmp_pat
 
 
 def test_every_child_is_told(monkeypatch):
-    from plait.study import executor
+    from plait.runs import executors as executor
 
     told = []
     monkeypatch.setattr(executor.subprocess, "Popen", lambda command, **how: told.append((command, how["env"])))

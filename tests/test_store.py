@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from plait import locks, store
+from plait.disk import locks, store
+from plait.disk.store import MANIFEST, identity, is_done, read_manifest, staged_file, staged_folder
 from plait.errors import EnvironmentFault, RunError, UsageError
-from plait.store import MANIFEST, identity, is_done, read_manifest, staged_file, staged_folder
 from tests.conftest import unprivileged
 
 OLD, NEW = identity("merge", {"scale": 1}), identity("merge", {"scale": 2})

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from plait import store
+from plait.disk import store
+from plait.disk.store import MANIFEST, identity, is_done, read_json, read_manifest
 from plait.errors import InputError
-from plait.store import MANIFEST, identity, is_done, read_json, read_manifest
 from tests.conftest import resealed
 from tests.test_store import OLD, make
 

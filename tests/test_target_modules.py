@@ -7,14 +7,14 @@ import re
 
 import pytest
 
-from plait import pipeline
 from plait.adapters.peft_format import read_adapter
-from plait.base import load_task_model
 from plait.cli import main
 from plait.errors import UsageError
-from plait.recipe import LoraSpec
-from plait.recipe_file import parse_recipe
-from plait.session import Session
+from plait.model.base import load_task_model
+from plait.runs import pipeline
+from plait.runs.recipe import LoraSpec
+from plait.runs.recipe_file import parse_recipe
+from plait.runs.session import Session
 from plait.statistics import read_statistics
 from tests.conftest import tiny_rows, write_rows
 

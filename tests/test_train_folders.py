@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel
-from plait.base_identity import base_facts
 from plait.cli import main
+from plait.disk.store import read_manifest
 from plait.errors import InputError
+from plait.model.base import BaseModel
+from plait.model.identity import base_facts
 from plait.statistics import open_statistics
 from plait.statistics.agreement import require_base
-from plait.store import read_manifest
 from tests.conftest import tiny_rows, write_rows
 
 

@@ -10,7 +10,7 @@ from benchmarks.trust.findings import FINDINGS, cases_of, table
 from benchmarks.trust.page import page
 from benchmarks.trust.small import comparable, differing, litter
 
-from plait.study.journal import JOURNAL, about_runs, noted
+from plait.runs.journal import JOURNAL, about_runs, noted
 
 
 def test_rows_add_up():

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plait.store import versions
+from plait.disk.store import versions
 
 STARTED = time.monotonic()
 

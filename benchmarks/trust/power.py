@@ -21,12 +21,12 @@ from benchmarks.trust.power_loss import WAYS, Record, Tree, after, lay
 from benchmarks.trust.recording import recorded
 from benchmarks.trust.small import COMMANDS, Command, comparable, contents, ended, require_done, warm, worlds
 
-from plait.checking import check_path
+from plait.checking.check import check_path
+from plait.disk.manifest import read_manifest
+from plait.disk.store import is_done
 from plait.errors import PlaitError
 from plait.formats.reading import read_any
-from plait.manifest import read_manifest
 from plait.statistics.files import is_statistics, read_statistics
-from plait.store import is_done
 
 Files = Mapping[str, bytes]
 

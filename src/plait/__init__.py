@@ -20,8 +20,6 @@ TYPE_CHECKING = False  # typing itself takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
 
-    from plait.adapters.init import initialize_lora_weights as initialize_lora_weights
-    from plait.adapters.init import subspace_state_dict as subspace_state_dict
     from plait.adapters.lora import Adapter as Adapter
     from plait.adapters.lora import LoraFactors as LoraFactors
     from plait.adapters.peft_format import read_adapter as read_adapter
@@ -30,18 +28,20 @@ if TYPE_CHECKING:
     from plait.fidelity.advise import advise as advise
     from plait.fidelity.auto import AutoSettings as AutoSettings
     from plait.fidelity.auto import merge_auto as merge_auto
-    from plait.heads import load_head as load_head
     from plait.merging import merge as merge
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods
-    from plait.pipeline import run as run
-    from plait.recipe_file import read_recipe as read_recipe
+    from plait.model.heads import load_head as load_head
+    from plait.runs.pipeline import run as run
+    from plait.runs.recipe_file import read_recipe as read_recipe
     from plait.statistics import Statistics as Statistics
     from plait.statistics import collect_statistics as collect_statistics
     from plait.statistics import merge_statistics as merge_statistics
     from plait.statistics import read_statistics as read_statistics
     from plait.statistics import write_statistics as write_statistics
     from plait.subspaces import compute_subspaces as compute_subspaces
+    from plait.subspaces.initial import initialize_lora_weights as initialize_lora_weights
+    from plait.subspaces.initial import subspace_state_dict as subspace_state_dict
     from plait.training import TrainingSettings as TrainingSettings
     from plait.training import train_adapter as train_adapter
 
@@ -55,49 +55,23 @@ _HOMES = {
     "advise": "fidelity.advise",
     "collect_statistics": "statistics",
     "compute_subspaces": "subspaces",
-    "initialize_lora_weights": "adapters.init",
-    "load_head": "heads",
+    "initialize_lora_weights": "subspaces.initial",
+    "load_head": "model.heads",
     "merge": "merging",
     "merge_auto": "fidelity.auto",
     "merge_folders": "merging",
     "merge_methods": "merging",
     "merge_statistics": "statistics",
     "read_adapter": "adapters.peft_format",
-    "read_recipe": "recipe_file",
+    "read_recipe": "runs.recipe_file",
     "read_statistics": "statistics",
-    "run": "pipeline",
-    "subspace_state_dict": "adapters.init",
+    "run": "runs.pipeline",
+    "subspace_state_dict": "subspaces.initial",
     "train_adapter": "training",
     "write_adapter": "adapters.peft_format",
     "write_statistics": "statistics",
 }
-__all__ = [
-    "Adapter",
-    "AutoSettings",
-    "LoraFactors",
-    "PlaitError",
-    "Statistics",
-    "TrainingSettings",
-    "__version__",
-    "advise",
-    "collect_statistics",
-    "compute_subspaces",
-    "initialize_lora_weights",
-    "load_head",
-    "merge",
-    "merge_auto",
-    "merge_folders",
-    "merge_methods",
-    "merge_statistics",
-    "read_adapter",
-    "read_recipe",
-    "read_statistics",
-    "run",
-    "subspace_state_dict",
-    "train_adapter",
-    "write_adapter",
-    "write_statistics",
-]
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  (strings, all of them)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
-from plait.checked import LARGEST_NUMBER, shown
+from plait.border.checked import LARGEST_NUMBER, shown
 from plait.errors import UsageError
 
 

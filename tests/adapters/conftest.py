@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import WEIGHTS, read_adapter, write_adapter
+from plait.disk.store import MANIFEST, identity, sha256_file, staged_folder
 from plait.errors import InputError
-from plait.store import MANIFEST, identity, sha256_file, staged_folder
 
 ROOT = "base_model.model.bert.layer."
 Damage = Callable[[Path], object]

@@ -14,8 +14,8 @@ from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import WEIGHTS, read_adapter, write_adapter
 from plait.adapters.tensor_file import write_tensors
+from plait.disk.store import MANIFEST
 from plait.errors import InputError
-from plait.store import MANIFEST
 from tests.adapters.conftest import ROOT, Damage, config, refused, tensors, unsealed
 from tests.conftest import resealed
 

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from plait.adapters.config import CONFIG
-from plait.adapters.init import initial_adapter
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import WEIGHTS, read_adapter, write_adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
-from plait.base import backbone_of, head_state, load_task_model, load_tokenizer
-from plait.evaluation.applied import applied
+from plait.disk.store import identity, sha256_file, staged_folder
+from plait.model.applied import applied
+from plait.model.base import backbone_of, head_state, load_task_model, load_tokenizer
 from plait.statistics.moments import ModuleInfo
-from plait.store import identity, sha256_file, staged_folder
 from plait.subspaces.compute import Subspace
+from plait.subspaces.initial import initial_adapter
 from plait.tasks import Source, Task, collate, encode
 from plait.tasks.task import Examples
 from tests.tiny import ARCHITECTURES, TARGETS, WORDS

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.base import backbone_of, head_state, load_task_model
 from plait.errors import InputError, RunError
-from plait.evaluation.applied import applied, resolve
 from plait.evaluation.evaluate import Evaluator
+from plait.model.applied import applied, resolve
+from plait.model.base import backbone_of, head_state, load_task_model
 from plait.tasks import Examples, Source, Task
 from tests.tiny import ARCHITECTURES, TARGETS, WORDS
 

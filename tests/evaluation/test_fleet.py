@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.base import draw_head, head_state
 from plait.errors import RunError
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
+from plait.model.base import draw_head, head_state
 from tests.tiny import ARCHITECTURES, TARGETS
 from tests.training.conftest import make_adapter, make_examples, make_task, tiny_base  # noqa: F401
 

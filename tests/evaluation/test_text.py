@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from plait.base import load_task_model, load_tokenizer
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.text import answer_ids, choice_scores, perplexity, prompts_of, rouge_l, write_texts
+from plait.model.base import load_task_model, load_tokenizer
 from plait.tasks import collate, encode
 from plait.training import TrainingSettings, train_adapter
 from tests.tiny import TARGETS, WORDS
@@ -85,7 +85,7 @@ def test_a_trained_adapter_chooses_and_writes_the_right_answer(tiny_base, tmp_pa
     assert better["exact_match"] == 100.0 * (scores.argmax(1) == right).mean() > 80
     part = evaluator.predict("topic", {}, adapter, 1.0, np.array([4, 0]))
     np.testing.assert_allclose(part, scores[[4, 0]], atol=1e-4)
-    from plait.evaluation.applied import applied
+    from plait.model.applied import applied
 
     model = evaluator.task_model("topic")
     with applied(model, adapter):
@@ -112,7 +112,7 @@ def test_open_answers_and_unknown_ones_are_named():
 @pytest.mark.parametrize(("kind", "architecture"), [("causal", "llama"), ("seq2seq", "t5")])
 def test_text_tasks_pass_through_the_whole_line(tiny_base, tmp_path, kind, architecture):  # noqa: F811
     from plait import run
-    from plait.recipe import Recipe
+    from plait.runs.recipe import Recipe
 
     rng = np.random.default_rng(0)
     tasks = []

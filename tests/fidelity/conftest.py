@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.base import draw_head, head_state, load_task_model
 from plait.fidelity.panel import Panel, parts_of
+from plait.model.base import draw_head, head_state, load_task_model
 from tests.tiny import WORDS
 from tests.training.conftest import make_adapter, make_task
 

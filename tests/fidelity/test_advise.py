@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import write_adapter
-from plait.base import BaseModel
 from plait.cli import main
 from plait.errors import InputError, UsageError
 from plait.fidelity import costs
@@ -22,6 +21,7 @@ from plait.fidelity.given import split_base
 from plait.fidelity.notes import that_merge, that_model
 from plait.fidelity.proxy import cosines
 from plait.fidelity.texts import parse_texts, read_texts
+from plait.model.base import BaseModel
 from tests.fidelity.conftest import random_adapter
 from tests.tiny import save_model
 

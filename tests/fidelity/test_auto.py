@@ -13,8 +13,8 @@ import torch
 
 from plait.adapters.lora import LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
-from plait.evaluation.applied import applied
 from plait.fidelity.auto import AutoSettings, merge_auto, merge_auto_folders
 from plait.fidelity.candidates import Recipe, Tried
 from plait.fidelity.choose import choose, groups_of, scaled
@@ -24,7 +24,7 @@ from plait.fidelity.proxy import best_scale, mean_error, terms
 from plait.fidelity.score import fidelities
 from plait.fidelity.teachers import lesson_of
 from plait.merging import merge
-from plait.store import read_manifest
+from plait.model.applied import applied
 from plait.tasks import collate
 from tests.fidelity.conftest import texts_of
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from plait.adapters.peft_format import read_adapter
 from plait.cli import app
+from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.fidelity.forward import merge_by_forward
-from plait.store import read_manifest
 from tests.fidelity.conftest import random_adapter, texts_of
 
 

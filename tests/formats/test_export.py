@@ -12,11 +12,11 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import CONFIG, read_adapter, write_adapter
+from plait.disk.store import identity, staged_folder
 from plait.errors import InputError, UsageError
 from plait.formats.export import RANKS, export
 from plait.formats.gguf_names import reordered, restored
 from plait.merging import merge_folders
-from plait.store import identity, staged_folder
 from tests.classifiers import expected_logits, quiet, saved_base, saved_classifier
 from tests.tiny import WORDS
 

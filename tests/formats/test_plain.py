@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.formats.convert import convert
 from plait.formats.lowrank import best_rank
 from plait.formats.plain import Means
-from plait.store import read_json
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from plait import files
 from plait.adapters import hashing
+from plait.disk import files
 from tests.fuzz.targets import TARGETS, Target, attempt, write
 
 SLOW = 15.0  # seconds that no input may take

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
+from plait.disk.store import identity, staged_folder
 from plait.statistics.files import write_statistics
 from plait.statistics.fisher import FisherDiagonal, write_fisher
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
-from plait.store import identity, staged_folder
 
 Files = dict[str, bytes]
 

@@ -18,19 +18,19 @@ import yaml
 from plait.adapters.lora import Adapter
 from plait.adapters.tensors import all_finite
 from plait.cli.output import jsonable
+from plait.disk.manifest import MANIFEST, sealed
 from plait.errors import PlaitError
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.manifest import MANIFEST, sealed
 from plait.merging.edit import recorded
 from plait.merging.mergekit import read_mergekit_config
 from plait.merging.stack import base_adapter
-from plait.recipe_file import read_recipe
+from plait.runs.recipe_file import read_recipe
+from plait.runs.study_spec import read_study
 from plait.statistics.files import read_identity, read_statistics
 from plait.statistics.fisher import is_fisher, read_fisher
 from plait.statistics.inspect import check_statistics
 from plait.statistics.lazy import open_statistics
-from plait.study.spec import read_study
 from tests.fuzz import mutate, seeds
 from tests.fuzz.seeds import Files
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from plait.adapters import header
-from plait.checked import Record
+from plait.border.checked import Record
 from plait.statistics import records
 from tests.fuzz.driver import fuzz, place_of, reproduce, rows, run
 from tests.fuzz.targets import TARGETS, attempt, write

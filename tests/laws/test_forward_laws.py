@@ -9,9 +9,9 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError
-from plait.merging.adamerging import adamerging
+from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.plan import Merged
-from plait.merging.regmean_pp import regmean_pp
 from tests.reference.test_forward_twins import drawn
 
 METHODS = {

@@ -114,7 +114,7 @@ def test_a_dense_merge_is_baked_without_a_cut(tmp_path):
     pair = [read_adapter(lora(base, tmp_path / n, ["q_proj"], seed=i)) for i, n in enumerate("ab")]
     plan = plan_merge(pair, "ties", options={"density": 0.5, "scope": "module"}, scale=0.7, calibrate="pico")
     bake(plan, base, tmp_path / "out")
-    from plait.merging.base_files import base_tensors
+    from plait.model.stored import base_tensors
 
     before, after = base_tensors(base), base_tensors(tmp_path / "out")
     for module in plan.common.modules:

@@ -11,9 +11,9 @@ from tests.mixtures import FUSED, adapter, difference, loaded, logits, mixture
 
 from plait.errors import InputError
 from plait.merging.bake import bake
-from plait.merging.base_files import base_tensors
 from plait.merging.driver import plan_merge
 from plait.merging.folders import read_all
+from plait.model.stored import base_tensors
 
 
 def reloaded(folder: Path) -> torch.Tensor:

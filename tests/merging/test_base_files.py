@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.base_files import INDEX, SINGLE
 from plait.errors import InputError
 from plait.merging.bake import bake
-from plait.merging.base_files import base_tensors
+from plait.model.files import INDEX, SINGLE
+from plait.model.stored import base_tensors
 
 
 def made(text: bytes, data: bytes = b"") -> bytes:

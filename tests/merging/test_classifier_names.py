@@ -16,9 +16,9 @@ from tests.classifiers import classifier, expected_logits, quiet, saved_base, sa
 import plait
 from plait.adapters.peft_format import CONFIG, HEADS, read_adapter, write_adapter
 from plait.adapters.weights import WEIGHTS
+from plait.disk.store import identity, read_manifest, staged_folder
 from plait.errors import InputError, UsageError
 from plait.merging import merge_folders
-from plait.store import identity, read_manifest, staged_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 PREFIXES = {"bert": "bert", "roberta": "roberta", "mpnet": "mpnet", "distilbert": "distilbert"}

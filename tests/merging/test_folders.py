@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk.store import read_manifest, sha256_file
 from plait.errors import InputError, RunError, UsageError
 from plait.merging import folders as folders_module
 from plait.merging import merge_folders, merge_methods
@@ -20,7 +21,6 @@ from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
 from plait.statistics.files import write_statistics
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
-from plait.store import read_manifest, sha256_file
 
 NAMES = ["first", "second", "third"]
 PUBLIC = Path(__file__).parents[3] / "shared" / "adapters"
@@ -284,7 +284,7 @@ def test_statistics_are_read_once(tmp_path, monkeypatch):
         write_statistics(file, Statistics({"layers.0.q": Moments(40, h.sum(0), h.T @ h)}, modules, {"base": "base"}))
     wanted = {f"statistics:{n}": sha256_file(file) for n, file in files.items()}
     hashed: list[Path] = []
-    monkeypatch.setattr("plait.store.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    monkeypatch.setattr("plait.disk.store.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     merge_folders(folders, tmp_path / "out", method="regmean", statistics=files, scale=1.0)
     recorded = read_manifest(tmp_path / "out")["inputs"]
     assert {k: v for k, v in recorded.items() if k.startswith("statistics:")} == wanted

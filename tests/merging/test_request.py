@@ -8,9 +8,9 @@ import torch
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.cli import main
+from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
 from plait.merging.request import MergeRequest, answer
-from plait.store import identity, staged_folder
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
+from plait.disk.store import read_manifest
 from plait.merging import merge_folders, merge_methods
-from plait.store import read_manifest
 
 NAMES = ("zebra", "ant", "mole")
 OF_STATISTICS = {m for m, found in merge_methods().items() if found.needs}

@@ -14,10 +14,10 @@ from tests.conftest import resealed
 from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk.store import identity, read_manifest, staged_folder
 from plait.errors import InputError, UsageError
 from plait.merging.edit import Change
 from plait.merging.request import MergeRequest, answer, edit
-from plait.store import identity, read_manifest, staged_folder
 
 MODULES = {"layer.q": (7, 5), "layer.v": (6, 5)}
 

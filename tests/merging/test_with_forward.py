@@ -9,8 +9,8 @@ from torch import nn
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import UsageError
 from plait.merging import merge
-from plait.merging.adamerging import adamerging
-from plait.merging.regmean_pp import regmean_pp
+from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.regmean_pp import regmean_pp
 from plait.statistics.moments import Moments
 
 

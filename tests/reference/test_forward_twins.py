@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.merging.adamerging import adamerging
-from plait.merging.regmean_pp import regmean_pp
+from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.regmean_pp import regmean_pp
 from tests.reference import forward as twin
 
 

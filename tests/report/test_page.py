@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from plait import pipeline
-from plait.jobs import Plan, plan
 from plait.report import plots
 from plait.report.page import headline, render
 from plait.report.summary import Estimate, Line, Summary
-from plait.session import Session
+from plait.runs import pipeline
+from plait.runs.jobs import Plan, plan
+from plait.runs.session import Session
 
 HOSTILE = "<script>alert('x')</script>\"&$\\frac{$"
 

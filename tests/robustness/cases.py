@@ -16,8 +16,8 @@ import torch
 
 from plait.adapters.config import CONFIG
 from plait.adapters.weights import WEIGHTS
-from plait.files import sha256_file
-from plait.manifest import MANIFEST
+from plait.disk.files import sha256_file
+from plait.disk.manifest import MANIFEST
 from tests.robustness.world import ROOT, Case, config, edit, header, record, sparse, tensors, weights
 
 MERGE = ("merge", "A", "B", "--out", "out")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-from plait.locks import locked
+from plait.disk.locks import locked
 from tests.conftest import unprivileged
 from tests.robustness.cases import MERGE
 from tests.robustness.world import Case, umask

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from plait.adapters.config import CONFIG
 from plait.adapters.weights import WEIGHTS
-from plait.manifest import MANIFEST
+from plait.disk.manifest import MANIFEST
 from tests.fuzz import seeds
 
 ROOT = "base_model.model.bert.layer."

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from plait.adapters.init import initial_adapter, initialize_lora_weights, subspace_state_dict
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import UsageError
 from plait.statistics import collect_statistics
 from plait.statistics.files import read_statistics, write_statistics
 from plait.subspaces.compute import compute_subspaces
+from plait.subspaces.initial import initial_adapter, initialize_lora_weights, subspace_state_dict
 from tests.mixtures import IDS, difference, logits, mixture
 
 MASK = torch.ones_like(IDS)

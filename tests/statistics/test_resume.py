@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plait import collecting
 from plait.cli import main
+from plait.runs import collecting
 from plait.statistics import collect_shards, open_statistics, read_statistics
 from tests.conftest import tiny_rows, write_rows
 from tests.statistics.models import batches, build

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plait.study.spec import parse_study
+from plait.runs.study_spec import parse_study
 from tests.conftest import tiny_raw
 
 

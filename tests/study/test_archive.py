@@ -9,12 +9,12 @@ import pytest
 
 from plait.cli import main
 from plait.errors import RunError, UsageError
-from plait.study.archive import write_archive
-from plait.study.executor import InProcess
-from plait.study.run import run_study
-from plait.study.schedule import all_units
-from plait.study.units import MERGE, Layout
-from plait.study.write import write_tables
+from plait.report.write import write_tables
+from plait.runs.archive import write_archive
+from plait.runs.executors import InProcess
+from plait.runs.study_run import run_study
+from plait.runs.units import MERGE, Layout
+from plait.runs.waves import all_units
 from tests.conftest import tiny_rows
 
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 
+from plait.disk.store import read_manifest
 from plait.errors import Diverged, RunError
-from plait.store import read_manifest
-from plait.study.executor import InProcess
-from plait.study.run import run_study
-from plait.study.schedule import chosen, chosen_alone, next_wave, sweep_units, swept
-from plait.study.sources import adapters_of
-from plait.study.trainings import train
-from plait.study.units import Layout
-from plait.study.work import do
-from plait.study.write import write_tables
+from plait.report.write import write_tables
+from plait.runs.executors import InProcess
+from plait.runs.sources import adapters_of
+from plait.runs.study_run import run_study
+from plait.runs.trainings import train
+from plait.runs.units import Layout
+from plait.runs.waves import chosen, chosen_alone, next_wave, sweep_units, swept
+from plait.runs.work import do
 
 FAR = 1e30  # a rate at which nothing stays a number
 
@@ -74,7 +74,7 @@ def test_one_task_is_enough_and_what_was_noted_is_not_tried_again(small_study, t
         if len(members) > 1:
             raise Diverged("lost", lost={str(members[0].out): "the loss became nan at step 2 of 4"})
 
-    monkeypatch.setattr("plait.study.trainings.train_fleet", fleet)
+    monkeypatch.setattr("plait.runs.trainings.train_fleet", fleet)
     train([unit], layout)
     assert read_manifest(layout.path(unit) / "topic")["result"] == {"diverged": "the loss became nan at step 2 of 4"}
     assert not layout.done(unit)  # the other task's adapter is not there: the run was ended before it was written

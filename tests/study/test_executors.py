@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from plait.errors import EnvironmentFault, UsageError
-from plait.study.executor import InProcess, Processes, RayCluster, _gpu, executor_of
-from plait.study.run import run_study
-from plait.study.table import rows_of
-from plait.study.units import Layout
+from plait.report.table import rows_of
+from plait.runs.executors import InProcess, Processes, RayCluster, _gpu, executor_of
+from plait.runs.study_run import run_study
+from plait.runs.units import Layout
 
 
 def rows(study, out, executor, layout=None):

@@ -8,8 +8,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from plait.study.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
-from plait.study.table import share
+from plait.report.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
+from plait.report.table import share
 
 
 def test_a_share_of_no_gain_is_no_number():

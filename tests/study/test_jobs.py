@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plait.study.units import Unit
+from plait.runs.units import Unit
 from tests.study.conftest import raw_study
 from tests.test_cli import call, one_object
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from plait.study.matched import matched_rows, rising
-from plait.study.sweep_page import markdown_table, matched_table
+from plait.report.matched import matched_rows, rising
+from plait.report.sweep_page import markdown_table, matched_table
 
 
 def swept(arm, lr, alone, norm, merged, step=0):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.evaluation.features import FEATURES, features, task_vector_norm
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
-from plait.study.features import FEATURES, features, task_vector_norm
 
 SHAPES = {"q": (5, 6), "v": (4, 6)}
 TASKS = ("one", "two", "three")

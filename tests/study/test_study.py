@@ -7,18 +7,18 @@ import json
 import numpy as np
 import pytest
 
+from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
-from plait.store import read_manifest
-from plait.study import work
-from plait.study.executor import InProcess
-from plait.study.run import parts, run_study
-from plait.study.schedule import final_units, next_wave, repair_units, sweep_units, tuning_scores
-from plait.study.sources import adapters_of
-from plait.study.spec import parse_study, read_study
-from plait.study.splits import split_rows
-from plait.study.table import rows_of
-from plait.study.units import MERGE, Layout
-from plait.study.write import write_tables
+from plait.evaluation.splits import split_rows
+from plait.report.table import rows_of
+from plait.report.write import write_tables
+from plait.runs import work
+from plait.runs.executors import InProcess
+from plait.runs.sources import adapters_of
+from plait.runs.study_run import parts, run_study
+from plait.runs.study_spec import parse_study, read_study
+from plait.runs.units import MERGE, Layout
+from plait.runs.waves import final_units, next_wave, repair_units, sweep_units, tuning_scores
 
 
 def test_a_study_from_its_file_to_its_tables(small_study, tmp_path):

@@ -14,17 +14,17 @@ import pytest
 
 from plait.cli import main
 from plait.errors import RunError, UsageError
-from plait.study.best import best_rows
-from plait.study.executor import InProcess
-from plait.study.figures import figures_of
-from plait.study.inference import NOTHING_LEARNED
-from plait.study.journal import about_runs, noted
-from plait.study.page import linked
-from plait.study.run import run_study
-from plait.study.schedule import all_units, next_wave
-from plait.study.table import rows_of
-from plait.study.units import FEATURES, FOLDS, MERGE, STATISTICS, Layout
-from plait.study.write import write_tables
+from plait.report.best import best_rows
+from plait.report.figures import figures_of
+from plait.report.inference import NOTHING_LEARNED
+from plait.report.study_page import linked
+from plait.report.table import rows_of
+from plait.report.write import write_tables
+from plait.runs.executors import InProcess
+from plait.runs.journal import about_runs, noted
+from plait.runs.study_run import run_study
+from plait.runs.units import FEATURES, FOLDS, MERGE, STATISTICS, Layout
+from plait.runs.waves import all_units, next_wave
 from tests.conftest import tiny_rows
 
 

@@ -13,16 +13,16 @@ import yaml
 from plait.adapters.tensors import read_tensors
 from plait.cli import main
 from plait.evaluation import fleet
-from plait.study.executor import InProcess
-from plait.study.inference import resample
-from plait.study.run import run_study
-from plait.study.scoring import cross_fitted
-from plait.study.sources import merged_of
-from plait.study.spec import parse_study
-from plait.study.table import rows_of
-from plait.study.units import FOLDS, MERGE, Layout, Unit
-from plait.study.work import ANSWERS_FILE, _scorer
-from plait.study.write import write_tables
+from plait.evaluation.protocol import cross_fitted
+from plait.report.inference import resample
+from plait.report.table import rows_of
+from plait.report.write import write_tables
+from plait.runs.executors import InProcess
+from plait.runs.sources import merged_of
+from plait.runs.study_run import run_study
+from plait.runs.study_spec import parse_study
+from plait.runs.units import FOLDS, MERGE, Layout, Unit
+from plait.runs.work import ANSWERS_FILE, _scorer
 from plait.tasks.metrics import MEASURED, open_score
 from tests.conftest import tiny_raw, write_rows
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from plait.base import load_task_model, load_tokenizer
 from plait.errors import InputError
+from plait.model.base import load_task_model, load_tokenizer
 from plait.tasks import Examples, Source, Task, batches, collate, encode, length_order, require_positions
 from tests.tiny import ARCHITECTURES, WORDS
 

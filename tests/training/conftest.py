@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.base import BaseModel, backbone_of, load_task_model
+from plait.model.base import BaseModel, backbone_of, load_task_model
 from plait.tasks import Examples, Source, Task
 from tests.tiny import TARGETS, WORDS, save_model
 

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
-from plait.base import BaseModel
+from plait.disk.store import identity
+from plait.model.base import BaseModel
 from plait.statistics import read_statistics
-from plait.store import identity
 from plait.training import TrainingSettings, sharding, train, train_adapter
 from tests.training.conftest import make_adapter, make_examples, make_task
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.base import load_task_model, load_tokenizer
+from plait.disk.store import identity
 from plait.errors import UsageError
+from plait.model.base import load_task_model, load_tokenizer
 from plait.statistics import collect_statistics
-from plait.store import identity
 from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, attach_constraint, prepare_constraint, train_adapter, train_fleet
 from plait.training.constraints import Cell, Constraint, Enforcer, Rule, penalty_gradients

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.base import load_task_model, load_tokenizer
 from plait.errors import UsageError
+from plait.model.base import load_task_model, load_tokenizer
 from plait.statistics import collect_statistics, write_statistics
 from plait.tasks import batches, encode
 from plait.training import train_adapter

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter
+from plait.disk.store import MANIFEST, identity
 from plait.errors import Diverged, UsageError
-from plait.store import MANIFEST, identity
 from plait.training import Member, TrainingSettings, fleet, fleet_run, rates_sweep, train_adapter, train_fleet
 from tests.tiny import ARCHITECTURES
 from tests.training.conftest import make_adapter, make_examples, make_task

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel
-from plait.store import identity
+from plait.disk.store import identity
+from plait.model.base import BaseModel
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet
 from tests.training.conftest import make_adapter, make_examples, make_task
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.base import load_task_model, load_tokenizer
 from plait.errors import InputError, UsageError
+from plait.model.base import load_task_model, load_tokenizer
 from plait.statistics import collect_statistics, merge_statistics, open_statistics, write_statistics
 from plait.statistics.sketch import compress_statistics
 from plait.tasks import batches, encode

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from plait.base import BaseModel, load_task_model, load_tokenizer
+from plait.disk.store import identity
 from plait.errors import EnvironmentFault, InputError
+from plait.model.base import BaseModel, load_task_model, load_tokenizer
+from plait.model.stacked import common_shapes
 from plait.statistics import collect_statistics
-from plait.store import identity
 from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet
-from plait.training.stacked import common_shapes
 from tests.tiny import TARGETS, save_model, save_tokenizer
 from tests.training.conftest import make_adapter, make_examples, make_task
 

@@ -89,7 +89,7 @@ def test_progress_tells_every_step_and_the_loss(tiny_base, tmp_path):
 def test_a_moved_adapter_is_fitted_again_with_a_frozen_a(tiny_base, tmp_path):
     from dataclasses import replace
 
-    from plait.store import read_manifest
+    from plait.disk.store import read_manifest
 
     base = tiny_base("bert")
     before = trained(base, make_adapter(base, make_task(), "bert"), tmp_path / "before")

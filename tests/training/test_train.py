@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter
-from plait.base import load_task_model
+from plait.disk.store import MANIFEST, identity
 from plait.errors import InputError, UsageError
-from plait.store import MANIFEST, identity
+from plait.model.base import load_task_model
 from plait.training import TrainingSettings, row_order, train_adapter
 from plait.training.checkpoints import checkpoint_root, latest_whole
 from plait.training.peft_model import attach, detach, for_task, silence_dropout

@@ -10,10 +10,10 @@ from typing import Any
 
 from plait.adapters.places import CONFIG as CONFIG
 from plait.adapters.places import inside
-from plait.checked import Record, shown
+from plait.border.checked import Record, shown
+from plait.border.patterns import first_hits, require_patterns
+from plait.disk.store import read_json
 from plait.errors import InputError
-from plait.patterns import first_hits, require_patterns
-from plait.store import read_json
 
 # Head modules PEFT itself saves for these task types (peft.tuners.tuners_utils, SEQ_CLS_HEAD names).
 CLASSIFICATION_TYPES = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from plait.checked import DuplicateKey, distinct_keys, encodable, shown
+from plait.border.checked import DuplicateKey, distinct_keys, encodable, shown
 from plait.errors import InputError
 
 # 18,000 modules of a mixture of experts, each with two factors, take 6 MB; a hundred times the text in Python's objects.

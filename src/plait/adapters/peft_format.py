@@ -22,12 +22,12 @@ from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, req
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.tensors import widened
 from plait.adapters.weights import WEIGHTS, begin_weights
-from plait.checked import Record
+from plait.border.checked import Record
+from plait.disk.files import sha256_json
+from plait.disk.hub import adapter_place, hub_facts, name_of
+from plait.disk.locks import require_readable
+from plait.disk.manifest import MANIFEST, read_manifest, require_whole
 from plait.errors import InputError
-from plait.files import sha256_json
-from plait.hub import adapter_place, hub_facts, name_of
-from plait.locks import require_readable
-from plait.manifest import MANIFEST, read_manifest, require_whole
 
 _TASK_TYPE = "task_type"  # metadata of the weights' file
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
@@ -42,7 +42,7 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
 
     Args:
         folder: With adapter_config.json and adapter_model.safetensors (or its shards); or ``user/name`` and
-            ``user/name@revision`` on the hub (see `plait.hub.adapter_place`).
+            ``user/name@revision`` on the hub (see `plait.disk.hub.adapter_place`).
         name: What to call it; by default its manifest's task, else the folder's name.
 
     Raises:

@@ -18,9 +18,9 @@ from torch import Tensor
 from plait.adapters.hashing import PIECE, Digest, Hashing, Pieces
 from plait.adapters.header import ADVICE, DTYPES, read_header
 from plait.adapters.memory import available_memory, bytes_of, own_memory
-from plait.checked import shown
+from plait.border.checked import shown
+from plait.disk.store import require_regular
 from plait.errors import EnvironmentFault, InputError
-from plait.store import require_regular
 
 _LARGE = 1 << 26  # below, nobody asks how much memory there is
 Check = Callable[[Mapping[str, tuple[int, ...]]], None]

@@ -9,9 +9,9 @@ from torch import Tensor
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.header import LARGEST_HEADER
 from plait.adapters.tensors import Check, begin_tensors, read_shapes
-from plait.checked import shown
+from plait.border.checked import shown
+from plait.disk.files import read_json
 from plait.errors import InputError
-from plait.files import read_json
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
 

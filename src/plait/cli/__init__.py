@@ -10,7 +10,7 @@ import typer
 from plait import __version__
 from plait.cli import checking, existing, export, formats, merging, recipes, stages, statistics, study
 from plait.cli.output import guarded
-from plait.hub import go_offline
+from plait.disk.hub import go_offline
 
 app = typer.Typer(
     name="plait",

@@ -39,7 +39,7 @@ def check(path: Target, loader: For = None, base: Base = None, as_json: Json = F
     Every tensor is accounted for by name and kind: which parameter it becomes, what is dropped, what overwrites a weight of
     the base, what needs a flag. Faults of the format's own loader, or of the one that --for names, end with exit code 3.
     """
-    from plait.checking import check_path
+    from plait.checking.check import check_path
 
     found = check_path(path, loader, base)
     failed = [c for c in found if c.failed]

@@ -16,8 +16,8 @@ from typing import Any
 
 import typer
 
+from plait.disk.locks import STEPS, shut_from
 from plait.errors import EnvironmentFault, InputError, PlaitError, RunError, UsageError, printable
-from plait.locks import STEPS, shut_from
 
 SCHEMA = 1
 INTERRUPTED = 130
@@ -141,7 +141,7 @@ def _tell(text: str) -> None:
 
 def settings(pairs: list[str] | None) -> dict[str, Any]:
     """``--set key=value`` pairs as a mapping; values are YAML."""
-    from plait.recipe_file import load_yaml
+    from plait.runs.recipe_file import load_yaml
 
     found: dict[str, Any] = {}
     for pair in pairs or []:

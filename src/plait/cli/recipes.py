@@ -37,7 +37,7 @@ def run(
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Do all that a recipe says. Started again, it goes on where it stopped."""
-    from plait import pipeline
+    from plait.runs import pipeline
 
     found = pipeline.run(read(recipe, sets), out, overwrite=overwrite, quiet=quiet)
     emit(found, as_json, result_text(found))
@@ -45,7 +45,7 @@ def run(
 
 def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_json: Json = False) -> None:
     """Say what run would do: jobs, sizes, what is there already. Changes nothing."""
-    from plait import pipeline
+    from plait.runs import pipeline
 
     found = pipeline.describe(read(recipe, sets), out)
     rows = [[stage, str(n["jobs"]), str(n["reused"])] for stage, n in found["stages"].items()]
@@ -67,7 +67,7 @@ def cp(
     as_json: Json = False,
 ) -> None:
     """Copy a shipped recipe, to be edited."""
-    from plait.recipe_file import copy_recipe
+    from plait.runs.recipe_file import copy_recipe
 
     target = copy_recipe(recipe, to)
     emit({"output": str(target.absolute())}, as_json, str(target))
@@ -78,7 +78,7 @@ def list_names(
     as_json: Json = False,
 ) -> None:
     """List merge methods, subspace methods, recipes, studies, tasks."""
-    from plait.catalogue import catalogue
+    from plait.cli.catalogue import catalogue
 
     found = catalogue(what)
     blocks = [
@@ -93,7 +93,7 @@ def list_names(
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], as_json: Json = False) -> None:
     """Write the report of a run again from its scores."""
-    from plait import pipeline
+    from plait.runs import pipeline
 
     found = pipeline.report(folder)
     emit(found, as_json, result_text(found))
@@ -101,7 +101,7 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
 
 def read(recipe: Path, sets: list[str] | None) -> Any:
     """A recipe from a file or by the name of a shipped one."""
-    from plait.recipe_file import find_recipe, read_recipe
+    from plait.runs.recipe_file import find_recipe, read_recipe
 
     return read_recipe(find_recipe(recipe), sets or [])
 

@@ -11,7 +11,7 @@ import typer
 from plait.errors import UsageError
 
 if TYPE_CHECKING:
-    from plait.recipe import Recipe as RecipeModel
+    from plait.runs.recipe import Recipe as RecipeModel
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="Take base, data, tasks and settings from this recipe.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model: hub name or local folder.")]
@@ -47,7 +47,7 @@ def recipe_from(
     Raises:
         UsageError: Neither a recipe nor a base and a task, or a recipe beside what describes a task.
     """
-    from plait.recipe_file import apply_overrides, find_recipe, parse_recipe, read_recipe
+    from plait.runs.recipe_file import apply_overrides, find_recipe, parse_recipe, read_recipe
 
     described = {
         "--train-file": train_file,
@@ -106,8 +106,8 @@ def default_targets(base: str) -> list[str]:
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    from plait.base import BaseModel, load_config
-    from plait.hub import split_revision
+    from plait.disk.hub import split_revision
+    from plait.model.base import BaseModel, load_config
 
     kind = load_config(BaseModel(*split_revision(base))).model_type
     if kind not in KNOWN:

@@ -61,7 +61,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write an adapter that is ready to train, from statistics files. A lies in its subspace, B is zero; no base is loaded."""
-    from plait.initial import InitialSettings, completion_note, initialise_from_files
+    from plait.subspaces.start import InitialSettings, completion_note, initialise_from_files
 
     if not background:
         without(context, "an init without --background", ["background_weight"])
@@ -111,7 +111,7 @@ def post(
     sets: Set = None, device: Device = "cpu", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Move a trained adapter into its task's subspace. B is fitted again from statistics; says how much is kept."""
-    from plait.initial import InitialSettings, move_from_files
+    from plait.subspaces.start import InitialSettings, move_from_files
 
     if not background:
         without(context, "a post without --background", ["background_weight"])
@@ -149,7 +149,7 @@ def train(
     With --fleet many adapters share the base's passes: each trains --task, or the task it is named after; a list
     training.lr trains each at every rate.
     """
-    from plait.train_folders import train_many, train_one
+    from plait.runs.train_folders import train_many, train_one
 
     if not task and not (fleet and recipe):
         raise UsageError(
@@ -162,7 +162,7 @@ def train(
     own = ["unused"] if recipe is None else None
     chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, own, sets, device, kind)
     if validation is not None:
-        from plait.session import Session
+        from plait.runs.session import Session
 
         Session(chosen).validation(task)  # not trained on, yet not to be passed over: it must be what it is said to be
     how: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "quiet": quiet, "statistics": statistics or []}
@@ -184,7 +184,7 @@ def evaluate(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Score adapters on the tasks whose heads they carry. Beside each stands the floor: the base with that head alone."""
-    from plait.commands import evaluate_folders
+    from plait.runs.commands import evaluate_folders
 
     targets = ["unused"] if recipe is None else None
     chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind)

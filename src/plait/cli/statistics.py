@@ -49,7 +49,7 @@ def collect(
     """
     if context.invoked_subcommand is not None:
         return
-    from plait.commands import collect_one
+    from plait.runs.commands import collect_one
     from plait.statistics.budget import bytes_of
 
     if out is None:
@@ -97,7 +97,7 @@ def show(file: File, as_json: Json = False) -> None:
 
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Add up statistics files of one base. More rows of a task, or several tasks as one pool."""
-    from plait.overwriting import require_apart
+    from plait.disk.overwriting import require_apart
     from plait.statistics import merge_statistics, read_statistics, write_statistics
     from plait.statistics.files import require_distinct
 
@@ -128,7 +128,7 @@ def compress(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a smaller file, its error recorded. It keeps the largest directions of each site and an 8-bit tail of the rest."""
-    from plait.overwriting import require_apart
+    from plait.disk.overwriting import require_apart
     from plait.statistics import compress_statistics, read_statistics, show_statistics, write_statistics
 
     require_apart(out, [file])
@@ -161,7 +161,7 @@ def fisher(
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect the diagonal Fisher information of a trained adapter. For `plait merge --method fisher --stats FILE`."""
-    from plait.fisher_file import fisher_of_folder
+    from plait.runs.fisher_file import fisher_of_folder
 
     extra = [f"statistics.samples={samples}"] if samples else []
     targets = ["unused"] if recipe is None else None  # the adapter's own

@@ -12,7 +12,7 @@ from plait.cli.options import Json, Out, Quiet, Set
 from plait.cli.output import emit
 
 if TYPE_CHECKING:
-    from plait.study.units import Layout
+    from plait.runs.units import Layout
 
 
 def register(app: typer.Typer) -> None:
@@ -43,11 +43,11 @@ def run(
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Do what a study still lacks. Started again, it goes on where it stopped."""
-    from plait.recipe_file import find_study, require_known
-    from plait.study.executor import executor_of
-    from plait.study.run import run_study
-    from plait.study.spec import read_study
-    from plait.study.units import Layout
+    from plait.runs.executors import executor_of
+    from plait.runs.recipe_file import find_study, require_known
+    from plait.runs.study_run import run_study
+    from plait.runs.study_spec import read_study
+    from plait.runs.units import Layout
 
     require_known(executor, ["serial", "processes", "ray"], "executor")
     found = read_study(find_study(study), sets)
@@ -71,7 +71,7 @@ def table(
 
     The folder says what its base and data were, so that neither need be at hand.
     """
-    from plait.study.write import write_tables
+    from plait.report.write import write_tables
 
     layout = _kept(folder, sets)
     said = dict(pair.split("=", 1) for pair in about or [] if "=" in pair)
@@ -89,7 +89,7 @@ def archive(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Pack a finished study into one file to publish. What its tables need: answers and labels; no texts, no adapters."""
-    from plait.study.archive import write_archive
+    from plait.runs.archive import write_archive
 
     found = write_archive(_kept(folder, sets), to, base=base, data=data, overwrite=overwrite)
     emit(found, as_json, f"{found['units']} results, {found['bytes'] / 1e6:.1f} MB -> {to}")
@@ -97,12 +97,12 @@ def archive(
 
 def _kept(folder: Path, sets: list[str] | None) -> Layout:
     """The study that a folder keeps, with overrides, and what the folder knows of its base and data."""
-    from plait.recipe_file import apply_overrides
-    from plait.store import read_json
-    from plait.study.inputs import kept_inputs
-    from plait.study.run import STUDY_FILE
-    from plait.study.spec import parse_study
-    from plait.study.units import Layout
+    from plait.disk.store import read_json
+    from plait.runs.inputs import kept_inputs
+    from plait.runs.recipe_file import apply_overrides
+    from plait.runs.study_run import STUDY_FILE
+    from plait.runs.study_spec import parse_study
+    from plait.runs.units import Layout
 
     raw = read_json(folder / STUDY_FILE)
     kept = parse_study(raw, str(folder))
@@ -116,9 +116,9 @@ def list_batches(
     to: Annotated[Path, typer.Option("--to", help="Folder for the job files.")] = Path("jobs"), as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a study's open units as job files, one per worker. The next wave, for an array of a scheduler."""
-    from plait.recipe_file import find_study
-    from plait.study.run import write_jobs
-    from plait.study.spec import read_study
+    from plait.runs.recipe_file import find_study
+    from plait.runs.study_run import write_jobs
+    from plait.runs.study_spec import read_study
 
     found = write_jobs(read_study(find_study(study), sets), out, to, workers or 1)
     emit(found, as_json, "\n".join(found["jobs"]) or "finished")
@@ -131,9 +131,9 @@ def run_job(
 ) -> None:
     """Do one batch of a study."""
     from plait.progress import Progress
-    from plait.study.executor import run_batch
-    from plait.study.job_file import read_batch
-    from plait.study.run import told
+    from plait.runs.executors import run_batch
+    from plait.runs.job_file import read_batch
+    from plait.runs.study_run import told
 
     batch = read_batch(job)
     progress = Progress(len(batch["units"]), len(batch["units"]), quiet)

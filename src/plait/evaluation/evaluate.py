@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
-from plait.base import BaseModel, backbone_of, head_modules, load_head, load_task_model, load_tokenizer
 from plait.errors import RunError
-from plait.evaluation.applied import applied
 from plait.evaluation.scores import REPORTED, SELECTION, Score
 from plait.evaluation.text import answer_ids, choices, likelihoods, measured_answers
-from plait.out_of_memory import by_parts
+from plait.model.applied import applied
+from plait.model.base import BaseModel, backbone_of, head_modules, load_head, load_task_model, load_tokenizer
+from plait.model.out_of_memory import by_parts
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, require_positions, scores, to_device
 from plait.tasks.metrics import OPEN
 from plait.tasks.task import TEXT_KINDS

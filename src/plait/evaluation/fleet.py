@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
-from plait.base import backbone_of
 from plait.errors import RunError
 from plait.evaluation.answer_tree import AnswerTree, answer_tree, shared_ends, takes_trees, tree_scores
-from plait.evaluation.applied import in_backbone
 from plait.evaluation.evaluate import Evaluator, Logits, is_open
+from plait.model.applied import in_backbone
+from plait.model.attention import fused_attention
+from plait.model.base import backbone_of
+from plait.model.ends import Ends
+from plait.model.rowbank import RowBank, row_bank
+from plait.model.stacked import StackedFactors, by_member, common_shapes, padded_factors, stacked_updates
 from plait.tasks.task import TEXT_KINDS
-from plait.training.attention import fused_attention
-from plait.training.heads import Ends
-from plait.training.rowbank import RowBank, row_bank
-from plait.training.stacked import StackedFactors, by_member, common_shapes, padded_factors, stacked_updates
 
 # Tokens a pass is worth having at once; more only takes memory.
 _APPETITE = {"cuda": 131_072, "cpu": 4_096}

@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.errors import UsageError
-from plait.out_of_memory import by_parts
+from plait.model.out_of_memory import by_parts
 from plait.tasks.encoding import collate, encode, length_order, to_device
 from plait.tasks.metrics import rouge_l
-from plait.tasks.task import Examples, Task
-
-_IGNORED = -100
+from plait.tasks.task import IGNORED, Examples, Task
 
 
 def answers(task: Task) -> tuple[str, ...]:
@@ -86,7 +84,7 @@ def likelihoods(
     (see `plait.evaluation.answer_tree`); elsewhere each answer continues from the prompt's keys and values.
     """
     from plait.evaluation.answer_tree import answer_tree, shared_ends, takes_trees, tree_scores
-    from plait.training.attention import fused_attention
+    from plait.model.attention import fused_attention
 
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -119,7 +117,7 @@ def choices(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> 
 
 def _targets(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     width = max(map(len, ends))
-    return torch.tensor([[*e, *[_IGNORED] * (width - len(e))] for e in ends], dtype=torch.int64, device=device)
+    return torch.tensor([[*e, *[IGNORED] * (width - len(e))] for e in ends], dtype=torch.int64, device=device)
 
 
 def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -133,7 +131,7 @@ def _answer_length(row: dict[str, Any], task: Task) -> int:
     """Tokens of a causal row that belong to its last answer: the labelled ones at its end."""
     if task.kind != "causal":
         return 0
-    return next((i for i, t in enumerate(reversed(row["labels"])) if t == _IGNORED), len(row["labels"]))
+    return next((i for i, t in enumerate(reversed(row["labels"])) if t == IGNORED), len(row["labels"]))
 
 
 def _left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -170,7 +168,7 @@ def _seq2seq_scores(model: Any, ids: Tensor, mask: Tensor, targets: Tensor) -> T
 
 def _token_scores(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of log-probabilities of the targets that are not ignored, a number a row."""
-    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=_IGNORED, reduction="none")
+    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return -losses.sum(1)
 
 
@@ -221,7 +219,7 @@ def token_likelihoods(
         logits = model(**inputs).logits
         if task.kind == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
-        counts = (labels != _IGNORED).sum(1)
+        counts = (labels != IGNORED).sum(1)
         found[list(part)] = torch.stack([_token_scores(logits, labels), counts.float()], 1).double().cpu().numpy()
 
     by_parts(scored, order, batch_size, "scored")

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from plait import store
 from plait.adapters.experts import member_of
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk import store
+from plait.disk.overwriting import require_apart
 from plait.errors import InputError, RunError, UsageError
 from plait.extraction.outcome import Found, adapter_of_cuts, record_of
 from plait.extraction.pairs import Matrix, Pair
 from plait.extraction.spectrum import extracted, loss_of
 from plait.merging.inputs import seed_of
-from plait.overwriting import require_apart
 
 _NAMED = 5  # tensors that an error lists
 # The factors are rounded to float32: what is read again may lose this share of the energy more or less than was stated.

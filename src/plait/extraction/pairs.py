@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from plait.adapters.experts import member_name
 from plait.adapters.lora import EMBEDDING, EXPERT, LINEAR
-from plait.base_layout import StoredParameter, layout_in, model_without_weights
 from plait.errors import InputError
-from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised
+from plait.model.layout import StoredParameter, layout_in, model_without_weights
+from plait.model.stored import StoredTensor, base_tensors, require_unquantised
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",

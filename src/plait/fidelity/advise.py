@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from plait.adapters.lora import Adapter, truncated
-from plait.base import BaseModel, base_folder
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.auto import AutoSettings, merge_auto, repaired
@@ -20,6 +19,7 @@ from plait.fidelity.texts import Texts, split_off
 from plait.fidelity.tokens import require_room
 from plait.merging.align import align
 from plait.merging.folders import read_all
+from plait.model.base import BaseModel, base_folder
 
 _MB = 1e6
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from plait import store
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
-from plait.base import BaseModel
-from plait.base_identity import base_fingerprint
+from plait.disk import store
+from plait.disk.overwriting import require_apart
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.choose import FEWEST, HELD_OUT, Choice, choose
@@ -32,7 +31,8 @@ from plait.merging.align import align
 from plait.merging.beside import require_exact
 from plait.merging.folders import places, read_all
 from plait.merging.outcome import discarded, input_hashes, labels_of, provenance
-from plait.overwriting import require_apart
+from plait.model.base import BaseModel
+from plait.model.identity import base_fingerprint
 
 
 @dataclass(frozen=True, slots=True)

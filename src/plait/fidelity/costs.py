@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.loading.vllm import DEFAULT_RANK, RANKS, VERSION, pattern_note, rank_flag
-from plait.merging.base_files import StoredTensor, base_tensors
+from plait.model.stored import StoredTensor, base_tensors
 
 # The last part of a vocabulary matrix's name: looked up, not multiplied.
 _LOOKED_UP = ("embed_tokens", "word_embeddings", "wte", "shared", "position_embeddings", "wpe")

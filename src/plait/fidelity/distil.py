@@ -13,10 +13,10 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
 from plait.errors import RunError
-from plait.evaluation.applied import resolve
 from plait.fidelity.panel import Panel
 from plait.fidelity.teachers import Lesson, lesson_of
-from plait.merging.attach import Extra, attached
+from plait.model.applied import resolve
+from plait.model.attach import Extra, attached
 
 Learns = Literal["weights", "factors"]
 # Learning rates of Adam at the first step; they fall linearly to zero. Weights start at 1, factors where the merge left them.

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from plait import store
 from plait.adapters.lora import Adapter
-from plait.base import BaseModel
-from plait.base_identity import base_fingerprint
+from plait.disk import store
+from plait.disk.overwriting import require_apart
 from plait.errors import InputError, UsageError
 from plait.fidelity.given import recorded_base
 from plait.fidelity.panel import Panel, Part, parts_of
@@ -22,13 +21,14 @@ from plait.formats.convert import written_error
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.writing import finished, write_any
-from plait.merging.adamerging import adamerging
 from plait.merging.folders import places, read_all
+from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.outcome import input_hashes
 from plait.merging.plan import Merged
-from plait.merging.regmean_pp import regmean_pp
+from plait.model.base import BaseModel
+from plait.model.identity import base_fingerprint
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of
-from plait.overwriting import require_apart
 from plait.tasks import batches
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from plait.adapters.config import CONFIG, read_config
 from plait.adapters.lora import Adapter
 from plait.adapters.places import inside
-from plait.base import BaseModel
+from plait.disk.hub import adapter_place, cached_folder, split_revision
 from plait.errors import InputError, UsageError
 from plait.fidelity.notes import same_name
-from plait.hub import adapter_place, cached_folder, split_revision
+from plait.model.base import BaseModel
 
 
 def split_base(

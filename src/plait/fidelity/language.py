@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
-from plait.base import backbone_of
 from plait.evaluation.answer_tree import shared_ends
 from plait.evaluation.fleet import Candidate, stack
 from plait.fidelity.measure import Closeness, TaskFidelity, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.texts import Texts
+from plait.model.attention import fused_attention
+from plait.model.base import backbone_of
+from plait.model.stacked import StackedFactors, by_member, common_shapes, stacked_updates
 from plait.tasks import collate, length_order, require_positions, to_device
-from plait.training.attention import fused_attention
-from plait.training.stacked import StackedFactors, by_member, common_shapes, stacked_updates
+from plait.tasks.task import IGNORED
 
 Worn = tuple[Adapter | None, float]
 _BARE: Worn = (None, 1.0)
 # Logits a pass may hold, in entries: 2 GiB of float32 on a GPU, 256 MiB on a CPU.
 _ROOM = {"cuda": 1 << 29, "cpu": 1 << 26}
-_IGNORED = -100
 # Tokens of decoder input taken from the text itself, where a text has no second part to be written.
 _DECODED = 32
 
@@ -179,7 +179,7 @@ def positions(
     if kind == "seq2seq":
         labels = batch["labels"].repeat(members, 1)
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        mask = batch["labels"] != _IGNORED
+        mask = batch["labels"] != IGNORED
     if which == "end":
         mask = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     if not split_in_two(model, kind):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from plait.adapters.lora import LINEAR, Adapter
-from plait.evaluation.applied import applied
 from plait.fidelity.candidates import BASE_MOMENTS, OWN_MOMENTS
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.tokens import rows_of
+from plait.model.applied import applied
 from plait.statistics.collect import collect_statistics
 from plait.statistics.moments import Statistics, merge_statistics
 from plait.tasks import batches

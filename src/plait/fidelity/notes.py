@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plait.adapters.lora import Adapter
-from plait.base import BaseModel
 from plait.fidelity import costs
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.proxy import cosines
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.loading.vllm import VERSION
+from plait.model.base import BaseModel
 
 # Task vectors of adapters that were trained apart have a cosine near 0.
 KIN = 0.5

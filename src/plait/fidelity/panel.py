@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, Adapter
-from plait.base import BaseModel, head_modules, load_head
 from plait.errors import InputError, UsageError
-from plait.evaluation.applied import resolve
 from plait.evaluation.evaluate import Evaluator
 from plait.fidelity.texts import Texts
+from plait.model.applied import resolve
+from plait.model.base import BaseModel, head_modules, load_head
 from plait.options import did_you_mean
 from plait.tasks import Examples, Source, Task
 from plait.tasks.task import TEXT_KINDS

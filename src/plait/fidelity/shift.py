@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
-from plait.evaluation.applied import applied
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.tokens import rows_of
+from plait.model.applied import applied
 from plait.tasks import batches, to_device
 
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from plait.base import backbone_of
 from plait.evaluation.fleet import Candidate
 from plait.fidelity.language import encoded, on_model, positions, split_in_two, stacks, text_closeness
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import outputs
+from plait.model.attention import fused_attention
+from plait.model.base import backbone_of
+from plait.model.ends import Ends
+from plait.model.rowbank import row_bank
+from plait.model.stacked import stacked_updates
 from plait.tasks import collate, to_device
-from plait.training.attention import fused_attention
-from plait.training.heads import Ends
-from plait.training.rowbank import row_bank
-from plait.training.stacked import stacked_updates
 
 # Puts the merge on the model while it is open.
 Wearing = Callable[[], AbstractContextManager[None]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from plait.disk.store import require_regular
 from plait.errors import InputError, UsageError
-from plait.store import require_regular
 from plait.tasks.rows import read_table
 
 Texts = tuple[tuple[str, ...], ...]

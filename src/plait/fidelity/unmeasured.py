@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plait.adapters.lora import Adapter
-from plait.base import BaseModel
 from plait.errors import InputError
 from plait.fidelity import notes
 from plait.fidelity.proxy import mean_error, terms
 from plait.merging.stack import base_adapter, in_order
+from plait.model.base import BaseModel
 
 
 def no_size(base: str) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from plait.adapters.config import CONFIG, LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.weights import WEIGHTS
-from plait.checked import Record, parsed_json
+from plait.border.checked import Record, parsed_json
+from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, KOHYA, Parsed
 from plait.formats.names import COMPONENTS
-from plait.store import read_json
 
 _JSON = "lora_adapter_metadata"  # diffusers' metadata key: each component's LoRA config, or one config under plain keys
 _ALPHA_KEYS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised
-from plait.merging.base_names import tensor_of
+from plait.model.stored import StoredTensor, base_tensors, require_unquantised
+from plait.model.stored_names import tensor_of
 
 OUTPUT = "lm_head"  # what every causal model of transformers calls its output layer
 

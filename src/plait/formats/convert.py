@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from plait import store
 from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
+from plait.disk import store
+from plait.disk.hub import adapter_place, base_place, name_of
+from plait.disk.overwriting import require_apart
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.alpha import alpha_notes
 from plait.formats.gguf_reading import read_gguf
@@ -27,10 +29,8 @@ from plait.formats.renaming import renamed
 from plait.formats.single_file import read_lora_file
 from plait.formats.work import Means
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
-from plait.hub import adapter_place, base_place, name_of
 from plait.merging.beside import carried, lines, verify_carried
 from plait.merging.inputs import seed_of
-from plait.overwriting import require_apart
 
 _FAILED = 1e-6
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from plait import store
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.head_config import chosen_head
 from plait.adapters.head_files import HEADS
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk import store
+from plait.disk.overwriting import require_apart
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.export_notes import GGUF, PEFT, VLLM, next_steps, readme
 from plait.formats.gguf_file import base_config, gguf_record, gguf_tensors, require_written, write_gguf
 from plait.loading import accounts, loader_named, require_loadable
 from plait.options import did_you_mean
-from plait.overwriting import require_apart
 
 # --max-lora-rank of vLLM; all factors are padded to one of them.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter
+from plait.disk.store import read_json
 from plait.errors import InputError, RunError
 from plait.formats.gguf_names import GgufLayout, gguf_layout, gguf_package, reordered
-from plait.store import read_json
 
 RECORD = "plait.record"
 _OUTPUTS = ("lm_head", "embed_out")

@@ -13,12 +13,12 @@ from torch import Tensor
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensors import all_finite
+from plait.disk.store import sha256_file
 from plait.errors import InputError
 from plait.formats.gguf_file import base_config
 from plait.formats.gguf_names import gguf_layout, gguf_package, restored
 from plait.formats.keys import PEFT
-from plait.merging.base_files import base_tensors
-from plait.store import sha256_file
+from plait.model.stored import base_tensors
 
 _HALVES = {".lora_a": "A", ".lora_b": "B"}
 _EMBEDDING = "token_embd.weight"

@@ -14,16 +14,16 @@ from plait.adapters.peft_format import read_adapter
 from plait.adapters.places import folders_inside
 from plait.adapters.tensors import read_shapes
 from plait.adapters.weights import weight_shapes
-from plait.checked import Record
+from plait.border.checked import Record
+from plait.disk.hub import adapter_place, hub_facts, name_of
+from plait.disk.store import MANIFEST, read_manifest
 from plait.errors import Damaged, InputError, PlaitError
 from plait.formats.convert import component_folders
 from plait.formats.keys import MLX, PEFT, TUCKER, variant_of
 from plait.formats.mlx import FILE, is_mlx
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import file_record
-from plait.hub import adapter_place, hub_facts, name_of
 from plait.merging.stack import base_adapter
-from plait.store import MANIFEST, read_manifest
 
 # What a config or the names of tensors give away -> its name, and the way to a plain LoRA, if there is one.
 _BASE, _START = "plait convert --base DIR", "plait convert --initial DIR"

@@ -15,9 +15,9 @@ from plait.adapters.lora import LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import all_finite, read_tensors, widened
-from plait.checked import Record
+from plait.border.checked import Record
+from plait.disk.files import read_json
 from plait.errors import InputError
-from plait.files import read_json
 from plait.formats.keys import MLX
 from plait.formats.single_file import unscaled
 

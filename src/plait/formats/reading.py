@@ -12,13 +12,13 @@ from plait.adapters.hashing import Hashing
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import begin_adapter
 from plait.adapters.weights import WEIGHTS
+from plait.disk.hub import adapter_place
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, ORIGINAL, PEFT
 from plait.formats.layouts import original_prefix
 from plait.formats.mlx import is_mlx, read_mlx
 from plait.formats.names import require_distinct
 from plait.formats.single_file import read_lora_file
-from plait.hub import adapter_place
 
 
 def read_any(path: str | Path, *, name: str | None = None) -> Adapter:

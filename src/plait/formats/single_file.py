@@ -19,7 +19,7 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import all_finite, read_tensors, widened
-from plait.checked import LARGEST_MANIFEST, Record, parsed_json
+from plait.border.checked import LARGEST_MANIFEST, Record, parsed_json
 from plait.errors import InputError
 from plait.formats.alpha import scalings_of
 from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names

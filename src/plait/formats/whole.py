@@ -15,7 +15,7 @@ from plait.errors import InputError
 from plait.formats.base_weights import OUTPUT, BaseWeights
 from plait.formats.lowrank import Cut, best_rank
 from plait.formats.work import Work, record_of, require_base, taken
-from plait.merging.base_names import compared_copies
+from plait.model.stored_names import compared_copies
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plait import store
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.adapters.tensors import read_metadata, read_tensors
+from plait.disk import store
+from plait.disk.overwriting import require_replaceable, require_replaceable_file
 from plait.errors import InputError, UsageError
 from plait.formats.fused import Layout, put_together, taken_apart
 from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, MLX, ORIGINAL, PEFT
@@ -20,7 +21,6 @@ from plait.formats.mlx import write_mlx
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
 from plait.formats.reading import format_of
 from plait.formats.single_file import file_record, unscaled, write_lora_file
-from plait.overwriting import require_replaceable, require_replaceable_file
 
 FILE_FORMATS = (KOHYA, DIFFUSERS, ORIGINAL)
 

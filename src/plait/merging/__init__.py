@@ -1,34 +1,16 @@
 """Merging: many LoRA adapters of one base model in, one LoRA adapter out."""
 
-from plait.merging import (  # noqa: F401  importing a method registers it
-    breadcrumbs,
-    core_space,
-    dare,
-    della,
-    emr,
-    fisher,
-    iso,
-    knots,
-    least_squares,
-    linear,
-    regmean,
-    sce,
-    sparse_arithmetic,
-    spherical,
-    ties,
-    tsv,
-    wudi,
-)
-from plait.merging.adamerging import adamerging
+from plait.merging import methods  # noqa: F401  importing them registers them
 from plait.merging.bake import bake
 from plait.merging.driver import merge, plan_merge
 from plait.merging.folders import merge_folders
 from plait.merging.mergekit import read_mergekit_config
+from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.per_task import TaskSwitch, load_task, merge_per_task
 from plait.merging.plan import Merged, Plan
 from plait.merging.rank_curve import rank_curve
-from plait.merging.registry import MergeMethod, merge_method, merge_methods, parse_settings
-from plait.merging.regmean_pp import regmean_pp
+from plait.merging.registry import MergeMethod, merge_method, merge_methods
 
 __all__ = [
     "MergeMethod",
@@ -43,7 +25,6 @@ __all__ = [
     "merge_method",
     "merge_methods",
     "merge_per_task",
-    "parse_settings",
     "plan_merge",
     "rank_curve",
     "read_mergekit_config",

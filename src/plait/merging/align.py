@@ -15,11 +15,11 @@ from plait.adapters.experts import same_experts
 from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
-from plait.base_records import same_weights
 from plait.errors import InputError, UsageError
 from plait.merging.beside import Carried, carried
 from plait.merging.shared import require_shared
 from plait.merging.stack import base_adapter
+from plait.model.records import same_weights
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 

@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from plait import store
 from plait.adapters.lora import EMBEDDING, EXPERT, Adapter
 from plait.adapters.tensor_file import write_tensors
-from plait.base_files import INDEX, SINGLE, weight_files
+from plait.disk import store
+from plait.disk.hub import hub_facts
+from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.errors import InputError, RunError
-from plait.hub import hub_facts
-from plait.merging.base_files import StoredTensor, base_tensors, require_unquantised, tensors_in
-from plait.merging.base_names import compared_copies, tensor_of
 from plait.merging.expert_parts import expert_parts, known_names, layout_for
 from plait.merging.inputs import seed_of
 from plait.merging.outcome import input_hashes, labels_of
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, as_dense, row_blocks
-from plait.overwriting import require_apart
-from plait.space import require_space
+from plait.model.files import INDEX, SINGLE, weight_files
+from plait.model.stored import StoredTensor, base_tensors, require_unquantised, tensors_in
+from plait.model.stored_names import compared_copies, tensor_of
 
 if TYPE_CHECKING:
-    from plait.base_layout import StoredParameter
+    from plait.model.layout import StoredParameter
 
 # Model types whose linear layers are Conv1D, stored (in, out); only square weights leave this to the name.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plait.errors import UsageError
-from plait.merging import pico
 from plait.merging.inputs import MergeInputs
+from plait.merging.methods import pico
 from plait.options import did_you_mean
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plait import store
 from plait.adapters.lora import Adapter, LoraFactors, concatenated, truncated
+from plait.disk import store
 from plait.errors import RunError, UsageError
 from plait.formats.reading import format_of, read_any
 from plait.formats.writing import finished, write_any

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plait.adapters.lora import Adapter
-from plait.base_records import same_weights
-from plait.checked import LARGEST_NUMBER, shown
+from plait.border.checked import LARGEST_NUMBER, shown
 from plait.errors import EnvironmentFault, InputError, UsageError
 from plait.merging.align import align
 from plait.merging.beside import require_exact
@@ -19,6 +18,7 @@ from plait.merging.module_weights import ModuleWeights, weights_of_modules
 from plait.merging.plan import Merged, Plan
 from plait.merging.registry import MergeMethod, find_method
 from plait.merging.scales import SUMS, Scale, asks_moments, default_method, scale_by_moments, scale_by_rule
+from plait.model.records import same_weights
 from plait.options import checked_options
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plait import store
 from plait.adapters.lora import Adapter
 from plait.adapters.tensors import read_tensors
+from plait.disk import store
+from plait.disk.hub import adapter_place, cached_folder, split_revision
 from plait.errors import InputError, PlaitError, UsageError
 from plait.formats.reading import read_any
 from plait.formats.single_file import file_record
-from plait.hub import adapter_place, cached_folder, split_revision
 
 CHOSEN = "merge-auto"  # the stage of a merge whose method was chosen
 

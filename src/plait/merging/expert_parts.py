@@ -14,11 +14,11 @@ from torch import Tensor
 from plait.adapters.experts import member_of, parameters_of
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.merging.base_files import StoredTensor
 from plait.merging.stream import DenseDelta, row_blocks
+from plait.model.stored import StoredTensor
 
 if TYPE_CHECKING:
-    from plait.base_layout import StoredParameter
+    from plait.model.layout import StoredParameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def layout_for(base: Path, adapter: Adapter, tensors: Mapping[str, StoredTensor]
     """How the base's files keep the model's parameters, for adapters that name parameters; else nobody asks."""
     if not parameters_of(adapter):
         return {}
-    from plait.base_layout import checkpoint_layout
+    from plait.model.layout import checkpoint_layout
 
     return checkpoint_layout(base, list(tensors))
 
@@ -51,7 +51,7 @@ def known_names(tensors: Mapping[str, StoredTensor], layout: Mapping[str, Stored
     """The base's tensors, those that the model calls otherwise under that name as well."""
     if not layout:
         return dict(tensors)
-    from plait.base_layout import renamed
+    from plait.model.layout import renamed
 
     return {**{name: tensors[tensor] for name, tensor in renamed(layout).items()}, **tensors}
 
@@ -69,7 +69,7 @@ def expert_parts(
         module: An expert, such as ``layers.0.mlp.experts.down_proj[3]``.
         prefix: Of its adapter's names.
         delta: Its update.
-        layout: Of the base, from `plait.base_layout.checkpoint_layout`.
+        layout: Of the base, from `plait.model.layout.checkpoint_layout`.
         tensors: Of the base, by name.
 
     Raises:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait import store
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.lora import Adapter
 from plait.adapters.memory import give_back
 from plait.adapters.peft_format import begin_adapter, write_adapter
+from plait.disk import store
+from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
@@ -23,8 +25,6 @@ from plait.merging.outcome import input_hashes
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
 from plait.merging.workers import one_by_one
-from plait.overwriting import require_apart
-from plait.space import require_space
 
 
 def read_named(folder: Path | str) -> Adapter:

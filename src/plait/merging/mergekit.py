@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.checked import Record
+from plait.border.checked import Record
 from plait.errors import InputError, UsageError
 from plait.merging.mergekit_methods import METHODS, MergekitRecipe, Model, refuse_end
 from plait.options import did_you_mean
@@ -35,7 +35,7 @@ def read_mergekit_config(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    from plait.recipe_file import YAML_ERRORS, DistinctKeys, text_of
+    from plait.runs.recipe_file import YAML_ERRORS, DistinctKeys, text_of
 
     text = text_of(path)
     try:

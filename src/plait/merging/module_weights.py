@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter
-from plait.checked import Record
+from plait.border.checked import Record
+from plait.border.patterns import first_hits
+from plait.disk.files import read_json
 from plait.errors import InputError, UsageError
-from plait.files import read_json
 from plait.options import did_you_mean
-from plait.patterns import first_hits
 
 SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT = "default"
@@ -53,7 +53,7 @@ _FORM = "adapter: {pattern: number, default: number}, or adapter: number"
 def _yaml(path: Path) -> Any:
     import yaml
 
-    from plait.recipe_file import YAML_ERRORS, DistinctKeys, text_of
+    from plait.runs.recipe_file import YAML_ERRORS, DistinctKeys, text_of
 
     try:
         return yaml.load(text_of(path), Loader=DistinctKeys)  # noqa: S506 (a SafeLoader)

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plait import store
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
+from plait.disk import store
+from plait.disk.overwriting import require_apart
 from plait.errors import InputError, UsageError
-from plait.merging.attach import found_modules
 from plait.merging.driver import plan_merge
 from plait.merging.folders import identity_of, places, read_named
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, row_blocks
-from plait.overwriting import require_apart
+from plait.model.attach import found_modules
 
 MASKS = "masks"
 

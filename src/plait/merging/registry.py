@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from plait.errors import UsageError
 from plait.merging.inputs import MergeInputs
 from plait.merging.stream import MergedDelta
-from plait.options import Option, checked_options, did_you_mean, options_of
+from plait.options import Option, did_you_mean, options_of
 
 Combination = Callable[[Sequence[float]], Sequence[float]]
 Prepare = Callable[[Sequence[MergeInputs], Mapping[str, Any]], Any]
@@ -115,32 +115,3 @@ def find_method(name: str) -> MergeMethod:
     if name not in _METHODS:
         raise UsageError(f"unknown merging method {name!r}", hint=did_you_mean(name, _METHODS))
     return _METHODS[name]
-
-
-def parse_settings(method: str, settings: Iterable[str]) -> dict[str, Any]:
-    """Options from ``key=value`` texts, as `--set` takes them.
-
-    Raises:
-        UsageError: No "=", or not an option of the method, or out of range.
-    """
-    found = find_method(method)
-    parsed: dict[str, Any] = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text!r} is not key=value")
-        option = found.options.get(key)
-        parsed[key] = _from_text(found.name, key, value, option) if option else value
-    checked_options(found, parsed)
-    return parsed
-
-
-def _from_text(method: str, key: str, text: str, option: Option) -> Any:
-    if option.optional and text.lower() in ("none", "null"):
-        return None
-    try:
-        if option.type is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        return option.type(text)
-    except (ValueError, KeyError):
-        raise UsageError(f"{method}: {key}={text!r} is not {option.describe()}") from None

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.merging.base_names import by_core
+from plait.model.stored_names import by_core
 
 _PEFT = "peft"
 

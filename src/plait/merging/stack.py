@@ -11,9 +11,9 @@ import torch
 
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, read_raw_config
 from plait.adapters.lora import Adapter
-from plait.base_records import EARLIER, SHA256
+from plait.disk.store import MANIFEST, read_manifest
 from plait.errors import InputError
-from plait.store import MANIFEST, read_manifest
+from plait.model.records import EARLIER, SHA256
 
 # Two adapters from one random A reach about 0.99 after training; from two, chance alone gives a few hundredths.
 _CONTINUED = 0.9

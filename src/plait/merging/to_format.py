@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.peft_format import read_adapter
+from plait.disk.overwriting import require_apart
 from plait.errors import RunError
 from plait.formats.convert import written_error
 from plait.formats.keys import PEFT
@@ -17,7 +18,6 @@ from plait.merging.beside import verify_carried
 from plait.merging.folders import identity_of, places
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
-from plait.overwriting import require_apart
 
 
 def is_for_files(folders: Sequence[str], format: str | None) -> bool:

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from plait.jobs import Plan
+from plait.disk.store import versions
 from plait.report import plots
 from plait.report.summary import Estimate, Summary, summarise
-from plait.session import Session
-from plait.stages import all_scores
-from plait.store import versions
+from plait.runs.jobs import Plan
+from plait.runs.session import Session
+from plait.runs.stages import all_scores
 
 SCHEMA = 1
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from plait.adapters.tensors import read_tensors
+from plait.disk.store import read_manifest
 from plait.errors import RunError
 from plait.evaluation.bootstrap import Floats, Resamples, weighted_score
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import ALONE, FLOOR, MERGED, REPORTED, SELECTION, Score, mean_score
-from plait.initial import completion_note
-from plait.jobs import ALONE as ALONE_JOB
-from plait.jobs import INITIAL, SCORES, Job, Plan
-from plait.session import Session
-from plait.stages import PREDICTIONS_FILE, all_scores
-from plait.store import read_manifest
+from plait.runs.jobs import ALONE as ALONE_JOB
+from plait.runs.jobs import INITIAL, SCORES, Job, Plan
+from plait.runs.session import Session
+from plait.runs.stages import PREDICTIONS_FILE, all_scores
+from plait.subspaces.start import completion_note
 
 PLAIN = ("kaiming", "gaussian")  # the inits people use today: what "alone" means to somebody who has no plait
 _LEARNED = 1.0  # points by which alone must exceed the floor before a ratio to that gain means anything
@@ -236,7 +236,7 @@ def interference(plan: Plan, session: Session) -> dict[str, dict[str, dict[str, 
     From files alone, without a forward pass (METHODS: tr(D M D^T) / tr(W0 M W0^T)).
     """
     from plait.evaluation.interference import predicted_shift
-    from plait.jobs import STATISTICS
+    from plait.runs.jobs import STATISTICS
     from plait.statistics import read_statistics
 
     seed = plan.recipe.seeds[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from plait.base_records import same_weights
 from plait.errors import InputError
+from plait.model.records import same_weights
 
 if TYPE_CHECKING:
     from plait.statistics.moments import Statistics
@@ -54,7 +54,7 @@ def require_base(statistics: Statistics, name: str, facts: Mapping[str, Any]) ->
     Args:
         statistics: Whose record is asked.
         name: Of the base at hand, for the message.
-        facts: `plait.base_identity.base_facts` of it.
+        facts: `plait.model.identity.base_facts` of it.
 
     Raises:
         InputError: Both are known and differ.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import InputError, RunError
-from plait.out_of_memory import half_of, split
+from plait.model.out_of_memory import half_of, split
 from plait.statistics.accumulate import SiteSums, means
 from plait.statistics.masks import BatchMasks, Positions
 from plait.statistics.moments import ModuleInfo, Moments, Statistics

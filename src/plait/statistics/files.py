@@ -14,11 +14,11 @@ from torch import Tensor
 from plait.adapters.memory import bytes_of
 from plait.adapters.tensor_file import joined_tensors, write_tensors
 from plait.adapters.tensors import read_metadata, read_tensors
-from plait.checked import parsed_json, shown
+from plait.border.checked import parsed_json, shown
+from plait.disk.store import canonical_json, require_regular, sha256_file, sha256_json, staged_file
 from plait.errors import Damaged, InputError, UsageError
 from plait.statistics.moments import DENSE, Moments, Statistics, packed, unpacked
 from plait.statistics.records import LARGEST_RECORD, PARTS, SiteRecord, file_record
-from plait.store import canonical_json, require_regular, sha256_file, sha256_json, staged_file
 
 SCHEMA = 1
 KIND = "plait.statistics"
@@ -35,7 +35,7 @@ def write_statistics(
     Args:
         path: The file, usually ``<task>.stats.safetensors``.
         statistics: What to write.
-        identity: What the file is to a pipeline (`plait.store.identity`); read back by `read_identity`.
+        identity: What the file is to a pipeline (`plait.disk.store.identity`); read back by `read_identity`.
         overwrite: Replace a file that is there.
     """
     homes = getattr(statistics.sites, "homes", None)  # of sites that lie in files already: copied as bytes

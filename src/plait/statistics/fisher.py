@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_metadata, read_tensors
-from plait.checked import Record, parsed_json
+from plait.border.checked import Record, parsed_json
+from plait.disk.store import staged_file
 from plait.errors import InputError, RunError, UsageError
 from plait.statistics.records import LARGEST_RECORD
-from plait.store import staged_file
 
 KIND, SCHEMA = "plait.fisher", 1
 _HINT = "expected a file written by plait stats fisher"

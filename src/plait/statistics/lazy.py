@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from plait.adapters.tensors import read_layout, read_some
-from plait.checked import Record
+from plait.border.checked import Record
 from plait.errors import InputError
 from plait.statistics.files import moments_of, record_of
 from plait.statistics.moments import ModuleInfo, Moments, Statistics

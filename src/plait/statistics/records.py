@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.checked import Record
+from plait.border.checked import Record
 from plait.errors import InputError
 from plait.statistics.moments import DENSE, FACTOR, ModuleInfo
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from plait.base import backbone_of
 from plait.errors import InputError, RunError
+from plait.model.base import backbone_of
 from plait.statistics.masks import DECODER, MAIN
 from plait.statistics.routers import checked_routers
 from plait.statistics.targets import Target, unwrapped

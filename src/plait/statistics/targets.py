@@ -13,8 +13,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from plait.base import backbone_of
 from plait.errors import UsageError
+from plait.model.base import backbone_of
+from plait.model.layers import linear_shape
 from plait.statistics.routers import has_experts, is_gate, router_shape
 
 # Match every name in a child process: Python's regex engine has no time limit, a process has.
@@ -226,12 +227,3 @@ def _target(name: str, full: str, module: nn.Module) -> Target:
             hint="token ids have no second moment" if isinstance(module, nn.Embedding) else "narrow target_modules",
         )
     return Target(name, module, shape, hasattr(module, "nf"))
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear layer of any make: plain, quantised, or transformers' Conv1D."""
-    for out, width in (("out_features", "in_features"), ("nf", "nx")):
-        found = getattr(module, out, None), getattr(module, width, None)
-        if isinstance(found[0], int) and isinstance(found[1], int):
-            return found[0], found[1]
-    return None

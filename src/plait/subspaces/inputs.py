@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.base import named_seed
 from plait.errors import InputError
+from plait.model.base import named_seed
 from plait.statistics.moments import FACTOR, Moments
 
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.base import named_seed
 from plait.errors import InputError
+from plait.model.base import named_seed
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
 from plait.subspaces.solvers import fixed_signs, iteration_pays, top_eigenpairs

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plait.errors import InputError
+from plait.tasks.task import IGNORED
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, str]
-_IGNORED = -100
 
 
 def checked_messages(cell: Any, where: str) -> list[dict[str, str]]:
@@ -54,7 +54,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], max_length: int) ->
             longer than `max_length`.
     """
     ids = _rendered(tokenizer, messages, ask=False)
-    labels = [_IGNORED] * len(ids)
+    labels = [IGNORED] * len(ids)
     end = tokenizer.eos_token_id
     last = len(ids)
     for i, message in enumerate(messages):
@@ -67,7 +67,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], max_length: int) ->
         labels[start:stop] = ids[start:stop]
         last = stop
     ids, labels = ids[:last][-max_length:], labels[:last][-max_length:]
-    if labels[0] != _IGNORED:
+    if labels[0] != IGNORED:
         raise InputError(f"the last answer leaves no room for a prompt in max_length {max_length}", where="chat")
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from plait.errors import InputError
 from plait.tasks.chat import conversation, encode_chat
-from plait.tasks.task import TEXT_KINDS, Examples, Task
+from plait.tasks.task import IGNORED, TEXT_KINDS, Examples, Task
 
 Row = dict[str, Any]
 _TABLES = ("position_embeddings", "wpe", "embed_positions")  # what transformers calls learnt absolute positions
-_IGNORED = -100  # the label torch's cross entropy leaves out
 
 
 def encode(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> list[Row]:
@@ -56,7 +55,7 @@ def _causal(tokenizer: Any, prompt: str, target: str, max_length: int) -> Row:
         raise InputError(f"a target of {len(end)} tokens does not fit max_length {max_length}", where=target[:40])
     start = start[-(max_length - len(end)) :]
     ids = start + end
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [_IGNORED] * len(start) + end}
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(start) + end}
 
 
 def _seq2seq(tokenizer: Any, prompt: str, target: str, max_length: int) -> Row:
@@ -94,7 +93,7 @@ def collate(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
     batch = {k: _padded([r[k] for r in rows], width, fills[k], tokenizer.padding_side) for k in fills if k in rows[0]}
     if isinstance(rows[0].get("labels"), list):
         longest = max(len(r["labels"]) for r in rows)
-        batch["labels"] = _padded([r["labels"] for r in rows], longest, _IGNORED, tokenizer.padding_side)
+        batch["labels"] = _padded([r["labels"] for r in rows], longest, IGNORED, tokenizer.padding_side)
     elif "labels" in rows[0]:
         kind = torch.float32 if isinstance(rows[0]["labels"], float) else torch.int64  # a target, or a class's number
         batch["labels"] = torch.tensor([r["labels"] for r in rows], dtype=kind)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plait.disk.store import require_regular
 from plait.errors import EnvironmentFault, InputError, UsageError
-from plait.store import require_regular
 from plait.tasks.chat import checked_messages, packed
 from plait.tasks.task import OPEN_ONLY, SPLITS, TEXT_KINDS, Examples, Task
 

@@ -15,6 +15,7 @@ TEXT_KINDS = ("causal", "seq2seq")
 CHATS = (None, "prompt", "messages")
 OPEN_ONLY = ("rouge_l", "likelihood")  # metrics of what a model writes, not of what it chooses
 SPLITS = ("train", "validation")
+IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 @dataclass(frozen=True, slots=True)

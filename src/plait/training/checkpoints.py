@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plait.disk.locks import writing_to
+from plait.disk.store import canonical_json, read_json, sha256_file
 from plait.errors import PlaitError
-from plait.locks import writing_to
-from plait.store import canonical_json, read_json, sha256_file
 
 SEAL = "complete.json"
 _IDENTITY = "identity.json"

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.training.attention import fused_attention
+from plait.model.attention import fused_attention
+from plait.model.ends import Ends
+from plait.model.rowbank import Pass, RowBank, StepPlan, causal_targets
+from plait.model.stacked import StackedFactors, by_member, padded_factors, stacked_updates
 from plait.training.constraints import Cell, Constraint, Enforcer
 from plait.training.flat import FlatParameters, Slot, lay_out, tensors_of
-from plait.training.heads import Ends
 from plait.training.losses import member_sums
-from plait.training.rowbank import Pass, RowBank, StepPlan, causal_targets
 from plait.training.settings import TrainingSettings
-from plait.training.stacked import StackedFactors, by_member, padded_factors, stacked_updates
 
 HEAD = "head."
 

@@ -13,11 +13,11 @@ import torch
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.base import BaseModel
-from plait.base_identity import base_facts
+from plait.disk.store import is_done, staged_folder
 from plait.errors import Diverged, InputError, UsageError
+from plait.model.base import BaseModel
+from plait.model.identity import base_facts
 from plait.statistics.moments import Statistics
-from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task
 from plait.training.fleet_run import Outcome, Shared, cohort_size, run_cohort
 from plait.training.fleet_state import interrupted

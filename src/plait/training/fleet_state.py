@@ -13,8 +13,8 @@ from torch import Tensor
 
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
-from plait.locks import writing_to
-from plait.store import canonical_json, sha256_json
+from plait.disk.locks import writing_to
+from plait.disk.store import canonical_json, sha256_json
 from plait.training.checkpoints import latest_whole, open_root, recorded_identity, seal
 from plait.training.cohort import Cohort
 

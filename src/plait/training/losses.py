@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100
+from plait.tasks.task import IGNORED
 
 
 def task_loss(kind: str, logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:

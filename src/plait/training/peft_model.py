@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from plait.adapters.heads import facts_of_task
 from plait.adapters.lora import EMBEDDING, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
-from plait.base import backbone_of, head_state, load_head
 from plait.errors import InputError, UsageError
-from plait.evaluation.applied import in_backbone
-from plait.statistics.targets import linear_shape
+from plait.model.applied import in_backbone
+from plait.model.base import backbone_of, head_state, load_head
+from plait.model.layers import linear_shape
 from plait.tasks.task import Task, require_same_classes
 
 TASK_TYPES = {

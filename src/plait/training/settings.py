@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plait.checked import LARGEST_NUMBER, Record, shown
+from plait.border.checked import LARGEST_NUMBER, Record, shown
 from plait.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")

@@ -17,14 +17,14 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.base import BaseModel, load_task_model, load_tokenizer, quiet_transformers
-from plait.base_identity import base_facts
+from plait.disk.locks import locked, writing_to
+from plait.disk.overwriting import require_apart
+from plait.disk.store import is_done, staged_folder
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
-from plait.locks import locked, writing_to
-from plait.overwriting import require_apart
-from plait.ranks import is_writer
+from plait.model.base import BaseModel, load_task_model, load_tokenizer, quiet_transformers
+from plait.model.identity import base_facts
+from plait.model.ranks import is_writer
 from plait.statistics.moments import Statistics
-from plait.store import is_done, staged_folder
 from plait.tasks import Examples, Task, collate, encode, require_positions
 from plait.training.checkpoints import checkpoint_root, latest_whole, leave_no_empty, open_root, run_name
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
@@ -58,7 +58,7 @@ def train_adapter(
         settings: Steps, rates, constraint.
         seed: Of the head, the order of the rows and dropout.
         out: The folder to write; checkpoints lie beside it in ``.NAME.checkpoints`` until it is finished.
-        identity: What the result is (`plait.store.identity`); a folder that already holds it is read, not redone.
+        identity: What the result is (`plait.disk.store.identity`); a folder that already holds it is read, not redone.
         overwrite: Train even where `out` holds something.
         progress: Called after each step with the step, the number of steps and the last logged loss.
         statistics: Task -> statistics, of all tasks; for the constraints "projected" and "penalised".

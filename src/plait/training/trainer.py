@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
-from plait.base import BaseModel
 from plait.errors import EnvironmentFault, RunError, UsageError
+from plait.model.base import BaseModel
 from plait.tasks.task import Task
 from plait.training.checkpoints import run_name, seal
 from plait.training.losses import task_loss

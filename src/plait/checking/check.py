@@ -1,0 +1,134 @@
+"""`plait check`: a folder held against its manifest, byte by byte, and against what other programs load from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.checking.on_base import Comparison, compare_on_base
+from plait.disk.manifest import MANIFEST, compare_with_manifest
+from plait.errors import InputError, UsageError
+from plait.loading import Account, accounts, loader_named
+
+_MARKS = (MANIFEST, "adapter_config.json")
+_DEPTH, _MOST = 6, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One folder or file, checked.
+
+    Args:
+        path: What was checked.
+        listed: Whether a manifest lists its files.
+        changed: What differs from the manifest: "file what".
+        accounts: One for each loader that opens it.
+        asked: The loader whose faults count; None where those of the format's own do.
+        base: What PEFT made of it on its base, where that was asked.
+    """
+
+    path: Path
+    listed: bool
+    changed: tuple[str, ...]
+    accounts: tuple[Account, ...]
+    asked: str | None = None
+    base: Comparison | None = None
+
+    def counts(self, account: Account) -> bool:
+        """Whether an account's faults make the check fail."""
+        return account.loader == self.asked if self.asked else account.own
+
+    @property
+    def failed(self) -> bool:
+        """Whether a file was changed, or a loader that counts would load something else than what was meant."""
+        lost = self.base is not None and bool(self.base.faults)
+        return lost or bool(self.changed) or any(a.faults and self.counts(a) for a in self.accounts)
+
+    @property
+    def why(self) -> str:
+        """The first thing that is wrong, in one line; "" where nothing is."""
+        if self.changed:
+            return self.changed[0]
+        for account in self.accounts:
+            if account.faults and self.counts(account):
+                first = account.faults[0]
+                return f"{account.loader} {account.version}: {first.tensor} {first.what}"
+        return self.base.faults[0] if self.base is not None and self.base.faults else ""
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {
+            "path": str(self.path),
+            "ok": not self.failed,
+            "listed": self.listed,
+            "changed": list(self.changed),
+            "accounts": [self._row(a) for a in self.accounts],
+            "base": None if self.base is None else asdict(self.base),
+        }
+
+    def _row(self, account: Account) -> dict[str, Any]:
+        loud = any(f.raises for f in account.faults)
+        verdict = "ok" if not account.faults else "refuses it" if loud else "loads something else"
+        return {
+            "verdict": verdict,
+            "counts": self.counts(account),
+            "effects": dict(Counter(p.effect for p in account.placements)),
+            **asdict(account),
+        }
+
+
+def check_path(path: Path, loader: str | None = None, base: str | None = None) -> tuple[Checked, ...]:
+    """Check a folder or file; of a folder of results (a run, a pool), every result in it.
+
+    Args:
+        path: What to check.
+        loader: The loader that has to load it rightly; None for the format's own.
+        base: Folder or name of a base on which PEFT is to load it.
+
+    Returns:
+        One for each result, in the order of their paths.
+
+    Raises:
+        InputError: Nothing to check there, or what is there cannot be read.
+        UsageError: An unknown loader, or a base for several results.
+    """
+    asked = None if loader is None else loader_named(loader)
+    if not path.exists():
+        raise InputError("no such folder or file", where=str(path))
+    results = [path] if path.is_file() or any((path / m).exists() for m in _MARKS) else list(_results(path)) or [path]
+    if base and len(results) > 1:
+        raise UsageError("a base is for one adapter", hint=f"such as {results[0]}")
+    found = tuple(_checked(result, asked, base) for result in results)
+    if asked and not any(c.accounts for c in found):
+        raise UsageError(
+            f"{asked} opens nothing of this kind", where=str(path), hint="leave --for out to see what does"
+        )
+    return found
+
+
+def _checked(path: Path, asked: str | None, base: str | None) -> Checked:
+    listed = path.is_dir() and (path / MANIFEST).exists()
+    changed = tuple(f"{f.file} {f.what}" for f in compare_with_manifest(path, read=True)) if listed else ()
+    try:
+        found = accounts(path, [asked] if asked else None)
+    except InputError:
+        if not listed:
+            raise
+        found = ()  # statistics, scores: only their files can be checked; a file that is damaged is told above
+    return Checked(path, listed, changed, found, asked, compare_on_base(path, base) if base else None)
+
+
+def _results(path: Path) -> Iterator[Path]:
+    """Folders below that hold a manifest or an adapter; not what lies inside of those."""
+    waiting, seen = [(path, 0)], 0
+    while waiting and seen < _MOST:
+        folder, depth = waiting.pop()
+        seen += 1
+        if depth and any((folder / m).exists() for m in _MARKS):
+            yield folder
+        elif depth < _DEPTH:
+            inside = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith(".")]
+            waiting += [(p, depth + 1) for p in sorted(inside, reverse=True)]

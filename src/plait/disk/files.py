@@ -1,0 +1,65 @@
+"""Files read strictly: bounded JSON from anywhere, the bytes of a file as one hash, and one text and hash per JSON value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from plait.disk.locks import require_readable
+from plait.errors import InputError
+
+_PIECE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
+_JSON_LIMIT = 64 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as f:
+        while count := f.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash a JSON value independently of key order."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """One JSON text per value: sorted keys, no spaces, NaN refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def read_json(path: Path, limit: int = _JSON_LIMIT) -> Any:
+    """Read a JSON file strictly: a regular file, UTF-8 (a BOM is tolerated), bounded size and depth, no duplicate keys."""
+    require_regular(path)
+    size = path.stat().st_size
+    if size > limit:
+        raise InputError(f"JSON of {size} bytes, at most {limit} expected", where=str(path))
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
+    except UnicodeDecodeError as e:
+        raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"not valid JSON: {e}", where=str(path)) from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"duplicate key {key!r}")
+        seen[key] = value
+    return seen
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is not a regular file (a FIFO would block, a device never ends) or may not be read."""
+    require_readable(path)
+    if not path.exists():
+        raise InputError("no such file", where=str(path))
+    if not path.is_file():
+        raise InputError("not a regular file", where=str(path))

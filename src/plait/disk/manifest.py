@@ -1,0 +1,232 @@
+"""What a folder of plait's says about itself: `plait.json`, and whether the folder is still what it says.
+
+The manifest lists every file with its size and its SHA-256, and carries a digest of its own content. One function,
+`compare_with_manifest`, holds a folder against it, for all who read one: readers, `store.is_done` and `plait check`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from plait.border.checked import LARGEST_MANIFEST
+from plait.disk.files import read_json, sha256_file, sha256_json
+from plait.disk.locks import require_readable
+from plait.errors import Damaged, InputError
+
+SCHEMA = 1
+MANIFEST = "plait.json"
+CARD = "README.md"  # the one file that is not listed, so that a card may be edited
+_SIZES, _SEAL = "sizes", "manifest_sha256"
+_VOLATILE = {"versions", "result", "files", _SIZES, _SEAL}
+_OBJECTS = ("options", "inputs", "result", "files", _SIZES)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ABOVE = 2  # folders between a result and an adapter inside it: out/unet, out/steps/000100
+_ADVICE = f"damaged or edited since it was written; remove {MANIFEST} if that was on purpose"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One difference between a folder and its manifest.
+
+    Args:
+        file: The file at fault, as a path inside the folder with "/".
+        what: What is wrong with it, as the end of a sentence that starts with its name.
+    """
+
+    file: str
+    what: str
+
+
+def sealed(record: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+    """A manifest, whole: a record, the files of its folder, and the digest of all that.
+
+    Args:
+        record: Everything else that the manifest says.
+        files: File, as a path inside the folder -> its size in bytes and its SHA-256.
+    """
+    kept = {k: v for k, v in record.items() if k not in ("files", _SIZES, _SEAL)}
+    content: dict[str, Any] = json.loads(json.dumps(kept, allow_nan=False))  # keys and tuples as they will be read
+    content["files"] = {name: digest for name, (_, digest) in files.items()}
+    content[_SIZES] = {name: size for name, (size, _) in files.items()}
+    return {**content, _SEAL: sha256_json(content)}
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder, or None where there is none.
+
+    Manifests of earlier versions, which hold neither sizes nor a digest of their own, are read as they are; one that
+    holds either must hold both.
+
+    Raises:
+        Damaged: No manifest of plait's, or not the one that was written.
+        InputError: One of another schema, or in a folder that may not be entered.
+    """
+    require_readable(path)
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        found = read_json(file, limit=LARGEST_MANIFEST)
+    except InputError as e:
+        raise Damaged(e.what, where=e.where, hint=e.hint) from None
+    if not isinstance(found, dict) or "schema" not in found:
+        raise Damaged("not a plait manifest", where=str(file))
+    if _SEAL in found or _SIZES in found:
+        _require_seal(found, file)
+    if found["schema"] != SCHEMA:
+        raise InputError(
+            f"manifest schema {found['schema']}, this plait reads {SCHEMA}",
+            where=str(file),
+            hint="redo it with this version",
+        )
+    if any(not isinstance(found.get(key, {}), dict) for key in _OBJECTS) or not _lists_files(found):
+        raise Damaged("not a plait manifest", where=str(file))
+    return found
+
+
+def _require_seal(found: Mapping[str, Any], file: Path) -> None:
+    content = {k: v for k, v in found.items() if k != _SEAL}
+    try:
+        whole = sha256_json(content) == found.get(_SEAL)
+    except ValueError:  # NaN or infinity, which no manifest is written with
+        whole = False
+    if not whole:
+        raise Damaged("not the manifest that was written: its digest is another", where=str(file), hint=_ADVICE)
+
+
+def _lists_files(found: Mapping[str, Any]) -> bool:
+    """Whether `files` maps paths inside the folder to hashes, and `sizes`, where it is, the same paths to sizes."""
+    files, sizes = found.get("files", {}), found.get(_SIZES)
+    inside = all(_is_inside(name) and isinstance(d, str) and _SHA256.fullmatch(d) for name, d in files.items())
+    counted = sizes is None or (sizes.keys() == files.keys() and all(type(n) is int and n >= 0 for n in sizes.values()))
+    return inside and counted
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\0" not in name
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted keys in which two manifests differ, as "key: found -> wanted"."""
+    a, b = dict(_flat(found)), dict(_flat(wanted))
+    differing = [k for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
+    return [f"{'.'.join(k)}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in differing]
+
+
+def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            if path or key not in _VOLATILE:
+                yield from _flat(inner, (*path, str(key)))
+    else:
+        yield path, value
+
+
+# --- a folder against its manifest ------------------------------------------------------------------------------------
+
+
+def compare_with_manifest(folder: Path, *, read: bool, known: Mapping[str, str] | None = None) -> tuple[Fault, ...]:
+    """Hold a folder against its manifest: every file it lists, every file that lies there, and the manifest itself.
+
+    A folder inside a result (a component's adapter, an intermediate one) is held against the result's manifest, as far
+    as that speaks of it. Not looked at: README.md, and names that start with a dot, which version control, hubs and
+    file managers leave and no reader opens.
+
+    Args:
+        folder: The folder.
+        read: Whether to read every file and compare its hash; without it, only existence and sizes are compared.
+        known: File -> SHA-256, of files that were hashed while they were read; they are compared in any case.
+
+    Returns:
+        Faults in the order of their files; none for a whole folder, and for one without a manifest.
+
+    Cost: with `read`, every byte of the folder is read and hashed once.
+    """
+    try:
+        found = _governing(folder)
+    except InputError as e:
+        return (Fault(MANIFEST, e.what),)
+    if found is None:
+        return ()
+    manifest, prefix = found
+    wanted = {n[len(prefix) :]: d for n, d in manifest.get("files", {}).items() if n.startswith(prefix)}
+    sizes = {n[len(prefix) :]: size for n, size in manifest.get(_SIZES, {}).items() if n.startswith(prefix)}
+    faults: list[Fault] = []
+    lying = set(_files_in(folder, wanted, faults))
+    for name in sorted({*wanted, *lying}):
+        if name not in lying:
+            faults.append(Fault(name, "is gone"))
+        elif name not in wanted:
+            faults.append(Fault(name, "is not listed in the manifest"))
+        elif what := _changed(folder / name, wanted[name], sizes.get(name), read, (known or {}).get(name)):
+            faults.append(Fault(name, what))
+    return tuple(faults)
+
+
+def _governing(folder: Path) -> tuple[dict[str, Any], str] | None:
+    """The manifest that speaks of a folder, and the folder's own path in it ("" or one that ends with "/")."""
+    own = read_manifest(folder)
+    if own is not None:
+        return own, ""
+    here = folder.resolve()
+    for above in list(here.parents)[:_ABOVE]:
+        prefix = f"{here.relative_to(above).as_posix()}/"
+        try:
+            manifest = read_manifest(above)
+        except InputError:  # not about this folder as far as anybody can tell
+            continue
+        if manifest and any(name.startswith(prefix) for name in manifest.get("files", {})):
+            return manifest, prefix
+    return None
+
+
+def _files_in(folder: Path, wanted: Collection[str], faults: list[Fault]) -> Iterator[str]:
+    """Everything in a folder that is no folder, as paths inside it; folders that cannot be entered become faults."""
+    parents = {str(parent) for name in wanted for parent in PurePosixPath(name).parents}
+
+    def shut(error: OSError) -> None:
+        inside = Path(str(error.filename)).relative_to(folder)
+        faults.append(Fault(inside.as_posix(), f"cannot be read: {error.strerror}"))
+
+    for place, folders, files in os.walk(folder, onerror=shut):
+        inside = PurePosixPath(Path(place).relative_to(folder).as_posix())
+        folders[:] = sorted(f for f in folders if not f.startswith(".") or str(inside / f) in parents)
+        for file in files:
+            name = str(inside / file)
+            if name in wanted or not (file.startswith(".") or name in (MANIFEST, CARD)):
+                yield name
+
+
+def _changed(path: Path, digest: str, size: int | None, read: bool, known: str | None) -> str:
+    """What is wrong with a listed file; "" if nothing is."""
+    if not path.is_file():
+        return "is not a regular file"
+    if not os.access(path, os.R_OK):
+        return "may not be read by this user"
+    length = path.stat().st_size
+    if size is not None and length != size:
+        return f"has {length} bytes, {size} were written"
+    if known is None and not read:
+        return ""
+    same = (known or sha256_file(path)) == digest
+    return "" if same else "is not what was written: its SHA-256 is another than the manifest's"
+
+
+def require_whole(folder: Path, *, read: bool, known: Mapping[str, str] | None = None) -> None:
+    """Refuse a folder that is not what its manifest says; arguments as `compare_with_manifest`.
+
+    Raises:
+        Damaged: Names the first fault, and how many there are.
+    """
+    if not (faults := compare_with_manifest(folder, read=read, known=known)):
+        return
+    first, others = faults[0], len(faults) - 1
+    more = f", and {others} more of its files" if others else ""
+    raise Damaged(f"{first.what}{more}", where=str(folder / first.file), hint=_ADVICE)

@@ -1,0 +1,138 @@
+"""What `--overwrite` may replace: results that plait wrote, and nothing that this command reads or stands in."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from plait.disk.manifest import CARD, MANIFEST, read_manifest
+from plait.errors import Damaged, InputError, UsageError
+
+_HINT = "choose another --out, or remove it yourself"
+_MARKS = (b'"manifest_sha256"', b'"versions"', b'"inputs"', b'"stage"')  # of a manifest, some of which outlive damage
+
+
+def require_replaceable(path: Path, *, unit: bool = False) -> None:
+    """Refuse to replace what is not a folder that plait wrote, whole or damaged since; nothing and an empty folder pass.
+
+    Args:
+        path: What stands where a folder is to be written.
+        unit: Whether it is a place inside a run or a study, which plait named itself: there a folder whose manifest
+            is gone, or damaged beyond recognition, is replaced too.
+
+    Raises:
+        UsageError: A link, a file, a device, a folder of somebody else's or with somebody else's files in it, or the
+            working directory or a folder above it. Says which.
+    """
+    _require_not_above(path)
+    mode = _mode(path)
+    if mode is None or (stat.S_ISDIR(mode) and not any(path.iterdir())):
+        return
+    if not stat.S_ISDIR(mode):
+        raise UsageError(f"{_kind(mode)} stands there, not a folder of plait's", where=str(path), hint=_HINT)
+    if not unit and not _is_ours(path):
+        raise UsageError("holds no manifest of plait's, so it is not replaced", where=str(path), hint=_HINT)
+    if foreign := _foreign(path):
+        raise UsageError(
+            f"holds {foreign!r}, which plait did not write, so it is not replaced", where=str(path), hint=_HINT
+        )
+
+
+def require_replaceable_file(path: Path, ours: Callable[[Path], bool] | None) -> None:
+    """Refuse to replace what is not a file that plait wrote.
+
+    Args:
+        path: What stands where a file is to be written.
+        ours: Whether a regular file is one that this command writes; None where its place is plait's own.
+
+    Raises:
+        UsageError: A link, a folder, a device, or another file.
+    """
+    mode = _mode(path)
+    if mode is None:
+        return
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{_kind(mode)} stands there, not a file of plait's", where=str(path), hint=_HINT)
+    try:
+        known = ours is None or path.stat().st_size == 0 or ours(path)
+    except InputError:
+        known = False
+    if not known:
+        raise UsageError("was not written by this command, so it is not replaced", where=str(path), hint=_HINT)
+
+
+def require_apart(out: Path, inputs: Iterable[Path | str]) -> None:
+    """Refuse an output that is, holds, or lies inside something that the command reads.
+
+    Args:
+        out: Where the result goes; links and relative paths are followed.
+        inputs: Files and folders that are read; what does not exist is passed over.
+
+    Raises:
+        UsageError: Names the input.
+    """
+    place = out.resolve()
+    for given in inputs:
+        path = Path(given)
+        if not str(given) or not path.exists():
+            continue
+        real = path.resolve()
+        if place == real or (out.exists() and path.samefile(out)):
+            raise UsageError("is an input of this command", where=str(out), hint="choose another --out")
+        if place in real.parents:
+            raise UsageError(f"holds {path}, an input of this command", where=str(out), hint="choose another --out")
+        if real in place.parents and (real / MANIFEST).is_file():
+            raise UsageError(
+                f"lies inside {path}, an input of this command, which would not be whole any more",
+                where=str(out),
+                hint="choose another --out",
+            )
+
+
+def _require_not_above(path: Path) -> None:
+    here, place = Path.cwd().resolve(), path.resolve()
+    if place == here or place in here.parents:
+        raise UsageError("is the working directory or a folder above it", where=str(path), hint="choose another --out")
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe"}
+    return kinds.get(stat.S_IFMT(mode), "a device or socket")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder has a manifest of plait's, also one that was damaged."""
+    try:
+        found = read_manifest(folder)
+        return found is not None and "stage" in found
+    except Damaged:
+        with (folder / MANIFEST).open("rb") as file:
+            start = file.read(1 << 20)
+        return sum(mark in start for mark in _MARKS) >= 2
+    except InputError:  # of another schema, so of another version
+        return True
+
+
+def _foreign(folder: Path) -> str:
+    """A file in a folder of plait's that its manifest does not list, also a hidden one; "" where there is none."""
+    try:
+        listed = (read_manifest(folder) or {}).get("files")
+    except InputError:
+        return ""  # what it lists cannot be known any more
+    if listed is None:
+        return ""
+    for place, _, files in os.walk(folder):
+        for file in files:
+            name = (Path(place) / file).relative_to(folder).as_posix()
+            if name not in listed and name not in (MANIFEST, CARD):
+                return name
+    return ""

@@ -1,0 +1,64 @@
+"""Core Space merging: an elementwise rule on the cores C_t."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from plait.adapters.lora import LoraFactors
+from plait.merging.core import significant
+from plait.merging.elementwise import signed_mean, weighted_sum
+from plait.merging.inputs import MergeInputs
+from plait.merging.methods.ties import trimmed
+from plait.merging.quantile import smallest_kept
+from plait.merging.random_masks import kept_at_random
+from plait.merging.registry import merge_method
+from plait.merging.small_svd import thin_svd
+from plait.options import Density
+
+
+@merge_method("core_space", paper="arXiv:2509.17786", stacks=True)
+def core_space(
+    x: MergeInputs,
+    *,
+    rule: Literal["ties", "dare_ties", "dare_linear", "sum"] = "ties",
+    density: Density = 0.3,
+    isotropic: bool = False,
+) -> LoraFactors:
+    """An elementwise rule on the tasks' cores in the SVD basis: merged = U_B rule(C_1 .. C_T) V_A^T.
+
+    U_B are the left singular vectors of [B_1 .. B_T], V_A the right ones of the stacked A_t, C_t = U_B^T D_t V_A.
+
+    Args:
+        x: The module.
+        rule: What is done to the entries of the cores; "sum" equals task_arithmetic.
+        density: Fraction of each core's entries kept.
+        isotropic: Whether the merged core's singular values are then replaced by their mean.
+
+    Returns:
+        Exact factors of rank at most R.
+
+    Cost: SVDs of (R, R).
+    Source: Panariello et al., NeurIPS 2025, section 3; their TSV and Iso in this space are `tsv` and `iso_c` here.
+    **Deviates**: scalings are folded into B before the SVD. The basis, and so the result, depends on how a delta is
+    split between A and B. With repeated singular values the basis is not unique.
+    """
+    if x.total_rank == 0:
+        return x.zero()
+    core = x.svd_core
+    if rule == "ties":
+        bounds = [smallest_kept(part, density) for part in core.parts()]
+        merged = trimmed(bounds, x.weights)(core.parts(), "core")
+    elif rule == "sum":
+        merged = weighted_sum(core.parts(), x.weights)
+    else:
+        kept = kept_at_random(x, density)(core.parts(), "core")
+        merged = signed_mean(kept, x.weights) if rule == "dare_ties" else weighted_sum(kept, x.weights)
+    return core.factors(_flattened(merged) if isotropic else merged, x.kind)
+
+
+def _flattened(core: Tensor) -> Tensor:
+    U, S, Vt = thin_svd(core)
+    k = significant(S)
+    return (U[..., :k] @ Vt[..., :k, :]) * S[..., :k].mean(-1)[..., None, None] if k else core

@@ -1,0 +1,299 @@
+"""The base model: how it is named, loaded for a task, and taken apart into backbone and head."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.disk.hub import base_snapshot, is_hub_name
+from plait.disk.locks import require_readable
+from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
+from plait.model.files import read_base_config, require_vocabulary
+from plait.model.whole import LoadingReport, require_plausible, require_whole
+
+if TYPE_CHECKING:
+    from plait.tasks.task import Task
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HEAD_STD = 0.02  # initializer_range of BERT and its kin; configs without the field get the same
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """Which base model, and how it is to be held.
+
+    Args:
+        name: Hub name or local folder, written into adapters as `base_model_name_or_path`.
+        revision: Commit, tag or branch on the hub.
+        dtype: "float32", "bfloat16" or "float16".
+        device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1".
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+
+    @property
+    def written(self) -> str:
+        """The base as it is named on the command line: with its revision, where it has one."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        if self.dtype not in _DTYPES:
+            raise UsageError(f"dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}", where="base.dtype")
+        return _DTYPES[self.dtype]
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as torch names it."""
+        return device_named(self.device)
+
+
+def emulated(base: BaseModel) -> str | None:
+    """What to tell somebody whose CPU has no instructions for the base's dtype; None where it has, or on a GPU.
+
+    Without AVX-512 torch has no kernel for bfloat16 products: the same fidelity of merges of a decoder of 135 M parameters
+    took 84 s in bfloat16 and 16 s in float32 on two AVX2 cores.
+    """
+    level = torch.backends.cpu.get_cpu_capability()
+    if base.dtype != "bfloat16" or base.torch_device.type != "cpu" or level not in ("AVX2", "NO AVX"):
+        return None
+    return f"this CPU has no bfloat16 instructions ({level}): --set base.dtype=float32 is several times faster here"
+
+
+def device_named(name: str) -> torch.device:
+    """A device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
+
+    Raises:
+        UsageError: No such device.
+        EnvironmentFault: No GPU that torch can use.
+    """
+    if name == "auto":
+        return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", name):
+        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault("no GPU that torch can use", where=f"device {name}", hint="use --device cpu")
+    return _own_gpu(device)
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """Under torchrun, the GPU of this process, where none is named."""
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(rank)) if device.type == "cuda" and device.index is None and rank else device
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The base's tokenizer, with a pad token (the end-of-text token where it has none of its own), padding on the right.
+
+    Pads on the left would move the first token, which encoders classify by, and every absolute position.
+    """
+    from transformers import AutoTokenizer
+
+    folder = base_folder(base)
+    tokenizer = _from_pretrained(AutoTokenizer, base, folder)
+    require_vocabulary(folder, tokenizer.vocab_files_names, base.name)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError("the tokenizer has neither a pad nor an end-of-text token", where=base.name)
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_config(base: BaseModel) -> Any:
+    """The base's configuration."""
+    from transformers import AutoConfig
+
+    folder = base_folder(base)
+    read_base_config(folder)
+    return _from_pretrained(AutoConfig, base, folder)
+
+
+def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
+    """The base with a fresh head for one task, on its device, in evaluation mode.
+
+    Args:
+        base: Which base.
+        task: Its kind chooses the class, its labels the size of the head.
+        seed: The head's linear layers are drawn from it after loading (loading consumes random numbers), normal with
+            the config's `initializer_range`, biases zero: the same head on every machine.
+
+    Raises:
+        InputError: No such model, one that is not whole (see `plait.model.whole`), or its kind of config has no class for
+            the task.
+    """
+    import transformers
+
+    folder = base_folder(base, weights=True)
+    require_plausible(folder, base.name)
+    classes = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+    cls = getattr(transformers, classes.get(task.kind, "AutoModelForSequenceClassification"))
+    options: dict[str, Any] = {"dtype": base.torch_dtype}
+    if task.kind not in classes:
+        kind = "regression" if task.kind == "regression" else "single_label_classification"
+        options |= {"num_labels": task.num_labels, "problem_type": kind}
+    new_head = task.kind not in classes
+    model, info = _from_pretrained(
+        cls, base, folder, output_loading_info=True, ignore_mismatched_sizes=new_head, use_safetensors=True, **options
+    )
+    heads = set(head_modules(model)) if new_head else set()
+    for name in require_whole(model, LoadingReport.of(info), heads, base.name, poolers=new_head):
+        draw_linear(model.get_submodule(name), 0, name, _std(model))
+    if new_head:
+        model.config.pad_token_id = load_tokenizer(base).pad_token_id
+        draw_head(model, seed, task.target_mean)
+    return model.to(base.torch_device).eval()
+
+
+def base_folder(base: BaseModel, *, weights: bool = False) -> Path:
+    """The folder that a base is loaded from: the one it names, or the hub's cache, filled where the hub may be asked.
+
+    Args:
+        base: The base.
+        weights: Whether its weights are wanted too; else config and tokenizer.
+
+    Raises:
+        InputError: No such folder, and nothing of that name on the hub or in its cache.
+    """
+    folder = Path(base.name).expanduser()
+    if folder.is_dir():
+        require_readable(folder)
+        return folder
+    if not is_hub_name(base.name):
+        raise InputError(
+            "cannot load the base model: no such folder", where=base.name, hint="a local folder or a hub name"
+        )
+    return base_snapshot(base.name, base.revision, weights=weights).folder
+
+
+def _from_pretrained(cls: Any, base: BaseModel, folder: Path, **options: Any) -> Any:
+    """What a class of transformers makes of a base's folder: the one way in, from files on this machine alone."""
+    try:
+        with quiet_transformers():
+            return cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+    except ImportError as e:  # such as bitsandbytes, for a base in 4 bits
+        raise EnvironmentFault(
+            f"this base model needs a package: {str(e).strip().splitlines()[0]}", where=base.name
+        ) from e
+    except (MemoryError, torch.OutOfMemoryError, PlaitError):
+        raise
+    except Exception as e:  # what configs, weights and tokenizers of strangers bring about is of any kind
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        hint = "is it whole, and of a kind that this version of transformers knows?"
+        raise InputError(f"cannot load the base model: {first}", where=base.name, hint=hint) from e
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence "newly initialized weights" (every head here is new on purpose) and loading bars."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- backbone and head ------------------------------------------------------------------------------------------------
+
+
+def backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model without its task head, and the attribute it hangs on ("" where the model is its own backbone)."""
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    return (backbone, prefix) if isinstance(backbone, nn.Module) else (model, "")
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Top-level modules with parameters outside the backbone: PEFT's `modules_to_save` for a fresh head."""
+    _, prefix = backbone_of(model)
+    if not prefix:
+        return []
+    shared = {id(p) for p in getattr(model, prefix).parameters()}
+    return [
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(id(p) not in shared for p in child.parameters())
+    ]
+
+
+def head_state(model: nn.Module) -> dict[str, Tensor]:
+    """The head's tensors, named as in the task's model, copied to the CPU."""
+    heads = set(head_modules(model))
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.partition(".")[0] in heads}
+
+
+def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
+    """Put a head's tensors into a task's model.
+
+    Raises:
+        InputError: A tensor is missing, unknown or of another shape: a head of another task or base.
+    """
+    own = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] in set(head_modules(model))}
+    for name in sorted({*own, *head}):
+        if name not in own or name not in head or own[name].shape != head[name].shape:
+            got = tuple(head[name].shape) if name in head else "absent"
+            expected = tuple(own[name].shape) if name in own else "absent"
+            raise InputError(f"head tensor is {got}, the model expects {expected}", where=name)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(head[name])
+
+
+def draw_head(model: nn.Module, seed: int, start: float = 0.0) -> None:
+    """Draw every linear layer of the head anew; each from its own generator, so that order does not matter.
+
+    Args:
+        model: A task's model.
+        seed: Of the drawing.
+        start: Bias of the last layer of a head with one output (the mean target of a regression).
+    """
+    std = _std(model)
+    for name in head_modules(model):
+        for inner, module in model.get_submodule(name).named_modules():
+            if isinstance(module, nn.Linear):
+                draw_linear(module, seed, f"{name}.{inner}", std, start if module.out_features == 1 else 0.0)
+
+
+def _std(model: nn.Module) -> float:
+    config: Any = model.config
+    return float(getattr(config, "initializer_range", None) or _HEAD_STD)
+
+
+def draw_linear(module: nn.Module, seed: int, name: str, std: float, bias: float = 0.0) -> None:
+    """Draw a linear layer's weight, normal with deviation `std`, from a generator of its own; its bias is a constant."""
+    if not isinstance(module, nn.Linear):
+        raise InputError("a new layer that is not linear", where=name, hint="a base that holds it")
+    generator = torch.Generator().manual_seed(named_seed(seed, name))
+    drawn = torch.empty(module.weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    with torch.no_grad():
+        module.weight.copy_(drawn)
+        if module.bias is not None:
+            module.bias.fill_(bias)
+
+
+def named_seed(seed: int, name: str) -> int:
+    """A seed for one named thing, from the run's seed: a hash, so that neither order nor number of things matters."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:7], "little")

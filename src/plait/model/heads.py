@@ -1,0 +1,51 @@
+"""A task's head out of an adapter folder, put into a model of transformers together with what its outputs mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from plait.adapters.head_config import chosen_head, config_values
+from plait.adapters.heads import HeadFacts, num_outputs
+from plait.adapters.peft_format import read_adapter
+from plait.errors import InputError
+
+
+def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> HeadFacts:
+    """Put a task's head into a classifier, and the names of its classes into the classifier's config.
+
+    Args:
+        model: From ``AutoModelForSequenceClassification.from_pretrained(base, num_labels=...)``, with as many outputs as the
+            head has, bare or as the base of a PeftModel; changed in place.
+        folder: A merge, or a trained adapter.
+        task: Which of its heads; may be left out where it has one.
+
+    Returns:
+        What is known of the head: `id2label`, `label2id`, `num_labels` and `problem_type` of the config follow it.
+
+    Raises:
+        UsageError: The folder has no such head; those that it has are named.
+        InputError: The head is of another model, or of another number of outputs.
+    """
+    from plait.model.base import load_head as put
+
+    adapter = read_adapter(folder)
+    name = chosen_head(adapter, task, str(folder))
+    wrapped: Any = model
+    own: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    head, facts = adapter.heads[name], adapter.facts_of(name)
+    outputs = num_outputs(head)
+    config = getattr(own, "config", None)
+    if outputs is not None and config is not None and getattr(config, "num_labels", outputs) != outputs:
+        raise InputError(
+            f"the head {name!r} has {outputs} outputs, the model {config.num_labels}",
+            where=str(folder),
+            hint=f"from_pretrained(..., num_labels={outputs})",
+        )
+    put(own, head)
+    if config is not None and outputs is not None:
+        for key, value in config_values(facts, outputs).items():
+            setattr(config, key, value)
+    return facts

@@ -1,0 +1,112 @@
+"""A base model's folder as files: where each tensor lies, and changing one in a copy without loading the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plait.adapters.tensors import read_layout
+from plait.disk.store import read_json
+from plait.errors import InputError
+from plait.model.files import weight_files
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies.
+
+    Args:
+        file: Path of its shard.
+        shape: As stored.
+        dtype: safetensors' name, such as "BF16".
+        start: Offset of its first byte in the file.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype.
+
+        Raises:
+            InputError: Not a floating one: a quantised weight.
+        """
+        if self.dtype not in _DTYPES:
+            raise InputError(f"stored as {self.dtype}: a quantised weight", where=str(self.file), hint=QUANTISED)
+        return _DTYPES[self.dtype]
+
+    def _span(self, start: int, stop: int) -> tuple[int, int]:
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.torch_dtype.itemsize
+        return self.start + start * row, (stop - start) * row
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop)."""
+        offset, size = self._span(start, stop)
+        with self.file.open("rb") as f:
+            f.seek(offset)
+            raw = bytearray(f.read(size))
+        return torch.frombuffer(raw, dtype=self.torch_dtype).reshape(stop - start, *self.shape[1:])
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Overwrite rows from `start`."""
+        offset, _ = self._span(start, start + len(rows))
+        with self.file.open("r+b") as f:
+            f.seek(offset)
+            f.write(rows.to(self.torch_dtype).contiguous().view(torch.uint8).numpy().tobytes())
+
+
+QUANTISED = (
+    "bake into the full-precision base of the same weights, or serve the merged adapter on the quantised base as it is; "
+    "quantise after baking"
+)
+
+
+def base_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder, by name.
+
+    Raises:
+        InputError: No safetensors weights, a damaged header, or a shard that is missing.
+    """
+    found: dict[str, StoredTensor] = {}
+    for shard in weight_files(folder):
+        found |= tensors_in(shard)
+    return found
+
+
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by name.
+
+    Raises:
+        InputError: Not a whole safetensors file; what it is instead is said.
+    """
+    _, entries, start = read_layout(path)
+    return {
+        n: StoredTensor(path, tuple(v["shape"]), v["dtype"], start + v["data_offsets"][0]) for n, v in entries.items()
+    }
+
+
+def require_unquantised(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        InputError: Missing, or of a quantised model, with the alternatives.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError("not a JSON object", where=str(folder / "config.json"))
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, Mapping):
+        kind = quantised.get("quant_method", "quantised")
+        raise InputError(f"a {kind} base: rounding would swallow the update", where=str(folder), hint=QUANTISED)
+    return config

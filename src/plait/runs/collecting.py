@@ -1,0 +1,103 @@
+"""Statistics of a task's rows, to a file: within a memory budget, or in shards that an interruption does not lose."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.disk.locks import locked, system_errors
+from plait.disk.store import sha256_json
+from plait.model.identity import base_facts, tokenizer_fingerprint
+from plait.model.ranks import is_writer, rank, together
+from plait.runs.session import Session
+from plait.statistics import Statistics, collect_shards, collect_statistics, write_statistics
+from plait.statistics.budget import bytes_of
+from plait.statistics.distributed import own_share
+from plait.tasks import Task, batches, encode, require_positions
+
+# Rows of a shard: some minutes of a large model on one GPU.
+SHARD_ROWS = 1024
+
+
+def collect_file(
+    session: Session, name: str, path: Path, *, seed: int, wanted: Mapping[str, Any], overwrite: bool = False
+) -> None:
+    """Collect a task's statistics and write them.
+
+    More than `SHARD_ROWS` rows are collected shard by shard into a hidden folder beside the file; whoever asks for the
+    same file again after an interruption goes on after the last finished shard. With a memory budget the folder takes
+    finished groups of layers instead. Under torchrun every process reads its share and keeps a folder of its own; the
+    first one writes the file.
+
+    Args:
+        session: Base, data, settings.
+        name: Of the task.
+        path: The file.
+        seed: Of the sample of rows.
+        wanted: The file's identity.
+        overwrite: Replace it.
+    """
+    task = session.tasks[name]
+    examples = session.sample(name, seed)
+    own = "" if is_writer() else f".rank-{rank()}"
+    parts = path.parent / f".{path.name}.{sha256_json(dict(wanted))[:12]}{own}.parts"
+    with together(session.base.torch_device), locked(parts), system_errors(parts):
+        try:
+            statistics = collect_task(session, task, examples, parts=parts)
+            if is_writer():
+                write_statistics(path, statistics, identity=wanted, overwrite=overwrite)
+        finally:
+            if session.recipe.statistics.memory is not None:  # groups of layers cannot be gone on with
+                shutil.rmtree(parts, ignore_errors=True)
+    if is_writer():
+        for leftover in path.parent.glob(f".{path.name}.*.parts"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) -> Statistics:
+    """Statistics of one task's rows at the recipe's target modules.
+
+    Args:
+        session: Base and settings.
+        task: The task.
+        examples: Its rows.
+        parts: Where shards or groups of layers go; what is returned may be read from there.
+    """
+    recipe, evaluator = session.recipe, session.evaluator
+    rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
+    spec, tokenizer = recipe.statistics, evaluator.tokenizer
+    model, targets = evaluator.task_model(task.name), recipe.lora.target_modules
+    require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
+    options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
+    options |= recipe.lora.limits
+
+    def given(start: int, stop: int | None) -> Any:
+        return own_share(batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True))
+
+    if spec.memory is not None:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        return collect_statistics(
+            model, given(0, None), targets, memory=bytes_of(str(spec.memory)), spool=parts, **options
+        )
+    if len(rows) <= SHARD_ROWS:
+        return collect_statistics(model, given(0, None), targets, **options)
+    starts = range(0, len(rows), SHARD_ROWS)
+    shards = [lambda s=s: given(s, s + SHARD_ROWS) for s in starts]
+    return collect_shards(model, shards, parts, targets, **options)
+
+
+def _provenance(session: Session, task: Task) -> dict[str, Any]:
+    recipe = session.recipe
+    return {
+        "base": session.base.name,
+        **base_facts(session.base),
+        "revision": session.base.revision,
+        "tokenizer_sha256": tokenizer_fingerprint(session.evaluator.tokenizer),
+        "task": task.name,
+        "max_length": recipe.data.max_length,
+        "dtype": session.base.dtype,
+        "template": task.template,
+    }

@@ -1,0 +1,146 @@
+"""Single stages for people at a prompt: what `stats` and `eval` do with paths and a recipe's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.lora import Adapter
+from plait.disk.overwriting import require_apart
+from plait.disk.store import staged_file
+from plait.errors import UsageError
+from plait.evaluation.evaluate import halves
+from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, are_scores, mean_score, write_scores
+from plait.model.ranks import is_writer
+from plait.runs.recipe import Recipe
+from plait.runs.recipe_file import require_known
+from plait.runs.session import Session
+from plait.tasks.task import TEXT_KINDS, require_same_classes
+
+
+def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
+    """Statistics of one task of a recipe, written to a file; under torchrun, by all of its processes together.
+
+    Returns:
+        output, task, samples, tokens, sites; memory: what a budget chose, else None. Empty in every process but
+        torchrun's first.
+    """
+    from plait.runs.jobs import STATISTICS, plan
+    from plait.runs.pipeline import finished
+    from plait.runs.stages import run_job
+    from plait.statistics import open_statistics
+
+    require_known(task, [t if isinstance(t, str) else t.name for t in recipe.tasks], "task")
+    session = Session(recipe.model_copy(update={"seeds": [seed]}))
+    whole = plan(session, out.parent)
+    job = replace(next(j for j in whole.of(STATISTICS) if j.task == task), path=out)
+    reused = finished(job, overwrite=overwrite)
+    if not reused:
+        run_job(job, whole, session, overwrite=overwrite)
+    if not is_writer():
+        return {}
+    found = open_statistics(out)
+    tokens = found.provenance.get("tokens")
+    samples = found.provenance.get("samples")
+    return {
+        "output": str(out.absolute()),
+        "task": task,
+        "samples": samples,
+        "tokens": tokens,
+        "sites": len(found.sites),
+        "memory": found.provenance.get("memory"),
+        "reused": reused,
+    }
+
+
+def evaluate_folders(
+    recipe: Recipe,
+    folders: Sequence[str],
+    *,
+    scales: Sequence[float] | None,
+    out: Path | None,
+    overwrite: bool,
+    task: str = "",
+) -> dict[str, Any]:
+    """Score adapter folders on the tasks whose heads they carry.
+
+    Args:
+        recipe: Base, data and tasks.
+        folders: ``DIR`` or ``NAME=DIR``.
+        scales: With a grid, the best scale is chosen on one half of the validation rows and scores are of the other half;
+            without, scale 1 on all rows.
+        out: Where the long table goes, if anywhere.
+        overwrite: Replace it.
+        task: Only this one of the recipe's tasks; all by default.
+
+    Returns:
+        adapters: a list of {adapter, scale, mean, floor, tasks: {task: {score, floor, n, metrics}}, without_task: heads that
+        are not scored because the recipe has no task of their name ([] where `task` asks for one)}.
+    """
+    from plait.merging.folders import read_named
+
+    if task:
+        named = {t if isinstance(t, str) else t.name: t for t in recipe.tasks}
+        require_known(task, list(named), "task")
+        recipe = recipe.model_copy(update={"tasks": [named[task]]})
+    session = Session(recipe)
+    found, rows = [], []
+    if out is not None:
+        require_apart(out, [f if Path(f).exists() else f.partition("=")[2] for f in folders])
+    for folder in folders:
+        adapter = read_named(folder)
+        summary, scored = _evaluate(adapter, session, scales)
+        found.append({**summary, "without_task": [] if task else sorted(set(adapter.heads) - set(session.tasks))})
+        rows += scored
+    if out is not None:
+        with staged_file(out, overwrite=overwrite, ours=are_scores) as stage:
+            write_scores(stage, rows)
+    return {"adapters": found}
+
+
+def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None) -> tuple[dict[str, Any], list[Score]]:
+    tasks = [t for t, task in session.tasks.items() if t in adapter.heads or task.kind in TEXT_KINDS]
+    if not tasks:
+        heads = ", ".join(adapter.heads) or "none"
+        raise UsageError(
+            f"it carries heads for {heads}; the tasks are {', '.join(session.tasks)}",
+            where=adapter.name,
+            hint="NAME=DIR",
+        )
+    for t in tasks:
+        require_same_classes(session.tasks[t], adapter.classes_of(t), adapter.name)
+    evaluator, grid = session.evaluator, sorted(set(scales or [1.0]))
+    parts = {t: halves(len(session.validation(t)), session.recipe.evaluation.split_seed) for t in tasks}
+    if scales is None:
+        parts = {t: {REPORTED: range(len(session.validation(t)))} for t in tasks}  # type: ignore[dict-item]
+    rows: list[Score] = []
+
+    def score(kind: str, scale: float, split: str) -> None:
+        for t in tasks:
+            part: Any = parts[t][split]
+            logits = evaluator.predict(t, adapter.heads.get(t, {}), adapter if kind == ALONE else None, scale, part)
+            labels = {"arm": "", "adapter": kind, "method": adapter.name, "scale": scale, "seed": 0, "split": split}
+            rows.extend(evaluator.score_rows(logits, t, part, **labels))
+
+    if len(grid) > 1:
+        for scale in grid:
+            score(ALONE, scale, SELECTION)
+    chosen = max(grid, key=lambda s: mean_score(r for r in rows if r.scale == s)) if len(grid) > 1 else grid[0]
+    score(ALONE, chosen, REPORTED)
+    score(FLOOR, 0.0, REPORTED)
+    return _summary(adapter.name, chosen, tasks, rows), rows
+
+
+def _summary(name: str, scale: float, tasks: Sequence[str], rows: Sequence[Score]) -> dict[str, Any]:
+    reported = [r for r in rows if r.split == REPORTED]
+    by_task: dict[str, dict[str, Any]] = {}
+    for t in tasks:
+        mine = {r.metric: r for r in reported if r.task == t and r.adapter == ALONE}
+        floor = mean_score(r for r in reported if r.task == t and r.adapter == FLOOR)
+        metrics = {m: r.value for m, r in mine.items() if m != "score"}
+        by_task[t] = {"score": mine["score"].value, "floor": floor, "n": mine["score"].n, "metrics": metrics}
+    mean = sum(s["score"] for s in by_task.values()) / len(by_task)
+    floor = sum(s["floor"] for s in by_task.values()) / len(by_task)
+    return {"adapter": name, "scale": scale, "mean": mean, "floor": floor, "tasks": by_task}

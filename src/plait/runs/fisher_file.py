@@ -1,0 +1,108 @@
+"""The diagonal Fisher information of a trained adapter's task, to a file: what Fisher merging weighs entries by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from plait.adapters.lora import LINEAR, Adapter
+from plait.disk.overwriting import require_apart, require_replaceable_file
+from plait.errors import InputError, UsageError
+from plait.model.applied import applied, in_backbone
+from plait.model.base import load_head
+from plait.model.identity import base_facts
+from plait.runs.recipe import Recipe
+from plait.runs.session import Session
+from plait.statistics.fisher import collect_fisher, is_fisher, write_fisher
+from plait.tasks import batches, encode, require_positions, to_device
+
+
+def fisher_of_folder(
+    recipe: Recipe,
+    folder: str,
+    task: str,
+    out: Path,
+    *,
+    labels: Literal["sampled", "given"] = "sampled",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Collect the Fisher diagonal of one adapter on training rows of its task, and write it.
+
+    Args:
+        recipe: Base, data, tasks; `statistics.samples` rows are looked at.
+        folder: The trained adapter, with its head, ``DIR`` or ``NAME=DIR``.
+        task: Which of the recipe's tasks.
+        out: The file, ``TASK.fisher.safetensors``.
+        labels: See `plait.statistics.fisher.collect_fisher`.
+        seed: Of the sample of rows, and of the labels that are drawn.
+        overwrite: Replace what stands at `out`.
+
+    Returns:
+        output, task, examples, modules, bytes.
+
+    Raises:
+        UsageError: A task whose predictions are no distribution over classes or tokens (regression), or one that reads
+            and writes apart (seq2seq).
+        InputError: The adapter carries no head of the task, or adapts an embedding.
+
+    Cost: one forward and one backward pass of the rows; a dense float32 matrix per module.
+    """
+    from plait.merging.folders import read_named
+    from plait.runs.recipe_file import require_known
+
+    require_apart(out, [folder if Path(folder).exists() else folder.partition("=")[2]])
+    session = Session(recipe)
+    require_known(task, list(session.tasks), "task")
+    kind = session.tasks[task].kind
+    if kind not in ("classification", "causal"):
+        raise UsageError(f"Fisher information is of classes or of a decoder's tokens, this is {kind}", where=task)
+    if out.exists() and not overwrite:  # before minutes are spent on it
+        raise UsageError("exists", where=str(out), hint="choose another --out, or --overwrite")
+    require_replaceable_file(out, is_fisher)
+    given = read_named(folder)
+    evaluator = session.evaluator
+    model = evaluator.task_model(task)
+    adapter = _ready(given, model, task, kind)
+    rows = encode(evaluator.tokenizer, session.tasks[task], session.sample(task, seed), recipe.data.max_length)
+    require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task}")
+    device = session.base.torch_device
+    parts = (to_device(b, device) for b in batches(evaluator.tokenizer, rows, recipe.statistics.batch_size))
+    with applied(model, adapter):
+        found = collect_fisher(
+            model, parts, list(adapter.modules), labels=labels, generator=torch.Generator().manual_seed(seed)
+        )
+    facts = {**found.provenance, **_facts(session, task, adapter)}
+    write_fisher(out, replace(found, provenance=facts), overwrite=overwrite)
+    size = out.stat().st_size
+    return {
+        "output": str(out.absolute()),
+        "task": task,
+        "examples": found.examples,
+        "modules": len(found.modules),
+        "bytes": size,
+    }
+
+
+def _ready(adapter: Adapter, model: Any, task: str, kind: str) -> Adapter:
+    """The adapter as the model names its modules, its head in the model."""
+    if odd := [m for m, f in adapter.modules.items() if f.kind != LINEAR]:
+        raise InputError("Fisher diagonals are of linear layers", where=f"{adapter.name}: {odd[0]}")
+    if kind == "classification":
+        head = adapter.heads.get(task) or (next(iter(adapter.heads.values())) if len(adapter.heads) == 1 else None)
+        if head is None:
+            raise InputError(f"it carries no head of task {task!r}", where=adapter.name, hint="the trained folder")
+        load_head(model, head)
+    return in_backbone(model, adapter)
+
+
+def _facts(session: Session, task: str, adapter: Adapter) -> dict[str, Any]:
+    return {
+        "task": task,
+        "base": session.base.name,
+        **base_facts(session.base),
+        "adapter_sha256": adapter.source.get("sha256"),
+    }

@@ -1,0 +1,92 @@
+"""What runs of a study took and on what: a line of JSON each in its folder, for the page to say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait.border.checked import Record
+from plait.disk.files import require_regular
+from plait.disk.locks import system_errors
+from plait.errors import PlaitError
+
+JOURNAL = "runs.jsonl"
+
+
+@contextlib.contextmanager
+def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> Iterator[None]:
+    """Note seconds and hardware of what runs inside, also where it ends with an error.
+
+    Args:
+        out: Folder of the study.
+        device: Its base's device ("cuda", "cpu").
+        executor: Name of the executor; units on a Ray cluster run on hardware that this machine does not know.
+        workers: Batches of trainings at once.
+        scorers: Other batches at once.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        line = {"seconds": round(time.monotonic() - started, 1), "executor": executor, "workers": workers}
+        line |= {"scorers": scorers, "hardware": "a Ray cluster" if executor == "RayCluster" else hardware(device)}
+        with system_errors(out / JOURNAL), (out / JOURNAL).open("a+b") as file:
+            torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a power loss
+            file.write(b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def hardware(device: str) -> str:
+    """What computes on a device of this machine, in a few words."""
+    import torch
+
+    if device.startswith("cuda"):
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def about_runs(out: Path) -> dict[str, str]:
+    """Hardware, processes, and seconds of all runs noted in a folder, as the page says them; {} where none are.
+
+    Lines that cannot be read (one may be cut, by a power loss) are counted, not passed over in silence.
+    """
+    path = out / JOURNAL
+    if not path.is_file():
+        return {}
+    require_regular(path)
+    noted = [_run(line) for line in path.read_bytes().splitlines() if line.strip()]
+    lost = sum(r is None for r in noted)
+    if not (runs := [r for r in noted if r is not None]):
+        return {"seconds": f"unknown: {lost} lines of {JOURNAL} cannot be read"} if lost else {}
+    runs = [r for r in runs if r["seconds"] >= 1] or runs  # a look at a finished study is no run
+    seconds = sum(r["seconds"] for r in runs)
+    return {
+        "hardware": _each([r["hardware"] for r in runs]),
+        "executor": _each([f"{r['executor']} ({r['workers']} training, {r['scorers']} scoring)" for r in runs]),
+        "seconds": f"{seconds:.0f} in {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        + (f", {lost} more cannot be read" if lost else ""),
+    }
+
+
+def _run(line: bytes) -> dict[str, Any] | None:
+    """One line of the journal; None if it is none."""
+    try:
+        record = Record.of(json.loads(line), JOURNAL)
+        texts = {key: record.text(key) for key in ("hardware", "executor")}
+        counts = {key: record.integer(key) for key in ("workers", "scorers")}
+        return {**texts, **counts, "seconds": record.number("seconds", 0)}
+    except (ValueError, RecursionError, PlaitError):
+        return None
+
+
+def _each(texts: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(map(str, texts)))

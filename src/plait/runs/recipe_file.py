@@ -1,0 +1,297 @@
+"""Reading a recipe: safe YAML, overrides, and errors that name the key and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel as PydanticModel
+from pydantic import ValidationError
+
+from plait.border.checked import shown
+from plait.disk.store import require_regular, staged_file
+from plait.errors import InputError, UsageError, printable
+from plait.options import Configurable, checked_options
+from plait.runs import recipe as models
+from plait.runs.recipe import Recipe, TaskSpec
+
+_SIZE_LIMIT = 1 << 20
+# What PyYAML raises: its own, and what its constructors of dates, numbers and truth values let through.
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError, OverflowError)
+_EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
+
+
+class DistinctKeys(yaml.SafeLoader):
+    """Safe YAML without duplicate keys (the last would silently win)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping, where no key stands twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"key {key.value!r} stands twice, line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class _Loader(DistinctKeys):
+    """The same without aliases: a bomb needs them."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+
+# YAML 1.1 reads 1e-3 as a string; people who write numbers mean numbers.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Parse YAML safely: no tags that build objects, no aliases, no duplicate keys.
+
+    Raises:
+        UsageError: With the line, where YAML gives one.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except YAML_ERRORS as e:
+        raise UsageError("not a recipe: " + " ".join(str(e).split()), where=where, hint="correct the file") from None
+
+
+_SECTIONS: dict[str, type[PydanticModel]] = {
+    "base": models.BaseSpec,
+    "data": models.DataSpec,
+    "tasks": models.TaskSpec,
+    "lora": models.LoraSpec,
+    "statistics": models.StatisticsSpec,
+    "arms": models.ArmSpec,
+    "merges": models.MergeSpec,
+    "evaluation": models.EvaluationSpec,
+}
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: "dotted.key=value" strings; values are YAML.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in shipped_recipes()], n=1, cutoff=0.4)
+        raise InputError(
+            "no such recipe", where=str(path), hint=f"plait cp {near[0]} ." if near else "plait ls recipes"
+        )
+    raw = load_yaml(text_of(path), str(path))
+    if not isinstance(raw, dict):
+        raise UsageError("a recipe is a mapping of keys", where=str(path))
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, str(path))
+
+
+def text_of(path: Path) -> str:
+    """The text of a recipe's or a study's file.
+
+    Raises:
+        InputError: Not a file that may be read, over 1 MiB, or not UTF-8.
+    """
+    require_regular(path)
+    if path.stat().st_size > _SIZE_LIMIT:
+        raise InputError("over 1 MiB, not a recipe", where=str(path))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply "dotted.key=value" strings to a raw recipe, in order."""
+    for override in overrides:
+        _override(raw, override)
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {printable(text)!r} is not key=value")
+    put(raw, key, load_yaml(value, f"--set {key}"), f"--set {key}")
+    if key in _EXCLUDES:
+        *parents, _ = key.split(".")
+        _inside(raw, parents, f"--set {key}").pop(_EXCLUDES[key], None)
+
+
+def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set one value of a raw recipe.
+
+    Args:
+        raw: Changed in place.
+        key: Dotted; in a list an entry is called by its name, as in "tasks.snli.template".
+        value: What is put there.
+        where: What an error names.
+
+    Raises:
+        UsageError: A part of the key is neither a mapping nor the name of an entry that is one.
+    """
+    *parents, last = key.split(".")
+    _inside(raw, parents, where)[last] = value
+
+
+def _inside(place: Any, parents: Sequence[str], where: str) -> dict[str, Any]:
+    """The mapping that a dotted key's parents lead to; missing ones are made."""
+    for parent in parents:
+        if isinstance(place, list):
+            place = next((p for p in place if isinstance(p, dict) and p.get("name") == parent), None)
+        else:
+            place = place.setdefault(parent, {})
+        if not isinstance(place, dict | list):
+            raise UsageError(f"{where}: {parent} is not a mapping, nor an entry described under that name")
+    if isinstance(place, list):
+        raise UsageError(f"{where}: which entry of {parents[-1]}?", hint="its name, as in tasks.NAME.template")
+    return place
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe that is already parsed.
+
+    Raises:
+        UsageError: Every wrong key, at most eight, with what was expected and the nearest right name.
+    """
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as e:
+        raise UsageError(problems_of(e, Recipe), where=where) from None
+    check_names(recipe, where)
+    return recipe
+
+
+def problems_of(error: ValidationError, model: type[PydanticModel]) -> str:
+    """What is wrong with a recipe (or a study), at most eight things, each with the nearest right name."""
+    return "; ".join(dict.fromkeys(_problem(dict(found), model) for found in error.errors()[:8]))
+
+
+def _problem(error: Mapping[str, Any], whole: type[PydanticModel]) -> str:
+    place = [str(p) for p in error["loc"] if not str(p).endswith("Spec") and p != "str"]
+    if error["type"] == "extra_forbidden":
+        known = sorted(_fields_at(place[:-1], whole))
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        advice = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""
+        return f"unknown key {printable('.'.join(place), 80)!r}{advice}"
+    found = printable(shown(error.get("input")), 60)
+    return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {found})" if place else "")
+
+
+def _fields_at(place: Sequence[str], whole: type[PydanticModel]) -> set[str]:
+    model: type[PydanticModel] | None = whole if not place else _SECTIONS.get(place[0])
+    return set(model.model_fields) if model else set()
+
+
+def check_names(recipe: Recipe, where: str) -> None:
+    """Check what only the registries know: methods, their options, training overrides."""
+    from plait.merging import merge_methods
+    from plait.merging.calibration import CALIBRATIONS
+    from plait.subspaces import subspace_methods
+    from plait.tasks import GLUE_TASKS, METRICS
+    from plait.tasks.metrics import METRICS_OF
+
+    for task in recipe.tasks:
+        if isinstance(task, str):
+            require_known(task, GLUE_TASKS, "task", where)
+        for metric in (task.metrics or []) if isinstance(task, TaskSpec) else []:
+            require_known(metric, METRICS, "metric", where)
+            if isinstance(task, TaskSpec) and metric not in METRICS_OF[task.kind]:
+                hint = f"one of {', '.join(METRICS_OF[task.kind])}"
+                raise UsageError(f"metric {metric!r} does not score {task.kind}", where=f"task {task.name}", hint=hint)
+    for arm in recipe.arm_specs:
+        require_known(arm.method, list(subspace_methods()), "subspace method", where)
+        method = subspace_methods()[arm.method]
+        _check_options(method, arm.options, where, f"arm {arm.name}")
+        if "others" in method.needs and len(recipe.tasks) < 2:
+            raise UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
+        for key in {**recipe.training, **arm.training}:
+            require_known(key, training_keys(), "training key", where)
+        try:
+            settings = recipe.training_of(arm)
+        except UsageError as e:
+            raise UsageError(f"training of arm {arm.name}: {e.what}", where=where, hint=e.hint) from None
+        require_known(
+            settings.constraint_options.get("method", arm.method), list(subspace_methods()), "subspace method", where
+        )
+    for m in recipe.merge_specs:
+        require_known(m.merge_method, list(merge_methods()), "merge method", where)
+        _check_options(merge_methods()[m.merge_method], m.options, where, f"merge {m.name}")
+        if m.calibrate is not None:
+            require_known(m.calibrate, list(CALIBRATIONS), "calibration", where)
+
+
+def _check_options(method: Configurable, options: Mapping[str, Any], where: str, what: str) -> None:
+    """Check the options of a method, values and all, before anything is computed with them."""
+    for option in options:
+        require_known(option, list(method.options), f"option of {method.name}", where)
+    try:
+        checked_options(method, options)
+    except UsageError as e:
+        raise UsageError(
+            f"{what}: {e.what}", where=where, hint=e.hint or "plait ls methods shows what is allowed"
+        ) from None
+
+
+def training_keys() -> list[str]:
+    """What `training` may hold: the fields of `TrainingSettings`, but max_length, which `data` sets for every stage."""
+    from plait.training.settings import TrainingSettings
+
+    return [f.name for f in fields(TrainingSettings) if f.name != "max_length"]
+
+
+def require_known(name: str, known: Sequence[str], what: str, where: str | None = None) -> None:
+    """Raise a did-you-mean for a name that is not one of the known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}" if known else "it has none"
+        )
+        raise UsageError(f"unknown {what} {printable(name, 60)!r}", where=where, hint=hint)
+
+
+STUDIES = "studies"
+
+
+def shipped_recipes(under: str = "") -> list[Path]:
+    """The recipes that come with plait, by name; those of studies under `STUDIES`."""
+    here = Path(__file__).parents[1]
+    folder = here / "_recipes"
+    return sorted((folder if folder.is_dir() else here.parents[1] / "recipes").joinpath(under).glob("*.yaml"))
+
+
+def find_recipe(given: Path) -> Path:
+    """A recipe's path: the file itself, or the shipped recipe of that name; of a study ``studies/NAME``."""
+    under = str(given.parent) if str(given.parent) == STUDIES else ""
+    shipped = {p.name: p for p in shipped_recipes(under)}
+    name = given.name if given.suffix == ".yaml" else f"{given.name}.yaml"
+    if given.exists() or (len(given.parts) > 1 and not under):
+        return given
+    return shipped.get(name, given)
+
+
+def find_study(given: Path) -> Path:
+    """A study's path: the file itself, or the shipped study of that name, with ``studies/`` or without."""
+    bare = not given.exists() and len(given.parts) == 1
+    return find_recipe(Path(STUDIES) / given if bare else given)
+
+
+def copy_recipe(name: str, to: Path) -> Path:
+    """Copy a shipped recipe into a folder or to a file that does not exist yet."""
+    source = find_recipe(Path(name))
+    if not source.is_file():
+        raise InputError("no such recipe", where=name, hint=f"one of {', '.join(p.stem for p in shipped_recipes())}")
+    target = to / source.name if to.is_dir() else to
+    with staged_file(target) as stage:
+        stage.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return target

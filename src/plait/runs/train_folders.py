@@ -1,0 +1,223 @@
+"""Training at a prompt: one adapter folder by the Hugging Face Trainer, or many as a fleet, by a recipe's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plait.adapters.naming import checked_name
+from plait.adapters.peft_format import read_adapter
+from plait.disk.hub import adapter_place, name_of
+from plait.disk.store import identity, read_manifest, sha256_file
+from plait.errors import UsageError
+from plait.model.ranks import is_writer, world_size
+from plait.progress import Progress
+from plait.runs.recipe import ArmSpec, Recipe
+from plait.runs.recipe_file import require_known
+from plait.runs.session import Session
+from plait.subspaces.start import task_recorded
+
+if TYPE_CHECKING:
+    from plait.statistics import Statistics
+    from plait.training import Member
+
+
+def train_one(
+    recipe: Recipe,
+    initial: Path,
+    task: str,
+    out: Path,
+    *,
+    seed: int,
+    overwrite: bool,
+    quiet: bool,
+    statistics: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Fine-tune one adapter folder on one task of a recipe; under torchrun, in all of its processes together.
+
+    Args:
+        recipe: Base, data, tasks and the training's settings.
+        initial: The folder to start from.
+        task: Which of the recipe's tasks.
+        out: The folder to write.
+        seed: Of the head and the order of the rows.
+        overwrite: Train even where `out` holds something.
+        quiet: No progress on stderr.
+        statistics: Files of this task and of others. Where there are any and the recipe names no constraint, training is
+            "penalised" (beta 1): a penalty keeps the others' outputs in place. Without any, and where the recipe says
+            "free" or "frozen", nothing is made of them.
+
+    Returns:
+        output, task, constraint, and the result that the adapter's manifest holds; empty in every process but torchrun's
+        first.
+    """
+    from plait.training import train_adapter
+
+    recipe = _with_constraint(recipe, statistics)
+    session = Session(recipe)
+    require_known(task, list(session.tasks), "task")
+    arms = _first_arm(recipe)
+    if len(arms) > 1:
+        raise UsageError(
+            f"{len(arms)} learning rates for one adapter", where="training.lr", hint="one rate, or --fleet"
+        )
+    m = _member(session, initial, task, out, arms[0], seed, _open(statistics))
+    progress = Progress(1.0, 1, quiet or not is_writer())
+    progress.start(f"train {task}", 1.0)
+    train_adapter(
+        m.initial,
+        m.task,
+        m.examples,
+        session.base,
+        m.settings,
+        seed=seed,
+        out=out,
+        identity=m.identity,
+        overwrite=overwrite,
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+        statistics=m.statistics,
+        selection=m.selection,
+    )
+    progress.close(f"trained {task}")
+    if not is_writer():
+        return {}
+    found = (read_manifest(out) or {}).get("result", {})
+    return {**found, "output": str(out.absolute()), "task": task, "constraint": m.settings.constraint}
+
+
+def train_many(
+    recipe: Recipe,
+    folders: Sequence[str],
+    task: str,
+    out: Path,
+    *,
+    seed: int,
+    overwrite: bool,
+    quiet: bool,
+    statistics: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Fine-tune many adapter folders of one base as a fleet: each ends as `train_one` would have left it, to rounding.
+
+    Args:
+        recipe: Base, data, tasks and the training's settings; a list of learning rates trains every adapter at each.
+        folders: ``DIR`` or ``NAME=DIR``; the name is the adapter's folder in `out`, and its task unless one is given.
+        task: The task of all of them; "" for each its own.
+        out: Holds one folder each, ``NAME`` or ``NAME@lrRATE``.
+        seed: Of the heads and the order of the rows.
+        overwrite: Train even where a folder holds something.
+        quiet: No progress on stderr.
+        statistics: Files of the tasks, as for `train_one`.
+
+    Returns:
+        output, and adapters: a list of what `train_one` returns, with the name.
+
+    Raises:
+        UsageError: Two of one name, an unknown task, several processes.
+    """
+    from plait.training import train_fleet
+
+    if world_size() > 1:
+        raise UsageError("a fleet is trained in one process", hint="without torchrun, or without --fleet")
+    recipe, known = _with_constraint(recipe, statistics), _open(statistics)
+    session, arms, members = Session(recipe), _first_arm(recipe), {}
+    for given in folders:
+        name, equals, place = given.partition("=")
+        folder = Path(place if equals else given)
+        name = checked_name(name if equals else name_of(adapter_place(folder)), "adapter")
+        require_known(task or name, list(session.tasks), "task")
+        for arm in arms:
+            full = f"{name}@{arm.name.rpartition('@')[2]}" if len(arms) > 1 else name
+            if full in members:
+                raise UsageError(f"two adapters are called {name!r}", hint="NAME=DIR")
+            members[full] = _member(session, folder, task or name, out / full, arm, seed, known)
+    progress = Progress(1.0, len(members), quiet)
+    progress.start(f"{len(members)} adapters together", 1.0, len(members))
+    train_fleet(
+        list(members.values()),
+        session.base,
+        overwrite=overwrite,
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+    )
+    progress.close(f"trained {len(members)} adapters")
+    found = [
+        {
+            **(read_manifest(m.out) or {}).get("result", {}),
+            "name": n,
+            "output": str(m.out.absolute()),
+            "constraint": m.settings.constraint,
+        }
+        for n, m in members.items()
+    ]
+    return {"output": str(out.absolute()), "adapters": found}
+
+
+def _first_arm(recipe: Recipe) -> list[ArmSpec]:
+    """The recipe's first arm, at each of its learning rates: what single trainings are set by."""
+    first = recipe.arms[0]
+    return recipe.at_each_rate(ArmSpec(name=first) if isinstance(first, str) else first)
+
+
+def _with_constraint(recipe: Recipe, statistics: Sequence[Path]) -> Recipe:
+    """The recipe, with the constraint that statistics are given for where it names none."""
+    from plait.training.settings import WITH_STATISTICS
+
+    first = recipe.arms[0]
+    said = recipe.training if isinstance(first, str) else {**recipe.training, **first.training}
+    if not statistics or "constraint" in said:
+        return recipe
+    return recipe.model_copy(update={"training": {**recipe.training, "constraint": WITH_STATISTICS}})
+
+
+def _open(files: Sequence[Path]) -> tuple[dict[str, Statistics] | None, dict[str, str]]:
+    """Statistics by task, their sites still in the files, and the files' hashes as an identity has them."""
+    from plait.statistics import open_statistics
+
+    known: dict[str, Statistics] = {}
+    for path in files:
+        found = open_statistics(path)
+        if (task := task_recorded(found, path)) in known:
+            raise UsageError(f"two statistics files of task {task!r}", where=str(path), hint="name every task once")
+        known[task] = found
+    return known or None, {f"statistics/{i}": sha256_file(path) for i, path in enumerate(files)}
+
+
+def _member(
+    session: Session,
+    folder: Path,
+    task: str,
+    out: Path,
+    arm: ArmSpec,
+    seed: int,
+    statistics: tuple[dict[str, Statistics] | None, dict[str, str]],
+) -> Member:
+    from plait.model.identity import base_facts
+    from plait.statistics.agreement import require_base
+    from plait.training import Member
+
+    settings = session.recipe.training_of(arm)
+    start = read_adapter(folder, name=task)
+    inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
+    options = {
+        "training": asdict(settings),
+        "data": session.data_identity(task),
+        "rows": session.recipe.data.train_rows,
+    }
+    options |= {"selection": session.recipe.data.selection_rows} if settings.evaluate_every else {}
+    known, hashes = statistics
+    if settings.constraint not in ("free", "frozen"):  # else they have no part in the result
+        inputs |= hashes
+        for found in (known or {}).values():
+            require_base(found, session.base.name, base_facts(session.base))
+    return Member(
+        start,
+        session.tasks[task],
+        session.training(task, seed),
+        settings,
+        seed,
+        out,
+        identity("adapter", options, inputs, seed),
+        known,
+        session.selection(task, seed) if settings.evaluate_every else None,
+    )

@@ -1,0 +1,134 @@
+"""The trainings of a study, many units as one fleet: what each starts from, and which went astray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from plait.adapters.lora import Adapter
+from plait.disk.store import staged_folder
+from plait.errors import Diverged
+from plait.runs.sources import adapters_of, diverged, merged_of, statistics_of
+from plait.runs.units import DIVERGED, MERGE, REPAIR, Layout, Unit
+from plait.runs.waves import sweep_units
+from plait.statistics import Statistics
+from plait.subspaces.start import InitialSettings, completion_note, initial_adapters
+from plait.training import Member, train_fleet
+from plait.training.peft_model import TASK_TYPES
+
+Told = Callable[[str], None]
+
+
+def train(units: Sequence[Unit], layout: Layout, tell: Told = lambda text: None) -> None:
+    """Train the adapters of several units together; members that are done already are left alone.
+
+    Where a loss of the sweep leaves the numbers, that is what the sweep asked of its rate: the adapter's folder says so, and
+    counts as done; so do its scores. To have it tried again, remove both.
+
+    Raises:
+        Diverged: A loss that is not of the sweep left the numbers: what is to be reported is missing.
+    """
+    members: list[Member] = []
+
+    def alike(unit: Unit) -> tuple[str, str, int]:
+        here = layout.of(unit)
+        return here.key(here.statistics_unit(unit)), unit.arm, unit.seed
+
+    for unit in sorted(units, key=alike):
+        here = layout.of(unit)
+        members += _repairs(unit, here) if unit.stage == REPAIR else _members(unit, here)
+    rows = {f"{m.initial.name}, seed {m.seed}": m.initial.source.get("completed") for m in members}
+    for name, found in rows.items():
+        if found:
+            tell(f"warning: {completion_note(name, found)}")
+    members = [m for m in members if not diverged(m.out)]
+    tell(f"{len(members)} adapters are ready to be trained")
+    try:
+        train_fleet(members, layout.session.base)
+    except Diverged as e:
+        swept = {layout.path(u) for u in sweep_units(layout)}
+        lost = [m for m in members if str(m.out) in e.lost]
+        for m in (m for m in lost if m.out.parent in swept):
+            with staged_folder(m.out, m.identity, result={DIVERGED: e.lost[str(m.out)]}):
+                tell(f"diverged: {m.task.name}, lr {m.settings.lr:g}: {e.lost[str(m.out)]}")
+        if any(m.out.parent not in swept for m in lost):
+            raise
+
+
+def _members(unit: Unit, layout: Layout) -> list[Member]:
+    settings = layout.settings(unit)
+    if settings.tied:
+        settings = replace(settings, tied=layout.key(unit))
+    statistics, background = statistics_of(unit, layout)
+    initial = _initial(unit, layout, statistics, background)
+    constrained = statistics if settings.constraint not in ("free", "frozen") else None
+    return [_member(unit, layout, t, initial[t], settings, constrained) for t in layout.session.tasks]
+
+
+def _member(
+    unit: Unit, layout: Layout, task: str, initial: Adapter, settings: Any, statistics: dict[str, Statistics] | None
+) -> Member:
+    session = layout.session
+    out, wanted = layout.path(unit) / task, layout.wanted(unit, task)
+    return Member(
+        initial, session.tasks[task], session.training(task, unit.seed), settings, unit.seed, out, wanted, statistics
+    )
+
+
+def _initial(
+    unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
+) -> dict[str, Adapter]:
+    """Initial adapters of an arm and seed; arms that differ in training alone, and all rates, share them."""
+    arm = layout.study.arm(unit.arm)
+    start = [str(getattr(arm, k)) for k in ("method", "row_norm", "options", "rank", "known", "background", "joint")]
+    key = (layout.path(layout.statistics_unit(unit)), unit.seed, *start, str(layout.study.lora))
+    return layout.cached(key, lambda: _made(unit, layout, statistics, background))
+
+
+def _made(
+    unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
+) -> dict[str, Adapter]:
+    arm, recipe = layout.study.arm(unit.arm), layout.study
+    rank = arm.rank or recipe.lora.rank
+    settings = InitialSettings(
+        arm.method,
+        rank,
+        recipe.lora.alpha * rank / recipe.lora.rank,  # the scaling stays what it is
+        arm.row_norm,
+        arm.options,
+        arm.background,
+        TASK_TYPES[next(iter(layout.session.tasks.values())).kind],
+        recipe.lora.recorded_targets,
+    )
+    common: dict[str, Any] = {"base": recipe.base.model, "revision": recipe.base.revision, "seed": unit.seed}
+    common |= {"background": background if arm.background else (), "device": layout.session.base.torch_device}
+    names = list(statistics)
+    if arm.known is not None:
+        found = {}
+        for i, task in enumerate(names):
+            known = [names[(i + k) % len(names)] for k in range(arm.known + 1)]
+            found |= initial_adapters({n: statistics[n] for n in known}, settings, tasks=[task], **common)
+    elif arm.joint:
+        first = initial_adapters(statistics, settings, tasks=names[:1], **common)[names[0]]
+        found = dict.fromkeys(names, first)
+    else:
+        found = initial_adapters(statistics, settings, **common)
+    return {task: adapter for task, (adapter, _) in found.items()}
+
+
+def _repairs(unit: Unit, layout: Layout) -> list[Member]:
+    """A merge, with every task's head, trained on all tasks together: the factors tied, the heads apart."""
+    repair = layout.study.repair
+    settings = replace(
+        layout.settings(unit), steps=repair.steps if repair else 0, epochs=None, snapshots=(), constraint="free"
+    )
+    settings = replace(settings, constraint_options={}, tied=layout.key(unit))
+    merged = merged_of(replace(unit, stage=MERGE), layout)
+    modules = {m: replace(f, B=f.B * (f.scaling * unit.scale), scaling=1.0) for m, f in merged.modules.items()}
+    start = replace(merged, modules=modules)
+    heads = {t: a.heads.get(t, {}) for t, a in adapters_of(replace(unit, stage=MERGE), layout).items()}
+    return [
+        _member(unit, layout, t, replace(start, name=t, heads={t: heads[t]} if heads[t] else {}), settings, None)
+        for t in layout.session.tasks
+    ]

@@ -1,0 +1,248 @@
+"""The order of a study: waves of units, each needing only what earlier waves have left on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from plait.disk.store import read_manifest
+from plait.errors import RunError
+from plait.report.summary import PLAIN
+from plait.runs.study_spec import StudyArm
+from plait.runs.units import (
+    ALONE,
+    DIVERGED,
+    FEATURES,
+    FOLDS,
+    MERGE,
+    REPAIR,
+    REPAIRED,
+    TRAIN,
+    TUNING,
+    Layout,
+    Unit,
+    pending,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A learning rate and a moment (0: the end)."""
+
+    rate: float
+    step: int
+
+
+def next_wave(layout: Layout) -> tuple[str, list[Unit]]:
+    """The first wave with units that are not done, and those units; ("", []) where everything is done."""
+    for name, units in _waves(layout):
+        if todo := pending(layout, units):
+            return name, todo
+    return "", []
+
+
+def all_units(layout: Layout) -> list[Unit]:
+    """Every unit of a finished study. Statistics and adapters may be gone, and what only the predictors read may be missing.
+
+    Raises:
+        RunError: It is not finished.
+    """
+    found: list[Unit] = []
+    for name, units in _waves(layout):
+        if todo := [u for u in pending(layout, units) if u.stage in (ALONE, MERGE, REPAIRED)]:
+            text = f"the study is not finished: {len(todo)} units of wave {name!r} are open"
+            raise RunError(text, where=str(layout.out))
+        found += units
+    return found
+
+
+def _waves(layout: Layout) -> Iterator[tuple[str, list[Unit]]]:
+    """Waves in order; a wave is worked out only once the ones before it are done.
+
+    Statistics and adapters are made for what is still open: once everything that reads them is scored they may be deleted.
+    """
+    swept = {t: tuning_scores(layout, t) for t in sweep_units(layout)}
+    needed = _read_by(layout, swept)
+    yield "statistics of the sweep", _statistics(layout, needed)
+    yield "training of the sweep", needed
+    yield "scores of the sweep", [u for scores in swept.values() for u in scores]
+    final = {t: fold_scores(layout, t) for t in final_units(layout)}
+    repaired = {u: replace(u, stage=REPAIRED, split=FOLDS) for u in repair_units(layout)}
+    starts = {replace(u, stage=TRAIN, merge="", scale=0.0): [r] for u, r in repaired.items()}
+    needed = _read_by(layout, {t: [*scores, *starts.get(t, [])] for t, scores in final.items()})
+    yield "statistics", _statistics(layout, needed)
+    yield "training", list(dict.fromkeys(layout.of(u).trained_by(u) for u in needed))
+    yield "scores", [u for scores in final.values() for u in scores]
+    yield "repair", _read_by(layout, {u: [r] for u, r in repaired.items()})
+    yield "scores of the repaired", list(repaired.values())
+
+
+def _read_by(layout: Layout, readers: Mapping[Unit, Sequence[Unit]]) -> list[Unit]:
+    """Units some reader of which is not done."""
+    return [u for u, scores in readers.items() if pending(layout, scores)]
+
+
+def _statistics(layout: Layout, units: Sequence[Unit]) -> list[Unit]:
+    """What training starts from, and what merges read."""
+    found = []
+    for u in units:
+        here = layout.of(u)
+        found += [here.statistics_unit(u), here.statistics_unit(replace(u, stage=MERGE))]
+    return list(dict.fromkeys(found))
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def sweep_units(layout: Layout) -> list[Unit]:
+    """One training per arm and rate, at the tuning seed."""
+    study = layout.study
+    arms = [a for a in study.study_arms if a.like is None]
+    return [Unit(TRAIN, study.tuning_seed, a.name, rate) for a in arms for rate in a.rates or study.rates]
+
+
+def tuning_scores(layout: Layout, trained: Unit) -> list[Unit]:
+    """Every moment of a training, alone and merged, on the tuning rows."""
+    _study, arm = layout.study, layout.study.arm(trained.arm)
+    found = []
+    for step in layout.moments(arm):
+        alone = replace(trained, stage=ALONE, step=step, split=TUNING)
+        found.append(alone)
+        if not arm.joint:
+            found += [replace(alone, stage=MERGE, merge=m) for m in tuning_merges(layout)]
+    return found
+
+
+def tuning_merges(layout: Layout) -> list[str]:
+    """Merges by the best of which an arm's rate is chosen."""
+    return layout.study.tuning_merges or [m.name for m in layout.study.merge_specs]
+
+
+def result(layout: Layout, unit: Unit) -> dict[str, Any]:
+    """What a unit has left in its manifest."""
+    here = layout.of(unit)
+    if ("result", unit) not in here.known:
+        manifest = read_manifest(here.path(unit))
+        if manifest is None:
+            raise RunError("a unit is not done", where=unit.label)
+        here.known["result", unit] = manifest["result"]
+    return here.known["result", unit]  # type: ignore[no-any-return]
+
+
+def swept(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
+    """What the sweep saw of an arm: rate, step, alone, delta norm, score and scale of each merge; percent.
+
+    Of a training that diverged, of which no moment counts: None and nothing merged, and under `diverged` what happened.
+    """
+    rows = []
+    for trained in (u for u in sweep_units(layout) if u.arm == arm.name):
+        for step in layout.moments(arm):
+            alone = replace(trained, stage=ALONE, step=step, split=TUNING)
+            found = result(layout, alone)
+            row: dict[str, Any] = {"arm": arm.name, "lr": trained.rate, "step": step}
+            if DIVERGED in found:
+                lost = {"alone": None, "delta_norm": None, "merged": {}, "scale": {}, DIVERGED: found[DIVERGED]}
+                rows.append(row | lost)
+                continue
+            merges = (
+                {}
+                if arm.joint
+                else {m: result(layout, replace(alone, stage=MERGE, merge=m)) for m in tuning_merges(layout)}
+            )
+            rows.append(
+                row
+                | {
+                    "alone": float(np.mean(list(found["tuning"]["alone"].values()))),
+                    "delta_norm": float(np.mean(list(found["delta_norm"].values()))),
+                    "merged": {m: r["score"] for m, r in merges.items()},
+                    "scale": {m: r["scale"] for m, r in merges.items()},
+                }
+            )
+    return rows
+
+
+def learned(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
+    """What the sweep saw of an arm, without rates that diverged: what may be chosen.
+
+    Raises:
+        RunError: There is nothing else.
+    """
+    rows = [r for r in swept(layout, arm) if DIVERGED not in r]
+    if not rows:
+        raise RunError("every rate of the sweep diverged", where=f"arm {arm.name}", hint="give it lower rates")
+    return rows
+
+
+def chosen(layout: Layout, arm: StudyArm) -> Choice:
+    """The rate and moment of an arm: those with the best merge on the tuning rows; for a joint arm the best alone.
+
+    Of an arm that is like another, the other's; of one that is a moment of another, that moment.
+    """
+    if arm.like is not None:
+        found = chosen(layout, layout.study.arm(arm.like))
+        return Choice(found.rate, arm.snapshot or found.step)
+    rows = learned(layout, arm)
+    best = max(rows, key=lambda r: r["alone"] if arm.joint else max(r["merged"].values()))
+    return Choice(best["lr"], best["step"])
+
+
+def chosen_alone(layout: Layout, arm: StudyArm) -> Choice:
+    """The rate and moment at which an arm's adapters are best alone."""
+    best = max(learned(layout, arm), key=lambda r: r["alone"])
+    return Choice(best["lr"], best["step"])
+
+
+def plain_arms(layout: Layout) -> list[StudyArm]:
+    """The arms that people without plait use."""
+    return [a for a in layout.study.study_arms if a.name in PLAIN]
+
+
+# --- what is reported -------------------------------------------------------------------------------------------------
+
+
+def final_units(layout: Layout) -> list[Unit]:
+    """Trainings that are reported: each arm at its choice, plain arms also at their best alone, and the variants'."""
+    study = layout.study
+    found = []
+    for arm in study.study_arms:
+        choices = [chosen(layout, arm)] + ([chosen_alone(layout, arm)] if arm in plain_arms(layout) else [])
+        for choice in dict.fromkeys(choices):
+            found += [Unit(TRAIN, s, arm.name, choice.rate, choice.step) for s in arm.seeds or study.seeds]
+    for variant in study.variants:
+        for name in variant.arms:
+            choice = chosen(layout, study.arm(name))
+            seeds = variant.seeds or study.seeds[:1]
+            found += [Unit(TRAIN, s, name, choice.rate, choice.step, variant=variant.name) for s in seeds]
+    return found
+
+
+def fold_scores(layout: Layout, trained: Unit) -> list[Unit]:
+    """Everything that is scored of a reported training."""
+    study = layout.of(trained).study
+    arm = study.arm(trained.arm)
+    alone = replace(trained, stage=ALONE, split=FOLDS)
+    if arm.joint:
+        return [alone]
+    best = chosen(layout, layout.study.arm(trained.arm))
+    merges = [replace(alone, stage=MERGE, merge=m.name) for m in study.merge_specs]
+    reported = (trained.rate, trained.step) == (best.rate, best.step)
+    return [alone, *(merges if reported else []), *([] if trained.variant else [replace(alone, stage=FEATURES)])]
+
+
+def repair_units(layout: Layout) -> list[Unit]:
+    """Merges that are trained further; their scale is the sweep's, so that no reported row has a say in it."""
+    repair = layout.study.repair
+    found = []
+    for name in repair.arms if repair else []:
+        arm = layout.study.arm(name)
+        choice = chosen(layout, arm)
+        row = next(r for r in swept(layout, arm) if (r["lr"], r["step"]) == (choice.rate, choice.step))
+        scale = row["scale"][repair.merge] if repair else 1.0
+        for seed in arm.seeds or layout.study.seeds:
+            found.append(
+                Unit(REPAIR, seed, name, choice.rate, choice.step, repair.merge if repair else "", scale=scale)
+            )
+    return found

@@ -1,1 +1,0 @@
-"""Arms x merges x seeds with controls: expanded into jobs, run anywhere, reduced to tables by a fixed protocol."""
