@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.1.0"
+from plait.version import __version__ as __version__
 
 TYPE_CHECKING = False  # typing itself takes longer to import than all of this
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from plait.statistics import read_statistics as read_statistics
     from plait.statistics import write_statistics as write_statistics
     from plait.subspaces import compute_subspaces as compute_subspaces
-    from plait.subspaces.initial import initialize_lora_weights as initialize_lora_weights
-    from plait.subspaces.initial import subspace_state_dict as subspace_state_dict
+    from plait.subspaces.start import initialize_lora_weights as initialize_lora_weights
+    from plait.subspaces.start import subspace_state_dict as subspace_state_dict
     from plait.training import TrainingSettings as TrainingSettings
     from plait.training import train_adapter as train_adapter
 
@@ -55,7 +55,7 @@ _HOMES = {
     "advise": "fidelity.advise",
     "collect_statistics": "statistics",
     "compute_subspaces": "subspaces",
-    "initialize_lora_weights": "subspaces.initial",
+    "initialize_lora_weights": "subspaces.start",
     "load_head": "model.heads",
     "merge": "merging",
     "merge_auto": "fidelity.auto",
@@ -66,7 +66,7 @@ _HOMES = {
     "read_recipe": "runs.recipe_file",
     "read_statistics": "statistics",
     "run": "runs.pipeline",
-    "subspace_state_dict": "subspaces.initial",
+    "subspace_state_dict": "subspaces.start",
     "train_adapter": "training",
     "write_adapter": "adapters.peft_format",
     "write_statistics": "statistics",

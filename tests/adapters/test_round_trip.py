@@ -25,7 +25,7 @@ from plait.model.applied import applied
 from plait.model.base import backbone_of, head_state, load_task_model, load_tokenizer
 from plait.statistics.moments import ModuleInfo
 from plait.subspaces.compute import Subspace
-from plait.subspaces.initial import initial_adapter
+from plait.subspaces.start import initial_adapter
 from plait.tasks import Source, Task, collate, encode
 from plait.tasks.task import Examples
 from tests.tiny import ARCHITECTURES, TARGETS, WORDS

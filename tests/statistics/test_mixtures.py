@@ -15,7 +15,7 @@ from plait.errors import UsageError
 from plait.statistics import collect_statistics
 from plait.statistics.files import read_statistics, write_statistics
 from plait.subspaces.compute import compute_subspaces
-from plait.subspaces.initial import initial_adapter, initialize_lora_weights, subspace_state_dict
+from plait.subspaces.start import initial_adapter, initialize_lora_weights, subspace_state_dict
 from tests.mixtures import IDS, difference, logits, mixture
 
 MASK = torch.ones_like(IDS)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from plait.errors import InputError, UsageError
 from plait.statistics.accumulate import SiteSums
+from plait.statistics.agreement import merge_statistics
 from plait.statistics.masks import Positions
-from plait.statistics.moments import FACTOR, ModuleInfo, Moments, Statistics, merge_statistics, rotated
+from plait.statistics.moments import FACTOR, ModuleInfo, Moments, Statistics, rotated
 from plait.statistics.sketch import FrequentDirections, compress
 
 D = 12

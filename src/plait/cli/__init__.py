@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import typer
 
-from plait import __version__
 from plait.cli import checking, existing, export, formats, merging, recipes, stages, statistics, study
 from plait.cli.output import guarded
 from plait.disk.hub import go_offline
+from plait.version import __version__
 
 app = typer.Typer(
     name="plait",

@@ -61,7 +61,8 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write an adapter that is ready to train, from statistics files. A lies in its subspace, B is zero; no base is loaded."""
-    from plait.subspaces.start import InitialSettings, completion_note, initialise_from_files
+    from plait.runs.single import initialise_from_files
+    from plait.subspaces.start import InitialSettings, completion_note
 
     if not background:
         without(context, "an init without --background", ["background_weight"])
@@ -111,7 +112,8 @@ def post(
     sets: Set = None, device: Device = "cpu", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Move a trained adapter into its task's subspace. B is fitted again from statistics; says how much is kept."""
-    from plait.subspaces.start import InitialSettings, move_from_files
+    from plait.runs.single import move_from_files
+    from plait.subspaces.start import InitialSettings
 
     if not background:
         without(context, "a post without --background", ["background_weight"])

@@ -16,7 +16,6 @@ from plait.errors import EnvironmentFault, InputError
 from plait.progress import note
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([A-Za-z0-9][\w./-]*))?")
-_SMALL = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")  # configs and tokenizers; weights go by their names
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json", "plait.json")
 _HEADS = "heads/*.safetensors"
 _READ = (".safetensors", ".json")  # of what a manifest lists; never a pickle
@@ -103,33 +102,6 @@ def adapter_place(text: str | Path) -> Path:
     if more := _listed(found.folder / "plait.json"):
         found = snapshot(repo, found.commit, (*_ADAPTER, _HEADS, *more), what="adapter")
     return found.folder
-
-
-def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot:
-    """A base model of the hub: its config and tokenizer, and its weights in safetensors where they are wanted.
-
-    Raises:
-        InputError: Neither in the cache nor on the hub, or without safetensors.
-    """
-    found = snapshot(name, revision, _SMALL, what="base model")
-    if not weights:
-        return found
-    from plait.model.files import SINGLE, indexed_shards
-
-    wanted = (*_SMALL, SINGLE, *indexed_shards(found.folder))
-    return snapshot(name, found.commit, wanted, what="base model")
-
-
-def base_place(text: str | Path) -> Path:
-    """The folder of a base: a path that exists, else ``name``, ``user/name`` or either ``@revision`` on the hub.
-
-    Raises:
-        InputError: It looks like a hub name and is neither here, nor in the cache, nor on the hub.
-    """
-    written = str(text)
-    if not is_hub_name(written) or Path(Path(written).parts[0]).is_dir():
-        return Path(text)
-    return base_snapshot(*split_revision(written), weights=True).folder
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plait import __version__
 from plait.disk.durable import absent_above, flush_above, flush_file, flush_folders
 from plait.disk.files import canonical_json as canonical_json
 from plait.disk.files import read_json as read_json
@@ -33,6 +32,7 @@ from plait.disk.manifest import read_manifest as read_manifest
 from plait.disk.overwriting import require_replaceable, require_replaceable_file
 from plait.errors import Unfinished, UsageError
 from plait.loading import require_loadable
+from plait.version import __version__
 
 _LOADED = (".safetensors", ".gguf")  # files that other programs load
 

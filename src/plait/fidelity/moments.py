@@ -9,8 +9,9 @@ from plait.fidelity.candidates import BASE_MOMENTS, OWN_MOMENTS
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.tokens import rows_of
 from plait.model.applied import applied
+from plait.statistics.agreement import merge_statistics
 from plait.statistics.collect import collect_statistics
-from plait.statistics.moments import Statistics, merge_statistics
+from plait.statistics.moments import Statistics
 from plait.tasks import batches
 
 

@@ -14,7 +14,7 @@ from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
 from plait.disk import store
-from plait.disk.hub import adapter_place, base_place, name_of
+from plait.disk.hub import adapter_place, name_of
 from plait.disk.overwriting import require_apart
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.alpha import alpha_notes
@@ -31,6 +31,7 @@ from plait.formats.work import Means
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
 from plait.merging.beside import carried, lines, verify_carried
 from plait.merging.inputs import seed_of
+from plait.model.files import base_place
 
 _FAILED = 1e-6
 

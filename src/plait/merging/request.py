@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from plait.disk.hub import base_place
 from plait.disk.overwriting import require_apart
 from plait.errors import UsageError
 from plait.merging.bake import bake
@@ -25,6 +24,7 @@ from plait.merging.registry import find_method
 from plait.merging.scales import asks_moments, default_method
 from plait.merging.stack import composed, in_order, stack_record
 from plait.merging.to_format import is_for_files, merge_to_format
+from plait.model.files import base_place
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from plait.disk.hub import base_snapshot, is_hub_name
+from plait.disk.hub import is_hub_name
 from plait.disk.locks import require_readable
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
-from plait.model.files import read_base_config, require_vocabulary
+from plait.model.files import base_snapshot, read_base_config, require_vocabulary
 from plait.model.whole import LoadingReport, require_plausible, require_whole
 
 if TYPE_CHECKING:

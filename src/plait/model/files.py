@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.tensors import read_layout
+from plait.disk.hub import Snapshot, is_hub_name, snapshot, split_revision
 from plait.disk.store import read_json, require_regular
 from plait.errors import InputError
 
@@ -18,6 +19,8 @@ _SAFE = (
     "hf download NAME --include '*.safetensors' where its owner offers them; else load it once where you trust it and "
     "model.save_pretrained(NEW)"
 )
+# Configs and tokenizers on the hub; weights go by their names.
+_CONFIGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 # What tokenizers of transformers read.
 _TOKENIZER = re.compile(
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|tekken\.json"
@@ -95,6 +98,31 @@ def weight_layout(folder: Path) -> dict[str, dict[str, Any]]:
             raise InputError(f"tensor {twice!r} is in two shards", where=str(path), hint="download it again, whole")
         found |= entries
     return found
+
+
+def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot:
+    """A base model of the hub: its config and tokenizer, and its weights in safetensors where they are wanted.
+
+    Raises:
+        InputError: Neither in the cache nor on the hub, or without safetensors.
+    """
+    found = snapshot(name, revision, _CONFIGS, what="base model")
+    if not weights:
+        return found
+    wanted = (*_CONFIGS, SINGLE, *indexed_shards(found.folder))
+    return snapshot(name, found.commit, wanted, what="base model")
+
+
+def base_place(text: str | Path) -> Path:
+    """The folder of a base: a path that exists, else ``name``, ``user/name`` or either ``@revision`` on the hub.
+
+    Raises:
+        InputError: It looks like a hub name and is neither here, nor in the cache, nor on the hub.
+    """
+    written = str(text)
+    if not is_hub_name(written) or Path(Path(written).parts[0]).is_dir():
+        return Path(text)
+    return base_snapshot(*split_revision(written), weights=True).folder
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

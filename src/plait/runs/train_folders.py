@@ -17,7 +17,7 @@ from plait.progress import Progress
 from plait.runs.recipe import ArmSpec, Recipe
 from plait.runs.recipe_file import require_known
 from plait.runs.session import Session
-from plait.subspaces.start import task_recorded
+from plait.statistics.lazy import task_recorded
 
 if TYPE_CHECKING:
     from plait.statistics import Statistics

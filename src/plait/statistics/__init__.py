@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plait.statistics.agreement import merge_statistics as merge_statistics
     from plait.statistics.collect import collect_statistics as collect_statistics
     from plait.statistics.files import read_identity as read_identity
     from plait.statistics.files import read_statistics as read_statistics
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from plait.statistics.moments import ModuleInfo as ModuleInfo
     from plait.statistics.moments import Moments as Moments
     from plait.statistics.moments import Statistics as Statistics
-    from plait.statistics.moments import merge_statistics as merge_statistics
     from plait.statistics.resume import collect_shards as collect_shards
     from plait.statistics.sketch import compress_statistics as compress_statistics
 
@@ -30,7 +30,7 @@ _HOMES = {
     "collect_statistics": "collect",
     "compress_statistics": "sketch",
     "diff_statistics": "inspect",
-    "merge_statistics": "moments",
+    "merge_statistics": "agreement",
     "open_statistics": "lazy",
     "read_identity": "files",
     "read_statistics": "files",

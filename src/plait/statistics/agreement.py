@@ -1,15 +1,15 @@
-"""Whether statistics belong together, and to the base at hand."""
+"""Statistics that belong together, and their sum; whether they belong to the base at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from plait.errors import InputError
 from plait.model.records import same_weights
-
-if TYPE_CHECKING:
-    from plait.statistics.moments import Statistics
+from plait.statistics.moments import Moments, Statistics
 
 # What must agree before two files may be added; a difference in any other key is only dropped from the record.
 _MUST_AGREE = ("base", "tokenizer_sha256", "pool")
@@ -43,6 +43,41 @@ def require_compatible(a: Statistics, b: Statistics) -> None:
             raise InputError(
                 f"module {name!r} is {info.shape} at {info.site!r} and {other.shape} at {other.site!r}", where=_label(b)
             )
+
+
+def merge_statistics(*statistics: Statistics) -> Statistics:
+    """Add statistics of one base: batches, files, GPUs and "all the other tasks" alike.
+
+    Returns:
+        The sum. Provenance keeps what all agree on, adds samples and tokens, and lists the tasks.
+
+    Raises:
+        InputError: None given, or they differ in base, weights, tokenizer, pool, modules or sites.
+    """
+    if not statistics:
+        raise InputError("no statistics to merge")
+    first = statistics[0]
+    for other in statistics[1:]:
+        require_compatible(first, other)
+    sites = {s: functools.reduce(Moments.merge, [x.sites[s] for x in statistics]) for s in first.sites}
+    modules = {
+        m: replace(info, output_energy=sum(x.modules[m].output_energy for x in statistics))
+        for m, info in first.modules.items()
+    }
+    return Statistics(sites, modules, _merged_provenance([x.provenance for x in statistics]))
+
+
+def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    parts = list(parts)
+    merged = {k: v for k, v in parts[0].items() if k == "base" or all(p.get(k) == v for p in parts)}
+    for key in ("samples", "tokens"):
+        if all(key in p for p in parts):
+            merged[key] = sum(p[key] for p in parts)
+    tasks = [t for p in parts for t in p.get("tasks", [p["task"]] if p.get("task") else [])]
+    distinct = list(dict.fromkeys(tasks))
+    if len(distinct) > 1:
+        merged["tasks"] = distinct
+    return merged
 
 
 def require_base(statistics: Statistics, name: str, facts: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from plait import __version__
 from plait.errors import InputError, UsageError
 from plait.statistics.accumulate import POOLS, exact_matmul
 from plait.statistics.collector import Batch, Collector
@@ -21,6 +20,7 @@ from plait.statistics.moments import Statistics
 from plait.statistics.passes import ForwardPasses, examples_in, first_example
 from plait.statistics.sites import find_sites
 from plait.statistics.targets import Target, find_targets
+from plait.version import __version__
 
 SCHEMA = 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plait.adapters.tensors import read_layout, read_some
 from plait.border.checked import Record
-from plait.errors import InputError
+from plait.errors import InputError, UsageError
 from plait.statistics.files import moments_of, record_of
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 from plait.statistics.records import PARTS, file_record, site_record
@@ -52,6 +52,40 @@ def open_statistics(path: str | Path) -> Statistics:
     record = file_record(record_of(metadata, path), entries, path)
     homes = {site: (path, raw) for site, raw in record.raw_sites.items()}
     return Statistics(FileSites(homes), record.modules, record.provenance)
+
+
+def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[str, dict[str, Statistics]]:
+    """The own task's name, and statistics by task; a file of the own task among the others is left out.
+
+    Raises:
+        UsageError: Two files of one task.
+    """
+    own = Path(own)
+    mine = open_statistics(own)
+    task = task_recorded(mine, own)
+    statistics = {task: mine}
+    for path in map(Path, others):
+        if path.exists() and path.samefile(own):  # a glob over the pool may hold it too
+            continue
+        found = open_statistics(path)
+        name = task_recorded(found, path)
+        if task in found.provenance.get("tasks", ()):
+            raise UsageError(
+                f"the pool was merged from files of {task!r} too",
+                where=str(path),
+                hint="pass the other files one by one",
+            )
+        if name in statistics:
+            raise UsageError(
+                f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
+            )
+        statistics[name] = found
+    return task, statistics
+
+
+def task_recorded(statistics: Statistics, path: Path) -> str:
+    """The task that a statistics file is of: as it says itself, else by its name."""
+    return str(statistics.provenance.get("task") or path.name.split(".")[0])
 
 
 def joined(parts: Sequence[Statistics], modules: Mapping[str, ModuleInfo]) -> Statistics:

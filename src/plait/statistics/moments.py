@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
 from plait.errors import InputError
-from plait.statistics.agreement import require_compatible
 
 DENSE, FACTOR = "dense", "factor"
 
@@ -216,38 +215,3 @@ class Statistics:
         """A module's name without the recorded backbone prefix."""
         prefix = self.provenance.get("backbone_prefix")
         return module.removeprefix(f"{prefix}.") if prefix and module not in self.modules else module
-
-
-def merge_statistics(*statistics: Statistics) -> Statistics:
-    """Add statistics of one base: batches, files, GPUs and "all the other tasks" alike.
-
-    Returns:
-        The sum. Provenance keeps what all agree on, adds samples and tokens, and lists the tasks.
-
-    Raises:
-        InputError: None given, or they differ in base, weights, tokenizer, pool, modules or sites.
-    """
-    if not statistics:
-        raise InputError("no statistics to merge")
-    first = statistics[0]
-    for other in statistics[1:]:
-        require_compatible(first, other)
-    sites = {s: functools.reduce(Moments.merge, [x.sites[s] for x in statistics]) for s in first.sites}
-    modules = {
-        m: replace(info, output_energy=sum(x.modules[m].output_energy for x in statistics))
-        for m, info in first.modules.items()
-    }
-    return Statistics(sites, modules, _merged_provenance([x.provenance for x in statistics]))
-
-
-def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    parts = list(parts)
-    merged = {k: v for k, v in parts[0].items() if k == "base" or all(p.get(k) == v for p in parts)}
-    for key in ("samples", "tokens"):
-        if all(key in p for p in parts):
-            merged[key] = sum(p[key] for p in parts)
-    tasks = [t for p in parts for t in p.get("tasks", [p["task"]] if p.get("task") else [])]
-    distinct = list(dict.fromkeys(tasks))
-    if len(distinct) > 1:
-        merged["tasks"] = distinct
-    return merged

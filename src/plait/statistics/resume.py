@@ -10,11 +10,12 @@ from torch import nn
 
 from plait.disk.store import differences, identity
 from plait.errors import InputError, UsageError
+from plait.statistics.agreement import merge_statistics
 from plait.statistics.collect import collect_statistics
 from plait.statistics.collector import Batch
 from plait.statistics.distributed import everywhere
 from plait.statistics.files import read_identity, read_statistics, write_statistics
-from plait.statistics.moments import Statistics, merge_statistics
+from plait.statistics.moments import Statistics
 
 
 def collect_shards(

@@ -11,15 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.errors import InputError, RunError, UsageError
-from plait.options import checked_options
-from plait.statistics.agreement import require_compatible
-from plait.statistics.moments import ModuleInfo, Statistics, merge_statistics
+from plait.options import checked_options, did_you_mean
+from plait.statistics.agreement import merge_statistics, require_compatible
+from plait.statistics.moments import ModuleInfo, Statistics
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import (
     SubspaceMethod,
     checked_row_norm,
     default_row_norm,
-    find_subspace_method,
     registered,
 )
 
@@ -55,6 +54,18 @@ def subspace_methods() -> Mapping[str, SubspaceMethod]:
     from plait.subspaces import contrastive, controls, osrm  # noqa: F401
 
     return registered()
+
+
+def find_subspace_method(name: str) -> SubspaceMethod:
+    """Look a method up.
+
+    Raises:
+        UsageError: Unknown; the nearest names are in the message.
+    """
+    known = subspace_methods()
+    if name not in known:
+        raise UsageError(f"unknown subspace method {name!r}", hint=did_you_mean(name, known))
+    return known[name]
 
 
 def compute_subspaces(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plait.errors import UsageError
-from plait.options import Option, did_you_mean, options_of
+from plait.options import Option, options_of
 from plait.subspaces.inputs import Basis
 
 # The length of a row of A where the caller names none: 1, a standard Gaussian's, or as it was drawn.
@@ -69,20 +69,6 @@ def subspace_method(
 def registered() -> Mapping[str, SubspaceMethod]:
     """Every method registered so far by name, in alphabetical order."""
     return types.MappingProxyType({k: _METHODS[k] for k in sorted(_METHODS)})
-
-
-def find_subspace_method(name: str) -> SubspaceMethod:
-    """Look a method up.
-
-    Raises:
-        UsageError: Unknown; the nearest names are in the message.
-    """
-    from plait.subspaces.compute import subspace_methods
-
-    known = subspace_methods()
-    if name not in known:
-        raise UsageError(f"unknown subspace method {name!r}", hint=did_you_mean(name, known))
-    return known[name]
 
 
 def default_row_norm(method: SubspaceMethod, dim: int, rank: int) -> float | None:

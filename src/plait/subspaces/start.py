@@ -1,25 +1,21 @@
-"""From statistics to adapters that are ready to be trained: files in, a PEFT folder out, no base model needed."""
+"""From statistics to adapters that start in their subspaces: B = 0, so the base's outputs are untouched."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.disk.overwriting import require_apart
-from plait.disk.store import identity, is_done, read_manifest, sha256_file, staged_folder
+from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError, UsageError
-from plait.model.base import device_named
 from plait.options import did_you_mean
-from plait.statistics import Statistics, open_statistics
-from plait.subspaces import completed, compute_subspaces
-from plait.subspaces.initial import initial_adapter
+from plait.statistics.moments import ModuleInfo, Statistics
+from plait.statistics.targets import find_targets
+from plait.subspaces.compute import Subspace, completed, compute_subspaces
 from plait.subspaces.registry import checked_row_norm
 
 _UNRECORDED = "SEQ_CLS"
@@ -119,6 +115,68 @@ def initial_adapters(
     return made
 
 
+def initial_adapter(
+    name: str,
+    base: str,
+    subspaces: Mapping[str, Subspace],
+    modules: Mapping[str, ModuleInfo],
+    *,
+    alpha: float,
+    task_type: str | None = None,
+    prefix: str = "",
+    target_modules: Sequence[str] | str | None = None,
+    revision: str | None = None,
+    rslora: bool = False,
+    source: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """An adapter that changes nothing yet: A is the subspace to the bit, B is zero.
+
+    Args:
+        name: Name of the task.
+        base: `base_model_name_or_path`.
+        subspaces: Module -> subspace, as `compute_subspaces` gives them for one task.
+        modules: Module -> its shape, from `Statistics.modules`.
+        alpha: LoRA's alpha, above 0; scaling is alpha / r (alpha / sqrt(r) for rsLoRA).
+        task_type: PEFT's, such as "SEQ_CLS".
+        prefix: The backbone's attribute inside the task's model.
+        target_modules: As PEFT's config should have them.
+        revision: Of the base.
+        rslora: Rank-stabilised scaling.
+        source: Provenance.
+
+    Raises:
+        UsageError: alpha is not a finite number above 0.
+        InputError: A subspace of a module that `modules` lacks, or of another width.
+    """
+    if not 0 < alpha < float("inf"):
+        raise UsageError(f"alpha {alpha!r}, expected a finite number above 0")
+    if not subspaces:
+        raise InputError("no subspaces to start from")
+    factors: dict[str, LoraFactors] = {}
+    for module in sorted(subspaces):
+        A = subspaces[module].A
+        if module not in modules or modules[module].shape[1] != A.shape[1]:
+            raise InputError(f"the subspace has width {A.shape[1]}, the module does not", where=module)
+        rank = A.shape[0]
+        scaling = alpha / rank**0.5 if rslora else alpha / rank
+        factors[module] = LoraFactors(A, A.new_zeros(modules[module].shape[0], rank), scaling)
+    fans = {modules[m].fan_in_fan_out for m in factors}
+    return Adapter(
+        name=name,
+        base=base,
+        modules=factors,
+        task_type=task_type,
+        prefix=prefix,
+        target_modules=target_modules
+        if isinstance(target_modules, str) or target_modules is None
+        else tuple(target_modules),
+        target_parameters=tuple(f"{m}.weight" for m in factors if modules[m].is_router),
+        revision=revision,
+        fan_in_fan_out=fans == {True},
+        source=dict(source or {}),
+    )
+
+
 def task_type_of(statistics: Statistics) -> str:
     """PEFT's task type of the model that statistics were collected on.
 
@@ -139,161 +197,95 @@ def completion_note(task: str, rows: Mapping[str, int]) -> str:
     )
 
 
-def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[str, dict[str, Statistics]]:
-    """The own task's name, and statistics by task; a file of the own task among the others is left out.
-
-    Raises:
-        UsageError: Two files of one task.
-    """
-    own = Path(own)
-    mine = open_statistics(own)
-    task = task_recorded(mine, own)
-    statistics = {task: mine}
-    for path in map(Path, others):
-        if path.exists() and path.samefile(own):  # a glob over the pool may hold it too
-            continue
-        found = open_statistics(path)
-        name = task_recorded(found, path)
-        if task in found.provenance.get("tasks", ()):
-            raise UsageError(
-                f"the pool was merged from files of {task!r} too",
-                where=str(path),
-                hint="pass the other files one by one",
-            )
-        if name in statistics:
-            raise UsageError(
-                f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
-            )
-        statistics[name] = found
-    return task, statistics
-
-
-def task_recorded(statistics: Statistics, path: Path) -> str:
-    """The task that a statistics file is of: as it says itself, else by its name."""
-    return str(statistics.provenance.get("task") or path.name.split(".")[0])
-
-
-def initialise_from_files(
-    own: Path,
-    others: Sequence[Path],
-    settings: InitialSettings,
-    out: Path,
+def subspace_state_dict(
+    method: str,
+    own: Statistics,
+    others: Sequence[Statistics] | Mapping[str, Statistics] = (),
     *,
-    background: Sequence[Path] = (),
+    rank: int = 8,
+    row_norm: float | None = None,
+    options: Mapping[str, Any] | None = None,
     seed: int = 0,
-    device: str = "cpu",
-    overwrite: bool = False,
-    trainer: str | None = None,
-) -> dict[str, Any]:
-    """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
-
-    `trainer`, where one is named, must be one that trains the adapter's task type.
-
-    Returns:
-        output, task, base, task_type, subspace, rank, row_norm, others; `completed` where there are any (see `osrm`);
-        `reused` where the folder already held it.
-
-    Raises:
-        UsageError: No others for a method that needs them; `out` holds something else.
-        InputError: A file that cannot be read, or files of different bases.
-    """
-    where = device_named(device)
-    require_apart(out, [own, *others, *background])
-    task, statistics = read_own_and_others(own, others)
-    mine = statistics[task]
-    settings = replace(settings, task_type=settings.task_type or task_type_of(mine))
-    if trainer is not None:
-        from plait.training.snippets import require_trainer
-
-        require_trainer(trainer, settings.task_type)
-    pools = [open_statistics(p) for p in background]
-    inputs = _hashes(own, others, background)
-    wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
-    base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
-    summary = {
-        "output": str(out.absolute()),
-        "task": task,
-        "base": base,
-        "task_type": settings.task_type,
-        "others": [t for t in statistics if t != task],
-    }
-    if is_done(out, wanted, overwrite=overwrite):
-        return {**summary, "reused": True}
-    made = initial_adapters(
-        statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools, device=where
-    )
-    adapter, record = made[task]
-    if pools:
-        weight = 1.0 if len(statistics) == 1 else settings.background_weight  # nobody else to mix it with
-        record |= {"background": [p.name for p in background], "background_weight": weight}
-    result: dict[str, Any] = {}
-    with staged_folder(out, wanted, overwrite=overwrite, result=result) as folder:
-        result |= record
-        write_adapter(folder, adapter)
-    return {**summary, **record, "reused": False}
-
-
-def _hashes(own: Path, others: Sequence[Path], background: Sequence[Path]) -> dict[str, str]:
-    found = {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
-    return found | {f"background {p.name}": sha256_file(p) for p in background}
-
-
-def move_from_files(
-    folder: Path,
-    own: Path,
-    others: Sequence[Path],
-    settings: InitialSettings,
-    out: Path,
-    *,
-    background: Sequence[Path] = (),
-    seed: int = 0,
-    device: str = "cpu",
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Move a trained adapter into a subspace of its task and write the result.
+    background: Statistics | Sequence[Statistics] | None = None,
+    background_weight: float = 0.5,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Module -> A for one task, from its own statistics and the published ones of the others.
 
     Args:
-        folder: The trained adapter.
-        own: Statistics of its task; B is fitted again on them, in closed form.
-        others: Statistics of the other tasks.
-        settings: Method, rank, options, background's weight; alpha, task type and targets are the adapter's own.
-        out: The folder to write.
-        background: Statistics of public text that stand for tasks nobody knows yet.
-        seed: Of methods that draw at random.
-        device: Where the subspace is sought.
-        overwrite: Replace what stands there.
+        method: A registered subspace method.
+        own: This task's statistics.
+        others: The other tasks', in any order.
+        rank: As the LoRA layers have it.
+        row_norm: See `compute_subspaces`; so are the rest.
+        options: Of the method.
+        seed: For what is drawn.
+        background: Statistics of public text.
+        background_weight: Its share among the others.
+        device: Where to compute.
 
     Returns:
-        output, task, subspace, rank, `energy_kept` (mean over modules) and `worst_module` with its share.
+        Names relative to the backbone -> (r, d) float32, for `initialize_lora_weights`.
     """
-    from plait.subspaces.post import move_into
-
-    where = device_named(device)
-    require_apart(out, [folder, own, *others, *background])
-    adapter = read_adapter(folder)
-    task, statistics = read_own_and_others(own, others)
-    options: dict[str, Any] = {"method": settings.method, "rank": settings.rank, "options": dict(settings.options)}
-    if background:
-        options["background_weight"] = settings.background_weight
-    inputs = {"adapter": adapter.source["sha256"], **_hashes(own, others, background)}
-    wanted = identity("post", options, inputs, seed)
-    if is_done(out, wanted, overwrite=overwrite):
-        return {**(read_manifest(out) or {})["result"], "output": str(out.absolute()), "reused": True}
-    spaces = compute_subspaces(
-        settings.method,
-        statistics,
-        tasks=[task],
-        rank=settings.rank,
-        options=settings.options,
+    given = list(others.values()) if isinstance(others, Mapping) else list(others)
+    pool = {f"other{i:04d}": s for i, s in enumerate(given)}
+    found = compute_subspaces(
+        method,
+        {"own": own, **pool},
+        tasks=["own"],
+        rank=rank,
+        row_norm=row_norm,
+        options=options,
         seed=seed,
-        background=[open_statistics(p) for p in background] or None,
-        background_weight=settings.background_weight,
-        device=where,
+        background=background,
+        background_weight=background_weight,
+        device=device,
     )
-    moved, kept = move_into(adapter, spaces[task], statistics=statistics[task])
-    worst = min(kept, key=lambda m: kept[m])
-    result: dict[str, Any] = {"task": adapter.name, "subspace": settings.method, "rank": settings.rank}
-    result |= {"energy_kept": sum(kept.values()) / len(kept), "worst_module": [worst, kept[worst]]}
-    with staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        write_adapter(stage, moved)
-    return {**result, "output": str(out.absolute()), "reused": False}
+    return {module: subspace.A for module, subspace in found["own"].items()}
+
+
+def initialize_lora_weights(
+    peft_model: nn.Module, state_dict: Mapping[str, Tensor], *, adapter_name: str | None = None
+) -> None:
+    """Start the LoRA layers of a PeftModel in the given subspaces: A as given, B = 0.
+
+    Args:
+        peft_model: From `peft.get_peft_model`, before training.
+        state_dict: From `subspace_state_dict`.
+        adapter_name: The active one by default.
+
+    Raises:
+        UsageError: No LoRA layers, or an unknown adapter.
+        InputError: A layer without a subspace, a subspace without a layer, or another rank; nothing is changed then.
+    """
+    targets, prefix = find_targets(peft_model, None)
+    layers = _lora_layers(peft_model)
+    name = adapter_name or _active(peft_model)
+    wanted = {m.removeprefix(f"{prefix}.") if prefix else m: A for m, A in state_dict.items()}
+    for module in sorted({*targets, *wanted}):
+        if module not in targets or module not in wanted:
+            raise InputError(
+                f"has {'a subspace and no LoRA layer' if module in wanted else 'no subspace'}", where=module
+            )
+        if name not in layers[id(targets[module].module)].lora_A:
+            raise UsageError(f"no adapter {name!r} here", where=module)
+        shape = tuple(layers[id(targets[module].module)].lora_A[name].weight.shape)
+        if shape != tuple(wanted[module].shape):
+            raise InputError(
+                f"A is {shape}, the subspace {tuple(wanted[module].shape)}", where=module, hint="use one rank"
+            )
+    with torch.no_grad():
+        for module, target in targets.items():
+            layer = layers[id(target.module)]
+            layer.lora_A[name].weight.copy_(wanted[module])
+            layer.lora_B[name].weight.zero_()
+
+
+def _lora_layers(model: nn.Module) -> dict[int, Any]:
+    """The base layer's id -> its LoRA layer."""
+    return {id(m.base_layer): m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "lora_A")}
+
+
+def _active(model: nn.Module) -> str:
+    active = getattr(model, "active_adapter", "default")
+    return active if isinstance(active, str) else str(active[0])

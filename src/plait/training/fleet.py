@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,13 @@ from plait.disk.store import is_done, staged_folder
 from plait.errors import Diverged, InputError, UsageError
 from plait.model.base import BaseModel
 from plait.model.identity import base_facts
-from plait.statistics.moments import Statistics
-from plait.tasks import Examples, Task
 from plait.training.fleet_run import Outcome, Shared, cohort_size, run_cohort
 from plait.training.fleet_state import interrupted
-from plait.training.settings import TrainingSettings
+from plait.training.member import Member
 from plait.training.train import loss_summary, train_adapter
 
 Progress = Callable[[int, int, float | None], None]
 _WRITERS = 8  # folders written at once: each waits for the disk several times over
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """One adapter of a fleet: exactly what `train_adapter` takes.
-
-    Args:
-        initial: What it starts from.
-        task: Its task.
-        examples: Its training rows; members may share them.
-        settings: Its own rates, steps, constraint.
-        seed: Of its head and the order of its rows.
-        out: The folder to write.
-        identity: What the result is.
-        statistics: Of all tasks, where its constraint needs them.
-        selection: Rows to choose its best moment by.
-    """
-
-    initial: Adapter
-    task: Task
-    examples: Examples
-    settings: TrainingSettings
-    seed: int
-    out: Path
-    identity: Mapping[str, Any]
-    statistics: Mapping[str, Statistics] | None = None
-    selection: Examples | None = None
 
 
 def train_fleet(
@@ -251,14 +221,3 @@ class _Meter:
         self.done += steps
         if self.progress is not None:
             self.progress(self.done, self.total, loss)
-
-
-def rates_sweep(member: Member, rates: Mapping[str, float]) -> list[Member]:
-    """One member per learning rate; each writes into ``NAME-KEY`` beside the member's own folder."""
-    made = []
-    for key, rate in rates.items():
-        settings = replace(member.settings, lr=rate)
-        identity = {**member.identity, "options": {**member.identity.get("options", {}), "lr": rate}}
-        out = member.out.with_name(f"{member.out.name}-{key}")
-        made.append(replace(member, settings=settings, out=out, identity=identity))
-    return made

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,10 @@ from plait.model.stacked import common_shapes
 from plait.tasks import encode, require_positions
 from plait.training.cohort import Cohort, Trainee, step_items
 from plait.training.fleet_state import restore_state, root_of, save_state
+from plait.training.member import Member
 from plait.training.peft_model import for_task
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import row_order
-
-if TYPE_CHECKING:
-    from plait.training.fleet import Member
 
 _LOOK_EVERY = 25  # steps between looks at the losses: each makes the host wait for the device
 _TIMED = 3  # steps over which launching is timed

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from plait.disk.locks import writing_to
 from plait.disk.store import canonical_json, sha256_json
 from plait.training.checkpoints import latest_whole, open_root, recorded_identity, seal
 from plait.training.cohort import Cohort
-
-if TYPE_CHECKING:
-    from plait.training.fleet import Member
+from plait.training.member import Member
 
 _STATE, _SNAPSHOT = "state.safetensors", "snapshot."
 

@@ -53,7 +53,7 @@ _CONSTRAINT = """\
 
 # While training, a penalty on the shift of the other tasks' outputs, as `plait train --statistics` has it.
 from plait.adapters.peft_format import read_adapter
-from plait.subspaces.start import read_own_and_others
+from plait.statistics.lazy import read_own_and_others
 from plait.training import TrainingSettings, prepare_constraint
 from plait.training.callbacks import ConstraintCallback
 

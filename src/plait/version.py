@@ -1,0 +1,3 @@
+"""The version that every record names."""
+
+__version__ = "0.1.0"
