@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from plait.report.plots import COLOURS, as_svg, blank, styled
-from plait.report.summary import PLAIN
+from plait.runs.recipe import PLAIN_ARMS
 
 _REST = "#c8c8c8"  # arms without a colour of their own
 _LINES = {"joint training": "--", "best single adapter": "-."}
@@ -38,7 +38,7 @@ def figures_of(found: Mapping[str, Any], main: str) -> dict[str, str]:
 
 def _colours(found: Mapping[str, Any], main: str) -> dict[str, str]:
     ranked = [b["arm"] for b in found["best"]]
-    first = list(dict.fromkeys([main, *(a for a in ranked if a in PLAIN), *ranked]))
+    first = list(dict.fromkeys([main, *(a for a in ranked if a in PLAIN_ARMS), *ranked]))
     return dict(zip(first, COLOURS, strict=False))
 
 

@@ -17,11 +17,11 @@ from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import ALONE, FLOOR, MERGED, REPORTED, SELECTION, Score, mean_score
 from plait.runs.jobs import ALONE as ALONE_JOB
 from plait.runs.jobs import INITIAL, SCORES, Job, Plan
+from plait.runs.recipe import PLAIN_ARMS
 from plait.runs.session import Session
 from plait.runs.stages import PREDICTIONS_FILE, all_scores
 from plait.subspaces.start import completion_note
 
-PLAIN = ("kaiming", "gaussian")  # the inits people use today: what "alone" means to somebody who has no plait
 _LEARNED = 1.0  # points by which alone must exceed the floor before a ratio to that gain means anything
 
 
@@ -102,7 +102,7 @@ def _completed(plan: Plan) -> list[str]:
 
 
 def _best_plain(rows: list[Score], arms: Iterable[str]) -> str | None:
-    plain = [a for a in arms if a.partition("@")[0] in PLAIN]  # at whatever rate and step
+    plain = [a for a in arms if a.partition("@")[0] in PLAIN_ARMS]  # at whatever rate and step
     return max(plain, key=lambda a: _mean(rows, adapter=ALONE, arm=a, split=SELECTION)) if plain else None
 
 

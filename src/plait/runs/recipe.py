@@ -40,6 +40,9 @@ Name = Annotated[str, AfterValidator(checked_name)]
 Scales = Annotated[list[Positive], Field(min_length=1, max_length=200), AfterValidator(_distinct)]
 
 
+PLAIN_ARMS = ("kaiming", "gaussian")  # the starts people use today: what "alone" means to somebody who has no plait
+
+
 def _is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST_NUMBER
 

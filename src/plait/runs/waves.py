@@ -10,7 +10,7 @@ import numpy as np
 
 from plait.disk.store import read_manifest
 from plait.errors import RunError
-from plait.report.summary import PLAIN
+from plait.runs.recipe import PLAIN_ARMS
 from plait.runs.study_spec import StudyArm
 from plait.runs.units import (
     ALONE,
@@ -197,7 +197,7 @@ def chosen_alone(layout: Layout, arm: StudyArm) -> Choice:
 
 def plain_arms(layout: Layout) -> list[StudyArm]:
     """The arms that people without plait use."""
-    return [a for a in layout.study.study_arms if a.name in PLAIN]
+    return [a for a in layout.study.study_arms if a.name in PLAIN_ARMS]
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------

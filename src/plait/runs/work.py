@@ -16,8 +16,8 @@ from plait.disk.store import staged_folder
 from plait.evaluation.features import features, task_vector_norm
 from plait.evaluation.protocol import Answers, Scorer, cross_fitted, tuned
 from plait.evaluation.splits import HALVES, Split, split_rows
-from plait.report.summary import PLAIN
 from plait.runs.collecting import collect_task
+from plait.runs.recipe import PLAIN_ARMS
 from plait.runs.session import Session
 from plait.runs.sources import BACKGROUND, adapters_of, diverged, merged_of, statistics_of
 from plait.runs.trainings import Told, train
@@ -156,7 +156,7 @@ def _alone(unit: Unit, layout: Layout, folder: Path, result: dict[str, Any]) -> 
             for kind, found in zip(("alone", "floor"), scorer.answers(task, worn, rows), strict=True):
                 result.setdefault(part, {}).setdefault(kind, {})[task] = scorer.score(task, found, rows)
                 answers[f"{kind}.{task}.{part}"] = found
-            if part != "tuning" and unit.arm in PLAIN and unit.stage == ALONE:  # for the best single adapter
+            if part != "tuning" and unit.arm in PLAIN_ARMS and unit.stage == ALONE:  # for the best single adapter
                 rows = split.grid[part]
                 crossed = scorer.answers(task, [(adapters[n], 1.0) for n in names], rows)
                 for name, found in zip(names, crossed, strict=True):
