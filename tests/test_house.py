@@ -60,8 +60,6 @@ UPWARD = {
     "merging.mergekit -> runs.recipe_file",
     "merging.module_weights -> runs.recipe_file",
     "runs.stages -> report",
-    "runs.waves -> report.summary",
-    "runs.work -> report.summary",
     "runs.worker -> cli.output",
 }
 # Imports beside those that still close a circle of files.
