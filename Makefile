@@ -31,6 +31,7 @@ TRUST := .trust
 TRUST_FUZZ ?= 1000000
 TRUST_KILLS ?= 200
 TRUST_DISKS ?= 100
+TRUST_MUTANTS ?= 80
 TRUST_RUN := PYTHONPATH=src:. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -P -m benchmarks.trust
 
 trust: $(VENV)/.test
@@ -41,7 +42,7 @@ trust: $(VENV)/.test
 	$(TRUST_RUN).kills --to $(TRUST) --count $(TRUST_KILLS)
 	$(TRUST_RUN).power --to $(TRUST)
 	$(TRUST_RUN).disks --to $(TRUST) --count $(TRUST_DISKS)
-	test ! -f benchmarks/trust/mutants.py || $(TRUST_RUN).mutants --to $(TRUST)
+	$(TRUST_RUN).mutants --to $(TRUST) --count $(TRUST_MUTANTS)
 	$(TRUST_RUN) $(TRUST) --out docs/results/trust
 
 # torch first and pinned: left to the resolver it may come as gigabytes of GPU packages.

@@ -20,6 +20,8 @@ from plait.model.base import load_task_model, load_tokenizer
 from plait.model.out_of_memory import by_parts, split
 from plait.statistics import collect_statistics
 from plait.tasks import Examples, batches, encode
+from plait.training.checkpoints import bytes_of_training
+from plait.training.settings import TrainingSettings
 from tests.fidelity.conftest import random_adapter, texts_of
 from tests.test_hub import write
 from tests.training.conftest import make_task
@@ -202,3 +204,37 @@ def test_nothing_is_begun_that_does_not_fit(tiny_base, tmp_path, monkeypatch, ca
     assert ended.value.code == 4 and "0.0 MB are free" in said, said
     assert not (tmp_path / "out").exists()
     assert not list(Path(tmp_path).glob(".out*"))
+
+
+@pytest.mark.parametrize("how", ["convert", "export", "train"])
+def test_neither_is_anything_else_whose_size_is_known(tiny_base, tmp_path, monkeypatch, capsys, how):
+    base = tiny_base("bert")
+    folder = write(tmp_path / "a", random_adapter(base, "bert", "a", "classification", 0))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"w{i % 9} w{i % 7},{i % 2}\n" for i in range(20)), encoding="utf-8")
+    arguments = {
+        "convert": ["convert", str(folder), "--to", "peft", "--dtype", "float16"],
+        "export": ["export", str(folder), "--for", "peft"],
+        "train": ["train", str(folder), "--base", base.name, "--task", "a", "--train-file", str(rows), "--text", "text",
+                  "--set", "training.steps=1"],
+    }[how]  # fmt: skip
+    full(monkeypatch, 100)
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 4 and "0.0 MB are free" in said, said
+    assert not list(Path(tmp_path).glob("*out*"))
+    assert not list(Path(tmp_path).glob(".out*"))
+
+
+def test_what_a_training_writes_is_known_before(tiny_base):
+    initial = random_adapter(tiny_base("bert"), "bert", "a", "classification", 0)
+    size = sum(t.nbytes for f in initial.modules.values() for t in (f.A, f.B))
+    size += sum(t.nbytes for t in next(iter(initial.heads.values())).values())
+    plain = TrainingSettings(steps=4, checkpoint_every=None)
+    kept = replace(plain, checkpoint_every=2, snapshots=(1, 2))
+    assert initial.nbytes == size == bytes_of_training(initial, plain, begins=True)
+    assert (
+        bytes_of_training(initial, kept, begins=True) == 6 * size
+    )  # itself, two snapshots, a checkpoint with two moments
+    assert bytes_of_training(initial, kept, begins=False) == 3 * size

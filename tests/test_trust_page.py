@@ -37,6 +37,20 @@ def test_the_page_tells_every_row_and_what_fell(tmp_path):
     assert "    make it" in text and "| S1 |" in text
 
 
+def test_pieces_of_one_source_add_up(tmp_path):
+    for i, fell in enumerate(("", "litter")):
+        write_part(tmp_path / str(i), "kills", [row("merge", ["", fell], ["a note"])], f"seed {i}")
+    (part,) = gathered(tmp_path)["parts"]
+    assert gathered(tmp_path)["rows"] == [
+        {"part": "kills", "what": "merge", "tried": 4, "held": 3, "fell": 1, "notes": ("a note", "litter")}
+    ]
+    assert part["command"] == "seed 0; seed 1"
+    file = tmp_path / "1" / "kills.json"
+    file.write_text(file.read_text().replace('"source": "', '"source": "0'))
+    with pytest.raises(ValueError, match="different sources"):
+        gathered(tmp_path)
+
+
 def test_recorded_times_are_no_other_bytes_and_numbers_are():
     one = {"a.json": b'{"seconds": 1, "x": 2}', "b.jsonl": b'{"x": 1, "wall_seconds": 2}\n'}
     later = {"a.json": b'{"x": 2, "seconds": 5}', "b.jsonl": b'{"wall_seconds": 3, "x": 1}\n'}

@@ -8,23 +8,28 @@ with `write_part`, which writes ``FOLDER/PART.json``::
         "command": "...",
         "seconds": 12.3,
         "versions": {...},
+        "source": "3f...",
         "rows": [{"what": "plait merge, killed at a random moment", "tried": 25, "held": 25, "fell": 0, "notes": []}],
     }
 
 `what` names the attack and what held means in it; ``tried == held + fell``; `notes` holds a line for each that fell, or what
-the reader must know about the figure. ``python -P -m benchmarks.trust FOLDER --out trust.json`` gathers all parts of a folder.
+the reader must know about the figure. `source` is a digest of plait's source: a part may be run in pieces, into folders inside of
+FOLDER, whose rows are added up where it is the same. ``python -P -m benchmarks.trust FOLDER --out trust.json`` gathers all parts.
 A part takes ``--seed`` and ``--sample N`` (a share of its attacks, for a quick look) where that makes sense.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import plait
 from plait.disk.store import versions
 
 STARTED = time.monotonic()
@@ -44,6 +49,11 @@ class Row:
         if self.tried != self.held + self.fell or min(self.tried, self.held, self.fell) < 0:
             raise ValueError(f"{self.what}: {self.tried} tried, {self.held} held, {self.fell} fell")
 
+    def plus(self, other: Row) -> Row:
+        """Both together, of the same attack."""
+        held, fell = self.held + other.held, self.fell + other.fell
+        return Row(self.what, self.tried + other.tried, held, fell, tuple(dict.fromkeys(self.notes + other.notes)))
+
 
 def row(what: str, outcomes: Iterable[str], notes: Iterable[str] = ()) -> Row:
     """Count outcomes: "" for each that held, and what happened for each that fell (the first twenty are kept)."""
@@ -52,24 +62,61 @@ def row(what: str, outcomes: Iterable[str], notes: Iterable[str] = ()) -> Row:
     return Row(what, len(found), len(found) - len(fell), len(fell), (*fell[:20], *notes))
 
 
-def write_part(folder: Path, part: str, rows: Iterable[Row], command: str = "") -> Path:
-    """Write a part's file; returns its path."""
+def write_part(
+    folder: Path, part: str, rows: Iterable[Row], command: str = "", more: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a part's file, with what it has to tell beside the rows; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     text = {
         "part": part,
         "command": re.sub(r"--to \S+", "--to parts", command or f"python -P -m benchmarks.trust.{part} --to parts"),
         "seconds": round(time.monotonic() - STARTED, 1),
         "versions": versions(),
+        "source": source(),
         "rows": [asdict(r) for r in rows],
+        **(more or {}),
     }
     path = folder / f"{part}.json"
     path.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     return path
 
 
+def source() -> str:
+    """A digest of plait's source, by which pieces of one part are known to be of the same code."""
+    root, digest = Path(plait.__file__).parent, hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def added(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pieces of one part as one: rows of the same attack added up, commands and notes one after the other.
+
+    Raises:
+        ValueError: They are of different sources.
+    """
+    first = pieces[0]
+    if len({p["source"] for p in pieces}) > 1:
+        raise ValueError(f"{first['part']}: its pieces are of different sources")
+    rows: dict[str, Row] = {}
+    for r in (r for p in pieces for r in p["rows"]):
+        one, other = Row(**r | {"notes": tuple(r["notes"])}), rows.get(r["what"])
+        rows[one.what] = one if other is None else other.plus(one)
+    return {
+        **first,
+        "command": "; ".join(dict.fromkeys(p["command"] for p in pieces)),
+        "seconds": round(sum(p["seconds"] for p in pieces), 1),
+        "rows": [asdict(r) for r in rows.values()],
+    }
+
+
 def gathered(folder: Path) -> dict[str, object]:
     """All parts of a folder as one object: `rows` (each with its part) and `parts` (how each was run)."""
-    parts = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
+    pieces: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.rglob("*.json")):
+        piece = json.loads(path.read_text(encoding="utf-8"))
+        pieces.setdefault(piece["part"], []).append(piece)
+    parts = [added(found) for _, found in sorted(pieces.items())]
     rows = [{"part": p["part"], **r} for p in parts for r in p["rows"]]
     for r in rows:
         Row(r["what"], r["tried"], r["held"], r["fell"])  # refuses what does not add up

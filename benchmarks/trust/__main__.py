@@ -1,4 +1,4 @@
-"""Gather the parts of a folder into trust.json and trust.md, and print them; exit code 1 if anything fell.
+"""Gather the parts of a folder into trust.json and trust.md, and print them; exit code 1 if anything but a mutant fell.
 
 ``PYTHONPATH=src:. python -P -m benchmarks.trust FOLDER --out docs/results/trust``
 """
@@ -19,4 +19,4 @@ chosen = parser.parse_args()
 rows = write(chosen.folder, chosen.out, chosen.remark)["rows"]
 for r in rows:
     print(f"{r['part']}: {r['what']}: tried {r['tried']}, held {r['held']}, fell {r['fell']}")
-sys.exit(any(r["fell"] for r in rows))
+sys.exit(any(r["fell"] for r in rows if r["part"] != "mutants"))  # survivors are read, not counted as faults

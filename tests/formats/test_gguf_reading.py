@@ -14,10 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter
-from plait.errors import InputError, UsageError
+from plait.adapters.sealed import SEAL, SEALED
+from plait.errors import Damaged, InputError, PlaitError, UsageError
 from plait.formats.convert import convert
 from plait.formats.export import export
+from plait.formats.gguf_file import gguf_record
+from plait.formats.gguf_reading import read_gguf
 from plait.formats.reading import read_any
+from tests.test_cli import call
 
 gguf = pytest.importorskip("gguf")
 
@@ -151,6 +155,49 @@ def test_there_and_back(base, tmp_path, kind):
     back = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], v) for k, v in tensors.items())
     assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["lora_alpha"] == 10
+
+
+def exported(base, tmp_path):
+    folder = base("llama")
+    update = {"lora_A": torch.randn(4, W), "lora_B": torch.randn(W, 4)}
+    (tmp_path / "p").mkdir()
+    save_file(
+        {f"base_model.model.model.layers.0.self_attn.q_proj.{k}.weight": t for k, t in update.items()},
+        tmp_path / "p" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
+    export(tmp_path / "p", tmp_path / "x.gguf", loader="gguf", base=folder)
+    return folder, tmp_path / "x.gguf"
+
+
+def test_a_changed_byte_of_a_file_of_plaits_is_noticed_or_changes_nothing(capsys, base, tmp_path):
+    folder, path = exported(base, tmp_path)
+
+    def meant():
+        found = read_gguf(path, folder)
+        return {m: (f.A.tolist(), f.B.tolist(), f.scaling) for m, f in found.modules.items()}, gguf_record(path)
+
+    whole, wanted, noticed = path.read_bytes(), meant(), 0
+    assert {SEAL, SEALED} <= gguf.GGUFReader(str(path)).fields.keys()
+    drawn = np.random.default_rng(0)
+    places = sorted(drawn.choice(len(whole), 300, replace=False).tolist())
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << int(drawn.integers(8))
+        path.write_bytes(data)
+        try:
+            assert meant() == wanted, place
+        except PlaitError:
+            noticed += 1
+    assert noticed > 250
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(Damaged, match="not the file that was written"):
+        export(tmp_path / "p", path, loader="gguf", base=folder)
+    code, out, err = call(capsys, "check", path)
+    assert code == 3 and "x.gguf" in err and "changed since it was written" in out
+    path.write_bytes(whole)
+    assert call(capsys, "check", path)[0] == 0
 
 
 REFUSED = [

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
+from plait.adapters.sealed import write_sealed
 from plait.disk.store import identity, staged_folder
 from plait.statistics.files import write_statistics
-from plait.statistics.fisher import FisherDiagonal, write_fisher
+from plait.statistics.fisher import KIND, FisherDiagonal, write_fisher
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 
 Files = dict[str, bytes]
@@ -137,12 +138,14 @@ def lora_files() -> list[Files]:
     return [
         _bytes(lambda p: save_file(kohya | conv, p, {"ss_base_model_version": "sd_v1", "plait": json.dumps(record)})),
         _bytes(lambda p: save_file(diffusers, p, {"lora_adapter_metadata": json.dumps(config)})),
+        _bytes(lambda p: write_sealed(p, kohya, {"plait": json.dumps(record)})),
     ]
 
 
 def fisher_files() -> list[Files]:
-    """One Fisher diagonal of two modules."""
-    diagonal = FisherDiagonal.held(
-        {"layer.q": _drawn(4, 6).square(), "layer.v": _drawn(2, 3).square()}, 7, task="topic"
-    )
-    return [_bytes(lambda p: write_fisher(p, diagonal))]
+    """One Fisher diagonal of two modules, with and without a digest, past which few changed files come."""
+    tensors = {"layer.q": _drawn(4, 6).square(), "layer.v": _drawn(2, 3).square()}
+    diagonal = FisherDiagonal.held(tensors, 7, task="topic")
+    sealed = _bytes(lambda p: write_fisher(p, diagonal))
+    record = {"schema": 1, "examples": 7, "provenance": {"task": "topic"}}
+    return [sealed, _bytes(lambda p: save_file(tensors, p, {"kind": KIND, "fisher": json.dumps(record)}))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.tensor_file import write_tensors
 from plait.errors import InputError, RunError, UsageError
 from plait.merging import merge
 from plait.merging.folders import read_statistics_files
@@ -104,7 +106,9 @@ DAMAGE = {
 def test_damaged_files_are_named_where_a_merge_asks_for_them(tmp_path, damage):
     change, message = DAMAGE[damage]
     path = tmp_path / "a.fisher.safetensors"
-    write_fisher(path, FisherDiagonal.held({"l.q": torch.rand(5, 6)}, 7, task="a"))
+    record = {"schema": 1, "examples": 7, "provenance": {"task": "a"}}  # as before files held a digest of themselves
+    write_tensors(path, {"l.q": torch.rand(5, 6)}, {"kind": "plait.fisher", "fisher": json.dumps(record)})
+    assert read_fisher(path).examples == 7
     raw = change(path.read_bytes())
     assert raw != path.read_bytes()
     path.write_bytes(raw)

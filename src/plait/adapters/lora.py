@@ -109,6 +109,13 @@ class Adapter:
         """The largest rank among its modules."""
         return max((f.rank for f in self.modules.values()), default=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its factors, heads and whole weights take on a disk; a merge of several takes their sum at most."""
+        heads = [t for head in self.heads.values() for t in head.values()]
+        parts = [t for f in self.modules.values() for t in (f.A, f.B)]
+        return sum(t.nbytes for t in (*parts, *heads, *self.extras.values()))
+
     def facts_of(self, head: str) -> HeadFacts:
         """What is known of a head: from its file, else from the folder's record."""
         labels, known = self.classes_of(head), self.head_facts.get(head, HeadFacts())

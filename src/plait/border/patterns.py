@@ -25,7 +25,7 @@ SECONDS = 5.0  # of the child processes, over all patterns and names
 _MOST_STEPS = 10_000_000  # over all patterns and names: some seconds
 _FRAME = r"(.*\.)?(KEY)$"  # how PEFT looks a module up among the keys
 _NO_META = re.compile(r"[^\\^$*+?{}\[\]|()\n]*")
-_CHILD = "import json,re,sys; p,n=json.load(sys.stdin); print(json.dumps([bool(re.match(p,x)) for x in n]))"
+_CHILD = "import json,re,sys; p,n=json.load(sys.stdin); print(json.dumps([bool(re.{how}(p,x)) for x in n]))"
 
 
 def first_hits(keys: Iterable[str], names: Sequence[str], *, where: str, what: str) -> dict[str, str]:
@@ -154,22 +154,39 @@ def _shaped(name: str, length: int, dots: tuple[int, ...]) -> str:
 
 
 def _by_child(pattern: str, names: Sequence[str], budget: Budget) -> list[bool]:
-    """By Python's own engine, which has no time limit, in a process, which has one."""
     if not names:
         return []
     started = time.monotonic()
+    hits = by_engine(pattern, names, budget.seconds)
+    budget.seconds -= time.monotonic() - started
+    if budget.seconds <= 0:
+        raise TimeoutError
+    return hits
+
+
+def by_engine(pattern: str, names: Iterable[str], seconds: float, *, whole: bool = False) -> list[bool]:
+    """Whether each name matches by Python's own engine, which has no time limit, in a process, which has one.
+
+    Args:
+        pattern: A regex that compiles.
+        names: What it is matched against.
+        seconds: How long that may take.
+        whole: Whether it has to match the whole name, not only its beginning.
+
+    Raises:
+        TimeoutError: It takes longer, or more memory than there is.
+    """
     try:
         run = subprocess.run(
-            [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHILD],
+            [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHILD.format(how="fullmatch" if whole else "match")],
             input=json.dumps([pattern, list(names)]),
             capture_output=True,
             text=True,
-            timeout=budget.seconds,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise TimeoutError from None
-    budget.seconds -= time.monotonic() - started
-    if run.returncode or budget.seconds <= 0:
+    if run.returncode:
         raise TimeoutError
     return [bool(hit) for hit in json.loads(run.stdout)]

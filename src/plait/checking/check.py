@@ -1,17 +1,22 @@
-"""`plait check`: a folder held against its manifest, byte by byte, and against what other programs load from it."""
+"""`plait check`: a result held against its manifest or its own digest, byte by byte, and what other programs load from it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.sealed import SEAL, SEALED, is_sealed, read_sealed
+from plait.adapters.tensors import read_metadata
 from plait.checking.on_base import Comparison, compare_on_base
 from plait.disk.manifest import MANIFEST, compare_with_manifest
-from plait.errors import InputError, UsageError
+from plait.errors import Damaged, InputError, UsageError
 from plait.loading import Account, accounts, loader_named
+from plait.loading.gguf import GGUF_MAGIC, read_gguf
+from plait.statistics import files, fisher
+from plait.statistics.inspect import check_statistics
 
 _MARKS = (MANIFEST, "adapter_config.json")
 _DEPTH, _MOST = 6, 10_000
@@ -23,8 +28,8 @@ class Checked:
 
     Args:
         path: What was checked.
-        listed: Whether a manifest lists its files.
-        changed: What differs from the manifest: "file what".
+        listed: Whether a manifest lists its files, or the file carries a digest of itself.
+        changed: What differs from that: "file what"; of statistics, also what cannot be.
         accounts: One for each loader that opens it.
         asked: The loader whose faults count; None where those of the format's own do.
         base: What PEFT made of it on its base, where that was asked.
@@ -110,6 +115,17 @@ def check_path(path: Path, loader: str | None = None, base: str | None = None) -
 
 
 def _checked(path: Path, asked: str | None, base: str | None) -> Checked:
+    return _checked_file(path, asked, base) if path.is_file() else _checked_folder(path, asked, base)
+
+
+def _checked_file(path: Path, asked: str | None, base: str | None) -> Checked:
+    own = own_file(path)
+    changed = tuple(f"{path.name} {problem}" for problem in own.problems)
+    found = accounts(path, [asked] if asked else None) if own.loadable else ()
+    return Checked(path, own.listed, changed, found, asked, compare_on_base(path, base) if base else None)
+
+
+def _checked_folder(path: Path, asked: str | None, base: str | None) -> Checked:
     listed = path.is_dir() and (path / MANIFEST).exists()
     changed = tuple(f"{f.file} {f.what}" for f in compare_with_manifest(path, read=True)) if listed else ()
     try:
@@ -132,3 +148,80 @@ def _results(path: Path) -> Iterator[Path]:
         elif depth < _DEPTH:
             inside = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith(".")]
             waiting += [(p, depth + 1) for p in sorted(inside, reverse=True)]
+
+
+# --- single files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFile:
+    """What a file says about itself.
+
+    Args:
+        listed: Whether it holds a digest of what it holds.
+        problems: What is not as it was written, or cannot be what it says; empty where all is well.
+        loadable: Whether other programs load files of this kind, so that there is an account of their loading.
+    """
+
+    listed: bool
+    problems: tuple[str, ...]
+    loadable: bool
+
+
+def own_file(path: Path) -> OwnFile:
+    """Read every byte of a file and compare it with the digest that it carries.
+
+    Statistics and Fisher diagonals are read as their commands read them, so that what cannot be (a moment with negative
+    eigenvalues, NaN) is found as well.
+
+    Raises:
+        InputError: Neither a whole safetensors file nor a GGUF file.
+        EnvironmentFault: A GGUF file of plait's, and the package `gguf` is missing.
+    """
+    with path.open("rb") as f:
+        start = f.read(len(GGUF_MAGIC))
+    if start == GGUF_MAGIC:
+        return _gguf(path)
+    metadata = read_metadata(path)
+    if metadata.get("kind") in _KINDS:
+        return OwnFile(True, _problems(_KINDS[metadata["kind"]], path), False)
+    return OwnFile(is_sealed(metadata), _problems(_sealed, path), True)
+
+
+def _problems(look: Callable[[Path], list[str]], path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(look(path))
+    except InputError as e:
+        return (e.what,)
+
+
+def _statistics(path: Path) -> list[str]:
+    problems: list[str] = check_statistics(files.read_statistics(path))["problems"]
+    return problems
+
+
+def _fisher(path: Path) -> list[str]:
+    fisher.read_fisher(path)
+    return []
+
+
+def _sealed(path: Path) -> list[str]:
+    read_sealed(path)
+    return []
+
+
+_KINDS = {files.KIND: _statistics, fisher.KIND: _fisher}
+
+
+def _gguf(path: Path) -> OwnFile:
+    """By the header first, as only plait's own files need the package `gguf` here."""
+    if not {SEAL, SEALED} & read_gguf(path).values.keys():
+        return OwnFile(False, (), True)
+    from plait.formats.gguf_file import require_gguf_seal
+    from plait.formats.gguf_reading import opened_gguf
+
+    try:
+        require_gguf_seal(opened_gguf(path), path)
+    except Damaged as e:
+        return OwnFile(True, (e.what,), True)
+    return OwnFile(True, (), True)

@@ -54,7 +54,7 @@ def check(path: Target, loader: For = None, base: Base = None, as_json: Json = F
 
 def check_text(found: dict[str, Any], *, short: bool = False) -> str:
     """Files, then a line for each loader, then what is wrong and what to know; `short`: only the first and the faults."""
-    listed = "every file is what the manifest says" if found["listed"] else "no manifest of plait's: files as they are"
+    listed = _listed(found)
     lines = [f"{found['path']}: {listed if not found['changed'] else 'changed since it was written'}"]
     lines += [f"changed: {c}" for c in found["changed"]]
     rows = [
@@ -81,6 +81,12 @@ def check_text(found: dict[str, Any], *, short: bool = False) -> str:
         )
         lines += ["", said, *(f"--base: {f}" for f in base["faults"])]
     return "\n".join(lines)
+
+
+def _listed(found: dict[str, Any]) -> str:
+    if Path(found["path"]).is_file():
+        return "every byte is what was written" if found["listed"] else "no digest of plait's: the file as it is"
+    return "every file is what the manifest says" if found["listed"] else "no manifest of plait's: files as they are"
 
 
 def _name(account: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk import store
 from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.errors import InputError, RunError, UsageError
 from plait.extraction.outcome import Found, adapter_of_cuts, record_of
 from plait.extraction.pairs import Matrix, Pair
@@ -97,6 +98,7 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str,
     def check(stage: Path) -> None:
         result["verification_error"] = _verified(pair, found, read_adapter(stage, name=adapter.name))
 
+    require_space(out, adapter.nbytes)
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check) as stage:
         write_adapter(stage, adapter)
     return {**result, "output": str(out), "reused": False}

@@ -16,6 +16,7 @@ from plait.adapters.tensors import all_finite
 from plait.disk import store
 from plait.disk.hub import adapter_place, name_of
 from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.alpha import alpha_notes
 from plait.formats.gguf_reading import read_gguf
@@ -89,6 +90,7 @@ def convert(
     wanted = _identity(ready, target, means, component, dtype, rename)
     if (found := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**found.get("result", {}), "output": str(out), "reused": True}
+    require_space(out, ready.nbytes)
     result: dict[str, Any] = {
         "from": origin,
         "to": target,

@@ -16,9 +16,18 @@ from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk import store
 from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.export_notes import GGUF, PEFT, VLLM, next_steps, readme
-from plait.formats.gguf_file import base_config, gguf_record, gguf_tensors, require_written, write_gguf
+from plait.formats.gguf_file import (
+    base_config,
+    gguf_record,
+    gguf_tensors,
+    require_gguf_seal,
+    require_written,
+    write_gguf,
+)
+from plait.formats.gguf_reading import opened_gguf
 from plait.loading import accounts, loader_named, require_loadable
 from plait.options import did_you_mean
 
@@ -97,6 +106,7 @@ def export(
                     f"{fault.what} ({account.loader} {account.version})", where=fault.tensor, hint=fault.hint
                 )
 
+    require_space(out, ready.nbytes)
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check) as stage:
         write_adapter(stage, ready)
         (stage / "README.md").write_text(readme(ready, kind, out, result), encoding="utf-8")
@@ -225,11 +235,13 @@ def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overw
         **next_steps(adapter, GGUF, out),
     }
     if out.is_file() and not overwrite and (record := gguf_record(out)) is not None:
+        require_gguf_seal(opened_gguf(out), out)
         if differing := store.differences(record, wanted):
             raise UsageError(
                 f"exists with other settings: {'; '.join(differing[:6])}", where=str(out), hint="another --out"
             )
         return {**_result(record), "output": str(out), "reused": True}
+    require_space(out, sum(t.nbytes for t in tensors.values()))
     with store.staged_file(out, overwrite=overwrite, ours=lambda p: gguf_record(p) is not None) as stage:
         write_gguf(stage, tensors, alpha, layout.architecture.name, adapter.name, {**wanted, "result": result})
         require_written(stage, tensors, alpha, layout.architecture.name)

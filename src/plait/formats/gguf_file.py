@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter
+from plait.adapters.sealed import SEAL, SEALED, is_sealed, require_seal, sealed
+from plait.border.checked import shown
 from plait.disk.store import read_json
 from plait.errors import InputError, RunError
 from plait.formats.gguf_names import GgufLayout, gguf_layout, gguf_package, reordered
@@ -107,18 +109,64 @@ def write_gguf(
         record: What it is and how it came to be; kept in the file as JSON, which llama.cpp passes over.
     """
     gguf = gguf_package()
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    facts = {
+        "general.architecture": architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": _text(alpha),
+        "general.name": name,
+        RECORD: text,
+    }
+    digest = sealed(tensors, facts)
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     writer.add_name(name)
-    writer.add_string(RECORD, json.dumps(record, sort_keys=True, allow_nan=False))
+    writer.add_string(RECORD, text)
+    for key in (SEALED, SEAL):
+        writer.add_string(key, digest[key])
     for key in sorted(tensors):
         writer.add_tensor(key, np.ascontiguousarray(tensors[key].numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _text(value: object) -> str:
+    return repr(float(value)) if isinstance(value, float | np.floating) else str(value)
+
+
+def require_gguf_seal(reader: Any, path: Path) -> bool:
+    """Refuse a GGUF file that is not the one that plait wrote; whether it holds a digest to compare.
+
+    Args:
+        reader: Of the `gguf` package, on the file.
+        path: The file.
+
+    Raises:
+        Damaged: Its tensors or fields are others than those that were written.
+        InputError: A field cannot be read.
+    """
+    facts = {k: _text(gguf_field(reader, k, path)) for k in reader.fields if not k.startswith("GGUF.")}
+    if is_sealed(facts):
+        require_seal({t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}, facts, str(path))
+    return is_sealed(facts)
+
+
+def gguf_field(reader: Any, key: str, path: Path) -> Any:
+    """A field of a GGUF file; None where there is none.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    field = reader.get_field(key)
+    try:
+        return None if field is None else field.contents()
+    except (ValueError, IndexError, KeyError, TypeError) as e:  # of bytes that are no text
+        raise InputError(f"its field {shown(key)} cannot be read: {e}", where=str(path), hint="copy it again") from None
 
 
 def gguf_record(path: Path) -> dict[str, Any] | None:

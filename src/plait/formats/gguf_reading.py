@@ -15,7 +15,7 @@ from plait.adapters.naming import checked_name
 from plait.adapters.tensors import all_finite
 from plait.disk.store import sha256_file
 from plait.errors import InputError
-from plait.formats.gguf_file import base_config
+from plait.formats.gguf_file import base_config, gguf_field, require_gguf_seal
 from plait.formats.gguf_names import gguf_layout, gguf_package, restored
 from plait.formats.keys import PEFT
 from plait.model.stored import base_tensors
@@ -36,24 +36,26 @@ def read_gguf(path: Path, base: Path, *, name: str | None = None) -> Adapter:
         name: What to call it; by default the file's name without its suffix.
 
     Raises:
+        Damaged: Written by plait, and changed since.
         InputError: No GGUF adapter of LoRA, of another architecture than the base, or damaged; names the tensor.
         EnvironmentFault: The package gguf is missing.
     """
     where = str(path)
-    reader = _opened(path)
-    if (kind := _field(reader, "adapter.type")) != "lora":
+    reader = opened_gguf(path)
+    require_gguf_seal(reader, path)
+    if (kind := gguf_field(reader, "adapter.type", path)) != "lora":
         raise InputError(
             f"adapter.type is {kind!r}: no LoRA adapter of llama.cpp", where=where, hint="a file for --lora"
         )
     stored = base_tensors(base)
     known = [t.removesuffix(".weight") for t, s in stored.items() if t.endswith(".weight") and len(s.shape) == 2]
     layout = gguf_layout(known, base_config(base), str(base))
-    if (found := _field(reader, "general.architecture")) != layout.architecture.name:
+    if (found := gguf_field(reader, "general.architecture", path)) != layout.architecture.name:
         raise InputError(
             f"it adapts a {found} model, and the base is {layout.architecture.name}", where=where, hint="another --base"
         )
-    alpha = float(_field(reader, "adapter.lora.alpha") or 0.0)
-    if not 0 <= alpha < math.inf:
+    alpha = gguf_field(reader, "adapter.lora.alpha", path) or 0.0
+    if not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
         raise InputError(f"adapter.lora.alpha is {alpha}, expected a finite number of 0 or more", where=where)
     modules = {gguf: module for module, gguf in layout.names.items()}
     halves: dict[str, dict[str, Tensor]] = {}
@@ -87,17 +89,17 @@ def read_gguf(path: Path, base: Path, *, name: str | None = None) -> Adapter:
     )
 
 
-def _opened(path: Path) -> Any:
+def opened_gguf(path: Path) -> Any:
+    """A reader of the package `gguf` on a file.
+
+    Raises:
+        InputError: No GGUF file, or a damaged one.
+    """
     gguf = gguf_package()
     try:
         return gguf.GGUFReader(str(path))
     except (ValueError, OSError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as e:
         raise InputError(f"no GGUF file, or a damaged one: {e}", where=str(path)) from None
-
-
-def _field(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
 
 
 def _numbers(tensor: Any, where: str) -> Tensor:

@@ -17,8 +17,8 @@ from plait.adapters.conv import as_matrices, as_stored, with_middle
 from plait.adapters.key_names import without_adapter_name
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
-from plait.adapters.tensor_file import write_tensors
-from plait.adapters.tensors import all_finite, read_tensors, widened
+from plait.adapters.sealed import read_sealed, write_sealed
+from plait.adapters.tensors import all_finite, widened
 from plait.border.checked import LARGEST_MANIFEST, Record, parsed_json
 from plait.errors import InputError
 from plait.formats.alpha import scalings_of
@@ -43,9 +43,10 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
 
     Raises:
         InputError: Damaged, incomplete, holding NaN, of mixed formats, or of a refused variant; names file and tensor.
+        Damaged: Written by plait, and changed since.
     """
     path = Path(path)
-    stored, metadata, digest = read_tensors(path)
+    stored, metadata, digest = read_sealed(path)
     require_filled(stored, str(path))
     tensors = without_adapter_name({key: widened(tensor) for key, tensor in stored.items()}, str(path))
     for key, tensor in tensors.items():
@@ -148,7 +149,7 @@ def write_lora_file(path: Path, adapter: Adapter, format: str, record: Mapping[s
         metadata["ss_base_model_version"] = adapter.base
     if record is not None:
         metadata[RECORD] = json.dumps(record, sort_keys=True, allow_nan=False)
-    write_tensors(path, tensors, metadata)
+    write_sealed(path, tensors, metadata)
 
 
 def unscaled(factors: LoraFactors) -> LoraFactors:

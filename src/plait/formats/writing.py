@@ -10,7 +10,8 @@ from typing import Any
 
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
-from plait.adapters.tensors import read_metadata, read_tensors
+from plait.adapters.sealed import read_sealed
+from plait.adapters.tensors import read_metadata
 from plait.disk import store
 from plait.disk.overwriting import require_replaceable, require_replaceable_file
 from plait.errors import InputError, UsageError
@@ -164,6 +165,7 @@ def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> dict[s
 
     Raises:
         UsageError: Something else stands there.
+        Damaged: It was written by plait, and changed since.
     """
     if overwrite or not (out.exists() or out.is_symlink()):
         if out.suffix == ".safetensors":
@@ -173,7 +175,7 @@ def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> dict[s
         return None
     if not out.is_file():
         return (store.read_manifest(out) or {}) if store.is_done(out, wanted) else None
-    record = file_record(read_tensors(out)[1], out)
+    record = file_record(read_sealed(out)[1], out)
     if record is None:
         raise UsageError("exists and was not written by plait", where=str(out), hint="another --out, or --overwrite")
     if differing := store.differences(record, wanted):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter
-from plait.adapters.tensors import read_tensors
+from plait.adapters.sealed import read_sealed
 from plait.disk import store
 from plait.disk.hub import adapter_place, cached_folder, split_revision
 from plait.errors import InputError, PlaitError, UsageError
@@ -96,7 +96,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     if path.is_dir():
         return store.read_manifest(path)
     if path.exists():
-        return file_record(read_tensors(path)[1], path)
+        return file_record(read_sealed(path)[1], path)
     raise InputError("no such merge", where=str(path))
 
 

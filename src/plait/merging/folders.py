@@ -144,7 +144,7 @@ def merge_folders(
     if store.is_done(out, wanted, overwrite=overwrite):
         found = store.read_manifest(out) or {}
         return {**found.get("result", {}), "output": str(out), "reused": True}
-    require_space(out, sum(map(bytes_of_adapter, adapters)))
+    require_space(out, sum(a.nbytes for a in adapters))
     result: dict[str, Any] = {}
     verifying: list[float] = []
     check = (lambda stage: verifying.append(_verified(plan, stage, result))) if verify else None
@@ -156,13 +156,6 @@ def merge_folders(
         result |= _written(plan, stage, out.name, hashing, digests)
     seconds = time.perf_counter() - start
     return {**result, "seconds_merge": seconds, "seconds_verify": sum(verifying), "output": str(out), "reused": False}
-
-
-def bytes_of_adapter(adapter: Adapter) -> int:
-    """What an adapter takes on disk; of several together, the most that their merge takes: ranks add up at most."""
-    heads = [t for head in adapter.heads.values() for t in head.values()]
-    parts = [t for f in adapter.modules.values() for t in (f.A, f.B)]
-    return sum(t.numel() * t.element_size() for t in (*parts, *heads, *adapter.extras.values()))
 
 
 def _written(plan: Plan, stage: Path, name: str, hashing: Hashing, digests: dict[str, Digest]) -> dict[str, Any]:

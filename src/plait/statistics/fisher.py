@@ -14,8 +14,8 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from plait.adapters.tensor_file import write_tensors
-from plait.adapters.tensors import read_metadata, read_tensors
+from plait.adapters.sealed import read_sealed, write_sealed
+from plait.adapters.tensors import read_metadata
 from plait.border.checked import Record, parsed_json
 from plait.disk.store import staged_file
 from plait.errors import InputError, RunError, UsageError
@@ -73,7 +73,7 @@ def write_fisher(path: Path, fisher: FisherDiagonal, *, overwrite: bool = False)
     tensors = {name: d.rows(0, d.shape[0]).float() for name, d in fisher.modules.items()}
     record = {"schema": SCHEMA, "examples": fisher.examples, "provenance": dict(fisher.provenance)}
     with staged_file(path, overwrite=overwrite, ours=is_fisher) as stage:
-        write_tensors(stage, tensors, {"kind": KIND, "fisher": json.dumps(record, allow_nan=False)})
+        write_sealed(stage, tensors, {"kind": KIND, "fisher": json.dumps(record, allow_nan=False)})
 
 
 def is_fisher(path: Path) -> bool:
@@ -90,8 +90,9 @@ def read_fisher(path: Path) -> FisherDiagonal:
 
     Raises:
         InputError: Another kind of file, damaged, of another schema, or holding NaN or negative entries.
+        Damaged: Not the file that was written.
     """
-    tensors, metadata, digest = read_tensors(path)
+    tensors, metadata, digest = read_sealed(path)
     if metadata.get("kind") != KIND:
         raise InputError("holds no Fisher diagonal", where=str(path), hint=_HINT)
     raw = parsed_json(metadata.get("fisher", ""), str(path), "its record", LARGEST_RECORD, hint=_HINT)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
+from plait.border.patterns import by_engine
 from plait.errors import UsageError
 from plait.model.base import backbone_of
 from plait.model.layers import linear_shape
 from plait.statistics.routers import has_experts, is_gate, router_shape
 
-# Match every name in a child process: Python's regex engine has no time limit, a process has.
-_MATCH = "import json,re,sys; p,n=json.load(sys.stdin); print(json.dumps([bool(re.fullmatch(p,x)) for x in n]))"
-_SECONDS = 10.0
+_SECONDS = 10.0  # for a pattern on all of a model's names
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _HEADS = ["classifier", "score"]  # what PEFT keeps out of LoRA for sequence classification
 
@@ -168,22 +164,12 @@ def _require_quick_regex(pattern: str, names: Iterable[str], key: str) -> None:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise UsageError(f"{key} is not a regular expression: {e}", where=key) from None
-    given = json.dumps([pattern, list(names)])
-    try:
-        run = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCH],
-            input=given,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    try:  # by the engine itself, not by an automaton: PEFT matches with it in this process afterwards
+        by_engine(pattern, names, _SECONDS, whole=True)
+    except TimeoutError:
         raise UsageError(
             f"the pattern takes over {_SECONDS:.0f} s on this model's names", where=key, hint="nested repeats backtrack"
         ) from None
-    if run.returncode:
-        raise UsageError("the pattern cannot be matched", where=key)
 
 
 def _require_all_used(targets: Any, hits: Sequence[str], modules: Mapping[str, nn.Module]) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.lora import Adapter
 from plait.disk.locks import writing_to
 from plait.disk.store import canonical_json, read_json, sha256_file
 from plait.errors import PlaitError
+from plait.training.settings import TrainingSettings
 
 SEAL = "complete.json"
 _IDENTITY = "identity.json"
@@ -27,6 +29,18 @@ def checkpoint_root(out: Path) -> Path:
 def run_name(root: Path) -> str:
     """The name of the adapter that a run with these checkpoints writes."""
     return root.name.removeprefix(".").removesuffix(".checkpoints")
+
+
+def bytes_of_training(initial: Adapter, settings: TrainingSettings, *, begins: bool) -> int:
+    """Bytes that a training writes at least, known before it starts.
+
+    Args:
+        initial: What it starts from: the trained adapter and each snapshot are as large.
+        settings: Whether there are checkpoints: each holds the weights and two moments of the optimiser for every weight.
+        begins: Whether no checkpoint is on the disk yet, as those of an interrupted run are.
+    """
+    adapters = 1 + len(settings.snapshots)
+    return initial.nbytes * (adapters + (3 if begins and settings.checkpoint_every is not None else 0))
 
 
 def open_root(root: Path, identity: Mapping[str, Any]) -> None:

@@ -12,10 +12,12 @@ import torch
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk.space import require_space
 from plait.disk.store import is_done, staged_folder
 from plait.errors import Diverged, InputError, UsageError
 from plait.model.base import BaseModel
 from plait.model.identity import base_facts
+from plait.training.checkpoints import bytes_of_training
 from plait.training.fleet_run import Outcome, Shared, cohort_size, run_cohort
 from plait.training.fleet_state import interrupted
 from plait.training.member import Member
@@ -70,6 +72,8 @@ def train_fleet(
     for m in todo:
         if len(m.examples) == 0:
             raise InputError("no training rows", where=f"task {m.task.name}")
+    if todo:
+        require_space(Path(todo[0].out), sum(bytes_of_training(m.initial, m.settings, begins=False) for m in todo))
     meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
     failed: dict[str, str] = {}
     for group in interrupted(members, todo):

@@ -19,6 +19,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.locks import locked, writing_to
 from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.disk.store import is_done, staged_folder
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
 from plait.model.base import BaseModel, load_task_model, load_tokenizer, quiet_transformers
@@ -26,7 +27,14 @@ from plait.model.identity import base_facts
 from plait.model.ranks import is_writer
 from plait.statistics.moments import Statistics
 from plait.tasks import Examples, Task, collate, encode, require_positions
-from plait.training.checkpoints import checkpoint_root, latest_whole, leave_no_empty, open_root, run_name
+from plait.training.checkpoints import (
+    bytes_of_training,
+    checkpoint_root,
+    latest_whole,
+    leave_no_empty,
+    open_root,
+    run_name,
+)
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import TrainingSettings
@@ -86,8 +94,9 @@ def train_adapter(
         return read_adapter(out)
     if len(examples) == 0:
         raise InputError("no training rows", where=f"task {task.name}")
-    started = time.monotonic()
     root = checkpoint_root(out)
+    require_space(out, bytes_of_training(initial, settings, begins=not root.exists()))
+    started = time.monotonic()
     gpus = [base.torch_device] if base.torch_device.type == "cuda" else []
     with _held(root), _quiet(), torch.random.fork_rng(devices=gpus):
         if is_writer():
