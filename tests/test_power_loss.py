@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmarks.trust.power import states, verdict
-from benchmarks.trust.power_loss import WAYS, Data, Entries, Flush, Record, Tree, after
+from benchmarks.trust.power import control, lasting, states, verdict
+from benchmarks.trust.power_loss import FLUSHES, WAYS, Data, Entries, Flush, Record, Tree, after, without
 from benchmarks.trust.power_loss import lay as lay_tree
 from benchmarks.trust.recording import recorded
-from benchmarks.trust.small import COMMANDS, contents
+from benchmarks.trust.small import COMMANDS, contents, require_done
 
 from plait.disk.manifest import MANIFEST
 from tests.robustness.world import build
@@ -39,6 +39,43 @@ def test_a_merge_with_heads_whose_power_goes(tmp_path):
     assert code == 0 and "heads/a.safetensors" in new
     found = [tree for _, tree in states(record, 1, 0)]
     assert len(found) > 30 and not fell(found, tmp_path / "scratch", new)
+    assert not lasting(record, "out", new)
+    for kind in FLUSHES:  # what each of them is for
+        assert len(without(record, kind).steps) < len(record.steps)
+        assert lasting(without(record, kind), "out", new)
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="the steps are recorded by strace")
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", FLUSHES)
+def test_the_replay_of_a_result_in_the_place_of_another_falls_where_flushes_are_left_out(tmp_path, kind, replaced):
+    """The one that was there is removed last: without the flushes before that, neither may be left."""
+    record, old, new = replaced
+    assert not control(record, kind, "out", old, new, tmp_path / "scratch")
+    found = [tree for _, tree in states(without(record, kind), 1, 0)]
+    said = [verdict_of(tree, tmp_path / "scratch", old, new) for tree in found]
+    assert "neither the old result nor the new one is there" in said
+    whole = [verdict_of(tree, tmp_path / "scratch", old, new) for _, tree in states(record, 1, 0)]
+    assert not any(whole)
+
+
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory):
+    """A merge with --overwrite over another, recorded: the record, what was there, what came."""
+    root = tmp_path_factory.mktemp("replaced")
+    (root / "world").mkdir()
+    build(root / "world")
+    require_done((*MERGE, "--method", "ties"), root / "world")
+    old = contents(root / "world" / "out")
+    record, code = recorded((*MERGE, "--overwrite"), root / "world", root / "log")
+    new = contents(root / "world" / "out")
+    assert code == 0 and old != new
+    return record, old, new
+
+
+def verdict_of(tree: Tree, scratch: Path, old: dict[str, bytes], new: dict[str, bytes]) -> str:
+    lay_tree(tree, scratch)
+    return verdict(scratch / "out", old, new)
 
 
 # --- the replay itself ------------------------------------------------------------------------------------------------

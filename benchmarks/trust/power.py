@@ -3,7 +3,8 @@
 One run of each command is recorded (every write, flush, rename and entry). For every beginning of the record all states that
 `power_loss.WAYS` names are laid out in fresh folders, and `--random` states more in which each change that was not flushed
 is there or not by chance. Held: every reader finds the result that was there before, or the new one, or says what is wrong,
-and the old result still lies there wherever the new one does not.
+the old result still lies there wherever the new one does not, and the new one does once the command has ended. As a control
+the records are replayed without their flushes, of files, of folders inside the result and of the one around it: that has to fall.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.trust import Row, row, write_part
-from benchmarks.trust.power_loss import WAYS, Record, Tree, after, lay
+from benchmarks.trust.power_loss import FLUSHES, WAYS, Record, Tree, after, lay, without
 from benchmarks.trust.recording import recorded
 from benchmarks.trust.small import COMMANDS, Command, comparable, contents, ended, require_done, warm, worlds
 
@@ -66,6 +67,27 @@ def verdict(place: Path, old: Files, new: Files) -> str:
     return f"half a result is accepted by {', '.join(accepting)}" if accepting else ""
 
 
+def lasting(record: Record, name: str, new: Files) -> str:
+    """What is wrong if the power goes once the command has ended; "" where its whole result is on the disk."""
+    tree, prefix = after(record, len(record.steps), "dropped"), f"{name}/"
+    there = {n.removeprefix(prefix): c for n, c in tree.items() if n.startswith(prefix) and c is not None}
+    if isinstance(alone := tree.get(name), bytes):
+        there = {"": alone}
+    return "" if there == new else "not on the disk though the command had ended"
+
+
+def control(record: Record, kind: str, name: str, old: Files, new: Files, scratch: Path) -> str:
+    """A record without its flushes of one kind, replayed: "" where that falls, as it has to."""
+    shorter = without(record, kind)
+    if lasting(shorter, name, new):
+        return ""
+    for _, tree in states(shorter, 1, 0):
+        lay(tree, scratch)
+        if verdict(scratch / name, old, new):
+            return ""
+    return f"nobody notices that flushes of {kind} are left out"
+
+
 def _accepts(read: object, place: Path, new: Files) -> bool:
     try:
         return bool(read(place, new))  # type: ignore[operator]
@@ -94,8 +116,8 @@ def _done(place: Path, new: Files) -> bool:
 READERS = {"plait check": _check, "the reader": _read, "is_done": _done}
 
 
-def lost(command: Command, world: Path, scratch: Path, chance: int, again: int, seed: int = 0) -> Row:
-    """Record a command in a world, and judge every state a power loss may leave.
+def lost(command: Command, world: Path, scratch: Path, chance: int, again: int, seed: int = 0) -> tuple[Row, Row]:
+    """Record a command in a world, and judge every state a power loss may leave; then the same without its flushes.
 
     Args:
         command: What is recorded.
@@ -124,11 +146,16 @@ def lost(command: Command, world: Path, scratch: Path, chance: int, again: int, 
             if status or comparable(contents(scratch / command.out)) != comparable(new):
                 fell = f"run again it ends with exit code {status}: {said.strip()[-150:]}"
         outcomes.append(f"{name}: {fell}" if fell else "")
+    ended_whole = lasting(record, command.out, new)
+    outcomes.append(f"after the last step: {ended_whole}" if ended_whole else "")
     what = f"plait {command.name}: states a power loss may leave: the old result, the new one, or an error that says so"
     note = (
         f"{len(record.steps)} steps recorded; the command run again in {len(chosen)} of the states, to the same bytes"
     )
-    return row(what, outcomes, [note])
+    kinds = [k for k in FLUSHES if len(without(record, k).steps) < len(record.steps)]
+    controls = [control(record, k, command.out, old, new, scratch) for k in kinds]
+    about = f"plait {command.name} as if it left out its flushes of {', of '.join(kinds)}: the replay falls"
+    return row(what, outcomes, [note]), row(about, controls)
 
 
 def main() -> None:
@@ -148,8 +175,9 @@ def main() -> None:
     rows = []
     with worlds() as fresh, tempfile.TemporaryDirectory() as scratch:
         for name in given.only:
-            rows.append(lost(COMMANDS[name], fresh(), Path(scratch) / "world", given.random, given.again, given.seed))
-            print(f"{name}: tried {rows[-1].tried}, fell {rows[-1].fell} {rows[-1].notes}", file=sys.stderr, flush=True)
+            rows += lost(COMMANDS[name], fresh(), Path(scratch) / "world", given.random, given.again, given.seed)
+            for r in rows[-2:]:
+                print(f"{name}: tried {r.tried}, fell {r.fell} {r.notes}", file=sys.stderr, flush=True)
             write_part(given.to, "power", rows, " ".join(["python -P -m benchmarks.trust.power", *sys.argv[1:]]))
 
 

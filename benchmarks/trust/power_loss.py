@@ -111,6 +111,20 @@ def after(record: Record, cut: int, way: str, rng: random.Random | None = None) 
     return dict(_walk(files, folders, ROOT, ""))
 
 
+FLUSHES = ("files", "folders inside", "the folder around")
+
+
+def without(record: Record, kind: str) -> Record:
+    """A record as if a command had left out its flushes of one kind (in `FLUSHES`): what a replay has to fall on."""
+    kinds = {
+        "files": lambda node: node in record.files,
+        "folders inside": lambda node: node in record.folders and node != ROOT,
+        "the folder around": lambda node: node == ROOT,
+    }
+    steps = [s for s in record.steps if not (isinstance(s, Flush) and kinds[kind](s.node))]
+    return Record(record.files, record.folders, steps)
+
+
 def _torn(old: bytes, new: bytes, rng: random.Random) -> bytes:
     return rng.choice((old, new, bytes(len(new)), new[: rng.randint(0, len(new))]))
 

@@ -255,6 +255,12 @@ FOUND = [
     Case("U15 a task's name that names no folder", manifest("A", task="../x"), MERGE, 3, (f"A/{MANIFEST}", "result.task", "../x", "NAME=")),
     Case("U15 a head's file that names no task", lambda w: (w / "M/heads/a.safetensors").rename(w / "M/heads/.a b.safetensors") and (w / "M" / MANIFEST).unlink(),
          ("merge", "M", "A", "--out", "out"), 3, ("M/heads", "a b", "task's name")),
+    *[Case(f"a LoRA file of plait's with another bit, {args[0]}", weights(lambda raw: raw[:-5] + bytes([raw[-5] ^ 4]) + raw[-4:], "sealed.safetensors"),
+           args, 3, ("sealed.safetensors", "not the file that was written"))
+      for args in (("inspect", "sealed.safetensors"), ("merge", "sealed.safetensors", "kohya.safetensors", "--out", "out.safetensors"),
+                   ("convert", "sealed.safetensors", "--to", "diffusers", "--out", "out.safetensors"))],
+    Case("a LoRA file of plait's whose digest lost its name", weights(lambda raw: raw.replace(b"plait_sha256", b"plait_sha257"), "sealed.safetensors"),
+         ("inspect", "sealed.safetensors"), 3, ("sealed.safetensors", "not the file that was written", "copy it again")),
     Case("U2 a Fisher file of other things", record("a.fisher.safetensors", "fisher", lambda r: r.update(examples=-1)),
          ("merge", "A", "B", "--method", "fisher", "--stats", "A=a.fisher.safetensors", "--stats", "B=a.fisher.safetensors", "--out", "out"), 3,
          ("a.fisher.safetensors", "examples is -1")),

@@ -61,8 +61,8 @@ def build(world: Path) -> None:
     tensors(world / "B", lambda t: t.update({k: v * 0.5 for k, v in t.items()}))
     for i, data in enumerate(seeds.statistics_files()):
         (world / f"{'ab'[i]}.stats.safetensors").write_bytes(data[""])
-    (world / "a.fisher.safetensors").write_bytes(seeds.fisher_files()[0][""])
-    for name, data in zip(("kohya", "diffusers"), seeds.lora_files(), strict=True):
+    (world / "a.fisher.safetensors").write_bytes(seeds.fisher_files()[1][""])
+    for name, data in zip(("kohya", "diffusers", "sealed"), seeds.lora_files(), strict=True):
         (world / f"{name}.safetensors").write_bytes(data[""])
     (world / "recipe.yaml").write_bytes(seeds.RECIPE)
     (world / "study.yaml").write_bytes(seeds.STUDY)
