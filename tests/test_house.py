@@ -29,6 +29,7 @@ ROOMS = [
     "errors",
     "border",
     "options",
+    "seeds",
     "progress",
     "loading",
     "disk",
@@ -54,11 +55,6 @@ ROOMS = [
 ]
 # Imports from below that are still to be turned round: "file -> file".
 UPWARD = {
-    "formats.convert -> merging.beside",
-    "formats.convert -> merging.inputs",
-    "formats.inspect -> merging.stack",
-    "merging.mergekit -> runs.recipe_file",
-    "merging.module_weights -> runs.recipe_file",
     "runs.stages -> report",
     "runs.worker -> cli.output",
 }
@@ -161,6 +157,7 @@ def test_returns_without_a_type_become_fewer():
 @pytest.mark.parametrize("path", LOWER, ids=name_of)
 def test_the_lower_layer_imports_little(path):
     found = set(imports(parsed(path), top_level=True))
+    found -= {"yaml"} if name_of(path) == "border/yaml_text.py" else set()  # whose loaders it narrows
     assert found <= ALLOWED, f"{name_of(path)} imports {sorted(found - ALLOWED)}"
     assert not set(imports(parsed(path))) & {"transformers", "datasets", "sklearn", "scipy", "matplotlib"}
 

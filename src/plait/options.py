@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
 from plait.border.checked import LARGEST_NUMBER, shown
-from plait.errors import UsageError
+from plait.errors import UsageError, printable
 
 
 class Range(NamedTuple):
@@ -69,6 +69,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names) or 'none'}"
+
+
+def require_known(name: str, known: Iterable[str], what: str, where: str | None = None) -> None:
+    """Refuse a name that is not among the known ones; the message has the nearest.
+
+    Args:
+        name: What was given.
+        known: What there is.
+        what: The kind of thing, such as "task".
+        where: The key or file that gave it.
+
+    Raises:
+        UsageError: Unknown.
+    """
+    if name not in (names := list(known)):
+        raise UsageError(f"unknown {what} {printable(name, 60)!r}", where=where, hint=did_you_mean(name, names))
 
 
 def checked_options(method: Configurable, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import Adapter
 from plait.adapters.tensors import all_finite
 from plait.cli.output import jsonable
@@ -24,7 +25,6 @@ from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
 from plait.merging.edit import recorded
 from plait.merging.mergekit import read_mergekit_config
-from plait.merging.stack import base_adapter
 from plait.runs.recipe_file import read_recipe
 from plait.runs.study_spec import read_study
 from plait.statistics.files import read_identity, read_statistics

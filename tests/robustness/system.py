@@ -62,7 +62,7 @@ SYSTEM = [
     Case("49 another process writes it", lambda w: None, MERGE, 4, ("another process", "wait for it"), lambda w: locked(w / "out")),
     Case("50 no memory for a file", lambda w: None, MERGE, 4, ("free some memory",),
          fails("plait.adapters.tensors.own_memory", OSError(errno.ENOMEM, "Cannot allocate memory"))),
-    Case("51 no GPU", lambda w: None, (*MERGE, "--device", "cuda"), 4, ("no CUDA device", "--device cpu"),
+    Case("51 no GPU", lambda w: None, (*MERGE, "--device", "cuda"), 4, ("no GPU that torch can use", "--device cpu"),
          lambda w: patch("torch.cuda.is_available", return_value=False)),
     Case("53 a narrow terminal, no locale", lambda w: None, MERGE, 0, (), narrow, new=("out",)),
     Case("54 spaces and non-ASCII in paths", spaces, ("merge", "x=Ä b", "B", "--out", "aus gäbe"), 0, (), new=("aus gäbe",)),

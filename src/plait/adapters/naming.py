@@ -5,11 +5,25 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 from plait.errors import InputError, UsageError, printable
 
 _NAME = re.compile(r"[^\W_][\w.+-]{0,99}")
 _BYTES = 200  # file systems allow 255, and names get suffixes
+
+
+def split_name(argument: str | Path) -> tuple[str | None, str]:
+    """Split ``NAME=PATH`` into both; a plain path has no name.
+
+    A path that exists is a path, whatever signs it holds; so is one whose first folder holds an equals sign.
+
+    >>> split_name("reviews=adapters/sst2"), split_name("adapters/sst2"), split_name("runs/lr=1e-4")
+    (('reviews', 'adapters/sst2'), (None, 'adapters/sst2'), (None, 'runs/lr=1e-4'))
+    """
+    text = str(argument)
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and "/" not in name and not Path(text).exists() else (None, text)
 
 
 def checked_name(name: str, what: str = "name") -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from plait.cli.merging import merge_text, named_files
-from plait.cli.options import Json, Out, Overwrite
+from plait.cli.options import Device, Json, Out, Overwrite
 from plait.cli.output import emit
 
 Adapter = Annotated[Path, typer.Argument(help="A PEFT folder, a folder of them by component, or a LoRA file.")]
@@ -97,7 +97,7 @@ def edit(
     scale: Annotated[float | None, typer.Option("--scale", help="Of the merge; as it was by default.")] = None,
     stats: Stats = None,
     by_difference: Annotated[bool, typer.Option("--by-difference", help="Linear methods: only what changes is read.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Change a merge: add adapters, take some out, weigh them anew. From the recipe that it recorded."""

@@ -10,7 +10,7 @@ import typer
 from plait.cli import existing
 from plait.cli.existing import General, Length, Text
 from plait.cli.given import only, without
-from plait.cli.options import Json, Overwrite, Seed, Set
+from plait.cli.options import Device, Json, Overwrite, Seed, Set
 from plait.cli.output import emit, number, numbers, settings, table
 from plait.errors import UsageError
 
@@ -80,7 +80,7 @@ def merge(
     text: Text = None, general: General = None, refine: Refine = 100, repair: Repair = 0, length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip

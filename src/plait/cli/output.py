@@ -141,7 +141,7 @@ def _tell(text: str) -> None:
 
 def settings(pairs: list[str] | None) -> dict[str, Any]:
     """``--set key=value`` pairs as a mapping; values are YAML."""
-    from plait.runs.recipe_file import load_yaml
+    from plait.border.yaml_text import load_yaml
 
     found: dict[str, Any] = {}
     for pair in pairs or []:

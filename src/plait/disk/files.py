@@ -12,6 +12,7 @@ from plait.errors import InputError
 
 _PIECE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
 _JSON_LIMIT = 64 << 20
+_TEXT_LIMIT = 1 << 20
 
 
 def sha256_file(path: Path) -> str:
@@ -45,6 +46,21 @@ def read_json(path: Path, limit: int = _JSON_LIMIT) -> Any:
         raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
     except (ValueError, RecursionError) as e:
         raise InputError(f"not valid JSON: {e}", where=str(path)) from None
+
+
+def text_of(path: Path) -> str:
+    """Read a text file of at most 1 MiB: a recipe, a study, weights.
+
+    Raises:
+        InputError: Not a file that may be read, over 1 MiB, or not UTF-8.
+    """
+    require_regular(path)
+    if path.stat().st_size > _TEXT_LIMIT:
+        raise InputError("over 1 MiB, not a recipe", where=str(path))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from plait.errors import InputError, RunError, UsageError
 from plait.extraction.outcome import Found, adapter_of_cuts, record_of
 from plait.extraction.pairs import Matrix, Pair
 from plait.extraction.spectrum import extracted, loss_of
-from plait.merging.inputs import seed_of
+from plait.seeds import seed_of
 
 _NAMED = 5  # tensors that an error lists
 # The factors are rounded to float32: what is read again may lose this share of the energy more or less than was stated.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
 from plait.disk import store
@@ -28,7 +29,6 @@ from plait.formats.reading import format_of
 from plait.formats.single_file import read_lora_file
 from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
-from plait.merging.beside import require_exact
 from plait.merging.folders import places, read_all
 from plait.merging.outcome import discarded, input_hashes, labels_of, provenance
 from plait.model.base import BaseModel

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plait.adapters.config import CONFIG, read_config
 from plait.adapters.lora import Adapter
+from plait.adapters.naming import split_name
 from plait.adapters.places import inside
 from plait.disk.hub import adapter_place, cached_folder, split_revision
 from plait.errors import InputError, UsageError
@@ -78,5 +79,4 @@ def is_adapter(argument: str) -> bool:
 
 def place_of(argument: str) -> Path:
     """The folder or file of ``PATH`` or ``NAME=PATH``; of ``user/name``, its folder in the hub's cache."""
-    name, equals, path = argument.partition("=")
-    return adapter_place(path if equals and "/" not in name and not Path(argument).exists() else argument)
+    return adapter_place(split_name(argument)[1])

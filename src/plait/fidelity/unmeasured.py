@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
 from plait.fidelity import notes
 from plait.fidelity.proxy import mean_error, terms
-from plait.merging.stack import base_adapter, in_order
+from plait.merging.stack import in_order
 from plait.model.base import BaseModel
 
 

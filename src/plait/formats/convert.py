@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from plait.adapters.carried import carried, lines, verify_carried
 from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
@@ -30,9 +31,8 @@ from plait.formats.renaming import renamed
 from plait.formats.single_file import read_lora_file
 from plait.formats.work import Means
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
-from plait.merging.beside import carried, lines, verify_carried
-from plait.merging.inputs import seed_of
 from plait.model.files import base_place
+from plait.seeds import seed_of
 
 _FAILED = 1e-6
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.adapters.config import CONFIG, read_raw_config
 from plait.adapters.experts import member_of
+from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.places import folders_inside
@@ -23,7 +24,6 @@ from plait.formats.keys import MLX, PEFT, TUCKER, variant_of
 from plait.formats.mlx import FILE, is_mlx
 from plait.formats.reading import format_of, read_any
 from plait.formats.single_file import file_record
-from plait.merging.stack import base_adapter
 
 # What a config or the names of tensors give away -> its name, and the way to a plain LoRA, if there is one.
 _BASE, _START = "plait convert --base DIR", "plait convert --initial DIR"

@@ -1,6 +1,5 @@
 """Merging: many LoRA adapters of one base model in, one LoRA adapter out."""
 
-from plait.merging import methods  # noqa: F401  importing them registers them
 from plait.merging.bake import bake
 from plait.merging.driver import merge, plan_merge
 from plait.merging.folders import merge_folders

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
+from plait.adapters.carried import Carried, carried
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import same_experts
+from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import EXPERT, Adapter
 from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, UsageError
-from plait.merging.beside import Carried, carried
 from plait.merging.shared import require_shared
-from plait.merging.stack import base_adapter
 from plait.model.records import same_weights
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")

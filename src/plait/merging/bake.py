@@ -21,13 +21,13 @@ from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.errors import InputError, RunError
 from plait.merging.expert_parts import expert_parts, known_names, layout_for
-from plait.merging.inputs import seed_of
 from plait.merging.outcome import input_hashes, labels_of
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, as_dense, row_blocks
 from plait.model.files import INDEX, SINGLE, weight_files
 from plait.model.stored import StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.model.stored_names import compared_copies, tensor_of
+from plait.seeds import seed_of
 
 if TYPE_CHECKING:
     from plait.model.layout import StoredParameter

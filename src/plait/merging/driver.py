@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
 from plait.border.checked import LARGEST_NUMBER, shown
-from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.errors import InputError, UsageError
 from plait.merging.align import align
-from plait.merging.beside import require_exact
 from plait.merging.calibration import find_calibration
 from plait.merging.module_weights import ModuleWeights, weights_of_modules
 from plait.merging.plan import Merged, Plan
 from plait.merging.registry import MergeMethod, find_method
 from plait.merging.scales import SUMS, Scale, asks_moments, default_method, scale_by_moments, scale_by_rule
+from plait.model.base import device_named
 from plait.model.records import same_weights
 from plait.options import checked_options
 
@@ -140,7 +139,7 @@ def plan_merge(
         rank=rank,
         calibration=find_calibration(calibrate),
         seed=seed,
-        device=_device(device),
+        device=device_named(device),
         statistics=_statistics(found, adapters, statistics),
         module_weights=module_weights,
         by_module=by_module,
@@ -186,19 +185,6 @@ def _finite(value: float, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
         raise UsageError(f"{what} is {shown(value)}, expected a finite number")
     return float(value)
-
-
-def _device(device: str) -> torch.device:
-    try:
-        found = torch.device(device)
-        known = found.type in ("cpu", "cuda")
-    except RuntimeError:
-        known = False
-    if not known:
-        raise UsageError(f"unknown device {device!r}", hint="cpu, cuda or cuda:0")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault("no CUDA device", hint="--device cpu computes the same")
-    return found
 
 
 def _statistics(

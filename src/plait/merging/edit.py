@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter
+from plait.adapters.naming import split_name
 from plait.adapters.sealed import read_sealed
 from plait.disk import store
 from plait.disk.hub import adapter_place, cached_folder, split_revision
@@ -185,9 +186,8 @@ def named_weights(recipe: Recorded, change: Change) -> tuple[dict[str, float], d
         del kept[name]
     added: dict[str, str] = {}
     for given in change.add:
-        name, equals, path = given.partition("=")
-        if not equals or "/" in name or Path(given).exists():
-            name, path = read_any(given).name, given
+        named, path = split_name(given)
+        name = read_any(path).name if named is None else named
         if name in kept or name in added:
             raise UsageError(f"an adapter {name!r} is in this merge already", hint="--add NAME=PATH gives another name")
         added[name] = path

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.carried import verify_carried
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.lora import Adapter
 from plait.adapters.memory import give_back
+from plait.adapters.naming import split_name
 from plait.adapters.peft_format import begin_adapter, write_adapter
 from plait.disk import store
 from plait.disk.overwriting import require_apart
@@ -17,7 +19,6 @@ from plait.disk.space import require_space
 from plait.errors import RunError, UsageError
 from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
-from plait.merging.beside import verify_carried
 from plait.merging.driver import plan_merge
 from plait.merging.foreseen import foreseen, stream_to
 from plait.merging.module_weights import ModuleWeights
@@ -33,11 +34,8 @@ def read_named(folder: Path | str) -> Adapter:
 
 
 def _begin_named(folder: Path | str, hashing: Hashing) -> Callable[[], Adapter]:
-    text = str(folder)
-    name, equals, path = text.partition("=")
-    if equals and "/" not in name and not Path(text).exists():
-        return begin_any(path, hashing, name=name)
-    return begin_any(text, hashing)
+    name, path = split_name(folder)
+    return begin_any(path, hashing, name=name)
 
 
 def read_all(folders: Sequence[Path | str]) -> list[Adapter]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors, concatenated
 from plait.merging.stacks import factors_of
+from plait.seeds import seed_of
 
 if TYPE_CHECKING:
     from plait.merging.core import CoreSpace
@@ -136,12 +137,6 @@ class MergeInputs:
         like = self.A[0]
         before = like.shape[:-2]
         return factors_of(like.new_zeros(*before, 1, width), like.new_zeros(*before, out, 1), self.kind)
-
-
-def seed_of(*parts: object) -> int:
-    """63 bits of the SHA-256 of the parts."""
-    text = "\x1f".join(str(p) for p in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def digest_of(A: Tensor, B: Tensor) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.border.checked import Record
+from plait.disk.files import text_of
 from plait.errors import InputError, UsageError
 from plait.merging.mergekit_methods import METHODS, MergekitRecipe, Model, refuse_end
 from plait.options import did_you_mean
@@ -33,15 +34,9 @@ def read_mergekit_config(path: Path) -> dict[str, Any]:
         InputError: Not YAML, or not a mapping.
         UsageError: Something that plait does not do, or that mergekit refuses; the message names it.
     """
-    import yaml
+    from plait.border.yaml_text import load_foreign_yaml
 
-    from plait.runs.recipe_file import YAML_ERRORS, DistinctKeys, text_of
-
-    text = text_of(path)
-    try:
-        raw = yaml.load(text, Loader=DistinctKeys)  # noqa: S506 (a SafeLoader)
-    except YAML_ERRORS as e:
-        raise InputError("not YAML: " + " ".join(str(e).split()), where=str(path), hint="correct the file") from None
+    raw = load_foreign_yaml(text_of(path), str(path))
     if not isinstance(raw, dict):
         raise InputError("not a mapping", where=str(path), hint="expected a mergekit recipe")
     try:

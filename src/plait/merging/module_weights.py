@@ -9,7 +9,7 @@ from typing import Any
 from plait.adapters.lora import Adapter
 from plait.border.checked import Record
 from plait.border.patterns import first_hits
-from plait.disk.files import read_json
+from plait.disk.files import read_json, text_of
 from plait.errors import InputError, UsageError
 from plait.options import did_you_mean
 
@@ -51,14 +51,9 @@ _FORM = "adapter: {pattern: number, default: number}, or adapter: number"
 
 
 def _yaml(path: Path) -> Any:
-    import yaml
+    from plait.border.yaml_text import load_foreign_yaml
 
-    from plait.runs.recipe_file import YAML_ERRORS, DistinctKeys, text_of
-
-    try:
-        return yaml.load(text_of(path), Loader=DistinctKeys)  # noqa: S506 (a SafeLoader)
-    except YAML_ERRORS as e:
-        raise InputError("not YAML: " + " ".join(str(e).split()), where=str(path), hint="correct the file") from None
+    return load_foreign_yaml(text_of(path), str(path))
 
 
 def _learnt(record: Record) -> dict[str, dict[str, float]]:

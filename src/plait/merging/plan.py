@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from plait.adapters.carried import recorded
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors, concatenated, truncated
 from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import Alignment
-from plait.merging.beside import recorded
 from plait.merging.calibration import Calibration
 from plait.merging.inputs import MergeInputs
 from plait.merging.module_weights import ModuleWeights

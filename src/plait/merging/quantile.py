@@ -13,7 +13,8 @@ from torch import Tensor
 from plait.adapters.memory import empty_like, own_copy
 from plait.errors import RunError
 from plait.merging.elementwise import parts_of
-from plait.merging.inputs import MergeInputs, seed_of
+from plait.merging.inputs import MergeInputs
+from plait.seeds import seed_of
 
 # Makes one pass over nonnegative values, in blocks, each with the index of the group (the task) it belongs to.
 Blocks = Callable[[], Iterator[tuple[int, Tensor]]]

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.inputs import MergeInputs, seed_of
+from plait.merging.inputs import MergeInputs
+from plait.seeds import seed_of
 
 # Keeping is decided by 16 random bits an entry, several times cheaper than a float; the rescaling uses the probability
 # that 16 bits express, so the expectation is exact.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
+import pkgutil
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plait.border.plugins import load_plugins
 from plait.errors import UsageError
 from plait.merging.inputs import MergeInputs
 from plait.merging.stream import MergedDelta
 from plait.options import Option, did_you_mean, options_of
 
+PLUGINS = "plait.methods"  # the entry point group in which packages name modules that register methods
 Combination = Callable[[Sequence[float]], Sequence[float]]
 Prepare = Callable[[Sequence[MergeInputs], Mapping[str, Any]], Any]
 
@@ -101,8 +106,22 @@ def merge_method(
     return register
 
 
+@functools.cache
+def _register_all() -> None:
+    """Import plait's own methods, then those of other packages; once, and not before somebody asks."""
+    home = importlib.import_module("plait.merging.methods")
+    for file in pkgutil.iter_modules(home.__path__):
+        importlib.import_module(f"{home.__name__}.{file.name}")
+    load_plugins(PLUGINS)
+
+
 def merge_methods() -> Mapping[str, MergeMethod]:
-    """Every registered method by name, in alphabetical order."""
+    """List every registered method by name, in alphabetical order: plait's own, and those of installed plug-ins.
+
+    >>> merge_methods()["ties"].paper
+    'arXiv:2306.01708'
+    """
+    _register_all()
     return types.MappingProxyType({k: _METHODS[k] for k in sorted(_METHODS)})
 
 
@@ -112,6 +131,7 @@ def find_method(name: str) -> MergeMethod:
     Raises:
         UsageError: Unknown; the nearest names are in the message.
     """
-    if name not in _METHODS:
-        raise UsageError(f"unknown merging method {name!r}", hint=did_you_mean(name, _METHODS))
-    return _METHODS[name]
+    methods = merge_methods()
+    if name not in methods:
+        raise UsageError(f"unknown merging method {name!r}", hint=did_you_mean(name, methods))
+    return methods[name]

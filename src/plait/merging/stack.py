@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, read_raw_config
+from plait.adapters.config import CLASSIFICATION_TYPES
+from plait.adapters.lineage import base_adapter, is_baked
 from plait.adapters.lora import Adapter
 from plait.disk.store import MANIFEST, read_manifest
 from plait.errors import InputError
@@ -17,32 +18,6 @@ from plait.model.records import EARLIER, SHA256
 
 # Two adapters from one random A reach about 0.99 after training; from two, chance alone gives a few hundredths.
 _CONTINUED = 0.9
-
-
-def base_adapter(folder: Path) -> Path | None:
-    """The folder of the adapter, or of the model an adapter was baked into, that this adapter's base names; None if none.
-
-    A path counts where it leads to such a folder from the working directory, or from beside the adapter.
-    """
-    if not (folder / CONFIG).is_file():
-        return None
-    named = read_raw_config(folder).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        return None
-    places = (Path(named), folder.parent / named, folder.parent / Path(named).name)
-    return next((place for place in places if _leads_elsewhere(place, folder)), None)
-
-
-def _leads_elsewhere(place: Path, folder: Path) -> bool:
-    """Whether there is another adapter, or a baked model; what cannot be a path, or not be looked into, is a name."""
-    try:
-        return place.resolve() != folder.resolve() and ((place / CONFIG).is_file() or _is_baked(place))
-    except (OSError, ValueError):  # too long, with NUL, half a surrogate pair; another user's
-        return False
-
-
-def _is_baked(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() and (read_manifest(folder) or {}).get("stage") == "bake"
 
 
 def in_order(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -116,7 +91,7 @@ def _below(adapter: Adapter, others: Sequence[Adapter]) -> str | None:
 
 def _baked_from(place: Path, other: Adapter) -> bool:
     """Whether a baked model holds exactly this adapter, by the hashes both record."""
-    if not _is_baked(place):
+    if not is_baked(place):
         return False
     baked = read_manifest(place) or {}
     inputs = {k: v for k, v in baked.get("inputs", {}).items() if k not in ("adapter", "base")}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.carried import verify_carried
 from plait.adapters.peft_format import read_adapter
 from plait.disk.overwriting import require_apart
 from plait.errors import RunError
@@ -14,7 +15,6 @@ from plait.formats.convert import written_error
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.writing import checked_format, finished, in_format, write_any
-from plait.merging.beside import verify_carried
 from plait.merging.folders import identity_of, places
 from plait.merging.plan import Plan
 from plait.merging.verify import FAILED
@@ -22,7 +22,7 @@ from plait.merging.verify import FAILED
 
 def is_for_files(folders: Sequence[str], format: str | None) -> bool:
     """Whether a merge concerns LoRA files: an input is one, or a format is asked for."""
-    return format is not None or any(f.partition("=")[2].endswith(_SUFFIX) or f.endswith(_SUFFIX) for f in folders)
+    return format is not None or any(f.endswith(_SUFFIX) for f in folders)
 
 
 _SUFFIX = ".safetensors"

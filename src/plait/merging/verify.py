@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.inputs import MergeInputs, seed_of
+from plait.merging.inputs import MergeInputs
 from plait.merging.stream import DenseDelta, MergedDelta, Truncated
+from plait.seeds import seed_of
 
 _PROBES = 4
 # Methods that are no weighted sum are run a second time to be verified: on this many modules.

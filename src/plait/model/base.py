@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import os
 import re
@@ -20,6 +19,7 @@ from plait.disk.locks import require_readable
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
 from plait.model.files import base_snapshot, read_base_config, require_vocabulary
 from plait.model.whole import LoadingReport, require_plausible, require_whole
+from plait.seeds import named_seed
 
 if TYPE_CHECKING:
     from plait.tasks.task import Task
@@ -292,8 +292,3 @@ def draw_linear(module: nn.Module, seed: int, name: str, std: float, bias: float
         module.weight.copy_(drawn)
         if module.bias is not None:
             module.bias.fill_(bias)
-
-
-def named_seed(seed: int, name: str) -> int:
-    """A seed for one named thing, from the run's seed: a hash, so that neither order nor number of things matters."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:7], "little")

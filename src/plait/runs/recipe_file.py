@@ -3,67 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel as PydanticModel
 from pydantic import ValidationError
 
 from plait.border.checked import shown
-from plait.disk.store import require_regular, staged_file
+from plait.border.yaml_text import load_yaml as load_yaml
+from plait.disk.files import text_of as text_of
+from plait.disk.store import staged_file
 from plait.errors import InputError, UsageError, printable
 from plait.options import Configurable, checked_options
+from plait.options import require_known as require_known
 from plait.runs import recipe as models
 from plait.runs.recipe import Recipe, TaskSpec
 
-_SIZE_LIMIT = 1 << 20
-# What PyYAML raises: its own, and what its constructors of dates, numbers and truth values let through.
-YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError, OverflowError)
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
-
-
-class DistinctKeys(yaml.SafeLoader):
-    """Safe YAML without duplicate keys (the last would silently win)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A mapping, where no key stands twice."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.YAMLError(f"key {key.value!r} stands twice, line {key.start_mark.line + 1}")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-class _Loader(DistinctKeys):
-    """The same without aliases: a bomb needs them."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("aliases (*name) are not supported")
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
-
-
-# YAML 1.1 reads 1e-3 as a string; people who write numbers mean numbers.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def load_yaml(text: str, where: str) -> Any:
-    """Parse YAML safely: no tags that build objects, no aliases, no duplicate keys.
-
-    Raises:
-        UsageError: With the line, where YAML gives one.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except YAML_ERRORS as e:
-        raise UsageError("not a recipe: " + " ".join(str(e).split()), where=where, hint="correct the file") from None
 
 
 _SECTIONS: dict[str, type[PydanticModel]] = {
@@ -95,21 +53,6 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError("a recipe is a mapping of keys", where=str(path))
     apply_overrides(raw, overrides)
     return parse_recipe(raw, str(path))
-
-
-def text_of(path: Path) -> str:
-    """The text of a recipe's or a study's file.
-
-    Raises:
-        InputError: Not a file that may be read, over 1 MiB, or not UTF-8.
-    """
-    require_regular(path)
-    if path.stat().st_size > _SIZE_LIMIT:
-        raise InputError("over 1 MiB, not a recipe", where=str(path))
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -248,16 +191,6 @@ def training_keys() -> list[str]:
     from plait.training.settings import TrainingSettings
 
     return [f.name for f in fields(TrainingSettings) if f.name != "max_length"]
-
-
-def require_known(name: str, known: Sequence[str], what: str, where: str | None = None) -> None:
-    """Raise a did-you-mean for a name that is not one of the known."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}" if known else "it has none"
-        )
-        raise UsageError(f"unknown {what} {printable(name, 60)!r}", where=where, hint=hint)
 
 
 STUDIES = "studies"

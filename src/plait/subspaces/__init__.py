@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from plait.subspaces.compute import Subspace as Subspace
     from plait.subspaces.compute import completed as completed
     from plait.subspaces.compute import compute_subspaces as compute_subspaces
-    from plait.subspaces.compute import find_subspace_method as find_subspace_method
-    from plait.subspaces.compute import subspace_methods as subspace_methods
+    from plait.subspaces.registry import find_subspace_method as find_subspace_method
     from plait.subspaces.registry import subspace_method as subspace_method
+    from plait.subspaces.registry import subspace_methods as subspace_methods
     from plait.subspaces.stream import StreamedSubspaces as StreamedSubspaces
     from plait.subspaces.stream import stream_subspaces as stream_subspaces
 
@@ -20,10 +20,10 @@ _HOMES = {
     "Subspace": "compute",
     "completed": "compute",
     "compute_subspaces": "compute",
-    "find_subspace_method": "compute",
+    "find_subspace_method": "registry",
     "stream_subspaces": "stream",
     "subspace_method": "registry",
-    "subspace_methods": "compute",
+    "subspace_methods": "registry",
 }
 __all__ = [
     "StreamedSubspaces",

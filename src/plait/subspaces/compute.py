@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.errors import InputError, RunError, UsageError
-from plait.options import checked_options, did_you_mean
+from plait.options import checked_options
 from plait.statistics.agreement import merge_statistics, require_compatible
 from plait.statistics.moments import ModuleInfo, Statistics
 from plait.subspaces.inputs import Basis, SiteInputs
@@ -19,7 +19,7 @@ from plait.subspaces.registry import (
     SubspaceMethod,
     checked_row_norm,
     default_row_norm,
-    registered,
+    find_subspace_method,
 )
 
 
@@ -47,25 +47,6 @@ class Subspace:
         if self.row_norm is None or self.row_norm == 1.0:
             return self.basis.clone()
         return self.basis * self.row_norm
-
-
-def subspace_methods() -> Mapping[str, SubspaceMethod]:
-    """Every registered method by name, in alphabetical order."""
-    from plait.subspaces import contrastive, controls, osrm  # noqa: F401
-
-    return registered()
-
-
-def find_subspace_method(name: str) -> SubspaceMethod:
-    """Look a method up.
-
-    Raises:
-        UsageError: Unknown; the nearest names are in the message.
-    """
-    known = subspace_methods()
-    if name not in known:
-        raise UsageError(f"unknown subspace method {name!r}", hint=did_you_mean(name, known))
-    return known[name]
 
 
 def compute_subspaces(

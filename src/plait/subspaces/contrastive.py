@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.errors import InputError
-from plait.model.base import named_seed
 from plait.options import Positive, Range
+from plait.seeds import named_seed
 from plait.statistics.moments import FACTOR, Moments
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.errors import InputError
-from plait.model.base import named_seed
+from plait.seeds import named_seed
 from plait.statistics.moments import FACTOR, Moments
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.errors import InputError
-from plait.model.base import named_seed
+from plait.seeds import named_seed
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
 from plait.subspaces.solvers import fixed_signs, iteration_pays, top_eigenpairs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import math
 import types
@@ -9,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from plait.border.plugins import load_plugins
 from plait.errors import UsageError
-from plait.options import Option, options_of
+from plait.options import Option, did_you_mean, options_of
 from plait.subspaces.inputs import Basis
 
+PLUGINS = "plait.subspaces"  # the entry point group in which packages name modules that register methods
 # The length of a row of A where the caller names none: 1, a standard Gaussian's, or as it was drawn.
 RowNorm = Literal["unit", "gaussian", "drawn"]
 Function = Callable[..., Mapping[str, Basis]]
@@ -66,9 +70,30 @@ def subspace_method(
     return register
 
 
-def registered() -> Mapping[str, SubspaceMethod]:
-    """Every method registered so far by name, in alphabetical order."""
+@functools.cache
+def _register_all() -> None:
+    """Import plait's own methods, then those of other packages; once, and not before somebody asks."""
+    for file in ("contrastive", "controls", "osrm"):
+        importlib.import_module(f"plait.subspaces.{file}")
+    load_plugins(PLUGINS)
+
+
+def subspace_methods() -> Mapping[str, SubspaceMethod]:
+    """List every registered method by name, in alphabetical order: plait's own, and those of installed plug-ins."""
+    _register_all()
     return types.MappingProxyType({k: _METHODS[k] for k in sorted(_METHODS)})
+
+
+def find_subspace_method(name: str) -> SubspaceMethod:
+    """Look a method up.
+
+    Raises:
+        UsageError: Unknown; the nearest names are in the message.
+    """
+    known = subspace_methods()
+    if name not in known:
+        raise UsageError(f"unknown subspace method {name!r}", hint=did_you_mean(name, known))
+    return known[name]
 
 
 def default_row_norm(method: SubspaceMethod, dim: int, rank: int) -> float | None:

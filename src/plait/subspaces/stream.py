@@ -21,9 +21,9 @@ from plait.statistics.moments import ModuleInfo, Moments
 from plait.statistics.passes import ForwardPasses, first_example
 from plait.statistics.sites import find_sites
 from plait.statistics.targets import find_targets
-from plait.subspaces.compute import Subspace, find_subspace_method, solve_site
+from plait.subspaces.compute import Subspace, solve_site
 from plait.subspaces.inputs import SiteInputs
-from plait.subspaces.registry import SubspaceMethod, checked_row_norm
+from plait.subspaces.registry import SubspaceMethod, checked_row_norm, find_subspace_method
 
 # Sites of up to this width are solved several at a time on a GPU: each alone leaves it waiting for small steps.
 _SMALL_SITE, _WORKERS = 6000, 6

@@ -1,0 +1,35 @@
+"""What an adapter was trained on, as its folder records it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plait.adapters.config import CONFIG, read_raw_config
+from plait.disk.store import MANIFEST, read_manifest
+
+
+def base_adapter(folder: Path) -> Path | None:
+    """Find the adapter, or the model an adapter was baked into, that this adapter names as its base; None if it names none.
+
+    A path counts where it leads to such a folder from the working directory, or from beside the adapter.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    named = read_raw_config(folder).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return None
+    places = (Path(named), folder.parent / named, folder.parent / Path(named).name)
+    return next((place for place in places if _leads_elsewhere(place, folder)), None)
+
+
+def _leads_elsewhere(place: Path, folder: Path) -> bool:
+    """Whether there is another adapter, or a baked model; what cannot be a path, or not be looked into, is a name."""
+    try:
+        return place.resolve() != folder.resolve() and ((place / CONFIG).is_file() or is_baked(place))
+    except (OSError, ValueError):  # too long, with NUL, half a surrogate pair; another user's
+        return False
+
+
+def is_baked(folder: Path) -> bool:
+    """Whether a folder holds a model that plait baked an adapter into."""
+    return (folder / MANIFEST).is_file() and (read_manifest(folder) or {}).get("stage") == "bake"
