@@ -37,7 +37,7 @@ from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import mean_error, terms_over
 from plait.fidelity.score import fidelities, outputs
-from plait.fidelity.teachers import HeadLesson
+from plait.fidelity.teachers import HeadLoss
 from plait.fidelity.texts import split_off
 from plait.merging.registry import find_method
 from plait.model.base import BaseModel
@@ -97,13 +97,13 @@ class Judge:
                     found[i, h, j] = primary(scores(metrics, logits[chosen], labels[chosen]))
         return found
 
-    def lesson(self, half: int, rows: int) -> tuple[Panel, HeadLesson]:
+    def labelled_loss(self, half: int, rows: int) -> tuple[Panel, HeadLoss]:
         """The labels of one half, to be learnt from."""
         chosen = {n: h[half][:rows] for n, h in self.halves.items()}
         texts = {n: self.rows[n].take(c).texts for n, c in chosen.items()}
         panel = self.panel.with_texts(texts)
         labels = {n: scored_labels(self.tasks[n], self.rows[n])[c] for n, c in chosen.items()}
-        return panel, HeadLesson(panel, labels)
+        return panel, HeadLoss(panel, labels)
 
 
 def one_seed(
@@ -243,14 +243,14 @@ def choice_by_labels(grid: Judge, adapters, entries, by_label, half: int, a) -> 
     best = entries[order[0]]
     found = [(f"grid: {best[0].recipe.label} at {best[1]:g}", (best[0].adapter, best[1]))]
     apart = [entries[i] for i in order if len(next(iter(groups_of(entries[i][0], adapters).values()))) > 1]
-    panel, lesson = grid.lesson(half, a.label_rows)
+    panel, loss = grid.labelled_loss(half, a.label_rows)
     starts = {
         id(e[0]): e for e in (best, apart[0], next(e for e in apart if e[0].recipe.method != apart[0][0].recipe.method))
     }
     for tried, scale in starts.values():
         done = distil(
             panel, scaled(tried.adapter, scale), learns="weights", groups=groups_of(tried, adapters),
-            steps=a.label_steps, lesson=lesson,
+            steps=a.label_steps, loss=loss,
         )  # fmt: skip
         found.append((f"weights learnt from {tried.recipe.label} at {scale:g}", (done.adapter, 1.0)))
     scored = grid.scores([w for _, w in found])[:, half].mean(1)

@@ -22,7 +22,7 @@ from plait.fidelity.distil import Distilled, distil
 from plait.fidelity.language import encoded
 from plait.fidelity.proxy import best_scale, mean_error, terms
 from plait.fidelity.score import fidelities
-from plait.fidelity.teachers import lesson_of
+from plait.fidelity.teachers import loss_of
 from plait.merging import merge
 from plait.model.applied import applied
 from plait.tasks import collate
@@ -121,7 +121,7 @@ def test_weights_that_are_learnt_come_closer_and_stay_combinations(make_panel):
 
 
 @pytest.mark.parametrize(("which", "head"), [("all", False), ("end", False), ("all", True), ("end", True)])
-def test_a_lesson_of_text_is_each_adapters_divergence_on_its_own_texts(make_panel, which, head):
+def test_the_distillation_loss_of_text_is_each_adapters_divergence_on_its_own_texts(make_panel, which, head):
     """Against the definition, one text at a time; also where an adapter changes the output layer."""
     panel = make_panel("llama", "causal", texts=6)
     panel.positions = which
@@ -149,8 +149,8 @@ def test_a_lesson_of_text_is_each_adapters_divergence_on_its_own_texts(make_pane
             kls += [kl] if i in chosen else []
         room = max(float(torch.cat(rooms).mean()), 0.05)
         expected += float(torch.cat(kls).mean()) / room / 2
-    lesson = lesson_of(panel)
-    assert float(lesson.loss(places, contextlib.nullcontext).detach()) == pytest.approx(expected, rel=1e-4)
+    loss = loss_of(panel)
+    assert float(loss(places, contextlib.nullcontext).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +259,8 @@ def test_a_repair_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypat
     goal = adapters[0] if better else None
     learnt_from = []
 
-    def pretend(lesson, _, **options):
-        learnt_from.append({len(rows) for rows in lesson.texts.values()})
+    def pretend(panel, _, **options):
+        learnt_from.append({len(rows) for rows in panel.texts.values()})
         return Distilled(goal or merge(adapters, "task_arithmetic", scale=30.0).adapter, 1.0, 0.5, {})
 
     near = merge(adapters, "task_arithmetic", scale=30.0).adapter if better else start

@@ -78,7 +78,7 @@ def test_batches_keep_everything_once_and_wrong_studies_are_refused(small_study,
 def test_the_base_is_loaded_before_merges_are_computed_beside(small_study, tmp_path, monkeypatch):
     """While it loads, transformers sets torch's default dtype, for a thread that merges too."""
     layout, seen = Layout(small_study(), tmp_path), []
-    monkeypatch.setattr(work, "merged_of", lambda _, here: seen.append(here.session.evaluator._model is not None))
+    monkeypatch.setattr(work, "merged_of", lambda _, here: seen.append(here.session.evaluator.models.loaded))
     monkeypatch.setattr(work, "_one", lambda unit, here, future: future.result() if future else None)
     units = [u for train in sweep_units(layout) for u in tuning_scores(layout, train)]
     assert work.do(units, layout) == len(units)

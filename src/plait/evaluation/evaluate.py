@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.errors import RunError
+from plait.evaluation.cache import Cache
 from plait.evaluation.scores import REPORTED, SELECTION, Score
 from plait.evaluation.text import answer_ids, choices, likelihoods, measured_answers
 from plait.model.applied import applied
-from plait.model.base import BaseModel, backbone_of, head_modules, load_head, load_task_model, load_tokenizer
+from plait.model.base import BaseModel, load_head
 from plait.model.out_of_memory import by_parts
+from plait.model.views import TaskModels
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, require_positions, scores, to_device
 from plait.tasks.metrics import OPEN
 from plait.tasks.task import TEXT_KINDS
@@ -49,13 +50,18 @@ class Evaluator:
     examples: Mapping[str, Examples]
     batch_size: int = 64
     max_length: int = 128
-    _tokenizer: Any = None
-    _model: Any = None
-    _rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    _views: dict[str, Any] = field(default_factory=dict)
-    _banks: dict[Any, Any] = field(default_factory=dict)
-    _stacks: dict[Any, Any] = field(default_factory=dict)
-    _choices_of: dict[str, tuple[list[list[int]], list[list[int]]]] = field(default_factory=dict)
+    cache: Cache = field(default_factory=Cache)
+    _models: TaskModels | None = None
+
+    @property
+    def models(self) -> TaskModels:
+        """The base as the model of every task."""
+        self._models = self._models or TaskModels(self.base)
+        return self._models
+
+    def sharing(self, examples: Mapping[str, Examples]) -> Evaluator:
+        """Make an evaluator of other rows that shares the loaded base."""
+        return replace(self, examples=examples, cache=Cache(), _models=self.models)
 
     def predict(
         self,
@@ -75,7 +81,7 @@ class Evaluator:
             found = self._choices(model, task, adapter, scale, rows)
         else:
             load_head(model, head)
-            encoded = self._encoded(task)
+            encoded = self.encoded(task)
             chosen = encoded if rows is None else [encoded[i] for i in rows]
             with applied(model, adapter, scale):
                 found = forward_logits(model, self.tokenizer, chosen, self.batch_size)
@@ -97,41 +103,41 @@ class Evaluator:
             sizes = {"batch_size": self.batch_size, "max_length": self.max_length}
             with applied(model, adapter, scale):
                 return measured_answers(model, self.tokenizer, self.tasks[task], examples, **sizes)
-        prompts, ends = self._prompts(task)
+        prompts, ends = self.prompts(task)
         chosen = prompts if rows is None else [prompts[int(i)] for i in rows]
         pad = self.tokenizer.pad_token_id
         with applied(model, adapter, scale):
             return likelihoods(model, self.tasks[task].kind, chosen, ends, pad, self.batch_size)
 
-    def _prompts(self, task: str) -> tuple[list[list[int]], list[list[int]]]:
-        """A text task's prompts and answers as token ids."""
-        if task not in self._choices_of:
-            found = choices(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
-            after = max(map(len, found[1])) if self.tasks[task].kind == "causal" else 0  # elsewhere the decoder's
-            require_positions(self.task_model(task), (len(p) + after for p in found[0]), f"task {task}")
-            self._choices_of[task] = found
-        return self._choices_of[task]
+    def prompts(self, task: str) -> tuple[list[list[int]], list[list[int]]]:
+        """Encode a text task's prompts and answers as token ids, once."""
 
-    def _encoded(self, task: str) -> list[dict[str, Any]]:
-        if task not in self._rows:
-            found = encode(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
-            require_positions(self.task_model(task), (len(r["input_ids"]) for r in found), f"task {task}")
-            self._rows[task] = found
-        return self._rows[task]
+        def encoded() -> tuple[list[list[int]], list[list[int]]]:
+            prompts, ends = choices(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
+            after = max(map(len, ends)) if self.tasks[task].kind == "causal" else 0  # elsewhere the decoder's
+            require_positions(self.task_model(task), (len(p) + after for p in prompts), f"task {task}")
+            return prompts, ends
+
+        return self.cache.prompts.get(task, encoded)
+
+    def encoded(self, task: str) -> list[dict[str, Any]]:
+        """Encode a task's rows as token ids, once."""
+
+        def encoded() -> list[dict[str, Any]]:
+            rows = encode(self.tokenizer, self.tasks[task], self.examples[task], self.max_length)
+            require_positions(self.task_model(task), (len(r["input_ids"]) for r in rows), f"task {task}")
+            return rows
+
+        return self.cache.rows.get(task, encoded)
 
     @property
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
-        self._tokenizer = self._tokenizer or load_tokenizer(self.base)
-        return self._tokenizer
+        return self.models.tokenizer
 
     def task_model(self, task: str) -> Any:
-        """The model of a task; all tasks share one backbone."""
-        if self._model is None:
-            self._model = load_task_model(self.base, self.tasks[task], seed=0)
-        if task not in self._views:
-            self._views[task] = task_view(self._model, self.tasks[task])
-        return self._views[task]
+        """Give the model of a task; all tasks share one backbone."""
+        return self.models.of(self.tasks[task])
 
 
 def scored_labels(task: Task, examples: Examples) -> npt.NDArray[Any]:
@@ -144,23 +150,6 @@ def scored_labels(task: Task, examples: Examples) -> npt.NDArray[Any]:
 def is_open(task: Task) -> bool:
     """Whether a text task's answers are open: the model writes, instead of choosing among known ones."""
     return task.kind in TEXT_KINDS and not task.labels
-
-
-def task_view(model: nn.Module, task: Task) -> nn.Module:
-    """A model for another task that shares this one's backbone: only the head is new (and holds no values yet)."""
-    backbone, prefix = backbone_of(model)
-    if not prefix or task.kind in TEXT_KINDS:
-        return model
-    config: Any = copy.deepcopy(model.config)
-    config.num_labels = task.num_labels
-    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
-    with torch.device("meta"):
-        view = type(model)(config)  # type: ignore[call-arg, arg-type]
-    setattr(view, prefix, backbone)
-    like = next(backbone.parameters())
-    for name in head_modules(view):
-        getattr(view, name).to_empty(device=like.device).to(like.dtype)
-    return view.eval()
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +14,14 @@ from plait.adapters.lora import Adapter
 from plait.errors import RunError
 from plait.evaluation.answer_tree import AnswerTree, answer_tree, shared_ends, takes_trees, tree_scores
 from plait.evaluation.evaluate import Evaluator, Logits, is_open
-from plait.model.applied import in_backbone
 from plait.model.attention import fused_attention
-from plait.model.base import backbone_of
 from plait.model.ends import Ends
 from plait.model.rowbank import RowBank, row_bank
-from plait.model.stacked import StackedFactors, by_member, common_shapes, padded_factors, stacked_updates
+from plait.model.stacked import StackedFactors, by_member, stacked_factors, stacked_updates
 from plait.tasks.task import TEXT_KINDS
 
 # Tokens a pass is worth having at once; more only takes memory.
 _APPETITE = {"cuda": 131_072, "cpu": 4_096}
-_KEPT = 2  # sets of candidates whose factors stay on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,8 @@ def predict_many(
     model, kind = evaluator.task_model(task), evaluator.tasks[task].kind
     if kind in TEXT_KINDS and (kind != "causal" or is_open(evaluator.tasks[task]) or not takes_trees(model)):
         return [evaluator.predict(task, c.head, c.adapter, c.scale, rows) for c in candidates]
-    bank, tree = _bank(evaluator, task, rows)
+    key = (task, None if rows is None else rows.tobytes())  # rows are scored again and again
+    bank, tree = evaluator.cache.banks.get(key, lambda: _bank(evaluator, task, rows))
     size = limit or _size(bank)
     found: list[Logits] = []
 
@@ -99,21 +97,12 @@ def _size(bank: RowBank) -> int:
 
 
 def _bank(evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None) -> tuple[RowBank, AnswerTree | None]:
-    """The chosen rows on the device and, for text, the tree of the answers; kept, since rows are scored again and again."""
-    key = (task, None if rows is None else rows.tobytes())
-    if key not in evaluator._banks:
-        evaluator._banks[key] = _made_bank(evaluator, task, rows)
-    return evaluator._banks[key]  # type: ignore[no-any-return]
-
-
-def _made_bank(
-    evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None
-) -> tuple[RowBank, AnswerTree | None]:
+    """The chosen rows on the device and, for text, the tree of the answers."""
     kind, device, pad = evaluator.tasks[task].kind, evaluator.base.torch_device, evaluator.tokenizer.pad_token_id
     if kind not in TEXT_KINDS:
-        encoded = evaluator._encoded(task)
+        encoded = evaluator.encoded(task)
         return row_bank(encoded if rows is None else [encoded[int(i)] for i in rows], pad, kind, device), None
-    prompts, ends = evaluator._prompts(task)
+    prompts, ends = evaluator.prompts(task)
     chosen = prompts if rows is None else [prompts[int(i)] for i in rows]
     bare = [{"input_ids": p, "attention_mask": [1] * len(p), "labels": ()} for p in chosen]
     return row_bank(bare, pad, kind, device), answer_tree(ends, device)
@@ -121,18 +110,10 @@ def _made_bank(
 
 def _updates(evaluator: Evaluator, model: nn.Module, candidates: Sequence[Candidate]) -> Mapping[str, StackedFactors]:
     """Factors of these candidates on the device; those of the last two calls are kept, since task follows task."""
-    key = tuple((id(c.adapter), c.scale) for c in candidates)
-    if key not in evaluator._stacks:
-        worn = {id(c.adapter): in_backbone(model, c.adapter) for c in candidates if c.adapter is not None}
-        renamed = [replace(c, adapter=worn.get(id(c.adapter))) for c in candidates]
-        backbone = backbone_of(model)[0]
-        like = next(p for p in backbone.parameters() if p.is_floating_point())
-        shapes = common_shapes(list(worn.values()), backbone)
-        made = {name: stack(name, shape, renamed, like) for name, shape in shapes.items()}
-        while len(evaluator._stacks) >= _KEPT:
-            evaluator._stacks.pop(next(iter(evaluator._stacks)))
-        evaluator._stacks[key] = made, [c.adapter for c in candidates]  # held, so that no other takes their ids
-    return evaluator._stacks[key][0]  # type: ignore[no-any-return]
+    active = [(c.adapter, c.scale) for c in candidates]
+    key = tuple((id(adapter), scale) for adapter, scale in active)
+    # With the adapters themselves, so that no other takes their ids.
+    return evaluator.cache.stacks.get(key, lambda: (stacked_factors(model, active), active))[0]
 
 
 def _split_where_full(
@@ -192,28 +173,3 @@ def _tree_pass(ends: Ends, bank: RowBank, places: Tensor, length: int, tree: Ans
     inputs, _ = bank.take(places, length, 1)
     ids, lengths = inputs["input_ids"].repeat(candidates, 1), inputs["attention_mask"].sum(1).repeat(candidates)
     return by_member(tree_scores(ends, tree, ids, lengths), candidates)
-
-
-def stack(
-    name: str, shape: tuple[int, int, int], candidates: Sequence[Candidate], like: nn.Parameter
-) -> StackedFactors:
-    """One module's factors of all candidates; an adapter that occurs at several scales is put on the device once.
-
-    Scale and scaling are multiplied into B in float32, then both factors take the base's dtype.
-    """
-    rank, n_out, n_in = shape
-    worn = {id(c.adapter): c.adapter for c in candidates if c.adapter is not None}
-    device = like.device
-    A = torch.zeros(1 + len(worn), rank, n_in, dtype=torch.float32)
-    B = torch.zeros(1 + len(worn), n_out, rank, dtype=torch.float32)
-    for i, adapter in enumerate(worn.values(), 1):
-        A[i], b, scaling = padded_factors(adapter, name, shape)
-        B[i] = b * scaling
-    places = {None: 0} | {key: i for i, key in enumerate(worn, 1)}
-    which = [places[None if c.adapter is None else id(c.adapter)] for c in candidates]
-    chosen = torch.tensor(which, dtype=torch.int64, device=device)
-    scales = torch.tensor([c.scale for c in candidates], dtype=torch.float32, device=device)[:, None, None]
-    return StackedFactors(
-        A.to(device).to(like.dtype).index_select(0, chosen),
-        (B.to(device).index_select(0, chosen) * scales).to(like.dtype),
-    )

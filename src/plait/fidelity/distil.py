@@ -14,9 +14,9 @@ from torch import Tensor
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
 from plait.errors import RunError
 from plait.fidelity.panel import Panel
-from plait.fidelity.teachers import Lesson, lesson_of
+from plait.fidelity.teachers import DistillationLoss, loss_of
 from plait.model.applied import resolve
-from plait.model.attach import Extra, attached
+from plait.model.hooks import hooked
 
 Learns = Literal["weights", "factors"]
 # Learning rates of Adam at the first step; they fall linearly to zero. Weights start at 1, factors where the merge left them.
@@ -50,7 +50,7 @@ def distil(
     batch: int = 8,
     rate: float | None = None,
     seed: int = 0,
-    lesson: Lesson | None = None,
+    loss: DistillationLoss | None = None,
 ) -> Distilled:
     """Move a merge towards every adapter's predictions on that adapter's own texts; no labels.
 
@@ -64,7 +64,7 @@ def distil(
         batch: Texts of each adapter in a step.
         rate: Of Adam at the start; see `RATES`.
         seed: Of the order of the texts.
-        lesson: What is learnt from; by default the adapters' predictions.
+        loss: What is made small; by default the distance from the adapters' predictions.
 
     Raises:
         RunError: A loss that is not finite.
@@ -73,40 +73,39 @@ def distil(
     """
     generator = torch.Generator().manual_seed(seed)
     device = panel.base.torch_device
-    pupils = {
-        m: _Pupil.of(f, learns, (groups or {}).get(m), device) for m, f in merge.modules.items() if f.kind == LINEAR
+    students = {
+        m: _Student.of(f, learns, (groups or {}).get(m), device) for m, f in merge.modules.items() if f.kind == LINEAR
     }
-    parameters = [p for pupil in pupils.values() for p in pupil.parameters]
+    parameters = [p for student in students.values() for p in student.parameters]
     optimiser = torch.optim.AdamW(parameters, lr=rate or RATES[learns], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(1, steps))
     model = panel.model(panel.parts[0])
-    modules = {m: resolve(model, m, merge.prefix) for m in pupils}
-    extras: dict[str, Extra] = {m: pupil.update for m, pupil in pupils.items()}
-    lesson = lesson or lesson_of(panel)
+    changes = [(resolve(model, m, merge.prefix), student.change) for m, student in students.items()]
+    loss = loss or loss_of(panel)
     losses: list[Tensor] = []
     orders = [_endless(len(panel.texts[p.name]), batch, generator) for p in panel.parts]
     frozen = _frozen(model)
     for _ in range(steps):
-        loss = lesson.loss([next(o) for o in orders], lambda: attached(modules, extras))
+        value = loss([next(o) for o in orders], lambda: hooked(changes))
         optimiser.zero_grad()
-        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+        value.backward(inputs=parameters)  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        losses.append(loss.detach())
+        losses.append(value.detach())
     _thaw(frozen)
     seen = torch.stack(losses).float().cpu().tolist() if losses else []
     if not all(map(math.isfinite, seen)):
         raise RunError("the distillation's loss is not finite", hint="a smaller rate, or float32")
     few = max(1, len(seen) // 10)
-    changed = {m: pupils[m].factors() if m in pupils else f for m, f in merge.modules.items()}
-    weights = {m: p.learnt() for m, p in pupils.items()} if learns == "weights" else {}
+    changed = {m: students[m].factors() if m in students else f for m, f in merge.modules.items()}
+    weights = {m: p.learnt() for m, p in students.items()} if learns == "weights" else {}
     first, last = (float(np.mean(part)) if part else float("nan") for part in (seen[:few], seen[-few:]))
     return Distilled(replace(merge, modules=changed), first, last, weights)
 
 
 @dataclass(frozen=True, slots=True)
-class _Pupil:
+class _Student:
     """One module's factors while they learn: B (w * A x), float32."""
 
     A: Tensor
@@ -116,7 +115,7 @@ class _Pupil:
     parameters: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, f: LoraFactors, learns: str, groups: Sequence[int] | None, device: torch.device) -> _Pupil:
+    def of(cls, f: LoraFactors, learns: str, groups: Sequence[int] | None, device: torch.device) -> _Student:
         folded = f.folded(device=device)
         # Copies: the merge itself must not move.
         A, B = folded.A.clone(), folded.B.clone()
@@ -128,10 +127,10 @@ class _Pupil:
             p.requires_grad_(True)
         return cls(A, B, w, owner, parameters)
 
-    def update(self, x: Tensor) -> Tensor:
-        """What is added to the module's output."""
+    def change(self, x: Tensor, output: Tensor) -> Tensor:
+        """Add the update to the module's output."""
         scaled = (x @ self.A.to(x.dtype).T) * self.w[self.owner].to(x.dtype)
-        return scaled @ self.B.to(x.dtype).T
+        return output + scaled @ self.B.to(x.dtype).T
 
     def factors(self) -> LoraFactors:
         """The factors as they are now."""
@@ -153,7 +152,7 @@ def _endless(rows: int, batch: int, generator: torch.Generator) -> Iterator[list
 
 
 def _frozen(model: Any) -> list[Tensor]:
-    """The model's parameters that asked for gradients: only the pupils' are wanted."""
+    """The model's parameters that asked for gradients: only the students' are wanted."""
     found = [p for p in model.parameters() if p.requires_grad]
     for p in found:
         p.requires_grad_(False)

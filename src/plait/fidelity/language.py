@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from plait.adapters.lora import Adapter
 from plait.evaluation.answer_tree import shared_ends
-from plait.evaluation.fleet import Candidate, stack
 from plait.fidelity.measure import Closeness, TaskFidelity, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.texts import Texts
 from plait.model.attention import fused_attention
 from plait.model.base import backbone_of
-from plait.model.stacked import StackedFactors, by_member, common_shapes, stacked_updates
+from plait.model.stacked import Active, by_member, stacked_factors, stacked_updates
 from plait.tasks import collate, length_order, require_positions, to_device
 from plait.tasks.task import IGNORED
 
-Worn = tuple[Adapter | None, float]
-_BARE: Worn = (None, 1.0)
+_BARE: Active = (None, 1.0)
 # Logits a pass may hold, in entries: 2 GiB of float32 on a GPU, 256 MiB on a CPU.
 _ROOM = {"cuda": 1 << 29, "cpu": 1 << 26}
 # Tokens of decoder input taken from the text itself, where a text has no second part to be written.
@@ -49,14 +46,14 @@ def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
     return rows
 
 
-def text_closeness(panel: Panel, part: Part, merges: Sequence[Worn]) -> list[TaskFidelity]:
+def text_closeness(panel: Panel, part: Part, merges: Sequence[Active]) -> list[TaskFidelity]:
     """KL and agreement of each merge with the part's adapter on the part's own texts."""
     rows = encoded(panel, part.task.kind, panel.texts[part.name])
     (base, *found), n = compared(panel, part, rows, (part.adapter, 1.0), [_BARE, *merges])
     return [task_fidelity(part.name, c, base, n) for c in found]
 
 
-def text_general(panel: Panel, merges: Sequence[Worn]) -> npt.NDArray[np.float64]:
+def text_general(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.float64]:
     """KL(base || merged) a position on the general texts."""
     part = panel.parts[0]
     rows = encoded(panel, part.task.kind, panel.general)
@@ -65,7 +62,7 @@ def text_general(panel: Panel, merges: Sequence[Worn]) -> npt.NDArray[np.float64
 
 @torch.no_grad()
 def compared(
-    panel: Panel, part: Part, rows: Sequence[dict[str, Any]], reference: Worn, merges: Sequence[Worn]
+    panel: Panel, part: Part, rows: Sequence[dict[str, Any]], reference: Active, merges: Sequence[Active]
 ) -> tuple[list[Closeness], int]:
     """Mean KL(reference || merge) and top-1 agreement over all positions, for each merge; and the number of positions.
 
@@ -74,20 +71,16 @@ def compared(
     """
     model = panel.model(part)
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {part.name}")
-    named = {id(a): on_model(model, a) for a, _ in (reference, *merges) if a is not None}
     found: list[Closeness] = []
     n = 0
     for group in _groups(panel, model, merges):
-        worn = [
-            Candidate({}, named[id(a)] if a is not None else None, s)
-            for a, s in (reference, *(merges[i] for i in group))
-        ]
-        sums, updates = [_Sums() for _ in group], stacks(model, worn)
+        active = [reference, *(merges[i] for i in group)]
+        sums, updates = [_Sums() for _ in group], stacked_factors(model, active, whole=True)
         n = 0
         own_tops: Tensor | int = 0
-        for batch in _batches(panel, rows, len(worn)):
+        for batch in _batches(panel, rows, len(active)):
             with fused_attention(model), stacked_updates(model, updates):
-                logits = positions(model, part.task.kind, batch, len(worn), panel.positions)[0]
+                logits = positions(model, part.task.kind, batch, len(active), panel.positions)[0]
             own = _Own.of(_log_softmax(logits[0]))
             n += len(own.top)
             own_tops = own_tops + torch.bincount(own.top, minlength=logits.shape[-1])
@@ -141,28 +134,13 @@ class _Sums:
         return Closeness(kl, agree, by_top, given, by_probability)
 
 
-def on_model(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with its modules named as in the whole model."""
-    prefix = backbone_of(model)[1]
-    known = dict(model.named_modules())
-    names = {m: m if m in known else f"{prefix}.{m}" for m in adapter.modules}
-    return replace(adapter, modules={names[m]: f for m, f in adapter.modules.items()})
-
-
-def stacks(model: nn.Module, worn: Sequence[Candidate]) -> dict[str, StackedFactors]:
-    """Every module's factors of all that are worn."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    shapes = common_shapes([c.adapter for c in worn if c.adapter is not None], model)
-    return {name: stack(name, shape, worn, like) for name, shape in shapes.items()}
-
-
 def positions(
     model: Any, kind: str, batch: Mapping[str, Tensor], members: int, which: str = "all"
 ) -> tuple[Tensor, Tensor]:
     """Logits of a batch that every member reads, at the positions that count.
 
     Args:
-        model: With what the members wear.
+        model: The model, the members' updates on it.
         kind: "causal" or "seq2seq".
         batch: (b, ...) tensors.
         members: How many read it.
@@ -201,7 +179,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _groups(panel: Panel, model: Any, merges: Sequence[Worn]) -> Iterator[list[int]]:
+def _groups(panel: Panel, model: Any, merges: Sequence[Active]) -> Iterator[list[int]]:
     """Places of merges that go through the base together: as many as leave room for logits of one long row each."""
     room = _ROOM.get(panel.base.torch_device.type, _ROOM["cpu"])
     size = max(1, min(16, room // (panel.max_length * model.config.vocab_size) - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,8 @@ class Panel:
     batch_size: int = 32
     max_length: int = 128
     positions: str = "all"
-    _evaluators: dict[str, Evaluator] = field(default_factory=dict)
+    _own: Evaluator | None = None
+    _general: Evaluator | None = None
     _placed: set[str] = field(default_factory=set)  # parts whose head is in the model of their task
 
     def __post_init__(self) -> None:
@@ -151,22 +152,25 @@ class Panel:
         return [p.name for p in self.parts]
 
     def with_texts(self, texts: Mapping[str, Texts], *, general: bool = True) -> Panel:
-        """The same with other texts, and with or without the general ones; the loaded base is shared."""
-        kept = self.general if general else ()
-        other = Panel(self.base, self.parts, texts, kept, self.batch_size, self.max_length, self.positions)
+        """Ask about other texts, with or without the general ones; the loaded base is shared."""
         for part in self.parts:
             self.model(part)  # loaded once, here, for both
-        other.evaluator._model = self.evaluator._model
-        other.evaluator._tokenizer = self.tokenizer
-        other.evaluator._views.update(self.evaluator._views)
-        return other
+        return replace(
+            self,
+            texts=texts,
+            general=self.general if general else (),
+            _own=self.evaluator.sharing(unlabelled_rows(texts)),
+            _general=None,
+            _placed=set(),
+        )
 
     @property
     def evaluator(self) -> Evaluator:
         """The base for predictions on the parts' own texts."""
-        if "own" not in self._evaluators:
-            self._evaluators["own"] = self._evaluator(self.texts)
-        return self._evaluators["own"]
+        if self._own is None:
+            tasks = {p.name: p.task for p in self.parts}
+            self._own = Evaluator(self.base, tasks, unlabelled_rows(self.texts), self.batch_size, self.max_length)
+        return self._own
 
     @property
     def tokenizer(self) -> Any:
@@ -196,18 +200,10 @@ class Panel:
         return model
 
     def general_evaluator(self) -> Evaluator:
-        """The same base, every head on the general texts."""
-        if "general" not in self._evaluators:
-            other = self._evaluator(dict.fromkeys(self.names, self.general))
-            own = self.evaluator
-            other._model, other._tokenizer, other._views = own._model, own._tokenizer, own._views
-            self._evaluators["general"] = other
-        return self._evaluators["general"]
-
-    def _evaluator(self, texts: Mapping[str, Texts]) -> Evaluator:
-        tasks = {p.name: p.task for p in self.parts}
-        examples = {name: unlabelled(rows) for name, rows in texts.items()}
-        return Evaluator(self.base, tasks, examples, self.batch_size, self.max_length)
+        """The base for predictions of every head on the general texts."""
+        if self._general is None:
+            self._general = self.evaluator.sharing(unlabelled_rows(dict.fromkeys(self.names, self.general)))
+        return self._general
 
 
 def _require_fit(model: Any, adapter: Adapter) -> None:
@@ -221,6 +217,11 @@ def _require_fit(model: Any, adapter: Adapter) -> None:
                 where=adapter.name,
                 hint="is this adapter of another base?",
             )
+
+
+def unlabelled_rows(texts: Mapping[str, Texts]) -> dict[str, Examples]:
+    """Texts of every task as the rows of tasks."""
+    return {name: unlabelled(rows) for name, rows in texts.items()}
 
 
 def unlabelled(texts: Texts) -> Examples:

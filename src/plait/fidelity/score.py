@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from plait.adapters.lora import Adapter
 from plait.evaluation.evaluate import Logits
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.fidelity.measure import Fidelity, TaskFidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, Part
+from plait.model.stacked import Active
 
-# An adapter and a scale of its delta; None for the bare base.
-Worn = tuple[Adapter | None, float]
-_BARE: Worn = (None, 1.0)
+_BARE: Active = (None, 1.0)
 Tell = Callable[[str], None]
 
 
-def fidelities(panel: Panel, merges: Sequence[Worn], tell: Tell = lambda _: None) -> list[Fidelity]:
+def fidelities(panel: Panel, merges: Sequence[Active], tell: Tell = lambda _: None) -> list[Fidelity]:
     """Fidelity of each merge at its scale, in their order.
 
     Args:
@@ -55,20 +53,20 @@ def _told(parts: Sequence[Part], tell: Tell) -> Iterator[Part]:
         tell(f"  texts of {part.name} ({done} of {len(parts)})")
 
 
-def _classified(panel: Panel, part: Part, merges: Sequence[Worn]) -> list[TaskFidelity]:
+def _classified(panel: Panel, part: Part, merges: Sequence[Active]) -> list[TaskFidelity]:
     own, bare, *found = outputs(panel, part, [(part.adapter, 1.0), _BARE, *merges])
     kind = part.task.kind
     base = closeness(kind, own, bare)
     return [task_fidelity(part.name, c, base, len(own)) for c in (closeness(kind, own, f) for f in found)]
 
 
-def outputs(panel: Panel, part: Part, worn: Sequence[Worn]) -> list[Logits]:
+def outputs(panel: Panel, part: Part, active: Sequence[Active]) -> list[Logits]:
     """Logits of a headed part's own texts, (n, classes) for each."""
     panel.model(part)
-    return predict_many(panel.evaluator, part.name, [Candidate(part.head, a, s) for a, s in worn])
+    return predict_many(panel.evaluator, part.name, [Candidate(part.head, a, s) for a, s in active])
 
 
-def _general(panel: Panel, merges: Sequence[Worn]) -> npt.NDArray[np.float64]:
+def _general(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.float64]:
     """Mean over the heads of KL(base || merged) on the general texts."""
     totals = np.zeros(len(merges))
     evaluator = panel.general_evaluator()

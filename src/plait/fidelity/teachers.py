@@ -1,4 +1,4 @@
-"""What a merge is to learn: each adapter's predictions on its own texts, as a loss of one batch."""
+"""The distillation loss: how far a merge is from each adapter's predictions on that adapter's own texts, a batch at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from plait.evaluation.fleet import Candidate
-from plait.fidelity.language import encoded, on_model, positions, split_in_two, stacks, text_closeness
+from plait.fidelity.language import encoded, positions, split_in_two, text_closeness
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import outputs
@@ -21,34 +20,34 @@ from plait.model.attention import fused_attention
 from plait.model.base import backbone_of
 from plait.model.ends import Ends
 from plait.model.rowbank import row_bank
-from plait.model.stacked import stacked_updates
+from plait.model.stacked import Active, stacked_factors, stacked_updates
 from plait.tasks import collate, to_device
 
-# Puts the merge on the model while it is open.
-Wearing = Callable[[], AbstractContextManager[None]]
+# Makes the merge the active adapter of the model within the block.
+Applying = Callable[[], AbstractContextManager[None]]
 # A task whose adapter and base hardly differ must not outweigh the others.
-_LEAST_KL = 0.05
+SMALLEST_KL = 0.05
 
 
-class Lesson(Protocol):
+class DistillationLoss(Protocol):
     """A loss of one batch of every part's texts."""
 
-    def loss(self, rows: Sequence[Sequence[int]], wearing: Wearing) -> Tensor:
+    def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
         """The mean over parts.
 
         Args:
             rows: Places in each part's texts, as many for each.
-            wearing: Puts the merge on the model.
+            applying: Makes the merge the active adapter within the block.
         """
         ...
 
 
-def lesson_of(panel: Panel) -> Lesson:
+def loss_of(panel: Panel) -> DistillationLoss:
     """The adapters' own predictions."""
-    return _TextLesson(panel) if panel.is_text else HeadLesson(panel)
+    return _TextLoss(panel) if panel.is_text else HeadLoss(panel)
 
 
-class HeadLesson:
+class HeadLoss:
     """Classes and values: all parts' rows go through the backbone together, then each through its own head.
 
     Args:
@@ -65,7 +64,7 @@ class HeadLesson:
         self.targets: list[Tensor] = []
         self.rooms: list[float] = []
         for part in panel.parts:
-            encoded_rows = panel.evaluator._encoded(part.name)
+            encoded_rows = panel.evaluator.encoded(part.name)
             self.starts.append(len(rows))
             rows += encoded_rows
             view = copy.copy(panel.model(part))
@@ -75,11 +74,11 @@ class HeadLesson:
             given = own if targets is None else targets[part.name]
             self.targets.append(torch.as_tensor(np.asarray(given), device=device))
             room = closeness(part.task.kind, own, bare).kl
-            self.rooms.append(max(room, _LEAST_KL) * (float(own.var()) if part.task.kind == "regression" else 1.0))
+            self.rooms.append(max(room, SMALLEST_KL) * (float(own.var()) if part.task.kind == "regression" else 1.0))
         self.bank = row_bank(rows, panel.tokenizer.pad_token_id, "classification", device)
         self.heads = [{k: v.to(device, panel.base.torch_dtype) for k, v in p.head.items()} for p in panel.parts]
 
-    def loss(self, rows: Sequence[Sequence[int]], wearing: Wearing) -> Tensor:
+    def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
         """Mean over parts of KL(target || merged) over KL(adapter || base), or of the cross entropy with labels."""
         places = np.concatenate([np.asarray(r) + s for r, s in zip(rows, self.starts, strict=True)])
         device = self.panel.base.torch_device
@@ -87,7 +86,7 @@ class HeadLesson:
         inputs, _ = self.bank.take(torch.as_tensor(places, device=device), length, 1)
         backbone = self.ends[0].backbone
         arguments, options = self.ends[0].backbone_call(inputs)
-        with fused_attention(backbone), wearing():
+        with fused_attention(backbone), applying():
             output = backbone(*arguments, **options)
         total, at = torch.zeros((), dtype=torch.float32, device=device), 0
         for i, chosen in enumerate(rows):
@@ -108,27 +107,27 @@ class HeadLesson:
         return functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True) / self.rooms[i]
 
 
-class _TextLesson:
+class _TextLoss:
     """Next tokens: the adapters themselves are asked, batch by batch; their distributions would not fit in memory."""
 
     def __init__(self, panel: Panel) -> None:
         self.panel, self.model = panel, panel.model(panel.parts[0])
         self.kind = panel.parts[0].task.kind
         self.rows = [encoded(panel, self.kind, panel.texts[p.name]) for p in panel.parts]
-        worn = [Candidate({}, on_model(self.model, p.adapter)) for p in panel.parts]
-        self.teachers = [stacks(self.model, worn)]
+        active: list[Active] = [(p.adapter, 1.0) for p in panel.parts]
+        self.teachers = [stacked_factors(self.model, active, whole=True)]
         inside = f"{backbone_of(self.model)[1]}."
         if split_in_two(self.model, self.kind) and not all(m.startswith(inside) for m in self.teachers[0]):
             # The output layer sees rows of unlike numbers of positions: each adapter is asked alone.
-            self.teachers = [stacks(self.model, [w]) for w in worn]
-        self.rooms = [max(text_closeness(panel, p, [(None, 1.0)])[0].kl_base, _LEAST_KL) for p in panel.parts]
+            self.teachers = [stacked_factors(self.model, [one], whole=True) for one in active]
+        self.rooms = [max(text_closeness(panel, p, [(None, 1.0)])[0].kl_base, SMALLEST_KL) for p in panel.parts]
 
-    def loss(self, rows: Sequence[Sequence[int]], wearing: Wearing) -> Tensor:
+    def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
         """Mean over parts of KL(adapter || merged) a position, over KL(adapter || base)."""
         chosen = [r[i] for r, places in zip(self.rows, rows, strict=True) for i in places]
         batch = to_device(collate(self.panel.tokenizer, chosen), self.panel.base.torch_device)
         with fused_attention(self.model):
-            with wearing():
+            with applying():
                 logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
             wanted = self._wanted(batch)
         counts = mask.sum(1).view(len(rows), -1).sum(1).tolist()

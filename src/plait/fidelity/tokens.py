@@ -15,7 +15,7 @@ def rows_of(panel: Panel, part: Part) -> list[dict[str, Any]]:
         from plait.fidelity.language import encoded
 
         return encoded(panel, part.task.kind, panel.texts[part.name])
-    return panel.evaluator._encoded(part.name)
+    return panel.evaluator.encoded(part.name)
 
 
 def require_room(panel: Panel) -> None:

@@ -23,7 +23,7 @@ from plait.merging.driver import plan_merge
 from plait.merging.folders import identity_of, places, read_named
 from plait.merging.plan import Plan
 from plait.merging.stream import DenseDelta, row_blocks
-from plait.model.attach import found_modules
+from plait.model.hooks import modules_named
 
 MASKS = "masks"
 
@@ -183,7 +183,7 @@ class TaskSwitch:
 
     def _weights(self, deltas: dict[str, TaskDelta]) -> Iterator[tuple[Tensor, DenseDelta]]:
         """(weight as (out, in), delta) of every module; a Conv1D's weight is turned."""
-        modules = found_modules(self.model, list(deltas))
+        modules = modules_named(self.model, list(deltas))
         for name, delta in deltas.items():
             weight = modules[name].weight
             if not isinstance(weight, Tensor):

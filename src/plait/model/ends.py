@@ -42,7 +42,7 @@ class Ends:
     output afterwards (pooling, the last token, a dense layer, a soft cap) is run, not imitated.
 
     Args:
-        view: A task's model, its backbone shared with others; see `plait.evaluation.evaluate.task_view`.
+        view: A task's model, its backbone shared with others; see `plait.model.views.task_view`.
     """
 
     def __init__(self, view: nn.Module) -> None:

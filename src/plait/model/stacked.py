@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,13 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.errors import InputError, UsageError
+from plait.model.applied import in_backbone, in_whole_model
+from plait.model.base import backbone_of
+from plait.model.hooks import Change, hooked
 from plait.model.layers import linear_shape
+
+# An adapter that the model computes with, and the multiple of its delta; None for the bare base.
+Active = tuple[Adapter | None, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +36,23 @@ class StackedFactors:
     scaling: float | Tensor = 1.0
 
 
-@contextlib.contextmanager
-def stacked_updates(backbone: nn.Module, updates: Mapping[str, StackedFactors]) -> Iterator[None]:
-    """Within the block, rows i*b to (i+1)*b of every batch go through W0 + delta_i.
+def stacked_updates(root: nn.Module, updates: Mapping[str, StackedFactors]) -> AbstractContextManager[None]:
+    """Send rows i*b to (i+1)*b of every batch within the block through W0 + delta_i.
 
     The base's product runs once on all rows; the updates are two batched products of rank r beside it.
 
     Args:
-        backbone: Whose modules the updates name.
+        root: The module under which the updates' names are found.
         updates: Module name -> factors. The first dimension of a module's input is a multiple of the members.
     """
-    handles = [backbone.get_submodule(n).register_forward_hook(_hook(factors)) for n, factors in updates.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked((root.get_submodule(name), _update_of(factors)) for name, factors in updates.items())
 
 
-def _hook(factors: StackedFactors) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def _update_of(factors: StackedFactors) -> Change:
     members = factors.A.shape[0]
 
-    def add_updates(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = inputs[0].reshape(members, -1, factors.A.shape[2])
+    def add_updates(x: Tensor, output: Tensor) -> Tensor:
+        x = x.reshape(members, -1, factors.A.shape[2])
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         hidden = torch.bmm(x.to(dtype), factors.A.to(dtype).transpose(1, 2))
         flat = output.reshape(members, -1, output.shape[-1])
@@ -109,3 +108,39 @@ def padded_factors(adapter: Adapter, name: str, shape: tuple[int, int, int]) -> 
     f = adapter.modules[name]
     A[: f.rank], B[:, : f.rank] = f.A.float(), f.B.float()
     return A, B, f.scaling
+
+
+def stacked_factors(model: nn.Module, active: Sequence[Active], *, whole: bool = False) -> dict[str, StackedFactors]:
+    """Put the factors of active adapters on the model's device, one stack a module, for `stacked_updates`.
+
+    Scale and scaling are multiplied into B in float32, then both factors take the base's dtype. An adapter that occurs at
+    several scales is put on the device once.
+
+    Args:
+        model: A task's model.
+        active: Adapters in the order of the batch's rows.
+        whole: Whether the updates will be given to the whole model; else to its backbone.
+
+    Raises:
+        InputError: A module is not in the model, or its shape there is another.
+        UsageError: An update is not of a linear module.
+    """
+    root, rename = (model, in_whole_model) if whole else (backbone_of(model)[0], in_backbone)
+    distinct = {id(a): rename(model, a) for a, _ in active if a is not None}
+    like = next(p for p in root.parameters() if p.is_floating_point())
+    # Place 0 is the bare base's: a delta of zero.
+    places = {key: i for i, key in enumerate(distinct, 1)}
+    which = [0 if a is None else places[id(a)] for a, _ in active]
+    chosen = torch.tensor(which, dtype=torch.int64, device=like.device)
+    scales = torch.tensor([s for _, s in active], dtype=torch.float32, device=like.device)[:, None, None]
+
+    def stack(name: str, rank: int, n_out: int, n_in: int) -> StackedFactors:
+        A = torch.zeros(1 + len(distinct), rank, n_in, dtype=torch.float32)
+        B = torch.zeros(1 + len(distinct), n_out, rank, dtype=torch.float32)
+        for i, adapter in enumerate(distinct.values(), 1):
+            A[i], b, scaling = padded_factors(adapter, name, (rank, n_out, n_in))
+            B[i] = b * scaling
+        scaled = B.to(like.device).index_select(0, chosen) * scales
+        return StackedFactors(A.to(like.device).to(like.dtype).index_select(0, chosen), scaled.to(like.dtype))
+
+    return {name: stack(name, *shape) for name, shape in common_shapes(list(distinct.values()), root).items()}

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
 from plait.errors import UsageError
-from plait.evaluation.evaluate import task_view
 from plait.model.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
 from plait.model.ends import Ends
 from plait.model.rowbank import Prices, RowBank, cheapest_cuts, row_bank, sorted_by_length, step_plan
 from plait.model.stacked import common_shapes
+from plait.model.views import task_view
 from plait.tasks import encode, require_positions
 from plait.training.cohort import Cohort, Trainee, step_items
 from plait.training.fleet_state import restore_state, root_of, save_state

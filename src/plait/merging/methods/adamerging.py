@@ -15,7 +15,7 @@ from plait.errors import RunError, UsageError
 from plait.merging.driver import plan_merge
 from plait.merging.outcome import assembled
 from plait.merging.plan import Merged, Plan
-from plait.model.attach import Extra, attached, found_modules
+from plait.model.hooks import Change, hooked, modules_named
 
 Batch = Mapping[str, Tensor]
 
@@ -66,7 +66,7 @@ def adamerging(
     tasks = [a.name for a in plan.adapters]
     if lacking := [t for t in tasks if not batches.get(t)]:
         raise UsageError(f"no batches for {', '.join(lacking)}")
-    modules = found_modules(model, list(plan.common.modules))
+    modules = modules_named(model, list(plan.common.modules))
     shape = (len(tasks), len(modules) if layerwise else 1)
     weights = torch.full(shape, init, dtype=torch.float32, requires_grad=True)
     losses = _descend(plan, modules, weights, forward, {t: cycle(batches[t]) for t in tasks}, learning_rate, steps)
@@ -96,12 +96,12 @@ def _descend(
     steps: int,
 ) -> list[float]:
     optimiser = torch.optim.Adam([weights], lr=learning_rate)
-    extras = _weighted(plan, list(modules), weights)
+    changes = _weighted(plan, list(modules), weights)
     losses: list[float] = []
     for _ in range(steps):
         loss: Any = 0.0
         for task, stream in batches.items():
-            with attached(modules, extras):
+            with hooked((modules[m], change) for m, change in changes.items()):
                 log_p = forward(task, next(stream)).float().log_softmax(-1)
             loss = loss - (log_p.exp() * log_p).sum(-1).mean()
         losses.append(float(loss.detach()))
@@ -113,18 +113,18 @@ def _descend(
     return losses
 
 
-def _weighted(plan: Plan, modules: Sequence[str], weights: Tensor) -> dict[str, Extra]:
-    """X -> sum_t l_t B_t (A_t x) for every module, differentiable in the weights."""
+def _weighted(plan: Plan, modules: Sequence[str], weights: Tensor) -> dict[str, Change]:
+    """Add sum_t l_t B_t (A_t x) for every module, differentiable in the weights."""
 
-    def extra(module: str, column: int) -> Extra:
+    def change(module: str, column: int) -> Change:
         x = plan.view(module, None)
         A, B = torch.cat(x.A), torch.cat(x.B, dim=1)
         owner = torch.repeat_interleave(torch.arange(len(x.tasks)), torch.tensor(x.ranks, dtype=torch.int64))
 
-        def run(h: Tensor) -> Tensor:
+        def add(h: Tensor, output: Tensor) -> Tensor:
             scaled = (h.to(A.dtype) @ A.T) * weights[:, column][owner]
-            return (scaled @ B.T).to(h.dtype)
+            return output + (scaled @ B.T).to(h.dtype)
 
-        return run
+        return add
 
-    return {m: extra(m, i if weights.shape[1] > 1 else 0) for i, m in enumerate(modules)}
+    return {m: change(m, i if weights.shape[1] > 1 else 0) for i, m in enumerate(modules)}

@@ -14,7 +14,8 @@ from plait.errors import UsageError
 from plait.merging.driver import plan_merge
 from plait.merging.outcome import assembled
 from plait.merging.plan import Merged
-from plait.model.attach import Watch, attached, found_modules, low_rank
+from plait.model.applied import update_of
+from plait.model.hooks import Change, hooked, modules_named
 from plait.statistics.moments import Moments
 
 Batch = Mapping[str, Tensor]
@@ -83,13 +84,13 @@ def regmean_pp(
     adapters = plan.adapters
     if lacking := [a.name for a in adapters if not batches.get(a.name)]:
         raise UsageError(f"no batches for {', '.join(lacking)}")
-    modules = found_modules(model, list(plan.common.modules))
+    modules = modules_named(model, list(plan.common.modules))
     merged: dict[str, LoraFactors] = {}
     for block in _blocks(modules, lambda: forward(adapters[0].name, batches[adapters[0].name][0])):
         for adapter in adapters:
-            own = {m: low_rank(adapter.modules[m]) for m in block if m in adapter.modules}
-            extras = {m: low_rank(f) for m, f in merged.items()} | own
-            found = _gather(modules, block, extras, lambda b, a=adapter: forward(a.name, b), batches[adapter.name])  # type: ignore[misc]
+            own = {m: adapter.modules[m] for m in block if m in adapter.modules}
+            changes = {m: update_of(f.folded(), m) for m, f in (merged | own).items()}
+            found = _gather(modules, block, changes, lambda b, a=adapter: forward(a.name, b), batches[adapter.name])  # type: ignore[misc]
             gathered[adapter.name].moments |= found
         merged |= {m: plan.merged(m, None)[0] for m in block}
     ordered = {m: merged[m] for m in plan.common.modules}
@@ -101,10 +102,14 @@ def _blocks(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[li
     """Modules in the order in which they run, those of one numbered layer together."""
     order: list[str] = []
 
-    def watch(name: str) -> Watch:
-        return lambda _: order.append(name)
+    def note(name: str) -> Change:
+        def unchanged(_: Tensor, output: Tensor) -> Tensor:
+            order.append(name)
+            return output
 
-    with torch.no_grad(), attached(modules, {}, {m: watch(m) for m in modules}):
+        return unchanged
+
+    with torch.no_grad(), hooked((module, note(name)) for name, module in modules.items()):
         run()
     if idle := [m for m in modules if m not in order]:
         raise UsageError(f"the model never ran {idle[0]!r}")
@@ -118,23 +123,25 @@ def _blocks(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[li
 def _gather(
     modules: Mapping[str, nn.Module],
     block: Sequence[str],
-    extras: Mapping[str, Callable[[Tensor], Tensor]],
+    changes: Mapping[str, Change],
     forward: Callable[[Batch], Any],
     batches: Sequence[Batch],
 ) -> dict[str, Moments]:
     sums = {m: Moments.zero(0) for m in block}
     mask: Tensor | None = None
 
-    def watch(name: str) -> Watch:
-        def take(h: Tensor) -> None:
+    def gather(name: str) -> Change:
+        def take(h: Tensor, output: Tensor) -> Tensor:
             real = mask is not None and h.ndim == 3 and mask.shape == h.shape[:2]
             rows = (h[mask.bool()] if real and mask is not None else h.reshape(-1, h.shape[-1])).float()
             new = Moments(len(rows), rows.sum(0), rows.T @ rows)
             sums[name] = new if sums[name].dim == 0 else sums[name].merge(new)
+            return output
 
         return take
 
-    with torch.no_grad(), attached(modules, extras, {m: watch(m) for m in block}):
+    watched = [*((m, gather(m)) for m in block), *changes.items()]
+    with torch.no_grad(), hooked((modules[m], change) for m, change in watched):
         for batch in batches:
             mask = batch.get("attention_mask")
             forward(batch)
