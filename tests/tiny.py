@@ -69,3 +69,11 @@ def save_model(folder: Path, architecture: str, seed: int = 0) -> Path:
         model = hf.GPT2LMHeadModel(hf.GPT2Config(**ids, **sizes))
     model.save_pretrained(folder)
     return folder
+
+
+def choice_scores(model, tokenizer, task, examples, batch_size, max_length):
+    """(n, answers) log-likelihood of every answer of a text task after every row's prompt."""
+    from plait.evaluation.text import choices, likelihoods
+
+    prompts, ends = choices(tokenizer, task, examples, max_length)
+    return likelihoods(model, task.kind, prompts, ends, tokenizer.pad_token_id, batch_size)

@@ -12,10 +12,9 @@ from plait.evaluation import answer_tree
 from plait.evaluation.answer_tree import TREE_MODELS, takes_trees
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
-from plait.evaluation.text import choice_scores
 from plait.model.base import load_task_model, load_tokenizer
 from tests.evaluation.test_fleet import grown
-from tests.tiny import save_tokenizer
+from tests.tiny import choice_scores, save_tokenizer
 from tests.training.conftest import make_adapter, make_examples, make_task, tiny_base  # noqa: F401
 
 ANSWERS = ("w0 w3", "w0 w3 w5", "w0 w4 w5", "w1", "w1 w4", "w9", "w9 w9 w9 w9")

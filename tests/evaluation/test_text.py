@@ -12,11 +12,11 @@ import torch
 
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
-from plait.evaluation.text import answer_ids, choice_scores, perplexity, prompts_of, rouge_l, write_texts
+from plait.evaluation.text import answer_ids, perplexity, prompts_of, rouge_l, write_texts
 from plait.model.base import load_task_model, load_tokenizer
 from plait.tasks import collate, encode
 from plait.training import TrainingSettings, train_adapter
-from tests.tiny import TARGETS, WORDS
+from tests.tiny import TARGETS, WORDS, choice_scores
 from tests.training.conftest import make_adapter, make_examples, make_task, tiny_base  # noqa: F401
 
 KINDS = [("causal", "llama"), ("causal", "gpt2"), ("seq2seq", "t5")]

@@ -133,7 +133,7 @@ def test_the_distillation_loss_of_text_is_each_adapters_divergence_on_its_own_te
             torch.randn(2, model.config.hidden_size, generator=g), torch.randn(model.config.vocab_size, 2, generator=g)
         )
         two = replace(two, adapter=replace(two.adapter, modules={**two.adapter.modules, "lm_head": extra}))
-        panel = replace(panel, parts=[one, two], _evaluators={})
+        panel = replace(panel, parts=[one, two])
         model = panel.model(one)
     places, expected = [[3, 0, 4], [1, 5, 2]], 0.0
     for part, chosen in zip((one, two), places, strict=True):

@@ -13,14 +13,14 @@ import torch
 from plait.errors import InputError, UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.scores import read_scores
-from plait.evaluation.text import choice_scores, perplexity, prompts_of, write_texts
+from plait.evaluation.text import perplexity, prompts_of, write_texts
 from plait.model.base import load_task_model, load_tokenizer
 from plait.runs import pipeline
 from plait.runs.recipe_file import parse_recipe
 from plait.tasks import Examples, Source, Task, encode, load_examples, load_task
 from plait.tasks.chat import checked_messages, conversation, encode_chat, packed
 from plait.tasks.metrics import rouge_l, score
-from tests.tiny import TARGETS, WORDS, save_model
+from tests.tiny import TARGETS, WORDS, choice_scores, save_model
 
 TEMPLATE = (
     "{% for m in messages %}<s> {{ {'system': 'w57', 'user': 'w58', 'assistant': 'w59'}[m['role']] }} {{ m['content'] }} "

@@ -123,7 +123,8 @@ def tree_scores(ends: Ends, tree: AnswerTree, ids: Tensor, lengths: Tensor) -> T
     places = torch.cat([lengths[:, None] - 1, nodes], 1)
     states = output.last_hidden_state
     picked = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
-    vocabulary = int(ends.backbone.config.vocab_size)
+    config: Any = ends.backbone.config
+    vocabulary = int(config.vocab_size)
     rows = max(1, _LOGITS.get(device.type, _LOGITS["cuda"]) // (vocabulary * picked.shape[1]))
     parts = []
     for start in range(0, n, rows):

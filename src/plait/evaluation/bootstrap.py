@@ -45,7 +45,8 @@ def weighted_score(
     Returns:
         (resamples,). Spearman keeps the ranks of the whole sample instead of ranking each resample anew.
     """
-    return np.mean([_weighted(m, predictions, labels, weights) for m in metrics], axis=0)
+    scores: Floats = np.mean([_weighted(m, predictions, labels, weights) for m in metrics], axis=0)
+    return scores
 
 
 def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[Any], W: Floats) -> Floats:
@@ -55,12 +56,14 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
         x, y = predictions.reshape(len(labels)).astype(np.float64), labels.astype(np.float64)
         if np.ptp(x) <= 1e-12 * max(1.0, float(np.abs(x).max())):
             return np.zeros(len(W))
-        return 100.0 * _correlation(*((rankdata(x), rankdata(y)) if metric == "spearman" else (x, y)), W)
+        if metric == "spearman":
+            x, y = rankdata(x), rankdata(y)
+        return 100.0 * _correlation(x, y, W)
     if metric in TEXT_METRICS and (labels == OPEN).all():
         return open_score(metric, predictions, W)
     predicted = predictions.argmax(-1)
     if metric in ("accuracy", "exact_match"):
-        return 100.0 * (W @ (predicted == labels)) / W.sum(1)
+        return 100.0 * _ratio(W @ (predicted == labels).astype(np.float64), W.sum(1))
     classes = np.arange(max(predictions.shape[1], int(labels.max()) + 1))
     hot_p, hot_y = (predicted[:, None] == classes).astype(np.float64), (labels[:, None] == classes).astype(np.float64)
     both, said, true = W @ (hot_p * hot_y), W @ hot_p, W @ hot_y
@@ -68,7 +71,8 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
         return 100.0 * _ratio(2 * both[:, 1], said[:, 1] + true[:, 1])
     if metric == "f1_macro":
         met = said + true > 0  # as scikit-learn: classes that neither occur nor are predicted do not count
-        return 100.0 * (_ratio(2 * both, said + true) * met).sum(1) / met.sum(1)
+        f1: Floats = _ratio(2 * both, said + true) * met
+        return 100.0 * _ratio(f1.sum(1), met.sum(1).astype(np.float64))
     if metric == "matthews":
         n = W.sum(1)
         covariance = both.sum(1) * n - (said * true).sum(1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.evaluation.interference import predicted_shift
+from plait.merging.core import gram
 from plait.statistics import Statistics
 
+Matrix = npt.NDArray[np.float64]
 FEATURES = ("shift", "cosine", "norm", "overlap")
 
 
@@ -30,16 +34,16 @@ def features(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistic
     Cost: T^2 small products a module.
     """
     names = list(adapters)
-    gram = sum(_gram([adapters[n] for n in names], m) for m in adapters[names[0]].modules)
+    products: Matrix = np.sum([_gram([adapters[n] for n in names], m) for m in adapters[names[0]].modules], axis=0)
     overlap = _overlap([adapters[n] for n in names])
     shift = np.array([[_mean(predicted_shift(adapters[i], statistics[j])) for j in names] for i in names])
-    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    norms = np.sqrt(np.maximum(np.diag(products), 0.0))
     found = {}
     for j, name in enumerate(names):
         others = [i for i in range(len(names)) if i != j]
         found[name] = {
             "shift": float(shift[others, j].sum()),
-            "cosine": float(np.mean(np.abs(gram[others, j]) / np.maximum(norms[others] * norms[j], 1e-30))),
+            "cosine": float(np.mean(np.abs(products[others, j]) / np.maximum(norms[others] * norms[j], 1e-30))),
             "norm": float(np.sqrt((norms[others] ** 2).sum()) / max(norms[j], 1e-30)),
             "overlap": float(overlap[others, j].mean()),
         }
@@ -48,22 +52,17 @@ def features(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistic
 
 def task_vector_norm(adapter: Adapter) -> float:
     """Frobenius norm of a whole task vector, from the factors."""
-    total = 0.0
-    for f in (f.folded() for f in adapter.modules.values()):
-        total += float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum())
-    return max(0.0, total) ** 0.5
+    return math.sqrt(max(0.0, sum(f.norm_squared() for f in adapter.modules.values())))
 
 
-def _gram(adapters: list[Adapter], module: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """(T, T) inner products of the deltas of one module: tr(B_i^T B_j A_j A_i^T)."""
+def _gram(adapters: list[Adapter], module: str) -> Matrix:
+    """Multiply the deltas of one module: (T, T) inner products tr(B_i^T B_j A_j A_i^T)."""
     f = [a.modules[module].folded() for a in adapters]
-    B, A = torch.cat([x.B for x in f], 1).double(), torch.cat([x.A for x in f]).double()
-    product, at = (B.T @ B) * (A @ A.T), np.cumsum([0, *(x.A.shape[0] for x in f)])
-    n = range(len(f))
-    return np.array([[float(product[at[i] : at[i + 1], at[j] : at[j + 1]].sum()) for j in n] for i in n])
+    products: Matrix = gram([x.A for x in f], [x.B for x in f]).numpy()
+    return products
 
 
-def _overlap(adapters: list[Adapter]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _overlap(adapters: list[Adapter]) -> Matrix:
     total = np.zeros((len(adapters), len(adapters)))
     modules = list(adapters[0].modules)
     for module in modules:

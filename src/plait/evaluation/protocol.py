@@ -60,7 +60,8 @@ def compact(logits: npt.NDArray[np.float32], task: Task) -> Answers:
         return logits
     if task.kind == "regression":
         return logits.reshape(-1).astype(np.float32)
-    return logits.argmax(-1).astype(np.uint8 if logits.shape[1] <= 256 else np.int16)
+    classes: Answers = logits.argmax(-1).astype(np.uint8 if logits.shape[1] <= 256 else np.int16)
+    return classes
 
 
 @dataclass

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.errors import UsageError
+from plait.evaluation.answer_tree import answer_tree, shared_ends, takes_trees, tree_scores
+from plait.model.attention import fused_attention
 from plait.model.out_of_memory import by_parts
 from plait.tasks.encoding import collate, encode, length_order, to_device
 from plait.tasks.metrics import rouge_l
@@ -49,26 +50,6 @@ def answer_ids(task: Task, examples: Examples) -> npt.NDArray[np.int64]:
     return np.array([known[str(label)] for label in examples.labels], np.int64)
 
 
-def choice_scores(
-    model: Any, tokenizer: Any, task: Task, examples: Examples, batch_size: int, max_length: int
-) -> npt.NDArray[np.float32]:
-    """Log-likelihood of every answer, its end token included, after every prompt.
-
-    Args:
-        model: A causal or sequence-to-sequence model, adapters applied.
-        tokenizer: Its tokenizer.
-        task: Its `labels` are the answers.
-        examples: The prompts.
-        batch_size: Prompts a pass.
-        max_length: Tokens of prompt and answer.
-
-    Returns:
-        (n, answers) natural logarithms, in the order of the rows: as logits they make a classifier.
-    """
-    prompts, ends = choices(tokenizer, task, examples, max_length)
-    return likelihoods(model, task.kind, prompts, ends, tokenizer.pad_token_id, batch_size)
-
-
 @torch.inference_mode()
 def likelihoods(
     model: Any,
@@ -78,31 +59,44 @@ def likelihoods(
     pad: int,
     batch_size: int,
 ) -> npt.NDArray[np.float32]:
-    """`choice_scores` of token ids (see `choices`).
+    """Log-likelihood of every answer, its end token included, after every prompt.
 
     The prompt goes through the model once, and all answers after it as one tree of tokens where the model can attend so
     (see `plait.evaluation.answer_tree`); elsewhere each answer continues from the prompt's keys and values.
-    """
-    from plait.evaluation.answer_tree import answer_tree, shared_ends, takes_trees, tree_scores
-    from plait.model.attention import fused_attention
 
+    Args:
+        model: A causal or sequence-to-sequence model, adapters applied.
+        kind: "causal" or "seq2seq".
+        prompts: Token ids of each prompt; see `choices`.
+        ends: Token ids of each answer.
+        pad: The id of the pad token.
+        batch_size: Prompts a pass.
+
+    Returns:
+        (n, answers) natural logarithms, in the order of the prompts: as logits they make a classifier.
+    """
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found = np.empty((len(prompts), len(ends)), np.float32)
-    tree = answer_tree(ends, device) if kind == "causal" and takes_trees(model) else None
-    one_by_one = _causal_scores if kind == "causal" else _seq2seq_scores
-    with shared_ends(model) if tree is not None else contextlib.nullcontext() as halves, fused_attention(model):
+    scores = np.empty((len(prompts), len(ends)), np.float32)
 
-        def scored(part: Sequence[int]) -> None:
-            chosen = [prompts[i] for i in part]
-            if tree is not None:
-                scores = tree_scores(halves, tree, *right_padded(chosen, pad, device))
-            else:
-                scores = one_by_one(model, *_left_padded(chosen, pad, device), _targets(ends, device))
-            found[list(part)] = scores.float().cpu().numpy()
+    def one_by_one(part: Sequence[int]) -> Tensor:
+        score = _causal_scores if kind == "causal" else _seq2seq_scores
+        return score(model, *_left_padded([prompts[i] for i in part], pad, device), _targets(ends, device))
 
-        by_parts(scored, order, batch_size, "scored")
-    return found
+    def run(score: Callable[[Sequence[int]], Tensor]) -> None:
+        def fill(part: Sequence[int]) -> None:
+            scores[list(part)] = score(part).float().cpu().numpy()
+
+        by_parts(fill, order, batch_size, "scored")
+
+    with fused_attention(model):
+        if kind == "causal" and takes_trees(model):
+            tree = answer_tree(ends, device)
+            with shared_ends(model) as halves:
+                run(lambda part: tree_scores(halves, tree, *right_padded([prompts[i] for i in part], pad, device)))
+        else:
+            run(one_by_one)
+    return scores
 
 
 def choices(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -145,7 +139,7 @@ def _causal_scores(model: Any, ids: Tensor, mask: Tensor, targets: Tensor) -> Te
     (n, _), (choices, width) = ids.shape, targets.shape
     places = (mask.cumsum(1) - 1).clamp(min=0)
     prompt = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
-    firsts = prompt.logits[:, -1].float().log_softmax(-1)[:, targets[:, 0]]
+    firsts: Tensor = prompt.logits[:, -1].float().log_softmax(-1)[:, targets[:, 0]]
     cache = prompt.past_key_values
     cache.batch_repeat_interleave(choices)
     answer = targets[:, :-1].clamp(min=0).repeat(n, 1)

@@ -79,7 +79,7 @@ def resolve(model: nn.Module, name: str, prefix: str = "") -> nn.Module:
     modules: Mapping[str, nn.Module] = dict(backbone_of(model)[0].named_modules())
     if name in modules:
         return modules[name]
-    whole = dict(model.named_modules())
+    whole: Mapping[str, nn.Module] = dict(model.named_modules())
     for full in (f"{prefix}.{name}" if prefix else name, name):
         if full in whole:
             return whole[full]

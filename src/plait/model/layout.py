@@ -93,7 +93,7 @@ def layout_in(model: Any, names: Sequence[str]) -> dict[str, StoredParameter]:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         collected = found.setdefault(target, _Collected())
         collected.names.setdefault(pattern or "", []).append(name)
-        collected.converter = by_pattern.get(pattern)
+        collected.converter = by_pattern.get(pattern or "")
     return {p: _stored(c, tuple(state[p].shape), _is_transposed(model, p)) for p, c in found.items() if p in state}
 
 

@@ -120,7 +120,10 @@ def require_whole(
         InputError: A tensor of the backbone (or of a language model's output) is missing or of another shape, or the
             files hold tensors of no known use; each kind names its first tensors.
     """
-    is_new = lambda name: name.partition(".")[0] in heads  # noqa: E731
+
+    def is_new(name: str) -> bool:
+        return name.partition(".")[0] in heads
+
     for name, (got, expected) in sorted(report.mismatched.items()):
         if not is_new(name):
             raise InputError(

@@ -27,8 +27,8 @@ _HOLD_OUT = 5  # without a validation file, every fifth row is held out
 def load_task(task: Task, *, root: Path | None = None) -> Task:
     """The task with what its training rows tell: class names or answers (where none are given), the mean of targets."""
     if task.kind == "regression":
-        targets = load_examples(task, "train", root=root).labels
-        return replace(task, target_mean=float(np.mean(targets)))
+        targets = np.asarray(load_examples(task, "train", root=root).labels)
+        return replace(task, target_mean=float(targets.mean()))
     if task.kind in TEXT_KINDS and not task.labels:
         if set(task.metrics) & set(OPEN_ONLY):
             return task

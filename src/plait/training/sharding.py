@@ -39,7 +39,7 @@ def shard_base(peft_model: Any, device: torch.device) -> None:
     fully_shard(base, mesh=mesh, ignored_params=kept)
     split = [name for name, p in peft_model.named_parameters() if p not in kept]
     buffers = [name for name, _ in peft_model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(peft_model, [*split, *buffers])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(peft_model, [*split, *buffers])  # type: ignore[no-untyped-call]
 
 
 def average_adapter(accelerator: Any) -> None:
