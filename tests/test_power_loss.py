@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmarks.trust.power import control, lasting, states, verdict
+from benchmarks.trust.power import control, lasting, states, verdict, verdict_of_units
 from benchmarks.trust.power_loss import FLUSHES, WAYS, Data, Entries, Flush, Record, Tree, after, without
 from benchmarks.trust.power_loss import lay as lay_tree
 from benchmarks.trust.recording import recorded
 from benchmarks.trust.small import COMMANDS, contents, require_done
 
-from plait.disk.manifest import MANIFEST
+from plait.disk.manifest import MANIFEST, sealed
 from tests.robustness.world import build
 
 MERGE = ("merge", "M", "x=B", "--out", "out")  # M has heads, which lie in a folder of their own
@@ -133,6 +134,22 @@ def test_half_a_result_without_its_manifest_is_found(tmp_path, new):
     """What a command that writes its files straight to their place would leave."""
     lay(tmp_path / "out", {n: d for n, d in new.items() if n != MANIFEST})
     assert "half a result is accepted" in verdict(tmp_path / "out", {}, new)
+
+
+def test_units_of_a_run_are_gone_whole_or_refused(tmp_path, new):
+    whole = {f"merged/{i}/{n}": d for i in range(2) for n, d in new.items()} | {"report.json": b"{}"}
+    lay(tmp_path / "run", {n: d for n, d in whole.items() if not n.startswith("merged/1")})
+    assert verdict_of_units(tmp_path / "run", {}, whole) == ""
+    head = next(n for n in whole if n.startswith("merged/1/heads/"))
+    lay(tmp_path / "run", {n: d for n, d in whole.items() if n != head})
+    assert verdict_of_units(tmp_path / "run", {}, whole) == ""  # by its manifest it is seen to be half
+    manifest = json.loads(whole["merged/1/plait.json"])
+    record = {k: v for k, v in manifest.items() if k not in ("files", "sizes", "manifest_sha256")}
+    (tmp_path / "run/merged/1/plait.json").write_text(json.dumps(sealed(record, {})))
+    lax = [n for n in whole if n.startswith("merged/1/") and n != "merged/1/plait.json"]
+    for name in lax:
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    assert verdict_of_units(tmp_path / "run", {}, whole) == "half a unit is taken for done: merged/1"
 
 
 def test_a_whole_result_passes_and_a_damaged_one_is_refused(tmp_path, new):
