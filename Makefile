@@ -38,6 +38,7 @@ trust: $(VENV)/.test
 	rm -rf $(TRUST)
 	$(TRUST_RUN).cases --to $(TRUST)
 	$(TRUST_RUN).fuzz --to $(TRUST) --count $(TRUST_FUZZ)
+	$(TRUST_RUN).reached --to $(TRUST)
 	$(TRUST_RUN).flips --to $(TRUST)
 	$(TRUST_RUN).kills --to $(TRUST) --count $(TRUST_KILLS)
 	$(TRUST_RUN).power --to $(TRUST)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ TESTS = (
     "test_trust_page.py", "test_train_folders.py",
 )  # fmt: skip
 _COPIED = ("src", "tests", "recipes", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md", "Makefile")
-_QUIET = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:terminalreporter")
+_QUIET = ("-q", "-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:terminalreporter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +234,9 @@ def _reach(tree: Path, tests: Sequence[str], kept: Path | None) -> Reach:
 
         plugin = Reaching(files)
         plugin.coverage.start()
-        code = pytest.main(["-q", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)], plugins=[plugin])
+        code = pytest.main(
+            ["-q", "--assert=plain", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)], plugins=[plugin]
+        )
         plugin.coverage.stop()
         place.write_text(json.dumps(asdict(plugin.reach(package)) | {"key": key}))
         return int(code)
@@ -296,6 +299,8 @@ def _child(work, said: Path, seconds: float | None) -> tuple[int, bool]:  # type
             os.dup2(file, 1)
             os.dup2(file, 2)
             code = work()
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(code)
     stop, status, done = time.monotonic() + (seconds or 10**6), 0, 0

@@ -18,6 +18,7 @@ promised held, and how often it did not. All rows are in [trust.json](trust.json
 _PARTS = {
     "cases": "Bad inputs",
     "fuzz": "Fuzzed inputs",
+    "reached": "What the fuzzed inputs reach",
     "flips": "Flipped bits",
     "kills": "Kills",
     "power": "Power losses",
@@ -37,6 +38,11 @@ recorded times aside.""",
 fitted in) and one line, nothing half written, the old result untouched; and once there is room, the same command ends in the bytes
 of an undisturbed one.""",
     "flips": """A bit of every byte of every file of a small merge (weights, heads, config, manifest), one at a time.""",
+    "reached": """Statements in functions of the readers' files, but for those that write or collect; *held* are reached, *fell*
+are not.""",
+    "mutants": """Small faults drawn at random over the source (comparisons, arithmetic, constants, conditions, removed
+statements), each run against the tests that reach its line, then against all tests of the files that touch its module. *Held* are
+those that a test notices.""",
     "fuzz": """Valid files changed where their structure is (values, keys, shapes, offsets, JSON inside metadata, bytes).""",
 }
 
