@@ -1,4 +1,4 @@
-"""Every byte of a small merge changed once: ``PYTHONPATH=src:. python -P -m benchmarks.trust.flips --to FOLDER``."""
+"""Every byte of a small merge, and of single files, changed once: ``PYTHONPATH=src:. python -P -m benchmarks.trust.flips --to FOLDER``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from benchmarks.trust import Row, write_part
+from tests.adapters.test_sealed import KINDS, misread
 from tests.test_manifest import a_folder, listed, unnoticed
 
 
@@ -28,6 +29,14 @@ def main() -> None:
             noticed, fell = unnoticed(folder, {file: [(place, int(drawn.integers(8))) for place in places]})
             note = f"{noticed} refused with exit code 3, {len(places) - noticed - len(fell)} read as before"
             what = f"a flipped bit in {file} of a merge ({size} bytes): noticed, or nothing that is read changes"
+            rows.append(Row(what, len(places), len(places) - len(fell), len(fell), (*fell[:20], note)))
+        for kind, (write, read) in KINDS.items():
+            path = write(Path(scratch) / f"{kind}.safetensors")
+            size = path.stat().st_size
+            places = sorted(drawn.choice(size, max(1, round(size * given.sample)), replace=False).tolist())
+            noticed, fell = misread(path, read, [(place, int(drawn.integers(8))) for place in places])
+            note = f"{noticed} refused with exit code 3, {len(places) - noticed - len(fell)} read as before"
+            what = f"a flipped bit in a single file of plait's, {kind} ({size} bytes): noticed, or nothing that is read changes"
             rows.append(Row(what, len(places), len(places) - len(fell), len(fell), (*fell[:20], note)))
     write_part(given.to, "flips", rows, " ".join(["python -P -m benchmarks.trust.flips", *sys.argv[1:]]))
 

@@ -37,7 +37,8 @@ recorded times aside.""",
     "disks": """A command runs on a tmpfs of which a random part of what it needs is free. Held: exit code 4 (or 0 where it
 fitted in) and one line, nothing half written, the old result untouched; and once there is room, the same command ends in the bytes
 of an undisturbed one.""",
-    "flips": """A bit of every byte of every file of a small merge (weights, heads, config, manifest), one at a time.""",
+    "flips": """A bit of every byte of every file of a small merge (weights, heads, config, manifest) and of small
+LoRA, Fisher and statistics files, one at a time.""",
     "reached": """Statements in functions of the readers' files, but for those that write or collect; *held* are reached, *fell*
 are not.""",
     "mutants": """Small faults drawn at random over the source (comparisons, arithmetic, constants, conditions, removed
