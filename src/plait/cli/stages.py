@@ -12,7 +12,7 @@ import typer
 from plait.cli.given import without
 from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
-from plait.cli.source import Base, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
+from plait.cli.source import Base, Described, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, settings_from
 from plait.errors import UsageError
 
 Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")]
@@ -161,8 +161,7 @@ def train(
         raise UsageError("one adapter at a time", hint="--fleet trains several")
     if targets:
         raise UsageError("--target-modules: an adapter trains the modules that it has", hint="plait init chooses them")
-    own = ["unused"] if recipe is None else None
-    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, own, sets, device, kind)
+    chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
     if validation is not None:
         from plait.runs.session import Session
 
@@ -188,8 +187,7 @@ def evaluate(
     """Score adapters on the tasks whose heads they carry. Beside each stands the floor: the base with that head alone."""
     from plait.runs.commands import evaluate_folders
 
-    targets = ["unused"] if recipe is None else None
-    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind)
+    chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
     found = evaluate_folders(
         chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task
     )

@@ -1,4 +1,8 @@
-"""What a recipe may say: one strict model per section; the field names are the YAML keys."""
+"""What a recipe may say: one strict model per section; the field names are the YAML keys.
+
+One model serves everything that is run: `Settings` is what any single stage needs, `Recipe` adds arms, merges and seeds, and a
+recipe with `rates` is tuned, that is, a study: its learning rates are chosen by a sweep on rows of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from pydantic import BaseModel as PydanticModel
 
 from plait.adapters.naming import checked_name, distinct_names
 from plait.border.checked import LARGEST_NUMBER
+from plait.errors import UsageError
 
 if TYPE_CHECKING:
     from plait.training.settings import TrainingSettings
@@ -37,6 +42,8 @@ def _once(values: list[str]) -> list[str]:
 
 Once = Annotated[list[str], Field(min_length=1, max_length=100_000), AfterValidator(_once)]
 Name = Annotated[str, AfterValidator(checked_name)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 Scales = Annotated[list[Positive], Field(min_length=1, max_length=200), AfterValidator(_distinct)]
 
 
@@ -118,31 +125,39 @@ class StatisticsSpec(_Strict):
 
 
 class ArmSpec(_Strict):
-    """One way of starting A and of keeping it while training."""
+    """One way of starting A and of training, with what it may differ in from the recipe's own settings."""
 
     name: Name
     subspace: str | None = Field(None, description="a subspace method; by default the arm's name")
     row_norm: Positive | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict, description="overrides of `training` for this arm")
+    pool: Literal["token", "mean"] | None = Field(None, description="of its statistics")
+    samples: Count | None = Field(None, description="rows its statistics are taken from")
+    known: Count | None = Field(None, description="how many of the other tasks it knows: the next ones in the list")
+    background: Share = Field(0.0, description="share of the background tasks among the others")
+    rank: Count | None = None
+    rates: list[Positive] | None = Field(None, description="learning rates to choose from; the recipe's by default")
+    like: Name | None = Field(None, description="takes its learning rate from this arm")
+    snapshot: Count | None = Field(None, description="the moment after so many steps of arm `like`")
+    joint: bool = Field(False, description="one adapter of all tasks, each task with its own head: a reference")
+    seeds: Seeds | None = None
 
     @property
     def method(self) -> str:
         """The subspace method."""
         return self.subspace or self.name
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one that people without plait use, at whatever rate."""
+        return self.name.partition("@")[0] in PLAIN_ARMS
 
-class SnapshotArm(ArmSpec):
-    """An arm as it was after some steps of its training: merged and scored as an arm of its own, never trained itself.
-
-    Args:
-        of: Name of the arm whose training leaves the adapters.
-        step: After which optimiser step.
-    """
-
-    name: str
-    of: str
-    step: int
+    @model_validator(mode="after")
+    def _alike(self) -> ArmSpec:
+        if self.snapshot is not None and self.like is None:
+            raise ValueError("snapshot needs `like`: whose moment?")
+        return self
 
 
 class MergeSpec(_Strict):
@@ -168,35 +183,110 @@ class EvaluationSpec(_Strict):
     batch_size: Count = 64
     split_seed: Seed = 0
     resamples: Annotated[int, Field(ge=0, le=100_000)] = 400
+    grow: bool | None = Field(None, description="grow the grid until the best scale is inside; default: where tuned")
 
 
-class Recipe(_Strict):
-    """A whole run."""
+class Variant(_Strict):
+    """An ablation: the recipe with some settings changed, for some arms, at their own learning rates."""
 
-    name: str = "run"
-    description: str = ""
+    name: Name
+    set: dict[str, Any] = Field(min_length=1, description="dotted key -> value")
+    arms: list[Name] = Field(min_length=1)
+    merges: list[Name] | None = None
+    seeds: Seeds | None = None
+
+
+class Repair(_Strict):
+    """A reference: a merge trained further on all tasks together."""
+
+    arms: list[Name] = Field(min_length=1)
+    merge: Name
+    steps: Count = 100
+
+
+class Settings(_Strict):
+    """What a single stage needs to know."""
+
     base: BaseSpec
     data: DataSpec = DataSpec()
     tasks: list[str | TaskSpec] = Field(min_length=1, description="GLUE names, or tasks described")
-    lora: LoraSpec
+    lora: LoraSpec | None = None
     statistics: StatisticsSpec = StatisticsSpec()
+    training: dict[str, Any] = Field({}, description="see plait.training.settings.TrainingSettings")
+    evaluation: EvaluationSpec = EvaluationSpec.model_construct()
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks' names, in order."""
+        return [t if isinstance(t, str) else t.name for t in self.tasks]
+
+    @property
+    def adapted(self) -> LoraSpec:
+        """Which modules are adapted.
+
+        Raises:
+            UsageError: Nobody says it.
+        """
+        if self.lora is None:
+            raise UsageError("which modules?", hint="--target-modules, or lora.target_modules in a recipe")
+        return self.lora
+
+    @property
+    def first_arm(self) -> ArmSpec | None:
+        """The arm by whose settings a single adapter is trained; None for the recipe's own."""
+        return None
+
+    def training_of(self, arm: ArmSpec | None) -> TrainingSettings:
+        """The training of one arm: the recipe's, with the arm's overrides.
+
+        Raises:
+            UsageError: An unknown key or a value out of range.
+        """
+        from plait.training.settings import TrainingSettings
+
+        own = arm.training if arm else {}
+        merged = {**self.training, **own, "max_length": self.data.max_length}
+        if "steps" in own:
+            merged.pop("epochs", None)
+        if "epochs" in own:
+            merged.pop("steps", None)
+        return TrainingSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+
+
+class Recipe(Settings):
+    """A whole run; with `rates` a study, whose arms each choose their learning rate."""
+
+    name: str = "run"
+    description: str = ""
+    lora: LoraSpec
     arms: list[str | ArmSpec] = Field(min_length=1)
     training: dict[str, Any] = Field(description="see plait.training.settings.TrainingSettings")
     merges: list[str | MergeSpec] = Field(min_length=1)
-    evaluation: EvaluationSpec = EvaluationSpec.model_construct()
-    fleet: Literal["auto", "always", "never"] = Field("auto", description="train adapters together; auto: on a GPU")
-    seeds: list[Seed] = Field([0], min_length=1)
+    fleet: Literal["auto", "always", "never"] = Field(
+        "auto", description="train adapters together; auto: on a GPU, and wherever rates are chosen"
+    )
+    seeds: Seeds = [0]
+    rates: list[Positive] | None = Field(None, min_length=1, description="learning rates every arm chooses from")
+    moments: list[Count] = Field([], description="steps before the end that the sweep may choose too")
+    tuning_seed: Seed = Field(1000, description="seed of the sweep; never reported")
+    tuning_merges: list[Name] | None = Field(None, description="merges by whose best an arm's rate is chosen")
+    tuning_rows: Count = Field(250, description="validation rows a task that only the sweep sees, a fifth at most")
+    grid_rows: Count = Field(400, description="rows a half from which scales are chosen")
+    background: list[TaskSpec] = Field([], description="tasks that only lend their statistics")
+    repair: Repair | None = None
+    variants: list[Variant] = []
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
         checked_name(self.name, "recipe")
-        distinct_names([t if isinstance(t, str) else t.name for t in self.tasks], "task")
+        distinct_names(self.task_names, "task")
         distinct_names([a if isinstance(a, str) else a.name for a in self.arms], "arm")
         if len({a.name for a in self.arm_specs}) < len(self.arm_specs):
             raise ValueError("a learning rate or a snapshot stands twice")
         distinct_names([m.name for m in self.merge_specs], "merge")
+        distinct_names([v.name for v in self.variants], "variant")
         for merge in self.merge_specs:
-            if merge.name in ("alone", "floor"):
+            if merge.name in ("alone", "floor", "features"):
                 raise ValueError(f"a merge cannot be called {merge.name!r}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("a seed stands twice")
@@ -208,6 +298,50 @@ class Recipe(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sweep(self) -> Recipe:
+        if self.tuned and self.tuning_seed in self.seeds:
+            raise ValueError("the tuning seed is among the reported seeds")
+        for arm in self.arm_specs:
+            several = isinstance({**self.training, **arm.training}.get("lr"), list)
+            if self.tuned and several:
+                raise ValueError(f"arm {arm.name!r}: training.lr is a list, and rates are what an arm chooses from")
+            if arm.rates and not self.tuned:
+                raise ValueError(f"arm {arm.name!r} has rates, and the recipe has none: no sweep to choose them by")
+        if not self.tuned and (self.moments or self.tuning_merges):
+            raise ValueError("moments and tuning_merges are of a sweep, and there are no rates to choose from")
+        return self
+
+    @model_validator(mode="after")
+    def _references(self) -> Recipe:
+        arms = {a.name: a for a in self.arm_specs}
+        merges = [m.name for m in self.merge_specs]
+        for arm in arms.values():
+            if arm.like is not None and (arm.like not in arms or arms[arm.like].like):
+                raise ValueError(f"arm {arm.name!r} is like {arm.like!r}, which is no arm with a rate of its own")
+            if arm.background and not self.background:
+                raise ValueError(f"arm {arm.name!r} wants background, and there are no background tasks")
+        wanted = [(n, "repair") for n in (self.repair.arms if self.repair else [])]
+        wanted += [(n, f"variant {v.name}") for v in self.variants for n in v.arms]
+        for name, who in wanted:
+            if name not in arms:
+                raise ValueError(f"{who}: no arm {name!r}")
+        named = [*(self.tuning_merges or []), *([self.repair.merge] if self.repair else [])]
+        for name in [*named, *(m for v in self.variants for m in v.merges or [])]:
+            if name not in merges:
+                raise ValueError(f"no merge {name!r}")
+        return self
+
+    @property
+    def tuned(self) -> bool:
+        """Whether each arm chooses its learning rate, by a sweep before anything is reported."""
+        return self.rates is not None
+
+    @property
+    def grows(self) -> bool:
+        """Whether grids of scales grow until they hold the best one."""
+        return self.tuned if self.evaluation.grow is None else self.evaluation.grow
+
     @property
     def arm_specs(self) -> list[ArmSpec]:
         """The arms, each as a mapping.
@@ -215,48 +349,58 @@ class Recipe(_Strict):
         A list of learning rates makes an arm ``NAME@lrRATE`` of each, and the snapshots of a training follow it as
         ``NAME@stepN``; neither can be mistaken for a name of the recipe, where @ is not allowed.
         """
-        given = [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
-        return [each for arm in given for rated in self.at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
+        named = [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
+        return [each for arm in named for rated in self.at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
+
+    def arm(self, name: str) -> ArmSpec:
+        """The arm of a name."""
+        return next(a for a in self.arm_specs if a.name == name)
+
+    @property
+    def first_arm(self) -> ArmSpec:
+        """The arm by whose settings a single adapter is trained."""
+        first = self.arms[0]
+        return ArmSpec(name=first) if isinstance(first, str) else first
 
     def at_each_rate(self, arm: ArmSpec) -> list[ArmSpec]:
         """An arm, or one for each of its learning rates where they are a list."""
-        rates = {**self.training, **arm.training}.get("lr")
-        if not isinstance(rates, list) or not rates or not all(_is_rate(r) for r in rates):
-            return [arm]  # `training_of` says what is wrong with the rest
-        alike = {"subspace": arm.method} if len(rates) > 1 else {}
-        shown = [f"{arm.name}@lr{rate:g}" if alike else arm.name for rate in rates]
-        return [
-            arm.model_copy(update={"name": name, "training": {**arm.training, "lr": rate}, **alike})
-            for name, rate in zip(shown, rates, strict=True)
-        ]
+        return at_each_rate(self, arm)
 
-    def _snapshots(self, arm: ArmSpec) -> list[SnapshotArm]:
+    def _snapshots(self, arm: ArmSpec) -> list[ArmSpec]:
+        """The arms that are an arm at some steps of its training: merged and scored, never trained themselves."""
         steps = {**self.training, **arm.training}.get("snapshots")
-        if not isinstance(steps, list) or not all(type(s) is int for s in steps):
+        if arm.like is not None or not isinstance(steps, list) or not all(type(s) is int for s in steps):
             return []
-        described = arm.model_dump(exclude={"name", "subspace"}) | {"subspace": arm.method, "of": arm.name}
-        return [SnapshotArm(name=f"{arm.name}@step{s}", step=s, **described) for s in steps]
+        owner = {"subspace": arm.method, "like": arm.name}
+        return [arm.model_copy(update={**owner, "name": f"{arm.name}@step{s}", "snapshot": s}) for s in steps]
 
     @property
     def merge_specs(self) -> list[MergeSpec]:
         """The merges, each as a mapping."""
         return [MergeSpec(name=m) if isinstance(m, str) else m for m in self.merges]
 
-    def training_of(self, arm: ArmSpec) -> TrainingSettings:
-        """The training of one arm: the recipe's, with the arm's overrides.
-
-        Raises:
-            UsageError: An unknown key or a value out of range.
-        """
-        from plait.training.settings import TrainingSettings
-
-        merged = {**self.training, **arm.training, "max_length": self.data.max_length}
-        if "steps" in arm.training:
-            merged.pop("epochs", None)
-        if "epochs" in arm.training:
-            merged.pop("steps", None)
-        return TrainingSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+    def merge(self, name: str) -> MergeSpec:
+        """The merge of a name."""
+        return next(m for m in self.merge_specs if m.name == name)
 
     def scales_of(self, merge: MergeSpec) -> list[float]:
         """The grid of one merge, ascending."""
         return sorted(merge.scales or self.evaluation.scales)
+
+
+def at_each_rate(settings: Settings, arm: ArmSpec) -> list[ArmSpec]:
+    """An arm, or one for each of its learning rates where they are a list.
+
+    Args:
+        settings: Where the rates stand that the arm does not name itself.
+        arm: The arm.
+    """
+    rates = {**settings.training, **arm.training}.get("lr")
+    if not isinstance(rates, list) or not rates or not all(_is_rate(r) for r in rates):
+        return [arm]  # `training_of` says what is wrong with the rest
+    alike = {"subspace": arm.method} if len(rates) > 1 else {}
+    names = [f"{arm.name}@lr{rate:g}" if alike else arm.name for rate in rates]
+    return [
+        arm.model_copy(update={"name": name, "training": {**arm.training, "lr": rate}, **alike})
+        for name, rate in zip(names, rates, strict=True)
+    ]

@@ -1,21 +1,26 @@
-"""The units of work of a study: what each is, in coordinates that fit into a line of JSON, and where its result lies."""
+"""The units of work of a recipe: what each is, in coordinates that fit into a line of JSON, and where its result lies.
+
+A unit is what it is about (stage, seed, arm, rate, merge ...); its identity is everything that its result depends on. Results of a
+study, whose units differ in coordinates nobody would type, are addressed by the hash of their identity, so that studies may share
+a folder. A plain recipe's lie under names: ``adapters/ARM/seed-0/TASK``.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from plait.disk.store import identity, is_done, sha256_json
-from plait.errors import Damaged, PlaitError, Unfinished
+from plait.errors import Damaged, InputError, PlaitError, Unfinished, UsageError
 from plait.evaluation.evaluate import scored_labels
 from plait.runs.inputs import Inputs, Labels, within
-from plait.runs.jobs import NOT_IDENTITY
+from plait.runs.recipe import ArmSpec, Recipe
+from plait.runs.recipe_file import variant_of
 from plait.runs.session import Session, task_of
-from plait.runs.study_spec import Study, StudyArm
 from plait.tasks import Task
 from plait.training.settings import TrainingSettings
 
@@ -25,12 +30,14 @@ DIVERGED = "diverged"  # in a result: why a training of the sweep, or a score of
 TUNING, FOLDS = "tuning", "folds"
 Mend = Callable[[Path, PlaitError], None]
 T = TypeVar("T")
-_KEPT = 8  # sets of adapters or statistics
+NOT_IDENTITY = {"report_to", "checkpoint_every", "shard_base"}  # settings that leave the adapter as it is
+MAX_CACHED = 8  # sets of adapters or statistics kept in memory
+BACKWARD_COST = 2.5  # a training row costs about this many forward passes more
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One result, by what it is about; JSON holds it, and with the study it says everything.
+    """One result, by what it is about; JSON holds it, and with the recipe it says everything.
 
     Args:
         stage: statistics, train, alone, merge, features, repair (a merge trained further) or repaired (its scores).
@@ -71,18 +78,19 @@ class Unit:
 
 @dataclass
 class Layout:
-    """A study and a folder: identities of units and where their results lie.
+    """A recipe and a folder: identities of units and where their results lie.
 
     Args:
-        study: The study.
-        out: Its folder; results are addressed by content, so studies may share one.
+        recipe: The recipe.
+        out: Its folder.
         shared: The session whose loaded base a variant uses.
-        recorded: What the folder says the study was made from; with it neither the base nor the data are looked for.
+        recorded: What the folder says the recipe was run on; with it neither the base nor the data are looked for.
         known: What does not change any more once it is known: keys, what is done, results, choices.
         mend: Called with the folder of a damaged result and its fault, to clear it away; None makes it an error.
+        overwrite: Whether results of other settings, which can only stand in the way under names, are made again.
     """
 
-    study: Study
+    recipe: Recipe
     out: Path
     shared: Session | None = None
     recorded: Inputs | None = None
@@ -91,32 +99,40 @@ class Layout:
     _wanted: dict[tuple[Unit, str], dict[str, Any]] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
     mend: Mend | None = None
+    overwrite: bool = False
+
+    @property
+    def study(self) -> Recipe:
+        """The recipe."""
+        return self.recipe
 
     @functools.cached_property
     def session(self) -> Session:
-        """Tasks, rows and the base of the study."""
-        return Session(self.study, self.shared)
+        """Tasks, rows and the base of the recipe."""
+        return Session(self.recipe, self.shared)
 
     @functools.cached_property
     def background(self) -> Session:
         """The same of the tasks that only lend their statistics."""
-        return Session(self.study.model_copy(update={"tasks": self.study.background}))
+        return Session(self.recipe.model_copy(update={"tasks": self.recipe.background}))
 
     def of(self, unit: Unit) -> Layout:
         """The layout of a unit's variant, which shares the base and rows loaded here where they are the same."""
         if not unit.variant:
             return self
         if unit.variant not in self._variants:
-            study = self.study.variant(unit.variant)
-            recorded = self.recorded.only(study) if self.recorded and within(study, self.study) else None
-            self._variants[unit.variant] = Layout(study, self.out, self.session, recorded, mend=self.mend)
+            variant = variant_of(self.recipe, unit.variant)
+            recorded = self.recorded.only(variant) if self.recorded and within(variant, self.recipe) else None
+            self._variants[unit.variant] = Layout(
+                variant, self.out, self.session, recorded, mend=self.mend, overwrite=self.overwrite
+            )
         return self._variants[unit.variant]
 
     def cached(self, key: Any, read: Callable[[], T]) -> T:
         """What `read` gives, kept while it is among the last few asked for; merges are made a little ahead of scores."""
         found = self._read.pop(key) if key in self._read else read()
         self._read[key] = found
-        while len(self._read) > _KEPT:
+        while len(self._read) > MAX_CACHED:
             self._read.popitem(last=False)
         return found  # type: ignore[no-any-return]
 
@@ -145,31 +161,37 @@ class Layout:
 
     def settings(self, unit: Unit) -> TrainingSettings:
         """Training settings of a train unit: the arm's, at its rate, keeping every moment that somebody asks for."""
-        arm = self.study.arm(unit.arm)
-        settings = replace(self.study.training_of(arm), lr=unit.rate)
+        arm = self.recipe.arm(unit.arm)
+        settings = replace(self.recipe.training_of(arm), lr=unit.rate)
         last = settings.total_steps(1 << 40) if settings.steps else None
-        moments = {a.snapshot for a in self.study.study_arms if a.like == arm.name and a.snapshot} | set(
-            self.moments(arm)
-        )
-        kept = tuple(sorted(m for m in moments if m and (last is None or m < last)))
-        tied = "joint" if arm.joint else None
-        return replace(settings, snapshots=kept, tied=tied)
+        moments = {a.snapshot for a in self.recipe.arm_specs if a.like == arm.name and a.snapshot}
+        moments |= set(self.moments(arm))
+        kept = tuple(sorted(m for m in moments if m and (last is None or m < last or not self.recipe.tuned)))
+        return replace(settings, snapshots=kept, tied="joint" if arm.joint else None)
 
-    def moments(self, arm: StudyArm) -> list[int]:
+    def moments(self, arm: ArmSpec) -> list[int]:
         """Moments the sweep of an arm may choose; 0 is the end."""
-        return [0] if arm.joint else [*self.study.moments, 0]
+        return [0] if arm.joint else [*self.recipe.moments, 0]
+
+    @property
+    def trains_together(self) -> bool:
+        """Whether adapters are trained as a fleet: asked for, swept, or on a GPU, where solo steps leave it idle."""
+        fleet = self.recipe.fleet
+        return fleet == "always" or (
+            fleet == "auto" and (self.recipe.tuned or self.session.base.torch_device.type == "cuda")
+        )
 
     def statistics_unit(self, unit: Unit) -> Unit:
         """The statistics a train unit starts from, or a merge by moments reads."""
-        arm = self.study.arm(unit.arm) if unit.arm else None
-        spec = self.study.statistics
+        arm = self.recipe.arm(unit.arm) if unit.arm else None
+        spec = self.recipe.statistics
         pool = (arm.pool if arm and unit.stage == TRAIN else None) or spec.pool
         samples = (arm.samples if arm and unit.stage == TRAIN else None) or spec.samples
         return Unit(STATISTICS, unit.seed, variant=unit.variant, pool=pool, samples=samples)
 
     def trained_by(self, unit: Unit) -> Unit:
         """The train unit whose adapters a unit is about: of an arm that is a moment of another, that other's."""
-        arm = self.study.arm(unit.arm)
+        arm = self.recipe.arm(unit.arm)
         owner = arm.like if arm.snapshot and arm.like else arm.name
         return Unit(TRAIN, unit.seed, owner, unit.rate, variant=unit.variant)
 
@@ -185,23 +207,47 @@ class Layout:
 
     def path(self, unit: Unit) -> Path:
         """The folder of a unit's result."""
-        return self.out / unit.stage / self.key(unit)[:24]
+        return self.out / (unit.stage + "/" + self.key(unit)[:24] if self.recipe.tuned else self._named(unit))
+
+    def _named(self, unit: Unit) -> Path:
+        """Where the result of a unit lies under names, which tell apart all units of a recipe that is not tuned."""
+        root = Path("variants", unit.variant) if unit.variant else Path()
+        if unit.stage == STATISTICS:
+            spec = self.recipe.statistics
+            own = "" if (unit.pool, unit.samples) == (spec.pool, spec.samples) else f"-{unit.pool}-{unit.samples}"
+            return root / "statistics" / f"seed-{unit.seed}{own}"
+        place = Path(unit.arm, f"seed-{unit.seed}")
+        named = {
+            TRAIN: root / "adapters" / place,
+            MERGE: root / "merged" / place / unit.merge,
+            REPAIR: root / "repair" / place / unit.merge,
+            REPAIRED: root / "scores" / place / f"{unit.merge}-repaired",
+        }
+        return named.get(unit.stage, root / "scores" / place / unit.stage)
 
     def done(self, unit: Unit) -> bool:
         """Whether a unit's result is there, every byte as it was written; it is read for that, once in a process."""
         if ("done", unit) not in self.known:
             path = self.path(unit)
             if unit.stage in (TRAIN, REPAIR):
-                each = [self._whole(path / t, self.wanted(unit, t)) for t in self.tasks]  # whatever the first one says
+                each = [
+                    self.is_whole(path / t, self.wanted(unit, t)) for t in self.tasks
+                ]  # whatever the first one says
                 found = all(each)
             else:
-                found = self._whole(path, self.wanted(unit))
+                found = self.is_whole(path, self.wanted(unit))
             if not found:
                 return False
             self.known["done", unit] = True
         return True
 
-    def _whole(self, path: Path, wanted: dict[str, Any]) -> bool:
+    def is_whole(self, path: Path, wanted: Mapping[str, Any]) -> bool:
+        """Whether a folder holds a result, every byte as it was written; what is damaged is cleared away by `mend`.
+
+        Raises:
+            UsageError: It holds another result, and nothing is overwritten.
+            Damaged: It is damaged, and nobody mends it.
+        """
         try:
             return is_done(path, wanted, read=True)
         except (Damaged, Unfinished) as e:
@@ -209,21 +255,35 @@ class Layout:
                 raise
             self.mend(path, e)
             return False
+        except (UsageError, InputError):  # other settings, or a manifest of another version
+            if not self.overwrite:
+                raise
+            return False
+
+    def is_current(self, path: Path, wanted: Mapping[str, Any]) -> bool:
+        """Whether what is made of finished units is there and whole; where they have changed since, it is made anew."""
+        overwrite, self.overwrite = self.overwrite, True
+        try:
+            return self.is_whole(path, wanted)
+        finally:
+            self.overwrite = overwrite
 
     def _statistics(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
-        study = self.study
+        recipe = self.recipe
         options = {
             "base": self.base_sha256,
-            "dtype": study.base.dtype,
+            "dtype": recipe.base.dtype,
             "data": self.data,
-            "background": [self._background_identity(t) for t in study.background],
-            "targets": study.lora.target_modules,
-            **study.lora.limits,
-            "max_length": study.data.max_length,
+            "background": [self._background_identity(t) for t in recipe.background],
+            "targets": recipe.lora.target_modules,
+            **recipe.lora.limits,
+            "max_length": recipe.data.max_length,
             "pool": unit.pool,
             "samples": unit.samples,
-            "sketch": study.statistics.sketch,
+            "sketch": recipe.statistics.sketch,
         }
+        if recipe.statistics.memory is not None:
+            options["memory"] = recipe.statistics.memory
         return options, {}
 
     def _background_identity(self, spec: Any) -> dict[str, Any]:
@@ -233,13 +293,15 @@ class Layout:
     def _train(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
         from plait.subspaces import find_subspace_method
 
-        study, arm = self.study, self.study.arm(unit.arm)
+        recipe, arm = self.recipe, self.recipe.arm(unit.arm)
         settings = self.settings(unit)
         training = {k: v for k, v in asdict(settings).items() if k not in NOT_IDENTITY}
         start = {k: getattr(arm, k) for k in ("method", "row_norm", "options", "known", "background")}
-        lora = study.lora.model_dump(exclude_none=True) | ({"rank": arm.rank} if arm.rank else {})
+        lora = recipe.lora.model_dump(exclude_none=True) | ({"rank": arm.rank} if arm.rank else {})
         options = {"start": start, "lora": lora, "training": training, "data": self.data}
-        options |= {"rows": study.data.train_rows, "dtype": study.base.dtype, "base": self.base_sha256}
+        options |= {"rows": recipe.data.train_rows, "dtype": recipe.base.dtype, "base": self.base_sha256}
+        if settings.evaluate_every:
+            options["selection"] = recipe.data.selection_rows
         measured = bool(find_subspace_method(arm.method).needs) or settings.constraint not in ("free", "frozen")
         source = self.statistics_unit(unit)
         return options, {"statistics": self.key(source)} if measured else {}
@@ -247,14 +309,16 @@ class Layout:
     def _scored(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
         from plait.merging.registry import find_method
 
-        study = self.study
+        recipe = self.recipe
         source = replace(unit, stage=REPAIR, split="") if unit.stage == REPAIRED else self.trained_by(unit)
         inputs = {"adapters": self.key(source)}
         options: dict[str, Any] = {"step": unit.step, "split": unit.split, **self.rows}
         if unit.stage == MERGE:
-            spec = next(m for m in study.merge_specs if m.name == unit.merge)
+            spec = recipe.merge(unit.merge)
             options |= {"merge": spec.model_dump(exclude={"name", "scales"}), "method": spec.merge_method}
-            options |= {"scales": study.scales_of(spec)}
+            options |= {"scales": recipe.scales_of(spec)}
+            if not recipe.grows:
+                options["grow"] = False
             if find_method(spec.merge_method).needs:
                 inputs["statistics"] = self.key(self.statistics_unit(unit))
         elif unit.stage == FEATURES:
@@ -264,8 +328,8 @@ class Layout:
     def _repair(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
         merge = replace(unit, stage=MERGE, split=FOLDS, scale=0.0)
         _, inputs = self._scored(merge)
-        spec = next(m for m in self.study.merge_specs if m.name == unit.merge)
-        steps = self.study.repair.steps if self.study.repair else 0
+        spec = self.recipe.merge(unit.merge)
+        steps = self.recipe.repair.steps if self.recipe.repair else 0
         return {
             "merge": spec.model_dump(exclude={"scales"}),
             "scale": unit.scale,
@@ -276,15 +340,29 @@ class Layout:
     @property
     def rows(self) -> dict[str, Any]:
         """What decides which validation rows are in which part."""
-        study = self.study
-        split = {"split_seed": study.evaluation.split_seed, "validation_rows": study.data.validation_rows}
-        return {**split, "tuning_rows": study.tuning_rows, "grid_rows": study.grid_rows}
+        recipe = self.recipe
+        split = {"split_seed": recipe.evaluation.split_seed, "validation_rows": recipe.data.validation_rows}
+        return {**split, "tuning_rows": recipe.tuning_rows if recipe.tuned else 0, "grid_rows": recipe.grid_rows}
 
     def key(self, unit: Unit) -> str:
         """Hash of a unit's identity."""
         if ("key", unit) not in self.known:
             self.known["key", unit] = sha256_json(self.wanted(unit))
         return self.known["key", unit]  # type: ignore[no-any-return]
+
+
+def cost(unit: Unit, layout: Layout) -> float:
+    """About how many forward passes of one row a unit takes; for the estimate of the time that is left."""
+    here = layout.of(unit)
+    session, recipe = here.session, here.recipe
+    if unit.stage == STATISTICS:
+        return 1.2 * unit.samples * (len(session.tasks) + len(recipe.background))
+    if unit.stage in (TRAIN, REPAIR):
+        settings = here.settings(unit)
+        steps = sum(settings.total_steps(len(session.training(t, unit.seed))) for t in session.tasks)
+        return steps * settings.batch_size * (1 + BACKWARD_COST)
+    rows = sum(len(here.labels(t)) for t in here.tasks)
+    return rows * (len(recipe.scales_of(recipe.merge(unit.merge))) + 1 if unit.stage == MERGE else 2)
 
 
 def pending(layout: Layout, units: Sequence[Unit]) -> list[Unit]:
