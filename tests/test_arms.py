@@ -12,15 +12,16 @@ import torch
 from plait.disk.store import read_manifest
 from plait.errors import UsageError
 from plait.report.line import run
-from plait.runs.commands import collect_one
 from plait.runs.recipe_file import load_yaml, parse_recipe
 from plait.runs.run import describe
 from plait.runs.session import Session
+from plait.runs.single.collect import collect_one
+from plait.runs.single.start import initialise_from_files
 from plait.runs.sources import adapters_of
 from plait.runs.stages import ANSWERS_FILE
 from plait.runs.units import Layout
 from plait.runs.waves import final_units
-from plait.subspaces.start import InitialSettings, initialise_from_files
+from plait.subspaces.start import InitialSettings
 from tests.conftest import tiny_rows
 
 ONE = {"tasks": ["topic", "grade"], "merges": ["task_arithmetic"]}
@@ -137,7 +138,7 @@ def test_too_many_selection_rows(tiny_recipe):
 
 
 def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
-    from plait.runs.train_folders import train_one
+    from plait.runs.single.train import train_one
 
     recipe = tiny_recipe(**ONE, arms=["kaiming"], training={**TRAINING, "evaluate_every": 2}, data_selection=8)
     start = tmp_path / "start"

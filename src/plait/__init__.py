@@ -65,13 +65,8 @@ _HOMES = {
     "read_adapter": "adapters.peft_format",
     "read_recipe": "runs.recipe_file",
     "read_statistics": "statistics",
-<<<<<<< HEAD
-    "run": "runs.pipeline",
-    "subspace_state_dict": "subspaces.start",
-=======
     "run": "report.line",
-    "subspace_state_dict": "subspaces.initial",
->>>>>>> 9e062aa (WIP: one engine)
+    "subspace_state_dict": "subspaces.start",
     "train_adapter": "training",
     "write_adapter": "adapters.peft_format",
     "write_statistics": "statistics",

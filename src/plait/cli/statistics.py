@@ -49,7 +49,7 @@ def collect(
     """
     if context.invoked_subcommand is not None:
         return
-    from plait.runs.commands import collect_one
+    from plait.runs.single.collect import collect_one
     from plait.statistics.budget import bytes_of
 
     if out is None:
@@ -160,7 +160,7 @@ def fisher(
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect the diagonal Fisher information of a trained adapter. For `plait merge --method fisher --stats FILE`."""
-    from plait.runs.fisher_file import fisher_of_folder
+    from plait.runs.single.fisher import fisher_of_folder
 
     extra = [f"statistics.samples={samples}"] if samples else []
     described = Described(task, base, root, train_file, None, text, label, kind)

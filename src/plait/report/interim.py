@@ -13,11 +13,19 @@ def write_report(folder: Path, layout: Layout) -> None:
     """Write report.json."""
     rows = [r for r in rows_of(layout) if not r.variant]
     arms = list(dict.fromkeys(r.arm for r in rows))
-    mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
-    table = lambda f: {
-        a: {m: mean([f(r) for r in rows if (r.arm, r.method) == (a, m)]) for m in dict.fromkeys(r.method for r in rows)}
-        for a in arms
-    }
+
+    def mean(xs):
+        return sum(xs) / len(xs)
+
+    def table(f):
+        return {
+            a: {
+                m: mean([f(r) for r in rows if (r.arm, r.method) == (a, m)])
+                for m in dict.fromkeys(r.method for r in rows)
+            }
+            for a in arms
+        }
+
     head = {"individual": {a: mean([r.individual for r in rows if r.arm == a]) for a in arms}, "floor": rows[0].floor}
     head |= {
         "merged": table(lambda r: r.merged),
