@@ -12,6 +12,7 @@ import torch
 from plait.disk.store import read_manifest
 from plait.errors import UsageError
 from plait.report.line import run
+from plait.runs.layout import Layout
 from plait.runs.recipe_file import load_yaml, parse_recipe
 from plait.runs.run import describe
 from plait.runs.session import Session
@@ -19,7 +20,6 @@ from plait.runs.single.collect import collect_one
 from plait.runs.single.start import initialise_from_files
 from plait.runs.sources import adapters_of
 from plait.runs.stages import ANSWERS_FILE
-from plait.runs.units import Layout
 from plait.runs.waves import final_units
 from plait.subspaces.start import InitialSettings
 from tests.conftest import tiny_rows

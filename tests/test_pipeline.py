@@ -22,10 +22,10 @@ from plait.errors import EnvironmentFault, InputError, RunError, UsageError
 from plait.report.line import report_again, run
 from plait.runs.folder import keep
 from plait.runs.inputs import INPUTS_FILE
+from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
 from plait.runs.run import describe
 from plait.runs.stages import ANSWERS_FILE
-from plait.runs.units import Layout
 from tests.tiny import ARCHITECTURES
 
 FAST = {"arms": ["osrm"], "merges": ["task_arithmetic"]}

@@ -12,8 +12,8 @@ from plait.cli import main
 from plait.errors import UsageError
 from plait.model.base import load_task_model
 from plait.report.line import run
-from plait.runs.recipe import LoraSpec
 from plait.runs.recipe_file import parse_recipe
+from plait.runs.sections import LoraSpec
 from plait.runs.session import Session
 from plait.statistics import read_statistics
 from tests.conftest import tiny_rows, write_rows

@@ -11,8 +11,9 @@ from plait.cli import main
 from plait.errors import RunError, UsageError
 from plait.report.write import write_tables
 from plait.runs.archive import write_archive
+from plait.runs.layout import Layout
 from plait.runs.run import run
-from plait.runs.units import MERGE, Layout
+from plait.runs.units import MERGE
 from plait.runs.waves import all_units
 from tests.conftest import tiny_rows
 

@@ -12,12 +12,12 @@ from plait.disk.store import read_manifest
 from plait.errors import Diverged, RunError
 from plait.report.write import write_tables
 from plait.runs.executors import InProcess
+from plait.runs.layout import Layout
 from plait.runs.reporting import Lines, Report
 from plait.runs.run import run
 from plait.runs.sources import adapters_of
 from plait.runs.stages import do
 from plait.runs.trainings import train
-from plait.runs.units import Layout
 from plait.runs.waves import chosen, chosen_alone, next_wave, sweep_units, swept
 
 FAR = 1e30  # a rate at which nothing stays a number

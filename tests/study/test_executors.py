@@ -16,8 +16,8 @@ import pytest
 from plait.errors import EnvironmentFault, UsageError
 from plait.report.table import rows_of
 from plait.runs.executors import InProcess, Processes, RayCluster, _gpu, executor_of
+from plait.runs.layout import Layout
 from plait.runs.run import run
-from plait.runs.units import Layout
 
 
 def rows(study, out, executor, layout=None):

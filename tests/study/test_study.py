@@ -12,10 +12,11 @@ from plait.errors import InputError, UsageError
 from plait.evaluation.splits import split_rows
 from plait.report.table import rows_of
 from plait.report.write import write_tables
+from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe, read_recipe
 from plait.runs.run import parts, run
 from plait.runs.sources import adapters_of
-from plait.runs.units import MERGE, Layout
+from plait.runs.units import MERGE
 from plait.runs.waves import final_units, next_wave, repair_units, sweep_units, tuning_scores
 
 

@@ -21,8 +21,9 @@ from plait.report.study_page import linked
 from plait.report.table import rows_of
 from plait.report.write import write_tables
 from plait.runs.journal import about_runs, noted
+from plait.runs.layout import Layout
 from plait.runs.run import run
-from plait.runs.units import FEATURES, FOLDS, MERGE, STATISTICS, Layout
+from plait.runs.units import FEATURES, FOLDS, MERGE, STATISTICS
 from plait.runs.waves import all_units, next_wave
 from tests.conftest import tiny_rows
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from plait.runs.layout import Layout
     from plait.runs.recipe import Recipe
     from plait.runs.run import Outcome
-    from plait.runs.units import Layout
 
 ExecutorName = Annotated[str, typer.Option("--executor", help="serial, processes or ray.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Batches at once.")]
@@ -34,9 +34,9 @@ def execute(
 ) -> tuple[Layout, Outcome]:
     """Run a recipe by the executor of a name; also returns where its results lie."""
     from plait.runs.executors import executor_of
+    from plait.runs.layout import Layout
     from plait.runs.recipe_file import require_known
     from plait.runs.run import run
-    from plait.runs.units import Layout
 
     require_known(executor, ["serial", "processes", "ray"], "executor")
     layout = Layout(recipe, out)

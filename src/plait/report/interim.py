@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from plait.report.table import rows_of
-from plait.runs.units import Layout
+from plait.runs.layout import Layout
 
 
 def write_report(folder: Path, layout: Layout) -> None:
@@ -32,4 +32,4 @@ def write_report(folder: Path, layout: Layout) -> None:
         "recovered": table(lambda r: r.recovered if r.recovered == r.recovered else -9),
     }
     (folder / "report.json").write_text(json.dumps({"headline": head}))
-    (folder / "report.html").write_text("")
+    (folder / "report.html").write_text(" ".join(arms))

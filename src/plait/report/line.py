@@ -10,9 +10,9 @@ from plait.report.interim import write_report
 from plait.runs.best import best_place
 from plait.runs.executors import Executor, InProcess
 from plait.runs.folder import PRODUCTS, layout_of_folder
+from plait.runs.layout import Layout
 from plait.runs.recipe import Recipe
 from plait.runs.run import run as run_units
-from plait.runs.units import Layout
 from plait.runs.waves import all_units
 
 REPORT = PRODUCTS[1]

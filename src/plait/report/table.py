@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from plait.evaluation.splits import HALVES
-from plait.runs.units import ALONE, FOLDS, MERGE, REPAIRED, Layout, Unit
+from plait.runs.layout import Layout
+from plait.runs.units import ALONE, FOLDS, MERGE, REPAIRED, Unit
 from plait.runs.waves import Choice, all_units, alone_level, chosen, chosen_alone, plain_arms, repair_units, result
 
 

@@ -19,9 +19,9 @@ from plait.report.study_page import page_of
 from plait.report.table import LEARNED, Row, references, rows_of
 from plait.runs.folder import published
 from plait.runs.journal import about_runs
+from plait.runs.layout import Layout
 from plait.runs.recipe import Recipe as Study
 from plait.runs.recipe_file import require_known
-from plait.runs.units import Layout
 from plait.runs.waves import sweep_units, swept
 
 RESAMPLES = 2000

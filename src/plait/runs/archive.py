@@ -15,7 +15,8 @@ from plait.errors import UsageError
 from plait.runs.folder import FILES, RECIPE_FILE, published
 from plait.runs.inputs import INPUTS_FILE
 from plait.runs.journal import JOURNAL
-from plait.runs.units import REPAIR, STATISTICS, TRAIN, Layout
+from plait.runs.layout import Layout
+from plait.runs.units import REPAIR, STATISTICS, TRAIN
 from plait.runs.waves import all_units
 
 SUFFIX = ".tar.xz"

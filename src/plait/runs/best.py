@@ -14,8 +14,9 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.store import identity, read_manifest, staged_folder
 from plait.evaluation.splits import HALVES
 from plait.runs.folder import PRODUCTS
+from plait.runs.layout import Layout
 from plait.runs.sources import merged_of
-from plait.runs.units import FOLDS, MERGE, TRAIN, Layout, Unit
+from plait.runs.units import FOLDS, MERGE, TRAIN, Unit
 from plait.runs.waves import final_units, result
 
 BEST = PRODUCTS[0]

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 from plait.disk.store import discard
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
+from plait.runs.layout import Layout, Mend, pending
 from plait.runs.recipe_file import parse_recipe
 from plait.runs.reporting import Lines, Report
 from plait.runs.stages import do
-from plait.runs.units import Layout, Mend, Unit, pending
+from plait.runs.units import Unit
 
 RETRIES = 3
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # no child, nor a child of one, imports from the working directory

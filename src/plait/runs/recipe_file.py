@@ -18,8 +18,9 @@ from plait.disk.store import staged_file
 from plait.errors import InputError, UsageError, printable
 from plait.options import Configurable, checked_options
 from plait.options import require_known as require_known
-from plait.runs import recipe as models
-from plait.runs.recipe import ArmSpec, Recipe, Settings, TaskSpec, at_each_rate
+from plait.runs import sections as models
+from plait.runs.recipe import Recipe, Settings, at_each_rate
+from plait.runs.sections import ArmSpec, TaskSpec
 
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 

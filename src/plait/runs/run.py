@@ -20,10 +20,11 @@ from plait.runs.best import write_best
 from plait.runs.executors import Executor, InProcess, batch_of, mender
 from plait.runs.folder import PRODUCTS, RECIPE_FILE, keep, keeps
 from plait.runs.journal import noted
+from plait.runs.layout import Layout, cost, pending
 from plait.runs.recipe import Recipe
 from plait.runs.reporting import Report, Shown
 from plait.runs.session import require_one_form
-from plait.runs.units import MERGE, REPAIR, TRAIN, Layout, Unit, cost, pending
+from plait.runs.units import MERGE, REPAIR, TRAIN, Unit
 from plait.runs.waves import next_wave, waves
 
 BATCHES_PER_SCORER = 4  # for each process that scores: batches take unlike times, and the tail should be short

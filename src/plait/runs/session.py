@@ -15,7 +15,8 @@ from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
-from plait.runs.recipe import Settings, TaskSpec
+from plait.runs.recipe import Settings
+from plait.runs.sections import TaskSpec
 from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
 from plait.tasks.task import TEXT_KINDS
 

@@ -10,7 +10,8 @@ from plait.adapters.peft_format import read_adapter
 from plait.disk.store import read_manifest
 from plait.errors import Diverged
 from plait.merging.plan import Merged
-from plait.runs.units import DIVERGED, REPAIR, REPAIRED, Layout, Unit
+from plait.runs.layout import Layout
+from plait.runs.units import DIVERGED, REPAIR, REPAIRED, Unit
 from plait.statistics import Statistics, open_statistics
 
 BACKGROUND = "background."  # prefix of the files of tasks that only lend their statistics

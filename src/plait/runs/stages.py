@@ -20,24 +20,12 @@ from plait.evaluation.protocol import Answers, Scorer, cross_fitted, tuned
 from plait.evaluation.splits import HALVES, Split, split_rows
 from plait.merging.plan import Merged
 from plait.runs.collecting import collect_file, is_collected
+from plait.runs.layout import Layout, cost
 from plait.runs.reporting import Report
 from plait.runs.session import Session
 from plait.runs.sources import BACKGROUND, adapters_of, diverged, merged_of, statistics_of
 from plait.runs.trainings import train
-from plait.runs.units import (
-    ALONE,
-    DIVERGED,
-    FEATURES,
-    MERGE,
-    REPAIR,
-    REPAIRED,
-    STATISTICS,
-    TRAIN,
-    TUNING,
-    Layout,
-    Unit,
-    cost,
-)
+from plait.runs.units import ALONE, DIVERGED, FEATURES, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, TUNING, Unit
 from plait.statistics import open_statistics
 
 ANSWERS_FILE = "answers.safetensors"

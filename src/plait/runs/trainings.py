@@ -9,9 +9,10 @@ from typing import Any
 from plait.adapters.lora import Adapter
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
+from plait.runs.layout import Layout, cost
 from plait.runs.reporting import Report
 from plait.runs.sources import adapters_of, diverged, merged_of, statistics_of
-from plait.runs.units import DIVERGED, MERGE, REPAIR, Layout, Unit, cost
+from plait.runs.units import DIVERGED, MERGE, REPAIR, Unit
 from plait.runs.waves import sweep_units
 from plait.statistics import Statistics
 from plait.subspaces.start import InitialSettings, completion_note, initial_adapters

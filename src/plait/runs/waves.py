@@ -16,21 +16,9 @@ import numpy as np
 from plait.disk.store import read_manifest
 from plait.errors import RunError
 from plait.evaluation.splits import HALVES
-from plait.runs.recipe import ArmSpec
-from plait.runs.units import (
-    ALONE,
-    DIVERGED,
-    FEATURES,
-    FOLDS,
-    MERGE,
-    REPAIR,
-    REPAIRED,
-    TRAIN,
-    TUNING,
-    Layout,
-    Unit,
-    pending,
-)
+from plait.runs.layout import Layout, pending
+from plait.runs.sections import ArmSpec
+from plait.runs.units import ALONE, DIVERGED, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, TRAIN, TUNING, Unit
 
 
 @dataclass(frozen=True, slots=True)

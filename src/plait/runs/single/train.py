@@ -14,8 +14,9 @@ from plait.disk.store import identity, read_manifest, sha256_file
 from plait.errors import UsageError
 from plait.model.ranks import is_writer, world_size
 from plait.progress import Progress
-from plait.runs.recipe import ArmSpec, Settings, at_each_rate
+from plait.runs.recipe import Settings, at_each_rate
 from plait.runs.recipe_file import require_known
+from plait.runs.sections import ArmSpec
 from plait.runs.session import Session
 from plait.statistics.lazy import task_recorded
 
