@@ -12,6 +12,7 @@ from plait.errors import InputError, UsageError
 from plait.evaluation.splits import split_rows
 from plait.report.table import rows_of
 from plait.report.write import write_tables
+from plait.runs import stages
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe, read_recipe
 from plait.runs.run import parts, run
