@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.trust import Row, source, write_part
 from benchmarks.trust.mutations import Mutant, mutants
@@ -221,40 +222,50 @@ def _enter(tree: Path) -> None:
 
 
 def _reach(tree: Path, tests: Sequence[str], kept: Path | None) -> Reach:
-    """Run the tests once and note what each reaches; or what a run over the same source noted before."""
-    key = f"{source()} {' '.join(tests)}"
-    if kept is not None and kept.is_file() and json.loads(kept.read_text()).get("key") == key:
-        return _read_reach(kept)
-    package = tree / "src/plait"
+    """Run the tests once and note what each reaches; those that ran before, over the same source, are not run again."""
+    held = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
+    if held.get("source") != source():
+        held = {"source": source(), "tests": {}}
+    for test in tests:
+        if test not in held["tests"]:
+            held["tests"][test] = _noted(tree, test)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(held))
+    lines: dict[str, dict[int, list[str]]] = {}
+    seconds: dict[str, float] = {}
+    for test in tests:
+        seconds |= held["tests"][test]["seconds"]
+        for file, by_line in held["tests"][test]["lines"].items():
+            for line, reaching in by_line.items():
+                lines.setdefault(file, {}).setdefault(int(line), []).extend(reaching)
+    return Reach(lines, seconds)
+
+
+def _noted(tree: Path, test: str) -> dict[str, Any]:
+    """What the tests of one file or folder reach, each in a child of its own."""
+    package, place, said = tree / "src/plait", tree / "reach.json", tree / "reach.log"
     files = sorted({f for patterns in ROOMS.values() for pattern in patterns for f in package.glob(pattern)})
-    place = tree / "reach.json"
+    place.unlink(missing_ok=True)
 
     def noted() -> int:
         import pytest
 
         plugin = Reaching(files)
         plugin.coverage.start()
-        code = pytest.main(
-            ["-q", "--assert=plain", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)], plugins=[plugin]
-        )
+        code = pytest.main(["-q", "--assert=plain", "-p", "no:cacheprovider", f"tests/{test}"], plugins=[plugin])
         plugin.coverage.stop()
-        place.write_text(json.dumps(asdict(plugin.reach(package)) | {"key": key}))
+        place.write_text(json.dumps(asdict(plugin.reach(package))))
         return int(code)
 
-    code, _ = _child(noted, tree / "reach.log", None)
+    begun = time.monotonic()
+    code, _ = _child(noted, said, None)
     if not place.is_file():
-        raise RuntimeError(f"the tests did not run: {code}: {(tree / 'reach.log').read_text()[-2000:]}")
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(place.read_text())
-    print((tree / "reach.log").read_text()[-300:], file=sys.stderr, flush=True)
-    return _read_reach(place)
-
-
-def _read_reach(place: Path) -> Reach:
-    held = json.loads(place.read_text())
-    lines = {f: {int(n): t for n, t in by_line.items()} for f, by_line in held["lines"].items()}
-    return Reach(lines, held["seconds"])
+        raise RuntimeError(f"{test} did not run: {code}: {said.read_text()[-2000:]}")
+    last = (said.read_text().strip() or "nothing").splitlines()[-1]
+    print(f"{test}: {last} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
+    found: dict[str, Any] = json.loads(place.read_text())
+    return found
 
 
 def _outcome(tree: Path, room: str, file: str, mutant: Mutant, reach: Reach) -> Outcome:
