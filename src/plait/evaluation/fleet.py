@@ -14,6 +14,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import RunError
 from plait.evaluation.answer_tree import AnswerTree, answer_tree, shared_ends, takes_trees, tree_scores
 from plait.evaluation.evaluate import Evaluator, Logits, is_open
+from plait.model.applied import without_layers
 from plait.model.attention import fused_attention
 from plait.model.ends import Ends
 from plait.model.rowbank import RowBank, row_bank
@@ -52,7 +53,8 @@ def predict_many(
     Args:
         evaluator: The loaded base, with the task's rows.
         task: Name of a task. Text tasks are scored by their answers; where the model's attention cannot follow a tree of
-            answers (sequence-to-sequence models among others), candidates go through it one after another.
+            answers (sequence-to-sequence models among others), candidates go through it one after another, as they do where
+            one changes weights that no layer multiplies alone.
         candidates: In any number; they may have different ranks and targets.
         rows: Positions of the rows; all by default.
         limit: At most so many candidates at once; by default what the device works best on. Where memory runs out they
@@ -68,7 +70,8 @@ def predict_many(
     length, all candidates read the same rows.
     """
     model, kind = evaluator.task_model(task), evaluator.tasks[task].kind
-    if kind in TEXT_KINDS and (kind != "causal" or is_open(evaluator.tasks[task]) or not takes_trees(model)):
+    one_by_one = kind in TEXT_KINDS and (kind != "causal" or is_open(evaluator.tasks[task]) or not takes_trees(model))
+    if one_by_one or any(c.adapter and without_layers(model, c.adapter) for c in candidates):
         return [evaluator.predict(task, c.head, c.adapter, c.scale, rows) for c in candidates]
     key = (task, None if rows is None else rows.tobytes())  # rows are scored again and again
     bank, tree = evaluator.cache.banks.get(key, lambda: _bank(evaluator, task, rows))

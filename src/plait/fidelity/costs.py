@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from plait.adapters.lora import LINEAR, Adapter
-from plait.loading.vllm import DEFAULT_RANK, RANKS, VERSION, pattern_note, rank_flag
+from plait.adapters.lora import EXPERT, LINEAR, Adapter
+from plait.loading.vllm import DEFAULT_RANK, FUSED_NOTE, RANKS, VERSION, pattern_note, rank_flag
 from plait.model.stored import StoredTensor, base_tensors
 
 # The last part of a vocabulary matrix's name: looked up, not multiplied.
@@ -31,23 +31,20 @@ def head_bytes(adapters: Sequence[Adapter]) -> int:
 
 def factors_at(adapters: Sequence[Adapter], rank: int, itemsize: int = 4) -> int:
     """Bytes of one merged adapter's factors at a rank (a module's own sizes bound it)."""
-    return sum(min(rank, out, width) * (out + width) * itemsize for out, width in _shapes(adapters))
+    shapes = {m: f.shape for a in adapters for m, f in a.modules.items()}
+    return sum(min(rank, out, width) * (out + width) * itemsize for out, width in shapes.values())
 
 
 def added_flops(adapters: Sequence[Adapter], rank: int) -> int:
     """Floating-point operations a token that factors of this rank add: 2 r (in + out) a linear module."""
-    return sum(2 * min(rank, out, width) * (out + width) for out, width in _shapes(adapters))
+    shapes = {m: f.shape for a in adapters for m, f in a.modules.items() if f.kind == LINEAR}
+    return sum(2 * min(rank, out, width) * (out + width) for out, width in shapes.values())
 
 
 def total_rank(adapters: Sequence[Adapter]) -> int:
     """R, the largest sum of ranks at a module."""
     modules = {m for a in adapters for m in a.modules}
     return max(sum(a.modules[m].rank for a in adapters if m in a.modules) for m in modules)
-
-
-def _shapes(adapters: Sequence[Adapter]) -> list[tuple[int, int]]:
-    found = {m: f.shape for a in adapters for m, f in a.modules.items() if f.kind == LINEAR}
-    return list(found.values())
 
 
 def base_size(folder: Path) -> tuple[int, int]:
@@ -78,9 +75,12 @@ def vllm_notes(adapters: Sequence[Adapter]) -> list[str]:
         notes.append(f"vLLM: --max-lora-rank {allowed} (its default is {DEFAULT_RANK})")
     else:
         notes.append(f"vLLM: --enable-lora --max-loras {len(adapters)} --max-lora-rank {allowed}")
+    fused = [a.name for a in adapters if any(f.kind == EXPERT for f in a.modules.values())]
+    if fused:
+        notes.append(f"{', '.join(fused)}: {FUSED_NOTE}; plait merge --bake writes a model that holds them")
     patterned = [a.name for a in adapters if len({(f.rank, f.scaling) for f in a.modules.values()}) > 1]
     if patterned:
-        notes.append(f"{', '.join(patterned)}: {pattern_note()}")
+        notes.append(f"{', '.join(patterned)}: {pattern_note(exports=not fused)}")
     if any(a.heads for a in adapters):
         notes.append(
             f"vLLM {VERSION} takes a head called classifier or score inside an adapter of a classification model (by its source; "

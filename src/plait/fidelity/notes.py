@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from plait.adapters.beside import no_matrix
 from plait.adapters.lora import Adapter
 from plait.fidelity import costs
 from plait.fidelity.measure import Fidelity
@@ -42,10 +43,16 @@ def beside(adapters: Sequence[Adapter]) -> list[str]:
     """Tensors that were trained whole: a sum in which they count once takes them over as they are; no other merge does."""
     return [
         f"{a.name} also trained {', '.join(sorted(a.extras)[:3])} whole: only a sum at weight 1 takes that over, as it is and for "
-        f"every task (plait convert {place(a)} --base DIR makes it low rank, which every method merges)"
+        f"every task{_low_rank(a)}"
         for a in adapters
         if a.extras
     ]
+
+
+def _low_rank(adapter: Adapter) -> str:
+    if no_matrix(adapter.extras):
+        return ""
+    return f" (plait convert {place(adapter)} --base DIR makes it low rank, which every method merges)"
 
 
 def serving(adapters: Sequence[Adapter]) -> list[str]:

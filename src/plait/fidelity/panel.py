@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from plait.adapters.lora import LINEAR, Adapter
+from plait.adapters.beside import no_matrix
+from plait.adapters.lora import EMBEDDING, EXPERT, LINEAR, Adapter
 from plait.errors import InputError, UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.fidelity.texts import Texts
-from plait.model.applied import resolve
+from plait.model.applied import resolve, without_layers
 from plait.model.base import BaseModel, head_modules, load_head
 from plait.options import did_you_mean
 from plait.tasks import Examples, Source, Task
 from plait.tasks.task import TEXT_KINDS
 
+_ONLY_LAYERS = "and predictions are compared for linear layers only"
+_WITHOUT = "without texts it is merged; plait eval scores it with labels"
 _OF_TYPE = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
 
 
@@ -84,14 +87,19 @@ def _require_linear(adapter: Adapter) -> None:
             f"it also trained {', '.join(sorted(adapter.extras)[:3])} whole, which is no LoRA update: what it predicts "
             "cannot be repeated",
             where=adapter.name,
-            hint="plait convert --base DIR makes it low rank",
+            hint=None if no_matrix(adapter.extras) else "plait convert --base DIR makes it low rank",
         )
     if other := next((m for m, f in adapter.modules.items() if f.kind != LINEAR), None):
         raise InputError(
-            f"it changes {other}, {adapter.modules[other].kind}: what it predicts is only repeated for linear modules",
+            f"it changes {other} ({_called(adapter.modules[other].kind)}), {_ONLY_LAYERS}",
             where=adapter.name,
-            hint="without texts it can be merged",
+            hint=_WITHOUT,
         )
+
+
+def _called(kind: str) -> str:
+    """A kind of module in words."""
+    return {EXPERT: "a fused expert", EMBEDDING: "an embedding"}.get(kind, "a convolution")
 
 
 def _headed(adapter: Adapter, name: str, head: Mapping[str, Tensor]) -> Task:
@@ -207,7 +215,10 @@ class Panel:
 
 
 def _require_fit(model: Any, adapter: Adapter) -> None:
-    """Every module of the adapter is in the model, at its size."""
+    """Every module of the adapter is in the model, at its size, and a linear layer there."""
+    if odd := without_layers(model, adapter):
+        kind = type(resolve(model, odd[0], adapter.prefix)).__name__
+        raise InputError(f"it changes {odd[0]} ({kind}), {_ONLY_LAYERS}", where=adapter.name, hint=_WITHOUT)
     for name, f in adapter.modules.items():
         module: Any = resolve(model, name, adapter.prefix)
         shape = tuple(module.weight.shape)

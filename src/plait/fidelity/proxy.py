@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.adapters.lora import LINEAR, Adapter, LoraFactors
+from plait.adapters.lora import Adapter, LoraFactors
 from plait.merging.core import gram
 
 # How much of the assumed moments is the adapter's own row space, the rest being isotropic. 0 makes eight unrelated
@@ -56,7 +56,7 @@ def terms(merge: Adapter, adapters: Sequence[Adapter], share: float = OWN_SHARE)
 
 def terms_over(merge: Adapter, adapters: Sequence[Adapter], shares: Sequence[float]) -> dict[float, dict[str, Terms]]:
     """`terms` for several shares, the products taken once."""
-    folded = {m: f.folded(torch.float64) for m, f in merge.modules.items() if f.kind == LINEAR}
+    folded = {m: f.folded(torch.float64) for m, f in merge.modules.items()}
     found: dict[float, dict[str, Terms]] = {s: {} for s in shares}
     for adapter in adapters:
         pairs = [_terms(folded[m], f) for m, f in adapter.modules.items() if m in folded]
@@ -98,10 +98,10 @@ def best_scale(found: Mapping[str, Terms]) -> float:
 
 
 def cosines(adapters: Sequence[Adapter]) -> dict[tuple[str, str], float]:
-    """Per pair, the cosine of their task vectors over the linear modules; 0 where one of them is zero."""
+    """Per pair, the cosine of their task vectors; 0 where one of them is zero."""
     names = [a.name for a in adapters]
     total = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for module in sorted({m for a in adapters for m, f in a.modules.items() if f.kind == LINEAR}):
+    for module in sorted({m for a in adapters for m in a.modules}):
         places = [i for i, a in enumerate(adapters) if module in a.modules]
         folded = [adapters[i].modules[module].folded() for i in places]
         found = gram([f.A for f in folded], [f.B for f in folded])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import Adapter
-from plait.errors import InputError
+from plait.errors import InputError, PlaitError
 from plait.fidelity import notes
+from plait.fidelity.panel import parts_of
 from plait.fidelity.proxy import mean_error, terms
 from plait.merging.stack import in_order
 from plait.model.base import BaseModel
@@ -43,6 +44,10 @@ def without_texts(adapters: Sequence[Adapter], merged: Adapter, base: BaseModel 
     )
     if notes.pictures(adapters):
         return f"{said}pictures is not known. plait merge auto writes that merge: try it with seeds you know."
+    try:
+        parts_of(adapters)
+    except PlaitError as refused:  # as the command that measures would be
+        return f"{said}predictions is not known, and cannot be measured here: {refused}"
     return (
         f"{said}predictions is not known. With the base and 20 to 100 unlabelled inputs of each it can be measured:\n"
         f"  {notes.next_step(adapters, base)}"

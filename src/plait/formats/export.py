@@ -12,9 +12,10 @@ import torch
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.head_config import chosen_head
 from plait.adapters.head_files import HEADS
-from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
+from plait.adapters.lora import EMBEDDING, EXPERT, LINEAR, Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk import store
+from plait.disk.hub import cached_folder
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.errors import InputError, RunError, UsageError
@@ -29,6 +30,7 @@ from plait.formats.gguf_file import (
 )
 from plait.formats.gguf_reading import opened_gguf
 from plait.loading import accounts, loader_named, require_loadable
+from plait.model.files import base_place
 from plait.options import did_you_mean
 
 # --max-lora-rank of vLLM; all factors are padded to one of them.
@@ -55,7 +57,8 @@ def export(
             "vllm": one rank of `RANKS` by rows of zeros, scalings multiplied into B, so that alpha is the rank.
             "gguf": a LoRA for llama.cpp, float32.
         task: Which head; may be left out where there is one.
-        base: Folder of the base, whose config "gguf" needs; by default the one that the adapter names.
+        base: Folder of the base, or its name on the hub, whose config "gguf" needs; by default the one that the adapter names,
+            where it is a folder or in the hub's cache.
         overwrite: Replace what stands at `out`.
 
     Returns:
@@ -190,7 +193,12 @@ def _for_vllm(adapter: Adapter) -> tuple[Adapter, float]:
         raise InputError(f"{next(iter(adapter.extras))!r} was trained whole, which vLLM refuses", where=adapter.name)
     for module, f in adapter.modules.items():
         if f.kind not in (LINEAR, EMBEDDING):
-            raise InputError(f"{module!r} is a {f.kind} module, which vLLM does not adapt", where=adapter.name)
+            kind = "a fused expert" if f.kind == EXPERT else f"a {f.kind} module"
+            raise InputError(
+                f"{module!r} is {kind}, which an adapter for vLLM has not",
+                where=adapter.name,
+                hint="plait merge --bake BASE writes a whole model, which vLLM serves",
+            )
     rank = next((r for r in RANKS if r >= adapter.rank), None)
     if rank is None:
         raise InputError(
@@ -219,7 +227,8 @@ def _padded(f: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
 def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overwrite: bool) -> dict[str, Any]:
     if out.suffix != ".gguf":
         raise UsageError("a GGUF adapter is one file", where=str(out), hint=f"--out {out}.gguf")
-    place = base or Path(adapter.base or "unknown")
+    named = adapter.base or "unknown"
+    place = base_place(base, weights=False) if base else cached_folder(named, adapter.revision) or Path(named)
     config = base_config(place)
     tensors, alpha, layout = gguf_tensors(adapter, config, str(place))
     inputs = {"adapter": str(adapter.source.get("sha256", "")), "config": store.sha256_json(dict(config))}

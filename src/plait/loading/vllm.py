@@ -15,6 +15,7 @@ VERSION = "0.32"
 # Ranks that it takes as --max-lora-rank; everything it holds is padded to the one chosen.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_RANK = 16
+FUSED_NOTE = "factors of fused experts: only for models that vLLM serves with their experts fused"
 _LOW_RANK = "plait convert --base DIR makes it part of the factors"
 _EXPORT = "plait export --for vllm writes what it takes"
 _HEADS = ("classifier", "score")
@@ -119,15 +120,18 @@ def vllm_notes(settings: Settings) -> Iterator[str]:
     flag = rank_flag(highest_rank(settings))
     if flag is not None and flag > DEFAULT_RANK:
         yield f"start it with --max-lora-rank {flag} (its default is {DEFAULT_RANK})"
+    parameters = settings.names("target_parameters")
     if settings.raw.get("rank_pattern") or settings.raw.get("alpha_pattern"):
-        yield pattern_note()
-    if settings.names("target_parameters"):
-        yield "factors of fused experts: only for models that vLLM serves with their experts fused"
+        yield pattern_note(exports=not parameters)
+    if parameters:
+        yield FUSED_NOTE
 
 
-def pattern_note() -> str:
-    """What is known of patterns by version."""
-    return (
-        f"rank_pattern and alpha_pattern: read by vLLM {VERSION}, dropped in silence by older versions (which, was not found); "
-        "plait export --for vllm is right for all"
-    )
+def pattern_note(*, exports: bool = True) -> str:
+    """What is known of patterns by version.
+
+    Args:
+        exports: Whether `plait export --for vllm` takes the adapter.
+    """
+    known = f"rank_pattern and alpha_pattern: read by vLLM {VERSION}, dropped in silence by older versions (which, was not found)"
+    return f"{known}; plait export --for vllm is right for all" if exports else known

@@ -1,24 +1,29 @@
-"""One adapter on a live model: its update runs beside the base and leaves again, weights untouched."""
+"""One adapter on a live model for a while: beside its layers, and in the weights that no layer multiplies alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from plait.adapters.lora import EMBEDDING, Adapter, LoraFactors
+from plait.adapters.experts import stacks_of
+from plait.adapters.lora import EMBEDDING, EXPERT, Adapter, LoraFactors
 from plait.errors import InputError
 from plait.model.base import backbone_of
 from plait.model.hooks import Change, hooked
+from plait.model.layers import linear_shape
+from plait.model.weights import WeightUpdate, weights_added
 
 
-def applied(model: nn.Module, adapter: Adapter | None, scale: float = 1.0) -> AbstractContextManager[None]:
+@contextmanager
+def applied(model: nn.Module, adapter: Adapter | None, scale: float = 1.0) -> Iterator[None]:
     """Compute with ``W0 + scale * delta`` within the block; None or scale 0 leaves the model bare.
 
-    The update runs beside the base as LoRA does, in the factors' dtype (float32), so it is as exact for a half-precision
-    or quantised base as for a float32 one.
+    The update of a layer runs beside the base as LoRA does, in the factors' dtype (float32), so it is as exact for a
+    half-precision or quantised base as for a float32 one. Fused experts, routers and convolutions have no such layer: their
+    weights hold the sum within the block (`weights_added`), rounded to the base's dtype.
 
     Args:
         model: A task's model or a backbone.
@@ -28,14 +33,57 @@ def applied(model: nn.Module, adapter: Adapter | None, scale: float = 1.0) -> Ab
     Raises:
         InputError: On entering, a module of the adapter is not in the model; in a pass, its shape differs.
     """
-    return hooked(_changes(model, adapter, scale) if adapter is not None and scale != 0.0 else ())
+    if adapter is None or scale == 0.0:
+        yield
+        return
+    layers, weights = _places(model, adapter)
+    with hooked(_changes(layers, adapter, scale)), weights_added(weights, scale):
+        yield
 
 
-def _changes(model: nn.Module, adapter: Adapter, scale: float) -> Iterator[tuple[nn.Module, Change]]:
-    for name, factors in adapter.modules.items():
-        module = resolve(model, name, adapter.prefix)
+def without_layers(model: nn.Module, adapter: Adapter) -> list[str]:
+    """List the modules of an adapter whose update cannot run beside a layer: fused experts, routers, convolutions.
+
+    Raises:
+        InputError: A module of the adapter is not in the model.
+    """
+    layers, _ = _places(model, adapter)
+    return [name for name in adapter.modules if name not in layers]
+
+
+def _changes(layers: Mapping[str, nn.Module], adapter: Adapter, scale: float) -> Iterator[tuple[nn.Module, Change]]:
+    for name, module in layers.items():
         device = next(module.parameters()).device
-        yield module, update_of(factors.folded(device=device), name, scale)
+        yield module, update_of(adapter.modules[name].folded(device=device), name, scale)
+
+
+def _places(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Module], list[WeightUpdate]]:
+    """The layers beside which an update runs, by the adapter's names, and the weights to which one is added."""
+    weights = []
+    for parameter, experts in stacks_of(adapter.modules).items():
+        owner, _, leaf = parameter.rpartition(".")
+        module = resolve(model, owner, adapter.prefix)
+        if not isinstance(module._parameters.get(leaf), nn.Parameter):
+            raise InputError("the base's experts are not fused into such a weight", where=parameter)
+        weights.append(WeightUpdate(module, leaf, {**experts}))
+    layers: dict[str, nn.Module] = {}
+    for name, factors in adapter.modules.items():
+        if factors.kind == EXPERT:
+            continue
+        module = resolve(model, name, adapter.prefix)
+        if _is_layer(module, factors):
+            layers[name] = module
+        else:
+            weights.append(WeightUpdate(module, "weight", {None: factors}))
+    return layers, weights
+
+
+def _is_layer(module: nn.Module, factors: LoraFactors) -> bool:
+    """Whether a module's output is its weight times its input: what has no plain weight is one (quantised layers)."""
+    weight = module._parameters.get("weight")
+    if factors.kind == EMBEDDING or linear_shape(module) is not None or weight is None:
+        return True
+    return not weight.is_floating_point() or weight.numel() != factors.shape[0] * factors.shape[1]
 
 
 def update_of(factors: LoraFactors, name: str, scale: float = 1.0) -> Change:

@@ -113,8 +113,12 @@ def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot
     return snapshot(name, found.commit, wanted, what="base model")
 
 
-def base_place(text: str | Path) -> Path:
+def base_place(text: str | Path, *, weights: bool = True) -> Path:
     """The folder of a base: a path that exists, else ``name``, ``user/name`` or either ``@revision`` on the hub.
+
+    Args:
+        text: Path or name.
+        weights: Whether they are wanted beside config and tokenizer.
 
     Raises:
         InputError: It looks like a hub name and is neither here, nor in the cache, nor on the hub.
@@ -122,7 +126,7 @@ def base_place(text: str | Path) -> Path:
     written = str(text)
     if not is_hub_name(written) or Path(Path(written).parts[0]).is_dir():
         return Path(text)
-    return base_snapshot(*split_revision(written), weights=True).folder
+    return base_snapshot(*split_revision(written), weights=weights).folder
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -6,8 +6,9 @@ What is added comes in three forms, each for a reason:
 - many adapters on the rows of one batch (`plait.model.stacked`), in the base's dtype: fast;
 - a function of one's own (`hooked`): weights or factors while they are learnt, inputs that are watched.
 
-Two things are no hooks: PEFT's layers (`plait.training.peft_model`), so that an adapter is trained as other trainers would
-train it; and `plait.merging.per_task.TaskSwitch`, whose masked deltas have no low rank and go into the weights.
+Three things are no hooks: PEFT's layers (`plait.training.peft_model`), so that an adapter is trained as other trainers would
+train it; `plait.merging.per_task.TaskSwitch`, whose masked deltas have no low rank and go into the weights; and fused experts,
+routers and convolutions (`plait.model.weights`), beside whose products nothing can run.
 """
 
 from __future__ import annotations

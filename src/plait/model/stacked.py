@@ -89,6 +89,12 @@ def common_shapes(adapters: Sequence[Adapter], backbone: nn.Module) -> dict[str,
             if f.kind != LINEAR:
                 raise UsageError(f"{f.kind} updates cannot be stacked", where=name, hint="train or score it alone")
             shape = linear_shape(layer)
+            if shape is None:
+                raise UsageError(
+                    f"a {type(layer).__name__}: its updates cannot be stacked",
+                    where=name,
+                    hint="train or score it alone",
+                )
             if shape not in (f.shape, f.shape[::-1]):
                 raise InputError(f"the adapter's update is {f.shape}, the base's module {shape}", where=name)
             rank = max(f.rank, shapes.get(name, (0, 0, 0))[0])

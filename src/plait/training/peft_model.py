@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plait.adapters.heads import facts_of_task
-from plait.adapters.lora import EMBEDDING, Adapter, LoraFactors
+from plait.adapters.lora import EMBEDDING, EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.errors import InputError, UsageError
 from plait.model.applied import in_backbone
@@ -91,6 +91,12 @@ def attach(model: Any, adapter: Adapter, *, dropout: float = 0.0) -> Any:
 
 
 def _check_module(module: nn.Module | None, factors: LoraFactors, name: str) -> None:
+    if factors.kind == EXPERT:
+        raise InputError(
+            "fused experts are merged and scored here, but not trained",
+            where=name,
+            hint="PeftModel.from_pretrained(model, FOLDER, is_trainable=True) trains them on",
+        )
     if module is None:
         raise InputError("no such module in the base model", where=name, hint="is this adapter of another base?")
     # a quantised weight is packed: only the layer itself says how wide it is
