@@ -143,16 +143,66 @@ def test_the_way_out_is_one(plait, whole_ones, tmp_path):
     assert far(logits(loaded("half", llama(tied=False))), logits(model), logits(llama(tied=False))) < 1e-4
 
 
-def test_a_whole_embedding_without_modules_to_save_takes_the_base_s_place_as_peft_has_it(plait, tmp_path):
-    """What PEFT saves of a resized vocabulary: no name declares it, and loading it changes the base."""
-    trained(tmp_path / "in/chat", llama(), modules_to_save=["embed_tokens"])
+UNDECLARED = [
+    (True, ["embed_tokens"], "embed_tokens"),
+    (False, ["lm_head"], "lm_head"),
+    (False, ["embed_tokens", "lm_head"], "embed_tokens, lm_head"),
+]
+
+
+@pytest.mark.parametrize(("tied", "whole", "named"), UNDECLARED)
+def test_a_whole_weight_that_nothing_declares_is_refused_as_it_is_read(tied, whole, named, plait, tmp_path):
+    """What PEFT saves of a resized vocabulary: loading it changes the base, also where the adapter is switched off."""
+    trained(tmp_path / "in/chat", llama(tied=tied), modules_to_save=whole)
+    trained(tmp_path / "in/plain", llama(tied=tied), seed=2)
     changed_config(tmp_path / "in/chat", modules_to_save=None)
-    wanted, zero = logits(loaded("in/chat", llama())), logits(llama())
-    code, _, err = plait("merge in/chat --out out")
-    assert code == 1 and "is written over the base's own weight" in err and "modules_to_save" in err
-    saved(True)
+    wanted, zero = logits(loaded("in/chat", llama(tied=tied))), logits(llama(tied=tied))
+    for command in (
+        "merge in/chat --out out",
+        "merge in/chat in/plain --weights 0.5,0.5 --out out",
+        "merge in/chat in/plain --method ties --out out",
+        "merge auto in/chat in/plain --out out",
+    ):
+        code, _, err = plait(command)
+        assert code == 3 and "modules_to_save does not name it" in err and "chat:" in err, (command, err)
+        assert "plait convert in/chat --base" in err and f"modules_to_save: {named} in" in err, err
+        assert not Path("out").exists()
+    code, _, err = plait("convert in/chat --out out")
+    assert code == 3 and "with the base's weights only (--base DIR)" in err
+    _, out, _ = plait("inspect in/chat")
+    assert "merge with adapters" not in out and "plait convert --base" in out
+    saved(tied)
     assert plait("convert in/chat --base in/base --rank 32 --out low")[0] == 0
-    assert far(logits(loaded("low", llama())), wanted, zero) < 1e-4
+    assert far(logits(loaded("low", llama(tied=tied))), wanted, zero) < 1e-4
+    if not tied:  # the other way out
+        changed_config(tmp_path / "in/chat", modules_to_save=whole)
+        assert plait("merge in/chat --out out")[0] == 0
+        assert far(logits(loaded("out", llama(tied=False))), wanted, zero) < 1e-5
+
+
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["norm"]])
+@pytest.mark.parametrize(
+    "command", ["merge in/chat --bake", "merge in/chat in/plain --bake", "merge in/plain in/chat --bake"]
+)
+def test_baking_names_the_adapter_and_the_command_that_works(whole, command, plait, tmp_path):
+    saved(False)
+    wanted = trained(tmp_path / "in/chat", llama(tied=False), modules_to_save=whole)
+    trained(tmp_path / "in/plain", llama(tied=False), seed=2)
+    code, _, err = plait(f"{command} in/base --out out")
+    assert code == 3 and "chat: " in err and "was trained whole, beside the LoRA factors" in err, err
+    assert not Path("out").exists()
+    if whole == ["norm"]:  # no low-rank update is a norm's
+        assert "norm.weight" in err and "is no matrix" in err and "plait convert" not in err
+        code, _, err = plait("merge in/chat --scale 0.5 --out out")
+        assert code == 3 and "is no matrix" in err and "plait convert" not in err
+    else:
+        assert "plait convert in/chat --base in/base --rank R --out DIR" in err
+        from transformers import AutoModelForCausalLM
+
+        assert plait("convert in/chat --base in/base --rank 32 --out low")[0] == 0
+        assert plait("merge low --bake in/base --out out")[0] == 0
+        baked = AutoModelForCausalLM.from_pretrained("out").eval()
+        assert far(logits(baked), wanted, logits(llama(tied=False))) < 1e-4
 
 
 # --- PEFT's copies of base weights ------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_rank_is_kept_and_extras_are_refused(tmp_path):
     plan = plan_merge(pair, "task_arithmetic", rank=2, scale=1.0)
     module = next(iter(plan.common.modules))
     assert torch.linalg.matrix_rank(plan.delta(module).dense(), rtol=1e-4) == 2
-    trained = replace(pair[0], extras={"model.norm.weight": torch.ones(32)})
+    trained = replace(pair[0], extras={"model.norm.weight": torch.ones(32)}, modules_to_save=("norm",))
     for source in (trained, plan_merge([trained], "task_arithmetic", scale=1.0)):
         with pytest.raises(InputError, match=r"model\.norm\.weight"):
             bake(source, base, tmp_path / "out")

@@ -102,6 +102,11 @@ def declared_by(key: str, names: Sequence[str]) -> str | None:
     return next((name for name in names if any(module.endswith(name) for module in around)), None)
 
 
+def no_matrix(whole: Mapping[str, Tensor]) -> str | None:
+    """The first of these weights whose change no low-rank update can be: a norm's, a bias; None where all are matrices."""
+    return next((key for key, tensor in whole.items() if tensor.ndim != 2 or not key.endswith(".weight")), None)
+
+
 def undeclared(whole: Iterable[str], saved: Sequence[str]) -> list[str]:
     """Those weights that no name in modules_to_save declares."""
     return [key for key in whole if declared_by(key, saved) is None]

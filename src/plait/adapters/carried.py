@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.beside import COPY, declared_by
+from plait.adapters.beside import COPY, declared_by, no_matrix, undeclared
 from plait.adapters.lora import Adapter
 from plait.errors import InputError, RunError
 
@@ -38,8 +38,11 @@ def carried(adapters: Sequence[Adapter]) -> Carried:
     """The tensors beside the factors of all adapters together.
 
     Raises:
-        InputError: One name with two contents, or a weight that one adapter trained whole and another as factors.
+        InputError: One name with two contents, a weight that one adapter trained whole and another as factors, or one that
+            no `modules_to_save` declares: PEFT would write it over the base's.
     """
+    for adapter in adapters:
+        _require_declared(adapter)
     whole, owner = _united(adapters, "both trained {key!r} whole and it differs", [a.extras for a in adapters])
     copies, _ = _united(
         adapters,
@@ -55,15 +58,21 @@ def carried(adapters: Sequence[Adapter]) -> Carried:
                     where=adapter.name,
                     hint=_way(next(a for a in adapters if a.name == name)),
                 )
-            if key in adapter.extras and (declared_by(key, adapter.modules_to_save) is None) != (
-                declared_by(key, next(a for a in adapters if a.name == name).modules_to_save) is None
-            ):
-                raise InputError(
-                    f"modules_to_save names {key!r} in one of {name!r} and {adapter.name!r} and not in the other",
-                    where=adapter.name,
-                )
     saved = sorted({s for a in adapters for s in a.modules_to_save})
     return Carried(whole, owner, tuple(saved), copies)
+
+
+def _require_declared(adapter: Adapter) -> None:
+    """Refuse a whole weight that takes the base's place: it would stay there when the adapter is switched off."""
+    if loose := undeclared(adapter.extras, adapter.modules_to_save):
+        names = ", ".join(sorted({key.removesuffix(".weight").rpartition(".")[2] for key in loose}))
+        kept = f"modules_to_save: {names} in adapter_config.json keeps it apart from the base's"
+        low = f"plait convert {_place(adapter)} --base BASE makes it a low-rank update; or, where no output layer is tied to it, "
+        raise InputError(
+            f"{loose[0]!r} was trained whole, and modules_to_save does not name it: loaded, it is written over the base's own weight",
+            where=adapter.name,
+            hint=kept if no_matrix(adapter.extras) else low + kept,
+        )
 
 
 def _united(
@@ -111,10 +120,19 @@ def require_exact(adapters: Sequence[Adapter], coefficients: Sequence[float] | N
 
 
 def _way(adapter: Adapter) -> str:
+    if key := no_matrix(adapter.extras):
+        return (
+            f"{key} is no matrix, which no low-rank update holds: at a weight of 1 in a sum (--method task_arithmetic --scale 1) "
+            "it is carried as it is"
+        )
     return (
-        f"plait convert {adapter.source.get('path', adapter.name)} --base BASE makes it a low-rank update, which every method "
+        f"plait convert {_place(adapter)} --base BASE makes it a low-rank update, which every method "
         "merges; at a weight of 1 in a sum (--method task_arithmetic --scale 1) it is carried as it is"
     )
+
+
+def _place(adapter: Adapter) -> str:
+    return str(adapter.source.get("path", adapter.name))
 
 
 def verify_carried(wanted: Carried, written: Adapter) -> None:
@@ -135,15 +153,10 @@ def verify_carried(wanted: Carried, written: Adapter) -> None:
 
 def lines(wanted: Carried) -> list[str]:
     """What is carried, in words, for the record and the screen."""
-    found = []
-    for key, name in wanted.whole_from.items():
-        kept = declared_by(key, wanted.saved) is not None
-        how = (
-            "declared in modules_to_save"
-            if kept
-            else "not in modules_to_save, so that it takes the place of the base's"
-        )
-        found.append(f"{key} of {name} was trained whole: carried as it is ({how})")
+    found = [
+        f"{key} of {name} was trained whole: carried as it is (declared in modules_to_save)"
+        for key, name in wanted.whole_from.items()
+    ]
     found += [f"{key} is the base's own weight, as PEFT saves it: carried, not merged" for key in wanted.copies]
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.beside import undeclared
 from plait.adapters.config import CONFIG, read_raw_config
 from plait.adapters.experts import member_of
 from plait.adapters.lineage import base_adapter
@@ -173,7 +174,9 @@ def _target(module: str) -> str:
 def _can(adapter: Adapter | None, path: Path, way: str | None, stacked: bool, result: Mapping[str, Any]) -> list[str]:
     if adapter is None:
         return [f"become a plain LoRA: {way}"] if way else []
-    found = ["merge with adapters of the same base and format (plait merge)"]
+    found = []
+    if not undeclared(adapter.extras, adapter.modules_to_save):  # else merging would write over the base's
+        found.append("merge with adapters of the same base and format (plait merge)")
     if not any(f.kind == EXPERT for f in adapter.modules.values()):
         found.append("convert to another format (plait convert)")
     if path.is_dir() and not adapter.extras:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from plait.adapters.beside import no_matrix
 from plait.adapters.lora import EMBEDDING, EXPERT, Adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.disk import store
@@ -91,6 +93,7 @@ def bake(
     config = require_unquantised(base)
     read = source.adapters if isinstance(source, Plan) else [source]
     require_apart(out, [base, *(str(a.source["path"]) for a in read if a.source.get("path"))])
+    require_low_rank(read, base)
     adapter, deltas = _deltas_of(source)
     tensors = base_tensors(base)
     layout = layout_for(base, adapter, tensors)
@@ -128,14 +131,29 @@ def bake(
     return {**result, "output": str(out), "reused": False}
 
 
-def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
-    extras = source.common.carried.whole if isinstance(source, Plan) else source.extras
-    if extras:
+def require_low_rank(adapters: Sequence[Adapter], base: Path) -> None:
+    """Refuse weights that were trained whole, with the command that makes them part of the update.
+
+    Raises:
+        InputError: There is one.
+    """
+    if adapter := next((a for a in adapters if a.extras), None):
+        if key := no_matrix(adapter.extras):
+            raise InputError(
+                f"{key!r} was trained whole, beside the LoRA factors, and is no matrix, which no low-rank update holds",
+                where=adapter.name,
+                hint="PEFT's merge_and_unload puts it into a model",
+            )
+        place = shlex.quote(str(adapter.source.get("path", adapter.name)))
         raise InputError(
-            f"{next(iter(extras))!r} was trained beside the LoRA factors",
-            where=None if isinstance(source, Plan) else source.name,
-            hint="plait convert --base DIR makes it part of the update; PEFT's merge_and_unload replaces it",
+            f"{next(iter(adapter.extras))!r} was trained whole, beside the LoRA factors",
+            where=adapter.name,
+            hint=f"plait convert {place} --base {shlex.quote(str(base))} --rank R --out DIR makes it part of the update, and says what "
+            "rank R leaves out; then bake DIR",
         )
+
+
+def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
     if isinstance(source, Plan):
         plan = source
         return plan.shell(), {m: (lambda m=m: plan.delta(m)) for m in plan.common.modules}  # type: ignore[misc]

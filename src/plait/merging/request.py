@@ -9,7 +9,7 @@ from typing import Any
 
 from plait.disk.overwriting import require_apart
 from plait.errors import UsageError
-from plait.merging.bake import bake
+from plait.merging.bake import bake, require_low_rank
 from plait.merging.difference import edit_by_difference
 from plait.merging.driver import plan_merge
 from plait.merging.edit import Change, base_override, check_statistics, located, named_weights, recorded
@@ -222,6 +222,8 @@ def _changed_table(table: ModuleWeights | None, weights: Mapping[str, float], ch
 def plan_of(r: MergeRequest) -> Plan:
     """The merge that is asked for, everything read and checked."""
     adapters = read_all(r.folders)
+    if r.bake_into:
+        require_low_rank(adapters, r.bake_into)
     method, scale = defaults(adapters, r.method, r.scale)
     return plan_merge(
         adapters,
