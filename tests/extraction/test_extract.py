@@ -281,3 +281,12 @@ def test_a_second_time_is_kept_and_another_is_refused(tmp_path):
     assert extract(ask, tmp_path / "lora")["reused"]
     with pytest.raises(UsageError):
         extract(Extraction(tmp_path / "tuned", tmp_path / "base", rank=5), tmp_path / "lora")
+
+
+@pytest.mark.parametrize("which", ["finetuned", "base"])
+def test_a_model_that_is_not_there(tmp_path, which):
+    llama().save_pretrained(tmp_path / "there")
+    places = {"finetuned": tmp_path / "there", "base": tmp_path / "there", which: tmp_path / "gone"}
+    with pytest.raises(InputError, match="no such folder") as raised:
+        extract(Extraction(**places, rank=2), tmp_path / "out")
+    assert raised.value.where == str(tmp_path / "gone")

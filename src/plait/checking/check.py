@@ -11,6 +11,7 @@ from typing import Any
 from plait.adapters.sealed import SEAL, SEALED, is_sealed, read_sealed
 from plait.adapters.tensors import read_metadata
 from plait.checking.on_base import Comparison, compare_on_base
+from plait.disk.hub import adapter_place
 from plait.disk.manifest import MANIFEST, compare_with_manifest
 from plait.errors import Damaged, InputError, UsageError
 from plait.loading import Account, accounts, loader_named
@@ -89,7 +90,7 @@ def check_path(path: Path, loader: str | None = None, base: str | None = None) -
     """Check a folder or file; of a folder of results (a run, a pool), every result in it.
 
     Args:
-        path: What to check.
+        path: What to check; an adapter on the hub by its name.
         loader: The loader that has to load it rightly; None for the format's own.
         base: Folder or name of a base on which PEFT is to load it.
 
@@ -100,7 +101,7 @@ def check_path(path: Path, loader: str | None = None, base: str | None = None) -
         InputError: Nothing to check there, or what is there cannot be read.
         UsageError: An unknown loader, or a base for several results.
     """
-    asked = None if loader is None else loader_named(loader)
+    asked, path = None if loader is None else loader_named(loader), adapter_place(path)
     if not path.exists():
         raise InputError("no such folder or file", where=str(path))
     results = [path] if path.is_file() or any((path / m).exists() for m in _MARKS) else list(_results(path)) or [path]

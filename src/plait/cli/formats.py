@@ -66,8 +66,8 @@ def convert(
 
 
 def extract(
-    finetuned: Annotated[Path, typer.Argument(help="Folder of a fully fine-tuned model.")],
-    base: Annotated[Path, typer.Option("--base", help="Folder of the model it was trained from.")],
+    finetuned: Annotated[Path, typer.Argument(help="Folder of a fully fine-tuned model, or its name on the hub.")],
+    base: Annotated[Path, typer.Option("--base", help="Folder of the model it was trained from, or its name on the hub.")],
     out: Out,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every module.")] = None,
     energy: Annotated[float | None, typer.Option("--energy", help="Share of each module's squared change to keep.")] = None,

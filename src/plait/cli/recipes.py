@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from plait.cli.execution import ExecutorName, Scorers, Workers, execute
 from plait.cli.options import Json, Out, Overwrite, Quiet, RecipeArg, Set
 from plait.cli.output import emit, table
 
@@ -34,29 +33,26 @@ def demo(
 
 
 def run(
-    recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None,
-    executor: ExecutorName = "serial", workers: Workers = None, scorers: Scorers = None,
-    overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
+    recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, overwrite: Overwrite = False,
+    quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Do all that a recipe says. Started again, it goes on where it stopped."""
-    from plait.report.line import report
+    from plait.runs import pipeline
 
-    layout, outcome = execute(read(recipe, sets), out, executor, workers, scorers, overwrite=overwrite, quiet=quiet)
-    found = {**report(layout), "seconds": outcome.seconds, "units": outcome.done, "reused": outcome.reused}
+    found = pipeline.run(read(recipe, sets), out, overwrite=overwrite, quiet=quiet)
     emit(found, as_json, result_text(found))
 
 
 def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_json: Json = False) -> None:
-    """Say what run would do: units of work, sizes, what is there already. Changes nothing."""
-    from plait.runs.run import describe
+    """Say what run would do: jobs, sizes, what is there already. Changes nothing."""
+    from plait.runs import pipeline
 
-    found = describe(read(recipe, sets), out)
-    rows = [[stage, str(n["units"]), str(n["reused"])] for stage, n in found["stages"].items()]
+    found = pipeline.describe(read(recipe, sets), out)
+    rows = [[stage, str(n["jobs"]), str(n["reused"])] for stage, n in found["stages"].items()]
     tail = (
         f"\n{found['adapters']} adapters; {found['forward_rows']:,} rows through the base, training counted 3.5 times"
     )
-    tail += "\nthe sweep alone: what it chooses decides what follows" if found["tuned"] else ""
-    emit(found, as_json, table(["stage", "units", "reused"], rows) + tail)
+    emit(found, as_json, table(["stage", "jobs", "reused"], rows) + tail)
 
 
 def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None:
@@ -97,9 +93,9 @@ def list_names(
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], as_json: Json = False) -> None:
     """Write the report of a run again from its scores."""
-    from plait.report.line import report_again
+    from plait.runs import pipeline
 
-    found = report_again(folder)
+    found = pipeline.report(folder)
     emit(found, as_json, result_text(found))
 
 

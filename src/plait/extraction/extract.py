@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from plait.adapters.lora import EMBEDDING, LINEAR, Adapter
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk import store
+from plait.disk.hub import split_revision
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.errors import InputError, RunError, UsageError
 from plait.extraction.outcome import Found, adapter_of_cuts, record_of
 from plait.extraction.pairs import Matrix, Pair
 from plait.extraction.spectrum import extracted, loss_of
+from plait.model.files import base_place
 from plait.seeds import seed_of
 
 _NAMED = 5  # tensors that an error lists
@@ -31,8 +33,8 @@ class Extraction:
     """What is to be extracted.
 
     Args:
-        finetuned: Local folder of the fine-tuned model.
-        base: Local folder of the model it was trained from.
+        finetuned: Folder of the fine-tuned model, or its name on the hub.
+        base: Folder of the model it was trained from, or its name on the hub.
         rank: Of every module; None with an `energy`.
         energy: Share of each module's squared change to keep, in (0, 1]; None with a `rank`.
         target_modules: Endings of names, as PEFT takes them; None for every matrix but embeddings, output layer and head.
@@ -76,6 +78,8 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str,
         InputError: Nothing differs; shapes or tensors differ that no LoRA can hold; changes outside the LoRA, without `drop`.
         RunError: What was written, read again, does not keep what was stated.
     """
+    named, revision = split_revision(str(ask.base))
+    ask = replace(ask, finetuned=_place(ask.finetuned), base=_place(ask.base))
     require_apart(out, [ask.finetuned, ask.base, *([ask.statistics] if ask.statistics else [])])
     inputs = {"finetuned": _hash(ask.finetuned), "base": _hash(ask.base)}
     if ask.statistics:
@@ -85,14 +89,14 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str,
         "energy": ask.energy,
         "target_modules": sorted(ask.target_modules) if ask.target_modules else None,
         "drop": ask.drop,
-        "base": str(ask.base),
+        "base": named,
     }
     wanted = store.identity("extract", options, inputs, ask.seed)
     if store.is_done(out, wanted, overwrite=overwrite):
         return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
     pair = Pair(ask.finetuned, ask.base)
     found = _changes(pair, ask)
-    adapter = adapter_of_cuts(pair, found, str(ask.base), checked_name(out.name, "adapter"))
+    adapter = replace(adapter_of_cuts(pair, found, named, checked_name(out.name, "adapter")), revision=revision)
     result = record_of(found, adapter)
 
     def check(stage: Path) -> None:
@@ -102,6 +106,13 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str,
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check) as stage:
         write_adapter(stage, adapter)
     return {**result, "output": str(out), "reused": False}
+
+
+def _place(model: Path) -> Path:
+    place = base_place(model)
+    if not place.is_dir():
+        raise InputError("no such folder", where=str(model), hint="a model's folder, or its name on the hub")
+    return place
 
 
 def _hash(folder: Path) -> str:
