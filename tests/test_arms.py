@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from plait.adapters.peft_format import read_adapter
 from plait.disk.store import read_manifest
 from plait.errors import UsageError
-from plait.evaluation.scores import read_scores
-from plait.runs import pipeline
-from plait.runs.jobs import ADAPTER, INITIAL, plan
-from plait.runs.recipe import SnapshotArm
+from plait.report.line import run
+from plait.runs.layout import Layout
 from plait.runs.recipe_file import load_yaml, parse_recipe
+from plait.runs.run import describe
 from plait.runs.session import Session
+from plait.runs.single.collect import collect_one
+from plait.runs.single.start import initialise_from_files
+from plait.runs.sources import adapters_of
+from plait.runs.stages import ANSWERS_FILE
+from plait.runs.waves import final_units
+from plait.subspaces.start import InitialSettings
 from tests.conftest import tiny_rows
 
 ONE = {"tasks": ["topic", "grade"], "merges": ["task_arithmetic"]}
@@ -57,7 +61,7 @@ def test_what_cannot_be_multiplied_is_named(tiny_recipe, training, message):
 
 def test_a_snapshot_after_the_end_is_refused_before_anything_is_computed(tiny_recipe, tmp_path):
     with pytest.raises(UsageError, match="after step 9, and the training has 4"):
-        pipeline.run(tiny_recipe(**ONE, training={**TRAINING, "snapshots": [9]}), tmp_path / "out", quiet=True)
+        run(tiny_recipe(**ONE, training={**TRAINING, "snapshots": [9]}), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -65,36 +69,34 @@ def test_a_snapshot_after_the_end_is_refused_before_anything_is_computed(tiny_re
 def test_a_sweep_with_snapshots_walks_the_line(tiny_recipe, tmp_path, fleet):
     training = {**TRAINING, "lr": [0.02, 0.1], "snapshots": [2]}
     recipe, out = tiny_recipe(**ONE, arms=["contrastive"], training=training, fleet=fleet), tmp_path / "out"
-    found = pipeline.run(recipe, out, quiet=True)
+    found = run(recipe, out, quiet=True)
     assert list(found["merged"]) == names(recipe)
-    whole = plan(Session(recipe), out)
-    assert len(whole.of(ADAPTER)) == len(whole.of(INITIAL)) == 4  # two rates, two tasks; snapshots are not trained
-    arms = {a.name: a for a in recipe.arm_specs}
-    early, late = (whole.adapters(arms[f"contrastive@lr0.1{s}"], 0)["topic"] for s in ("@step2", ""))
-    a, b = read_adapter(early, name="topic"), read_adapter(late)
-    assert isinstance(arms["contrastive@lr0.1@step2"], SnapshotArm) and set(a.heads) == set(b.heads) == {"topic"}
+    assert describe(recipe, out)["adapters"] == 4  # two rates, two tasks; snapshots are not trained
+    layout, arms = Layout(recipe, out), {a.name: a for a in recipe.arm_specs}
+    units = {u.arm: u for u in final_units(layout)}
+    a, b = (adapters_of(units[f"contrastive@lr0.1{s}"], layout)["topic"] for s in ("@step2", ""))
+    assert arms["contrastive@lr0.1@step2"].snapshot == 2 and set(a.heads) == set(b.heads) == {"topic"}
     assert not all(torch.equal(a.modules[m].B, b.modules[m].B) for m in a.modules)
     for arm in arms:
-        rows = read_scores(out / f"scores/{arm}/seed-0/alone/scores.jsonl")
-        rows += read_scores(out / f"scores/{arm}/seed-0/merged-task_arithmetic/scores.jsonl")
-        assert {r.arm for r in rows} == {arm} and {r.task for r in rows} == {"topic", "grade"}
-    assert pipeline.run(recipe, out, quiet=True)["jobs"] == 0
+        for place in (f"scores/{arm}/seed-0/alone", f"merged/{arm}/seed-0/task_arithmetic"):
+            assert read_manifest(out / place)["result"]
+    assert run(recipe, out, quiet=True)["units"] == 0
     page = (out / "report/report.html").read_text(encoding="utf-8")
     assert all(arm in page for arm in arms)
 
 
 def test_a_snapshot_is_the_adapter_of_a_training_that_ends_there(tiny_recipe, tmp_path):
     constant = {**TRAINING, "schedule": "constant"}
-    pipeline.run(tiny_recipe(**ONE, arms=["osrm"], training={**constant, "snapshots": [2]}), tmp_path / "a", quiet=True)
-    pipeline.run(tiny_recipe(**ONE, arms=["osrm"], training={**constant, "steps": 2}), tmp_path / "b", quiet=True)
-    scores = [
-        {(r.task, r.adapter, r.metric, r.split, r.scale): r.value for p in found for r in read_scores(p)}
-        for found in (
-            sorted((tmp_path / "a/scores/osrm@step2").rglob("scores.jsonl")),
-            sorted((tmp_path / "b/scores/osrm").rglob("scores.jsonl")),
-        )
-    ]
-    assert scores[0] == scores[1] != {}
+    run(tiny_recipe(**ONE, arms=["osrm"], training={**constant, "snapshots": [2]}), tmp_path / "a", quiet=True)
+    run(tiny_recipe(**ONE, arms=["osrm"], training={**constant, "steps": 2}), tmp_path / "b", quiet=True)
+    snapshot, ended = (
+        {
+            place: (tmp_path / run_ / place.format(arm) / ANSWERS_FILE).read_bytes()
+            for place in ("scores/{}/seed-0/alone", "merged/{}/seed-0/task_arithmetic")
+        }
+        for run_, arm in (("a", "osrm@step2"), ("b", "osrm"))
+    )
+    assert snapshot == ended
 
 
 # --- the best moment --------------------------------------------------------------------------------------------------
@@ -113,14 +115,14 @@ def test_selection_rows_are_neither_trained_on_nor_scored(tiny_recipe):
 def test_the_best_moment_goes_down_the_line(tiny_recipe, tmp_path):
     training = {"steps": 12, "batch_size": 8, "lr": 0.05, "evaluate_every": 3, "patience": 2}
     recipe = tiny_recipe(**ONE, arms=["kaiming"], training=training, data_selection=8, fleet="always")
-    pipeline.run(recipe, tmp_path / "out", quiet=True)
+    run(recipe, tmp_path / "out", quiet=True)
     for task in ("topic", "grade"):
         chosen = read_manifest(tmp_path / "out/adapters/kaiming/seed-0" / task)["result"]["selected"]
         scores = dict(chosen["scores"])
         assert chosen["score"] == max(scores.values()) and set(scores) <= {3, 6, 9, 12}
     other = tiny_recipe(**ONE, arms=["kaiming"], training=training, data_selection=7, fleet="always")
     with pytest.raises(UsageError, match="selection"):
-        pipeline.run(other, tmp_path / "out", quiet=True)
+        run(other, tmp_path / "out", quiet=True)
 
 
 @pytest.mark.parametrize(("training", "rows"), [({"evaluate_every": 2}, None), ({}, 5)])
@@ -136,11 +138,13 @@ def test_too_many_selection_rows(tiny_recipe):
 
 
 def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
-    from plait.runs.train_folders import train_one
+    from plait.runs.single.train import train_one
 
     recipe = tiny_recipe(**ONE, arms=["kaiming"], training={**TRAINING, "evaluate_every": 2}, data_selection=8)
-    pipeline.run(recipe, tmp_path / "run", quiet=True)
-    start = Path(tmp_path / "run/initial/kaiming/seed-0/topic")
+    start = tmp_path / "start"
+    statistics = tmp_path / "topic.stats.safetensors"
+    collect_one(recipe, "topic", statistics, seed=0, overwrite=False)
+    initialise_from_files(statistics, [], InitialSettings("kaiming", rank=2), start)
     found = train_one(recipe, start, "topic", tmp_path / "one", seed=0, overwrite=False, quiet=True)
     assert set(dict(found["selected"]["scores"])) == {2, 4}
 

@@ -17,12 +17,15 @@ from sklearn.metrics import accuracy_score
 
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import read_tensors
-from plait.disk.store import MANIFEST, sha256_file
-from plait.errors import EnvironmentFault, InputError, UsageError
-from plait.evaluation.evaluate import halves
-from plait.evaluation.scores import read_scores
-from plait.runs import pipeline
+from plait.disk.store import MANIFEST, read_manifest, sha256_file
+from plait.errors import EnvironmentFault, InputError, RunError, UsageError
+from plait.report.line import report_again, run
+from plait.runs.folder import keep
+from plait.runs.inputs import INPUTS_FILE
+from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
+from plait.runs.run import describe
+from plait.runs.stages import ANSWERS_FILE
 from tests.tiny import ARCHITECTURES
 
 FAST = {"arms": ["osrm"], "merges": ["task_arithmetic"]}
@@ -39,7 +42,10 @@ def snapshot(out: Path) -> dict[str, tuple[int, str]]:
 
 
 def scores_of(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("scores.jsonl"))}
+    """Every answer of a run, and every score of a merge."""
+    answers = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob(ANSWERS_FILE))}
+    merged = {str(p.relative_to(out)): read_manifest(p)["result"] for p in sorted(out.glob("merged/*/*/*"))}
+    return answers | {k: repr([r["grid"], r["halves"]]).encode() for k, r in merged.items()}
 
 
 # --- six architectures ------------------------------------------------------------------------------------------------
@@ -51,16 +57,16 @@ def scores_of(out: Path) -> dict[str, bytes]:
 )
 def test_every_architecture_walks_the_line(architecture, tiny_recipe, tmp_path):
     out = tmp_path / "out"
-    found = pipeline.run(tiny_recipe(architecture), out, quiet=True)
+    found = run(tiny_recipe(architecture), out, quiet=True)
     assert set(found["merged"]) == {"kaiming", "osrm", "contrastive"}
     assert all(set(m) == {"task_arithmetic", "ties"} for m in found["merged"].values())
     assert Path(found["report"]).is_file() and found["reused"] == 0
-    rows = [r for p in out.rglob("scores.jsonl") for r in read_scores(p)]
-    assert all(np.isfinite(r.value) for r in rows)
+    answers = [t for p in out.rglob(ANSWERS_FILE) for t in read_tensors(p)[0].values()]
+    assert answers and all(t.isfinite().all() for t in answers)
     best = read_adapter(Path(found["best"]))
     assert set(best.heads) == {"topic", "pairs", "grade"} and best.modules
-    again = pipeline.run(tiny_recipe(architecture), out, quiet=True)
-    assert again["jobs"] == 0 and again["merged"] == found["merged"]
+    again = run(tiny_recipe(architecture), out, quiet=True)
+    assert again["units"] == 0 and again["merged"] == found["merged"]
 
 
 # --- killed, and started again ----------------------------------------------------------------------------------------
@@ -93,10 +99,10 @@ def test_killed_and_started_again_gives_the_same_bits(tiny_recipe, tmp_path):
     finished = [p.parent for p in killed.rglob(MANIFEST) if ".staging" not in str(p)]
     assert finished and not (killed / "report").exists()
     before = {f: snapshot(f) for f in finished}
-    found = pipeline.run(recipe, killed, quiet=True)
+    found = run(recipe, killed, quiet=True)
     assert {f: snapshot(f) for f in finished} == before
-    assert found["reused"] >= len(finished)
-    straight = pipeline.run(recipe, whole, quiet=True)
+    assert found["reused"] >= 1
+    straight = run(recipe, whole, quiet=True)
     assert scores_of(killed) == scores_of(whole) != {}
     assert found["merged"] == straight["merged"] and found["recovered"] == straight["recovered"]
     weights = [p.relative_to(whole) for p in whole.rglob("*.safetensors")]
@@ -115,13 +121,13 @@ def test_killed_in_the_middle_of_training_goes_on_from_a_checkpoint(tiny_recipe,
 
     monkeypatch.setattr("plait.progress.Progress.within", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe, tmp_path / "a", quiet=True)
+        run(recipe, tmp_path / "a", quiet=True)
     assert list((tmp_path / "a").rglob("checkpoint-*")) and not list((tmp_path / "a/adapters").rglob(MANIFEST))
     monkeypatch.setattr("plait.progress.Progress.within", lambda self, fraction: seen.append(fraction))
     seen.clear()
-    pipeline.run(recipe, tmp_path / "a", quiet=True)
+    run(recipe, tmp_path / "a", quiet=True)
     assert min(seen) > 0.5  # the first half was not trained again
-    pipeline.run(recipe, tmp_path / "b", quiet=True)
+    run(recipe, tmp_path / "b", quiet=True)
     assert scores_of(tmp_path / "a") == scores_of(tmp_path / "b") != {}
 
 
@@ -131,43 +137,50 @@ def test_killed_in_the_middle_of_training_goes_on_from_a_checkpoint(tiny_recipe,
 def test_changed_settings_raise_and_change_nothing_then_overwrite_redoes_what_differs(tiny_recipe, tmp_path):
     out, two = tmp_path / "out", ["task_arithmetic", {"name": "ties", "options": {"density": 0.5}}]
     settings = {"tasks": ["topic", "grade"], "arms": ["osrm"]}
-    pipeline.run(tiny_recipe(**settings, merges=two), out, quiet=True)
+    run(tiny_recipe(**settings, merges=two), out, quiet=True)
     before = snapshot(out)
     two[1] = {"name": "ties", "options": {"density": 0.9}}
     other = tiny_recipe(**settings, merges=two)
     with pytest.raises(UsageError, match=r"density: 0\.5 -> 0\.9") as raised:
-        pipeline.run(other, out, quiet=True)
+        run(other, out, quiet=True)
     assert "ties" in str(raised.value.where) and "--overwrite" in str(raised.value.hint)
     assert snapshot(out) == before
-    assert pipeline.describe(other, out)["stages"]["merged"] == {"jobs": 2, "reused": 1}
+    assert describe(other, out)["stages"]["merge"] == {"units": 2, "reused": 1}
     assert snapshot(out) == before
-    found = pipeline.run(other, out, overwrite=True, quiet=True)
-    assert found["jobs"] == 4  # the merge, its scores, the best, the report
+    found = run(other, out, overwrite=True, quiet=True)
+    assert found["units"] == 1
     changed = {k for k, v in snapshot(out).items() if before.get(k) != v}
-    assert {k.split("/")[0] for k in changed} == {"merged", "scores", "best", "report", "recipe.json"}
-    assert all("ties" in k for k in changed if k.startswith(("merged", "scores")))
+    assert {k.split("/")[0] for k in changed} == {"merged", "report", "recipe.json", "runs.jsonl"} | {
+        k.split("/")[0]
+        for k in changed
+        if k.startswith("best")  # as the other merge may be the better one
+    }
+    assert all("ties" in k for k in changed if k.startswith("merged"))
 
 
 def test_changed_data_is_other_settings(tiny_recipe, tmp_path):
     recipe = tiny_recipe(tasks=["topic"], **SCALED)
-    pipeline.run(recipe, tmp_path / "out", quiet=True)
+    run(recipe, tmp_path / "out", quiet=True)
     before = snapshot(tmp_path / "out")
     with (tmp_path / "data/topic.train.csv").open("a") as f:
         f.write('"w1 w1 w2",1\n')
     with pytest.raises(UsageError, match="other settings"):
-        pipeline.run(recipe, tmp_path / "out", quiet=True)
+        run(recipe, tmp_path / "out", quiet=True)
     assert snapshot(tmp_path / "out") == before
 
 
 def test_plan_changes_nothing_and_report_needs_a_finished_run(tiny_recipe, tmp_path):
     recipe, out = tiny_recipe(), tmp_path / "out"
-    found = pipeline.describe(recipe, out)
-    assert not out.exists() and found["adapters"] == 9 and found["stages"]["adapter"] == {"jobs": 9, "reused": 0}
+    found = describe(recipe, out)
+    assert not out.exists() and found["adapters"] == 9 and found["stages"]["train"] == {"units": 3, "reused": 0}
     with pytest.raises(InputError, match="no such file"):
-        pipeline.report(out)
-    pipeline.write_recipe(recipe, out)
-    with pytest.raises(InputError, match="not done"):
-        pipeline.report(out)
+        report_again(out)
+    keep(Layout(recipe, out))
+    with pytest.raises(RunError, match="not finished"):
+        report_again(out)
+    (out / INPUTS_FILE).unlink()
+    with pytest.raises(InputError, match="of an earlier version"):
+        report_again(out)
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -175,7 +188,7 @@ def test_plan_changes_nothing_and_report_needs_a_finished_run(tiny_recipe, tmp_p
 
 def test_two_processes_on_one_output(tiny_recipe, tmp_path):
     recipe, out = tiny_recipe(tasks=["topic"], **SCALED), tmp_path / "out"
-    pipeline.write_recipe(recipe, out)
+    keep(Layout(recipe, out))
     before = snapshot(out)
     code = "import sys, time; from plait.disk.store import locked; from pathlib import Path\n"
     code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -183,66 +196,64 @@ def test_two_processes_on_one_output(tiny_recipe, tmp_path):
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(EnvironmentFault, match="another process") as raised:
-            pipeline.run(recipe, out, quiet=True)
+            run(recipe, out, quiet=True)
         assert raised.value.exit_code == 4 and str(out) in str(raised.value)
         assert snapshot(out) == before
     finally:
         holder.kill()
         holder.communicate()
-    assert pipeline.run(recipe, out, quiet=True)["reused"] == 0  # a killed holder holds nothing
+    assert run(recipe, out, quiet=True)["reused"] == 0  # a killed holder holds nothing
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
-def test_reported_numbers_follow_from_the_predictions(tiny_recipe, tmp_path):
+def test_reported_numbers_follow_from_the_answers(tiny_recipe, tmp_path):
     tasks = ["topic", "pairs"]
     training = {"steps": 40, "batch_size": 8, "lr": 0.03, "head_lr": 0.05}
     recipe = tiny_recipe(tasks=tasks, arms=["kaiming"], merges=["task_arithmetic"], training=training)
-    pipeline.run(recipe, tmp_path / "out", quiet=True)
-    report = json.loads((tmp_path / "out/report/report.json").read_text())
-    place = tmp_path / "out/scores/kaiming/seed-0"
+    found = run(recipe, tmp_path / "out", quiet=True)
     alone, merged = (
-        read_tensors(place / f / "predictions.safetensors")[0] for f in ("alone", "merged-task_arithmetic")
+        read_tensors(tmp_path / "out" / f / ANSWERS_FILE)[0]
+        for f in ("scores/kaiming/seed-0/alone", "merged/kaiming/seed-0/task_arithmetic")
     )
 
-    def mean(tensors, kind):
+    def mean(tensors, prefix):
         values = []
         for name, suffix in (("topic", "csv"), ("pairs", "jsonl")):
             text = (tmp_path / f"data/{name}.validation.{suffix}").read_text().splitlines()
             labels = np.array([int(t.rpartition(",")[2]) for t in text[1:]]) if suffix == "csv" else None
             labels = np.array([json.loads(t)["label"] for t in text]) if labels is None else labels
-            part = halves(len(labels), 0)["reported"]
-            predicted = tensors[f"{kind}.{name}"].numpy().argmax(1)
-            values.append(accuracy_score(labels[part], predicted if kind == "merged" else predicted[part]))
+            order = np.random.default_rng([0, len(labels)]).permutation(len(labels))
+            for half, part in zip("AB", np.array_split(order, 2), strict=True):
+                values.append(accuracy_score(labels[np.sort(part)], tensors[f"{prefix}{name}.{half}"].numpy()))
         return 100 * float(np.mean(values))
 
-    line = report["table"][0]
-    a, m, f = mean(alone, "alone"), mean(merged, "merged"), mean(alone, "floor")
-    assert line["alone"]["value"] == pytest.approx(a) and line["merged"]["value"] == pytest.approx(m)
-    assert line["floor"]["value"] == pytest.approx(f)
+    a, m, f = mean(alone, "alone."), mean(merged, ""), mean(alone, "floor.")
+    assert found["individual"]["kaiming"] == pytest.approx(a) and found["floor"] == pytest.approx(f)
+    assert found["merged"]["kaiming"]["task_arithmetic"] == pytest.approx(m)
     assert a - f >= 1.0, "the tiny adapters did not learn, so there is no ratio to check"
-    assert line["recovered"]["value"] == pytest.approx((m - f) / (a - f))
-    assert report["headline"]["recovered"]["kaiming"]["task_arithmetic"] == pytest.approx((m - f) / (a - f))
+    assert found["recovered"]["kaiming"]["task_arithmetic"] == pytest.approx((m - f) / (a - f))
 
 
-def test_the_scale_is_chosen_on_the_selection_half_alone(tiny_recipe, tmp_path):
-    pipeline.run(tiny_recipe(tasks=["topic", "grade"], **FAST), tmp_path / "out", quiet=True)
-    rows = read_scores(tmp_path / "out/scores/osrm/seed-0/merged-task_arithmetic/scores.jsonl")
-    assert {r.scale for r in rows if r.split == "selection"} == {0.5, 1.0}
-    assert len({r.scale for r in rows if r.split == "reported"}) == 1
-    best = {
-        s: np.mean([r.value for r in rows if r.scale == s and r.metric == "score" and r.split == "selection"])
-        for s in (0.5, 1.0)
-    }
-    assert {r.scale for r in rows if r.split == "reported"} == {max(best, key=best.get)}
+def test_the_scale_is_chosen_on_the_other_half_alone(tiny_recipe, tmp_path):
+    run(tiny_recipe(tasks=["topic", "grade"], **FAST), tmp_path / "out", quiet=True)
+    scored = read_manifest(tmp_path / "out/merged/osrm/seed-0/task_arithmetic")["result"]
+    seen = {(r["scale"], r["part"]): np.mean(list(r["tasks"].values())) for r in scored["grid"]}
+    assert set(seen) == {(s, half) for s in (0.5, 1.0) for half in "AB"}
+    for reported, other in (("A", "B"), ("B", "A")):
+        half = scored["halves"][reported]
+        assert half["scale"] == max((0.5, 1.0), key=lambda s: seen[s, other])
+        assert half["selected"] == seen[half["scale"], other]
+    both = max((0.5, 1.0), key=lambda s: seen[s, "A"] + seen[s, "B"])
+    assert read_manifest(tmp_path / "out/best")["result"]["scale"] == both
 
 
 def test_text_tasks_beside_classes_are_refused_before_anything_is_computed(tiny_recipe, tmp_path):
     raw = tiny_recipe().model_dump(mode="json")
     raw["tasks"][1] |= {"kind": "causal"}
     with pytest.raises(UsageError, match="tasks of one form"):
-        pipeline.run(parse_recipe(raw, "tiny"), tmp_path / "out", quiet=True)
+        run(parse_recipe(raw, "tiny"), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -267,7 +278,7 @@ def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_when_there_is_room(tin
             codes.append(ended.returncode)
             assert "Traceback" not in ended.stderr and json.loads(ended.stdout)["schema"] == 1
         assert codes[0] == 4 and codes[-1] == 0 and set(codes) <= {0, 4}
-        pipeline.run(recipe, tmp_path / "roomy", quiet=True)
+        run(recipe, tmp_path / "roomy", quiet=True)
         assert scores_of(disk / "out") == scores_of(tmp_path / "roomy") != {}
     finally:
         subprocess.run(["umount", str(disk)], check=False)

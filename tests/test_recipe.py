@@ -81,13 +81,13 @@ def test_there_are_shipped_recipes():
 
 def test_shipped_studies_are_found_and_valid(tmp_path):
     from plait.cli.catalogue import catalogue
-    from plait.runs.study_spec import read_study
+    from plait.runs.recipe_file import read_recipe
 
     shipped = shipped_recipes("studies")
     assert [s["name"] for s in catalogue("studies")["studies"]] == [f"studies/{p.stem}" for p in shipped]
     for path in shipped:
         assert find_recipe(Path("studies") / path.stem) == path != find_recipe(Path(path.stem))
-        assert read_study(path).name == path.stem
+        assert read_recipe(path).name == path.stem
         assert find_study(Path(path.stem)) == find_study(Path("studies") / path.stem) == find_study(path) == path
     assert (
         copy_recipe("studies/glue8-mpnet", tmp_path).read_text() == (shipped[0].parent / "glue8-mpnet.yaml").read_text()

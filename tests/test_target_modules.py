@@ -11,9 +11,9 @@ from plait.adapters.peft_format import read_adapter
 from plait.cli import main
 from plait.errors import UsageError
 from plait.model.base import load_task_model
-from plait.runs import pipeline
-from plait.runs.recipe import LoraSpec
+from plait.report.line import run
 from plait.runs.recipe_file import parse_recipe
+from plait.runs.sections import LoraSpec
 from plait.runs.session import Session
 from plait.statistics import read_statistics
 from tests.conftest import tiny_rows, write_rows
@@ -40,7 +40,7 @@ def test_a_recipe_narrows_its_targets_and_peft_loads_what_comes_out(tiny_recipe,
     from peft import PeftModel
 
     recipe = tiny_recipe(**ONE, lora={"rank": 2, "alpha": 4, **lora})
-    found = pipeline.run(recipe, tmp_path / "out", quiet=True)
+    found = run(recipe, tmp_path / "out", quiet=True)
     wanted = {f"encoder.{name}" for name in wanted}
     assert set(read_statistics(tmp_path / "out/statistics/seed-0/topic.stats.safetensors").modules) == wanted
     session = Session(recipe)
@@ -51,10 +51,10 @@ def test_a_recipe_narrows_its_targets_and_peft_loads_what_comes_out(tiny_recipe,
         layers = {n.partition("bert.")[2] for n, m in model.named_modules() if hasattr(m, "lora_A")}
         assert layers == wanted
     assert {n.removeprefix("bert.") for n in read_adapter(found["best"]).modules} == wanted
-    assert pipeline.run(recipe, tmp_path / "out", quiet=True)["jobs"] == 0
+    assert run(recipe, tmp_path / "out", quiet=True)["units"] == 0
     other = tiny_recipe(**ONE, lora={"rank": 2, "alpha": 4, **lora, "exclude_modules": ["layer.0.attention.self.key"]})
     with pytest.raises(UsageError, match="other settings"):
-        pipeline.run(other, tmp_path / "out", quiet=True)
+        run(other, tmp_path / "out", quiet=True)
 
 
 def test_what_narrows_is_recorded_only_where_it_is_given():

@@ -158,8 +158,7 @@ def warm() -> None:
 
     import plait.cli
     import plait.merging.folders
-    import plait.runs.pipeline
-    import plait.runs.study_run
+    import plait.report.line
     import plait.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)

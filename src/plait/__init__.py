@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods
     from plait.model.heads import load_head as load_head
-    from plait.runs.pipeline import run as run
+    from plait.report.line import run as run
     from plait.runs.recipe_file import read_recipe as read_recipe
     from plait.statistics import Statistics as Statistics
     from plait.statistics import collect_statistics as collect_statistics
@@ -65,7 +65,7 @@ _HOMES = {
     "read_adapter": "adapters.peft_format",
     "read_recipe": "runs.recipe_file",
     "read_statistics": "statistics",
-    "run": "runs.pipeline",
+    "run": "report.line",
     "subspace_state_dict": "subspaces.start",
     "train_adapter": "training",
     "write_adapter": "adapters.peft_format",

@@ -26,7 +26,6 @@ from plait.formats.reading import read_any
 from plait.merging.edit import recorded
 from plait.merging.mergekit import read_mergekit_config
 from plait.runs.recipe_file import read_recipe
-from plait.runs.study_spec import read_study
 from plait.statistics.files import read_identity, read_statistics
 from plait.statistics.fisher import is_fisher, read_fisher
 from plait.statistics.inspect import check_statistics
@@ -127,7 +126,7 @@ def _read_fisher(path: Path) -> None:
 
 
 def _read_recipe(path: Path) -> None:
-    found = read_study(path) if b"rates:" in path.read_bytes() else read_recipe(path)
+    found = read_recipe(path)
     for arm in found.arm_specs:
         held(found.training_of(arm).lr > 0, "rate")
     held(all(0 < s < math.inf for m in found.merge_specs for s in found.scales_of(m)), "scales")

@@ -13,7 +13,7 @@ from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
 from plait.cli import main
 from plait.errors import InputError
-from plait.runs.single import initialise_from_files
+from plait.runs.single.start import initialise_from_files
 from plait.statistics import collect_statistics, open_statistics, read_statistics, write_statistics
 from plait.statistics.files import read_identity
 from plait.subspaces.start import InitialSettings

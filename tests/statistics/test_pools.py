@@ -11,7 +11,7 @@ import torch
 from plait.adapters.peft_format import read_adapter
 from plait.cli import main
 from plait.errors import InputError, UsageError
-from plait.runs.single import initialise_from_files
+from plait.runs.single.start import initialise_from_files
 from plait.statistics import collect_statistics, merge_statistics, read_statistics, write_statistics
 from plait.subspaces import compute_subspaces
 from plait.subspaces.start import InitialSettings

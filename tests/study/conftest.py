@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plait.runs.study_spec import parse_study
+from plait.runs.recipe_file import parse_recipe
 from tests.conftest import tiny_raw
 
 
@@ -36,6 +36,6 @@ def small_study(tiny_base, tmp_path):
     """small_study(seeds=[0]) -> a checked study whose data lie in this test's folder."""
 
     def make(**changed):
-        return parse_study({**raw_study(tiny_base("bert"), tmp_path / "data"), **changed}, "small")
+        return parse_recipe({**raw_study(tiny_base("bert"), tmp_path / "data"), **changed}, "small")
 
     return make

@@ -11,9 +11,9 @@ from plait.cli import main
 from plait.errors import RunError, UsageError
 from plait.report.write import write_tables
 from plait.runs.archive import write_archive
-from plait.runs.executors import InProcess
-from plait.runs.study_run import run_study
-from plait.runs.units import MERGE, Layout
+from plait.runs.layout import Layout
+from plait.runs.run import run
+from plait.runs.units import MERGE
 from plait.runs.waves import all_units
 from tests.conftest import tiny_rows
 
@@ -36,7 +36,7 @@ def test_the_archive_gives_the_tables_again(small_study, tmp_path, capsys):
     with pytest.raises(RunError, match="not finished"):
         write_archive(layout, tmp_path / "early.tar.xz")
     assert not (tmp_path / "early.tar.xz").exists()
-    assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    assert run(study, layout.out, layout=layout, quiet=True).finished
     published = json.loads(Path(write_tables(layout, tmp_path, about={})["json"]).read_text())
     assert any(r["variant"] == "one-task" for r in published["rows"])
     first = tmp_path / "first.tar.xz"
@@ -54,9 +54,9 @@ def test_the_archive_gives_the_tables_again(small_study, tmp_path, capsys):
         packed.extractall(tmp_path / "elsewhere", filter="data")
     folder = tmp_path / "elsewhere" / study.name
     assert {p.name for p in folder.iterdir()} == {
-        "alone", "merge", "features", "repaired", "study.json", "inputs.json", "runs.jsonl"
+        "alone", "merge", "features", "repaired", "recipe.json", "inputs.json", "runs.jsonl"
     }  # fmt: skip
-    raw = json.loads((folder / "study.json").read_text())
+    raw = json.loads((folder / "recipe.json").read_text())
     assert (raw["base"]["model"], raw["data"]["root"]) == ("./a-base", "./rows")
     for path in folder.rglob("*"):
         if path.is_file():
@@ -71,7 +71,7 @@ def test_the_archive_gives_the_tables_again(small_study, tmp_path, capsys):
 def test_an_archive_is_of_a_finished_study_and_called_so(small_study, tmp_path):
     study = small_study(seeds=[0], arms=["kaiming", "orthonormal"], repair=None, variants=[], rates=[0.03])
     layout = Layout(study, tmp_path / "out")
-    assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    assert run(study, layout.out, layout=layout, quiet=True).finished
     with pytest.raises(UsageError, match="is called"):
         write_archive(layout, tmp_path / "study.zip")
     shutil.rmtree(layout.path(next(u for u in all_units(layout) if u.stage == MERGE and u.merge)))

@@ -16,14 +16,14 @@ import pytest
 from plait.errors import EnvironmentFault, UsageError
 from plait.report.table import rows_of
 from plait.runs.executors import InProcess, Processes, RayCluster, _gpu, executor_of
-from plait.runs.study_run import run_study
-from plait.runs.units import Layout
+from plait.runs.layout import Layout
+from plait.runs.run import run
 
 
 def rows(study, out, executor, layout=None):
     """The table of a study run by an executor."""
     layout = layout or Layout(study, out)
-    assert run_study(study, out, executor, layout=layout, quiet=True)["finished"]
+    assert run(study, out, executor=executor, layout=layout, quiet=True).finished
     return rows_of(layout)
 
 

@@ -12,20 +12,20 @@ from plait.errors import InputError, UsageError
 from plait.evaluation.splits import split_rows
 from plait.report.table import rows_of
 from plait.report.write import write_tables
-from plait.runs import work
-from plait.runs.executors import InProcess
+from plait.runs import stages
+from plait.runs.layout import Layout
+from plait.runs.recipe_file import parse_recipe, read_recipe
+from plait.runs.run import parts, run
 from plait.runs.sources import adapters_of
-from plait.runs.study_run import parts, run_study
-from plait.runs.study_spec import parse_study, read_study
-from plait.runs.units import MERGE, Layout
+from plait.runs.units import MERGE
 from plait.runs.waves import final_units, next_wave, repair_units, sweep_units, tuning_scores
 
 
 def test_a_study_from_its_file_to_its_tables(small_study, tmp_path):
     study, out = small_study(), tmp_path / "out"
     layout = Layout(study, out)
-    done = run_study(study, out, InProcess(layout), layout=layout, quiet=True)
-    assert done["finished"] and next_wave(Layout(study, out)) == ("", [])
+    done = run(study, out, layout=layout, quiet=True)
+    assert done.finished and next_wave(Layout(study, out)) == ("", [])
     made = write_tables(layout, tmp_path, about={"hardware": "test"})
     found = json.loads((tmp_path / "tiny.json").read_text())
     assert made["rows"] == len(found["rows"]) == 13  # 3 arms x 2 merges x 2 seeds, and the ablation
@@ -67,19 +67,19 @@ def test_batches_keep_everything_once_and_wrong_studies_are_refused(small_study,
     for text, message in ((b"name: caf\xe9", "not UTF-8 at byte 9"), (b" " * (1 << 20) + b"a: 1", "over 1 MiB")):
         (tmp_path / "study.yaml").write_bytes(text)
         with pytest.raises(InputError, match=message):
-            read_study(tmp_path / "study.yaml")
+            read_recipe(tmp_path / "study.yaml")
     raw = study.model_dump(mode="json")
     with pytest.raises(UsageError, match="no arm"):
-        parse_study({**raw, "repair": {"arms": ["nobody"], "merge": "regmean"}}, "x")
+        parse_recipe({**raw, "repair": {"arms": ["nobody"], "merge": "regmean"}}, "x")
     with pytest.raises(UsageError, match="tuning seed"):
-        parse_study({**raw, "tuning_seed": 0}, "x")
+        parse_recipe({**raw, "tuning_seed": 0}, "x")
 
 
 def test_the_base_is_loaded_before_merges_are_computed_beside(small_study, tmp_path, monkeypatch):
     """While it loads, transformers sets torch's default dtype, for a thread that merges too."""
     layout, seen = Layout(small_study(), tmp_path), []
-    monkeypatch.setattr(work, "merged_of", lambda _, here: seen.append(here.session.evaluator.models.loaded))
-    monkeypatch.setattr(work, "_one", lambda unit, here, future: future.result() if future else None)
+    monkeypatch.setattr(stages, "merged_of", lambda _, here: seen.append(here.session.evaluator.models.loaded))
+    monkeypatch.setattr(stages, "_one", lambda unit, here, future: future.result() if future else None)
     units = [u for train in sweep_units(layout) for u in tuning_scores(layout, train)]
-    assert work.do(units, layout) == len(units)
+    assert stages.do(units, layout) == len(units)
     assert seen == [True] * sum(u.stage == MERGE for u in units) and seen

@@ -20,10 +20,10 @@ from plait.report.inference import NOTHING_LEARNED
 from plait.report.study_page import linked
 from plait.report.table import rows_of
 from plait.report.write import write_tables
-from plait.runs.executors import InProcess
 from plait.runs.journal import about_runs, noted
-from plait.runs.study_run import run_study
-from plait.runs.units import FEATURES, FOLDS, MERGE, STATISTICS, Layout
+from plait.runs.layout import Layout
+from plait.runs.run import run
+from plait.runs.units import FEATURES, FOLDS, MERGE, STATISTICS
 from plait.runs.waves import all_units, next_wave
 from tests.conftest import tiny_rows
 
@@ -31,7 +31,7 @@ from tests.conftest import tiny_rows
 def tables_of(study, folder):
     """A study done and reduced: its layout, its JSON, its page, the paths that were made."""
     layout = Layout(study, folder / "out")
-    assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    assert run(study, layout.out, layout=layout, quiet=True).finished
     made = write_tables(layout, folder, about={"command": "of a test"})
     return layout, json.loads(Path(made["json"]).read_text()), Path(made["markdown"]).read_text(), made
 
@@ -88,7 +88,7 @@ def test_what_only_predictors_read_may_be_missing(small_study, tmp_path):
     with pytest.raises(RunError, match="not finished: 1 units of wave 'scores'"):
         write_tables(Layout(layout.study, layout.out), tmp_path, about={})
     layout = Layout(layout.study, layout.out)
-    assert run_study(layout.study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    assert run(layout.study, layout.out, layout=layout, quiet=True).finished
     kept = [r for r in (layout.out / "train").iterdir() if r.is_dir()]
     assert len(kept) == 2  # the two arms of which a score was open, at the rate that was chosen; no sweep
     assert json.loads(Path(write_tables(layout, tmp_path, about={})["json"]).read_text())["rows"] == found["rows"]
@@ -116,7 +116,7 @@ def test_tables_need_neither_the_base_nor_the_data(small_study, tmp_path, capsys
         seeds=[0], base={"model": str(base), "device": "cpu"}, description="See docs/study/protocol.md."
     )
     layout = Layout(study, out)
-    assert run_study(study, out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    assert run(study, out, layout=layout, quiet=True).finished
     before = json.loads(Path(write_tables(layout, tmp_path, about={})["json"]).read_text())
     kept = (out / "inputs.json").read_text()
     assert str(tmp_path) not in kept and tiny_rows(2, 24)[0]["text"] not in kept  # neither folders nor texts

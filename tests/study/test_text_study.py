@@ -17,12 +17,12 @@ from plait.evaluation.protocol import cross_fitted
 from plait.report.inference import resample
 from plait.report.table import rows_of
 from plait.report.write import write_tables
-from plait.runs.executors import InProcess
+from plait.runs.layout import Layout
+from plait.runs.recipe_file import parse_recipe
+from plait.runs.run import run
 from plait.runs.sources import merged_of
-from plait.runs.study_run import run_study
-from plait.runs.study_spec import parse_study
-from plait.runs.units import FOLDS, MERGE, Layout, Unit
-from plait.runs.work import ANSWERS_FILE, _scorer
+from plait.runs.stages import ANSWERS_FILE, _scorer
+from plait.runs.units import FOLDS, MERGE, Unit
 from plait.tasks.metrics import MEASURED, open_score
 from tests.conftest import tiny_raw, write_rows
 
@@ -48,7 +48,7 @@ def text_study(base, architecture, kind, root):
         "grid_rows": 4,
         "seeds": [0],
     }
-    return parse_study(raw, "text")
+    return parse_recipe(raw, "text")
 
 
 def open_study(base, root):
@@ -59,7 +59,7 @@ def open_study(base, root):
         write_rows(root / f"topic.{split}.csv", part)
     raw = study.model_dump(mode="json")
     raw["tasks"][0] |= {"labels": None, "metrics": ["likelihood", "rouge_l"]}
-    return parse_study(raw | {"arms": raw["arms"][:1], "merges": ["task_arithmetic"]}, "open")
+    return parse_recipe(raw | {"arms": raw["arms"][:1], "merges": ["task_arithmetic"]}, "open")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def finished(tiny_base, tmp_path_factory):
             root = tmp_path_factory.mktemp(architecture)
             study = text_study(tiny_base(architecture), architecture, kind, root / "data")
             layout = Layout(study, root / "out")
-            assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+            assert run(study, layout.out, layout=layout, quiet=True).finished
             made[architecture] = layout
         return made[architecture]
 
@@ -119,7 +119,7 @@ def test_what_is_scored_together_is_scored_the_same(finished, monkeypatch, archi
     tree_pass = fleet._tree_pass
     monkeypatch.setattr(fleet, "_tree_pass", lambda *a: (passes.append(a[-1]), tree_pass(*a))[1])
     unit = Unit(MERGE, 0, "kaiming", RATE, merge="regmean", split=FOLDS)
-    merged, apart = merged_of(unit, layout), _scorer(unit, layout)
+    merged, apart = merged_of(unit, layout).adapter, _scorer(unit, layout)
     assert not apart.together  # as the CPU likes it
     together = replace(apart, together=True)
     for task, split in apart.splits.items():
@@ -134,7 +134,7 @@ def test_what_is_scored_together_is_scored_the_same(finished, monkeypatch, archi
 def test_a_study_of_open_answers_keeps_what_was_measured_of_them(tiny_base, tmp_path):
     study = open_study(tiny_base("llama"), tmp_path / "data")
     layout = Layout(study, tmp_path / "out")
-    assert run_study(study, layout.out, InProcess(layout), layout=layout, quiet=True)["finished"]
+    assert run(study, layout.out, layout=layout, quiet=True).finished
     made = write_tables(layout, tmp_path, about={})
     (row,) = rows_of(layout)
     unit = Unit(MERGE, 0, "kaiming", RATE, merge="task_arithmetic", split=FOLDS)

@@ -15,7 +15,7 @@ from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.scores import read_scores
 from plait.evaluation.text import perplexity, prompts_of, write_texts
 from plait.model.base import load_task_model, load_tokenizer
-from plait.runs import pipeline
+from plait.report.line import run
 from plait.runs.recipe_file import parse_recipe
 from plait.tasks import Examples, Source, Task, encode, load_examples, load_task
 from plait.tasks.chat import checked_messages, conversation, encode_chat, packed
@@ -224,7 +224,7 @@ def test_chat_and_written_answers_walk_the_line(chat_base, tmp_path):
         "training": {"steps": 60, "batch_size": 8, "lr": 0.03}, "merges": ["task_arithmetic"], "fleet": "always",
         "evaluation": {"scales": [1.0], "resamples": 20},
     }  # fmt: skip
-    pipeline.run(parse_recipe(raw, "chat"), tmp_path / "out", quiet=True)
+    run(parse_recipe(raw, "chat"), tmp_path / "out", quiet=True)
     rows = [r for p in (tmp_path / "out/scores").rglob("scores.jsonl") for r in read_scores(p)]
     assert {(r.task, r.metric) for r in rows} == {
         ("one", "exact_match"), ("one", "score"), ("two", "rouge_l"), ("two", "likelihood"), ("two", "score"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from plait.cli.execution import ExecutorName, Scorers, Workers, execute
 from plait.cli.options import Json, Out, Overwrite, Quiet, RecipeArg, Set
 from plait.cli.output import emit, table
 
@@ -33,26 +34,29 @@ def demo(
 
 
 def run(
-    recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, overwrite: Overwrite = False,
-    quiet: Quiet = False, as_json: Json = False,
+    recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None,
+    executor: ExecutorName = "serial", workers: Workers = None, scorers: Scorers = None,
+    overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Do all that a recipe says. Started again, it goes on where it stopped."""
-    from plait.runs import pipeline
+    from plait.report.line import report
 
-    found = pipeline.run(read(recipe, sets), out, overwrite=overwrite, quiet=quiet)
+    layout, outcome = execute(read(recipe, sets), out, executor, workers, scorers, overwrite=overwrite, quiet=quiet)
+    found = {**report(layout), "seconds": outcome.seconds, "units": outcome.done, "reused": outcome.reused}
     emit(found, as_json, result_text(found))
 
 
 def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_json: Json = False) -> None:
-    """Say what run would do: jobs, sizes, what is there already. Changes nothing."""
-    from plait.runs import pipeline
+    """Say what run would do: units of work, sizes, what is there already. Changes nothing."""
+    from plait.runs.run import describe
 
-    found = pipeline.describe(read(recipe, sets), out)
-    rows = [[stage, str(n["jobs"]), str(n["reused"])] for stage, n in found["stages"].items()]
+    found = describe(read(recipe, sets), out)
+    rows = [[stage, str(n["units"]), str(n["reused"])] for stage, n in found["stages"].items()]
     tail = (
         f"\n{found['adapters']} adapters; {found['forward_rows']:,} rows through the base, training counted 3.5 times"
     )
-    emit(found, as_json, table(["stage", "jobs", "reused"], rows) + tail)
+    tail += "\nthe sweep alone: what it chooses decides what follows" if found["tuned"] else ""
+    emit(found, as_json, table(["stage", "units", "reused"], rows) + tail)
 
 
 def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None:
@@ -93,9 +97,9 @@ def list_names(
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], as_json: Json = False) -> None:
     """Write the report of a run again from its scores."""
-    from plait.runs import pipeline
+    from plait.report.line import report_again
 
-    found = pipeline.report(folder)
+    found = report_again(folder)
     emit(found, as_json, result_text(found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from plait.errors import UsageError
 
 if TYPE_CHECKING:
-    from plait.runs.recipe import Recipe as RecipeModel
+    from plait.runs.recipe import Settings
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="Take base, data, tasks and settings from this recipe.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model: hub name or local folder.")]
@@ -28,36 +29,91 @@ Kind = Annotated[str | None, typer.Option("--kind", help="classification (defaul
 Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="As PEFT's; a suffix may be repeated.")]
 
 
-def recipe_from(
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A base and a task as options describe them, where no recipe does.
+
+    Args:
+        task: A GLUE task, or a name for the file's.
+        base: Base model: hub name or local folder.
+        root: Folder of local data.
+        train_file: Its rows, or None for a GLUE task.
+        validation: Its held-out rows.
+        text: Text column, or two.
+        label: Label column.
+        kind: Kind of the task.
+    """
+
+    task: str = ""
+    base: str | None = None
+    root: Path | None = None
+    train_file: str | None = None
+    validation: str | None = None
+    text: str | None = None
+    label: str | None = None
+    kind: str | None = None
+
+    @property
+    def of_a_file(self) -> dict[str, str | None]:
+        """The options that describe a file, by name."""
+        return {
+            "--train-file": self.train_file,
+            "--validation-file": self.validation,
+            "--text": self.text,
+            "--label": self.label,
+            "--kind": self.kind,
+        }
+
+    @property
+    def entry(self) -> str | dict[str, Any]:
+        """The task as a recipe has it.
+
+        Raises:
+            UsageError: No task, or a file that is described and not given, or without a text column.
+        """
+        if not self.task:
+            raise UsageError("which task?", hint="--task NAME, or --recipe FILE")
+        if self.train_file is None:
+            for option, value in self.of_a_file.items():
+                if value is not None:
+                    raise UsageError(
+                        f"{option} describes a file, and there is no --train-file", hint="--train-file FILE"
+                    )
+            return self.task
+        if not self.text:
+            raise UsageError("which text column?", hint="--text sentence, or --text premise,hypothesis")
+        options = {"label": self.label, "kind": self.kind, "validation": self.validation}
+        entry = {"name": self.task, "train": self.train_file, "text": self.text.split(",")}
+        return {**entry, **{k: v for k, v in options.items() if v is not None}}
+
+
+def settings_from(
     recipe: Path | None,
-    task: str,
-    base: str | None,
-    root: Path | None,
-    train_file: str | None,
-    validation: str | None,
-    text: str | None,
-    label: str | None,
-    targets: list[str] | None,
+    described: Described,
     sets: list[str] | None,
     device: str,
-    kind: str | None = None,
-) -> RecipeModel:
-    """A checked recipe for one stage.
+    *,
+    targets: list[str] | None = None,
+    adapts: bool = False,
+) -> Settings:
+    """Checked settings for one stage.
+
+    Args:
+        recipe: A recipe that holds them.
+        described: What describes them without one.
+        sets: Overrides of either.
+        device: Where the base goes.
+        targets: Modules, as PEFT's.
+        adapts: Whether the stage asks which modules; then PEFT's own for the base are taken where `targets` names none.
 
     Raises:
         UsageError: Neither a recipe nor a base and a task, or a recipe beside what describes a task.
     """
-    from plait.runs.recipe_file import apply_overrides, find_recipe, parse_recipe, read_recipe
+    from plait.runs.recipe_file import apply_overrides, find_recipe, parse_settings, read_recipe
 
-    described = {
-        "--train-file": train_file,
-        "--validation-file": validation,
-        "--text": text,
-        "--label": label,
-        "--kind": kind,
-    }
+    base, root = described.base, described.root
     if recipe is not None:
-        for option, value in {**described, "--target-modules": targets}.items():
+        for option, value in {**described.of_a_file, "--target-modules": targets}.items():
             if value is not None:
                 raise UsageError(f"--recipe and {option} exclude each other", hint="the recipe says it, or --set does")
         extra = [f"data.root={root}"] if root else []
@@ -68,29 +124,13 @@ def recipe_from(
     raw: dict[str, Any] = {
         "base": {"model": base, "device": device},
         "data": {"root": str(root) if root else None},
-        "tasks": [_task(task, described)],
-        "lora": {"target_modules": _targets(targets) if targets else default_targets(base)},
-        "arms": ["kaiming"],  # not used by a single stage; one that needs no other task
-        "merges": ["task_arithmetic"],
+        "tasks": [described.entry],
         "training": {"epochs": 3},
     }
+    if adapts:
+        raw["lora"] = {"target_modules": _targets(targets) if targets else default_targets(base)}
     apply_overrides(raw, sets or [])
-    return parse_recipe(raw, "options")
-
-
-def _task(task: str, described: dict[str, str | None]) -> str | dict[str, Any]:
-    if not task:
-        raise UsageError("which task?", hint="--task NAME, or --recipe FILE")
-    train, validation, text, label, kind = described.values()
-    if train is None:
-        for option, value in described.items():
-            if value is not None:
-                raise UsageError(f"{option} describes a file, and there is no --train-file", hint="--train-file FILE")
-        return task
-    if not text:
-        raise UsageError("which text column?", hint="--text sentence, or --text premise,hypothesis")
-    given = {"label": label, "kind": kind, "validation": validation}
-    return {"name": task, "train": train, "text": text.split(","), **{k: v for k, v in given.items() if v is not None}}
+    return parse_settings(raw, "options")
 
 
 def _targets(given: list[str]) -> list[str] | str:

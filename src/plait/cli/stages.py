@@ -12,7 +12,7 @@ import typer
 from plait.cli.given import without
 from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
-from plait.cli.source import Base, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
+from plait.cli.source import Base, Described, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, settings_from
 from plait.errors import UsageError
 
 Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")]
@@ -61,7 +61,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write an adapter that is ready to train, from statistics files. A lies in its subspace, B is zero; no base is loaded."""
-    from plait.runs.single import initialise_from_files
+    from plait.runs.single.start import initialise_from_files
     from plait.subspaces.start import InitialSettings, completion_note
 
     if not background:
@@ -112,7 +112,7 @@ def post(
     sets: Set = None, device: Device = "cpu", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Move a trained adapter into its task's subspace. B is fitted again from statistics; says how much is kept."""
-    from plait.runs.single import move_from_files
+    from plait.runs.single.start import move_from_files
     from plait.subspaces.start import InitialSettings
 
     if not background:
@@ -151,7 +151,7 @@ def train(
     With --fleet many adapters share the base's passes: each trains --task, or the task it is named after; a list
     training.lr trains each at every rate.
     """
-    from plait.runs.train_folders import train_many, train_one
+    from plait.runs.single.train import train_many, train_one
 
     if not task and not (fleet and recipe):
         raise UsageError(
@@ -161,8 +161,7 @@ def train(
         raise UsageError("one adapter at a time", hint="--fleet trains several")
     if targets:
         raise UsageError("--target-modules: an adapter trains the modules that it has", hint="plait init chooses them")
-    own = ["unused"] if recipe is None else None
-    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, own, sets, device, kind)
+    chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
     if validation is not None:
         from plait.runs.session import Session
 
@@ -186,10 +185,9 @@ def evaluate(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Score adapters on the tasks whose heads they carry. Beside each stands the floor: the base with that head alone."""
-    from plait.runs.commands import evaluate_folders
+    from plait.runs.single.evaluate import evaluate_folders
 
-    targets = ["unused"] if recipe is None else None
-    chosen = recipe_from(recipe, task, base, root, train_file, validation, text, label, targets, sets, device, kind)
+    chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
     found = evaluate_folders(
         chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task
     )

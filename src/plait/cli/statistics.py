@@ -9,7 +9,7 @@ import typer
 
 from plait.cli.options import Device, Json, Overwrite, Root, Seed, Set
 from plait.cli.output import emit, table
-from plait.cli.source import Base, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, recipe_from
+from plait.cli.source import Base, Described, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, settings_from
 from plait.errors import UsageError
 
 File = Annotated[Path, typer.Argument(help="A statistics file.")]
@@ -49,7 +49,7 @@ def collect(
     """
     if context.invoked_subcommand is not None:
         return
-    from plait.runs.commands import collect_one
+    from plait.runs.single.collect import collect_one
     from plait.statistics.budget import bytes_of
 
     if out is None:
@@ -58,9 +58,8 @@ def collect(
     extra += [f"statistics.pool={pool}"] if pool else []
     extra += [f"statistics.sketch={sketch}"] if sketch else []
     extra += [f"statistics.memory={bytes_of(memory)}"] if memory is not None else []
-    chosen = recipe_from(
-        recipe, task, base, root, train_file, validation, text, label, targets, [*extra, *(sets or [])], device, kind
-    )
+    described = Described(task, base, root, train_file, validation, text, label, kind)
+    chosen = settings_from(recipe, described, [*extra, *(sets or [])], device, targets=targets, adapts=True)
     found = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
     if not found:  # not torchrun's first process
         return
@@ -161,13 +160,11 @@ def fisher(
     sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect the diagonal Fisher information of a trained adapter. For `plait merge --method fisher --stats FILE`."""
-    from plait.runs.fisher_file import fisher_of_folder
+    from plait.runs.single.fisher import fisher_of_folder
 
     extra = [f"statistics.samples={samples}"] if samples else []
-    targets = ["unused"] if recipe is None else None  # the adapter's own
-    chosen = recipe_from(
-        recipe, task, base, root, train_file, None, text, label, targets, [*extra, *(sets or [])], device, kind
-    )
+    described = Described(task, base, root, train_file, None, text, label, kind)
+    chosen = settings_from(recipe, described, [*extra, *(sets or [])], device)
     if labels not in ("sampled", "given"):
         raise UsageError(f"--labels {labels!r}, expected sampled or given")
     found = fisher_of_folder(chosen, adapter, task, out, labels=labels, seed=seed, overwrite=overwrite)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import EnvironmentFault
-from plait.runs import pipeline
+from plait.report.line import run
 from plait.runs.recipe import Recipe
 from plait.runs.recipe_file import find_recipe, read_recipe
 
@@ -35,8 +35,8 @@ def demo_recipe() -> Recipe:
 
 
 def run_demo(out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Run the demo; see `pipeline.run`."""
-    return pipeline.run(demo_recipe(), out, overwrite=overwrite, quiet=quiet)
+    """Run the demo; see `plait.run`."""
+    return run(demo_recipe(), out, overwrite=overwrite, quiet=quiet)
 
 
 def next_step(out: Path) -> str:

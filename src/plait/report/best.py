@@ -12,7 +12,8 @@ import numpy as np
 from plait.evaluation.protocol import STEP
 from plait.evaluation.splits import HALVES
 from plait.report.table import Row, best_by_half, share
-from plait.runs.units import FOLDS, MERGE, Layout, Unit
+from plait.runs.layout import Layout
+from plait.runs.units import FOLDS, MERGE, Unit
 from plait.runs.waves import result
 
 

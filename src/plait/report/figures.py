@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from plait.report.plots import COLOURS, as_svg, blank, styled
-from plait.runs.recipe import PLAIN_ARMS
+from plait.runs.sections import PLAIN_ARMS
 
 _REST = "#c8c8c8"  # arms without a colour of their own
 _LINES = {"joint training": "--", "best single adapter": "-."}

@@ -16,9 +16,10 @@ from plait.evaluation.evaluate import is_open
 from plait.evaluation.splits import HALVES, Split
 from plait.report.table import LEARNED, Row, best_by_half, reference_unit
 from plait.runs.inputs import INPUTS_FILE
-from plait.runs.units import FOLDS, MERGE, Layout, Unit
+from plait.runs.layout import Layout
+from plait.runs.stages import ANSWERS_FILE, splits
+from plait.runs.units import FOLDS, MERGE, Unit
 from plait.runs.waves import chosen
-from plait.runs.work import ANSWERS_FILE, splits
 
 NOTHING_LEARNED = f"adapters alone do not beat the floor by {LEARNED:g} point: there is no gain to recover a share of"
 MARGIN = 0.05  # of recovered: arms nearer than that are called equivalent

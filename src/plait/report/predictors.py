@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from plait.evaluation.features import FEATURES
 from plait.report.table import Row, task_means
-from plait.runs.units import ALONE, FOLDS, Layout, Unit
+from plait.runs.layout import Layout
+from plait.runs.units import ALONE, FOLDS, Unit
 from plait.runs.units import FEATURES as FEATURES_STAGE
 from plait.runs.waves import result
 

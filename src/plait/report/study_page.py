@@ -17,7 +17,7 @@ from plait.report.inference import MARGIN, Comparison, Inference
 from plait.report.markdown import markdown_table
 from plait.report.sweep_page import sweep_sections
 from plait.report.table import Row
-from plait.runs.study_spec import Study
+from plait.runs.recipe import Recipe as Study
 
 
 def page_of(

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from plait.evaluation.splits import HALVES
-from plait.runs.units import ALONE, FOLDS, MERGE, REPAIRED, Layout, Unit
-from plait.runs.waves import Choice, all_units, chosen, chosen_alone, learned, plain_arms, repair_units, result
+from plait.runs.layout import Layout
+from plait.runs.units import ALONE, FOLDS, MERGE, REPAIRED, Unit
+from plait.runs.waves import Choice, all_units, alone_level, chosen, chosen_alone, plain_arms, repair_units, result
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ def rows_of(layout: Layout) -> list[Row]:
 
 def reference_unit(layout: Layout, seed: int) -> Unit:
     """The scores of the best plain arm alone, at its own best rate; which arm that is, the tuning rows decide."""
-    arms = plain_arms(layout) or [a for a in layout.study.study_arms if not a.joint and not a.like]
-    best = max(arms, key=lambda a: max(float(r["alone"]) for r in learned(layout, a)))
+    arms = plain_arms(layout) or [a for a in layout.study.arm_specs if not a.joint and not a.like]
+    best = max(arms, key=lambda a: alone_level(layout, a))
     choice = chosen_alone(layout, best) if best in plain_arms(layout) else chosen(layout, best)
     return _alone_unit(best.name, choice, seed)
 
@@ -169,7 +170,7 @@ def references(layout: Layout) -> list[dict[str, Any]]:
         name, plain, floor = reference(layout, seed)
         found.append(_reference("served separately", name, seed, plain, plain, floor))
         found += _crossed(layout, seed, plain, floor)
-        for arm in (a for a in layout.study.study_arms if a.joint):
+        for arm in (a for a in layout.study.arm_specs if a.joint):
             scores = task_means(result(layout, _alone_unit(arm.name, chosen(layout, arm), seed)), "alone")
             found.append(_reference("joint training", arm.name, seed, scores, plain, floor))
     for unit in repair_units(layout):

@@ -17,10 +17,11 @@ from plait.report.matched import matched_rows
 from plait.report.predictors import predictors
 from plait.report.study_page import page_of
 from plait.report.table import LEARNED, Row, references, rows_of
+from plait.runs.folder import published
 from plait.runs.journal import about_runs
+from plait.runs.layout import Layout
+from plait.runs.recipe import Recipe as Study
 from plait.runs.recipe_file import require_known
-from plait.runs.study_spec import Study, published
-from plait.runs.units import Layout
 from plait.runs.waves import sweep_units, swept
 
 RESAMPLES = 2000
@@ -48,7 +49,7 @@ def write_tables(layout: Layout, to: Path, *, about: Mapping[str, str], against:
     """
     study = layout.study
     rows = rows_of(layout)
-    names = [a.name for a in study.study_arms if not a.joint]
+    names = [a.name for a in study.arm_specs if not a.joint]
     main = against or ("contrastive" if "contrastive" in names else names[0])
     require_known(main, names, "arm")
     merges = [m for m in ("task_arithmetic", "tsv", "regmean") if m in {r.method for r in rows}]

@@ -1,4 +1,4 @@
-"""A finished study as one file to publish: every answer that was given and what it is scored against; no adapters, no texts."""
+"""A finished run as one file to publish: every answer that was given and what it is scored against; no adapters, no texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from plait.disk.store import staged_file
 from plait.errors import UsageError
+from plait.runs.folder import FILES, RECIPE_FILE, published
 from plait.runs.inputs import INPUTS_FILE
 from plait.runs.journal import JOURNAL
-from plait.runs.study_run import STUDY_FILE
-from plait.runs.study_spec import published
-from plait.runs.units import REPAIR, STATISTICS, TRAIN, Layout
+from plait.runs.layout import Layout
+from plait.runs.units import REPAIR, STATISTICS, TRAIN
 from plait.runs.waves import all_units
 
 SUFFIX = ".tar.xz"
@@ -48,13 +48,13 @@ def write_archive(
         raise UsageError(f"an archive is called *{SUFFIX}", where=str(to))
     paths = sorted({p for p in _results(layout) if p.is_dir()})
     with staged_file(to, overwrite=overwrite, ours=_is_archive) as stage, tarfile.open(stage, "w:xz") as tar:
-        _add(tar, f"{layout.study.name}/{STUDY_FILE}", _told(layout, base, data).encode())
+        _add(tar, f"{layout.recipe.name}/{RECIPE_FILE}", _told(layout, base, data).encode())
         for name in (INPUTS_FILE, JOURNAL):
             if (layout.out / name).is_file():
-                _add(tar, f"{layout.study.name}/{name}", (layout.out / name).read_bytes())
+                _add(tar, f"{layout.recipe.name}/{name}", (layout.out / name).read_bytes())
         for path in paths:
             for file in sorted(p for p in path.iterdir() if p.is_file()):
-                _add(tar, f"{layout.study.name}/{path.relative_to(layout.out)}/{file.name}", file.read_bytes())
+                _add(tar, f"{layout.recipe.name}/{path.relative_to(layout.out)}/{file.name}", file.read_bytes())
     return {"archive": str(to), "units": len(paths), "bytes": to.stat().st_size}
 
 
@@ -65,7 +65,7 @@ def _is_archive(path: Path) -> bool:
             first = tar.next()
     except (tarfile.TarError, lzma.LZMAError, EOFError):
         return False
-    return first is not None and first.name.endswith(f"/{STUDY_FILE}")
+    return first is not None and first.name.endswith(tuple(f"/{name}" for name in FILES))
 
 
 def _results(layout: Layout) -> Iterator[Path]:
@@ -77,7 +77,7 @@ def _results(layout: Layout) -> Iterator[Path]:
 
 def _told(layout: Layout, base: str, data: str) -> str:
     """The study, its folders by their published names."""
-    told = layout.study.model_dump(mode="json")
+    told = layout.recipe.model_dump(mode="json")
     told["base"]["model"] = base or published(told["base"]["model"])
     told["data"]["root"] = data or published(told["data"]["root"])
     return json.dumps(told, indent=1) + "\n"

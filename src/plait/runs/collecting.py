@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plait.disk.files import require_regular
 from plait.disk.locks import locked, system_errors
 from plait.disk.store import sha256_json
+from plait.errors import Damaged, InputError, UsageError
 from plait.model.identity import base_facts, tokenizer_fingerprint
 from plait.model.ranks import is_writer, rank, together
 from plait.runs.session import Session
-from plait.statistics import Statistics, collect_shards, collect_statistics, write_statistics
+from plait.statistics import (
+    Statistics,
+    collect_shards,
+    collect_statistics,
+    open_statistics,
+    read_identity,
+    write_statistics,
+)
 from plait.statistics.budget import bytes_of
 from plait.statistics.distributed import own_share
 from plait.tasks import Task, batches, encode, require_positions
@@ -56,6 +65,27 @@ def collect_file(
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def is_collected(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a statistics file is there, every byte as it was written, and made with the same settings.
+
+    Raises:
+        UsageError: It was made with others.
+        Damaged: It was changed since.
+    """
+    if not path.exists():
+        return False
+    require_regular(path)
+    try:
+        identity = read_identity(path)
+        for moments in open_statistics(path).sites.values():
+            del moments  # each is compared with its hash as it is read
+    except InputError as e:
+        raise Damaged(e.what, where=e.where, hint=e.hint) from None
+    if identity is None or sha256_json(identity) != sha256_json(dict(wanted)):
+        raise UsageError("exists with other settings", where=str(path), hint="choose another --out, or --overwrite")
+    return True
+
+
 def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) -> Statistics:
     """Statistics of one task's rows at the recipe's target modules.
 
@@ -68,10 +98,10 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     recipe, evaluator = session.recipe, session.evaluator
     rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
     spec, tokenizer = recipe.statistics, evaluator.tokenizer
-    model, targets = evaluator.task_model(task.name), recipe.lora.target_modules
+    model, targets = evaluator.task_model(task.name), recipe.adapted.target_modules
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
     options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
-    options |= recipe.lora.limits
+    options |= recipe.adapted.limits
 
     def given(start: int, stop: int | None) -> Any:
         return own_share(batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True))

@@ -9,20 +9,21 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from plait.disk.store import discard
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
-from plait.runs.study_spec import Study, parse_study
-from plait.runs.units import Layout, Mend, Unit, pending
-from plait.runs.work import do
+from plait.runs.layout import Layout, Mend, pending
+from plait.runs.recipe_file import parse_recipe
+from plait.runs.reporting import Lines, Report
+from plait.runs.stages import do
+from plait.runs.units import Unit
 
 RETRIES = 3
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # no child, nor a child of one, imports from the working directory
-Told = Callable[[str], None]
 
 
 class Executor(Protocol):
@@ -34,7 +35,7 @@ class Executor(Protocol):
     workers: int
     scorers: int
 
-    def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
+    def run(self, batches: Sequence[dict[str, Any]], report: Report) -> None:
         """Do all batches, in any order; a batch whose worker is lost is done again, since its results are whole or absent.
 
         Raises:
@@ -45,42 +46,48 @@ class Executor(Protocol):
         """Let go of what is held."""
 
 
-def batch_of(study: Study, out: Path, units: Sequence[Unit], until: float | None = None) -> dict[str, Any]:
-    """A batch as JSON: the study, the folder, the units, and the time (epoch seconds) after which none is begun."""
-    listed = [u.to_json() for u in units]
+def batch_of(layout: Layout, units: Sequence[Unit], until: float | None = None) -> dict[str, Any]:
+    """A batch as JSON: the recipe, the folder, the units, and the time (epoch seconds) after which none is begun."""
     return {
         "schema": 1,
-        "study": study.model_dump(mode="json"),
-        "out": str(out.absolute()),
-        "units": listed,
+        "study": layout.recipe.model_dump(mode="json"),
+        "out": str(layout.out.absolute()),
+        "units": [u.to_json() for u in units],
         "until": until,
+        "overwrite": layout.overwrite,
     }
 
 
-def run_batch(batch: dict[str, Any], layout: Layout | None = None, tell: Told = lambda text: None) -> int:
+def layout_of(batch: Mapping[str, Any]) -> Layout:
+    """The layout that a batch speaks of."""
+    recipe = parse_recipe(batch["study"], "batch")
+    return Layout(recipe, Path(batch["out"]), overwrite=bool(batch.get("overwrite", False)))
+
+
+def run_batch(batch: Mapping[str, Any], layout: Layout | None = None, report: Report | None = None) -> int:
     """Do the units of a batch that are not done yet; returns how many that were."""
-    layout = layout or Layout(parse_study(batch["study"], "batch"), Path(batch["out"]))
-    layout.mend = layout.mend or mender(tell)
+    layout, report = layout or layout_of(batch), report or Report()
+    layout.mend = layout.mend or mender(report)
     units = pending(layout, [Unit(**u) for u in batch["units"]])
     left = None if batch.get("until") is None else time.monotonic() + batch["until"] - time.time()
-    done = do(units, layout, tell=tell, until=left)
+    done = do(units, layout, report=report, until=left)
     release_memory()  # to others at work on the device
     return done
 
 
 def _run_batch_at(folder: str, batch: dict[str, Any]) -> int:
-    """`run_batch` with the paths of a study read as where it was started, where that folder is on this machine too."""
+    """`run_batch` with relative paths read from where it was started, where that folder is on this machine too."""
     if Path(folder).is_dir():
         os.chdir(folder)
     return run_batch(batch)
 
 
-def mender(tell: Told) -> Mend:
-    """What clears a damaged result of a study away and says so."""
+def mender(report: Report) -> Mend:
+    """What clears a damaged result away and says so."""
 
     def mend(path: Path, fault: PlaitError) -> None:
         discard(path)
-        tell(f"done again: {fault}")
+        report.note(f"done again: {fault}")
 
     return mend
 
@@ -101,10 +108,10 @@ class InProcess:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
 
-    def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
+    def run(self, batches: Sequence[dict[str, Any]], report: Report) -> None:
         """Do all batches here."""
         for batch in batches:
-            run_batch(batch, self.layout, tell)
+            run_batch(batch, self.layout, report)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -118,17 +125,17 @@ class Processes:
         self.scorers = scorers or workers
         self._alive: dict[int, subprocess.Popen[str]] = {}
 
-    def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
+    def run(self, batches: Sequence[dict[str, Any]], report: Report) -> None:
         """Do all batches, as many at once as there are workers or scorers, whichever are more."""
         waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         for batch in batches:
             waiting.put(batch)
         slots = min(max(self.workers, self.scorers), len(batches))
         with ThreadPoolExecutor(slots) as pool:
-            for future in [pool.submit(self._serve, slot, waiting, tell) for slot in range(slots)]:
+            for future in [pool.submit(self._serve, slot, waiting, report) for slot in range(slots)]:
                 future.result()
 
-    def _serve(self, slot: int, waiting: queue.SimpleQueue[dict[str, Any]], tell: Told) -> None:
+    def _serve(self, slot: int, waiting: queue.SimpleQueue[dict[str, Any]], report: Report) -> None:
         """Give a worker batches until none is left; a killed worker is replaced, an error is not repeated."""
         with contextlib.suppress(queue.Empty):
             while True:
@@ -139,7 +146,7 @@ class Processes:
                         break
                     if code > 0 or attempt == RETRIES:
                         raise RunError(f"a worker ended with code {code}", hint="its message stands above")
-                    tell(f"a worker was lost (signal {-code}); its batch is done again")
+                    report.note(f"a worker was lost (signal {-code}); its batch is done again")
 
     def _ask(self, slot: int, batch: dict[str, Any]) -> int | None:
         """Have a worker do one batch; None, or the exit code with which it ended instead."""
@@ -182,7 +189,7 @@ def _start(slot: int) -> subprocess.Popen[str]:
         environment["CUDA_VISIBLE_DEVICES"] = _gpu(
             slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         )
-    command = [sys.executable, "-P", "-m", "plait.runs.worker"]
+    command = [sys.executable, "-P", "-m", "plait.cli.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
 
 
@@ -193,19 +200,19 @@ def _gpu(slot: int, count: int, visible: str | None) -> str:
     return names[index] if index < len(names) else str(index)
 
 
-def serve(batches: Iterable[str], answer: Callable[[str], None], tell: Told) -> None:
+def serve(batches: Iterable[str], answer: Callable[[str], None], tell: Callable[[str], None]) -> None:
     """Do batches as they come, one JSON line each, answering each with a line; the base stays loaded between them."""
     layout: Layout | None = None
     for line in batches:
         batch = json.loads(line)
-        study = parse_study(batch["study"], "batch")
-        if layout is None or layout.study != study:
-            layout = Layout(study, Path(batch["out"]))
-        answer(json.dumps({"done": run_batch(batch, layout, tell)}))
+        asked = layout_of(batch)
+        if layout is None or (layout.recipe, layout.out) != (asked.recipe, asked.out):
+            layout = asked
+        answer(json.dumps({"done": run_batch(batch, layout, Lines(tell))}))
 
 
 class RayCluster:
-    """A Ray cluster whose nodes share the study's folder (and the base and the data, under the same paths).
+    """A Ray cluster whose nodes share the run's folder (and the base and the data, under the same paths).
 
     Args:
         workers: Batches at once; by default one per GPU of the cluster, or per CPU where it has none.
@@ -226,7 +233,7 @@ class RayCluster:
         self.workers = workers or max(1, int(found["GPU"] / gpus if self.gpus else found.get("CPU", 1)))
         self.scorers = self.workers
 
-    def run(self, batches: Sequence[dict[str, Any]], tell: Told) -> None:
+    def run(self, batches: Sequence[dict[str, Any]], report: Report) -> None:
         """Do all batches; Ray retries those whose worker or node is lost."""
         import ray
 
@@ -238,7 +245,7 @@ class RayCluster:
                 ray.get(ready)
             except ray.exceptions.RayError as e:
                 raise RunError(f"a batch failed: {str(e).strip().splitlines()[-1]}") from e
-            tell(f"{len(waiting)} batches left")
+            report.begin(f"{len(waiting)} batches left", 0.0, 0)
 
     def close(self) -> None:
         """The cluster is not ours to stop."""

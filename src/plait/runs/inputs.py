@@ -13,8 +13,8 @@ import numpy.typing as npt
 from plait.disk.store import SCHEMA, read_json, sha256_json, staged_file
 from plait.errors import InputError
 from plait.evaluation.evaluate import scored_labels
+from plait.runs.recipe import Recipe
 from plait.runs.session import Session
-from plait.runs.study_spec import Study
 from plait.tasks import Source, Task
 
 INPUTS_FILE = "inputs.json"
@@ -38,9 +38,9 @@ class Inputs:
     background: dict[str, dict[str, Any]]
     labels: dict[str, Labels]
 
-    def only(self, study: Study) -> Inputs:
+    def only(self, recipe: Recipe) -> Inputs:
         """What a study within this one reads: its own tasks, in its order."""
-        names = [t if isinstance(t, str) else t.name for t in study.tasks]
+        names = [t if isinstance(t, str) else t.name for t in recipe.tasks]
         return replace(self, data={t: self.data[t] for t in names}, labels={t: self.labels[t] for t in names})
 
     @property
@@ -84,7 +84,7 @@ def keep_inputs(found: Inputs, out: Path) -> None:
             stage.write_text(text + "\n", encoding="utf-8")
 
 
-def kept_inputs(out: Path, kept: Study, wanted: Study) -> Inputs | None:
+def kept_inputs(out: Path, kept: Recipe, wanted: Recipe) -> Inputs | None:
     """What a study's folder says it was made from.
 
     Args:
@@ -117,11 +117,11 @@ def kept_inputs(out: Path, kept: Study, wanted: Study) -> Inputs | None:
         ) from None
 
 
-def within(one: Study, other: Study) -> bool:
+def within(one: Recipe, other: Recipe) -> bool:
     """Whether a study reads the base and the rows of another, all or some of its tasks, as far as their files say."""
     return _read_by(one) == _read_by(other) and all(t in other.tasks for t in one.tasks)
 
 
-def _read_by(study: Study) -> tuple[Any, ...]:
-    base, data = study.base, study.data
-    return base.model, base.revision, data.root, data.validation_rows, study.background
+def _read_by(recipe: Recipe) -> tuple[Any, ...]:
+    base, data = recipe.base, recipe.data
+    return base.model, base.revision, data.root, data.validation_rows, recipe.background

@@ -1,4 +1,4 @@
-"""The job file: one batch of a study's units as JSON, from a file or from standard input."""
+"""The job file: one batch of units as JSON, from a file or from standard input."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def read_batch(source: str) -> dict[str, Any]:
     raw = _from_stdin() if source == "-" else read_json(Path(source), _LARGEST)
     where = "standard input" if source == "-" else source
     record = Record.of(raw, where, hint=_HINT)
-    record.only(("schema", "study", "out", "units", "until"))
+    record.only(("schema", "study", "out", "units", "until", "overwrite"))
     if record.integer("schema") != SCHEMA:
         raise record.wrong("schema", raw["schema"], f"{SCHEMA}, which this plait reads")
     record.text("out")
     record.record("study")  # checked as every study is, where it is made
     if record.has("until"):
         record.number("until")
+    record.flag("overwrite", default=False)
     if not isinstance(raw.get("units"), list):
         raise record.wrong("units", raw.get("units"), "a list of units")
     units_of(raw["units"], where)

@@ -18,8 +18,9 @@ from plait.disk.store import staged_file
 from plait.errors import InputError, UsageError, printable
 from plait.options import Configurable, checked_options
 from plait.options import require_known as require_known
-from plait.runs import recipe as models
-from plait.runs.recipe import Recipe, TaskSpec
+from plait.runs import sections as models
+from plait.runs.recipe import Recipe, Settings, at_each_rate
+from plait.runs.sections import ArmSpec, TaskSpec
 
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 
@@ -33,6 +34,9 @@ _SECTIONS: dict[str, type[PydanticModel]] = {
     "arms": models.ArmSpec,
     "merges": models.MergeSpec,
     "evaluation": models.EvaluationSpec,
+    "background": models.TaskSpec,
+    "repair": models.Repair,
+    "variants": models.Variant,
 }
 
 
@@ -109,10 +113,47 @@ def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     """
     try:
         recipe = Recipe.model_validate(raw)
+        variants = [variant_of(recipe, v.name) for v in recipe.variants]
     except ValidationError as e:
         raise UsageError(problems_of(e, Recipe), where=where) from None
-    check_names(recipe, where)
+    for one in (recipe, *variants):
+        check_names(one, where)
+    for arm in recipe.arm_specs:
+        if arm.known is not None and arm.known >= len(recipe.tasks):
+            raise UsageError(f"known {arm.known}, there are {len(recipe.tasks) - 1} others", where=f"arm {arm.name}")
     return recipe
+
+
+def parse_settings(raw: Mapping[str, Any], where: str) -> Settings:
+    """Check what a single stage is told, already parsed.
+
+    Raises:
+        UsageError: As `parse_recipe`.
+    """
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as e:
+        raise UsageError(problems_of(e, Settings), where=where) from None
+    _check_tasks(settings, where)
+    _check_training(settings, None, where)
+    return settings
+
+
+def variant_of(recipe: Recipe, name: str) -> Recipe:
+    """The recipe that a variant is: its settings changed, its arms, no variants or references of its own."""
+    variant = next(v for v in recipe.variants if v.name == name)
+    raw = recipe.model_dump(mode="json", exclude={"variants", "repair"})
+    for key, value in variant.set.items():
+        put(raw, key, value, f"variant {name}: {key}")
+    for arm in raw["arms"]:
+        if isinstance(arm, dict):
+            arm["rates"] = None
+    changed = Recipe.model_validate(raw)
+    named = set(variant.arms)
+    named |= {a.like for a in recipe.arm_specs if a.name in variant.arms and a.like}
+    arms = [a for a in changed.arms if (a if isinstance(a, str) else a.name) in named]
+    merges = [m for m in changed.merge_specs if variant.merges is None or m.name in variant.merges]
+    return changed.model_copy(update={"arms": arms, "merges": merges, "seeds": variant.seeds or recipe.seeds[:1]})
 
 
 def problems_of(error: ValidationError, model: type[PydanticModel]) -> str:
@@ -141,10 +182,27 @@ def check_names(recipe: Recipe, where: str) -> None:
     from plait.merging import merge_methods
     from plait.merging.calibration import CALIBRATIONS
     from plait.subspaces import subspace_methods
+
+    _check_tasks(recipe, where)
+    for arm in recipe.arm_specs:
+        require_known(arm.method, list(subspace_methods()), "subspace method", where)
+        method = subspace_methods()[arm.method]
+        _check_options(method, arm.options, where, f"arm {arm.name}")
+        if "others" in method.needs and len(recipe.tasks) < 2:
+            raise UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
+        _check_training(recipe, arm, where)
+    for m in recipe.merge_specs:
+        require_known(m.merge_method, list(merge_methods()), "merge method", where)
+        _check_options(merge_methods()[m.merge_method], m.options, where, f"merge {m.name}")
+        if m.calibrate is not None:
+            require_known(m.calibrate, list(CALIBRATIONS), "calibration", where)
+
+
+def _check_tasks(settings: Settings, where: str) -> None:
     from plait.tasks import GLUE_TASKS, METRICS
     from plait.tasks.metrics import METRICS_OF
 
-    for task in recipe.tasks:
+    for task in settings.tasks:
         if isinstance(task, str):
             require_known(task, GLUE_TASKS, "task", where)
         for metric in (task.metrics or []) if isinstance(task, TaskSpec) else []:
@@ -152,26 +210,21 @@ def check_names(recipe: Recipe, where: str) -> None:
             if isinstance(task, TaskSpec) and metric not in METRICS_OF[task.kind]:
                 hint = f"one of {', '.join(METRICS_OF[task.kind])}"
                 raise UsageError(f"metric {metric!r} does not score {task.kind}", where=f"task {task.name}", hint=hint)
-    for arm in recipe.arm_specs:
-        require_known(arm.method, list(subspace_methods()), "subspace method", where)
-        method = subspace_methods()[arm.method]
-        _check_options(method, arm.options, where, f"arm {arm.name}")
-        if "others" in method.needs and len(recipe.tasks) < 2:
-            raise UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
-        for key in {**recipe.training, **arm.training}:
-            require_known(key, training_keys(), "training key", where)
-        try:
-            settings = recipe.training_of(arm)
-        except UsageError as e:
-            raise UsageError(f"training of arm {arm.name}: {e.what}", where=where, hint=e.hint) from None
-        require_known(
-            settings.constraint_options.get("method", arm.method), list(subspace_methods()), "subspace method", where
-        )
-    for m in recipe.merge_specs:
-        require_known(m.merge_method, list(merge_methods()), "merge method", where)
-        _check_options(merge_methods()[m.merge_method], m.options, where, f"merge {m.name}")
-        if m.calibrate is not None:
-            require_known(m.calibrate, list(CALIBRATIONS), "calibration", where)
+
+
+def _check_training(settings: Settings, arm: ArmSpec | None, where: str) -> None:
+    from plait.subspaces import subspace_methods
+
+    for key in {**settings.training, **(arm.training if arm else {})}:
+        require_known(key, training_keys(), "training key", where)
+    try:
+        training = (settings.training_of(a) for a in at_each_rate(settings, arm or ArmSpec(name="adapter")))
+        method = next(training).constraint_options.get("method", arm.method if arm else None)
+    except UsageError as e:
+        who = f"training of arm {arm.name}" if arm else "training"
+        raise UsageError(f"{who}: {e.what}", where=where, hint=e.hint) from None
+    if method is not None:
+        require_known(method, list(subspace_methods()), "subspace method", where)
 
 
 def _check_options(method: Configurable, options: Mapping[str, Any], where: str, what: str) -> None:

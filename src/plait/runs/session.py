@@ -1,27 +1,25 @@
-"""What a process keeps loaded while it walks a recipe: tasks, rows, the base model and the last statistics read."""
+"""What a process keeps loaded while it works: tasks, rows, the base model."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import read_adapter
 from plait.disk.hub import split_revision
 from plait.disk.store import sha256_file
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
-from plait.runs.recipe import Recipe, TaskSpec
+from plait.runs.recipe import Settings
+from plait.runs.sections import TaskSpec
 from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
+from plait.tasks.task import TEXT_KINDS
 
-T = TypeVar("T")
 DEFAULT_METRICS = {
     "classification": ("accuracy",),
     "regression": ("pearson", "spearman"),
@@ -49,17 +47,16 @@ def task_of(spec: str | TaskSpec, root: Path | None) -> Task:
 
 @dataclass
 class Session:
-    """Everything one run shares between its jobs; loaded when first asked for.
+    """Everything that the stages of one base share; loaded when first asked for.
 
     Args:
-        recipe: The checked recipe.
+        recipe: A checked recipe, or the settings of a single stage.
         shared: A session of the same base whose tasks include this one's: its loaded model and rows are used.
     """
 
-    recipe: Recipe
+    recipe: Settings
     shared: Session | None = None
     _cache: dict[Any, Any] = field(default_factory=dict)
-    _slots: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @functools.cached_property
     def base(self) -> BaseModel:
@@ -137,19 +134,6 @@ class Session:
             self._cache[key] = load_examples(self.tasks[task], split, root=self.root, rows=rows, seed=seed)
         return self._cache[key]  # type: ignore[no-any-return]
 
-    def remember(self, slot: str, key: Any, make: Callable[[], T]) -> T:
-        """What `make` gives, kept until the slot is asked for another key."""
-        kept = self._slots.get(slot)
-        if kept is None or kept[0] != key:
-            kept = self._slots[slot] = (key, make())
-        return kept[1]  # type: ignore[no-any-return]
-
-    def adapter(self, folder: Path, name: str | None = None) -> Adapter:
-        """An adapter read from disk, once."""
-        if folder not in self._cache:
-            self._cache[folder] = read_adapter(folder, name=name)
-        return self._cache[folder]  # type: ignore[no-any-return]
-
     def data_identity(self, task: str) -> dict[str, Any]:
         """What a task's rows are: its description, and the hashes of local files."""
         found = asdict(self.tasks[task])
@@ -167,3 +151,19 @@ class Session:
         if key not in self._cache:
             self._cache[key] = f"{path.name}:{sha256_file(path)}" if path.is_file() else f"{path.name}:missing"
         return self._cache[key]  # type: ignore[no-any-return]
+
+
+def require_one_form(session: Session) -> None:
+    """Refuse, before anything is computed, kinds of tasks that no one model can do together.
+
+    Raises:
+        UsageError: Names the task.
+    """
+    tasks = list(session.tasks.values())
+    forms = {t.name: t.kind if t.kind in TEXT_KINDS else "with a head" for t in tasks}
+    for task in tasks:
+        if forms[task.name] != forms[tasks[0].name]:
+            raise UsageError(
+                f"a run has tasks of one form, this is {forms[task.name]} and {tasks[0].name} is {forms[tasks[0].name]}",
+                where=f"task {task.name}",
+            )

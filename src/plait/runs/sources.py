@@ -9,8 +9,10 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.disk.store import read_manifest
 from plait.errors import Diverged
-from plait.runs.units import DIVERGED, REPAIR, REPAIRED, Layout, Unit
-from plait.statistics import Statistics, read_statistics
+from plait.merging.plan import Merged
+from plait.runs.layout import Layout
+from plait.runs.units import DIVERGED, REPAIR, REPAIRED, Unit
+from plait.statistics import Statistics, open_statistics
 
 BACKGROUND = "background."  # prefix of the files of tasks that only lend their statistics
 
@@ -21,9 +23,9 @@ def statistics_of(unit: Unit, layout: Layout) -> tuple[dict[str, Statistics], li
 
     def read() -> tuple[dict[str, Statistics], list[Statistics]]:
         folder = layout.path(source)
-        found = {t: read_statistics(folder / f"{t}.stats.safetensors") for t in layout.session.tasks}
+        found = {t: open_statistics(folder / f"{t}.stats.safetensors") for t in layout.session.tasks}
         pool = sorted(folder.glob(f"{BACKGROUND}*.stats.safetensors"))
-        return found, [read_statistics(p) for p in pool]
+        return found, [open_statistics(p) for p in pool]
 
     return layout.cached(layout.path(source), read)
 
@@ -43,15 +45,15 @@ def adapters_of(unit: Unit, layout: Layout) -> dict[str, Adapter]:
     return layout.cached(root / tail, read)
 
 
-def merged_of(unit: Unit, layout: Layout) -> Adapter:
-    """The merge a unit is about, at scale 1, computed; its `source` holds what the cut to the summed rank took."""
+def merged_of(unit: Unit, layout: Layout) -> Merged:
+    """The merge a unit is about, at scale 1, computed; its record holds what the cut to the summed rank took."""
     from plait.merging import merge
     from plait.merging.registry import find_method
 
-    spec = next(m for m in layout.study.merge_specs if m.name == unit.merge)
+    spec = layout.recipe.merge(unit.merge)
     adapters = list(adapters_of(unit, layout).values())
     statistics = statistics_of(unit, layout)[0] if find_method(spec.merge_method).needs else None
-    made = merge(
+    return merge(
         adapters,
         spec.merge_method,
         options=spec.options,
@@ -60,10 +62,9 @@ def merged_of(unit: Unit, layout: Layout) -> Adapter:
         rank=spec.rank,
         statistics=statistics,
         seed=unit.seed,
-        verify=False,
+        verify=not layout.recipe.tuned,
         name=spec.name,
     )
-    return replace(made.adapter, source={"discarded_energy": made.record.get("discarded_energy", 0.0)})
 
 
 def diverged(folder: Path) -> str:

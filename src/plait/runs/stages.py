@@ -1,276 +1,194 @@
-"""How each kind of job is done: read, compute, write; one short function a stage."""
+"""How units are done: each stage reads what earlier ones left, computes, and leaves a folder that is whole or not there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.adapters.peft_format import write_adapter
+from plait.adapters.tensor_file import write_tensors
 from plait.disk.store import staged_folder
-from plait.errors import RunError
-from plait.evaluation.evaluate import Logits, halves
-from plait.evaluation.scores import ALONE as ALONE_SCORE
-from plait.evaluation.scores import FLOOR, MERGED, REPORTED, SELECTION, Score, mean_score, read_scores, write_scores
-from plait.runs.collecting import collect_file
-from plait.runs.jobs import ADAPTER, ALONE, BEST, INITIAL, REPORT, SCORES, STATISTICS, Job, Plan
-from plait.runs.jobs import MERGED as MERGED_JOB
+from plait.evaluation.features import features, task_vector_norm
+from plait.evaluation.protocol import Answers, Scorer, cross_fitted, tuned
+from plait.evaluation.splits import HALVES, Split, split_rows
+from plait.merging.plan import Merged
+from plait.runs.collecting import collect_file, is_collected
+from plait.runs.layout import Layout, cost
+from plait.runs.reporting import Report
 from plait.runs.session import Session
-from plait.statistics import Statistics, open_statistics
-from plait.subspaces.start import InitialSettings, initial_adapters
-from plait.training.peft_model import TASK_TYPES
+from plait.runs.sources import BACKGROUND, adapters_of, diverged, merged_of, statistics_of
+from plait.runs.trainings import train
+from plait.runs.units import ALONE, DIVERGED, FEATURES, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, TUNING, Unit
+from plait.statistics import open_statistics
 
-if TYPE_CHECKING:
-    from plait.training import Member
-
-SCORES_FILE, PREDICTIONS_FILE = "scores.jsonl", "predictions.safetensors"
-Progress = Callable[[int, int, float | None], None]
-Settled = dict[str, Any]  # what a job wants to be remembered in its manifest
+ANSWERS_FILE = "answers.safetensors"
+MAX_MERGES_AHEAD = 2  # merges computed before they are scored
+Record = dict[str, Any]  # what a unit leaves in its manifest
 
 
-def run_job(
-    job: Job, plan: Plan, session: Session, *, overwrite: bool = False, progress: Progress | None = None
-) -> None:
-    """Do one job; its result is whole on disk when this returns."""
-    if job.stage == ADAPTER:
-        _train(job, plan, session, overwrite, progress)
-    elif job.stage == STATISTICS:
-        collect_file(session, job.task or "", job.path, seed=job.seed, wanted=job.wanted, overwrite=overwrite)
+def do(
+    units: Sequence[Unit],
+    layout: Layout,
+    *,
+    report: Report | None = None,
+    until: float | None = None,
+) -> int:
+    """Do units whose needs are there: all trainings together first, the others one by one.
+
+    Args:
+        units: Not done yet.
+        layout: Where they lie.
+        report: Hears what begins and how far it is.
+        until: `time.monotonic()` after which no further unit is begun.
+
+    Returns:
+        How many were done.
+    """
+    report = report or Report()
+    trainings = [u for u in units if u.stage in (TRAIN, REPAIR)]
+    if trainings:
+        train(trainings, layout, report)
+    others = _not_diverged([u for u in units if u.stage not in (TRAIN, REPAIR)], layout)
+    done = len(units) - len(others)
+    if any(u.stage == MERGE for u in others):  # while it loads, transformers sets the whole process's default dtype
+        layout.session.load()
+    with ThreadPoolExecutor(1) as ahead:  # the next merge is computed while this one is scored
+        merges: dict[int, Future[Merged]] = {}
+        for i, unit in enumerate(others):
+            if until is not None and time.monotonic() > until:
+                break
+            report.begin(unit.label, cost(unit, layout))
+            for j in range(i, min(i + MAX_MERGES_AHEAD + 1, len(others))):
+                if others[j].stage == MERGE and j not in merges:
+                    merges[j] = ahead.submit(merged_of, others[j], layout.of(others[j]))
+            _one(unit, layout.of(unit), merges.pop(i, None))
+            done += 1
+        for future in merges.values():
+            future.cancel()
+    return done
+
+
+def _not_diverged(units: Sequence[Unit], layout: Layout) -> list[Unit]:
+    """Units without the scores of sweep trainings that diverged: these get the reason as their result."""
+    found = []
+    for unit in units:
+        root = layout.path(layout.trained_by(unit)) if unit.split == TUNING else None
+        reasons = [f"{t}: {why}" for t in layout.tasks if (why := diverged(root / t))] if root else []
+        if reasons:
+            with staged_folder(layout.path(unit), layout.wanted(unit), result={DIVERGED: "; ".join(reasons)}):
+                pass
+        else:
+            found.append(unit)
+    return found
+
+
+def _one(unit: Unit, layout: Layout, merge: Future[Merged] | None) -> None:
+    makers: dict[str, Any] = {STATISTICS: _collect, ALONE: _alone, REPAIRED: _alone, FEATURES: _features}
+    result: Record = {}
+    merged = merge.result() if merge is not None else None
+    path, wanted = layout.path(unit), layout.wanted(unit)
+    with staged_folder(path, wanted, overwrite=layout.overwrite, result=result, unit=True) as folder:
+        if merged is not None:
+            _score_merge(unit, layout, folder, result, merged)
+        else:
+            makers[unit.stage](unit, layout, folder, result)
+    if unit.stage == STATISTICS:
+        shutil.rmtree(_parts(unit, layout), ignore_errors=True)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def _parts(unit: Unit, layout: Layout) -> Path:
+    """Where a unit's finished files lie until all of them are there, so that an interruption loses none."""
+    path = layout.path(unit)
+    return path.parent / f".{path.name}.{layout.key(unit)[:12]}.files"
+
+
+def _collect(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
+    """The statistics of every task, and of the background, one file each."""
+    sessions = [(layout.session, "")] + ([(layout.background, BACKGROUND)] if layout.recipe.background else [])
+    spec = layout.recipe.statistics.model_copy(update={"pool": unit.pool, "samples": unit.samples})
+    wanted = layout.wanted(unit)
+    for whole, prefix in sessions:
+        session = Session(whole.recipe.model_copy(update={"statistics": spec}), whole)
+        for name in session.tasks:
+            finished = _parts(unit, layout) / f"{prefix}{name}.stats.safetensors"
+            finished.parent.mkdir(parents=True, exist_ok=True)
+            if not is_collected(finished, wanted):
+                collect_file(session, name, finished, seed=unit.seed, wanted=wanted, overwrite=True)
+            shutil.copyfile(finished, folder / finished.name)
+            sites = open_statistics(finished).sites
+            result[prefix + name] = {"tokens": max(m.count for m in sites.values())}
+
+
+# --- merges and scores ------------------------------------------------------------------------------------------------
+
+
+def _scorer(unit: Unit, layout: Layout) -> Scorer:
+    heads = {t: a.heads.get(t, {}) for t, a in adapters_of(unit, layout).items()}
+    together = layout.session.base.torch_device.type != "cpu"
+    return Scorer(layout.session.evaluator, splits(layout), heads, together)
+
+
+def splits(layout: Layout) -> dict[str, Split]:
+    """Task -> which of its validation rows are in which part."""
+    rows = layout.rows
+    options = {"seed": rows["split_seed"], "tuning_rows": rows["tuning_rows"], "grid_rows": rows["grid_rows"]}
+    return {t: split_rows(len(layout.labels(t)), **options) for t in layout.tasks}
+
+
+def _score_merge(unit: Unit, layout: Layout, folder: Path, result: Record, merged: Merged) -> None:
+    scorer, scales = _scorer(unit, layout), layout.recipe.scales_of(layout.recipe.merge(unit.merge))
+    if unit.split == TUNING:
+        result |= tuned(scorer, merged.adapter, scales)
     else:
-        makers = {INITIAL: _initial, ALONE: _alone, MERGED_JOB: _merge, SCORES: _score, BEST: _best, REPORT: _report}
-        result: Settled = {}
-        with staged_folder(job.path, job.wanted, overwrite=overwrite, result=result, unit=True) as folder:
-            makers[job.stage](job, plan, session, folder, result)
+        found, answers = cross_fitted(scorer, merged.adapter, scales, grow=layout.recipe.grows)
+        result |= found
+        _keep(folder, answers)
+    if layout.recipe.tuned:
+        result["discarded_energy"] = merged.record.get("discarded_energy", 0.0)
+    else:  # few enough to keep
+        result |= merged.record
+        write_adapter(folder, merged.adapter)
 
 
-# --- before training --------------------------------------------------------------------------------------------------
+def _alone(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
+    """Each adapter on its own task, the bare base with the task's head; plain adapters on every other task too."""
+    scorer, adapters = _scorer(unit, layout), adapters_of(unit, layout)
+    answers: dict[str, Answers] = {}
+    parts = ("tuning",) if unit.split == TUNING else HALVES
+    names = list(adapters)
+    for task, split in scorer.splits.items():
+        for part in parts:
+            rows = split.tuning if part == "tuning" else split.halves[part]
+            worn: list[tuple[Adapter | None, float]] = [(adapters[task], 1.0), (None, 0.0)]
+            for kind, found in zip(("alone", "floor"), scorer.answers(task, worn, rows), strict=True):
+                result.setdefault(part, {}).setdefault(kind, {})[task] = scorer.score(task, found, rows)
+                answers[f"{kind}.{task}.{part}"] = found
+            if (
+                part != "tuning" and layout.recipe.arm(unit.arm).is_plain and unit.stage == ALONE
+            ):  # for the best single adapter
+                rows = split.grid[part]
+                crossed = scorer.answers(task, [(adapters[n], 1.0) for n in names], rows)
+                for name, found in zip(names, crossed, strict=True):
+                    value = scorer.score(task, found, rows)
+                    result[part].setdefault("crossed", {}).setdefault(name, {})[task] = value
+    result["delta_norm"] = {t: task_vector_norm(a) for t, a in adapters.items()}
+    if unit.split != TUNING:
+        _keep(folder, answers)
 
 
-def _initial(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    alike = job.arm.model_dump_json(exclude={"name", "training"}) + job.arm.method if job.arm else ""
-    made = session.remember("initial", (alike, job.seed), lambda: initial_of(job, plan, session))
-    adapter, record = made[job.task or ""]
-    result |= {"task": job.task, **record}
-    write_adapter(folder, adapter)
+def _features(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
+    result |= {"tasks": features(adapters_of(unit, layout), statistics_of(unit, layout)[0])}
 
 
-def initial_of(job: Job, plan: Plan, session: Session) -> dict[str, tuple[Adapter, Settled]]:
-    """All tasks' adapters of an arm and seed at once: they share one factorisation per site."""
-    recipe, arm = plan.recipe, job.arm or plan.recipe.arm_specs[0]
-    settings = InitialSettings(
-        arm.method,
-        recipe.lora.rank,
-        recipe.lora.alpha,
-        arm.row_norm,
-        arm.options,
-        task_type=TASK_TYPES[next(iter(session.tasks.values())).kind],
-        target_modules=recipe.lora.recorded_targets,
-    )
-    return initial_adapters(
-        _statistics(plan, job.seed),
-        settings,
-        base=recipe.base.model,
-        revision=recipe.base.revision,
-        seed=job.seed,
-        device=session.base.torch_device,
-    )
-
-
-# --- training and merging ---------------------------------------------------------------------------------------------
-
-
-def member_of(job: Job, plan: Plan, session: Session) -> Member:
-    """Everything that one adapter's training takes."""
-    from plait.training import Member
-
-    task, arm = job.task or "", job.arm or plan.recipe.arm_specs[0]
-    initial = next(j.path for j in plan.of(INITIAL, arm=arm.name, seed=job.seed) if j.task == task)
-    settings = plan.recipe.training_of(arm)
-    statistics = None
-    if settings.constraint not in ("free", "frozen"):
-        # one object for all of a seed: members that share it share their constraints' matrices
-        statistics = session.remember("statistics", job.seed, lambda: _statistics(plan, job.seed))
-    return Member(
-        read_adapter(initial, name=task),
-        session.tasks[task],
-        session.training(task, job.seed),
-        settings,
-        job.seed,
-        job.path,
-        job.wanted,
-        statistics,
-        session.selection(task, job.seed) if settings.evaluate_every else None,
-    )
-
-
-def _statistics(plan: Plan, seed: int) -> dict[str, Statistics]:
-    """By task, their sites still in the files: all of them at once may be more than fits."""
-    return {j.task or "": open_statistics(j.path) for j in plan.of(STATISTICS, seed=seed)}
-
-
-def _train(job: Job, plan: Plan, session: Session, overwrite: bool, progress: Progress | None) -> None:
-    from plait.training import train_adapter
-
-    m = member_of(job, plan, session)
-    train_adapter(
-        m.initial,
-        m.task,
-        m.examples,
-        session.base,
-        m.settings,
-        seed=m.seed,
-        out=m.out,
-        identity=m.identity,
-        overwrite=overwrite,
-        progress=progress,
-        statistics=m.statistics,
-        selection=m.selection,
-    )
-
-
-def train_together(
-    jobs: Sequence[Job], plan: Plan, session: Session, *, overwrite: bool = False, progress: Progress | None = None
-) -> None:
-    """Train many adapters in one process, the base's passes shared (see `plait.training.train_fleet`)."""
-    from plait.training import train_fleet
-
-    members = [member_of(j, plan, session) for j in jobs]
-    train_fleet(members, session.base, overwrite=overwrite, progress=progress)
-
-
-def _trained(job: Job, plan: Plan, session: Session) -> dict[str, Adapter]:
-    return {task: session.adapter(path, task) for task, path in plan.adapters(job.arm, job.seed).items()}
-
-
-def _merge(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    from plait.merging import merge, merge_methods
-
-    spec = job.merge
-    if spec is None:
-        raise RunError("a job without a merge", where=job.label)
-    needs = merge_methods()[spec.merge_method].needs
-    statistics = _statistics(plan, job.seed) if needs else None
-    merged = merge(
-        list(_trained(job, plan, session).values()),
-        spec.merge_method,
-        options=spec.options,
-        scale=1.0,
-        calibrate=spec.calibrate,
-        rank=spec.rank,
-        statistics=statistics,
-        seed=job.seed,
-        name=spec.name,
-    )
-    result |= merged.record
-    write_adapter(folder, merged.adapter)
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def _alone(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    rows: list[Score] = []
-    kept: dict[str, Logits] = {}
-    for task, adapter in _trained(job, plan, session).items():
-        for kind, worn in ((ALONE_SCORE, adapter), (FLOOR, None)):
-            found = session.evaluator.predict(task, adapter.heads.get(task, {}), worn)
-            kept[f"{kind}.{task}"] = found
-            for split, part in _halves(task, session).items():
-                labels = _labels(job, kind, 0.0 if worn is None else 1.0, split)
-                rows += session.evaluator.score_rows(found[part], task, part, **labels)
-    _write_scores(folder, rows, kept)
-    result |= {
-        kind: mean_score(r for r in rows if r.adapter == kind and r.split == REPORTED) for kind in (ALONE_SCORE, FLOOR)
-    }
-
-
-def _score(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    adapters = _trained(job, plan, session)
-    heads = {t: a.heads.get(t, {}) for t, a in adapters.items()}
-    merged = session.adapter(
-        next(
-            j.path
-            for j in plan.of(MERGED_JOB, arm=job.arm.name if job.arm else None, seed=job.seed)
-            if j.merge == job.merge
-        )
-    )
-    scales = plan.recipe.scales_of(job.merge) if job.merge else [1.0]
-    rows: list[Score] = []
-    for task, head in heads.items():
-        part = _halves(task, session)[SELECTION]
-        for scale, found in zip(scales, _grid(session, task, head, merged, scales, part), strict=True):
-            rows += session.evaluator.score_rows(found, task, part, **_labels(job, MERGED, scale, SELECTION))
-    chosen = max(scales, key=lambda s: mean_score(r for r in rows if r.scale == s))
-    kept: dict[str, Logits] = {}
-    for task, head in heads.items():
-        part = _halves(task, session)[REPORTED]
-        kept[f"{MERGED}.{task}"] = session.evaluator.predict(task, head, merged, chosen, part)
-        labels = _labels(job, MERGED, chosen, REPORTED)
-        rows += session.evaluator.score_rows(kept[f"{MERGED}.{task}"], task, part, **labels)
-    _write_scores(folder, rows, kept)
-    reported = mean_score(r for r in rows if r.split == REPORTED)
-    edge = len(scales) > 1 and chosen in (scales[0], scales[-1])
-    result |= {"scale": chosen, "selection": mean_score(r for r in rows if r.scale == chosen and r.split == SELECTION)}
-    result |= {"reported": reported, "scale_on_edge_of_grid": edge}
-
-
-def _grid(session: Session, task: str, head: Any, merged: Adapter, scales: Sequence[float], part: Any) -> list[Logits]:
-    evaluator = session.evaluator
-    if session.base.torch_device.type == "cpu":  # nothing is won by stacking there, and this is the plainer path
-        return [evaluator.predict(task, head, merged, scale, part) for scale in scales]
-    from plait.evaluation.fleet import Candidate, predict_many
-
-    return predict_many(evaluator, task, [Candidate(head, merged, scale) for scale in scales], part)
-
-
-def _halves(task: str, session: Session) -> dict[str, Any]:
-    return halves(len(session.validation(task)), session.recipe.evaluation.split_seed)
-
-
-def _labels(job: Job, adapter: str, scale: float, split: str) -> dict[str, Any]:
-    method = job.merge.name if job.merge else ""
-    arm = job.arm.name if job.arm else ""
-    return {"arm": arm, "adapter": adapter, "method": method, "scale": scale, "seed": job.seed, "split": split}
-
-
-def _write_scores(folder: Path, rows: list[Score], predictions: dict[str, Logits]) -> None:
-    from plait.adapters.tensor_file import write_tensors
-
-    write_scores(folder / SCORES_FILE, rows)
-    write_tensors(
-        folder / PREDICTIONS_FILE, {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in predictions.items()}
-    )
-
-
-# --- after everything -------------------------------------------------------------------------------------------------
-
-
-def _best(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    from plait.adapters.lora import LoraFactors
-    from plait.disk.store import read_manifest
-
-    scored = [(read_manifest(j.path) or {}, j) for j in plan.of(SCORES)]
-    manifest, best = max(scored, key=lambda pair: pair[0]["result"]["selection"])
-    source = next(j for j in plan.of(MERGED_JOB, seed=best.seed) if j.arm == best.arm and j.merge == best.merge)
-    merged, scale = read_adapter(source.path, name=plan.recipe.name), manifest["result"]["scale"]
-    modules = {m: LoraFactors(f.A, f.B * (f.scaling * scale), 1.0, f.kind) for m, f in merged.modules.items()}
-    write_adapter(folder, replace(merged, modules=modules))
-    kept = (read_manifest(source.path) or {})["result"]
-    result |= {k: kept[k] for k in ("method", "options", "weights", "tasks", "backbone_prefix") if k in kept}
-    result |= {"arm": best.arm.name if best.arm else "", "seed": best.seed, "scale": scale, **manifest["result"]}
-
-
-def _report(job: Job, plan: Plan, session: Session, folder: Path, result: Settled) -> None:
-    from plait.report import write_report
-
-    result |= {"headline": write_report(folder, plan, session)}
-
-
-def all_scores(plan: Plan) -> list[Score]:
-    """Every row of every scores folder of a plan that is finished."""
-    return [row for j in plan.jobs if j.stage in (ALONE, SCORES) for row in read_scores(j.path / SCORES_FILE)]
+def _keep(folder: Path, answers: dict[str, Answers]) -> None:
+    write_tensors(folder / ANSWERS_FILE, {k: torch.from_numpy(v) for k, v in answers.items()})

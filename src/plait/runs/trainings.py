@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from plait.adapters.lora import Adapter
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
+from plait.runs.layout import Layout, cost
+from plait.runs.reporting import Report
 from plait.runs.sources import adapters_of, diverged, merged_of, statistics_of
-from plait.runs.units import DIVERGED, MERGE, REPAIR, Layout, Unit
+from plait.runs.units import DIVERGED, MERGE, REPAIR, Unit
 from plait.runs.waves import sweep_units
 from plait.statistics import Statistics
 from plait.subspaces.start import InitialSettings, completion_note, initial_adapters
-from plait.training import Member, train_fleet
+from plait.training import Member, train_fleet, train_member
 from plait.training.peft_model import TASK_TYPES
 
-Told = Callable[[str], None]
 
-
-def train(units: Sequence[Unit], layout: Layout, tell: Told = lambda text: None) -> None:
-    """Train the adapters of several units together; members that are done already are left alone.
+def train(units: Sequence[Unit], layout: Layout, report: Report) -> None:
+    """Train the adapters of several units; those that are done already are left alone.
 
     Where a loss of the sweep leaves the numbers, that is what the sweep asked of its rate: the adapter's folder says so, and
     counts as done; so do its scores. To have it tried again, remove both.
+
+    Args:
+        units: Trainings and repairs.
+        layout: Where they lie.
+        report: Hears what begins and how far it is.
 
     Raises:
         Diverged: A loss that is not of the sweep left the numbers: what is to be reported is missing.
@@ -38,22 +43,39 @@ def train(units: Sequence[Unit], layout: Layout, tell: Told = lambda text: None)
     for unit in sorted(units, key=alike):
         here = layout.of(unit)
         members += _repairs(unit, here) if unit.stage == REPAIR else _members(unit, here)
-    rows = {f"{m.initial.name}, seed {m.seed}": m.initial.source.get("completed") for m in members}
-    for name, found in rows.items():
-        if found:
-            tell(f"warning: {completion_note(name, found)}")
+    for name, rows in {f"{m.initial.name}, seed {m.seed}": m.initial.source.get("completed") for m in members}.items():
+        if rows:
+            report.note(f"warning: {completion_note(name, rows)}")
     members = [m for m in members if not diverged(m.out)]
-    tell(f"{len(members)} adapters are ready to be trained")
     try:
-        train_fleet(members, layout.session.base)
+        _train(members, layout, report, sum(cost(u, layout) for u in units), len(units))
     except Diverged as e:
         swept = {layout.path(u) for u in sweep_units(layout)}
         lost = [m for m in members if str(m.out) in e.lost]
         for m in (m for m in lost if m.out.parent in swept):
             with staged_folder(m.out, m.identity, result={DIVERGED: e.lost[str(m.out)]}):
-                tell(f"diverged: {m.task.name}, lr {m.settings.lr:g}: {e.lost[str(m.out)]}")
-        if any(m.out.parent not in swept for m in lost):
+                report.note(f"diverged: {m.task.name}, lr {m.settings.lr:g}: {e.lost[str(m.out)]}")
+        if not lost or any(m.out.parent not in swept for m in lost):
             raise
+
+
+def _train(members: Sequence[Member], layout: Layout, report: Report, cost: float, units: int) -> None:
+    """Train members as a fleet, or one by one where they stand on their own and no fleet is wanted."""
+    if layout.overwrite:  # of these, what matches is kept, as everywhere
+        todo = [m for m in members if not layout.is_whole(m.out, m.identity)]
+        ties = {m.settings.tied for m in todo} - {None}
+        members = [m for m in members if m.settings.tied in ties or any(m is one for one in todo)]
+    if layout.trains_together or any(m.settings.tied for m in members):
+        report.begin(f"training {len(members)} adapters together", cost, units)
+        train_fleet(members, layout.session.base, overwrite=layout.overwrite, progress=report.within)
+        return
+    for i, member in enumerate(members):
+        if not layout.is_whole(member.out, member.identity):
+            label = f"train {'/'.join(member.out.parts[-3:])}"
+            report.begin(
+                label, cost / len(members), int((i + 1) * units / len(members)) - int(i * units / len(members))
+            )
+            train_member(member, layout.session.base, overwrite=layout.overwrite, progress=report.within)
 
 
 def _members(unit: Unit, layout: Layout) -> list[Member]:
@@ -72,7 +94,15 @@ def _member(
     session = layout.session
     out, wanted = layout.path(unit) / task, layout.wanted(unit, task)
     return Member(
-        initial, session.tasks[task], session.training(task, unit.seed), settings, unit.seed, out, wanted, statistics
+        initial,
+        session.tasks[task],
+        session.training(task, unit.seed),
+        settings,
+        unit.seed,
+        out,
+        wanted,
+        statistics,
+        session.selection(task, unit.seed) if settings.evaluate_every else None,
     )
 
 
@@ -80,16 +110,16 @@ def _initial(
     unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
 ) -> dict[str, Adapter]:
     """Initial adapters of an arm and seed; arms that differ in training alone, and all rates, share them."""
-    arm = layout.study.arm(unit.arm)
+    arm = layout.recipe.arm(unit.arm)
     start = [str(getattr(arm, k)) for k in ("method", "row_norm", "options", "rank", "known", "background", "joint")]
-    key = (layout.path(layout.statistics_unit(unit)), unit.seed, *start, str(layout.study.lora))
+    key = (layout.path(layout.statistics_unit(unit)), unit.seed, *start, str(layout.recipe.lora))
     return layout.cached(key, lambda: _made(unit, layout, statistics, background))
 
 
 def _made(
     unit: Unit, layout: Layout, statistics: dict[str, Statistics], background: list[Statistics]
 ) -> dict[str, Adapter]:
-    arm, recipe = layout.study.arm(unit.arm), layout.study
+    arm, recipe = layout.recipe.arm(unit.arm), layout.recipe
     rank = arm.rank or recipe.lora.rank
     settings = InitialSettings(
         arm.method,
@@ -119,12 +149,12 @@ def _made(
 
 def _repairs(unit: Unit, layout: Layout) -> list[Member]:
     """A merge, with every task's head, trained on all tasks together: the factors tied, the heads apart."""
-    repair = layout.study.repair
+    repair = layout.recipe.repair
     settings = replace(
         layout.settings(unit), steps=repair.steps if repair else 0, epochs=None, snapshots=(), constraint="free"
     )
     settings = replace(settings, constraint_options={}, tied=layout.key(unit))
-    merged = merged_of(replace(unit, stage=MERGE), layout)
+    merged = merged_of(replace(unit, stage=MERGE), layout).adapter
     modules = {m: replace(f, B=f.B * (f.scaling * unit.scale), scaling=1.0) for m, f in merged.modules.items()}
     start = replace(merged, modules=modules)
     heads = {t: a.heads.get(t, {}) for t, a in adapters_of(replace(unit, stage=MERGE), layout).items()}

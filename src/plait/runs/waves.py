@@ -1,4 +1,9 @@
-"""The order of a study: waves of units, each needing only what earlier waves have left on disk."""
+"""The order of a recipe: waves of units, each needing only what earlier waves have left on disk.
+
+Every arm first settles on a learning rate and a moment of its training: a plain recipe names them, a tuned one (a study) sweeps rates
+on rows of their own and takes what its merges like best. Then follow the trainings and scores that are reported, at all seeds; the
+ablations, at the rates of the arms they vary; and what is measured beside them, such as a merge that is trained further.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +15,10 @@ import numpy as np
 
 from plait.disk.store import read_manifest
 from plait.errors import RunError
-from plait.runs.recipe import PLAIN_ARMS
-from plait.runs.study_spec import StudyArm
-from plait.runs.units import (
-    ALONE,
-    DIVERGED,
-    FEATURES,
-    FOLDS,
-    MERGE,
-    REPAIR,
-    REPAIRED,
-    TRAIN,
-    TUNING,
-    Layout,
-    Unit,
-    pending,
-)
+from plait.evaluation.splits import HALVES
+from plait.runs.layout import Layout, pending
+from plait.runs.sections import ArmSpec
+from plait.runs.units import ALONE, DIVERGED, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, TRAIN, TUNING, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,45 +31,49 @@ class Choice:
 
 def next_wave(layout: Layout) -> tuple[str, list[Unit]]:
     """The first wave with units that are not done, and those units; ("", []) where everything is done."""
-    for name, units in _waves(layout):
+    for name, units in waves(layout):
         if todo := pending(layout, units):
             return name, todo
     return "", []
 
 
 def all_units(layout: Layout) -> list[Unit]:
-    """Every unit of a finished study. Statistics and adapters may be gone, and what only the predictors read may be missing.
+    """Every unit of a finished recipe. Statistics and adapters may be gone, and what only the predictors read may be missing.
 
     Raises:
         RunError: It is not finished.
     """
     found: list[Unit] = []
-    for name, units in _waves(layout):
+    for name, units in waves(layout):
         if todo := [u for u in pending(layout, units) if u.stage in (ALONE, MERGE, REPAIRED)]:
-            text = f"the study is not finished: {len(todo)} units of wave {name!r} are open"
+            text = f"the run is not finished: {len(todo)} units of wave {name!r} are open"
             raise RunError(text, where=str(layout.out))
         found += units
     return found
 
 
-def _waves(layout: Layout) -> Iterator[tuple[str, list[Unit]]]:
+def waves(layout: Layout) -> Iterator[tuple[str, list[Unit]]]:
     """Waves in order; a wave is worked out only once the ones before it are done.
 
-    Statistics and adapters are made for what is still open: once everything that reads them is scored they may be deleted.
+    A study makes statistics and adapters for what is still open: once everything that reads them is scored they may be deleted.
+    Those of a plain recipe are results like all others.
     """
-    swept = {t: tuning_scores(layout, t) for t in sweep_units(layout)}
-    needed = _read_by(layout, swept)
-    yield "statistics of the sweep", _statistics(layout, needed)
-    yield "training of the sweep", needed
-    yield "scores of the sweep", [u for scores in swept.values() for u in scores]
+    if layout.recipe.tuned:
+        swept = {t: tuning_scores(layout, t) for t in sweep_units(layout)}
+        needed = _read_by(layout, swept)
+        yield "statistics of the sweep", _statistics(layout, needed)
+        yield "training of the sweep", needed
+        yield "scores of the sweep", [u for scores in swept.values() for u in scores]
     final = {t: fold_scores(layout, t) for t in final_units(layout)}
     repaired = {u: replace(u, stage=REPAIRED, split=FOLDS) for u in repair_units(layout)}
     starts = {replace(u, stage=TRAIN, merge="", scale=0.0): [r] for u, r in repaired.items()}
-    needed = _read_by(layout, {t: [*scores, *starts.get(t, [])] for t, scores in final.items()})
+    needed = list(final)
+    if layout.recipe.tuned:
+        needed = _read_by(layout, {t: [*scores, *starts.get(t, [])] for t, scores in final.items()})
     yield "statistics", _statistics(layout, needed)
     yield "training", list(dict.fromkeys(layout.of(u).trained_by(u) for u in needed))
     yield "scores", [u for scores in final.values() for u in scores]
-    yield "repair", _read_by(layout, {u: [r] for u, r in repaired.items()})
+    yield "repair", _read_by(layout, {u: [r] for u, r in repaired.items()}) if layout.recipe.tuned else list(repaired)
     yield "scores of the repaired", list(repaired.values())
 
 
@@ -98,15 +95,15 @@ def _statistics(layout: Layout, units: Sequence[Unit]) -> list[Unit]:
 
 
 def sweep_units(layout: Layout) -> list[Unit]:
-    """One training per arm and rate, at the tuning seed."""
-    study = layout.study
-    arms = [a for a in study.study_arms if a.like is None]
-    return [Unit(TRAIN, study.tuning_seed, a.name, rate) for a in arms for rate in a.rates or study.rates]
+    """One training per arm and rate, at the tuning seed; none where rates are not tuned."""
+    recipe = layout.recipe
+    arms = [a for a in recipe.arm_specs if a.like is None]
+    return [Unit(TRAIN, recipe.tuning_seed, a.name, rate) for a in arms for rate in a.rates or recipe.rates or ()]
 
 
 def tuning_scores(layout: Layout, trained: Unit) -> list[Unit]:
     """Every moment of a training, alone and merged, on the tuning rows."""
-    _study, arm = layout.study, layout.study.arm(trained.arm)
+    arm = layout.recipe.arm(trained.arm)
     found = []
     for step in layout.moments(arm):
         alone = replace(trained, stage=ALONE, step=step, split=TUNING)
@@ -118,7 +115,7 @@ def tuning_scores(layout: Layout, trained: Unit) -> list[Unit]:
 
 def tuning_merges(layout: Layout) -> list[str]:
     """Merges by the best of which an arm's rate is chosen."""
-    return layout.study.tuning_merges or [m.name for m in layout.study.merge_specs]
+    return layout.recipe.tuning_merges or [m.name for m in layout.recipe.merge_specs]
 
 
 def result(layout: Layout, unit: Unit) -> dict[str, Any]:
@@ -132,7 +129,7 @@ def result(layout: Layout, unit: Unit) -> dict[str, Any]:
     return here.known["result", unit]  # type: ignore[no-any-return]
 
 
-def swept(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
+def swept(layout: Layout, arm: ArmSpec) -> list[dict[str, Any]]:
     """What the sweep saw of an arm: rate, step, alone, delta norm, score and scale of each merge; percent.
 
     Of a training that diverged, of which no moment counts: None and nothing merged, and under `diverged` what happened.
@@ -164,7 +161,7 @@ def swept(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
     return rows
 
 
-def learned(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
+def learned(layout: Layout, arm: ArmSpec) -> list[dict[str, Any]]:
     """What the sweep saw of an arm, without rates that diverged: what may be chosen.
 
     Raises:
@@ -176,28 +173,46 @@ def learned(layout: Layout, arm: StudyArm) -> list[dict[str, Any]]:
     return rows
 
 
-def chosen(layout: Layout, arm: StudyArm) -> Choice:
+def chosen(layout: Layout, arm: ArmSpec) -> Choice:
     """The rate and moment of an arm: those with the best merge on the tuning rows; for a joint arm the best alone.
 
     Of an arm that is like another, the other's; of one that is a moment of another, that moment.
     """
     if arm.like is not None:
-        found = chosen(layout, layout.study.arm(arm.like))
+        found = chosen(layout, layout.recipe.arm(arm.like))
         return Choice(found.rate, arm.snapshot or found.step)
+    if not layout.recipe.tuned:
+        return Choice(layout.recipe.training_of(arm).lr, 0)
     rows = learned(layout, arm)
     best = max(rows, key=lambda r: r["alone"] if arm.joint else max(r["merged"].values()))
     return Choice(best["lr"], best["step"])
 
 
-def chosen_alone(layout: Layout, arm: StudyArm) -> Choice:
+def chosen_alone(layout: Layout, arm: ArmSpec) -> Choice:
     """The rate and moment at which an arm's adapters are best alone."""
+    if not layout.recipe.tuned:
+        return chosen(layout, arm)
     best = max(learned(layout, arm), key=lambda r: r["alone"])
     return Choice(best["lr"], best["step"])
 
 
-def plain_arms(layout: Layout) -> list[StudyArm]:
+def alone_level(layout: Layout, arm: ArmSpec) -> float:
+    """How well an arm's adapters do alone, percent: in the sweep, or, of a plain recipe, in what is reported.
+
+    By it the arm is chosen that others are measured by; reported rows can only flatter that one.
+    """
+    if layout.recipe.tuned:
+        return max(float(r["alone"]) for r in learned(layout, arm))
+    choice = chosen(layout, arm)
+    seeds = arm.seeds or layout.recipe.seeds
+    units = [Unit(ALONE, s, arm.name, choice.rate, choice.step, split=FOLDS) for s in seeds]
+    halves = [result(layout, u)[half]["alone"] for u in units for half in HALVES]
+    return float(np.mean([np.mean(list(scores.values())) for scores in halves]))
+
+
+def plain_arms(layout: Layout) -> list[ArmSpec]:
     """The arms that people without plait use."""
-    return [a for a in layout.study.study_arms if a.name in PLAIN_ARMS]
+    return [a for a in layout.recipe.arm_specs if a.is_plain]
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
@@ -205,43 +220,49 @@ def plain_arms(layout: Layout) -> list[StudyArm]:
 
 def final_units(layout: Layout) -> list[Unit]:
     """Trainings that are reported: each arm at its choice, plain arms also at their best alone, and the variants'."""
-    study = layout.study
+    recipe = layout.recipe
     found = []
-    for arm in study.study_arms:
+    for arm in recipe.arm_specs:
         choices = [chosen(layout, arm)] + ([chosen_alone(layout, arm)] if arm in plain_arms(layout) else [])
         for choice in dict.fromkeys(choices):
-            found += [Unit(TRAIN, s, arm.name, choice.rate, choice.step) for s in arm.seeds or study.seeds]
-    for variant in study.variants:
+            found += [Unit(TRAIN, s, arm.name, choice.rate, choice.step) for s in arm.seeds or recipe.seeds]
+    for variant in recipe.variants:
         for name in variant.arms:
-            choice = chosen(layout, study.arm(name))
-            seeds = variant.seeds or study.seeds[:1]
+            choice = chosen(layout, recipe.arm(name))
+            seeds = variant.seeds or recipe.seeds[:1]
             found += [Unit(TRAIN, s, name, choice.rate, choice.step, variant=variant.name) for s in seeds]
     return found
 
 
 def fold_scores(layout: Layout, trained: Unit) -> list[Unit]:
     """Everything that is scored of a reported training."""
-    study = layout.of(trained).study
-    arm = study.arm(trained.arm)
+    recipe = layout.of(trained).recipe
+    arm = recipe.arm(trained.arm)
     alone = replace(trained, stage=ALONE, split=FOLDS)
     if arm.joint:
         return [alone]
-    best = chosen(layout, layout.study.arm(trained.arm))
-    merges = [replace(alone, stage=MERGE, merge=m.name) for m in study.merge_specs]
+    best = chosen(layout, layout.recipe.arm(trained.arm))
+    merges = [replace(alone, stage=MERGE, merge=m.name) for m in recipe.merge_specs]
     reported = (trained.rate, trained.step) == (best.rate, best.step)
-    return [alone, *(merges if reported else []), *([] if trained.variant else [replace(alone, stage=FEATURES)])]
+    return [
+        alone,
+        *(merges if reported else []),
+        *([replace(alone, stage=FEATURES)] if not trained.variant and len(recipe.tasks) > 1 else []),
+    ]
 
 
 def repair_units(layout: Layout) -> list[Unit]:
     """Merges that are trained further; their scale is the sweep's, so that no reported row has a say in it."""
-    repair = layout.study.repair
+    repair = layout.recipe.repair
     found = []
     for name in repair.arms if repair else []:
-        arm = layout.study.arm(name)
+        arm = layout.recipe.arm(name)
         choice = chosen(layout, arm)
-        row = next(r for r in swept(layout, arm) if (r["lr"], r["step"]) == (choice.rate, choice.step))
-        scale = row["scale"][repair.merge] if repair else 1.0
-        for seed in arm.seeds or layout.study.seeds:
+        scale = 1.0  # a plain recipe has no rows to choose it by
+        if repair and layout.recipe.tuned:
+            row = next(r for r in swept(layout, arm) if (r["lr"], r["step"]) == (choice.rate, choice.step))
+            scale = row["scale"][repair.merge]
+        for seed in arm.seeds or layout.recipe.seeds:
             found.append(
                 Unit(REPAIR, seed, name, choice.rate, choice.step, repair.merge if repair else "", scale=scale)
             )

@@ -14,14 +14,14 @@ from plait.errors import InputError, UsageError
 from plait.model.applied import applied, in_backbone
 from plait.model.base import load_head
 from plait.model.identity import base_facts
-from plait.runs.recipe import Recipe
+from plait.runs.recipe import Settings
 from plait.runs.session import Session
 from plait.statistics.fisher import collect_fisher, is_fisher, write_fisher
 from plait.tasks import batches, encode, require_positions, to_device
 
 
 def fisher_of_folder(
-    recipe: Recipe,
+    settings: Settings,
     folder: str,
     task: str,
     out: Path,
@@ -33,7 +33,7 @@ def fisher_of_folder(
     """Collect the Fisher diagonal of one adapter on training rows of its task, and write it.
 
     Args:
-        recipe: Base, data, tasks; `statistics.samples` rows are looked at.
+        settings: Base, data, tasks; `statistics.samples` rows are looked at.
         folder: The trained adapter, with its head, ``DIR`` or ``NAME=DIR``.
         task: Which of the recipe's tasks.
         out: The file, ``TASK.fisher.safetensors``.
@@ -55,7 +55,7 @@ def fisher_of_folder(
     from plait.runs.recipe_file import require_known
 
     require_apart(out, [folder if Path(folder).exists() else folder.partition("=")[2]])
-    session = Session(recipe)
+    session = Session(settings)
     require_known(task, list(session.tasks), "task")
     kind = session.tasks[task].kind
     if kind not in ("classification", "causal"):
@@ -67,10 +67,10 @@ def fisher_of_folder(
     evaluator = session.evaluator
     model = evaluator.task_model(task)
     adapter = _ready(given, model, task, kind)
-    rows = encode(evaluator.tokenizer, session.tasks[task], session.sample(task, seed), recipe.data.max_length)
+    rows = encode(evaluator.tokenizer, session.tasks[task], session.sample(task, seed), settings.data.max_length)
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task}")
     device = session.base.torch_device
-    parts = (to_device(b, device) for b in batches(evaluator.tokenizer, rows, recipe.statistics.batch_size))
+    parts = (to_device(b, device) for b in batches(evaluator.tokenizer, rows, settings.statistics.batch_size))
     with applied(model, adapter):
         found = collect_fisher(
             model, parts, list(adapter.modules), labels=labels, generator=torch.Generator().manual_seed(seed)

@@ -14,8 +14,9 @@ from plait.disk.store import identity, read_manifest, sha256_file
 from plait.errors import UsageError
 from plait.model.ranks import is_writer, world_size
 from plait.progress import Progress
-from plait.runs.recipe import ArmSpec, Recipe
+from plait.runs.recipe import Settings, at_each_rate
 from plait.runs.recipe_file import require_known
+from plait.runs.sections import ArmSpec
 from plait.runs.session import Session
 from plait.statistics.lazy import task_recorded
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train_one(
-    recipe: Recipe,
+    settings: Settings,
     initial: Path,
     task: str,
     out: Path,
@@ -38,7 +39,7 @@ def train_one(
     """Fine-tune one adapter folder on one task of a recipe; under torchrun, in all of its processes together.
 
     Args:
-        recipe: Base, data, tasks and the training's settings.
+        settings: Base, data, tasks and the training's settings.
         initial: The folder to start from.
         task: Which of the recipe's tasks.
         out: The folder to write.
@@ -53,12 +54,12 @@ def train_one(
         output, task, constraint, and the result that the adapter's manifest holds; empty in every process but torchrun's
         first.
     """
-    from plait.training import train_adapter
+    from plait.training import train_member
 
-    recipe = _with_constraint(recipe, statistics)
-    session = Session(recipe)
+    settings = _with_constraint(settings, statistics)
+    session = Session(settings)
     require_known(task, list(session.tasks), "task")
-    arms = _first_arm(recipe)
+    arms = _rates(settings)
     if len(arms) > 1:
         raise UsageError(
             f"{len(arms)} learning rates for one adapter", where="training.lr", hint="one rate, or --fleet"
@@ -66,19 +67,11 @@ def train_one(
     m = _member(session, initial, task, out, arms[0], seed, _open(statistics))
     progress = Progress(1.0, 1, quiet or not is_writer())
     progress.start(f"train {task}", 1.0)
-    train_adapter(
-        m.initial,
-        m.task,
-        m.examples,
+    train_member(
+        m,
         session.base,
-        m.settings,
-        seed=seed,
-        out=out,
-        identity=m.identity,
         overwrite=overwrite,
         progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
-        statistics=m.statistics,
-        selection=m.selection,
     )
     progress.close(f"trained {task}")
     if not is_writer():
@@ -88,7 +81,7 @@ def train_one(
 
 
 def train_many(
-    recipe: Recipe,
+    settings: Settings,
     folders: Sequence[str],
     task: str,
     out: Path,
@@ -101,7 +94,7 @@ def train_many(
     """Fine-tune many adapter folders of one base as a fleet: each ends as `train_one` would have left it, to rounding.
 
     Args:
-        recipe: Base, data, tasks and the training's settings; a list of learning rates trains every adapter at each.
+        settings: Base, data, tasks and the training's settings; a list of learning rates trains every adapter at each.
         folders: ``DIR`` or ``NAME=DIR``; the name is the adapter's folder in `out`, and its task unless one is given.
         task: The task of all of them; "" for each its own.
         out: Holds one folder each, ``NAME`` or ``NAME@lrRATE``.
@@ -120,8 +113,8 @@ def train_many(
 
     if world_size() > 1:
         raise UsageError("a fleet is trained in one process", hint="without torchrun, or without --fleet")
-    recipe, known = _with_constraint(recipe, statistics), _open(statistics)
-    session, arms, members = Session(recipe), _first_arm(recipe), {}
+    settings, known = _with_constraint(settings, statistics), _open(statistics)
+    session, arms, members = Session(settings), _rates(settings), {}
     for given in folders:
         name, equals, place = given.partition("=")
         folder = Path(place if equals else given)
@@ -153,21 +146,19 @@ def train_many(
     return {"output": str(out.absolute()), "adapters": found}
 
 
-def _first_arm(recipe: Recipe) -> list[ArmSpec]:
-    """The recipe's first arm, at each of its learning rates: what single trainings are set by."""
-    first = recipe.arms[0]
-    return recipe.at_each_rate(ArmSpec(name=first) if isinstance(first, str) else first)
+def _rates(settings: Settings) -> list[ArmSpec]:
+    """What single trainings are set by: the recipe's first arm, or the settings alone, at each learning rate."""
+    return at_each_rate(settings, settings.first_arm or ArmSpec(name="adapter"))
 
 
-def _with_constraint(recipe: Recipe, statistics: Sequence[Path]) -> Recipe:
-    """The recipe, with the constraint that statistics are given for where it names none."""
+def _with_constraint(settings: Settings, statistics: Sequence[Path]) -> Settings:
+    """The settings, with the constraint that statistics are given for where they name none."""
     from plait.training.settings import WITH_STATISTICS
 
-    first = recipe.arms[0]
-    said = recipe.training if isinstance(first, str) else {**recipe.training, **first.training}
-    if not statistics or "constraint" in said:
-        return recipe
-    return recipe.model_copy(update={"training": {**recipe.training, "constraint": WITH_STATISTICS}})
+    named = {**settings.training, **(settings.first_arm.training if settings.first_arm else {})}
+    if not statistics or "constraint" in named:
+        return settings
+    return settings.model_copy(update={"training": {**settings.training, "constraint": WITH_STATISTICS}})
 
 
 def _open(files: Sequence[Path]) -> tuple[dict[str, Statistics] | None, dict[str, str]]:

@@ -1,9 +1,8 @@
-"""Single stages for people at a prompt: what `stats` and `eval` do with paths and a recipe's settings."""
+"""Scoring adapter folders on the tasks whose heads they carry."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +12,14 @@ from plait.disk.store import staged_file
 from plait.errors import UsageError
 from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, are_scores, mean_score, write_scores
-from plait.model.ranks import is_writer
-from plait.runs.recipe import Recipe
+from plait.runs.recipe import Settings
 from plait.runs.recipe_file import require_known
 from plait.runs.session import Session
 from plait.tasks.task import TEXT_KINDS, require_same_classes
 
 
-def collect_one(recipe: Recipe, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
-    """Statistics of one task of a recipe, written to a file; under torchrun, by all of its processes together.
-
-    Returns:
-        output, task, samples, tokens, sites; memory: what a budget chose, else None. Empty in every process but
-        torchrun's first.
-    """
-    from plait.runs.jobs import STATISTICS, plan
-    from plait.runs.pipeline import finished
-    from plait.runs.stages import run_job
-    from plait.statistics import open_statistics
-
-    require_known(task, [t if isinstance(t, str) else t.name for t in recipe.tasks], "task")
-    session = Session(recipe.model_copy(update={"seeds": [seed]}))
-    whole = plan(session, out.parent)
-    job = replace(next(j for j in whole.of(STATISTICS) if j.task == task), path=out)
-    reused = finished(job, overwrite=overwrite)
-    if not reused:
-        run_job(job, whole, session, overwrite=overwrite)
-    if not is_writer():
-        return {}
-    found = open_statistics(out)
-    tokens = found.provenance.get("tokens")
-    samples = found.provenance.get("samples")
-    return {
-        "output": str(out.absolute()),
-        "task": task,
-        "samples": samples,
-        "tokens": tokens,
-        "sites": len(found.sites),
-        "memory": found.provenance.get("memory"),
-        "reused": reused,
-    }
-
-
 def evaluate_folders(
-    recipe: Recipe,
+    settings: Settings,
     folders: Sequence[str],
     *,
     scales: Sequence[float] | None,
@@ -67,7 +30,7 @@ def evaluate_folders(
     """Score adapter folders on the tasks whose heads they carry.
 
     Args:
-        recipe: Base, data and tasks.
+        settings: Base, data and tasks.
         folders: ``DIR`` or ``NAME=DIR``.
         scales: With a grid, the best scale is chosen on one half of the validation rows and scores are of the other half;
             without, scale 1 on all rows.
@@ -82,10 +45,10 @@ def evaluate_folders(
     from plait.merging.folders import read_named
 
     if task:
-        named = {t if isinstance(t, str) else t.name: t for t in recipe.tasks}
+        named = dict(zip(settings.task_names, settings.tasks, strict=True))
         require_known(task, list(named), "task")
-        recipe = recipe.model_copy(update={"tasks": [named[task]]})
-    session = Session(recipe)
+        settings = settings.model_copy(update={"tasks": [named[task]]})
+    session = Session(settings)
     found, rows = [], []
     if out is not None:
         require_apart(out, [f if Path(f).exists() else f.partition("=")[2] for f in folders])

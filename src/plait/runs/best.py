@@ -1,0 +1,83 @@
+"""The best merge of a finished run, as one adapter folder that is ready for use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.disk.store import identity, read_manifest, staged_folder
+from plait.evaluation.splits import HALVES
+from plait.runs.folder import PRODUCTS
+from plait.runs.layout import Layout
+from plait.runs.sources import merged_of
+from plait.runs.units import FOLDS, MERGE, TRAIN, Unit
+from plait.runs.waves import final_units, result
+
+BEST = PRODUCTS[0]
+CARRIED = ("method", "options", "weights", "tasks", "backbone_prefix")  # of a merge's record: `plait edit` reads them
+
+
+def best_place(layout: Layout) -> Path:
+    """The folder that `write_best` writes."""
+    return layout.out / BEST
+
+
+def write_best(layout: Layout) -> Path | None:
+    """Write the merge that scores best on the rows its scale is chosen from, scaled, with every task's head.
+
+    Returns:
+        Its folder; None where the adapters it is made of are gone, as in an archive, or no merge was scored.
+    """
+    scored = best_units(layout)
+    if not scored:
+        return None
+    unit = max(scored, key=lambda u: np.mean([half["selected"] for half in result(layout, u)["halves"].values()]))
+    made = {str(layout.path(u).relative_to(layout.out)): layout.key(u) for u in scored}
+    wanted, out = identity(BEST, {"name": layout.recipe.name}, made, unit.seed), best_place(layout)
+    if layout.is_current(out, wanted):
+        return out
+    if not layout.done(replace(layout.trained_by(unit), stage=TRAIN)):
+        return None
+    adapter, record = _merge(layout, unit)
+    scale = shipped_scale(result(layout, unit)["grid"])
+    modules = {m: LoraFactors(f.A, f.B * (f.scaling * scale), 1.0, f.kind) for m, f in adapter.modules.items()}
+    kept: dict[str, Any] = {k: record[k] for k in CARRIED if k in record}
+    kept |= {"arm": unit.arm, "merge": unit.merge, "seed": unit.seed, "scale": scale}
+    with staged_folder(out, wanted, overwrite=True, result=kept, unit=True) as folder:
+        write_adapter(folder, replace(adapter, name=layout.recipe.name, modules=modules))
+    return out
+
+
+def best_units(layout: Layout) -> list[Unit]:
+    """The merges among which the best is sought: all that are reported of the recipe itself."""
+    units = [u for u in final_units(layout) if not u.variant and not layout.recipe.arm(u.arm).joint]
+    merges = [replace(u, stage=MERGE, split=FOLDS, merge=m.name) for u in units for m in layout.recipe.merge_specs]
+    return [u for u in merges if layout.done(u)]
+
+
+def _merge(layout: Layout, unit: Unit) -> tuple[Adapter, Mapping[str, Any]]:
+    """A scored merge at scale 1, and its record: read where it was kept."""
+    path = layout.path(unit)
+    if not layout.recipe.tuned:
+        return read_adapter(path), (read_manifest(path) or {})["result"]
+    merged = merged_of(unit, layout)
+    return merged.adapter, merged.record
+
+
+def shipped_scale(grid: list[dict[str, Any]]) -> float:
+    """The scale that is best on both halves together: the one to use where no half has to be kept apart.
+
+    Args:
+        grid: Of a scored merge: a list of {scale, part, tasks: {task: score}}.
+    """
+    scores: dict[float, dict[str, float]] = {}
+    for row in grid:
+        scores.setdefault(row["scale"], {})[row["part"]] = float(np.mean(list(row["tasks"].values())))
+    whole = {s: parts for s, parts in scores.items() if set(parts) == set(HALVES)}
+    return max(sorted(whole), key=lambda s: np.mean(list(whole[s].values())))

@@ -1,0 +1,66 @@
+"""What the folder of a run says about itself: its recipe, and what base and data it was run on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plait.disk.store import read_json, staged_file
+from plait.errors import InputError
+from plait.runs.inputs import INPUTS_FILE, inputs_of, keep_inputs, kept_inputs
+from plait.runs.layout import Layout
+from plait.runs.recipe import Recipe
+from plait.runs.recipe_file import apply_overrides, parse_recipe
+
+RECIPE_FILE = "recipe.json"
+PRODUCTS = ("best", "report")  # folders that are made of finished units
+FILES = (RECIPE_FILE, "study.json")  # the second is what studies of earlier versions are called
+
+
+def keep(layout: Layout) -> None:
+    """Write the resolved recipe, and what it reads, into its folder: tables need nothing else.
+
+    Cost: hashes the base and the files of the data, and reads the validation rows.
+    """
+    if not keeps(layout.recipe, layout.out):
+        with staged_file(layout.out / RECIPE_FILE, overwrite=True) as stage:
+            stage.write_text(_text(layout.recipe), encoding="utf-8")
+    keep_inputs(inputs_of(layout.session, layout.background), layout.out)
+
+
+def keeps(recipe: Recipe, out: Path) -> bool:
+    """Whether a folder holds this recipe."""
+    path = out / RECIPE_FILE
+    return path.is_file() and path.read_bytes() == _text(recipe).encode()
+
+
+def _text(recipe: Recipe) -> str:
+    return recipe.model_dump_json(indent=1) + "\n"
+
+
+def layout_of_folder(folder: Path, overrides: Sequence[str] = ()) -> Layout:
+    """The layout of a run that lies in a folder, which needs neither the base nor the data.
+
+    Args:
+        folder: Where it was run.
+        overrides: "dotted.key=value" strings that change its recipe.
+
+    Raises:
+        InputError: No run, or one of an earlier version.
+    """
+    path = next((folder / name for name in FILES if (folder / name).is_file()), folder / RECIPE_FILE)
+    raw = read_json(path)
+    if path.name == RECIPE_FILE and not (folder / INPUTS_FILE).is_file():
+        hint = "run the recipe again: what it has still to do differs, and other results stay where they are"
+        raise InputError(
+            "a run that was not begun, or one of an earlier version of plait", where=str(folder), hint=hint
+        )
+    recorded = parse_recipe(raw, str(folder))
+    apply_overrides(raw, overrides)
+    recipe = parse_recipe(raw, str(folder))
+    return Layout(recipe, folder, recorded=kept_inputs(folder, recorded, recipe))
+
+
+def published(place: str | None) -> str | None:
+    """What a base or a folder is called in public: whose folders they lie in is nobody's business, their names may stay."""
+    return f"./{Path(place).name}" if place and place.startswith((".", "/", "~")) else place

@@ -1,0 +1,238 @@
+"""A recipe from its file to its results: wave after wave through an executor, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.disk.locks import locked
+from plait.disk.overwriting import require_replaceable
+from plait.disk.store import staged_file
+from plait.errors import UsageError
+from plait.model.base import emulated
+from plait.progress import Progress, duration
+from plait.runs.best import write_best
+from plait.runs.executors import Executor, InProcess, batch_of, mender
+from plait.runs.folder import PRODUCTS, RECIPE_FILE, keep, keeps
+from plait.runs.journal import noted
+from plait.runs.layout import Layout, cost, pending
+from plait.runs.recipe import Recipe
+from plait.runs.reporting import Report, Shown
+from plait.runs.session import require_one_form
+from plait.runs.units import MERGE, REPAIR, TRAIN, Unit
+from plait.runs.waves import next_wave, waves
+
+BATCHES_PER_SCORER = 4  # for each process that scores: batches take unlike times, and the tail should be short
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How far a run has come.
+
+    Args:
+        finished: Whether nothing is left.
+        wave: The wave that is at work; "" for none.
+        left: How many of its units are not done.
+        done: How many units were done.
+        reused: How many were there already.
+        seconds: What it took.
+    """
+
+    finished: bool
+    wave: str
+    left: int
+    done: int
+    reused: int
+    seconds: float
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    executor: Executor | None = None,
+    layout: Layout | None = None,
+    seconds: float | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Outcome:
+    """Do what a recipe still lacks, and write its best merge as an adapter folder.
+
+    Args:
+        recipe: The recipe.
+        out: Its folder; an unfinished run there is resumed.
+        executor: Where units run; in this process by default.
+        layout: Of the recipe, where the executor has one.
+        seconds: Time after which no unit is begun; the next call resumes the run.
+        overwrite: Redo units whose place holds the result of other settings (results that match are always kept). One that
+            is damaged is done again in any case, with a line on stderr that says so.
+        quiet: No progress on stderr.
+
+    Raises:
+        UsageError: `out` holds results of other settings; nothing was changed.
+        EnvironmentFault: Another process is at work on `out`.
+    """
+    started = time.monotonic()
+    layout = layout or Layout(recipe, out)
+    layout.overwrite = overwrite and not recipe.tuned  # results that are addressed by content never stand in the way
+    executor = executor or InProcess(layout)
+    require_sound(layout)
+    begun = (out / RECIPE_FILE).is_file()
+    if overwrite and not begun:  # nothing in it is known to be ours
+        for place in (*(layout.of(u).path(u) for u in planned(layout)), *(out / name for name in PRODUCTS)):
+            require_replaceable(place)
+    layout.mend = _overlook if begun else None  # a folder that was never begun holds nothing that is ours to mend
+    todo = pending(layout, planned(layout))
+    reused = len(planned(layout)) - len(todo)
+    progress = Progress(sum(cost(u, layout) for u in todo), len(todo), quiet)
+    if todo and (slow := emulated(layout.session.base)):
+        progress.close(slow)
+    report = Shown(progress)
+    layout.mend = layout.mend and mender(report)
+    done = 0
+    if todo or not keeps(recipe, out):
+        device = layout.session.base.torch_device.type
+        names = (type(executor).__name__, executor.workers, executor.scorers)
+        with locked(out), noted(out, device, *names):
+            layout.mend = mender(report)
+            keep(layout)
+            done = _work(layout, executor, report, None if seconds is None else started + seconds)
+            _clear_checkpoints(layout)
+    name, left = next_wave(layout)
+    if not left:
+        write_best(layout)
+    spent = time.monotonic() - started
+    progress.close(f"{done} units done, {reused} reused, {duration(spent)}")
+    return Outcome(not left, name, len(left), done, reused, round(spent, 2))
+
+
+def _work(layout: Layout, executor: Executor, report: Shown, until: float | None) -> int:
+    """Do wave after wave until nothing is left or the time is over; returns how many units were done."""
+    done, clock = 0, None if until is None else time.time() + until - time.monotonic()
+    while until is None or time.monotonic() < until:
+        name, todo = next_wave(layout)
+        if not todo:
+            break
+        if layout.recipe.tuned:  # what later waves hold is only known after this one
+            report.progress = Progress(sum(cost(u, layout) for u in todo), len(todo), report.progress.quiet)
+        batches = [batch_of(layout, part, clock) for part in parts(todo, _batches(todo, executor))]
+        executor.run(batches, report)
+        report.progress.finish()
+        left = len(pending(layout, todo))
+        done += len(todo) - left
+        if left and (until is None or time.monotonic() < until):
+            raise UsageError(f"{left} units of wave {name!r} were not done", where=str(layout.out))
+    return done
+
+
+def _overlook(path: Path, fault: Exception) -> None:
+    """Take a damaged result as missing for now; it is mended once the folder is held."""
+
+
+def planned(layout: Layout) -> list[Unit]:
+    """Units of all waves that can be worked out by now: of a plain recipe all of them."""
+    units: list[Unit] = []
+    for _, wave in waves(layout):
+        units += wave
+        if layout.recipe.tuned and pending(layout, wave):
+            break
+    return list(dict.fromkeys(units))
+
+
+def require_sound(layout: Layout) -> None:
+    """Refuse, before anything is computed, what no run can do.
+
+    Raises:
+        UsageError: Tasks of different forms, or a snapshot after the end of its training.
+    """
+    session, recipe = layout.session, layout.recipe
+    require_one_form(session)
+    for arm in (a for a in recipe.arm_specs if a.snapshot):
+        for task in session.tasks:
+            total = recipe.training_of(arm).total_steps(len(session.training(task, recipe.seeds[0])))
+            if (arm.snapshot or 0) > total:
+                text = f"snapshot after step {arm.snapshot}, and the training has {total}"
+                raise UsageError(text, where=f"task {task}")
+
+
+def describe(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """What `run` would do, without doing it: units by stage, what is there already, sizes.
+
+    Cost: hashes the data and the base once.
+    """
+    layout = Layout(recipe, out, mend=_overlook, overwrite=True)
+    require_sound(layout)
+    units = planned(layout)
+    todo = set(pending(layout, units))
+    stages: dict[str, dict[str, int]] = {}
+    for unit in units:
+        row = stages.setdefault(unit.stage, {"units": 0, "reused": 0})
+        row["units"] += 1
+        row["reused"] += unit not in todo
+    trained = sum(len(layout.of(u).session.tasks) for u in units if u.stage == TRAIN)
+    return {
+        "out": str(out),
+        "tuned": recipe.tuned,
+        "stages": stages,
+        "adapters": trained,
+        "rows": {t: {"validation": len(layout.session.validation(t))} for t in layout.session.tasks},
+        "forward_rows": round(sum(cost(u, layout) for u in todo)),
+    }
+
+
+def write_jobs(recipe: Recipe, out: Path, to: Path, workers: int) -> dict[str, Any]:
+    """Write the open units of the next wave as job files for `plait job run`, one per worker.
+
+    Returns:
+        `wave` and the paths of the `jobs`; none where the run is finished. The next wave's exist once these are done.
+    """
+    layout = Layout(recipe, out, mend=mender(Report()))
+    require_sound(layout)
+    keep(layout)
+    name, todo = next_wave(layout)
+    made = []
+    for i, part in enumerate(parts(todo, workers) if todo else []):
+        path = to / f"job-{i:03d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(path, overwrite=True) as stage:
+            stage.write_text(json.dumps(batch_of(layout, part)), encoding="utf-8")
+        made.append(str(path))
+    return {"wave": name, "jobs": made}
+
+
+def parts(units: Sequence[Unit], workers: int) -> list[list[Unit]]:
+    """Units in batches for the workers, about equal: what concerns one seed, and one training, stays together."""
+    groups: dict[Any, list[Unit]] = {}
+    for u in sorted(units, key=lambda u: (u.variant, u.seed)):
+        key = u if u.stage in (TRAIN, REPAIR) else (u.variant, u.arm, u.rate, u.step, u.seed)
+        groups.setdefault(key, []).append(u)
+    share = _weight(units) / min(workers, len(groups))
+    dealt: list[list[Unit]] = [[]]
+    for group in groups.values():
+        if dealt[-1] and sum(_weight(p) for p in dealt) + _weight(group) / 2 > share * len(dealt):
+            dealt.append([])
+        dealt[-1] += group
+    return dealt
+
+
+def _batches(units: Sequence[Unit], executor: Executor) -> int:
+    """How many batches: a fleet is best whole, so one for each worker; of scores several for each, for a short tail."""
+    return executor.workers if units[0].stage in (TRAIN, REPAIR) else BATCHES_PER_SCORER * executor.scorers
+
+
+def _weight(units: Sequence[Unit]) -> int:
+    return sum(4 if u.stage == MERGE else 1 for u in units)
+
+
+def _clear_checkpoints(layout: Layout) -> None:
+    """Remove what a run killed between an adapter's rename and the removal of its checkpoints has left."""
+    from plait.training.checkpoints import checkpoint_root
+
+    for unit in (u for u in planned(layout) if u.stage == TRAIN and layout.done(u)):
+        for task in layout.of(unit).tasks:
+            shutil.rmtree(checkpoint_root(layout.of(unit).path(unit) / task), ignore_errors=True)

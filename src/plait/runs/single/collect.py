@@ -1,0 +1,66 @@
+"""Statistics of one task, to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plait.disk.overwriting import require_replaceable_file
+from plait.disk.store import identity
+from plait.errors import InputError, UsageError
+from plait.model.ranks import is_writer
+from plait.options import require_known
+from plait.runs.collecting import collect_file, is_collected
+from plait.runs.recipe import Settings
+from plait.runs.session import Session
+from plait.statistics import open_statistics
+from plait.statistics.files import is_statistics
+
+
+def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
+    """Statistics of one task, written to a file; under torchrun, by all of its processes together.
+
+    Returns:
+        output, task, samples, tokens, sites; memory: what a budget chose, else None. Empty in every process but
+        torchrun's first.
+    """
+    require_known(task, settings.task_names, "task")
+    session = Session(settings)
+    wanted = identity("statistics", _measured(session, task), seed=seed)
+    if overwrite:
+        require_replaceable_file(out, is_statistics)
+    try:
+        reused = is_collected(out, wanted)
+    except (UsageError, InputError):  # other settings, or a damaged file
+        if not overwrite:
+            raise
+        reused = False
+    if not reused:
+        collect_file(session, task, out, seed=seed, wanted=wanted, overwrite=overwrite)
+    if not is_writer():
+        return {}
+    statistics = open_statistics(out)
+    return {
+        "output": str(out.absolute()),
+        "task": task,
+        "samples": statistics.provenance.get("samples"),
+        "tokens": statistics.provenance.get("tokens"),
+        "sites": len(statistics.sites),
+        "memory": statistics.provenance.get("memory"),
+        "reused": reused,
+    }
+
+
+def _measured(session: Session, task: str) -> dict[str, Any]:
+    """What the statistics of a task depend on, besides the seed."""
+    settings = session.recipe
+    unset = {"batch_size"} | ({"memory"} if not settings.statistics.memory else set())
+    return {
+        "base": session.base_sha256,
+        "dtype": settings.base.dtype,
+        "data": session.data_identity(task),
+        "targets": settings.adapted.target_modules,
+        **settings.adapted.limits,
+        "max_length": settings.data.max_length,
+        **settings.statistics.model_dump(exclude=unset),
+    }
