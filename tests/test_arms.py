@@ -71,7 +71,7 @@ def test_a_sweep_with_snapshots_walks_the_line(tiny_recipe, tmp_path, fleet):
     recipe, out = tiny_recipe(**ONE, arms=["contrastive"], training=training, fleet=fleet), tmp_path / "out"
     found = run(recipe, out, quiet=True)
     assert list(found["merged"]) == names(recipe)
-    assert describe(recipe, out)["adapters"] == 4  # two rates, two tasks; snapshots are not trained
+    assert describe(recipe, out).adapters == 4  # two rates, two tasks; snapshots are not trained
     layout, arms = Layout(recipe, out), {a.name: a for a in recipe.arm_specs}
     units = {u.arm: u for u in final_units(layout)}
     a, b = (adapters_of(units[f"contrastive@lr0.1{s}"], layout)["topic"] for s in ("@step2", ""))
@@ -146,7 +146,7 @@ def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
     collect_one(recipe, "topic", statistics, seed=0, overwrite=False)
     initialise_from_files(statistics, [], InitialSettings("kaiming", rank=2), start)
     found = train_one(recipe, start, "topic", tmp_path / "one", seed=0, overwrite=False, quiet=True)
-    assert set(dict(found["selected"]["scores"])) == {2, 4}
+    assert set(dict(found.result["selected"]["scores"])) == {2, 4}
 
 
 def test_the_recipe_of_the_documentation_says_what_its_page_says():

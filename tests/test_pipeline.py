@@ -24,7 +24,7 @@ from plait.runs.folder import keep
 from plait.runs.inputs import INPUTS_FILE
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
-from plait.runs.run import describe
+from plait.runs.run import StageCount, describe
 from plait.runs.stages import ANSWERS_FILE
 from tests.tiny import ARCHITECTURES
 
@@ -145,7 +145,7 @@ def test_changed_settings_raise_and_change_nothing_then_overwrite_redoes_what_di
         run(other, out, quiet=True)
     assert "ties" in str(raised.value.where) and "--overwrite" in str(raised.value.hint)
     assert snapshot(out) == before
-    assert describe(other, out)["stages"]["merge"] == {"units": 2, "reused": 1}
+    assert describe(other, out).stages["merge"] == StageCount(2, reused=1)
     assert snapshot(out) == before
     found = run(other, out, overwrite=True, quiet=True)
     assert found["units"] == 1
@@ -172,7 +172,7 @@ def test_changed_data_is_other_settings(tiny_recipe, tmp_path):
 def test_plan_changes_nothing_and_report_needs_a_finished_run(tiny_recipe, tmp_path):
     recipe, out = tiny_recipe(), tmp_path / "out"
     found = describe(recipe, out)
-    assert not out.exists() and found["adapters"] == 9 and found["stages"]["train"] == {"units": 3, "reused": 0}
+    assert not out.exists() and found.adapters == 9 and found.stages["train"] == StageCount(3, reused=0)
     with pytest.raises(InputError, match="no such file"):
         report_again(out)
     keep(Layout(recipe, out))

@@ -11,6 +11,7 @@ from typing import Any
 
 from plait.errors import InputError, PlaitError
 
+Json = dict[str, Any]  # a JSON object: what stands in a file, or is hashed as an identity
 LARGEST_NUMBER = sys.float_info.max
 LARGEST_INTEGER = (1 << 53) - 1  # the largest that every JSON reader keeps; nothing counted here comes near it
 LONGEST_TEXT = 4096  # as long as a path may be

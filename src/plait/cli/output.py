@@ -11,11 +11,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from plait.border.records import to_json
 from plait.disk.locks import STEPS, shut_from
 from plait.errors import EnvironmentFault, InputError, PlaitError, RunError, UsageError, printable
 
@@ -28,9 +30,10 @@ _TORCH_WRITES = (
 )  # how torch.save says that the disk is full
 
 
-def emit(result: Mapping[str, Any], as_json: bool, text: str) -> None:
-    """Print a result: the object, or the text a person reads."""
+def emit(result: Any, as_json: bool, text: str) -> None:
+    """Print a result, a record or a mapping: as JSON, or the text a person reads."""
     if as_json:
+        result = to_json(result) if is_dataclass(result) else result
         typer.echo(json.dumps(jsonable({"schema": SCHEMA, **result}), allow_nan=False, ensure_ascii=True))
     else:  # names of bases and paths come from elsewhere
         lines = (printable(line, 10 * len(line)) for line in text.split("\n"))  # an escape has at most 10 characters

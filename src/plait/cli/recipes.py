@@ -50,13 +50,13 @@ def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_j
     """Say what run would do: units of work, sizes, what is there already. Changes nothing."""
     from plait.runs.run import describe
 
-    found = describe(read(recipe, sets), out)
-    rows = [[stage, str(n["units"]), str(n["reused"])] for stage, n in found["stages"].items()]
+    forecast = describe(read(recipe, sets), out)
+    rows = [[stage, str(n.units), str(n.reused)] for stage, n in forecast.stages.items()]
     tail = (
-        f"\n{found['adapters']} adapters; {found['forward_rows']:,} rows through the base, training counted 3.5 times"
+        f"\n{forecast.adapters} adapters; {forecast.forward_rows:,} rows through the base, training counted 3.5 times"
     )
-    tail += "\nthe sweep alone: what it chooses decides what follows" if found["tuned"] else ""
-    emit(found, as_json, table(["stage", "units", "reused"], rows) + tail)
+    tail += "\nthe sweep alone: what it chooses decides what follows" if forecast.tuned else ""
+    emit(forecast, as_json, table(["stage", "units", "reused"], rows) + tail)
 
 
 def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None:

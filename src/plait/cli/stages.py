@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plait.border.records import to_json
 from plait.cli.given import without
 from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
 from plait.cli.source import Base, Described, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, settings_from
 from plait.errors import UsageError
+
+if TYPE_CHECKING:
+    from plait.runs.single.evaluate import Evaluated
+    from plait.runs.single.start import Started
 
 Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")]
 Others = Annotated[list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")]
@@ -71,31 +77,31 @@ def init(
 
         require_trainer(trainer, task_type)  # before anything is read
     chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), background_weight, task_type)
-    found = initialise_from_files(
+    started = initialise_from_files(
         own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, device=device,
         overwrite=overwrite, trainer=trainer,
     )  # fmt: skip
-    reused = " (was there already)" if found["reused"] else ""
-    pools = f" and background at weight {found['background_weight']:g}" if "background_weight" in found else ""
-    text = f"{found['task']}: {method} against {', '.join(found['others']) or 'nobody'}{pools} -> {out}{reused}"
-    if found.get("completed"):
-        text += f"\nwarning: {completion_note(found['task'], found['completed'])}"
+    reused = " (was there already)" if started.reused else ""
+    pools = f" and background at weight {started.background_weight:g}" if started.background_weight is not None else ""
+    text = f"{started.task}: {method} against {', '.join(started.others) or 'nobody'}{pools} -> {out}{reused}"
+    if started.completed:
+        text += f"\nwarning: {completion_note(started.task, started.completed)}"
     if trainer is not None:
         from plait.training.snippets import snippet
 
-        found["snippet"] = snippet(trainer, out, own=own, others=[*(others or []), *(more or [])])
-        text += f"\n\n{found['snippet']}"
+        started = replace(started, snippet=snippet(trainer, out, own=own, others=[*(others or []), *(more or [])]))
+        text += f"\n\n{started.snippet}"
     else:
-        text += f"\n\n{_next_step(found, out, [own, *(others or []), *(more or [])])}"
-    emit(found, as_json, text)
+        text += f"\n\n{_next_step(started, out, [own, *(others or []), *(more or [])])}"
+    emit(started, as_json, text)
 
 
-def _next_step(found: dict[str, Any], initial: Path, statistics: Sequence[Path]) -> str:
+def _next_step(started: Started, initial: Path, statistics: Sequence[Path]) -> str:
     """What trains the adapter, as typed at a prompt."""
-    words = ["plait", "train", str(initial), "--task", found["task"]]
-    if found["base"]:
-        words += ["--base", found["base"]]
-    if found["others"]:
+    words = ["plait", "train", str(initial), "--task", started.task]
+    if started.base:
+        words += ["--base", started.base]
+    if started.others:
         words += [str(p) for s in statistics for p in ("--statistics", s)]
     words += ["--out", f"{initial}-trained"]
     where = "--root FOLDER for a GLUE task, --train-file and --text for your own; another trainer: --for TRAINER"
@@ -119,13 +125,13 @@ def post(
         without(context, "a post without --background", ["background_weight"])
     chosen = InitialSettings(method, rank, options=settings(sets), background_weight=background_weight)
     everyone = [*(others or []), *(more or [])]
-    found = move_from_files(
+    moved = move_from_files(
         adapter, own, everyone, chosen, out, background=background or [], seed=seed, device=device, overwrite=overwrite
     )
-    worst, share = found["worst_module"]
-    kept = f"{100 * found['energy_kept']:.1f} % of the update's energy kept, least in {worst} ({100 * share:.1f} %)"
-    reused = " (was there already)" if found["reused"] else ""
-    emit(found, as_json, f"{found['task']} into {method}, rank {rank}: {kept} -> {out}{reused}")
+    worst, share = moved.worst_module
+    kept = f"{100 * moved.energy_kept:.1f} % of the update's energy kept, least in {worst} ({100 * share:.1f} %)"
+    reused = " (was there already)" if moved.reused else ""
+    emit(moved, as_json, f"{moved.task} into {method}, rank {rank}: {kept} -> {out}{reused}")
 
 
 def train(
@@ -168,11 +174,13 @@ def train(
         Session(chosen).validation(task)  # not trained on, yet not to be passed over: it must be what it is said to be
     how: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "quiet": quiet, "statistics": statistics or []}
     if fleet:
-        found = train_many(chosen, initial, task, out, **how)
-        lines = [f"{a['name']}: {a['task']}, {a['constraint']} -> {a['output']}" for a in found["adapters"]]
-        emit(found, as_json, "\n".join(lines))
-    elif found := train_one(chosen, Path(initial[0]), task, out, **how):  # nothing in the other processes of torchrun
-        emit(found, as_json, f"{task}: trained ({found['constraint']}) in {found['seconds']:.0f} s -> {out}")
+        adapters = train_many(chosen, initial, task, out, **how)
+        lines = [f"{a.name}: {a.task}, {a.constraint} -> {a.output}" for a in adapters]
+        result = {"output": str(out.absolute()), "adapters": [to_json(a) for a in adapters]}
+        emit(result, as_json, "\n".join(lines))
+    elif trained := train_one(chosen, Path(initial[0]), task, out, **how):  # nothing in torchrun's other processes
+        spent = f"in {trained.result['seconds']:.0f} s"
+        emit(trained, as_json, f"{task}: trained ({trained.constraint}) {spent} -> {out}")
 
 
 def evaluate(
@@ -188,21 +196,21 @@ def evaluate(
     from plait.runs.single.evaluate import evaluate_folders
 
     chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
-    found = evaluate_folders(
+    evaluated = evaluate_folders(
         chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task
     )
-    emit(found, as_json, _scores_text(found["adapters"]))
+    emit({"adapters": [to_json(a) for a in evaluated]}, as_json, _scores_text(evaluated))
 
 
-def _scores_text(adapters: list[dict[str, Any]]) -> str:
+def _scores_text(adapters: Sequence[Evaluated]) -> str:
     rows = [
-        [a["adapter"], task, f"{a['scale']:g}", f"{s['score']:.1f}", f"{s['floor']:.1f}", str(s["n"])]
+        [a.adapter, task, f"{a.scale:g}", f"{s.score:.1f}", f"{s.floor:.1f}", str(s.n)]
         for a in adapters
-        for task, s in a["tasks"].items()
+        for task, s in a.tasks.items()
     ]
     left = [
-        f"{a['adapter']}: not scored, the recipe has no task of that name: {', '.join(a['without_task'])}"
+        f"{a.adapter}: not scored, the recipe has no task of that name: {', '.join(a.without_task)}"
         for a in adapters
-        if a["without_task"]
+        if a.without_task
     ]
     return "\n".join([table(["adapter", "task", "scale", "score", "floor", "rows"], rows, text_columns=2), *left])

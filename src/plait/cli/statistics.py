@@ -60,14 +60,14 @@ def collect(
     extra += [f"statistics.memory={bytes_of(memory)}"] if memory is not None else []
     described = Described(task, base, root, train_file, validation, text, label, kind)
     chosen = settings_from(recipe, described, [*extra, *(sets or [])], device, targets=targets, adapts=True)
-    found = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
-    if not found:  # not torchrun's first process
+    collected = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
+    if collected is None:  # not torchrun's first process
         return
-    if found["memory"]:
-        chosen, needed, allowed = (found["memory"][k] for k in ("chosen", "needed", "allowed"))
-        typer.echo(f"memory: {chosen}, {needed:,} of {allowed:,} bytes", err=True)
-    line = f"{task}: {found['samples']} rows, {found['tokens']} tokens, {found['sites']} sites -> {out}"
-    emit(found, as_json, line + (" (was there already)" if found["reused"] else ""))
+    if collected.memory:
+        way, needed, allowed = (collected.memory[k] for k in ("chosen", "needed", "allowed"))
+        typer.echo(f"memory: {way}, {needed:,} of {allowed:,} bytes", err=True)
+    line = f"{task}: {collected.samples} rows, {collected.tokens} tokens, {collected.sites} sites -> {out}"
+    emit(collected, as_json, line + (" (was there already)" if collected.reused else ""))
 
 
 def show(file: File, as_json: Json = False) -> None:
@@ -167,6 +167,5 @@ def fisher(
     chosen = settings_from(recipe, described, [*extra, *(sets or [])], device)
     if labels not in ("sampled", "given"):
         raise UsageError(f"--labels {labels!r}, expected sampled or given")
-    found = fisher_of_folder(chosen, adapter, task, out, labels=labels, seed=seed, overwrite=overwrite)  # type: ignore[arg-type]
-    line = f"{task}: {found['examples']} rows, {found['modules']} modules, {found['bytes']:,} bytes -> {out}"
-    emit(found, as_json, line)
+    file = fisher_of_folder(chosen, adapter, task, out, labels=labels, seed=seed, overwrite=overwrite)  # type: ignore[arg-type]
+    emit(file, as_json, f"{task}: {file.examples} rows, {file.modules} modules, {file.bytes:,} bytes -> {out}")

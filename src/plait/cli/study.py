@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,7 @@ def run(
         read_recipe(find_study(study), sets or []), out, executor, workers, scorers, seconds=seconds, quiet=quiet
     )
     said = "finished" if outcome.finished else f"not finished: {outcome.left} units of wave {outcome.wave!r} left"
-    emit(asdict(outcome), as_json, f"{said}, {outcome.seconds:.0f} s")
+    emit(outcome, as_json, f"{said}, {outcome.seconds:.0f} s")
 
 
 def table(
@@ -78,8 +77,8 @@ def archive(
     from plait.runs.archive import write_archive
     from plait.runs.folder import layout_of_folder
 
-    found = write_archive(layout_of_folder(folder, sets or []), to, base=base, data=data, overwrite=overwrite)
-    emit(found, as_json, f"{found['units']} results, {found['bytes'] / 1e6:.1f} MB -> {to}")
+    packed = write_archive(layout_of_folder(folder, sets or []), to, base=base, data=data, overwrite=overwrite)
+    emit(packed, as_json, f"{packed.units} results, {packed.bytes / 1e6:.1f} MB -> {to}")
 
 
 def list_batches(
@@ -90,8 +89,8 @@ def list_batches(
     from plait.runs.recipe_file import find_study, read_recipe
     from plait.runs.run import write_jobs
 
-    found = write_jobs(read_recipe(find_study(study), sets or []), out, to, workers or 1)
-    emit(found, as_json, "\n".join(found["jobs"]) or "finished")
+    jobs = write_jobs(read_recipe(find_study(study), sets or []), out, to, workers or 1)
+    emit(jobs, as_json, "\n".join(jobs.jobs) or "finished")
 
 
 def run_job(

@@ -7,8 +7,8 @@ import json
 import lzma
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from plait.disk.store import staged_file
 from plait.errors import UsageError
@@ -22,9 +22,22 @@ from plait.runs.waves import all_units
 SUFFIX = ".tar.xz"
 
 
-def write_archive(
-    layout: Layout, to: Path, *, base: str = "", data: str = "", overwrite: bool = False
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """A run in one file.
+
+    Args:
+        archive: The file.
+        units: How many results it holds.
+        bytes: Its size.
+    """
+
+    archive: str
+    units: int
+    bytes: int
+
+
+def write_archive(layout: Layout, to: Path, *, base: str = "", data: str = "", overwrite: bool = False) -> Archived:
     """Write what the tables of a finished study need, so that anybody can compute them again.
 
     Unpacked it is a folder of the study's name that `plait study table` takes, and that `plait study run` goes on from.
@@ -36,9 +49,6 @@ def write_archive(
         base: What its base is called there; by default its hub name, or ``./`` and the last name of its folder.
         data: What its data's folder is called there; by default as for the base.
         overwrite: Replace it where it is there.
-
-    Returns:
-        `archive` (its path), `units` (how many results it holds), `bytes`.
 
     Raises:
         RunError: The study is not finished.
@@ -55,7 +65,7 @@ def write_archive(
         for path in paths:
             for file in sorted(p for p in path.iterdir() if p.is_file()):
                 _add(tar, f"{layout.recipe.name}/{path.relative_to(layout.out)}/{file.name}", file.read_bytes())
-    return {"archive": str(to), "units": len(paths), "bytes": to.stat().st_size}
+    return Archived(str(to), len(paths), to.stat().st_size)
 
 
 def _is_archive(path: Path) -> bool:

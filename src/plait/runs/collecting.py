@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plait.border.checked import Json
 from plait.disk.files import require_regular
 from plait.disk.locks import locked, system_errors
 from plait.disk.store import sha256_json
@@ -119,7 +120,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     return collect_shards(model, shards, parts, targets, **options)
 
 
-def _provenance(session: Session, task: Task) -> dict[str, Any]:
+def _provenance(session: Session, task: Task) -> Json:
     recipe = session.recipe
     return {
         "base": session.base.name,

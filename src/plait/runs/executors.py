@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from plait.border.checked import Json
 from plait.disk.store import discard
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
 from plait.runs.layout import Layout, Mend, pending
@@ -46,7 +47,7 @@ class Executor(Protocol):
         """Let go of what is held."""
 
 
-def batch_of(layout: Layout, units: Sequence[Unit], until: float | None = None) -> dict[str, Any]:
+def batch_of(layout: Layout, units: Sequence[Unit], until: float | None = None) -> Json:
     """A batch as JSON: the recipe, the folder, the units, and the time (epoch seconds) after which none is begun."""
     return {
         "schema": 1,

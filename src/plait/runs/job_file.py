@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from plait.border.checked import Record, distinct_keys
+from plait.border.checked import Json, Record, distinct_keys
 from plait.disk.files import read_json
 from plait.errors import InputError
 from plait.runs.units import ALONE, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, TUNING, Unit
@@ -20,7 +20,7 @@ _STAGES = (STATISTICS, TRAIN, ALONE, MERGE, FEATURES, REPAIR, REPAIRED)
 _TEXTS = ("arm", "merge", "variant", "pool")
 
 
-def read_batch(source: str) -> dict[str, Any]:
+def read_batch(source: str) -> Json:
     """Read and check a batch that `plait job list` wrote.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.border.checked import Record
+from plait.border.checked import Json, Record
 from plait.disk.files import require_regular
 from plait.disk.locks import system_errors
 from plait.errors import PlaitError
@@ -77,7 +77,7 @@ def about_runs(out: Path) -> dict[str, str]:
     }
 
 
-def _run(line: bytes) -> dict[str, Any] | None:
+def _run(line: bytes) -> Json | None:
     """One line of the journal; None if it is none."""
     try:
         record = Record.of(json.loads(line), JOURNAL)

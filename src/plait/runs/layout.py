@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from plait.border.checked import Json
 from plait.disk.store import identity, is_done, sha256_json
 from plait.errors import Damaged, InputError, PlaitError, Unfinished, UsageError
 from plait.evaluation.evaluate import scored_labels
@@ -87,11 +88,11 @@ class Layout:
 
     def cached(self, key: Any, read: Callable[[], T]) -> T:
         """What `read` gives, kept while it is among the last few asked for; merges are made a little ahead of scores."""
-        found = self._read.pop(key) if key in self._read else read()
-        self._read[key] = found
+        value: T = self._read.pop(key) if key in self._read else read()
+        self._read[key] = value
         while len(self._read) > MAX_CACHED:
             self._read.popitem(last=False)
-        return found  # type: ignore[no-any-return]
+        return value
 
     @functools.cached_property
     def base_sha256(self) -> str:
@@ -104,7 +105,7 @@ class Layout:
         return self.recorded.tasks if self.recorded else self.session.tasks
 
     @functools.cached_property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> Json:
         """Task -> what its rows are."""
         return self.recorded.data if self.recorded else {t: self.session.data_identity(t) for t in self.tasks}
 
@@ -152,7 +153,7 @@ class Layout:
         owner = arm.like if arm.snapshot and arm.like else arm.name
         return Unit(TRAIN, unit.seed, owner, unit.rate, variant=unit.variant)
 
-    def wanted(self, unit: Unit, task: str = "") -> dict[str, Any]:
+    def wanted(self, unit: Unit, task: str = "") -> Json:
         """The identity of a unit's result; of a train unit's, for one task."""
         if (unit, task) not in self._wanted:
             makers = {STATISTICS: self._statistics, TRAIN: self._train, REPAIR: self._repair}
@@ -225,7 +226,7 @@ class Layout:
         finally:
             self.overwrite = overwrite
 
-    def _statistics(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
+    def _statistics(self, unit: Unit) -> tuple[Json, dict[str, str]]:
         recipe = self.recipe
         options = {
             "base": self.base_sha256,
@@ -243,11 +244,11 @@ class Layout:
             options["memory"] = recipe.statistics.memory
         return options, {}
 
-    def _background_identity(self, spec: Any) -> dict[str, Any]:
+    def _background_identity(self, spec: Any) -> Json:
         name = task_of(spec, self.background.root).name
         return self.recorded.background[name] if self.recorded else self.background.data_identity(name)
 
-    def _train(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
+    def _train(self, unit: Unit) -> tuple[Json, dict[str, str]]:
         from plait.subspaces import find_subspace_method
 
         recipe, arm = self.recipe, self.recipe.arm(unit.arm)
@@ -255,7 +256,7 @@ class Layout:
         training = {k: v for k, v in asdict(settings).items() if k not in NOT_IDENTITY}
         start = {k: getattr(arm, k) for k in ("method", "row_norm", "options", "known", "background")}
         lora = recipe.lora.model_dump(exclude_none=True) | ({"rank": arm.rank} if arm.rank else {})
-        options = {"start": start, "lora": lora, "training": training, "data": self.data}
+        options: Json = {"start": start, "lora": lora, "training": training, "data": self.data}
         options |= {"rows": recipe.data.train_rows, "dtype": recipe.base.dtype, "base": self.base_sha256}
         if settings.evaluate_every:
             options["selection"] = recipe.data.selection_rows
@@ -263,7 +264,7 @@ class Layout:
         source = self.statistics_unit(unit)
         return options, {"statistics": self.key(source)} if measured else {}
 
-    def _scored(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
+    def _scored(self, unit: Unit) -> tuple[Json, dict[str, str]]:
         from plait.merging.registry import find_method
 
         recipe = self.recipe
@@ -282,7 +283,7 @@ class Layout:
             inputs["statistics"] = self.key(self.statistics_unit(unit))
         return options, inputs
 
-    def _repair(self, unit: Unit) -> tuple[dict[str, Any], dict[str, str]]:
+    def _repair(self, unit: Unit) -> tuple[Json, dict[str, str]]:
         merge = replace(unit, stage=MERGE, split=FOLDS, scale=0.0)
         _, inputs = self._scored(merge)
         spec = self.recipe.merge(unit.merge)
@@ -295,7 +296,7 @@ class Layout:
         }, inputs
 
     @property
-    def rows(self) -> dict[str, Any]:
+    def rows(self) -> Json:
         """What decides which validation rows are in which part."""
         recipe = self.recipe
         split = {"split_seed": recipe.evaluation.split_seed, "validation_rows": recipe.data.validation_rows}

@@ -77,12 +77,13 @@ class Settings(Strict):
         from plait.training.settings import TrainingSettings
 
         own = arm.training if arm else {}
-        merged = {**self.training, **own, "max_length": self.data.max_length}
+        merged: dict[str, Any] = {**self.training, **own, "max_length": self.data.max_length}
         if "steps" in own:
             merged.pop("epochs", None)
         if "epochs" in own:
             merged.pop("steps", None)
-        return TrainingSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+        return TrainingSettings(**values)
 
 
 class Recipe(Settings):

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel as PydanticModel
 from pydantic import ValidationError
 
-from plait.border.checked import shown
+from plait.border.checked import Json, shown
 from plait.border.yaml_text import load_yaml as load_yaml
 from plait.disk.files import text_of as text_of
 from plait.disk.store import staged_file
@@ -91,15 +91,17 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     _inside(raw, parents, where)[last] = value
 
 
-def _inside(place: Any, parents: Sequence[str], where: str) -> dict[str, Any]:
+def _inside(whole: Json, parents: Sequence[str], where: str) -> Json:
     """The mapping that a dotted key's parents lead to; missing ones are made."""
+    place: Json | list[Any] = whole
     for parent in parents:
         if isinstance(place, list):
-            place = next((p for p in place if isinstance(p, dict) and p.get("name") == parent), None)
+            entry = next((p for p in place if isinstance(p, dict) and p.get("name") == parent), None)
         else:
-            place = place.setdefault(parent, {})
-        if not isinstance(place, dict | list):
+            entry = place.setdefault(parent, {})
+        if not isinstance(entry, dict | list):
             raise UsageError(f"{where}: {parent} is not a mapping, nor an entry described under that name")
+        place = entry
     if isinstance(place, list):
         raise UsageError(f"{where}: which entry of {parents[-1]}?", hint="its name, as in tasks.NAME.template")
     return place

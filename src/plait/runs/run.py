@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,42 @@ def require_sound(layout: Layout) -> None:
                 raise UsageError(text, where=f"task {task}")
 
 
-def describe(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """What `run` would do, without doing it: units by stage, what is there already, sizes.
+@dataclass(frozen=True, slots=True)
+class StageCount:
+    """Units of one stage.
+
+    Args:
+        units: How many there are.
+        reused: How many are there already.
+    """
+
+    units: int
+    reused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run would do.
+
+    Args:
+        out: Its folder.
+        tuned: Whether rates are swept first; then this is the sweep alone.
+        stages: Stage -> its units.
+        adapters: Adapters that are trained.
+        rows: Task -> rows by split.
+        forward_rows: Rows through the base that are still to come, training counted 3.5 times.
+    """
+
+    out: str
+    tuned: bool
+    stages: Mapping[str, StageCount]
+    adapters: int
+    rows: Mapping[str, Mapping[str, int]]
+    forward_rows: int
+
+
+def describe(recipe: Recipe, out: Path) -> Forecast:
+    """Say what `run` would do, without doing it.
 
     Cost: hashes the data and the base once.
     """
@@ -169,28 +203,30 @@ def describe(recipe: Recipe, out: Path) -> dict[str, Any]:
     require_sound(layout)
     units = planned(layout)
     todo = set(pending(layout, units))
-    stages: dict[str, dict[str, int]] = {}
-    for unit in units:
-        row = stages.setdefault(unit.stage, {"units": 0, "reused": 0})
-        row["units"] += 1
-        row["reused"] += unit not in todo
+    stages = {}
+    for stage in dict.fromkeys(u.stage for u in units):
+        these = [u for u in units if u.stage == stage]
+        stages[stage] = StageCount(len(these), sum(u not in todo for u in these))
     trained = sum(len(layout.of(u).session.tasks) for u in units if u.stage == TRAIN)
-    return {
-        "out": str(out),
-        "tuned": recipe.tuned,
-        "stages": stages,
-        "adapters": trained,
-        "rows": {t: {"validation": len(layout.session.validation(t))} for t in layout.session.tasks},
-        "forward_rows": round(sum(cost(u, layout) for u in todo)),
-    }
+    rows = {t: {"validation": len(layout.session.validation(t))} for t in layout.session.tasks}
+    return Forecast(str(out), recipe.tuned, stages, trained, rows, round(sum(cost(u, layout) for u in todo)))
 
 
-def write_jobs(recipe: Recipe, out: Path, to: Path, workers: int) -> dict[str, Any]:
-    """Write the open units of the next wave as job files for `plait job run`, one per worker.
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """The next wave as job files.
 
-    Returns:
-        `wave` and the paths of the `jobs`; none where the run is finished. The next wave's exist once these are done.
+    Args:
+        wave: Its name; "" where the run is finished.
+        jobs: Paths of the files. The next wave's can be written once these are done.
     """
+
+    wave: str
+    jobs: tuple[str, ...]
+
+
+def write_jobs(recipe: Recipe, out: Path, to: Path, workers: int) -> Jobs:
+    """Write the open units of the next wave as job files for `plait job run`, one per worker."""
     layout = Layout(recipe, out, mend=mender(Report()))
     require_sound(layout)
     keep(layout)
@@ -202,7 +238,7 @@ def write_jobs(recipe: Recipe, out: Path, to: Path, workers: int) -> dict[str, A
         with staged_file(path, overwrite=True) as stage:
             stage.write_text(json.dumps(batch_of(layout, part)), encoding="utf-8")
         made.append(str(path))
-    return {"wave": name, "jobs": made}
+    return Jobs(name, tuple(made))
 
 
 def parts(units: Sequence[Unit], workers: int) -> list[list[Unit]]:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic import BaseModel as PydanticModel
 
 from plait.adapters.naming import checked_name
+from plait.border.checked import Json
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -89,7 +90,7 @@ class LoraSpec(Strict):
     layers_to_transform: list[Index] | Index | None = Field(None, description="as PEFT's: numbers of layers, from 0")
 
     @property
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> Json:
         """What narrows `target_modules`, where anything does."""
         return self.model_dump(include={"exclude_modules", "layers_to_transform"}, exclude_none=True)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.border.checked import Json
 from plait.disk.hub import split_revision
 from plait.disk.store import sha256_file
 from plait.errors import UsageError
@@ -134,7 +135,7 @@ class Session:
             self._cache[key] = load_examples(self.tasks[task], split, root=self.root, rows=rows, seed=seed)
         return self._cache[key]  # type: ignore[no-any-return]
 
-    def data_identity(self, task: str) -> dict[str, Any]:
+    def data_identity(self, task: str) -> Json:
         """What a task's rows are: its description, and the hashes of local files."""
         found = asdict(self.tasks[task])
         if found["chat"] is None:

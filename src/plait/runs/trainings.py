@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from plait.adapters.lora import Adapter
+from plait.border.checked import Json
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
 from plait.runs.layout import Layout, cost
@@ -135,16 +136,16 @@ def _made(
     common |= {"background": background if arm.background else (), "device": layout.session.base.torch_device}
     names = list(statistics)
     if arm.known is not None:
-        found = {}
+        starts: dict[str, tuple[Adapter, Json]] = {}
         for i, task in enumerate(names):
             known = [names[(i + k) % len(names)] for k in range(arm.known + 1)]
-            found |= initial_adapters({n: statistics[n] for n in known}, settings, tasks=[task], **common)
+            starts |= initial_adapters({n: statistics[n] for n in known}, settings, tasks=[task], **common)
     elif arm.joint:
         first = initial_adapters(statistics, settings, tasks=names[:1], **common)[names[0]]
-        found = dict.fromkeys(names, first)
+        starts = dict.fromkeys(names, first)
     else:
-        found = initial_adapters(statistics, settings, **common)
-    return {task: adapter for task, (adapter, _) in found.items()}
+        starts = initial_adapters(statistics, settings, **common)
+    return {task: adapter for task, (adapter, _) in starts.items()}
 
 
 def _repairs(unit: Unit, layout: Layout) -> list[Member]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from plait.border.checked import Json
 
 STATISTICS, TRAIN, ALONE, MERGE, FEATURES = "statistics", "train", "alone", "merge", "features"
 REPAIR, REPAIRED = "repair", "repaired"
@@ -47,6 +48,6 @@ class Unit:
         parts = [self.variant, self.stage, self.arm, rate, self.merge, f"seed {self.seed}"]
         return " ".join(p for p in parts if p)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Coordinates that are set."""
         return {k: v for k, v in asdict(self).items() if v or k == "seed"}

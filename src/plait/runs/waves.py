@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.border.checked import Json
 from plait.disk.store import read_manifest
 from plait.errors import RunError
 from plait.evaluation.splits import HALVES
@@ -118,7 +119,7 @@ def tuning_merges(layout: Layout) -> list[str]:
     return layout.recipe.tuning_merges or [m.name for m in layout.recipe.merge_specs]
 
 
-def result(layout: Layout, unit: Unit) -> dict[str, Any]:
+def result(layout: Layout, unit: Unit) -> Json:
     """What a unit has left in its manifest."""
     here = layout.of(unit)
     if ("result", unit) not in here.known:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.border.checked import Json
 from plait.disk.overwriting import require_replaceable_file
 from plait.disk.store import identity
 from plait.errors import InputError, UsageError
@@ -17,12 +20,34 @@ from plait.statistics import open_statistics
 from plait.statistics.files import is_statistics
 
 
-def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrite: bool) -> dict[str, Any]:
-    """Statistics of one task, written to a file; under torchrun, by all of its processes together.
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Statistics in a file.
+
+    Args:
+        output: The file, absolute.
+        task: Its task.
+        samples: Rows that were read.
+        tokens: Tokens that were counted.
+        sites: Distinct layer inputs.
+        memory: What a budget chose, where one was given.
+        reused: Whether the file was there already.
+    """
+
+    output: str
+    task: str
+    samples: int | None
+    tokens: int | None
+    sites: int
+    memory: Mapping[str, Any] | None
+    reused: bool
+
+
+def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrite: bool) -> Collected | None:
+    """Write the statistics of one task to a file; under torchrun, by all of its processes together.
 
     Returns:
-        output, task, samples, tokens, sites; memory: what a budget chose, else None. Empty in every process but
-        torchrun's first.
+        What was collected; None in every process but torchrun's first.
     """
     require_known(task, settings.task_names, "task")
     session = Session(settings)
@@ -38,20 +63,13 @@ def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrit
     if not reused:
         collect_file(session, task, out, seed=seed, wanted=wanted, overwrite=overwrite)
     if not is_writer():
-        return {}
+        return None
     statistics = open_statistics(out)
-    return {
-        "output": str(out.absolute()),
-        "task": task,
-        "samples": statistics.provenance.get("samples"),
-        "tokens": statistics.provenance.get("tokens"),
-        "sites": len(statistics.sites),
-        "memory": statistics.provenance.get("memory"),
-        "reused": reused,
-    }
+    known = {key: statistics.provenance.get(key) for key in ("samples", "tokens", "memory")}
+    return Collected(str(out.absolute()), task, sites=len(statistics.sites), reused=reused, **known)
 
 
-def _measured(session: Session, task: str) -> dict[str, Any]:
+def _measured(session: Session, task: str) -> Json:
     """What the statistics of a task depend on, besides the seed."""
     settings = session.recipe
     unset = {"batch_size"} | ({"memory"} if not settings.statistics.memory else set())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,43 @@ from plait.runs.session import Session
 from plait.tasks.task import TEXT_KINDS, require_same_classes
 
 
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """One adapter on one task, percent.
+
+    Args:
+        score: Mean of the task's metrics.
+        floor: The base with the same head alone.
+        n: Rows.
+        metrics: Name -> value.
+    """
+
+    score: float
+    floor: float
+    n: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """One adapter on the tasks whose heads it carries, percent.
+
+    Args:
+        adapter: Its name.
+        scale: Multiple of its update.
+        mean, floor: Over tasks; of the adapter, and of the base with the same heads.
+        tasks: Task -> its scores.
+        without_task: Heads that are not scored because the recipe has no task of their name.
+    """
+
+    adapter: str
+    scale: float
+    mean: float
+    floor: float
+    tasks: Mapping[str, TaskScore]
+    without_task: tuple[str, ...] = ()
+
+
 def evaluate_folders(
     settings: Settings,
     folders: Sequence[str],
@@ -26,7 +64,7 @@ def evaluate_folders(
     out: Path | None,
     overwrite: bool,
     task: str = "",
-) -> dict[str, Any]:
+) -> list[Evaluated]:
     """Score adapter folders on the tasks whose heads they carry.
 
     Args:
@@ -37,10 +75,6 @@ def evaluate_folders(
         out: Where the long table goes, if anywhere.
         overwrite: Replace it.
         task: Only this one of the recipe's tasks; all by default.
-
-    Returns:
-        adapters: a list of {adapter, scale, mean, floor, tasks: {task: {score, floor, n, metrics}}, without_task: heads that
-        are not scored because the recipe has no task of their name ([] where `task` asks for one)}.
     """
     from plait.merging.folders import read_named
 
@@ -49,21 +83,23 @@ def evaluate_folders(
         require_known(task, list(named), "task")
         settings = settings.model_copy(update={"tasks": [named[task]]})
     session = Session(settings)
-    found, rows = [], []
+    evaluated: list[Evaluated] = []
+    rows: list[Score] = []
     if out is not None:
         require_apart(out, [f if Path(f).exists() else f.partition("=")[2] for f in folders])
     for folder in folders:
         adapter = read_named(folder)
         summary, scored = _evaluate(adapter, session, scales)
-        found.append({**summary, "without_task": [] if task else sorted(set(adapter.heads) - set(session.tasks))})
+        left = () if task else tuple(sorted(set(adapter.heads) - set(session.tasks)))
+        evaluated.append(replace(summary, without_task=left))
         rows += scored
     if out is not None:
         with staged_file(out, overwrite=overwrite, ours=are_scores) as stage:
             write_scores(stage, rows)
-    return {"adapters": found}
+    return evaluated
 
 
-def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None) -> tuple[dict[str, Any], list[Score]]:
+def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None) -> tuple[Evaluated, list[Score]]:
     tasks = [t for t, task in session.tasks.items() if t in adapter.heads or task.kind in TEXT_KINDS]
     if not tasks:
         heads = ", ".join(adapter.heads) or "none"
@@ -96,14 +132,14 @@ def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None
     return _summary(adapter.name, chosen, tasks, rows), rows
 
 
-def _summary(name: str, scale: float, tasks: Sequence[str], rows: Sequence[Score]) -> dict[str, Any]:
+def _summary(name: str, scale: float, tasks: Sequence[str], rows: Sequence[Score]) -> Evaluated:
     reported = [r for r in rows if r.split == REPORTED]
-    by_task: dict[str, dict[str, Any]] = {}
+    by_task: dict[str, TaskScore] = {}
     for t in tasks:
-        mine = {r.metric: r for r in reported if r.task == t and r.adapter == ALONE}
+        own = {r.metric: r for r in reported if r.task == t and r.adapter == ALONE}
         floor = mean_score(r for r in reported if r.task == t and r.adapter == FLOOR)
-        metrics = {m: r.value for m, r in mine.items() if m != "score"}
-        by_task[t] = {"score": mine["score"].value, "floor": floor, "n": mine["score"].n, "metrics": metrics}
-    mean = sum(s["score"] for s in by_task.values()) / len(by_task)
-    floor = sum(s["floor"] for s in by_task.values()) / len(by_task)
-    return {"adapter": name, "scale": scale, "mean": mean, "floor": floor, "tasks": by_task}
+        metrics = {m: r.value for m, r in own.items() if m != "score"}
+        by_task[t] = TaskScore(own["score"].value, floor, own["score"].n, metrics)
+    mean = sum(s.score for s in by_task.values()) / len(by_task)
+    floor = sum(s.floor for s in by_task.values()) / len(by_task)
+    return Evaluated(name, scale, mean, floor, by_task)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from plait.adapters.lora import LINEAR, Adapter
+from plait.border.checked import Json
 from plait.disk.overwriting import require_apart, require_replaceable_file
 from plait.errors import InputError, UsageError
 from plait.model.applied import applied, in_backbone
@@ -20,6 +21,25 @@ from plait.statistics.fisher import collect_fisher, is_fisher, write_fisher
 from plait.tasks import batches, encode, require_positions, to_device
 
 
+@dataclass(frozen=True, slots=True)
+class FisherFile:
+    """A Fisher diagonal in a file.
+
+    Args:
+        output: The file, absolute.
+        task: Its task.
+        examples: Rows that were read.
+        modules: How many modules it is of.
+        bytes: Size of the file.
+    """
+
+    output: str
+    task: str
+    examples: int
+    modules: int
+    bytes: int
+
+
 def fisher_of_folder(
     settings: Settings,
     folder: str,
@@ -29,7 +49,7 @@ def fisher_of_folder(
     labels: Literal["sampled", "given"] = "sampled",
     seed: int = 0,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> FisherFile:
     """Collect the Fisher diagonal of one adapter on training rows of its task, and write it.
 
     Args:
@@ -41,9 +61,6 @@ def fisher_of_folder(
         seed: Of the sample of rows, and of the labels that are drawn.
         overwrite: Replace what stands at `out`.
 
-    Returns:
-        output, task, examples, modules, bytes.
-
     Raises:
         UsageError: A task whose predictions are no distribution over classes or tokens (regression), or one that reads
             and writes apart (seq2seq).
@@ -52,7 +69,7 @@ def fisher_of_folder(
     Cost: one forward and one backward pass of the rows; a dense float32 matrix per module.
     """
     from plait.merging.folders import read_named
-    from plait.runs.recipe_file import require_known
+    from plait.options import require_known
 
     require_apart(out, [folder if Path(folder).exists() else folder.partition("=")[2]])
     session = Session(settings)
@@ -72,19 +89,12 @@ def fisher_of_folder(
     device = session.base.torch_device
     parts = (to_device(b, device) for b in batches(evaluator.tokenizer, rows, settings.statistics.batch_size))
     with applied(model, adapter):
-        found = collect_fisher(
+        diagonal = collect_fisher(
             model, parts, list(adapter.modules), labels=labels, generator=torch.Generator().manual_seed(seed)
         )
-    facts = {**found.provenance, **_facts(session, task, adapter)}
-    write_fisher(out, replace(found, provenance=facts), overwrite=overwrite)
-    size = out.stat().st_size
-    return {
-        "output": str(out.absolute()),
-        "task": task,
-        "examples": found.examples,
-        "modules": len(found.modules),
-        "bytes": size,
-    }
+    facts = {**diagonal.provenance, **_facts(session, task, adapter)}
+    write_fisher(out, replace(diagonal, provenance=facts), overwrite=overwrite)
+    return FisherFile(str(out.absolute()), task, diagonal.examples, len(diagonal.modules), out.stat().st_size)
 
 
 def _ready(adapter: Adapter, model: Any, task: str, kind: str) -> Adapter:
@@ -99,7 +109,7 @@ def _ready(adapter: Adapter, model: Any, task: str, kind: str) -> Adapter:
     return in_backbone(model, adapter)
 
 
-def _facts(session: Session, task: str, adapter: Adapter) -> dict[str, Any]:
+def _facts(session: Session, task: str, adapter: Adapter) -> Json:
     return {
         "task": task,
         "base": session.base.name,

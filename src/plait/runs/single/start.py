@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import from_json, optional, to_json
 from plait.disk.overwriting import require_apart
 from plait.disk.store import identity, is_done, read_manifest, sha256_file, staged_folder
 from plait.model.base import device_named
@@ -16,6 +17,60 @@ from plait.subspaces import compute_subspaces
 from plait.subspaces.post import move_into
 from plait.subspaces.start import InitialSettings, initial_adapters, task_type_of
 from plait.training.snippets import require_trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An adapter that is ready to be trained.
+
+    Args:
+        output: Its folder, absolute.
+        task: Its task.
+        base: The base its statistics are of.
+        task_type: PEFT's task type.
+        others: The other tasks.
+        reused: Whether the folder held it already.
+        subspace, rank, row_norm: How A was chosen; None where it was reused.
+        completed: Module -> rows that its subspace method had to complete (see `osrm`).
+        background, background_weight: Files of public text and their share, where there are any.
+        snippet: What another trainer needs, where one was named.
+    """
+
+    output: str
+    task: str
+    base: str
+    task_type: str | None
+    others: tuple[str, ...]
+    reused: bool
+    subspace: str | None = optional()
+    row_norm: float | None = optional()
+    rank: int | None = optional()
+    completed: Mapping[str, int] | None = optional()
+    background: tuple[str, ...] | None = optional()
+    background_weight: float | None = optional()
+    snippet: str | None = optional()
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A trained adapter in its task's subspace.
+
+    Args:
+        task: The adapter's name.
+        subspace, rank: Of the result.
+        energy_kept: Share of the update's energy that is kept, mean over modules.
+        worst_module: The module that keeps least, and its share.
+        output: The folder, absolute.
+        reused: Whether the folder held it already.
+    """
+
+    task: str
+    subspace: str
+    rank: int
+    energy_kept: float
+    worst_module: tuple[str, float]
+    output: str = ""
+    reused: bool = False
 
 
 def initialise_from_files(
@@ -29,14 +84,10 @@ def initialise_from_files(
     device: str = "cpu",
     overwrite: bool = False,
     trainer: str | None = None,
-) -> dict[str, Any]:
+) -> Started:
     """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
 
     `trainer`, where one is named, must be one that trains the adapter's task type.
-
-    Returns:
-        output, task, base, task_type, subspace, rank, row_norm, others; `completed` where there are any (see `osrm`);
-        `reused` where the folder already held it.
 
     Raises:
         UsageError: No others for a method that needs them; `out` holds something else.
@@ -53,27 +104,20 @@ def initialise_from_files(
     inputs = _hashes(own, others, background)
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
-    summary = {
-        "output": str(out.absolute()),
-        "task": task,
-        "base": base,
-        "task_type": settings.task_type,
-        "others": [t for t in statistics if t != task],
-    }
+    others_named = tuple(t for t in statistics if t != task)
+    started = Started(str(out.absolute()), task, base, settings.task_type, others_named, reused=True)
     if is_done(out, wanted, overwrite=overwrite):
-        return {**summary, "reused": True}
+        return started
     made = initial_adapters(
         statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools, device=where
     )
     adapter, record = made[task]
     if pools:
         weight = 1.0 if len(statistics) == 1 else settings.background_weight  # nobody else to mix it with
-        record |= {"background": [p.name for p in background], "background_weight": weight}
-    result: dict[str, Any] = {}
-    with staged_folder(out, wanted, overwrite=overwrite, result=result) as folder:
-        result |= record
+        record |= {"background": tuple(p.name for p in background), "background_weight": weight}
+    with staged_folder(out, wanted, overwrite=overwrite, result=record) as folder:
         write_adapter(folder, adapter)
-    return {**summary, **record, "reused": False}
+    return replace(started, **record, reused=False)
 
 
 def _hashes(own: Path, others: Sequence[Path], background: Sequence[Path]) -> dict[str, str]:
@@ -92,7 +136,7 @@ def move_from_files(
     seed: int = 0,
     device: str = "cpu",
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Moved:
     """Move a trained adapter into a subspace of its task and write the result.
 
     Args:
@@ -105,9 +149,6 @@ def move_from_files(
         seed: Of methods that draw at random.
         device: Where the subspace is sought.
         overwrite: Replace what stands there.
-
-    Returns:
-        output, task, subspace, rank, `energy_kept` (mean over modules) and `worst_module` with its share.
     """
     where = device_named(device)
     require_apart(out, [folder, own, *others, *background])
@@ -119,7 +160,8 @@ def move_from_files(
     inputs = {"adapter": adapter.source["sha256"], **_hashes(own, others, background)}
     wanted = identity("post", options, inputs, seed)
     if is_done(out, wanted, overwrite=overwrite):
-        return {**(read_manifest(out) or {})["result"], "output": str(out.absolute()), "reused": True}
+        moved = from_json(Moved, (read_manifest(out) or {})["result"], str(out))
+        return replace(moved, output=str(out.absolute()), reused=True)
     spaces = compute_subspaces(
         settings.method,
         statistics,
@@ -131,10 +173,10 @@ def move_from_files(
         background_weight=settings.background_weight,
         device=where,
     )
-    moved, kept = move_into(adapter, spaces[task], statistics=statistics[task])
-    worst = min(kept, key=lambda m: kept[m])
-    result: dict[str, Any] = {"task": adapter.name, "subspace": settings.method, "rank": settings.rank}
-    result |= {"energy_kept": sum(kept.values()) / len(kept), "worst_module": [worst, kept[worst]]}
-    with staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        write_adapter(stage, moved)
-    return {**result, "output": str(out.absolute()), "reused": False}
+    inside, shares = move_into(adapter, spaces[task], statistics=statistics[task])
+    worst = min(shares, key=lambda m: shares[m])
+    mean = sum(shares.values()) / len(shares)
+    moved = Moved(adapter.name, settings.method, settings.rank, mean, (worst, shares[worst]))
+    with staged_folder(out, wanted, overwrite=overwrite, result=to_json(moved)) as stage:
+        write_adapter(stage, inside)
+    return replace(moved, output=str(out.absolute()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter
+from plait.border.records import inline, optional
 from plait.disk.hub import adapter_place, name_of
 from plait.disk.store import identity, read_manifest, sha256_file
 from plait.errors import UsageError
@@ -25,6 +26,32 @@ if TYPE_CHECKING:
     from plait.training import Member
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained adapter.
+
+    Args:
+        output: Its folder, absolute.
+        constraint: What kept it while it was trained.
+        task: Its task.
+        name: What it is called in a fleet.
+        result: What its manifest says of the training: losses, steps, seconds and more.
+    """
+
+    output: str
+    constraint: str
+    task: str
+    name: str | None = optional()
+    result: Mapping[str, Any] = inline()
+
+    @classmethod
+    def of(cls, member: Member, name: str | None = None) -> Trained:
+        """The record of a member whose folder is written."""
+        result = dict((read_manifest(member.out) or {}).get("result", {}))
+        result.pop("task", None)
+        return cls(str(member.out.absolute()), member.settings.constraint, member.task.name, name, result)
+
+
 def train_one(
     settings: Settings,
     initial: Path,
@@ -35,7 +62,7 @@ def train_one(
     overwrite: bool,
     quiet: bool,
     statistics: Sequence[Path] = (),
-) -> dict[str, Any]:
+) -> Trained | None:
     """Fine-tune one adapter folder on one task of a recipe; under torchrun, in all of its processes together.
 
     Args:
@@ -51,8 +78,7 @@ def train_one(
             "free" or "frozen", nothing is made of them.
 
     Returns:
-        output, task, constraint, and the result that the adapter's manifest holds; empty in every process but torchrun's
-        first.
+        The record; None in every process but torchrun's first.
     """
     from plait.training import train_member
 
@@ -75,9 +101,8 @@ def train_one(
     )
     progress.close(f"trained {task}")
     if not is_writer():
-        return {}
-    found = (read_manifest(out) or {}).get("result", {})
-    return {**found, "output": str(out.absolute()), "task": task, "constraint": m.settings.constraint}
+        return None
+    return Trained.of(m)
 
 
 def train_many(
@@ -90,7 +115,7 @@ def train_many(
     overwrite: bool,
     quiet: bool,
     statistics: Sequence[Path] = (),
-) -> dict[str, Any]:
+) -> list[Trained]:
     """Fine-tune many adapter folders of one base as a fleet: each ends as `train_one` would have left it, to rounding.
 
     Args:
@@ -102,9 +127,6 @@ def train_many(
         overwrite: Train even where a folder holds something.
         quiet: No progress on stderr.
         statistics: Files of the tasks, as for `train_one`.
-
-    Returns:
-        output, and adapters: a list of what `train_one` returns, with the name.
 
     Raises:
         UsageError: Two of one name, an unknown task, several processes.
@@ -134,16 +156,7 @@ def train_many(
         progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
     )
     progress.close(f"trained {len(members)} adapters")
-    found = [
-        {
-            **(read_manifest(m.out) or {}).get("result", {}),
-            "name": n,
-            "output": str(m.out.absolute()),
-            "constraint": m.settings.constraint,
-        }
-        for n, m in members.items()
-    ]
-    return {"output": str(out.absolute()), "adapters": found}
+    return [Trained.of(m, name) for name, m in members.items()]
 
 
 def _rates(settings: Settings) -> list[ArmSpec]:
