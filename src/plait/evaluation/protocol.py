@@ -131,8 +131,16 @@ def grown(grid: Grid, start: Sequence[float]) -> None:
         known = wanted
 
 
-def cross_fitted(scorer: Scorer, adapter: Adapter, start: Sequence[float]) -> tuple[dict[str, Any], dict[str, Answers]]:
+def cross_fitted(
+    scorer: Scorer, adapter: Adapter, start: Sequence[float], *, grow: bool = True
+) -> tuple[dict[str, Any], dict[str, Answers]]:
     """Choose the scale on each half, report on the other.
+
+    Args:
+        scorer: What scores.
+        adapter: The merge.
+        start: Scales, ascending.
+        grow: Whether to fill the grid and let it grow until the best scale lies inside; else exactly these scales are tried.
 
     Returns:
         JSON: `grid`, and for each half that is reported: scale, score of the choice (`selected`), `score` by task on all
@@ -140,7 +148,10 @@ def cross_fitted(scorer: Scorer, adapter: Adapter, start: Sequence[float]) -> tu
         And "task.half" -> answers on the reported rows.
     """
     grid = Grid(scorer, adapter, {h: {t: s.grid[h] for t, s in scorer.splits.items()} for h in HALVES})
-    grown(grid, start)
+    if grow:
+        grown(grid, start)
+    else:
+        grid.add(start)
     answers: dict[str, Answers] = {}
     halves = {}
     scales = {reported: grid.best(chosen_on) for chosen_on, reported in zip(HALVES, reversed(HALVES), strict=True)}
@@ -173,7 +184,7 @@ def _regret(grid: Grid, scale: float, part: str) -> dict[str, Any]:
     scales = sorted(s for s, p in grid.found if p == part)
     near = {name: _nearest(scales, scale * by) for name, by in (("regret_half", 0.5), ("regret_double", 2.0))}
     lost = {name: None if s is None else grid.mean(scale, part) - grid.mean(s, part) for name, s in near.items()}
-    return {**lost, "edge": scale in (scales[0], scales[-1])}
+    return {**lost, "edge": len(scales) > 1 and scale in (scales[0], scales[-1])}
 
 
 def _nearest(scales: Sequence[float], wanted: float) -> float | None:

@@ -1,7 +1,7 @@
 """Training adapters: one by one, in fleets, and what keeps them in their subspace."""
 
 from plait.training.constraints import Constraint, attach_constraint
-from plait.training.fleet import train_fleet
+from plait.training.fleet import train_fleet, train_member
 from plait.training.member import Member, rates_sweep
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import TrainingSettings, row_order, sweep
@@ -18,4 +18,5 @@ __all__ = [
     "sweep",
     "train_adapter",
     "train_fleet",
+    "train_member",
 ]

@@ -199,7 +199,19 @@ def _train_alone(m: Member, base: BaseModel, overwrite: bool, meter: _Meter) -> 
     def one(step: int, total: int, loss: float | None) -> None:
         meter(1, loss)
 
-    train_adapter(
+    train_member(m, base, overwrite=overwrite, progress=one)
+
+
+def train_member(m: Member, base: BaseModel, *, overwrite: bool = False, progress: Progress | None = None) -> Adapter:
+    """Train one member on its own; see `train_adapter`.
+
+    Args:
+        m: The adapter and what it is trained with.
+        base: The base model.
+        overwrite: Train even where its folder holds something.
+        progress: Called after each step with the step, the number of steps and the last logged loss.
+    """
+    return train_adapter(
         m.initial,
         m.task,
         m.examples,
@@ -209,7 +221,7 @@ def _train_alone(m: Member, base: BaseModel, overwrite: bool, meter: _Meter) -> 
         out=m.out,
         identity=m.identity,
         overwrite=overwrite,
-        progress=one,
+        progress=progress,
         statistics=m.statistics,
         selection=m.selection,
     )
