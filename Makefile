@@ -43,6 +43,7 @@ trust: $(VENV)/.test
 	$(TRUST_RUN).kills --to $(TRUST) --count $(TRUST_KILLS)
 	$(TRUST_RUN).power --to $(TRUST)
 	$(TRUST_RUN).disks --to $(TRUST) --count $(TRUST_DISKS)
+	$(TRUST_RUN).same --to $(TRUST)
 	$(TRUST_RUN).mutants --to $(TRUST) --count $(TRUST_MUTANTS)
 	$(TRUST_RUN) $(TRUST) --out docs/results/trust
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.trust import Row, gathered, row, write_part
 from benchmarks.trust.findings import FINDINGS, cases_of, table
 from benchmarks.trust.page import page
+from benchmarks.trust.reached import FILES, PACKAGE, reached, reading_lines
 from benchmarks.trust.small import comparable, differing, litter
 
 from plait.runs.journal import JOURNAL, about_runs, noted
@@ -77,3 +78,24 @@ def test_lines_of_the_journal_that_are_none_are_counted(tmp_path, line):
     assert "cannot be read" in about_runs(tmp_path)["seconds"]
     (tmp_path / JOURNAL).write_bytes(line)
     assert about_runs(tmp_path) == {"seconds": f"unknown: 1 lines of {JOURNAL} cannot be read"}
+
+
+def test_what_the_fuzzer_reaches_is_counted_in_functions_that_read():
+    parts = [
+        "X = 1",
+        "def read(x):",
+        "    if x:",
+        "        return 1",
+        "class A:",
+        "    def see(self):",
+        "        return 2",
+    ]
+    source = "\n".join([*parts, "    def write(self):", "        return 3"])
+    assert reading_lines(source) == {3, 4, 7}
+    assert all((PACKAGE / file).is_file() for files in FILES.values() for file in files)
+
+
+@pytest.mark.slow
+def test_a_little_fuzzing_reaches_most_of_a_reader():
+    found = reached("mergekit recipes", 200, 0)
+    assert found.held > 0.8 * found.tried and (found.fell == 0) == ("not reached: none" in found.notes[0])

@@ -23,6 +23,7 @@ _PARTS = {
     "kills": "Kills",
     "power": "Power losses",
     "disks": "Full disks",
+    "same": "The same merge again",
     "mutants": "Mutants of the source that the tests kill",
 }
 _HOW = {

@@ -32,6 +32,13 @@ def test_results_come_in_order_and_the_setting_comes_back(threads):
     assert torch.get_num_threads() == 3 and sys.getswitchinterval() == turn
 
 
+def test_one_module_is_computed_alone_too(threads):
+    threads(3)
+    assert side_by_side(lambda i: torch.get_num_threads(), [0], torch.device("cpu")) == [1]
+    threads(1)
+    assert side_by_side(lambda i: torch.get_num_threads(), [0, 1], torch.device("cpu")) == [1, 1]
+
+
 def test_one_by_one_stays_in_this_thread_and_the_setting_comes_back(threads):
     threads(3)
     here = threading.get_ident()
@@ -42,13 +49,14 @@ def test_one_by_one_stays_in_this_thread_and_the_setting_comes_back(threads):
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.parametrize("modules", [1, 5])
 @pytest.mark.parametrize("method", ["task_arithmetic", "tsv", "ties", "dare_linear", "core_space"])
-def test_bits_do_not_depend_on_the_number_of_threads(threads, method):
+def test_bits_do_not_depend_on_the_number_of_threads(threads, method, modules):
     adapters = []
     for i in range(3):
         g = torch.Generator().manual_seed(i)
         one = lambda: LoraFactors(torch.randn(8, 1024, generator=g), torch.randn(1024, 8, generator=g))  # noqa: B023, E731
-        adapters.append(Adapter(f"t{i}", "base", {f"l.{k}.q": one() for k in range(5)}))
+        adapters.append(Adapter(f"t{i}", "base", {f"l.{k}.q": one() for k in range(modules)}))
     done = []
     for count in (1, 2, 4):
         threads(count)

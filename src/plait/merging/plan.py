@@ -89,10 +89,11 @@ class Plan:
 
     def each(self, function: Callable[[S], T], names: Sequence[S]) -> list[T]:
         """The function of every module, or list of some, in order; side by side where that repays the threads."""
-        entries = sum(out * width for (out, width), _ in self.common.modules.values())
-        if entries <= _LARGE:
+        if self.device.type != "cpu":
             return [function(m) for m in names]
-        return one_by_one(function, names) if self.copies() else side_by_side(function, names, self.device)
+        entries = sum(out * width for (out, width), _ in self.common.modules.values())
+        together = entries > _LARGE and not self.copies()
+        return side_by_side(function, names, self.device) if together else one_by_one(function, names)
 
     def prepared(self) -> Any:
         """What the method decides model-wide, before the first module."""

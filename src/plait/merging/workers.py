@@ -27,10 +27,11 @@ def side_by_side(function: Callable[[S], T], items: Sequence[S], device: torch.d
     are not. Every module is computed by one thread alone, so its bits do not depend on how many there are. torch's
     thread count and the turn of Python's threads, which hold for the process, are set meanwhile and put back.
     """
-    threads = torch.get_num_threads()
-    count = min(threads, len(items), _MOST) if device.type == "cpu" else 1
-    if count <= 1:
+    if device.type != "cpu":
         return [function(item) for item in items]
+    count = min(torch.get_num_threads(), len(items), _MOST)
+    if count <= 1:  # not by torch's threads either, which would add up in another order
+        return one_by_one(function, items)
     turn = sys.getswitchinterval()
     sys.setswitchinterval(min(turn, _TURN))
     try:
