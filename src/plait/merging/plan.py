@@ -91,8 +91,7 @@ class Plan:
         """The function of every module, or list of some, in order; side by side where that repays the threads."""
         if self.device.type != "cpu":
             return [function(m) for m in names]
-        entries = sum(out * width for (out, width), _ in self.common.modules.values())
-        together = entries > _LARGE and not self.copies()
+        together = sum(o * i for (o, i), _ in self.common.modules.values()) > _LARGE and not self.copies()
         return side_by_side(function, names, self.device) if together else one_by_one(function, names)
 
     def prepared(self) -> Any:
