@@ -181,6 +181,8 @@ def test_plan_changes_nothing_and_report_needs_a_finished_run(tiny_recipe, tmp_p
     (out / INPUTS_FILE).unlink()
     with pytest.raises(InputError, match="of an earlier version"):
         report_again(out)
+    with pytest.raises(UsageError, match=r"of an earlier version.*--overwrite"):
+        run(recipe, out, quiet=True)
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------

@@ -22,16 +22,21 @@ def keep(layout: Layout) -> None:
 
     Cost: hashes the base and the files of the data, and reads the validation rows.
     """
+    keep_inputs(inputs_of(layout.session, layout.background), layout.out)
     if not keeps(layout.recipe, layout.out):
         with staged_file(layout.out / RECIPE_FILE, overwrite=True) as stage:
             stage.write_text(_text(layout.recipe), encoding="utf-8")
-    keep_inputs(inputs_of(layout.session, layout.background), layout.out)
 
 
 def keeps(recipe: Recipe, out: Path) -> bool:
     """Whether a folder holds this recipe."""
     path = out / RECIPE_FILE
     return path.is_file() and path.read_bytes() == _text(recipe).encode()
+
+
+def is_earlier(out: Path) -> bool:
+    """Whether a folder is a run of an earlier version, whose results lie elsewhere and are made from other things."""
+    return (out / RECIPE_FILE).is_file() and not (out / INPUTS_FILE).is_file()
 
 
 def _text(recipe: Recipe) -> str:
@@ -50,11 +55,9 @@ def layout_of_folder(folder: Path, overrides: Sequence[str] = ()) -> Layout:
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), folder / RECIPE_FILE)
     raw = read_json(path)
-    if path.name == RECIPE_FILE and not (folder / INPUTS_FILE).is_file():
-        hint = "run the recipe again: what it has still to do differs, and other results stay where they are"
-        raise InputError(
-            "a run that was not begun, or one of an earlier version of plait", where=str(folder), hint=hint
-        )
+    if is_earlier(folder):
+        hint = "plait run its recipe into another folder"
+        raise InputError("a run of an earlier version of plait", where=str(folder), hint=hint)
     recorded = parse_recipe(raw, str(folder))
     apply_overrides(raw, overrides)
     recipe = parse_recipe(raw, str(folder))

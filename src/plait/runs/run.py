@@ -18,7 +18,7 @@ from plait.model.base import emulated
 from plait.progress import Progress, duration
 from plait.runs.best import write_best
 from plait.runs.executors import Executor, InProcess, batch_of, mender
-from plait.runs.folder import PRODUCTS, RECIPE_FILE, keep, keeps
+from plait.runs.folder import PRODUCTS, RECIPE_FILE, is_earlier, keep, keeps
 from plait.runs.journal import noted
 from plait.runs.layout import Layout, cost, pending
 from plait.runs.recipe import Recipe
@@ -82,6 +82,9 @@ def run(
     layout.overwrite = overwrite and not recipe.tuned  # results that are addressed by content never stand in the way
     executor = executor or InProcess(layout)
     require_sound(layout)
+    if is_earlier(out) and not overwrite:
+        hint = "choose another --out, or --overwrite to make it anew"
+        raise UsageError("a run of an earlier version of plait", where=str(out), hint=hint)
     begun = (out / RECIPE_FILE).is_file()
     if overwrite and not begun:  # nothing in it is known to be ours
         for place in (*(layout.of(u).path(u) for u in planned(layout)), *(out / name for name in PRODUCTS)):
