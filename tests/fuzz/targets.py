@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _read_statistics(path: Path) -> None:
     for name, m in whole.sites.items():
         held(m.count >= 0 and m.error >= 0 and math.isfinite(m.error) and all_finite(m.second), f"site {name}")
         held(sites[name].count == m.count, f"site {name}, opened")
-    json.dumps(check_statistics(whole))
+    json.dumps(asdict(check_statistics(whole)))
 
 
 def _read_fisher(path: Path) -> None:

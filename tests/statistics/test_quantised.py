@@ -42,7 +42,7 @@ def test_nf4_is_collected_and_labelled(quantised, tmp_path):
     assert 0.01 < away < 1  # four bits move the activations of a model this small
     write_statistics(tmp_path / "q", found)
     again = read_statistics(tmp_path / "q")
-    assert any("bitsandbytes-4bit" in w for w in check_statistics(again)["warnings"])
+    assert any("bitsandbytes-4bit" in w for w in check_statistics(again).warnings)
     assert merge_statistics(again, plain).sites.keys() == plain.sites.keys()
 
 

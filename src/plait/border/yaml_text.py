@@ -31,9 +31,9 @@ class _WithoutAliases(_DistinctKeys):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse an alias, else compose the node."""
-        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not supported")
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 # YAML 1.1 reads 1e-3 as a string; people who write numbers mean numbers.

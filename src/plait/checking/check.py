@@ -197,8 +197,7 @@ def _problems(look: Callable[[Path], list[str]], path: Path) -> tuple[str, ...]:
 
 
 def _statistics(path: Path) -> list[str]:
-    problems: list[str] = check_statistics(files.read_statistics(path))["problems"]
-    return problems
+    return list(check_statistics(files.read_statistics(path)).problems)
 
 
 def _fisher(path: Path) -> list[str]:

@@ -48,7 +48,7 @@ def convert(
     DoRA and other variants become plain LoRA exactly, or with the error stated.
     """
     from plait.formats.convert import convert as change
-    from plait.formats.plain import Means
+    from plait.formats.work import Means
 
     means = Means(base, initial, rank, drop_bias)
     found = change(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -74,24 +75,24 @@ def show(file: File, as_json: Json = False) -> None:
     """Show what a statistics file holds: base, sites, tokens, spectra."""
     from plait.statistics import read_statistics, show_statistics
 
-    found = show_statistics(read_statistics(file))
+    contents = show_statistics(read_statistics(file))
     facts = "\n".join(
-        f"{key.ljust(18)} {value}" for key, value in sorted(found["provenance"].items()) if value is not None
+        f"{key.ljust(18)} {value}" for key, value in sorted(contents.provenance.items()) if value is not None
     )
     rows = [
         [
             site,
-            str(s["dim"]),
-            str(s["count"]),
-            s["form"],
-            f"{s['effective_rank']:.1f}",
-            f"{100 * s['top8']:.1f} %",
-            str(len(s["readers"])),
+            str(s.dim),
+            str(s.count),
+            s.form,
+            f"{s.effective_rank:.1f}",
+            f"{100 * s.top8:.1f} %",
+            str(len(s.readers)),
         ]
-        for site, s in found["sites"].items()
+        for site, s in contents.sites.items()
     ]
     header = ["site", "width", "tokens", "form", "effective rank", "in top 8", "readers"]
-    emit(found, as_json, f"{facts}\n\n{table(header, rows)}")
+    emit(asdict(contents), as_json, f"{facts}\n\n{table(header, rows)}")
 
 
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
@@ -110,15 +111,15 @@ def diff(a: File, b: File, as_json: Json = False) -> None:
     """Compare two statistics files, and say whether they can be mixed."""
     from plait.statistics import diff_statistics, read_statistics
 
-    found = diff_statistics(read_statistics(a), read_statistics(b))
-    facts = "\n".join(f"{key}: {x} | {y}" for key, (x, y) in found["provenance"].items())
+    difference = diff_statistics(read_statistics(a), read_statistics(b))
+    facts = "\n".join(f"{key}: {x} | {y}" for key, (x, y) in difference.provenance.items())
     rows = [
-        [site, f"{s['overlap']:.4f}", f"{s['mean_cosine']:.4f}", f"{s['relative_difference']:.4f}"]
-        for site, s in found["sites"].items()
+        [site, f"{s.overlap:.4f}", f"{s.mean_cosine:.4f}", f"{s.relative_difference:.4f}"]
+        for site, s in difference.sites.items()
     ]
-    verdict = "can be mixed" if found["compatible"] else f"cannot be mixed: {found['reason']}"
+    verdict = "can be mixed" if difference.compatible else f"cannot be mixed: {difference.reason}"
     header = ["site", "overlap", "cosine of means", "relative difference"]
-    emit(found, as_json, "\n\n".join(part for part in (verdict, facts, table(header, rows)) if part))
+    emit(asdict(difference), as_json, "\n\n".join(part for part in (verdict, facts, table(header, rows)) if part))
 
 
 def compress(
@@ -133,7 +134,7 @@ def compress(
     require_apart(out, [file])
     smaller = compress_statistics(read_statistics(file), rank)
     write_statistics(out, smaller, overwrite=overwrite)
-    worst = max(s["relative_error"] for s in show_statistics(smaller)["sites"].values())
+    worst = max(s.relative_error for s in show_statistics(smaller).sites.values())
     sizes = {"bytes_before": file.stat().st_size, "bytes_after": out.stat().st_size}
     line = f"{sizes['bytes_before']:,} -> {sizes['bytes_after']:,} bytes, error at most {worst:.2e} of a site's trace"
     emit({"output": str(out), "rank": rank, "relative_error": worst, **sizes}, as_json, line)
@@ -143,10 +144,10 @@ def check(file: File, as_json: Json = False) -> None:
     """Say whether a file can be what it claims; exit code 3 if not."""
     from plait.statistics import check_statistics, read_statistics
 
-    found = check_statistics(read_statistics(file))
-    lines = [f"problem: {p}" for p in found["problems"]] + [f"warning: {w}" for w in found["warnings"]]
-    emit(found, as_json, "\n".join([*lines, "sound" if found["ok"] else "not sound"]))
-    if not found["ok"]:
+    soundness = check_statistics(read_statistics(file))
+    lines = [f"problem: {p}" for p in soundness.problems] + [f"warning: {w}" for w in soundness.warnings]
+    emit(asdict(soundness), as_json, "\n".join([*lines, "sound" if soundness.ok else "not sound"]))
+    if not soundness.ok:
         raise typer.Exit(3)
 
 

@@ -67,9 +67,9 @@ def merge_statistics(*statistics: Statistics) -> Statistics:
     return Statistics(sites, modules, _merged_provenance([x.provenance for x in statistics]))
 
 
-def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> Mapping[str, object]:
     parts = list(parts)
-    merged = {k: v for k, v in parts[0].items() if k == "base" or all(p.get(k) == v for p in parts)}
+    merged: dict[str, object] = {k: v for k, v in parts[0].items() if k == "base" or all(p.get(k) == v for p in parts)}
     for key in ("samples", "tokens"):
         if all(key in p for p in parts):
             merged[key] = sum(p[key] for p in parts)

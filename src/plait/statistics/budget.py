@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from plait.errors import UsageError
 
@@ -33,8 +32,8 @@ class MemoryPlan:
     layers: int | None = None
     sketch: int | None = None
 
-    def record(self) -> dict[str, Any]:
-        """For the provenance."""
+    def record(self) -> dict[str, int | str]:
+        """Describe the plan for the provenance."""
         chosen = {"exact": "exact", "layers": f"exact, {self.layers} layers at a time", "sketch": "sketch"}[self.form]
         return {"allowed": self.allowed, "needed": self.needed, "chosen": chosen}
 

@@ -114,7 +114,7 @@ def collect_statistics(
             chosen, sketch = {"memory": plan.record()}, plan.sketch
         else:
             collected = _collected(passes, targets, batches, pool, sketch, stop_early)
-    record = {**_found_facts(passes, prefix, pool, target_modules, sketch), **chosen, **(provenance or {})}
+    record = {**_facts_of(passes, prefix, pool, target_modules, sketch), **chosen, **(provenance or {})}
     if added and memory is None:
         collected = reduce_statistics(collected)
     if collected is None:
@@ -150,9 +150,9 @@ def _peek(batches: Iterable[Batch]) -> tuple[Iterator[Batch], Batch | None]:
     return stream, None
 
 
-def _found_facts(
+def _facts_of(
     passes: ForwardPasses, prefix: str, pool: str, targets: Sequence[str] | str | None, sketch: int | None
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     config = getattr(passes.base, "config", None)
     named = targets if isinstance(targets, str) or targets is None else sorted(targets)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -56,43 +56,61 @@ def reduce_statistics(own: Statistics | None) -> Statistics:
 
     Cost: one all-reduce of (d, d) per site; a gather of factors where all data together has fewer than d inputs.
     """
-    shapes = _gathered(None if own is None else _shape_of(own))
-    known = [s for s in shapes if s is not None]
-    if not known:
+    shapes = [s for s in _gathered(None if own is None else _Shape.of(own)) if s is not None]
+    if not shapes:
         raise InputError("no batches on any rank")
-    if any(s["modules"] != known[0]["modules"] for s in known):
+    if any(list(s.modules.items()) != list(shapes[0].modules.items()) for s in shapes):
         raise InputError(
             "the ranks found different modules", hint="start all ranks with the same model and target_modules"
         )
-    layout = known[0]
+    first = shapes[0]
     sites = {}
-    for site, dim in layout["sites"].items():
-        mine = own.sites[site] if own else Moments.zero(dim, getattr(torch, layout["dtype"]))
-        sites[site] = _reduced(mine, [s["forms"][site] for s in known], [s["counts"][site] for s in known])
-    numbers = torch.tensor([_numbers(own, layout)], dtype=torch.float64)
+    for site, dim in first.widths.items():
+        mine = own.sites[site] if own else Moments.zero(dim, first.dtype)
+        sites[site] = _reduced(mine, [s.forms[site] for s in shapes], [s.counts[site] for s in shapes])
+    numbers = torch.tensor([_numbers(own, first)], dtype=torch.float64)
     _all_reduce(numbers)
     samples, tokens, *energies = numbers[0].tolist()
     modules = {
-        name: ModuleInfo(site, tuple(shape), energy, fan, router)
-        for (name, site, shape, fan, router), energy in zip(layout["modules"], energies, strict=True)
+        name: replace(info, output_energy=energy)
+        for (name, info), energy in zip(first.modules.items(), energies, strict=True)
     }
     return Statistics(sites, modules, {"samples": int(samples), "tokens": int(tokens)})
 
 
-def _shape_of(own: Statistics) -> dict[str, Any]:
-    first = next(iter(own.sites.values()), None)  # a group of layers may read only sites of the one before
-    return {
-        "modules": [(n, i.site, i.shape, i.fan_in_fan_out, i.is_router) for n, i in own.modules.items()],
-        "sites": {s: m.dim for s, m in own.sites.items()},
-        "forms": {s: (m.form, m.residual is not None) for s, m in own.sites.items()},
-        "counts": {s: m.count for s, m in own.sites.items()},
-        "dtype": str(first.total.dtype).removeprefix("torch.") if first else "float32",
-    }
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a rank's statistics look like: what the others must know before sums are added.
+
+    Args:
+        modules: Name -> module, its output energy left out.
+        widths: Site -> width.
+        forms: Site -> form, and whether a sketch left a residual.
+        counts: Site -> inputs.
+        dtype: Of the sums.
+    """
+
+    modules: Mapping[str, ModuleInfo]
+    widths: Mapping[str, int]
+    forms: Mapping[str, tuple[str, bool]]
+    counts: Mapping[str, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, own: Statistics) -> _Shape:
+        first = next(iter(own.sites.values()), None)  # a group of layers may read only sites of the one before
+        return cls(
+            modules={n: replace(i, output_energy=0.0) for n, i in own.modules.items()},
+            widths={s: m.dim for s, m in own.sites.items()},
+            forms={s: (m.form, m.residual is not None) for s, m in own.sites.items()},
+            counts={s: m.count for s, m in own.sites.items()},
+            dtype=first.total.dtype if first else torch.float32,
+        )
 
 
-def _numbers(own: Statistics | None, layout: Mapping[str, Any]) -> list[float]:
+def _numbers(own: Statistics | None, shape: _Shape) -> list[float]:
     if own is None:
-        return [0.0] * (2 + len(layout["modules"]))
+        return [0.0] * (2 + len(shape.modules))
     record = own.provenance
     return [record["samples"], record["tokens"], *(i.output_energy for i in own.modules.values())]
 

@@ -100,7 +100,7 @@ def content_hash(parts: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _site_record(moments: Moments) -> dict[str, Any]:
+def _site_record(moments: Moments) -> dict[str, int | float | str]:
     return {
         "count": moments.count,
         "padded_count": moments.padded_count,
@@ -138,7 +138,7 @@ def require_distinct(files: Sequence[Path]) -> None:
             raise UsageError(f"the same statistics as {other}", where=str(path), hint="name every file once")
 
 
-def read_identity(path: str | Path) -> dict[str, Any] | None:
+def read_identity(path: str | Path) -> Mapping[str, object] | None:
     """The identity a file was written with, without reading its tensors; None where there is no file or identity."""
     from safetensors import SafetensorError, safe_open
 
@@ -158,7 +158,7 @@ def read_identity(path: str | Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def record_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+def record_of(metadata: Mapping[str, str], path: Path) -> Mapping[str, object]:
     """The record in a file's metadata.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from plait.statistics.files import write_statistics
 from plait.statistics.layers import LayerWalk
 from plait.statistics.lazy import joined, open_statistics
 from plait.statistics.moments import ModuleInfo, Statistics
-from plait.statistics.passes import ForwardPasses, examples_in, first_example
+from plait.statistics.passes import Batch, ForwardPasses, examples_in, first_example
 from plait.statistics.sites import SiteMap, find_sites
 from plait.statistics.targets import Target
 
-Batch = Mapping[str, Any]
 _PATCHES = 4096
 
 

@@ -1,9 +1,10 @@
-"""Looking at statistics files: what is in one, how two differ, whether one is sound. JSON-able results."""
+"""Looking at statistics files: what is in one, how two differ, whether one is sound."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,44 +14,95 @@ from plait.statistics.agreement import require_compatible
 from plait.statistics.moments import Moments, Statistics
 
 # A float32 sum of PSD terms may have eigenvalues below zero by rounding: d * eps of the largest, with room.
-_NEGATIVE = 1e-4
+NEGATIVE_BY_ROUNDING = 1e-4
 
 
-def show_statistics(statistics: Statistics) -> dict[str, Any]:
-    """Provenance, sites and a summary of each spectrum.
+@dataclass(frozen=True, slots=True)
+class SiteSummary:
+    """One site in numbers.
 
-    Returns:
-        ``{"provenance", "sites": {site: {"dim", "count", "form", "rows", "relative_error", "mean_square",
-        "effective_rank", "top1", "top8", "readers"}}, "modules"}``. The effective rank is exp(entropy) of the
-        normalised eigenvalues; top1 and top8 are the fractions of the trace in the largest eigenvalues.
+    Args:
+        dim: Width.
+        count: Inputs that were added up.
+        form: "dense" or "factor".
+        rows: Rows of the stored second moment.
+        relative_error: Bound of a sketch's error, over the trace.
+        mean_square: Mean square of an input's entries.
+        effective_rank: exp(entropy) of the normalised eigenvalues.
+        top1, top8: Fractions of the trace in the largest eigenvalues.
+        readers: Modules that read it.
+    """
+
+    dim: int
+    count: int
+    form: str
+    rows: int
+    relative_error: float
+    mean_square: float
+    effective_rank: float
+    top1: float
+    top8: float
+    readers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlace:
+    """Where a module stands: the site it reads, and its weight's (out, in)."""
+
+    site: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a statistics file holds.
+
+    Args:
+        provenance: Its record.
+        sites: Name -> summary.
+        modules: Name -> place.
+    """
+
+    provenance: Mapping[str, Any]
+    sites: Mapping[str, SiteSummary]
+    modules: Mapping[str, ModulePlace]
+
+
+def show_statistics(statistics: Statistics) -> Contents:
+    """Summarise the provenance, the sites and each spectrum.
 
     Cost: one eigen-decomposition per site.
     """
-    readers: dict[str, list[str]] = {}
+    readers: dict[str, tuple[str, ...]] = {}
     for name, info in statistics.modules.items():
-        readers.setdefault(info.site, []).append(name)
-    sites = {s: {**summary(m), "readers": readers.get(s, [])} for s, m in statistics.sites.items()}
-    modules = {n: {"site": i.site, "shape": list(i.shape)} for n, i in statistics.modules.items()}
-    return {"provenance": dict(statistics.provenance), "sites": sites, "modules": modules}
+        readers[info.site] = (*readers.get(info.site, ()), name)
+    sites = {s: replace(summary(m), readers=readers.get(s, ())) for s, m in statistics.sites.items()}
+    modules = {n: ModulePlace(i.site, i.shape) for n, i in statistics.modules.items()}
+    return Contents(dict(statistics.provenance), sites, modules)
 
 
-def summary(moments: Moments) -> dict[str, Any]:
-    """One site in numbers."""
+def summary(moments: Moments) -> SiteSummary:
+    """Summarise one site.
+
+    >>> two = Moments(4, torch.zeros(2), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    >>> summary(two).top1
+    0.75
+    """
     trace = moments.trace
     values = spectrum(moments)
     shares = values / values.sum() if trace > 0 else values
     entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
-    return {
-        "dim": moments.dim,
-        "count": moments.count,
-        "form": moments.form,
-        "rows": moments.second.shape[0],
-        "relative_error": moments.error / trace if trace > 0 else 0.0,
-        "mean_square": trace / max(1, moments.count * moments.dim),
-        "effective_rank": float(entropy.exp()) if trace > 0 else 0.0,
-        "top1": float(shares[:1].sum()),
-        "top8": float(shares[:8].sum()),
-    }
+    return SiteSummary(
+        dim=moments.dim,
+        count=moments.count,
+        form=moments.form,
+        rows=moments.second.shape[0],
+        relative_error=moments.error / trace if trace > 0 else 0.0,
+        mean_square=trace / max(1, moments.count * moments.dim),
+        effective_rank=float(entropy.exp()) if trace > 0 else 0.0,
+        top1=float(shares[:1].sum()),
+        top8=float(shares[:8].sum()),
+    )
 
 
 def spectrum(moments: Moments) -> torch.Tensor:
@@ -62,52 +114,83 @@ def spectrum(moments: Moments) -> torch.Tensor:
     return values.flip(0).clamp_min(0)
 
 
-def diff_statistics(a: Statistics, b: Statistics) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class SiteDifference:
+    """How two sites of equal width differ; NaN where one of them is zero.
+
+    Args:
+        overlap: tr(m_a m_b) / (|m_a| |m_b|), m the trace-normalised moments.
+        mean_cosine: Cosine of the means.
+        relative_difference: |m_a - m_b| / |m_a|.
+    """
+
+    overlap: float
+    mean_cosine: float
+    relative_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
     """How two statistics differ.
 
-    Returns:
-        ``{"compatible": bool, "reason": str | None, "provenance": {key: [a, b]}, "sites": {site: {"overlap",
-        "mean_cosine", "relative_difference"}}}`` for the sites both have with equal width. Overlap is
-        tr(m_a m_b) / (|m_a| |m_b|), relative_difference is |m_a - m_b| / |m_a| of the trace-normalised moments.
+    Args:
+        compatible: Whether they may be added.
+        reason: Why not.
+        provenance: Key -> its two values, where they differ.
+        sites: Site of both -> difference.
     """
+
+    compatible: bool
+    reason: str | None
+    provenance: Mapping[str, tuple[Any, Any]]
+    sites: Mapping[str, SiteDifference]
+
+
+def diff_statistics(a: Statistics, b: Statistics) -> Difference:
+    """Compare two statistics, site by site where both have one of equal width."""
     reason = None
     try:
         require_compatible(a, b)
     except InputError as e:
         reason = str(e)
-    keys = sorted({*a.provenance, *b.provenance})
-    changed = {
-        k: [a.provenance.get(k), b.provenance.get(k)] for k in keys if a.provenance.get(k) != b.provenance.get(k)
-    }
+    pairs = {k: (a.provenance.get(k), b.provenance.get(k)) for k in sorted({*a.provenance, *b.provenance})}
     shared = [s for s in a.sites if s in b.sites and a.sites[s].dim == b.sites[s].dim]
-    return {
-        "compatible": reason is None,
-        "reason": reason,
-        "provenance": changed,
-        "sites": {s: _compared(a.sites[s], b.sites[s]) for s in shared},
-    }
+    return Difference(
+        reason is None,
+        reason,
+        {k: (x, y) for k, (x, y) in pairs.items() if x != y},
+        {s: _compared(a.sites[s], b.sites[s]) for s in shared},
+    )
 
 
-def _compared(a: Moments, b: Moments) -> dict[str, float]:
+def _compared(a: Moments, b: Moments) -> SiteDifference:
     if not (a.trace > 0 and b.trace > 0):
-        return {"overlap": math.nan, "mean_cosine": math.nan, "relative_difference": math.nan}
+        return SiteDifference(math.nan, math.nan, math.nan)
     x, y = a.normalised(torch.float64), b.normalised(torch.float64)
-    means = a.total.double(), b.total.double()
-    cosine = torch.nn.functional.cosine_similarity(*means, dim=0)
-    return {
-        "overlap": float((x * y).sum() / (x.norm() * y.norm())),
-        "mean_cosine": float(cosine),
-        "relative_difference": float((x - y).norm() / x.norm()),
-    }
+    return SiteDifference(
+        overlap=float((x * y).sum() / (x.norm() * y.norm())),
+        mean_cosine=float(torch.nn.functional.cosine_similarity(a.total.double(), b.total.double(), dim=0)),
+        relative_difference=float((x - y).norm() / x.norm()),
+    )
 
 
-def check_statistics(statistics: Statistics) -> dict[str, Any]:
-    """Whether statistics can be what they say: finite, symmetric, positive semidefinite, consistent counts.
+@dataclass(frozen=True, slots=True)
+class Soundness:
+    """Whether statistics can be what they say.
 
-    Returns:
-        ``{"ok": bool, "problems": [str], "warnings": [str]}``. Too few inputs, sketches and a quantised base are
-        warnings: legal, and worth knowing.
+    Args:
+        ok: No problems.
+        problems: What cannot be.
+        warnings: What is legal, and worth knowing: too few inputs, sketches, a quantised base.
     """
+
+    ok: bool
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def check_statistics(statistics: Statistics) -> Soundness:
+    """Check that statistics are finite, symmetric, positive semidefinite and of consistent counts."""
     problems: list[str] = []
     warnings: list[str] = []
     for site, moments in statistics.sites.items():
@@ -128,34 +211,38 @@ def check_statistics(statistics: Statistics) -> dict[str, Any]:
         if not math.isfinite(info.output_energy) or info.output_energy < 0:
             problems.append(f"{name}: output energy {info.output_energy}")
     warnings += _record_warnings(statistics.provenance)
-    return {"ok": not problems, "problems": problems, "warnings": warnings}
+    return Soundness(not problems, tuple(problems), tuple(warnings))
 
 
 def _problems(moments: Moments) -> list[str]:
     parts = [t for t in (moments.total, moments.second, moments.residual, moments.padded_total) if t is not None]
     if not all(bool(t.isfinite().all()) for t in parts):
         return ["holds NaN or infinity"]
-    found = []
+    problems = []
     if moments.count < 1 or moments.padded_count < 0:
-        found.append(f"counts {moments.count} inputs")
-    if moments.residual is not None and bool((moments.residual < -_NEGATIVE * moments.residual.abs().max()).any()):
-        found.append("a negative residual")
+        problems.append(f"counts {moments.count} inputs")
+    if moments.residual is not None and bool(
+        (moments.residual < -NEGATIVE_BY_ROUNDING * moments.residual.abs().max()).any()
+    ):
+        problems.append("a negative residual")
     if not moments.trace > 0:
-        return [*found, "its second moment is zero"]
+        return [*problems, "its second moment is zero"]
     values = torch.linalg.eigvalsh(moments.dense().double())
-    if float(values[0]) < -_NEGATIVE * float(values[-1]):
-        found.append(f"not positive semidefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}")
+    if float(values[0]) < -NEGATIVE_BY_ROUNDING * float(values[-1]):
+        problems.append(
+            f"not positive semidefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}"
+        )
     mean = moments.total.double() / max(1, moments.count)
     bound = moments.trace / max(1, moments.count)
     if float(mean @ mean) > bound * 1.001:
-        found.append("the mean is longer than the second moment allows")
-    return found
+        problems.append("the mean is longer than the second moment allows")
+    return problems
 
 
 def _record_warnings(provenance: Mapping[str, Any]) -> list[str]:
-    found = [
+    warnings = [
         f"the record does not say its {key}" for key in ("base", "pool", "target_modules") if not provenance.get(key)
     ]
     if provenance.get("quantisation"):
-        found.append(f"collected on a {provenance['quantisation']} base")
-    return found
+        warnings.append(f"collected on a {provenance['quantisation']} base")
+    return warnings

@@ -14,6 +14,8 @@ from plait.errors import InputError
 from plait.statistics.masks import sent
 from plait.statistics.targets import unwrapped
 
+# What a data loader yields: name -> tensor, and whatever else it carries along
+Batch = Mapping[str, Any]
 _CPU = torch.device("cpu")
 
 
@@ -40,8 +42,8 @@ class ForwardPasses:
         self.known = {n for n, p in taken.items() if p.kind is not p.VAR_KEYWORD}
         self.encoder_decoder = bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
 
-    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a batch the model takes: tensors it knows, on its device, without labels where they only make a loss."""
+    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Tensor | bool]:
+        """Select what the model takes of a batch, on its device, without labels where they only make a loss."""
         if not isinstance(batch, Mapping):
             raise InputError(f"a batch is a {type(batch).__name__}, expected a mapping from name to tensor")
         kept = {
@@ -49,7 +51,7 @@ class ForwardPasses:
         }
         if not kept:
             raise InputError(f"a batch holds none of the model's inputs: {', '.join(map(str, batch))}")
-        extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self.known else {}
+        extra: dict[str, Tensor | bool] = {"use_cache": False} if "use_cache" in self.known else {}
         return {k: sent(v, self.device) for k, v in kept.items()} | extra
 
     def _wanted(self, key: str, value: Tensor, batch: Mapping[str, Any]) -> bool:
@@ -80,12 +82,12 @@ def _numbered(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
-def examples_in(batch: Mapping[str, Any]) -> int:
+def examples_in(batch: Batch) -> int:
     """Number of examples in a batch."""
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
 
 
-def first_example(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first example of a batch as a batch of its own."""
+def first_example(batch: Batch) -> Batch:
+    """Make a batch of the first example of one."""
     size = examples_in(batch)
     return {k: v[:1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v for k, v in batch.items()}
