@@ -32,7 +32,7 @@ from plait.fidelity.candidates import METHODS, SCALES, Tried, merged_by, recipes
 from plait.fidelity.choose import HELD_OUT, Scored, groups_of, refined_weights, scaled
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.measure import AGGREGATES
+from plait.fidelity.measure import aggregate
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import mean_error, terms_over
@@ -61,6 +61,25 @@ def task_of(name: str, root: Path) -> Task:
     columns, split = OPEN[name]
     source = Source(str(root / name / "train.parquet"), str(root / name / f"{split}.parquet"))
     return load_task(Task(name, "classification", source, columns), root=root)
+
+
+def _mean(values) -> float:
+    return float(np.mean(values))
+
+
+# Ways to put adapters' fidelities together, larger is better; "score" is the one that chooses.
+AGGREGATES = {
+    "score": aggregate,
+    "mean followed": lambda tasks: _mean([t.followed for t in tasks]),
+    "mean agreement": lambda tasks: _mean([t.agreement for t in tasks]),
+    "mean beyond chance": lambda tasks: _mean([t.beyond_chance for t in tasks]),
+    "mean probability beyond chance": lambda tasks: _mean([t.probability_beyond_chance for t in tasks]),
+    "mean kept agreement": lambda tasks: _mean([t.kept_agreement for t in tasks]),
+    "worst kept agreement": lambda tasks: min(t.kept_agreement for t in tasks),
+    "mean kept (KL over the base's)": lambda tasks: _mean([t.kept for t in tasks]),
+    "minus mean KL": lambda tasks: -_mean([t.kl for t in tasks]),
+    "worst kept": lambda tasks: min(t.kept for t in tasks),
+}
 
 
 class Judge:

@@ -9,7 +9,7 @@ import torch
 
 from plait.adapters.lora import LoraFactors
 from plait.disk.store import identity
-from plait.errors import UsageError
+from plait.errors import InputError, UsageError
 from plait.model.base import load_task_model, load_tokenizer
 from plait.statistics import collect_statistics
 from plait.tasks import batches, encode
@@ -244,7 +244,7 @@ def test_what_cannot_be_prepared_is_named(tiny_base, statistics):
     with pytest.raises(UsageError, match="no option"):
         odd = dataclasses.replace(SETTINGS, constraint="frozen", constraint_options={"m": 9})
         prepare_constraint(odd, start, known, task="topic")
-    with pytest.raises(KeyError, match="no LoRA layer"):
+    with pytest.raises(InputError, match="no LoRA layer"):
         model = attach(load_task_model(tiny_base("bert"), make_task(), seed=0), start)
         attach_constraint(
             torch.optim.SGD([torch.zeros(1)]), model, Constraint("projected", {"nowhere": Rule(torch.eye(2))})

@@ -172,7 +172,7 @@ def test_an_interrupted_fleet_goes_on_to_the_same_bits(tiny_base, tmp_path, monk
     options = {"checkpoint_every": 4, "snapshots": (3, 20)}
     straight = train_fleet([member(base, "bert", tmp_path / "s" / str(s), seed=s, **options) for s in range(3)], base)
     members = [member(base, "bert", tmp_path / "b" / str(s), seed=s, **options) for s in range(3)]
-    real, done = fleet_run.Cohort.step, []
+    real, done = fleet_run.BatchedAdapters.step, []
 
     def breaking(self, index, *rest):
         done.append(index)
@@ -180,12 +180,12 @@ def test_an_interrupted_fleet_goes_on_to_the_same_bits(tiny_base, tmp_path, monk
             raise Stop
         return real(self, index, *rest)
 
-    monkeypatch.setattr(fleet_run.Cohort, "step", breaking)
+    monkeypatch.setattr(fleet_run.BatchedAdapters, "step", breaking)
     with pytest.raises(Stop):
         train_fleet(members, base)
     done.clear()
     monkeypatch.setattr(
-        fleet_run.Cohort, "step", lambda self, index, *rest: done.append(index) or real(self, index, *rest)
+        fleet_run.BatchedAdapters, "step", lambda self, index, *rest: done.append(index) or real(self, index, *rest)
     )
     resumed = train_fleet(members, base)
     assert done == list(range(8, 20))
@@ -200,15 +200,15 @@ def test_an_interrupted_fleet_goes_on_to_the_same_bits(tiny_base, tmp_path, monk
 def test_memory_that_runs_out_splits_the_fleet_and_loses_nobody(tiny_base, tmp_path, monkeypatch):
     base = tiny_base("bert")
     expected = train_fleet([member(base, "bert", tmp_path / "a" / str(s), seed=s) for s in range(5)], base)
-    real, sizes = fleet_run.Cohort._sums, []
+    real, sizes = fleet_run.BatchedAdapters._sums, []
 
     def small(self, part, bank, rows):
-        sizes.append(len(self.trainees) * (part.last - part.first) * part.length)
+        sizes.append(len(self.prepared) * (part.last - part.first) * part.length)
         if sizes[-1] > 60:
             raise torch.OutOfMemoryError("no")
         return real(self, part, bank, rows)
 
-    monkeypatch.setattr(fleet_run.Cohort, "_sums", small)
+    monkeypatch.setattr(fleet_run.BatchedAdapters, "_sums", small)
     steps = []
     members = [member(base, "bert", tmp_path / "b" / str(s), seed=s) for s in range(5)]
     found = train_fleet(members, base, limit=5, progress=lambda *s: steps.append(s))

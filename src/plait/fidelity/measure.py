@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,22 +153,6 @@ def _beyond(found: float, chance: float) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
-
-
-# Ways to put adapters' fidelities together, larger is better; "score" is the one that chooses. The others are kept for
-# the evidence in docs/results/existing.md.
-AGGREGATES: Mapping[str, Callable[[Sequence[TaskFidelity]], float]] = {
-    "score": aggregate,
-    "mean followed": lambda tasks: _mean([t.followed for t in tasks]),
-    "mean agreement": lambda tasks: _mean([t.agreement for t in tasks]),
-    "mean beyond chance": lambda tasks: _mean([t.beyond_chance for t in tasks]),
-    "mean probability beyond chance": lambda tasks: _mean([t.probability_beyond_chance for t in tasks]),
-    "mean kept agreement": lambda tasks: _mean([t.kept_agreement for t in tasks]),
-    "worst kept agreement": lambda tasks: min(t.kept_agreement for t in tasks),
-    "mean kept (KL over the base's)": lambda tasks: _mean([t.kept for t in tasks]),
-    "minus mean KL": lambda tasks: -_mean([t.kl for t in tasks]),
-    "worst kept": lambda tasks: min(t.kept for t in tasks),
-}
 
 
 @dataclass(frozen=True, slots=True)

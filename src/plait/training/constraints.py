@@ -178,23 +178,23 @@ def freeze_rows(model: Any) -> None:
 
 
 def cells_of(model: Any, constraint: Constraint, adapter_name: str = "default") -> list[Cell]:
-    """The cells of a PeftModel's adapter; in place of the gradients, the parameters whose `grad` they will be.
+    """Collect the cells of a PeftModel's adapter; in place of the gradients, the parameters whose `grad` they will be.
 
     Raises:
-        KeyError: A module of the constraint has no LoRA layer in the model.
+        InputError: A module of the constraint has no LoRA layer in the model.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-    found = []
+    cells = []
     for module, rule in constraint.rules.items():
         layer = next((m for name, m in layers.items() if name == module or name.endswith(f".{module}")), None)
         if layer is None:
-            raise KeyError(f"{module} has no LoRA layer in this model")
+            raise InputError("the constraint's module has no LoRA layer in this model", where=module)
         A: Any = layer.lora_A[adapter_name].weight
         B: Any = layer.lora_B[adapter_name].weight
-        found.append(Cell(A.data, B.data, A, B, float(layer.scaling[adapter_name]), rule))
-    return found
+        cells.append(Cell(A.data, B.data, A, B, float(layer.scaling[adapter_name]), rule))
+    return cells
 
 
 def attach_constraint(optimizer: Any, model: Any, constraint: Constraint) -> Callable[[], None]:

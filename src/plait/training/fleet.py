@@ -18,7 +18,7 @@ from plait.errors import Diverged, InputError, UsageError
 from plait.model.base import BaseModel
 from plait.model.identity import base_facts
 from plait.training.checkpoints import bytes_of_training
-from plait.training.fleet_run import Outcome, Shared, cohort_size, run_cohort
+from plait.training.fleet_run import Outcome, Shared, members_at_once, run_batched
 from plait.training.fleet_state import interrupted
 from plait.training.member import Member
 from plait.training.train import loss_summary, train_adapter
@@ -83,7 +83,7 @@ def train_fleet(
         todo = [m for m in todo if not any(m is other for other in group)]
     for group in _groups([m for m in todo if stackable(m)]):
         shared = Shared(group, base)
-        size = len(group) if group[0].settings.tied else min(limit or len(group), cohort_size(shared))
+        size = len(group) if group[0].settings.tied else min(limit or len(group), members_at_once(shared))
         order = shared.by_length()
         for start in range(0, len(group), size):
             failed |= _train_group(order[start : start + size], shared, overwrite, meter)
@@ -143,7 +143,7 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
     started = time.monotonic()
     done = meter.done
     try:
-        outcome = run_cohort(shared, chosen, meter)
+        outcome = run_batched(shared, chosen, meter)
     except torch.OutOfMemoryError:
         whole = len(chosen) == 1 or shared.members[0].settings.tied
         if whole and not shared.smaller_passes():

@@ -22,21 +22,21 @@ from plait.model.rowbank import Prices, RowBank, cheapest_cuts, row_bank, sorted
 from plait.model.stacked import common_shapes
 from plait.model.views import task_view
 from plait.tasks import encode, require_positions
-from plait.training.cohort import Cohort, Trainee, step_items
+from plait.training.batched import BatchedAdapters, Prepared, step_items
 from plait.training.fleet_state import restore_state, root_of, save_state
 from plait.training.member import Member
 from plait.training.peft_model import for_task
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import row_order
 
-_LOOK_EVERY = 25  # steps between looks at the losses: each makes the host wait for the device
-_TIMED = 3  # steps over which launching is timed
-_SAMPLE = 8  # steps whose price is compared
+# Steps between looks at the losses: each makes the host wait for the device.
+STEPS_BETWEEN_LOOKS = 25
+TIMED_STEPS, PRICED_STEPS = 3, 8
 # Seconds the host takes to launch what belongs to one linear layer, forward and backward, and parameter-tokens a second
 # the device goes through once it has enough of them. Measured: docs/results/training.md.
 _LAUNCH = {"cuda": (2.8e-4, 7e13), "cpu": (2e-4, 1e10)}
-_LEAST = 256  # tokens of a product that still runs at full speed
-_SPARE = 0.8  # of the free memory: activations of unlike lengths leave gaps
+TOKENS_AT_FULL_SPEED = 256
+USABLE_SHARE_OF_MEMORY = 0.8  # activations of unlike lengths leave gaps
 
 
 class Shared:
@@ -49,8 +49,8 @@ class Shared:
         self.device, self.kind = base.torch_device, members[0].task.kind
         self.whole = load_task_model(base, members[0].task, seed=members[0].seed).requires_grad_(False).eval()
         self.backbone, self.prefix = backbone_of(self.whole)
-        self._trainees = self._prepare()
-        self.shapes = common_shapes([t.adapter for t in self._trainees], self.backbone)
+        self._prepared = self._prepare()
+        self.shapes = common_shapes([t.adapter for t in self._prepared], self.backbone)
         self.ends = {view: Ends(model) for view, model in self._views.values()} if self.prefix else {}
         self.autocast = None
         if members[0].settings.precision == "bf16" and base.torch_dtype == torch.float32:
@@ -62,11 +62,11 @@ class Shared:
         cap = _token_cap(self)
         self.prices = Prices(max(self.prices.floor, _waiting_floor(self)), cap)
 
-    def _prepare(self) -> list[Trainee]:
+    def _prepare(self) -> list[Prepared]:
         """Views by shape of head, heads drawn from each member's seed, constraints shared where they are equal."""
         self._views: dict[tuple[Any, ...], tuple[int, nn.Module]] = {}
         constraints: dict[tuple[Any, ...], Any] = {}
-        found = []
+        prepared = []
         for m in self.members:
             text = m.task.kind in ("causal", "seq2seq")
             key = (m.task.kind, 0 if text else m.task.num_labels)
@@ -82,8 +82,8 @@ class Shared:
             if full not in constraints:
                 constraints[full] = prepare_constraint(s, adapter, m.statistics, task=m.task.name, device=self.device)
             total = s.total_steps(len(m.examples))
-            found.append(Trainee(adapter, number, m.task.kind, s, total, constraints[full]))
-        return found
+            prepared.append(Prepared(adapter, number, m.task.kind, s, total, constraints[full]))
+        return prepared
 
     def _encode(self) -> None:
         tokenizer = load_tokenizer(self.base)
@@ -104,7 +104,7 @@ class Shared:
         """(steps, members, batch) positions in the bank."""
         parts = []
         for i in chosen:
-            m, t = self.members[i], self._trainees[i]
+            m, t = self.members[i], self._prepared[i]
             order = row_order(len(m.examples), t.total * m.settings.batch_size, m.seed) + self.offsets[i]
             parts.append(order.reshape(t.total, m.settings.batch_size))
         return np.stack(parts, 1)
@@ -117,11 +117,11 @@ class Shared:
         ]
         return sorted(range(len(self.members)), key=lambda i: (typical[i], self.offsets[i]))
 
-    def cohort(self, chosen: Sequence[int]) -> tuple[Cohort, list[int]]:
-        """The cohort of some members, and their order in it: by view, so that heads of one shape stand together."""
-        order = sorted(chosen, key=lambda i: self._trainees[i].view)
-        trainees = [self._trainees[i] for i in order]
-        return Cohort(trainees, self.backbone, self.ends, self.whole, self.shapes, self.autocast), order
+    def batched(self, chosen: Sequence[int]) -> tuple[BatchedAdapters, list[int]]:
+        """Batch some members; their order in the batch is by view, so that heads of one shape stand together."""
+        order = sorted(chosen, key=lambda i: self._prepared[i].view)
+        chosen_members = [self._prepared[i] for i in order]
+        return BatchedAdapters(chosen_members, self.backbone, self.ends, self.whole, self.shapes, self.autocast), order
 
     def smaller_passes(self) -> bool:
         """Halve the tokens of a pass; False where a pass is a single row already."""
@@ -149,10 +149,10 @@ def _matrices(backbone: nn.Module) -> list[nn.Module]:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a cohort ends with.
+    """What the members of a batch end with.
 
     Args:
-        order: Members, by their number in the group, as they stand in the cohort.
+        order: Members, by their number in the group, as they stand in the batch.
         adapters: One for each.
         losses: (steps, members).
         failed: Whether a member's loss left the numbers.
@@ -188,9 +188,9 @@ class Outcome:
             shutil.rmtree(self.root, ignore_errors=True)
 
 
-def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, float | None], None]) -> Outcome:
+def run_batched(shared: Shared, chosen: Sequence[int], meter: Callable[[int, float | None], None]) -> Outcome:
     """Step some members of a group to their end, going on from a whole checkpoint of the same members."""
-    cohort, order = shared.cohort(chosen)
+    batched, order = shared.batched(chosen)
     members = [shared.members[i] for i in order]
     rows = shared.rows_of(order)
     plan = step_plan(shared.bank, rows, shared.device, shared.prices, multiple=shared.multiple)
@@ -199,48 +199,48 @@ def run_cohort(shared: Shared, chosen: Sequence[int], meter: Callable[[int, floa
     losses = torch.zeros(total, len(order), dtype=torch.float32, device=shared.device)
     root, every = root_of(members), min((m.settings.checkpoint_every or total for m in members), default=total)
     snapshots: dict[int, Tensor] = {}
-    start = restore_state(root, cohort, losses, snapshots) if root else 0
+    start = restore_state(root, batched, losses, snapshots) if root else 0
     meter(start * len(order), None)
     for step in range(start, total):
-        losses[step] = cohort.step(step, shared.bank, plan, items[step])
+        losses[step] = batched.step(step, shared.bank, plan, items[step])
         done = step + 1
         if any(done in m.settings.snapshots for m in members):
-            snapshots[done] = cohort.parameters.values.to("cpu", copy=True)
+            snapshots[done] = batched.parameters.values.to("cpu", copy=True)
         if root and (done % every == 0 or done == total):
-            save_state(root, done, cohort, losses, snapshots)
-        if done % _LOOK_EVERY == 0 or done == total:
-            since = (step // _LOOK_EVERY) * _LOOK_EVERY
+            save_state(root, done, batched, losses, snapshots)
+        if done % STEPS_BETWEEN_LOOKS == 0 or done == total:
+            since = (step // STEPS_BETWEEN_LOOKS) * STEPS_BETWEEN_LOOKS
             meter((done - max(since, start)) * len(order), float(losses[since:done].mean()))
-    values, curve = cohort.parameters.values.cpu(), losses.cpu().numpy()
+    values, curve = batched.parameters.values.cpu(), losses.cpu().numpy()
     failed = [not np.isfinite(curve[:, p]).all() or not bool(values[p].isfinite().all()) for p in range(len(order))]
-    adapters = [cohort.adapter_of(p, values[p]) for p in range(len(order))]
+    adapters = [batched.adapter_of(p, values[p]) for p in range(len(order))]
     kept = {
         place: {
-            step: cohort.adapter_of(place, snapshots[step][place]) for step in m.settings.snapshots if step <= total
+            step: batched.adapter_of(place, snapshots[step][place]) for step in m.settings.snapshots if step <= total
         }
         for place, m in enumerate(members)
     }
     return Outcome(order, adapters, curve, failed, kept, root)
 
 
-def cohort_size(shared: Shared) -> int:
+def members_at_once(shared: Shared) -> int:
     """How many members of a group to step together so that a sample of steps costs least.
 
     More members share the launching of kernels; fewer, of like length, share fewer pads.
     """
     n = len(shared.members)
     sizes = sorted({max(1, -(-n // (1 << halvings))) for halvings in range(n.bit_length())}, reverse=True)
-    rows = shared.rows_of(shared.by_length())[:_SAMPLE]
+    rows = shared.rows_of(shared.by_length())[:PRICED_STEPS]
     return min(sizes, key=lambda size: (_price(shared, rows, size), -size))
 
 
 def _price(shared: Shared, rows: np.ndarray[Any, np.dtype[np.int64]], size: int) -> float:
-    found = 0.0
+    price = 0.0
     for start in range(0, rows.shape[1], size):
         part = rows[:, start : start + size]
         _, lengths = sorted_by_length(shared.bank, part, shared.multiple)
-        found += float(cheapest_cuts(lengths, part.shape[1], shared.prices)[1][:, -1].sum())
-    return found
+        price += float(cheapest_cuts(lengths, part.shape[1], shared.prices)[1][:, -1].sum())
+    return price
 
 
 def pass_floor(backbone: nn.Module, device: torch.device) -> int:
@@ -248,7 +248,7 @@ def pass_floor(backbone: nn.Module, device: torch.device) -> int:
     matrices = _matrices(backbone)
     numbers = sum(p.numel() for m in matrices for p in m.parameters())
     seconds, rate = _LAUNCH.get(device.type, _LAUNCH["cuda"])
-    return max(_LEAST, round(len(matrices) * seconds * rate / max(1, numbers)))
+    return max(TOKENS_AT_FULL_SPEED, round(len(matrices) * seconds * rate / max(1, numbers)))
 
 
 def _token_cap(shared: Shared) -> int:
@@ -262,7 +262,7 @@ def _token_cap(shared: Shared) -> int:
     used = torch.cuda.max_memory_allocated(shared.device) - before
     tokens = rows.size * int(plan.passes[0][-1].length)
     free = torch.cuda.mem_get_info(shared.device)[0]
-    return max(1, int(_SPARE * free * tokens / max(used, 1)))
+    return max(1, int(USABLE_SHARE_OF_MEMORY * free * tokens / max(used, 1)))
 
 
 def _waiting_floor(shared: Shared) -> int:
@@ -276,19 +276,19 @@ def _waiting_floor(shared: Shared) -> int:
     step()
     torch.cuda.synchronize(shared.device)
     started = time.monotonic()
-    for _ in range(_TIMED):
+    for _ in range(TIMED_STEPS):
         step()
     torch.cuda.synchronize(shared.device)
     numbers = sum(p.numel() for m in _matrices(shared.backbone) for p in m.parameters())
-    return round((time.monotonic() - started) / _TIMED * _LAUNCH["cuda"][1] / max(1, numbers))
+    return round((time.monotonic() - started) / TIMED_STEPS * _LAUNCH["cuda"][1] / max(1, numbers))
 
 
 def _single_step(shared: Shared, row: int) -> tuple[Callable[[], Tensor], np.ndarray[Any, np.dtype[np.int64]], Any]:
     """A step in which every row is the same one, of a member whose row it is (its head knows the label), apart from the rest."""
     spans = [(o, o + len(m.examples)) for o, m in zip(shared.offsets, shared.members, strict=True)]
-    cohort, order = shared.cohort([next(i for i, (first, end) in enumerate(spans) if first <= row < end)])
+    batched, order = shared.batched([next(i for i, (first, end) in enumerate(spans) if first <= row < end)])
     rows = shared.rows_of(order)[:1]
     rows[0, 0, :] = row
     plan = step_plan(shared.bank, rows, shared.device, multiple=shared.multiple)
     items = step_items(shared.bank, rows, shared.kind, shared.device)[0]
-    return lambda: cohort.step(0, shared.bank, plan, items), rows, plan
+    return lambda: batched.step(0, shared.bank, plan, items), rows, plan
