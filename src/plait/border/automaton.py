@@ -93,19 +93,19 @@ class Automaton:
         return 0 in states
 
     def _closed(self, states: Iterable[int], *, begin: bool = False, end: bool = False) -> frozenset[int]:
-        """The states with all that is reached from them without reading a character."""
-        found: set[int] = set()
+        """Add to states all that is reached from them without reading a character."""
+        reached: set[int] = set()
         stack = list(states)
         while stack:
             state = stack.pop()
-            if state in found:
+            if state in reached:
                 continue
-            found.add(state)
+            reached.add(state)
             mark = self._marks[state]
             if self._tests[state] is None and (mark == "" or (mark == "begin" and begin) or (mark == "end" and end)):
                 stack.extend(self._next[state])
-        self._budget.spend(len(found))
-        return frozenset(found)
+        self._budget.spend(len(reached))
+        return frozenset(reached)
 
     # --- building, from the end backwards: every part is given the node that follows it -------------------------------
 

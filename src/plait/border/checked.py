@@ -206,12 +206,12 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
     Cost: linear in the number of pairs.
     """
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
         raise DuplicateKey(twice)
-    return found
+    return mapping
 
 
 def _range(low: float, high: float, above: bool) -> str:

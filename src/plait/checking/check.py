@@ -107,12 +107,12 @@ def check_path(path: Path, loader: str | None = None, base: str | None = None) -
     results = [path] if path.is_file() or any((path / m).exists() for m in _MARKS) else list(_results(path)) or [path]
     if base and len(results) > 1:
         raise UsageError("a base is for one adapter", hint=f"such as {results[0]}")
-    found = tuple(_checked(result, asked, base) for result in results)
-    if asked and not any(c.accounts for c in found):
+    checks = tuple(_checked(result, asked, base) for result in results)
+    if asked and not any(c.accounts for c in checks):
         raise UsageError(
             f"{asked} opens nothing of this kind", where=str(path), hint="leave --for out to see what does"
         )
-    return found
+    return checks
 
 
 def _checked(path: Path, asked: str | None, base: str | None) -> Checked:
@@ -122,20 +122,20 @@ def _checked(path: Path, asked: str | None, base: str | None) -> Checked:
 def _checked_file(path: Path, asked: str | None, base: str | None) -> Checked:
     own = own_file(path)
     changed = tuple(f"{path.name} {problem}" for problem in own.problems)
-    found = accounts(path, [asked] if asked else None) if own.loadable else ()
-    return Checked(path, own.listed, changed, found, asked, compare_on_base(path, base) if base else None)
+    loaded = accounts(path, [asked] if asked else None) if own.loadable else ()
+    return Checked(path, own.listed, changed, loaded, asked, compare_on_base(path, base) if base else None)
 
 
 def _checked_folder(path: Path, asked: str | None, base: str | None) -> Checked:
     listed = path.is_dir() and (path / MANIFEST).exists()
     changed = tuple(f"{f.file} {f.what}" for f in compare_with_manifest(path, read=True)) if listed else ()
     try:
-        found = accounts(path, [asked] if asked else None)
+        loaded = accounts(path, [asked] if asked else None)
     except InputError:
         if not listed:
             raise
-        found = ()  # statistics, scores: only their files can be checked; a file that is damaged is told above
-    return Checked(path, listed, changed, found, asked, compare_on_base(path, base) if base else None)
+        loaded = ()  # statistics, scores: only their files can be checked; a file that is damaged is told above
+    return Checked(path, listed, changed, loaded, asked, compare_on_base(path, base) if base else None)
 
 
 def _results(path: Path) -> Iterator[Path]:

@@ -58,10 +58,10 @@ def compare_on_base(path: Path, base: str) -> Comparison:
     """
     import torch
 
-    found = contents(path)
-    if len(found) != 1 or not isinstance(found[0], PeftFolder):
+    content = contents(path)
+    if len(content) != 1 or not isinstance(content[0], PeftFolder):
         raise InputError("is no PEFT folder: --base is for one adapter", where=str(path))
-    folder = found[0]
+    folder = content[0]
     if variant := next(
         (
             k
@@ -175,13 +175,13 @@ def _batch(config: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(_SEED)
     length = min(_TOKENS, int(getattr(text, "max_position_embeddings", _TOKENS)) // 2 or _TOKENS)
     ids = torch.randint(5, int(text.vocab_size), (_ROWS, length), generator=generator)
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**found, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else found
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**inputs, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else inputs
 
 
 def _output(model: Any, batch: dict[str, Any]) -> Any:
-    found = model(**batch)
-    return next(found[k] for k in ("logits", "start_logits", "last_hidden_state") if k in found)
+    outputs = model(**batch)
+    return next(outputs[k] for k in ("logits", "start_logits", "last_hidden_state") if k in outputs)
 
 
 def _add_by_hand(model: Any, tensors: dict[str, Any], settings: Settings) -> list[str]:

@@ -50,14 +50,14 @@ def go_offline() -> None:
 
 def split_revision(text: str) -> tuple[str, str | None]:
     """``user/name@revision`` as its two parts; other texts, and names of existing paths, as they are."""
-    found = _ID.fullmatch(text)
-    return (found[1], found[2]) if found and found[2] and not _exists(text) else (text, None)
+    match = _ID.fullmatch(text)
+    return (match[1], match[2]) if match and match[2] and not _exists(text) else (text, None)
 
 
 def is_hub_name(text: str) -> bool:
     """Whether a text can name a repository: ``name``, ``user/name``, each with or without ``@revision``; no local path."""
-    found = _ID.fullmatch(text)
-    return bool(found) and ".." not in text and not _exists(text)
+    match = _ID.fullmatch(text)
+    return bool(match) and ".." not in text and not _exists(text)
 
 
 def snapshot_of(folder: Path) -> Snapshot | None:
@@ -71,14 +71,14 @@ def snapshot_of(folder: Path) -> Snapshot | None:
 def name_of(folder: Path) -> str:
     """What a folder is called: its own name, or its repository's where it lies in the hub's cache."""
     whole = folder.absolute()
-    found = snapshot_of(whole) or snapshot_of(whole.resolve())
-    return found.repo.rpartition("/")[2] if found else whole.resolve().name
+    hub = snapshot_of(whole) or snapshot_of(whole.resolve())
+    return hub.repo.rpartition("/")[2] if hub else whole.resolve().name
 
 
 def hub_facts(folder: Path) -> dict[str, str]:
     """What a record says of an input from the hub: {"hub": "user/name@commit"}; nothing of a folder of one's own."""
-    found = snapshot_of(folder.absolute())
-    return {"hub": str(found)} if found else {}
+    hub = snapshot_of(folder.absolute())
+    return {"hub": str(hub)} if hub else {}
 
 
 def adapter_place(text: str | Path) -> Path:
@@ -98,10 +98,10 @@ def adapter_place(text: str | Path) -> Path:
     if not is_hub_name(written) or "/" not in written.partition("@")[0] or Path(path.parts[0]).exists():
         return path
     repo, revision = split_revision(written)
-    found = snapshot(repo, revision, (*_ADAPTER, _HEADS), what="adapter")
-    if more := _listed(found.folder / "plait.json"):
-        found = snapshot(repo, found.commit, (*_ADAPTER, _HEADS, *more), what="adapter")
-    return found.folder
+    repository = snapshot(repo, revision, (*_ADAPTER, _HEADS), what="adapter")
+    if more := _listed(repository.folder / "plait.json"):
+        repository = snapshot(repo, repository.commit, (*_ADAPTER, _HEADS, *more), what="adapter")
+    return repository.folder
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
@@ -143,8 +143,8 @@ def snapshot(
         if isinstance(e, OSError) and e.errno in STEPS:
             raise EnvironmentFault(f"cannot download: {e.strerror}", where=whole, hint=STEPS[e.errno]) from e
         raise InputError(_why(what, offline, e), where=whole, hint=_way_out(repo, revision)) from e
-    found = snapshot_of(folder)
-    return found or Snapshot(repo, folder.name, folder)
+    commit = snapshot_of(folder)
+    return commit or Snapshot(repo, folder.name, folder)
 
 
 def _why(what: str, offline: bool, error: Exception) -> str:

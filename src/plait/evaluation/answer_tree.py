@@ -69,8 +69,8 @@ def answer_tree(answers: Sequence[Sequence[int]], device: torch.device) -> Answe
     sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
     for i, visible in enumerate(seen):
         sees[i, sorted(visible)] = True
-    found = [[t for _, t in nodes], [len(v) for v in seen], [p for p, _ in edges], [t for _, t in edges], filled]
-    tokens, depth, edge_from, edge_token, steps = (torch.tensor(x, dtype=torch.long, device=device) for x in found)
+    columns = [[t for _, t in nodes], [len(v) for v in seen], [p for p, _ in edges], [t for _, t in edges], filled]
+    tokens, depth, edge_from, edge_token, steps = (torch.tensor(x, dtype=torch.long, device=device) for x in columns)
     return AnswerTree(tokens, depth, sees.to(device), edge_from, edge_token, steps)
 
 

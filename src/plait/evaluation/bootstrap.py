@@ -24,11 +24,11 @@ class Resamples:
     @classmethod
     def draw(cls, sizes: Mapping[str, int], resamples: int = 400, seed: int = 0) -> Resamples:
         """Draw (resamples, n) multinomial counts for every task, each from its own generator."""
-        found = {}
+        counts = {}
         for i, (task, n) in enumerate(sorted(sizes.items())):
             generator = np.random.default_rng([seed, i])
-            found[task] = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-        return cls(found)
+            counts[task] = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+        return cls(counts)
 
 
 def weighted_score(

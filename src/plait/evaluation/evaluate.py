@@ -78,22 +78,22 @@ class Evaluator:
         """
         model = self.task_model(task)
         if self.tasks[task].kind in TEXT_KINDS:
-            found = self._choices(model, task, adapter, scale, rows)
+            predictions = self._choices(model, task, adapter, scale, rows)
         else:
             load_head(model, head)
             encoded = self.encoded(task)
             chosen = encoded if rows is None else [encoded[i] for i in rows]
             with applied(model, adapter, scale):
-                found = forward_logits(model, self.tokenizer, chosen, self.batch_size)
-        if not np.isfinite(found).all():
+                predictions = forward_logits(model, self.tokenizer, chosen, self.batch_size)
+        if not np.isfinite(predictions).all():
             raise RunError(f"predictions hold NaN or infinity at scale {scale:g}", where=f"task {task}")
-        return found
+        return predictions
 
     def score_rows(self, predictions: Logits, task: str, rows: npt.NDArray[np.int64], **labels: Any) -> list[Score]:
         """Rows of the long table for predictions on these examples: every metric, and "score", their mean."""
         target = scored_labels(self.tasks[task], self.examples[task])
-        found = scores(self.tasks[task].metrics, predictions, target[rows])
-        values = {**found, "score": primary(found)}
+        metrics = scores(self.tasks[task].metrics, predictions, target[rows])
+        values = {**metrics, "score": primary(metrics)}
         return [Score(task=task, metric=m, value=v, n=len(rows), **labels) for m, v in values.items()]
 
     def _choices(self, model: Any, task: str, adapter: Adapter | None, scale: float, rows: Any) -> Logits:
@@ -161,11 +161,11 @@ def forward_logits(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], b
     def logits(part: Sequence[dict[str, Any]]) -> Tensor:
         batch = next(iter(batches(tokenizer, list(part), len(part))))
         inputs = to_device({k: v for k, v in batch.items() if k != "labels"}, device)
-        found: Tensor = model(**inputs).logits.float()
-        return found
+        values: Tensor = model(**inputs).logits.float()
+        return values
 
     parts = by_parts(logits, [rows[i] for i in order], batch_size, "scored")
     joined = torch.cat(parts).cpu().numpy()
-    found = np.empty_like(joined)
-    found[np.asarray(order)] = joined
-    return found
+    in_order = np.empty_like(joined)
+    in_order[np.asarray(order)] = joined
+    return in_order

@@ -76,21 +76,21 @@ def predict_many(
     key = (task, None if rows is None else rows.tobytes())  # rows are scored again and again
     bank, tree = evaluator.cache.banks.get(key, lambda: _bank(evaluator, task, rows))
     size = limit or _size(bank)
-    found: list[Logits] = []
+    predictions: list[Logits] = []
 
     def predict(part: Sequence[Candidate]) -> list[Logits]:
         return _predict(ends, part, _updates(evaluator, model, part), bank, tree)
 
     with shared_ends(model) as ends:
         for start in range(0, len(candidates), size):
-            found += _split_where_full(predict, candidates[start : start + size])
-    for candidate, logits in zip(candidates, found, strict=True):
+            predictions += _split_where_full(predict, candidates[start : start + size])
+    for candidate, logits in zip(candidates, predictions, strict=True):
         if not np.isfinite(logits).all():
             name = candidate.adapter.name if candidate.adapter else "the base"
             raise RunError(
                 f"predictions of {name} hold NaN or infinity at scale {candidate.scale:g}", where=f"task {task}"
             )
-    return found
+    return predictions
 
 
 def _size(bank: RowBank) -> int:
@@ -157,9 +157,9 @@ def _predict(
                 parts.append(_tree_pass(ends, bank, places[start:stop], length, tree, len(candidates)))
             start = stop
     joined = torch.cat(parts, 1).float().cpu().numpy()
-    found = np.empty_like(joined)
-    found[:, order] = joined
-    return list(found)
+    in_order = np.empty_like(joined)
+    in_order[:, order] = joined
+    return list(in_order)
 
 
 def _pass(

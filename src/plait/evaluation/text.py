@@ -177,14 +177,14 @@ def write_texts(
 
     def write(part: Sequence[int]) -> None:
         ids, mask = _left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
-        found = model.generate(
+        tokens = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        new = found[:, ids.shape[1] :] if decoder_only else found
+        new = tokens[:, ids.shape[1] :] if decoder_only else tokens
         for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[i] = text.strip()
 
@@ -202,7 +202,7 @@ def token_likelihoods(
     model: Any, tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> npt.NDArray[np.float64]:
     """(n, 2): the log-likelihood of each encoded row's answer, and its number of tokens."""
-    found, device = np.zeros((len(rows), 2)), next(model.parameters()).device
+    sums, device = np.zeros((len(rows), 2)), next(model.parameters()).device
     order = length_order(rows)
 
     def scored(part: Sequence[int]) -> None:
@@ -214,10 +214,10 @@ def token_likelihoods(
         if task.kind == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
         counts = (labels != IGNORED).sum(1)
-        found[list(part)] = torch.stack([_token_scores(logits, labels), counts.float()], 1).double().cpu().numpy()
+        sums[list(part)] = torch.stack([_token_scores(logits, labels), counts.float()], 1).double().cpu().numpy()
 
     by_parts(scored, order, batch_size, "scored")
-    return found
+    return sums
 
 
 def perplexity(
@@ -237,13 +237,13 @@ def measured_answers(
     The model writes only where the task's metrics look at what it writes, as many tokens as the longest right answer has.
     """
     rows = encode(tokenizer, task, examples, max_length)
-    found = np.zeros((len(rows), 4), np.float32)
-    found[:, 2:] = token_likelihoods(model, tokenizer, task, rows, batch_size)
+    measured = np.zeros((len(rows), 4), np.float32)
+    measured[:, 2:] = token_likelihoods(model, tokenizer, task, rows, batch_size)
     if set(task.metrics) & {"exact_match", "rouge_l"}:
         longest = max(_answer_length(r, task) or len(r["labels"]) for r in rows)
         prompts = prompts_of(task, rows)
         written = write_texts(model, tokenizer, prompts, batch_size=batch_size, new_tokens=longest)
         right = [str(y).strip() for y in examples.labels]
-        found[:, 0] = [w == y for w, y in zip(written, right, strict=True)]
-        found[:, 1] = [rouge_l(w, y) for w, y in zip(written, right, strict=True)]
-    return found
+        measured[:, 0] = [w == y for w, y in zip(written, right, strict=True)]
+        measured[:, 1] = [rouge_l(w, y) for w, y in zip(written, right, strict=True)]
+    return measured

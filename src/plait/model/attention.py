@@ -27,15 +27,15 @@ def fused_attention(backbone: nn.Module) -> Iterator[None]:
     a GPU masks are made without asking whether they hide anything: the answer would keep the host waiting for the device
     once a pass, and the device then for the host.
     """
-    found = [m for m in backbone.modules() if type(m).__name__ in _WRITTEN_OUT]
+    attentions = [m for m in backbone.modules() if type(m).__name__ in _WRITTEN_OUT]
     bias = _SharedBias()
-    for module in found:
+    for module in attentions:
         module.forward = _fused(module, bias)
     try:
         with sdpa_kernel(_KERNELS), _masks_always(next(backbone.parameters()).device.type):
             yield
     finally:
-        for module in found:
+        for module in attentions:
             del module.forward  # the instance's; the class's own is seen again
 
 

@@ -63,8 +63,8 @@ class Ends:
     def logits(self, output: Any, inputs: Mapping[str, Tensor], head: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits from a backbone's output, with these head tensors in place of the model's own."""
         self._gate.output = output
-        found = functional_call(self._view, dict(head or {}), kwargs=dict(inputs))
-        return found.logits  # type: ignore[no-any-return]
+        result = functional_call(self._view, dict(head or {}), kwargs=dict(inputs))
+        return result.logits  # type: ignore[no-any-return]
 
     def stacked_logits(self, output: Any, inputs: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> Tensor:
         """Logits (members, b, ...) of members with heads of one shape.

@@ -91,13 +91,13 @@ def weight_layout(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: A file is damaged or cut, or two of them hold one tensor.
     """
-    found: dict[str, dict[str, Any]] = {}
+    layout: dict[str, dict[str, Any]] = {}
     for path in weight_files(folder):
         _, entries, _ = read_layout(path)
-        if twice := next((name for name in entries if name in found), None):
+        if twice := next((name for name in entries if name in layout), None):
             raise InputError(f"tensor {twice!r} is in two shards", where=str(path), hint="download it again, whole")
-        found |= entries
-    return found
+        layout |= entries
+    return layout
 
 
 def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot:
@@ -106,11 +106,11 @@ def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot
     Raises:
         InputError: Neither in the cache nor on the hub, or without safetensors.
     """
-    found = snapshot(name, revision, _CONFIGS, what="base model")
+    repository = snapshot(name, revision, _CONFIGS, what="base model")
     if not weights:
-        return found
-    wanted = (*_CONFIGS, SINGLE, *indexed_shards(found.folder))
-    return snapshot(name, found.commit, wanted, what="base model")
+        return repository
+    wanted = (*_CONFIGS, SINGLE, *indexed_shards(repository.folder))
+    return snapshot(name, repository.commit, wanted, what="base model")
 
 
 def base_place(text: str | Path, *, weights: bool = True) -> Path:

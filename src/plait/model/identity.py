@@ -29,9 +29,9 @@ def base_fingerprint(base: BaseModel) -> str:
     Cost: reads the files once per process (about a second per 2 GB).
     """
     folder = base_folder(base, weights=True)
-    found = None if Path(base.name).expanduser().is_dir() else snapshot_of(folder)
-    if found is not None:
-        return COMMIT + found.commit
+    hub = None if Path(base.name).expanduser().is_dir() else snapshot_of(folder)
+    if hub is not None:
+        return COMMIT + hub.commit
     optional = [folder / GENERATION] if (folder / GENERATION).is_file() else []
     return FILES + _hashed([*weight_files(folder), folder / CONFIG, *optional, *tokenizer_files(folder)])
 
@@ -56,10 +56,10 @@ def base_facts(base: BaseModel) -> dict[str, str]:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of what a tokenizer makes of text: its vocabulary, merges and special tokens."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    found = json.loads(fast.to_str()) if fast is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(found, dict):  # how the last call padded and cut is no property of the tokenizer
-        found = {k: v for k, v in found.items() if k not in ("truncation", "padding")}
-    text = json.dumps(found, sort_keys=True)
+    vocabulary = json.loads(fast.to_str()) if fast is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(vocabulary, dict):  # how the last call padded and cut is no property of the tokenizer
+        vocabulary = {k: v for k, v in vocabulary.items() if k not in ("truncation", "padding")}
+    text = json.dumps(vocabulary, sort_keys=True)
     return hashlib.sha256(f"{text}\0{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
 
 

@@ -88,13 +88,15 @@ def layout_in(model: Any, names: Sequence[str]) -> dict[str, StoredParameter]:
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
-    found: dict[str, _Collected] = {}
+    collections: dict[str, _Collected] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        collected = found.setdefault(target, _Collected())
+        collected = collections.setdefault(target, _Collected())
         collected.names.setdefault(pattern or "", []).append(name)
         collected.converter = by_pattern.get(pattern or "")
-    return {p: _stored(c, tuple(state[p].shape), _is_transposed(model, p)) for p, c in found.items() if p in state}
+    return {
+        p: _stored(c, tuple(state[p].shape), _is_transposed(model, p)) for p, c in collections.items() if p in state
+    }
 
 
 def _is_transposed(model: Any, parameter: str) -> bool:

@@ -30,7 +30,7 @@ def by_parts(call: Callable[[Sequence[S]], T], rows: Sequence[S], size: int, wha
     Raises:
         EnvironmentFault: One row alone does not fit.
     """
-    found: list[T] = []
+    results: list[T] = []
     start = 0
     while start < len(rows):
         part = rows[start : start + size]
@@ -38,9 +38,9 @@ def by_parts(call: Callable[[Sequence[S]], T], rows: Sequence[S], size: int, wha
         if not done:
             size = half_of(len(part), what)
             continue
-        found.append(result)  # type: ignore[arg-type]
+        results.append(result)  # type: ignore[arg-type]
         start += len(part)
-    return found
+    return results
 
 
 def _tried(call: Callable[[Sequence[S]], T], part: Sequence[S]) -> tuple[bool, T | None]:

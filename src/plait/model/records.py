@@ -12,12 +12,12 @@ SHA256, EARLIER = "base_sha256", "base_weights_sha256"
 
 def fingerprints(record: Mapping[str, Any]) -> dict[str, str]:
     """A record's fingerprints by kind: "files", "commit", or "" for the kind of an earlier plait."""
-    found = {}
+    by_kind = {}
     for value in (record.get(EARLIER), record.get(SHA256)):
         if isinstance(value, str) and value:
             kind, colon, _ = value.partition(":")
-            found[kind if colon else ""] = value
-    return found
+            by_kind[kind if colon else ""] = value
+    return by_kind
 
 
 def same_weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool | None:

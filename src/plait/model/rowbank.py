@@ -179,9 +179,9 @@ def cheapest_cuts(
 
 
 def _segments(start: npt.NDArray[np.int64], batch: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
+    cuts: list[tuple[int, int]] = []
     j = batch
     while j > 0:
-        found.insert(0, (int(start[j]), j))
+        cuts.insert(0, (int(start[j]), j))
         j = int(start[j])
-    return found
+    return cuts

@@ -78,10 +78,10 @@ def base_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: No safetensors weights, a damaged header, or a shard that is missing.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in weight_files(folder):
-        found |= tensors_in(shard)
-    return found
+        tensors |= tensors_in(shard)
+    return tensors
 
 
 def tensors_in(path: Path) -> dict[str, StoredTensor]:

@@ -85,7 +85,7 @@ def compared_copies(
     Raises:
         InputError: One differs: the adapter was trained on other weights than these.
     """
-    found = []
+    sentences = []
     for key, copy in copies.items():
         module, _, leaf = key.partition(COPY)
         name = tensor_of(module, adapter, tensors, tied)[0].removesuffix("weight") + leaf
@@ -104,5 +104,5 @@ def compared_copies(
                 where=adapter.name,
                 hint="the base it was trained on, resized or trained as it was then",
             )
-        found.append(f"{key} equals the base's {name}: it was not trained")
-    return found
+        sentences.append(f"{key} equals the base's {name}: it was not trained")
+    return sentences

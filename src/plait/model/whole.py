@@ -179,14 +179,14 @@ def _children(config_class: type, prefix: str) -> tuple[str, ...]:
     import torch
     from transformers.models.auto import modeling_auto
 
-    found: list[str] = []
+    names: list[str] = []
     for kind in ("PRETRAINING", "MASKED_LM", "CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION",
                  "QUESTION_ANSWERING", "MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION"):  # fmt: skip
         mapping = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING")
         if config_class in mapping:
             with torch.device("meta"):
-                found += [name for name, _ in mapping[config_class](config_class()).named_children()]
-    return tuple(found)
+                names += [name for name, _ in mapping[config_class](config_class()).named_children()]
+    return tuple(names)
 
 
 def _cause(model: nn.Module, absent: Iterable[str], unexpected: Iterable[str]) -> str:

@@ -44,8 +44,8 @@ def bytes_of(text: str) -> int:
     Raises:
         UsageError: Anything else, or nothing left of it.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise UsageError(f"memory {text!r} is not a size", hint="such as 800MB or 2GB")
     return size

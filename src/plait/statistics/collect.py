@@ -136,8 +136,8 @@ def _collected(
     stream, first = _peek(batches)
     if first is None:
         return None
-    found = find_sites(passes.model, targets, lambda: passes.run(first_example(first)))
-    collector = Collector(targets, found, passes, pool=pool, sketch=sketch, stop_early=stop_early)
+    sites = find_sites(passes.model, targets, lambda: passes.run(first_example(first)))
+    collector = Collector(targets, sites, passes, pool=pool, sketch=sketch, stop_early=stop_early)
     collector.consume(stream)
     return collector.finish()
 
@@ -177,11 +177,11 @@ def _task_type(model: nn.Module) -> str | None:
 
 def _quantisation(base: nn.Module, config: Any) -> str | None:
     """What a quantised base is called in the record, such as "bitsandbytes-4bit"; None for plain weights."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
         makes = {type(m).__name__ for m in base.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
         return f"bitsandbytes-{'4bit' if 'Linear4bit' in makes else '8bit'}" if makes else None
-    plain = found if isinstance(found, dict) else found.to_dict()
+    plain = quantised if isinstance(quantised, dict) else quantised.to_dict()
     method = getattr(plain.get("quant_method"), "value", plain.get("quant_method"))
     bits = 4 if plain.get("load_in_4bit") else 8 if plain.get("load_in_8bit") else plain.get("bits")
     return f"{method}-{bits}bit" if bits else str(method)

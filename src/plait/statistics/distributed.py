@@ -161,15 +161,15 @@ def _gathered_rows(rows: Tensor) -> list[Tensor]:
     sizes = _gathered(rows.shape[0])
     padded = rows.new_zeros(max(sizes), rows.shape[1])
     padded[: rows.shape[0]] = rows
-    found = [torch.empty_like(padded, device=_device()) for _ in sizes]
-    dist.all_gather(found, padded.to(_device()))
-    return [f[:n].to(rows.device) for f, n in zip(found, sizes, strict=True)]
+    parts = [torch.empty_like(padded, device=_device()) for _ in sizes]
+    dist.all_gather(parts, padded.to(_device()))
+    return [f[:n].to(rows.device) for f, n in zip(parts, sizes, strict=True)]
 
 
 def _gathered(value: T) -> list[T]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _device() -> torch.device:

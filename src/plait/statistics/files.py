@@ -149,13 +149,13 @@ def read_identity(path: str | Path) -> Mapping[str, object] | None:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
         text = metadata.get("identity")
-        found = None if text is None else parsed_json(text, str(path), "its identity", LARGEST_RECORD)
+        identity = None if text is None else parsed_json(text, str(path), "its identity", LARGEST_RECORD)
     except SafetensorError as e:
         raise InputError(f"not a whole statistics file: {e}", where=str(path)) from None
     written = record_of(metadata, path).get("identity_sha256")  # absent from files of earlier versions
     if written is not None and written != hashlib.sha256((text or "").encode()).hexdigest():  # its text is canonical
         raise Damaged("its identity is not the one that was written", where=str(path), hint="collect them again")
-    return found if isinstance(found, dict) else None
+    return identity if isinstance(identity, dict) else None
 
 
 def record_of(metadata: Mapping[str, str], path: Path) -> Mapping[str, object]:

@@ -149,7 +149,7 @@ def collect_fisher(
     Cost:
         One forward and one backward pass, and out * in multiplications per token and module.
     """
-    found = {name: _submodule(model, name) for name in modules}
+    layers = {name: _submodule(model, name) for name in modules}
     sums: dict[str, Tensor] = {}
     examples = 0
     was_training = model.training
@@ -157,12 +157,12 @@ def collect_fisher(
     try:
         for batch in batches:
             inputs = {k: v for k, v in batch.items() if k != "labels"}
-            with _recording(found) as seen, torch.enable_grad():
+            with _recording(layers) as seen, torch.enable_grad():
                 log_likelihood = _log_likelihood(model(**inputs).logits, batch, labels, generator)
-                outputs = [seen[name][1] for name in found]
+                outputs = [seen[name][1] for name in layers]
                 gradients = torch.autograd.grad(log_likelihood.sum(), outputs)
             examples += len(log_likelihood)
-            for name, gradient in zip(found, gradients, strict=True):
+            for name, gradient in zip(layers, gradients, strict=True):
                 squares = _squared_per_example(gradient, seen[name][0])
                 if not bool(torch.isfinite(squares).all()):
                     raise RunError("a gradient is not finite", where=name, hint="float32 instead of float16?")

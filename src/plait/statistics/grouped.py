@@ -65,8 +65,8 @@ def collect_within(
     if plan.form != "layers":
         collector = Collector(targets, whole, passes, pool=pool, sketch=plan.sketch)
         collector.consume(given)
-        found = collector.finish()
-        return (reduce_statistics(found) if added else found), plan
+        exact = collector.finish()
+        return (reduce_statistics(exact) if added else exact), plan
     walk = LayerWalk(passes, targets, plan.layers or 1)
     parts: list[Statistics] = []
     modules: dict[str, ModuleInfo] = {}
@@ -138,10 +138,10 @@ def _groups(
             collector = Collector(inside, site_map, walk.passes, pool=pool, stop_early=last)
             numbers = iter(range(len(given)))
             collector.consume(given, lambda batch, n=numbers: run(next(n), batch))  # type: ignore[misc]
-            found = collector.finish()
-        names = {s: whole.site_of[s] for s in found.sites}
-        sites = {names[s]: m for s, m in found.sites.items() if names[s] not in done}
+            group_sum = collector.finish()
+        names = {s: whole.site_of[s] for s in group_sum.sites}
+        sites = {names[s]: m for s, m in group_sum.sites.items() if names[s] not in done}
         done |= set(sites)
-        modules = {n: replace(i, site=whole.site_of[n]) for n, i in found.modules.items()}
+        modules = {n: replace(i, site=whole.site_of[n]) for n, i in group_sum.modules.items()}
         if modules:  # of which some may read a site that came before
-            yield Statistics(sites, modules, found.provenance)
+            yield Statistics(sites, modules, group_sum.provenance)

@@ -94,15 +94,15 @@ class LayerWalk:
 def _stacks(base: nn.Module, targets: Mapping[str, Target]) -> list[list[nn.Module]]:
     """The outermost ModuleLists that hold targets, in the model's order."""
     wanted = {id(t.module) for t in targets.values()}
-    found: list[list[nn.Module]] = []
+    blocks: list[list[nn.Module]] = []
     taken: set[int] = set()
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in taken:
             inner = [m for layer in module for m in layer.modules()]
             taken |= {id(m) for m in inner}
             if any(id(m) in wanted for m in inner):
-                found.append(list(module))
-    return found
+                blocks.append(list(module))
+    return blocks
 
 
 def _groups(stacks: Sequence[Sequence[nn.Module]], targets: Mapping[str, Target], size: int) -> list[LayerGroup]:

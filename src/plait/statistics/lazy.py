@@ -67,9 +67,9 @@ def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[
     for path in map(Path, others):
         if path.exists() and path.samefile(own):  # a glob over the pool may hold it too
             continue
-        found = open_statistics(path)
-        name = task_recorded(found, path)
-        if task in found.provenance.get("tasks", ()):
+        other = open_statistics(path)
+        name = task_recorded(other, path)
+        if task in other.provenance.get("tasks", ()):
             raise UsageError(
                 f"the pool was merged from files of {task!r} too",
                 where=str(path),
@@ -79,7 +79,7 @@ def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[
             raise UsageError(
                 f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
             )
-        statistics[name] = found
+        statistics[name] = other
     return task, statistics
 
 

@@ -55,11 +55,12 @@ def collect_shards(
     parts = []
     for number, shard in enumerate(shards):
         path = folder / f"shard-{number:05d}.stats.safetensors"
-        found = read_identity(path)
-        if not everywhere(found is not None, options.get("distributed")):  # else some would wait for the others forever
+        recorded = read_identity(path)
+        # Where one rank has it and another has not, some would wait for the others forever.
+        if not everywhere(recorded is not None, options.get("distributed")):
             part = collect_statistics(model, shard(), target_modules, **options)
             write_statistics(path, part, identity=wanted, overwrite=True)
-        elif differing := differences(found or {}, wanted):
+        elif differing := differences(recorded or {}, wanted):
             raise UsageError(f"a shard of another collection: {'; '.join(differing[:4])}", where=str(path))
         parts.append(read_statistics(path))
     return merge_statistics(*parts)

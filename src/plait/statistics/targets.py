@@ -73,8 +73,8 @@ def find_targets(
         matched = _matched(base, config, {n: m for n, (m, _) in candidates.items()})
     prefix = backbone_of(base)[1]
     cut = f"{prefix}." if prefix else ""
-    found = [_target(n.removeprefix(cut), n, candidates[n][0]) for n in matched]
-    return {t.name: t for t in found}, prefix
+    targets = [_target(n.removeprefix(cut), n, candidates[n][0]) for n in matched]
+    return {t.name: t for t in targets}, prefix
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -92,7 +92,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _candidates(base: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
     """Clean name -> (module, whether it carries LoRA), without what lies inside a LoRA layer."""
-    found: dict[str, tuple[nn.Module, bool]] = {}
+    candidates: dict[str, tuple[nn.Module, bool]] = {}
     inside: list[str] = []
     for raw, module in base.named_modules():
         if not raw or any(raw.startswith(f"{p}.") for p in inside):
@@ -101,10 +101,10 @@ def _candidates(base: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
         layer = getattr(module, "base_layer", None)
         if isinstance(layer, nn.Module):
             inside.append(raw)
-            found[name] = (layer, True)
+            candidates[name] = (layer, True)
         else:
-            found.setdefault(name, (module, False))
-    return found
+            candidates.setdefault(name, (module, False))
+    return candidates
 
 
 def _peft_config(

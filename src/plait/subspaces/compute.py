@@ -95,7 +95,7 @@ def compute_subspaces(
     if pool is not None and len(statistics) == 1 and background_weight > 0:
         background_weight = 1.0  # there is nobody else to mix it with
     first = next(iter(statistics.values()))
-    found: dict[str, dict[str, Subspace]] = {t: {} for t in wanted}
+    spaces: dict[str, dict[str, Subspace]] = {t: {} for t in wanted}
     for site, modules in readers(first.modules).items():
         moments = {t: s.sites[site] for t, s in statistics.items()}
         for name in [site] if chosen.needs else modules:
@@ -112,8 +112,8 @@ def compute_subspaces(
             )
             solved = solve_site(chosen, inputs, settings, norm)
             for task, subspace in solved.items():
-                found[task] |= dict.fromkeys(modules if chosen.needs else [name], subspace)
-    return {t: {m: found[t][m] for m in first.modules} for t in wanted}
+                spaces[task] |= dict.fromkeys(modules if chosen.needs else [name], subspace)
+    return {t: {m: spaces[t][m] for m in first.modules} for t in wanted}
 
 
 def solve_site(
@@ -126,9 +126,9 @@ def solve_site(
     """
     if inputs.rank > inputs.dim:
         raise InputError(f"rank {inputs.rank} at a module of width {inputs.dim}", where=inputs.name)
-    found = method.function(inputs, **options)
+    bases = method.function(inputs, **options)
     norm = row_norm if row_norm is not None else default_row_norm(method, inputs.dim, inputs.rank)
-    return {task: _subspace(method, inputs, found[task], options, norm) for task in inputs.tasks}
+    return {task: _subspace(method, inputs, bases[task], options, norm) for task in inputs.tasks}
 
 
 def _subspace(
@@ -150,10 +150,10 @@ def completed(subspaces: Mapping[str, Subspace]) -> dict[str, int]:
 
 def readers(modules: Mapping[str, ModuleInfo]) -> dict[str, list[str]]:
     """Site -> the modules that read it."""
-    found: dict[str, list[str]] = {}
+    sites: dict[str, list[str]] = {}
     for name, info in modules.items():
-        found.setdefault(info.site, []).append(name)
-    return found
+        sites.setdefault(info.site, []).append(name)
+    return sites
 
 
 def _checked_background(background: Statistics | Sequence[Statistics] | None, weight: float) -> Statistics | None:

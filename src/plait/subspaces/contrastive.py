@@ -62,12 +62,12 @@ def contrastive(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str, Basis]:
     P.diagonal().add_((c or 1.0) * rho / x.dim)
     whitener = inverse_factor(P)
     del P
-    found = {t: _solved_thin(x, t, whitener, c) for t in x.tasks if _is_thin(x.moments[t])}
-    rest = [t for t in x.tasks if t not in found]
+    bases = {t: _solved_thin(x, t, whitener, c) for t in x.tasks if _is_thin(x.moments[t])}
+    rest = [t for t in x.tasks if t not in bases]
     size = max(1, BATCH_BYTES // (8 * x.dim**2))
     for start in range(0, len(rest), size):
-        found |= _solved(x, rest[start : start + size], whitener, c)
-    return found
+        bases |= _solved(x, rest[start : start + size], whitener, c)
+    return bases
 
 
 @subspace_method("contrastive_permuted", needs=("moments", "own", "others"), row_norm="gaussian")
@@ -75,8 +75,8 @@ def contrastive_permuted(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str
     """Contrastive with the statistics of the wrong tasks: each gets the subspace of the next task by name (a control)."""
     order = sorted(x.moments)
     wrong = {t: order[(order.index(t) + 1) % len(order)] for t in x.tasks}
-    found = contrastive(replace(x, tasks=tuple(wrong.values())), rho=rho)
-    return {t: replace(found[u], record={**found[u].record, "statistics_of": u}) for t, u in wrong.items()}
+    bases = contrastive(replace(x, tasks=tuple(wrong.values())), rho=rho)
+    return {t: replace(bases[u], record={**bases[u].record, "statistics_of": u}) for t, u in wrong.items()}
 
 
 @subspace_method("sc_lora", paper="arXiv:2505.23724", needs=("moments", "own", "others"))

@@ -55,8 +55,8 @@ def orthonormal_disjoint(x: SiteInputs) -> Mapping[str, Basis]:
         raise InputError(f"{len(names)} tasks of rank {x.rank} at a module of width {x.dim}", where=x.name)
     drawn = torch.randn(x.dim, x.rank * len(names), generator=x.generator(), dtype=torch.float64)
     rows = orthonormal_rows(drawn)
-    found = {name: rows[i * x.rank : (i + 1) * x.rank] for i, name in enumerate(names)}
-    return {t: Basis(found[t], _norms(found[t])) for t in x.tasks}
+    bases = {name: rows[i * x.rank : (i + 1) * x.rank] for i, name in enumerate(names)}
+    return {t: Basis(bases[t], _norms(bases[t])) for t in x.tasks}
 
 
 def _orthonormal(x: SiteInputs, generator: torch.Generator) -> Tensor:
@@ -64,11 +64,11 @@ def _orthonormal(x: SiteInputs, generator: torch.Generator) -> Tensor:
 
 
 def _drawn(x: SiteInputs, draw: Callable[[torch.Generator], Tensor]) -> Mapping[str, Basis]:
-    found = {}
+    bases = {}
     for task in x.tasks:
         rows = draw(x.generator(task))
-        found[task] = Basis(rows, _norms(rows))
-    return found
+        bases[task] = Basis(rows, _norms(rows))
+    return bases
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -49,9 +49,9 @@ def _osrm_one(x: SiteInputs, task: str) -> Basis:
     names = x.other_tasks(task)
     factor = x.other_factor(task)
     if factor is not None:
-        found = _in_null_space(x, task, factor, x.resolution([*names, task]))
-        if found is not None:
-            return found
+        basis = _in_null_space(x, task, factor, x.resolution([*names, task]))
+        if basis is not None:
+            return basis
     M = x.others(task)
     tolerance = x.resolution(names or [task]) * float(torch.linalg.matrix_norm(M))
     if iteration_pays(x.dim, x.rank + _EXTRA):
@@ -108,22 +108,22 @@ def _next_smallest(
 ) -> Float[Tensor, "d wanted"]:
     """Eigenvectors from number `start` on, eigenvalues ascending, that the own inputs reach; tied ones as one space."""
     values, vectors = pairs
-    found = vectors[:, :0]
-    while found.shape[1] < wanted:
+    reached = vectors[:, :0]
+    while reached.shape[1] < wanted:
         if start >= x.dim:
             raise _too_few(x, task)
         stop = start + int((values[start:] <= values[start] + tolerance).sum())
-        found = torch.cat([found, _reached(x, task, own, vectors[:, start:stop])], 1)
+        reached = torch.cat([reached, _reached(x, task, own, vectors[:, start:stop])], 1)
         start = stop
-    return found[:, :wanted]
+    return reached[:, :wanted]
 
 
 def _reached(x: SiteInputs, task: str, own: Tensor, space: Float[Tensor, "d k"]) -> Float[Tensor, "d n"]:
     """The directions of a space in which the own inputs have energy, the most first."""
     energies, directions = torch.linalg.eigh(space.T @ own @ space)
     count = int((energies > x.resolution([task])).sum())
-    found: Tensor = space @ directions.flip(1)[:, :count]
-    return found
+    basis: Tensor = space @ directions.flip(1)[:, :count]
+    return basis
 
 
 def _in_null_space(x: SiteInputs, task: str, factor: Float[Tensor, "k d"], resolution: float) -> Basis | None:
@@ -180,7 +180,7 @@ def osrm_released(x: SiteInputs) -> Mapping[str, Basis]:
 
     Source: github.com/illidanlab/OSRM, utils.py.
     """
-    found = {}
+    bases = {}
     for task in x.tasks:
         names = x.other_tasks(task)
         if len(names) > x.dim - x.rank:
@@ -188,8 +188,8 @@ def osrm_released(x: SiteInputs) -> Mapping[str, Basis]:
         H = torch.stack([_padded_mean(x, name) for name in names])
         Vt = torch.linalg.svd(H, full_matrices=True).Vh
         rows = Vt[-x.rank :]
-        found[task] = Basis(rows, (H @ rows.T).square().sum(0), {"solver": "svd", "tied": x.dim - len(names)})
-    return found
+        bases[task] = Basis(rows, (H @ rows.T).square().sum(0), {"solver": "svd", "tied": x.dim - len(names)})
+    return bases
 
 
 def _padded_mean(x: SiteInputs, task: str) -> Float[Tensor, " d"]:

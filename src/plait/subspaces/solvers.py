@@ -117,16 +117,16 @@ def top_eigenpairs(
     for step in range(1, _MAX_STEPS + 1):
         Q = orthonormal(images[..., -block:], V)
         if V.shape[-1] >= _BLOCKS * block:
-            found, done, Y = _ritz(V, images, count, block, step, before, measure or Measure())
-            settled |= {t: _only(found, [i], converged=True) for i, t in enumerate(active) if done[i]}
+            pairs, done, Y = _ritz(V, images, count, block, step, before, measure or Measure())
+            settled |= {t: _only(pairs, [i], converged=True) for i, t in enumerate(active) if done[i]}
             keep = [i for i in range(len(active)) if not done[i]]
             if not keep:
                 break
             V, images = V @ Y, images @ Y
             if len(keep) < len(active):
-                active, found = [active[i] for i in keep], _only(found, keep, converged=False)
+                active, pairs = [active[i] for i in keep], _only(pairs, keep, converged=False)
                 V, images, Q = V[keep], images[keep], Q[keep]
-            before = found
+            before = pairs
         V = torch.cat([V, Q], -1)
         images = torch.cat([images, operator(Q, active)], -1)
     else:

@@ -83,7 +83,7 @@ def initial_adapters(
         background: Statistics of public text that stand for tasks nobody knows yet.
         device: Where to solve.
     """
-    found = compute_subspaces(
+    spaces = compute_subspaces(
         settings.method,
         statistics,
         tasks=tasks,
@@ -96,7 +96,7 @@ def initial_adapters(
         device=device,
     )
     made = {}
-    for task, subspaces in found.items():
+    for task, subspaces in spaces.items():
         adapter = initial_adapter(
             task,
             base,
@@ -183,10 +183,10 @@ def task_type_of(statistics: Statistics) -> str:
     Raises:
         InputError: The file records one that PEFT does not know.
     """
-    found = statistics.provenance.get("task_type") or _UNRECORDED
-    if found not in PEFT_TASKS:
-        raise InputError(f"its task_type is {found!r:.80}, none of PEFT's", hint="--task-type names another")
-    return str(found)
+    task_type = statistics.provenance.get("task_type") or _UNRECORDED
+    if task_type not in PEFT_TASKS:
+        raise InputError(f"its task_type is {task_type!r:.80}, none of PEFT's", hint="--task-type names another")
+    return str(task_type)
 
 
 def completion_note(task: str, rows: Mapping[str, int]) -> str:
@@ -229,7 +229,7 @@ def subspace_state_dict(
     """
     given = list(others.values()) if isinstance(others, Mapping) else list(others)
     pool = {f"other{i:04d}": s for i, s in enumerate(given)}
-    found = compute_subspaces(
+    spaces = compute_subspaces(
         method,
         {"own": own, **pool},
         tasks=["own"],
@@ -241,7 +241,7 @@ def subspace_state_dict(
         background_weight=background_weight,
         device=device,
     )
-    return {module: subspace.A for module, subspace in found["own"].items()}
+    return {module: subspace.A for module, subspace in spaces["own"].items()}
 
 
 def initialize_lora_weights(

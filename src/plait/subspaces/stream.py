@@ -124,9 +124,9 @@ def stream_subspaces(
     solver = _Solver(chosen, checked_options(chosen, options), rank, checked_row_norm(row_norm), seed, passes.device)
     walk = LayerWalk(passes, targets, group)
     clock = _Clock(observe, passes.device)
-    found: dict[str, dict[str, Subspace]] = {t: {} for t in batches}
+    spaces: dict[str, dict[str, Subspace]] = {t: {} for t in batches}
     modules: dict[str, dict[str, ModuleInfo]] = {t: {} for t in batches}
-    with passes.quiet(), exact_matmul(), _Jobs(solver, found) as jobs:
+    with passes.quiet(), exact_matmul(), _Jobs(solver, spaces) as jobs:
         for number, part in enumerate(walk.groups):
             last = number == len(walk.groups) - 1
             with clock("collect"):
@@ -136,7 +136,7 @@ def stream_subspaces(
                 jobs.give(sites, readers)
         with clock("solve"):
             jobs.gather()
-    return StreamedSubspaces({t: {n: found[t][n] for n in targets} for t in batches}, modules, prefix)
+    return StreamedSubspaces({t: {n: spaces[t][n] for n in targets} for t in batches}, modules, prefix)
 
 
 def _collect_group(

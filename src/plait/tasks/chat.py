@@ -77,10 +77,10 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> list
         raise InputError("the tokenizer has no chat template", where="chat", hint="use a `template` instead of `chat`")
     if not messages:
         return []
-    found = tokenizer.apply_chat_template(
+    tokens = tokenizer.apply_chat_template(
         [dict(m) for m in messages], tokenize=True, add_generation_prompt=ask, return_dict=False
     )
-    return [int(t) for t in found]
+    return [int(t) for t in tokens]
 
 
 def _agreeing(prefix: list[int], ids: list[int]) -> list[int]:

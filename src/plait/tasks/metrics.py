@@ -69,8 +69,8 @@ def open_score(metric: str, measured: npt.NDArray[Any], weights: npt.NDArray[np.
     """
     exact, rouge, logs, tokens = measured.astype(np.float64).T
     if metric == "likelihood":
-        found: npt.NDArray[np.float64] = 100.0 * np.exp((weights @ logs) / np.maximum(weights @ tokens, 1.0))
-        return found
+        perplexities: npt.NDArray[np.float64] = 100.0 * np.exp((weights @ logs) / np.maximum(weights @ tokens, 1.0))
+        return perplexities
     chosen = 100.0 * exact if metric == "exact_match" else rouge
     return (weights @ chosen) / weights.sum(1)  # type: ignore[no-any-return]
 

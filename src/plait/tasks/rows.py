@@ -149,14 +149,14 @@ def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
     if task.kind in TEXT_KINDS:
         return tuple(task.labels[v] if task.labels and isinstance(v, int) else str(v) for v in values)
     known = {name: i for i, name in enumerate(task.labels or ())}
-    found = [v if isinstance(v, int) and not isinstance(v, bool) else known.get(str(v), -1) for v in values]
-    for i, v, raw in zip(ids, found, values, strict=True):
+    classes = [v if isinstance(v, int) and not isinstance(v, bool) else known.get(str(v), -1) for v in values]
+    for i, v, raw in zip(ids, classes, values, strict=True):
         if not 0 <= v < len(known):
             raise InputError(
                 f"label {raw!r} in row {i} is not one of the {len(known)} classes {list(known)[:5]}",
                 where=_where(task, split),
             )
-    return np.asarray(found, np.int64)
+    return np.asarray(classes, np.int64)
 
 
 def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:

@@ -64,10 +64,10 @@ def leave_no_empty(root: Path) -> None:
 def recorded_identity(root: Path) -> dict[str, Any]:
     """The identity of the run that a folder of checkpoints belongs to; empty where it is not readable."""
     try:
-        found = read_json(root / _IDENTITY)
+        identity = read_json(root / _IDENTITY)
     except PlaitError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return identity if isinstance(identity, dict) else {}
 
 
 def seal(stage: Path, final: Path) -> None:
@@ -99,5 +99,5 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def _by_step(root: Path) -> list[Path]:
-    found = {p: p.name.rpartition("-")[2] for p in root.glob("checkpoint-*") if p.is_dir()}
-    return sorted((p for p, step in found.items() if step.isdigit()), key=lambda p: -int(found[p]))
+    steps = {p: p.name.rpartition("-")[2] for p in root.glob("checkpoint-*") if p.is_dir()}
+    return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: -int(steps[p]))

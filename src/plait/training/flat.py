@@ -88,8 +88,8 @@ class FlatParameters:
 
     def add_gradients(self, loss: Tensor) -> None:
         """Add the gradients of a scalar."""
-        found = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
-        pairs = [(place, g) for place, g in zip(self._places, found, strict=True) if g is not None]
+        gradients = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
+        pairs = [(place, g) for place, g in zip(self._places, gradients, strict=True) if g is not None]
         torch._foreach_add_([place for place, _ in pairs], [g for _, g in pairs])
 
     @torch.no_grad()

@@ -154,8 +154,8 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
             return _train_group(chosen, shared, overwrite, meter)
         half = len(chosen) // 2
         parts = [part for part in (chosen[:half], chosen[half:]) if part]
-        found = [_train_group(part, shared, overwrite, meter) for part in parts]
-        return {out: why for one in found for out, why in one.items()}
+        failures = [_train_group(part, shared, overwrite, meter) for part in parts]
+        return {out: why for one in failures for out, why in one.items()}
     seconds = time.monotonic() - started
 
     def write(place: int) -> None:

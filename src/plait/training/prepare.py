@@ -78,9 +78,9 @@ def _spans(
             f"m is {m}, expected from the rank {adapter.rank} to the width {narrowest}", where="constraint_options"
         )
     only: dict[str, Any] = {"tasks": (task,), "rank": m, "row_norm": 1.0, "options": more}
-    found = compute_subspaces(method, statistics, device=device, **only)[task]
+    spaces = compute_subspaces(method, statistics, device=device, **only)[task]
     own = statistics[task]
-    return {module: Rule(found[own.relative(module)].basis) for module in adapter.modules}
+    return {module: Rule(spaces[own.relative(module)].basis) for module in adapter.modules}
 
 
 def _require_usable(statistics: Mapping[str, Statistics], adapter: Adapter, task: str) -> None:

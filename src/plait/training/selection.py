@@ -79,13 +79,12 @@ class BestAdapter(TrainerCallback):
     def best(self) -> tuple[Adapter, dict[str, Any]]:
         """The best adapter, and the record of how it was chosen."""
         step = min(k for k, v in self.history.items() if v == max(self.history.values()))
-        found = read_adapter(self.root / _BEST, name=self.adapter.name)
+        best = read_adapter(self.root / _BEST, name=self.adapter.name)
         modules = {
-            name: found.modules.get(name) or found.modules[self.adapter.full_name(name)]
-            for name in self.adapter.modules
+            name: best.modules.get(name) or best.modules[self.adapter.full_name(name)] for name in self.adapter.modules
         }
         chosen = {"step": step, "score": self.history[step], "scores": sorted(self.history.items())}
-        return replace(self.adapter, modules=modules, heads=found.heads), chosen
+        return replace(self.adapter, modules=modules, heads=best.heads), chosen
 
     @torch.no_grad()
     def _score(self) -> float:

@@ -68,13 +68,13 @@ def average_adapter(accelerator: Any) -> None:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: members of the outermost module lists."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in inside:
-            found += list(module)
+            blocks += list(module)
             inside |= {id(m) for block in module for m in block.modules()}
-    return found
+    return blocks
 
 
 def local_numbers(model: nn.Module) -> int:
