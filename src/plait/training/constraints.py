@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.errors import InputError
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
