@@ -67,7 +67,7 @@ def main() -> None:
         panels[where] = Panel(
             session.base, parts_of(adapters), texts, read_place(a.general, a.texts), 16, session.recipe.data.max_length, where
         )  # fmt: skip
-        found = choose(panels[where], adapters, methods=a.methods, scales=a.scales, refine=a.steps, tell=tell)
+        found = choose(panels[where], adapters, methods=a.methods, scales=a.scales, refine=a.steps, on_progress=tell)
         merges[f"by fidelity at {where} positions"] = (found.adapter, 1.0)
         chosen[where] = {
             "candidate": found.recipe.label,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from plait.errors import printable
 
+# Called with what is being done, for a person to read.
+OnProgress = Callable[[str], None]
 _LIVE_EVERY, _LOG_EVERY = 0.2, 15.0  # seconds between two lines about one job, on a terminal and in a log
 _ENOUGH = 0.02  # share of the work after which the pace tells something; before it, loading weighs too much
 

@@ -244,7 +244,7 @@ def test_texts_beyond_the_table_of_positions_are_refused_before_anything_is_comp
     with pytest.raises(InputError, match="tokens, and the base has 64 positions") as raised:
         merge_auto(
             adapters_of(panel), panel.base, texts, general=long if late == "general" else (), settings=settings,
-            tell=told.append,
+            on_progress=told.append,
         )  # fmt: skip
     assert told == [] and raised.value.where == where
 
@@ -278,7 +278,7 @@ def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch
     tried = [Tried(Recipe("tsv"), merge(adapters_of(panel), "tsv", scale=1.0).adapter)]
     asked: list[float] = []
 
-    def peaked(screen, merges, tell=None):
+    def peaked(screen, merges, on_progress=None):
         asked.extend(s for _, s in merges)
         return [SimpleNamespace(score=-abs(math.log(s / 5.0))) for _, s in merges]
 

@@ -72,7 +72,7 @@ def advise(
     settings = AdviceSettings(tolerate, repair, refine, length, seed)
     found = advise_folders(
         given, parse_texts(text or []), read_place(general) if general else (), settings, base_id=base_id, device=device,
-        tell=_teller(),
+        on_progress=_reporter(),
     )  # fmt: skip
     if found.get("next"):
         found["next"] = " ".join([found["next"], *(f"--text {shlex.quote(t)}" for t in text or [])])
@@ -110,7 +110,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     found = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
-        device=chosen.device, overwrite=chosen.overwrite, tell=_teller(),
+        device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(),
     )  # fmt: skip
     emit(found, as_json, auto_text(found))
 
@@ -142,15 +142,15 @@ def by_forward(
     )  # fmt: skip
 
 
-def _teller() -> Callable[[str], None]:
+def _reporter() -> Callable[[str], None]:
     """Says on stderr what is being done, and how many seconds after the start."""
     started = time.monotonic()
 
-    def tell(what: str) -> None:
+    def report(what: str) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed stderr must not end a choice
             sys.stderr.write(f"[{time.monotonic() - started:.0f} s] {printable(what)}\n")
 
-    return tell
+    return report
 
 
 def auto_text(found: dict[str, Any]) -> str:

@@ -14,12 +14,13 @@ from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.score import Tell, fidelities
+from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, split_off
 from plait.fidelity.tokens import require_room
 from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder
+from plait.progress import OnProgress
 
 _MB = 1e6
 
@@ -73,7 +74,7 @@ def advise_folders(
     *,
     base_id: str | None = None,
     device: str = "auto",
-    tell: Tell = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> dict[str, Any]:
     """Advice on adapter folders, with or without a base, with or without texts.
 
@@ -84,7 +85,7 @@ def advise_folders(
         settings: See `AdviceSettings`.
         base_id: What the base is called, where the adapters name one base by different names.
         device: Where the base runs.
-        tell: Told what is being done.
+        on_progress: Called with what is being done.
 
     Returns:
         options, notes, unknown, advice, recommended, and the record of the merge that was looked at; where merging is
@@ -94,7 +95,7 @@ def advise_folders(
     base, folders = split_base(given, device)
     adapters = read_all(folders)
     base = base or recorded_base(adapters, device)
-    return advise(adapters, base, texts, general=general, settings=settings, base_id=base_id, tell=tell)
+    return advise(adapters, base, texts, general=general, settings=settings, base_id=base_id, on_progress=on_progress)
 
 
 def advise(
@@ -105,7 +106,7 @@ def advise(
     general: Texts = (),
     settings: AdviceSettings | None = None,
     base_id: str | None = None,
-    tell: Tell = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> dict[str, Any]:
     """The options, what each costs and keeps, and a recommendation; see `advise_folders`.
 
@@ -135,7 +136,7 @@ def advise(
     else:
         panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
         require_room(panel)  # of the held-out texts too, which are read last
-        kept, record = _measured(panel, adapters, chosen, base_id, tell)
+        kept, record = _measured(panel, adapters, chosen, base_id, on_progress)
         unknown += notes.alike(list(kept.values()))
         if min(map(len, panel.texts.values())) < HELD_OUT:
             unknown.append(
@@ -183,7 +184,7 @@ SEPARATELY, SINGLE = "serve separately", "the best single adapter"
 
 
 def _measured(
-    panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, base_id: str | None, tell: Tell
+    panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, base_id: str | None, on_progress: OnProgress
 ) -> tuple[dict[str, Fidelity], dict[str, Any]]:
     """Fidelity of every option on held-out texts."""
     most, rest = split_off(panel.texts, HELD_OUT)
@@ -192,20 +193,20 @@ def _measured(
     judged = panel if few else panel.with_texts(rest)
     auto = AutoSettings(refine=settings.refine, max_length=settings.max_length, seed=settings.seed)
     merged = merge_auto(
-        adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, tell=tell
+        adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, on_progress=on_progress
     )
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     arms = {f"merged, rank {R}": merged.adapter, f"merged, cut to rank {r}": _at_rank(merged.adapter, r)}
     record: dict[str, Any] = {k: merged.record[k] for k in ("chosen", "evidence")}
     if settings.repair:
-        tell(f"repair at two ranks, {settings.repair} steps each")
+        on_progress(f"repair at two ranks, {settings.repair} steps each")
         arms[f"merged and repaired, rank {r}"], record["repair"] = repaired(
             seen, _at_rank(merged.adapter, r), settings.repair, settings.seed
         )
         arms[f"merged and repaired, rank {R}"], _ = repaired(seen, merged.adapter, settings.repair, settings.seed)
     singles = {f"{a.name} alone": a for a in adapters}
-    found = fidelities(judged, [(a, 1.0) for a in (*arms.values(), *singles.values())])
-    named = dict(zip((*arms, *singles), found, strict=True))
+    scored = fidelities(judged, [(a, 1.0) for a in (*arms.values(), *singles.values())])
+    named = dict(zip((*arms, *singles), scored, strict=True))
     best = max(singles, key=lambda n: named[n].score)
     kept = {n: f for n, f in named.items() if n in arms}
     return {**kept, f"{SINGLE} ({best.removesuffix(' alone')})": named[best]}, record
@@ -241,11 +242,11 @@ def _option(name: str, size: int, flops: int, sizes: tuple[int, int] | None) -> 
     )
 
 
-def _kept(option: Option, found: Fidelity | None) -> Option:
-    if found is None:
+def _kept(option: Option, fidelity: Fidelity | None) -> Option:
+    if fidelity is None:
         return option
-    worst = min(found.tasks, key=lambda t: t.kept_agreement)
-    return replace(option, kept=found.kept_agreement, worst=worst.kept_agreement, worst_task=worst.task)
+    worst = min(fidelity.tasks, key=lambda t: t.kept_agreement)
+    return replace(option, kept=fidelity.kept_agreement, worst=worst.kept_agreement, worst_task=worst.task)
 
 
 def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:

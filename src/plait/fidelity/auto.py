@@ -21,7 +21,7 @@ from plait.fidelity.given import recorded_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.score import Tell, fidelities
+from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import Texts, checked, split_off
 from plait.formats.keys import PEFT
@@ -33,6 +33,7 @@ from plait.merging.folders import places, read_all
 from plait.merging.outcome import discarded, input_hashes, labels_of, provenance
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
+from plait.progress import OnProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def merge_auto(
     general: Texts = (),
     settings: AutoSettings | None = None,
     base_id: str | None = None,
-    tell: Tell = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> AutoMerge:
     """Merge adapters by the method, weights and scale that keep most of each, chosen without labels.
 
@@ -104,7 +105,7 @@ def merge_auto(
         general: Texts of no task in particular, for the KL to the base.
         settings: See `AutoSettings`.
         base_id: Base id of the result where the adapters name one base by different names.
-        tell: Told what is being done.
+        on_progress: Called with what is being done.
 
     Raises:
         UsageError: Texts without a base, for some adapters only, or for none of them; a repair without texts.
@@ -138,12 +139,12 @@ def merge_auto(
         )
     found = choose(
         panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, seed=chosen.seed,
-        base=base_id, tell=tell,
+        base=base_id, on_progress=on_progress,
     )  # fmt: skip
     record |= _chosen(found, {t: len(x) for t, x in panel.texts.items()})
     merged = _cut(AutoMerge(found.adapter, None, record), chosen.rank)
     if chosen.repair:  # after the cut, so that it makes good what the cut loses; `advise` measures it in this order
-        tell(f"repair, {chosen.repair} steps")
+        on_progress(f"repair, {chosen.repair} steps")
         adapter, done = repaired(panel, merged.adapter, chosen.repair, chosen.seed)
         merged = AutoMerge(adapter, None, {**merged.record, "repair": done})
     return _measured(merged, panel)
@@ -228,7 +229,7 @@ def merge_auto_folders(
     base_id: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
-    tell: Tell = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> dict[str, Any]:
     """`merge_auto` of PEFT folders into a PEFT folder whose manifest holds the evidence.
 
@@ -241,7 +242,7 @@ def merge_auto_folders(
         settings: What is tried.
         base_id: Base id of the result.
         device: Where a base runs that was not given.
-        tell: Told what is being done.
+        on_progress: Called with what is being done.
         overwrite: Replace what stands at `out`.
 
     Returns:
@@ -251,7 +252,7 @@ def merge_auto_folders(
     adapters = read_all(folders)
     require_apart(out, places(adapters))
     if texts and base is None and (base := recorded_base(adapters, device)) is not None:
-        tell(f"base: {base.name}, as the adapters name it")
+        on_progress(f"base: {base.name}, as the adapters name it")
     options = {
         "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine,
         "repair": chosen.repair, "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
@@ -263,7 +264,9 @@ def merge_auto_folders(
     wanted = store.identity("merge-auto", options, inputs, chosen.seed)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return {**before.get("result", {}), "output": str(out), "reused": True}
-    found = merge_auto(adapters, base, texts, general=general, settings=chosen, base_id=base_id, tell=tell)
+    found = merge_auto(
+        adapters, base, texts, general=general, settings=chosen, base_id=base_id, on_progress=on_progress
+    )
     merged = replace(found.adapter, name=out.name) if len(adapters) > 1 else found.adapter
     result = dict(found.record)
     target = format_of(adapters[0])

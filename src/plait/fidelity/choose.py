@@ -12,9 +12,10 @@ from plait.fidelity.distil import distil
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
-from plait.fidelity.score import Tell, fidelities
+from plait.fidelity.score import fidelities
 from plait.fidelity.texts import split_off
 from plait.fidelity.tokens import require_room
+from plait.progress import OnProgress
 
 # Texts of each adapter in the first round, in which everything is tried; and the share that goes on to the second.
 SCREEN, GOES_ON = 32, 8
@@ -85,7 +86,7 @@ def choose(
     refine: int = 100,
     seed: int = 0,
     base: str | None = None,
-    tell: Tell = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> Choice:
     """The merge that stays closest to all adapters on their own texts.
 
@@ -98,7 +99,7 @@ def choose(
             they are closer on the quarter of the texts that was held out.
         seed: Of the order of the texts.
         base: Base id of the result where the adapters name one base by different names.
-        tell: Told what is being done.
+        on_progress: Called with what is being done.
 
     Raises:
         InputError: A text beyond the base's table of positions; nothing has been computed then.
@@ -107,17 +108,17 @@ def choose(
         of them over all; `refine` steps.
     """
     require_room(panel)
-    tell("moments of the texts")
+    on_progress("moments of the texts")
     moments = collect_moments(panel)
-    tell("merging by every method")
+    on_progress("merging by every method")
     tried = [Tried(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
-    scored = tournament(panel, tried, scales, tell)
+    scored = tournament(panel, tried, scales, on_progress)
     best = scored[0]
     adapter = scaled(best.tried.adapter, best.scale)
     weights: Mapping[str, tuple[float, ...]] = {}
     held_out: dict[str, float] = {}
     if refine and min(len(rows) for rows in panel.texts.values()) >= FEWEST:
-        tell(f"weights per adapter and module, {refine} steps")
+        on_progress(f"weights per adapter and module, {refine} steps")
         refined, weights, held_out = refined_weights(panel, adapters, best, refine, seed)
         kept = held_out["refined"] > held_out["chosen"]
         adapter, weights = (refined, weights) if kept else (adapter, {})
@@ -125,7 +126,7 @@ def choose(
 
 
 def tournament(
-    panel: Panel, tried: Sequence[Tried], scales: Sequence[float], tell: Tell = lambda _: None
+    panel: Panel, tried: Sequence[Tried], scales: Sequence[float], on_progress: OnProgress = lambda _: None
 ) -> list[Scored]:
     """All merges at all scales on a part of the texts, the best of them on all; best first, later rounds before earlier ones.
 
@@ -137,16 +138,16 @@ def tournament(
     entries = [(t, s) for t in tried for s in scales]
     first: list[Scored] = []
     for _ in range(_GROWTH + 1):
-        tell(f"{len(entries)} merges, by fidelity")
-        first += _scored(screen, entries, min(SCREEN, longest), tell)
+        on_progress(f"{len(entries)} merges, by fidelity")
+        first += _scored(screen, entries, min(SCREEN, longest), on_progress)
         if not (entries := _beyond(first)) or len(scales) < 2:
             break
     first.sort(key=lambda r: -r.fidelity.score)
     if longest <= SCREEN:
         return first
     going = first[: max(2, len(first) // GOES_ON)]
-    tell(f"the best {len(going)} of them, on all texts")
-    return _scored(panel, [(s.tried, s.scale) for s in going], longest, tell) + first[len(going) :]
+    on_progress(f"the best {len(going)} of them, on all texts")
+    return _scored(panel, [(s.tried, s.scale) for s in going], longest, on_progress) + first[len(going) :]
 
 
 def _beyond(scored: Sequence[Scored]) -> list[tuple[Tried, float]]:
@@ -163,9 +164,9 @@ def _beyond(scored: Sequence[Scored]) -> list[tuple[Tried, float]]:
     return further
 
 
-def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, tell: Tell) -> list[Scored]:
-    found = fidelities(panel, [(t.adapter, s) for t, s in entries], tell)
-    rows = [Scored(t, s, f, n) for (t, s), f in zip(entries, found, strict=True)]
+def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, on_progress: OnProgress) -> list[Scored]:
+    scores = fidelities(panel, [(t.adapter, s) for t, s in entries], on_progress)
+    rows = [Scored(t, s, f, n) for (t, s), f in zip(entries, scores, strict=True)]
     return sorted(rows, key=lambda r: -r.fidelity.score)
 
 
@@ -193,12 +194,12 @@ def refined_weights(
 
 def groups_of(tried: Tried, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
     """Which ranks of a merge came from which adapter: concatenations keep them apart; of others all are one group."""
-    found = {}
+    groups = {}
     for module, f in tried.adapter.modules.items():
         ranks = [a.modules[module].rank for a in adapters if module in a.modules]
         apart = tried.recipe.method in _KEPT_APART and sum(ranks) == f.rank
-        found[module] = ranks if apart else [f.rank]
-    return found
+        groups[module] = ranks if apart else [f.rank]
+    return groups
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:

@@ -153,10 +153,10 @@ def _endless(rows: int, batch: int, generator: torch.Generator) -> Iterator[list
 
 def _frozen(model: Any) -> list[Tensor]:
     """The model's parameters that asked for gradients: only the students' are wanted."""
-    found = [p for p in model.parameters() if p.requires_grad]
-    for p in found:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
         p.requires_grad_(False)
-    return found
+    return parameters
 
 
 def _thaw(parameters: Sequence[Tensor]) -> None:

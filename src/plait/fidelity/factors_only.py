@@ -51,10 +51,10 @@ def choose_by_factors(
     ruled = scale_by_rule(BY_RECORD, None, (1.0,) * len(adapters))
     for recipe in recipes((), usable):
         tried = Tried(recipe, merged_by(recipe, adapters, {}, base=base_id))
-        found = terms(tried.adapter, adapters)
+        errors = terms(tried.adapter, adapters)
         merges[recipe.label] = tried
         also = {ruled.value} if recipe.label == BY_RECORD else set()
-        rows += [_row(tried, s, found) for s in sorted({*scales, round(best_scale(found), 4), *also} - {0.0})]
+        rows += [_row(tried, s, errors) for s in sorted({*scales, round(best_scale(errors), 4), *also} - {0.0})]
     rows.sort(key=lambda r: (r["assumed_error"], r["candidate"], r["scale"]))
     recorded = [r for r in rows if (r["candidate"], r["scale"]) == (BY_RECORD, ruled.value)]
     akin = kin(adapters)
@@ -70,13 +70,13 @@ def choose_by_factors(
     return adapter, {"chosen": chosen, "assumed": {"own_share": OWN_SHARE}, "evidence": rows}
 
 
-def _row(tried: Tried, scale: float, found: Mapping[str, Terms]) -> dict[str, Any]:
-    tasks = [{"task": t, "assumed_error": x.error(scale)} for t, x in found.items()]
+def _row(tried: Tried, scale: float, errors: Mapping[str, Terms]) -> dict[str, Any]:
+    tasks = [{"task": t, "assumed_error": x.error(scale)} for t, x in errors.items()]
     return {
         "candidate": tried.recipe.label,
         "method": tried.recipe.method,
         "calibrate": tried.recipe.calibrate,
         "scale": scale,
-        "assumed_error": mean_error(found, scale),
+        "assumed_error": mean_error(errors, scale),
         "tasks": sorted(tasks, key=lambda r: (-float(str(r["assumed_error"])), str(r["task"]))),
     }

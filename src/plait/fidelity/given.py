@@ -31,10 +31,10 @@ def split_base(
     base, folders = (None, list(given)) if is_adapter(first) else (first, rest)
     for folder in folders:
         if not is_adapter(folder):
-            found = place_of(folder)
-            what = f"no {CONFIG} in it" if found.is_dir() else "no such adapter"
-            hint = inside(found) or "only the first argument may be a base; the others are adapters"
-            raise InputError(what, where=str(found), hint=hint)
+            place = place_of(folder)
+            what = f"no {CONFIG} in it" if place.is_dir() else "no such adapter"
+            hint = inside(place) or "only the first argument may be a base; the others are adapters"
+            raise InputError(what, where=str(place), hint=hint)
     if base is not None:
         _require_base(base, folders)
     name, revision = (

@@ -49,8 +49,8 @@ def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
 def text_closeness(panel: Panel, part: Part, merges: Sequence[Active]) -> list[TaskFidelity]:
     """KL and agreement of each merge with the part's adapter on the part's own texts."""
     rows = encoded(panel, part.task.kind, panel.texts[part.name])
-    (base, *found), n = compared(panel, part, rows, (part.adapter, 1.0), [_BARE, *merges])
-    return [task_fidelity(part.name, c, base, n) for c in found]
+    (base, *merged), n = compared(panel, part, rows, (part.adapter, 1.0), [_BARE, *merges])
+    return [task_fidelity(part.name, c, base, n) for c in merged]
 
 
 def text_general(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.float64]:
@@ -71,7 +71,7 @@ def compared(
     """
     model = panel.model(part)
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {part.name}")
-    found: list[Closeness] = []
+    results: list[Closeness] = []
     n = 0
     for group in _groups(panel, model, merges):
         active = [reference, *(merges[i] for i in group)]
@@ -86,8 +86,8 @@ def compared(
             own_tops = own_tops + torch.bincount(own.top, minlength=logits.shape[-1])
             for mine, other in zip(sums, logits[1:], strict=True):
                 mine.add(own, _log_softmax(other))
-        found += [s.closeness(own_tops, n) for s in sums]
-    return found, n
+        results += [s.closeness(own_tops, n) for s in sums]
+    return results, n
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,9 +146,9 @@ def aggregate(tasks: Sequence[TaskFidelity]) -> float:
     return _mean([t.probability_beyond_chance for t in tasks])
 
 
-def _beyond(found: float, chance: float) -> float:
+def _beyond(value: float, chance: float) -> float:
     room = 1.0 - chance
-    return (found - chance) / room if room > _ALL_ALIKE else 0.0
+    return (value - chance) / room if room > _ALL_ALIKE else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -166,20 +166,20 @@ class Closeness:
     probability_chance: float
 
 
-def task_fidelity(task: str, found: Closeness, base: Closeness, n: int) -> TaskFidelity:
+def task_fidelity(task: str, merge: Closeness, base: Closeness, n: int) -> TaskFidelity:
     """A merge's closeness to an adapter beside the bare base's."""
-    return TaskFidelity(task, **asdict(found), kl_base=base.kl, agreement_base=base.agreement, n=n)
+    return TaskFidelity(task, **asdict(merge), kl_base=base.kl, agreement_base=base.agreement, n=n)
 
 
-def closeness(kind: str, own: npt.NDArray[Any], found: npt.NDArray[Any]) -> Closeness:
+def closeness(kind: str, own: npt.NDArray[Any], merged: npt.NDArray[Any]) -> Closeness:
     """KL, agreement and agreement by chance of outputs with an adapter's.
 
     Args:
-        kind: Of the task; "regression" or anything with classes.
+        kind: The task's; "regression" or anything with classes.
         own: The adapter's logits (n, classes), or values (n, 1).
-        found: The merge's.
+        merged: The merge's.
     """
-    a, b = own.astype(np.float64), found.astype(np.float64)
+    a, b = own.astype(np.float64), merged.astype(np.float64)
     if kind == "regression":
         a, b = a.reshape(len(a)), b.reshape(len(b))
         spread = max(float(a.var()), 1e-12)

@@ -27,13 +27,13 @@ def collect_moments(panel: Panel) -> dict[str, dict[str, Statistics]]:
     Cost: two passes over all texts.
     """
     modules = sorted({m for p in panel.parts for m, f in p.adapter.modules.items() if f.kind == LINEAR})
-    found: dict[str, dict[str, Statistics]] = {BASE_MOMENTS: {}, OWN_MOMENTS: {}}
-    for kind, by_adapter in found.items():
+    moments: dict[str, dict[str, Statistics]] = {BASE_MOMENTS: {}, OWN_MOMENTS: {}}
+    for kind, by_adapter in moments.items():
         for part in panel.parts:
             one = _of_part(panel, part, modules, part.adapter if kind == OWN_MOMENTS else None)
             known = by_adapter.get(part.adapter.name)
             by_adapter[part.adapter.name] = merge_statistics(known, one) if known else one
-    return found
+    return moments
 
 
 def _of_part(panel: Panel, part: Part, modules: list[str], worn: Adapter | None) -> Statistics:

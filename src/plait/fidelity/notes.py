@@ -24,10 +24,10 @@ KIN = 0.5
 def kin(adapters: Sequence[Adapter]) -> list[tuple[str, str, float]]:
     """Pairs that point the same way, which adapters trained apart hardly do, with the cosine of their task vectors."""
     try:
-        found = cosines(adapters)
+        similar = cosines(adapters)
     except RuntimeError:  # other shapes: they were not comparable in the first place
         return []
-    return [(a, b, c) for (a, b), c in found.items() if c > KIN]
+    return [(a, b, c) for (a, b), c in similar.items() if c > KIN]
 
 
 def kinship(adapters: Sequence[Adapter]) -> list[str]:
@@ -94,9 +94,9 @@ def same_name(one: str, other: str) -> bool:
     return bare[0] == bare[1]
 
 
-def alike(found: Sequence[Fidelity]) -> list[str]:
+def alike(fidelities: Sequence[Fidelity]) -> list[str]:
     """Adapters that choose on every text what the base chooses: nothing can be told about them there."""
-    names = sorted({t.task for f in found for t in f.tasks if t.agreement_base == 1.0})
+    names = sorted({t.task for f in fidelities for t in f.tasks if t.agreement_base == 1.0})
     return [
         f"how well {n} is kept: on these texts it chooses everywhere what the bare base chooses, so that no merge could do "
         "worse; give texts on which it matters"

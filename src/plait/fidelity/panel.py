@@ -58,26 +58,26 @@ def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
             more than linear modules.
         UsageError: Two parts of one name.
     """
-    found: list[Part] = []
+    parts: list[Part] = []
     for adapter in adapters:
         _require_linear(adapter)
         if adapter.heads:
-            found += [Part(_headed(adapter, task, head), adapter, head) for task, head in adapter.heads.items()]
+            parts += [Part(_headed(adapter, task, head), adapter, head) for task, head in adapter.heads.items()]
         elif adapter.task_type in _OF_TYPE:
             task = Task(adapter.name, _OF_TYPE[adapter.task_type], Source("none"), ("text",))
-            found.append(Part(task, adapter, {}))
+            parts.append(Part(task, adapter, {}))
         else:
             raise InputError(
                 f"its task type is {adapter.task_type!r} and it carries no head: it makes no predictions to compare",
                 where=adapter.name,
                 hint="without texts it can still be merged",
             )
-    names = [p.name for p in found]
+    names = [p.name for p in parts]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UsageError(f"two adapters bring a task {twice[0]!r}", hint="NAME=DIR gives a folder another name")
-    if len({p.is_text for p in found}) > 1:
+    if len({p.is_text for p in parts}) > 1:
         raise InputError("classifiers and text models cannot be compared with each other")
-    return found
+    return parts
 
 
 def _require_linear(adapter: Adapter) -> None:

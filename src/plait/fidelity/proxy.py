@@ -57,12 +57,12 @@ def terms(merge: Adapter, adapters: Sequence[Adapter], share: float = OWN_SHARE)
 def terms_over(merge: Adapter, adapters: Sequence[Adapter], shares: Sequence[float]) -> dict[float, dict[str, Terms]]:
     """`terms` for several shares, the products taken once."""
     folded = {m: f.folded(torch.float64) for m, f in merge.modules.items()}
-    found: dict[float, dict[str, Terms]] = {s: {} for s in shares}
+    by_share: dict[float, dict[str, Terms]] = {s: {} for s in shares}
     for adapter in adapters:
         pairs = [_terms(folded[m], f) for m, f in adapter.modules.items() if m in folded]
         for s in shares:
-            found[s][adapter.name] = _summed([s * own + (1 - s) * rest for own, rest in pairs])
-    return found
+            by_share[s][adapter.name] = _summed([s * own + (1 - s) * rest for own, rest in pairs])
+    return by_share
 
 
 def _terms(g: LoraFactors, own: LoraFactors) -> tuple[Float[Tensor, 3], Float[Tensor, 3]]:
@@ -85,15 +85,15 @@ def _summed(parts: Sequence[Tensor]) -> Terms:
     return Terms(*torch.stack(present).mean(0).tolist()) if present else Terms(0.0, 0.0, 0.0)
 
 
-def mean_error(found: Mapping[str, Terms], scale: float) -> float:
+def mean_error(errors: Mapping[str, Terms], scale: float) -> float:
     """The mean over adapters."""
-    return sum(t.error(scale) for t in found.values()) / max(1, len(found))
+    return sum(t.error(scale) for t in errors.values()) / max(1, len(errors))
 
 
-def best_scale(found: Mapping[str, Terms]) -> float:
+def best_scale(errors: Mapping[str, Terms]) -> float:
     """The scale of least mean error, in closed form; 0 for a merge that points away from every adapter."""
-    square = sum(t.square / t.own for t in found.values() if t.own > 0)
-    cross = sum(t.cross / t.own for t in found.values() if t.own > 0)
+    square = sum(t.square / t.own for t in errors.values() if t.own > 0)
+    cross = sum(t.cross / t.own for t in errors.values() if t.own > 0)
     return max(0.0, cross / square) if square > 0 else 0.0
 
 
@@ -104,9 +104,9 @@ def cosines(adapters: Sequence[Adapter]) -> dict[tuple[str, str], float]:
     for module in sorted({m for a in adapters for m in a.modules}):
         places = [i for i, a in enumerate(adapters) if module in a.modules]
         folded = [adapters[i].modules[module].folded() for i in places]
-        found = gram([f.A for f in folded], [f.B for f in folded])
+        products = gram([f.A for f in folded], [f.B for f in folded])
         at = torch.tensor(places, dtype=torch.int64)
-        total[at[:, None], at] += found
+        total[at[:, None], at] += products
     sizes = total.diagonal().clamp_min(0).sqrt()
     norms = sizes[:, None] * sizes
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,18 +12,18 @@ from plait.evaluation.fleet import Candidate, predict_many
 from plait.fidelity.measure import Fidelity, TaskFidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.model.stacked import Active
+from plait.progress import OnProgress
 
 _BARE: Active = (None, 1.0)
-Tell = Callable[[str], None]
 
 
-def fidelities(panel: Panel, merges: Sequence[Active], tell: Tell = lambda _: None) -> list[Fidelity]:
+def fidelities(panel: Panel, merges: Sequence[Active], on_progress: OnProgress = lambda _: None) -> list[Fidelity]:
     """Fidelity of each merge at its scale, in their order.
 
     Args:
         panel: Base, adapters and texts.
         merges: What is compared with every adapter.
-        tell: Told each time the texts of an adapter are done, how many of the adapters that makes.
+        on_progress: Called after each adapter's texts, with the number done.
 
     Returns:
         KL and agreement per adapter, worst first; with `panel.general`, the mean KL(base || merged) on it.
@@ -36,28 +36,28 @@ def fidelities(panel: Panel, merges: Sequence[Active], tell: Tell = lambda _: No
     if panel.is_text:
         from plait.fidelity.language import text_closeness, text_general
 
-        by_task = [text_closeness(panel, part, merges) for part in _told(panel.parts, tell)]
+        by_task = [text_closeness(panel, part, merges) for part in _reported(panel.parts, on_progress)]
         general = text_general(panel, merges) if panel.general else None
     else:
-        by_task = [_classified(panel, part, merges) for part in _told(panel.parts, tell)]
+        by_task = [_classified(panel, part, merges) for part in _reported(panel.parts, on_progress)]
         general = _general(panel, merges) if panel.general else None
     return [
-        Fidelity.of([found[i] for found in by_task], float(general[i]) if general is not None else None)
+        Fidelity.of([tasks[i] for tasks in by_task], float(general[i]) if general is not None else None)
         for i in range(len(merges))
     ]
 
 
-def _told(parts: Sequence[Part], tell: Tell) -> Iterator[Part]:
+def _reported(parts: Sequence[Part], on_progress: OnProgress) -> Iterator[Part]:
     for done, part in enumerate(parts, 1):
         yield part
-        tell(f"  texts of {part.name} ({done} of {len(parts)})")
+        on_progress(f"  texts of {part.name} ({done} of {len(parts)})")
 
 
 def _classified(panel: Panel, part: Part, merges: Sequence[Active]) -> list[TaskFidelity]:
-    own, bare, *found = outputs(panel, part, [(part.adapter, 1.0), _BARE, *merges])
+    own, bare, *merged = outputs(panel, part, [(part.adapter, 1.0), _BARE, *merges])
     kind = part.task.kind
     base = closeness(kind, own, bare)
-    return [task_fidelity(part.name, c, base, len(own)) for c in (closeness(kind, own, f) for f in found)]
+    return [task_fidelity(part.name, c, base, len(own)) for c in (closeness(kind, own, f) for f in merged)]
 
 
 def outputs(panel: Panel, part: Part, active: Sequence[Active]) -> list[Logits]:
@@ -72,6 +72,6 @@ def _general(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.float64]:
     evaluator = panel.general_evaluator()
     for part in panel.parts:
         panel.model(part)
-        bare, *found = predict_many(evaluator, part.name, [Candidate(part.head, a, s) for a, s in (_BARE, *merges)])
-        totals += [closeness(part.task.kind, bare, f).kl for f in found]
+        bare, *merged = predict_many(evaluator, part.name, [Candidate(part.head, a, s) for a, s in (_BARE, *merges)])
+        totals += [closeness(part.task.kind, bare, f).kl for f in merged]
     return totals / len(panel.parts)

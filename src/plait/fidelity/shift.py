@@ -42,8 +42,8 @@ def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float =
         for worn, factor in ((part.adapter, 1.0), (None, 1.0), (merge, scale)):
             with applied(model, worn, factor):
                 states.append(list(_states(model(**inputs, output_hidden_states=True), inputs)))
-        own, bare, found = states
-        off.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, found, strict=True)]))
+        own, bare, merged = states
+        off.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, merged, strict=True)]))
         room.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, bare, strict=True)]))
     ratio = torch.stack(off).sum(0) / torch.stack(room).sum(0).clamp_min(1e-30)
     return tuple(ratio.sqrt().tolist())

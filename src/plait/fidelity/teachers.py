@@ -132,19 +132,19 @@ class _TextLoss:
             wanted = self._wanted(batch)
         counts = mask.sum(1).view(len(rows), -1).sum(1).tolist()
         total = logits.new_zeros((), dtype=torch.float32)
-        for room, found, target in zip(
+        for room, logs, target in zip(
             self.rooms, torch.split(logits[0], counts), torch.split(wanted, counts), strict=True
         ):
-            found, target = (x.float().log_softmax(-1) for x in (found, target))
-            total = total + functional.kl_div(found, target, reduction="batchmean", log_target=True) / room
+            logs, target = (x.float().log_softmax(-1) for x in (logs, target))
+            total = total + functional.kl_div(logs, target, reduction="batchmean", log_target=True) / room
         return total / len(rows)
 
     @torch.no_grad()
     def _wanted(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The adapters' logits (counted, vocabulary), each of its own rows."""
-        each, found = len(batch["input_ids"]) // len(self.teachers), []
+        each, logits = len(batch["input_ids"]) // len(self.teachers), []
         for i, teachers in enumerate(self.teachers):
             part = {k: v[i * each : (i + 1) * each] for k, v in batch.items()}
             with stacked_updates(self.model, teachers):
-                found.append(positions(self.model, self.kind, part, 1, self.panel.positions)[0][0])
-        return torch.cat(found)
+                logits.append(positions(self.model, self.kind, part, 1, self.panel.positions)[0][0])
+        return torch.cat(logits)

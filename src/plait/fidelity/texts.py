@@ -20,15 +20,15 @@ def parse_texts(given: Iterable[str], limit: int = LIMIT) -> dict[str, Texts]:
     Raises:
         UsageError: Not of that form, or a task twice.
     """
-    found: dict[str, Texts] = {}
+    texts: dict[str, Texts] = {}
     for item in given:
         task, equals, place = item.partition("=")
         if not equals or not task or not place:
             raise UsageError(f"--text {item!r} is not TASK=FILE", hint="the task is the adapter's name")
-        if task in found:
+        if task in texts:
             raise UsageError(f"--text names {task!r} twice")
-        found[task] = read_place(place, limit)
-    return found
+        texts[task] = read_place(place, limit)
+    return texts
 
 
 def read_place(place: str, limit: int = LIMIT) -> Texts:

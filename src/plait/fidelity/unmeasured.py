@@ -25,19 +25,19 @@ def unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) ->
     """What is not known, with the reason."""
     if notes.pictures(adapters):
         return ["what a merge keeps of each adapter: for that pictures have to be made and looked at, with equal seeds"]
-    found = ["what a merge keeps of each adapter: nobody can say without a few of its inputs"]
+    unknowns = ["what a merge keeps of each adapter: nobody can say without a few of its inputs"]
     if texts and base is None:
-        found.append("the texts were not used: they are read by the base model, and none was given")
+        unknowns.append("the texts were not used: they are read by the base model, and none was given")
     if any(not a.heads and a.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") for a in adapters):
-        found.append("what the adapters predict: one has neither a head nor a text task type")
-    return found
+        unknowns.append("what the adapters predict: one has neither a head nor a text task type")
+    return unknowns
 
 
 def without_texts(adapters: Sequence[Adapter], merged: Adapter, base: BaseModel | None) -> str:
     """How far a merge is from the adapters on assumed inputs, and the next step."""
-    found = terms(merged, adapters)
-    error = mean_error(found, 1.0)
-    worst = max(found, key=lambda t: found[t].error(1.0))
+    errors = terms(merged, adapters)
+    error = mean_error(errors, 1.0)
+    worst = max(errors, key=lambda t: errors[t].error(1.0))
     said = (
         f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
         f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}){_one_for_all(adapters)}; what that does to "
