@@ -44,10 +44,10 @@ class Record:
     def of(
         cls, value: Any, where: str, *, inside: str = "", kind: type[PlaitError] = InputError, hint: str | None = None
     ) -> Record:
-        """A parsed value as a record.
+        """Take a parsed value as a record.
 
         Raises:
-            PlaitError: Of `kind`: it is no mapping, or has keys that are no text, or too many.
+            PlaitError: Whatever `kind` is: it is no mapping, or has keys that are no text, or too many.
         """
         if not isinstance(value, dict):
             lead = f"{inside} is {shown(value)}, expected an object" if inside else "not a JSON object"
@@ -64,7 +64,7 @@ class Record:
         return self.values.get(key) is not None
 
     def integer(self, key: str, low: int = 0, high: int = LARGEST_INTEGER, default: int = _REQUIRED) -> int:
-        """A whole number from `low` to `high`; `default` where the key is absent. Neither true nor 2.0 is one."""
+        """Read a whole number from `low` to `high`; `default` where the key is absent. Neither true nor 2.0 is one."""
         value = self._found(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.wrong(key, value, f"an integer from {low} to {high}")
@@ -79,7 +79,7 @@ class Record:
         *,
         above: bool = False,
     ) -> float:
-        """A finite number from `low` (excluded where `above`) to `high`; `default` where the key is absent."""
+        """Read a finite number from `low` (excluded where `above`) to `high`; `default` where the key is absent."""
         value = self._found(key, default)
         inside = not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= high
         if not inside or (above and value == low):
@@ -97,7 +97,7 @@ class Record:
     def text(
         self, key: str, default: str = _REQUIRED, *, choices: Sequence[str] = (), longest: int = LONGEST_TEXT
     ) -> str:
-        """A text, one of `choices` where there are any; `default` where the key is absent."""
+        """Read a text, one of `choices` where there are any; `default` where the key is absent."""
         value = self._found(key, default)
         if not isinstance(value, str) or (choices and value not in choices):
             raise self.wrong(key, value, f"one of {', '.join(choices)}" if choices else "a text")
@@ -106,7 +106,7 @@ class Record:
         return value
 
     def texts(self, key: str, default: Sequence[str] = _REQUIRED, *, most: int = MOST_ENTRIES) -> tuple[str, ...]:
-        """A list of texts; `default` where the key is absent or null."""
+        """Read a list of texts; `default` where the key is absent or null."""
         value = self._found(key, default)
         value = list(default) if value is None and default is not _REQUIRED else value
         if isinstance(value, tuple) or value is default:
@@ -118,7 +118,7 @@ class Record:
         return tuple(value)
 
     def integers(self, key: str, *, length: int, low: int = 0, high: int = LARGEST_INTEGER) -> tuple[int, ...]:
-        """A list of so many whole numbers from `low` to `high`, such as a shape."""
+        """Read a list of so many whole numbers from `low` to `high`, such as a shape."""
         value = self._found(key, _REQUIRED)
         whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         if not whole or len(value) != length or not all(low <= v <= high for v in value):
@@ -126,14 +126,14 @@ class Record:
         return tuple(value)
 
     def record(self, key: str, *, optional: bool = False) -> Record:
-        """The mapping under a key; an empty one where `optional` and absent or null."""
+        """Read the mapping under a key; an empty one where `optional` and absent or null."""
         value = self._found(key, None if optional else _REQUIRED)
         inside = self._place(key)
         empty = optional and value is None
         return Record.of({} if empty else value, self.where, inside=inside, kind=self.kind, hint=self.hint)
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        """Every entry of a mapping of mappings."""
+        """Read every entry of a mapping of mappings."""
         for key, value in self.values.items():
             inside = f"{self.inside}[{key}]" if self.inside else key
             yield key, Record.of(value, self.where, inside=inside, kind=self.kind, hint=self.hint)
@@ -146,7 +146,7 @@ class Record:
             )
 
     def wrong(self, key: str, value: object, expected: str) -> PlaitError:
-        """The error that says what stands under a key and what should."""
+        """Make the error that says what stands under a key and what should."""
         found = "absent" if value is _REQUIRED else shown(value)
         return self.kind(f"{self._place(key)} is {found}, expected {expected}", where=self.where, hint=self.hint)
 
@@ -160,7 +160,7 @@ class Record:
 
 
 def shown(value: object) -> str:
-    """A foreign value in a message: short, whatever it is."""
+    """Show a foreign value in a message: short, whatever it is."""
     try:
         return _repr.repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python writes out; a list inside itself
@@ -199,7 +199,7 @@ class DuplicateKey(ValueError):  # noqa: N818 (what is wrong with the text)
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs of a JSON object as a mapping.
+    """Make a mapping of the pairs of a JSON object.
 
     Raises:
         DuplicateKey: The last would silently win.

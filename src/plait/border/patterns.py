@@ -97,10 +97,10 @@ def matches(
         where: The file it stands in.
         what: The key it stands under.
         kind: What is raised.
-        budget: Of several patterns together.
+        budget: Steps that several patterns may take together.
 
     Raises:
-        PlaitError: Of `kind`: it takes too long.
+        PlaitError: Whatever `kind` is: it takes too long.
     """
     budget = budget or Budget(_MOST_STEPS, SECONDS)
     try:

@@ -65,7 +65,7 @@ class Checked:
         return self.base.faults[0] if self.base is not None and self.base.faults else ""
 
     def record(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Give all of it as plain values."""
         return {
             "path": str(self.path),
             "ok": not self.failed,

@@ -34,7 +34,7 @@ def flush_folders(root: Path) -> None:
 
 
 def absent_above(path: Path) -> list[Path]:
-    """The folders above a path that are not there yet, the innermost first."""
+    """List the folders above a path that are not there yet, the innermost first."""
     return [parent for parent in path.absolute().parents if not parent.exists()]
 
 

@@ -30,7 +30,7 @@ def sha256_json(value: Any) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """One JSON text per value: sorted keys, no spaces, NaN refused."""
+    """Write one JSON text per value: sorted keys, no spaces, NaN refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 

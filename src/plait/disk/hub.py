@@ -61,7 +61,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def snapshot_of(folder: Path) -> Snapshot | None:
-    """The snapshot that a folder of the hub's cache is; None for any other folder."""
+    """Recognise a folder of the hub's cache; None for any other folder."""
     if not re.fullmatch("[0-9a-f]{40}", folder.name) or folder.parent.name != "snapshots":
         return None
     kind, dashes, repo = folder.parent.parent.name.partition("--")
@@ -69,20 +69,20 @@ def snapshot_of(folder: Path) -> Snapshot | None:
 
 
 def name_of(folder: Path) -> str:
-    """What a folder is called: its own name, or its repository's where it lies in the hub's cache."""
+    """Name a folder: its own name, or its repository's where it lies in the hub's cache."""
     whole = folder.absolute()
     hub = snapshot_of(whole) or snapshot_of(whole.resolve())
     return hub.repo.rpartition("/")[2] if hub else whole.resolve().name
 
 
 def hub_facts(folder: Path) -> dict[str, str]:
-    """What a record says of an input from the hub: {"hub": "user/name@commit"}; nothing of a folder of one's own."""
+    """Say what a record keeps of an input from the hub: {"hub": "user/name@commit"}; nothing of a folder of one's own."""
     hub = snapshot_of(folder.absolute())
     return {"hub": str(hub)} if hub else {}
 
 
 def adapter_place(text: str | Path) -> Path:
-    """The folder or file of an adapter: what exists on this machine, else ``user/name`` or ``user/name@revision`` on the hub.
+    """Find the folder or file of an adapter: what exists on this machine, else ``user/name`` or ``user/name@revision`` on the hub.
 
     Returns:
         The path itself where it exists or cannot be a hub name (a folder of the first part's name stands here: a
@@ -105,7 +105,7 @@ def adapter_place(text: str | Path) -> Path:
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository in the cache, whatever files of it are there; None where it is not. Nothing is downloaded."""
+    """Find the folder of a repository in the cache, whatever files of it are there; None without one. Nothing is downloaded."""
     if not is_hub_name(name):
         return None
     try:
@@ -118,12 +118,12 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 def snapshot(
     repo: str, revision: str | None, patterns: Sequence[str], *, what: str, local_only: bool = False
 ) -> Snapshot:
-    """A repository's files that match, from the cache where the hub is out of reach or was ruled out.
+    """Fetch a repository's files that match, from the cache where the hub is out of reach or was ruled out.
 
     Args:
         repo: "user/name".
         revision: Commit, tag or branch; "main" by default.
-        patterns: Of file names.
+        patterns: Patterns of file names.
         what: What is looked for, for messages.
         local_only: Look into the cache alone.
 

@@ -44,7 +44,7 @@ class Fault:
 
 
 def sealed(record: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
-    """A manifest, whole: a record, the files of its folder, and the digest of all that.
+    """Complete a manifest: a record, the files of its folder, and the digest of all that.
 
     Args:
         record: Everything else that the manifest says.
@@ -58,7 +58,7 @@ def sealed(record: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> d
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder, or None where there is none.
+    """Read the manifest of a finished folder, or None where there is none.
 
     Manifests of earlier versions, which hold neither sizes nor a digest of their own, are read as they are; one that
     holds either must hold both.

@@ -43,7 +43,7 @@ _LOADED = (".safetensors", ".gguf")  # files that other programs load
 def identity(
     stage: str, options: Mapping[str, Any], inputs: Mapping[str, str] | None = None, seed: int | None = None
 ) -> dict[str, Any]:
-    """What a result *is*: the stage, its options, the hashes of its inputs and the seed.
+    """Say what a result *is*: the stage, its options, the hashes of its inputs and the seed.
 
     Args:
         stage: Name of the stage, such as "merge".

@@ -89,7 +89,7 @@ def takes_trees(model: Any) -> bool:
 
 @contextlib.contextmanager
 def shared_ends(model: Any) -> Iterator[Ends]:
-    """The ends of a task's model, made on a shallow copy: the model itself keeps its backbone."""
+    """Open the ends of a task's model, made on a shallow copy: the model itself keeps its backbone."""
     view = copy.copy(model)
     view._modules = dict(model._modules)
     yield Ends(view)
@@ -99,7 +99,7 @@ def tree_scores(ends: Ends, tree: AnswerTree, ids: Tensor, lengths: Tensor) -> T
     """Log-likelihood of every answer after every prompt, in one pass.
 
     Args:
-        ends: Of a causal model; see `shared_ends`.
+        ends: Ends of a causal model; see `shared_ends`.
         tree: The answers, on the model's device.
         ids: (n, length) prompts, padded on the right.
         lengths: (n,) tokens of each.

@@ -34,7 +34,7 @@ class Resamples:
 def weighted_score(
     metrics: Sequence[str], predictions: npt.NDArray[Any], labels: npt.NDArray[Any], weights: Floats
 ) -> Floats:
-    """A task's score (mean of its metrics, percent) for every row of example weights.
+    """Compute a task's score (mean of its metrics, percent) for every row of example weights.
 
     Args:
         metrics: Names in `plait.tasks.metrics`.

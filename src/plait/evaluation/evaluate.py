@@ -141,7 +141,7 @@ class Evaluator:
 
 
 def scored_labels(task: Task, examples: Examples) -> npt.NDArray[Any]:
-    """(n,) class ids or values that predictions are scored against; for text, which answer is the right one, or `OPEN`."""
+    """Give (n,) class ids or values that predictions are scored against; for text, which answer is the right one, or `OPEN`."""
     if is_open(task):
         return np.full(len(examples), OPEN, np.int64)
     return answer_ids(task, examples) if task.kind in TEXT_KINDS else np.asarray(examples.labels)

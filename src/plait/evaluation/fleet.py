@@ -48,14 +48,14 @@ def predict_many(
     *,
     limit: int | None = None,
 ) -> list[Logits]:
-    """What `Evaluator.predict` gives for each candidate, the base's forward pass shared.
+    """Predict as `Evaluator.predict` does for each candidate, the base's forward pass shared.
 
     Args:
         evaluator: The loaded base, with the task's rows.
         task: Name of a task. Text tasks are scored by their answers; where the model's attention cannot follow a tree of
             answers (sequence-to-sequence models among others), candidates go through it one after another, as they do where
             one changes weights that no layer multiplies alone.
-        candidates: In any number; they may have different ranks and targets.
+        candidates: Any number of them; they may have different ranks and targets.
         rows: Positions of the rows; all by default.
         limit: At most so many candidates at once; by default what the device works best on. Where memory runs out they
             are split in two, and none is lost.

@@ -19,7 +19,7 @@ def predicted_shift(adapter: Adapter, statistics: Statistics) -> dict[str, float
 
     Args:
         adapter: Any; its modules may carry the backbone's prefix.
-        statistics: Of the task the adapter is not to disturb (or of its own).
+        statistics: Statistics of the task the adapter is not to disturb (or of its own).
 
     Returns:
         Module -> shift, at least 0, for the linear modules the statistics know; NaN where the base's output is zero.

@@ -69,7 +69,7 @@ class Grid:
     """Scores on the rows that scales are chosen from: (scale, part) -> task -> score.
 
     Args:
-        scorer: Of the tasks.
+        scorer: Scorer of the tasks.
         adapter: The merged one.
         parts: Name -> task -> rows.
     """

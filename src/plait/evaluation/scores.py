@@ -22,9 +22,9 @@ class Score:
         adapter: "alone" (a task's own adapter), "floor" (the base with that task's head) or "merged".
         method: The merge's name; "" for alone and floor.
         scale: Multiple of the merged delta; 1 for alone, 0 for floor.
-        task: Whose examples and head.
+        task: Name of the task whose examples and head were used.
         metric: Name of the metric, or "score" for the mean of the task's metrics.
-        value: In percent.
+        value: The number, in percent.
         n: Number of examples.
         seed: The run's seed.
         split: "selection" or "reported" half of the validation rows.

@@ -33,7 +33,7 @@ def split_rows(n: int, *, seed: int, tuning_rows: int, grid_rows: int) -> Split:
 
     Args:
         n: Rows of a task's validation set, at least 5.
-        seed: Of the split, one for the whole study.
+        seed: Seed of the split, one for the whole study.
         tuning_rows: Rows for the sweep; a fifth of all at most.
         grid_rows: Rows of a half that scales are chosen from, at most.
 

@@ -23,7 +23,7 @@ from plait.tasks.task import IGNORED, Examples, Task
 
 
 def answers(task: Task) -> tuple[str, ...]:
-    """The answers a text task chooses from.
+    """List the answers a text task chooses from.
 
     Raises:
         UsageError: None are known: its answers are open.
@@ -36,7 +36,7 @@ def answers(task: Task) -> tuple[str, ...]:
 
 
 def answer_ids(task: Task, examples: Examples) -> npt.NDArray[np.int64]:
-    """Which answer is the right one, row by row.
+    """Say which answer is the right one, row by row.
 
     Raises:
         UsageError: A row's answer is not among the task's.
@@ -115,7 +115,7 @@ def _targets(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(n, longest) ids and (n,) lengths."""
+    """Pad lists on the right: (n, longest) ids and (n,) lengths."""
     width = max(map(len, lists))
     ids = torch.tensor([[*x, *[pad] * (width - len(x))] for x in lists], dtype=torch.int64, device=device)
     return ids, torch.tensor([len(x) for x in lists], dtype=torch.int64, device=device)
@@ -170,7 +170,7 @@ def _token_scores(logits: Tensor, targets: Tensor) -> Tensor:
 def write_texts(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 16, new_tokens: int = 32
 ) -> list[str]:
-    """What the model writes after each prompt (token ids, see `prompts_of`), greedily, up to its end token."""
+    """Let the model write after each prompt (token ids, see `prompts_of`), greedily, up to its end token."""
     device, texts = next(model.parameters()).device, [""] * len(prompts)
     decoder_only = not model.config.is_encoder_decoder
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -201,7 +201,7 @@ def prompts_of(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
 def token_likelihoods(
     model: Any, tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> npt.NDArray[np.float64]:
-    """(n, 2): the log-likelihood of each encoded row's answer, and its number of tokens."""
+    """Sum the log-likelihood of each encoded row's answer and count its tokens: (n, 2)."""
     sums, device = np.zeros((len(rows), 2)), next(model.parameters()).device
     order = length_order(rows)
 
@@ -223,7 +223,7 @@ def token_likelihoods(
 def perplexity(
     model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int = 16, max_length: int = 128
 ) -> float:
-    """The exponential of the mean loss of the answers' tokens, prompts left out; 1 is certainty."""
+    """Compute the exponential of the mean loss of the answers' tokens, prompts left out; 1 is certainty."""
     rows = encode(tokenizer, task, examples, max_length)
     total, count = token_likelihoods(model, tokenizer, task, rows, batch_size).sum(0)
     return math.exp(-total / max(1.0, count))
@@ -232,7 +232,7 @@ def perplexity(
 def measured_answers(
     model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int, max_length: int
 ) -> npt.NDArray[np.float32]:
-    """What is measured of open answers: (n, 4), the columns of `plait.tasks.metrics.MEASURED`.
+    """Measure open answers: (n, 4), the columns of `plait.tasks.metrics.MEASURED`.
 
     The model writes only where the task's metrics look at what it writes, as many tokens as the longest right answer has.
     """

@@ -34,7 +34,7 @@ class AdviceSettings:
         repair: Steps of the repair that is tried.
         refine: Steps of learning the merge's weights.
         max_length: Tokens a text.
-        seed: Of the order of the texts.
+        seed: Seed of the order of the texts.
     """
 
     tolerate: float = 0.1
@@ -50,8 +50,8 @@ class Option:
 
     Args:
         option: What it is.
-        memory: Of the weights, as a person reads it.
-        bytes: Of what is held beside the base (of the base too where its size is known).
+        memory: Memory of the weights, as a person reads it.
+        bytes: Bytes of what is held beside the base (of the base too where its size is known).
         added_flops: What it adds to the base's work a token, as a person reads it.
         kept: Mean over adapters of what is kept of their agreement with themselves; None where nobody measured it.
         worst, worst_task: The least kept, and of which adapter.
@@ -108,7 +108,7 @@ def advise(
     base_id: str | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> dict[str, Any]:
-    """The options, what each costs and keeps, and a recommendation; see `advise_folders`.
+    """List the options, what each costs and keeps, and recommend one; see `advise_folders`.
 
     With texts, all figures of fidelity are on the quarter of them that neither choice nor repair has seen.
 
@@ -254,7 +254,7 @@ def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:
 
 
 def recommend(options: Sequence[Option], settings: AdviceSettings) -> tuple[str, str]:
-    """The cheapest option that keeps enough of the worst adapter; else serving separately."""
+    """Recommend the cheapest option that keeps enough of the worst adapter; else serving separately."""
     enough = 1.0 - settings.tolerate
     good = [o for o in options if o.option != SEPARATELY and o.worst is not None and o.worst >= enough]
     # A repair moves the model on inputs nobody looked at; so a merge without one goes before it, whatever it weighs.

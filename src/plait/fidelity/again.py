@@ -12,10 +12,10 @@ from plait.merging.edit import Change, Recorded, located, named_weights
 
 
 def choose_again(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """What `merge auto` makes of the adapters of a merge it chose, some added, some taken out.
+    """Choose again among the adapters of a merge that `merge auto` chose, some added, some taken out.
 
     Args:
-        recipe: Of a merge chosen from factors alone.
+        recipe: Recipe of a merge chosen from factors alone.
         change: Adapters to add and take out, and where inputs are now.
         out: Where the new merge goes.
         overwrite: Replace what stands there.

@@ -47,7 +47,7 @@ class AutoSettings:
         rank: Cut the result to this rank.
         max_length: Tokens a text.
         batch_size: Texts a pass, where a model is asked alone.
-        seed: Of the order of the texts.
+        seed: Seed of the order of the texts.
     """
 
     methods: tuple[str, ...] = METHODS
@@ -74,7 +74,7 @@ class AutoMerge:
 
     Args:
         adapter: The result.
-        fidelity: Of the result on all texts, with hidden-state shifts; None without texts.
+        fidelity: Fidelity of the result on all texts, with hidden-state shifts; None without texts.
         record: JSON-serialisable: what was chosen, the evidence, the inputs.
     """
 
@@ -154,7 +154,7 @@ _ALONE = {"candidate": "the only adapter", "scale": 1.0}
 
 
 def repaired(panel: Panel, merge: Adapter, steps: int, seed: int = 0) -> tuple[Adapter, dict[str, Any]]:
-    """A merge after a short distillation of all adapters into its factors, and what that did.
+    """Repair a merge by a short distillation of all adapters into its factors, and say what that did.
 
     A merge that is near its adapters already can lose by it, so it first learns from three quarters of the texts; where that keeps
     more on the fourth by the divergence that it learns from (`held_out`, `kept` in the record), it learns anew from all of them.
@@ -237,7 +237,7 @@ def merge_auto_folders(
         folders: ``DIR`` or ``NAME=DIR`` each.
         out: The folder to write; a finished one of the same identity is kept.
         base: Needed with texts, but where all adapters name one folder on this machine.
-        texts: As `merge_auto` has them; so are the rest.
+        texts: Texts as `merge_auto` has them; so are the rest.
         general: Texts of no task.
         settings: What is tried.
         base_id: Base id of the result.

@@ -46,7 +46,7 @@ class Tried:
 
 
 def recipes(kinds: Sequence[str], methods: Sequence[str] = METHODS) -> Iterator[Recipe]:
-    """Every method with and without pico; those that need moments once for each kind of moments there is.
+    """List every method with and without pico; those that need moments once for each kind of moments there is.
 
     Args:
         kinds: Any of "base" and "own"; () leaves those methods out.
@@ -68,7 +68,7 @@ def merged_by(
     weights: Sequence[float] | None = None,
     base: str | None = None,
 ) -> Adapter:
-    """The merge of a recipe at scale 1.
+    """Merge by a recipe at scale 1.
 
     Args:
         recipe: How.

@@ -33,7 +33,7 @@ class Scored:
 
     Args:
         tried: The merge at scale 1.
-        scale: Of its delta.
+        scale: Scale of its delta.
         fidelity: On the texts of the round it reached.
         n: Texts of each adapter in that round, at most.
     """
@@ -88,7 +88,7 @@ def choose(
     base: str | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> Choice:
-    """The merge that stays closest to all adapters on their own texts.
+    """Choose the merge that stays closest to all adapters on their own texts.
 
     Args:
         panel: Base, adapters and texts.
@@ -97,7 +97,7 @@ def choose(
         scales: Which scales.
         refine: Steps in which the winner's weights per adapter and module are learnt; 0 for none. They are kept where
             they are closer on the quarter of the texts that was held out.
-        seed: Of the order of the texts.
+        seed: Seed of the order of the texts.
         base: Base id of the result where the adapters name one base by different names.
         on_progress: Called with what is being done.
 
@@ -128,7 +128,7 @@ def choose(
 def tournament(
     panel: Panel, tried: Sequence[Tried], scales: Sequence[float], on_progress: OnProgress = lambda _: None
 ) -> list[Scored]:
-    """All merges at all scales on a part of the texts, the best of them on all; best first, later rounds before earlier ones.
+    """Score all merges at all scales on a part of the texts, the best of them on all; best first, later rounds before earlier ones.
 
     A merge whose best scale lies on the edge of those it was tried at is tried one step further, until its best lies within.
     """
@@ -193,7 +193,7 @@ def refined_weights(
 
 
 def groups_of(tried: Tried, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
-    """Which ranks of a merge came from which adapter: concatenations keep them apart; of others all are one group."""
+    """Say which ranks of a merge came from which adapter: concatenations keep them apart; of others all are one group."""
     groups = {}
     for module, f in tried.adapter.modules.items():
         ranks = [a.modules[module].rank for a in adapters if module in a.modules]
@@ -203,7 +203,7 @@ def groups_of(tried: Tried, adapters: Sequence[Adapter]) -> dict[str, list[int]]
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:
-    """The adapter with every delta multiplied."""
+    """Multiply every delta of an adapter."""
     if scale == 1.0:
         return adapter
     return replace(adapter, modules={m: replace(f, scaling=f.scaling * scale) for m, f in adapter.modules.items()})

@@ -48,7 +48,7 @@ def total_rank(adapters: Sequence[Adapter]) -> int:
 
 
 def base_size(folder: Path) -> tuple[int, int]:
-    """(bytes, operations a token) of a base folder: twice the entries of its matrices, embeddings looked up left out."""
+    """Measure a base folder in (bytes, operations a token): twice the entries of its matrices, embeddings looked up left out."""
     tensors = base_tensors(folder)
     used = [t for n, t in tensors.items() if len(t.shape) == 2 and not set(_LOOKED_UP) & set(n.split("."))]
     return sum(_bytes(t) for t in tensors.values()), sum(2 * t.shape[0] * t.shape[1] for t in used)
@@ -65,7 +65,7 @@ _ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 def vllm_notes(adapters: Sequence[Adapter]) -> list[str]:
-    """What vLLM's multi-LoRA serving asks of these adapters (its rules: `plait.loading.vllm`)."""
+    """Say what vLLM's multi-LoRA serving asks of these adapters (its rules: `plait.loading.vllm`)."""
     rank = max(a.rank for a in adapters)
     allowed = rank_flag(rank)
     notes = []

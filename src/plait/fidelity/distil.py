@@ -62,8 +62,8 @@ def distil(
         groups: Module -> sizes of the groups of its ranks, such as one per adapter; by default one group a module.
         steps: How many, each of one batch of every adapter's texts.
         batch: Texts of each adapter in a step.
-        rate: Of Adam at the start; see `RATES`.
-        seed: Of the order of the texts.
+        rate: Rate of Adam at the start; see `RATES`.
+        seed: Seed of the order of the texts.
         loss: What is made small; by default the distance from the adapters' predictions.
 
     Raises:
@@ -133,11 +133,11 @@ class _Student:
         return output + scaled @ self.B.to(x.dtype).T
 
     def factors(self) -> LoraFactors:
-        """The factors as they are now."""
+        """Give the factors as they are now."""
         return LoraFactors(self.A.detach().cpu(), (self.B * self.w[self.owner]).detach().cpu())
 
     def learnt(self) -> tuple[float, ...]:
-        """The weights as they are now."""
+        """Give the weights as they are now."""
         return tuple(self.w.detach().cpu().tolist())
 
 

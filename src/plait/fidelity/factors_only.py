@@ -22,7 +22,7 @@ BY_RECORD = "tsv"
 def choose_by_factors(
     adapters: Sequence[Adapter], methods: Sequence[str], scales: Sequence[float], base_id: str | None = None
 ) -> tuple[Adapter, dict[str, Any]]:
-    """The method of the best record, at the scale of its record.
+    """Choose the method of the best record, at the scale of its record.
 
     The record is of adapters that were trained apart: TSV-M at the scale that `plait.merging.scales` measured. Where two point the
     same way (`plait.fidelity.notes.KIN`), or TSV-M is not among the methods, the least error on assumed inputs decides, at the
@@ -34,7 +34,7 @@ def choose_by_factors(
     Args:
         adapters: At least two.
         methods: Which may be taken; those that need statistics are left out.
-        scales: Of the grid.
+        scales: Scales of the grid.
         base_id: Base id of the result where the adapters name one base by different names.
 
     Returns:

@@ -47,7 +47,7 @@ class ForwardMethod:
 
     Args:
         name: What `--method` takes.
-        function: Of (adapters, model, forward, batches), options, base and name.
+        function: Function of (adapters, model, forward, batches), options, base and name.
         paper: Where it comes from.
         options: Name -> option.
     """
@@ -86,7 +86,7 @@ def merge_by_forward(
         method: "regmean_pp" or "adamerging" (classifiers only).
         base: None where all adapters name one folder on this machine.
         texts: Task -> its texts.
-        options: Of the method.
+        options: Options of the method.
         weights: One per adapter; regmean_pp only, adamerging learns them.
         base_id: Base id of the result where the adapters name one base by different names.
         max_length: Tokens a text.

@@ -18,7 +18,7 @@ from plait.model.base import BaseModel
 def split_base(
     given: Sequence[str], device: str = "auto", dtype: str = "float32"
 ) -> tuple[BaseModel | None, list[str]]:
-    """The base, where the first argument is not itself an adapter, and the adapters.
+    """Split arguments into the base, where the first is not itself an adapter, and the adapters.
 
     Raises:
         UsageError: No adapters.
@@ -62,7 +62,7 @@ def _require_base(base: str, folders: Sequence[str]) -> None:
 
 
 def recorded_base(adapters: Sequence[Adapter], device: str = "auto", dtype: str = "float32") -> BaseModel | None:
-    """The base that all adapters name, where it is a folder on this machine; nothing is downloaded on a record's word."""
+    """Find the base that all adapters name, where it is a folder on this machine; nothing is downloaded on a record's word."""
     names = {a.base for a in adapters}
     folder = Path(next(iter(names))).expanduser() if len(names) == 1 else Path()
     return BaseModel(str(folder), None, dtype, device) if (folder / "config.json").is_file() else None
@@ -78,5 +78,5 @@ def is_adapter(argument: str) -> bool:
 
 
 def place_of(argument: str) -> Path:
-    """The folder or file of ``PATH`` or ``NAME=PATH``; of ``user/name``, its folder in the hub's cache."""
+    """Find the folder or file of ``PATH`` or ``NAME=PATH``; of ``user/name``, its folder in the hub's cache."""
     return adapter_place(split_name(argument)[1])

@@ -21,7 +21,7 @@ class TaskFidelity:
     """One adapter's predictions on its own texts beside those of a merge, and of the bare base for comparison.
 
     Args:
-        task: Whose texts and head.
+        task: Name of the task whose texts and head were used.
         kl: Mean KL(adapter || merged) in nats, of class or next-token distributions; for a regression half the mean
             squared difference over the variance of the adapter's predictions (the KL of two normal distributions of
             that variance).
@@ -30,8 +30,8 @@ class TaskFidelity:
         chance: Agreement of two that choose each class as often as these do, but independently; 0 for a regression, whose
             correlation knows no chance.
         probability: Mean probability that the merge gives the adapter's most likely class; a regression's correlation.
-        probability_chance: The same of a merge whose probabilities are on every row what they are on average.
-        kl_base, agreement_base: The same with the bare base in the merge's place: what keeping nothing would score.
+        probability_chance: Probability that a merge gives it whose probabilities are on every row what they are on average.
+        kl_base, agreement_base: KL and agreement with the bare base in the merge's place: what keeping nothing would score.
         n: Rows, or positions of text.
         shift: Per layer, |h_merged - h_adapter| / |h_base - h_adapter| of the hidden states; () where not measured.
     """
@@ -61,7 +61,7 @@ class TaskFidelity:
 
     @property
     def probability_beyond_chance(self) -> float:
-        """The same of the probability.
+        """The probability beyond chance, as `beyond_chance` is of the agreement.
 
         It still tells merges apart that choose alike, by how far they are from choosing otherwise; a row near the border
         moves it little.
@@ -132,7 +132,7 @@ class Fidelity:
 
 
 def aggregate(tasks: Sequence[TaskFidelity]) -> float:
-    """The mean over adapters of the probability that a merge gives to their answers, beyond chance.
+    """Average over adapters the probability that a merge gives to their answers, beyond chance.
 
     Its rank correlation with true scores was higher than that of agreement in all comparisons of
     docs/results/existing*.md (0.965 to 0.989), and what it chose was as good or better in all of them: a probability tells merges that
@@ -167,7 +167,7 @@ class Closeness:
 
 
 def task_fidelity(task: str, merge: Closeness, base: Closeness, n: int) -> TaskFidelity:
-    """A merge's closeness to an adapter beside the bare base's."""
+    """Compare a merge's closeness to an adapter with the bare base's."""
     return TaskFidelity(task, **asdict(merge), kl_base=base.kl, agreement_base=base.agreement, n=n)
 
 

@@ -49,5 +49,5 @@ def _of_part(panel: Panel, part: Part, modules: list[str], worn: Adapter | None)
 
 
 def merged_kinds(moments: Mapping[str, Mapping[str, Statistics]]) -> tuple[str, ...]:
-    """The kinds of moments there are."""
+    """List the kinds of moments there are."""
     return tuple(k for k, v in moments.items() if v)

@@ -31,7 +31,7 @@ def kin(adapters: Sequence[Adapter]) -> list[tuple[str, str, float]]:
 
 
 def kinship(adapters: Sequence[Adapter]) -> list[str]:
-    """The same in words."""
+    """Say which adapters point the same way."""
     return [
         f"{a} and {b} point much the same way (cosine {c:.2f}): one may have been trained on from the other, and then "
         "the later one does both"
@@ -56,7 +56,7 @@ def _low_rank(adapter: Adapter) -> str:
 
 
 def serving(adapters: Sequence[Adapter]) -> list[str]:
-    """What serving these adapters side by side asks for."""
+    """Say what serving these adapters side by side asks for."""
     if pictures(adapters):
         return [
             "diffusers keeps several of them on one pipeline: load_lora_weights for each, then set_adapters with weights"
@@ -75,7 +75,7 @@ def pictures(adapters: Sequence[Adapter]) -> bool:
 
 
 def other_base(adapters: Sequence[Adapter], base: BaseModel | None) -> list[str]:
-    """A base that the adapters do not name; what it is called is all that can be seen."""
+    """Note a base that the adapters do not name; what it is called is all that can be seen."""
     named = sorted({a.base for a in adapters if a.base})
     if base is None or any(same_name(base.name, n) for n in named) or not named:
         return []
@@ -105,7 +105,7 @@ def alike(fidelities: Sequence[Fidelity]) -> list[str]:
 
 
 def next_step(adapters: Sequence[Adapter], base: BaseModel | None) -> str:
-    """The command that measures, ready to be pasted but for the texts."""
+    """Write the command that measures, ready to be pasted but for the texts."""
     given = [place(a) for a in adapters]
     texts = [f"--text {a.name}=FILE" for a in adapters]
     known = base.written if base else next((a.base for a in adapters if Path(a.base).is_dir()), "")
@@ -113,7 +113,7 @@ def next_step(adapters: Sequence[Adapter], base: BaseModel | None) -> str:
 
 
 def that_merge(adapters: Sequence[Adapter], base: BaseModel, option: str, repair: int) -> str | None:
-    """The command that makes a merge which `advise` recommends, but for the texts, which have to be given again."""
+    """Write the command that makes a merge which `advise` recommends, but for the texts, which have to be given again."""
     if not option.startswith("merged"):
         return None
     words = ["plait merge auto", shlex.quote(base.written), *(place(a) for a in adapters), "--out merged"]
@@ -124,12 +124,12 @@ def that_merge(adapters: Sequence[Adapter], base: BaseModel, option: str, repair
 
 
 def that_model(base: BaseModel, option: str) -> str | None:
-    """The command that bakes what `that_merge` wrote, where baking is what `advise` recommends."""
+    """Write the command that bakes what `that_merge` wrote, where baking is what `advise` recommends."""
     return f"plait merge merged --bake {shlex.quote(base.written)} --out full-model" if "baked" in option else None
 
 
 def place(adapter: Adapter) -> str:
-    """An adapter as it is given on the command line."""
+    """Write an adapter as it is given on the command line."""
     path = str(adapter.source.get("hub") or adapter.source.get("path", adapter.name))
     own = path.partition("@")[0].rpartition("/")[2] if "hub" in adapter.source else Path(path).resolve().name
     return shlex.quote(path if own == adapter.name else f"{adapter.name}={path}")

@@ -31,7 +31,7 @@ class Part:
 
     Args:
         task: Named after its head where it has one, else after the adapter.
-        adapter: Whose it is.
+        adapter: The adapter it belongs to.
         head: Its head's tensors; {} for text.
     """
 
@@ -51,7 +51,7 @@ class Part:
 
 
 def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
-    """What the adapters predict: a part for each head, or one for an adapter of a text model.
+    """Say what the adapters predict: a part for each head, or one for an adapter of a text model.
 
     Raises:
         InputError: Neither heads nor a text task type: it predicts nothing that could be compared; or it changes
@@ -125,7 +125,7 @@ class Panel:
         general: Texts of no task in particular, for the KL to the base; () for none.
         batch_size: Rows a pass, where one adapter is asked alone.
         max_length: Tokens a text.
-        positions: Of text models: "all" positions of a text, or only its "end", where an answer would begin.
+        positions: Positions of a text that text models are asked at: "all", or only its "end", where an answer would begin.
     """
 
     base: BaseModel
@@ -186,7 +186,7 @@ class Panel:
         return self.evaluator.tokenizer
 
     def model(self, part: Part) -> Any:
-        """The task's model with its head in place; all share one backbone.
+        """Give the task's model with its head in place; all share one backbone.
 
         Raises:
             InputError: The adapter or its head does not fit the model.
@@ -208,7 +208,7 @@ class Panel:
         return model
 
     def general_evaluator(self) -> Evaluator:
-        """The base for predictions of every head on the general texts."""
+        """Give the base for predictions of every head on the general texts."""
         if self._general is None:
             self._general = self.evaluator.sharing(unlabelled_rows(dict.fromkeys(self.names, self.general)))
         return self._general

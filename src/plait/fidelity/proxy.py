@@ -33,7 +33,7 @@ class Terms:
     square: float
 
     def error(self, scale: float) -> float:
-        """The relative squared error of the merge at a scale: 0 for the adapter, 1 for the base."""
+        """Compute the relative squared error of the merge at a scale: 0 for the adapter, 1 for the base."""
         return (scale * scale * self.square - 2 * scale * self.cross + self.own) / self.own if self.own > 0 else 0.0
 
 
@@ -47,7 +47,7 @@ def terms(merge: Adapter, adapters: Sequence[Adapter], share: float = OWN_SHARE)
     Args:
         merge: At scale 1.
         adapters: What was merged.
-        share: In [0, 1].
+        share: A share in [0, 1].
 
     Cost: products of (R, in) matrices; no module's dense delta is formed.
     """
@@ -86,12 +86,12 @@ def _summed(parts: Sequence[Tensor]) -> Terms:
 
 
 def mean_error(errors: Mapping[str, Terms], scale: float) -> float:
-    """The mean over adapters."""
+    """Average the errors over adapters."""
     return sum(t.error(scale) for t in errors.values()) / max(1, len(errors))
 
 
 def best_scale(errors: Mapping[str, Terms]) -> float:
-    """The scale of least mean error, in closed form; 0 for a merge that points away from every adapter."""
+    """Find the scale of least mean error, in closed form; 0 for a merge that points away from every adapter."""
     square = sum(t.square / t.own for t in errors.values() if t.own > 0)
     cross = sum(t.cross / t.own for t in errors.values() if t.own > 0)
     return max(0.0, cross / square) if square > 0 else 0.0

@@ -21,9 +21,9 @@ def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float =
 
     Args:
         panel: Base, adapters and texts.
-        part: Whose texts.
+        part: Part whose texts are read.
         merge: What stands in the adapter's place.
-        scale: Of its delta.
+        scale: Scale of its delta.
 
     Returns:
         One number a layer (the decoder's after the encoder's, where there are two): 0 for the adapter itself, 1 for the

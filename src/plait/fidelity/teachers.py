@@ -43,7 +43,7 @@ class DistillationLoss(Protocol):
 
 
 def loss_of(panel: Panel) -> DistillationLoss:
-    """The adapters' own predictions."""
+    """Make the loss whose targets are the adapters' own predictions."""
     return _TextLoss(panel) if panel.is_text else HeadLoss(panel)
 
 

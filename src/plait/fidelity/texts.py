@@ -40,7 +40,7 @@ def read_place(place: str, limit: int = LIMIT) -> Texts:
 
 
 def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) -> Texts:
-    """The first `limit` texts of a file.
+    """Read the first `limit` texts of a file.
 
     Args:
         path: .txt (one text a line, a tab between the two of a pair) or csv, tsv, jsonl, parquet.
@@ -78,7 +78,7 @@ def _of_table(path: Path, columns: tuple[str, ...], limit: int) -> list[tuple[st
 
 
 def checked(texts: Texts, where: str) -> Texts:
-    """The texts, every one of them one or two strings that are not blank.
+    """Check that every text is one or two strings that are not blank.
 
     Raises:
         InputError: Otherwise; names the row.

@@ -10,7 +10,7 @@ from plait.tasks import encode, require_positions
 
 
 def rows_of(panel: Panel, part: Part) -> list[dict[str, Any]]:
-    """A part's texts as tokens."""
+    """Encode a part's texts as tokens."""
     if part.is_text:
         from plait.fidelity.language import encoded
 

@@ -16,13 +16,13 @@ from plait.model.base import BaseModel
 
 
 def no_size(base: str) -> str:
-    """That the base's size is not known, and why."""
+    """Say that the base's size is not known, and why."""
     where = f"{base} is not at hand as a folder" if base else "the adapters do not name it"
     return f"the base's size ({where}): memory is given beside it"
 
 
 def unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) -> list[str]:
-    """What is not known, with the reason."""
+    """Say what is not known, with the reason."""
     if notes.pictures(adapters):
         return ["what a merge keeps of each adapter: for that pictures have to be made and looked at, with equal seeds"]
     unknowns = ["what a merge keeps of each adapter: nobody can say without a few of its inputs"]
@@ -34,7 +34,7 @@ def unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) ->
 
 
 def without_texts(adapters: Sequence[Adapter], merged: Adapter, base: BaseModel | None) -> str:
-    """How far a merge is from the adapters on assumed inputs, and the next step."""
+    """Say how far a merge is from the adapters on assumed inputs, and the next step."""
     errors = terms(merged, adapters)
     error = mean_error(errors, 1.0)
     worst = max(errors, key=lambda t: errors[t].error(1.0))
@@ -64,7 +64,7 @@ def _one_for_all(adapters: Sequence[Adapter]) -> str:
 
 
 def stacked(adapters: Sequence[Adapter]) -> str | None:
-    """What to do with adapters that were trained one on top of another; None for others."""
+    """Say what to do with adapters that were trained one on top of another; None for others."""
     if not any(base_adapter(Path(str(a.source.get("path", "")))) for a in adapters):
         return None
     try:

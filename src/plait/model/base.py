@@ -63,7 +63,7 @@ class BaseModel:
 
 
 def emulated(base: BaseModel) -> str | None:
-    """What to tell somebody whose CPU has no instructions for the base's dtype; None where it has, or on a GPU.
+    """Say what slows a CPU without instructions for the base's dtype; None where it has them, or on a GPU.
 
     Without AVX-512 torch has no kernel for bfloat16 products: the same fidelity of merges of a decoder of 135 M parameters
     took 84 s in bfloat16 and 16 s in float32 on two AVX2 cores.
@@ -75,7 +75,7 @@ def emulated(base: BaseModel) -> str | None:
 
 
 def device_named(name: str) -> torch.device:
-    """A device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
+    """Find a device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
 
     Raises:
         UsageError: No such device.
@@ -101,7 +101,7 @@ def _own_gpu(device: torch.device) -> torch.device:
 
 
 def load_tokenizer(base: BaseModel) -> Any:
-    """The base's tokenizer, with a pad token (the end-of-text token where it has none of its own), padding on the right.
+    """Load the base's tokenizer, with a pad token (the end-of-text token where it has none of its own), padding on the right.
 
     Pads on the left would move the first token, which encoders classify by, and every absolute position.
     """
@@ -119,7 +119,7 @@ def load_tokenizer(base: BaseModel) -> Any:
 
 
 def load_config(base: BaseModel) -> Any:
-    """The base's configuration."""
+    """Load the base's configuration."""
     from transformers import AutoConfig
 
     folder = base_folder(base)
@@ -128,7 +128,7 @@ def load_config(base: BaseModel) -> Any:
 
 
 def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
-    """The base with a fresh head for one task, on its device, in evaluation mode.
+    """Load the base with a fresh head for one task, on its device, in evaluation mode.
 
     Args:
         base: Which base.
@@ -164,7 +164,7 @@ def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
 
 
 def base_folder(base: BaseModel, *, weights: bool = False) -> Path:
-    """The folder that a base is loaded from: the one it names, or the hub's cache, filled where the hub may be asked.
+    """Find the folder that a base is loaded from: the one it names, or the hub's cache, filled where the hub may be asked.
 
     Args:
         base: The base.
@@ -220,7 +220,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model without its task head, and the attribute it hangs on ("" where the model is its own backbone)."""
+    """Find the model without its task head, and the attribute it hangs on ("" where the model is its own backbone)."""
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     backbone = getattr(model, prefix, None) if prefix else None
     return (backbone, prefix) if isinstance(backbone, nn.Module) else (model, "")
@@ -240,7 +240,7 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
-    """The head's tensors, named as in the task's model, copied to the CPU."""
+    """Copy the head's tensors, named as in the task's model, to the CPU."""
     heads = set(head_modules(model))
     return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.partition(".")[0] in heads}
 
@@ -267,7 +267,7 @@ def draw_head(model: nn.Module, seed: int, start: float = 0.0) -> None:
 
     Args:
         model: A task's model.
-        seed: Of the drawing.
+        seed: Seed of the drawing.
         start: Bias of the last layer of a head with one output (the mean target of a regression).
     """
     std = _std(model)

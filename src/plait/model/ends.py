@@ -52,7 +52,7 @@ class Ends:
         setattr(view, prefix, self._gate)
 
     def backbone_call(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with which the model would call its backbone on these inputs."""
+        """Find the arguments with which the model would call its backbone on these inputs."""
         self._gate.output = None
         try:
             self._view(**inputs, use_cache=False) if _takes_cache(self._view) else self._view(**inputs)

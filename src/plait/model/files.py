@@ -29,7 +29,7 @@ _TOKENIZER = re.compile(
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:
-    """A base's config.json.
+    """Read a base's config.json.
 
     Raises:
         InputError: Missing, no JSON object, or the folder is an adapter: transformers would load another base for it.
@@ -47,7 +47,7 @@ def read_base_config(folder: Path) -> dict[str, Any]:
 
 
 def indexed_shards(folder: Path) -> list[str]:
-    """The shards that a folder's index names, in order; [] where there is no index.
+    """List the shards that a folder's index names, in order; [] where there is no index.
 
     Raises:
         InputError: No map from tensors to files of this folder.
@@ -62,7 +62,7 @@ def indexed_shards(folder: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a base's weights: the single one, which loaders look for first, or those that the index names.
+    """List the files that hold a base's weights: the single one, which loaders look for first, or those that the index names.
 
     Raises:
         InputError: None, only pickles, or a shard is missing.
@@ -86,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_layout(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the headers say of every tensor of a base: name -> {"dtype", "shape", "data_offsets"}; no tensor is read.
+    """Read the headers of a base: tensor -> {"dtype", "shape", "data_offsets"}; no tensor is read.
 
     Raises:
         InputError: A file is damaged or cut, or two of them hold one tensor.
@@ -101,7 +101,7 @@ def weight_layout(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot:
-    """A base model of the hub: its config and tokenizer, and its weights in safetensors where they are wanted.
+    """Find a base model of the hub: its config and tokenizer, and its weights in safetensors where they are wanted.
 
     Raises:
         InputError: Neither in the cache nor on the hub, or without safetensors.
@@ -114,7 +114,7 @@ def base_snapshot(name: str, revision: str | None, *, weights: bool) -> Snapshot
 
 
 def base_place(text: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a base: a path that exists, else ``name``, ``user/name`` or either ``@revision`` on the hub.
+    """Find the folder of a base: a path that exists, else ``name``, ``user/name`` or either ``@revision`` on the hub.
 
     Args:
         text: Path or name.
@@ -130,7 +130,7 @@ def base_place(text: str | Path, *, weights: bool = True) -> Path:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that make a base's tokenizer, in order; [] where it has none."""
+    """List the files that make a base's tokenizer, in order; [] where it has none."""
     return sorted(p for p in folder.iterdir() if _TOKENIZER.fullmatch(p.name) and p.is_file())
 
 

@@ -18,7 +18,7 @@ FILES, COMMIT = "files:", "commit:"  # the kinds of fingerprint; one without a k
 
 
 def base_fingerprint(base: BaseModel) -> str:
-    """A hash of all that is loaded from a base: "files:HASH" of a local folder, "commit:HASH" of a hub model.
+    """Hash all that is loaded from a base: "files:HASH" of a local folder, "commit:HASH" of a hub model.
 
     Of a folder: the weights (the shards that the index names), config.json, generation_config.json and the tokenizer's
     files, by name and content. What else lies there (pickles, cards, other formats) is never read and does not count.
@@ -37,7 +37,7 @@ def base_fingerprint(base: BaseModel) -> str:
 
 
 def earlier_fingerprint(base: BaseModel) -> str | None:
-    """What stood for a local folder in records of an earlier plait: the hash of every .safetensors file and of config.json.
+    """Hash a local folder as an earlier plait did: every .safetensors file and config.json.
 
     Statistics and adapters that hold it can still be compared with a base at hand. None for hub models.
     """
@@ -48,13 +48,13 @@ def earlier_fingerprint(base: BaseModel) -> str | None:
 
 
 def base_facts(base: BaseModel) -> dict[str, str]:
-    """What records say of a base, for `plait.model.records.same_weights`."""
+    """Say what records keep of a base, for `plait.model.records.same_weights`."""
     earlier = earlier_fingerprint(base)
     return {SHA256: base_fingerprint(base), **({EARLIER: earlier} if earlier else {})}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of what a tokenizer makes of text: its vocabulary, merges and special tokens."""
+    """Hash what a tokenizer makes of text: its vocabulary, merges and special tokens."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = json.loads(fast.to_str()) if fast is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(vocabulary, dict):  # how the last call padded and cut is no property of the tokenizer

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear layer of any make: plain, quantised, or transformers' Conv1D."""
+    """Give (out, in) of a linear layer of any make: plain, quantised, or transformers' Conv1D."""
     for out, width in (("out_features", "in_features"), ("nf", "nx")):
         shape = getattr(module, out, None), getattr(module, width, None)
         if isinstance(shape[0], int) and isinstance(shape[1], int):

@@ -26,7 +26,7 @@ class StoredParameter:
             tensor for every expert, or one for all.
         by_expert: Whether experts are tensors of their own.
         is_transposed: Whether an expert's matrix in the model is (in, out), as GPT-OSS has it.
-        shape: Of the parameter in the model.
+        shape: Shape of the parameter in the model.
         unknown: What transformers does with these tensors, where it is more than this type can say.
     """
 
@@ -46,11 +46,11 @@ class _Collected:
 
 
 def checkpoint_layout(folder: Path, names: Sequence[str]) -> dict[str, StoredParameter]:
-    """The model's parameters by name, and where the checkpoint has them.
+    """List the model's parameters by name, and where the checkpoint has them.
 
     Args:
         folder: Local folder of the base; its config says which model it is.
-        names: Of the checkpoint's tensors.
+        names: Names of the checkpoint's tensors.
 
     Returns:
         Every parameter of which tensors are there; {} for a model that transformers does not know itself.
@@ -63,7 +63,7 @@ def checkpoint_layout(folder: Path, names: Sequence[str]) -> dict[str, StoredPar
 
 
 def model_without_weights(folder: Path) -> Any:
-    """The model that a base's config describes, on the meta device; None for one that transformers does not know itself.
+    """Make the model that a base's config describes, on the meta device; None for one that transformers does not know itself.
 
     Raises:
         InputError: A config that transformers cannot read.

@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 def by_parts(call: Callable[[Sequence[S]], T], rows: Sequence[S], size: int, what: str) -> list[T]:
-    """What a function gives of consecutive parts of the rows; where memory runs out, parts are half as long from then on.
+    """Call a function on consecutive parts of the rows; where memory runs out, parts are half as long from then on.
 
     Args:
         call: Takes at most `size` rows; called again with fewer of them after `torch.OutOfMemoryError`.
-        rows: In the order in which they are taken.
+        rows: Rows in the order in which they are taken.
         size: Rows a call.
         what: What is done with a row, for the message, such as "scored".
 
@@ -66,7 +66,7 @@ def half_of(size: int, what: str) -> int:
 
 
 def split(batch: Mapping[str, Any], size: int, most: int) -> list[dict[str, Any]]:
-    """A batch of `size` examples as batches of at most `most`: tensors over examples are cut, everything else goes along."""
+    """Cut a batch of `size` examples into batches of at most `most`: tensors over examples are cut, everything else goes along."""
 
     def cut(value: Any, start: int) -> Any:
         return value[start : start + most] if isinstance(value, Tensor) and value.ndim and len(value) == size else value

@@ -16,7 +16,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes were started together."""
+    """Count the processes that were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

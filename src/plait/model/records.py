@@ -11,7 +11,7 @@ SHA256, EARLIER = "base_sha256", "base_weights_sha256"
 
 
 def fingerprints(record: Mapping[str, Any]) -> dict[str, str]:
-    """A record's fingerprints by kind: "files", "commit", or "" for the kind of an earlier plait."""
+    """Read a record's fingerprints by kind: "files", "commit", or "" for the kind of an earlier plait."""
     by_kind = {}
     for value in (record.get(EARLIER), record.get(SHA256)):
         if isinstance(value, str) and value:

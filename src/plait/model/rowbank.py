@@ -159,7 +159,7 @@ def sorted_by_length(
 def cheapest_cuts(
     lengths: npt.NDArray[np.int64], members: int, prices: Prices
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The cheapest split of each step's sorted rows into passes, by dynamic programming over its ends.
+    """Find the cheapest split of each step's sorted rows into passes, by dynamic programming over its ends.
 
     Returns:
         (steps, batch + 1) where the last pass of the cheapest split of rows 0..j starts, and its price.

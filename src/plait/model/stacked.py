@@ -66,12 +66,12 @@ def _update_of(factors: StackedFactors) -> Change:
 
 
 def by_member(tensor: Tensor, members: int) -> Tensor:
-    """(members * b, ...) rows as (members, b, ...)."""
+    """Cut (members * b, ...) rows into (members, b, ...)."""
     return tensor.reshape(members, -1, *tensor.shape[1:])
 
 
 def common_shapes(adapters: Sequence[Adapter], backbone: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """(rank, out, in) of each module that any of the adapters touches: the largest rank, since zero rows change nothing.
+    """Find (rank, out, in) of each module that any of the adapters touches: the largest rank, since zero rows change nothing.
 
     Raises:
         InputError: A module is not in the backbone, or its shape there is another.
@@ -103,7 +103,7 @@ def common_shapes(adapters: Sequence[Adapter], backbone: nn.Module) -> dict[str,
 
 
 def padded_factors(adapter: Adapter, name: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, float]:
-    """A, B and scaling of one module, with zero rows up to the common rank; all zero where the adapter lacks it.
+    """Pad A and B of one module with zero rows up to the common rank, beside its scaling; all zero where the adapter lacks it.
 
     A zero row of A beside a zero column of B has zero gradients, so it stays zero in training too.
     """

@@ -25,7 +25,7 @@ class StoredTensor:
 
     Args:
         file: Path of its shard.
-        shape: As stored.
+        shape: Its shape as stored.
         dtype: safetensors' name, such as "BF16".
         start: Offset of its first byte in the file.
     """
@@ -73,7 +73,7 @@ QUANTISED = (
 
 
 def base_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model folder, by name.
+    """List every tensor of a model folder, by name.
 
     Raises:
         InputError: No safetensors weights, a damaged header, or a shard that is missing.
@@ -85,7 +85,7 @@ def base_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def tensors_in(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, by name.
+    """List the tensors of one safetensors file, by name.
 
     Raises:
         InputError: Not a whole safetensors file; what it is instead is said.
@@ -97,7 +97,7 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
 
 
 def require_unquantised(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.
+    """Read the config.json of a folder whose weights are plain numbers.
 
     Raises:
         InputError: Missing, or of a quantised model, with the alternatives.

@@ -19,7 +19,7 @@ _MOVED = {"model", "language_model", "llm"}
 
 
 def without_wrappers(name: str) -> str:
-    """A module's name without the attributes that differ between versions and classes of one model."""
+    """Strip a module's name of the attributes that differ between versions and classes of one model."""
     return ".".join(part for part in name.split(".") if part not in _MOVED)
 
 

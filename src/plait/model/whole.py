@@ -107,7 +107,7 @@ def require_whole(
     """Refuse a base that was not loaded whole.
 
     Args:
-        model: As it was loaded.
+        model: The model as it was loaded.
         report: What transformers says of it.
         heads: Top-level modules that are new on purpose: drawn anew, whatever the files hold.
         where: The base, for messages.

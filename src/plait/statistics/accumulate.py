@@ -65,7 +65,7 @@ class SiteSums:
 
     Args:
         dim: d.
-        dtype: Of the model's activations; sums are float32, or float64 for a float64 model.
+        dtype: Dtype of the model's activations; sums are float32, or float64 for a float64 model.
         device: Where the sums live.
         pool: "token", or "mean" for one masked mean per example.
         sketch: k, or None for exact moments.
@@ -129,7 +129,7 @@ class SiteSums:
         add_gram(self.second, rows)
 
     def finish(self) -> Moments:
-        """The moments, where the sums lie; the sums must not be used afterwards."""
+        """Give the moments, where the sums lie; the sums must not be used afterwards."""
         padded = self.padded_total if bool(self.padded_total.isfinite().all()) else None
         second, form, residual, error = self._second()
         return Moments(
@@ -155,7 +155,7 @@ class SiteSums:
 
 
 def means(rows: Float[Tensor, "n d"], positions: Positions) -> Float[Tensor, "b d"]:
-    """One mean per example that has a real token."""
+    """Take one mean per example that has a real token."""
     example = sent(positions.example, rows.device)
     length = rows.new_zeros(positions.examples).index_add_(0, example, rows.new_ones(rows.shape[0]))
     sums = rows.new_zeros(positions.examples, rows.shape[1]).index_add_(0, example, rows)

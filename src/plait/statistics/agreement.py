@@ -87,8 +87,8 @@ def require_base(statistics: Statistics, name: str, facts: Mapping[str, Any]) ->
     A quantised base is another set of weights on purpose and is not compared.
 
     Args:
-        statistics: Whose record is asked.
-        name: Of the base at hand, for the message.
+        statistics: Statistics whose record is asked.
+        name: Name of the base at hand, for the message.
         facts: `plait.model.identity.base_facts` of it.
 
     Raises:

@@ -39,7 +39,7 @@ class MemoryPlan:
 
 
 def bytes_of(text: str) -> int:
-    """A size such as "800MB", "2 GB", "1.5GiB" or a plain number, in bytes.
+    """Read a size such as "800MB", "2 GB", "1.5GiB" or a plain number, in bytes.
 
     Raises:
         UsageError: Anything else, or nothing left of it.
@@ -61,7 +61,7 @@ def plan_memory(
     groups: bool,
     ranks: int = 1,
 ) -> MemoryPlan:
-    """The most exact form that fits: all at once, then layer groups (exact too, and slower), then a sketch.
+    """Choose the most exact form that fits: all at once, then layer groups (exact too, and slower), then a sketch.
 
     Args:
         allowed: Bytes for sums; the model and its activations come on top.

@@ -62,13 +62,13 @@ def collect_statistics(
         model: A transformers model or PeftModel, on its device; FSDP or DDP wrapped, compiled, quantised, offloaded.
         batches: Mappings of tensors; names the model does not take are left out. Pads are masked by `attention_mask`
             (and `decoder_attention_mask`). Under torch.distributed: this rank's share.
-        target_modules: As PEFT takes it: suffixes, a regex, "all-linear"; None for the LoRA layers of a PeftModel.
+        target_modules: PEFT's `target_modules`: suffixes, a regex, "all-linear"; None for the LoRA layers of a PeftModel.
         pool: "token", or "mean" for one masked mean per example.
         provenance: Recorded as it is, beside what is found here.
         device: Where batches go; by default where the model is.
-        exclude_modules: As in PEFT's LoraConfig.
-        layers_to_transform: As in PEFT's LoraConfig.
-        layers_pattern: As in PEFT's LoraConfig.
+        exclude_modules: PEFT's `exclude_modules`.
+        layers_to_transform: PEFT's `layers_to_transform`.
+        layers_pattern: PEFT's `layers_pattern`.
         sketch: Keep rank-k sketches instead of exact moments (see `FrequentDirections`).
         memory: Bytes for the sums, beside the model and its activations. The most exact form that fits is taken, and
             recorded: all layers at once, groups of layers (every batch then runs through each of them), or a sketch.

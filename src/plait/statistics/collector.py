@@ -221,7 +221,7 @@ class Collector:
         return modules, {s: sums.finish() for s, sums in self.sums.items()}
 
     def finish(self) -> Statistics:
-        """What was collected, where it was; provenance holds samples and tokens."""
+        """Give what was collected, where it was; provenance holds samples and tokens."""
         modules, sites = self.sums_on_device()
         tokens = self.tokens or max((m.padded_count for m in sites.values()), default=0)
         return Statistics(sites, modules, {"samples": self.samples, "tokens": tokens})

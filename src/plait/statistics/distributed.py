@@ -87,7 +87,7 @@ class _Shape:
         widths: Site -> width.
         forms: Site -> form, and whether a sketch left a residual.
         counts: Site -> inputs.
-        dtype: Of the sums.
+        dtype: Dtype of the sums.
     """
 
     modules: Mapping[str, ModuleInfo]

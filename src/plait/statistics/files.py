@@ -139,7 +139,7 @@ def require_distinct(files: Sequence[Path]) -> None:
 
 
 def read_identity(path: str | Path) -> Mapping[str, object] | None:
-    """The identity a file was written with, without reading its tensors; None where there is no file or identity."""
+    """Read the identity a file was written with, without reading its tensors; None where there is no file or identity."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -159,7 +159,7 @@ def read_identity(path: str | Path) -> Mapping[str, object] | None:
 
 
 def record_of(metadata: Mapping[str, str], path: Path) -> Mapping[str, object]:
-    """The record in a file's metadata.
+    """Read the record in a file's metadata.
 
     Raises:
         InputError: No statistics, or of another schema.
@@ -182,7 +182,7 @@ def record_of(metadata: Mapping[str, str], path: Path) -> Mapping[str, object]:
 
 
 def moments_of(site: str, record: SiteRecord, tensors: Mapping[str, Tensor], path: Path) -> Moments:
-    """One site from its record and its tensors.
+    """Make one site from its record and its tensors.
 
     Raises:
         InputError: They do not fit each other, or hold what is no finite number.

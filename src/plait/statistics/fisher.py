@@ -46,7 +46,7 @@ class FisherDiagonal:
         modules: Name -> its diagonal.
         examples: How many examples it is the mean over.
         provenance: What it was computed on.
-        sha256: Of the file it was read from, "" where there is none.
+        sha256: Hash of the file it was read from, "" where there is none.
     """
 
     modules: Mapping[str, Diagonal]
@@ -60,7 +60,7 @@ class FisherDiagonal:
         return cls({name: _held(t) for name, t in tensors.items()}, examples, provenance)
 
     def diagonal_for(self, module: str) -> Diagonal | None:
-        """The diagonal of a module, None where unknown."""
+        """Find the diagonal of a module, None where unknown."""
         return self.modules.get(module)
 
 
@@ -127,7 +127,7 @@ def collect_fisher(
     labels: Literal["sampled", "given"] = "sampled",
     generator: torch.Generator | None = None,
 ) -> FisherDiagonal:
-    """The mean over examples of the squared gradient of log p(label | example), per entry of each module's weight.
+    """Take the mean over examples of the squared gradient of log p(label | example), per entry of each module's weight.
 
     For a linear layer the gradient of one example is sum over tokens of g h^T, g the gradient at its output and h its
     input; so nothing but hooks is needed, and a layer that PEFT wraps gives the gradient at W0 + D.

@@ -39,7 +39,7 @@ class FileSites(Mapping[str, Moments]):
 
 
 def open_statistics(path: str | Path) -> Statistics:
-    """A statistics file of which only the record is read; each site's tensors are read and checked when asked for.
+    """Open a statistics file of which only the record is read; each site's tensors are read and checked when asked for.
 
     So the memory of what walks site by site (`compute_subspaces`, `show_statistics`) is that of one site, whatever
     number of layers the base has.
@@ -55,7 +55,7 @@ def open_statistics(path: str | Path) -> Statistics:
 
 
 def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[str, dict[str, Statistics]]:
-    """The own task's name, and statistics by task; a file of the own task among the others is left out.
+    """Open a task's statistics and the others', by task; a file of the own task among the others is left out.
 
     Raises:
         UsageError: Two files of one task.
@@ -84,12 +84,12 @@ def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[
 
 
 def task_recorded(statistics: Statistics, path: Path) -> str:
-    """The task that a statistics file is of: as it says itself, else by its name."""
+    """Name the task that a statistics file is of: as it says itself, else by its name."""
     return str(statistics.provenance.get("task") or path.name.split(".")[0])
 
 
 def joined(parts: Sequence[Statistics], modules: Mapping[str, ModuleInfo]) -> Statistics:
-    """The sites of several statistics, such as groups of layers, as those of one; the record is the first one's."""
+    """Join the sites of several statistics, such as groups of layers; the record is the first one's."""
     homes = {s: home for part in parts if isinstance(part.sites, FileSites) for s, home in part.sites.homes.items()}
     sites = FileSites(homes) if homes else {s: m for part in parts for s, m in part.sites.items()}
     return Statistics(sites, modules, parts[0].provenance)

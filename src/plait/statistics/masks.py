@@ -20,7 +20,7 @@ class Positions:
     """The real positions of one (examples, length) grid.
 
     Args:
-        examples, length: Of the grid.
+        examples, length: Sizes of the grid.
         index: (n,) flat positions that are real, or None where all are.
         example: (n,) example of each real position, on the CPU.
     """
@@ -46,7 +46,7 @@ class Positions:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; from the CPU to a GPU by way of pinned memory, for which nobody waits."""
+    """Send a tensor to a device; from the CPU to a GPU by way of pinned memory, for which nobody waits."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -71,10 +71,10 @@ class BatchMasks:
                 self._known[DECODER] = Positions.of(mask.cpu(), device)
 
     def fit(self, shape: torch.Size, role: str, module: str) -> Positions:
-        """The real positions of a module's input.
+        """Find the real positions of a module's input.
 
         Args:
-            shape: Of the input: (examples, length, d), or (n, d) where positions are flattened or pooled.
+            shape: Shape of the input: (examples, length, d), or (n, d) where positions are flattened or pooled.
             role: "main" or "decoder".
             module: For the message.
 

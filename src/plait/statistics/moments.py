@@ -30,7 +30,7 @@ class Moments:
         tail, step: What a fine sketch keeps of the rest off the diagonal, as correlations: the packed upper triangle
             of codes c with rest_ij = step c_ij |c_ij| sqrt(residual_i residual_j); squares are finer where most lie.
         error: Bound on the spectral norm of what a sketch left out, in the units of S; 0 where exact.
-        padded_count, padded_total: The same count and sum over all positions, pads included (`osrm_released` alone
+        padded_count, padded_total: Count and sum over all positions, pads included (`osrm_released` alone
             reads them); None where pads held NaN.
     """
 
@@ -47,7 +47,7 @@ class Moments:
 
     @classmethod
     def zero(cls, dim: int, dtype: torch.dtype = torch.float32) -> Moments:
-        """The identity of `merge`: no inputs."""
+        """Make the identity of `merge`: no inputs."""
         empty = torch.zeros(dim, dtype=dtype)
         return cls(0, empty, empty.new_zeros(0, dim), FACTOR, padded_total=empty)
 
@@ -83,7 +83,7 @@ class Moments:
         return S + torch.diag(self.residual)
 
     def normalised(self, dtype: torch.dtype | None = None) -> Float[Tensor, "d d"]:
-        """The trace-normalised m = S / tr S, so that tasks compare.
+        """Give the trace-normalised m = S / tr S, so that tasks compare.
 
         Raises:
             InputError: All inputs are zero, or there are none.
@@ -95,7 +95,7 @@ class Moments:
         return S.to(dtype or S.dtype) / trace
 
     def to(self, device: torch.device | str) -> Moments:
-        """The same moments on another device."""
+        """Move the moments to another device."""
         residual = None if self.residual is None else self.residual.to(device)
         padded = None if self.padded_total is None else self.padded_total.to(device)
         tail = None if self.tail is None else self.tail.to(device)
@@ -111,7 +111,7 @@ class Moments:
         return Y @ Y.T + rest
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of inputs: associative, commutative, with `zero` as identity, up to rounding.
+        """Add the moments of both sets of inputs: associative, commutative, with `zero` as identity, up to rounding.
 
         A merge never compresses: factors are stacked and rotated, and become dense where they would not be smaller.
 
@@ -144,13 +144,13 @@ def _sum_of_seconds(a: Moments, b: Moments) -> tuple[Tensor, str, Tensor | None]
 
 
 def packed(S: Shaped[Tensor, "d d"]) -> Shaped[Tensor, " n"]:
-    """The upper triangle, row by row."""
+    """Take the upper triangle, row by row."""
     rows, columns = torch.triu_indices(*S.shape, device=S.device)
     return S[rows, columns]
 
 
 def unpacked(triangle: Shaped[Tensor, " n"], dim: int) -> Shaped[Tensor, "d d"]:
-    """The symmetric matrix of an upper triangle."""
+    """Make the symmetric matrix of an upper triangle."""
     rows, columns = torch.triu_indices(dim, dim, device=triangle.device)
     S = triangle.new_empty(dim, dim)
     S[rows, columns] = triangle
@@ -159,7 +159,7 @@ def unpacked(triangle: Shaped[Tensor, " n"], dim: int) -> Shaped[Tensor, "d d"]:
 
 
 def rotated(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k d"]:
-    """A factor with the same F^T F and no trace of the single rows.
+    """Make a factor with the same F^T F and no trace of the single rows.
 
     The R of a thin QR decomposition, with a positive diagonal: it is the Cholesky factor of S, a function of S alone.
     """
@@ -198,7 +198,7 @@ class Statistics:
         modules: Module name, relative to the backbone -> `ModuleInfo`.
         provenance: Base, hashes, target modules, pool, samples, tokens, template, dtype, backbone_prefix, task,
             task_type (PEFT's, of the model that was run), schema.
-        sha256: Of the file they were read from, "" where there is none.
+        sha256: Hash of the file they were read from, "" where there is none.
     """
 
     sites: Mapping[str, Moments]
@@ -212,6 +212,6 @@ class Statistics:
         return None if info is None else self.sites[info.site]
 
     def relative(self, module: str) -> str:
-        """A module's name without the recorded backbone prefix."""
+        """Strip a module's name of the recorded backbone prefix."""
         prefix = self.provenance.get("backbone_prefix")
         return module.removeprefix(f"{prefix}.") if prefix and module not in self.modules else module

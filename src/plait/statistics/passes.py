@@ -59,7 +59,7 @@ class ForwardPasses:
         return key != "labels" or (makes_inputs and not value.is_floating_point())
 
     def run(self, batch: Mapping[str, Any]) -> None:
-        """One forward pass, perhaps ended early by `Enough`."""
+        """Run one forward pass, perhaps ended early by `Enough`."""
         with contextlib.suppress(Enough):
             self.model(**self.prepared(batch))
 

@@ -24,12 +24,12 @@ class SiteRecord:
 
     Args:
         count: Inputs that were added up.
-        padded_count: Of padding, beside them.
+        padded_count: Pads beside them.
         dim: Width.
         form: "dense" or "factor".
         error: Upper bound of what a sketch left out; 0 for none.
-        step: Of the rounding of a tail.
-        sha256: Of its tensors; None in files of earlier versions.
+        step: Step to which a tail is rounded.
+        sha256: Hash of its tensors; None in files of earlier versions.
     """
 
     count: int
@@ -52,7 +52,7 @@ class FileRecord:
 
 
 def file_record(raw: Mapping[str, Any], tensors: Iterable[str], path: Path) -> FileRecord:
-    """A parsed record, checked, and held against the names of the tensors beside it.
+    """Check a parsed record, and compare it with the names of the tensors beside it.
 
     Raises:
         InputError: Names the key, what stands there and what should; or a tensor that belongs to no site.
@@ -74,7 +74,7 @@ def file_record(raw: Mapping[str, Any], tensors: Iterable[str], path: Path) -> F
 
 
 def site_record(entry: Record) -> SiteRecord:
-    """One site of a record."""
+    """Check one site of a record."""
     return SiteRecord(
         count=entry.integer("count"),
         padded_count=entry.integer("padded_count"),

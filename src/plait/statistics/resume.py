@@ -34,10 +34,10 @@ def collect_shards(
     An interrupted and resumed collection gives the bits of an uninterrupted one: both add the same files in order.
 
     Args:
-        model: As in `collect_statistics`.
+        model: The model, as `collect_statistics` takes it.
         shards: One function per shard that gives its batches; called only where the shard is missing.
         folder: Holds one file per finished shard; the caller removes it once the sum is safe.
-        target_modules: As in `collect_statistics`.
+        target_modules: Modules, as `collect_statistics` takes them.
         key: What the shards were made of (data hash, seed): a folder of another key is refused.
         **options: Passed to `collect_statistics`.
 

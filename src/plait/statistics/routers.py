@@ -14,7 +14,7 @@ from plait.errors import UsageError
 
 
 def router_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a module's own matrix "weight", where it is none of torch's own layers; None for others."""
+    """Give (out, in) of a module's own matrix "weight", where it is none of torch's own layers; None for others."""
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2 or type(module).__module__.startswith("torch."):
         return None
@@ -33,7 +33,7 @@ def has_experts(module: nn.Module) -> bool:
 
 
 def linear_outputs(module: nn.Module, h: Tensor) -> Tensor:
-    """What a router's matrix makes of its input, before softmax and choice."""
+    """Compute what a router's matrix makes of its input, before softmax and choice."""
     weight = module._parameters["weight"]
     if weight is None:
         raise ValueError("no router")

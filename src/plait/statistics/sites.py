@@ -115,13 +115,13 @@ def _grouped(
 
 
 def memory_of(h: Tensor) -> tuple[Any, ...]:
-    """What tells one tensor in memory from another while both are alive."""
+    """Tell one tensor in memory from another while both are alive."""
     version = h._version if not h.is_inference() else 0
     return h.data_ptr(), tuple(h.shape), h.stride(), version
 
 
 def input_of(target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor a module was called with, whole and of its width; to be called as the module is.
+    """Find the tensor a module was called with, whole and of its width; to be called as the module is.
 
     Raises:
         RunError: Tensor-parallel: the input or the weight is a shard.

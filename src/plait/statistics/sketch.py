@@ -15,7 +15,7 @@ _LEVELS = 127  # of an 8-bit tail, to either side of zero
 
 
 def compress(moments: Moments, rank: int, *, tail: bool = True) -> Moments:
-    """A rank-k part of S, the diagonal of the rest exactly, and the rest's correlations in 8 bits.
+    """Split S into a part of rank k, the diagonal of the rest exactly, and the rest's correlations in 8 bits.
 
     With v = diag S, the factor keeps the k largest eigenvectors of the correlations S_ij / sqrt(v_i v_j), scaled back:
     what matters to `contrastive` is relative, so a few coordinates of huge energy must not use up the rank. The rest N
@@ -78,7 +78,7 @@ def _outer(spread: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
 
 
 def compress_statistics(statistics: Statistics, rank: int, *, tail: bool = True) -> Statistics:
-    """Every site compressed; the provenance says so."""
+    """Compress every site; the provenance says so."""
     sites = {s: compress(m, rank, tail=tail) for s, m in statistics.sites.items()}
     return replace(statistics, sites=sites, provenance={**statistics.provenance, "sketch": rank})
 
@@ -94,7 +94,7 @@ class FrequentDirections:
     Args:
         rank: k, the number of rows kept at the end.
         dim: d.
-        dtype, device: Of the buffer; float32 or wider.
+        dtype, device: Where and how the buffer is kept; float32 or wider.
 
     Source: Liberty 2013, arXiv:1206.0594; Ghashami et al. 2016, arXiv:1501.01711.
     **Deviates**: the diagonal residual is ours.

@@ -48,15 +48,15 @@ def find_targets(
     layers_to_transform: Sequence[int] | int | None = None,
     layers_pattern: Sequence[str] | str | None = None,
 ) -> tuple[dict[str, Target], str]:
-    """The modules PEFT would adapt, in the model's own order, and the backbone's attribute ("" without one).
+    """Find the modules PEFT would adapt, in the model's own order, and the backbone's attribute ("" without one).
 
     Args:
         model: A transformers model, a PeftModel, or either wrapped (compiled, DDP, FSDP).
         target_modules: List of suffixes, a regex over whole names, "all-linear", or None to take the LoRA layers of a
             PeftModel.
-        exclude_modules: As in PEFT's LoraConfig.
-        layers_to_transform: As in PEFT's LoraConfig.
-        layers_pattern: As in PEFT's LoraConfig.
+        exclude_modules: PEFT's `exclude_modules`.
+        layers_to_transform: PEFT's `layers_to_transform`.
+        layers_pattern: PEFT's `layers_pattern`.
 
     Raises:
         UsageError: A bad or endless regex; a target that matches nothing (with near names); a match that is no linear
@@ -78,7 +78,7 @@ def find_targets(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT, torch.compile, DDP and FSDP."""
+    """Find the transformers model inside PEFT, torch.compile, DDP and FSDP."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):

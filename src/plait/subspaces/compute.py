@@ -70,7 +70,7 @@ def compute_subspaces(
         tasks: Wanted ones; all by default. To add a task to a pool: the pool's files, the own ones, and the own name.
         rank: r.
         row_norm: Length of A's rows; by default the method's own (see `default_row_norm`).
-        options: Of the method.
+        options: Options of the method.
         seed: For what is drawn; each module and task draws from its own hash of it.
         background: Statistics of public text that stand for unknown future tasks.
         background_weight: Their share among the others, in [0, 1]; 1 leaves the known tasks out. Where no other task is
@@ -119,7 +119,7 @@ def compute_subspaces(
 def solve_site(
     method: SubspaceMethod, inputs: SiteInputs, options: Mapping[str, Any], row_norm: float | None
 ) -> dict[str, Subspace]:
-    """One site of all wanted tasks, checked.
+    """Solve one site of all wanted tasks, checked.
 
     Raises:
         RunError: A method returned something that is not finite.

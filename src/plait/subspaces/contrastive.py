@@ -34,7 +34,7 @@ _EXTRA = 8  # columns of a block beyond those wanted: they make the gap
 
 @subspace_method("contrastive", needs=("moments", "own", "others"), row_norm="gaussian")
 def contrastive(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str, Basis]:
-    """The r directions of most own energy per unit of other energy.
+    """Find the r directions of most own energy per unit of other energy.
 
     Attains the maximum over A of tr[(A R A^T)^-1 A m_t A^T], R = m_o + rho/d I, which is the sum of the r largest
     generalised eigenvalues; the value depends on the span alone, so it survives orthonormalisation and the row norm.
@@ -81,7 +81,7 @@ def contrastive_permuted(x: SiteInputs, *, rho: Positive = 0.001) -> Mapping[str
 
 @subspace_method("sc_lora", paper="arXiv:2505.23724", needs=("moments", "own", "others"))
 def sc_lora(x: SiteInputs, *, beta: Annotated[float, Range(0.0, 1.0)] = 0.5) -> Mapping[str, Basis]:
-    """The r directions of most (1 - beta) own minus beta other energy.
+    """Find the r directions of most (1 - beta) own minus beta other energy.
 
     Args:
         x: One site of all tasks.
@@ -100,7 +100,7 @@ def _sc_lora_one(x: SiteInputs, task: str, beta: float) -> Basis:
 
 
 def inverse_factor(R: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """The inverse of the Cholesky factor, L^-1 with R = L L^T, in float64.
+    """Invert the Cholesky factor: L^-1 with R = L L^T, in float64.
 
     Raises:
         InputError: R is not positive definite.

@@ -30,13 +30,13 @@ def gaussian(x: SiteInputs) -> Mapping[str, Basis]:
 
 @subspace_method("orthonormal")
 def orthonormal(x: SiteInputs) -> Mapping[str, Basis]:
-    """A random orthonormal basis per task and module (a control)."""
+    """Draw a random orthonormal basis per task and module (a control)."""
     return _drawn(x, lambda g: _orthonormal(x, g))
 
 
 @subspace_method("orthonormal_shared")
 def orthonormal_shared(x: SiteInputs) -> Mapping[str, Basis]:
-    """One random orthonormal basis per module for all tasks (a control)."""
+    """Draw one random orthonormal basis per module for all tasks (a control)."""
     rows = _orthonormal(x, x.generator())
     return {t: Basis(rows, _norms(rows)) for t in x.tasks}
 

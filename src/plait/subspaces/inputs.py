@@ -42,7 +42,7 @@ class SiteInputs:
         moments: Task -> moments of all known tasks, the wanted ones among them.
         background: Moments of text that stands for unknown future tasks, or None.
         weight: Share of the background among the others, in [0, 1].
-        seed: Of the whole run; draw from `generator`.
+        seed: Seed of the whole run; draw from `generator`.
         device: Where to compute.
     """
 
@@ -61,7 +61,7 @@ class SiteInputs:
         return self._normalised(self.moments[task], task)
 
     def others(self, task: str) -> Float[Tensor, "d d"]:
-        """The mean of the other tasks' m, mixed with the background by `weight`: a sum over the others, in float64."""
+        """Average the other tasks' m, mixed with the background by `weight`: a sum over the others, in float64."""
         names = self.other_tasks(task)
         mixed = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
         for name in names:
@@ -83,11 +83,11 @@ class SiteInputs:
         return self._with_background(total, c), c
 
     def other_tasks(self, task: str) -> list[str]:
-        """The other tasks' names, sorted: sums never depend on the order in which files were given."""
+        """List the other tasks' names, sorted: sums never depend on the order in which files were given."""
         return [t for t in sorted(self.moments) if t != task]
 
     def other_factor(self, task: str) -> Float[Tensor, "k d"] | None:
-        """A factor of the others' m while it has fewer than d rows, else None."""
+        """Give a factor of the others' m while it has fewer than d rows, else None."""
         if self.background is not None:
             return None
         parts = [self.moments[t] for t in self.other_tasks(task)]
@@ -100,7 +100,7 @@ class SiteInputs:
         return torch.cat(rows) if rows else None
 
     def generator(self, *names: str) -> torch.Generator:
-        """A CPU generator seeded by (seed, site or module, names): order does not matter."""
+        """Seed a CPU generator by (seed, site or module, names): order does not matter."""
         return torch.Generator().manual_seed(named_seed(self.seed, "\0".join((self.name, *names))))
 
     def resolution(self, tasks: Sequence[str]) -> float:

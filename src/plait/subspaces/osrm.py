@@ -20,7 +20,7 @@ _EXTRA = 8
 
 @subspace_method("osrm", paper="arXiv:2505.22934", needs=("moments", "own", "others"))
 def osrm(x: SiteInputs) -> Mapping[str, Basis]:
-    """The r eigenvectors of the others' second moment with the smallest eigenvalues: min tr(A m_o A^T), A A^T = I.
+    """Find the r eigenvectors of the others' second moment with the smallest eigenvalues: min tr(A m_o A^T), A A^T = I.
 
     Equal eigenvalues leave the choice open: a null space where the others have fewer inputs than d, above all. Inside the
     tied space the directions of most own-task energy are taken, in that order, and the record says how many were tied.
@@ -169,7 +169,7 @@ def _too_few(x: SiteInputs, task: str) -> InputError:
 
 @subspace_method("osrm_released", paper="arXiv:2505.22934", needs=("means", "others"))
 def osrm_released(x: SiteInputs) -> Mapping[str, Basis]:
-    """What the authors' code computes: the last r rows of V^T in the full SVD of the other tasks' mean inputs.
+    """Compute what the authors' code computes: the last r rows of V^T in the full SVD of the other tasks' mean inputs.
 
     One vector per other task, its mean over samples and over all positions, pads included; T - 1 of them leave a null
     space of d - T + 1 directions, of which LAPACK's completion fills the last r rows: nearly the same for all tasks.

@@ -27,7 +27,7 @@ def move_into(
     Args:
         adapter: Any LoRA adapter of linear modules.
         subspaces: Module, named as in the adapter or relative to the backbone -> subspace (see `compute_subspaces`).
-        statistics: Of the adapter's own task.
+        statistics: Statistics of the adapter's own task.
 
     Returns:
         The adapter with scaling 1 and A' exactly the subspace's rows; and for each module the energy kept, in [0, 1]:
@@ -63,7 +63,7 @@ def move_into(
 def refit(
     factors: LoraFactors, A: Float[Tensor, "k d"], moments: Moments | None = None
 ) -> tuple[Float[Tensor, "out k"], float]:
-    """The B that brings B A nearest to a delta, and the energy kept.
+    """Find the B that brings B A nearest to a delta, and the energy kept.
 
     Args:
         factors: The delta.

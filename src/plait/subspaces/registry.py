@@ -109,7 +109,7 @@ def default_row_norm(method: SubspaceMethod, dim: int, rank: int) -> float | Non
 
 
 def checked_row_norm(value: Any) -> float | None:
-    """A row norm, or None.
+    """Check a row norm, or None.
 
     Raises:
         UsageError: Not a finite number above 0.

@@ -74,7 +74,7 @@ class Eigenpairs:
 
 
 def dense_eigenpairs(matrices: Float[Tensor, "t d d"], count: int) -> Eigenpairs:
-    """The largest eigenpairs by a full decomposition. Cost: d^3 each."""
+    """Find the largest eigenpairs by a full decomposition. Cost: d^3 each."""
     values, vectors = torch.linalg.eigh(matrices)
     values, vectors, turned = values.flip(-1), vectors.flip(-1), torch.zeros(len(matrices), dtype=values.dtype)
     return Eigenpairs(values[:, :count], vectors[..., :count], 0.0, True, 0, turned)
@@ -88,7 +88,7 @@ def iteration_pays(dim: int, block: int) -> bool:
 def top_eigenpairs(
     operator: Operator, start: Float[Tensor, "t d b"], count: int, measure: Measure | None = None
 ) -> Eigenpairs:
-    """The largest eigenvalues of symmetric operators by thick-restart block Lanczos with full reorthogonalisation.
+    """Find the largest eigenvalues of symmetric operators by thick-restart block Lanczos with full reorthogonalisation.
 
     Every block of the Krylov space is kept up to six of them; then the Ritz pairs are judged and the space is compressed
     to its best Ritz vectors. All operators of a batch advance together, so that a GPU sees few large products, and each
@@ -229,7 +229,7 @@ def _cholesky_q(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fixed_signs(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
-    """The same rows with each one's largest entry positive; among equals the first decides."""
+    """Turn rows so that each one's largest entry is positive; among equals the first decides."""
     largest = rows.abs().argmax(dim=1, keepdim=True)
     return rows * (1 - 2 * (rows.gather(1, largest) < 0).to(rows.dtype))
 

@@ -31,11 +31,11 @@ class InitialSettings:
         rank: Rows of A.
         alpha: LoRA's alpha; scaling is alpha / rank.
         row_norm: Norm of each row of A; None for the method's own.
-        options: Of the method.
+        options: Options of the method.
         background_weight: Share of the background pool among the others, where there is one, in [0, 1].
         task_type: PEFT's task type; None takes the one that the statistics were collected for (SEQ_CLS in files of old,
             which do not say).
-        target_modules: As PEFT's; None lists every module the statistics hold.
+        target_modules: PEFT's `target_modules`; None lists every module the statistics hold.
     """
 
     method: str = "contrastive"
@@ -79,7 +79,7 @@ def initial_adapters(
         base: Name of the base model, written into the adapter.
         revision: Its revision.
         tasks: Which of them get an adapter; all by default.
-        seed: Of methods that draw at random.
+        seed: Seed of methods that draw at random.
         background: Statistics of public text that stand for tasks nobody knows yet.
         device: Where to solve.
     """
@@ -129,7 +129,7 @@ def initial_adapter(
     rslora: bool = False,
     source: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """An adapter that changes nothing yet: A is the subspace to the bit, B is zero.
+    """Make an adapter that changes nothing yet: A is the subspace to the bit, B is zero.
 
     Args:
         name: Name of the task.
@@ -139,8 +139,8 @@ def initial_adapter(
         alpha: LoRA's alpha, above 0; scaling is alpha / r (alpha / sqrt(r) for rsLoRA).
         task_type: PEFT's, such as "SEQ_CLS".
         prefix: The backbone's attribute inside the task's model.
-        target_modules: As PEFT's config should have them.
-        revision: Of the base.
+        target_modules: PEFT's `target_modules`, for its config.
+        revision: Revision of the base.
         rslora: Rank-stabilised scaling.
         source: Provenance.
 
@@ -190,7 +190,7 @@ def task_type_of(statistics: Statistics) -> str:
 
 
 def completion_note(task: str, rows: Mapping[str, int]) -> str:
-    """A sentence about rows of A that were completed; `rows` is module -> how many."""
+    """Write a sentence about rows of A that were completed; `rows` is module -> how many."""
     return (
         f"{task}: in {len(rows)} modules the others leave too few tied directions that the task's inputs reach; up to"
         f" {max(rows.values())} rows are the others' next smallest (more samples may help)"
@@ -216,9 +216,9 @@ def subspace_state_dict(
         method: A registered subspace method.
         own: This task's statistics.
         others: The other tasks', in any order.
-        rank: As the LoRA layers have it.
+        rank: Rank of the LoRA layers.
         row_norm: See `compute_subspaces`; so are the rest.
-        options: Of the method.
+        options: Options of the method.
         seed: For what is drawn.
         background: Statistics of public text.
         background_weight: Its share among the others.

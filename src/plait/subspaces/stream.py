@@ -60,7 +60,7 @@ class _Solver:
         return solve_site(self.method, inputs, self.options, self.row_norm)
 
     def solve_aside(self, site: str, moments: Mapping[str, Moments], ready: Any) -> dict[str, Subspace]:
-        """The same on the calling thread's own stream, after the event `ready`.
+        """Solve on the calling thread's own stream, after the event `ready`.
 
         What it returns lies on the CPU, so the stream has finished.
         """
@@ -96,12 +96,12 @@ def stream_subspaces(
 
     Args:
         method: A registered subspace method that needs moments.
-        model: As in `collect_statistics`; layers in ModuleLists.
+        model: The model, as `collect_statistics` takes it; its layers lie in ModuleLists.
         batches: Task -> its batches, all in memory.
-        target_modules: As PEFT takes it.
+        target_modules: PEFT's `target_modules`.
         rank: r.
         row_norm: Length of A's rows.
-        options: Of the method.
+        options: Options of the method.
         seed: For what is drawn.
         pool: "token" or "mean".
         group: Layers at a time. More need more memory and fewer passes through the model's embedding.

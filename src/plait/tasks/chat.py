@@ -14,7 +14,7 @@ Message = Mapping[str, str]
 
 
 def checked_messages(cell: Any, where: str) -> list[dict[str, str]]:
-    """One row's conversation.
+    """Check one row's conversation.
 
     Raises:
         InputError: Not a list of {role, content}, an unknown role, an empty turn, or the last one is not the assistant's.
@@ -33,12 +33,12 @@ def checked_messages(cell: Any, where: str) -> list[dict[str, str]]:
 
 
 def packed(messages: Sequence[Message]) -> tuple[str, str]:
-    """(all turns before the last as one string, the last turn's text): a prompt and its target."""
+    """Pack a conversation as (all turns before the last as one string, the last turn's text): a prompt and its target."""
     return json.dumps(list(messages[:-1]), ensure_ascii=False), messages[-1]["content"]
 
 
 def conversation(prompt: str, target: str, chat: str) -> list[dict[str, str]]:
-    """The messages of a prompt and its target: `chat` says whether the prompt is one user's turn, or `packed` ones."""
+    """List the messages of a prompt and its target: `chat` says whether the prompt is one user's turn, or `packed` ones."""
     before = json.loads(prompt) if chat == "messages" else [{"role": "user", "content": prompt}]
     return [*before, {"role": "assistant", "content": target}]
 

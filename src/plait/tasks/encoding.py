@@ -119,5 +119,5 @@ def length_order(rows: Sequence[Row]) -> list[int]:
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch on a device."""
+    """Send a batch to a device."""
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -25,7 +25,7 @@ _HUB = "hub:nyu-mll/glue"
 
 
 def glue_task(name: str, root: Path | None = None) -> Task:
-    """One GLUE task.
+    """Describe one GLUE task.
 
     Args:
         name: One of `GLUE_TASKS`.

@@ -30,7 +30,7 @@ METRICS_OF = {
 def score(
     metric: str, predictions: npt.NDArray[Any] | Sequence[str], labels: npt.NDArray[Any] | Sequence[str]
 ) -> float:
-    """One metric, in percent.
+    """Compute one metric, in percent.
 
     Args:
         metric: One of `METRICS`. "f1" is that of class 1, as GLUE has it.
@@ -59,7 +59,7 @@ def score(
 
 
 def open_score(metric: str, measured: npt.NDArray[Any], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A metric of open answers, in percent, for every row of weights.
+    """Compute a metric of open answers, in percent, for every row of weights.
 
     Args:
         metric: "exact_match", "rouge_l", or "likelihood": the geometric mean of the probabilities of the right answers'
@@ -112,10 +112,10 @@ def _correlation(metric: str, predicted: npt.NDArray[Any], labels: npt.NDArray[A
 def scores(
     metrics: Sequence[str], predictions: npt.NDArray[Any] | Sequence[str], labels: npt.NDArray[Any] | Sequence[str]
 ) -> dict[str, float]:
-    """All of a task's metrics, in percent."""
+    """Compute all of a task's metrics, in percent."""
     return {m: score(m, predictions, labels) for m in metrics}
 
 
 def primary(found: Mapping[str, float]) -> float:
-    """A task's score: the mean of its metrics, as in GLUE's own average."""
+    """Average a task's metrics into its score, as GLUE's own average does."""
     return float(np.mean(list(found.values())))

@@ -25,7 +25,7 @@ _HOLD_OUT = 5  # without a validation file, every fifth row is held out
 
 
 def load_task(task: Task, *, root: Path | None = None) -> Task:
-    """The task with what its training rows tell: class names or answers (where none are given), the mean of targets."""
+    """Complete a task by what its training rows tell: class names or answers (where none are given), the mean of targets."""
     if task.kind == "regression":
         targets = np.asarray(load_examples(task, "train", root=root).labels)
         return replace(task, target_mean=float(targets.mean()))
@@ -87,7 +87,7 @@ def load_examples(
         split: "train" or "validation".
         root: Folder that relative files of the task's source are found in.
         rows: How many, drawn without replacement by `seed` and kept in file order; None for all.
-        seed: Of that draw.
+        seed: Seed of that draw.
 
     Raises:
         InputError: File or column missing, an empty cell, a label that is not one of the task's, no rows; names the
@@ -203,7 +203,7 @@ def _require_plain(table: pa.Table, name: str, task: Task, split: str) -> None:
 
 
 def read_table(path: Path, text_columns: Sequence[str] = ()) -> pa.Table:
-    """A csv, tsv, jsonl or parquet file, whole; in csv and tsv the text columns are read as text whatever they hold.
+    """Read a csv, tsv, jsonl or parquet file, whole; in csv and tsv the text columns are read as text whatever they hold.
 
     Raises:
         InputError: No such file, another kind of file, or a damaged one.

@@ -24,7 +24,7 @@ class Source:
 
     Args:
         train: A csv, tsv, jsonl or parquet file, or "hub:NAME[:CONFIG[:SPLIT]]"; relative to the run's data root.
-        validation: The same; None holds out every fifth row of `train`.
+        validation: A file or hub name likewise; None holds out every fifth row of `train`.
     """
 
     train: str
@@ -133,7 +133,7 @@ class Examples:
         return len(self.texts)
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Examples:
-        """The rows at these positions, in this order."""
+        """Take the rows at these positions, in this order."""
         labels = self.labels
         chosen = (
             tuple(labels[i] for i in indices) if isinstance(labels, tuple) else labels[np.asarray(indices, np.int64)]

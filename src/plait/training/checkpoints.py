@@ -21,13 +21,13 @@ _KEPT = 2  # the newest, and the one before it for the day the newest turns out 
 
 
 def checkpoint_root(out: Path) -> Path:
-    """Where the checkpoints of a run that writes `out` are kept until it is finished."""
+    """Name the folder in which the checkpoints of a run that writes `out` lie until it is finished."""
     out = out.absolute()
     return out.parent / f".{out.name}.checkpoints"
 
 
 def run_name(root: Path) -> str:
-    """The name of the adapter that a run with these checkpoints writes."""
+    """Name the adapter that a run with these checkpoints writes."""
     return root.name.removeprefix(".").removesuffix(".checkpoints")
 
 
@@ -62,7 +62,7 @@ def leave_no_empty(root: Path) -> None:
 
 
 def recorded_identity(root: Path) -> dict[str, Any]:
-    """The identity of the run that a folder of checkpoints belongs to; empty where it is not readable."""
+    """Read the identity of the run that a folder of checkpoints belongs to; empty where it is not readable."""
     try:
         identity = read_json(root / _IDENTITY)
     except PlaitError:
@@ -85,7 +85,7 @@ def seal(stage: Path, final: Path) -> None:
 
 
 def latest_whole(root: Path) -> Path | None:
-    """The newest checkpoint whose every file is as it was sealed, or None; damaged ones are passed over."""
+    """Find the newest checkpoint whose every file is as it was sealed, or None; damaged ones are passed over."""
     return next((c for c in _by_step(root) if is_whole(c)), None)
 
 

@@ -52,7 +52,7 @@ class Cell:
     Args:
         A: (r, d) values.
         B: (out, r) values.
-        A_gradient, B_gradient: Of the same shapes.
+        A_gradient, B_gradient: Gradients of the same shapes.
         scaling: s in D = s B A.
         rule: What is done to them.
     """
@@ -66,7 +66,7 @@ class Cell:
 
 
 def projected_rows(A: Float[Tensor, "n r d"], Q: Float[Tensor, "n m d"]) -> Float[Tensor, "n r d"]:
-    """A Q^T Q: the nearest rows in the span of Q's orthonormal rows."""
+    """Project rows, A Q^T Q: the nearest rows in the span of Q's orthonormal rows."""
     return torch.bmm(torch.bmm(A, Q.transpose(1, 2)), Q)
 
 
@@ -118,7 +118,7 @@ class Enforcer:
 
     @torch.no_grad()
     def penalty(self) -> float:
-        """The penalties' sum at present."""
+        """Sum the penalties at present."""
         return float(sum(float(batch.penalty()[0].sum()) for batch in self._penalised))
 
 

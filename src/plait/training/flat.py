@@ -21,7 +21,7 @@ class Slot:
         name: Such as "encoder.layer.0.attn.q.A" or "head.classifier.weight".
         first, last: Rows, that is members, from `first` up to `last`.
         start: First column.
-        shape: Of one member's tensor.
+        shape: Shape of one member's tensor.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Slot:
         return int(torch.Size(self.shape).numel())
 
     def view(self, matrix: Tensor) -> Tensor:
-        """(members, *shape), sharing memory with the matrix."""
+        """View a slot as (members, *shape), sharing memory with the matrix."""
         block = matrix[self.first : self.last, self.start : self.start + self.size]
         return block.view(block.shape[0], *self.shape)
 
@@ -61,7 +61,7 @@ class FlatParameters:
         slots: Where each tensor lies.
         columns: Width of the matrix.
         values: (members, columns) float32, the master copy.
-        dtype: In which the forward pass sees them.
+        dtype: Dtype in which the forward pass sees them.
         moments: First and second moments to go on from.
     """
 
@@ -94,7 +94,7 @@ class FlatParameters:
 
     @torch.no_grad()
     def step(self, gradients: Tensor, rates: Tensor, head_start: int, step: int, decay: Tensor | None = None) -> None:
-        """One AdamW step of all members.
+        """Take one AdamW step of all members.
 
         Args:
             gradients: (members, columns), already scaled.
@@ -120,6 +120,6 @@ class FlatParameters:
 
 
 def tensors_of(slots: Sequence[Slot], row: Tensor, member: int) -> Mapping[str, Tensor]:
-    """One member's tensors by name, from its row of values."""
+    """Read one member's tensors by name from its row of values."""
     mine = [s for s in slots if s.first <= member < s.last]
     return {s.name: row[s.start : s.start + s.size].reshape(s.shape).clone() for s in mine}

@@ -42,7 +42,7 @@ def train_fleet(
     embeddings) are trained alone.
 
     Args:
-        members: In any order; no two with one `out`.
+        members: Members in any order; no two with one `out`.
         base: The base model.
         overwrite: Train even where a folder holds something.
         progress: Called with steps done, steps to do (over all members) and the mean loss of late.

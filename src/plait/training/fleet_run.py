@@ -101,7 +101,7 @@ class Shared:
         self.bank: RowBank = row_bank(rows, tokenizer.pad_token_id, self.kind, self.device)
 
     def rows_of(self, chosen: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """(steps, members, batch) positions in the bank."""
+        """Give (steps, members, batch) positions in the bank."""
         parts = []
         for i in chosen:
             m, t = self.members[i], self._prepared[i]
@@ -168,14 +168,14 @@ class Outcome:
     root: Path | None = None
 
     def curve(self, place: int) -> list[tuple[int, float]]:
-        """(step, mean loss since the one before), about twenty of them."""
+        """Summarise the losses: about twenty of (step, mean loss since the one before)."""
         every = max(1, len(self.losses) // 20)
         ends = sorted({1, *range(every, len(self.losses) + 1, every), len(self.losses)})
         starts = [0, *ends[:-1]]
         return [(e, float(self.losses[s:e, place].mean())) for s, e in zip(starts, ends, strict=True)]
 
     def why(self, place: int) -> str:
-        """What happened to a member that failed."""
+        """Say what happened to a member that failed."""
         losses = self.losses[:, place]
         lost = np.flatnonzero(~np.isfinite(losses))
         if len(lost) == 0:
@@ -224,7 +224,7 @@ def run_batched(shared: Shared, chosen: Sequence[int], meter: Callable[[int, flo
 
 
 def members_at_once(shared: Shared) -> int:
-    """How many members of a group to step together so that a sample of steps costs least.
+    """Choose how many members of a group to step together so that a sample of steps costs least.
 
     More members share the launching of kernels; fewer, of like length, share fewer pads.
     """

@@ -22,10 +22,10 @@ class Member:
         task: Its task.
         examples: Its training rows; members may share them.
         settings: Its own rates, steps, constraint.
-        seed: Of its head and the order of its rows.
+        seed: Seed of its head and the order of its rows.
         out: The folder to write.
         identity: What the result is.
-        statistics: Of all tasks, where its constraint needs them.
+        statistics: Statistics of all tasks, where its constraint needs them.
         selection: Rows to choose its best moment by.
     """
 
@@ -41,7 +41,7 @@ class Member:
 
 
 def rates_sweep(member: Member, rates: Mapping[str, float]) -> list[Member]:
-    """One member per learning rate; each writes into ``NAME-KEY`` beside the member's own folder."""
+    """Make one member per learning rate; each writes into ``NAME-KEY`` beside the member's own folder."""
     made = []
     for key, rate in rates.items():
         settings = replace(member.settings, lr=rate)

@@ -29,7 +29,7 @@ TASK_TYPES = {
 
 
 def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
-    """The adapter as it goes into training on a task: named after it, on the task's model, with the model's head.
+    """Prepare an adapter for training on a task: named after it, on the task's model, with the model's head.
 
     A head that the adapter already has for this task is put into the model first: training continues from it. Modules
     of a text adapter are named on disk as in the whole model; here all names are relative to the backbone.
@@ -107,7 +107,7 @@ def _check_module(module: nn.Module | None, factors: LoraFactors, name: str) -> 
 
 
 def detach(peft_model: Any, adapter: Adapter, source: Mapping[str, Any]) -> Adapter:
-    """The adapter with the factors and the head that the model holds now, as copies on the CPU.
+    """Take the adapter out of a model, with the factors and the head that it holds now, as copies on the CPU.
 
     Args:
         peft_model: From `attach`, bare or wrapped.

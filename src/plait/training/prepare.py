@@ -24,7 +24,7 @@ def prepare_constraint(
     task: str,
     device: torch.device | str = "cpu",
 ) -> Constraint:
-    """The constraint that the settings ask for, on one adapter.
+    """Make the constraint that the settings ask for, on one adapter.
 
     Args:
         settings: `constraint` and `constraint_options`: for "projected" ``m`` (rows of the span, default 128),

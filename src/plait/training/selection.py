@@ -29,7 +29,7 @@ class BestAdapter(TrainerCallback):
         settings: `evaluate_every` and `patience`.
         task: How rows are scored: its metrics, or for text minus the perplexity of the answers.
         examples: The selection rows.
-        tokenizer: Of the base.
+        tokenizer: Tokenizer of the base.
         model: The PeftModel.
         adapter: What it was made from.
         root: Where scores and the best adapter lie while the run is unfinished.
@@ -77,7 +77,7 @@ class BestAdapter(TrainerCallback):
         stage.rename(self.root / _BEST)
 
     def best(self) -> tuple[Adapter, dict[str, Any]]:
-        """The best adapter, and the record of how it was chosen."""
+        """Give the best adapter, and the record of how it was chosen."""
         step = min(k for k, v in self.history.items() if v == max(self.history.values()))
         best = read_adapter(self.root / _BEST, name=self.adapter.name)
         modules = {

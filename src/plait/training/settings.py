@@ -151,12 +151,12 @@ class TrainingSettings:
 
 
 def sweep(settings: TrainingSettings, rates: Iterable[float]) -> list[TrainingSettings]:
-    """The same settings at several learning rates: members of one fleet."""
+    """Repeat settings at several learning rates: members of one fleet."""
     return [replace(settings, lr=rate) for rate in rates]
 
 
 def row_order(rows: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:
-    """Which row stands at each place of the training run: permutations of all rows, one after another.
+    """Say which row stands at each place of the training run: permutations of all rows, one after another.
 
     Every step takes the next `batch_size` places, so that each batch is full, across the ends of epochs too. The order
     depends on nothing but these arguments: not on the machine, on resuming, or on who else is trained beside it.
@@ -164,7 +164,7 @@ def row_order(rows: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:
     Args:
         rows: Rows there are, at least 1.
         wanted: Places to fill.
-        seed: Of the run.
+        seed: Seed of the run.
 
     Returns:
         (wanted,) row numbers; every row occurs once before any occurs twice.

@@ -67,7 +67,7 @@ def average_adapter(accelerator: Any) -> None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: members of the outermost module lists."""
+    """Find the transformer blocks: members of the outermost module lists."""
     blocks: list[nn.Module] = []
     inside: set[int] = set()
     for module in model.modules():
@@ -78,7 +78,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def local_numbers(model: nn.Module) -> int:
-    """How many of a model's numbers lie in this process."""
+    """Count a model's numbers that lie in this process."""
     from torch.distributed.tensor import DTensor
 
     def size(parameter: Tensor) -> int:

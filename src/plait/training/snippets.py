@@ -72,7 +72,7 @@ _NO_CALLBACK = """\
 def snippet(
     trainer: str, folder: str | Path, *, own: str | Path | None = None, others: Sequence[str | Path] = ()
 ) -> str:
-    """What to give another trainer so that it continues from an adapter folder.
+    """Write what another trainer needs to continue from an adapter folder.
 
     Args:
         trainer: "axolotl" and "llama-factory" (YAML), "trl" and "unsloth" (Python).

@@ -64,7 +64,7 @@ def train_adapter(
         examples: Its training rows.
         base: The base model, which stays as it is.
         settings: Steps, rates, constraint.
-        seed: Of the head, the order of the rows and dropout.
+        seed: Seed of the head, the order of the rows and dropout.
         out: The folder to write; checkpoints lie beside it in ``.NAME.checkpoints`` until it is finished.
         identity: What the result is (`plait.disk.store.identity`); a folder that already holds it is read, not redone.
         overwrite: Train even where `out` holds something.
@@ -200,7 +200,7 @@ def _settle_callbacks(trainer: Any, root: Path) -> None:
 
 
 def logged_losses(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, mean loss since the one before) as the Trainer logged them, across resumptions."""
+    """List (step, mean loss since the one before) as the Trainer logged them, across resumptions."""
     return [(int(h["step"]), float(h["loss"])) for h in history if "loss" in h]
 
 

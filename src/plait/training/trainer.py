@@ -57,7 +57,7 @@ class TaskTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The settings' schedule."""
+        """Make the settings' schedule."""
         if self.lr_scheduler is None:
             total = num_training_steps
             chosen: Any = optimizer or self.optimizer
@@ -68,7 +68,7 @@ class TaskTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The task's loss over the rows (or labelled tokens) of the whole step."""
+        """Compute the task's loss over the rows (or labelled tokens) of the whole step."""
         labels: Tensor = inputs["labels"]
         seen = inputs if self.task.kind == "seq2seq" else {k: v for k, v in inputs.items() if k != "labels"}
         outputs = model(**seen)
