@@ -198,7 +198,7 @@ class DuplicateKey(ValueError):  # noqa: N818 (what is wrong with the text)
         self.key = key
 
 
-def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     """Make a mapping of the pairs of a JSON object.
 
     Raises:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from plait.adapters.sealed import SEAL, SEALED, is_sealed, read_sealed
 from plait.adapters.tensors import read_metadata
@@ -15,12 +14,28 @@ from plait.disk.hub import adapter_place
 from plait.disk.manifest import MANIFEST, compare_with_manifest
 from plait.errors import Damaged, InputError, UsageError
 from plait.loading import Account, accounts, loader_named
+from plait.loading.account import Effect
 from plait.loading.gguf import GGUF_MAGIC, read_gguf
 from plait.statistics import files, fisher
 from plait.statistics.inspect import check_statistics
 
 _MARKS = (MANIFEST, "adapter_config.json")
 _DEPTH, _MOST = 6, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One loader's account in a few words.
+
+    Args:
+        verdict: "ok", "refuses it" or "loads something else".
+        counts: Whether its faults make the check fail.
+        effects: Effect -> number of tensors.
+    """
+
+    verdict: str
+    counts: bool
+    effects: Mapping[Effect, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +79,21 @@ class Checked:
                 return f"{account.loader} {account.version}: {first.tensor} {first.what}"
         return self.base.faults[0] if self.base is not None and self.base.faults else ""
 
-    def record(self) -> dict[str, Any]:
-        """Give all of it as plain values."""
+    def verdict_of(self, account: Account) -> Verdict:
+        """Sum up what one loader makes of it."""
+        loud = any(f.raises for f in account.faults)
+        word = "ok" if not account.faults else "refuses it" if loud else "loads something else"
+        return Verdict(word, self.counts(account), dict(Counter(p.effect for p in account.placements)))
+
+    def record(self) -> Mapping[str, object]:
+        """Give all of it as JSON can hold it."""
         return {
             "path": str(self.path),
             "ok": not self.failed,
             "listed": self.listed,
             "changed": list(self.changed),
-            "accounts": [self._row(a) for a in self.accounts],
+            "accounts": [{**asdict(self.verdict_of(a)), **asdict(a)} for a in self.accounts],
             "base": None if self.base is None else asdict(self.base),
-        }
-
-    def _row(self, account: Account) -> dict[str, Any]:
-        loud = any(f.raises for f in account.faults)
-        verdict = "ok" if not account.faults else "refuses it" if loud else "loads something else"
-        return {
-            "verdict": verdict,
-            "counts": self.counts(account),
-            "effects": dict(Counter(p.effect for p in account.placements)),
-            **asdict(account),
         }
 
 

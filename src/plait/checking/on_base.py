@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from plait.errors import InputError
 from plait.loading import tensor_names as names
@@ -168,7 +171,7 @@ def _by_peft(base: Any, folder: Path) -> tuple[Any, Any]:
     return model, result
 
 
-def _batch(config: Any) -> dict[str, Any]:
+def _batch(config: Any) -> dict[str, Tensor]:
     import torch
 
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -179,7 +182,7 @@ def _batch(config: Any) -> dict[str, Any]:
     return {**inputs, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else inputs
 
 
-def _output(model: Any, batch: dict[str, Any]) -> Any:
+def _output(model: Any, batch: Mapping[str, Tensor]) -> Any:
     outputs = model(**batch)
     return next(outputs[k] for k in ("logits", "start_logits", "last_hidden_state") if k in outputs)
 

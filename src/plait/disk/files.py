@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from plait.border.checked import distinct_keys
 from plait.disk.locks import require_readable
 from plait.errors import InputError
 
@@ -41,7 +42,7 @@ def read_json(path: Path, limit: int = _JSON_LIMIT) -> Any:
     if size > limit:
         raise InputError(f"JSON of {size} bytes, at most {limit} expected", where=str(path))
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=distinct_keys)
     except UnicodeDecodeError as e:
         raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
     except (ValueError, RecursionError) as e:
@@ -61,15 +62,6 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"duplicate key {key!r}")
-        seen[key] = value
-    return seen
 
 
 def require_regular(path: Path) -> None:

@@ -28,7 +28,7 @@ _TOKENIZER = re.compile(
 )
 
 
-def read_base_config(folder: Path) -> dict[str, Any]:
+def read_base_config(folder: Path) -> Mapping[str, Any]:
     """Read a base's config.json.
 
     Raises:

@@ -96,7 +96,7 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def require_unquantised(folder: Path) -> dict[str, Any]:
+def require_unquantised(folder: Path) -> Mapping[str, Any]:
     """Read the config.json of a folder whose weights are plain numbers.
 
     Raises:

@@ -61,7 +61,7 @@ def leave_no_empty(root: Path) -> None:
         shutil.rmtree(root)
 
 
-def recorded_identity(root: Path) -> dict[str, Any]:
+def recorded_identity(root: Path) -> Mapping[str, Any]:
     """Read the identity of the run that a folder of checkpoints belongs to; empty where it is not readable."""
     try:
         identity = read_json(root / _IDENTITY)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from plait.adapters.config import read_config
 from plait.adapters.peft_format import read_adapter
@@ -102,9 +102,21 @@ def snippet(
         return (_TRL if trainer == "trl" else _UNSLOTH).format(**given)
     targets = config.target_modules
     names = sorted(adapter.full_name(m) for m in adapter.modules) if targets is None else targets
-    shared = {"base": adapter.base, "folder": str(folder), "r": config.r, "alpha": int(config.alpha), "out": out}
-    made = (_axolotl if trainer == "axolotl" else _llama_factory)(shared, names)
-    return _NO_CALLBACK.format(trainer=_NAMES[trainer]) + _yaml(made)
+    write = _axolotl if trainer == "axolotl" else _llama_factory
+    text = write(_Continued(adapter.base, str(folder), config.r, int(config.alpha), names, out))
+    return _NO_CALLBACK.format(trainer=_NAMES[trainer]) + text
+
+
+@dataclass(frozen=True, slots=True)
+class _Continued:
+    """What a trainer's file says of the adapter it continues from."""
+
+    base: str
+    folder: str
+    rank: int
+    alpha: int
+    targets: Sequence[str] | str
+    out: str
 
 
 def _same(path: str | Path, own: str | Path) -> bool:
@@ -124,44 +136,46 @@ def require_trainer(trainer: str, task_type: str | None) -> None:
         raise UsageError(f"{trainer} trains causal language models, this is {task_type}", hint="--task-type CAUSAL_LM")
 
 
-def _axolotl(x: dict[str, Any], targets: tuple[str, ...] | list[str] | str) -> dict[str, Any]:
-    return {
-        "base_model": x["base"],
+def _axolotl(x: _Continued) -> str:
+    settings = {
+        "base_model": x.base,
         "adapter": "lora",
-        "lora_model_dir": x["folder"],  # continue from this adapter; r, alpha and targets repeat what is in it
-        "lora_r": x["r"],
-        "lora_alpha": x["alpha"],
-        "lora_target_modules": targets if isinstance(targets, str) else list(targets),
+        "lora_model_dir": x.folder,  # continue from this adapter; r, alpha and targets repeat what is in it
+        "lora_r": x.rank,
+        "lora_alpha": x.alpha,
+        "lora_target_modules": x.targets if isinstance(x.targets, str) else list(x.targets),
         "lora_dropout": 0.0,
         "datasets": [{"path": "YOUR_DATA.jsonl", "type": "alpaca"}],
         "learning_rate": 4e-4,
         "num_epochs": 1,
         "micro_batch_size": 8,
-        "output_dir": x["out"],
+        "output_dir": x.out,
     }
+    return _yaml(settings)
 
 
-def _llama_factory(x: dict[str, Any], targets: tuple[str, ...] | list[str] | str) -> dict[str, Any]:
-    return {
-        "model_name_or_path": x["base"],
-        "adapter_name_or_path": x["folder"],
+def _llama_factory(x: _Continued) -> str:
+    settings = {
+        "model_name_or_path": x.base,
+        "adapter_name_or_path": x.folder,
         "create_new_adapter": False,
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "lora",
-        "lora_rank": x["r"],
-        "lora_alpha": x["alpha"],
-        "lora_target": targets if isinstance(targets, str) else ",".join(targets),
+        "lora_rank": x.rank,
+        "lora_alpha": x.alpha,
+        "lora_target": x.targets if isinstance(x.targets, str) else ",".join(x.targets),
         "dataset": "YOUR_DATASET",
         "template": "default",
         "learning_rate": 4e-4,
         "num_train_epochs": 1.0,
         "per_device_train_batch_size": 8,
-        "output_dir": x["out"],
+        "output_dir": x.out,
     }
+    return _yaml(settings)
 
 
-def _yaml(value: dict[str, Any]) -> str:
+def _yaml(settings: Mapping[str, object]) -> str:
     import yaml
 
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
