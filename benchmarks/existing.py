@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
+from plait.border.records import to_json
 from plait.disk.store import versions
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import REPORTED, SELECTION
@@ -224,7 +225,7 @@ def tick(clock: dict[str, float], name: str) -> None:
 
 def label_free(panel, adapters, entries, fidelity, a) -> tuple[dict[str, Any], dict[str, Any]]:
     """What would be chosen from factors alone, and from the texts: as it is, its weights learnt, repaired."""
-    blind, record = choose_by_factors(adapters, METHODS, a.scales)
+    blind = choose_by_factors(adapters, METHODS, a.scales)
     best = max(range(len(entries)), key=lambda i: fidelity[i].score)
     tried, scale = entries[best]
     chosen = Scored(tried, scale, fidelity[best], a.texts)
@@ -236,17 +237,17 @@ def label_free(panel, adapters, entries, fidelity, a) -> tuple[dict[str, Any], d
     most, rest = split_off(panel.texts, HELD_OUT)
     tried_repair = distil(panel.with_texts(most), kept, learns="factors", steps=a.steps)
     pair = fidelities(panel.with_texts(rest), [(kept, 1.0), (tried_repair.adapter, 1.0)])
-    repair["held_out_by_aggregate"] = {k: [f([*x.tasks]) for x in pair] for k, f in AGGREGATES.items()}
+    by_aggregate = {k: [f([*x.tasks]) for x in pair] for k, f in AGGREGATES.items()}
     arms = {
-        "no text": (blind, 1.0),
+        "no text": (blind.adapter, 1.0),
         "100 texts, chosen": (plain, 1.0),
         "100 texts": (kept, 1.0),
         "100 texts, repaired": (mended.adapter, 1.0),
         "100 texts, repaired where it holds up": (gated, 1.0),
     }
     facts = {
-        "chosen_no_text": record["chosen"],
-        "repair": repair,
+        "chosen_no_text": to_json(blind.chosen),
+        "repair": {**to_json(repair), "held_out_by_aggregate": by_aggregate},
         "chosen_100_texts": {"candidate": tried.recipe.label, "scale": scale, "held_out": held},
     }
     return arms, facts

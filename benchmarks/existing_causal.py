@@ -60,7 +60,7 @@ def main() -> None:
     adapters = [read_adapter(a.run / "adapters" / a.arm / f"seed-{a.seed}" / n, name=n) for n in names]
     texts = {n: session.training(n, a.seed).texts[: a.texts] for n in names}
     merges = dict.fromkeys(("base",), (None, 1.0))
-    merges["without text"] = (choose_by_factors(adapters, a.methods, a.scales)[0], 1.0)
+    merges["without text"] = (choose_by_factors(adapters, a.methods, a.scales).adapter, 1.0)
     chosen = {}
     panels = {}
     for where in ("all", "end"):

@@ -56,20 +56,20 @@ def test_with_texts_everything_is_measured(make_panel):
     panel = make_panel(texts=24)
     adapters = [p.adapter for p in panel.parts]
     found = advise(adapters, panel.base, panel.texts, settings=AdviceSettings(repair=3, refine=3, max_length=24))
-    names = [o["option"] for o in found["options"]]
+    names = [o.option for o in found.options]
     assert names[0] == SEPARATELY and "merged, rank 6" in names and "merged, cut to rank 3" in names
     assert "merged, baked into the base" in names and "merged and repaired, rank 3" in names
     assert sum(n.startswith("the best single adapter") for n in names) == 1
-    assert all(o["kept"] is not None and o["worst"] <= o["kept"] + 1e-9 for o in found["options"])
-    assert all("the bare base chooses" in u for u in found["unknown"])  # what the few held-out texts do not tell
-    size = {o["option"]: o["bytes"] for o in found["options"]}
+    assert all(o.kept is not None and o.worst <= o.kept + 1e-9 for o in found.options)
+    assert all("the bare base chooses" in u for u in found.unknown)  # what the few held-out texts do not tell
+    size = {o.option: o.bytes for o in found.options}
     assert size["merged, baked into the base"] < size["merged, cut to rank 3"] < size["merged, rank 6"]
     assert size["merged, rank 6"] == costs.base_size(Path(panel.base.name))[0] + costs.factors_at(
         adapters, 6
     ) + costs.head_bytes(adapters)
-    good = [o["option"] for o in found["options"] if o["worst"] >= 0.9]
-    assert found["recommended"] in good
-    assert found["recommended"] != SEPARATELY or good == [SEPARATELY]
+    good = [o.option for o in found.options if o.worst >= 0.9]
+    assert found.recommended in good
+    assert found.recommended != SEPARATELY or good == [SEPARATELY]
 
 
 def test_the_advice_follows_the_worst_adapter():
@@ -90,8 +90,8 @@ def test_one_and_the_same_adapter_twice_is_worth_merging(make_panel):
     twin = replace(one, name="twin", heads={"twin": one.heads["one"]})
     texts = {"one": panel.texts["one"], "twin": panel.texts["one"]}
     found = advise([one, twin], panel.base, texts, settings=AdviceSettings(repair=0, refine=0, max_length=24))
-    assert found["recommended"] != SEPARATELY
-    assert found["next"] == that_merge([one, twin], panel.base, found["recommended"], 0)
+    assert found.recommended != SEPARATELY
+    assert found.next == that_merge([one, twin], panel.base, found.recommended, 0)
 
 
 def test_the_command_makes_what_is_recommended(make_panel):
@@ -179,9 +179,9 @@ def test_what_cannot_be_merged_is_served_separately(make_panel):
     one, two = (p.adapter for p in make_panel().parts)
     other = replace(two, base="another", source={})
     found = advise([replace(one, source={}), other])
-    assert found["recommended"] == SEPARATELY and "of different bases" in found["advice"]
-    assert [o["option"] for o in found["options"]] == [SEPARATELY]
-    assert "nothing to merge with" in advise([one])["advice"]
+    assert found.recommended == SEPARATELY and "of different bases" in found.advice
+    assert [o.option for o in found.options] == [SEPARATELY]
+    assert "nothing to merge with" in advise([one]).advice
 
 
 def test_a_pair_of_one_descent_is_noticed(make_panel):
@@ -190,7 +190,7 @@ def test_a_pair_of_one_descent_is_noticed(make_panel):
     dense = [torch.cat([f.delta(torch.float64).flatten() for f in a.modules.values()]) for a in (one, two)]
     assert apart == pytest.approx(float(torch.nn.functional.cosine_similarity(*dense, dim=0)), abs=1e-5)
     twin = replace(one, name="twin", heads={"twin": one.heads["one"]})
-    assert any("one and twin point much the same way (cosine 1.00)" in n for n in advise([one, twin])["notes"])
+    assert any("one and twin point much the same way (cosine 1.00)" in n for n in advise([one, twin]).notes)
 
 
 def test_what_is_given_is_told_apart(tiny_base, make_panel, tmp_path):

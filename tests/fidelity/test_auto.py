@@ -13,6 +13,7 @@ import torch
 
 from plait.adapters.lora import LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import to_json
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.fidelity.auto import AutoSettings, merge_auto, merge_auto_folders
@@ -73,18 +74,18 @@ def test_without_texts_the_same_factors_give_the_same_choice(make_panel):
     a, b = merge_auto(adapters), merge_auto(adapters)
     assert same(a.adapter, b.adapter)
     assert a.record == b.record
-    errors = [r["assumed_error"] for r in a.record["evidence"]]
+    errors = [r.assumed_error for r in a.record.evidence]
     assert errors == sorted(errors)
-    assert {r["method"] for r in a.record["evidence"]} == {"task_arithmetic", "tsv", "iso_c", "knots"}
-    assert a.record["chosen"]["candidate"] == "tsv"
-    assert a.record["chosen"]["scale"] == 0.7  # by its record
+    assert {r.method for r in a.record.evidence} == {"task_arithmetic", "tsv", "iso_c", "knots"}
+    assert a.record.chosen.candidate == "tsv"
+    assert a.record.chosen.scale == 0.7  # by its record
     expected = best_scale(terms(merge(adapters, "tsv", scale=1.0).adapter, adapters))
-    nearest = min((r for r in a.record["evidence"] if r["candidate"] == "tsv"), key=lambda r: r["assumed_error"])
-    assert nearest["scale"] == pytest.approx(expected, abs=1e-4)
+    nearest = min((r for r in a.record.evidence if r.candidate == "tsv"), key=lambda r: r.assumed_error)
+    assert nearest.scale == pytest.approx(expected, abs=1e-4)
     other = merge_auto(adapters, settings=AutoSettings(methods=("task_arithmetic", "iso_c")))
-    assert other.record["chosen"]["candidate"] == other.record["evidence"][0]["candidate"]
+    assert other.record.chosen.candidate == other.record.evidence[0].candidate
     turned = merge_auto(adapters[::-1])
-    assert turned.record["chosen"] == a.record["chosen"]
+    assert turned.record.chosen == a.record.chosen
 
 
 def test_the_assumed_error_is_that_of_dense_matrices(make_panel):
@@ -172,8 +173,8 @@ def test_a_merge_is_cut_before_it_is_repaired(make_panel):
     cut = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=settings)
     found = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=replace(settings, repair=5))
     assert same(found.adapter, distil(panel, cut.adapter, learns="factors", steps=5).adapter)
-    assert found.record["rank"] == 2 and found.record["discarded_energy"] == cut.record["discarded_energy"] > 0
-    assert found.record["repair"]["steps"] == 5
+    assert found.record.rank == 2 and found.record.discarded_energy == cut.record.discarded_energy > 0
+    assert found.record.repair.steps == 5
 
 
 def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
@@ -190,24 +191,25 @@ def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
         folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings
     )
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["result"]["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert manifest["result"]["chosen"] == json.loads(json.dumps(to_json(found)["chosen"]))
+    assert {"task", "kl", "shift", "kept", "followed"} <= set(manifest["result"]["fidelity"]["tasks"][0])
     assert len(manifest["result"]["evidence"]) >= 32
     assert {r["texts"] for r in manifest["result"]["evidence"]} == {32, 40}
     assert manifest["result"]["fidelity"]["general_kl"] > 0
     assert set(manifest["result"]["held_out"]) == {"chosen", "refined"}
     written = read_adapter(tmp_path / "out")
     assert set(written.heads) == {"one", "two"}
-    assert found["verification_error"] < 1e-5
+    assert found.record.verification_error < 1e-5
     score = fidelities(panel, [(written, 1.0)])[0].score
-    assert score == pytest.approx(found["fidelity"]["score"], abs=1e-3)
+    assert score == pytest.approx(found.record.fidelity.score, abs=1e-3)
     again = merge_auto_folders(
         folders, tmp_path / "out", base=panel.base, texts=texts, general=texts_of(5, 7), settings=settings
     )
-    assert again["reused"]
+    assert again.reused and again.record == found.record
     with pytest.raises(UsageError, match="other settings"):
         merge_auto_folders(folders, tmp_path / "out", base=panel.base, texts=texts, settings=FEW)
     cut = merge_auto_folders(folders, tmp_path / "cut", settings=replace(FEW, rank=2))
-    assert cut["rank"] == 2 and 0 < cut["discarded_energy"] < 1
+    assert cut.record.rank == 2 and 0 < cut.record.discarded_energy < 1
 
 
 def test_bad_inputs_are_named(make_panel):
@@ -267,7 +269,7 @@ def test_a_repair_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypat
     monkeypatch.setattr(auto, "distil", pretend)
     found, record = auto.repaired(panel, near, 5)
     assert learnt_from == [{12}, {16}] if better else [{12}]  # a quarter held out; then from all of them
-    assert record["kept"] == better == (record["held_out"]["repaired"] > record["held_out"]["merge"])
+    assert record.kept == better == (record.held_out["repaired"] > record.held_out["merge"])
     assert found is (goal if better else near)
 
 

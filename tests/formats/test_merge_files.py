@@ -148,7 +148,7 @@ def test_auto_without_texts_keeps_the_format(kohya, tmp_path, format):
         paths = [diffusers_file(tmp_path / f"d{seed}.safetensors", seed) for seed in (1, 2)]
     out = tmp_path / "chosen.safetensors"
     found = merge_auto_folders(paths, out)
-    assert found["verification_error"] < 1e-3
+    assert found.record.verification_error < 1e-3
     assert read_any(out).source["format"] == format
     assert set(read_any(out).modules) == set(KOHYA_NAMES.values() if format == "kohya" else MODULES)
-    assert merge_auto_folders(paths, out)["reused"]
+    assert merge_auto_folders(paths, out).reused

@@ -6,15 +6,22 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from plait.border.records import to_json
 from plait.cli.options import Device, Json, Seed
 from plait.cli.output import emit, table
 from plait.errors import printable
+
+if TYPE_CHECKING:
+    from plait.disk.written import Written
+    from plait.fidelity.advise import Advice
+    from plait.fidelity.record import AutoRecord, Evidence, FidelityRecord
 
 Given = Annotated[
     list[str],
@@ -70,13 +77,14 @@ def advise(
     from plait.fidelity.texts import parse_texts, read_place
 
     settings = AdviceSettings(tolerate, repair, refine, length, seed)
-    found = advise_folders(
+    advice = advise_folders(
         given, parse_texts(text or []), read_place(general) if general else (), settings, base_id=base_id, device=device,
         on_progress=_reporter(),
     )  # fmt: skip
-    if found.get("next"):
-        found["next"] = " ".join([found["next"], *(f"--text {shlex.quote(t)}" for t in text or [])])
-    emit(found, as_json, advice_text(found))
+    if advice.next:
+        texts = [f"--text {shlex.quote(t)}" for t in text or []]
+        advice = replace(advice, next=" ".join([advice.next, *texts]))
+    emit(to_json(advice), as_json, advice_text(advice))
 
 
 class AutoChoice(NamedTuple):
@@ -107,12 +115,12 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     settings = AutoSettings(
         refine=chosen.refine, repair=chosen.repair, rank=chosen.rank, max_length=chosen.length, seed=chosen.seed
     )
-    found = merge_auto_folders(
+    written = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
         device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(),
     )  # fmt: skip
-    emit(found, as_json, auto_text(found))
+    emit(to_json(written), as_json, auto_text(written))
 
 
 class ForwardChoice(NamedTuple):
@@ -153,85 +161,76 @@ def _reporter() -> Callable[[str], None]:
     return report
 
 
-def auto_text(found: dict[str, Any]) -> str:
-    """What was chosen, how close it is to every adapter, and the best of what else was tried."""
-    chosen = found["chosen"]
-    lines = [f"{chosen['candidate']} at scale {chosen['scale']:g} of {', '.join(found['tasks'])} -> {found['output']}"]
-    if found.get("reused"):
+def auto_text(written: Written[AutoRecord]) -> str:
+    """Print what was chosen, how close it is to every adapter, and the best of what else was tried."""
+    record = written.record
+    chosen, repair, fidelity = record.chosen, record.repair, record.fidelity
+    lines = [f"{chosen.candidate} at scale {chosen.scale:g} of {', '.join(record.tasks)} -> {written.output}"]
+    if written.reused:
         lines[0] += " (was there already)"
-    if chosen.get("weights"):
-        held = found["held_out"]
-        lines.append(
-            f"weights per adapter and module learnt: {held['chosen']:.3f} -> {held['refined']:.3f} on held-out texts"
-        )
-    if found.get("repair"):
-        lines.append(
-            f"repaired in {found['repair']['steps']} steps: loss {found['repair']['first_loss']:.3f} -> {found['repair']['last_loss']:.3f}"
-        )
-    if found.get("discarded_energy"):
-        lines.append(
-            f"the cut to rank {found['rank']} lost {100 * found['discarded_energy']:.2f} % of the update's energy"
-        )
-    if found.get("fidelity"):
-        lines += ["", fidelity_table(found["fidelity"]), "", _FIDELITY_WORDS]
-    if found["evidence"]:
-        lines += ["", evidence_table(found["evidence"]), "", _WORDS if found.get("fidelity") else _PICO]
-    if found.get("notes"):
-        lines += ["", *(f"- {n}" for n in found["notes"])]
-    if found["evidence"] and not found.get("fidelity"):
-        why = f" ({chosen['why']})" if "why" in chosen else ""
-        lines += ["", f"Chosen from factors alone{why}."]
-        if not found["output"].endswith(".safetensors"):
+    if chosen.weights and record.held_out:
+        before, after = record.held_out["chosen"], record.held_out["refined"]
+        lines.append(f"weights per adapter and module learnt: {before:.3f} -> {after:.3f} on held-out texts")
+    if repair:
+        lines.append(f"repaired in {repair.steps} steps: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}")
+    if record.discarded_energy:
+        lines.append(f"the cut to rank {record.rank} lost {100 * record.discarded_energy:.2f} % of the update's energy")
+    if fidelity:
+        lines += ["", fidelity_table(fidelity), "", _FIDELITY_WORDS]
+    if record.evidence:
+        lines += ["", evidence_table(record.evidence), "", _WORDS if fidelity else _PICO]
+    if record.notes:
+        lines += ["", *(f"- {n}" for n in record.notes)]
+    if record.evidence and not fidelity:
+        lines += ["", f"Chosen from factors alone{f' ({chosen.why})' if chosen.why else ''}."]
+        if not written.output.endswith(".safetensors"):
             lines[-1] += " With the base and --text TASK=FILE for each the choice is measured."
     return "\n".join(lines)
 
 
-def fidelity_table(fidelity: dict[str, Any]) -> str:
-    """Per adapter, the worst first."""
+def fidelity_table(fidelity: FidelityRecord) -> str:
+    """Print a line per adapter, the worst first."""
     rows = [
-        [t["task"], f"{t['agreement']:.3f}", f"{t['agreement_base']:.3f}", f"{t['kl']:.4f}", f"{t['kl_base']:.4f}",
-         f"{t['shift'][-1]:.2f}" if t["shift"] else "", str(t["n"])]
-        for t in fidelity["tasks"]
+        [t.task, f"{t.agreement:.3f}", f"{t.agreement_base:.3f}", f"{t.kl:.4f}", f"{t.kl_base:.4f}",
+         f"{t.shift[-1]:.2f}" if t.shift else "", str(t.n)]
+        for t in (kept.fidelity for kept in fidelity.tasks)
     ]  # fmt: skip
     text = table(["adapter", "agreement", "base's", "KL", "base's", "last layer's shift", "n"], rows)
-    if fidelity["general_kl"] is not None:
-        text += f"\nKL to the base on general text: {fidelity['general_kl']:.4f}"
+    if fidelity.general_kl is not None:
+        text += f"\nKL to the base on general text: {fidelity.general_kl:.4f}"
     return text
 
 
-def evidence_table(evidence: list[dict[str, Any]], most: int = 12) -> str:
-    """The best candidates, each with the adapter it keeps least of."""
-    if "assumed_error" in evidence[0]:
-        rows = [
-            [r["candidate"], f"{r['scale']:g}", f"{r['assumed_error']:.3f}", r["tasks"][0]["task"]]
-            for r in evidence[:most]
-        ]
+def evidence_table(evidence: Sequence[Evidence], most: int = 12) -> str:
+    """Print the best candidates, each with the adapter it keeps least of."""
+    best = evidence[:most]
+    if evidence[0].score is None:
+        rows = [[e.candidate, f"{e.scale:g}", f"{e.assumed_error:.3f}", e.tasks[0].task] for e in best]
         return table(["candidate", "scale", "error on assumed inputs", "worst"], rows)
     rows = []
-    for r in evidence[:most]:
-        worst = r["tasks"][0]
-        shown = [f"{r['score']:.3f}", worst["task"], f"{worst['agreement']:.3f}", str(r["texts"])]
-        rows.append([r["candidate"], f"{r['scale']:g}", *shown])
+    for e in best:
+        worst = e.tasks[0].fidelity
+        shown = [f"{e.score:.3f}", worst.task, f"{worst.agreement:.3f}", str(e.texts)]
+        rows.append([e.candidate, f"{e.scale:g}", *shown])
     return table(["candidate", "scale", "followed", "worst", "agreement there", "texts"], rows)
 
 
-def advice_text(found: dict[str, Any]) -> str:
-    """The options side by side, what is unknown, and the recommendation."""
+def advice_text(advice: Advice) -> str:
+    """Print the options side by side, what is unknown, and the recommendation."""
     rows = [
-        [o["option"], o["memory"], o["added_flops"], _share(o["kept"]), _share(o["worst"]), o["worst_task"] or ""]
-        for o in found["options"]
+        [o.option, o.memory, o.added_flops, _share(o.kept), _share(o.worst), o.worst_task or ""] for o in advice.options
     ]
     lines = [table(["option", "memory", "work a token", "kept", "least kept", "of"], rows)]
     if len(rows) > 1:
         lines += ["", _ADVICE_WORDS]
-    lines += ["", *(f"- {n}" for n in found["notes"])]
-    if found["unknown"]:
-        lines += ["", "Not known:", *(f"- {u}" for u in found["unknown"])]
-    lines += ["", f"Advice: {found['advice']}"]
-    if found.get("next"):
-        lines.append(f"  {found['next']}")
-        if found.get("then"):
-            lines.append(f"  {found['then']}")
+    lines += ["", *(f"- {n}" for n in advice.notes)]
+    if advice.unknown:
+        lines += ["", "Not known:", *(f"- {u}" for u in advice.unknown)]
+    lines += ["", f"Advice: {advice.advice}"]
+    if advice.next:
+        lines.append(f"  {advice.next}")
+        if advice.then:
+            lines.append(f"  {advice.then}")
     return "\n".join(lines)
 
 

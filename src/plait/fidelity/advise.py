@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter, truncated
+from plait.border.records import optional
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.auto import AutoSettings, merge_auto, repaired
@@ -14,6 +14,7 @@ from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.record import AutoRecord, Chosen, Evidence, Repair
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, split_off
 from plait.fidelity.tokens import require_room
@@ -66,6 +67,36 @@ class Option:
     worst_task: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Whether to merge, and how to serve.
+
+    Args:
+        tasks, base: Names of the adapters, and the base that they name.
+        options: Ways to serve, what each costs and keeps.
+        notes: What a person should know about these adapters.
+        unknown: What nobody can say, with the reason.
+        advice: The recommendation in words.
+        recommended: The option that is recommended.
+        chosen, evidence, repair: Of the merge that was looked at.
+        next: The command that makes the recommended merge, but for the texts; None where no command is needed.
+        then: The command that bakes it; None where it is not to be baked.
+    """
+
+    tasks: tuple[str, ...]
+    base: str
+    options: tuple[Option, ...]
+    notes: tuple[str, ...]
+    unknown: tuple[str, ...]
+    advice: str
+    recommended: str
+    chosen: Chosen | None = optional(kind=Chosen)
+    evidence: tuple[Evidence, ...] = optional((), kind=Evidence)
+    repair: Repair | None = optional(kind=Repair)
+    next: str | None = None
+    then: str | None = None
+
+
 def advise_folders(
     given: Sequence[str],
     texts: Mapping[str, Texts],
@@ -75,8 +106,8 @@ def advise_folders(
     base_id: str | None = None,
     device: str = "auto",
     on_progress: OnProgress = lambda _: None,
-) -> dict[str, Any]:
-    """Advice on adapter folders, with or without a base, with or without texts.
+) -> Advice:
+    """Advise on adapter folders, with or without a base, with or without texts.
 
     Args:
         given: BASE and folders, or folders alone: then a base folder that all of them name is the base.
@@ -87,10 +118,8 @@ def advise_folders(
         device: Where the base runs.
         on_progress: Called with what is being done.
 
-    Returns:
-        options, notes, unknown, advice, recommended, and the record of the merge that was looked at; where merging is
-        the advice, next: the command that makes that merge, given the same texts, and then: the one that
-        bakes it (None where no command is needed).
+    Raises:
+        InputError: A path that is not there, or no adapter.
     """
     base, folders = split_base(given, device)
     adapters = read_all(folders)
@@ -107,7 +136,7 @@ def advise(
     settings: AdviceSettings | None = None,
     base_id: str | None = None,
     on_progress: OnProgress = lambda _: None,
-) -> dict[str, Any]:
+) -> Advice:
     """List the options, what each costs and keeps, and recommend one; see `advise_folders`.
 
     With texts, all figures of fidelity are on the quarter of them that neither choice nor repair has seen.
@@ -121,10 +150,10 @@ def advise(
             replace(o, option=o.option.replace("merged", "composed"), kept=1.0, worst=1.0)
             for o in _options(adapters, sizes, {})[1:3]
         ]
-        return _answer(adapters, options, [], composed, "compose", {})
+        return _advice(adapters, options, composed, "compose")
     if reason := _obstacle(adapters, base_id):
         options = _options(adapters, sizes, {})[:1]
-        return _answer(adapters, options, [], f"serve separately: {reason}", SEPARATELY, {})
+        return _advice(adapters, options, f"serve separately: {reason}", SEPARATELY)
     unknown = [] if sizes else [unmeasured.no_size(align(adapters, base_id).base)]
     if not texts or base is None:
         unknown += unmeasured.unknown(adapters, base, bool(texts))
@@ -132,24 +161,25 @@ def advise(
         merged = merge_auto(factors, settings=AutoSettings(seed=chosen.seed), base_id=base_id)
         options = _options(adapters, sizes, {})
         advice, name = unmeasured.without_texts(adapters, merged.adapter, base), "measure first"
-        record = {k: merged.record[k] for k in ("chosen", "evidence")}
+        found = _Findings({}, merged.record)
+        said = _advice(adapters, options, advice, name, unknown, found)
     else:
         panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
         require_room(panel)  # of the held-out texts too, which are read last
-        kept, record = _measured(panel, adapters, chosen, base_id, on_progress)
-        unknown += notes.alike(list(kept.values()))
+        found = _measured(panel, adapters, chosen, base_id, on_progress)
+        unknown += notes.alike(list(found.kept.values()))
         if min(map(len, panel.texts.values())) < HELD_OUT:
             unknown.append(
                 f"how figures hold on other texts: with fewer than {HELD_OUT} of an adapter none could be held out"
             )
-        options = _options(adapters, sizes, kept)
+        options = _options(adapters, sizes, found.kept)
         advice, name = recommend(options, chosen)
-        record |= {
-            "notes": notes.other_base(adapters, base),
-            "next": notes.that_merge(adapters, base, name, chosen.repair),
-            "then": notes.that_model(base, name),
-        }
-    return _answer(adapters, options, unknown, advice, name, record)
+        said = replace(
+            _advice(adapters, options, advice, name, unknown, found, notes.other_base(adapters, base)),
+            next=notes.that_merge(adapters, base, name, chosen.repair),
+            then=notes.that_model(base, name),
+        )
+    return said
 
 
 def _obstacle(adapters: Sequence[Adapter], base_id: str | None) -> str | None:
@@ -163,21 +193,39 @@ def _obstacle(adapters: Sequence[Adapter], base_id: str | None) -> str | None:
     return None
 
 
-def _answer(
+@dataclass(frozen=True, slots=True)
+class _Findings:
+    """What was measured: the fidelity of each option on held-out texts, the merge that was looked at, its repair."""
+
+    kept: Mapping[str, Fidelity]
+    merge: AutoRecord
+    repair: Repair | None = None
+
+
+def _advice(
     adapters: Sequence[Adapter],
     options: Sequence[Option],
-    unknown: Sequence[str],
     advice: str,
     recommended: str,
-    record: dict[str, Any],
-) -> dict[str, Any]:
-    said = [*record.pop("notes", ()), *notes.beside(adapters), *notes.serving(adapters)]
+    unknown: Sequence[str] = (),
+    found: _Findings | None = None,
+    said: Sequence[str] = (),
+) -> Advice:
+    said = [*said, *notes.beside(adapters), *notes.serving(adapters)]
     if recommended not in (SEPARATELY, "compose") or len({a.base for a in adapters}) == 1:
         said = [*notes.kinship(adapters), *said]
-    return {
-        "tasks": [a.name for a in adapters], "base": adapters[0].base, "options": [asdict(o) for o in options],
-        "notes": said, "unknown": list(unknown), "advice": advice, "recommended": recommended, **record,
-    }  # fmt: skip
+    return Advice(
+        tasks=tuple(a.name for a in adapters),
+        base=adapters[0].base,
+        options=tuple(options),
+        notes=tuple(said),
+        unknown=tuple(unknown),
+        advice=advice,
+        recommended=recommended,
+        chosen=found.merge.chosen if found else None,
+        evidence=found.merge.evidence if found else (),
+        repair=found.repair if found else None,
+    )
 
 
 SEPARATELY, SINGLE = "serve separately", "the best single adapter"
@@ -185,8 +233,8 @@ SEPARATELY, SINGLE = "serve separately", "the best single adapter"
 
 def _measured(
     panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, base_id: str | None, on_progress: OnProgress
-) -> tuple[dict[str, Fidelity], dict[str, Any]]:
-    """Fidelity of every option on held-out texts."""
+) -> _Findings:
+    """Measure the fidelity of every option on held-out texts."""
     most, rest = split_off(panel.texts, HELD_OUT)
     seen = panel.with_texts(most)
     few = min(map(len, rest.values())) == 0
@@ -197,10 +245,10 @@ def _measured(
     )
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     arms = {f"merged, rank {R}": merged.adapter, f"merged, cut to rank {r}": _at_rank(merged.adapter, r)}
-    record: dict[str, Any] = {k: merged.record[k] for k in ("chosen", "evidence")}
+    repair = None
     if settings.repair:
         on_progress(f"repair at two ranks, {settings.repair} steps each")
-        arms[f"merged and repaired, rank {r}"], record["repair"] = repaired(
+        arms[f"merged and repaired, rank {r}"], repair = repaired(
             seen, _at_rank(merged.adapter, r), settings.repair, settings.seed
         )
         arms[f"merged and repaired, rank {R}"], _ = repaired(seen, merged.adapter, settings.repair, settings.seed)
@@ -209,7 +257,7 @@ def _measured(
     named = dict(zip((*arms, *singles), scored, strict=True))
     best = max(singles, key=lambda n: named[n].score)
     kept = {n: f for n, f in named.items() if n in arms}
-    return {**kept, f"{SINGLE} ({best.removesuffix(' alone')})": named[best]}, record
+    return _Findings({**kept, f"{SINGLE} ({best.removesuffix(' alone')})": named[best]}, merged.record, repair)
 
 
 def _at_rank(adapter: Adapter, rank: int) -> Adapter:

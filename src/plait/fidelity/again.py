@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
+from plait.disk.written import Written
 from plait.errors import InputError, UsageError
 from plait.fidelity.auto import AutoSettings, merge_auto_folders
+from plait.fidelity.record import AutoRecord
 from plait.merging.edit import Change, Recorded, located, named_weights
 
 
-def choose_again(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def choose_again(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> Written[AutoRecord]:
     """Choose again among the adapters of a merge that `merge auto` chose, some added, some taken out.
 
     Args:
@@ -21,7 +22,7 @@ def choose_again(recipe: Recorded, change: Change, out: Path, *, overwrite: bool
         overwrite: Replace what stands there.
 
     Returns:
-        The record of `merge_auto_folders`: to the bit that of choosing anew.
+        What `merge_auto_folders` gives: to the bit that of choosing anew.
 
     Raises:
         InputError: Inputs that are gone or have changed; texts decided, and texts are not recorded (the command that

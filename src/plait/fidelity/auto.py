@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
+from plait.border.records import from_json, to_json
 from plait.disk import store
 from plait.disk.overwriting import require_apart
+from plait.disk.written import Written, reused
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.choose import FEWEST, HELD_OUT, Choice, choose
@@ -21,6 +22,8 @@ from plait.fidelity.given import recorded_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.proxy import OWN_SHARE
+from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord, Repair
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import Texts, checked, split_off
@@ -75,12 +78,12 @@ class AutoMerge:
     Args:
         adapter: The result.
         fidelity: Fidelity of the result on all texts, with hidden-state shifts; None without texts.
-        record: JSON-serialisable: what was chosen, the evidence, the inputs.
+        record: What was chosen, the evidence, the inputs.
     """
 
     adapter: Adapter
     fidelity: Fidelity | None
-    record: dict[str, Any]
+    record: AutoRecord
 
 
 def merge_auto(
@@ -115,14 +118,15 @@ def merge_auto(
     common = align(adapters, base_id)
     if len(adapters) > 1:
         require_exact(adapters, None, "what is chosen here")
-    record: dict[str, Any] = {
-        "tasks": [a.name for a in adapters],
-        "base": common.base,
-        "backbone_prefix": common.backbone_prefix,
-        "adapters": [provenance(a, 1.0) for a in adapters],
+    record = AutoRecord(
+        tasks=tuple(a.name for a in adapters),
+        base=common.base,
+        backbone_prefix=common.backbone_prefix,
+        adapters=tuple(provenance(a, 1.0) for a in adapters),
         **labels_of(adapters),
-        "notes": [*kinship(adapters), *beside(adapters), *(other_base(adapters, base) if texts else ())],
-    }
+        notes=(*kinship(adapters), *beside(adapters), *(other_base(adapters, base) if texts else ())),
+        chosen=Chosen("the only adapter", 1.0),
+    )
     if not texts:
         if chosen.repair:
             raise UsageError("a repair distils on texts, and there are none", hint="--text TASK=FILE for every adapter")
@@ -134,69 +138,59 @@ def merge_auto(
         chosen.batch_size, chosen.max_length,
     )  # fmt: skip
     if len(adapters) == 1:
-        return _measured(
-            _cut(AutoMerge(adapters[0], None, {**record, "chosen": _ALONE, "evidence": []}), chosen.rank), panel
-        )
-    found = choose(
+        return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
+    choice = choose(
         panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, seed=chosen.seed,
         base=base_id, on_progress=on_progress,
     )  # fmt: skip
-    record |= _chosen(found, {t: len(x) for t, x in panel.texts.items()})
-    merged = _cut(AutoMerge(found.adapter, None, record), chosen.rank)
+    record = replace(
+        record,
+        chosen=_chosen(choice),
+        held_out=dict(choice.held_out),
+        texts={t: len(x) for t, x in panel.texts.items()},
+        evidence=tuple(s.evidence for s in choice.scored),
+    )
+    merged = _cut(AutoMerge(choice.adapter, None, record), chosen.rank)
     if chosen.repair:  # after the cut, so that it makes good what the cut loses; `advise` measures it in this order
         on_progress(f"repair, {chosen.repair} steps")
         adapter, done = repaired(panel, merged.adapter, chosen.repair, chosen.seed)
-        merged = AutoMerge(adapter, None, {**merged.record, "repair": done})
+        merged = AutoMerge(adapter, None, replace(merged.record, repair=done))
     return _measured(merged, panel)
 
 
-_ALONE = {"candidate": "the only adapter", "scale": 1.0}
-
-
-def repaired(panel: Panel, merge: Adapter, steps: int, seed: int = 0) -> tuple[Adapter, dict[str, Any]]:
+def repaired(panel: Panel, merge: Adapter, steps: int, seed: int = 0) -> tuple[Adapter, Repair]:
     """Repair a merge by a short distillation of all adapters into its factors, and say what that did.
 
     A merge that is near its adapters already can lose by it, so it first learns from three quarters of the texts; where that keeps
     more on the fourth by the divergence that it learns from (`held_out`, `kept` in the record), it learns anew from all of them.
     With fewer than 12 texts of an adapter nothing is held out.
     """
-    record: dict[str, Any] = {"steps": steps, "held_out": {}, "kept": True}
+    held_out: dict[str, float] = {}
     if min(len(rows) for rows in panel.texts.values()) >= FEWEST:
         most, rest = split_off(panel.texts, HELD_OUT)
         tried = distil(panel.with_texts(most, general=False), merge, learns="factors", steps=steps, seed=seed)
         before, after = fidelities(panel.with_texts(rest, general=False), [(merge, 1.0), (tried.adapter, 1.0)])
-        record["held_out"] = {"merge": before.kept, "repaired": after.kept}
+        held_out = {"merge": before.kept, "repaired": after.kept}
         if not after.kept > before.kept:
-            losses = {"first_loss": tried.first_loss, "last_loss": tried.last_loss}
-            return merge, {**record, **losses, "kept": False}
+            return merge, Repair(steps, held_out, False, tried.first_loss, tried.last_loss)
     done = distil(panel.with_texts(panel.texts, general=False), merge, learns="factors", steps=steps, seed=seed)
-    return done.adapter, {**record, "first_loss": done.first_loss, "last_loss": done.last_loss}
+    return done.adapter, Repair(steps, held_out, True, done.first_loss, done.last_loss)
 
 
 def _without_texts(
-    adapters: Sequence[Adapter], settings: AutoSettings, base_id: str | None, record: dict[str, Any]
+    adapters: Sequence[Adapter], settings: AutoSettings, base_id: str | None, record: AutoRecord
 ) -> AutoMerge:
     if len(adapters) == 1:
-        return _cut(AutoMerge(adapters[0], None, {**record, "chosen": _ALONE, "evidence": []}), settings.rank)
-    adapter, facts = choose_by_factors(adapters, settings.methods, settings.scales, base_id)
-    return _cut(AutoMerge(adapter, None, {**record, **facts, "fidelity": None}), settings.rank)
+        return _cut(AutoMerge(adapters[0], None, record), settings.rank)
+    choice = choose_by_factors(adapters, settings.methods, settings.scales, base_id)
+    record = replace(record, chosen=choice.chosen, assumed={"own_share": OWN_SHARE}, evidence=choice.evidence)
+    return _cut(AutoMerge(choice.adapter, None, record), settings.rank)
 
 
-def _chosen(found: Choice, texts: Mapping[str, int]) -> dict[str, Any]:
-    recipe = found.recipe
-    return {
-        "chosen": {
-            "candidate": recipe.label,
-            "method": recipe.method,
-            "calibrate": recipe.calibrate,
-            "moments": recipe.moments,
-            "scale": found.scale,
-            "weights": {m: list(w) for m, w in found.weights.items()},
-        },
-        "held_out": dict(found.held_out),
-        "texts": dict(texts),
-        "evidence": [s.record() for s in found.scored],
-    }
+def _chosen(choice: Choice) -> Chosen:
+    recipe = choice.recipe
+    weights = {m: list(w) for m, w in choice.weights.items()}
+    return Chosen(recipe.label, choice.scale, recipe.method, recipe.calibrate, recipe.moments, weights)
 
 
 def _measured(merge: AutoMerge, panel: Panel) -> AutoMerge:
@@ -205,7 +199,7 @@ def _measured(merge: AutoMerge, panel: Panel) -> AutoMerge:
     parts = {p.name: p for p in panel.parts}
     tasks = [replace(t, shift=hidden_shift(panel, parts[t.task], merge.adapter)) for t in fidelity.tasks]
     whole = Fidelity(tuple(tasks), fidelity.general_kl)
-    return AutoMerge(merge.adapter, whole, {**merge.record, "fidelity": whole.record()})
+    return AutoMerge(merge.adapter, whole, replace(merge.record, fidelity=FidelityRecord.of(whole)))
 
 
 def _cut(merge: AutoMerge, rank: int | None) -> AutoMerge:
@@ -214,8 +208,8 @@ def _cut(merge: AutoMerge, rank: int | None) -> AutoMerge:
     else:
         pairs = {m: truncated(f, rank) for m, f in merge.adapter.modules.items()}
         modules, lost = {m: f for m, (f, _) in pairs.items()}, {m: gone for m, (_, gone) in pairs.items()}
-    facts = {"rank": max(f.rank for f in modules.values()), **discarded(modules, lost)}
-    return AutoMerge(replace(merge.adapter, modules=modules), merge.fidelity, {**merge.record, **facts})
+    record = replace(merge.record, rank=max(f.rank for f in modules.values()), loss=discarded(modules, lost))
+    return AutoMerge(replace(merge.adapter, modules=modules), merge.fidelity, record)
 
 
 def merge_auto_folders(
@@ -230,7 +224,7 @@ def merge_auto_folders(
     device: str = "auto",
     overwrite: bool = False,
     on_progress: OnProgress = lambda _: None,
-) -> dict[str, Any]:
+) -> Written[AutoRecord]:
     """`merge_auto` of PEFT folders into a PEFT folder whose manifest holds the evidence.
 
     Args:
@@ -246,7 +240,7 @@ def merge_auto_folders(
         overwrite: Replace what stands at `out`.
 
     Returns:
-        The record, with `output`; `reused` where the folder already held this result.
+        The record, where the result is, and whether it stood there before.
     """
     chosen = settings or AutoSettings()
     adapters = read_all(folders)
@@ -263,12 +257,12 @@ def merge_auto_folders(
     inputs |= {"base": base_fingerprint(base)} if base is not None and texts else {}
     wanted = store.identity("merge-auto", options, inputs, chosen.seed)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
-        return {**before.get("result", {}), "output": str(out), "reused": True}
-    found = merge_auto(
+        return reused(out, before, AutoRecord)
+    merge = merge_auto(
         adapters, base, texts, general=general, settings=chosen, base_id=base_id, on_progress=on_progress
     )
-    merged = replace(found.adapter, name=out.name) if len(adapters) > 1 else found.adapter
-    result = dict(found.record)
+    merged = replace(merge.adapter, name=out.name) if len(adapters) > 1 else merge.adapter
+    result = to_json(merge.record)
     target = format_of(adapters[0])
 
     def check(written: Path) -> None:
@@ -277,7 +271,7 @@ def merge_auto_folders(
 
     ready = merged if target == PEFT else in_format(merged, target)
     write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
-    return {**result, "output": str(out), "reused": False}
+    return Written(from_json(AutoRecord, result), str(out))
 
 
 def _difference(written: Adapter, meant: Adapter) -> float:

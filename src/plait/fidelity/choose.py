@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from plait.adapters.lora import Adapter
 from plait.fidelity.candidates import METHODS, SCALES, Recipe, Tried, merged_by, recipes
@@ -12,6 +11,7 @@ from plait.fidelity.distil import distil
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
+from plait.fidelity.record import Evidence, FidelityRecord
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import split_off
 from plait.fidelity.tokens import require_room
@@ -43,18 +43,21 @@ class Scored:
     fidelity: Fidelity
     n: int
 
-    def record(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        recipe = self.tried.recipe
-        return {
-            "candidate": recipe.label,
-            "method": recipe.method,
-            "calibrate": recipe.calibrate,
-            "moments": recipe.moments,
-            "scale": self.scale,
-            "texts": self.n,
-            **self.fidelity.record(),
-        }
+    @property
+    def evidence(self) -> Evidence:
+        """Its line in the evidence."""
+        recipe, fidelity = self.tried.recipe, FidelityRecord.of(self.fidelity)
+        return Evidence(
+            recipe.label,
+            recipe.method,
+            recipe.calibrate,
+            self.scale,
+            recipe.moments,
+            self.n,
+            fidelity.score,
+            fidelity.general_kl,
+            tasks=fidelity.tasks,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from plait.adapters.lora import Adapter
 from plait.errors import UsageError
 from plait.fidelity.candidates import Tried, merged_by, recipes
 from plait.fidelity.choose import scaled
 from plait.fidelity.notes import kin
-from plait.fidelity.proxy import OWN_SHARE, Terms, best_scale, mean_error, terms
+from plait.fidelity.proxy import Terms, best_scale, mean_error, terms
+from plait.fidelity.record import Chosen, Evidence, KeptOfTask
 from plait.merging.registry import find_method
 from plait.merging.scales import scale_by_rule
 
@@ -19,9 +20,24 @@ from plait.merging.scales import scale_by_rule
 BY_RECORD = "tsv"
 
 
+@dataclass(frozen=True, slots=True)
+class FactorsChoice:
+    """What was chosen from factors alone.
+
+    Args:
+        adapter: The merge, scale folded in.
+        chosen: Its recipe, and why.
+        evidence: Everything that was tried, the least assumed error first.
+    """
+
+    adapter: Adapter
+    chosen: Chosen
+    evidence: tuple[Evidence, ...]
+
+
 def choose_by_factors(
     adapters: Sequence[Adapter], methods: Sequence[str], scales: Sequence[float], base_id: str | None = None
-) -> tuple[Adapter, dict[str, Any]]:
+) -> FactorsChoice:
     """Choose the method of the best record, at the scale of its record.
 
     The record is of adapters that were trained apart: TSV-M at the scale that `plait.merging.scales` measured. Where two point the
@@ -38,7 +54,7 @@ def choose_by_factors(
         base_id: Base id of the result where the adapters name one base by different names.
 
     Returns:
-        The merge, scale folded in, and what belongs into its record.
+        The merge, and why it was chosen.
 
     Raises:
         UsageError: None of the methods runs without statistics.
@@ -46,7 +62,7 @@ def choose_by_factors(
     usable = [m for m in methods if not find_method(m).needs]
     if not usable:
         raise UsageError(f"{', '.join(methods)} need statistics, and there are no texts", hint="--text TASK=FILE")
-    rows: list[dict[str, Any]] = []
+    rows: list[Evidence] = []
     merges: dict[str, Tried] = {}
     ruled = scale_by_rule(BY_RECORD, None, (1.0,) * len(adapters))
     for recipe in recipes((), usable):
@@ -54,29 +70,29 @@ def choose_by_factors(
         errors = terms(tried.adapter, adapters)
         merges[recipe.label] = tried
         also = {ruled.value} if recipe.label == BY_RECORD else set()
-        rows += [_row(tried, s, errors) for s in sorted({*scales, round(best_scale(errors), 4), *also} - {0.0})]
-    rows.sort(key=lambda r: (r["assumed_error"], r["candidate"], r["scale"]))
-    recorded = [r for r in rows if (r["candidate"], r["scale"]) == (BY_RECORD, ruled.value)]
+        rows += [_evidence(tried, s, errors) for s in sorted({*scales, round(best_scale(errors), 4), *also} - {0.0})]
+    rows.sort(key=lambda r: (r.assumed_error, r.candidate, r.scale))
+    recorded = [r for r in rows if (r.candidate, r.scale) == (BY_RECORD, ruled.value)]
     akin = kin(adapters)
     best = recorded[0] if recorded and not akin else rows[0]
-    chosen = {k: best[k] for k in ("candidate", "method", "calibrate", "scale")}
     if best in recorded and not akin:
-        chosen["why"] = f"{BY_RECORD} by its record without data; {ruled.reason}"
+        why = f"{BY_RECORD} by its record without data; {ruled.reason}"
     else:
-        chosen["why"] = "the least error on assumed inputs" + (
+        why = "the least error on assumed inputs" + (
             f", since {akin[0][0]} and {akin[0][1]} point the same way" if akin else ""
         )
-    adapter = scaled(merges[best["candidate"]].adapter, best["scale"])
-    return adapter, {"chosen": chosen, "assumed": {"own_share": OWN_SHARE}, "evidence": rows}
+    chosen = Chosen(best.candidate, best.scale, best.method, best.calibrate, why=why)
+    return FactorsChoice(scaled(merges[best.candidate].adapter, best.scale), chosen, tuple(rows))
 
 
-def _row(tried: Tried, scale: float, errors: Mapping[str, Terms]) -> dict[str, Any]:
-    tasks = [{"task": t, "assumed_error": x.error(scale)} for t, x in errors.items()]
-    return {
-        "candidate": tried.recipe.label,
-        "method": tried.recipe.method,
-        "calibrate": tried.recipe.calibrate,
-        "scale": scale,
-        "assumed_error": mean_error(errors, scale),
-        "tasks": sorted(tasks, key=lambda r: (-float(str(r["assumed_error"])), str(r["task"]))),
-    }
+def _evidence(tried: Tried, scale: float, errors: Mapping[str, Terms]) -> Evidence:
+    recipe = tried.recipe
+    tasks = [KeptOfTask(t, x.error(scale)) for t, x in errors.items()]
+    return Evidence(
+        recipe.label,
+        recipe.method,
+        recipe.calibrate,
+        scale,
+        assumed_error=mean_error(errors, scale),
+        tasks=tuple(sorted(tasks, key=lambda t: (-(t.assumed_error or 0.0), t.task))),
+    )

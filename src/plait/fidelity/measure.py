@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,9 +84,9 @@ class TaskFidelity:
         room = max(1.0 - self.agreement_base, 1.0 / max(self.n, 1))
         return 1.0 - (1.0 - self.agreement) / room
 
-    def record(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return {**asdict(self), "shift": list(self.shift), "kept": self.kept, "followed": self.followed}
+    def fields(self) -> Mapping[str, float | tuple[float, ...]]:
+        """List what was measured, without the task."""
+        return {k: v for k, v in asdict(self).items() if k != "task"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +125,6 @@ class Fidelity:
     def worst(self) -> TaskFidelity:
         """The adapter that the merge keeps least of."""
         return self.tasks[0]
-
-    def record(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return {"score": self.score, "general_kl": self.general_kl, "tasks": [t.record() for t in self.tasks]}
 
 
 def aggregate(tasks: Sequence[TaskFidelity]) -> float:

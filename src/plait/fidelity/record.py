@@ -1,0 +1,169 @@
+"""What is recorded of a choice: the merge that was chosen, the evidence for it, and what was done to it afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plait.border.records import inline, nested, optional
+from plait.fidelity.measure import Fidelity, TaskFidelity
+
+
+@dataclass(frozen=True, slots=True)
+class KeptOfTask:
+    """What one merge keeps of one adapter, as tables and files have it.
+
+    Args:
+        task: Name of the adapter's task.
+        assumed_error: Relative squared error on assumed inputs, where nothing was measured.
+        measured: Its fidelity, where texts were read.
+        kept, followed: What `TaskFidelity` makes of it.
+    """
+
+    task: str = ""
+    assumed_error: float | None = optional()
+    measured: Mapping[str, Any] = inline()
+    kept: float | None = optional()
+    followed: float | None = optional()
+
+    @classmethod
+    def of(cls, t: TaskFidelity) -> KeptOfTask:
+        """Record a measured fidelity."""
+        return cls(t.task, None, t.fields(), t.kept, t.followed)
+
+    @property
+    def fidelity(self) -> TaskFidelity:
+        """What was measured."""
+        values: dict[str, Any] = {k: tuple(v) if k == "shift" else v for k, v in self.measured.items()}
+        return TaskFidelity(self.task, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityRecord:
+    """What one merge keeps of every adapter.
+
+    Args:
+        score: What candidates are ranked by.
+        general_kl: KL(base || merged) on general text; None where there was none.
+        tasks: Adapters, the worst first.
+    """
+
+    score: float = math.nan
+    general_kl: float | None = None
+    tasks: tuple[KeptOfTask, ...] = nested(KeptOfTask, ())
+
+    @classmethod
+    def of(cls, fidelity: Fidelity) -> FidelityRecord:
+        """Record a measured fidelity."""
+        return cls(fidelity.score, fidelity.general_kl, tuple(map(KeptOfTask.of, fidelity.tasks)))
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One candidate at one scale, and how close it is to the adapters.
+
+    Args:
+        candidate: What tables call it.
+        method, calibrate, moments: Its recipe.
+        scale: Factor of its delta.
+        texts: Texts of each adapter that it was scored on, at most.
+        score, general_kl, tasks: Its fidelity there, where texts were read.
+        assumed_error: Mean error on assumed inputs, where none were.
+    """
+
+    candidate: str
+    method: str
+    calibrate: str | None
+    scale: float
+    moments: str | None = optional()
+    texts: int | None = optional()
+    score: float | None = optional()
+    general_kl: float | None = None
+    assumed_error: float | None = optional()
+    tasks: tuple[KeptOfTask, ...] = nested(KeptOfTask, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The candidate that was chosen.
+
+    Args:
+        candidate: What tables call it.
+        scale: Factor of its delta.
+        method, calibrate, moments: Its recipe.
+        weights: Module -> what its parts were multiplied by; {} where weights were not learnt, or learnt in vain.
+        why: The reason, where nothing was measured.
+    """
+
+    candidate: str
+    scale: float
+    method: str | None = optional()
+    calibrate: str | None = None
+    moments: str | None = optional()
+    weights: Mapping[str, Sequence[float]] | None = optional()
+    why: str | None = optional()
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """A short distillation into a merge's factors.
+
+    Args:
+        steps: How many.
+        held_out: "merge" and "repaired" -> what each keeps on the texts held out; {} where none were.
+        kept: Whether the repaired merge keeps more, and so was taken.
+        first_loss, last_loss: Mean over the first and last tenth of the steps.
+    """
+
+    steps: int
+    held_out: Mapping[str, float]
+    kept: bool
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class AutoRecord:
+    """How a merge was chosen.
+
+    Args:
+        tasks: Names of the adapters.
+        base, backbone_prefix: Base of the result, and the backbone's attribute in a task's model.
+        adapters: Where each came from.
+        labels: Head -> names of its classes, where any are known.
+        notes: What a person should know about these adapters.
+        chosen: The candidate.
+        held_out: "chosen" and "refined" -> score on the texts held out; {} without refinement.
+        texts: Task -> texts that were read.
+        assumed: "own_share" -> what the assumed inputs assume.
+        evidence: Everything that was tried, best first.
+        fidelity: Fidelity of the result on all texts; None without texts.
+        repair: What a repair did, where one was asked for.
+        rank: The largest rank of a merged module.
+        verification_error: Largest relative difference of the written adapter from the chosen one.
+        loss: What a cut to a rank took.
+    """
+
+    tasks: tuple[str, ...]
+    base: str
+    backbone_prefix: str = ""
+    adapters: tuple[Mapping[str, Any], ...] = ()
+    labels: Mapping[str, Sequence[str]] | None = optional()
+    notes: tuple[str, ...] = ()
+    chosen: Chosen = nested(Chosen, Chosen("", 1.0))
+    held_out: Mapping[str, float] | None = optional()
+    texts: Mapping[str, int] | None = optional()
+    assumed: Mapping[str, float] | None = optional()
+    evidence: tuple[Evidence, ...] = nested(Evidence, ())
+    fidelity: FidelityRecord | None = nested(FidelityRecord, None)
+    repair: Repair | None = optional(kind=Repair)
+    rank: int = 0
+    verification_error: float | None = optional()
+    loss: Mapping[str, Any] = inline()
+
+    @property
+    def discarded_energy(self) -> float:
+        """Fraction of the update's energy that a cut to a rank took."""
+        return float(self.loss.get("discarded_energy") or 0.0)
