@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import to_json
 from plait.disk.space import require_space
 from plait.disk.store import is_done, staged_folder
 from plait.errors import Diverged, InputError, UsageError
@@ -21,7 +23,8 @@ from plait.training.checkpoints import bytes_of_training
 from plait.training.fleet_run import Outcome, Shared, members_at_once, run_batched
 from plait.training.fleet_state import interrupted
 from plait.training.member import Member
-from plait.training.train import loss_summary, train_adapter
+from plait.training.record import TrainRecord
+from plait.training.train import train_adapter
 
 Progress = Callable[[int, int, float | None], None]
 _WRITERS = 8  # folders written at once: each waits for the disk several times over
@@ -174,20 +177,14 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
 
 def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwrite: bool, seconds: float) -> None:
     adapter = outcome.adapters[place]
-    result = {
-        "task": member.task.name,
-        "kind": member.task.kind,
-        "labels": list(member.task.labels) if member.task.labels else None,
-        "backbone_prefix": adapter.prefix,
-        "steps": len(outcome.losses),
-        "losses": loss_summary(outcome.curve(place)),
-        "seconds": round(seconds / len(outcome.order), 3),
-        "fleet": len(outcome.order),
-        **base_facts(shared.base),
-    }
-    if "completed" in member.initial.source:  # where it started (see the subspace method osrm)
-        result["completed"] = member.initial.source["completed"]
-    with staged_folder(member.out, member.identity, overwrite=overwrite, result=result) as stage:
+    record = replace(
+        TrainRecord.of(member.task, adapter.prefix, outcome.curve(place), len(outcome.losses)),
+        seconds=round(seconds / len(outcome.order), 3),
+        fleet=len(outcome.order),
+        completed=member.initial.source.get("completed"),
+        base=base_facts(shared.base),
+    )
+    with staged_folder(member.out, member.identity, overwrite=overwrite, result=to_json(record)) as stage:
         write_adapter(stage, adapter)
         for step, snapshot in outcome.snapshots.get(place, {}).items():
             folder = stage / "steps" / f"{step:06d}"

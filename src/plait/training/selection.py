@@ -17,6 +17,7 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.evaluation.text import perplexity
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, require_positions, scores, to_device
 from plait.training.peft_model import detach
+from plait.training.record import Selected
 from plait.training.settings import TrainingSettings
 
 _HISTORY, _BEST = "scores.json", "best"
@@ -76,14 +77,14 @@ class BestAdapter(TrainerCallback):
         shutil.rmtree(self.root / _BEST, ignore_errors=True)
         stage.rename(self.root / _BEST)
 
-    def best(self) -> tuple[Adapter, dict[str, Any]]:
+    def best(self) -> tuple[Adapter, Selected]:
         """Give the best adapter, and the record of how it was chosen."""
         step = min(k for k, v in self.history.items() if v == max(self.history.values()))
         best = read_adapter(self.root / _BEST, name=self.adapter.name)
         modules = {
             name: best.modules.get(name) or best.modules[self.adapter.full_name(name)] for name in self.adapter.modules
         }
-        chosen = {"step": step, "score": self.history[step], "scores": sorted(self.history.items())}
+        chosen = Selected(step, self.history[step], tuple(sorted(self.history.items())))
         return replace(self.adapter, modules=modules, heads=best.heads), chosen
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import to_json
 from plait.disk.locks import locked, writing_to
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
@@ -37,6 +38,7 @@ from plait.training.checkpoints import (
 )
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
+from plait.training.record import TrainRecord
 from plait.training.settings import TrainingSettings
 from plait.training.sharding import average_adapter, shard_base
 
@@ -102,15 +104,15 @@ def train_adapter(
         if is_writer():
             open_root(root, identity)
         try:
-            trained, result = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
+            trained, record = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
         except PlaitError:
             if is_writer():
                 leave_no_empty(root)
             raise
-    result |= {"seconds": round(time.monotonic() - started, 3), **base_facts(base)}
+    record = replace(record, seconds=round(time.monotonic() - started, 3), base=base_facts(base))
     if not is_writer():
         return trained
-    with staged_folder(out, identity, overwrite=overwrite, result=result) as stage:
+    with staged_folder(out, identity, overwrite=overwrite, result=to_json(record)) as stage:
         write_adapter(stage, trained)
         _write_snapshots(root, stage)
     shutil.rmtree(root, ignore_errors=True)
@@ -128,7 +130,7 @@ def _run(
     progress: Callable[[int, int, float | None], None] | None,
     statistics: Mapping[str, Statistics] | None,
     selection: Examples | None,
-) -> tuple[Adapter, dict[str, Any]]:
+) -> tuple[Adapter, TrainRecord]:
     from plait.training.callbacks import ConstraintCallback, Snapshots, Watcher
     from plait.training.selection import BestAdapter
     from plait.training.trainer import TaskTrainer, training_arguments
@@ -168,14 +170,12 @@ def _run(
     checkpoint = latest_whole(root)
     with _out_of_memory(task, settings), writing_to(root):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    labels = list(task.labels) if task.labels else None
-    result: dict[str, Any] = {"task": task.name, "kind": task.kind, "labels": labels, "backbone_prefix": started.prefix}
-    result["steps"] = int(trainer.state.global_step)
-    result["losses"] = loss_summary(logged_losses(trainer.state.log_history))
+    curve, steps = logged_losses(trainer.state.log_history), int(trainer.state.global_step)
+    record = TrainRecord.of(task, started.prefix, curve, steps)
     if chooser is not None:
-        best, result["selected"] = chooser.best()
-        return best, result
-    return detach(trainer.accelerator.unwrap_model(trainer.model), started, {"task": task.name}), result
+        best, selected = chooser.best()
+        return best, replace(record, selected=selected)
+    return detach(trainer.accelerator.unwrap_model(trainer.model), started, {"task": task.name}), record
 
 
 def _loaded(base: BaseModel, task: Task, settings: TrainingSettings, seed: int) -> Any:
@@ -202,13 +202,6 @@ def _settle_callbacks(trainer: Any, root: Path) -> None:
 def logged_losses(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """List (step, mean loss since the one before) as the Trainer logged them, across resumptions."""
     return [(int(h["step"]), float(h["loss"])) for h in history if "loss" in h]
-
-
-def loss_summary(losses: list[tuple[int, float]]) -> dict[str, Any]:
-    """First and last loss, and the curve in between."""
-    if not losses:
-        return {"first": None, "last": None, "curve": []}
-    return {"first": losses[0][1], "last": losses[-1][1], "curve": [[s, round(v, 6)] for s, v in losses]}
 
 
 def _write_snapshots(root: Path, stage: Path) -> None:
