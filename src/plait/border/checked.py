@@ -26,6 +26,10 @@ _repr.maxstring = _repr.maxother = 60
 class Record:
     """A mapping from a file that somebody else wrote.
 
+    >>> record = Record.of({"rank": 8, "shape": [3, 4]}, "adapter_config.json")
+    >>> record.integer("rank"), record.integers("shape", length=2)
+    (8, (3, 4))
+
     Args:
         values: The mapping, as a parser gave it.
         where: The file, for messages.
@@ -200,6 +204,9 @@ class DuplicateKey(ValueError):  # noqa: N818 (what is wrong with the text)
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     """Make a mapping of the pairs of a JSON object.
+
+    >>> distinct_keys([("a", 1), ("b", 2)])
+    {'a': 1, 'b': 2}
 
     Raises:
         DuplicateKey: The last would silently win.

@@ -26,12 +26,20 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Hash a JSON value independently of key order."""
+    """Hash a JSON value independently of key order.
+
+    >>> sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1})
+    True
+    """
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """Write one JSON text per value: sorted keys, no spaces, NaN refused."""
+    """Write one JSON text per value: sorted keys, no spaces, NaN refused.
+
+    >>> canonical_json({"b": 1, "a": [1.5, None]})
+    '{"a":[1.5,null],"b":1}'
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 

@@ -49,13 +49,21 @@ def go_offline() -> None:
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
-    """``user/name@revision`` as its two parts; other texts, and names of existing paths, as they are."""
+    """``user/name@revision`` as its two parts; other texts, and names of existing paths, as they are.
+
+    >>> split_revision("somebody/adapter@main")
+    ('somebody/adapter', 'main')
+    """
     match = _ID.fullmatch(text)
     return (match[1], match[2]) if match and match[2] and not _exists(text) else (text, None)
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text can name a repository: ``name``, ``user/name``, each with or without ``@revision``; no local path."""
+    """Whether a text can name a repository: ``name``, ``user/name``, each with or without ``@revision``; no local path.
+
+    >>> is_hub_name("somebody/adapter@main"), is_hub_name("../adapter")
+    (True, False)
+    """
     match = _ID.fullmatch(text)
     return bool(match) and ".." not in text and not _exists(text)
 

@@ -114,7 +114,11 @@ def _is_inside(name: str) -> bool:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two manifests differ, as "key: found -> wanted"."""
+    """Dotted keys in which two manifests differ, as "key: found -> wanted".
+
+    >>> differences({"options": {"rank": 8}}, {"options": {"rank": 4, "seed": 0}})
+    ['options.rank: 8 -> 4', 'options.seed: absent -> 0']
+    """
     a, b = dict(_flat(found)), dict(_flat(wanted))
     differing = [k for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
     return [f"{'.'.join(k)}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in differing]

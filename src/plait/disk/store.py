@@ -45,6 +45,9 @@ def identity(
 ) -> dict[str, Any]:
     """Say what a result *is*: the stage, its options, the hashes of its inputs and the seed.
 
+    >>> identity("merge", {"method": "ties"}, {"adapter:a": "0123"})["options"]
+    {'method': 'ties'}
+
     Args:
         stage: Name of the stage, such as "merge".
         options: JSON-serialisable options.

@@ -23,7 +23,11 @@ class Resamples:
 
     @classmethod
     def draw(cls, sizes: Mapping[str, int], resamples: int = 400, seed: int = 0) -> Resamples:
-        """Draw (resamples, n) multinomial counts for every task, each from its own generator."""
+        """Draw (resamples, n) multinomial counts for every task, each from its own generator.
+
+        >>> Resamples.draw({"sst2": 3}, resamples=2).counts["sst2"].sum(1).tolist()
+        [3.0, 3.0]
+        """
         counts = {}
         for i, (task, n) in enumerate(sorted(sizes.items())):
             generator = np.random.default_rng([seed, i])
@@ -35,6 +39,10 @@ def weighted_score(
     metrics: Sequence[str], predictions: npt.NDArray[Any], labels: npt.NDArray[Any], weights: Floats
 ) -> Floats:
     """Compute a task's score (mean of its metrics, percent) for every row of example weights.
+
+    >>> logits, labels = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])
+    >>> weighted_score(["accuracy"], logits, labels, np.array([[1.0, 1.0], [2.0, 0.0]])).tolist()
+    [50.0, 100.0]
 
     Args:
         metrics: Names in `plait.tasks.metrics`.

@@ -75,6 +75,10 @@ def write_parquet(path: Path, rows: Sequence[Score]) -> None:
 
 
 def mean_score(rows: Iterable[Score]) -> float:
-    """Mean over tasks of the rows' "score" metric; NaN for none."""
+    """Mean over tasks of the rows' "score" metric; NaN for none.
+
+    >>> mean_score([]) != mean_score([])  # NaN
+    True
+    """
     values = [r.value for r in rows if r.metric == "score"]
     return sum(values) / len(values) if values else float("nan")

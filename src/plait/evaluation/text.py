@@ -115,7 +115,12 @@ def _targets(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad lists on the right: (n, longest) ids and (n,) lengths."""
+    """Pad lists on the right: (n, longest) ids and (n,) lengths.
+
+    >>> ids, lengths = right_padded([[5, 6], [7]], 0, torch.device("cpu"))
+    >>> ids.tolist(), lengths.tolist()
+    ([[5, 6], [7, 0]], [2, 1])
+    """
     width = max(map(len, lists))
     ids = torch.tensor([[*x, *[pad] * (width - len(x))] for x in lists], dtype=torch.int64, device=device)
     return ids, torch.tensor([len(x) for x in lists], dtype=torch.int64, device=device)

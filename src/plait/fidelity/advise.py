@@ -302,7 +302,12 @@ def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:
 
 
 def recommend(options: Sequence[Option], settings: AdviceSettings) -> tuple[str, str]:
-    """Recommend the cheapest option that keeps enough of the worst adapter; else serving separately."""
+    """Recommend the cheapest option that keeps enough of the worst adapter; else serving separately.
+
+    >>> options = [Option(SEPARATELY, "", 9, "", 1.0, 1.0), Option("merged, rank 8", "", 5, "", 0.97, 0.93, "sst2")]
+    >>> recommend(options, AdviceSettings(tolerate=0.1))[1]
+    'merged, rank 8'
+    """
     enough = 1.0 - settings.tolerate
     good = [o for o in options if o.option != SEPARATELY and o.worst is not None and o.worst >= enough]
     # A repair moves the model on inputs nobody looked at; so a merge without one goes before it, whatever it weighs.

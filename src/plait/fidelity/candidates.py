@@ -48,6 +48,9 @@ class Tried:
 def recipes(kinds: Sequence[str], methods: Sequence[str] = METHODS) -> Iterator[Recipe]:
     """List every method with and without pico; those that need moments once for each kind of moments there is.
 
+    >>> [recipe.label for recipe in recipes((), ("tsv",))]
+    ['tsv', 'tsv + pico']
+
     Args:
         kinds: Any of "base" and "own"; () leaves those methods out.
         methods: Names of methods.

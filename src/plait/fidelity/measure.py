@@ -138,6 +138,10 @@ def aggregate(tasks: Sequence[TaskFidelity]) -> float:
     which both answer nearly alike into most of the mean. Why not of plain agreement: it counts a merge that has collapsed
     onto the commonest class as mostly faithful, and a hundred texts tell merges that choose alike apart by single rows. Why
     not of KL: it has no bound, so that the most confident adapter makes up most of the mean.
+
+    >>> import math
+    >>> math.isnan(aggregate([]))
+    True
     """
     return _mean([t.probability_beyond_chance for t in tasks])
 
@@ -169,6 +173,10 @@ def task_fidelity(task: str, merge: Closeness, base: Closeness, n: int) -> TaskF
 
 def closeness(kind: str, own: npt.NDArray[Any], merged: npt.NDArray[Any]) -> Closeness:
     """KL, agreement and agreement by chance of outputs with an adapter's.
+
+    >>> adapter, merge = np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> closeness("classification", adapter, merge).agreement
+    0.5
 
     Args:
         kind: The task's; "regression" or anything with classes.

@@ -86,7 +86,11 @@ def other_base(adapters: Sequence[Adapter], base: BaseModel | None) -> list[str]
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether two names of a base can mean one: the last parts agree but for case and punctuation, or the folder is one."""
+    """Whether two names of a base can mean one: the last parts agree but for case and punctuation, or the folder is one.
+
+    >>> same_name("BAAI/bge-small", "some/folder/BGE_small"), same_name("bert-base", "bert-large")
+    (True, False)
+    """
     a, b = Path(one).expanduser(), Path(other).expanduser()
     if a.is_dir() and b.is_dir():
         return a.resolve() == b.resolve()

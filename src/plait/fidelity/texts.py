@@ -95,6 +95,10 @@ def checked(texts: Texts, where: str) -> Texts:
 
 
 def split_off(texts: Mapping[str, Texts], every: int) -> tuple[dict[str, Texts], dict[str, Texts]]:
-    """Two parts of each task's texts: most of them, and every `every`-th one held out (none where there are too few)."""
+    """Two parts of each task's texts: most of them, and every `every`-th one held out (none where there are too few).
+
+    >>> split_off({"sst2": (("a",), ("b",), ("c",), ("d",))}, 4)
+    ({'sst2': (('a',), ('b',), ('c',))}, {'sst2': (('d',),)})
+    """
     most = {t: tuple(x for i, x in enumerate(rows) if i % every != every - 1) for t, rows in texts.items()}
     return most, {t: rows[every - 1 :: every] for t, rows in texts.items()}

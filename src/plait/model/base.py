@@ -77,6 +77,9 @@ def emulated(base: BaseModel) -> str | None:
 def device_named(name: str) -> torch.device:
     """Find a device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
 
+    >>> device_named("cpu")
+    device(type='cpu')
+
     Raises:
         UsageError: No such device.
         EnvironmentFault: No GPU that torch can use.
@@ -220,7 +223,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """Find the model without its task head, and the attribute it hangs on ("" where the model is its own backbone)."""
+    """Find the model without its task head, and the attribute it hangs on ("" where the model is its own backbone).
+
+    >>> backbone_of(nn.Linear(2, 2))
+    (Linear(in_features=2, out_features=2, bias=True), '')
+    """
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     backbone = getattr(model, prefix, None) if prefix else None
     return (backbone, prefix) if isinstance(backbone, nn.Module) else (model, "")

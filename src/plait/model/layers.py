@@ -6,7 +6,11 @@ from torch import nn
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Give (out, in) of a linear layer of any make: plain, quantised, or transformers' Conv1D."""
+    """Give (out, in) of a linear layer of any make: plain, quantised, or transformers' Conv1D.
+
+    >>> linear_shape(nn.Linear(in_features=3, out_features=2))
+    (2, 3)
+    """
     for out, width in (("out_features", "in_features"), ("nf", "nx")):
         shape = getattr(module, out, None), getattr(module, width, None)
         if isinstance(shape[0], int) and isinstance(shape[1], int):

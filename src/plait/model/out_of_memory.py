@@ -18,6 +18,9 @@ T = TypeVar("T")
 def by_parts(call: Callable[[Sequence[S]], T], rows: Sequence[S], size: int, what: str) -> list[T]:
     """Call a function on consecutive parts of the rows; where memory runs out, parts are half as long from then on.
 
+    >>> by_parts(sum, [1, 2, 3, 4, 5], 2, "added")
+    [3, 7, 5]
+
     Args:
         call: Takes at most `size` rows; called again with fewer of them after `torch.OutOfMemoryError`.
         rows: Rows in the order in which they are taken.
@@ -66,7 +69,11 @@ def half_of(size: int, what: str) -> int:
 
 
 def split(batch: Mapping[str, Any], size: int, most: int) -> list[dict[str, Any]]:
-    """Cut a batch of `size` examples into batches of at most `most`: tensors over examples are cut, everything else goes along."""
+    """Cut a batch of `size` examples into batches of at most `most`: tensors over examples are cut, everything else goes along.
+
+    >>> [part["ids"].tolist() for part in split({"ids": torch.tensor([1, 2, 3])}, 3, 2)]
+    [[1, 2], [3]]
+    """
 
     def cut(value: Any, start: int) -> Any:
         return value[start : start + most] if isinstance(value, Tensor) and value.ndim and len(value) == size else value

@@ -66,7 +66,11 @@ def _update_of(factors: StackedFactors) -> Change:
 
 
 def by_member(tensor: Tensor, members: int) -> Tensor:
-    """Cut (members * b, ...) rows into (members, b, ...)."""
+    """Cut (members * b, ...) rows into (members, b, ...).
+
+    >>> by_member(torch.arange(4), 2).tolist()
+    [[0, 1], [2, 3]]
+    """
     return tensor.reshape(members, -1, *tensor.shape[1:])
 
 

@@ -37,22 +37,7 @@ _HOMES = {
     "show_statistics": "inspect",
     "write_statistics": "files",
 }
-__all__ = [
-    "ModuleInfo",
-    "Moments",
-    "Statistics",
-    "check_statistics",
-    "collect_shards",
-    "collect_statistics",
-    "compress_statistics",
-    "diff_statistics",
-    "merge_statistics",
-    "open_statistics",
-    "read_identity",
-    "read_statistics",
-    "show_statistics",
-    "write_statistics",
-]
+__all__ = [*_HOMES]  # noqa: PLE0604  (strings, all of them)
 
 
 def __getattr__(name: str) -> Any:

@@ -48,6 +48,13 @@ def require_compatible(a: Statistics, b: Statistics) -> None:
 def merge_statistics(*statistics: Statistics) -> Statistics:
     """Add statistics of one base: batches, files, GPUs and "all the other tasks" alike.
 
+    >>> import torch
+    >>> inputs = Moments(1, torch.ones(2), torch.ones(2, 2))
+    >>> mine, theirs = (Statistics({"site": inputs}, {}, {"task": task, "tokens": 1}) for task in ("mine", "theirs"))
+    >>> whole = merge_statistics(mine, theirs)
+    >>> whole.sites["site"].count, whole.provenance
+    (2, {'tokens': 2, 'tasks': ['mine', 'theirs']})
+
     Returns:
         The sum. Provenance keeps what all agree on, adds samples and tokens, and lists the tasks.
 

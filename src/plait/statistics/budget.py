@@ -41,6 +41,9 @@ class MemoryPlan:
 def bytes_of(text: str) -> int:
     """Read a size such as "800MB", "2 GB", "1.5GiB" or a plain number, in bytes.
 
+    >>> bytes_of("1.5GiB")
+    1610612736
+
     Raises:
         UsageError: Anything else, or nothing left of it.
     """

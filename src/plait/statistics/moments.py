@@ -20,6 +20,11 @@ DENSE, FACTOR = "dense", "factor"
 class Moments:
     """Uncentred sums over the inputs of one site, S = sum of h h^T, exact or sketched.
 
+    >>> one = Moments(1, torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    >>> two = one.merge(one)
+    >>> two.count, two.trace
+    (2, 2.0)
+
     Args:
         count: Number of inputs: real tokens, or examples where the pool is "mean".
         total: (d,) sum of h.
@@ -144,13 +149,21 @@ def _sum_of_seconds(a: Moments, b: Moments) -> tuple[Tensor, str, Tensor | None]
 
 
 def packed(S: Shaped[Tensor, "d d"]) -> Shaped[Tensor, " n"]:
-    """Take the upper triangle, row by row."""
+    """Take the upper triangle, row by row.
+
+    >>> packed(torch.tensor([[1, 2], [2, 3]])).tolist()
+    [1, 2, 3]
+    """
     rows, columns = torch.triu_indices(*S.shape, device=S.device)
     return S[rows, columns]
 
 
 def unpacked(triangle: Shaped[Tensor, " n"], dim: int) -> Shaped[Tensor, "d d"]:
-    """Make the symmetric matrix of an upper triangle."""
+    """Make the symmetric matrix of an upper triangle.
+
+    >>> unpacked(torch.tensor([1, 2, 3]), 2).tolist()
+    [[1, 2], [2, 3]]
+    """
     rows, columns = torch.triu_indices(dim, dim, device=triangle.device)
     S = triangle.new_empty(dim, dim)
     S[rows, columns] = triangle
@@ -192,6 +205,10 @@ class ModuleInfo:
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """What one task feeds into every target module of one base model.
+
+    >>> statistics = Statistics({}, {"layer.0.query": ModuleInfo("layer.0", (2, 2), 1.0)}, {"backbone_prefix": "bert"})
+    >>> statistics.relative("bert.layer.0.query")
+    'layer.0.query'
 
     Args:
         sites: Site -> moments. A site is one distinct input and is named after the first module that reads it.

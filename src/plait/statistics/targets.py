@@ -78,7 +78,11 @@ def find_targets(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Find the transformers model inside PEFT, torch.compile, DDP and FSDP."""
+    """Find the transformers model inside PEFT, torch.compile, DDP and FSDP.
+
+    >>> unwrapped(nn.Identity())
+    Identity()
+    """
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):

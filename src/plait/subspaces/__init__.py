@@ -25,16 +25,7 @@ _HOMES = {
     "subspace_method": "registry",
     "subspace_methods": "registry",
 }
-__all__ = [
-    "StreamedSubspaces",
-    "Subspace",
-    "completed",
-    "compute_subspaces",
-    "find_subspace_method",
-    "stream_subspaces",
-    "subspace_method",
-    "subspace_methods",
-]
+__all__ = [*_HOMES]  # noqa: PLE0604  (strings, all of them)
 
 
 def __getattr__(name: str) -> Any:

@@ -149,7 +149,11 @@ def completed(subspaces: Mapping[str, Subspace]) -> dict[str, int]:
 
 
 def readers(modules: Mapping[str, ModuleInfo]) -> dict[str, list[str]]:
-    """Site -> the modules that read it."""
+    """Site -> the modules that read it.
+
+    >>> readers({"query": ModuleInfo("query", (2, 2), 1.0), "key": ModuleInfo("query", (2, 2), 1.0)})
+    {'query': ['query', 'key']}
+    """
     sites: dict[str, list[str]] = {}
     for name, info in modules.items():
         sites.setdefault(info.site, []).append(name)

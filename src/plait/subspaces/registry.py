@@ -79,13 +79,20 @@ def _register_all() -> None:
 
 
 def subspace_methods() -> Mapping[str, SubspaceMethod]:
-    """List every registered method by name, in alphabetical order: plait's own, and those of installed plug-ins."""
+    """List every registered method by name, in alphabetical order: plait's own, and those of installed plug-ins.
+
+    >>> subspace_methods()["kaiming"].needs
+    ()
+    """
     _register_all()
     return types.MappingProxyType({k: _METHODS[k] for k in sorted(_METHODS)})
 
 
 def find_subspace_method(name: str) -> SubspaceMethod:
     """Look a method up.
+
+    >>> find_subspace_method("osrm").paper
+    'arXiv:2505.22934'
 
     Raises:
         UsageError: Unknown; the nearest names are in the message.
@@ -110,6 +117,9 @@ def default_row_norm(method: SubspaceMethod, dim: int, rank: int) -> float | Non
 
 def checked_row_norm(value: Any) -> float | None:
     """Check a row norm, or None.
+
+    >>> checked_row_norm(2), checked_row_norm(None)
+    (2.0, None)
 
     Raises:
         UsageError: Not a finite number above 0.

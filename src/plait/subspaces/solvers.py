@@ -229,7 +229,11 @@ def _cholesky_q(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fixed_signs(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
-    """Turn rows so that each one's largest entry is positive; among equals the first decides."""
+    """Turn rows so that each one's largest entry is positive; among equals the first decides.
+
+    >>> fixed_signs(torch.tensor([[1.0, -2.0], [3.0, 1.0]])).tolist()
+    [[-1.0, 2.0], [3.0, 1.0]]
+    """
     largest = rows.abs().argmax(dim=1, keepdim=True)
     return rows * (1 - 2 * (rows.gather(1, largest) < 0).to(rows.dtype))
 

@@ -131,6 +131,14 @@ def initial_adapter(
 ) -> Adapter:
     """Make an adapter that changes nothing yet: A is the subspace to the bit, B is zero.
 
+    >>> space = Subspace(torch.eye(2, 4), torch.ones(2), None, "osrm")
+    >>> adapter = initial_adapter(
+    ...     "mine", "base", {"query": space}, {"query": ModuleInfo("query", (3, 4), 1.0)}, alpha=4
+    ... )
+    >>> factors = adapter.modules["query"]
+    >>> factors.shape, factors.scaling, bool(factors.B.any())
+    ((3, 4), 2.0, False)
+
     Args:
         name: Name of the task.
         base: `base_model_name_or_path`.
@@ -190,7 +198,11 @@ def task_type_of(statistics: Statistics) -> str:
 
 
 def completion_note(task: str, rows: Mapping[str, int]) -> str:
-    """Write a sentence about rows of A that were completed; `rows` is module -> how many."""
+    """Write a sentence about rows of A that were completed; `rows` is module -> how many.
+
+    >>> completion_note("sst2", {"layer.0.query": 2, "layer.1.query": 1})[:61]
+    'sst2: in 2 modules the others leave too few tied directions t'
+    """
     return (
         f"{task}: in {len(rows)} modules the others leave too few tied directions that the task's inputs reach; up to"
         f" {max(rows.values())} rows are the others' next smallest (more samples may help)"

@@ -35,6 +35,10 @@ class Source:
 class Task:
     """One task.
 
+    >>> task = Task("sst2", "classification", Source("train.tsv"), ("sentence",), labels=("negative", "positive"))
+    >>> task.num_labels
+    2
+
     Args:
         name: Names its folder, its head and its rows in every table.
         kind: "classification", "regression", "causal" (a decoder writes the label) or "seq2seq".

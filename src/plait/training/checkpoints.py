@@ -27,7 +27,11 @@ def checkpoint_root(out: Path) -> Path:
 
 
 def run_name(root: Path) -> str:
-    """Name the adapter that a run with these checkpoints writes."""
+    """Name the adapter that a run with these checkpoints writes.
+
+    >>> run_name(checkpoint_root(Path("adapters/sst2")))
+    'sst2'
+    """
     return root.name.removeprefix(".").removesuffix(".checkpoints")
 
 

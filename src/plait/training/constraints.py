@@ -66,7 +66,11 @@ class Cell:
 
 
 def projected_rows(A: Float[Tensor, "n r d"], Q: Float[Tensor, "n m d"]) -> Float[Tensor, "n r d"]:
-    """Project rows, A Q^T Q: the nearest rows in the span of Q's orthonormal rows."""
+    """Project rows, A Q^T Q: the nearest rows in the span of Q's orthonormal rows.
+
+    >>> projected_rows(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0, 0.0]]])).tolist()
+    [[[1.0, 0.0]]]
+    """
     return torch.bmm(torch.bmm(A, Q.transpose(1, 2)), Q)
 
 

@@ -27,6 +27,9 @@ LARGEST_STEPS, LARGEST_EPOCHS = 10**9, 10**6  # centuries; the order of all rows
 class TrainingSettings:
     """Settings of one training run.
 
+    >>> TrainingSettings(epochs=3, batch_size=32).total_steps(rows=100)
+    10
+
     Args:
         steps: Optimiser steps, at most `LARGEST_STEPS`; exactly one of `steps` and `epochs` is given.
         epochs: Passes over the rows, above 0 and at most `LARGEST_EPOCHS`; rounded up to whole steps.
@@ -151,7 +154,11 @@ class TrainingSettings:
 
 
 def sweep(settings: TrainingSettings, rates: Iterable[float]) -> list[TrainingSettings]:
-    """Repeat settings at several learning rates: members of one fleet."""
+    """Repeat settings at several learning rates: members of one fleet.
+
+    >>> [settings.lr for settings in sweep(TrainingSettings(steps=10), [1e-4, 2e-4])]
+    [0.0001, 0.0002]
+    """
     return [replace(settings, lr=rate) for rate in rates]
 
 
@@ -160,6 +167,9 @@ def row_order(rows: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:
 
     Every step takes the next `batch_size` places, so that each batch is full, across the ends of epochs too. The order
     depends on nothing but these arguments: not on the machine, on resuming, or on who else is trained beside it.
+
+    >>> sorted(row_order(3, 6, seed=0).tolist())
+    [0, 0, 1, 1, 2, 2]
 
     Args:
         rows: Rows there are, at least 1.
