@@ -134,7 +134,7 @@ class _Inline:
 @contextlib.contextmanager
 def _without_threads() -> Iterator[None]:
     """Hashing in this thread, with small buffers."""
-    with patch.object(hashing, "ThreadPoolExecutor", _Inline), patch.object(files, "_PIECE", 1 << 14):
+    with patch.object(hashing, "ThreadPoolExecutor", _Inline), patch.object(files, "HASHED_BYTES_AT_ONCE", 1 << 14):
         yield
 
 

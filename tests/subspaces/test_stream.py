@@ -35,7 +35,7 @@ def test_streamed_equals_collected(architecture):
 def test_solving_beside_collecting_changes_no_bit(monkeypatch):
     model, given = build("mistral"), data("mistral")
     plain = stream_subspaces("contrastive", model, given, "all-linear", rank=2)
-    monkeypatch.setattr("plait.subspaces.stream._ASIDE", ("cpu",))
+    monkeypatch.setattr("plait.subspaces.stream.DEVICES_WITH_STREAMS", ("cpu",))
     monkeypatch.setattr("plait.subspaces.stream._SMALL_SITE", 40)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

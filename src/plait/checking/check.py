@@ -20,7 +20,7 @@ from plait.statistics import files, fisher
 from plait.statistics.inspect import check_statistics
 
 _MARKS = (MANIFEST, "adapter_config.json")
-_DEPTH, _MOST = 6, 10_000
+MAX_DEPTH, MAX_RESULTS = 6, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +152,12 @@ def _checked_folder(path: Path, asked: str | None, base: str | None) -> Checked:
 def _results(path: Path) -> Iterator[Path]:
     """Folders below that hold a manifest or an adapter; not what lies inside of those."""
     waiting, seen = [(path, 0)], 0
-    while waiting and seen < _MOST:
+    while waiting and seen < MAX_RESULTS:
         folder, depth = waiting.pop()
         seen += 1
         if depth and any((folder / m).exists() for m in _MARKS):
             yield folder
-        elif depth < _DEPTH:
+        elif depth < MAX_DEPTH:
             inside = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith(".")]
             waiting += [(p, depth + 1) for p in sorted(inside, reverse=True)]
 

@@ -11,14 +11,14 @@ from plait.border.checked import distinct_keys
 from plait.disk.locks import require_readable
 from plait.errors import InputError
 
-_PIECE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
+HASHED_BYTES_AT_ONCE = 1 << 22  # threads that read and hash wait for Python's lock once a piece
 _JSON_LIMIT = 64 << 20
 _TEXT_LIMIT = 1 << 20
 
 
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    digest, piece = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES_AT_ONCE))
     with path.open("rb", buffering=0) as f:
         while count := f.readinto(piece):
             digest.update(piece[:count])

@@ -26,7 +26,7 @@ _SIZES, _SEAL = "sizes", "manifest_sha256"
 _VOLATILE = {"versions", "result", "files", _SIZES, _SEAL}
 _OBJECTS = ("options", "inputs", "result", "files", _SIZES)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ABOVE = 2  # folders between a result and an adapter inside it: out/unet, out/steps/000100
+MAX_FOLDERS_ABOVE = 2  # folders between a result and an adapter inside it: out/unet, out/steps/000100
 _ADVICE = f"damaged or edited since it was written; remove {MANIFEST} if that was on purpose"
 
 
@@ -180,7 +180,7 @@ def _governing(folder: Path) -> tuple[dict[str, Any], str] | None:
     if own is not None:
         return own, ""
     here = folder.resolve()
-    for above in list(here.parents)[:_ABOVE]:
+    for above in list(here.parents)[:MAX_FOLDERS_ABOVE]:
         prefix = f"{here.relative_to(above).as_posix()}/"
         try:
             manifest = read_manifest(above)

@@ -16,7 +16,7 @@ from plait.model.ends import Ends
 
 # Decoders that take a mask of two dimensions a row and positions as they are given; each is tested on a tiny model.
 TREE_MODELS = ("gemma", "gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}  # numbers of (rows, nodes, vocabulary) held at once, in float32
+MAX_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}  # numbers of (rows, nodes, vocabulary) held at once, in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def tree_scores(ends: Ends, tree: AnswerTree, ids: Tensor, lengths: Tensor) -> T
     picked = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
     config: Any = ends.backbone.config
     vocabulary = int(config.vocab_size)
-    rows = max(1, _LOGITS.get(device.type, _LOGITS["cuda"]) // (vocabulary * picked.shape[1]))
+    rows = max(1, MAX_LOGITS.get(device.type, MAX_LOGITS["cuda"]) // (vocabulary * picked.shape[1]))
     parts = []
     for start in range(0, n, rows):
         part = picked[start : start + rows]

@@ -22,7 +22,7 @@ from plait.model.stacked import StackedFactors, by_member, stacked_factors, stac
 from plait.tasks.task import TEXT_KINDS
 
 # Tokens a pass is worth having at once; more only takes memory.
-_APPETITE = {"cuda": 131_072, "cpu": 4_096}
+TOKENS_PER_PASS = {"cuda": 131_072, "cpu": 4_096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def predict_many(
 def _size(bank: RowBank) -> int:
     """Candidates at once: enough that a pass of 32 rows of typical length fills the device."""
     device = next(iter(bank.inputs.values())).device.type
-    return max(1, round(_APPETITE.get(device, _APPETITE["cuda"]) / (32 * float(bank.lengths.mean()))))
+    return max(1, round(TOKENS_PER_PASS.get(device, TOKENS_PER_PASS["cuda"]) / (32 * float(bank.lengths.mean()))))
 
 
 def _bank(evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None) -> tuple[RowBank, AnswerTree | None]:
@@ -145,7 +145,7 @@ def _predict(
     order = np.argsort(bank.lengths, kind="stable")[::-1].copy()
     places = torch.from_numpy(order).to(like.device)
     parts, start = [], 0
-    budget = _APPETITE.get(like.device.type, _APPETITE["cuda"])
+    budget = TOKENS_PER_PASS.get(like.device.type, TOKENS_PER_PASS["cuda"])
     with fused_attention(ends.backbone), stacked_updates(ends.backbone, updates):
         while start < len(order):
             length = int(bank.lengths[order[start]])

@@ -24,7 +24,7 @@ HELD_OUT, FEWEST = 4, 12
 # Beyond the scales that are given: by this factor, so often at most.
 STEP, _GROWTH = 2**0.5, 6
 # Methods whose factors are those of the adapters side by side, each in its own ranks.
-_KEPT_APART = ("task_arithmetic", "tsv", "regmean", "least_squares")
+METHODS_WITH_RANKS_APART = ("task_arithmetic", "tsv", "regmean", "least_squares")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def groups_of(tried: Tried, adapters: Sequence[Adapter]) -> dict[str, list[int]]
     groups = {}
     for module, f in tried.adapter.modules.items():
         ranks = [a.modules[module].rank for a in adapters if module in a.modules]
-        apart = tried.recipe.method in _KEPT_APART and sum(ranks) == f.rank
+        apart = tried.recipe.method in METHODS_WITH_RANKS_APART and sum(ranks) == f.rank
         groups[module] = ranks if apart else [f.rank]
     return groups
 

@@ -10,7 +10,7 @@ from plait.loading.vllm import DEFAULT_RANK, FUSED_NOTE, RANKS, VERSION, pattern
 from plait.model.stored import StoredTensor, base_tensors
 
 # The last part of a vocabulary matrix's name: looked up, not multiplied.
-_LOOKED_UP = ("embed_tokens", "word_embeddings", "wte", "shared", "position_embeddings", "wpe")
+LOOKED_UP_MATRICES = ("embed_tokens", "word_embeddings", "wte", "shared", "position_embeddings", "wpe")
 
 
 def adapter_bytes(adapter: Adapter) -> int:
@@ -50,7 +50,7 @@ def total_rank(adapters: Sequence[Adapter]) -> int:
 def base_size(folder: Path) -> tuple[int, int]:
     """Measure a base folder in (bytes, operations a token): twice the entries of its matrices, embeddings looked up left out."""
     tensors = base_tensors(folder)
-    used = [t for n, t in tensors.items() if len(t.shape) == 2 and not set(_LOOKED_UP) & set(n.split("."))]
+    used = [t for n, t in tensors.items() if len(t.shape) == 2 and not set(LOOKED_UP_MATRICES) & set(n.split("."))]
     return sum(_bytes(t) for t in tensors.values()), sum(2 * t.shape[0] * t.shape[1] for t in used)
 
 
@@ -58,10 +58,10 @@ def _bytes(tensor: StoredTensor) -> int:
     entries = 1
     for size in tensor.shape:
         entries *= size
-    return entries * _ITEM.get(tensor.dtype, 1)
+    return entries * BYTES_OF_DTYPE.get(tensor.dtype, 1)
 
 
-_ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 def vllm_notes(adapters: Sequence[Adapter]) -> list[str]:

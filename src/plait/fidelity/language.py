@@ -23,9 +23,9 @@ from plait.tasks.task import IGNORED
 
 _BARE: Active = (None, 1.0)
 # Logits a pass may hold, in entries: 2 GiB of float32 on a GPU, 256 MiB on a CPU.
-_ROOM = {"cuda": 1 << 29, "cpu": 1 << 26}
+MAX_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}
 # Tokens of decoder input taken from the text itself, where a text has no second part to be written.
-_DECODED = 32
+MAX_DECODED_TOKENS = 32
 
 
 def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
@@ -41,7 +41,9 @@ def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
             rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
         else:
             source = tokenizer(text[0], truncation=True, max_length=length)
-            target = tokenizer(text_target=text[-1], truncation=True, max_length=length if len(text) > 1 else _DECODED)
+            target = tokenizer(
+                text_target=text[-1], truncation=True, max_length=length if len(text) > 1 else MAX_DECODED_TOKENS
+            )
             rows.append({k: source[k] for k in ("input_ids", "attention_mask")} | {"labels": target["input_ids"]})
     return rows
 
@@ -181,7 +183,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 def _groups(panel: Panel, model: Any, merges: Sequence[Active]) -> Iterator[list[int]]:
     """Places of merges that go through the base together: as many as leave room for logits of one long row each."""
-    room = _ROOM.get(panel.base.torch_device.type, _ROOM["cpu"])
+    room = MAX_LOGITS.get(panel.base.torch_device.type, MAX_LOGITS["cpu"])
     size = max(1, min(16, room // (panel.max_length * model.config.vocab_size) - 1))
     return (list(range(i, min(i + size, len(merges)))) for i in range(0, len(merges), size))
 
@@ -189,7 +191,7 @@ def _groups(panel: Panel, model: Any, merges: Sequence[Active]) -> Iterator[list
 def _batches(panel: Panel, rows: Sequence[dict[str, Any]], members: int) -> Iterator[dict[str, Tensor]]:
     """Rows of like length, as many as there is room for."""
     vocabulary = int(panel.evaluator.task_model(panel.parts[0].name).config.vocab_size)
-    room = _ROOM.get(panel.base.torch_device.type, _ROOM["cpu"])
+    room = MAX_LOGITS.get(panel.base.torch_device.type, MAX_LOGITS["cpu"])
     order, start = length_order(rows), 0
     while start < len(order):
         length = max(len(rows[order[start]][k]) for k in ("input_ids", "labels") if k in rows[order[start]])

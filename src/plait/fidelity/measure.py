@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 # The least that the base must differ from an adapter for a ratio to it to mean anything: a KL of 1e-4 nats.
-_LEAST = 1e-4
+SMALLEST_BASE_KL = 1e-4
 # Less room above chance than this is none: both answer everything alike, but for the rounding of their shares.
-_ALL_ALIKE = 1e-9
+NO_ROOM_BELOW = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class TaskFidelity:
     @property
     def kept(self) -> float:
         """1 - KL / KL of the base: 1 for the adapter itself, 0 for the bare base, negative for worse than that."""
-        return 1.0 - self.kl / max(self.kl_base, _LEAST)
+        return 1.0 - self.kl / max(self.kl_base, SMALLEST_BASE_KL)
 
     @property
     def kept_agreement(self) -> float:
@@ -148,7 +148,7 @@ def aggregate(tasks: Sequence[TaskFidelity]) -> float:
 
 def _beyond(value: float, chance: float) -> float:
     room = 1.0 - chance
-    return (value - chance) / room if room > _ALL_ALIKE else 0.0
+    return (value - chance) / room if room > NO_ROOM_BELOW else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_WRITTEN_OUT = ("MPNetSelfAttention",)
+_CLASSES_WITH_THEIR_OWN_ATTENTION = ("MPNetSelfAttention",)
 # Functions of transformers that read a mask's values on the host to see whether it hides anything.
-_LOOKING = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
+_MASK_READERS = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def fused_attention(backbone: nn.Module) -> Iterator[None]:
     a GPU masks are made without asking whether they hide anything: the answer would keep the host waiting for the device
     once a pass, and the device then for the host.
     """
-    attentions = [m for m in backbone.modules() if type(m).__name__ in _WRITTEN_OUT]
+    attentions = [m for m in backbone.modules() if type(m).__name__ in _CLASSES_WITH_THEIR_OWN_ATTENTION]
     bias = _SharedBias()
     for module in attentions:
         module.forward = _fused(module, bias)
@@ -44,7 +44,7 @@ def _masks_always(device: str) -> Iterator[None]:
     """Within the block, padded batches get their mask written out, whatever it holds; on the CPU nothing changes."""
     from transformers import masking_utils
 
-    known = {n: getattr(masking_utils, n) for n in _LOOKING if device != "cpu" and hasattr(masking_utils, n)}
+    known = {n: getattr(masking_utils, n) for n in _MASK_READERS if device != "cpu" and hasattr(masking_utils, n)}
     for name, function in known.items():
         setattr(masking_utils, name, _unless_padded(function))
     try:

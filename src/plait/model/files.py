@@ -15,7 +15,7 @@ from plait.errors import InputError
 CONFIG, GENERATION, SINGLE = "config.json", "generation_config.json", "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-_SAFE = (
+_WAY_TO_SAFETENSORS = (
     "hf download NAME --include '*.safetensors' where its owner offers them; else load it once where you trust it and "
     "model.save_pretrained(NEW)"
 )
@@ -73,7 +73,9 @@ def weight_files(folder: Path) -> list[Path]:
     if not shards:
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         what = f"its weights are a pickle ({pickles[0]})" if pickles else f"no {SINGLE} and no {INDEX}"
-        raise InputError(what, where=str(folder), hint=_SAFE if pickles else "a folder of the base in safetensors")
+        raise InputError(
+            what, where=str(folder), hint=_WAY_TO_SAFETENSORS if pickles else "a folder of the base in safetensors"
+        )
     for shard in shards:
         if not shard.exists():
             raise InputError(

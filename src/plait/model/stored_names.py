@@ -15,12 +15,12 @@ from plait.model.stored import StoredTensor
 
 # Attributes that transformers has put around a model's layers, and taken away again, from one version to another: the files
 # of many bases, and adapters of other versions, have the names from before.
-_MOVED = {"model", "language_model", "llm"}
+_WRAPPERS = {"model", "language_model", "llm"}
 
 
 def without_wrappers(name: str) -> str:
     """Strip a module's name of the attributes that differ between versions and classes of one model."""
-    return ".".join(part for part in name.split(".") if part not in _MOVED)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def by_core(names: Iterable[str]) -> dict[str, str]:

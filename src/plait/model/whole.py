@@ -28,7 +28,7 @@ _HEADS = {
 # Fields of a config that are widths of tensors, or numbers of modules; a config that asks for more than the weights
 # hold is damaged, and what it asks for would fill the memory.
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-_OTHERS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
+_INNER_WIDTHS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
 _COUNTS = (
     "num_hidden_layers",
     "n_layer",
@@ -39,8 +39,8 @@ _COUNTS = (
     "decoder_layers",
 )
 _POSITIONS = ("max_position_embeddings", "n_positions")
-_LEARNED = ("position_embeddings.weight", "wpe.weight", "embed_positions.weight")
-_NAMED = 3
+_LEARNT_POSITIONS = ("position_embeddings.weight", "wpe.weight", "embed_positions.weight")
+_MAX_NAMES_IN_A_MESSAGE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,10 @@ def require_plausible(folder: Path, where: str) -> None:
 def _bounds(layout: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Field of a config -> the most that these weights can mean; generous where no tensor need be that wide."""
     widest = max((n for v in layout.values() for n in v["shape"]), default=0)
-    learned = any(name.endswith(_LEARNED) for name in layout)
+    learned = any(name.endswith(_LEARNT_POSITIONS) for name in layout)
     return {
         **dict.fromkeys(_WIDTHS, widest),
-        **dict.fromkeys(_OTHERS, max(widest, 1 << 15)),
+        **dict.fromkeys(_INNER_WIDTHS, max(widest, 1 << 15)),
         "vocab_size": max(widest, 1 << 19),
         **dict.fromkeys(_COUNTS, max(len(layout), 1 << 8)),
         **dict.fromkeys(_POSITIONS, max(widest, 1 << 15) if learned else 1 << 24),  # rotary ones have no tensor
@@ -205,8 +205,8 @@ def _cause(model: nn.Module, absent: Iterable[str], unexpected: Iterable[str]) -
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - _MAX_NAMES_IN_A_MESSAGE} more" if len(names) > _MAX_NAMES_IN_A_MESSAGE else ""
+    return ", ".join(names[:_MAX_NAMES_IN_A_MESSAGE]) + more
 
 
 def _part(name: str) -> str:

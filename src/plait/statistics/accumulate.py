@@ -14,7 +14,7 @@ from plait.statistics.moments import DENSE, FACTOR, Moments, rotated
 from plait.statistics.sketch import FrequentDirections
 
 POOLS = ("token", "mean")
-_BLOCK = 256  # narrower blocks leave more out, and run slower; measured on two cores at widths 768 to 4096
+BLOCK_WIDTH = 256  # narrower blocks leave more out, and run slower; measured on two cores at widths 768 to 4096
 
 
 @contextlib.contextmanager
@@ -35,8 +35,8 @@ def add_gram(S: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
     """
     if _is_halved(S):
         rows = rows.to(S.dtype)
-        for i in range(0, len(S), _BLOCK):
-            S[i : i + _BLOCK, i:].addmm_(rows[:, i : i + _BLOCK].T, rows[:, i:])
+        for i in range(0, len(S), BLOCK_WIDTH):
+            S[i : i + BLOCK_WIDTH, i:].addmm_(rows[:, i : i + BLOCK_WIDTH].T, rows[:, i:])
     elif rows.dtype == S.dtype:
         S.addmm_(rows.T, rows)
     elif rows.is_cuda and rows.element_size() == 2 and S.dtype == torch.float32:
@@ -49,12 +49,12 @@ def add_gram(S: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
 def mirror(S: Float[Tensor, "d d"]) -> None:
     """Fill in what `add_gram` left out, in place: S is symmetric."""
     if _is_halved(S):
-        for i in range(0, len(S), _BLOCK):
-            S[i + _BLOCK :, i : i + _BLOCK] = S[i : i + _BLOCK, i + _BLOCK :].T
+        for i in range(0, len(S), BLOCK_WIDTH):
+            S[i + BLOCK_WIDTH :, i : i + BLOCK_WIDTH] = S[i : i + BLOCK_WIDTH, i + BLOCK_WIDTH :].T
 
 
 def _is_halved(S: Tensor) -> bool:
-    return S.device.type == "cpu" and len(S) >= 3 * _BLOCK
+    return S.device.type == "cpu" and len(S) >= 3 * BLOCK_WIDTH
 
 
 class SiteSums:

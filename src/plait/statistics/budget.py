@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from plait.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_FLOAT = 4
+BYTES_OF_FLOAT32 = 4
 # Below this rank a sketch keeps too little to rank directions by (see docs/results/init.md); above, all it can.
-_LEAST_RANK, _MOST_RANK = 16, 512
+SMALLEST_SKETCH_RANK, LARGEST_SKETCH_RANK = 16, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ def plan_memory(
             if needed <= allowed:
                 return MemoryPlan("layers", allowed, needed, layers=size)
     widths = [d for layer in layers for d in layer.values()]
-    least = _sketch_bytes(widths, _LEAST_RANK, batch_rows, ranks)
-    if least > allowed or rows <= _LEAST_RANK:
+    least = _sketch_bytes(widths, SMALLEST_SKETCH_RANK, batch_rows, ranks)
+    if least > allowed or rows <= SMALLEST_SKETCH_RANK:
         one = max(exact, default=0) + spare + state_bytes
         smallest = min(least, one) if groups else least
         raise UsageError(
@@ -98,17 +98,21 @@ def plan_memory(
             where="memory",
             hint=f"at least {smallest:,}, or fewer target modules",
         )
-    fits = (k for k in range(_MOST_RANK, _LEAST_RANK - 1, -8) if _sketch_bytes(widths, k, batch_rows, ranks) <= allowed)
-    rank = next(fits, _LEAST_RANK)
+    fits = (
+        k
+        for k in range(LARGEST_SKETCH_RANK, SMALLEST_SKETCH_RANK - 1, -8)
+        if _sketch_bytes(widths, k, batch_rows, ranks) <= allowed
+    )
+    rank = next(fits, SMALLEST_SKETCH_RANK)
     return MemoryPlan("sketch", allowed, _sketch_bytes(widths, rank, batch_rows, ranks), sketch=rank)
 
 
 def _site_bytes(width: int, rows: int) -> int:
-    return _FLOAT * width * min(rows, width)
+    return BYTES_OF_FLOAT32 * width * min(rows, width)
 
 
 def _exact_bytes(layer: Mapping[str, int], rows: int) -> int:
-    return sum(_site_bytes(d, rows) + 2 * _FLOAT * d for d in layer.values())
+    return sum(_site_bytes(d, rows) + 2 * BYTES_OF_FLOAT32 * d for d in layer.values())
 
 
 def _sketch_bytes(widths: Sequence[int], rank: int, batch_rows: int, ranks: int) -> int:
@@ -117,4 +121,6 @@ def _sketch_bytes(widths: Sequence[int], rank: int, batch_rows: int, ranks: int)
     Added over ranks, a site ends as the rows of all their sketches; on the way it is there three times.
     """
     rows = max(4, ranks) * rank
-    return sum(_FLOAT * d * (rows + 3) for d in widths) + 3 * _FLOAT * max(widths) * (rows + batch_rows)
+    return sum(BYTES_OF_FLOAT32 * d * (rows + 3) for d in widths) + 3 * BYTES_OF_FLOAT32 * max(widths) * (
+        rows + batch_rows
+    )

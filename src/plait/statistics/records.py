@@ -13,7 +13,7 @@ from plait.statistics.moments import DENSE, FACTOR, ModuleInfo
 
 PARTS = ("total", "second", "residual", "tail", "padded_total")
 LARGEST_RECORD = 16 << 20
-_WIDEST = 1 << 24  # no layer and no vocabulary has sixteen million rows
+LARGEST_WIDTH = 1 << 24  # no layer and no vocabulary has sixteen million rows
 _HINT = "copy the file again, or collect the statistics anew"
 _TEXTS = ("task", "base", "base_sha256", "revision", "backbone_prefix", "pool")
 
@@ -78,7 +78,7 @@ def site_record(entry: Record) -> SiteRecord:
     return SiteRecord(
         count=entry.integer("count"),
         padded_count=entry.integer("padded_count"),
-        dim=entry.integer("dim", 1, _WIDEST),
+        dim=entry.integer("dim", 1, LARGEST_WIDTH),
         form=entry.text("form", choices=(DENSE, FACTOR)),
         error=entry.number("error", 0.0),
         step=entry.number("step", 0.0, default=0.0),
@@ -87,7 +87,7 @@ def site_record(entry: Record) -> SiteRecord:
 
 
 def _module(entry: Record) -> ModuleInfo:
-    out, width = entry.integers("shape", length=2, low=1, high=_WIDEST)
+    out, width = entry.integers("shape", length=2, low=1, high=LARGEST_WIDTH)
     energy, fan = entry.number("output_energy"), entry.flag("fan_in_fan_out")
     return ModuleInfo(entry.text("site"), (out, width), energy, fan, entry.flag("is_router", False))
 

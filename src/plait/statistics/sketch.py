@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.errors import UsageError
 from plait.statistics.moments import FACTOR, Moments, Statistics, packed
 
-_LEVELS = 127  # of an 8-bit tail, to either side of zero
+TAIL_LEVELS = 127  # of an 8-bit tail, to either side of zero
 
 
 def compress(moments: Moments, rank: int, *, tail: bool = True) -> Moments:
@@ -65,8 +65,8 @@ def _coded(rest: Float[Tensor, "d d"]) -> tuple[Tensor, float]:
     largest = float(correlations.abs().max())
     if largest == 0.0:
         return packed(correlations.to(torch.int8)), 0.0
-    codes = (correlations.sign() * (correlations.abs() / largest).sqrt() * _LEVELS).round()
-    step = largest / _LEVELS**2
+    codes = (correlations.sign() * (correlations.abs() / largest).sqrt() * TAIL_LEVELS).round()
+    step = largest / TAIL_LEVELS**2
     lowest = float(torch.linalg.eigvalsh(codes * codes.abs() * step)[0])
     return packed(codes.to(torch.int8)), step / max(1.0, -lowest)
 

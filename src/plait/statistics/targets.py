@@ -16,7 +16,7 @@ from plait.model.base import backbone_of
 from plait.model.layers import linear_shape
 from plait.statistics.routers import has_experts, is_gate, router_shape
 
-_SECONDS = 10.0  # for a pattern on all of a model's names
+MAX_PATTERN_SECONDS = 10.0  # for a pattern on all of a model's names
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _HEADS = ["classifier", "score"]  # what PEFT keeps out of LoRA for sequence classification
 
@@ -169,10 +169,12 @@ def _require_quick_regex(pattern: str, names: Iterable[str], key: str) -> None:
     except (re.error, RecursionError, OverflowError) as e:
         raise UsageError(f"{key} is not a regular expression: {e}", where=key) from None
     try:  # by the engine itself, not by an automaton: PEFT matches with it in this process afterwards
-        by_engine(pattern, names, _SECONDS, whole=True)
+        by_engine(pattern, names, MAX_PATTERN_SECONDS, whole=True)
     except TimeoutError:
         raise UsageError(
-            f"the pattern takes over {_SECONDS:.0f} s on this model's names", where=key, hint="nested repeats backtrack"
+            f"the pattern takes over {MAX_PATTERN_SECONDS:.0f} s on this model's names",
+            where=key,
+            hint="nested repeats backtrack",
         ) from None
 
 

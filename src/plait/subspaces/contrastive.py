@@ -29,7 +29,7 @@ from plait.subspaces.solvers import (
 # Tasks are solved together as long as their float64 matrices fit in this much memory.
 BATCH_BYTES = 7 << 30
 THIN_ROWS = 1024  # the n x n eigen-problem of more inputs takes longer than the iteration
-_EXTRA = 8  # columns of a block beyond those wanted: they make the gap
+EXTRA_COLUMNS = 8  # columns of a block beyond those wanted: they make the gap
 
 
 @subspace_method("contrastive", needs=("moments", "own", "others"), row_norm="gaussian")
@@ -186,9 +186,9 @@ def _largest(
     x: SiteInputs, operator: Operator, matrices: Callable[[], Tensor], count: int, measure: Measure | None = None
 ) -> Eigenpairs:
     """The r largest eigenpairs: dense where the site is small or the iteration does not settle."""
-    if iteration_pays(x.dim, x.rank + _EXTRA):
+    if iteration_pays(x.dim, x.rank + EXTRA_COLUMNS):
         generator = torch.Generator().manual_seed(named_seed(0, x.name))
-        start = torch.randn(1, x.dim, x.rank + _EXTRA, generator=generator, dtype=torch.float64)
+        start = torch.randn(1, x.dim, x.rank + EXTRA_COLUMNS, generator=generator, dtype=torch.float64)
         pairs = top_eigenpairs(operator, start.to(x.device).expand(count, -1, -1), x.rank, measure)
         if pairs.converged:
             return pairs

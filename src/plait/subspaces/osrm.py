@@ -15,7 +15,7 @@ from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
 from plait.subspaces.solvers import fixed_signs, iteration_pays, top_eigenpairs
 
-_EXTRA = 8
+EXTRA_COLUMNS = 8
 
 
 @subspace_method("osrm", paper="arXiv:2505.22934", needs=("moments", "own", "others"))
@@ -54,7 +54,7 @@ def _osrm_one(x: SiteInputs, task: str) -> Basis:
             return basis
     M = x.others(task)
     tolerance = x.resolution(names or [task]) * float(torch.linalg.matrix_norm(M))
-    if iteration_pays(x.dim, x.rank + _EXTRA):
+    if iteration_pays(x.dim, x.rank + EXTRA_COLUMNS):
         quick = _by_inverse_iteration(x, M, tolerance)
         if quick is not None:
             return quick
@@ -69,7 +69,7 @@ def _by_inverse_iteration(x: SiteInputs, M: Tensor, tolerance: float) -> Basis |
     if int(info) != 0:
         return None
     generator = torch.Generator().manual_seed(named_seed(0, x.name))
-    start = torch.randn(1, x.dim, x.rank + _EXTRA, generator=generator, dtype=torch.float64).to(x.device)
+    start = torch.randn(1, x.dim, x.rank + EXTRA_COLUMNS, generator=generator, dtype=torch.float64).to(x.device)
     inverse = torch.cholesky_inverse(L)
     pairs = top_eigenpairs(lambda Y, _: inverse @ Y, start, x.rank)
     values = 1 / pairs.values[0] - tolerance

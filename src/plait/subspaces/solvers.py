@@ -27,8 +27,8 @@ _MAX_STEPS = 240
 # Blocks of the Krylov space before it is judged and compressed, and after: eight let typical sites run on to 1e-10.
 _BLOCKS, _KEPT = 6, 4
 # Columns this dependent are not orthonormalised by Cholesky, whose error grows with the square of their condition.
-_DEPENDENT = 1e-5
-_VANISHED = 1e-10  # what a projection leaves of a column that lay in the space already: rounding
+DEPENDENT_BELOW = 1e-5
+VANISHED_BELOW = 1e-10  # what a projection leaves of a column that lay in the space already: rounding
 _ROUNDS = 6
 
 # (t, d, b) and which t of the operators -> (t, d, b): operators whose pairs have settled are not applied again.
@@ -205,7 +205,7 @@ def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | Non
         size = torch.linalg.vector_norm(W, dim=-2, keepdim=True)
         if against is not None:
             W = W - against @ (against.mT @ W)
-        vanished = torch.linalg.vector_norm(W, dim=-2, keepdim=True) <= _VANISHED * size
+        vanished = torch.linalg.vector_norm(W, dim=-2, keepdim=True) <= VANISHED_BELOW * size
         Q, dependent = _cholesky_q(W)
         if bool(dependent | vanished.any()):  # the one wait for the GPU
             generator = torch.Generator().manual_seed(_ROUNDS * (0 if against is None else against.shape[-1]) + turn)
@@ -222,7 +222,7 @@ def _cholesky_q(W: Tensor) -> tuple[Tensor, Tensor]:
     """Q of a thin QR by Cholesky of the Gram matrix, batched on a GPU; and whether columns were too dependent for it."""
     W = W / torch.linalg.vector_norm(W, dim=-2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     L, info = torch.linalg.cholesky_ex(W.mT @ W)
-    dependent = (info != 0).any() | ~(L.diagonal(dim1=-2, dim2=-1).amin() > _DEPENDENT)
+    dependent = (info != 0).any() | ~(L.diagonal(dim1=-2, dim2=-1).amin() > DEPENDENT_BELOW)
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     inverse: Tensor = torch.linalg.solve_triangular(L, eye, upper=False)
     return W @ inverse.mT, dependent

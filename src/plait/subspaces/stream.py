@@ -27,7 +27,7 @@ from plait.subspaces.registry import SubspaceMethod, checked_row_norm, find_subs
 
 # Sites of up to this width are solved several at a time on a GPU: each alone leaves it waiting for small steps.
 _SMALL_SITE, _WORKERS = 6000, 6
-_ASIDE = ("cuda",)
+DEVICES_WITH_STREAMS = ("cuda",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ class _Jobs:
     def __init__(self, solver: _Solver, found: dict[str, dict[str, Subspace]]) -> None:
         self.solver, self.found = solver, found
         self.threads = torch.get_num_threads()
-        aside = solver.device.type in _ASIDE
+        aside = solver.device.type in DEVICES_WITH_STREAMS
         self.pool = ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) if aside else None
         self.pending: list[tuple[list[str], Future[dict[str, Subspace]]]] = []
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _LINE_LIMIT = 64 << 20  # bytes of one json or csv row that pyarrow may buffer
-_ANSWERS = 200  # text tasks with at most so many distinct answers choose among them; with more the answers are open
+MAX_ANSWERS = 200  # text tasks with at most so many distinct answers choose among them; with more the answers are open
 _CLASS_LIMIT = 100_000  # larger numbers are identifiers of something else
 _LARGEST = float(np.finfo(np.float32).max)
-_HOLD_OUT = 5  # without a validation file, every fifth row is held out
+HELD_OUT_EVERY = 5  # without a validation file, every fifth row is held out
 
 
 def load_task(task: Task, *, root: Path | None = None) -> Task:
@@ -33,7 +33,7 @@ def load_task(task: Task, *, root: Path | None = None) -> Task:
         if set(task.metrics) & set(OPEN_ONLY):
             return task
         distinct = sorted(set(load_examples(task, "train", root=root).labels))
-        return replace(task, labels=tuple(map(str, distinct))) if len(distinct) <= _ANSWERS else task
+        return replace(task, labels=tuple(map(str, distinct))) if len(distinct) <= MAX_ANSWERS else task
     if task.kind != "classification" or task.labels:
         return task
     column = _label_cells(task, "train", root)
@@ -98,7 +98,7 @@ def load_examples(
     table = _table(task, split, root)
     ids = np.arange(table.num_rows, dtype=np.int64)
     if task.source.validation is None:
-        held = ids % _HOLD_OUT == _HOLD_OUT - 1
+        held = ids % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         ids = ids[held if split == "validation" else ~held]
     if rows is not None and rows < len(ids):
         ids = np.sort(np.random.default_rng(seed).permutation(ids)[:rows])

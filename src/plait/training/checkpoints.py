@@ -17,7 +17,7 @@ from plait.training.settings import TrainingSettings
 
 SEAL = "complete.json"
 _IDENTITY = "identity.json"
-_KEPT = 2  # the newest, and the one before it for the day the newest turns out damaged
+KEPT_CHECKPOINTS = 2  # the newest, and the one before it for the day the newest turns out damaged
 
 
 def checkpoint_root(out: Path) -> Path:
@@ -84,7 +84,7 @@ def seal(stage: Path, final: Path) -> None:
             os.fsync(f.fileno())
     shutil.rmtree(final, ignore_errors=True)
     stage.rename(final)
-    for old in _by_step(final.parent)[_KEPT:]:
+    for old in _by_step(final.parent)[KEPT_CHECKPOINTS:]:
         shutil.rmtree(old, ignore_errors=True)
 
 

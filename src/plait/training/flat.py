@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_ALIGNED = 8  # numbers; slots start at multiples of 16 bytes in half precision too
+ALIGNMENT = 8  # numbers; slots start at multiples of 16 bytes in half precision too
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 
 
@@ -47,7 +47,7 @@ def lay_out(shapes: Sequence[tuple[str, int, int, tuple[int, ...]]], start: int 
     for name, first, last, shape in shapes:
         slot = Slot(name, first, last, start, shape)
         slots.append(slot)
-        start += -(-slot.size // _ALIGNED) * _ALIGNED
+        start += -(-slot.size // ALIGNMENT) * ALIGNMENT
     return slots, start
 
 
