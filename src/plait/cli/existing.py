@@ -20,8 +20,7 @@ from plait.errors import printable
 
 if TYPE_CHECKING:
     from plait.disk.written import Written
-    from plait.fidelity.advise import Advice
-    from plait.fidelity.record import AutoRecord, Evidence, FidelityRecord
+    from plait.fidelity.record import Advice, AutoRecord, Evidence, FidelityRecord
 
 Given = Annotated[
     list[str],

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter, truncated
-from plait.border.records import optional
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.auto import AutoSettings, merge_auto, repaired
@@ -14,7 +13,7 @@ from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.record import AutoRecord, Chosen, Evidence, Repair
+from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, split_off
 from plait.fidelity.tokens import require_room
@@ -43,58 +42,6 @@ class AdviceSettings:
     refine: int = 100
     max_length: int = 128
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One way to serve.
-
-    Args:
-        option: What it is.
-        memory: Memory of the weights, as a person reads it.
-        bytes: Bytes of what is held beside the base (of the base too where its size is known).
-        added_flops: What it adds to the base's work a token, as a person reads it.
-        kept: Mean over adapters of what is kept of their agreement with themselves; None where nobody measured it.
-        worst, worst_task: The least kept, and of which adapter.
-    """
-
-    option: str
-    memory: str
-    bytes: int
-    added_flops: str
-    kept: float | None = None
-    worst: float | None = None
-    worst_task: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """Whether to merge, and how to serve.
-
-    Args:
-        tasks, base: Names of the adapters, and the base that they name.
-        options: Ways to serve, what each costs and keeps.
-        notes: What a person should know about these adapters.
-        unknown: What nobody can say, with the reason.
-        advice: The recommendation in words.
-        recommended: The option that is recommended.
-        chosen, evidence, repair: Of the merge that was looked at.
-        next: The command that makes the recommended merge, but for the texts; None where no command is needed.
-        then: The command that bakes it; None where it is not to be baked.
-    """
-
-    tasks: tuple[str, ...]
-    base: str
-    options: tuple[Option, ...]
-    notes: tuple[str, ...]
-    unknown: tuple[str, ...]
-    advice: str
-    recommended: str
-    chosen: Chosen | None = optional(kind=Chosen)
-    evidence: tuple[Evidence, ...] = optional((), kind=Evidence)
-    repair: Repair | None = optional(kind=Repair)
-    next: str | None = None
-    then: str | None = None
 
 
 def advise_folders(

@@ -1,4 +1,4 @@
-"""What is recorded of a choice: the merge that was chosen, the evidence for it, and what was done to it afterwards."""
+"""What is recorded of a choice: the merge that was chosen, the evidence for it, what was done to it; and what is advised."""
 
 from __future__ import annotations
 
@@ -167,3 +167,55 @@ class AutoRecord:
     def discarded_energy(self) -> float:
         """Fraction of the update's energy that a cut to a rank took."""
         return float(self.loss.get("discarded_energy") or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to serve.
+
+    Args:
+        option: What it is.
+        memory: Memory of the weights, as a person reads it.
+        bytes: Bytes of what is held beside the base (of the base too where its size is known).
+        added_flops: What it adds to the base's work a token, as a person reads it.
+        kept: Mean over adapters of what is kept of their agreement with themselves; None where nobody measured it.
+        worst, worst_task: The least kept, and of which adapter.
+    """
+
+    option: str
+    memory: str
+    bytes: int
+    added_flops: str
+    kept: float | None = None
+    worst: float | None = None
+    worst_task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Whether to merge, and how to serve.
+
+    Args:
+        tasks, base: Names of the adapters, and the base that they name.
+        options: Ways to serve, what each costs and keeps.
+        notes: What a person should know about these adapters.
+        unknown: What nobody can say, with the reason.
+        advice: The recommendation in words.
+        recommended: The option that is recommended.
+        chosen, evidence, repair: The merge that was looked at.
+        next: The command that makes the recommended merge, but for the texts; None where no command is needed.
+        then: The command that bakes it; None where it is not to be baked.
+    """
+
+    tasks: tuple[str, ...]
+    base: str
+    options: tuple[Option, ...]
+    notes: tuple[str, ...]
+    unknown: tuple[str, ...]
+    advice: str
+    recommended: str
+    chosen: Chosen | None = optional(kind=Chosen)
+    evidence: tuple[Evidence, ...] = optional((), kind=Evidence)
+    repair: Repair | None = optional(kind=Repair)
+    next: str | None = None
+    then: str | None = None

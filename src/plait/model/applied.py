@@ -65,7 +65,7 @@ def _places(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Module], l
         module = resolve(model, owner, adapter.prefix)
         if not isinstance(module._parameters.get(leaf), nn.Parameter):
             raise InputError("the base's experts are not fused into such a weight", where=parameter)
-        weights.append(WeightUpdate(module, leaf, {**experts}))
+        weights.append(WeightUpdate(module, leaf, dict(experts.items())))
     layers: dict[str, nn.Module] = {}
     for name, factors in adapter.modules.items():
         if factors.kind == EXPERT:

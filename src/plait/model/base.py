@@ -77,9 +77,6 @@ def emulated(base: BaseModel) -> str | None:
 def device_named(name: str) -> torch.device:
     """Find a device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
 
-    >>> device_named("cpu")
-    device(type='cpu')
-
     Raises:
         UsageError: No such device.
         EnvironmentFault: No GPU that torch can use.

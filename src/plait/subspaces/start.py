@@ -198,11 +198,7 @@ def task_type_of(statistics: Statistics) -> str:
 
 
 def completion_note(task: str, rows: Mapping[str, int]) -> str:
-    """Write a sentence about rows of A that were completed; `rows` is module -> how many.
-
-    >>> completion_note("sst2", {"layer.0.query": 2, "layer.1.query": 1})[:61]
-    'sst2: in 2 modules the others leave too few tied directions t'
-    """
+    """Write a sentence about rows of A that were completed; `rows` is module -> how many."""
     return (
         f"{task}: in {len(rows)} modules the others leave too few tied directions that the task's inputs reach; up to"
         f" {max(rows.values())} rows are the others' next smallest (more samples may help)"
