@@ -14,6 +14,7 @@ from torch import Tensor
 from plait.adapters.lora import Adapter
 from plait.evaluation.evaluate import Evaluator, is_open, scored_labels
 from plait.evaluation.splits import HALVES, Rows, Split, joined
+from plait.model.stacked import Active
 from plait.tasks import Task, primary, scores
 
 Answers = npt.NDArray[Any]  # class ids (uint8 or int16), float32 values, or the measured columns of open answers
@@ -37,16 +38,16 @@ class Scorer:
     heads: Mapping[str, Mapping[str, Tensor]]
     together: bool = False
 
-    def answers(self, task: str, worn: Sequence[tuple[Adapter | None, float]], rows: Rows) -> list[Answers]:
+    def answers(self, task: str, active: Sequence[Active], rows: Rows) -> list[Answers]:
         """Class ids or values of each (adapter, scale) on these rows."""
-        found, head = self.evaluator.tasks[task], self.heads[task]
+        described, head = self.evaluator.tasks[task], self.heads[task]
         if self.together:
             from plait.evaluation.fleet import Candidate, predict_many
 
-            logits = predict_many(self.evaluator, task, [Candidate(head, a, s) for a, s in worn], rows)
+            logits = predict_many(self.evaluator, task, [Candidate(head, a, s) for a, s in active], rows)
         else:
-            logits = [self.evaluator.predict(task, head, a, s, rows) for a, s in worn]
-        return [compact(one, found) for one in logits]
+            logits = [self.evaluator.predict(task, head, a, s, rows) for a, s in active]
+        return [compact(one, described) for one in logits]
 
     def score(self, task: str, answers: Answers, rows: Rows) -> float:
         """The task's score in percent: the mean of its metrics."""
@@ -64,6 +65,52 @@ def compact(logits: npt.NDArray[np.float32], task: Task) -> Answers:
     return classes
 
 
+@dataclass(frozen=True, slots=True)
+class GridRow:
+    """One scale on one part of the rows: task -> score."""
+
+    scale: float
+    part: str
+    tasks: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class HalfScore:
+    """A merge at the scale that was chosen on one half, reported on the other.
+
+    Args:
+        scale: The choice.
+        selected: Its mean score on the grid rows of the half it was chosen on.
+        score: Task -> score on all rows of the half that is reported.
+        regret_half, regret_double: Points lost at half and twice the scale, on this half's grid rows; None off the grid.
+        edge: Whether the scale lies on the edge of its grid.
+    """
+
+    scale: float
+    selected: float
+    score: Mapping[str, float]
+    regret_half: float | None
+    regret_double: float | None
+    edge: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CrossFitted:
+    """The grid, and each half that is reported."""
+
+    grid: tuple[GridRow, ...]
+    halves: Mapping[str, HalfScore]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The grid on the tuning rows, its best scale and that one's mean score."""
+
+    grid: tuple[GridRow, ...]
+    scale: float
+    score: float
+
+
 @dataclass
 class Grid:
     """Scores on the rows that scales are chosen from: (scale, part) -> task -> score.
@@ -77,11 +124,11 @@ class Grid:
     scorer: Scorer
     adapter: Adapter
     parts: Mapping[str, Mapping[str, Rows]]
-    found: dict[tuple[float, str], dict[str, float]] = field(default_factory=dict)
+    scores: dict[tuple[float, str], dict[str, float]] = field(default_factory=dict)
 
     def add(self, scales: Sequence[float]) -> None:
         """Score scales that are not there yet, all of them in one pass over a task's rows."""
-        new = [s for s in dict.fromkeys(scales) if (s, next(iter(self.parts))) not in self.found]
+        new = [s for s in dict.fromkeys(scales) if (s, next(iter(self.parts))) not in self.scores]
         for task in self.scorer.splits if new else ():
             rows, places = joined([part[task] for part in self.parts.values()])
             for scale, answers in zip(
@@ -89,19 +136,19 @@ class Grid:
             ):
                 for name, place in zip(self.parts, places, strict=True):
                     value = self.scorer.score(task, answers[place], rows[place])
-                    self.found.setdefault((scale, name), {})[task] = value
+                    self.scores.setdefault((scale, name), {})[task] = value
 
     def mean(self, scale: float, part: str) -> float:
         """Mean over tasks."""
-        return float(np.mean(list(self.found[scale, part].values())))
+        return float(np.mean(list(self.scores[scale, part].values())))
 
     def best(self, part: str) -> float:
         """The scale with the highest mean on a part; the smallest of equals."""
-        return max(sorted(s for s, p in self.found if p == part), key=lambda s: self.mean(s, part))
+        return max(sorted(s for s, p in self.scores if p == part), key=lambda s: self.mean(s, part))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Everything, as a table."""
-        return [{"scale": s, "part": p, "tasks": tasks} for (s, p), tasks in sorted(self.found.items())]
+    def rows(self) -> tuple[GridRow, ...]:
+        """Give everything as a table."""
+        return tuple(GridRow(s, p, tasks) for (s, p), tasks in sorted(self.scores.items()))
 
 
 def ladder(start: Sequence[float]) -> list[float]:
@@ -133,7 +180,7 @@ def grown(grid: Grid, start: Sequence[float]) -> None:
 
 def cross_fitted(
     scorer: Scorer, adapter: Adapter, start: Sequence[float], *, grow: bool = True
-) -> tuple[dict[str, Any], dict[str, Answers]]:
+) -> tuple[CrossFitted, dict[str, Answers]]:
     """Choose the scale on each half, report on the other.
 
     Args:
@@ -143,9 +190,7 @@ def cross_fitted(
         grow: Whether to fill the grid and let it grow until the best scale lies inside; else exactly these scales are tried.
 
     Returns:
-        JSON: `grid`, and for each half that is reported: scale, score of the choice (`selected`), `score` by task on all
-        of its rows, `regret_half`, `regret_double` (points lost at half and twice the scale, on its grid rows), `edge`.
-        And "task.half" -> answers on the reported rows.
+        The grid and the halves; and "task.half" -> answers on the reported rows.
     """
     grid = Grid(scorer, adapter, {h: {t: s.grid[h] for t, s in scorer.splits.items()} for h in HALVES})
     if grow:
@@ -159,14 +204,17 @@ def cross_fitted(
         answers |= {f"{task}.{h}": a for h, a in _reported(scorer, adapter, task, split, scales).items()}
     for chosen_on, reported in zip(HALVES, reversed(HALVES), strict=True):
         scale = scales[reported]
-        found = {t: scorer.score(t, answers[f"{t}.{reported}"], s.halves[reported]) for t, s in scorer.splits.items()}
-        halves[reported] = {
-            "scale": scale,
-            "selected": grid.mean(scale, chosen_on),
-            "score": found,
-            **_regret(grid, scale, reported),
-        }
-    return {"grid": grid.rows(), "halves": halves}, answers
+        score = {t: scorer.score(t, answers[f"{t}.{reported}"], s.halves[reported]) for t, s in scorer.splits.items()}
+        tried = sorted(s for s, p in grid.scores if p == reported)
+        halves[reported] = HalfScore(
+            scale=scale,
+            selected=grid.mean(scale, chosen_on),
+            score=score,
+            regret_half=_regret(grid, tried, scale, 0.5, reported),
+            regret_double=_regret(grid, tried, scale, 2.0, reported),
+            edge=len(tried) > 1 and scale in (tried[0], tried[-1]),
+        )
+    return CrossFitted(grid.rows(), halves), answers
 
 
 def _reported(
@@ -180,21 +228,17 @@ def _reported(
     return {h: answers[place] for h, place in zip(scales, places, strict=True)}
 
 
-def _regret(grid: Grid, scale: float, part: str) -> dict[str, Any]:
-    scales = sorted(s for s, p in grid.found if p == part)
-    near = {name: _nearest(scales, scale * by) for name, by in (("regret_half", 0.5), ("regret_double", 2.0))}
-    lost = {name: None if s is None else grid.mean(scale, part) - grid.mean(s, part) for name, s in near.items()}
-    return {**lost, "edge": len(scales) > 1 and scale in (scales[0], scales[-1])}
+def _regret(grid: Grid, tried: Sequence[float], scale: float, factor: float, part: str) -> float | None:
+    """Points lost at a multiple of the scale; None where the grid has no such scale."""
+    nearest = min(tried, key=lambda s: abs(math.log(s / (scale * factor))))
+    if abs(math.log(nearest / (scale * factor))) >= 0.01:
+        return None
+    return grid.mean(scale, part) - grid.mean(nearest, part)
 
 
-def _nearest(scales: Sequence[float], wanted: float) -> float | None:
-    found = min(scales, key=lambda s: abs(math.log(s / wanted)))
-    return found if abs(math.log(found / wanted)) < 0.01 else None
-
-
-def tuned(scorer: Scorer, adapter: Adapter, start: Sequence[float]) -> dict[str, Any]:
-    """The best scale on the tuning rows and its score, from the grid as it starts."""
+def tuned(scorer: Scorer, adapter: Adapter, start: Sequence[float]) -> Tuned:
+    """Choose the best scale on the tuning rows, from the grid as it starts."""
     grid = Grid(scorer, adapter, {"tuning": {t: s.tuning for t, s in scorer.splits.items()}})
     grid.add(ladder(start))
     scale = grid.best("tuning")
-    return {"grid": grid.rows(), "scale": scale, "score": grid.mean(scale, "tuning")}
+    return Tuned(grid.rows(), scale, grid.mean(scale, "tuning"))

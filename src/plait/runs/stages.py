@@ -14,6 +14,7 @@ import torch
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import write_adapter
 from plait.adapters.tensor_file import write_tensors
+from plait.border.records import to_json
 from plait.disk.store import staged_folder
 from plait.evaluation.features import features, task_vector_norm
 from plait.evaluation.protocol import Answers, Scorer, cross_fitted, tuned
@@ -148,10 +149,10 @@ def splits(layout: Layout) -> dict[str, Split]:
 def _score_merge(unit: Unit, layout: Layout, folder: Path, result: Record, merged: Merged) -> None:
     scorer, scales = _scorer(unit, layout), layout.recipe.scales_of(layout.recipe.merge(unit.merge))
     if unit.split == TUNING:
-        result |= tuned(scorer, merged.adapter, scales)
+        result |= to_json(tuned(scorer, merged.adapter, scales))
     else:
         found, answers = cross_fitted(scorer, merged.adapter, scales, grow=layout.recipe.grows)
-        result |= found
+        result |= to_json(found)
         _keep(folder, answers)
     if layout.recipe.tuned:
         result["discarded_energy"] = merged.record.get("discarded_energy", 0.0)
