@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from plait.border.records import to_json
 from plait.cli.options import Device, Json, Seed
 from plait.cli.output import emit, table
 from plait.errors import printable
@@ -83,7 +82,7 @@ def advise(
     if advice.next:
         texts = [f"--text {shlex.quote(t)}" for t in text or []]
         advice = replace(advice, next=" ".join([advice.next, *texts]))
-    emit(to_json(advice), as_json, advice_text(advice))
+    emit(advice, as_json, advice_text(advice))
 
 
 class AutoChoice(NamedTuple):
@@ -119,7 +118,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
         device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(),
     )  # fmt: skip
-    emit(to_json(written), as_json, auto_text(written))
+    emit(written, as_json, auto_text(written))
 
 
 class ForwardChoice(NamedTuple):

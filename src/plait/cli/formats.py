@@ -101,7 +101,6 @@ def edit(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Change a merge: add adapters, take some out, weigh them anew. From the recipe that it recorded."""
-    from plait.border.records import to_json
     from plait.cli.existing import auto_text
     from plait.errors import UsageError
     from plait.fidelity.again import choose_again
@@ -115,7 +114,7 @@ def edit(
         if by_difference or device != "cpu":
             raise UsageError("what merge auto chose is chosen anew, on the CPU: no --by-difference or --device with it")
         written = choose_again(recipe, wanted, out, overwrite=overwrite)
-        emit(to_json(written), as_json, auto_text(written))
+        emit(written, as_json, auto_text(written))
     else:
         found = change(merged, wanted, out, by_difference=by_difference, device=device, overwrite=overwrite)
         emit(found, as_json, merge_text(found))

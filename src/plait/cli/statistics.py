@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -92,7 +91,7 @@ def show(file: File, as_json: Json = False) -> None:
         for site, s in contents.sites.items()
     ]
     header = ["site", "width", "tokens", "form", "effective rank", "in top 8", "readers"]
-    emit(asdict(contents), as_json, f"{facts}\n\n{table(header, rows)}")
+    emit(contents, as_json, f"{facts}\n\n{table(header, rows)}")
 
 
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
@@ -119,7 +118,7 @@ def diff(a: File, b: File, as_json: Json = False) -> None:
     ]
     verdict = "can be mixed" if difference.compatible else f"cannot be mixed: {difference.reason}"
     header = ["site", "overlap", "cosine of means", "relative difference"]
-    emit(asdict(difference), as_json, "\n\n".join(part for part in (verdict, facts, table(header, rows)) if part))
+    emit(difference, as_json, "\n\n".join(part for part in (verdict, facts, table(header, rows)) if part))
 
 
 def compress(
@@ -146,7 +145,7 @@ def check(file: File, as_json: Json = False) -> None:
 
     soundness = check_statistics(read_statistics(file))
     lines = [f"problem: {p}" for p in soundness.problems] + [f"warning: {w}" for w in soundness.warnings]
-    emit(asdict(soundness), as_json, "\n".join([*lines, "sound" if soundness.ok else "not sound"]))
+    emit(soundness, as_json, "\n".join([*lines, "sound" if soundness.ok else "not sound"]))
     if not soundness.ok:
         raise typer.Exit(3)
 
