@@ -131,7 +131,7 @@ def test_what_is_trained_beside_linear_modules_is_not_left_out_silently(pair, ti
     with pytest.raises(InputError, match=r"lm_head.weight whole"):
         parts_of([changed])
     words = {"model.embed_tokens": LoraFactors(torch.ones(2, 65), torch.ones(32, 2), 1.0, EMBEDDING)}
-    with pytest.raises(InputError, match="only repeated for linear modules"):
+    with pytest.raises(InputError, match="compared for linear layers only"):
         parts_of(
             [random_adapter(tiny_base("llama"), "llama", "x", "causal", 1), replace(changed, extras={}, modules=words)]
         )
