@@ -24,7 +24,7 @@ test-serving: $(VENV)/.test $(SERVING)/.vllm $(SERVING)/.llama.cpp $(SERVING)/.b
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p plait.border -p plait.disk -p plait.adapters -p plait.merging -p plait.formats -p plait.subspaces -p plait.statistics -m plait.errors -m plait.options
+	$(BIN)/mypy -p plait
 
 # What plait is attacked with, into docs/results/trust.json and trust.md: hours; TRUST_FUZZ=10000 and so on for less.
 TRUST := .trust
