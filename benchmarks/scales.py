@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from plait.cli.study import _kept
 from plait.evaluation.splits import HALVES
 from plait.merging.scales import REACH, RULES, scale_by_rule
 from plait.report.table import reference
+from plait.runs.folder import layout_of_folder
 from plait.runs.units import FOLDS, MERGE
 from plait.runs.waves import all_units, result
 
@@ -56,15 +56,14 @@ def curves_of_archives(results: Path) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
-            layout = _kept(next(Path(folder).iterdir()), None)
-            specs = {m.name: m for m in layout.study.merge_specs}
+            layout = layout_of_folder(next(Path(folder).iterdir()))
+            specs = {m.name: m for m in layout.recipe.merge_specs}
             ends: dict[int, tuple[float, float]] = {}
             for unit in dict.fromkeys(
                 u for u in all_units(layout) if u.stage == MERGE and u.split == FOLDS and not u.variant
             ):
                 if unit.seed not in ends:
-                    _, plain, floor = reference(layout, unit.seed)
-                    ends[unit.seed] = (float(np.mean(list(floor.values()))), float(np.mean(list(plain.values()))))
+                    ends[unit.seed] = reference(layout, unit.seed).over(layout.tasks)
                 low, high = ends[unit.seed]
                 scored, spec = result(layout, unit), specs[unit.merge]
                 method = (spec.method or spec.name) + (f" + {spec.calibrate}" if spec.calibrate else "")
@@ -77,7 +76,7 @@ def curves_of_archives(results: Path) -> Iterator[dict[str, Any]]:
                         if g["part"] == half
                     ]
                     yield {
-                        "source": layout.study.name, "base": Path(layout.study.base.model).name, "tasks": len(layout.study.tasks),
+                        "source": layout.recipe.name, "base": Path(layout.recipe.base.model).name, "tasks": len(layout.recipe.tasks),
                         "arm": unit.arm, "method": method, "best": scored["halves"][half]["scale"],
                         "curve": [(s, (v - low) / (high - low)) for s, v in sorted(points)],
                     }  # fmt: skip

@@ -3,13 +3,12 @@
 import json
 import shutil
 import tarfile
-from pathlib import Path
 
 import pytest
 
 from plait.cli import main
 from plait.errors import RunError, UsageError
-from plait.report.write import write_tables
+from plait.report import write_report
 from plait.runs.archive import write_archive
 from plait.runs.layout import Layout
 from plait.runs.run import run
@@ -37,7 +36,7 @@ def test_the_archive_gives_the_tables_again(small_study, tmp_path, capsys):
         write_archive(layout, tmp_path / "early.tar.xz")
     assert not (tmp_path / "early.tar.xz").exists()
     assert run(study, layout.out, layout=layout, quiet=True).finished
-    published = json.loads(Path(write_tables(layout, tmp_path, about={})["json"]).read_text())
+    published = json.loads(write_report(layout, tmp_path, name="tiny").json.read_text("utf-8"))
     assert any(r["variant"] == "one-task" for r in published["rows"])
     first = tmp_path / "first.tar.xz"
     capsys.readouterr()

@@ -10,7 +10,7 @@ import pytest
 
 from plait.disk.store import read_manifest
 from plait.errors import Diverged, RunError
-from plait.report.write import write_tables
+from plait.report import write_report
 from plait.runs.executors import InProcess
 from plait.runs.layout import Layout
 from plait.runs.reporting import Lines, Report
@@ -47,7 +47,7 @@ def test_a_rate_that_diverges_is_noted_shown_and_never_chosen(small_study, tmp_p
         lost = [r for r in swept(layout, arm) if r["lr"] == FAR]
         assert lost and all("the loss became" in r["diverged"] and r["alone"] is None for r in lost)
         assert all("diverged" not in r for r in swept(layout, arm) if r["lr"] != FAR)
-    write_tables(layout, tmp_path, about={})
+    write_report(layout, tmp_path, name="tiny", about={})
     page, found = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())
     assert "| `kaiming` | 1e+30 | end | diverged | – | – | – |" in page and "never chosen" in page
     assert {r["lr"] for r in found["rows"]} == {0.03} and "nan" not in page

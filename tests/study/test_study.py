@@ -10,8 +10,8 @@ import pytest
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.evaluation.splits import split_rows
+from plait.report import write_report
 from plait.report.table import rows_of
-from plait.report.write import write_tables
 from plait.runs import stages
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe, read_recipe
@@ -26,9 +26,9 @@ def test_a_study_from_its_file_to_its_tables(small_study, tmp_path):
     layout = Layout(study, out)
     done = run(study, out, layout=layout, quiet=True)
     assert done.finished and next_wave(Layout(study, out)) == ("", [])
-    made = write_tables(layout, tmp_path, about={"hardware": "test"})
+    made = write_report(layout, tmp_path, name="tiny", about={"hardware": "test"})
     found = json.loads((tmp_path / "tiny.json").read_text())
-    assert made["rows"] == len(found["rows"]) == 13  # 3 arms x 2 merges x 2 seeds, and the ablation
+    assert made.rows == len(found["rows"]) == 13  # 3 arms x 2 merges x 2 seeds, and the ablation
     for row in rows_of(layout):
         assert row.recovered == pytest.approx((row.merged - row.floor) / (row.plain - row.floor))
         assert row.merged == pytest.approx(np.mean(list(row.tasks.values())))

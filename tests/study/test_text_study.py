@@ -14,9 +14,9 @@ from plait.adapters.tensors import read_tensors
 from plait.cli import main
 from plait.evaluation import fleet
 from plait.evaluation.protocol import cross_fitted
+from plait.report import write_report
 from plait.report.inference import resample
 from plait.report.table import rows_of
-from plait.report.write import write_tables
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
 from plait.runs.run import run
@@ -82,9 +82,9 @@ def finished(tiny_base, tmp_path_factory):
 @pytest.mark.parametrize(("architecture", "kind"), [("t5", "seq2seq"), ("llama", "causal")])
 def test_a_text_study_from_its_file_to_its_tables(finished, tmp_path, architecture, kind):
     layout = finished(architecture, kind)
-    made = write_tables(layout, tmp_path, about={"hardware": "test"})
+    made = write_report(layout, tmp_path, name="tiny", about={"hardware": "test"})
     found = json.loads((tmp_path / "tiny.json").read_text())
-    assert made["rows"] == len(found["rows"]) == 4
+    assert made.rows == len(found["rows"]) == 4
     for row in rows_of(layout):
         assert row.merged == pytest.approx(np.mean(list(row.tasks.values()))) and set(row.tasks) == set(ANSWERS)
     assert len({row["floor"] for row in found["rows"]}) == 1  # the bare base: no head differs
@@ -102,14 +102,14 @@ def test_a_text_study_at_the_prompt(finished, tmp_path, capsys):
     """A file, and the results that are there already: nothing is done twice, the tables come out."""
     layout = finished("llama", "causal")
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(layout.study.model_dump(mode="json")), encoding="utf-8")
+    path.write_text(yaml.safe_dump(layout.recipe.model_dump(mode="json")), encoding="utf-8")
     before = {p: p.stat().st_mtime_ns for p in layout.out.rglob("plait.json")}
     at_prompt("study", "run", path, "--out", layout.out, "--quiet", "--json")
     assert json.loads(capsys.readouterr().out)["finished"]
     assert before and before == {p: p.stat().st_mtime_ns for p in layout.out.rglob("plait.json")}
     at_prompt("study", "table", layout.out, "--to", tmp_path, "--about", "command=of a test")
     listed = capsys.readouterr().out.split()
-    assert len(listed) == 5 and all(Path(p).is_file() for p in listed)
+    assert len(listed) == 7 and all(Path(p).is_file() for p in listed)
     assert "- command: `of a test`" in Path(listed[0]).read_text()
 
 
@@ -135,7 +135,7 @@ def test_a_study_of_open_answers_keeps_what_was_measured_of_them(tiny_base, tmp_
     study = open_study(tiny_base("llama"), tmp_path / "data")
     layout = Layout(study, tmp_path / "out")
     assert run(study, layout.out, layout=layout, quiet=True).finished
-    made = write_tables(layout, tmp_path, about={})
+    made = write_report(layout, tmp_path, name="tiny")
     (row,) = rows_of(layout)
     unit = Unit(MERGE, 0, "kaiming", RATE, merge="task_arithmetic", split=FOLDS)
     kept, _, _ = read_tensors(layout.path(unit) / ANSWERS_FILE)
@@ -145,6 +145,6 @@ def test_a_study_of_open_answers_keeps_what_was_measured_of_them(tiny_base, tmp_
     ]
     rouge = [float(kept[f"topic.{h}"][:, 1].mean()) for h in "AB"]
     assert row.tasks["topic"] == pytest.approx((np.mean(both) + np.mean(rouge)) / 2, abs=1e-4)
-    assert made["rows"] == 1
+    assert made.rows == 1
     drawn = resample(layout, {("kaiming", "it"): dict.fromkeys("AB", "task_arithmetic")}, 20).values["kaiming", "it"]
     assert drawn[0, :, 0] == pytest.approx([row.tasks[t] for t in layout.session.tasks]) and np.ptp(drawn[0, 0]) > 0

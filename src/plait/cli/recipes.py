@@ -115,32 +115,40 @@ def _options(row: dict[str, Any]) -> str:
     return f"  [{shown}]" if shown else ""
 
 
+BY_MERGE = (
+    "merged", "merged_standard_error", "recovered", "recovered_standard_error", "recovered_of_own", "worst_task", "scale",
+)  # fmt: skip
+
+
+def _share(value: float | None, error: float | None = None) -> str:
+    """Write a share in percent, and its standard error where known; a dash where it is not defined."""
+    return "–" if value is None else f"{100 * value:.0f} %" + (f" ± {100 * error:.0f}" if error is not None else "")
+
+
 def result_text(found: dict[str, Any]) -> str:
     """The main table as plain text, with uncertainty, and where the report lies."""
     rows = []
     for arm, merges in found["merged"].items():
-        for merge, value in merges.items():
-            error, ratio = found["merged_standard_error"][arm][merge], found["recovered"][arm][merge]
-            ratio_error = found["recovered_standard_error"][arm][merge]
-            worst, drop = found["worst_task"][arm][merge]
+        for merge in merges:
+            cell = {name: found[name][arm][merge] for name in BY_MERGE}
+            (worst, drop), error = cell["worst_task"], cell["merged_standard_error"]
             rows.append(
                 [
                     arm,
                     merge,
                     f"{found['individual'][arm]:.1f}",
-                    f"{value:.1f}" + (f" ± {error:.1f}" if error is not None else ""),
+                    f"{cell['merged']:.1f}" + (f" ± {error:.1f}" if error is not None else ""),
                     f"{found['floor']:.1f}",
-                    "–"
-                    if ratio is None
-                    else f"{100 * ratio:.0f} %" + (f" ± {100 * ratio_error:.0f}" if ratio_error else ""),
+                    _share(cell["recovered"], cell["recovered_standard_error"]),
+                    _share(cell["recovered_of_own"]),
                     f"{worst} {drop:+.1f}",
-                    f"{found['scale'][arm][merge]:g}",
+                    f"{cell['scale']:.3g}",
                 ]
             )
-    header = ["arm", "merge", "alone", "merged", "floor", "recovered", "worst task", "scale"]
+    header = ["arm", "merge", "alone", "merged", "floor", "recovered", "of own", "worst task", "scale"]
     legend = (
-        "Mean score over tasks, % (± one standard error over resampled examples). alone: each adapter on its own task;\n"
-        "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor).\n"
-        "arm: how they start and are trained."
+        "Mean score over tasks, % (± one standard error over seeds and examples). alone: each adapter on its own task;\n"
+        "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor), alone being the plain\n"
+        "arm's; of own: alone being the arm's own. arm: how they start and are trained."
     )
     return f"{table(header, rows, text_columns=2)}\n\n{legend}\n\nreport   {found['report']}\nadapter  {found['best']}"

@@ -51,17 +51,19 @@ def table(
     sets: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write the tables and figures of a finished study. NAME.json, NAME.md and NAME-*.svg.
+    """Write the tables and figures of a finished study. NAME.json, NAME.md, NAME.html and NAME-*.svg.
 
     The folder says what its base and data were, so that neither need be at hand.
     """
-    from plait.report.write import write_tables
+    from plait.report import write_report
     from plait.runs.folder import layout_of_folder
 
     layout = layout_of_folder(folder, sets or [])
     said = dict(pair.split("=", 1) for pair in about or [] if "=" in pair)
-    found = write_tables(layout, to, about=said, against=against)
-    emit(found, as_json, "\n".join([found["markdown"], found["json"], *found["figures"]]))
+    written = write_report(layout, to, name=layout.recipe.name, about=said, against=against)
+    paths = {"markdown": str(written.markdown), "json": str(written.json), "html": str(written.html)}
+    figures = [str(path) for path in written.figures]
+    emit({**paths, "figures": figures, "rows": written.rows}, as_json, "\n".join([*paths.values(), *figures]))
 
 
 def archive(

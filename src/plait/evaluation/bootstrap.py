@@ -71,7 +71,9 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
         return open_score(metric, predictions, W)
     predicted = predictions.argmax(-1)
     if metric in ("accuracy", "exact_match"):
-        return 100.0 * _ratio(W @ (predicted == labels).astype(np.float64), W.sum(1))
+        hits: Floats = W @ (predicted == labels).astype(np.float64)
+        accuracy: Floats = 100.0 * hits / W.sum(1)  # in this order: in the published tables the last bit breaks ties
+        return accuracy
     classes = np.arange(max(predictions.shape[1], int(labels.max()) + 1))
     hot_p, hot_y = (predicted[:, None] == classes).astype(np.float64), (labels[:, None] == classes).astype(np.float64)
     both, said, true = W @ (hot_p * hot_y), W @ hot_p, W @ hot_y
@@ -80,7 +82,8 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
     if metric == "f1_macro":
         met = said + true > 0  # as scikit-learn: classes that neither occur nor are predicted do not count
         f1: Floats = _ratio(2 * both, said + true) * met
-        return 100.0 * _ratio(f1.sum(1), met.sum(1).astype(np.float64))
+        macro: Floats = 100.0 * f1.sum(1) / met.sum(1)
+        return macro
     if metric == "matthews":
         n = W.sum(1)
         covariance = both.sum(1) * n - (said * true).sum(1)

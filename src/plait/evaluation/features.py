@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
-from plait.evaluation.interference import predicted_shift
+from plait.evaluation.interference import predicted_shifts
 from plait.merging.core import gram
 from plait.statistics import Statistics
 
@@ -36,7 +36,8 @@ def features(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistic
     names = list(adapters)
     products: Matrix = np.sum([_gram([adapters[n] for n in names], m) for m in adapters[names[0]].modules], axis=0)
     overlap = _overlap([adapters[n] for n in names])
-    shift = np.array([[_mean(predicted_shift(adapters[i], statistics[j])) for j in names] for i in names])
+    shifts = predicted_shifts(adapters, statistics)
+    shift = np.array([[shifts[i][j] for j in names] for i in names])
     norms = np.sqrt(np.maximum(np.diag(products), 0.0))
     found = {}
     for j, name in enumerate(names):
@@ -71,8 +72,3 @@ def _overlap(adapters: list[Adapter]) -> Matrix:
             for j, q in enumerate(spans):
                 total[i, j] += float((p.T @ q).square().sum()) / min(p.shape[1], q.shape[1])
     return total / len(modules)
-
-
-def _mean(shifts: Mapping[str, float]) -> float:
-    values = [v for v in shifts.values() if np.isfinite(v)]
-    return float(np.mean(values)) if values else float("nan")

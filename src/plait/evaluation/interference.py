@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -45,3 +46,23 @@ def predicted_shift(adapter: Adapter, statistics: Statistics) -> dict[str, float
             f"adapter {adapter.name!r} and the statistics have no module in common", hint="of different bases?"
         )
     return found
+
+
+def predicted_shifts(
+    adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]
+) -> dict[str, dict[str, float]]:
+    """Average `predicted_shift` over modules, for every adapter on every task.
+
+    Args:
+        adapters: Task -> its adapter.
+        statistics: Task -> its statistics.
+
+    Returns:
+        Task of the adapter -> task of the inputs -> shift; NaN where no module has one.
+    """
+
+    def mean(shifts: Mapping[str, float]) -> float:
+        values = [v for v in shifts.values() if math.isfinite(v)]
+        return sum(values) / len(values) if values else math.nan
+
+    return {i: {j: mean(predicted_shift(a, s)) for j, s in statistics.items()} for i, a in adapters.items()}

@@ -1,51 +1,94 @@
-"""The figures of a study's page, as SVG text, drawn from its JSON alone."""
+"""The figures of a page, as SVG text, drawn from the JSON of its account alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
 
 import numpy as np
 
-from plait.report.plots import COLOURS, as_svg, blank, styled
 from plait.runs.sections import PLAIN_ARMS
 
+__all__ = ["figures_of"]
+P = ParamSpec("P")
+# Okabe & Ito's palette: told apart with any colour vision.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000")
+# The same numbers give the same bytes; names are never read as formulas.
+_STYLE: Any = {"font.size": 9, "text.parse_math": False, "svg.hashsalt": "plait", "svg.fonttype": "none"}
 _REST = "#c8c8c8"  # arms without a colour of their own
 _LINES = {"joint training": "--", "best single adapter": "-."}
 _FAR = 4.1  # multiples of the chosen scale beyond this say nothing of a slip
 _WIDE = 1.3  # inches of a legend beside the panels
+_A_ROW = 3  # heat maps side by side
 
 
-def figures_of(found: Mapping[str, Any], main: str) -> dict[str, str]:
-    """Name -> SVG.
+def styled(draw: Callable[P, str]) -> Callable[P, str]:
+    """Draw with the style of the report, whatever the process has set."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> str:
+        from matplotlib import rc_context
+
+        with rc_context(_STYLE):
+            return draw(*arguments, **options)
+
+    return drawn
+
+
+def blank(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of a size in inches and its axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).reshape(-1)
+
+
+def as_svg(figure: Any) -> str:
+    """A figure as an SVG element."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def figures_of(tables: Mapping[str, Any], main: str) -> dict[str, str]:
+    """Draw what there is to draw.
 
     Args:
-        found: The JSON of a study.
+        tables: The JSON of a study, or of a report, which may hold `curves` and `interference` too.
         main: The arm the others are compared with; it has the first colour.
 
     Returns:
-        `recovered`, arms under their best merges with intervals (merged scores where recovered is not defined);
-        `scales`, points lost around the chosen scale; `sweep`, merged scores against learning rate, single score and delta
-        norm. One colour an arm in all three: the main arm's, the plain ones', then the best ones'; the rest are grey.
+        Name -> SVG: `recovered`, arms under their best merges with intervals (merged scores where recovered is not defined);
+        `scales`, points lost around the chosen scale, or `curves`, scores over the scales where these are no ladder; `sweep`,
+        merged scores against learning rate, single score and delta norm; `interference`, predicted shifts. One colour an arm
+        in all of them: the main arm's, the plain ones', then the best ones'; the rest are grey.
     """
-    colours = _colours(found, main)
-    return {
-        "recovered": recovered(found, colours),
-        "scales": scales(found["scales"], colours),
-        "sweep": sweep(found["sweep"], colours),
-    }
+    colours = _colours(tables, main)
+    figures = {"recovered": recovered(tables, colours)}
+    if tables["scales"]:
+        figures["scales"] = scales(tables["scales"], colours)
+    elif any(len(c["points"]) > 1 for c in tables.get("curves", ())):
+        figures["curves"] = curves(tables["curves"], colours)
+    if tables["sweep"]:
+        figures["sweep"] = sweep(tables["sweep"], colours)
+    if tables.get("interference"):
+        figures["interference"] = heat_maps(tables["interference"])
+    return figures
 
 
-def _colours(found: Mapping[str, Any], main: str) -> dict[str, str]:
-    ranked = [b["arm"] for b in found["best"]]
+def _colours(tables: Mapping[str, Any], main: str) -> dict[str, str]:
+    ranked = [b["arm"] for b in tables["best"]]
     first = list(dict.fromkeys([main, *(a for a in ranked if a in PLAIN_ARMS), *ranked]))
     return dict(zip(first, COLOURS, strict=False))
 
 
 @styled
-def recovered(found: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+def recovered(tables: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     """Each arm under its best merge: mean (dot), seeds (small), 95 % interval (line); references as vertical lines."""
-    best = list(reversed(found["best"]))
+    best = list(reversed(tables["best"]))
     defined = not any(None in b["recovered"] for b in best)
     key, factor = ("recovered", 100.0) if defined else ("merged", 1.0)
     figure, (axis,) = blank(7.0, 1.1 + 0.24 * len(best))
@@ -56,7 +99,7 @@ def recovered(found: Mapping[str, Any], colours: Mapping[str, str]) -> str:
             axis.hlines(y, *(factor * v for v in b["interval"]), colors=colour, linewidth=1.4)
         axis.plot(values, [y] * len(values), "o", markersize=2.5, color=colour, alpha=0.6)
         axis.plot(values.mean(), y, "o", markersize=6, color=colour)
-    for x, label, style in _marks(found, key, factor):
+    for x, label, style in _marks(tables, key, factor):
         axis.axvline(x, color="black", linestyle=style, linewidth=0.8, label=label)
     axis.set_yticks(range(len(best)), [b["arm"] for b in best])
     axis.set_ylim(-0.6, len(best) - 0.4)
@@ -66,12 +109,12 @@ def recovered(found: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     return as_svg(figure)
 
 
-def _marks(found: Mapping[str, Any], key: str, factor: float) -> list[tuple[float, str, str]]:
+def _marks(tables: Mapping[str, Any], key: str, factor: float) -> list[tuple[float, str, str]]:
     """Where the references stand, mean over seeds: the floor, adapters served apart, joint training, the best single one."""
     source = "score" if key == "merged" else "recovered"
-    marks = [(float(np.mean(found["best"][0]["floor"])) if key == "merged" else 0.0, "floor", ":")]
-    for name, arm in dict.fromkeys((r["reference"], r["arm"]) for r in found["references"]):
-        values = [r[source] for r in found["references"] if (r["reference"], r["arm"]) == (name, arm)]
+    marks = [(float(np.mean(tables["best"][0]["floor"])) if key == "merged" else 0.0, "floor", ":")]
+    for name, arm in dict.fromkeys((r["reference"], r["arm"]) for r in tables["references"]):
+        values = [r[source] for r in tables["references"] if (r["reference"], r["arm"]) == (name, arm)]
         if None in values:
             continue
         if name == "served separately":
@@ -82,25 +125,46 @@ def _marks(found: Mapping[str, Any], key: str, factor: float) -> list[tuple[floa
 
 
 @styled
-def scales(curves: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+def scales(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
     """Points won or lost by a multiple of the chosen scale, one panel a merge, one curve an arm."""
-    merges = list(dict.fromkeys(c["merge"] for c in curves))
-    figure, axes = blank(2.9 * len(merges) + _WIDE, 3.0, len(merges))
-    for axis, merge in zip(axes, merges, strict=True):
-        for c in _grey_first([c for c in curves if c["merge"] == merge], colours):
-            near = [p for p in c["points"] if 1 / _FAR < p[0] < _FAR]
-            axis.plot(*zip(*near, strict=True), **_line(c["arm"], colours))
+    figure, axes = _panels(lines, colours, lambda multiple: 1 / _FAR < multiple < _FAR)
+    for axis in axes:
         axis.set_xscale("log")
         _ticks(axis, (0.25, 0.5, 1, 2, 4))
-        axis.set_title("each arm's best merge" if merge == "best" else merge)
         axis.set_xlabel("scale / chosen scale")
-        axis.grid(linewidth=0.3)
     low, high = min(a.get_ylim()[0] for a in axes), max(a.get_ylim()[1] for a in axes)
     for axis in axes:
         axis.set_ylim(low, high)
     axes[0].set_ylabel("points against the chosen scale")
     _legend(figure, axes)
     return as_svg(figure)
+
+
+@styled
+def curves(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+    """Scores over the scales that were tried, one panel a merge, one curve an arm."""
+    figure, axes = _panels(lines, colours, lambda _: True)
+    for axis in axes:
+        axis.set_xlabel("scale")
+    axes[0].set_ylabel("mean score, %")
+    _legend(figure, axes)
+    return as_svg(figure)
+
+
+def _panels(
+    lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str], near: Callable[[float], bool]
+) -> tuple[Any, Sequence[Any]]:
+    """One panel a merge with one curve an arm, of the points that are near."""
+    merges = list(dict.fromkeys(c["merge"] for c in lines))
+    figure, axes = blank(2.9 * len(merges) + _WIDE, 3.0, len(merges))
+    for axis, merge in zip(axes, merges, strict=True):
+        for c in _grey_first([c for c in lines if c["merge"] == merge], colours):
+            points = [p for p in c["points"] if near(p[0])]
+            if points:
+                axis.plot(*zip(*points, strict=True), **_line(c["arm"], colours))
+        axis.set_title("each arm's best merge" if merge == "best" else merge)
+        axis.grid(linewidth=0.3)
+    return figure, axes
 
 
 @styled
@@ -154,3 +218,39 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     last_first = list(handles)[::-1]
     order = sorted(last_first, key=lambda name: name == "other arms")
     figure.legend([handles[n] for n in order], order, fontsize=7, loc="outside right upper", frameon=False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+@styled
+def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
+    """Predicted relative output shift: row, whose adapter; column, whose inputs; one panel an arm, one logarithmic colour scale."""
+    from matplotlib.colors import LogNorm
+
+    arms = list(tables)
+    tasks = list(next(iter(tables.values())))
+    names = [_short(t) for t in tasks]
+    side = max(2.6, 0.42 * len(tasks) + 1.2 + 0.1 * max(map(len, names)))  # with what tick labels take, in inches
+    columns = min(_A_ROW, len(arms))
+    rows = -(-len(arms) // columns)
+    figure, axes = blank(side * columns + 1.2, side * rows, columns, rows)
+    grids = [np.array([[tables[arm][i][j] for j in tasks] for i in tasks], dtype=float) for arm in arms]
+    known = np.concatenate([g[np.isfinite(g) & (g > 0)] for g in grids])
+    low, top = (max(float(known.min()), float(known.max()) / 1e4), float(known.max())) if known.size else (0.1, 1.0)
+    norm = LogNorm(low, max(top, 1.01 * low), clip=True)
+    for axis, arm, grid in zip(axes, arms, grids, strict=False):
+        image = axis.imshow(grid, cmap="viridis", norm=norm)
+        axis.set_title(_short(arm))
+        axis.set_xticks(range(len(tasks)), names, rotation=60, ha="right")
+        axis.set_yticks(range(len(tasks)), names)
+        axis.set_xlabel("inputs of")
+        axis.set_ylabel("adapter of")
+    for axis in axes[len(arms) :]:
+        axis.set_axis_off()
+    bar = figure.colorbar(image, ax=list(axes), shrink=0.7)
+    ticks = np.geomspace(low, max(top, 1.01 * low), 4)
+    bar.set_ticks(ticks, labels=[f"{t:.2g}" for t in ticks])  # plain text: formulas are off, names may hold a dollar
+    bar.minorticks_off()
+    return as_svg(figure)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.disk.store import discard, identity, read_json, staged_folder
-from plait.report.interim import write_report
+from plait.report.page import write_report
 from plait.runs.best import best_place
 from plait.runs.executors import Executor, InProcess
 from plait.runs.folder import PRODUCTS, layout_of_folder
@@ -60,7 +60,7 @@ def report(layout: Layout) -> dict[str, Any]:
     wanted, page = identity(REPORT, options, made, layout.recipe.seeds[0]), layout.out / REPORT
     if not layout.is_current(page, wanted):
         with staged_folder(page, wanted, overwrite=True, unit=True) as folder:
-            write_report(folder, layout)
+            write_report(layout, folder)
     headline = read_json(page / "report.json")["headline"]
     places = {"report": str((page / "report.html").absolute()), "best": str(best_place(layout).absolute())}
     return {**headline, **places}

@@ -4,16 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from plait.report.table import mean
+
+__all__ = ["MATCHED", "Matched", "matched_rows", "rising"]
 Swept = Mapping[str, Any]  # a row of `plait.runs.waves.swept`
 MATCHED = {"norm": "delta_norm", "alone": "alone"}  # what is held equal -> the key of a swept row that holds it
 
 
-def matched_rows(sweep: Sequence[Swept], against: str) -> list[dict[str, Any]]:
-    """Every arm of a sweep against one arm, at equal delta norm and at equal score alone, under each tuning merge.
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """An arm against another under a merge, where something is equal.
+
+    Args:
+        arm, against, merge: Coordinates.
+        matched: What is equal: "norm" or "alone".
+        at: Norms or scores that were compared, ascending.
+        of: Number of points the arm has on its rising branch.
+        arm_merged, reference_merged, difference: Means over `at`, points; None where no point of the arm lies inside the
+            reference's range.
+    """
+
+    arm: str
+    against: str
+    merge: str
+    matched: str
+    at: tuple[float, ...]
+    of: int
+    arm_merged: float | None
+    reference_merged: float | None
+    difference: float | None
+
+
+def matched_rows(sweep: Sequence[Swept], against: str) -> list[Matched]:
+    """Compare every arm of a sweep with one arm, at equal delta norm and at equal score alone, under each tuning merge.
 
     The rates of the reference draw a curve, merged score over log norm (or over score alone), one a moment, piecewise
     linear; a point of another arm is held against the curve of its own moment, so that steps are equal too, and only
@@ -25,24 +53,21 @@ def matched_rows(sweep: Sequence[Swept], against: str) -> list[dict[str, Any]]:
         against: The reference.
 
     Returns:
-        A row per arm, merge and `matched` ("norm" or "alone"): `at`, the norms or scores that were compared, ascending; `of`, how many
-        points the arm has on its rising branch; `arm_merged`, `reference_merged` and their `difference`, means over `at`,
-        None where no point of the arm lies inside the reference's range.
+        A row per arm, merge and what is equal.
     """
     known = [r for r in sweep if r["merged"]]
     arms = [a for a in dict.fromkeys(r["arm"] for r in known) if a != against]
     merges = list(dict.fromkeys(m for r in known for m in r["merged"]))
     mine = {a: [r for r in known if r["arm"] == a] for a in (against, *arms)}
+    names = [(arm, what, merge) for arm in arms for what in MATCHED for merge in merges]
     return [
-        {"arm": arm, "against": against, "merge": merge, "matched": what, **_compared(mine[arm], mine[against], key, merge)}
-        for arm in arms
-        for what, key in MATCHED.items()
-        for merge in merges
-    ]  # fmt: skip
+        Matched(arm, against, merge, what, *_compared(mine[arm], mine[against], MATCHED[what], merge))
+        for arm, what, merge in names
+    ]
 
 
 def rising(rows: Sequence[Swept], key: str) -> list[Swept]:
-    """Rows by rate, without those that reach no more than a lower rate did: what is left has one row to a value.
+    """Order rows by rate, without those that reach no more than a lower rate did: what is left has one row to a value.
 
     A score alone rises with the rate and falls behind its best. Behind it the same score is there a second time, and norms
     that only adapters worse at their own task have: what they merge to says nothing of a score or a norm worth having.
@@ -54,8 +79,10 @@ def rising(rows: Sequence[Swept], key: str) -> list[Swept]:
     return kept
 
 
-def _compared(mine: Sequence[Swept], reference: Sequence[Swept], key: str, merge: str) -> dict[str, Any]:
-    """The arm's points that have an equal in the reference, and the means of both there."""
+def _compared(
+    mine: Sequence[Swept], reference: Sequence[Swept], key: str, merge: str
+) -> tuple[tuple[float, ...], int, float | None, float | None, float | None]:
+    """Find the arm's points that have an equal in the reference: `Matched` from `at` on."""
     place = math.log if key == "delta_norm" else float
     pairs, of = [], 0
     for step in dict.fromkeys(r["step"] for r in mine):
@@ -65,7 +92,7 @@ def _compared(mine: Sequence[Swept], reference: Sequence[Swept], key: str, merge
         for p in (p for p in points if curve and curve[0][key] <= p[key] <= curve[-1][key]):
             there = np.interp(place(p[key]), [place(r[key]) for r in curve], [r["merged"][merge] for r in curve])
             pairs.append((p[key], p["merged"][merge], float(there)))
-    at, ours, theirs = ([pair[i] for pair in sorted(pairs)] for i in range(3))
-    arm, other = (float(np.mean(v)) if v else None for v in (ours, theirs))
+    at, ours, theirs = (tuple(pair[i] for pair in sorted(pairs)) for i in range(3))
+    arm, other = (mean(v) if v else None for v in (ours, theirs))
     difference = None if arm is None or other is None else arm - other
-    return {"at": at, "of": of, "arm_merged": arm, "reference_merged": other, "difference": difference}
+    return at, of, arm, other, difference

@@ -3,61 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from plait.evaluation.bootstrap import Floats
 from plait.evaluation.features import FEATURES
-from plait.report.table import Row, task_means
+from plait.report.table import Row, alone_unit, task_means
 from plait.runs.layout import Layout
-from plait.runs.units import ALONE, FOLDS, Unit
 from plait.runs.units import FEATURES as FEATURES_STAGE
-from plait.runs.waves import result
+from plait.runs.waves import Choice, result
 
-Floats = npt.NDArray[np.float64]
+__all__ = ["Predictor", "predictors"]
 
 
-def predictors(layout: Layout, rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """How well each feature predicts the points a task loses by merging.
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """How well something known before merging predicts the points a task loses by it.
 
     Args:
-        layout: Of a finished study.
+        method: Name of the merge.
+        feature: Name of what is known (`plait.evaluation.features`).
+        n: Number of (arm, seed, task).
+        spearman: Rank correlation over all of them, differences between tasks taken out.
+        r2_task, r2_arm: Share of variance that a line fitted to the log of the feature explains on tasks, and on arms, that it
+            has not seen (below 0: worse than the mean).
+    """
+
+    method: str
+    feature: str
+    n: int
+    spearman: float | None
+    r2_task: float | None
+    r2_arm: float | None
+
+
+def predictors(layout: Layout, rows: Sequence[Row], methods: Sequence[str]) -> list[Predictor]:
+    """Tell how well each feature predicts the points a task loses by merging.
+
+    Args:
+        layout: Layout of a finished run.
         rows: Its rows.
         methods: Merges to look at.
-
-    Returns:
-        Per merge and feature: `spearman` over all (arm, seed, task) with differences between tasks taken out, and `r2_task`
-        and `r2_arm`: the share of variance that a line fitted to the log of the feature explains on tasks, and on arms,
-        that it has not seen (below 0: worse than the mean).
     """
-    found = []
+    lines = []
     for method in methods:
         table = _table(layout, [r for r in rows if r.method == method and not r.variant])
         loss, task, arm = table["loss"], table["task"], table["arm"]
-        for name in FEATURES:
+        for name in FEATURES if len(loss) else ():
             x = np.log(np.maximum(table[name].astype(np.float64), 1e-12))
-            found.append(
-                {
-                    "method": method,
-                    "feature": name,
-                    "n": len(loss),
-                    "spearman": _rank_correlation(_centred(x, task), _centred(loss, task)),
-                    "r2_task": _held_out(x, loss, task),
-                    "r2_arm": _held_out(x, loss, arm),
-                }
-            )
-    return found
+            correlation = _rank_correlation(_centred(x, task), _centred(loss, task))
+            held_out = (_held_out(x, loss, group) for group in (task, arm))
+            lines.append(Predictor(method, name, len(loss), correlation, *held_out))
+    return lines
 
 
 def _table(layout: Layout, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
+    """Columns of points lost, task, arm and features, one line for each (arm, seed, task) whose features were measured."""
     columns: dict[str, list[Any]] = {k: [] for k in ("loss", "task", "arm", *FEATURES)}
     for row in rows:
-        unit = Unit(FEATURES_STAGE, row.seed, row.arm, row.lr, row.step, split=FOLDS)
+        alone = alone_unit(row.arm, Choice(row.lr, row.step), row.seed)
+        unit = replace(alone, stage=FEATURES_STAGE)
         if not layout.done(unit):
             continue
-        known = result(layout, unit)["tasks"]
-        own = task_means(result(layout, Unit(ALONE, row.seed, row.arm, row.lr, row.step, split=FOLDS)), "alone")
+        known, own = result(layout, unit)["tasks"], task_means(result(layout, alone), "alone")
         for task, merged in row.tasks.items():
             columns["loss"].append(own[task] - merged)
             columns["task"].append(task)
@@ -68,10 +79,10 @@ def _table(layout: Layout, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
 
 
 def _centred(values: Floats, group: npt.NDArray[Any]) -> Floats:
-    found = values.astype(np.float64).copy()
+    centred: Floats = values.astype(np.float64).copy()
     for g in np.unique(group):
-        found[group == g] -= found[group == g].mean()
-    return found
+        centred[group == g] -= centred[group == g].mean()
+    return centred
 
 
 def _rank_correlation(x: Floats, y: Floats) -> float | None:

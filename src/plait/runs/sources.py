@@ -23,7 +23,7 @@ def statistics_of(unit: Unit, layout: Layout) -> tuple[dict[str, Statistics], li
 
     def read() -> tuple[dict[str, Statistics], list[Statistics]]:
         folder = layout.path(source)
-        found = {t: open_statistics(folder / f"{t}.stats.safetensors") for t in layout.session.tasks}
+        found = {t: open_statistics(folder / f"{t}.stats.safetensors") for t in layout.tasks}
         pool = sorted(folder.glob(f"{BACKGROUND}*.stats.safetensors"))
         return found, [open_statistics(p) for p in pool]
 
@@ -37,10 +37,10 @@ def adapters_of(unit: Unit, layout: Layout) -> dict[str, Adapter]:
     tail = Path("steps") / f"{unit.step:06d}" if unit.step and not repaired else Path()
 
     def read() -> dict[str, Adapter]:
-        for why in (diverged(root / t) for t in layout.session.tasks):
+        for why in (diverged(root / t) for t in layout.tasks):
             if why:  # noted by the sweep of another study in this folder
                 raise Diverged(f"the training diverged: {why}", where=unit.label, hint="lower its rate")
-        return {t: read_adapter(root / t / tail, name=t) for t in layout.session.tasks}
+        return {t: read_adapter(root / t / tail, name=t) for t in layout.tasks}
 
     return layout.cached(root / tail, read)
 

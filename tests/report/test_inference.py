@@ -9,11 +9,6 @@ import numpy as np
 import pytest
 
 from plait.report.inference import NOTHING_LEARNED, Comparison, Resampled, _compared, _holm
-from plait.report.table import share
-
-
-def test_a_share_of_no_gain_is_no_number():
-    assert share(55.0, 40.0, 70.0) == 0.5 and math.isnan(share(41.0, 40.0, 40.9))
 
 
 def drawn(high):
