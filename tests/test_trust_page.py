@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from benchmarks.trust import Row, gathered, row, write_part
+from benchmarks.trust import Row, gathered, row, undisturbed, write_part
 from benchmarks.trust.findings import FINDINGS, cases_of, table
 from benchmarks.trust.page import page
 from benchmarks.trust.reached import FILES, PACKAGE, reached, reading_lines
@@ -99,3 +99,12 @@ def test_what_the_fuzzer_reaches_is_counted_in_functions_that_read():
 def test_a_little_fuzzing_reaches_most_of_a_reader():
     found = reached("mergekit recipes", 200, 0)
     assert found.held > 0.8 * found.tried and (found.fell == 0) == ("not reached: none" in found.notes[0])
+
+
+def test_a_command_that_fails_undisturbed_is_a_row_that_fell():
+    def attack():
+        raise RuntimeError("plait run: exit code 1")
+
+    found = undisturbed("run", attack, lambda r: r)
+    assert (found.tried, found.fell, found.notes) == (1, 1, ("plait run: exit code 1",))
+    assert undisturbed("run", lambda: 5, lambda r: r) == 5

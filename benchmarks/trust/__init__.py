@@ -24,15 +24,16 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import plait
 from plait.disk.store import versions
 
 STARTED = time.monotonic()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,14 @@ def row(what: str, outcomes: Iterable[str], notes: Iterable[str] = ()) -> Row:
     found = list(outcomes)
     fell = [text for text in found if text]
     return Row(what, len(found), len(found) - len(fell), len(fell), (*fell[:20], *notes))
+
+
+def undisturbed(what: str, attack: Callable[[], T], failed: Callable[[Row], T]) -> T:
+    """What an attack finds; where its command fails with nobody disturbing it, one row that says so, so that the others go on."""
+    try:
+        return attack()
+    except RuntimeError as e:
+        return failed(row(f"plait {what}, undisturbed", [str(e)]))
 
 
 def write_part(

@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from benchmarks.trust import Row, row, write_part
+from benchmarks.trust import Row, row, undisturbed, write_part
 from benchmarks.trust.kills import Reference, inputs, prepared, reference, resumed
 from benchmarks.trust.small import COMMANDS, Command, contents, ended, litter, warm, worlds
 
@@ -130,7 +131,8 @@ def main() -> None:
     with worlds() as fresh:
         for i, name in enumerate(given.only):
             count = given.count // len(given.only) + (i < given.count % len(given.only))
-            rows.append(campaign(COMMANDS[name], fresh, count, rng, mount))
+            attack = partial(campaign, COMMANDS[name], fresh, count, rng, mount)
+            rows.append(undisturbed(name, attack, lambda r: r))
             print(f"{name}: tried {rows[-1].tried}, fell {rows[-1].fell} {rows[-1].notes}", file=sys.stderr, flush=True)
             write_part(given.to, "disks", rows, " ".join(["python -P -m benchmarks.trust.disks", *sys.argv[1:]]))
 

@@ -18,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from benchmarks.trust import Row, row, write_part
+from benchmarks.trust import Row, row, undisturbed, write_part
 from benchmarks.trust.small import (
     COMMANDS,
     Command,
@@ -130,6 +131,10 @@ def campaign(command: Command, fresh: Callable[[], Path], count: int, rng: rando
     return row(what, outcomes, [note + (aside if whole.volatile else "")])
 
 
+def _attacked(command: Command, fresh: Callable[[], Path], count: int, rng: random.Random) -> Row:
+    return campaign(command, fresh, count, rng, reference(command, fresh))
+
+
 def counts(names: list[str], total: int) -> dict[str, int]:
     """How many kills each command gets: trainings, runs and studies a share of their own, the others the rest."""
     found = {n: max(1, round(total * SHARE[n])) for n in names if n in SHARE}
@@ -151,7 +156,8 @@ def main() -> None:
     with worlds() as fresh:
         for name, count in sorted(counts(given.only, given.count).items(), key=lambda c: (c[0] in SHARE, c[0])):
             command = COMMANDS[name]
-            rows.append(campaign(command, fresh, count, rng, reference(command, fresh)))
+            attack = partial(_attacked, command, fresh, count, rng)
+            rows.append(undisturbed(name, attack, lambda r: r))
             print(f"{name}: tried {rows[-1].tried}, fell {rows[-1].fell} {rows[-1].notes}", file=sys.stderr, flush=True)
             write_part(given.to, "kills", rows, " ".join(["python -P -m benchmarks.trust.kills", *sys.argv[1:]]))
 

@@ -15,9 +15,10 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from benchmarks.trust import Row, row, write_part
+from benchmarks.trust import Row, row, undisturbed, write_part
 from benchmarks.trust.power_loss import FLUSHES, WAYS, Record, Tree, after, lay, without
 from benchmarks.trust.recording import recorded
 from benchmarks.trust.small import COMMANDS, Command, comparable, contents, ended, require_done, warm, worlds
@@ -193,12 +194,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warm()
-    rows = []
+    rows: list[Row] = []
     with worlds() as fresh, tempfile.TemporaryDirectory() as scratch:
         for name in given.only:
-            rows += lost(COMMANDS[name], fresh(), Path(scratch) / "world", given.random, given.again, given.seed)
-            for r in rows[-2:]:
+            place = Path(scratch) / "world"
+            attack = partial(lost, COMMANDS[name], fresh(), place, given.random, given.again, given.seed)
+            found = undisturbed(name, attack, lambda r: (r,))
+            for r in found:
                 print(f"{name}: tried {r.tried}, fell {r.fell} {r.notes}", file=sys.stderr, flush=True)
+            rows += found
             write_part(given.to, "power", rows, " ".join(["python -P -m benchmarks.trust.power", *sys.argv[1:]]))
 
 

@@ -112,11 +112,11 @@ class _Live:
                 return
             raise RuntimeError(f"not understood: {line[:300]}")
         name, inside, result, opened = matched.groups()
-        if (
-            self.world.encode().hex() not in line.replace("\\x", "")
-            and self.world not in line
-            and "AT_FDCWD" not in line
-        ):
+        relative = inside.startswith('"') and not inside.startswith(
+            '"\\x2f'
+        )  # as in mkdir("out"): of the folder it runs in
+        named = self.world.encode().hex() in line.replace("\\x", "") or self.world in line or "AT_FDCWD" in line
+        if not named and not relative:
             return  # of other places, such as the libraries
         args = _split(inside)
         handler = getattr(self, f"on_{name.removesuffix('64')}", None)
