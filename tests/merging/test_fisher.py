@@ -79,6 +79,27 @@ def test_language_models_sum_over_predicted_tokens():
     assert found.examples == 12 and float(found.diagonal_for("q").rows(0, 5).min()) >= 0
 
 
+def test_given_tokens_equal_autograd_example_by_example():
+    """The answer's tokens count, token 0 too; those of the prompt (-100) and of the padding do not."""
+    model = Classifier(language_model=True)
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 11, (3, 7), generator=g)
+    ids[:, 3] = 0
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    labels = ids.clone()
+    labels[:, :2] = -100
+    found = collect_fisher(model, [{"input_ids": ids, "attention_mask": mask, "labels": labels}], ["q"], labels="given")
+    total = torch.zeros(5, 6)
+    for i in range(3):
+        log_p = model(ids[i : i + 1], mask[i : i + 1]).logits.log_softmax(-1)[0]
+        counted = [(place, int(ids[i, place])) for place in range(2, 7) if mask[i, place]]
+        likelihood = sum(log_p[place - 1, token] for place, token in counted)
+        total += torch.autograd.grad(likelihood, model.q.weight)[0].square()
+    torch.testing.assert_close(found.diagonal_for("q").rows(0, 5), total / 3)
+    assert (3, 0) in counted
+
+
 def test_file_round_trip(tmp_path):
     kept = FisherDiagonal.held({"l.q": torch.rand(5, 6)}, 7, task="a")
     write_fisher(tmp_path / "a.fisher.safetensors", kept)
