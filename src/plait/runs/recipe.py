@@ -113,7 +113,7 @@ class Recipe(Settings):
     def _names(self) -> Recipe:
         checked_name(self.name, "recipe")
         distinct_names(self.task_names, "task")
-        distinct_names([a if isinstance(a, str) else a.name for a in self.arms], "arm")
+        distinct_names([a.name for a in self.named_arms], "arm")
         if len({a.name for a in self.arm_specs}) < len(self.arm_specs):
             raise ValueError("a learning rate or a snapshot stands twice")
         distinct_names([m.name for m in self.merge_specs], "merge")
@@ -135,7 +135,7 @@ class Recipe(Settings):
     def _sweep(self) -> Recipe:
         if self.tuned and self.tuning_seed in self.seeds:
             raise ValueError("the tuning seed is among the reported seeds")
-        for arm in self.arm_specs:
+        for arm in self.named_arms:
             several = isinstance({**self.training, **arm.training}.get("lr"), list)
             if self.tuned and several:
                 raise ValueError(f"arm {arm.name!r}: training.lr is a list, and rates are what an arm chooses from")
@@ -176,14 +176,18 @@ class Recipe(Settings):
         return self.tuned if self.evaluation.grow is None else self.evaluation.grow
 
     @property
+    def named_arms(self) -> list[ArmSpec]:
+        """The arms as the recipe names them, each as a mapping."""
+        return [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
+
+    @property
     def arm_specs(self) -> list[ArmSpec]:
         """The arms, each as a mapping.
 
         A list of learning rates makes an arm ``NAME@lrRATE`` of each, and the snapshots of a training follow it as
         ``NAME@stepN``; neither can be mistaken for a name of the recipe, where @ is not allowed.
         """
-        named = [ArmSpec(name=a) if isinstance(a, str) else a for a in self.arms]
-        return [each for arm in named for rated in self.at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
+        return [each for arm in self.named_arms for rated in self.at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
 
     def arm(self, name: str) -> ArmSpec:
         """The arm of a name."""
@@ -192,8 +196,7 @@ class Recipe(Settings):
     @property
     def first_arm(self) -> ArmSpec:
         """The arm by whose settings a single adapter is trained."""
-        first = self.arms[0]
-        return ArmSpec(name=first) if isinstance(first, str) else first
+        return self.named_arms[0]
 
     def at_each_rate(self, arm: ArmSpec) -> list[ArmSpec]:
         """An arm, or one for each of its learning rates where they are a list."""

@@ -272,6 +272,6 @@ def _clear_checkpoints(layout: Layout) -> None:
     """Remove what a run killed between an adapter's rename and the removal of its checkpoints has left."""
     from plait.training.checkpoints import checkpoint_root
 
-    for unit in (u for u in planned(layout) if u.stage == TRAIN and layout.done(u)):
+    for unit in (u for u in planned(layout) if u.stage == TRAIN and layout.of(u).done(u)):
         for task in layout.of(unit).tasks:
             shutil.rmtree(checkpoint_root(layout.of(unit).path(unit) / task), ignore_errors=True)

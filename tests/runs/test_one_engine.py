@@ -1,0 +1,118 @@
+"""One engine for whatever is run: the same results by every command and executor, and only what is missing is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plait.cli import main
+from plait.errors import UsageError
+from plait.report.line import run
+from plait.runs import stages
+from plait.runs.executors import Processes
+from plait.runs.layout import Layout
+from plait.runs.recipe_file import parse_recipe
+from plait.runs.run import describe
+from plait.runs.run import run as run_units
+from plait.runs.stages import ANSWERS_FILE
+
+TWO = {"tasks": ["topic", "grade"], "arms": ["kaiming", "osrm"], "merges": ["task_arithmetic"]}
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Every adapter and every answer of a run."""
+    files = [*out.rglob("adapter_model.safetensors"), *out.rglob(ANSWERS_FILE)]
+    return {str(p.relative_to(out)): p.read_bytes() for p in files}
+
+
+def test_run_and_study_run_give_the_same(tiny_recipe, tmp_path, capsys):
+    recipe = tiny_recipe(**TWO)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    for command in (["run"], ["study", "run"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, str(file), "--out", str(tmp_path / command[0]), "--quiet", "--json"])
+        assert ended.value.code == 0 and json.loads(capsys.readouterr().out)["reused"] == 0
+    assert results(tmp_path / "run") == results(tmp_path / "study") != {}
+
+
+def test_processes_leave_what_this_process_leaves(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(**TWO)
+    workers = Processes(2)
+    try:
+        assert run_units(recipe, tmp_path / "apart", executor=workers, quiet=True).finished
+    finally:
+        workers.close()
+    assert run_units(recipe, tmp_path / "here", quiet=True).finished
+    assert results(tmp_path / "apart") == results(tmp_path / "here") != {}
+
+
+def test_an_arm_added_later_only_adds(tiny_recipe, tmp_path):
+    first = run(tiny_recipe(**{**TWO, "arms": ["osrm"]}), tmp_path / "out", quiet=True)
+    before = results(tmp_path / "out")
+    both = run(tiny_recipe(**TWO), tmp_path / "out", quiet=True)
+    assert both["reused"] == first["units"] and set(both["merged"]) == {"kaiming", "osrm"}
+    assert both["merged"]["osrm"] == first["merged"]["osrm"]
+    after = results(tmp_path / "out")
+    assert {k: v for k, v in after.items() if k in before and not k.startswith("best")} == {
+        k: v for k, v in before.items() if not k.startswith("best")
+    }
+
+
+def test_interrupted_statistics_keep_the_tasks_that_are_done(tiny_recipe, tmp_path, monkeypatch):
+    recipe, collect, asked = tiny_recipe(**TWO), stages.collect_file, []
+
+    def interrupted(session, name, path, **options):
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        collect(session, name, path, **options)
+
+    monkeypatch.setattr(stages, "collect_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_units(recipe, tmp_path / "out", quiet=True)
+    run_units(recipe, tmp_path / "out", quiet=True)
+    assert asked == ["topic", "grade", "grade"]
+    assert not list((tmp_path / "out/statistics").glob(".*"))
+
+
+def test_a_plain_recipe_may_have_what_a_study_has(tiny_recipe, tmp_path):
+    joint = {"name": "joint", "subspace": "kaiming", "joint": True}
+    variant = {"name": "rank3", "set": {"lora.rank": 3}, "arms": ["osrm"]}
+    recipe = tiny_recipe(**{**TWO, "arms": ["kaiming", "osrm", joint]})
+    recipe = parse_recipe({**recipe.model_dump(mode="json"), "variants": [variant]}, "tiny")
+    forecast = describe(recipe, tmp_path / "out")
+    assert forecast.stages["train"].units == 4 and not forecast.tuned
+    outcome = run_units(recipe, tmp_path / "out", quiet=True)
+    assert outcome.finished and outcome.done == sum(s.units for s in forecast.stages.values())
+    assert (tmp_path / "out/variants/rank3/merged/osrm/seed-0/task_arithmetic").is_dir()
+    assert (tmp_path / "out/scores/joint/seed-0/alone").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moments": [2]}, "no rates to choose from"),
+        ({"arms": [{"name": "kaiming", "rates": [0.1]}]}, "the recipe has none"),
+        ({"rates": [0.1], "training": {"steps": 4, "lr": [0.1, 0.2]}}, "training.lr is a list"),
+        ({"rates": [0.1], "seeds": [1000]}, "tuning seed"),
+        ({"arms": [{"name": "early", "snapshot": 2}]}, "whose moment"),
+    ],
+)
+def test_what_belongs_to_a_sweep_is_told_apart(tiny_recipe, tmp_path, changes, message):
+    raw = {**tiny_recipe(**TWO).model_dump(mode="json"), **changes}
+    with pytest.raises(UsageError, match=message):
+        parse_recipe(raw, "tiny")
+
+
+def test_units_of_a_plain_recipe_have_places_of_their_own(tiny_recipe, tmp_path):
+    from plait.runs.run import planned
+
+    recipe = tiny_recipe(**TWO)
+    recipe = parse_recipe({**recipe.model_dump(mode="json"), "seeds": [0, 1]}, "tiny")
+    layout = Layout(recipe, tmp_path)
+    units = planned(layout)
+    assert len({layout.path(u) for u in units}) == len(units) == 2 * (1 + 2 * 4)
