@@ -36,9 +36,9 @@ def collect_moments(panel: Panel) -> dict[str, dict[str, Statistics]]:
     return moments
 
 
-def _of_part(panel: Panel, part: Part, modules: list[str], worn: Adapter | None) -> Statistics:
+def _of_part(panel: Panel, part: Part, modules: list[str], active: Adapter | None) -> Statistics:
     model = panel.model(part)
-    with applied(model, worn):
+    with applied(model, active):
         return collect_statistics(
             model,
             batches(panel.tokenizer, rows_of(panel, part), panel.batch_size, by_length=True),

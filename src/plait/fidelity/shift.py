@@ -39,8 +39,8 @@ def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float =
             {k: v for k, v in batch.items() if k != "labels" or part.task.kind == "seq2seq"}, panel.base.torch_device
         )
         states = []
-        for worn, factor in ((part.adapter, 1.0), (None, 1.0), (merge, scale)):
-            with applied(model, worn, factor):
+        for active, factor in ((part.adapter, 1.0), (None, 1.0), (merge, scale)):
+            with applied(model, active, factor):
                 states.append(list(_states(model(**inputs, output_hidden_states=True), inputs)))
         own, bare, merged = states
         off.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, merged, strict=True)]))
