@@ -27,7 +27,7 @@ class Collector:
 
     Args:
         targets: Modules to collect for.
-        found: Their sites.
+        places: Their sites.
         passes: How to run a batch.
         pool, sketch: See `collect_statistics`.
         stop_early: End a pass once every module has been called, where each is called once.
@@ -37,7 +37,7 @@ class Collector:
     def __init__(
         self,
         targets: Mapping[str, Target],
-        found: SiteMap,
+        places: SiteMap,
         passes: ForwardPasses,
         *,
         pool: str,
@@ -45,22 +45,22 @@ class Collector:
         stop_early: bool = True,
         dense: bool = False,
     ) -> None:
-        self.targets = {n: targets[n] for n in found.site_of}
-        self.found, self.passes = found, passes
-        self.stops = stop_early and found.once_each
-        sizes = {s: targets[s].shape[1] for s in found.sites}
+        self.targets = {n: targets[n] for n in places.site_of}
+        self.places, self.passes = places, passes
+        self.stops = stop_early and places.once_each
+        sizes = {s: targets[s].shape[1] for s in places.sites}
         self.sums = {
             s: SiteSums(d, passes.dtype, passes.device, pool=pool, sketch=sketch, dense=dense) for s, d in sizes.items()
         }
         self.pool = pool
-        self.energies = {n: torch.zeros((), dtype=torch.float64, device=passes.device) for n in found.site_of}
+        self.energies = {n: torch.zeros((), dtype=torch.float64, device=passes.device) for n in places.site_of}
         self.samples = self.tokens = self.batch = 0
         self.most: int | None = None  # examples a pass, once memory has run out
         self._halves = sketch is None
         self._calls: Counter[tuple[str, str]] = Counter()  # of the pass that runs
         self._added: set[tuple[str, str, int]] = set()  # sums that have the pass's rows
         self._skipped: frozenset[tuple[str, str, int]] = frozenset()  # sums that have them from a pass that failed
-        self._followers = {s: sum(1 for x in found.site_of.values() if x == s) - 1 for s in found.sites}
+        self._followers = {s: sum(1 for x in places.site_of.values() if x == s) - 1 for s in places.sites}
         self._live: dict[str, list[Tensor]] = {}
         self._awaited: dict[str, int] = {}
         self._pending: set[str] = set()
@@ -145,7 +145,7 @@ class Collector:
             )
 
     def _hooked(self, target: Target) -> Iterator[Any]:
-        leads = self.found.site_of[target.name] == target.name
+        leads = self.places.site_of[target.name] == target.name
         see = self._lead if leads else self._follow
         yield target.module.register_forward_pre_hook(
             lambda _m, args, kwargs: see(target, input_of(target, args, kwargs)), with_kwargs=True
@@ -160,7 +160,7 @@ class Collector:
 
     def _fit(self, name: str, shape: torch.Size) -> Positions:
         assert self._masks is not None  # set before every pass
-        return self._masks.fit(shape, self.found.role_of[self.found.site_of[name]], name)
+        return self._masks.fit(shape, self.places.role_of[self.places.site_of[name]], name)
 
     def _lead(self, target: Target, h: Tensor) -> None:
         if followers := self._followers[target.name]:
@@ -171,11 +171,11 @@ class Collector:
             self._has("site", target.name)
 
     def _follow(self, target: Target, h: Tensor) -> None:
-        """Check that the tensor is one the site has counted: sites were found on one example.
+        """Check that the tensor is one the site has counted: sites were places on one example.
 
         What was counted is kept alive until every follower has been called, so that an address means one tensor.
         """
-        site = self.found.site_of[target.name]
+        site = self.places.site_of[target.name]
         if not any(memory_of(seen) == memory_of(h) for seen in self._live.get(site, [])):
             raise RunError(f"no longer reads what {site!r} reads, as it did for the first example", where=target.name)
         self._awaited[site] -= 1
@@ -215,7 +215,7 @@ class Collector:
         self._require_finite()
         energies = torch.stack(list(self.energies.values())).tolist() if self.energies else []
         modules = {
-            n: ModuleInfo(self.found.site_of[n], t.shape, energy, t.fan_in_fan_out, t.is_router)
+            n: ModuleInfo(self.places.site_of[n], t.shape, energy, t.fan_in_fan_out, t.is_router)
             for (n, t), energy in zip(self.targets.items(), energies, strict=True)
         }
         return modules, {s: sums.finish() for s, sums in self.sums.items()}

@@ -168,8 +168,8 @@ def _collect_group(
         for task, collector in collectors.items():  # a GPU is waited for once, after the last task
             energies, moments = collector.sums_on_device()
             modules[task] |= energies
-            for site, found in moments.items():
-                sites.setdefault(site, {})[task] = found
+            for site, inputs in moments.items():
+                sites.setdefault(site, {})[task] = inputs
     return sites, readers
 
 
@@ -180,8 +180,8 @@ class _Jobs:
     threads' small eigen-problems run on one core each: together they would wake every core six times over.
     """
 
-    def __init__(self, solver: _Solver, found: dict[str, dict[str, Subspace]]) -> None:
-        self.solver, self.found = solver, found
+    def __init__(self, solver: _Solver, spaces: dict[str, dict[str, Subspace]]) -> None:
+        self.solver, self.spaces = solver, spaces
         self.threads = torch.get_num_threads()
         aside = solver.device.type in DEVICES_WITH_STREAMS
         self.pool = ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) if aside else None
@@ -223,7 +223,7 @@ class _Jobs:
 
     def _keep(self, modules: list[str], solved: Mapping[str, Subspace]) -> None:
         for task, subspace in solved.items():
-            self.found[task] |= dict.fromkeys(modules, subspace)
+            self.spaces[task] |= dict.fromkeys(modules, subspace)
 
 
 _threads = threading.local()

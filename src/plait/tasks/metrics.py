@@ -127,10 +127,10 @@ def scores(
     return {m: score(m, predictions, labels) for m in metrics}
 
 
-def primary(found: Mapping[str, float]) -> float:
+def primary(values: Mapping[str, float]) -> float:
     """Average a task's metrics into its score, as GLUE's own average does.
 
     >>> primary({"accuracy": 90.0, "f1": 80.0})
     85.0
     """
-    return float(np.mean(list(found.values())))
+    return float(np.mean(list(values.values())))

@@ -78,9 +78,9 @@ class Task:
             )  # fmt: skip
         if self.chat == "messages" and len(self.text_columns) != 1:
             raise UsageError("conversations lie in one column", where=f"task {self.name}")
-        if self.labels and (found := sorted(set(self.metrics) & set(OPEN_ONLY))) and self.kind in TEXT_KINDS:
+        if self.labels and (written := sorted(set(self.metrics) & set(OPEN_ONLY))) and self.kind in TEXT_KINDS:
             raise UsageError(
-                f"metric {found[0]!r} scores what is written, and `labels` make answers to choose from",
+                f"metric {written[0]!r} scores what is written, and `labels` make answers to choose from",
                 where=f"task {self.name}",
             )
         if len(self.text_columns) > 2 and self.kind not in TEXT_KINDS:
