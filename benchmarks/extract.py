@@ -80,8 +80,8 @@ def row(
     return {
         "rank": rank,
         "metric_of_inputs": metric,
-        "energy_kept": done["energy_kept"],
-        "metric_kept": done["metric_kept"],
+        "energy_kept": done.record.energy_kept,
+        "metric_kept": done.record.metric_kept,
         "agreement": float((found.argmax(1) == tuned.argmax(1)).float().mean()),
         "logit_difference": float((found - tuned).norm() / tuned.norm()),
         "accuracy": float((found.argmax(1) == labels).float().mean()),
@@ -122,7 +122,7 @@ def main() -> None:
             found.append(row(rank, statistics is not None, done, given.base, folder, tuned, held, given.text))
             print(json.dumps(found[-1]), flush=True)
     if given.json:
-        given.json.write_text(json.dumps({"rows": found, "dropped": len(done["dropped"])}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"rows": found, "dropped": len(done.record.dropped)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.errors import PlaitError
-from plait.merging.request import MergeRequest, answer
+from plait.merging import MergeRequest, answer
 
 WIDTH, HEADS, LAYERS, VOCABULARY, RANK = 32, 4, 3, 64, 4
 TARGETS = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.down_proj": (32, 48)}

@@ -192,7 +192,7 @@ def row_block_sum(folder: Path, shape: str, repeats: int) -> dict[str, Any]:
     import torch
 
     from plait.adapters.peft_format import read_adapter
-    from plait.merging.stream import row_blocks
+    from plait.merging.dense import row_blocks
 
     baseline = peak_mb()
     adapters = [read_adapter(folder / t) for t in TASKS]
@@ -216,18 +216,18 @@ def plait_dense(folder: Path, method: str, repeats: int) -> dict[str, Any]:
 
     baseline = peak_mb()
     from plait.adapters.peft_format import read_adapter
-    from plait.merging.driver import plan_merge
-    from plait.merging.stream import DenseDelta
+    from plait.merging import plan_merge
+    from plait.merging.dense import DenseDelta
 
     adapters = [read_adapter(folder / t) for t in TASKS]
 
     def run(_: int) -> float:
         plan = plan_merge(adapters, method, scale=1.0)
         start = time.perf_counter()
-        context = plan.prepared()
+        plan.prepare()
 
         def blocks(module: str) -> None:
-            result = plan.method.function(plan.view(module, context), **plan.options)
+            result = plan.method.function(plan.view(module), **plan.options)
             assert isinstance(result, DenseDelta)
             for _ in result.blocks():
                 pass
@@ -258,7 +258,7 @@ def plait(folder: Path, method: str, out: Path, repeats: int) -> dict[str, Any]:
             [folder / t for t in tasks], out / to, method=method, statistics=files, verify=verify, scale=1.0
         )
         cpu.append(time.process_time() - start)
-        return float(done["seconds_merge"])
+        return float(done.seconds_merge)
 
     def run(i: int) -> float:
         floors.append(one_floor(folder, out, i))
@@ -279,7 +279,7 @@ def read_statistics_alone(folder: Path, repeats: int) -> dict[str, Any]:
 
     baseline = peak_mb()
     from plait.adapters.peft_format import read_adapter
-    from plait.merging.driver import plan_merge
+    from plait.merging import plan_merge
     from plait.merging.folders import read_statistics_files
 
     adapters = [read_adapter(folder / t) for t in TASKS]

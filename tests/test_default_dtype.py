@@ -21,8 +21,8 @@ from plait.disk.store import identity
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.merging import merge_folders, merge_methods
-from plait.merging.driver import plan_merge
+from plait.merging import merge_folders, merge_methods, plan_merge
+from plait.merging.bake_sites import merged_delta, shell
 from plait.merging.methods.adamerging import adamerging
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.per_task import merge_per_task
@@ -111,7 +111,7 @@ def test_merges(unchanged, method, given):
     plan = plan_merge(
         adapters, method, options=LAWS[method].options, statistics=held, weights=weights, **{"scale": 1.0} | given
     )
-    unchanged(lambda: {m: plan.merged(m, plan.prepared()) for m in MODULES})
+    unchanged(lambda: {m: plan.merged(m) for m in MODULES})
 
 
 @pytest.mark.parametrize("space", ["core", "knots"])
@@ -125,7 +125,7 @@ def test_merges_in_another_space(unchanged, method, space):
 def test_merges_to_bake_and_to_a_folder(unchanged, method, tmp_path):
     adapters = [adapter(n, i, MODULES) for i, n in enumerate(["one", "two"])]
     plan = plan_merge(adapters, method, scale=1.0)
-    unchanged(lambda: [plan.shell(), *(plan.delta(m).dense() for m in MODULES)])
+    unchanged(lambda: [shell(plan), *(merged_delta(plan, m).dense() for m in MODULES)])
     folders = [tmp_path / a.name for a in adapters]
     for folder, a in zip(folders, adapters, strict=True):
         folder.mkdir()
@@ -141,7 +141,7 @@ def test_merges_to_bake_and_to_a_folder(unchanged, method, tmp_path):
     rescalers = []
 
     def per_task() -> Any:
-        rescalers.append(merge_per_task(folders, tmp_path / f"tasks{len(rescalers)}")["rescalers"])
+        rescalers.append(merge_per_task(folders, tmp_path / f"tasks{len(rescalers)}").record.rescalers)
         return rescalers[-1]
 
     unchanged(per_task)

@@ -22,7 +22,7 @@ LOWER = sorted(
 )
 ALLOWED = {"torch", "safetensors", "numpy", "jaxtyping", "plait", "__future__"} | set(sys.stdlib_module_names)
 LONGEST_FILE, LONGEST_TABLE, LONGEST_FUNCTION, MOST_FILES_AT_THE_TOP = 300, 500, 60, 8
-ONE_CLASS_OR_TABLE = {"runs/layout.py"}  # files that may have up to LONGEST_TABLE lines
+ONE_CLASS_OR_TABLE = {"merging/plan.py", "runs/layout.py"}  # files that may have up to LONGEST_TABLE lines
 # Every room and every file at the top, the lowest first: each may import what stands before it.
 ROOMS = [
     "version",
@@ -56,13 +56,9 @@ ROOMS = [
 # Imports from below that are still to be turned round: "file -> file".
 UPWARD: set[str] = set()
 # Imports beside those that still close a circle of files.
-CIRCULAR = {
-    "merging.folders -> merging.to_format",
-    "merging.stacks -> merging.inputs",
-    "merging.stacks -> merging.plan",
-}
+CIRCULAR: set[str] = set()
 # How many functions return a dictionary that no type checker sees into: lower it with each that becomes a dataclass.
-MOST_UNTYPED_RETURNS = 80
+MOST_UNTYPED_RETURNS = 31
 SUBCLASSES = {"training/callbacks.py", "training/selection.py", "training/trainer.py"}  # of the Trainer's classes
 HEAVY = {"transformers", "peft", "datasets", "sklearn", "scipy", "pyarrow", "matplotlib", "accelerate", "jinja2"}
 

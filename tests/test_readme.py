@@ -58,8 +58,8 @@ def test_a_merged_folder_is_used_as_the_readme_says(tiny_base, tmp_path, monkeyp
     import transformers as hf
 
     from plait.adapters.peft_format import write_adapter
+    from plait.merging import plan_merge
     from plait.merging.bake import bake
-    from plait.merging.driver import plan_merge
     from plait.merging.folders import merge_folders
     from tests.fidelity.conftest import random_adapter
 

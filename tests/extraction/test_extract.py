@@ -65,7 +65,7 @@ def test_a_known_update_comes_back(tmp_path, name):
     tuned = changed(MODELS[name](), skip=("bias",))
     tuned.save_pretrained(tmp_path / "tuned")
     done = extract(Extraction(tmp_path / "tuned", tmp_path / "base", rank=8), tmp_path / "lora")
-    assert done["energy_kept"] > 1 - 1e-10 and done["verification_error"] < 1e-6 and done["dropped"] == {}
+    assert done.record.energy_kept > 1 - 1e-10 and done.record.verification_error < 1e-6 and done.record.dropped == {}
     found = logits(loaded(MODELS[name](), tmp_path / "lora"))
     assert difference(found, logits(tuned)) < 1e-5
     assert difference(found, logits(MODELS[name]())) > 0.01
@@ -76,13 +76,13 @@ def test_an_energy_gives_each_module_the_smallest_rank_that_keeps_it(tmp_path):
     changed(llama(), None).save_pretrained(tmp_path / "tuned")
     done = extract(Extraction(tmp_path / "tuned", tmp_path / "base", energy=0.8), tmp_path / "lora")
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
-    assert config["rank_pattern"] and len({r["rank"] for r in done["by_module"].values()}) > 1
+    assert config["rank_pattern"] and len({r.rank for r in done.record.by_module.values()}) > 1
     base, tuned = dict(llama().named_parameters()), dict(changed(llama(), None).named_parameters())
-    for module, row in done["by_module"].items():
+    for module, row in done.record.by_module.items():
         D = (tuned[f"{module}.weight"] - base[f"{module}.weight"]).detach().double()
         shares = torch.linalg.svdvals(D).square().cumsum(0) / D.square().sum()
-        assert shares[row["rank"] - 1] >= 0.8 - 1e-9 and (row["rank"] == 1 or shares[row["rank"] - 2] < 0.8)
-        assert row["energy_kept"] == pytest.approx(float(shares[row["rank"] - 1]), abs=1e-6)
+        assert shares[row.rank - 1] >= 0.8 - 1e-9 and (row.rank == 1 or shares[row.rank - 2] < 0.8)
+        assert row.energy_kept == pytest.approx(float(shares[row.rank - 1]), abs=1e-6)
     loaded(llama(), tmp_path / "lora")
 
 
@@ -91,9 +91,9 @@ def test_half_precision(tmp_path, dtype):
     llama().to(dtype).save_pretrained(tmp_path / "base")
     changed(llama().to(dtype).float()).to(dtype).save_pretrained(tmp_path / "tuned", max_shard_size="10KB")
     done = extract(Extraction(tmp_path / "tuned", tmp_path / "base", rank=32), tmp_path / "lora")
-    assert done["energy_kept"] > 1 - 1e-9  # full rank: rounding of the checkpoint is part of the difference
+    assert done.record.energy_kept > 1 - 1e-9  # full rank: rounding of the checkpoint is part of the difference
     exact = extract(Extraction(tmp_path / "tuned", tmp_path / "base", rank=8), tmp_path / "eight")
-    assert 0.9 < exact["energy_kept"] < 1 - 1e-9
+    assert 0.9 < exact.record.energy_kept < 1 - 1e-9
 
 
 @pytest.mark.parametrize("rank", [2, 5])
@@ -109,7 +109,10 @@ def test_statistics_choose_the_metric(tmp_path, rank):
     ask = {"finetuned": tmp_path / "tuned", "base": tmp_path / "base", "rank": rank}
     plain = extract(Extraction(**ask), tmp_path / "plain")
     weighed = extract(Extraction(**ask, statistics=tmp_path / "t.stats.safetensors"), tmp_path / "weighed")
-    assert weighed["energy_kept"] < plain["energy_kept"] and weighed["metric_kept"] > weighed["energy_kept"]
+    assert (
+        weighed.record.energy_kept < plain.record.energy_kept
+        and weighed.record.metric_kept > weighed.record.energy_kept
+    )
     base, tuned = dict(llama().named_parameters()), dict(changed(llama(), None).named_parameters())
     for name, factors in read_adapter(tmp_path / "weighed").modules.items():
         M = found.moments_for(name).dense().double()
@@ -120,7 +123,7 @@ def test_statistics_choose_the_metric(tmp_path, rank):
 
         other = read_adapter(tmp_path / "plain").modules[name]
         assert loss(factors.delta()) <= loss(other.delta()) * (1 + 1e-5)
-        assert weighed["by_module"][name]["metric_kept"] == pytest.approx(1 - loss(factors.delta()), abs=1e-5)
+        assert weighed.record.by_module[name].metric_kept == pytest.approx(1 - loss(factors.delta()), abs=1e-5)
 
 
 def test_statistics_that_lack_a_module_are_refused(tmp_path):
@@ -175,7 +178,7 @@ def test_a_classifier_keeps_its_head_whole(tmp_path):
     base = save_model(tmp_path / "base", "bert")
     tuned = classifier(tmp_path / "tuned", base)
     done = extract(Extraction(tmp_path / "tuned", base, rank=8), tmp_path / "lora")
-    assert done["heads"] == ["lora"] and done["task_type"] == "SEQ_CLS"
+    assert done.record.heads == ("lora",) and done.record.task_type == "SEQ_CLS"
     again = read_adapter(tmp_path / "lora")
     assert again.classes == {"lora": ["a", "b", "c"]}
     fresh = hf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
@@ -210,7 +213,7 @@ def test_changes_outside_the_lora_are_refused_or_said(tmp_path, what):
         extract(ask, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     done = extract(Extraction(tmp_path / "tuned", tmp_path / "base", rank=8, drop=True), tmp_path / "lora")
-    assert list(done["dropped"]) == [OUTSIDE[what]] and done["dropped"][OUTSIDE[what]] > 0
+    assert list(done.record.dropped) == [OUTSIDE[what]] and done.record.dropped[OUTSIDE[what]] > 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -222,10 +225,10 @@ def test_embeddings_are_covered_where_they_are_asked_for(tmp_path, tied):
     tuned.save_pretrained(tmp_path / "tuned")
     ask = Extraction(tmp_path / "tuned", tmp_path / "base", rank=2, target_modules=("embed_tokens", "q_proj"))
     done = extract(ask, tmp_path / "lora")
-    assert done["modules"] == 1 and done["unchanged"] == 2
+    assert done.record.modules == 1 and done.record.unchanged == 2
     assert ("lm_head" in read_adapter(tmp_path / "lora").modules) is tied
+    from plait.merging import plan_merge
     from plait.merging.bake import bake
-    from plait.merging.driver import plan_merge
 
     bake(
         plan_merge([read_adapter(tmp_path / "lora")], "task_arithmetic", scale=1.0),
@@ -278,7 +281,7 @@ def test_a_second_time_is_kept_and_another_is_refused(tmp_path):
     changed(llama()).save_pretrained(tmp_path / "tuned")
     ask = Extraction(tmp_path / "tuned", tmp_path / "base", rank=4)
     extract(ask, tmp_path / "lora")
-    assert extract(ask, tmp_path / "lora")["reused"]
+    assert extract(ask, tmp_path / "lora").reused
     with pytest.raises(UsageError):
         extract(Extraction(tmp_path / "tuned", tmp_path / "base", rank=5), tmp_path / "lora")
 

@@ -31,12 +31,12 @@ def pair(tiny_base, tmp_path):
 def test_regmean_pp_of_folders_keeps_heads_and_is_verified(pair, tmp_path):
     base, folders, texts = pair
     done = merge_by_forward(folders, tmp_path / "out", "regmean_pp", base=base, texts=texts, weights=[1.0, 2.0])
-    assert done["method"] == "regmean_pp" and done["verification_error"] < 1e-6 and not done["reused"]
+    assert done.record.method == "regmean_pp" and done.record.verification_error < 1e-6 and not done.reused
     written = read_adapter(tmp_path / "out")
     assert set(written.heads) == {"one", "two"} and written.rank == 6
     assert read_manifest(tmp_path / "out")["result"]["texts"] == {"one": 12, "two": 12}
     again = merge_by_forward(folders, tmp_path / "out", "regmean_pp", base=base, texts=texts, weights=[1.0, 2.0])
-    assert again["reused"]
+    assert again.reused
     with pytest.raises(UsageError, match="alpha"):
         merge_by_forward(
             folders, tmp_path / "out", "regmean_pp", base=base, texts=texts, weights=[1.0, 2.0], options={"alpha": 0.5}
@@ -68,8 +68,8 @@ def test_adamerging_lowers_the_entropy_of_the_heads_answers(pair, tmp_path):
     base, folders, texts = pair
     options = {"steps": 15, "learning_rate": 0.05}
     done = merge_by_forward(folders, tmp_path / "out", "adamerging", base=base, texts=texts, options=options)
-    assert done["last_loss"] < done["first_loss"] and done["verification_error"] < 1e-6
-    learnt = done["options"]["weights"]
+    assert done.record.last_loss < done.record.first_loss and done.record.verification_error < 1e-6
+    learnt = done.record.options["weights"]
     written, adapters = read_adapter(tmp_path / "out"), [read_adapter(f) for f in folders]
     for m, f in written.modules.items():
         wanted = sum(learnt[a.name][m] * a.modules[m].delta() for a in adapters)
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_named(pair, tiny_base, tmp_path):
         [str(tmp_path / "text")], tmp_path / "o", "regmean_pp", base=llama, texts={"text": texts["one"]}
     )
     one, back = read_adapter(tmp_path / "text"), read_adapter(tmp_path / "o")
-    assert done["verification_error"] < 1e-6
+    assert done.record.verification_error < 1e-6
     for m, f in one.modules.items():  # one adapter comes back
         torch.testing.assert_close(back.modules[m].delta(), f.delta(), atol=1e-3, rtol=1e-2)
 

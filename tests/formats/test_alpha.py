@@ -14,7 +14,7 @@ from plait.errors import InputError
 from plait.formats.alpha import alpha_notes
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import merge_folders
 
 LAYERS = [f"transformer_blocks.{i}.attn.{m}" for i in (0, 1) for m in ("to_q", "to_v")]
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["to_q", "to_v"], "use_rslora": False}
@@ -64,8 +64,8 @@ def test_the_header_is_read_wherever_it_says_alpha(tmp_path, place, spelling):
     assert {f.scaling for f in adapter.modules.values()} == {4.0}
     assert adapter.source["without_alpha"] == 0 and adapter.source["alpha_from"]
     assert "alpha comes from the header" in alpha_notes(adapter.source)[0]
-    found = answer(MergeRequest([str(path)], tmp_path / "m.safetensors", method="task_arithmetic", scale=1.0))
-    assert found["adapters"][0]["alpha_from"] == adapter.source["alpha_from"]
+    found = merge_folders([str(path)], tmp_path / "m.safetensors", "task_arithmetic", scale=1.0)
+    assert found.record.adapters[0].facts["alpha_from"] == adapter.source["alpha_from"]
     written = load_file(tmp_path / "m.safetensors")
     for name, tensor in tensors.items():  # by hand: the scaling in B, none left
         wanted = tensor * 4 if name.endswith(("lora_B.weight", "up.weight")) else tensor
@@ -100,7 +100,7 @@ def test_a_config_beside_the_file_answers_the_question(tmp_path, prefix):
         '{"peft_type": "LORA", "r": 4, "lora_alpha": 12}'
     )  # what the hint says
     assert {f.scaling for f in read_any(path).modules.values()} == {3.0}
-    assert "unknown" not in (inspect(path)["problem"] or "")
+    assert "unknown" not in (inspect(path).facts.problem or "")
 
 
 def test_a_config_beside_is_not_asked_where_it_belongs_to_other_weights(tmp_path):

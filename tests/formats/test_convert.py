@@ -24,15 +24,15 @@ def same_bits(one, two):
 def test_kohya_through_peft_and_back_bit_by_bit(kohya, tmp_path, dtype):
     path = kohya("a", 1, alpha=2.0, dtype=dtype)
     found = convert(path, tmp_path / "peft", to="peft")
-    assert found["folded"] == 0
-    assert found["verification_error"] == 0.0
+    assert found.record.folded == 0
+    assert found.record.verification_error == 0.0
     convert(tmp_path / "peft", tmp_path / "again.safetensors", to="kohya")
     same_bits(path, tmp_path / "again.safetensors")
 
 
 def test_kohya_through_diffusers_bit_by_bit_where_alpha_is_the_rank(kohya, tmp_path):
     path = kohya("a", 1, alpha=3.0, dtype=torch.float16)
-    assert convert(path, tmp_path / "d.safetensors", to="diffusers")["folded"] == 0
+    assert convert(path, tmp_path / "d.safetensors", to="diffusers").record.folded == 0
     convert(tmp_path / "d.safetensors", tmp_path / "again.safetensors", to="kohya")
     same_bits(path, tmp_path / "again.safetensors")
 
@@ -41,8 +41,8 @@ def test_kohya_through_diffusers_bit_by_bit_where_alpha_is_the_rank(kohya, tmp_p
 def test_scalings_that_diffusers_cannot_hold_go_into_B(kohya, tmp_path, rank, alpha, dtype):
     path = kohya("a", 1, rank=rank, alpha=alpha, dtype=torch.float16)
     found = convert(path, tmp_path / "d.safetensors", to="diffusers")
-    assert found["folded"] == len(MODULES)
-    assert found["verification_error"] < (1e-12 if dtype == torch.float16 else 1e-7)
+    assert found.record.folded == len(MODULES)
+    assert found.record.verification_error < (1e-12 if dtype == torch.float16 else 1e-7)
     stored = read_any(tmp_path / "d.safetensors")
     for module, (A, B, _) in factors_of(1, rank=rank, dtype=torch.float16).items():
         assert torch.equal(stored.modules[module].A, A.reshape(rank, -1))
@@ -65,8 +65,8 @@ def test_a_peft_folder_needs_its_component(tmp_path):
 def test_half_precision_alphas_that_peft_cannot_hold(kohya, tmp_path):
     path = kohya("a", 1, rank=3, alpha=0.3, dtype=torch.float16)
     found = convert(path, tmp_path / "peft")
-    assert found["folded"] == len(MODULES)
-    assert found["verification_error"] < 1e-7
+    assert found.record.folded == len(MODULES)
+    assert found.record.verification_error < 1e-7
     assert {f.B.dtype for f in read_adapter(tmp_path / "peft" / "unet").modules.values()} == {torch.float32}
 
 
@@ -74,7 +74,7 @@ def test_several_ranks_are_noted_for_diffusers(kohya, tmp_path):
     name = KOHYA_NAMES["unet.down_blocks.0.resnets.0.conv1"]
     wider = {f"{name}.lora_down.weight": torch.ones(5, 5, 3, 3), f"{name}.lora_up.weight": torch.ones(6, 5, 1, 1)}
     found = convert(kohya("a", changed=wider), tmp_path / "d.safetensors", to="diffusers")
-    assert "several ranks" in found["notes"][0]
+    assert "several ranks" in found.record.notes[0]
 
 
 def test_heads_stay_in_peft(tmp_path):
@@ -95,8 +95,8 @@ def test_nothing_is_left_and_nothing_overwritten(kohya, tmp_path):
     with pytest.raises(UsageError, match="not written by plait"):
         convert(path, tmp_path / "there.safetensors", to="diffusers")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "there.safetensors"]
-    assert not convert(path, tmp_path / "d.safetensors", to="diffusers")["reused"]
-    assert convert(path, tmp_path / "d.safetensors", to="diffusers")["reused"]
+    assert not convert(path, tmp_path / "d.safetensors", to="diffusers").reused
+    assert convert(path, tmp_path / "d.safetensors", to="diffusers").reused
 
 
 def test_a_shorter_dtype_says_what_it_takes(kohya, tmp_path):
@@ -105,8 +105,8 @@ def test_a_shorter_dtype_says_what_it_takes(kohya, tmp_path):
     before, after = read_any(path).modules, read_any(tmp_path / "h.safetensors").modules
     error = sum((after[m].delta(torch.float64) - f.delta(torch.float64)).square().sum() for m, f in before.items())
     size = sum(f.norm_squared() for f in before.values())
-    assert found["rounding_error"] == pytest.approx(float((error / size).sqrt()), rel=1e-6)
-    assert 1e-5 < found["rounding_error"] < 1e-3
+    assert found.record.rounding_error == pytest.approx(float((error / size).sqrt()), rel=1e-6)
+    assert 1e-5 < found.record.rounding_error < 1e-3
     assert {f.A.dtype for f in after.values()} == {torch.float16}
     huge = {f"{KOHYA_NAMES[next(iter(MODULES))]}.lora_up.weight": torch.full((12, 3), 1e6)}
     with pytest.raises(InputError, match="overflows float16"):

@@ -12,7 +12,7 @@ from plait.errors import InputError
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import merge_folders
 
 LAYERS = ("self_attn.q", "cross_attn.k_img", "ffn.0")
 SPELLINGS = {
@@ -42,8 +42,8 @@ def written(path, seed, spelling="lora_A", prefix="diffusion_model.", alpha=None
 def test_spellings_merge(tmp_path, first, second):
     a, b, out = (tmp_path / f"{n}.safetensors" for n in "abo")
     one, two = written(a, 1, first, alpha=2), written(b, 2, second)
-    found = answer(MergeRequest([str(a), str(b)], out, weights=[1.0, -0.5]))
-    assert found["format"] == "original" and found["rank"] == 8
+    found = merge_folders([str(a), str(b)], out, weights=[1.0, -0.5])
+    assert found.record.format == "original" and found.record.rank == 8
     for module, f in read_any(out).modules.items():
         name = module.removeprefix("diffusion_model.")
         torch.testing.assert_close(f.delta(torch.float64), one[name] - 0.5 * two[name], atol=1e-6, rtol=1e-6)
@@ -54,8 +54,8 @@ def test_spellings_merge(tmp_path, first, second):
 def test_prefixes_merge(tmp_path, prefix):
     a, b, out = (tmp_path / f"{n}.safetensors" for n in "abo")
     one, two = written(a, 1, alpha=2), written(b, 2, "lora_down", prefix, alpha=8)
-    found = answer(MergeRequest([str(a), str(b)], out, method="task_arithmetic", scale=1.0))
-    assert found["rank"] == 8 and not found["missing"]
+    found = merge_folders([str(a), str(b)], out, "task_arithmetic", scale=1.0)
+    assert found.record.rank == 8 and not found.record.missing
     for module, f in read_any(out).modules.items():
         name = module.removeprefix("diffusion_model.")
         torch.testing.assert_close(f.delta(torch.float64), one[name] + two[name], atol=1e-5, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_the_hint_for_kohyas_flat_names_works(tmp_path):
     written(a, 1, alpha=2)
     convert(a, b, to="kohya")
     with pytest.raises(InputError, match="a kohya one") as refused:
-        answer(MergeRequest([f"flat={b}", f"dotted={a}"], out, method="task_arithmetic", scale=1.0))
+        merge_folders([f"flat={b}", f"dotted={a}"], out, "task_arithmetic", scale=1.0)
     hint = str(refused.value.hint).split()[1:5]  # convert FILE --to kohya
     assert hint == ["convert", str(a), "--to", "kohya"]
     done = CliRunner().invoke(app, [*hint, "--out", str(tmp_path / "c.safetensors")])
@@ -110,7 +110,7 @@ def test_what_stands_beside_is_refused_by_name(tmp_path, spelling, more, named):
     written(tmp_path / "a.safetensors", 1, spelling, **more)
     with pytest.raises(InputError, match=named):
         read_any(tmp_path / "a.safetensors")
-    assert named in inspect(tmp_path / "a.safetensors")["variant"]
+    assert named in inspect(tmp_path / "a.safetensors").facts.variant
 
 
 def test_names_that_would_fall_together_are_refused(tmp_path):

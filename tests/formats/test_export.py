@@ -57,7 +57,7 @@ def test_a_task_of_a_merge_as_peft_and_pipelines_load_it(merged, task, tmp_path)
 
     base, folders, folder = merged
     done = export(folder, tmp_path / "out", loader="peft", task=task)
-    values = loading(done["next"])
+    values = loading(done.record.next)
     tokenizer = hf.AutoTokenizer.from_pretrained(base)
     inputs = dict(tokenizer(TEXT, return_tensors="pt"))
     inputs.pop("token_type_ids", None)
@@ -67,7 +67,7 @@ def test_a_task_of_a_merge_as_peft_and_pipelines_load_it(merged, task, tmp_path)
         torch.testing.assert_close(model(**inputs).logits, wanted, atol=1e-5, rtol=1e-5)
         names = dict(enumerate(LABELS[task] or ["LABEL_0"]))
         assert model.config.id2label == names and model.config.num_labels == OUTPUTS[task]
-        assert done["num_labels"] == OUTPUTS[task] and done["labels"] == LABELS[task]
+        assert done.record.num_labels == OUTPUTS[task] and list(done.record.labels or ()) == (LABELS[task] or [])
         classify = hf.pipeline(
             "text-classification", model=str(tmp_path / "out"), tokenizer=str(base), model_kwargs=values
         )
@@ -105,11 +105,9 @@ def test_predictions_are_those_of_plait_eval(tiny_base, tmp_path):
     for name, outputs in (("one", 3), ("two", 1)):
         scored = evaluator.predict(name, merged.heads[name], merged)
         done = export(tmp_path / "merged", tmp_path / f"out-{name}", loader="peft", task=name)
-        values = loading(done["next"])
+        values = loading(done.record.next)
         with quiet():
-            classify = hf.pipeline(
-                "text-classification", model=done["output"], tokenizer=base.name, model_kwargs=values
-            )
+            classify = hf.pipeline("text-classification", model=done.output, tokenizer=base.name, model_kwargs=values)
             found = classify([t for (t,) in texts], top_k=None, function_to_apply="none", batch_size=1)
         rows = [
             [next(r["score"] for r in row if r["label"] == values["id2label"][i]) for i in range(outputs)]
@@ -133,7 +131,7 @@ def test_an_export_is_an_adapter_like_others(merged, tmp_path):
     """The whole update, one head: it is read, merged and exported again; the same export is kept."""
     _, _, folder = merged
     first = export(folder, tmp_path / "out", loader="peft", task="two")
-    assert not first["reused"] and export(folder, tmp_path / "out", loader="peft", task="two")["reused"]
+    assert not first.reused and export(folder, tmp_path / "out", loader="peft", task="two").reused
     with pytest.raises(UsageError, match="exists with other settings"):
         export(folder, tmp_path / "out", loader="peft", task="four")
     whole, one = read_adapter(folder), read_adapter(tmp_path / "out")
@@ -142,13 +140,13 @@ def test_an_export_is_an_adapter_like_others(merged, tmp_path):
         assert torch.equal(one.modules[module].A, f.A) and torch.equal(one.modules[module].B, f.B)
     assert one.facts_of(one.name).labels == ("negative", "positive")
     again = export(tmp_path / "out", tmp_path / "again", loader="peft")
-    assert again["labels"] == ["negative", "positive"]
+    assert again.record.labels == ("negative", "positive")
 
 
 def test_a_trained_classifier_alone(tmp_path):
     base = saved_base(tmp_path / "base", "bert")
     folder = saved_classifier(tmp_path / "three", base, "bert", 3)
-    assert export(folder, tmp_path / "out", loader="peft")["num_labels"] == 3
+    assert export(folder, tmp_path / "out", loader="peft").record.num_labels == 3
 
 
 def test_tokens_keep_their_class(tmp_path):
@@ -164,7 +162,7 @@ def test_tokens_keep_their_class(tmp_path):
     )
     done = export(tmp_path / "merged", tmp_path / "out", loader="peft", task="tags")
     with quiet():
-        model = peft.AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "out", **loading(done["next"]))
+        model = peft.AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "out", **loading(done.record.next))
         with torch.no_grad():
             assert model(input_ids=torch.tensor([[0, 7, 2]])).logits.shape == (1, 3, 5)
 
@@ -272,7 +270,7 @@ def test_vllm_gets_one_rank_and_no_patterns(tmp_path, dtype, scaling, kept):
         assert not g.A[f.rank :].any() and not g.B[:, f.rank :].any()
         exact = f.B.double() * f.scaling
         assert float((g.B[:, : f.rank].double() - exact.to(kept).double()).abs().max()) == 0.0
-    assert (done["rounding_error"] == 0.0) == (scaling != 5 / 3) and done["rounding_error"] < 1e-7
+    assert (done.record.rounding_error == 0.0) == (scaling != 5 / 3) and done.record.rounding_error < 1e-7
 
 
 def test_every_rank_finds_its_place(tmp_path):
@@ -281,7 +279,7 @@ def test_every_rank_finds_its_place(tmp_path):
         done = export(
             saved(tmp_path / f"r{rank}", Adapter("r", "b", one, "CAUSAL_LM")), tmp_path / f"o{rank}", loader="vllm"
         )
-        assert done["rank"] == min(r for r in RANKS if r >= rank)
+        assert done.record.rank == min(r for r in RANKS if r >= rank)
     one = {"model.layers.0.self_attn.q_proj": LoraFactors(torch.ones(513, 8), torch.ones(4, 513), 1.0)}
     with pytest.raises(InputError, match="above vLLM's highest"):
         export(saved(tmp_path / "r513", Adapter("r", "b", one, "CAUSAL_LM")), tmp_path / "o513", loader="vllm")
@@ -294,7 +292,9 @@ def test_vllm_takes_heads_of_one_layer(tmp_path):
         with pytest.raises(InputError, match=layer):
             export(folder, tmp_path / "out", loader="vllm")
     bert = saved_base(tmp_path / "bert", "bert")
-    assert export(saved_classifier(tmp_path / "b", bert, "bert", 2), tmp_path / "ok", loader="vllm")["num_labels"] == 2
+    assert (
+        export(saved_classifier(tmp_path / "b", bert, "bert", 2), tmp_path / "ok", loader="vllm").record.num_labels == 2
+    )
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_a_gguf_adapter_holds_the_update(tmp_path):
     done = export(folder, tmp_path / "x.gguf", loader="gguf", base=base)
     facts, tensors = read_gguf(tmp_path / "x.gguf")
     assert facts["general.type"] == "adapter" and facts["adapter.type"] == "lora"
-    assert facts["general.architecture"] == done["architecture"] == "llama"
+    assert facts["general.architecture"] == done.record.architecture == "llama"
     names = {"self_attn.q_proj": ("attn_q", 4), "self_attn.k_proj": ("attn_k", 2), "mlp.down_proj": ("ffn_down", 0)}
     assert len(tensors) == 2 * 3 * 2
     for module, f in read_adapter(folder).modules.items():
@@ -325,7 +325,7 @@ def test_a_gguf_adapter_holds_the_update(tmp_path):
         B = restored(B, heads) if heads else B
         found = facts["adapter.lora.alpha"] / f.rank * (B.double() @ A.double())
         torch.testing.assert_close(found, f.scaling * f.B.double() @ f.A.double(), atol=1e-5, rtol=1e-6)
-    assert export(folder, tmp_path / "x.gguf", loader="gguf", base=base)["reused"]
+    assert export(folder, tmp_path / "x.gguf", loader="gguf", base=base).reused
     with pytest.raises(UsageError, match="exists with other settings"):
         export(saved(tmp_path / "other", text_adapter(1)), tmp_path / "x.gguf", loader="gguf", base=base)
 
@@ -347,7 +347,7 @@ def test_the_order_of_rows_is_what_rotations_of_pairs_need():
 def test_an_architecture_that_keeps_its_rows(tmp_path):
     folder = saved(tmp_path / "text", text_adapter())
     base = llama(tmp_path / "base", model_type="qwen2")
-    assert export(folder, tmp_path / "x.gguf", loader="gguf", base=base)["architecture"] == "qwen2"
+    assert export(folder, tmp_path / "x.gguf", loader="gguf", base=base).record.architecture == "qwen2"
     _, tensors = read_gguf(tmp_path / "x.gguf")
     q = read_adapter(folder).modules["model.layers.0.self_attn.q_proj"]
     scale = q.scaling * q.rank / read_gguf(tmp_path / "x.gguf")[0]["adapter.lora.alpha"]

@@ -11,7 +11,7 @@ from plait.formats.convert import convert
 from plait.formats.fused import taken_apart
 from plait.formats.layouts import FLUX
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import merge_folders
 
 WIDTH, MLP = 8, 32
 SHAPES = {
@@ -64,9 +64,9 @@ def test_parts_are_the_fused_layer(flux, tmp_path):
 
 def test_merged_into_diffusers(flux, tmp_path):
     a, b = flux("a", 0), flux("b", 1)
-    answer(MergeRequest([str(a), str(b)], tmp_path / "m.safetensors", "tsv", scale=1.0))
-    found = answer(MergeRequest([str(a), str(b)], tmp_path / "d.safetensors", "tsv", format="diffusers", scale=1.0))
-    assert found["verification_error"] < 1e-4
+    merge_folders([str(a), str(b)], tmp_path / "m.safetensors", "tsv", scale=1.0)
+    found = merge_folders([str(a), str(b)], tmp_path / "d.safetensors", "tsv", format="diffusers", scale=1.0)
+    assert found.record.verification_error < 1e-4
     fused = read_any(tmp_path / "m.safetensors").modules["lora_unet_double_blocks_3_img_attn_qkv"]
     apart = read_any(tmp_path / "d.safetensors").modules
     torch.testing.assert_close(stacked(apart, *(f"transformer_blocks.3.attn.to_{x}" for x in "qkv")), fused.delta())

@@ -85,7 +85,7 @@ def test_exact_conversions_have_pefts_logits(tiny_base, tmp_path, architecture, 
     base, wrapped = variant(tiny_base, architecture, tmp_path / "own", **options)
     wanted, bare = logits(wrapped, architecture), logits(loaded(base, architecture), architecture)
     found = convert(tmp_path / "own", tmp_path / "plain", means=Means(base=Path(base), rank=96))
-    assert all(c["exact"] for c in found["conversions"])
+    assert all(c.exact for c in found.record.conversions)
     assert float((wanted - bare).norm()) > 0.01 * float(bare.norm()), "the variant does something"
     torch.testing.assert_close(again(base, architecture, tmp_path / "plain"), wanted, rtol=1e-3, atol=2e-4)
 
@@ -97,7 +97,7 @@ def test_a_stated_error_is_what_the_logits_show(tiny_base, tmp_path):
     stated, off = [], []
     for rank in (2, 8, 24):
         found = convert(tmp_path / "own", tmp_path / str(rank), means=Means(base=Path(base), rank=rank))
-        stated.append(found["conversions"][0]["relative_error"])
+        stated.append(found.record.conversions[0].relative_error)
         off.append(float((again(base, "llama", tmp_path / str(rank)) - wanted).norm() / (wanted - bare).norm()))
     assert stated == sorted(stated, reverse=True) and off == sorted(off, reverse=True)
     assert stated[0] > 0.1 and off[0] < 1 and off[2] < 0.2
@@ -115,7 +115,7 @@ def test_biases_of_zero_are_exact_and_others_are_what_is_left_out(tiny_base, tmp
     assert float((with_bias - without).norm()) > 1e-3
     torch.testing.assert_close(again(base, architecture, tmp_path / "plain"), without, rtol=1e-3, atol=2e-4)
     wrapped.save_pretrained(tmp_path / "zero")
-    assert convert(tmp_path / "zero", tmp_path / "plain2")["conversions"][0]["exact"]
+    assert convert(tmp_path / "zero", tmp_path / "plain2").record.conversions[0].exact
     torch.testing.assert_close(again(base, architecture, tmp_path / "plain2"), without, rtol=1e-3, atol=2e-4)
 
 
@@ -129,5 +129,5 @@ def test_a_start_in_the_base_is_subtracted(tiny_base, tmp_path, init):
     wrapped.save_pretrained(tmp_path / "own")
     wanted = logits(wrapped, "llama")
     found = convert(tmp_path / "own", tmp_path / "plain", means=Means(initial=tmp_path / "start"))
-    assert found["conversions"][0]["exact"]
+    assert found.record.conversions[0].exact
     torch.testing.assert_close(again(base, "llama", tmp_path / "plain"), wanted, rtol=1e-3, atol=2e-4)

@@ -14,7 +14,7 @@ from plait.formats.convert import convert
 from plait.formats.fused import put_together, taken_apart
 from plait.formats.layouts import FLUX, SD3, layout_for, original_layout
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import merge_folders
 
 WIDTH, MLP = 8, 32
 FLUX_SHAPES = {
@@ -74,7 +74,7 @@ def test_there_and_back_bit_by_bit(original, tmp_path, shapes, base, encoder):
     first, second = load_file(source), load_file(tmp_path / "k.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
-    assert any("original layout" in note for note in done["notes"])
+    assert any("original layout" in note for note in done.record.notes)
 
 
 def test_sd3_parts_are_the_fused_layer(original, tmp_path):
@@ -157,7 +157,7 @@ def test_a_merge_of_diffusers_files_in_the_original_layout(original, tmp_path):
         convert(original(name, FLUX_SHAPES, "flux1", seed=i), tmp_path / f"{name}-peft")
         convert(tmp_path / f"{name}-peft", tmp_path / f"{name}-d.safetensors", to="diffusers")
     inputs = [str(tmp_path / f"{n}-d.safetensors") for n in "ab"]
-    answer(MergeRequest(inputs, tmp_path / "m.safetensors", "task_arithmetic", format="kohya", scale=1.0))
+    merge_folders(inputs, tmp_path / "m.safetensors", "task_arithmetic", format="kohya", scale=1.0)
     fused = [read_any(tmp_path / f"{n}.safetensors").modules for n in "ab"]
     merged = read_any(tmp_path / "m.safetensors").modules
     for module in ("lora_unet_single_blocks_7_linear1", "lora_unet_double_blocks_3_img_attn_qkv"):

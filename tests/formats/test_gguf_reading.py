@@ -111,7 +111,7 @@ def written(
 def test_the_update_is_what_llama_cpp_adds(base, tmp_path, kind, architecture, permuted, dtype):
     deltas = written(tmp_path / "a.gguf", architecture, permuted=permuted, dtype=dtype)
     found = convert(tmp_path / "a.gguf", tmp_path / "peft", means=_means(base(kind)))
-    assert found["from"] == "gguf" and found["verification_error"] < 1e-6
+    assert found.record.origin == "gguf" and found.record.verification_error < 1e-6
     adapter = read_adapter(tmp_path / "peft")
     assert set(adapter.modules) == set(deltas) and adapter.task_type == "CAUSAL_LM"
     for name, delta in deltas.items():
@@ -264,7 +264,7 @@ def test_what_llama_cpps_own_converter_wrote(base, tmp_path, kind):
     arguments = ["--base", folder, "--outfile", tmp_path / "x.gguf", "--outtype", "f32", tmp_path / "p"]
     subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True)
     found = convert(tmp_path / "x.gguf", tmp_path / "back", means=_means(folder))
-    assert found["verification_error"] < 1e-6
+    assert found.record.verification_error < 1e-6
     modules = read_adapter(tmp_path / "back").modules
     assert set(modules) == set(deltas)
     for module, f in modules.items():

@@ -18,7 +18,7 @@ from plait.errors import InputError
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import MergeRequest, MergeSpec, answer
 from tests.formats.conftest import KOHYA_NAMES, MODULES
 
 SHARED = Path(__file__).parents[3] / "shared" / "adapters"
@@ -48,23 +48,23 @@ def changed(folder: Path, **fields) -> Path:
 
 def test_a_kohya_file(kohya):
     found = inspect(kohya("style", dtype=torch.float16, changed={f"{KOHYA_NAMES[next(iter(MODULES))]}.alpha": None}))
-    assert (found["format"], found["variant"], found["base"]) == ("kohya", "LoRA", "sd_v1")
-    assert found["modules"] == len(MODULES)
-    assert found["module_kinds"] == {"conv:1x1": 2, "conv:3x3": 1, "linear": 7}
-    assert found["ranks"] == {"3": 10}
-    assert found["alphas"] == {"1.5": 9, "3": 1}
-    assert found["without_alpha"] == 1
-    assert found["dtypes"] == ["float16"]
-    assert found["problem"] is None
-    assert "merge" in found["can"][0]
+    assert (found.facts.format, found.facts.variant, found.facts.base) == ("kohya", "LoRA", "sd_v1")
+    assert found.facts.figures.modules == len(MODULES)
+    assert found.facts.figures.module_kinds == {"conv:1x1": 2, "conv:3x3": 1, "linear": 7}
+    assert found.facts.figures.ranks == {"3": 10}
+    assert found.facts.figures.alphas == {"1.5": 9, "3": 1}
+    assert found.facts.figures.without_alpha == 1
+    assert found.facts.dtypes == ("float16",)
+    assert found.facts.problem is None
+    assert "merge" in found.facts.can[0]
 
 
 def test_a_folder(folder):
     found = inspect(folder)
-    assert (found["format"], found["task_type"], found["heads"]) == ("peft", "SEQ_CLS", ["topic"])
-    assert found["targets"] == {"q": 1, "v": 1}
-    assert found["update_norm"] == pytest.approx((2 * 24 * 9) ** 0.5)
-    assert found["size_mb"] == pytest.approx((2 * (8 + 12) + 12) * 4 / 1e6)
+    assert (found.facts.format, found.facts.task_type, found.facts.figures.heads) == ("peft", "SEQ_CLS", ("topic",))
+    assert found.facts.figures.targets == {"q": 1, "v": 1}
+    assert found.facts.figures.update_norm == pytest.approx((2 * 24 * 9) ** 0.5)
+    assert found.facts.size_mb == pytest.approx((2 * (8 + 12) + 12) * 4 / 1e6)
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,16 @@ def test_a_folder(folder):
 )
 def test_variants_are_named_with_their_way_out(folder, fields, variant, way):
     found = inspect(changed(folder, **fields))
-    assert found["variant"] == variant
-    assert found["problem"]
-    assert (way in found["can"][0]) if way else found["can"] == []
+    assert found.facts.variant == variant
+    assert found.facts.problem
+    assert (way in found.facts.can[0]) if way else found.facts.can == ()
 
 
 def test_files_that_are_no_plain_lora(tmp_path):
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
     found = inspect(tmp_path / "loha.safetensors")
-    assert found["variant"] == "LoHa"
-    assert found["can"] == []
+    assert found.facts.variant == "LoHa"
+    assert found.facts.can == ()
     with pytest.raises(InputError, match="no such file or folder"):
         inspect(tmp_path / "none")
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
@@ -135,8 +135,8 @@ def test_commands_from_files_to_files(kohya, tmp_path, capsys):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_adapters_convert_to_themselves(tmp_path, name):
     found = inspect(SHARED / name)
-    assert found["problem"] is None
-    assert convert(SHARED / name, tmp_path / "out")["verification_error"] == 0.0
+    assert found.facts.problem is None
+    assert convert(SHARED / name, tmp_path / "out").record.verification_error == 0.0
     before, after = load_file(SHARED / name / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -180,9 +180,9 @@ def test_an_adapter_on_another_is_recognised(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "top")
     changed(tmp_path / "top", base_model_name_or_path="topic")
     found = inspect(tmp_path / "top")
-    assert Path(found["stacked_on"]) == folder
-    assert any("--stack" in c for c in found["can"])
-    assert inspect(folder)["stacked_on"] is None
+    assert Path(found.facts.stacked_on) == folder
+    assert any("--stack" in c for c in found.facts.can)
+    assert inspect(folder).facts.stacked_on is None
 
 
 def test_an_adapter_on_a_baked_model(tmp_path, tiny_base):
@@ -194,11 +194,14 @@ def test_an_adapter_on_a_baked_model(tmp_path, tiny_base):
         write_adapter(tmp_path / which, Adapter(which, below, factors, "CAUSAL_LM"))
     answer(
         MergeRequest(
-            [str(tmp_path / "one")], tmp_path / "full", bake_into=Path(base), method="task_arithmetic", scale=1.0
+            [str(tmp_path / "one")],
+            tmp_path / "full",
+            MergeSpec("task_arithmetic", scale=1.0),
+            bake_into=Path(base),
         )
     )
     found = answer(MergeRequest([str(tmp_path / n) for n in ("two", "one")], tmp_path / "s", stack=True))
-    assert [s["name"] for s in found["stack"]] == ["one", "two"]
+    assert [s.name for s in found.record.stack] == ["one", "two"]
     both = sum(read_adapter(tmp_path / n).modules[name].delta() for n in ("one", "two"))
     torch.testing.assert_close(read_adapter(tmp_path / "s").modules[name].delta(), both)
     with pytest.raises(InputError, match="not among the adapters given"):

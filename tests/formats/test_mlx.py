@@ -13,7 +13,7 @@ from plait.errors import InputError, UsageError
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import merge_folders
 
 KEYS = {"self_attn.q_proj": (12, 8), "self_attn.v_proj": (6, 8)}
 
@@ -50,7 +50,7 @@ def names(tensors):
 def test_the_update_is_what_mlx_lm_adds(tmp_path, scale, dtype):
     tensors = written(tmp_path / "fr", 1, scale=scale, dtype=dtype)
     found = convert(tmp_path / "fr", tmp_path / "peft")
-    assert found["from"] == "mlx" and found["base"] == "org/base"
+    assert found.record.origin == "mlx" and found.record.base == "org/base"
     adapter = read_adapter(tmp_path / "peft")
     assert set(adapter.modules) == set(names(tensors))
     for name in names(tensors):
@@ -93,7 +93,7 @@ def test_several_ranks_and_scalings_of_a_peft_folder(tmp_path):
     config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "b", "target_modules": ["q_proj", "v_proj"]}
     (tmp_path / "p" / "adapter_config.json").write_text(json.dumps(config))
     found = convert(tmp_path / "p", tmp_path / "m", to="mlx")
-    assert found["folded"] == 2 and found["verification_error"] < 1e-6
+    assert found.record.folded == 2 and found.record.verification_error < 1e-6
     mlx = load_file(tmp_path / "m" / "adapters.safetensors")
     about = json.loads((tmp_path / "m" / "adapter_config.json").read_text())["lora_parameters"]
     assert about["rank"] == 5 and about["scale"] == 1.0
@@ -108,9 +108,11 @@ def test_several_ranks_and_scalings_of_a_peft_folder(tmp_path):
 def test_merges(tmp_path, format):
     one, two = written(tmp_path / "fr", 1), written(tmp_path / "de", 2, rank=3, scale=2.0, layers=(1, 2))
     places = [str(tmp_path / "fr"), str(tmp_path / "de" / "adapters.safetensors")]
-    found = answer(MergeRequest(places, tmp_path / "m", weights=[0.5, -1.0], format=format))
+    found = merge_folders(places, tmp_path / "m", weights=[0.5, -1.0], format=format)
     assert (
-        found["format"] == (format or "mlx") and found["verification_error"] < 1e-6 and found["tasks"] == ["fr", "de"]
+        found.record.format == (format or "mlx")
+        and found.record.verification_error < 1e-6
+        and found.record.tasks == ("fr", "de")
     )
     assert (tmp_path / "m" / ("adapters.safetensors" if format is None else "adapter_model.safetensors")).is_file()
     for name, f in read_any(tmp_path / "m").modules.items():
@@ -147,15 +149,15 @@ def test_what_is_no_plain_lora_is_refused_by_name(tmp_path, changes, message):
         read_any(tmp_path / "a")
     with pytest.raises(InputError, match=message):
         convert(tmp_path / "a", tmp_path / "out")
-    assert message in inspect(tmp_path / "a")["problem"]
+    assert message in inspect(tmp_path / "a").facts.problem
 
 
 def test_inspect_knows_it(tmp_path):
     written(tmp_path / "a", 1)
     for place in (tmp_path / "a", tmp_path / "a" / "adapters.safetensors"):
         found = inspect(place)
-        assert (found["format"], found["variant"], found["base"]) == ("mlx", "LoRA", "org/base")
-        assert found["ranks"] == {"4": 4} and found["problem"] is None
+        assert (found.facts.format, found.facts.variant, found.facts.base) == ("mlx", "LoRA", "org/base")
+        assert found.facts.figures.ranks == {"4": 4} and found.facts.problem is None
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])

@@ -10,7 +10,7 @@ from plait.errors import InputError, UsageError
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import merge_folders
 
 W = 8
 FLUX = {
@@ -56,7 +56,7 @@ PREFIXES = ["", "diffusion_model.", "model.diffusion_model.", "base_model.model.
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_the_same_as_kohyas_file(written, tmp_path, prefix, shapes):
     dotted, kohya = written("a", 0, shapes, prefix)
-    assert inspect(dotted)["format"] == "original"
+    assert inspect(dotted).facts.format == "original"
     convert(dotted, tmp_path / "k.safetensors", to="kohya")
     found, right = load_file(tmp_path / "k.safetensors"), load_file(kohya)
     assert found.keys() == right.keys() and all(torch.equal(found[k], right[k]) for k in right)
@@ -73,16 +73,14 @@ def test_the_same_as_kohyas_file(written, tmp_path, prefix, shapes):
 def test_a_merge_keeps_the_names(written, tmp_path, prefix):
     files = [written(n, i, prefix=prefix) for i, n in enumerate("ab")]
     out = tmp_path / "m.safetensors"
-    found = answer(MergeRequest([str(d) for d, _ in files], out, "task_arithmetic", weights=[1.0, -0.5]))
-    assert found["verification_error"] < 1e-4 and found["format"] == "original"
+    found = merge_folders([str(d) for d, _ in files], out, "task_arithmetic", weights=[1.0, -0.5])
+    assert found.record.verification_error < 1e-4 and found.record.format == "original"
     assert load_file(out).keys() == load_file(files[0][0]).keys()
     merged, (one, two) = read_any(out).modules, (read_any(d).modules for d, _ in files)
     for m, f in merged.items():
         torch.testing.assert_close(f.delta(), one[m].delta() - 0.5 * two[m].delta())
-    answer(
-        MergeRequest(
-            [str(d) for d, _ in files], tmp_path / "d.safetensors", "task_arithmetic", format="diffusers", scale=1.0
-        )
+    merge_folders(
+        [str(d) for d, _ in files], tmp_path / "d.safetensors", "task_arithmetic", format="diffusers", scale=1.0
     )
     apart = read_any(tmp_path / "d.safetensors").modules
     qkv = torch.cat([apart[f"transformer.transformer_blocks.3.attn.to_{x}"].delta() for x in "qkv"])
@@ -103,7 +101,7 @@ def test_flux_2_is_not_taken_for_flux(written, tmp_path):
         with pytest.raises(InputError, match="do not fill"):
             convert(file, tmp_path / "y.safetensors", to="diffusers")
     files = [str(written(n, i, wide)[0]) for i, n in enumerate("cd")]
-    assert answer(MergeRequest(files, tmp_path / "m.safetensors", "tsv", scale=1.0))["verification_error"] < 1e-4
+    assert merge_folders(files, tmp_path / "m.safetensors", "tsv", scale=1.0).record.verification_error < 1e-4
 
 
 def test_what_these_files_may_not_hold(written, tmp_path):

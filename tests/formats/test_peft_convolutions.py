@@ -12,7 +12,7 @@ from torch import nn
 from plait.adapters.peft_format import read_adapter
 from plait.formats.convert import convert
 from plait.formats.plain import Means
-from plait.merging.request import MergeRequest, answer
+from plait.merging import MergeRequest, MergeSpec, answer, merge_folders
 
 
 class Net(nn.Module):
@@ -70,9 +70,11 @@ def test_sum_and_bake(base, tmp_path):
     close(applied(tmp_path / "a", base), one)
     wanted = {k: one[k] + two[k] - v for k, v in base.state_dict().items()}
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
-    answer(MergeRequest(folders, tmp_path / "sum", method="task_arithmetic", scale=1.0))
+    merge_folders(folders, tmp_path / "sum", "task_arithmetic", scale=1.0)
     close(applied(tmp_path / "sum", base), wanted)
-    answer(MergeRequest(folders, tmp_path / "full", bake_into=tmp_path / "base", method="task_arithmetic", scale=1.0))
+    answer(
+        MergeRequest(folders, tmp_path / "full", MergeSpec("task_arithmetic", scale=1.0), bake_into=tmp_path / "base")
+    )
     baked = load_file(tmp_path / "full" / "model.safetensors")
     assert baked["conv.weight"].shape == (6, 3, 3, 3)
     close(baked, wanted)
@@ -82,7 +84,7 @@ def test_the_written_merge_loads_in_peft(base, tmp_path):
     import peft
 
     trained(tmp_path / "a", base, 0)
-    answer(MergeRequest([str(tmp_path / "a")], tmp_path / "m", scale=2.0, method="task_arithmetic"))
+    merge_folders([str(tmp_path / "a")], tmp_path / "m", "task_arithmetic", scale=2.0)
     wanted = applied(tmp_path / "m", base)
     net = Net()
     net.load_state_dict(base.state_dict())
@@ -92,5 +94,5 @@ def test_the_written_merge_loads_in_peft(base, tmp_path):
 def test_dora_convolutions_at_full_rank(base, tmp_path):
     wanted = trained(tmp_path / "d", base, 0, use_dora=True)
     found = convert(tmp_path / "d", tmp_path / "plain", means=Means(base=tmp_path / "base", rank=32))
-    assert found["conversions"][0]["exact"]
+    assert found.record.conversions[0].exact
     close(applied(tmp_path / "plain", base), wanted)

@@ -60,8 +60,8 @@ def deltas(folder: Path, transposed: bool = False) -> dict[str, torch.Tensor]:
 def test_dora_at_full_rank_is_pefts_merge(tiny_base, tmp_path, architecture):
     base, wanted, folder = trained(tiny_base, architecture, tmp_path / "dora", use_dora=True, use_rslora=True)
     found = convert(folder, tmp_path / "plain", means=Means(base=base, rank=64))
-    dora = next(c for c in found["conversions"] if "DoRA" in c["what"])
-    assert dora["exact"]
+    dora = next(c for c in found.record.conversions if "DoRA" in c.what)
+    assert dora.exact
     got = deltas(tmp_path / "plain", architecture == "gpt2")
     assert got.keys() == wanted.keys()
     for key, delta in wanted.items():
@@ -70,15 +70,15 @@ def test_dora_at_full_rank_is_pefts_merge(tiny_base, tmp_path, architecture):
 
 def test_dora_error_is_that_of_the_svd(tiny_base, tmp_path):
     base, wanted, folder = trained(tiny_base, "llama", tmp_path / "dora", use_dora=True)
-    found = convert(folder, tmp_path / "plain", means=Means(base=base))["conversions"][0]
+    found = convert(folder, tmp_path / "plain", means=Means(base=base)).record.conversions[0]
     spectra = [torch.linalg.svdvals(d.double()).square() for d in wanted.values()]
     error = (sum(s[2:].sum() for s in spectra) / sum(s.sum() for s in spectra)).sqrt()
-    assert found["relative_error"] == pytest.approx(float(error), rel=1e-3)
-    assert found["rank"] == 2
-    assert not found["exact"]
+    assert found.relative_error == pytest.approx(float(error), rel=1e-3)
+    assert found.rank == 2
+    assert not found.exact
     left = sum((deltas(tmp_path / "plain")[k] - d).square().sum() for k, d in wanted.items())
     assert float((left / sum(s.sum() for s in spectra)).sqrt()) == pytest.approx(float(error), rel=1e-3)
-    assert list(found["errors_at"]) == ["2", "4", "8", "16"]
+    assert list(found.errors_at) == ["2", "4", "8", "16"]
 
 
 def test_dora_needs_the_right_base(tiny_base, tmp_path):
@@ -100,19 +100,19 @@ def test_trained_embedding_at_full_rank_is_exact(tiny_base, tmp_path):
     with pytest.raises(InputError, match=r"embed_tokens.*--base"):
         convert(folder, tmp_path / "plain")
     found = convert(folder, tmp_path / "plain", means=Means(base=base, rank=64))
-    assert found["conversions"][0]["exact"]
+    assert found.record.conversions[0].exact
     got = deltas(tmp_path / "plain")
     assert "model.embed_tokens.weight" in wanted
     for key, delta in wanted.items():
         torch.testing.assert_close(got[key], delta, rtol=1e-4, atol=2e-6)
-    error = convert(folder, tmp_path / "short", means=Means(base=base))["conversions"][0]["relative_error"]
+    error = convert(folder, tmp_path / "short", means=Means(base=base)).record.conversions[0].relative_error
     assert 0.5 < error < 1.0  # white noise in 32 dimensions, two kept
 
 
 def test_trained_tokens_are_exact(tiny_base, tmp_path):
     base, wanted, folder = trained(tiny_base, "llama", tmp_path / "t", trainable_token_indices=[7, 3, 11])
     found = convert(folder, tmp_path / "plain", means=Means(base=base))
-    assert found["conversions"][0]["exact"]
+    assert found.record.conversions[0].exact
     got = deltas(tmp_path / "plain")
     assert wanted["model.embed_tokens.weight"].abs().sum(1).nonzero().flatten().tolist() == [3, 7, 11]
     for key, delta in wanted.items():
@@ -124,9 +124,9 @@ def test_biases_of_lora(tiny_base, tmp_path):
     _, wanted, folder = trained(tiny_base, "gpt2", tmp_path / "b", lora_bias=True)
     with pytest.raises(InputError, match=r"lora_bias: its biases \(norm"):
         convert(folder, tmp_path / "plain")
-    found = convert(folder, tmp_path / "plain", means=Means(drop_bias=True))["conversions"][0]
-    assert not found["exact"]
-    assert found["bias_norm"] > 0
+    found = convert(folder, tmp_path / "plain", means=Means(drop_bias=True)).record.conversions[0]
+    assert not found.exact
+    assert found.bias_norm > 0
     for key, delta in deltas(tmp_path / "plain", transposed=True).items():
         torch.testing.assert_close(delta, wanted[key], rtol=1e-4, atol=2e-6)
 
@@ -152,7 +152,7 @@ def test_pissa_with_its_start(tiny_base, tmp_path):
     with pytest.raises(InputError, match="not what it was before"):
         convert(tmp_path / "end", tmp_path / "plain", means=Means(initial=tmp_path / "end"))
     found = convert(tmp_path / "end", tmp_path / "plain", means=Means(initial=tmp_path / "start"))
-    assert found["conversions"][0]["exact"]
+    assert found.record.conversions[0].exact
     merged = wrapped.merge_and_unload().state_dict()
     for key, delta in deltas(tmp_path / "plain").items():
         torch.testing.assert_close(delta, merged[key] - before[key], rtol=1e-4, atol=2e-6)
@@ -160,7 +160,7 @@ def test_pissa_with_its_start(tiny_base, tmp_path):
 
 def test_rslora_is_written_plain(tiny_base, tmp_path):
     _, wanted, folder = trained(tiny_base, "llama", tmp_path / "rs", use_rslora=True)
-    assert convert(folder, tmp_path / "plain")["conversions"][0]["exact"]
+    assert convert(folder, tmp_path / "plain").record.conversions[0].exact
     assert not read_json(tmp_path / "plain" / "adapter_config.json")["use_rslora"]
     for key, delta in deltas(tmp_path / "plain").items():
         torch.testing.assert_close(delta, wanted[key], rtol=1e-4, atol=2e-6)
@@ -179,7 +179,7 @@ def test_best_rank_is_the_truncated_svd(shape):
 
 def test_plain_adapters_pass_unchanged(tiny_base, tmp_path):
     _, _, folder = trained(tiny_base, "llama", tmp_path / "p")
-    assert convert(folder, tmp_path / "plain")["conversions"] == []
+    assert convert(folder, tmp_path / "plain").record.conversions == ()
     before, after = read_adapter(folder), read_adapter(tmp_path / "plain")
     for module, f in before.modules.items():
         assert torch.equal(f.A, after.modules[module].A)

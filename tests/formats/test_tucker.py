@@ -11,7 +11,7 @@ from plait.errors import InputError
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.merging.request import MergeRequest, answer
+from plait.merging import merge_folders
 from tests.formats.conftest import KOHYA_NAMES
 
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -48,14 +48,14 @@ def test_read_as_its_plain_lora(kohya, dtype):
 def test_merged_and_converted(kohya, tmp_path):
     one, two = tucker(1), tucker(2)
     a, b = kohya("a", 0, changed=one), kohya("b", 1, changed=two)
-    found = answer(MergeRequest([str(a), str(b)], tmp_path / "m.safetensors", "task_arithmetic", scale=1.0))
-    assert found["verification_error"] < 1e-4
+    found = merge_folders([str(a), str(b)], tmp_path / "m.safetensors", "task_arithmetic", scale=1.0)
+    assert found.record.verification_error < 1e-4
     x = torch.randn(1, 5, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     merged = applied(read_any(tmp_path / "m.safetensors"), x)
     torch.testing.assert_close(merged, as_trained(one, x, 0.5) + as_trained(two, x, 0.5), rtol=1e-5, atol=1e-4)
     done = convert(a, tmp_path / "p")
-    assert any("Tucker" in note for note in done["notes"])
-    assert inspect(a)["variant"] == "LoRA with Tucker convolutions" and inspect(a)["problem"] is None
+    assert any("Tucker" in note for note in done.record.notes)
+    assert inspect(a).facts.variant == "LoRA with Tucker convolutions" and inspect(a).facts.problem is None
 
 
 def test_shapes_of_no_tucker_decomposition():

@@ -23,7 +23,7 @@ from plait.disk.manifest import MANIFEST, sealed
 from plait.errors import PlaitError
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
-from plait.merging.edit import recorded
+from plait.merging.changes import recorded
 from plait.merging.mergekit import read_mergekit_config
 from plait.runs.recipe_file import read_recipe
 from plait.statistics.files import read_identity, read_statistics
@@ -133,9 +133,9 @@ def _read_recipe(path: Path) -> None:
 
 
 def _read_mergekit(path: Path) -> None:
-    found = read_mergekit_config(path)
-    held(all(math.isfinite(w) for w in [*found["weights"], found["scale"]]), "weights")
-    held(len(found["weights"]) == len(found["folders"]) > 0, "folders")
+    folders, spec = read_mergekit_config(path)
+    held(all(math.isfinite(w) for w in [*(spec.weights or ()), spec.scale or 0.0]), "weights")
+    held(len(spec.weights or ()) == len(folders) > 0, "folders")
 
 
 def _change_folder(files: Files, rng: random.Random) -> Files:

@@ -88,7 +88,7 @@ def test_a_module_that_one_task_lacks(method):
     net, adapters, batches, _ = drawn(7)
     short = Adapter("t0", "base", {"layers.0.q": adapters[0].modules["layers.0.q"]})
     done = run(method, [short, *adapters[1:]], net, batches)
-    assert set(done.adapter.modules) == set(adapters[1].modules) and "t0" in str(done.record["missing"])
+    assert set(done.adapter.modules) == set(adapters[1].modules) and "t0" in str(done.record.missing)
 
 
 def test_infinite_factors_are_refused(method):

@@ -153,8 +153,8 @@ def test_the_same_set_gives_the_same_bytes_in_any_order(method, trio):
         if len(order) == len(trio):
             other = run(method, [trio[i] for i in order], weights=[weights[i] for i in order])
             assert same_bytes(first, other)
-            assert other.record["tasks"] == [trio[i].name for i in order]
-            assert other.record["weights"] == [weights[i] for i in order]
+            assert other.record.tasks == tuple(trio[i].name for i in order)
+            assert other.record.weights == tuple(weights[i] for i in order)
 
 
 def test_a_place_on_an_arc_counts_from_the_first_adapter_given():
@@ -185,7 +185,7 @@ def test_another_space_keeps_the_laws_and_gives_exact_factors(method, space):
     done = run(method, three, options=options, weights=[0.5, 1.0, 2.0])
     close(done, run(method, three[::-1], options=options, weights=[2.0, 1.0, 0.5]))
     close(run(method, three, options=options, weights=[0.5, 1.0, 2.0], scale=-0.3), done, factor=-0.3)
-    assert done.record["discarded_energy"] == 0.0 and done.record["verification_error"] < 1e-5
+    assert done.record.loss.discarded_energy == 0.0 and done.record.verification_error < 1e-5
     assert all(f.rank <= 6 for f in done.adapter.modules.values())
     zero = [adapter(n, i, size=0.0) for i, n in enumerate(["one", "two", "three"])]
     assert not any(d.any() for d in dense(run(method, zero, options=options)).values())
@@ -224,7 +224,7 @@ def test_one_adapter(method):
 
 def test_result_is_verified_finite_and_float32(method, trio):
     done = run(method, trio)
-    assert done.record["verification_error"] < 1e-5
+    assert done.record.verification_error < 1e-5
     for f in done.adapter.modules.values():
         assert f.A.dtype == f.B.dtype == torch.float32
         assert torch.isfinite(f.A).all() and torch.isfinite(f.B).all()
@@ -312,7 +312,7 @@ def test_one_shared_A_merges_exactly_at_its_rank(method):
     ]
     done = run(method, shared, rank=2)
     if method in ("linear", "task_arithmetic", "cat", "svd", "slerp", "karcher", "multi_slerp", "least_squares"):
-        assert done.record["discarded_energy"] < 1e-10
+        assert done.record.loss.discarded_energy < 1e-10
 
 
 def test_missing_modules_are_zero(method):
@@ -322,19 +322,19 @@ def test_missing_modules_are_zero(method):
             run(method, pair)
         return
     done = run(method, pair)
-    assert done.record["missing"] == {"q": ["layers.0.v", "layers.1.q"]}
+    assert done.record.missing == {"q": ["layers.0.v", "layers.1.q"]}
     assert all(torch.isfinite(d).all() for d in dense(done).values())
 
 
 def test_different_ranks(method):
     done = run(method, [adapter(f"t{i}", i, rank=1 + 2 * i) for i in range(LAWS[method].tasks)])
-    assert done.record["verification_error"] < 1e-5
+    assert done.record.verification_error < 1e-5
 
 
 def test_rank_and_pico_compose_with_every_method(method, trio):
     done = run(method, trio, rank=2, calibrate="pico")
-    assert done.record["rank"] <= 2 and done.record["calibrate"] == "pico"
-    assert 0 <= done.record["discarded_energy"] < 1 and done.record["verification_error"] < 1e-4
+    assert done.record.rank <= 2 and done.record.calibrate == "pico"
+    assert 0 <= done.record.loss.discarded_energy < 1 and done.record.verification_error < 1e-4
 
 
 def test_huge_weights_stay_finite_or_raise(method, trio):

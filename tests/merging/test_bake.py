@@ -12,8 +12,9 @@ import torch
 
 from plait.adapters.peft_format import read_adapter
 from plait.errors import InputError
+from plait.merging import plan_merge
 from plait.merging.bake import bake
-from plait.merging.driver import plan_merge
+from plait.merging.bake_sites import merged_delta
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -75,9 +76,9 @@ def test_sharded_llama_equals_base_plus_adapter(tmp_path):
     done = bake(read_adapter(adapter), base, tmp_path / "out")
     torch.testing.assert_close(logits(tmp_path / "out"), logits(base, adapter), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(tmp_path / "out"), logits(base), atol=1e-2)
-    assert done["rounding_error"] < 1e-5 and done["verification_error"] < 1e-6 and done["dtype"] == ["F32"]
+    assert done.record.rounding_error < 1e-5 and done.record.verification_error < 1e-6 and done.record.dtype == ("F32",)
     assert {p.name for p in base.iterdir()} <= {p.name for p in (tmp_path / "out").iterdir()}
-    assert bake(read_adapter(adapter), base, tmp_path / "out")["reused"]
+    assert bake(read_adapter(adapter), base, tmp_path / "out").reused
 
 
 @pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings=True")
@@ -87,7 +88,7 @@ def test_tied_embeddings(tmp_path, targets, shards):
     base = llama(tmp_path / "base", tied=True, shards=shards)
     adapter = lora(base, tmp_path / "a", targets)
     done = bake(read_adapter(adapter), base, tmp_path / "out")
-    assert done["untied"] == (targets != ["q_proj"])
+    assert done.record.untied == (targets != ["q_proj"])
     torch.testing.assert_close(logits(tmp_path / "out"), logits(base, adapter), atol=1e-5, rtol=1e-5)
 
 
@@ -102,7 +103,11 @@ def test_bfloat16_says_what_rounding_took(tmp_path):
     base = llama(tmp_path / "base", dtype=torch.bfloat16)
     adapter = lora(base, tmp_path / "a", ["q_proj", "v_proj"])
     done = bake(read_adapter(adapter), base, tmp_path / "out")
-    assert done["dtype"] == ["BF16"] and 1e-4 < done["rounding_error"] < 0.2 and done["verification_error"] < 2**-7
+    assert (
+        done.record.dtype == ("BF16",)
+        and 1e-4 < done.record.rounding_error < 0.2
+        and done.record.verification_error < 2**-7
+    )
     from safetensors.torch import load_file
 
     parts = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
@@ -120,7 +125,7 @@ def test_a_dense_merge_is_baked_without_a_cut(tmp_path):
     for module in plan.common.modules:
         b, a = before[f"{module}.weight"], after[f"{module}.weight"]
         found = a.read(0, a.shape[0]) - b.read(0, b.shape[0])
-        torch.testing.assert_close(found, plan.delta(module).dense(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found, merged_delta(plan, module).dense(), atol=1e-6, rtol=1e-5)
         assert torch.linalg.matrix_rank(found, rtol=1e-4) > 8  # not what a rank-R adapter could hold
 
 
@@ -129,7 +134,7 @@ def test_a_rank_is_kept_and_extras_are_refused(tmp_path):
     pair = [read_adapter(lora(base, tmp_path / n, ["q_proj"], seed=i)) for i, n in enumerate("ab")]
     plan = plan_merge(pair, "task_arithmetic", rank=2, scale=1.0)
     module = next(iter(plan.common.modules))
-    assert torch.linalg.matrix_rank(plan.delta(module).dense(), rtol=1e-4) == 2
+    assert torch.linalg.matrix_rank(merged_delta(plan, module).dense(), rtol=1e-4) == 2
     trained = replace(pair[0], extras={"model.norm.weight": torch.ones(32)}, modules_to_save=("norm",))
     for source in (trained, plan_merge([trained], "task_arithmetic", scale=1.0)):
         with pytest.raises(InputError, match=r"model\.norm\.weight"):

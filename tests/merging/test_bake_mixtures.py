@@ -10,8 +10,8 @@ from tests.merging.test_mixtures import MODELS, targets
 from tests.mixtures import FUSED, adapter, difference, loaded, logits, mixture
 
 from plait.errors import InputError
+from plait.merging import plan_merge
 from plait.merging.bake import bake
-from plait.merging.driver import plan_merge
 from plait.merging.folders import read_all
 from plait.model.stored import base_tensors
 
@@ -36,7 +36,7 @@ def test_one_and_two_adapters(tmp_path, name, fused):
     a, b = (adapter(mixture(name), tmp_path / n, s, **targets(name)) for n, s in (("a", 1), ("b", 2)))
     for given in ([a], [a, b]):
         done = bake(plan_merge(read_all(given), "task_arithmetic", scale=1.0), base, tmp_path / "baked", overwrite=True)
-        assert done["verification_error"] < 1e-6
+        assert done.record.verification_error < 1e-6
         assert difference(reloaded(tmp_path / "baked"), logits(loaded(mixture(name), *given))) < 1e-5
 
 
@@ -74,7 +74,7 @@ def test_half_precision_and_shards(tmp_path):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     a = adapter(mixture("mixtral"), tmp_path / "a", 1)
     done = bake(plan_merge(read_all([a]), "task_arithmetic", scale=1.0), tmp_path / "base", tmp_path / "baked")
-    assert done["dtype"] == ["BF16"] and 0 < done["rounding_error"] < 0.02
+    assert done.record.dtype == ("BF16",) and 0 < done.record.rounding_error < 0.02
     rounded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     wanted = loaded(rounded, a)
     found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "baked", dtype=torch.float32)

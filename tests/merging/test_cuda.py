@@ -36,7 +36,7 @@ def test_without_cuda_the_error_says_so():
 def test_cuda_agrees_with_the_cpu(method):
     given = adapters(LAWS[method].tasks)
     found, wanted = (merge(given, method, statistics=statistics(given), device=d, scale=1.0) for d in ("cuda", "cpu"))
-    assert found.record["verification_error"] < 1e-4
+    assert found.record.verification_error < 1e-4
     for m, f in wanted.adapter.modules.items():
         other = found.adapter.modules[m]
         assert other.A.device.type == "cpu"

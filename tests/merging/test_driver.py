@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.border.records import to_json
 from plait.errors import InputError, RunError, UsageError
-from plait.merging import merge, merge_methods
-from plait.merging.driver import plan_merge
+from plait.merging import merge, merge_methods, plan_merge
 
 
 def adapter(
@@ -27,8 +27,8 @@ def test_task_arithmetic_is_the_weighted_sum():
     done = merge([a, b], weights=[2.0, -1.0], scale=0.3, method="task_arithmetic")
     for module, f in done.adapter.modules.items():
         torch.testing.assert_close(f.delta(), 0.3 * (2 * a.modules[module].delta() - b.modules[module].delta()))
-    assert done.record["rank"] == 8 and done.record["verification_error"] < 1e-6
-    json.dumps(done.record)
+    assert done.record.rank == 8 and done.record.verification_error < 1e-6
+    json.dumps(to_json(done.record))
 
 
 SUMS = [name for name, method in merge_methods().items() if method.concatenates]
@@ -43,8 +43,8 @@ def test_a_sum_straight_from_the_factors_is_what_its_method_computes(method, ran
     weights = [0.6, -1.1, 0.0, 3.0]
     plan = plan_merge([*inputs, Adapter("d", "base", half)], method, weights=weights, scale=0.7, rank=rank)
     for module in plan.common.modules:
-        x = plan.view(module, None)
-        (straight, lost), (wanted, gone) = plan.merged(module, None), plan.adjusted(plan.method.function(x), x)
+        x = plan.view(module)
+        (straight, lost), (wanted, gone) = plan.merged(module), plan.adjusted(plan.method.function(x), x)
         assert straight.rank == wanted.rank == (rank or 11) and lost == pytest.approx(gone, abs=1e-6)
         torch.testing.assert_close(straight.delta(), wanted.delta())
         if rank is None:
@@ -65,7 +65,7 @@ def test_missing_modules_are_zero_and_recorded():
         merge([a, b], method="task_arithmetic", scale=1.0)
     done = merge([a, b], disjoint=True, method="task_arithmetic", scale=1.0)
     torch.testing.assert_close(done.adapter.modules["q"].delta(), a.modules["q"].delta())
-    assert done.record["missing"] == {"a": ["v"], "b": ["q"]}
+    assert done.record.missing == {"a": ["v"], "b": ["q"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -134,7 +134,7 @@ def test_classifiers_become_one_backbone_adapter_with_every_head():
     b = adapter("b", 1, task_type="SEQ_CLS", prefix="roberta", heads={"b": {"classifier.weight": torch.ones(6, 12)}})
     done = merge([a, b], method="task_arithmetic", scale=1.0)
     assert done.adapter.task_type == "FEATURE_EXTRACTION" and done.adapter.prefix == "roberta"
-    assert set(done.adapter.heads) == {"a", "b"} and done.record["backbone_prefix"] == "roberta"
+    assert set(done.adapter.heads) == {"a", "b"} and done.record.backbone_prefix == "roberta"
 
 
 def test_options_are_checked():
@@ -155,11 +155,11 @@ def test_rank_cuts_and_records_what_it_lost():
         merge(ads, method="task_arithmetic", scale=1.0).adapter,
         merge(ads, rank=4, method="task_arithmetic", scale=1.0),
     )
-    assert cut.record["rank"] == 4
+    assert cut.record.rank == 4
     lost = sum(float((whole.modules[m].delta() - f.delta()).square().sum()) for m, f in cut.adapter.modules.items())
     total = sum(f.norm_squared() for f in whole.modules.values())
-    assert cut.record["discarded_energy"] == pytest.approx(lost / total, rel=1e-4)
-    assert cut.record["verification_error"] < 1e-5
+    assert cut.record.loss.discarded_energy == pytest.approx(lost / total, rel=1e-4)
+    assert cut.record.verification_error < 1e-5
 
 
 def test_adapters_without_modules_and_two_of_one_name_are_refused():

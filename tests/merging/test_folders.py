@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import to_json
 from plait.disk.store import read_manifest, sha256_file
 from plait.errors import InputError, RunError, UsageError
 from plait.merging import folders as folders_module
-from plait.merging import merge_folders, merge_methods
-from plait.merging.driver import plan_merge
-from plait.merging.foreseen import foreseen
+from plait.merging import merge_folders, merge_methods, plan_merge
 from plait.merging.plan import Plan
 from plait.merging.rank_curve import rank_curve
+from plait.merging.streamed import known_shapes
 from plait.statistics.files import write_statistics
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 
@@ -43,8 +43,8 @@ def saved(folder: Path, seed: int, *, rank=4, targets=("q", "v"), out=24, width=
 def test_result_is_whole_and_recorded(tmp_path):
     pair = [saved(tmp_path / "a", 0), f"other={saved(tmp_path / 'b', 1, rank=2)}"]
     done = merge_folders(pair, tmp_path / "out", weights=[0.5, 2.0], scale=0.3, method="task_arithmetic")
-    json.dumps(done)
-    assert done["tasks"] == ["a", "other"] and done["seconds_merge"] > 0 and done["verification_error"] < 1e-6
+    json.dumps(to_json(done))
+    assert done.record.tasks == ("a", "other") and done.seconds_merge > 0 and done.record.verification_error < 1e-6
     result = read_manifest(tmp_path / "out")["result"]
     assert {"method", "options", "weights", "scale", "backbone_prefix", "tasks"} <= set(result)
     read = read_adapter(tmp_path / "out")
@@ -69,13 +69,13 @@ def test_result_is_whole_and_recorded(tmp_path):
 def test_written_while_computed_or_after_are_the_same_bytes(tmp_path, settings, monkeypatch):
     three = [saved(tmp_path / n, i, rank=i + 2, targets=("q", "v")[: i + 1]) for i, n in enumerate(NAMES)]
     assert (
-        foreseen(
+        known_shapes(
             plan_merge([read_adapter(f) for f in three], **{"method": "task_arithmetic", "scale": 1.0} | settings), "x"
         )
         is not None
     )
     merge_folders(three, tmp_path / "streamed", **{"method": "task_arithmetic", "scale": 1.0} | settings)
-    monkeypatch.setattr(folders_module, "foreseen", lambda *_: None)
+    monkeypatch.setattr(folders_module, "known_shapes", lambda *_: None)
     merge_folders(three, tmp_path / "held", **{"method": "task_arithmetic", "scale": 1.0} | settings)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "held" / file).read_bytes()
@@ -83,7 +83,7 @@ def test_written_while_computed_or_after_are_the_same_bytes(tmp_path, settings, 
     assert one == other
 
 
-def test_what_a_core_decides_or_a_sum_is_cut_to_is_not_foreseen(tmp_path):
+def test_what_a_core_decides_or_a_sum_is_cut_to_is_not_known_shapes(tmp_path):
     pair = [read_adapter(saved(tmp_path / n, i)) for i, n in enumerate(NAMES[:2])]
     for method, rank, options in (
         ("svd", None, {}),
@@ -91,14 +91,14 @@ def test_what_a_core_decides_or_a_sum_is_cut_to_is_not_foreseen(tmp_path):
         ("ties", None, {"space": "core"}),
         ("linear", 3, {}),
     ):
-        assert foreseen(plan_merge(pair, method, rank=rank, options=options, scale=1.0), "x") is None
-    assert foreseen(plan_merge(pair[:1], "linear", scale=1.0), "x") is None
+        assert known_shapes(plan_merge(pair, method, rank=rank, options=options, scale=1.0), "x") is None
+    assert known_shapes(plan_merge(pair[:1], "linear", scale=1.0), "x") is None
 
 
 def test_same_settings_are_kept_and_others_refused(tmp_path):
     pair = [saved(tmp_path / "a", 0), saved(tmp_path / "b", 1)]
     merge_folders(pair, tmp_path / "out", method="task_arithmetic", scale=1.0)
-    assert merge_folders(pair, tmp_path / "out", method="task_arithmetic", scale=1.0)["reused"]
+    assert merge_folders(pair, tmp_path / "out", method="task_arithmetic", scale=1.0).reused
     with pytest.raises(UsageError, match="scale"):
         merge_folders(pair, tmp_path / "out", scale=0.5, method="task_arithmetic")
     first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
@@ -145,30 +145,30 @@ def test_sharded_half_precision_and_patterns(tmp_path):
     merged = read_adapter(tmp_path / "out")
     wanted = read_adapter(a).modules["layers.0.q"].delta() + b_read.modules["layers.0.q"].delta()
     torch.testing.assert_close(merged.modules["layers.0.q"].delta(), wanted)
-    assert done["rank"] == 8
+    assert done.record.rank == 8
 
 
 def test_rank_curve_falls_to_zero_at_full_rank(tmp_path):
     three = [saved(tmp_path / n, i) for i, n in enumerate("abc")]
     rows = rank_curve(three, score=lambda a: float(a.rank), method="task_arithmetic", scale=1.0)
-    assert [row["rank"] for row in rows] == [4, 8, 12] and [row["score"] for row in rows] == [4.0, 8.0, 12.0]
-    lost = [row["discarded_energy"] for row in rows]
+    assert [row.rank for row in rows] == [4, 8, 12] and [row.score for row in rows] == [4.0, 8.0, 12.0]
+    lost = [row.discarded_energy for row in rows]
     assert lost[0] > lost[1] > lost[2] == 0
-    assert rank_curve(three, "ties", scale=1.0)[-1]["discarded_energy"] > 0
+    assert rank_curve(three, "ties", scale=1.0)[-1].discarded_energy > 0
     for method in ("cat", "tsv", "ties"):
-        assert all(row["verification_error"] < 1e-5 for row in rank_curve(three, method, scale=1.0))
+        assert all(row.verification_error < 1e-5 for row in rank_curve(three, method, scale=1.0))
 
 
 def test_rank_curve_notices_a_merge_that_is_wrong(tmp_path, monkeypatch):
     three = [saved(tmp_path / n, i) for i, n in enumerate("abc")]
     right = Plan.merged
 
-    def wrong(plan, module, context):
-        f, lost = right(plan, module, context)
+    def wrong(plan, module):
+        f, lost = right(plan, module)
         return LoraFactors(f.A, f.B * 1.1), lost
 
     monkeypatch.setattr(Plan, "merged", wrong)
-    assert all(row["verification_error"] > 0.05 for row in rank_curve(three, method="task_arithmetic", scale=1.0))
+    assert all(row.verification_error > 0.05 for row in rank_curve(three, method="task_arithmetic", scale=1.0))
 
 
 @pytest.fixture
@@ -220,11 +220,11 @@ def test_public_adapters_merge_by_every_method_without_data(tmp_path, pair):
         if found.needs or (method == "della" and "gemma" in pair[0]):
             continue
         done = merge_folders([PUBLIC / p for p in pair], tmp_path / method, method=method, scale=1.0)
-        assert done["verification_error"] < 1e-5, method
+        assert done.record.verification_error < 1e-5, method
         read = read_adapter(tmp_path / method)
         assert set(read.heads) == ({*pair} if "distilbert" in pair[0] else set())
         if "distilbert" in pair[0]:
-            assert read.task_type == "FEATURE_EXTRACTION" and done["backbone_prefix"] == "distilbert"
+            assert read.task_type == "FEATURE_EXTRACTION" and done.record.backbone_prefix == "distilbert"
             sizes = {
                 t: next(v for k, v in h.items() if k.endswith("classifier.weight") and "pre" not in k)
                 for t, h in read.heads.items()
@@ -239,7 +239,7 @@ def test_bases_of_other_names_can_be_declared_one(tmp_path):
     with pytest.raises(InputError, match="'base' and 'b' on 'org/base'"):
         merge_folders([a, b], tmp_path / "out", method="task_arithmetic", scale=1.0)
     done = merge_folders([a, b], tmp_path / "out", base="org/base", method="task_arithmetic", scale=1.0)
-    assert done["base"] == "org/base" and [p["base"] for p in done["adapters"]] == ["base", "org/base"]
+    assert done.record.base == "org/base" and [p.base for p in done.record.adapters] == ["base", "org/base"]
 
 
 @pytest.mark.filterwarnings("ignore:.*")

@@ -6,7 +6,7 @@ import pytest
 from tests.merging.test_folders import saved
 
 from plait.errors import InputError, UsageError
-from plait.merging import merge_folders
+from plait.merging import MergeSpec, merge_folders
 from plait.merging.mergekit import from_mergekit, read_mergekit_config
 
 TIES = """
@@ -30,19 +30,21 @@ dtype: float32
 def test_a_recipe_runs(tmp_path):
     a, b = saved(tmp_path / "a", 0), saved(tmp_path / "b", 1)
     (tmp_path / "m.yaml").write_text(TIES.format(a=a, b=b))
-    read = read_mergekit_config(tmp_path / "m.yaml")
-    assert read == {
-        "folders": [str(a), str(b)],
-        "method": "sparse_arithmetic",
-        "options": {"rescale": False, "elect": True, "normalise": False, "drop": "small", "density": 0.4},
-        "weights": [0.5, 1.5],
-        "scale": 0.8,
-        "base": "base",
-    }
-    done = merge_folders(read.pop("folders"), tmp_path / "out", **read)
-    assert done["method"] == "sparse_arithmetic" and done["options"]["elect"]
-    dense = merge_folders([str(a), str(b)], tmp_path / "again", **read)
-    assert dense["tasks"] == [a.name, b.name]
+    folders, spec = read_mergekit_config(tmp_path / "m.yaml", MergeSpec("ties", rank=6, seed=3, scale=9.0))
+    assert folders == [str(a), str(b)]
+    assert spec == MergeSpec(
+        "sparse_arithmetic",
+        {"rescale": False, "elect": True, "normalise": False, "drop": "small", "density": 0.4},
+        weights=[0.5, 1.5],
+        scale=0.8,
+        base="base",
+        rank=6,
+        seed=3,
+    )
+    done = merge_folders(folders, tmp_path / "out", spec)
+    assert done.record.method == "sparse_arithmetic" and done.record.options["elect"]
+    dense = merge_folders([str(a), str(b)], tmp_path / "again", spec)
+    assert dense.record.tasks == (a.name, b.name)
 
 
 UNWEIGHTED = [{"model": "base+x"}, {"model": "base+y"}]

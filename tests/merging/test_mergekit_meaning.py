@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.errors import UsageError
+from plait.merging import MergeRequest, MergeSpec, answer, merge_folders
 from plait.merging.mergekit import from_mergekit
-from plait.merging.request import MergeRequest, answer
 
 MODULES = {"model.layers.0.self_attn.q_proj": (12, 16), "model.layers.1.self_attn.v_proj": (7, 16)}
 NAMES = ("a", "b", "c")
@@ -172,7 +172,7 @@ def test_random_masks_keep_what_they_should(place, tmp_path, method):
     for seed in range(6):
         (tmp_path / "m.yaml").write_text(json.dumps(recipe))
         out = tmp_path / str(seed)
-        answer(MergeRequest([str(tmp_path / "m.yaml")], out, bake_into=place / "base", seed=seed))
+        answer(MergeRequest([str(tmp_path / "m.yaml")], out, MergeSpec(seed=seed), bake_into=place / "base"))
         found = load_file(out / "model.safetensors")
         for module in MODULES:
             W0 = base_weight(place, module)
@@ -198,5 +198,5 @@ def test_the_way_that_a_refusal_names_exists(place, tmp_path, hint):
     with pytest.raises(UsageError, match="whole weights") as refused:
         from_mergekit(recipe)
     method = str(refused.value.hint).split("--method ")[1].split(",")[0]
-    found = answer(MergeRequest([str(place / "a"), str(place / "b")], tmp_path / "m", method, scale=1.0))
-    assert found["method"] == method
+    found = merge_folders([str(place / "a"), str(place / "b")], tmp_path / "m", method, scale=1.0)
+    assert found.record.method == method

@@ -30,7 +30,7 @@ def targets(name: str) -> dict:
 def test_one_adapter_of_weight_one_comes_back(tmp_path, name):
     given = adapter(mixture(name), tmp_path / "a", 1, **targets(name))
     done = merge_folders([given], tmp_path / "m", method="task_arithmetic", scale=1.0)
-    assert done["verification_error"] < 1e-6
+    assert done.record.verification_error < 1e-6
     assert difference(logits(loaded(mixture(name), tmp_path / "m")), logits(loaded(mixture(name), given))) < 1e-6
     config = json.loads((tmp_path / "m/adapter_config.json").read_text())
     assert set(config["target_parameters"]) == set(
@@ -91,7 +91,7 @@ def test_every_method_merges_experts_or_says_what_it_lacks(tmp_path, method):
             merge_folders([a, b], tmp_path / "m", method=method, scale=1.0)
         return
     done = merge_folders([a, b], tmp_path / "m", method=method, scale=1.0)
-    assert done["verification_error"] < 1e-3
+    assert done.record.verification_error < 1e-3
     found = logits(loaded(mixture("mixtral", num_hidden_layers=1), tmp_path / "m"))
     assert difference(found, logits(mixture("mixtral", num_hidden_layers=1))) > 1e-4
     merged, inputs = read_adapter(tmp_path / "m"), [read_adapter(p) for p in (a, b)]

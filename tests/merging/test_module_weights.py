@@ -12,10 +12,10 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.cli import main
 from plait.errors import InputError, UsageError
-from plait.merging.driver import merge
-from plait.merging.edit import Change
+from plait.merging import merge, merge_folders
+from plait.merging.changes import Change
+from plait.merging.editing import edit
 from plait.merging.module_weights import read_module_weights, weights_of_modules
-from plait.merging.request import MergeRequest, answer, edit
 
 MODULES = {
     f"model.layers.{i}.{n}": s for i in (0, 1, 10) for n, s in (("self_attn.q_proj", (6, 5)), ("mlp.up_proj", (7, 5)))
@@ -88,7 +88,7 @@ def test_every_method_takes_a_modules_weights_as_if_it_were_alone(method):
 
 
 def _merged(adapters, method, options):
-    from plait.merging.driver import plan_merge
+    from plait.merging import plan_merge
 
     plan = plan_merge(adapters, method, options=options, module_weights=TABLE, scale=1.0)
     done = plan.run("m")
@@ -97,7 +97,7 @@ def _merged(adapters, method, options):
 
 
 def test_a_single_adapter_of_weight_1_in_name_only(tmp_path, folders):
-    answer(MergeRequest(folders[:1], tmp_path / "m", module_weights={"a": {"up_proj": 3.0}}))
+    merge_folders(folders[:1], tmp_path / "m", module_weights={"a": {"up_proj": 3.0}})
     one = adapter("a", 0).modules
     for module, f in read_adapter(tmp_path / "m").modules.items():
         factor = 3.0 if module.endswith("up_proj") else 1.0
@@ -105,18 +105,18 @@ def test_a_single_adapter_of_weight_1_in_name_only(tmp_path, folders):
 
 
 def test_it_is_part_of_the_identity(tmp_path, folders):
-    answer(MergeRequest(folders, tmp_path / "m", module_weights={"a": {"q_proj": 3.0}}))
-    assert answer(MergeRequest(folders, tmp_path / "m", module_weights={"a": {"q_proj": 3.0}}))["reused"]
+    merge_folders(folders, tmp_path / "m", module_weights={"a": {"q_proj": 3.0}})
+    assert merge_folders(folders, tmp_path / "m", module_weights={"a": {"q_proj": 3.0}}).reused
     with pytest.raises(UsageError, match="module_weights"):
-        answer(MergeRequest(folders, tmp_path / "m", module_weights={"a": {"q_proj": 2.0}}))
+        merge_folders(folders, tmp_path / "m", module_weights={"a": {"q_proj": 2.0}})
     with pytest.raises(UsageError, match="settings"):
-        answer(MergeRequest(folders, tmp_path / "m", method="task_arithmetic", scale=1.0))
+        merge_folders(folders, tmp_path / "m", "task_arithmetic", scale=1.0)
 
 
 def test_edits_keep_them(tmp_path, folders):
-    answer(MergeRequest(folders, tmp_path / "m", module_weights=TABLE))
+    merge_folders(folders, tmp_path / "m", module_weights=TABLE)
     edit(tmp_path / "m", Change(remove=["b"]), tmp_path / "less")
-    answer(MergeRequest(folders[:1], tmp_path / "alone", module_weights={"a": TABLE["a"]}))
+    merge_folders(folders[:1], tmp_path / "alone", module_weights={"a": TABLE["a"]})
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("less", "alone"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     edit(tmp_path / "m", Change(weights={"a": 0.5}), tmp_path / "flat")
@@ -169,7 +169,7 @@ def test_what_auto_learnt_can_be_fed_back(tmp_path, folders, method, share):
     chosen = {"method": method, "calibrate": None, "scale": 0.5, "weights": learnt}
     (tmp_path / "plait.json").write_text(json.dumps({"options": {}, "result": {"chosen": chosen, "tasks": ["a", "b"]}}))
     table = read_module_weights(tmp_path / "plait.json")
-    answer(MergeRequest(folders, tmp_path / "m", module_weights=table))
+    merge_folders(folders, tmp_path / "m", module_weights=table)
     one, two = adapter("a", 0).modules, adapter("b", 1).modules
     for module, f in read_adapter(tmp_path / "m").modules.items():
         x, y = learnt[module]
@@ -183,4 +183,4 @@ def test_what_auto_learnt_can_be_fed_back(tmp_path, folders, method, share):
 
 def test_both_kinds_of_weights_exclude_each_other(tmp_path, folders):
     with pytest.raises(UsageError, match="exclude"):
-        answer(MergeRequest(folders, tmp_path / "m", weights=[1.0, 1.0], module_weights=TABLE))
+        merge_folders(folders, tmp_path / "m", weights=[1.0, 1.0], module_weights=TABLE)

@@ -16,7 +16,7 @@ from plait.merging.per_task import TaskSwitch, load_task, merge_per_task
 def test_tasks_come_back_better_than_the_unified_delta(tmp_path):
     folders = [saved(tmp_path / n, i) for i, n in enumerate("abc")]
     done = merge_per_task(folders, tmp_path / "out", rank=16)
-    assert done["rescalers"].keys() == {"a", "b", "c"} and done["discarded_energy"] < 1e-6
+    assert done.record.rescalers.keys() == {"a", "b", "c"} and done.record.loss.discarded_energy < 1e-6
     unified = read_adapter(tmp_path / "out", name="unified")
     for task in "abc":
         deltas, own = load_task(tmp_path / "out", task), read_adapter(tmp_path / task)
@@ -25,7 +25,7 @@ def test_tasks_come_back_better_than_the_unified_delta(tmp_path):
         plain = torch.cat([unified.modules[m].delta().flatten() for m in deltas])
         assert found.abs().sum() == pytest.approx(float(wanted.abs().sum()), rel=1e-4)
         error = float((found - wanted).norm() / wanted.norm())
-        assert error == pytest.approx(done["relative_error"][task], rel=1e-3)
+        assert error == pytest.approx(done.record.relative_error[task], rel=1e-3)
         assert error < 0.7 * float((plain - wanted).norm() / wanted.norm())
 
 
@@ -40,7 +40,7 @@ def test_masks_and_rescalers_are_the_papers(tmp_path):
         for n, d in zip("ab", deltas, strict=True):
             masses[n][0] += abs(d).sum()
             masses[n][1] += abs(unified * (d * unified > 0)).sum()
-    assert done["rescalers"] == pytest.approx({n: a / b for n, (a, b) in masses.items()}, rel=1e-4)
+    assert done.record.rescalers == pytest.approx({n: a / b for n, (a, b) in masses.items()}, rel=1e-4)
 
 
 def test_switching_a_model_between_tasks(tmp_path):

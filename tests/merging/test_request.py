@@ -10,7 +10,7 @@ from plait.adapters.peft_format import write_adapter
 from plait.cli import main
 from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
-from plait.merging.request import MergeRequest, answer
+from plait.merging import MergeRequest, MergeSpec, answer
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def folders(tmp_path):
 )
 def test_contradictions_are_refused(folders, tmp_path, extra):
     with pytest.raises(UsageError):
-        answer(MergeRequest(folders, tmp_path / "out", **extra))
+        spec = {k: v for k, v in extra.items() if k in ("method", "scale", "options", "rank")}
+        ways = {k: v for k, v in extra.items() if k not in spec}
+        answer(MergeRequest(folders, tmp_path / "out", MergeSpec(**spec), **ways))
     assert not (tmp_path / "out").exists()
 
 
@@ -67,10 +69,10 @@ def test_what_is_printed_says_method_scale_and_weights(folders, tmp_path, capsys
 
 
 def test_curve_of_a_sum(folders):
-    rows = answer(MergeRequest(folders, curve=True))["curve"]
-    assert [r["rank"] for r in rows] == [2, 4]
-    assert rows[0]["discarded_energy"] > 0.0
-    assert rows[1]["discarded_energy"] == pytest.approx(0.0, abs=1e-9)
+    rows = answer(MergeRequest(folders, curve=True)).curve
+    assert [r.rank for r in rows] == [2, 4]
+    assert rows[0].discarded_energy > 0.0
+    assert rows[1].discarded_energy == pytest.approx(0.0, abs=1e-9)
 
 
 def test_mergekit_recipe(folders, tmp_path):
@@ -78,5 +80,5 @@ def test_mergekit_recipe(folders, tmp_path):
     text = f"merge_method: ties\nbase_model: base\nmodels:\n{models}parameters: {{density: 0.5, weight: 1.0}}\n"
     (tmp_path / "config.yaml").write_text(text)
     found = answer(MergeRequest([str(tmp_path / "config.yaml")], tmp_path / "out"))
-    assert found["method"] == "sparse_arithmetic"
-    assert found["options"]["density"] == 0.5
+    assert found.record.method == "sparse_arithmetic"
+    assert found.record.options["density"] == 0.5

@@ -94,10 +94,10 @@ def test_the_same_set_in_another_order_is_the_same_result(tmp_path):
     trio = [saved(tmp_path / n, i, width=12, modules=1) for i, n in enumerate(NAMES)]
     first = merge_folders(trio, tmp_path / "out", weights=[1.0, 2.0, 3.0])
     again = merge_folders(trio[::-1], tmp_path / "out", weights=[3.0, 2.0, 1.0])
-    assert not first["reused"] and again["reused"]
+    assert not first.reused and again.reused
     recorded = read_manifest(tmp_path / "out")["result"]
     assert recorded["tasks"] == list(NAMES) and recorded["weights"] == [1.0, 2.0, 3.0]
     assert [(a["name"], a["weight"]) for a in recorded["adapters"]] == list(zip(NAMES, (1.0, 2.0, 3.0), strict=True))
     turned = merge_folders(trio[::-1], tmp_path / "other", weights=[1.0, 2.0, 3.0])
-    assert turned["tasks"] == list(NAMES[::-1]) and turned["weights"] == [1.0, 2.0, 3.0]
+    assert turned.record.tasks == NAMES[::-1] and turned.record.weights == (1.0, 2.0, 3.0)
     assert files_of(tmp_path / "other") != files_of(tmp_path / "out")

@@ -58,29 +58,29 @@ def test_rules_are_for_methods_that_exist():
 @pytest.mark.parametrize("method", ["linear", "cat"])
 def test_exact_sums_stay_exact_sums(method):
     done = merge(trio(), method)
-    assert done.record["scale"] == 1.0 and "exact sum" in done.record["scale_reason"]
+    assert done.record.scale == 1.0 and "exact sum" in done.record.scale_reason
 
 
 def test_given_weights_say_how_much_is_added():
     done = merge(trio(), "task_arithmetic", weights=[0.5, 0.5, 1.0])
-    assert done.record["scale"] == 1.0 and "weights" in done.record["scale_reason"]
-    assert merge(trio(), "tsv", weights=[0.5, 0.5, 1.0]).record["scale"] == 0.7
+    assert done.record.scale == 1.0 and "weights" in done.record.scale_reason
+    assert merge(trio(), "tsv", weights=[0.5, 0.5, 1.0]).record.scale == 0.7
 
 
 def test_a_method_that_nobody_measured_stays_at_one_and_says_so():
     done = merge(trio(), "wudi")
-    assert done.record["scale"] == 1.0 and "no rule was measured" in done.record["scale_reason"]
+    assert done.record.scale == 1.0 and "no rule was measured" in done.record.scale_reason
 
 
 def test_a_given_scale_is_kept_and_has_no_reason():
     done = merge(trio(), "task_arithmetic", scale=1.0)
-    assert done.record["scale"] == 1.0 and done.record["scale_reason"] == ""
+    assert done.record.scale == 1.0 and done.record.scale_reason == ""
 
 
 def test_without_a_method_it_is_tsv_at_its_rule():
     done = merge(trio())
     twin = merge(trio(), "tsv", scale=0.7)
-    assert (done.record["method"], done.record["scale"]) == ("tsv", 0.7)
+    assert (done.record.method, done.record.scale) == ("tsv", 0.7)
     for module, f in done.adapter.modules.items():
         assert torch.equal(f.A, twin.adapter.modules[module].A) and torch.equal(f.B, twin.adapter.modules[module].B)
 
@@ -90,7 +90,7 @@ def test_by_moments_outputs_move_as_far_as_under_their_own_adapter(method):
     """The defining property, from dense updates: the mean square ratio of output shifts at the chosen scale is REACH^2."""
     adapters, stats = trio(), {"a": moments(3), "b": moments(4, 5.0), "c": moments(5, 0.1)}
     done = merge(adapters, method, statistics=stats)
-    assert done.record["scale_reason"].startswith(f"{REACH:g} times")
+    assert done.record.scale_reason.startswith(f"{REACH:g} times")
     ratios = []
     for a in adapters:
         S = stats[a.name].sites["l.0"].second.double()
@@ -124,7 +124,7 @@ def test_statistics_that_lack_a_task_leave_the_rule():
     adapters = trio()
     merged = merge(adapters, "tsv", scale=1.0).adapter.modules
     assert scale_by_moments(adapters, merged, {"a": moments(1)}) is None
-    assert merge(adapters, "tsv", statistics={"a": moments(1)}).record["scale"] == 0.7
+    assert merge(adapters, "tsv", statistics={"a": moments(1)}).record.scale == 0.7
 
 
 def saved(folder: Path, one: Adapter) -> Path:
@@ -141,8 +141,8 @@ def test_folders_take_the_scale_that_statistics_say_and_keep_its_reason(tmp_path
         write_statistics(files[a.name], moments(i))
     found = merge_folders(folders, tmp_path / "by_moments", statistics=files)
     twin = merge(trio(), "tsv", statistics={a.name: moments(i) for i, a in enumerate(trio())})
-    assert found["method"] == "tsv" and found["scale"] == twin.record["scale"] != 0.7
-    assert "statistics" in found["scale_reason"] and found["verification_error"] < 1e-5
+    assert found.record.method == "tsv" and found.record.scale == twin.record.scale != 0.7
+    assert "statistics" in found.record.scale_reason and found.record.verification_error < 1e-5
     read = read_adapter(tmp_path / "by_moments")
     for m, f in read.modules.items():
         torch.testing.assert_close(f.delta(), twin.adapter.modules[m].delta())
@@ -166,13 +166,13 @@ def test_the_screen_says_method_scale_and_why(tmp_path, capsys):
 
 
 def test_statistics_that_nothing_reads_are_refused(tmp_path):
-    from plait.merging.request import MergeRequest, answer
+    from plait.merging import MergeRequest, MergeSpec, answer
 
     folders = [str(saved(tmp_path / a.name, a)) for a in trio()]
     file = tmp_path / "a.stats.safetensors"
     write_statistics(file, moments(0))
     with pytest.raises(UsageError, match="takes no statistics, and the scale is given"):
-        answer(MergeRequest(folders, tmp_path / "m", method="tsv", scale=0.5, statistics={"a": file}))
+        answer(MergeRequest(folders, tmp_path / "m", MergeSpec("tsv", scale=0.5), statistics={"a": file}))
 
 
 def test_the_published_table_is_of_these_rules():

@@ -16,8 +16,9 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.store import identity, read_manifest, staged_folder
 from plait.errors import InputError, UsageError
-from plait.merging.edit import Change
-from plait.merging.request import MergeRequest, answer, edit
+from plait.merging import MergeRequest, MergeSpec, answer, merge_folders
+from plait.merging.changes import Change
+from plait.merging.editing import edit
 
 MODULES = {"layer.q": (7, 5), "layer.v": (6, 5)}
 
@@ -56,8 +57,8 @@ def test_stack_in_any_order_given(tmp_path):
     second = write(tmp_path, "second", 1, base=str(first), rank=3)
     third = write(tmp_path, "third", 2, base="second")  # beside it
     found = answer(MergeRequest([str(f) for f in (third, first, second)], tmp_path / "out", stack=True))
-    assert [s["name"] for s in found["stack"]] == ["first", "second", "third"]
-    assert found["base"] == "some/base"
+    assert [s.name for s in found.record.stack] == ["first", "second", "third"]
+    assert found.record.base == "some/base"
     total = {m: sum(update(f)[m] for f in (first, second, third)) for m in MODULES}
     close(update(tmp_path / "out"), total)
     assert read_adapter(tmp_path / "out").base == "some/base"
@@ -65,7 +66,7 @@ def test_stack_in_any_order_given(tmp_path):
 
 
 def test_stack_on_a_merge(tmp_path, adapters):
-    answer(MergeRequest([str(adapters["a"]), str(adapters["b"])], tmp_path / "m", scale=0.5, method="task_arithmetic"))
+    merge_folders([str(adapters["a"]), str(adapters["b"])], tmp_path / "m", "task_arithmetic", scale=0.5)
     top = write(tmp_path, "top", 9, base=str(tmp_path / "m"))
     answer(MergeRequest([str(tmp_path / "m"), str(top)], tmp_path / "out", stack=True))
     a, b, t = (update(f) for f in (adapters["a"], adapters["b"], top))
@@ -93,7 +94,7 @@ def test_stacks_that_nothing_records(tmp_path, adapters):
     with pytest.raises(InputError, match="a stack has one on each"):
         stacked(adapters["c"], top, twin)
     with pytest.raises(UsageError, match="--stack adds the updates as they are"):
-        answer(MergeRequest([str(adapters["c"]), str(top)], tmp_path / "out", "ties", stack=True))
+        answer(MergeRequest([str(adapters["c"]), str(top)], tmp_path / "out", MergeSpec("ties"), stack=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -111,7 +112,7 @@ def test_an_ordinary_merge_points_to_the_stack(tmp_path):
     first = write(tmp_path, "first", 0)
     second = write(tmp_path, "second", 1, base=str(first))
     with pytest.raises(InputError, match="--stack"):
-        answer(MergeRequest([str(first), str(second)], tmp_path / "out", method="task_arithmetic", scale=1.0))
+        merge_folders([str(first), str(second)], tmp_path / "out", "task_arithmetic", scale=1.0)
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -120,27 +121,27 @@ def test_an_ordinary_merge_points_to_the_stack(tmp_path):
 @pytest.mark.parametrize(("method", "options"), [("tsv", {}), ("ties", {"density": 0.5}), ("linear", {})])
 def test_edited_is_what_merging_anew_gives(tmp_path, adapters, method, options):
     abc = [str(adapters[n]) for n in "abc"]
-    answer(MergeRequest(abc, tmp_path / "m", method, options, weights=[1.0, 2.0, 0.5], scale=0.8))
+    merge_folders(abc, tmp_path / "m", method, options=options, weights=[1.0, 2.0, 0.5], scale=0.8)
     change = Change(add=[f"new={adapters['d']}"], remove=["b"], weights={"c": 0.7})
     found = edit(tmp_path / "m", change, tmp_path / "edited")
-    assert found["tasks"] == ["a", "c", "new"]
+    assert found.record.tasks == ("a", "c", "new")
     again = [abc[0], abc[2], f"new={adapters['d']}"]
-    answer(MergeRequest(again, tmp_path / "anew", method, options, weights=[1.0, 0.7, 1.0], scale=0.8))
+    merge_folders(again, tmp_path / "anew", method, options=options, weights=[1.0, 0.7, 1.0], scale=0.8)
     weights = "adapter_model.safetensors"
     assert (tmp_path / "edited" / weights).read_bytes() == (tmp_path / "anew" / weights).read_bytes()
     assert (read_manifest(tmp_path / "edited") or {})["options"] == (read_manifest(tmp_path / "anew") or {})["options"]
-    assert edit(tmp_path / "edited", Change(remove=["new"]), tmp_path / "once-more")["tasks"] == ["a", "c"]
+    assert edit(tmp_path / "edited", Change(remove=["new"]), tmp_path / "once-more").record.tasks == ("a", "c")
 
 
 def test_moved_changed_and_missing_inputs(tmp_path, adapters):
-    answer(MergeRequest([str(adapters[n]) for n in "abc"], tmp_path / "m", method="task_arithmetic", scale=1.0))
+    merge_folders([str(adapters[n]) for n in "abc"], tmp_path / "m", "task_arithmetic", scale=1.0)
     shutil.move(adapters["a"], tmp_path / "elsewhere")
     shutil.rmtree(adapters["b"])
     shutil.copytree(adapters["d"], adapters["b"])
     with pytest.raises(InputError, match=r"'a' \(.*\) is gone; 'b' \(.*\) has changed since"):
         edit(tmp_path / "m", Change(weights={"c": 2.0}), tmp_path / "out")
     change = Change(remove=["b"], inputs={"a": tmp_path / "elsewhere"})
-    assert edit(tmp_path / "m", change, tmp_path / "out")["tasks"] == ["a", "c"]
+    assert edit(tmp_path / "m", change, tmp_path / "out").record.tasks == ("a", "c")
     (adapters["c"] / CONFIG).write_text("{")
     with pytest.raises(InputError, match=r"'c' \(.*\) cannot be read: not valid JSON"):
         edit(tmp_path / "m", change, tmp_path / "more")
@@ -149,12 +150,12 @@ def test_moved_changed_and_missing_inputs(tmp_path, adapters):
 
 @pytest.mark.parametrize(("method", "share"), [("task_arithmetic", 1.0), ("linear", 0.5)])
 def test_by_difference_needs_only_what_changes(tmp_path, adapters, method, share):
-    answer(MergeRequest([str(adapters[n]) for n in "abc"], tmp_path / "m", method, scale=0.8))
+    merge_folders([str(adapters[n]) for n in "abc"], tmp_path / "m", method, scale=0.8)
     a, c, d = (update(adapters[n]) for n in "acd")
     for name in "ac":
         shutil.rmtree(adapters[name])
     found = edit(tmp_path / "m", Change(remove=["b"]), tmp_path / "less", by_difference=True)
-    assert (found["tasks"], found["rank"]) == (["a", "c"], 4)
+    assert (found.record.tasks, found.record.rank) == (("a", "c"), 4)
     close(update(tmp_path / "less"), {m: 0.8 * share * (a[m] + c[m]) for m in MODULES})
     change = Change(remove=["b"], add=[f"e={adapters['d']}"], weights={"e": -1.0})
     if method == "task_arithmetic":
@@ -167,7 +168,7 @@ def test_by_difference_needs_only_what_changes(tmp_path, adapters, method, share
 
 
 def test_what_cannot_be_edited(tmp_path, adapters):
-    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "m", "ties", scale=1.0))
+    merge_folders([str(adapters[n]) for n in "ab"], tmp_path / "m", "ties", scale=1.0)
     out = tmp_path / "out"
     for merged, change, message in (
         (adapters["a"], Change(), "no record of a merge"),
@@ -183,14 +184,12 @@ def test_what_cannot_be_edited(tmp_path, adapters):
     ):
         with pytest.raises(UsageError, match=message):
             edit(tmp_path / "m", change, out)
-    answer(MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "sum", method="task_arithmetic", scale=1.0))
+    merge_folders([str(adapters[n]) for n in "ab"], tmp_path / "sum", "task_arithmetic", scale=1.0)
     with pytest.raises(UsageError, match="takes neither --scale"):
         edit(tmp_path / "sum", Change(remove=["a"], scale=0.5), out, by_difference=True)
     with pytest.raises(UsageError, match="no weighted sum"):
         edit(tmp_path / "m", Change(remove=["a"]), out, by_difference=True)
-    answer(
-        MergeRequest([str(adapters[n]) for n in "ab"], tmp_path / "cut", rank=1, method="task_arithmetic", scale=1.0)
-    )
+    merge_folders([str(adapters[n]) for n in "ab"], tmp_path / "cut", "task_arithmetic", rank=1, scale=1.0)
     with pytest.raises(UsageError, match="cut or calibrated"):
         edit(tmp_path / "cut", Change(remove=["a"]), out, by_difference=True)
     manifest = json.loads((tmp_path / "m" / "plait.json").read_text())
@@ -222,19 +221,14 @@ def test_a_merge_records_the_classes_of_every_head_of_which_they_are_known(tmp_p
 
     known = {"a": ["no", "yes"], "b": ["low", "middle", "high"]}
     one, two, three = headed("a", 1, known["a"]), headed("b", 2, known["b"]), headed("c", 3, None)
-    answer(MergeRequest([one, two, three], tmp_path / "merged", method="task_arithmetic", scale=1.0))
+    merge_folders([one, two, three], tmp_path / "merged", "task_arithmetic", scale=1.0)
     assert recorded("merged") == known and read_adapter(tmp_path / "merged").classes == known
-    answer(
-        MergeRequest(
-            [str(tmp_path / "merged"), headed("d", 4, ["x", "y"])],
-            tmp_path / "again",
-            method="task_arithmetic",
-            scale=1.0,
-        )
+    merge_folders(
+        [str(tmp_path / "merged"), headed("d", 4, ["x", "y"])], tmp_path / "again", "task_arithmetic", scale=1.0
     )
     assert recorded("again") == {**known, "d": ["x", "y"]}
     for how in (True, False):
         edit(tmp_path / "merged", Change(remove=["a"]), tmp_path / f"without-{how}", by_difference=how)
         assert recorded(f"without-{how}") == {"b": known["b"]}
-    answer(MergeRequest([three], tmp_path / "unknown", method="task_arithmetic", scale=1.0))
+    merge_folders([three], tmp_path / "unknown", "task_arithmetic", scale=1.0)
     assert not recorded("unknown")

@@ -9,10 +9,9 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError, RunError
-from plait.merging import merge_methods, stacks
-from plait.merging.driver import plan_merge
-from plait.merging.plan import Plan
-from plait.merging.stacks import FactorStack, PartingError, common_count, grouped, groups_of, stack_of
+from plait.merging import Plan, merge_methods, plan_merge
+from plait.merging.batched import grouped, stack_of
+from plait.merging.factors import FactorStack, PartingError, common_count
 
 LIKE = {f"l.{i}.q": (48, 40) for i in range(4)}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -49,7 +48,7 @@ def changed(given: list[Adapter], task: int, module: str, A=None, B=None) -> lis
 
 
 def alone(plan: Plan) -> dict[str, LoraFactors]:
-    return {m: plan.merged(m, plan.prepared())[0] for m in plan.common.modules}
+    return {m: plan.merged(m)[0] for m in plan.common.modules}
 
 
 def difference(one: LoraFactors, other: LoraFactors) -> float:
@@ -65,14 +64,22 @@ def same_bits(one: LoraFactors, other: LoraFactors) -> bool:
 def called(monkeypatch) -> list[tuple[str, ...]]:
     """The stacks that were computed at once, without one of them having to be taken apart."""
     done: list[tuple[str, ...]] = []
-    usual = stacks._at_once
+    usual, alone = Plan.merged_together, Plan.merged
+    apart: list[str] = []
 
-    def noted(plan, names, context):
-        found = usual(plan, names, context)
-        done.append(tuple(names))
-        return found
+    def noted(plan, names):
+        apart.clear()
+        pairs = usual(plan, names)
+        if len(names) > 1 and not apart:
+            done.append(tuple(names))
+        return pairs
 
-    monkeypatch.setattr(stacks, "_at_once", noted)
+    def noted_alone(plan, module):
+        apart.append(module)
+        return alone(plan, module)
+
+    monkeypatch.setattr(Plan, "merged_together", noted)
+    monkeypatch.setattr(Plan, "merged", noted_alone)
     return done
 
 
@@ -95,13 +102,13 @@ def test_a_stack_gives_what_its_members_give_alone(method, options, ranks, calle
 @every_case
 def test_rank_scale_and_calibration_are_each_members_own(method, options, called):
     plan = plan_merge(adapters(), method, options=options, scale=0.3, rank=4, calibrate="pico")
-    done, wanted = plan.run("x"), {m: plan.merged(m, None) for m in LIKE}
+    done, wanted = plan.run("x"), {m: plan.merged(m) for m in LIKE}
     assert called == [tuple(LIKE)]
     for m, (f, _) in wanted.items():
         assert done.adapter.modules[m].rank == 4 and difference(done.adapter.modules[m], f) < 2e-6
     record = plan.record({m: f for m, (f, _) in wanted.items()}, {m: lost for m, (_, lost) in wanted.items()})
-    assert done.record["discarded_energy"] == pytest.approx(record["discarded_energy"], rel=1e-5)
-    assert done.record["worst_module"]["name"] == record["worst_module"]["name"]
+    assert done.record.loss.discarded_energy == pytest.approx(record.loss.discarded_energy, rel=1e-5)
+    assert done.record.loss.worst_module.name == record.loss.worst_module.name
 
 
 DEGENERATE = {
@@ -126,7 +133,7 @@ def test_with_one_degenerate_member_all_are_computed_alone(method, options, kind
 def test_an_error_names_the_member(method, options):
     huge = changed(adapters(), 0, "l.2.q", A=lambda A: A * 1e25, B=lambda B: B * 1e25)
     with pytest.raises(RunError) as alone_:
-        plan_merge(huge, method, options=options, scale=1e30).merged("l.2.q", None)
+        plan_merge(huge, method, options=options, scale=1e30).merged("l.2.q")
     with pytest.raises(RunError, match=r"l\.2\.q") as together:
         plan_merge(huge, method, options=options, scale=1e30).run("x")
     assert str(together.value) == str(alone_.value)
@@ -143,11 +150,11 @@ def test_only_likes_are_grouped():
     modules = {"a.q": (48, 40), "a.v": (24, 40), "b.q": (48, 40), "b.v": (24, 40), "c.q": (48, 40)}
     given = adapters(modules)
     short = changed(given, 2, "b.q", A=lambda A: A[:2], B=lambda B: B[:, :2])
-    assert groups_of(plan_merge(given, "tsv", scale=1.0)) == [["a.q", "b.q", "c.q"], ["a.v", "b.v"]]
-    assert groups_of(plan_merge(short, "tsv", scale=1.0)) == [["a.q", "c.q"], ["a.v", "b.v"], ["b.q"]]
+    assert plan_merge(given, "tsv", scale=1.0).groups() == [["a.q", "b.q", "c.q"], ["a.v", "b.v"]]
+    assert plan_merge(short, "tsv", scale=1.0).groups() == [["a.q", "c.q"], ["a.v", "b.v"], ["b.q"]]
     lacking = [*given[:2], Adapter("t2", "base", {m: f for m, f in given[2].modules.items() if m != "a.v"})]
-    assert groups_of(plan_merge(lacking, "tsv", scale=1.0)) == [["a.q", "b.q", "c.q"], ["a.v"], ["b.v"]]
-    assert groups_of(plan_merge(given, "iso_cts", scale=1.0)) == [[m] for m in modules]
+    assert plan_merge(lacking, "tsv", scale=1.0).groups() == [["a.q", "b.q", "c.q"], ["a.v"], ["b.v"]]
+    assert plan_merge(given, "iso_cts", scale=1.0).groups() == [[m] for m in modules]
     for changed_ in (short, lacking):
         plan = plan_merge(changed_, "core_space", scale=1.0)
         found = plan.run("x").adapter.modules
@@ -156,17 +163,17 @@ def test_only_likes_are_grouped():
 
 def test_groups_are_small_and_large_modules_stay_alone():
     assert grouped((f"m{i}", i % 2, 2) for i in range(7)) == [["m0", "m2"], ["m1", "m3"], ["m4", "m6"], ["m5"]]
-    few = groups_of(plan_merge(adapters({f"l.{i}": (16, 17) for i in range(9)}), "tsv", scale=1.0))
+    few = plan_merge(adapters({f"l.{i}": (16, 17) for i in range(9)}), "tsv", scale=1.0).groups()
     assert [len(names) for names in few] == [4, 4, 1]
-    wide = groups_of(plan_merge(adapters({f"l.{i}": (10, 17) for i in range(3)}), "tsv", scale=1.0))  # R is 11
+    wide = plan_merge(adapters({f"l.{i}": (10, 17) for i in range(3)}), "tsv", scale=1.0).groups()  # R is 11
     assert [len(names) for names in wide] == [1, 1, 1]
     large = adapters({f"l.{i}": (30000, 30000) for i in range(3)}, ranks=(10,))
-    assert [len(names) for names in groups_of(plan_merge(large, "tsv", scale=1.0))] == [1, 1, 1]
+    assert [len(names) for names in plan_merge(large, "tsv", scale=1.0).groups()] == [1, 1, 1]
 
 
 def test_factors_of_a_stack():
     plan = plan_merge(adapters(), "iso_c", scale=1.0)
-    x = stack_of([plan.view(m, None) for m in LIKE])
+    x = stack_of([plan.view(m) for m in LIKE])
     assert x.shape == (48, 40) and x.ranks == (3, 3, 5)
     found = plan.method.function(x)
     assert isinstance(found, FactorStack) and found.rank == 11 and found.shape == (48, 40)

@@ -45,8 +45,8 @@ def test_adamerging_lowers_the_entropy_and_learns_per_module():
     net, data = Net(), {t: b[:1] for t, b in batches().items()}
     before = {k: v.clone() for k, v in net.state_dict().items()}
     done = adamerging(adapters(), net, lambda t, b: net.heads[t](net(b["x"])), data, learning_rate=0.05, steps=60)
-    assert done.record["last_loss"] < 0.985 * done.record["first_loss"]
-    learnt = done.record["options"]["weights"]
+    assert done.record.last_loss < 0.985 * done.record.first_loss
+    learnt = done.record.options["weights"]
     assert learnt["a"]["layers.0.q"] != pytest.approx(learnt["a"]["layers.1.q"], abs=1e-3)
     for m, f in done.adapter.modules.items():
         wanted = sum(learnt[a.name][m] * a.modules[m].delta() for a in adapters())

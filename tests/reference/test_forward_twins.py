@@ -69,7 +69,7 @@ def test_adamerging_equals_its_twin(seed, layerwise):
     done = adamerging(adapters, net, net.logits, batches, learning_rate=0.02, steps=8, layerwise=layerwise)
     layers, heads = net.arrays()
     wanted = twin.adamerging(layers, heads, deltas, rows(batches), 0.3, 0.02, 8, layerwise)
-    learnt = done.record["options"]["weights"]
+    learnt = done.record.options["weights"]
     found = np.array([list(learnt[a.name].values()) for a in adapters])
     assert np.abs(found - 0.3).max() > 0.02  # it moved
     assert np.abs(found - wanted).max() <= 1e-4

@@ -9,10 +9,10 @@ import torch
 from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, UsageError
 from plait.merging import merge_methods
+from plait.merging.dense import DenseDelta, Truncated
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.pico import mean_norm_factor, shrink_shared_directions
 from plait.merging.random_masks import draw
-from plait.merging.stream import DenseDelta, Truncated
 from plait.statistics.fisher import FisherDiagonal
 from plait.statistics.moments import Moments
 from tests.reference import merging as twin

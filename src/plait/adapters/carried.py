@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,8 +158,3 @@ def lines(wanted: Carried) -> list[str]:
     ]
     found += [f"{key} is the base's own weight, as PEFT saves it: carried, not merged" for key in wanted.copies]
     return found
-
-
-def recorded(found: Carried) -> dict[str, Any]:
-    """What the record of a merge says of them: whose the whole weights are, and a line for each tensor."""
-    return {"extras": dict(found.whole_from), "beside": lines(found)}

@@ -144,6 +144,13 @@ class Adapter:
         return f"{self.prefix}.{module}" if self.prefix else module
 
 
+def zero_factors(shape: tuple[int, int], rank: int, kind: str = LINEAR) -> LoraFactors:
+    """Make the factors of a zero delta, float32."""
+    out, width = shape
+    A, B = torch.zeros(rank, width, dtype=torch.float32), torch.zeros(out, rank, dtype=torch.float32)
+    return LoraFactors(A, B, 1.0, kind)
+
+
 def concatenated(
     factors: Sequence[LoraFactors],
     weights: Sequence[float],

@@ -20,6 +20,7 @@ from plait.errors import printable
 if TYPE_CHECKING:
     from plait.disk.written import Written
     from plait.fidelity.record import Advice, AutoRecord, Evidence, FidelityRecord
+    from plait.merging.record import MergeRecord
 
 Given = Annotated[
     list[str],
@@ -132,7 +133,7 @@ class ForwardChoice(NamedTuple):
 
 def by_forward(
     given: list[str], out: Path | None, method: str, options: dict[str, Any], weights: list[float] | None, chosen: ForwardChoice
-) -> dict[str, Any]:  # fmt: skip
+) -> Written[MergeRecord]:  # fmt: skip
     """What `plait merge BASE ADAPTER... --method regmean_pp` does."""
     from plait.errors import UsageError
     from plait.fidelity.forward import merge_by_forward

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plait.cli.options import Json, Out, Overwrite
 from plait.cli.output import emit
+
+if TYPE_CHECKING:
+    from plait.disk.written import Written
+    from plait.formats.export import ExportRecord
 
 
 def register(app: typer.Typer) -> None:
@@ -34,16 +38,17 @@ def export(
     """
     from plait.formats.export import export as write
 
-    found = write(adapter, out, loader=loader, task=task, base=base, overwrite=overwrite)
-    emit(found, as_json, export_text(found))
+    written = write(adapter, out, loader=loader, task=task, base=base, overwrite=overwrite)
+    emit(written, as_json, export_text(written))
 
 
-def export_text(found: dict[str, Any]) -> str:
-    """What was written, what rounding took, and the lines that load it."""
-    head = f" with the head of {found['task']}" if found["task"] else ""
-    lines = [f"{found['modules']} modules, rank {found['rank']}{head}, for {found['for']} -> {found['output']}"]
-    if found.get("reused"):
+def export_text(written: Written[ExportRecord]) -> str:
+    """Say what was written, what rounding took, and which lines load it."""
+    record = written.record
+    head = f" with the head of {record.task}" if record.task else ""
+    lines = [f"{record.modules} modules, rank {record.rank}{head}, for {record.loader} -> {written.output}"]
+    if written.reused:
         lines[0] += " (was there already)"
-    if found.get("rounding_error"):
-        lines.append(f"scalings multiplied into B: the rounding is {found['rounding_error']:.1e} of it at most")
-    return "\n".join([*lines, "", found["next"].rstrip()])
+    if record.rounding_error:
+        lines.append(f"scalings multiplied into B: the rounding is {record.rounding_error:.1e} of it at most")
+    return "\n".join([*lines, "", record.next.rstrip()])

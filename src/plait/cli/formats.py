@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plait.cli.merging import merge_text, named_files
 from plait.cli.options import Device, Json, Out, Overwrite
 from plait.cli.output import emit
+
+if TYPE_CHECKING:
+    from plait.disk.written import Written
+    from plait.extraction.outcome import ExtractionRecord
+    from plait.formats.convert import ConversionRecord
+    from plait.formats.inspect import AdapterFacts, Figures, Inspection, Inspections
 
 Adapter = Annotated[Path, typer.Argument(help="A PEFT folder, a folder of them by component, or a LoRA file.")]
 Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK=FILE, where the method needs them.")]
@@ -25,8 +32,8 @@ def inspect(adapter: Adapter, as_json: Json = False) -> None:
     """Say what an adapter is and what can be done with it. Its base is not needed."""
     from plait.formats.inspect import inspect as look
 
-    found = look(adapter)
-    emit(found, as_json, inspection_text(found))
+    inspection = look(adapter)
+    emit(inspection, as_json, inspection_text(inspection))
 
 
 def convert(
@@ -51,7 +58,7 @@ def convert(
     from plait.formats.work import Means
 
     means = Means(base, initial, rank, drop_bias)
-    found = change(
+    written = change(
         adapter,
         out,
         to=to,
@@ -62,7 +69,7 @@ def convert(
         rename=rename or [],
         overwrite=overwrite,
     )
-    emit(found, as_json, conversion_text(found))
+    emit(written, as_json, conversion_text(written))
 
 
 def extract(
@@ -83,8 +90,8 @@ def extract(
 
     targets = tuple(t for t in target_modules.split(",") if t) if target_modules else None
     ask = Extraction(finetuned, base, rank, energy, targets, drop, stats, seed)
-    found = take(ask, out, overwrite=overwrite)
-    emit(found, as_json, extraction_text(found))
+    written = take(ask, out, overwrite=overwrite)
+    emit(written, as_json, extraction_text(written))
 
 
 def edit(
@@ -104,8 +111,8 @@ def edit(
     from plait.cli.existing import auto_text
     from plait.errors import UsageError
     from plait.fidelity.again import choose_again
-    from plait.merging.edit import Change, recorded_choice
-    from plait.merging.request import edit as change
+    from plait.merging.changes import Change, recorded_choice
+    from plait.merging.editing import edit as change
 
     weights = {n: _number(v, n) for n, v in _pairs(weight, "--weight").items()}
     places = {n: Path(p) for n, p in _pairs(moved, "--input").items()}
@@ -116,8 +123,8 @@ def edit(
         written = choose_again(recipe, wanted, out, overwrite=overwrite)
         emit(written, as_json, auto_text(written))
     else:
-        found = change(merged, wanted, out, by_difference=by_difference, device=device, overwrite=overwrite)
-        emit(found, as_json, merge_text(found))
+        edited = change(merged, wanted, out, by_difference=by_difference, device=device, overwrite=overwrite)
+        emit(edited, as_json, merge_text(edited))
 
 
 def _pairs(given: list[str] | None, option: str) -> dict[str, str]:
@@ -140,56 +147,60 @@ def _number(text: str, name: str) -> float:
     return found[0]
 
 
-def inspection_text(found: dict[str, Any]) -> str:
-    """What an adapter is, a line per fact."""
-    several = found.get("components") or found.get("adapters")
-    if several:
-        shown = [f"{place}\n{inspection_text(facts)}" for place, facts in several.items()]
-        none = [] if "components" in found else [f"{found['path']}: no adapter itself, {len(several)} in folders of it"]
-        return "\n\n".join([*none, *shown])
-    lines = [f"{found['name']}: {found['variant']}, {found['format'] or 'unknown format'}"]
-    lines.append(f"  base       {found['base'] or 'not recorded'}")
-    if found["task_type"]:
-        lines.append(f"  task type  {found['task_type']}")
-    lines += _figures(found) if "modules" in found else []
-    lines.append(f"  size       {found['size_mb']:.2f} MB, {', '.join(found['dtypes'])}")
-    if found["merged_from"]:
-        lines.append(f"  merge of   {', '.join(found['merged_from'])} ({found['method']})")
-    if found["stacked_on"]:
-        lines.append(f"  on top of  {found['stacked_on']}")
-    lines += [f"  inside     {place}: an adapter of its own" for place in found.get("inside", [])]
-    if found["problem"]:
-        lines.append(f"  problem    {found['problem']}")
-    return "\n".join([*lines, *(f"  can        {c}" for c in found["can"] or ["nothing here: serve it as it is"])])
+def inspection_text(inspection: Inspection | Inspections) -> str:
+    """Say what an adapter is, a line per fact."""
+    from plait.formats.inspect import Inspection
+
+    if isinstance(inspection, Inspection):
+        return _facts_text(inspection.facts, inspection.inside)
+    several = inspection.components or inspection.adapters or {}
+    shown = [f"{place}\n{_facts_text(facts)}" for place, facts in several.items()]
+    none = f"{inspection.path}: no adapter itself, {len(several)} in folders of it"
+    return "\n\n".join(shown if inspection.components else [none, *shown])
 
 
-def _figures(found: dict[str, Any]) -> list[str]:
-    """The lines about modules, ranks and what lies beside them."""
-    lines: list[str] = []
-    lines.append(f"  modules    {found['modules']}: {_counts(found['targets'])}")
-    if list(found["module_kinds"]) != ["linear"]:
-        lines.append(f"  kinds      {_counts(found['module_kinds'])}")
-    lines.append(f"  rank       {_counts(found['ranks'])}")
-    lines.append(f"  alpha      {_counts(found['alphas'])}")
-    if found["without_alpha"]:
+def _facts_text(facts: AdapterFacts, inside: Sequence[str] = ()) -> str:
+    lines = [f"{facts.name}: {facts.variant}, {facts.format or 'unknown format'}"]
+    lines.append(f"  base       {facts.base or 'not recorded'}")
+    if facts.task_type:
+        lines.append(f"  task type  {facts.task_type}")
+    lines += _figures(facts.figures) if facts.figures else []
+    lines.append(f"  size       {facts.size_mb:.2f} MB, {', '.join(facts.dtypes)}")
+    if facts.merged_from:
+        lines.append(f"  merge of   {', '.join(facts.merged_from)} ({facts.method})")
+    if facts.stacked_on:
+        lines.append(f"  on top of  {facts.stacked_on}")
+    lines += [f"  inside     {place}: an adapter of its own" for place in inside]
+    if facts.problem:
+        lines.append(f"  problem    {facts.problem}")
+    return "\n".join([*lines, *(f"  can        {c}" for c in facts.can or ["nothing here: serve it as it is"])])
+
+
+def _figures(figures: Figures) -> list[str]:
+    """Write the lines about modules, ranks and what lies beside them."""
+    lines = [f"  modules    {figures.modules}: {_counts(figures.targets)}"]
+    if list(figures.module_kinds) != ["linear"]:
+        lines.append(f"  kinds      {_counts(figures.module_kinds)}")
+    lines.append(f"  rank       {_counts(figures.ranks)}")
+    lines.append(f"  alpha      {_counts(figures.alphas)}")
+    if figures.without_alpha:
         lines.append(
-            f"             {found['without_alpha']} modules came without: alpha = rank, as their loaders take it"
+            f"             {figures.without_alpha} modules came without: alpha = rank, as their loaders take it"
         )
-    if found["alpha_from"]:
-        lines.append(f"             from {' and '.join(found['alpha_from'])}")
-    lines.append(f"  |update|   {found['update_norm']:.4g}" + (
-        f", zero in {found['zero_modules']} modules" if found["zero_modules"] else ""
-    ))  # fmt: skip
-    if found["heads"]:
-        lines.append(f"  heads      {', '.join(found['heads'])}")
-    if found["extras"]:
-        lines.append(f"  beside     {', '.join(found['extras'])}: trained whole")
-    if found["copies"]:
-        lines.append(f"  copies     {', '.join(found['copies'])}: the base's own, not trained")
+    if figures.alpha_from:
+        lines.append(f"             from {' and '.join(figures.alpha_from)}")
+    zero = f", zero in {figures.zero_modules} modules" if figures.zero_modules else ""
+    lines.append(f"  |update|   {figures.update_norm:.4g}{zero}")
+    if figures.heads:
+        lines.append(f"  heads      {', '.join(figures.heads)}")
+    if figures.extras:
+        lines.append(f"  beside     {', '.join(figures.extras)}: trained whole")
+    if figures.copies:
+        lines.append(f"  copies     {', '.join(figures.copies)}: the base's own, not trained")
     return lines
 
 
-def _counts(counts: dict[str, int]) -> str:
+def _counts(counts: Mapping[str, int]) -> str:
     """One value, or each with how many have it, the commonest first."""
     if len(counts) == 1:
         return next(iter(counts))
@@ -197,55 +208,50 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{k} ({n})" for k, n in shown[:12]) + (", ..." if len(shown) > 12 else "")
 
 
-def conversion_text(found: dict[str, Any]) -> str:
-    """What a conversion did, and at what price."""
-    lines = [f"{found['from']} -> {found['to']}, {found['modules']} modules -> {found['output']}"]
-    if found.get("reused"):
+def conversion_text(written: Written[ConversionRecord]) -> str:
+    """Say what a conversion did, and at what price."""
+    record = written.record
+    lines = [f"{record.origin} -> {record.to}, {record.modules} modules -> {written.output}"]
+    if written.reused:
         return lines[0] + " (was there already)"
-    for done in found["conversions"]:
-        price = (
-            "exact"
-            if done["exact"]
-            else f"relative error {done['relative_error']:.3g}"
-            if "relative_error" in done
-            else "not exact"
-        )
-        lines.append(f"{done['what']}: {price}" + (f" at rank {done['rank']}" if "rank" in done else ""))
-        if not done["exact"] and "errors_at" in done:
-            more = ", ".join(f"{e:.3g} at {r}" for r, e in list(done["errors_at"].items())[1:])
-            lines.append(
-                f"  a higher --rank would leave {more}; worst here {done['worst']['module']} ({done['worst']['relative_error']:.3g})"
-            )
-    if found["folded"]:
-        lines.append(f"scalings of {found['folded']} modules multiplied into B: {found['to']} cannot express them")
-    if found["rounding_error"] is not None:
-        lines.append(f"rounding took {100 * found['rounding_error']:.2g} % of the update")
-    lines += found["notes"]
-    return "\n".join([*lines, f"verified: read again, largest error {found['verification_error']:.1e}"])
+    for step in record.conversions:
+        error = "not exact" if step.relative_error is None else f"relative error {step.relative_error:.3g}"
+        price = "exact" if step.exact else error
+        lines.append(f"{step.what}: {price}" + (f" at rank {step.rank}" if step.rank is not None else ""))
+        if not step.exact and step.errors_at and step.worst:
+            more = ", ".join(f"{e:.3g} at {r}" for r, e in list(step.errors_at.items())[1:])
+            worst = f"{step.worst.module} ({step.worst.relative_error:.3g})"
+            lines.append(f"  a higher --rank would leave {more}; worst here {worst}")
+    if record.folded:
+        lines.append(f"scalings of {record.folded} modules multiplied into B: {record.to} cannot express them")
+    if record.rounding_error is not None:
+        lines.append(f"rounding took {100 * record.rounding_error:.2g} % of the update")
+    return "\n".join([*lines, *record.notes, f"verified: read again, largest error {record.verification_error:.1e}"])
 
 
-def extraction_text(found: dict[str, Any]) -> str:
-    """What was extracted, and what was left out."""
-    ranks = sorted({row["rank"] for row in found["by_module"].values()})
+def extraction_text(written: Written[ExtractionRecord]) -> str:
+    """Say what was extracted, and what was left out."""
+    record = written.record
+    ranks = sorted({row.rank for row in record.by_module.values()})
     said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    worst = found["worst_module"]
+    worst = record.worst_module
     lines = [
-        f"{found['modules']} modules at {said} -> {found['output']}",
-        f"keeps {found['energy_kept']:.4%} of the squared change (relative error {found['relative_error']:.3g}); "
-        f"least {worst['energy_kept']:.4%}, of {worst['name']}",
+        f"{record.modules} modules at {said} -> {written.output}",
+        f"keeps {record.energy_kept:.4%} of the squared change (relative error {record.relative_error:.3g}); "
+        f"least {worst.energy_kept:.4%}, of {worst.name}",
     ]
-    if found["metric_kept"] is not None:
-        lines.append(f"in the metric of the inputs {found['metric_kept']:.4%}")
-    if found["unchanged"]:
-        lines.append(f"{found['unchanged']} modules did not change")
-    if found["heads"]:
+    if record.metric_kept is not None:
+        lines.append(f"in the metric of the inputs {record.metric_kept:.4%}")
+    if record.unchanged:
+        lines.append(f"{record.unchanged} modules did not change")
+    if record.heads:
         lines.append("the head is kept whole")
-    if dropped := found["dropped"]:
+    if dropped := record.dropped:
         lines.append(
             f"left out: {len(dropped)} tensors that changed and are not covered, {', '.join(list(dropped)[:3])} ..."
         )
-    if found["without_statistics"]:
-        lines.append(f"cut without the metric, having no statistics: {len(found['without_statistics'])} modules")
-    if found["verification_error"] is not None:
-        lines.append(f"verified: read again, loses what was stated to {found['verification_error']:.1e}")
+    if record.without_statistics:
+        lines.append(f"cut without the metric, having no statistics: {len(record.without_statistics)} modules")
+    if record.verification_error is not None:
+        lines.append(f"verified: read again, loses what was stated to {record.verification_error:.1e}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,11 @@ from plait.cli.output import emit, number, numbers, settings, table
 from plait.errors import UsageError
 
 if TYPE_CHECKING:
+    from plait.disk.written import Written
+    from plait.merging.bake import BakeRecord
     from plait.merging.module_weights import ModuleWeights
+    from plait.merging.rank_curve import RankCurve
+    from plait.merging.record import MergeRecord
 
 Folders = Annotated[
     list[str],
@@ -100,24 +104,27 @@ def merge(
     if method in _FORWARD:
         only(context, f"--method {method}", _OF_FORWARD, hint="it runs the base on the texts, on the CPU")
         forward = existing.ForwardChoice(text, length, base, overwrite)
-        found = existing.by_forward(folders, out, method, settings(sets), numbers(weights, "--weights"), forward)
-        emit(found, as_json, merge_text(found))
+        written = existing.by_forward(folders, out, method, settings(sets), numbers(weights, "--weights"), forward)
+        emit(written, as_json, merge_text(written))
         return
     if out is None and not curve:
         raise UsageError("where to?", hint="--out DIR")
     _require_meaning(context, folders, per_task=per_task, curve=curve, bake=bake is not None)
-    from plait.merging.request import MergeRequest, answer
+    from plait.merging import MergeRequest, MergeSpec, answer
 
     strength = None if scale == "auto" else number(scale, "--scale")
     trailing = [Path(f) for f in folders if f.endswith(_STATISTICS)]  # --stats pool/* leaves them here
     listed, by_module = _weights(weights)
-    request = MergeRequest(
-        [f for f in folders if not f.endswith(_STATISTICS)], out, method, settings(sets), listed,
-        strength, named_files([*(stats or []), *trailing]), rank, calibrate, seed, device, verify, base, overwrite, bake,
-        per_task, curve, format, stack, disjoint, by_module,
+    spec = MergeSpec(
+        method, settings(sets), weights=listed, module_weights=by_module, scale=strength, rank=rank, calibrate=calibrate,
+        seed=seed, device=device, base=base, disjoint=disjoint,
     )  # fmt: skip
-    found = answer(request)
-    emit(found, as_json, merge_text(found))
+    request = MergeRequest(
+        [f for f in folders if not f.endswith(_STATISTICS)], out, spec, statistics=named_files([*(stats or []), *trailing]),
+        format=format, verify=verify, overwrite=overwrite, bake_into=bake, per_task=per_task, curve=curve, stack=stack,
+    )  # fmt: skip
+    result = answer(request)
+    emit(result, as_json, merge_text(result))
 
 
 def _require_meaning(context: typer.Context, folders: list[str], *, per_task: bool, curve: bool, bake: bool) -> None:
@@ -152,61 +159,64 @@ def named_files(files: list[Path] | None) -> dict[str, Path] | None:
     return {name if eq else Path(name).name.split(".")[0]: Path(path if eq else name) for name, eq, path in pairs}
 
 
-def _how(found: dict[str, Any]) -> str:
-    """The method, its scale, and weights where they are not 1 each."""
-    method, weights = found.get("method", "emr"), found.get("weights") or []
-    listed = any(w != 1 for w in weights)
-    by_module = " with weights by module" if found.get("module_weights") else ""
-    said = {"task_arithmetic": f" (the {'weighted' if listed else 'plain'} sum)"}.get(method, "")
-    scale = f" at scale {found['scale']:g}" if "scale" in found else ""
-    return f"{method}{said}{by_module}{scale}" + (
-        f", weights {', '.join(f'{w:g}' for w in weights)}," if listed else ""
-    )
+def _how(record: MergeRecord | BakeRecord) -> str:
+    """Name the method, its scale, and weights where they are not 1 each."""
+    from plait.merging.record import MergeRecord
+
+    listed = [f"{w:g}" for w in record.weights or () if any(w != 1 for w in record.weights or ())]
+    by_module = isinstance(record, MergeRecord) and record.module_weights
+    said = {"task_arithmetic": f" (the {'weighted' if listed else 'plain'} sum)"}.get(record.method or "", "")
+    said += " with weights by module" if by_module else ""
+    return f"{record.method}{said} at scale {record.scale:g}" + (f", weights {', '.join(listed)}," if listed else "")
 
 
-def merge_text(found: dict[str, Any]) -> str:
-    """What a merge did, in a few lines."""
-    from plait.formats.alpha import alpha_notes
+def merge_text(result: Written[MergeRecord] | Written[BakeRecord] | RankCurve) -> str:
+    """Say in a few lines what a merge did."""
+    from plait.merging.bake import BakeRecord
+    from plait.merging.rank_curve import RankCurve
+    from plait.merging.record import MergeRecord
 
-    if "curve" in found:
+    if isinstance(result, RankCurve):
         rows = [
-            [
-                str(r["rank"]),
-                f"{100 * r['discarded_energy']:.2f} %",
-                f"{r['verification_error']:.1e}",
-                f"{r['size_mb']:.1f}",
-            ]
-            for r in found["curve"]
+            [str(r.rank), f"{100 * r.discarded_energy:.2f} %", f"{r.verification_error:.1e}", f"{r.size_mb:.1f}"]
+            for r in result.curve
         ]
         return table(["rank", "energy lost", "verified to", "MB"], rows, text_columns=0)
-    lines = [f"{_how(found)} of {', '.join(found['tasks'])} -> {found['output']}"]
-    if found.get("reused"):
+    record = result.record
+    lines = [f"{_how(record)} of {', '.join(record.tasks or ())} -> {result.output}"]
+    if result.reused:
         return lines[0] + " (was there already)"
-    for adapter in found.get("adapters", []):
-        lines += [f"{adapter['name']}: {note}" for note in alpha_notes(adapter)]
-    if found.get("scale_reason"):
-        lines.append(f"scale {found['scale']:g}: {found['scale_reason']}")
-    if found.get("rank"):
-        lines.append(f"rank {found['rank']}")
-    if found.get("discarded_energy"):
-        lines.append(f"the cut to this rank lost {100 * found['discarded_energy']:.2f} % of the update's energy")
-    if found.get("relative_error"):
-        far = ", ".join(f"{t} {100 * e:.1f} %" for t, e in found["relative_error"].items())
-        lines.append(f"each task with its mask is off by: {far}")
-    if "rounding_error" in found:
+    lines += _notes(record) if isinstance(record, MergeRecord) else []
+    if isinstance(record, BakeRecord):
+        lines += [f"scale {record.scale:g}: {record.scale_reason}"] if record.scale_reason else []
+        lines.append(f"rounding to {', '.join(record.dtype)} took {100 * record.rounding_error:.3g} % of the update")
+    lines += record.beside
+    if record.verification_error is not None:
         lines.append(
-            f"rounding to {', '.join(found['dtype'])} took {100 * found['rounding_error']:.3g} % of the update"
+            f"verified: read again and compared on random inputs, largest error {record.verification_error:.1e}"
         )
-    lines += found.get("beside") or []
-    if found.get("verification_error") is not None:
+    if heads := sorted(p.stem for p in (Path(result.output) / "heads").glob("*.safetensors")):
         lines.append(
-            f"verified: read again and compared on random inputs, largest error {found['verification_error']:.1e}"
-        )
-    if heads := sorted(p.stem for p in (Path(found["output"]) / "heads").glob("*.safetensors")):
-        lines.append(
-            f"heads of {', '.join(heads)}: plait.load_head puts one in; plait export {found['output']} --for peft --task {heads[0]} "
+            f"heads of {', '.join(heads)}: plait.load_head puts one in; plait export {result.output} --for peft --task {heads[0]} "
             "--out DIR makes an ordinary classifier's folder"
         )
-    if "seconds_merge" in found:
-        lines.append(f"{found['seconds_merge']:.2f} s")
+    if result.seconds_merge is not None:
+        lines.append(f"{result.seconds_merge:.2f} s")
     return "\n".join(lines)
+
+
+def _notes(record: MergeRecord) -> list[str]:
+    """Say where alphas and the scale come from, and what ranks and masks cost."""
+    from plait.formats.alpha import alpha_notes
+
+    lines = [f"{adapter.name}: {note}" for adapter in record.adapters for note in alpha_notes(adapter.facts)]
+    if record.scale_reason:
+        lines.append(f"scale {record.scale:g}: {record.scale_reason}")
+    if record.rank:
+        lines.append(f"rank {record.rank}")
+    if record.loss.discarded_energy:
+        lines.append(f"the cut to this rank lost {100 * record.loss.discarded_energy:.2f} % of the update's energy")
+    if record.relative_error:
+        far = ", ".join(f"{t} {100 * e:.1f} %" for t, e in record.relative_error.items())
+        lines.append(f"each task with its mask is off by: {far}")
+    return lines

@@ -12,12 +12,14 @@ from plait.adapters.experts import member_of
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.hub import split_revision
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
+from plait.disk.written import Written, standing
 from plait.errors import InputError, RunError, UsageError
-from plait.extraction.outcome import Found, adapter_of_cuts, record_of
+from plait.extraction.outcome import ExtractionRecord, Found, adapter_of_cuts, record_of
 from plait.extraction.pairs import Matrix, Pair
 from plait.extraction.spectrum import extracted, loss_of
 from plait.model.files import base_place
@@ -61,18 +63,13 @@ class Extraction:
             raise UsageError(f"energy is {self.energy}, expected a share in (0, 1]")
 
 
-def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> Written[ExtractionRecord]:
     """Write the LoRA nearest to a full fine-tune, one matrix in memory at a time.
 
     Args:
         ask: What from what.
         out: The PEFT folder to write.
         overwrite: Replace what stands there.
-
-    Returns:
-        {"modules", "unchanged", "rank", "energy_kept", "relative_error", "metric_kept", "worst_module", "by_module",
-        "dropped", "without_statistics", "verification_error", "output", ...}. Energies are exact, from the factors as they
-        are written: `energy_kept` = 1 - sum |D - B A|^2 / sum |D|^2.
 
     Raises:
         InputError: Nothing differs; shapes or tensors differ that no LoRA can hold; changes outside the LoRA, without `drop`.
@@ -92,12 +89,13 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str,
         "base": named,
     }
     wanted = store.identity("extract", options, inputs, ask.seed)
-    if store.is_done(out, wanted, overwrite=overwrite):
-        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    if (before := standing(out, wanted, ExtractionRecord, overwrite=overwrite)) is not None:
+        return before
     pair = Pair(ask.finetuned, ask.base)
     found = _changes(pair, ask)
     adapter = replace(adapter_of_cuts(pair, found, named, checked_name(out.name, "adapter")), revision=revision)
-    result = record_of(found, adapter)
+    record = record_of(found, adapter)
+    result = to_json(record)
 
     def check(stage: Path) -> None:
         result["verification_error"] = _verified(pair, found, read_adapter(stage, name=adapter.name))
@@ -105,7 +103,7 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> dict[str,
     require_space(out, adapter.nbytes)
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check) as stage:
         write_adapter(stage, adapter)
-    return {**result, "output": str(out), "reused": False}
+    return Written(replace(record, verification_error=result["verification_error"]), str(out))
 
 
 def _place(model: Path) -> Path:

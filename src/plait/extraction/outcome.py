@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from plait.adapters.experts import member_of
 from plait.adapters.heads import HeadFacts
 from plait.adapters.lora import EXPERT, LINEAR, Adapter, LoraFactors
+from plait.border.records import mapping, nested, optional
 from plait.extraction.pairs import Matrix, Pair
 from plait.extraction.spectrum import Extracted
+
+
+@dataclass(frozen=True, slots=True)
+class LeastKept:
+    """The module of which the least is kept: a share of its squared change."""
+
+    name: str
+    energy_kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleKept:
+    """What is kept of one module: its rank, the norm of its change, and shares of its square, the second in the inputs' metric."""
+
+    rank: int
+    change: float
+    energy_kept: float
+    metric_kept: float | None = optional()
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionRecord:
+    """Say what an extracted adapter keeps; energies are exact, from the factors as they are written.
+
+    Args:
+        modules, unchanged: How many changed, and how many did not.
+        rank: The largest rank.
+        energy_kept: 1 - sum |D - B A|^2 / sum |D|^2.
+        relative_error: Square root of what is lost.
+        metric_kept: Share kept in the metric of the inputs, where there are statistics.
+        worst_module: The module of which the least is kept.
+        by_module: The same of every module.
+        dropped: Tensor that changed and is left out -> the relative size of its change.
+        without_statistics: Modules that were cut without the metric.
+        heads, task_type, base: As the adapter has them.
+        verification_error: Difference of what was written, read again, from what is stated.
+    """
+
+    modules: int
+    unchanged: int
+    rank: int
+    energy_kept: float
+    relative_error: float
+    metric_kept: float | None
+    worst_module: LeastKept = nested(LeastKept)
+    by_module: Mapping[str, ModuleKept] = mapping(ModuleKept)
+    dropped: Mapping[str, float] = field(default_factory=dict)
+    without_statistics: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    task_type: str | None = None
+    base: str = ""
+    verification_error: float | None = None
 
 
 @dataclass(slots=True)
@@ -66,34 +119,32 @@ def _quiet_experts(pair: Pair, found: Found) -> dict[str, LoraFactors]:
     return quiet
 
 
-def record_of(found: Found, adapter: Adapter) -> dict[str, Any]:
-    """What was extracted, JSON-serialisable; see `extract`."""
+def record_of(found: Found, adapter: Adapter) -> ExtractionRecord:
+    """Record what was extracted."""
     whole = sum(c.energy for c in found.cuts.values())
     lost = sum(c.lost for c in found.cuts.values())
     metric = [c for c in found.cuts.values() if c.metric is not None and c.metric_lost is not None]
+    lost_in_metric = (
+        sum(c.metric_lost or 0.0 for c in metric) / sum(c.metric or 0.0 for c in metric) if metric else None
+    )
     worst = max(found.cuts, key=lambda m: found.cuts[m].lost / found.cuts[m].energy)
-    return {
-        "modules": len(found.cuts),
-        "unchanged": found.unchanged,
-        "rank": adapter.rank,
-        "energy_kept": 1 - lost / whole,
-        "relative_error": (lost / whole) ** 0.5,
-        "metric_kept": 1 - sum(c.metric_lost or 0.0 for c in metric) / sum(c.metric or 0.0 for c in metric)
-        if metric
-        else None,
-        "worst_module": {"name": worst, "energy_kept": 1 - found.cuts[worst].lost / found.cuts[worst].energy},
-        "by_module": {m: _row(c) for m, c in found.cuts.items()},
-        "dropped": dict(sorted(found.dropped.items())),
-        "without_statistics": found.plain,
-        "heads": sorted(adapter.heads),
-        "task_type": adapter.task_type,
-        "base": adapter.base,
-        "verification_error": None,
-    }
+    return ExtractionRecord(
+        modules=len(found.cuts),
+        unchanged=found.unchanged,
+        rank=adapter.rank,
+        energy_kept=1 - lost / whole,
+        relative_error=(lost / whole) ** 0.5,
+        metric_kept=None if lost_in_metric is None else 1 - lost_in_metric,
+        worst_module=LeastKept(worst, 1 - found.cuts[worst].lost / found.cuts[worst].energy),
+        by_module={m: _row(c) for m, c in found.cuts.items()},
+        dropped=dict(sorted(found.dropped.items())),
+        without_statistics=tuple(found.plain),
+        heads=tuple(sorted(adapter.heads)),
+        task_type=adapter.task_type,
+        base=adapter.base,
+    )
 
 
-def _row(cut: Extracted) -> dict[str, Any]:
-    found = {"rank": cut.factors.rank, "change": cut.energy**0.5, "energy_kept": 1 - cut.lost / cut.energy}
-    if cut.metric and cut.metric_lost is not None:
-        found["metric_kept"] = 1 - cut.metric_lost / cut.metric
-    return found
+def _row(cut: Extracted) -> ModuleKept:
+    metric = 1 - cut.metric_lost / cut.metric if cut.metric and cut.metric_lost is not None else None
+    return ModuleKept(cut.factors.rank, cut.energy**0.5, 1 - cut.lost / cut.energy, metric)

@@ -9,7 +9,7 @@ from plait.disk.written import Written
 from plait.errors import InputError, UsageError
 from plait.fidelity.auto import AutoSettings, merge_auto_folders
 from plait.fidelity.record import AutoRecord
-from plait.merging.edit import Change, Recorded, located, named_weights
+from plait.merging.changes import Change, Recorded, located, named_weights
 
 
 def choose_again(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> Written[AutoRecord]:

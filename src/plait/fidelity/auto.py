@@ -33,7 +33,7 @@ from plait.formats.single_file import read_lora_file
 from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
 from plait.merging.folders import places, read_all
-from plait.merging.outcome import discarded, input_hashes, labels_of, provenance
+from plait.merging.record import input_hashes, input_of, labels_of, loss_of
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
 from plait.progress import OnProgress
@@ -122,8 +122,8 @@ def merge_auto(
         tasks=tuple(a.name for a in adapters),
         base=common.base,
         backbone_prefix=common.backbone_prefix,
-        adapters=tuple(provenance(a, 1.0) for a in adapters),
-        **labels_of(adapters),
+        adapters=tuple(input_of(a, 1.0) for a in adapters),
+        labels=labels_of(adapters) or None,
         notes=(*kinship(adapters), *beside(adapters), *(other_base(adapters, base) if texts else ())),
         chosen=Chosen("the only adapter", 1.0),
     )
@@ -208,7 +208,7 @@ def _cut(merge: AutoMerge, rank: int | None) -> AutoMerge:
     else:
         pairs = {m: truncated(f, rank) for m, f in merge.adapter.modules.items()}
         modules, lost = {m: f for m, (f, _) in pairs.items()}, {m: gone for m, (_, gone) in pairs.items()}
-    record = replace(merge.record, rank=max(f.rank for f in modules.values()), loss=discarded(modules, lost))
+    record = replace(merge.record, rank=max(f.rank for f in modules.values()), loss=loss_of(modules, lost))
     return AutoMerge(replace(merge.adapter, modules=modules), merge.fidelity, record)
 
 

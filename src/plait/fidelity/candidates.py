@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from plait.adapters.lora import Adapter
-from plait.merging.driver import plan_merge
+from plait.merging import plan_merge
 from plait.merging.registry import find_method
 from plait.statistics.moments import Statistics
 

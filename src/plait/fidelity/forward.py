@@ -10,8 +10,10 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
+from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.overwriting import require_apart
+from plait.disk.written import Written, reused
 from plait.errors import InputError, UsageError
 from plait.fidelity.given import recorded_base
 from plait.fidelity.panel import Panel, Part, parts_of
@@ -24,8 +26,7 @@ from plait.formats.writing import finished, write_any
 from plait.merging.folders import places, read_all
 from plait.merging.methods.adamerging import adamerging
 from plait.merging.methods.regmean_pp import regmean_pp
-from plait.merging.outcome import input_hashes
-from plait.merging.plan import Merged
+from plait.merging.record import Merged, MergeRecord, input_hashes
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of
@@ -77,7 +78,7 @@ def merge_by_forward(
     max_length: int = 128,
     batch_size: int = 32,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Written[MergeRecord]:
     """Merge PEFT folders by a method that runs the base on unlabelled texts, on the CPU.
 
     Args:
@@ -94,7 +95,7 @@ def merge_by_forward(
         overwrite: Replace what stands at `out`.
 
     Returns:
-        The record of the merge, with `verification_error`, `output` and `reused`.
+        The record of the merge, and where it was written.
 
     Raises:
         UsageError: No base or no texts, weights for adamerging, options that are unknown or out of range.
@@ -114,17 +115,18 @@ def merge_by_forward(
     passes = {"max_length": max_length, "batch_size": batch_size, "order": [a.name for a in adapters]}
     wanted = store.identity("merge-forward", settings | passes, inputs)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
-        return {**before.get("result", {}), "output": str(out), "reused": True}
+        return reused(out, before, MergeRecord)
     more = {} if method == "adamerging" else {"weights": weights}
     require_room(panel)
     done = _run(found.function, panel, adapters, **chosen, **more, base=base_id, name=out.name)
-    result = {**done.record, "texts": {t: len(rows) for t, rows in panel.texts.items()}}
+    record = replace(done.record, texts={t: len(rows) for t, rows in panel.texts.items()})
+    result = to_json(record)
 
     def check(written: Path) -> None:
         result["verification_error"] = written_error(done.adapter, written, PEFT)
 
     write_any(out, done.adapter, PEFT, wanted, result, overwrite=overwrite, check=check)
-    return {**result, "output": str(out), "reused": False}
+    return Written(replace(record, verification_error=result["verification_error"]), str(out))
 
 
 def _panel(

@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.border.records import inline, nested, optional
 from plait.fidelity.measure import Fidelity, TaskFidelity
+from plait.merging.record import Loss, MergedInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class AutoRecord:
     tasks: tuple[str, ...]
     base: str
     backbone_prefix: str = ""
-    adapters: tuple[Mapping[str, Any], ...] = ()
+    adapters: tuple[MergedInput, ...] = nested(MergedInput, ())
     labels: Mapping[str, Sequence[str]] | None = optional()
     notes: tuple[str, ...] = ()
     chosen: Chosen = nested(Chosen, Chosen("", 1.0))
@@ -161,12 +162,12 @@ class AutoRecord:
     repair: Repair | None = optional(kind=Repair)
     rank: int = 0
     verification_error: float | None = optional()
-    loss: Mapping[str, Any] = inline()
+    loss: Loss = inline(Loss)
 
     @property
     def discarded_energy(self) -> float:
         """Fraction of the update's energy that a cut to a rank took."""
-        return float(self.loss.get("discarded_energy") or 0.0)
+        return self.loss.discarded_energy
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from plait.adapters.config import CONFIG
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
+from plait.border.records import keyed, nested, to_json
 from plait.disk import store
 from plait.disk.hub import adapter_place, name_of
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
+from plait.disk.written import Written, reused
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.alpha import alpha_notes
 from plait.formats.gguf_reading import read_gguf
@@ -29,12 +31,39 @@ from plait.formats.plain import read_plain
 from plait.formats.reading import format_of, read_any
 from plait.formats.renaming import renamed
 from plait.formats.single_file import read_lora_file
-from plait.formats.work import Means
+from plait.formats.work import Means, Step
 from plait.formats.writing import FILE_FORMATS, checked_format, finished, in_format, joined, write_any
 from plait.model.files import base_place
 from plait.seeds import seed_of
 
 _FAILED = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRecord:
+    """Say what a conversion did.
+
+    Args:
+        to: Format that was written.
+        base: Base of the adapter.
+        modules: How many there are.
+        origin: Format that was read.
+        folded: How many had their scaling multiplied into B, because the format cannot express it.
+        rounding_error: |D' - D| / |D| of a change of dtype over all modules; None without one.
+        conversions: What was done to make it plain LoRA.
+        notes: What should be known, a line each.
+        verification_error: Difference of the written update from the one that was read, on random inputs.
+    """
+
+    to: str
+    base: str
+    modules: int
+    origin: str = keyed("from")
+    folded: int = 0
+    rounding_error: float | None = None
+    conversions: tuple[Step, ...] = nested(Step, ())
+    notes: tuple[str, ...] = ()
+    verification_error: float | None = None
 
 
 def convert(
@@ -48,7 +77,7 @@ def convert(
     layout: str = BY_BASE,
     rename: Sequence[str] = (),
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Written[ConversionRecord]:
     """Write an adapter in another format, its update unchanged, variants turned into plain LoRA.
 
     Args:
@@ -64,17 +93,12 @@ def convert(
         rename: ``OLD=NEW`` each: other beginnings of module names, see `renaming.renamed`.
         overwrite: Replace what stands at `out`.
 
-    Returns:
-        {"from", "to", "base", "modules", "conversions", "notes", "folded", "rounding_error", "verification_error",
-        "output", "reused"}: `rounding_error` is |D' - D| / |D| of a change of dtype over all modules, None without one;
-        `verification_error` compares the written update with the one that was read, on random inputs.
-
     Raises:
         InputError: What cannot be converted, with the reason.
         RunError: What was written is not what was read; it is not left behind.
     """
     target, means, source = checked_format(to), _found(means or Means()), adapter_place(source)
-    adapter, conversions = _read(source, means, component, target)
+    adapter, steps = _read(source, means, component, target)
     if rename:
         if target != PEFT or not (source / CONFIG).is_file():
             raise UsageError("--rename is for a PEFT folder that becomes one", hint="leave --rename or --to out")
@@ -89,18 +113,19 @@ def convert(
         ready, rounding = _cast(ready, dtype)
     wanted = _identity(ready, target, means, component, dtype, rename)
     if (found := finished(out, wanted, overwrite=overwrite)) is not None:
-        return {**found.get("result", {}), "output": str(out), "reused": True}
+        return reused(out, found, ConversionRecord)
     require_space(out, ready.nbytes)
-    result: dict[str, Any] = {
-        "from": origin,
-        "to": target,
-        "base": adapter.base,
-        "modules": len(ready.modules),
-        "folded": ready.source["folded"],
-        "rounding_error": rounding,
-        "conversions": conversions,
-        "notes": _notes(ready, target),
-    }
+    record = ConversionRecord(
+        origin=origin,
+        to=target,
+        base=adapter.base,
+        modules=len(ready.modules),
+        folded=ready.source["folded"],
+        rounding_error=rounding,
+        conversions=tuple(steps),
+        notes=tuple(_notes(ready, target)),
+    )
+    result = to_json(record)
 
     def check(written: Path) -> None:
         result["verification_error"] = written_error(ready, written, target)
@@ -108,7 +133,7 @@ def convert(
             verify_carried(carried([ready]), read_adapter(written, name="written"))
 
     write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
-    return {**result, "output": str(out), "reused": False}
+    return Written(replace(record, verification_error=result["verification_error"]), str(out))
 
 
 def _found(means: Means) -> Means:
@@ -117,7 +142,7 @@ def _found(means: Means) -> Means:
     return replace(means, base=base, initial=adapter_place(means.initial) if means.initial else None)
 
 
-def _read(source: Path, means: Means, component: str | None, target: str) -> tuple[Adapter, list[dict[str, Any]]]:
+def _read(source: Path, means: Means, component: str | None, target: str) -> tuple[Adapter, list[Step]]:
     if source.suffix == ".gguf" and source.is_file():
         if means.base is None:
             raise UsageError(f"which base does {source} adapt?", hint="--base DIR, which tells its names")
@@ -131,7 +156,7 @@ def _read(source: Path, means: Means, component: str | None, target: str) -> tup
     parts = component_folders(source)
     if parts:
         read = {part: read_plain(folder, means, name=part) for part, folder in parts.items()}
-        done = [{**d, "component": part} for part, (_, found) in read.items() for d in found]
+        done = [replace(step, component=part) for part, (_, steps) in read.items() for step in steps]
         return joined({part: a for part, (a, _) in read.items()}, name_of(source)), done
     if not source.is_dir():
         raise InputError("no such adapter", where=str(source))
@@ -224,7 +249,7 @@ def written_error(ready: Adapter, out: Path, target: str) -> float:
     return worst
 
 
-def read_back(out: Path, target: str) -> dict[str, Any]:
+def read_back(out: Path, target: str) -> dict[str, LoraFactors]:
     """Module, named as `in_format` names them -> the factors that stand on disk."""
     if target in FILE_FORMATS:
         return dict(read_lora_file(out, name="written").modules)

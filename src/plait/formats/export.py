@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,10 +12,12 @@ from plait.adapters.head_config import chosen_head
 from plait.adapters.head_files import HEADS
 from plait.adapters.lora import EMBEDDING, EXPERT, LINEAR, Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import keyed, optional, to_json
 from plait.disk import store
 from plait.disk.hub import cached_folder
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
+from plait.disk.written import Written, reused, standing
 from plait.errors import InputError, RunError, UsageError
 from plait.formats.export_notes import GGUF, PEFT, VLLM, next_steps, readme
 from plait.formats.gguf_file import (
@@ -39,6 +39,37 @@ _VLLM_HEADS = {"classifier", "score"}
 _NAMES = {PEFT: PEFT, VLLM: VLLM, GGUF: GGUF, "llama.cpp": GGUF}
 
 
+@dataclass(frozen=True, slots=True)
+class ExportRecord:
+    """Say what was written for a loader.
+
+    Args:
+        task: The head that went with it.
+        base: Base of the adapter.
+        modules, rank: How many modules, and their largest rank.
+        loader: The loader.
+        merged_from: Names of the adapters it was merged from, of a merge.
+        labels: Names of the head's classes, where they are known.
+        rounding_error: The largest relative error of a B that took its scaling, 0 where that is exact.
+        next: The lines that load it.
+        num_labels: How many outputs the head has.
+        alpha, architecture: What a GGUF file says of both.
+    """
+
+    task: str | None
+    base: str
+    modules: int
+    rank: int
+    loader: str = keyed("for")
+    merged_from: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None
+    rounding_error: float = 0.0
+    next: str = ""
+    num_labels: int | None = None
+    alpha: float | None = optional()
+    architecture: str | None = optional()
+
+
 def export(
     source: Path,
     out: Path,
@@ -47,7 +78,7 @@ def export(
     task: str | None = None,
     base: Path | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Written[ExportRecord]:
     """Write an adapter for one loader.
 
     Args:
@@ -60,10 +91,6 @@ def export(
         base: Folder of the base, or its name on the hub, whose config "gguf" needs; by default the one that the adapter names,
             where it is a folder or in the hub's cache.
         overwrite: Replace what stands at `out`.
-
-    Returns:
-        {"for", "task", "base", "modules", "rank", "merged_from", "labels", "num_labels", "rounding_error", "next", "output",
-        "reused"}: `rounding_error` is the largest relative error of a B that took its scaling, 0 where that is exact.
 
     Raises:
         UsageError: An unknown loader or task.
@@ -86,19 +113,22 @@ def export(
     ready, error = _for_vllm(ready) if kind == VLLM else (ready, 0.0)
     wanted = store.identity("export", {"for": kind, "task": head}, _inputs(adapter, source, head))
     facts = ready.facts_of(head) if head else None
-    result: dict[str, Any] = {
-        "for": kind,
-        "task": head,
-        "base": ready.base,
-        "modules": len(ready.modules),
-        "rank": ready.rank,
-        "merged_from": (store.read_manifest(source) or {}).get("result", {}).get("tasks"),
-        "labels": list(facts.labels) if facts and facts.labels else None,
-        "rounding_error": error,
-        **next_steps(ready, kind, out),
-    }
-    if store.is_done(out, wanted, overwrite=overwrite):
-        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    text, outputs = next_steps(ready, kind, out)
+    tasks = (store.read_manifest(source) or {}).get("result", {}).get("tasks")
+    record = ExportRecord(
+        loader=kind,
+        task=head,
+        base=ready.base,
+        modules=len(ready.modules),
+        rank=ready.rank,
+        merged_from=None if tasks is None else tuple(tasks),
+        labels=tuple(facts.labels) if facts and facts.labels else None,
+        rounding_error=error,
+        next=text,
+        num_labels=outputs,
+    )
+    if (before := standing(out, wanted, ExportRecord, overwrite=overwrite)) is not None:
+        return before
 
     def check(stage: Path) -> None:
         _require_same(ready, stage)
@@ -110,10 +140,10 @@ def export(
                 )
 
     require_space(out, ready.nbytes)
-    with store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check) as stage:
+    with store.staged_folder(out, wanted, overwrite=overwrite, result=to_json(record), check=check) as stage:
         write_adapter(stage, ready)
-        (stage / "README.md").write_text(readme(ready, kind, out, result), encoding="utf-8")
-    return {**result, "output": str(out), "reused": False}
+        (stage / "README.md").write_text(readme(ready, kind, out, record.merged_from, record.labels), encoding="utf-8")
+    return Written(record, str(out))
 
 
 def for_task(adapter: Adapter, task: str | None, where: str) -> Adapter:
@@ -224,7 +254,7 @@ def _padded(f: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overwrite: bool) -> dict[str, Any]:
+def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overwrite: bool) -> Written[ExportRecord]:
     if out.suffix != ".gguf":
         raise UsageError("a GGUF adapter is one file", where=str(out), hint=f"--out {out}.gguf")
     named = adapter.base or "unknown"
@@ -233,31 +263,26 @@ def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overw
     tensors, alpha, layout = gguf_tensors(adapter, config, str(place))
     inputs = {"adapter": str(adapter.source.get("sha256", "")), "config": store.sha256_json(dict(config))}
     wanted = store.identity("export", {"for": GGUF, "task": None}, inputs)
-    result: dict[str, Any] = {
-        "for": GGUF,
-        "task": None,
-        "base": adapter.base,
-        "modules": len(adapter.modules),
-        "rank": adapter.rank,
-        "alpha": alpha,
-        "architecture": layout.architecture.name,
-        **next_steps(adapter, GGUF, out),
-    }
-    if out.is_file() and not overwrite and (record := gguf_record(out)) is not None:
+    record = ExportRecord(
+        loader=GGUF,
+        task=None,
+        base=adapter.base,
+        modules=len(adapter.modules),
+        rank=adapter.rank,
+        next=next_steps(adapter, GGUF, out)[0],
+        alpha=alpha,
+        architecture=layout.architecture.name,
+    )
+    if out.is_file() and not overwrite and (before := gguf_record(out)) is not None:
         require_gguf_seal(opened_gguf(out), out)
-        if differing := store.differences(record, wanted):
+        if differing := store.differences(before, wanted):
             raise UsageError(
                 f"exists with other settings: {'; '.join(differing[:6])}", where=str(out), hint="another --out"
             )
-        return {**_result(record), "output": str(out), "reused": True}
+        return reused(out, before, ExportRecord)
     require_space(out, sum(t.nbytes for t in tensors.values()))
     with store.staged_file(out, overwrite=overwrite, ours=lambda p: gguf_record(p) is not None) as stage:
-        write_gguf(stage, tensors, alpha, layout.architecture.name, adapter.name, {**wanted, "result": result})
+        write_gguf(stage, tensors, alpha, layout.architecture.name, adapter.name, {**wanted, "result": to_json(record)})
         require_written(stage, tensors, alpha, layout.architecture.name)
         require_loadable(stage)
-    return {**result, "output": str(out), "reused": False}
-
-
-def _result(record: Mapping[str, Any]) -> dict[str, Any]:
-    found = record.get("result")
-    return dict(found) if isinstance(found, dict) else {}
+    return Written(record, str(out))

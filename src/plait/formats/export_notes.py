@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from plait.adapters.head_config import config_values, outputs_of
 from plait.adapters.lora import Adapter
@@ -36,8 +35,8 @@ _VLLM = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {
 _GGUF = "llama-server --model BASE.gguf --lora {folder}  # the base by llama.cpp's convert_hf_to_gguf.py\n"
 
 
-def next_steps(adapter: Adapter, kind: str, out: Path | str, base: str | None = None) -> dict[str, Any]:
-    """What loads an export: {"next", "num_labels"}, the latter None without a head.
+def next_steps(adapter: Adapter, kind: str, out: Path | str, base: str | None = None) -> tuple[str, int | None]:
+    """Give the lines that load an export, and how many outputs its head has; None without a head.
 
     Args:
         adapter: As it is written, its one head included.
@@ -52,24 +51,25 @@ def next_steps(adapter: Adapter, kind: str, out: Path | str, base: str | None = 
     base = base or adapter.base or "BASE"
     outputs = outputs_of(adapter, head, str(out)) if head else None
     if kind == GGUF:
-        return {"next": _GGUF.format(folder=out), "num_labels": None}
+        return _GGUF.format(folder=out), None
     if kind == VLLM:
         text = _VLLM.format(base=base, rank=adapter.rank, name=Path(out).name, folder=out)
-        return {"next": text, "num_labels": outputs}
+        return text, outputs
     cls, task = _AUTO.get(adapter.task_type or "", ("AutoPeftModel", ""))
     if head is None or outputs is None:
-        return {"next": _PLAIN.format(cls=cls, folder=str(out)), "num_labels": None}
+        return _PLAIN.format(cls=cls, folder=str(out)), None
     values = config_values(adapter.facts_of(head), outputs)
     if adapter.task_type != "SEQ_CLS":
         del values["problem_type"]
     shown = "{\n" + "".join(f"    {k!r}: {v!r},\n" for k, v in values.items()) + "}"
     text = _WITH_HEAD.format(cls=cls, task=task, values=shown, folder=str(out), base=base)
-    return {"next": text, "num_labels": outputs}
+    return text, outputs
 
 
-def readme(adapter: Adapter, kind: str, out: Path, result: Mapping[str, Any]) -> str:
-    """The README.md of an exported folder: what it is, and the lines that load it. Folders of this machine are not named."""
-    made = result["merged_from"]
+def readme(
+    adapter: Adapter, kind: str, out: Path, merged_from: Sequence[str] | None, labels: Sequence[str] | None
+) -> str:
+    """Write the README.md of an exported folder: what it is, and the lines that load it. Folders of this machine are not named."""
     public = adapter.base if adapter.base and not adapter.base.startswith((".", "/", "~")) else None
     base = public or f"path/to/{Path(adapter.base).name or 'base'}"
     lines = [
@@ -83,9 +83,9 @@ def readme(adapter: Adapter, kind: str, out: Path, result: Mapping[str, Any]) ->
         f"# {adapter.name}",
         "",
         f"A LoRA adapter of `{Path(base).name if public is None else public}`, exported by plait for {kind}"
-        + (f", merged from {', '.join(made)}." if made else "."),
+        + (f", merged from {', '.join(merged_from)}." if merged_from else "."),
     ]
-    if result["labels"]:
-        lines += ["", "Classes, in the order of the outputs: " + ", ".join(f"`{name}`" for name in result["labels"])]
-    fence, text = "bash" if kind == VLLM else "python", next_steps(adapter, kind, out.name, base)["next"]
+    if labels:
+        lines += ["", "Classes, in the order of the outputs: " + ", ".join(f"`{name}`" for name in labels)]
+    fence, text = "bash" if kind == VLLM else "python", next_steps(adapter, kind, out.name, base)[0]
     return "\n".join([*lines, "", f"```{fence}", text.rstrip(), "```", ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from plait.adapters.places import folders_inside
 from plait.adapters.tensors import read_shapes
 from plait.adapters.weights import weight_shapes
 from plait.border.checked import Record
+from plait.border.records import inline, optional
 from plait.disk.hub import adapter_place, hub_facts, name_of
 from plait.disk.store import MANIFEST, read_manifest
 from plait.errors import Damaged, InputError, PlaitError
@@ -43,17 +45,93 @@ _VARIANTS = {
 _STARTS = {"pissa": _START, "olora": _START, "corda": _START, "lora_ga": _START, "mica": _START, "loftq": None}
 
 
-def inspect(path: Path) -> dict[str, Any]:
-    """Everything that can be said about an adapter without its base.
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What can be counted in an adapter that is read as plain LoRA.
+
+    Args:
+        modules: How many there are.
+        module_kinds, targets, ranks, alphas: Value -> how many modules have it.
+        without_alpha, alpha_from: How many modules came without an alpha, and where the alphas of the others come from.
+        heads: Tasks that have one.
+        extras, modules_to_save: Weights that were trained whole, and what the config says of them.
+        copies: The base's own weights beside the factors.
+        update_norm: Frobenius norm of all deltas together.
+        zero_modules: How many deltas are zero.
+    """
+
+    modules: int
+    module_kinds: Mapping[str, int]
+    targets: Mapping[str, int]
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, int]
+    without_alpha: int
+    alpha_from: tuple[str, ...]
+    heads: tuple[str, ...]
+    extras: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    copies: tuple[str, ...]
+    update_norm: float
+    zero_modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What an adapter is.
+
+    Args:
+        format, name, base, task_type: As its files say.
+        variant: LoRA, or what it is instead.
+        dtypes, parameters, size_mb: Types of its tensors, how many numbers they hold, and their size.
+        stacked_on: The adapter or baked model that it was trained on.
+        merged_from, method: Of a merge, the adapters and the method.
+        problem: Why it cannot be read as a plain LoRA; None where it can.
+        can: What plait can do with it.
+        figures: What can be counted; None with a problem.
+        hub: Its name and commit on the hub, where it came from there.
+    """
+
+    format: str | None
+    name: str
+    base: str | None
+    task_type: str | None
+    variant: str
+    dtypes: tuple[str, ...]
+    parameters: int
+    size_mb: float
+    stacked_on: str | None
+    merged_from: tuple[str, ...] | None
+    method: str | None
+    problem: str | None
+    can: tuple[str, ...]
+    figures: Figures | None = inline(Figures)
+    hub: Mapping[str, Any] = inline()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """One adapter: where it is, what it is, and which adapters lie in folders of it."""
+
+    path: str
+    facts: AdapterFacts = inline(AdapterFacts)
+    inside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspections:
+    """A folder of adapters: by the component of a pipeline that each adapts, or by their folders."""
+
+    path: str
+    format: str
+    components: Mapping[str, AdapterFacts] | None = optional()
+    adapters: Mapping[str, AdapterFacts] | None = optional()
+
+
+def inspect(path: Path) -> Inspection | Inspections:
+    """Say what can be said about an adapter without its base.
 
     Args:
         path: A PEFT folder, a folder of them named by component, or a LoRA file.
-
-    Returns:
-        {"path", "format", "components" | "adapters" (in folders of other names) | one adapter's facts and "inside" (adapters in
-        folders below)}: facts are name, base, task_type, variant, modules, ranks,
-        alphas, kinds, heads, extras (weights trained whole), copies (the base's own weights), dtypes, parameters, size_mb,
-        stacked_on, merged_from, problem (why it cannot be read as a plain LoRA, or None) and can (what plait can do with it).
 
     Raises:
         InputError: Nothing there, or neither a folder of adapters nor a safetensors file.
@@ -61,20 +139,16 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     path = adapter_place(path)
     if parts := component_folders(path):
-        return {
-            "path": str(path),
-            "format": PEFT,
-            "components": {part: _facts(folder) for part, folder in parts.items()},
-        }
+        return Inspections(str(path), PEFT, components={part: _facts(folder) for part, folder in parts.items()})
     if not path.exists():
         raise InputError("no such file or folder", where=str(path))
     within = folders_inside(path)
     if within and not (path / CONFIG).exists():
-        return {"path": str(path), "format": PEFT, "adapters": {str(p.relative_to(path)): _facts(p) for p in within}}
-    return {"path": str(path), **_facts(path), "inside": [str(p) for p in within]}
+        return Inspections(str(path), PEFT, adapters={str(p.relative_to(path)): _facts(p) for p in within})
+    return Inspection(str(path), _facts(path), tuple(str(p) for p in within))
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> AdapterFacts:
     if path.is_dir() and not (path / CONFIG).exists():
         raise InputError(f"no {CONFIG}, and no folders with one", where=str(path), hint="expected an adapter")
     path = path.parent if path.is_file() and is_mlx(path) else path
@@ -86,25 +160,24 @@ def _facts(path: Path) -> dict[str, Any]:
     record = file_record(metadata, path) if path.is_file() else manifest
     config = _config(path) if path.is_dir() else {}
     below = base_adapter(path) if path.is_dir() else None
-    made = Record.of(record or {}, str(path)).record("result", optional=True)
-    result = made.values
-    return {
-        "format": format_of(adapter) if adapter else (MLX if mlx else PEFT if path.is_dir() else None),
-        "name": adapter.name if adapter else name_of(path).removesuffix(".safetensors"),
-        **hub_facts(path),
-        "base": (adapter.base if adapter else config.get("base_model_name_or_path")) or None,
-        "task_type": adapter.task_type if adapter else config.get("task_type"),
-        "variant": variant,
-        **(_numbers(adapter) if adapter else {}),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "size_mb": sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
-        "stacked_on": str(below) if below else None,
-        "merged_from": list(made.texts("tasks")) if made.has("tasks") else None,
-        "method": made.text("method") if made.has("method") else None,
-        "problem": problem,
-        "can": _can(adapter, path, way, below is not None, result),
-    }
+    result = Record.of(record or {}, str(path)).record("result", optional=True)
+    return AdapterFacts(
+        format=format_of(adapter) if adapter else (MLX if mlx else PEFT if path.is_dir() else None),
+        name=adapter.name if adapter else name_of(path).removesuffix(".safetensors"),
+        base=(adapter.base if adapter else config.get("base_model_name_or_path")) or None,
+        task_type=adapter.task_type if adapter else config.get("task_type"),
+        variant=variant,
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+        parameters=sum(t.numel() for t in tensors.values()),
+        size_mb=sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
+        stacked_on=str(below) if below else None,
+        merged_from=tuple(result.texts("tasks")) if result.has("tasks") else None,
+        method=result.text("method") if result.has("method") else None,
+        problem=problem,
+        can=tuple(_can(adapter, path, way, below is not None, result.values)),
+        figures=_figures(adapter) if adapter else None,
+        hub=hub_facts(path),
+    )
 
 
 def _tensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
@@ -145,23 +218,23 @@ def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
     return ("rsLoRA" if raw.get("use_rslora") else "LoRA"), None
 
 
-def _numbers(adapter: Adapter) -> dict[str, Any]:
+def _figures(adapter: Adapter) -> Figures:
     alphas = Counter(round(f.scaling * f.rank, 6) for f in adapter.modules.values())
-    return {
-        "modules": len(adapter.modules),
-        "module_kinds": dict(sorted(Counter(f.kind for f in adapter.modules.values()).items())),
-        "targets": dict(sorted(Counter(_target(m) for m in adapter.modules).items())),
-        "ranks": {str(k): v for k, v in sorted(Counter(f.rank for f in adapter.modules.values()).items())},
-        "alphas": {f"{k:g}": v for k, v in sorted(alphas.items())},
-        "without_alpha": adapter.source.get("without_alpha", 0),
-        "alpha_from": list(adapter.source.get("alpha_from", [])),
-        "heads": sorted(adapter.heads),
-        "extras": sorted(adapter.extras),
-        "modules_to_save": list(adapter.modules_to_save),
-        "copies": sorted(adapter.copies),
-        "update_norm": sum(f.norm_squared() for f in adapter.modules.values()) ** 0.5,
-        "zero_modules": sum(f.norm_squared() == 0 for f in adapter.modules.values()),
-    }
+    return Figures(
+        modules=len(adapter.modules),
+        module_kinds=dict(sorted(Counter(f.kind for f in adapter.modules.values()).items())),
+        targets=dict(sorted(Counter(_target(m) for m in adapter.modules).items())),
+        ranks={str(k): v for k, v in sorted(Counter(f.rank for f in adapter.modules.values()).items())},
+        alphas={f"{k:g}": v for k, v in sorted(alphas.items())},
+        without_alpha=adapter.source.get("without_alpha", 0),
+        alpha_from=tuple(adapter.source.get("alpha_from", [])),
+        heads=tuple(sorted(adapter.heads)),
+        extras=tuple(sorted(adapter.extras)),
+        modules_to_save=tuple(adapter.modules_to_save),
+        copies=tuple(sorted(adapter.copies)),
+        update_norm=sum(f.norm_squared() for f in adapter.modules.values()) ** 0.5,
+        zero_modules=sum(f.norm_squared() == 0 for f in adapter.modules.values()),
+    )
 
 
 def _target(module: str) -> str:

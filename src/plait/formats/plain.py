@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,18 +19,18 @@ from plait.errors import InputError
 from plait.formats.base_weights import BaseWeights
 from plait.formats.lowrank import Cut, best_rank
 from plait.formats.whole import take_tokens, without_copies, without_tokens, without_whole
-from plait.formats.work import Means, Work, record_of, require_base, taken
+from plait.formats.work import Means, Step, Work, require_base, step_of, taken
 
 _MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _BIAS = ".lora_B.bias"
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
 
 
-def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[Adapter, list[dict[str, Any]]]:
+def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[Adapter, list[Step]]:
     """Read a PEFT folder of a plain or convertible variant as a plain LoRA.
 
     Returns:
-        The adapter, and one record per conversion: {"what", "exact", "relative_error", "rank", "errors_at", "worst"}.
+        The adapter, and what was done to make it plain.
 
     Raises:
         InputError: A variant that cannot be converted, or lacks what its conversion needs; says which.
@@ -47,7 +46,7 @@ def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[
     started = _take_start(work)
     config = checked_config(work.raw, folder / CONFIG)
     if config.rslora:
-        work.done.append({"what": "rsLoRA: alpha / sqrt(rank) written as alpha / rank", "exact": True})
+        work.steps.append(Step("rsLoRA: alpha / sqrt(rank) written as alpha / rank", exact=True))
     adapter = adapter_of(folder, config, work.tensors, metadata, digests, name=name)
     if started:
         adapter = _minus_start(work, adapter)
@@ -55,7 +54,7 @@ def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[
     base = BaseWeights(means.base, adapter) if needed and means.base else None
     adapter = without_copies(work, _without_magnitudes(work, adapter, base), base)
     adapter = without_tokens(work, adapter, base)
-    return without_whole(work, adapter, base), work.done
+    return without_whole(work, adapter, base), work.steps
 
 
 # --- DoRA -------------------------------------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ def _without_magnitudes(work: Work, adapter: Adapter, base: BaseWeights | None) 
         cuts[module] = best_rank(gain[:, None] * changed - W, work.means.rank or f.rank, f.kind)
     if magnitudes:
         raise InputError(f"{next(iter(magnitudes))!r} has magnitudes and no factors", where=str(work.folder))
-    work.done.append(record_of("DoRA at the best rank", cuts))
+    work.steps.append(step_of("DoRA at the best rank", cuts))
     return replace(adapter, modules={m: c.factors for m, c in cuts.items()})
 
 
@@ -116,7 +115,7 @@ def _take_biases(work: Work) -> None:
         )
     work.raw["lora_bias"] = False
     what = "lora_bias: all biases are zero" if size == 0 else f"lora_bias: biases of norm {size:.3g} left out"
-    work.done.append({"what": what, "exact": size == 0, "bias_norm": size})
+    work.steps.append(Step(what, exact=size == 0, bias_norm=size))
 
 
 # --- PiSSA and kin ----------------------------------------------------------------------------------------------------
@@ -153,5 +152,5 @@ def _minus_start(work: Work, adapter: Adapter) -> Adapter:
     ):
         raise InputError("equals the trained adapter: not what it was before training", where=str(initial))
     modules = {m: concatenated([f, start.modules[m]], [1.0, -1.0]) for m, f in adapter.modules.items()}
-    work.done.append({"what": "the first factors subtracted, rank doubled", "exact": True})
+    work.steps.append(Step("the first factors subtracted, rank doubled", exact=True))
     return replace(adapter, modules=modules)

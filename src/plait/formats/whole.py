@@ -14,7 +14,7 @@ from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.errors import InputError
 from plait.formats.base_weights import OUTPUT, BaseWeights
 from plait.formats.lowrank import Cut, best_rank
-from plait.formats.work import Work, record_of, require_base, taken
+from plait.formats.work import Step, Work, require_base, step_of, taken
 from plait.model.stored_names import compared_copies
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -86,7 +86,7 @@ def without_tokens(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ad
                     f"{OUTPUT!r} has factors, and by its tie to {module!r} trained rows as well", where=str(work.folder)
                 )
             modules[OUTPUT] = by_output
-        work.done.append({"what": f"{len(indices)} trained tokens of {inside} as rank {len(indices)}", "exact": True})
+        work.steps.append(Step(f"{len(indices)} trained tokens of {inside} as rank {len(indices)}", exact=True))
     return replace(adapter, modules=dict(sorted(modules.items())), target_modules=_targets(adapter, modules))
 
 
@@ -114,9 +114,9 @@ def without_whole(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ada
         if bool(change.any()):
             cuts[module] = best_rank(change, work.means.rank or adapter.rank, EMBEDDING if embedding else LINEAR)
         else:
-            work.done.append({"what": f"{module} equals the base's and is left out", "exact": True})
+            work.steps.append(Step(f"{module} equals the base's and is left out", exact=True))
     if cuts:
-        work.done.append(record_of(f"{', '.join(cuts)}, trained whole, at the best rank", cuts))
+        work.steps.append(step_of(f"{', '.join(cuts)}, trained whole, at the best rank", cuts))
     modules |= {m: c.factors for m, c in cuts.items()}
     _tie(work, adapter, base, modules, cuts)
     return replace(
@@ -145,7 +145,7 @@ def without_copies(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ad
     if base is None or not adapter.copies:
         return adapter
     lines = compared_copies(adapter.copies, adapter, base.tensors, base.tied)
-    work.done += [{"what": f"{line}; left out", "exact": True} for line in lines]
+    work.steps += [Step(f"{line}; left out", exact=True) for line in lines]
     return replace(adapter, copies={})
 
 

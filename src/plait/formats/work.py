@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from plait.border.records import optional
 from plait.errors import InputError
 from plait.formats.base_weights import BaseWeights
 from plait.formats.lowrank import Cut
@@ -33,6 +34,39 @@ class Means:
     drop_bias: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class WorstModule:
+    """The module that a conversion changed most, and by how much of its own update."""
+
+    module: str
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that a conversion did.
+
+    Args:
+        what: What it did, in words.
+        exact: Whether the update is unchanged.
+        relative_error: |D - D'| / |D| over all modules it touched, where it is known.
+        rank: The largest rank it left.
+        errors_at: Rank -> the error that it would leave.
+        worst: The module that it changed most.
+        bias_norm: Norm of biases that were left out.
+        component: Part of a pipeline that it was done to.
+    """
+
+    what: str
+    exact: bool
+    relative_error: float | None = optional()
+    rank: int | None = optional()
+    errors_at: Mapping[str, float] | None = optional()
+    worst: WorstModule | None = optional(kind=WorstModule)
+    bias_norm: float | None = optional()
+    component: str | None = optional()
+
+
 @dataclass(slots=True)
 class Work:
     """An adapter on its way: config and tensors as read, deltas that were worked out, what was done."""
@@ -42,7 +76,7 @@ class Work:
     tensors: dict[str, Tensor]
     means: Means
     taken: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    done: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
 
 def taken(work: Work, endings: tuple[str, ...]) -> dict[str, Tensor]:
@@ -54,20 +88,20 @@ def taken(work: Work, endings: tuple[str, ...]) -> dict[str, Tensor]:
     return found
 
 
-def record_of(what: str, cuts: Mapping[str, Cut]) -> dict[str, Any]:
-    """How good the cuts of all modules are together: |D - D_k| / |D|."""
+def step_of(what: str, cuts: Mapping[str, Cut]) -> Step:
+    """Say how good the cuts of all modules are together: |D - D_k| / |D|."""
     total = sum(c.energy for c in cuts.values()) or 1.0
     errors = {m: (sum(c.lost[m] for c in cuts.values()) / total) ** 0.5 for m in (1, 2, 4, 8)}
     worst = max(cuts, key=lambda m: cuts[m].lost[1] / (cuts[m].energy or 1.0))
     rank = max(c.factors.rank for c in cuts.values())
-    return {
-        "what": what,
-        "exact": errors[1] < 1e-6,
-        "relative_error": errors[1],
-        "rank": rank,
-        "errors_at": {str(m * rank): e for m, e in errors.items()},
-        "worst": {"module": worst, "relative_error": (cuts[worst].lost[1] / (cuts[worst].energy or 1.0)) ** 0.5},
-    }
+    return Step(
+        what,
+        exact=errors[1] < 1e-6,
+        relative_error=errors[1],
+        rank=rank,
+        errors_at={str(m * rank): e for m, e in errors.items()},
+        worst=WorstModule(worst, (cuts[worst].lost[1] / (cuts[worst].energy or 1.0)) ** 0.5),
+    )
 
 
 def require_base(base: BaseWeights | None, what: str, work: Work) -> BaseWeights:

@@ -1,23 +1,38 @@
 """Merging: many LoRA adapters of one base model in, one LoRA adapter out."""
 
-from plait.merging.bake import bake
-from plait.merging.driver import merge, plan_merge
+from plait.merging.bake import BakeRecord, bake
+from plait.merging.changes import Change
+from plait.merging.editing import edit
 from plait.merging.folders import merge_folders
+from plait.merging.inputs import MergeInputs
 from plait.merging.mergekit import read_mergekit_config
 from plait.merging.methods.adamerging import adamerging
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.per_task import TaskSwitch, load_task, merge_per_task
-from plait.merging.plan import Merged, Plan
+from plait.merging.plan import Plan
+from plait.merging.planning import merge, plan_merge
 from plait.merging.rank_curve import rank_curve
+from plait.merging.record import Merged, MergedInput, MergeRecord
 from plait.merging.registry import MergeMethod, merge_method, merge_methods
+from plait.merging.request import MergeRequest, answer
+from plait.merging.spec import MergeSpec
 
 __all__ = [
+    "BakeRecord",
+    "Change",
+    "MergeInputs",
     "MergeMethod",
+    "MergeRecord",
+    "MergeRequest",
+    "MergeSpec",
     "Merged",
+    "MergedInput",
     "Plan",
     "TaskSwitch",
     "adamerging",
+    "answer",
     "bake",
+    "edit",
     "load_task",
     "merge",
     "merge_folders",

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from plait.adapters.carried import Carried, carried
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import same_experts
+from plait.adapters.heads import HeadFacts
 from plait.adapters.lineage import base_adapter
-from plait.adapters.lora import EXPERT, Adapter
+from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.naming import distinct_names
 from plait.adapters.tensors import all_finite
 from plait.errors import InputError, UsageError
+from plait.merging.record import labels_of
 from plait.merging.shared import require_shared
 from plait.model.records import same_weights
 
@@ -233,3 +236,53 @@ def _check_heads(adapters: Sequence[Adapter]) -> None:
                     where=adapter.name,
                     hint="heads are not merged; give one task another name",
                 )
+
+
+def head_facts_of(adapters: Sequence[Adapter]) -> dict[str, HeadFacts]:
+    """Collect what is known of every head that the inputs bring."""
+    return {head: adapter.facts_of(head) for adapter in adapters for head in adapter.heads}
+
+
+def assembled(name: str, common: Alignment, adapters: Sequence[Adapter], modules: dict[str, LoraFactors]) -> Adapter:
+    """Put the adapter around merged modules: every input's heads, the union of targets."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    for adapter in adapters:
+        heads |= {task: dict(head) for task, head in adapter.heads.items()}
+    facts = {
+        k: a.source[k] for a in adapters for k in ("base_sha256", "base_weights_sha256", "format") if k in a.source
+    }
+    labels = labels_of(adapters)
+    layouts = {k: v for a in reversed(adapters) for k, v in a.source.get("layouts", {}).items()}
+    return Adapter(
+        name=name,
+        base=common.base,
+        modules=modules,
+        task_type=common.task_type,
+        prefix=common.prefix,
+        heads=heads,
+        extras=common.carried.whole,
+        modules_to_save=common.carried.saved,
+        copies=common.carried.copies,
+        revision=next((a.revision for a in adapters if a.revision), None),
+        target_modules=_targets(adapters),
+        target_parameters=tuple(sorted({t for a in adapters for t in a.target_parameters})),
+        fan_in_fan_out=any(a.fan_in_fan_out for a in adapters),
+        source={
+            "backbone_prefix": common.backbone_prefix,
+            "merged_from": [a.name for a in adapters],
+            "layouts": layouts,
+            **facts,
+            **({"labels": labels} if labels else {}),
+        },
+        head_facts=head_facts_of(adapters),
+    )
+
+
+def _targets(adapters: Sequence[Adapter]) -> tuple[str, ...] | str | None:
+    """The union of the inputs' target lists, or None where one of them is a pattern or was narrowed to some layers."""
+    found: list[str] = []
+    for adapter in adapters:
+        if not isinstance(adapter.target_modules, tuple):
+            return adapter.target_modules if len({a.target_modules for a in adapters}) == 1 else None
+        found += [t for t in adapter.target_modules if t not in found]
+    return tuple(sorted(found))

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,27 +15,28 @@ import torch
 from torch import Tensor
 
 from plait.adapters.beside import no_matrix
-from plait.adapters.lora import EMBEDDING, EXPERT, Adapter
+from plait.adapters.lora import Adapter
 from plait.adapters.tensor_file import write_tensors
+from plait.border.records import optional, to_json
 from plait.disk import store
 from plait.disk.hub import hub_facts
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
+from plait.disk.written import Written, standing
 from plait.errors import InputError, RunError
-from plait.merging.expert_parts import expert_parts, known_names, layout_for
-from plait.merging.outcome import input_hashes, labels_of
+from plait.merging.bake_sites import Site, deltas_of, is_tied, sites_of
+from plait.merging.dense import row_blocks
+from plait.merging.expert_parts import known_names, layout_for
 from plait.merging.plan import Plan
-from plait.merging.stream import DenseDelta, as_dense, row_blocks
+from plait.merging.record import as_given, input_hashes, labels_of
 from plait.model.files import INDEX, SINGLE, weight_files
 from plait.model.stored import StoredTensor, base_tensors, require_unquantised, tensors_in
-from plait.model.stored_names import compared_copies, tensor_of
+from plait.model.stored_names import compared_copies
 from plait.seeds import seed_of
 
 if TYPE_CHECKING:
-    from plait.model.layout import StoredParameter
+    pass
 
-# Model types whose linear layers are Conv1D, stored (in, out); only square weights leave this to the name.
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
 # Where the output layer goes when it is untied, and what a base of one file is then called: with an index, files may
 # have any name but the one that loaders look for first.
@@ -43,30 +44,37 @@ _OUTPUT_SHARD, _FIRST_SHARD = "model-output.safetensors", "model-base.safetensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Site:
-    """One module's delta and the stored weight it goes into.
+class BakeRecord:
+    """Say what was written into a base.
 
     Args:
-        module, tensor: Names of both.
-        stored: The weight in the base.
-        delta: (out, in).
-        transposed: Whether the weight is stored (in, out).
-        unties: Whether input and output embedding are one tensor in the base and no longer can be.
-        is_output: Whether the delta belongs to the untied output layer, which starts as a copy of the embedding.
+        modules: How many took a delta.
+        dtype: Types of their stored weights.
+        beside: A line for each tensor of the adapter that is no LoRA factor.
+        untied: Whether input and output embedding were one tensor and no longer are.
+        rounding_error: |W' - (W + D)| / |D| over all weights, what the base's dtype took from the update.
+        verification_error: The largest |W' x - (W x + D x)| / |W x + D x| of any module; None where nobody looked.
+        labels: Head -> names of its classes, where any are known.
+        method, weights, scale, scale_reason, tasks: How the adapters were merged, of a merge.
     """
 
-    module: str
-    tensor: str
-    stored: StoredTensor
-    delta: DenseDelta
-    transposed: bool
-    unties: bool
-    is_output: bool
+    modules: int
+    dtype: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    untied: bool = False
+    rounding_error: float = 0.0
+    verification_error: float | None = None
+    labels: Mapping[str, Sequence[str]] | None = optional()
+    method: str | None = optional()
+    weights: tuple[float, ...] | None = optional()
+    scale: float | None = optional()
+    scale_reason: str | None = optional()
+    tasks: tuple[str, ...] | None = optional()
 
 
 def bake(
     source: Adapter | Plan, base: Path, out: Path, *, verify: bool = True, overwrite: bool = False
-) -> dict[str, Any]:
+) -> Written[BakeRecord]:
     """Write base + delta as a full model, shard by shard.
 
     Shards are copied as files and the rows of adapted weights are overwritten in the copies, so that no more than a block
@@ -78,13 +86,8 @@ def bake(
         source: An adapter; or a planned merge, whose dense result is then baked without a cut to rank.
         base: Local folder of the base in safetensors, not quantised.
         out: The folder to write.
-        verify: Read the written weights again and compare W' x with W x + D x, x random.
-        overwrite: Replace what stands at `out`.
-
-    Returns:
-        {"modules", "dtype", "rounding_error", "verification_error", "untied", "output", ...}: `rounding_error` is
-        |W' - (W + D)| / |D| over all weights, what the base's dtype took from the update; `verification_error` the
-        largest |W' x - (W x + D x)| / |W x + D x| of any module.
+        verify: Whether the written weights are read again and W' x compared with W x + D x, x random.
+        overwrite: Whether what stands at `out` is replaced.
 
     Raises:
         InputError: A quantised base, one of other shapes or module names.
@@ -94,12 +97,12 @@ def bake(
     read = source.adapters if isinstance(source, Plan) else [source]
     require_apart(out, [base, *(str(a.source["path"]) for a in read if a.source.get("path"))])
     require_low_rank(read, base)
-    adapter, deltas = _deltas_of(source)
+    adapter, deltas = deltas_of(source)
     tensors = base_tensors(base)
     layout = layout_for(base, adapter, tensors)
-    sites = _sites(adapter, deltas, known_names(tensors, layout), config, layout)
+    sites = sites_of(adapter, deltas, known_names(tensors, layout), config, layout)
     copies = source.common.carried.copies if isinstance(source, Plan) else source.copies
-    beside = compared_copies(copies, adapter, tensors, _is_tied(config))
+    beside = compared_copies(copies, adapter, tensors, is_tied(config))
     inputs = {
         "adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules)),
         "base": store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)}),
@@ -110,25 +113,28 @@ def bake(
         inputs |= input_hashes(source.adapters)
     options = source.settings() if isinstance(source, Plan) else {}
     wanted = store.identity("bake", options, inputs, source.seed if isinstance(source, Plan) else None)
-    if store.is_done(out, wanted, overwrite=overwrite):
-        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
+    if (before := standing(out, wanted, BakeRecord, overwrite=overwrite)) is not None:
+        return replace(before, record=_of_merge(before.record, source))
     untied = {s.tensor: s.stored for s in sites if s.unties}.values()
     size = sum((base / inside).stat().st_size for inside in _copied(base))
     require_space(out, size + sum(math.prod(t.shape) * t.torch_dtype.itemsize for t in untied))
-    result: dict[str, Any] = {
-        "modules": len(deltas),
-        "dtype": sorted({s.stored.dtype for s in sites}),
-        "beside": beside,
-    }
+    result: dict[str, Any] = {}
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        result["untied"] = _copy(base, stage, sites, config)
+        was_untied = _copy(base, stage, sites, config)
         lost = [_write(site, _target(site, stage)) for site in sites]
         changed = sum(d for _, d in lost)
-        result["rounding_error"] = (sum(e for e, _ in lost) / changed) ** 0.5 if changed > 0 else 0.0
-        result["verification_error"] = max((_verify(s, stage) for s in sites), default=0.0) if verify else None
+        record = BakeRecord(
+            modules=len(deltas),
+            dtype=tuple(sorted({s.stored.dtype for s in sites})),
+            beside=tuple(beside),
+            untied=was_untied,
+            rounding_error=(sum(e for e, _ in lost) / changed) ** 0.5 if changed > 0 else 0.0,
+            verification_error=max((_verify(s, stage) for s in sites), default=0.0) if verify else None,
+            labels=labels_of([adapter]) or None,
+        )
         _write_heads(stage, adapter)
-        result |= labels_of([adapter])
-    return {**result, "output": str(out), "reused": False}
+        result |= to_json(record)
+    return Written(_of_merge(record, source), str(out))
 
 
 def require_low_rank(adapters: Sequence[Adapter], base: Path) -> None:
@@ -153,57 +159,22 @@ def require_low_rank(adapters: Sequence[Adapter], base: Path) -> None:
         )
 
 
-def _deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
-    if isinstance(source, Plan):
-        plan = source
-        return plan.shell(), {m: (lambda m=m: plan.delta(m)) for m in plan.common.modules}  # type: ignore[misc]
-    return source, {m: (lambda f=f: as_dense(f)) for m, f in source.modules.items()}  # type: ignore[misc]
+def _of_merge(record: BakeRecord, source: Adapter | Plan) -> BakeRecord:
+    """Add how the adapters were merged, where it is a merge that was baked."""
+    if not isinstance(source, Plan):
+        return record
+    inputs = as_given(source.adapters, source.weights, source.given)
+    return replace(
+        record,
+        method=source.method.name,
+        weights=tuple(w for _, w in inputs),
+        scale=source.scale,
+        scale_reason=source.scale_reason,
+        tasks=tuple(a.name for a, _ in inputs),
+    )
 
 
-# --- where each delta goes ----------------------------------------------------------------------------------------------
-
-
-def _sites(
-    adapter: Adapter,
-    deltas: Mapping[str, Callable[[], DenseDelta]],
-    tensors: Mapping[str, StoredTensor],
-    config: Mapping[str, Any],
-    layout: Mapping[str, StoredParameter],
-) -> list[_Site]:
-    found: list[_Site] = []
-    tied = _is_tied(config)
-    conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
-    for module, delta in deltas.items():
-        dense = delta()
-        if module in adapter.modules and adapter.modules[module].kind == EXPERT:
-            parts = expert_parts(module, adapter.prefix, dense, layout, tensors)
-            found += [_Site(module, p.tensor, p.stored, p.delta, p.transposed, False, False) for p in parts]
-            continue
-        name, is_output = tensor_of(module, adapter, tensors, tied)
-        stored = _as_matrix(tensors[name])
-        embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
-        flipped = (dense.shape[1], dense.shape[0])
-        transposed = embedding or (conv1d and stored.shape == flipped and not is_output)
-        if stored.shape != (flipped if transposed else dense.shape):
-            raise InputError(f"{module!r} has a delta {dense.shape} and the base a weight {stored.shape}", where=name)
-        _ = stored.torch_dtype
-        found.append(_Site(module, name, stored, dense, transposed, tied and (is_output or embedding), is_output))
-    return found
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
-
-
-def _as_matrix(stored: StoredTensor) -> StoredTensor:
-    """A convolution's weight as (out, in * kernel): the same bytes."""
-    return replace(stored, shape=(stored.shape[0], math.prod(stored.shape[1:]))) if len(stored.shape) > 2 else stored
-
-
-# --- writing ------------------------------------------------------------------------------------------------------------
-
-
-def _copy(base: Path, stage: Path, sites: list[_Site], config: Mapping[str, Any]) -> bool:
+def _copy(base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any]) -> bool:
     """Copy the base's files; where weights are untied, add the output layer in a shard of its own and say so."""
     unties = [s for s in sites if s.unties]
     for inside in _copied(base):
@@ -241,7 +212,7 @@ def _copied(base: Path) -> list[Path]:
     return found
 
 
-def _rows(site: _Site, stored: StoredTensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _rows(site: Site, stored: StoredTensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first row, stored rows, delta rows) of a weight as it is stored."""
     if site.transposed:
         yield 0, stored.read(0, stored.shape[0]), site.delta.dense().T
@@ -250,7 +221,7 @@ def _rows(site: _Site, stored: StoredTensor) -> Iterator[tuple[int, Tensor, Tens
             yield start, stored.read(start, stop), site.delta.rows(start, stop)
 
 
-def _target(site: _Site, stage: Path) -> StoredTensor:
+def _target(site: Site, stage: Path) -> StoredTensor:
     """The tensor of the copy that takes the delta."""
     if site.is_output:
         return tensors_in(stage / _OUTPUT_SHARD)[f"{site.module}.weight"]
@@ -259,7 +230,7 @@ def _target(site: _Site, stage: Path) -> StoredTensor:
     return StoredTensor(file, site.stored.shape, site.stored.dtype, site.stored.start)
 
 
-def _write(site: _Site, target: StoredTensor) -> tuple[float, float]:
+def _write(site: Site, target: StoredTensor) -> tuple[float, float]:
     """Add the delta to the copy's rows; squared rounding error and squared norm of the delta."""
     error = size = 0.0
     for start, stored, delta in _rows(site, target):
@@ -273,7 +244,7 @@ def _write(site: _Site, target: StoredTensor) -> tuple[float, float]:
     return error, size
 
 
-def _verify(site: _Site, stage: Path) -> float:
+def _verify(site: Site, stage: Path) -> float:
     """The relative difference between W' x, read from the written shard, and W x + D x."""
     target = _target(site, stage)
     generator = torch.Generator().manual_seed(seed_of("bake", site.tensor))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.stacks import PartingError
+from plait.merging.factors import PartingError
 
 # The largest |D R^-1| for which the Gram matrix is trusted; see `orthonormal`. Of the stacked factors of public adapters it
 # is 4 to 900, of random ones about the root of their number of columns, of linearly dependent ones infinite.

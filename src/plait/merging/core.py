@@ -15,8 +15,8 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
 from plait.merging.basis import Basis, orthonormal
+from plait.merging.factors import common_count, factors_of
 from plait.merging.small_svd import thin_svd
-from plait.merging.stacks import common_count, factors_of
 
 # Singular values below this share of the largest are rounding noise of float32 factors, such as those that a second copy
 # of a shared A leaves behind.

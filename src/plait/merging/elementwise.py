@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
+from plait.merging.dense import DenseDelta, MergedDelta, row_blocks
 from plait.merging.inputs import MergeInputs
-from plait.merging.stream import DenseDelta, MergedDelta, row_blocks
 
 # (one part per task, a name of the place for random draws) -> the merged part. A rule may change the parts in place.
 Rule = Callable[[Iterable[Tensor], str], Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 from plait.adapters.experts import member_of, parameters_of
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.merging.stream import DenseDelta, row_blocks
+from plait.merging.dense import DenseDelta, row_blocks
 from plait.model.stored import StoredTensor
 
 if TYPE_CHECKING:

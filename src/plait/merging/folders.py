@@ -1,29 +1,34 @@
-"""Merging adapter folders: read, merge, write atomically, verify what was written."""
+"""Merging adapter folders and LoRA files: read, merge, write whole or not at all, verify what was written."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from plait.adapters.carried import verify_carried
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.lora import Adapter
 from plait.adapters.memory import give_back
 from plait.adapters.naming import split_name
-from plait.adapters.peft_format import begin_adapter, write_adapter
+from plait.adapters.peft_format import begin_adapter, read_adapter, write_adapter
+from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
+from plait.disk.written import Written, reused, standing
 from plait.errors import RunError, UsageError
+from plait.formats.convert import written_error
 from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
-from plait.merging.driver import plan_merge
-from plait.merging.foreseen import foreseen, stream_to
-from plait.merging.module_weights import ModuleWeights
-from plait.merging.outcome import input_hashes
+from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.plan import Plan
+from plait.merging.planning import plan_merge
+from plait.merging.record import Layer, MergeRecord, input_hashes
+from plait.merging.spec import MergeSettings, MergeSpec
+from plait.merging.streamed import known_shapes, stream_to
 from plait.merging.verify import FAILED
 from plait.merging.workers import one_by_one
 
@@ -46,16 +51,15 @@ def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
     """
     with Hashing() as hashing:
         begun = one_by_one(lambda folder: _begin_named(folder, hashing), folders)
-        found = [rest() for rest in begun]
-    found = with_one_prefix(found)
-    names = [a.name for a in found]
+        adapters = with_one_prefix([rest() for rest in begun])
+    names = [a.name for a in adapters]
     if twice := next((n for n in names if names.count(n) > 1), None):
-        paths = [Path(str(a.source.get("path", ""))).resolve() for a in found if a.name == twice]
+        paths = [Path(str(a.source.get("path", ""))).resolve() for a in adapters if a.name == twice]
         if len(set(paths)) < len(paths):
             raise UsageError(f"{twice!r} is given twice", hint="an adapter counts double with --weights")
-        said = " ".join(_renamed(a) for a in found if a.name == twice)
+        said = " ".join(_renamed(a) for a in adapters if a.name == twice)
         raise UsageError(f"two adapters are called {twice!r}", hint=f"NAME=DIR names them: {said}")
-    return found
+    return adapters
 
 
 def _renamed(adapter: Adapter) -> str:
@@ -72,45 +76,30 @@ def places(adapters: Sequence[Adapter]) -> list[str]:
 def merge_folders(
     folders: Sequence[Path | str],
     out: Path,
+    method: str | MergeSpec | None = None,
     *,
-    method: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
-    scale: float | None = None,
     statistics: Mapping[str, Path | str] | None = None,
-    rank: int | None = None,
-    calibrate: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
+    format: str | None = None,
     verify: bool = True,
-    base: str | None = None,
-    disjoint: bool = False,
     overwrite: bool = False,
-    module_weights: ModuleWeights | None = None,
-) -> dict[str, Any]:
+    **settings: Unpack[MergeSettings],
+) -> Written[MergeRecord]:
     """Merge PEFT folders into one PEFT folder, or LoRA files into one file of their format.
 
     Args:
         folders: ``PATH`` or ``NAME=PATH`` each.
-        out: The folder (or .safetensors file) to write; a finished one of the same identity is kept, another is an error.
-        method: A name in `merge_methods()`; None is TSV-M, and the sum for one adapter, for given weights and for LoRA files.
-        options: Of the method.
-        weights: One per adapter; 1 each by default.
-        scale: Multiplies the merged delta; None chooses one without labels (`plait.merging.scales`).
+        out: Folder (or .safetensors file) to write; a finished one of the same identity is kept, another is an error.
+        method: A name in `merge_methods()`, or a whole `MergeSpec`; None is TSV-M, and the sum for one adapter, for given
+            weights and for LoRA files.
         statistics: Task -> its statistics file.
-        rank: Cut every module to this rank at most.
-        calibrate: "pico" or None.
-        seed: Of random masks and of the randomised SVD.
-        device: Where to compute.
-        base: Base id of the result where the adapters name one base by different names.
-        disjoint: The adapters are meant side by side though they have no module in common.
-        verify: Read the result again before it takes its place, and compare it with the inputs.
-        overwrite: Replace what stands at `out`.
-        module_weights: Adapter -> module pattern -> weight, in place of `weights`; see `module_weights`.
+        format: "peft", "kohya", "diffusers" or "mlx"; by default the inputs'.
+        verify: Whether the result is read again before it takes its place, and compared with the inputs.
+        overwrite: Whether what stands at `out` is replaced.
+        settings: What else a `MergeSpec` holds.
 
     Returns:
-        The record of `merge`, with `seconds_merge` (first file opened to last file closed, verification included),
-        `seconds_verify` (which the disk spends flushing) and `output`; `reused` is true where the folder already held this result.
+        The record of `merge`, where it was written, and how many seconds it took: from the first file opened to the last one
+        closed, verification included, which the disk spends flushing.
 
     Raises:
         RunError: What was written is not what was asked for; nothing is left at `out`.
@@ -118,31 +107,70 @@ def merge_folders(
     start = time.perf_counter()
     adapters = read_all(folders)
     require_apart(out, [*places(adapters), *(statistics or {}).values()])
-    method, scale = defaults(adapters, method, scale)
-    plan = plan_merge(
-        adapters,
-        method,
-        options=options,
-        weights=weights,
-        scale=scale,
-        statistics=read_statistics_files(statistics),
-        rank=rank,
-        calibrate=calibrate,
-        seed=seed,
-        device=device,
-        base=base,
-        disjoint=disjoint,
-        module_weights=module_weights,
-    )
-    if format_of(adapters[0]) != PEFT:
-        from plait.merging.to_format import merge_to_format
+    spec = spec_for(adapters, MergeSpec.of(method, settings))
+    plan = plan_merge(adapters, spec, statistics=read_statistics_files(statistics))
+    written = write_merge(plan, out, format=format, verify=verify, overwrite=overwrite, statistics=statistics)
+    return written if written.reused else replace(written, seconds_merge=time.perf_counter() - start)
 
-        return merge_to_format(plan, out, verify=verify, overwrite=overwrite, statistics=statistics)
+
+def write_merge(
+    plan: Plan,
+    out: Path,
+    *,
+    format: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    statistics: Mapping[str, Path | str] | None = None,
+    stack: tuple[Layer, ...] = (),
+) -> Written[MergeRecord]:
+    """Run a planned merge and write it.
+
+    Args:
+        plan: A merge of adapters of one format.
+        out: A folder for PEFT, a .safetensors file for the formats of files.
+        format: Format of the result; by default the inputs'.
+        verify: Whether the result is read again before it takes its place, and compared with the inputs.
+        overwrite: Whether what stands at `out` is replaced.
+        statistics: The files that the plan's statistics came from, for the record.
+        stack: The adapters from the base upwards, where they were composed.
+
+    Raises:
+        RunError: What was written is not what was asked for; nothing is left at `out`.
+    """
+    start = time.perf_counter()
     wanted = identity_of(plan, statistics)
-    if store.is_done(out, wanted, overwrite=overwrite):
-        found = store.read_manifest(out) or {}
-        return {**found.get("result", {}), "output": str(out), "reused": True}
-    require_space(out, sum(a.nbytes for a in adapters))
+    if format is None and format_of(plan.adapters[0]) == PEFT:
+        return _write_folder(plan, out, wanted, verify=verify, overwrite=overwrite)
+    target = checked_format(format or format_of(plan.adapters[0]))
+    wanted["options"]["format"] = target
+    if (before := finished(out, wanted, overwrite=overwrite)) is not None:
+        return reused(out, before, MergeRecord)
+    require_space(out, sum(a.nbytes for a in plan.adapters))
+    merged = plan.run(out.name.removesuffix(".safetensors"))
+    ready = in_format(merged.adapter, target)
+    record = replace(merged.record, format=target, stack=stack)
+    result = to_json(record)
+
+    def check(written: Path) -> None:
+        if target == PEFT and (merged.adapter.extras or merged.adapter.copies):
+            verify_carried(plan.common.carried, read_adapter(written, name="written"))
+        error = max(plan.verification_error(merged.adapter.modules), written_error(ready, written, target))
+        result["verification_error"] = error
+        if not error <= FAILED:
+            raise RunError(f"the written adapter differs from the merge by {error:.2g}", where=plan.method.name)
+
+    write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check if verify else None)
+    record = replace(record, verification_error=result["verification_error"])
+    return Written(record, str(out), seconds_merge=time.perf_counter() - start)
+
+
+def _write_folder(
+    plan: Plan, out: Path, wanted: Mapping[str, Any], *, verify: bool, overwrite: bool
+) -> Written[MergeRecord]:
+    """Write a PEFT folder from PEFT folders, module by module where shapes are known before."""
+    if (before := standing(out, wanted, MergeRecord, overwrite=overwrite)) is not None:
+        return before
+    require_space(out, sum(a.nbytes for a in plan.adapters))
     result: dict[str, Any] = {}
     verifying: list[float] = []
     check = (lambda stage: verifying.append(_verified(plan, stage, result))) if verify else None
@@ -151,24 +179,24 @@ def merge_folders(
         Hashing() as hashing,
         store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check, digests=digests) as stage,
     ):
-        result |= _written(plan, stage, out.name, hashing, digests)
-    seconds = time.perf_counter() - start
-    return {**result, "seconds_merge": seconds, "seconds_verify": sum(verifying), "output": str(out), "reused": False}
+        record = _streamed(plan, stage, out.name, hashing, digests)
+        result |= to_json(record)
+    record = replace(record, verification_error=result["verification_error"])
+    return Written(record, str(out), seconds_verify=sum(verifying))
 
 
-def _written(plan: Plan, stage: Path, name: str, hashing: Hashing, digests: dict[str, Digest]) -> dict[str, Any]:
+def _streamed(plan: Plan, stage: Path, name: str, hashing: Hashing, digests: dict[str, Digest]) -> MergeRecord:
     """Merge, write, and let go of what was written: verification reads it from the file."""
-    if (shapes := foreseen(plan, name)) is not None:
-        found: dict[str, tuple[float, float]] = {}
-        digests |= write_adapter(stage, shapes, lambda put: found.update(stream_to(plan, put)), hashing)
+    if (shapes := known_shapes(plan, name)) is not None:
+        energies: dict[str, tuple[float, float]] = {}
+        digests |= write_adapter(stage, shapes, lambda put: energies.update(stream_to(plan, put)), hashing)
         give_back()
-        return plan.record(
-            shapes.modules, {m: lost for m, (_, lost) in found.items()}, {m: kept for m, (kept, _) in found.items()}
-        )
-    done = plan.run(name)
-    digests |= write_adapter(stage, done.adapter, hashing=hashing)
-    record = done.record
-    del done
+        lost = {m: lost for m, (_, lost) in energies.items()}
+        return plan.record(shapes.modules, lost, {m: kept for m, (kept, _) in energies.items()})
+    merged = plan.run(name)
+    digests |= write_adapter(stage, merged.adapter, hashing=hashing)
+    record = merged.record
+    del merged
     give_back()
     return record
 
@@ -188,11 +216,11 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
     return time.perf_counter() - start
 
 
-def defaults(adapters: Sequence[Adapter], method: str | None, scale: float | None) -> tuple[str | None, float | None]:
-    """Method and scale where none was given: LoRA files of image models are added up, since nobody measured them otherwise."""
-    if method is None and any(format_of(a) != PEFT for a in adapters):
-        return "task_arithmetic", 1.0 if scale is None else scale
-    return method, scale
+def spec_for(adapters: Sequence[Adapter], spec: MergeSpec) -> MergeSpec:
+    """Add LoRA files of image models up where no method was named, since nobody measured them otherwise."""
+    if spec.method is None and any(format_of(a) != PEFT for a in adapters):
+        return replace(spec, method="task_arithmetic", scale=1.0 if spec.scale is None else spec.scale)
+    return spec
 
 
 def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:

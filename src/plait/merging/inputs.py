@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors, concatenated
-from plait.merging.stacks import factors_of
+from plait.merging.factors import factors_of
 from plait.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from plait.statistics.moments import Moments
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -39,6 +40,13 @@ class computed(Generic[T]):  # noqa: N801 (used like property)
         return found
 
 
+class WholeModel(Protocol):
+    """All modules of a merge (`plait.merging.views.Views`)."""
+
+    def once(self, function: Callable[..., T], *settings: Hashable) -> T:
+        """Compute a function of all modules at the first call, and remember what it gave."""
+
+
 @dataclass(frozen=True)
 class MergeInputs:
     """One module of all tasks, scalings folded into B. A task that does not adapt the module has rank 0 there.
@@ -53,7 +61,7 @@ class MergeInputs:
         seed: Of the whole merge; draw from `generator`, which mixes the module's name in.
         moments: Per task, where the method needs moments.
         fisher: Per task, where the method needs the Fisher diagonal.
-        context: What the method's `prepare` returned.
+        model: All modules of the merge, for what a method decides over all of them (`over_model`); None for a module alone.
         digests: Per task, the hash of the factors as they were given (before a calibration changed them).
         members: Of a stack, its modules; their number is then the first dimension of every factor (`stacks.stack_of`).
         joined: Of a stack, the matrices (n, R, in) and (n, out, R) of which A and B are views.
@@ -68,7 +76,7 @@ class MergeInputs:
     seed: int = 0
     moments: tuple[Moments, ...] = ()
     fisher: tuple[Diagonal, ...] = ()
-    context: Any = None
+    model: WholeModel | None = None
     digests: tuple[str, ...] = ()
     members: tuple[MergeInputs, ...] = ()
     joined: tuple[Tensor, Tensor] | None = None
@@ -118,6 +126,15 @@ class MergeInputs:
     def contents(self) -> tuple[str, ...]:
         """Per task, the hash of its factors, so that draws follow the adapter and neither its name nor its place."""
         return self.digests or tuple(digest_of(a, b) for a, b in zip(self.A, self.B, strict=True))
+
+    def over_model(self, function: Callable[Concatenate[Sequence[MergeInputs], P], T], *settings: P.args) -> T:  # type: ignore[valid-type]
+        """Compute something over all modules of the merge, once for all of them; over this one where it stands alone.
+
+        Args:
+            function: Modules and settings -> what is to be known, such as thresholds.
+            settings: Hashable values.
+        """
+        return function([self], *settings) if self.model is None else self.model.once(function, *settings)  # type: ignore[call-arg]
 
     def with_factors(self, A: tuple[Tensor, ...], B: tuple[Tensor, ...]) -> MergeInputs:
         """The same module with other factors (a calibration)."""

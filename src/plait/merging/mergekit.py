@@ -7,6 +7,7 @@ mergekit merges whole weights, W0 + D for ``base+adapter``. What is a function o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,23 @@ from plait.border.checked import Record
 from plait.disk.files import text_of
 from plait.errors import InputError, UsageError
 from plait.merging.mergekit_methods import METHODS, MergekitRecipe, Model, refuse_end
+from plait.merging.spec import MergeSpec
 from plait.options import did_you_mean
 
 _KNOWN = ("models", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "name")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 
-def read_mergekit_config(path: Path) -> dict[str, Any]:
-    """Read a mergekit recipe as arguments of `merge_folders`.
+def read_mergekit_config(path: Path, rest: MergeSpec | None = None) -> tuple[list[str], MergeSpec]:
+    """Read a mergekit recipe: the adapters' folders, and how they are merged.
 
     Every model is ``base+adapter`` or the base itself, and the bases must be one. mergekit's defaults apply where the
     recipe is silent. What plait would do otherwise (a gradient of weights over layers, slices, densities that differ
     between models, methods that walk between whole weights) is an error, never ignored.
 
-    Returns:
-        {"folders", "method", "options", "weights", "scale", "base"}.
+    Args:
+        path: The YAML file.
+        rest: What a recipe does not say: rank, seed, device and so on.
 
     Raises:
         InputError: Not YAML, or not a mapping.
@@ -40,13 +43,13 @@ def read_mergekit_config(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError("not a mapping", where=str(path), hint="expected a mergekit recipe")
     try:
-        return from_mergekit(raw)
+        return from_mergekit(raw, rest)
     except UsageError as e:
         raise UsageError(e.what, where=f"{path}{': ' + e.where if e.where else ''}", hint=e.hint) from None
 
 
-def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A parsed recipe as arguments of `merge_folders`; see `read_mergekit_config`."""
+def from_mergekit(recipe: Mapping[str, Any], rest: MergeSpec | None = None) -> tuple[list[str], MergeSpec]:
+    """Read a recipe that is parsed already; see `read_mergekit_config`."""
     record = Record.of(dict(recipe), "", inside="the recipe", kind=UsageError)
     for section in ("slices", "modules"):
         if section in recipe:
@@ -79,7 +82,16 @@ def from_mergekit(recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{name} needs a base_model in mergekit", hint=f"base_model: {next(iter(bases))}")
     if not any(m.folder for m in own):
         raise UsageError("no model is base+adapter", where="models")
-    return {"folders": [m.folder for m in own if m.folder], **METHODS[name].meaning(read), "base": next(iter(bases))}
+    said = METHODS[name].meaning(read)
+    spec = replace(
+        rest or MergeSpec(),
+        method=said.method,
+        options=said.options,
+        weights=said.weights,
+        scale=said.scale,
+        base=next(iter(bases)),
+    )
+    return [m.folder for m in own if m.folder], spec
 
 
 def _models(models: Any) -> list[Model]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from plait.errors import UsageError
+from plait.merging.spec import MergeSpec
 
 _EXACT = 1e-9
 
@@ -95,23 +96,21 @@ class MergekitMethod:
     """One of mergekit's methods.
 
     Args:
-        meaning: The recipe -> {"method", "options", "weights", "scale"} of plait's.
+        meaning: The recipe -> method, options, weights and scale of plait's.
         needs_base: Whether mergekit stops without a base_model.
         parameters: Those it reads, wherever they stand.
     """
 
-    meaning: Callable[[MergekitRecipe], dict[str, Any]]
+    meaning: Callable[[MergekitRecipe], MergeSpec]
     needs_base: bool
     parameters: tuple[str, ...]
 
 
-def _said(
-    method: str, weights: list[float], options: dict[str, Any] | None = None, scale: float = 1.0
-) -> dict[str, Any]:
-    return {"method": method, "options": options or {}, "weights": weights, "scale": scale}
+def _said(method: str, weights: list[float], options: dict[str, Any] | None = None, scale: float = 1.0) -> MergeSpec:
+    return MergeSpec(method, options or {}, weights, scale=scale)
 
 
-def _linear(recipe: MergekitRecipe) -> dict[str, Any]:
+def _linear(recipe: MergekitRecipe) -> MergeSpec:
     """The mean of whole weights: a base that is listed, or only named as base_model, counts with its own weight."""
     weights = recipe.weights()
     total = sum(weights) + sum(recipe.weight(m) for m in recipe.models if not m.folder)
@@ -130,8 +129,10 @@ def _linear(recipe: MergekitRecipe) -> dict[str, Any]:
     return _said("task_arithmetic", weights)
 
 
-def _sparse(drop: str, *, rescale: bool = False, elect: bool = False, normalise: bool = False) -> Callable[..., Any]:
-    def meaning(recipe: MergekitRecipe) -> dict[str, Any]:
+def _sparse(
+    drop: str, *, rescale: bool = False, elect: bool = False, normalise: bool = False
+) -> Callable[[MergekitRecipe], MergeSpec]:
+    def meaning(recipe: MergekitRecipe) -> MergeSpec:
         recipe.flag("int8_mask", False)
         density = recipe.common("density", 1.0)
         options: dict[str, Any] = {
@@ -154,7 +155,7 @@ def _sparse(drop: str, *, rescale: bool = False, elect: bool = False, normalise:
     return meaning
 
 
-def _sce(recipe: MergekitRecipe) -> dict[str, Any]:
+def _sce(recipe: MergekitRecipe) -> MergeSpec:
     recipe.flag("int8_mask", False)
     density = min(1.0, recipe.number("select_topk", 1.0))
     if density <= 0:
@@ -162,7 +163,7 @@ def _sce(recipe: MergekitRecipe) -> dict[str, Any]:
     return _said("sce", [1.0] * len(recipe.adapters), {"density": density, "details": "mergekit"})
 
 
-def _nuslerp(recipe: MergekitRecipe) -> dict[str, Any]:
+def _nuslerp(recipe: MergekitRecipe) -> MergeSpec:
     if recipe.base_model is None:
         _refuse_whole(recipe)
     if not recipe.flag("nuslerp_flatten", True):
@@ -178,7 +179,7 @@ def _nuslerp(recipe: MergekitRecipe) -> dict[str, Any]:
     return _said("slerp", [1.0, 1.0], {"t": t})
 
 
-def _multislerp(recipe: MergekitRecipe) -> dict[str, Any]:
+def _multislerp(recipe: MergekitRecipe) -> MergeSpec:
     if recipe.base_model is None:
         _refuse_whole(recipe)
     if recipe.number("eps", 1e-8) != 1e-8:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,13 +16,17 @@ from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
+from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.overwriting import require_apart
+from plait.disk.written import Written, standing
 from plait.errors import InputError, UsageError
-from plait.merging.driver import plan_merge
+from plait.merging.dense import DenseDelta, row_blocks
 from plait.merging.folders import identity_of, places, read_named
 from plait.merging.plan import Plan
-from plait.merging.stream import DenseDelta, row_blocks
+from plait.merging.planning import plan_merge
+from plait.merging.record import MergeRecord
+from plait.merging.spec import MergeSettings, MergeSpec
 from plait.model.hooks import modules_named
 
 MASKS = "masks"
@@ -57,13 +61,11 @@ class TaskDelta:
 def merge_per_task(
     folders: Sequence[Path | str],
     out: Path,
+    spec: MergeSpec | None = None,
     *,
-    weights: Sequence[float] | None = None,
-    rank: int | None = None,
-    seed: int = 0,
-    base: str | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+    **settings: Unpack[MergeSettings],
+) -> Written[MergeRecord]:
     """Merge folders by EMR into a folder that serves every task: the unified adapter, ``masks/<task>.safetensors``.
 
     Masks and rescalers are taken against the unified delta as it is stored, after its cut to rank; so l_t M_t * unified
@@ -73,30 +75,38 @@ def merge_per_task(
     Args:
         folders: ``DIR`` or ``NAME=DIR`` each.
         out: The folder to write.
-        weights: One per adapter; 1 each by default.
-        rank: Of the unified adapter; None cuts to R, the sum of ranks.
-        seed: Of the randomised SVD.
-        base: Base id of the result where the adapters name one base by different names.
-        overwrite: Replace what stands at `out`.
+        spec: Weights, rank, seed and base; method and scale are EMR's.
+        overwrite: Whether what stands at `out` is replaced.
+        settings: What differs from `spec`.
 
     Returns:
         The record of the merge with `rescalers`, and per task `relative_error`, |l_t M_t * unified - D_t| / |D_t|.
+
+    Raises:
+        UsageError: A method or settings that are not EMR's.
     """
+    spec = MergeSpec.of(spec, settings)
+    if spec.module_weights is not None:
+        raise UsageError("--per-task takes one weight per adapter", hint="--weights 1,0.5")
+    if spec.method not in ("emr", None):
+        raise UsageError(f"--per-task is EMR's, not {spec.method}'s", hint="--method emr")
+    if spec.options or spec.calibrate or spec.scale is not None:
+        raise UsageError("--per-task takes neither --set, --scale, --stats nor --calibrate")
     adapters = [read_named(f) for f in folders]
     require_apart(out, places(adapters))
-    plan = plan_merge(adapters, "emr", weights=weights, scale=1.0, rank=rank, seed=seed, base=base)
+    plan = plan_merge(adapters, replace(spec, method="emr", scale=1.0, device="cpu"))
     wanted = identity_of(plan) | {"stage": "merge-per-task"}
-    if store.is_done(out, wanted, overwrite=overwrite):
-        return {**(store.read_manifest(out) or {}).get("result", {}), "output": str(out), "reused": True}
-    done = plan.run(out.name)
-    masks, rescalers, errors = _masks(plan, done.adapter)
-    result = {**done.record, "per_task": True, "rescalers": rescalers, "relative_error": errors}
-    with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        write_adapter(stage, done.adapter)
+    if (before := standing(out, wanted, MergeRecord, overwrite=overwrite)) is not None:
+        return before
+    merged = plan.run(out.name)
+    masks, rescalers, errors = _masks(plan, merged.adapter)
+    record = replace(merged.record, per_task=True, rescalers=rescalers, relative_error=errors)
+    with store.staged_folder(out, wanted, overwrite=overwrite, result=to_json(record)) as stage:
+        write_adapter(stage, merged.adapter)
         (stage / MASKS).mkdir()
         for task, packed in masks.items():
             write_tensors(stage / MASKS / f"{checked_name(task, 'task')}.safetensors", packed)
-    return {**result, "output": str(out), "reused": False}
+    return Written(record, str(out))
 
 
 def _masks(plan: Plan, unified: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], dict[str, float]]:
@@ -105,7 +115,7 @@ def _masks(plan: Plan, unified: Adapter) -> tuple[dict[str, dict[str, Tensor]], 
     own, masked, inner, squares = (dict.fromkeys(tasks, 0.0) for _ in range(4))
     kept_squares = dict.fromkeys(tasks, 0.0)
     for module, factors in unified.modules.items():
-        x = plan.view(module, None)
+        x = plan.view(module)
         for t, task in enumerate(tasks):
             packed = []
             for start, stop in row_blocks(x.shape):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
-from plait.adapters.carried import recorded
-from plait.adapters.lora import EXPERT, Adapter, LoraFactors, concatenated, truncated
+from plait.adapters.carried import lines
+from plait.adapters.lora import EXPERT, Adapter, LoraFactors, concatenated, truncated, zero_factors
 from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
-from plait.merging.align import Alignment
+from plait.merging.align import Alignment, assembled
+from plait.merging.batched import grouped, most_together, stack_of
 from plait.merging.calibration import Calibration
+from plait.merging.dense import DenseDelta, MergedDelta, Truncated, cut_to_rank
+from plait.merging.factors import FactorStack, PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.module_weights import ModuleWeights
-from plait.merging.outcome import as_given, assembled, discarded, labels_of, provenance
+from plait.merging.record import Merged, MergeRecord, as_given, input_of, labels_of, loss_of
 from plait.merging.registry import MergeMethod
-from plait.merging.stacks import groups_of, merged_group
-from plait.merging.stream import DenseDelta, MergedDelta, Truncated, as_dense, cut_to_rank
+from plait.merging.spec import MergeSpec
 from plait.merging.verify import probes_by_width, projection_error, some_modules, sum_error
 from plait.merging.views import Views
 from plait.merging.workers import one_by_one, side_by_side
@@ -28,50 +29,54 @@ from plait.merging.workers import one_by_one, side_by_side
 S = TypeVar("S")
 T = TypeVar("T")
 
+# What a method may need -> what statistics are asked for it with.
+NEEDS = {"moments": "moments_for", "fisher": "diagonal_for"}
 # Entries of all deltas together from which threads of our own are worth starting: about four layers of a small encoder.
 _LARGE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
-    """A merged adapter and how it came to be.
+class Plan:
+    """One merge, everything checked and nothing computed.
 
     Args:
-        adapter: The result; modules named relative to the backbone.
-        record: JSON-serialisable: method, options, weights, scale, rank, discarded_energy (of the whole model, in [0, 1]),
-            verification_error, missing, adapters (provenance), backbone_prefix, tasks, labels (of heads whose classes are known).
+        spec: What was asked for; rank, seed and weights by pattern are read off it.
+        method: Its method, looked up.
+        options: Its options, checked, with the defaults of the others.
+        common: What the adapters have in common.
+        adapters, weights, statistics: One each, as `MergeMethod.order_of` orders them.
+        scale, scale_reason: Factor of the merged delta, and where it comes from; "" where it was given.
+        calibration: The step around the method, looked up.
+        device: Where it is computed.
+        by_module: Module -> weights, where they differ by module.
+        given: Names of the adapters in the order in which they were given.
+        answers: What the method computed over all modules, so that verification does not compute it again.
     """
 
-    adapter: Adapter
-    record: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One merge, everything checked and nothing computed; arguments as `merge` has them.
-
-    Adapters, weights and statistics stand as `MergeMethod.order_of` says; `given` has the names as they were given.
-    `scale_reason` says where the scale comes from, "" where it was given. `module_weights` are weights by pattern, where there are
-    any, and `by_module` what they are in each module. `decided` keeps what the method's `prepare` returned, so that verification
-    does not run it again.
-    """
-
+    spec: MergeSpec
     method: MergeMethod
     options: dict[str, Any]
     common: Alignment
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
-    scale: float
-    rank: int | None
-    calibration: Calibration | None
-    seed: int
-    device: torch.device
     statistics: tuple[Any, ...]
-    module_weights: ModuleWeights | None = None
-    by_module: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    scale_reason: str = ""
-    given: tuple[str, ...] = ()
-    decided: dict[str, Any] = field(default_factory=dict)
+    scale: float
+    scale_reason: str
+    calibration: Calibration | None
+    device: torch.device
+    by_module: Mapping[str, tuple[float, ...]]
+    given: tuple[str, ...]
+    answers: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int | None:
+        """Rank to cut every module to, where one was asked for."""
+        return self.spec.rank
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is drawn."""
+        return self.spec.seed
 
     def weights_in(self, module: str) -> tuple[float, ...]:
         """The weights that hold in one module."""
@@ -79,13 +84,49 @@ class Plan:
 
     def run(self, name: str) -> Merged:
         """Merge every module."""
-        context = self.prepared()
-        groups = groups_of(self)
-        done = self.each(lambda names: merged_group(self, names, context), groups)
-        found = {m: one for names, ones in zip(groups, done, strict=True) for m, one in zip(names, ones, strict=True)}
-        modules = {m: found[m][0] for m in self.common.modules}
-        record = self.record(modules, {m: found[m][1] for m in modules})
+        self.prepare()
+        groups = self.groups()
+        results = self.each(self.merged_together, groups)
+        pairs = {
+            m: pair for names, those in zip(groups, results, strict=True) for m, pair in zip(names, those, strict=True)
+        }
+        modules = {m: pairs[m][0] for m in self.common.modules}
+        record = self.record(modules, {m: pairs[m][1] for m in modules})
         return Merged(assembled(name, self.common, self.adapters, modules), record)
+
+    def groups(self) -> list[list[str]]:
+        """List the modules, those that are computed together in one list; by shapes, ranks, kinds and order alone.
+
+        A module that finds no other of its kind, and every module of a method that takes no stacks or of a merge with weights
+        by module, is alone in its list.
+        """
+        if not self.method.stacks or self.by_module:
+            return [[m] for m in self.common.modules]
+
+        def kind_of(module: str) -> tuple[str, Hashable, int]:
+            shape, kind = self.common.modules[module]
+            ranks = tuple(a.modules[module].rank if module in a.modules else 0 for a in self.adapters)
+            return module, (shape, kind, ranks), most_together(shape, ranks)
+
+        return grouped(map(kind_of, self.common.modules))
+
+    def merged_together(self, names: Sequence[str]) -> list[tuple[LoraFactors, float]]:
+        """Give what `merged` gives for each module, by one call of the method where that is possible.
+
+        Where a numerical check fails for one of them, or LAPACK does, all are computed one by one: what becomes of a module
+        depends on its neighbours by rounding at most, and an error names the one that it is about.
+        """
+        if len(names) > 1:
+            try:
+                views = [self.view(m) for m in names]
+                stack = self.method.function(stack_of(views), **self.options)
+                if not isinstance(stack, FactorStack):
+                    raise TypeError(f"{self.method.name} takes stacks but gave {type(stack).__name__}")
+                cut = [(x.module, *self.adjusted(part, x)) for part, x in zip(stack.members(), views, strict=True)]
+                return [(self.checked(factors, module), lost) for module, factors, lost in cut]
+            except (PartingError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                pass
+        return [self.merged(m) for m in names]
 
     def each(self, function: Callable[[S], T], names: Sequence[S]) -> list[T]:
         """The function of every module, or list of some, in order; side by side where that repays the threads."""
@@ -94,18 +135,18 @@ class Plan:
         together = sum(o * i for (o, i), _ in self.common.modules.values()) > _LARGE and not self.copies()
         return side_by_side(function, names, self.device) if together else one_by_one(function, names)
 
-    def prepared(self) -> Any:
-        """What the method decides model-wide, before the first module."""
-        if self.method.prepare and "context" not in self.decided:
-            self.decided["context"] = self.method.prepare(Views(self.view, list(self.common.modules)), self.options)
+    def prepare(self) -> None:
+        """Compute what the method decides over the whole model, with all threads, before the first module."""
+        if self.method.ahead and not self.answers:
+            self.method.ahead(self.view(next(iter(self.common.modules))), self.options)
             give_back()  # what a pass over the whole model needed, before the modules need theirs
-        return self.decided.get("context")
 
     def verification_error(self, modules: Mapping[str, LoraFactors]) -> float:
         """Compare a result, wherever it was read from, with the inputs; see `verify`."""
         combination = None if self.calibration else self.method.combination
         summed = combination is not None
-        context = None if summed else self.prepared()
+        if not summed:
+            self.prepare()
         names = list(modules) if summed else some_modules(list(modules), self.seed)
         probes = probes_by_width(modules, self.seed) if summed else {}
 
@@ -115,14 +156,14 @@ class Plan:
         def error(m: str) -> float:
             if summed and (parts := self.parts(m)) and modules[m].rank >= sum(f.rank for _, f in parts):
                 return sum_error(parts, modules[m], probes[modules[m].shape[1]])
-            x = self.view(m, context)
+            x = self.view(m)
             right = combination(self.weights_in(m)) if combination else wanted
             return projection_error(x, modules[m], self.scale, right, self.calibration is not None)
 
-        found = max(self.each(error, names), default=0.0)
+        largest = max(self.each(error, names), default=0.0)
         if not summed:
             give_back()
-        return found
+        return largest
 
     def parts(self, module: str) -> list[tuple[float, LoraFactors]]:
         """What a method that has a `combination` adds up in one module: coefficient times scale, and factors as read."""
@@ -134,14 +175,14 @@ class Plan:
 
     def summed(self, module: str) -> LoraFactors:
         """One module of a method that `concatenates`, scale applied: straight from the factors as they were read."""
-        (out, width), kind = self.common.modules[module]
-        parts = self.parts(module) or [(1.0, _zero(out, width, 1, kind))]
+        shape, kind = self.common.modules[module]
+        parts = self.parts(module) or [(1.0, zero_factors(shape, 1, kind))]
         return concatenated([f for _, f in parts], [c for c, _ in parts], device=self.device)
 
-    def view(self, module: str, context: Any) -> MergeInputs:
-        """One module of all tasks, calibrated; factors are moved and folded here and released with the view."""
-        (out, width), kind = self.common.modules[module]
-        absent = _zero(out, width, 0, kind)
+    def view(self, module: str) -> MergeInputs:
+        """Give one module of all tasks, calibrated; factors are moved and folded here and released with the view."""
+        shape, kind = self.common.modules[module]
+        absent = zero_factors(shape, 0, kind)
         raw = [a.modules.get(module, absent) for a in self.adapters]
         folded = [f.folded(torch.float32, self.device) for f in raw]
         x = MergeInputs(
@@ -152,33 +193,32 @@ class Plan:
             B=tuple(f.B for f in folded),
             kind=kind,
             seed=self.seed,
-            context=context,
-            **self.needed(module, raw),
+            model=Views(self.view, list(self.common.modules), self.answers),
+            moments=self.needed("moments", module, raw),
+            fisher=self.needed("fisher", module, raw),
         )
         return self.calibration.before(x) if self.calibration else x
 
-    def needed(self, module: str, raw: Sequence[LoraFactors]) -> dict[str, Any]:
-        """The statistics of one module that the method declared; a task without the module needs none."""
-        found: dict[str, Any] = {}
-        getters = {"moments": "moments_for", "fisher": "diagonal_for"}
-        for need in self.method.needs:
-            per_task = []
-            for adapter, statistics, factors in zip(self.adapters, self.statistics, raw, strict=True):
-                one = getattr(statistics, getters[need])(module)
-                if one is None and factors.rank:
-                    raise UsageError(
-                        f"the statistics of {adapter.name!r} hold no {need} for this module",
-                        where=module,
-                        hint="every expert reads tokens of its own inside one fused weight, and nothing can watch that; "
-                        "choose a method without statistics"
-                        if factors.kind == EXPERT
-                        else "collect them with the adapters' target modules",
-                    )
-                per_task.append(one)
-            found[need] = tuple(per_task)
-        return found
+    def needed(self, need: str, module: str, raw: Sequence[LoraFactors]) -> tuple[Any, ...]:
+        """Give the statistics of one module, where the method declared that need; a task without the module needs none."""
+        if need not in self.method.needs:
+            return ()
+        per_task = []
+        for adapter, statistics, factors in zip(self.adapters, self.statistics, raw, strict=True):
+            one = getattr(statistics, NEEDS[need])(module)
+            if one is None and factors.rank:
+                raise UsageError(
+                    f"the statistics of {adapter.name!r} hold no {need} for this module",
+                    where=module,
+                    hint="every expert reads tokens of its own inside one fused weight, and nothing can watch that; "
+                    "choose a method without statistics"
+                    if factors.kind == EXPERT
+                    else "collect them with the adapters' target modules",
+                )
+            per_task.append(one)
+        return tuple(per_task)
 
-    def merged(self, module: str, context: Any) -> tuple[LoraFactors, float]:
+    def merged(self, module: str) -> tuple[LoraFactors, float]:
         """The module's merged factors on the CPU, scale applied, and the fraction of energy lost."""
         if self.is_unchanged():
             factors, lost = self.adapters[0].modules[module], 0.0
@@ -187,7 +227,7 @@ class Plan:
             if self.method.concatenates and not self.calibration:
                 factors, lost = self.to_rank(self.summed(module))
             else:
-                x = self.view(module, context)
+                x = self.view(module)
                 factors, lost = self.adjusted(self.method.function(x, **self.options), x)
         except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # LAPACK on NaN and infinity
             raise RunError(f"{self.method.name}: {e}", where=module, hint="huge factors multiply to infinity") from None
@@ -210,25 +250,9 @@ class Plan:
             scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
         return (factors if scale == 1.0 else replace(factors, B=factors.B * scale)), lost
 
-    def delta(self, module: str) -> DenseDelta:
-        """The module's merged delta, scale applied, cut only where a rank was asked for: for baking."""
-        if self.rank is not None:
-            return as_dense(self.merged(module, self.prepared())[0])
-        x = self.view(module, self.prepared())
-        result = self.method.function(x, **self.options)
-        dense = result if isinstance(result, DenseDelta) else as_dense(result)
-        scale = self.scale
-        if self.calibration:
-            scale *= self.calibration.after(x, dense.energy() ** 0.5)
-        return DenseDelta(dense.shape, lambda start, stop: (dense.rows(start, stop) * scale).cpu())
-
-    def shell(self) -> Adapter:
-        """The merged adapter's names, heads and kinds, its factors left out."""
-        none = {m: _zero(0, 0, 1, kind) for m, (_, kind) in self.common.modules.items()}
-        return assembled("merged", self.common, self.adapters, none)
-
     def settings(self) -> dict[str, Any]:
-        """What identifies the merge beside its inputs and seed."""
+        """List what identifies the merge beside its inputs and seed, as JSON; `spec_of` reads it back."""
+        table = self.spec.module_weights
         return {
             "method": self.method.name,
             "options": self.options,
@@ -236,17 +260,11 @@ class Plan:
             "weights": list(self.weights),
             "scale": self.scale,
             "rank": self.rank,
-            "calibrate": self.calibration.name if self.calibration else None,
+            "calibrate": self.spec.calibrate,
             "base": self.common.base,
             **({"disjoint": True} if self.common.disjoint else {}),
-            **self.by_pattern(),
+            **({} if table is None else {"module_weights": {name: dict(t) for name, t in table.items()}}),
         }
-
-    def by_pattern(self) -> dict[str, Any]:
-        """Weights by module pattern for the record, where there are any."""
-        if self.module_weights is None:
-            return {}
-        return {"module_weights": {name: dict(table) for name, table in self.module_weights.items()}}
 
     def copies(self) -> bool:
         """Whether factors are put beside each other and nothing else: a weighted sum that is neither cut nor calibrated."""
@@ -270,31 +288,25 @@ class Plan:
 
     def record(
         self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
-    ) -> dict[str, Any]:
-        """What was done, JSON-serialisable; `discarded_energy` is a fraction of the whole model's. `kept`: see `discarded`."""
+    ) -> MergeRecord:
+        """Record what was done; `lost` and `kept` are as `loss_of` has them."""
         inputs = as_given(self.adapters, self.weights, self.given)
-        return {
-            "method": self.method.name,
-            "options": dict(self.options),
-            "weights": [w for _, w in inputs],
-            **self.by_pattern(),
-            "scale": self.scale,
-            "scale_reason": self.scale_reason,
-            "seed": self.seed,
-            "calibrate": self.calibration.name if self.calibration else None,
-            "rank": max((f.rank for f in modules.values()), default=0),
-            **discarded(modules, lost, kept),
-            "verification_error": None,
-            "missing": dict(self.common.missing),
-            "base": self.common.base,
-            "backbone_prefix": self.common.backbone_prefix,
-            "task_type": self.common.task_type,
-            "tasks": [a.name for a, _ in inputs],
-            **(recorded(self.common.carried) | labels_of(self.adapters)),
-            "adapters": [provenance(a, w) for a, w in inputs],
-        }
-
-
-def _zero(out: int, width: int, rank: int, kind: str) -> LoraFactors:
-    A, B = torch.zeros(rank, width, dtype=torch.float32), torch.zeros(out, rank, dtype=torch.float32)
-    return LoraFactors(A, B, 1.0, kind)
+        return MergeRecord(
+            method=self.method.name,
+            options=dict(self.options),
+            weights=tuple(w for _, w in inputs),
+            scale=self.scale,
+            scale_reason=self.scale_reason,
+            rank=max((f.rank for f in modules.values()), default=0),
+            loss=loss_of(modules, lost, kept),
+            missing=dict(self.common.missing),
+            base=self.common.base,
+            backbone_prefix=self.common.backbone_prefix,
+            task_type=self.common.task_type,
+            tasks=tuple(a.name for a, _ in inputs),
+            extras=dict(self.common.carried.whole_from),
+            beside=tuple(lines(self.common.carried)),
+            labels=labels_of(self.adapters) or None,
+            adapters=tuple(input_of(a, w) for a, w in inputs),
+            **{asked: getattr(self.spec, asked) for asked in ("seed", "calibrate", "module_weights")},
+        )

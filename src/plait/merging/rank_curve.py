@@ -2,71 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from plait.adapters.lora import Adapter, LoraFactors, truncated
+from plait.border.records import optional
 from plait.errors import UsageError
-from plait.merging.driver import plan_merge
 from plait.merging.folders import read_named, read_statistics_files
-from plait.merging.outcome import discarded
 from plait.merging.plan import Plan
+from plait.merging.planning import plan_merge
+from plait.merging.record import loss_of
+from plait.merging.spec import MergeSettings, MergeSpec
+
+if TYPE_CHECKING:
+    from plait.statistics.fisher import FisherDiagonal
+    from plait.statistics.moments import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class RankRow:
+    """One rank of the curve.
+
+    Args:
+        rank: The largest rank of a module.
+        discarded_energy: Fraction lost from the method's own delta; for a dense result the cut to R is in it already.
+        verification_error: Difference of what is left after the cut from the inputs, as `merge` has it.
+        size_mb: Size of the factors in float32.
+        score: Quality of the adapter, where one was asked for.
+    """
+
+    rank: int
+    discarded_energy: float
+    verification_error: float
+    size_mb: float
+    score: float | None = optional()
+
+
+@dataclass(frozen=True, slots=True)
+class RankCurve:
+    """A method's rows, by rank."""
+
+    method: str
+    curve: tuple[RankRow, ...]
 
 
 def rank_curve(
     adapters: Sequence[Adapter | Path | str],
-    method: str | None = None,
+    method: str | MergeSpec | None = None,
     *,
+    statistics: Mapping[str, Statistics | FisherDiagonal | Path | str] | None = None,
     ranks: Sequence[int] | None = None,
     score: Callable[[Adapter], float] | None = None,
-    **settings: Any,
-) -> list[dict[str, Any]]:
+    **settings: Unpack[MergeSettings],
+) -> list[RankRow]:
     """Merge once, cut to several ranks, and say what each loses.
 
     Args:
         adapters: Adapters or their folders (``NAME=DIR`` too).
-        method: As `merge` has it.
-        ranks: By default r, 2r, 4r and R, r the largest rank among the inputs and R that of the merge.
+        method: A name in `merge_methods()`, None for a default, or a whole `MergeSpec`.
+        statistics: Task -> its statistics, or their file.
+        ranks: Ranks to cut to; by default r, 2r, 4r and R, r the largest rank among the inputs and R that of the merge.
         score: Quality of an adapter, such as its mean metric; None leaves it out.
-        settings: Other arguments of `plan_merge`; statistics may be files.
-
-    Returns:
-        Rows {"rank", "discarded_energy", "verification_error", "size_mb"} and "score" where one is asked for, by rank.
-        `discarded_energy` counts from the method's own delta: for a dense result the cut to R is in it already.
-        `verification_error` compares what is left after the cut with the inputs, as `merge` does.
+        settings: What else a `MergeSpec` holds, but the rank.
     """
-    read = [a if isinstance(a, Adapter) else read_named(a) for a in adapters]
-    given = settings.pop("statistics", None)
-    if given and all(isinstance(v, Path | str) for v in given.values()):
-        given = read_statistics_files(given)
-    if "rank" in settings:
+    spec = MergeSpec.of(method, settings)
+    if spec.rank is not None:
         raise UsageError("rank_curve takes ranks, not rank")
-    plan = plan_merge(read, method, statistics=given, **settings)
+    read = [a if isinstance(a, Adapter) else read_named(a) for a in adapters]
+    files = {t: f for t, f in (statistics or {}).items() if isinstance(f, Path | str)}
+    opened: Any = {**(statistics or {}), **(read_statistics_files(files) or {})}
+    plan = plan_merge(read, spec, statistics=opened or None)
     whole = plan.run("merged")
     largest = max((a.rank for a in read), default=1)
-    wanted = sorted(
-        {min(n, whole.adapter.rank) for n in ranks or (largest, 2 * largest, 4 * largest, whole.adapter.rank)}
-    )
-    return [_row(plan, whole.adapter, rank, float(whole.record["discarded_energy"]), score) for rank in wanted]
+    wanted = {min(n, whole.adapter.rank) for n in ranks or (largest, 2 * largest, 4 * largest, whole.adapter.rank)}
+    return [_row(plan, whole.adapter, rank, whole.record.loss.discarded_energy, score) for rank in sorted(wanted)]
 
 
 def _row(
     plan: Plan, whole: Adapter, rank: int, lost_before: float, score: Callable[[Adapter], float] | None
-) -> dict[str, Any]:
-    cut: dict[str, LoraFactors] = {}
-    lost: dict[str, float] = {}
-    for module, factors in whole.modules.items():
-        cut[module], lost[module] = truncated(factors, rank)
-    lost_here = float(discarded(cut, lost)["discarded_energy"])
-    numbers = sum(f.A.numel() + f.B.numel() for f in cut.values())
-    row: dict[str, Any] = {
-        "rank": rank,
-        "discarded_energy": lost_before + (1 - lost_before) * lost_here,
-        "verification_error": plan.verification_error(cut),
-        "size_mb": numbers * 4 / 1e6,
-    }
-    if score is not None:
-        shorter = {f: getattr(whole, f) for f in whole.__slots__} | {"modules": cut}
-        row["score"] = float(score(Adapter(**shorter)))
-    return row
+) -> RankRow:
+    pairs = {module: truncated(factors, rank) for module, factors in whole.modules.items()}
+    cut: dict[str, LoraFactors] = {m: factors for m, (factors, _) in pairs.items()}
+    lost = loss_of(cut, {m: gone for m, (_, gone) in pairs.items()}).discarded_energy
+    return RankRow(
+        rank,
+        discarded_energy=lost_before + (1 - lost_before) * lost,
+        verification_error=plan.verification_error(cut),
+        size_mb=sum(f.A.numel() + f.B.numel() for f in cut.values()) * 4 / 1e6,
+        score=None if score is None else float(score(replace(whole, modules=cut))),
+    )

@@ -13,13 +13,13 @@ from typing import Any
 
 from plait.border.plugins import load_plugins
 from plait.errors import UsageError
+from plait.merging.dense import MergedDelta
 from plait.merging.inputs import MergeInputs
-from plait.merging.stream import MergedDelta
 from plait.options import Option, did_you_mean, options_of
 
 PLUGINS = "plait.methods"  # the entry point group in which packages name modules that register methods
 Combination = Callable[[Sequence[float]], Sequence[float]]
-Prepare = Callable[[Sequence[MergeInputs], Mapping[str, Any]], Any]
+Ahead = Callable[[MergeInputs, Mapping[str, Any]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class MergeMethod:
         options: Name -> Option(type, default, ...).
         doc: First line of its docstring.
         combination: Where the merged delta is sum_t c_t D_t: the weights -> c. Verification then needs no second run.
-        prepare: Run once over all modules before the first is merged, for what is decided model-wide.
+        ahead: (a module, the options) -> what the method will ask `MergeInputs.over_model` for: computed with all threads before
+            the first module is merged.
         concatenates: Whether the result is that sum as `MergeInputs.combination` gives it: its rank is known before it is
             computed, and without a calibration it is taken straight from the factors as they were read (`Plan.summed`).
         stacks: Whether the function also takes several modules as one (`stacks.stack_of`) and gives a `FactorStack`: it is
@@ -50,7 +51,7 @@ class MergeMethod:
     options: Mapping[str, Option]
     doc: str
     combination: Combination | None = None
-    prepare: Prepare | None = None
+    ahead: Ahead | None = None
     concatenates: bool = False
     stacks: bool = False
     ordered_by: str = ""
@@ -75,7 +76,7 @@ def merge_method(
     paper: str = "",
     needs: Sequence[str] = (),
     combination: Combination | None = None,
-    prepare: Prepare | None = None,
+    ahead: Ahead | None = None,
     concatenates: bool = False,
     stacks: bool = False,
     ordered_by: str = "",
@@ -87,7 +88,7 @@ def merge_method(
         paper: arXiv number or "".
         needs: Any of "moments", "fisher".
         combination: See `MergeMethod`.
-        prepare: See `MergeMethod`.
+        ahead: See `MergeMethod`.
         concatenates: See `MergeMethod`.
         stacks: See `MergeMethod`.
         ordered_by: See `MergeMethod`.
@@ -99,7 +100,7 @@ def merge_method(
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         options = options_of(function)
         _METHODS[name] = MergeMethod(
-            name, function, paper, tuple(needs), options, doc, combination, prepare, concatenates, stacks, ordered_by
+            name, function, paper, tuple(needs), options, doc, combination, ahead, concatenates, stacks, ordered_by
         )
         return function
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.stacks import PartingError
+from plait.merging.factors import PartingError
 
 # The smallest eigenvalue of the Gram matrix, of the largest, for which it is trusted; see `thin_svd`.
 _TRUSTED = 1e-8

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from plait.adapters.lineage import base_adapter, is_baked
 from plait.adapters.lora import Adapter
 from plait.disk.store import MANIFEST, read_manifest
 from plait.errors import InputError
+from plait.merging.record import Layer
 from plait.model.records import EARLIER, SHA256
 
 # Two adapters from one random A reach about 0.99 after training; from two, chance alone gives a few hundredths.
@@ -126,6 +126,6 @@ def composed(ordered: Sequence[Adapter]) -> list[Adapter]:
     return found
 
 
-def stack_record(ordered: Sequence[Adapter]) -> dict[str, Any]:
-    """The order, from the base upwards, and what each was trained on."""
-    return {"stack": [{"name": a.name, "trained_on": a.base} for a in ordered]}
+def layers_of(ordered: Sequence[Adapter]) -> tuple[Layer, ...]:
+    """Record the order, from the base upwards, and what each was trained on."""
+    return tuple(Layer(a.name, a.base) for a in ordered)

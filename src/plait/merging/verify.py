@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
+from plait.merging.dense import DenseDelta, MergedDelta, Truncated
 from plait.merging.inputs import MergeInputs
-from plait.merging.stream import DenseDelta, MergedDelta, Truncated
 from plait.seeds import seed_of
 
 _PROBES = 4

@@ -1,12 +1,15 @@
-"""All modules of a merge, each made when it is looked at."""
+"""All modules of a merge, each made when it is looked at; and what is computed over all of them, once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, overload
 
 from plait.merging.inputs import MergeInputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +17,24 @@ class Views(Sequence[MergeInputs]):
     """What a model-wide pass may hold: every module's inputs, made when they are looked at and released after.
 
     Args:
-        view: A module's name, and no context -> its inputs.
-        names: Of the modules.
+        view: A module's name -> its inputs.
+        names: Names of the modules.
+        answers: What was computed over all of them, by function and settings.
+        lock: Held while an answer is computed, so that modules side by side compute it once.
     """
 
-    view: Callable[[str, Any], MergeInputs]
+    view: Callable[[str], MergeInputs]
     names: list[str]
+    answers: dict[Hashable, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def once(self, function: Callable[..., T], *settings: Hashable) -> T:
+        """Compute a function of all modules at the first call, and remember what it gave."""
+        with self.lock:
+            if (function, settings) not in self.answers:
+                self.answers[function, settings] = function(self, *settings)
+            answer: T = self.answers[function, settings]
+            return answer
 
     def __len__(self) -> int:
         return len(self.names)
@@ -33,4 +48,4 @@ class Views(Sequence[MergeInputs]):
     def __getitem__(self, index: int | slice) -> MergeInputs | Views:
         if isinstance(index, slice):
             return Views(self.view, self.names[index])
-        return self.view(self.names[index], None)
+        return self.view(self.names[index])

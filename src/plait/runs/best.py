@@ -11,6 +11,7 @@ import numpy as np
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.records import to_json
 from plait.disk.store import identity, read_manifest, staged_folder
 from plait.evaluation.splits import HALVES
 from plait.runs.folder import PRODUCTS
@@ -67,7 +68,7 @@ def _merge(layout: Layout, unit: Unit) -> tuple[Adapter, Mapping[str, Any]]:
     if not layout.recipe.tuned:
         return read_adapter(path), (read_manifest(path) or {})["result"]
     merged = merged_of(unit, layout)
-    return merged.adapter, merged.record
+    return merged.adapter, to_json(merged.record)
 
 
 def shipped_scale(grid: list[dict[str, Any]]) -> float:

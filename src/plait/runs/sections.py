@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic import BaseModel as PydanticModel
 
 from plait.adapters.naming import checked_name
 from plait.border.checked import Json
+
+if TYPE_CHECKING:
+    from plait.merging.spec import MergeSpec as Spec
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -164,6 +167,12 @@ class MergeSpec(Strict):
     def merge_method(self) -> str:
         """The merge method."""
         return self.method or self.name
+
+    def spec(self, seed: int) -> Spec:
+        """Say how to merge, at scale 1: the scale is chosen on scores."""
+        from plait.merging.spec import MergeSpec as Spec
+
+        return Spec(self.merge_method, self.options, scale=1.0, rank=self.rank, calibrate=self.calibrate, seed=seed)
 
 
 class EvaluationSpec(Strict):

@@ -9,7 +9,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.disk.store import read_manifest
 from plait.errors import Diverged
-from plait.merging.plan import Merged
+from plait.merging import Merged
 from plait.runs.layout import Layout
 from plait.runs.units import DIVERGED, REPAIR, REPAIRED, Unit
 from plait.statistics import Statistics, open_statistics
@@ -53,18 +53,8 @@ def merged_of(unit: Unit, layout: Layout) -> Merged:
     spec = layout.recipe.merge(unit.merge)
     adapters = list(adapters_of(unit, layout).values())
     statistics = statistics_of(unit, layout)[0] if find_method(spec.merge_method).needs else None
-    return merge(
-        adapters,
-        spec.merge_method,
-        options=spec.options,
-        scale=1.0,
-        calibrate=spec.calibrate,
-        rank=spec.rank,
-        statistics=statistics,
-        seed=unit.seed,
-        verify=not layout.recipe.tuned,
-        name=spec.name,
-    )
+    verify = not layout.recipe.tuned
+    return merge(adapters, spec.spec(unit.seed), statistics=statistics, verify=verify, name=spec.name)
 
 
 def diverged(folder: Path) -> str:

@@ -19,7 +19,7 @@ from plait.disk.store import staged_folder
 from plait.evaluation.features import features, task_vector_norm
 from plait.evaluation.protocol import Answers, Scorer, cross_fitted, tuned
 from plait.evaluation.splits import HALVES, Split, split_rows
-from plait.merging.plan import Merged
+from plait.merging import Merged
 from plait.runs.collecting import collect_file, is_collected
 from plait.runs.layout import Layout, cost
 from plait.runs.reporting import Report
@@ -155,9 +155,9 @@ def _score_merge(unit: Unit, layout: Layout, folder: Path, result: Record, merge
         result |= to_json(found)
         _keep(folder, answers)
     if layout.recipe.tuned:
-        result["discarded_energy"] = merged.record.get("discarded_energy", 0.0)
+        result["discarded_energy"] = merged.record.loss.discarded_energy
     else:  # few enough to keep
-        result |= merged.record
+        result |= to_json(merged.record)
         write_adapter(folder, merged.adapter)
 
 

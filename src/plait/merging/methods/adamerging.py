@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import RunError, UsageError
-from plait.merging.driver import plan_merge
-from plait.merging.outcome import assembled
-from plait.merging.plan import Merged, Plan
+from plait.merging.align import assembled
+from plait.merging.plan import Plan
+from plait.merging.planning import plan_merge
+from plait.merging.record import Merged
 from plait.model.hooks import Change, hooked, modules_named
 
 Batch = Mapping[str, Tensor]
@@ -73,16 +75,16 @@ def adamerging(
     final = weights.detach().expand(len(tasks), len(modules))
     merged: dict[str, LoraFactors] = {}
     for i, module in enumerate(plan.common.modules):
-        merged[module] = plan.view(module, None).combination(final[:, i].tolist())
+        merged[module] = plan.view(module).combination(final[:, i].tolist())
     options = {"init": init, "learning_rate": learning_rate, "steps": steps, "layerwise": layerwise}
     learnt = {t: dict(zip(plan.common.modules, final[k].tolist(), strict=True)) for k, t in enumerate(tasks)}
-    record = {
-        **plan.record(merged, dict.fromkeys(merged, 0.0)),
-        "method": "adamerging",
-        "options": {**options, "weights": learnt},
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-    }
+    record = replace(
+        plan.record(merged, dict.fromkeys(merged, 0.0)),
+        method="adamerging",
+        options={**options, "weights": learnt},
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+    )
     return Merged(assembled(name, plan.common, plan.adapters, merged), record)
 
 
@@ -117,7 +119,7 @@ def _weighted(plan: Plan, modules: Sequence[str], weights: Tensor) -> dict[str, 
     """Add sum_t l_t B_t (A_t x) for every module, differentiable in the weights."""
 
     def change(module: str, column: int) -> Change:
-        x = plan.view(module, None)
+        x = plan.view(module)
         A, B = torch.cat(x.A), torch.cat(x.B, dim=1)
         owner = torch.repeat_interleave(torch.arange(len(x.tasks)), torch.tensor(x.ranks, dtype=torch.int64))
 

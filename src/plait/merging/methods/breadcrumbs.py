@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from plait.errors import UsageError
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, keep_from, weighted_sum
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds, magnitudes_at
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta
 from plait.options import Density, Fraction, Space
 
 

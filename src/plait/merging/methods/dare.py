@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
 from plait.merging.random_masks import kept_at_random
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta
 from plait.options import Agreeing, Density, Space
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from plait.errors import UsageError
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.random_masks import LEVELS, draw, ones_where
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta
 from plait.options import Density, Fraction, Space
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta
 from plait.options import Space
 
 

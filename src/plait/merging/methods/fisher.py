@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from plait.errors import UsageError
+from plait.merging.dense import DenseDelta, MergedDelta
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.linear import importances
 from plait.merging.registry import merge_method
-from plait.merging.stream import DenseDelta, MergedDelta
 from plait.options import Positive, Space
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
-
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space
 from plait.merging.inputs import MergeInputs
-from plait.merging.methods.ties import trimmed
-from plait.merging.quantile import magnitude_thresholds
+from plait.merging.methods.ties import thresholds, trimmed
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta
 from plait.options import Density
 
 
-def _thresholds(modules: Sequence[MergeInputs], options: Mapping[str, Any]) -> list[Tensor] | None:
-    return magnitude_thresholds(modules, options["density"], "knots") if options["scope"] == "model" else None
-
-
-@merge_method("knots", paper="arXiv:2410.19735", prepare=_thresholds)
+@merge_method("knots", paper="arXiv:2410.19735", ahead=lambda x, o: thresholds(x, o["density"], o["scope"], "knots"))
 def knots(x: MergeInputs, *, density: Density = 0.3, scope: Literal["model", "module"] = "model") -> MergedDelta:
     """TIES on the parts S V_t^T of the joint SVD [D_1 .. D_T] = U S [V_1^T .. V_T^T], mapped back by U.
 
@@ -37,5 +29,4 @@ def knots(x: MergeInputs, *, density: Density = 0.3, scope: Literal["model", "mo
     **Deviates**: singular values count above 1e-5 of the largest (the authors: above 1e-5, whatever the scale of the
     adapters); weights as in `ties`. Linear merging in this space equals task_arithmetic and is not repeated here.
     """
-    bounds = x.context if x.context is not None else magnitude_thresholds([x], density, "knots")
-    return in_space(x, trimmed(bounds, x.weights), "knots")
+    return in_space(x, trimmed(thresholds(x, density, scope, "knots"), x.weights), "knots")

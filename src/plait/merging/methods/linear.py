@@ -7,9 +7,9 @@ from typing import Annotated
 
 from plait.adapters.lora import LoraFactors, truncated
 from plait.errors import UsageError
+from plait.merging.dense import Truncated
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
-from plait.merging.stream import Truncated
 from plait.options import Range
 
 

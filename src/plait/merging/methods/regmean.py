@@ -28,7 +28,7 @@ _RIDGE, _RIDGE_ALONE = 1e-6, 1e-4
 _KEPT = 4
 
 
-@merge_method("regmean", paper="arXiv:2212.09849", needs=("moments",), prepare=lambda modules, options: _Systems())
+@merge_method("regmean", paper="arXiv:2212.09849", needs=("moments",))
 def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -> LoraFactors:
     """D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1, with G_t the inputs' second moment, its off-diagonal times alpha.
 
@@ -53,7 +53,7 @@ def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -
     if not present:
         return x.zero()
     tasks = [_Shrunk.of(x.moments[t], weights[t], alpha, normalised) for t in present]
-    factor = (x.context or _Systems()).system(tasks).factor(x)
+    factor = x.over_model(_systems).system(tasks).factor(x)
     turned = torch.cat([task.applied(x.A[t]) for t, task in zip(present, tasks, strict=True)])
     A = torch.cholesky_solve(turned.T.to(factor), factor).T.to(x.A[0].dtype)
     return LoraFactors(A.contiguous(), torch.cat([x.B[t] for t in present], dim=1), 1.0, x.kind)
@@ -85,6 +85,11 @@ class _Shrunk:
         """Total += w G_t."""
         total.add_(self.S, alpha=self.off)
         total.diagonal().add_(self.extra)
+
+
+def _systems(modules: Sequence[MergeInputs]) -> _Systems:
+    """Begin without any: modules of one merge share what the first of a site has factorised."""
+    return _Systems()
 
 
 class _Systems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import UsageError
-from plait.merging.driver import plan_merge
-from plait.merging.outcome import assembled
-from plait.merging.plan import Merged
+from plait.merging.align import assembled
+from plait.merging.planning import plan_merge
+from plait.merging.record import Merged
 from plait.model.applied import update_of
 from plait.model.hooks import Change, hooked, modules_named
 from plait.statistics.moments import Moments
@@ -92,9 +93,9 @@ def regmean_pp(
             changes = {m: update_of(f.folded(), m) for m, f in (merged | own).items()}
             found = _gather(modules, block, changes, lambda b, a=adapter: forward(a.name, b), batches[adapter.name])  # type: ignore[misc]
             gathered[adapter.name].moments |= found
-        merged |= {m: plan.merged(m, None)[0] for m in block}
+        merged |= {m: plan.merged(m)[0] for m in block}
     ordered = {m: merged[m] for m in plan.common.modules}
-    record = plan.record(ordered, dict.fromkeys(ordered, 0.0)) | {"method": "regmean_pp"}
+    record = replace(plan.record(ordered, dict.fromkeys(ordered, 0.0)), method="regmean_pp")
     return Merged(assembled(name, plan.common, adapters, ordered), record)
 
 

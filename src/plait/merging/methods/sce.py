@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from plait.merging.dense import MergedDelta, row_blocks
 from plait.merging.elementwise import in_space, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import nth_largest
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta, row_blocks
 from plait.options import Density, Space
 
 _SMALL = 1e-6  # sum of the tasks' mean squares, below which mergekit weighs all alike

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from plait.errors import UsageError
+from plait.merging.dense import MergedDelta, row_blocks
 from plait.merging.elementwise import in_space, keep_from
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.della import mag_prune
 from plait.merging.quantile import magnitudes_at
 from plait.merging.random_masks import LEVELS, draw, ones_where
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta, row_blocks
 from plait.options import Density, Fraction
 
 # (task, entries, place) -> what is left of the entries, which may be changed in place.

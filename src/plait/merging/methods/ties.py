@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from torch import Tensor
 
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import Rule, in_space, keep_from, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
 from plait.merging.registry import merge_method
-from plait.merging.stream import MergedDelta
 from plait.options import Agreeing, Density, Space
 
 
-def _thresholds(modules: Sequence[MergeInputs], options: Mapping[str, Any]) -> list[Tensor] | None:
-    if options["scope"] == "module":
-        return None
-    return magnitude_thresholds(modules, options["density"], options["space"])
-
-
-@merge_method("ties", paper="arXiv:2306.01708", prepare=_thresholds)
+@merge_method("ties", paper="arXiv:2306.01708", ahead=lambda x, o: thresholds(x, o["density"], o["scope"], o["space"]))
 def ties(
     x: MergeInputs,
     *,
@@ -46,8 +40,14 @@ def ties(
     counts as positive; the authors give it the sign most common in the model. The kept number is rounded up (theirs is
     one more than rounded down). mergekit trims per module; PEFT trims A and B instead of the delta.
     """
-    thresholds = x.context if x.context is not None else magnitude_thresholds([x], density, space)
-    return in_space(x, trimmed(thresholds, x.weights, agreeing), space)
+    return in_space(x, trimmed(thresholds(x, density, scope, space), x.weights, agreeing), space)
+
+
+def thresholds(x: MergeInputs, density: float, scope: str, space: str) -> list[Tensor]:
+    """Find the magnitude from which a task's entries are kept: one for the whole model, or one for this module."""
+    if scope == "model":
+        return x.over_model(magnitude_thresholds, density, space)
+    return magnitude_thresholds([x], density, space)
 
 
 def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float], agreeing: str = "mean") -> Rule:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.merging.outcome import assembled
+from plait.merging.align import assembled
 from plait.merging.plan import Plan
 
 
-def foreseen(plan: Plan, name: str) -> Adapter | None:
-    """The result with shapes in the place of factors: of a weighted sum that is not cut, and of dense rules, which are.
+def known_shapes(plan: Plan, name: str) -> Adapter | None:
+    """Give the result with shapes in the place of factors: of a weighted sum that is not cut, and of dense rules, which are.
 
     None where the method has to be run to know, or where the factors are there already.
     """
@@ -35,10 +35,10 @@ def stream_to(plan: Plan, put: Callable[[str, LoraFactors], None]) -> dict[str, 
     Returns:
         Module -> its energy (0 for sums, which lose none), and the fraction lost.
     """
-    context = plan.prepared()
+    plan.prepare()
 
     def one(module: str) -> tuple[float, float]:
-        factors, lost = plan.merged(module, context)
+        factors, lost = plan.merged(module)
         put(module, factors)
         return 0.0 if plan.method.concatenates else factors.norm_squared(), lost
 

@@ -1,28 +1,89 @@
-"""Changing a linear merge by what changes alone: the other inputs are not needed."""
+"""Changing a merge: adapters added, taken out, weighed anew; all of it merged again, or only the difference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from plait.adapters.lora import Adapter, LoraFactors, concatenated, truncated
+from plait.border.records import to_json
 from plait.disk import store
+from plait.disk.overwriting import require_apart
+from plait.disk.written import Written, reused
 from plait.errors import RunError, UsageError
 from plait.formats.reading import format_of, read_any
 from plait.formats.writing import finished, write_any
 from plait.merging.align import align
-from plait.merging.edit import Change, Recorded, located, named_weights, without_heads
-from plait.merging.outcome import labels_of, provenance
-from plait.merging.registry import find_method
+from plait.merging.changes import Change, Recorded, check_statistics, located, named_weights, recorded, without_heads
+from plait.merging.folders import merge_folders
+from plait.merging.module_weights import DEFAULT, ModuleWeights
+from plait.merging.planning import require_use
+from plait.merging.record import MergeRecord, input_of, labels_of
+from plait.merging.registry import Combination, find_method
 
 # A linear merge at full rank loses nothing when what was taken out leaves; more than this means it was not one.
 _LOST = 1e-9
 
 
-def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """M' = rho M + scale * sum_t (c'_t - rho c_t) D_t over the adapters that come, go or change weight.
+def edit(
+    path: Path, change: Change, out: Path, *, by_difference: bool = False, device: str = "cpu", overwrite: bool = False
+) -> Written[MergeRecord]:
+    """Merge again what a merge was made of, with adapters added, taken out or weighed anew.
+
+    Args:
+        path: A merge that plait wrote, folder or file.
+        change: What is to change.
+        out: Where the new merge goes.
+        by_difference: Whether what changes is added and subtracted instead of merging everything: for linear methods, exact,
+            and the inputs that stay need not be at hand.
+        device: Where it is computed.
+        overwrite: Whether what stands at `out` is replaced.
+
+    Raises:
+        InputError: No recorded recipe, or inputs that are gone or have changed (each is named).
+        UsageError: Unknown names, nothing left, or a difference of a method that is no weighted sum.
+    """
+    recipe = recorded(path)
+    require_apart(out, [path])
+    if recipe.record.stack:
+        raise UsageError("a stack is no merge of equals: compose it anew with --stack", where=str(path))
+    if by_difference:
+        return edit_by_difference(recipe, change, out, overwrite=overwrite)
+    weights, added = named_weights(recipe, change)
+    check_statistics(recipe, change.statistics)
+    places = {**located(recipe, list(weights), change.inputs), **added}
+    before = recipe.spec
+    table = _changed_table(before.module_weights, weights, change)
+    spec = replace(
+        before,
+        weights=list(weights.values()) if table is None else None,
+        module_weights=table,
+        scale=before.scale if change.scale is None else change.scale,
+        device=device,
+        disjoint=before.disjoint or not change.add,
+    )
+    require_use(spec, change.statistics, len(weights))
+    return merge_folders(
+        [f"{name}={places[name]}" for name in weights],
+        out,
+        spec,
+        statistics=change.statistics,
+        format=recipe.options.get("format"),
+        overwrite=overwrite,
+    )
+
+
+def _changed_table(table: ModuleWeights | None, weights: Mapping[str, float], change: Change) -> ModuleWeights | None:
+    """Weights by module of the adapters that are left; a new weight of an adapter takes the place of all of its own."""
+    if table is None:
+        return None
+    kept = {n: dict(table[n]) if n in table else {DEFAULT: w} for n, w in weights.items()}
+    return {**kept, **{n: {DEFAULT: float(w)} for n, w in change.weights.items()}}
+
+
+def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> Written[MergeRecord]:
+    """Compute M' = rho M + scale * sum_t (c'_t - rho c_t) D_t over the adapters that come, go or change weight.
 
     c and c' are the method's coefficients before and after, rho the ratio they keep for all the others (1 for a plain
     sum; for a mean, the weights' sums before and after). Exact to the rounding of the merged factors.
@@ -31,13 +92,13 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
         UsageError: A method that is no weighted sum, or one whose result was cut: then the inputs are needed.
         InputError: An adapter that goes is not at hand.
     """
-    method = _linear(recipe)
+    combination = _linear(recipe)
     if change.scale is not None or change.statistics:
         raise UsageError("--by-difference takes neither --scale nor --stats", hint="leave --by-difference out")
     weights, added = named_weights(recipe, change)
-    before = {str(a["name"]): float(a.get("weight", 1.0)) for a in recipe.adapters}
-    old = dict(zip(before, method.combination(list(before.values())), strict=True))
-    new = dict(zip(weights, method.combination(list(weights.values())), strict=True))
+    before = {a.name: float(a.weight) for a in recipe.adapters}
+    old = dict(zip(before, combination(list(before.values())), strict=True))
+    new = dict(zip(weights, combination(list(weights.values())), strict=True))
     changing = [n for n in before if n not in weights or n in change.weights]
     others = [n for n in before if n not in changing]
     ratio = next((new[n] / old[n] for n in others if old[n]), 1.0)
@@ -54,9 +115,9 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     modules = _summed(merged, touched, ratio, shares, ranks)
     removed_heads = [t for n, a in touched.items() if n not in weights for t in a.heads]
     heads = {**without_heads(merged, removed_heads), **{t: h for n in added for t, h in touched[n].heads.items()}}
-    result = _record(recipe, weights, touched, modules, merged)
-    known = labels_of([merged, *touched.values()]).get("labels", {})
-    result["labels"] = {head: names for head, names in known.items() if head in heads}
+    record = _record(recipe, weights, touched, modules, merged)
+    labels = labels_of([merged, *touched.values()])
+    record = replace(record, labels={head: names for head, names in labels.items() if head in heads})
     facts = {t: a.facts_of(t) for a in (merged, *touched.values()) for t in a.heads if t in heads}
     adapter = replace(merged, modules=modules, heads=heads, head_facts=facts, target_modules=None)
     target = format_of(merged)
@@ -65,14 +126,14 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     options = {**recipe.options, "order": list(weights), "weights": list(weights.values())}
     wanted = store.identity("merge-difference", options, inputs, recipe.seed)
     if out.absolute() != recipe.path.absolute() and (found := finished(out, wanted, overwrite=overwrite)) is not None:
-        return {**found.get("result", {}), "output": str(out), "reused": True}
-    write_any(out, adapter, target, wanted, result, overwrite=overwrite)
-    return {**result, "output": str(out), "reused": False}
+        return reused(out, found, MergeRecord)
+    write_any(out, adapter, target, wanted, to_json(record), overwrite=overwrite)
+    return Written(record, str(out))
 
 
-def _linear(recipe: Recorded) -> Any:
+def _linear(recipe: Recorded) -> Combination:
     method = find_method(str(recipe.options["method"]))
-    cut = recipe.options.get("rank") is not None or recipe.result.get("discarded_energy", 0.0) > 0
+    cut = recipe.options.get("rank") is not None or recipe.record.loss.discarded_energy > 0
     if recipe.options.get("module_weights"):
         raise UsageError("its weights differ by module", where=str(recipe.path), hint="leave --by-difference out")
     if method.combination is None or cut or recipe.options.get("calibrate"):
@@ -82,7 +143,7 @@ def _linear(recipe: Recorded) -> Any:
             where=str(recipe.path),
             hint="leave --by-difference out; all inputs are then needed",
         )
-    return method
+    return method.combination
 
 
 def _summed(
@@ -118,15 +179,16 @@ def _record(
     touched: Mapping[str, Adapter],
     modules: Mapping[str, LoraFactors],
     merged: Adapter,
-) -> dict[str, Any]:
-    known = {str(a["name"]): a for a in recipe.adapters}
-    adapters = [{**known[n], "weight": w} if n in known else provenance(touched[n], w) for n, w in weights.items()]
-    return {
-        **recipe.result,
-        "tasks": list(weights),
-        "weights": list(weights.values()),
-        "adapters": adapters,
-        "rank": max(f.rank for f in modules.values()),
-        "by_difference": {"from": str(merged.source["sha256"]), "changed": sorted(touched)},
-        "verification_error": None,
-    }
+) -> MergeRecord:
+    inputs = {a.name: a for a in recipe.adapters}
+    return replace(
+        recipe.record,
+        tasks=tuple(weights),
+        weights=tuple(weights.values()),
+        adapters=tuple(
+            replace(inputs[n], weight=w) if n in inputs else input_of(touched[n], w) for n, w in weights.items()
+        ),
+        rank=max(f.rank for f in modules.values()),
+        by_difference={"from": str(merged.source["sha256"]), "changed": sorted(touched)},
+        verification_error=None,
+    )

@@ -1,10 +1,10 @@
-"""Merging adapters in memory: align, loop over modules, cut to rank, check, and keep the record."""
+"""From adapters and a spec to a plan, everything checked; and the merge in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
@@ -12,10 +12,12 @@ from plait.border.checked import LARGEST_NUMBER, shown
 from plait.errors import InputError, UsageError
 from plait.merging.align import align
 from plait.merging.calibration import find_calibration
-from plait.merging.module_weights import ModuleWeights, weights_of_modules
-from plait.merging.plan import Merged, Plan
+from plait.merging.module_weights import weights_of_modules
+from plait.merging.plan import NEEDS, Plan
+from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod, find_method
 from plait.merging.scales import SUMS, Scale, asks_moments, default_method, scale_by_moments, scale_by_rule
+from plait.merging.spec import MergeSettings, MergeSpec
 from plait.model.base import device_named
 from plait.model.records import same_weights
 from plait.options import checked_options
@@ -27,40 +29,23 @@ if TYPE_CHECKING:
 
 def merge(
     adapters: Sequence[Adapter],
-    method: str | None = None,
+    method: str | MergeSpec | None = None,
     *,
-    options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
-    scale: float | None = None,
     statistics: Mapping[str, Statistics | FisherDiagonal] | None = None,
-    rank: int | None = None,
-    calibrate: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
     verify: bool = True,
-    base: str | None = None,
-    disjoint: bool = False,
     name: str = "merged",
+    **settings: Unpack[MergeSettings],
 ) -> Merged:
     """Merge adapters of one base model into one adapter.
 
     Args:
         adapters: At least one; their names are the tasks' names.
-        method: A name in `merge_methods()`; None is `plait.merging.scales.default_method`.
-        options: Of the method.
-        weights: One per adapter, any sign; 1 each by default.
-        scale: Multiplies the merged delta, whatever the method; None chooses one without labels (`plait.merging.scales`).
-        statistics: Task -> its statistics, for methods that need moments or a Fisher diagonal; a scale that is to be
-            chosen is chosen by moments.
-        rank: Cut every module to this rank at most; None keeps exact results exact (rank R = sum of ranks) and cuts
-            dense ones to R.
-        calibrate: "pico" or None.
-        seed: Of random masks and of the randomised SVD.
-        device: Where to compute; the result is on the CPU.
-        verify: Compare random projections of the result with the same projections recomputed from the inputs.
-        base: Base id of the result where the adapters name one base by different names.
-        disjoint: The adapters are meant side by side though they have no module in common.
-        name: Of the result.
+        method: A name in `merge_methods()`, None for a default, or a whole `MergeSpec`.
+        statistics: Task -> its statistics, for methods that need moments or a Fisher diagonal; a scale that nobody gives is
+            then chosen by moments.
+        verify: Whether random projections of the result are compared with the same projections of the inputs.
+        name: Name of the result.
+        settings: What else a `MergeSpec` holds: options, weights, scale, rank, calibrate, seed, device, base and so on.
 
     Returns:
         The adapter and its record. On the CPU the same inputs give the same bits.
@@ -69,106 +54,107 @@ def merge(
         UsageError: Unknown method or option, or one out of range, weights that do not fit.
         InputError: Adapters of different bases or shapes, or statistics that are missing.
         RunError: A result that is not finite (the module is named).
+
+    >>> import torch
+    >>> from plait.adapters.lora import Adapter, LoraFactors
+    >>> one, other = (
+    ...     Adapter(n, "base", {"q": LoraFactors(torch.eye(2, 4), torch.eye(3, 2) * k)})
+    ...     for n, k in (("a", 1), ("b", 2))
+    ... )
+    >>> merged = merge([one, other], "task_arithmetic", weights=[1.0, -1.0], scale=1.0)
+    >>> merged.adapter.modules["q"].dense()
+    tensor([[-1.,  0.,  0.,  0.],
+            [ 0., -1.,  0.,  0.],
+            [ 0.,  0.,  0.,  0.]])
+    >>> merged.record.tasks
+    ('a', 'b')
     """
-    plan = plan_merge(
-        adapters,
-        method,
-        options=options,
-        weights=weights,
-        scale=scale,
-        statistics=statistics,
-        rank=rank,
-        calibrate=calibrate,
-        seed=seed,
-        device=device,
-        base=base,
-        disjoint=disjoint,
-    )
-    done = plan.run(name)
-    if verify:
-        done.record["verification_error"] = plan.verification_error(done.adapter.modules)
-    return done
+    plan = plan_merge(adapters, method, statistics=statistics, **settings)
+    merged = plan.run(name)
+    if not verify:
+        return merged
+    error = plan.verification_error(merged.adapter.modules)
+    return replace(merged, record=replace(merged.record, verification_error=error))
 
 
 def plan_merge(
     adapters: Sequence[Adapter],
-    method: str | None = None,
+    method: str | MergeSpec | None = None,
     *,
-    options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
-    scale: float | None = None,
     statistics: Mapping[str, Statistics | FisherDiagonal] | None = None,
-    rank: int | None = None,
-    calibrate: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    base: str | None = None,
-    disjoint: bool = False,
-    module_weights: ModuleWeights | None = None,
+    **settings: Unpack[MergeSettings],
 ) -> Plan:
     """Check everything about a merge; arguments as `merge` has them. Only a scale chosen by moments is computed here."""
-    found = find_method(
-        method or default_method(len(adapters), weighted=weights is not None or module_weights is not None)
-    )
-    chosen = checked_options(found, options)
-    counted = _weights(adapters, weights)
+    spec = MergeSpec.of(method, settings)
+    found = find_method(spec.method or default_method(len(adapters), weighted=spec.is_weighted))
+    options = checked_options(found, spec.options)
+    weights = _weights(adapters, spec.weights)
     given = tuple(a.name for a in adapters)
-    order = found.order_of(given, chosen)
-    adapters, counted = [adapters[i] for i in order], tuple(counted[i] for i in order)
-    common = align(adapters, base, disjoint=disjoint)
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank is {rank}, expected at least 1")
+    order = found.order_of(given, options)
+    adapters, weights = [adapters[i] for i in order], tuple(weights[i] for i in order)
+    common = align(adapters, spec.base, disjoint=spec.disjoint)
+    if spec.rank is not None and spec.rank < 1:
+        raise UsageError(f"rank is {spec.rank}, expected at least 1")
     by_module: dict[str, tuple[float, ...]] = {}
-    if module_weights is not None:
-        if weights is not None:
+    if spec.module_weights is not None:
+        if spec.weights is not None:
             raise UsageError(
                 "weights per adapter and weights by module exclude each other", hint="default: in the file"
             )
-        counted, by_module = weights_of_modules(module_weights, adapters, list(common.modules))
-    ruled = _ruled(found.name, calibrate, counted, scale, by_module=bool(by_module))
-    summed = found.combination(counted) if found.combination and calibrate is None and not by_module else None
+        weights, by_module = weights_of_modules(spec.module_weights, adapters, list(common.modules))
+    ruled = _ruled(found.name, spec, weights, by_module=bool(by_module))
+    summed = found.combination(weights) if found.combination and spec.calibrate is None and not by_module else None
     require_exact(adapters, None if summed is None else [c * ruled.value for c in summed], found.name)
     plan = Plan(
+        spec=spec,
         method=found,
-        options=chosen,
+        options=options,
         common=common,
         adapters=tuple(adapters),
-        weights=counted,
+        weights=weights,
+        statistics=_statistics(found, adapters, statistics),
         scale=ruled.value,
         scale_reason=ruled.reason,
-        rank=rank,
-        calibration=find_calibration(calibrate),
-        seed=seed,
-        device=device_named(device),
-        statistics=_statistics(found, adapters, statistics),
-        module_weights=module_weights,
+        calibration=find_calibration(spec.calibrate),
+        device=device_named(spec.device),
         by_module=by_module,
         given=given,
     )
-    return _scaled_by_moments(plan, statistics) if scale is None and statistics else plan
+    return _scaled_by_moments(plan, statistics) if spec.scale is None and statistics else plan
 
 
-def _ruled(
-    method: str, calibration: str | None, weights: Sequence[float], scale: float | None, *, by_module: bool
-) -> Scale:
-    """The scale that was given, or what the rule says."""
-    if scale is not None:
-        return Scale(_finite(scale, "scale"), "")
+def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: int) -> None:
+    """Refuse statistics that neither the method nor the choice of a scale would read.
+
+    Raises:
+        UsageError: Names the method.
+    """
+    method = spec.method or default_method(count, weighted=spec.is_weighted)
+    scaled = spec.scale is None and asks_moments(method, spec.calibrate)
+    if statistics and not scaled and not find_method(method).needs:
+        why = "takes no statistics" + ("" if spec.scale is None else ", and the scale is given")
+        raise UsageError(f"{method} {why}", hint="leave --stats out")
+
+
+def _ruled(method: str, spec: MergeSpec, weights: Sequence[float], *, by_module: bool) -> Scale:
+    """Take the scale that was given, or what the rule says."""
+    if spec.scale is not None:
+        return Scale(_finite(spec.scale, "scale"), "")
     if by_module and method in SUMS:
         return Scale(1.0, "the weights say how much of each is added")
-    return scale_by_rule(method, calibration, weights)
+    return scale_by_rule(method, spec.calibrate, weights)
 
 
 def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
     """The plan at the scale that the adapters' moments say, where they say one; merged once at scale 1 for it."""
-    asked = asks_moments(plan.method.name, plan.calibration.name if plan.calibration else None)
+    asked = asks_moments(plan.method.name, plan.spec.calibrate)
     counted = [a for a, w in zip(plan.adapters, plan.weights, strict=True) if w]
     weighted = bool(plan.by_module) or any(w not in (0.0, 1.0) for w in plan.weights)
     if not asked or len(counted) < 2 or (plan.method.name in SUMS and weighted):
         return plan
     merged = replace(plan, scale=1.0).run("merged").adapter.modules
-    found = scale_by_moments(counted, merged, statistics)
-    return plan if found is None else replace(plan, scale=found.value, scale_reason=found.reason)
+    scale = scale_by_moments(counted, merged, statistics)
+    return plan if scale is None else replace(plan, scale=scale.value, scale_reason=scale.reason)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tuple[float, ...]:
@@ -198,10 +184,9 @@ def _statistics(
             f"{method.name} needs {' and '.join(method.needs)} of every task; none given for {', '.join(lacking)}",
             hint=f"plait stats{' fisher' if 'fisher' in method.needs else ''} collects them; pass --stats TASK=FILE",
         )
-    wanted = {"moments": "moments_for", "fisher": "diagonal_for"}
     for adapter in adapters:
         for need in method.needs:
-            if not hasattr(given[adapter.name], wanted[need]):
+            if not hasattr(given[adapter.name], NEEDS[need]):
                 raise UsageError(f"{method.name} needs {need}; the statistics of {adapter.name!r} hold none")
     ordered = [given[a.name] for a in adapters]
     for adapter, other in zip(adapters[1:], ordered[1:], strict=True):

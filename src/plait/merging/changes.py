@@ -1,21 +1,26 @@
-"""Adding adapters to a merge, taking them out, weighing them anew: from the recipe that the merge recorded."""
+"""What a merge recorded of itself, and what is to change: adapters that come, go, or weigh otherwise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import split_name
 from plait.adapters.sealed import read_sealed
+from plait.border.records import from_json
 from plait.disk import store
 from plait.disk.hub import adapter_place, cached_folder, split_revision
 from plait.errors import InputError, PlaitError, UsageError
 from plait.formats.reading import read_any
 from plait.formats.single_file import file_record
+from plait.merging.record import MergedInput, MergeRecord
+from plait.merging.spec import MergeSpec
 
 CHOSEN = "merge-auto"  # the stage of a merge whose method was chosen
 
@@ -48,22 +53,36 @@ class Recorded:
     Args:
         path: Of the merge.
         options: What identified it: method, options, weights, scale, rank, calibrate, base, format.
-        seed: Of the merge.
-        adapters: Its inputs in order: name, path, sha256, weight, base.
+        seed: Its seed.
         inputs: "adapter:NAME" and "statistics:TASK" -> hash.
-        result: The whole record.
+        record: The whole record; its adapters are the inputs in order.
     """
 
     path: Path
     options: dict[str, Any]
     seed: int
-    adapters: list[dict[str, Any]]
     inputs: dict[str, str]
-    result: dict[str, Any]
+    record: MergeRecord
+
+    @property
+    def adapters(self) -> tuple[MergedInput, ...]:
+        """Its inputs in order."""
+        return self.record.adapters
+
+    @property
+    def spec(self) -> MergeSpec:
+        """How it was merged; on the CPU, where nobody says otherwise."""
+        asked = {f.name: self.options[f.name] for f in fields(MergeSpec) if f.name in self.options}
+        return MergeSpec(**{"scale": 1.0, **asked, "seed": self.seed, "base": self.base_override})
+
+    @property
+    def base_override(self) -> str | None:
+        """Name of the base where the inputs' names differ, so that it was given; None where they agree."""
+        return str(self.options.get("base")) if len({a.base for a in self.adapters}) > 1 else None
 
 
 def recorded(path: Path) -> Recorded:
-    """The recipe of a merge.
+    """Read the recipe of a merge.
 
     Raises:
         InputError: No merge of plait, or one whose record lacks its inputs.
@@ -83,7 +102,7 @@ def recorded(path: Path) -> Recorded:
 
 
 def recorded_choice(path: Path) -> Recorded | None:
-    """The same of a merge that `plait.fidelity.auto` chose; None for others.
+    """Read the recipe of a merge that `plait.fidelity.auto` chose; None for others.
 
     Raises:
         InputError: Its record lacks its inputs.
@@ -107,7 +126,8 @@ def _recipe(path: Path, found: Mapping[str, Any], needed: str) -> Recorded:
     whole = isinstance(adapters, list) and all(_is_input(a) for a in adapters)
     if not whole or needed not in options:
         raise InputError("its record does not name its inputs", where=str(path), hint="merge again from the adapters")
-    return Recorded(path, options, int(found.get("seed") or 0), adapters, dict(found.get("inputs", {})), result)
+    record = from_json(MergeRecord, result, str(path))
+    return Recorded(path, options, int(found.get("seed") or 0), dict(found.get("inputs", {})), record)
 
 
 def _is_input(entry: object) -> bool:
@@ -119,7 +139,7 @@ def _is_input(entry: object) -> bool:
 
 
 def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -> dict[str, Path]:
-    """Where the named inputs are now: as recorded, beside the merge, or where `moved` says; their bytes decide.
+    """Find where the named inputs are now: as recorded, beside the merge, or where `moved` says; their bytes decide.
 
     Raises:
         InputError: One is gone, cannot be read, or is not what was merged; all such are named.
@@ -127,17 +147,16 @@ def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -
     found: dict[str, Path] = {}
     problems: list[str] = []
     for entry in recipe.adapters:
-        name = str(entry["name"])
+        name, path = entry.name, Path(entry.path)
         if name not in names:
             continue
-        path = Path(str(entry.get("path", "")))
         beside = recipe.path.absolute().parent
         places = (
             [adapter_place(moved[name])]
             if name in moved
             else [path, beside / path, beside / path.name, *_cached(entry)]
         )
-        verdicts = [_verdict(p, name, str(entry["sha256"])) for p in places]
+        verdicts = [_verdict(p, name, entry.sha256) for p in places]
         if "" in verdicts:
             found[name] = places[verdicts.index("")]
         else:
@@ -152,10 +171,9 @@ def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -
     return found
 
 
-def _cached(entry: Mapping[str, Any]) -> list[Path]:
-    """Where an input from the hub lies in this machine's cache."""
-    hub = entry.get("hub")
-    folder = cached_folder(*split_revision(hub)) if isinstance(hub, str) else None
+def _cached(entry: MergedInput) -> list[Path]:
+    """Find where an input from the hub lies in this machine's cache."""
+    folder = cached_folder(*split_revision(entry.hub)) if entry.hub else None
     return [folder] if folder else []
 
 
@@ -173,12 +191,12 @@ def _verdict(path: Path, name: str, digest: str) -> str:
 
 
 def named_weights(recipe: Recorded, change: Change) -> tuple[dict[str, float], dict[str, str]]:
-    """Name -> new weight in the merge's order, kept ones first; and name -> path of each that is added.
+    """Give name -> new weight in the merge's order, kept ones first; and name -> path of each that is added.
 
     Raises:
         UsageError: An unknown name, one that is there already, or nothing left.
     """
-    kept = {str(a["name"]): float(a.get("weight", 1.0)) for a in recipe.adapters}
+    kept = {a.name: float(a.weight) for a in recipe.adapters}
     known = ", ".join(kept)
     for name in change.remove:
         if name not in kept:
@@ -200,7 +218,7 @@ def named_weights(recipe: Recorded, change: Change) -> tuple[dict[str, float], d
 
 
 def check_statistics(recipe: Recorded, statistics: Mapping[str, Path | str] | None) -> None:
-    """Statistics of tasks that were in the merge must be those it was made with.
+    """Refuse statistics of tasks in the merge that are not those it was made with.
 
     Raises:
         InputError: Others.
@@ -211,11 +229,6 @@ def check_statistics(recipe: Recorded, statistics: Mapping[str, Path | str] | No
             raise InputError(f"not the statistics of {task!r} that the merge used", where=str(path))
 
 
-def base_override(recipe: Recorded) -> str | None:
-    """The base's name where the inputs' names differ, so that it was given; None where they agree."""
-    return str(recipe.options.get("base")) if len({a.get("base") for a in recipe.adapters}) > 1 else None
-
-
-def without_heads(adapter: Adapter, tasks: Sequence[str]) -> dict[str, Any]:
-    """The adapter's heads but for these tasks."""
+def without_heads(adapter: Adapter, tasks: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+    """Give the adapter's heads but for these tasks."""
     return {t: h for t, h in adapter.heads.items() if t not in tasks}

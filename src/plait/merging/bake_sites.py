@@ -1,0 +1,112 @@
+"""Where each delta of a merge goes in a base: the stored weight that takes it, and how it lies there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from plait.adapters.lora import EMBEDDING, EXPERT, Adapter, zero_factors
+from plait.errors import InputError
+from plait.merging.align import assembled
+from plait.merging.dense import DenseDelta, as_dense
+from plait.merging.expert_parts import expert_parts
+from plait.merging.plan import Plan
+from plait.model.stored import StoredTensor
+from plait.model.stored_names import tensor_of
+
+if TYPE_CHECKING:
+    from plait.model.layout import StoredParameter
+
+# Model types whose linear layers are Conv1D, stored (in, out); only square weights leave this to the name.
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One module's delta and the stored weight it goes into.
+
+    Args:
+        module, tensor: Names of both.
+        stored: The weight in the base.
+        delta: (out, in).
+        transposed: Whether the weight is stored (in, out).
+        unties: Whether input and output embedding are one tensor in the base and no longer can be.
+        is_output: Whether the delta belongs to the untied output layer, which starts as a copy of the embedding.
+    """
+
+    module: str
+    tensor: str
+    stored: StoredTensor
+    delta: DenseDelta
+    transposed: bool
+    unties: bool
+    is_output: bool
+
+
+def deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
+    """Give an adapter, and each module's delta when asked; of a merge its names alone, and dense deltas."""
+    if isinstance(source, Plan):
+        plan = source
+        return shell(plan), {m: (lambda m=m: merged_delta(plan, m)) for m in plan.common.modules}  # type: ignore[misc]
+    return source, {m: (lambda f=f: as_dense(f)) for m, f in source.modules.items()}  # type: ignore[misc]
+
+
+def shell(plan: Plan) -> Adapter:
+    """Give the merged adapter's names, heads and kinds, its factors left out."""
+    none = {m: zero_factors((0, 0), 1, kind) for m, (_, kind) in plan.common.modules.items()}
+    return assembled("merged", plan.common, plan.adapters, none)
+
+
+def merged_delta(plan: Plan, module: str) -> DenseDelta:
+    """Merge one module of a plan, scale applied, cut only where a rank was asked for."""
+    plan.prepare()
+    if plan.rank is not None:
+        return as_dense(plan.merged(module)[0])
+    x = plan.view(module)
+    result = plan.method.function(x, **plan.options)
+    dense = result if isinstance(result, DenseDelta) else as_dense(result)
+    scale = plan.scale
+    if plan.calibration:
+        scale *= plan.calibration.after(x, dense.energy() ** 0.5)
+    return DenseDelta(dense.shape, lambda start, stop: (dense.rows(start, stop) * scale).cpu())
+
+
+def sites_of(
+    adapter: Adapter,
+    deltas: Mapping[str, Callable[[], DenseDelta]],
+    tensors: Mapping[str, StoredTensor],
+    config: Mapping[str, Any],
+    layout: Mapping[str, StoredParameter],
+) -> list[Site]:
+    """Find the stored weight that takes each delta."""
+    found: list[Site] = []
+    tied = is_tied(config)
+    conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
+    for module, delta in deltas.items():
+        dense = delta()
+        if module in adapter.modules and adapter.modules[module].kind == EXPERT:
+            parts = expert_parts(module, adapter.prefix, dense, layout, tensors)
+            found += [Site(module, p.tensor, p.stored, p.delta, p.transposed, False, False) for p in parts]
+            continue
+        name, is_output = tensor_of(module, adapter, tensors, tied)
+        stored = _as_matrix(tensors[name])
+        embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
+        flipped = (dense.shape[1], dense.shape[0])
+        transposed = embedding or (conv1d and stored.shape == flipped and not is_output)
+        if stored.shape != (flipped if transposed else dense.shape):
+            raise InputError(f"{module!r} has a delta {dense.shape} and the base a weight {stored.shape}", where=name)
+        _ = stored.torch_dtype
+        found.append(Site(module, name, stored, dense, transposed, tied and (is_output or embedding), is_output))
+    return found
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a base's output layer is its embedding."""
+    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+
+
+def _as_matrix(stored: StoredTensor) -> StoredTensor:
+    """A convolution's weight as (out, in * kernel): the same bytes."""
+    return replace(stored, shape=(stored.shape[0], math.prod(stored.shape[1:]))) if len(stored.shape) > 2 else stored
