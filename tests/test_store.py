@@ -265,3 +265,12 @@ def test_a_second_writer_is_told_and_a_dead_one_holds_nothing(tmp_path):
     (tmp_path / ".out2.lock").write_text("")  # the file of a killed process; nobody holds it
     make(tmp_path / "out2")
     assert left_over(tmp_path) == []
+
+
+def test_folders_made_for_an_output_are_on_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(locks, "flush_folder", flushed.append)
+    with locks.locked(tmp_path / "a" / "b" / "out"):
+        assert set(flushed) == {tmp_path, tmp_path / "a"}
+    with locks.locked(tmp_path / "a" / "b" / "out"):
+        assert len(flushed) == 2

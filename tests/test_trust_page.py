@@ -11,6 +11,8 @@ from benchmarks.trust.page import page
 from benchmarks.trust.reached import FILES, PACKAGE, reached, reading_lines
 from benchmarks.trust.small import comparable, differing, litter
 
+from plait.disk import durable
+from plait.runs import journal
 from plait.runs.journal import JOURNAL, about_runs, noted
 
 
@@ -67,6 +69,18 @@ def test_litter_is_found(tmp_path):
     (tmp_path / ".out.staging").mkdir()
     (tmp_path / "out/.x.lock").touch()
     assert litter(tmp_path) == [".out.staging", "out/.x.lock"]
+
+
+def test_the_folder_of_a_run_is_on_the_disk_before_what_is_in_it(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(durable, "flush_folder", flushed.append)
+    monkeypatch.setattr(journal, "flush_folder", flushed.append)
+    with noted(tmp_path / "runs" / "one", "cpu", "InProcess", 1, 1):
+        assert set(flushed) == {tmp_path, tmp_path / "runs"}
+    assert flushed[-1] == tmp_path / "runs" / "one"  # whose journal is new
+    flushed.clear()
+    with noted(tmp_path / "runs" / "one", "cpu", "InProcess", 1, 1):
+        assert not flushed
 
 
 @pytest.mark.parametrize("line", [b'{"seconds": 1', b"\xff\x00", b"{}", b"[]", b"5"])

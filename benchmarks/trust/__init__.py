@@ -102,17 +102,17 @@ def added(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     """Pieces of one part as one: rows of the same attack added up, commands and notes one after the other.
 
     Raises:
-        ValueError: They are of different sources.
+        ValueError: An attack was tried on different sources, whose figures do not add up.
     """
-    first = pieces[0]
-    if len({p["source"] for p in pieces}) > 1:
-        raise ValueError(f"{first['part']}: its pieces are of different sources")
-    rows: dict[str, Row] = {}
-    for r in (r for p in pieces for r in p["rows"]):
+    first, rows, of = pieces[0], dict[str, Row](), dict[str, str]()
+    for origin, r in [(piece["source"], r) for piece in pieces for r in piece["rows"]]:
         one, other = Row(**r | {"notes": tuple(r["notes"])}), rows.get(r["what"])
+        if of.setdefault(one.what, origin) != origin:
+            raise ValueError(f"{one.what}: its pieces are of different sources")
         rows[one.what] = one if other is None else other.plus(one)
     return {
         **first,
+        "source": "; ".join(dict.fromkeys(p["source"] for p in pieces)),
         "command": "; ".join(dict.fromkeys(p["command"] for p in pieces)),
         "seconds": round(sum(p["seconds"] for p in pieces), 1),
         "rows": [asdict(r) for r in rows.values()],

@@ -73,6 +73,7 @@ def page(found: dict[str, Any], remarks: Iterable[str] = ()) -> str:
 
 def _versions(part: dict[str, Any]) -> str:
     names = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+    names += f"; source {part['source']}"
     return f"{part['seconds']:,} seconds; {names}." if part["seconds"] else f"{names}."
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.border.checked import Json, Record
+from plait.disk.durable import absent_above, flush_above, flush_folder
 from plait.disk.files import require_regular
 from plait.disk.locks import system_errors
 from plait.errors import PlaitError
@@ -30,7 +31,11 @@ def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> 
         workers: Batches of trainings at once.
         scorers: Other batches at once.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    out = out.absolute()
+    if not out.exists():
+        made = absent_above(out)
+        out.mkdir(parents=True, exist_ok=True)
+        flush_above(out, made)  # what its units flush is of no use in a folder that a power loss takes away
     started = time.monotonic()
     try:
         yield
@@ -42,6 +47,7 @@ def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> 
             file.write(b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            flush_folder(out)
 
 
 def hardware(device: str) -> str:

@@ -187,7 +187,12 @@ class Recipe(Settings):
         A list of learning rates makes an arm ``NAME@lrRATE`` of each, and the snapshots of a training follow it as
         ``NAME@stepN``; neither can be mistaken for a name of the recipe, where @ is not allowed.
         """
-        return [each for arm in self.named_arms for rated in self.at_each_rate(arm) for each in (rated, *self._snapshots(rated))]
+        return [
+            each
+            for arm in self.named_arms
+            for rated in self.at_each_rate(arm)
+            for each in (rated, *self._snapshots(rated))
+        ]
 
     def arm(self, name: str) -> ArmSpec:
         """The arm of a name."""

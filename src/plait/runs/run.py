@@ -237,7 +237,6 @@ def write_jobs(recipe: Recipe, out: Path, to: Path, workers: int) -> Jobs:
     made = []
     for i, part in enumerate(parts(todo, workers) if todo else []):
         path = to / f"job-{i:03d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path, overwrite=True) as stage:
             stage.write_text(json.dumps(batch_of(layout, part)), encoding="utf-8")
         made.append(str(path))
