@@ -65,10 +65,10 @@ def test_commands_import_nothing_from_the_working_directory(evil, arguments):
 
 
 def test_the_child_that_matches_patterns_imports_nothing_from_there(evil, monkeypatch):
-    from plait.statistics.targets import _require_quick_regex
+    from plait.statistics.targets import require_quick_regex
 
     monkeypatch.chdir(evil)
-    _require_quick_regex(".*query", ["a.query", "b.key"], "target_modules")
+    require_quick_regex(".*query", ["a.query", "b.key"], "target_modules")
     assert sung(evil) == []
 
 

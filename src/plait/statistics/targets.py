@@ -142,7 +142,7 @@ def _matched(base: nn.Module, config: Any, modules: Mapping[str, nn.Module]) -> 
     for key in ("target_modules", "exclude_modules"):
         value = getattr(config, key)
         if isinstance(value, str) and value.lower() != "all-linear":
-            _require_quick_regex(value, modules, key)
+            require_quick_regex(value, modules, key)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = [n for n, m in modules.items() if linear_shape(m) is not None]
         routers = [n for n, m in modules.items() if is_gate(m)]  # as PEFT's has them, by target_parameters
@@ -163,7 +163,17 @@ def _was_adapted(base: nn.Module, name: str) -> bool:
         return False
 
 
-def _require_quick_regex(pattern: str, names: Iterable[str], key: str) -> None:
+def require_quick_regex(pattern: str, names: Iterable[str], key: str) -> None:
+    """Refuse a regular expression that is none, or that takes too long on a model's names.
+
+    Args:
+        pattern: PEFT's, of whole names.
+        names: All names of the model.
+        key: The argument it came in, for the message.
+
+    Raises:
+        UsageError: It is no regular expression, or it takes more than `MAX_PATTERN_SECONDS`.
+    """
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
