@@ -43,7 +43,7 @@ class Fault:
     what: str
 
 
-def sealed(record: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+def sealed(record: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> Mapping[str, Any]:
     """Complete a manifest: a record, the files of its folder, and the digest of all that.
 
     Args:
@@ -57,7 +57,7 @@ def sealed(record: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> d
     return {**content, _SEAL: sha256_json(content)}
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> Mapping[str, Any] | None:
     """Read the manifest of a finished folder, or None where there is none.
 
     Manifests of earlier versions, which hold neither sizes nor a digest of their own, are read as they are; one that
@@ -174,7 +174,7 @@ def compare_with_manifest(folder: Path, *, read: bool, known: Mapping[str, str] 
     return tuple(faults)
 
 
-def _governing(folder: Path) -> tuple[dict[str, Any], str] | None:
+def _governing(folder: Path) -> tuple[Mapping[str, Any], str] | None:
     """The manifest that speaks of a folder, and the folder's own path in it ("" or one that ends with "/")."""
     own = read_manifest(folder)
     if own is not None:

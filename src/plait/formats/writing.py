@@ -160,7 +160,7 @@ def _scaled_for(factors: LoraFactors, target: str) -> LoraFactors:
     return factors if target == KOHYA or (target == PEFT and whole) else unscaled(factors)
 
 
-def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> Mapping[str, Any] | None:
     """The record of what already stands at `out` where it is the wanted result, else None.
 
     Raises:

@@ -111,7 +111,7 @@ def recorded_choice(path: Path) -> Recorded | None:
     return _recipe(path, found, "methods") if found is not None and found.get("stage") == CHOSEN else None
 
 
-def _record(path: Path) -> dict[str, Any] | None:
+def _record(path: Path) -> Mapping[str, Any] | None:
     path = adapter_place(path)
     if path.is_dir():
         return store.read_manifest(path)
