@@ -101,11 +101,11 @@ def test_the_headline_is_the_mean_of_the_rows(study_done):
     for arm in ("kaiming", "orthonormal"):
         for merge in ("task_arithmetic", "regmean"):
             mine = account.of(arm, merge)
-            assert len(mine) == 2 and top["merged"][arm][merge] == pytest.approx(np.mean([r.merged for r in mine]))
-            assert top["recovered"][arm][merge] == pytest.approx(np.mean([r.recovered for r in mine]))
-            assert top["individual"][arm] == pytest.approx(np.mean([r.individual for r in mine]))
-            assert top["worst_task"][arm][merge][1] == pytest.approx(min(r.worst_task for r in mine))
-            assert 0 < top["merged_standard_error"][arm][merge] < 50
+            assert len(mine) == 2 and top.merged[arm][merge] == pytest.approx(np.mean([r.merged for r in mine]))
+            assert top.recovered[arm][merge] == pytest.approx(np.mean([r.recovered for r in mine]))
+            assert top.individual[arm] == pytest.approx(np.mean([r.individual for r in mine]))
+            assert top.worst_task[arm][merge][1] == pytest.approx(min(r.worst_task for r in mine))
+            assert 0 < top.merged_standard_error[arm][merge] < 50
 
 
 def test_predicted_shifts_are_those_of_the_files(study_done):

@@ -133,7 +133,7 @@ def test_where_nothing_was_learned_recovered_is_null_and_why_is_said(small_study
     assert all(b["interval"] is None for b in tables["best"])
     assert all(r["recovered"] is None and r["score"] > 0 for r in tables["references"])
     top = tables["headline"]
-    assert all(v is None for by in top["recovered"].values() for v in by.values()) and written.headline["floor"] > 0
+    assert all(v is None for by in top["recovered"].values() for v in by.values()) and written.headline.floor > 0
     assert ">merged, mean score, %<" in written.figures[0].read_text("utf-8")
 
 

@@ -197,7 +197,7 @@ def _grey_first(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) 
     return sorted(lines, key=lambda c: -list(colours).index(c["arm"]) if c["arm"] in colours else -len(colours))
 
 
-def _line(arm: str, colours: Mapping[str, str]) -> dict[str, Any]:
+def _line(arm: str, colours: Mapping[str, str]) -> dict[str, str | float]:
     if arm not in colours:
         return {"color": _REST, "linewidth": 0.9, "label": "other arms"}
     return {"color": colours[arm], "linewidth": 1.3, "marker": "o", "markersize": 2.5, "label": arm}

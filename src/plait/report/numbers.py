@@ -4,54 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from plait.report.account import Account
 from plait.report.table import Row, mean
 from plait.runs.folder import published
-from plait.runs.recipe import Recipe
 
-__all__ = ["SCHEMA", "finite", "headline_of", "published_tables", "report_tables"]
+__all__ = ["SCHEMA", "Headline", "finite", "headline_of", "published_tables", "report_tables"]
+ByMerge = Mapping[str, Mapping[str, float | None]]
+T = TypeVar("T")
 SCHEMA = 2  # of report.json; 1 was of runs that scored one half
 
 
-def headline_of(account: Account) -> dict[str, Any]:
-    """Give the figures a script wants: percent, shares as ratios, None where they are not defined; by arm, then by merge.
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """The figures a script wants, means over seeds: percent, shares as ratios, None where they are not defined.
 
-    Returns:
-        `individual` (by arm), `floor`; `merged`, `recovered` (of plain), both with `_standard_error` over seeds and examples,
-        `recovered_of_own`, `scale` (geometric mean of those chosen) and `worst_task` (a name, and points against its own
-        adapter): means over seeds.
+    Args:
+        individual: Arm -> its adapters alone.
+        floor: The bare base with the reference's heads.
+        merged, recovered, recovered_of_own: Arm -> merge -> score, and shares of plain and of own.
+        merged_standard_error, recovered_standard_error: Arm -> merge -> standard error over seeds and examples.
+        scale: Arm -> merge -> geometric mean of the chosen scales.
+        worst_task: Arm -> merge -> the task that loses most against its own adapter in any seed, and how many points.
     """
+
+    individual: Mapping[str, float]
+    floor: float
+    merged: ByMerge
+    merged_standard_error: ByMerge
+    recovered: ByMerge
+    recovered_standard_error: ByMerge
+    recovered_of_own: ByMerge
+    scale: ByMerge
+    worst_task: Mapping[str, Mapping[str, tuple[str, float]]]
+
+
+def headline_of(account: Account) -> Headline:
+    """Average the rows of an account over seeds, by arm and merge."""
     arms = list(dict.fromkeys(r.arm for r in account.plain_rows))
 
-    def table(value: Callable[[list[Row]], Any]) -> dict[str, dict[str, Any]]:
-        return {a: {m: value(mine) for m in account.merges if (mine := account.of(a, m))} for a in arms}
+    def table(value: Callable[[list[Row]], T]) -> dict[str, dict[str, T]]:
+        return {a: {m: finite(value(mine)) for m in account.merges if (mine := account.of(a, m))} for a in arms}
 
     def worst(mine: list[Row]) -> tuple[str, float]:
-        row = min(mine, key=lambda r: r.worst_task)
-        return row.worst, row.worst_task
+        return min(((r.worst, r.worst_task) for r in mine), key=lambda pair: pair[1])
 
-    headline = {
-        "individual": {a: mean(r.individual for r in account.plain_rows if r.arm == a) for a in arms},
-        "floor": mean(r.floor for r in account.plain_rows),
-        "merged": table(lambda mine: mean(r.merged for r in mine)),
-        "merged_standard_error": table(lambda mine: account.spread(mine[0]).merged),
-        "recovered": table(lambda mine: mean(r.recovered for r in mine)),
-        "recovered_standard_error": table(lambda mine: account.spread(mine[0]).recovered),
-        "recovered_of_own": table(lambda mine: mean(r.recovered_of_own for r in mine)),
-        "scale": table(lambda mine: math.exp(mean(math.log(r.scale_selected) for r in mine))),
-        "worst_task": table(worst),
-    }
-    return {name: finite(value) for name, value in headline.items()}
+    return Headline(
+        individual={a: mean(r.individual for r in account.plain_rows if r.arm == a) for a in arms},
+        floor=mean(r.floor for r in account.plain_rows),
+        merged=table(lambda mine: mean(r.merged for r in mine)),
+        merged_standard_error=table(lambda mine: account.spread(mine[0]).merged),
+        recovered=table(lambda mine: mean(r.recovered for r in mine)),
+        recovered_standard_error=table(lambda mine: account.spread(mine[0]).recovered),
+        recovered_of_own=table(lambda mine: mean(r.recovered_of_own for r in mine)),
+        scale=table(lambda mine: math.exp(mean(math.log(r.scale_selected) for r in mine))),
+        worst_task=table(worst),
+    )
 
 
 def report_tables(account: Account) -> dict[str, Any]:
     """Give the JSON of a report: the headline, what a study publishes, and what only the page shows."""
     return {
         "schema": SCHEMA,
-        "headline": headline_of(account),
+        "headline": asdict(headline_of(account)),
         "reference": account.reference,
         "notes": list(account.notes),
         **published_tables(account),
@@ -63,12 +80,15 @@ def report_tables(account: Account) -> dict[str, Any]:
 
 def published_tables(account: Account) -> dict[str, Any]:
     """Give the tables of a study as its JSON file publishes them, six figures a number."""
-    intervals = account.inference.intervals
+    intervals, recipe = account.inference.intervals, account.recipe
+    told: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
+    told["base"]["model"] = published(recipe.base.model)
+    told.get("data", {}).pop("root", None)  # whose folder it lies in is nobody's business
     best = [asdict(b) | {"interval": intervals.get(b.arm)} for b in account.best]
     tables = {
-        "name": account.recipe.name,
+        "name": recipe.name,
         "about": account.about,
-        "study": _told(account.recipe),
+        "study": told,
         "undefined": account.undefined,
         "rows": [asdict(r) for r in account.rows],
         "best": best,
@@ -82,14 +102,6 @@ def published_tables(account: Account) -> dict[str, Any]:
     }
     unrounded = ("name", "about", "study", "undefined")
     return {k: v if k in unrounded else finite(v, 6) for k, v in tables.items()}
-
-
-def _told(recipe: Recipe) -> dict[str, Any]:
-    """The study as it is published."""
-    told: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
-    told["base"]["model"] = published(recipe.base.model)
-    told.get("data", {}).pop("root", None)
-    return told
 
 
 def finite(value: Any, figures: int | None = None) -> Any:

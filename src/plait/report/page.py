@@ -10,13 +10,13 @@ from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plait.disk.store import staged_file
 from plait.evaluation.scores import write_parquet
 from plait.report.account import Account, account_of
 from plait.report.figures import figures_of
-from plait.report.numbers import published_tables, report_tables
+from plait.report.numbers import Headline, headline_of, published_tables, report_tables
 from plait.report.scores import long_table
 from plait.report.sections import about_lines, sections_of, verdict
 from plait.runs.folder import published
@@ -42,13 +42,13 @@ class Written:
     """What was written.
 
     Args:
-        headline: The figures a script wants (`plait.report.numbers.headline_of`).
+        headline: The figures a script wants.
         html, json, markdown: Paths of the pages and of the numbers.
         figures: Paths of the figures the Markdown page shows.
         rows: Number of rows: arms x merges x seeds, and those of the ablations.
     """
 
-    headline: Mapping[str, Any]
+    headline: Headline
     html: Path
     json: Path
     markdown: Path
@@ -99,7 +99,7 @@ def write_report(
             write_parquet(stage, list(long_table(layout)))
     html, data, markdown = (folder / f"{name}.{suffix}" for suffix in ("html", "json", "md"))
     drawn = tuple(folder / f for f in files.values())
-    return Written(tables["headline"], html, data, markdown, drawn, len(account.rows))
+    return Written(headline_of(account), html, data, markdown, drawn, len(account.rows))
 
 
 def render_html(account: Account, figures: Mapping[str, str]) -> str:
@@ -117,7 +117,11 @@ def render_html(account: Account, figures: Mapping[str, str]) -> str:
     environment.filters["inline"] = _inline
     script = loader.get_source(environment, "sort.js")[0]
     return environment.get_template("page.html.j2").render(
-        _content(account),
+        recipe=account.recipe,
+        base=published(account.recipe.base.model),
+        verdict=verdict(account),
+        about=about_lines(account),
+        sections=sections_of(account),
         figures={figure: Markup(svg) for figure, svg in figures.items()},
         script=Markup(script),
         script_sha256=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -142,27 +146,17 @@ def render_markdown(account: Account, figures: Mapping[str, str], to: Path) -> s
         autoescape=False,
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-    content = _content(account)
-    content["description"] = linked(content["description"], to)
-    text = environment.get_template("page.md.j2").render(content, figures=figures, longest=LONGEST_TABLE)
+    text = environment.get_template("page.md.j2").render(
+        title=account.recipe.name,
+        description=linked(account.recipe.description, to),
+        verdict=verdict(account),
+        about=about_lines(account),
+        sections=sections_of(account),
+        captions=_CAPTIONS,
+        figures=figures,
+        longest=LONGEST_TABLE,
+    )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def _content(account: Account) -> dict[str, Any]:
-    """What both templates are filled with."""
-    recipe = account.recipe
-    return {
-        "title": recipe.name,
-        "description": recipe.description,
-        "base": published(recipe.base.model),
-        "rank": recipe.lora.rank,
-        "seeds": len(recipe.seeds),
-        "tasks": len(recipe.tasks),
-        "verdict": verdict(account),
-        "about": about_lines(account),
-        "sections": sections_of(account),
-        "captions": _CAPTIONS,
-    }
 
 
 _INLINE = (
