@@ -27,6 +27,12 @@ class LoraFactors:
         scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
         kind: "linear" (Conv1D included: delta is always (out, in)), "embedding" (A is (rank, vocabulary)) or "expert" (one
             matrix of a fused weight, see `experts`).
+
+    >>> factors = LoraFactors(A=torch.ones(2, 4), B=torch.ones(3, 2), scaling=0.5)
+    >>> factors.rank, factors.shape, factors.norm_squared()
+    (2, (3, 4), 12.0)
+    >>> factors.delta()[0]
+    tensor([1., 1., 1., 1.])
     """
 
     A: Float[Tensor, "r in"]
@@ -157,15 +163,21 @@ def concatenated(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LoraFactors:
-    """The exact weighted sum of deltas, sum_t w_t D_t, as one pair of factors of rank sum_t r_t.
+    """Add deltas up exactly, sum_t w_t D_t, as one pair of factors of rank sum_t r_t.
 
     Weights and scalings together are multiplied into the whole B at once: a copy, and one pass while it is in the cache.
 
     Args:
         factors: At least one; all of one (out, in).
         weights: One finite number each, any sign; multiplied into B.
-        dtype: Of the result.
-        device: Of the result.
+        dtype: Type of the result.
+        device: Place of the result.
+
+    >>> one = LoraFactors(torch.ones(1, 2), torch.ones(2, 1))
+    >>> both = concatenated([one, one], [1.0, -0.5])
+    >>> both.rank, both.delta()
+    (2, tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]]))
     """
     A = torch.cat([f.A.to(device, dtype) for f in factors])
     B = torch.cat([f.B.to(device, dtype) for f in factors], dim=1)
@@ -176,16 +188,20 @@ def concatenated(
 
 
 def truncated(factors: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
-    """The best approximation of the delta of a lower rank, and the fraction of its energy that is lost.
+    """Approximate the delta best at a lower rank, and say which fraction of its energy is lost.
 
     Thin QR of both factors, then an SVD of the (r, r) core: exact, and no out x in matrix is formed.
 
     Args:
-        factors: Of any rank.
+        factors: Factors of any rank.
         rank: Wanted rank, at least 1; a rank not below the present one changes nothing.
 
     Returns:
         Factors with scaling 1, and discarded / total squared singular values, in [0, 1].
+
+    >>> shorter, lost = truncated(LoraFactors(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2)), 1)
+    >>> shorter.rank, round(lost, 6)
+    (1, 0.1)
     """
     if rank >= factors.rank:
         return factors, 0.0

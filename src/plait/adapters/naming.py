@@ -27,11 +27,14 @@ def split_name(argument: str | Path) -> tuple[str | None, str]:
 
 
 def checked_name(name: str, what: str = "name") -> str:
-    """A name fit for a folder on any system, in Unicode normal form C.
+    """Check that a name fits a folder on any system, and give it in Unicode normal form C.
 
     Raises:
         UsageError: It is empty, over 100 characters or 200 bytes, starts with anything but a letter or digit, or holds
             anything but letters, digits and ``_ . + -``.
+
+    >>> checked_name("sst2-v1.1")
+    'sst2-v1.1'
     """
     normal = unicodedata.normalize("NFC", name)
     if not _NAME.fullmatch(normal) or normal.endswith(".") or len(normal.encode()) > _BYTES:

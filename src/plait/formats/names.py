@@ -60,10 +60,13 @@ _PER_BLOCK = 3  # two layers and a change of resolution
 
 
 def to_diffusers(name: str) -> str:
-    """A kohya module name as diffusers has it: ``unet.down_blocks.0.attentions.0.proj_in``.
+    """Name a kohya module as diffusers does.
 
     Raises:
         InputError: An unknown component or word.
+
+    >>> to_diffusers("lora_unet_down_blocks_0_attentions_0_proj_in")
+    'unet.down_blocks.0.attentions.0.proj_in'
     """
     prefix = next((p for p in COMPONENTS if name.startswith(p)), None)
     if prefix is None:
@@ -78,7 +81,7 @@ def to_diffusers(name: str) -> str:
 
 
 def to_kohya(name: str, *, several: bool, first_release: bool) -> str:
-    """A diffusers module name as kohya has it.
+    """Name a diffusers module as kohya does.
 
     Args:
         name: Starting with its component.
@@ -87,6 +90,9 @@ def to_kohya(name: str, *, several: bool, first_release: bool) -> str:
 
     Raises:
         InputError: An unknown component, or a module that could not be told from another afterwards.
+
+    >>> to_kohya("text_encoder.text_model.encoder.layers.0.mlp.fc1", several=False, first_release=False)
+    'lora_te_text_model_encoder_layers_0_mlp_fc1'
     """
     component, _, rest = name.partition(".")
     if component not in COMPONENTS.values():

@@ -62,7 +62,7 @@ def merge(
     ...     for n, k in (("a", 1), ("b", 2))
     ... )
     >>> merged = merge([one, other], "task_arithmetic", weights=[1.0, -1.0], scale=1.0)
-    >>> merged.adapter.modules["q"].dense()
+    >>> merged.adapter.modules["q"].delta()
     tensor([[-1.,  0.,  0.,  0.],
             [ 0., -1.,  0.,  0.],
             [ 0.,  0.,  0.,  0.]])

@@ -44,9 +44,9 @@ class MergeSpec:
     def of(cls, method: str | MergeSpec | None, settings: MergeSettings) -> MergeSpec:
         """Build a spec from a friendly signature: a method's name and settings, or a spec and what differs from it.
 
-        >>> MergeSpec.of(MergeSpec("ties", scale=0.7), {"rank": 8})
-        MergeSpec(method='ties', options=None, weights=None, module_weights=None, scale=0.7, rank=8, calibrate=None, \
-seed=0, device='cpu', base=None, disjoint=False)
+        >>> spec = MergeSpec.of(MergeSpec("ties", scale=0.7), {"rank": 8})
+        >>> spec.method, spec.scale, spec.rank
+        ('ties', 0.7, 8)
         """
         return replace(method, **settings) if isinstance(method, MergeSpec) else cls(method, **settings)
 
