@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 
-from plait.disk.store import read_manifest
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.text import answer_ids, perplexity, prompts_of, rouge_l, write_texts
@@ -140,7 +140,8 @@ def test_text_tasks_pass_through_the_whole_line(tiny_base, tmp_path, kind, archi
         }
     )  # fmt: skip
     run(recipe, tmp_path / "out", quiet=True)
-    for arm in ("kaiming", "osrm", "contrastive"):
-        result = read_manifest(tmp_path / f"out/merged/{arm}/seed-0/task_arithmetic")["result"]
-        assert all(set(half["score"]) == {"one", "two"} for half in result["halves"].values())
+    rows = parquet.read_table(tmp_path / "out/report/scores.parquet").to_pylist()
+    merged = {(r["arm"], r["task"]) for r in rows if r["adapter"] == "merged" and r["split"] in ("A", "B")}
+    assert merged == {(a, t) for a in ("kaiming", "osrm", "contrastive") for t in ("one", "two")}
+    assert {r["metric"] for r in rows} == {"exact_match", "score"}
     assert list((tmp_path / "out").rglob("report.html"))

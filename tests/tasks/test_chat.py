@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 
-from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.text import perplexity, prompts_of, write_texts
@@ -225,9 +225,15 @@ def test_chat_and_written_answers_walk_the_line(chat_base, tmp_path):
         "evaluation": {"scales": [1.0], "resamples": 20},
     }  # fmt: skip
     run(parse_recipe(raw, "chat"), tmp_path / "out", quiet=True)
-    halves = [r for m in (tmp_path / "out").rglob("plait.json") if "A" in (r := read_manifest(m.parent)["result"])]
+    rows = parquet.read_table(tmp_path / "out/report/scores.parquet").to_pylist()
+    reported = [r for r in rows if r["split"] in ("A", "B")]
+    assert {(r["task"], r["metric"]) for r in reported} == {
+        ("one", "exact_match"), ("one", "score"), ("two", "rouge_l"), ("two", "likelihood"), ("two", "score"),
+    }  # fmt: skip
     means = {
-        (kind, task): np.mean([half[kind][task] for r in halves for half in (r["A"], r["B"])])
+        (kind, task): np.mean(
+            [r["value"] for r in reported if (r["adapter"], r["task"], r["metric"]) == (kind, task, "score")]
+        )
         for kind in ("alone", "floor")
         for task in ("one", "two")
     }
