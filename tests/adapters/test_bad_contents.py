@@ -196,3 +196,18 @@ def test_good_shards(folder):
         torch.equal(found.modules[m].A, f.A) and torch.equal(found.modules[m].B, f.B)
         for m, f in expected.modules.items()
     )
+
+
+def test_what_a_config_does_not_say_is_what_peft_takes_by_default(tmp_path):
+    """Rank 8, alpha 8, no scaling by the root, weights as they lie: the defaults of PEFT's own class."""
+    from peft import LoraConfig
+
+    from plait.adapters.config import checked_config
+
+    found, wanted = checked_config({"peft_type": "LORA"}, tmp_path / "adapter_config.json"), LoraConfig()
+    assert (found.r, found.alpha, found.rslora) == (wanted.r, wanted.lora_alpha, wanted.use_rslora)
+    assert found.fan_in_fan_out is wanted.fan_in_fan_out is False
+    assert found.weight_tying is wanted.ensure_weight_tying is False
+    assert (dict(found.rank_pattern), dict(found.alpha_pattern)) == (wanted.rank_pattern, wanted.alpha_pattern)
+    assert found.base == "" and found.revision is found.task_type is found.target_modules is None
+    assert found.modules_to_save == found.target_parameters == found.listed == ()

@@ -37,6 +37,11 @@ def test_a_study_from_its_file_to_its_tables(small_study, tmp_path):
         "joint training",
         "best single adapter",
     }
+    repaired = [r for r in found["references"] if r["reference"].endswith(" and repair")]
+    assert (
+        len(repaired) == len(repair_units(layout)) > 0
+    )  # a merge that was trained further is measured beside the others
+    assert {(r["arm"], r["seed"]) for r in repaired} == {(u.arm, u.seed) for u in repair_units(layout)}
     assert "| `contrastive` |" in (tmp_path / "tiny.md").read_text()
     fleets = {u.variant: fleet_of(layout, u) for u in final_units(layout) if u.arm == "contrastive"}
     assert fleets["rank4"] == fleets[""] >= 10  # an ablation's adapters are trained in the fleet of the main arms
