@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plait.disk import locks, store
+from plait.disk import durable, locks, store
 from plait.disk.store import MANIFEST, identity, is_done, read_manifest, staged_file, staged_folder
 from plait.errors import EnvironmentFault, RunError, UsageError
 from tests.conftest import unprivileged
@@ -269,7 +269,7 @@ def test_a_second_writer_is_told_and_a_dead_one_holds_nothing(tmp_path):
 
 def test_folders_made_for_an_output_are_on_the_disk(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(locks, "flush_folder", flushed.append)
+    monkeypatch.setattr(durable, "flush_folder", flushed.append)
     with locks.locked(tmp_path / "a" / "b" / "out"):
         assert set(flushed) == {tmp_path, tmp_path / "a"}
     with locks.locked(tmp_path / "a" / "b" / "out"):

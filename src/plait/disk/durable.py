@@ -38,6 +38,14 @@ def absent_above(path: Path) -> list[Path]:
     return [parent for parent in path.absolute().parents if not parent.exists()]
 
 
+def make_above(path: Path) -> None:
+    """Make the folders above a path, each with its entry on the disk: what is flushed in them would go with them else."""
+    made = absent_above(path)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        flush_folder(folder.parent)
+
+
 def flush_above(path: Path, made: list[Path]) -> None:
     """Have a path's own entry on the disk, and those of the folders above it that were made for it."""
     for folder in dict.fromkeys([path.parent, *(m.parent for m in made)]):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plait.disk.durable import absent_above, flush_folder
+from plait.disk.durable import make_above
 from plait.errors import EnvironmentFault, InputError, PlaitError
 
 STEPS = {
@@ -59,10 +59,7 @@ def locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with system_errors(path):
             try:
-                made = absent_above(lock)
-                lock.parent.mkdir(parents=True, exist_ok=True)
-                for folder in made:  # or what is flushed in them may go with them when the power goes
-                    flush_folder(folder.parent)
+                make_above(lock)
                 file = held.enter_context(lock.open("w"))
             except FileNotFoundError:  # /proc and the like, or a folder removed meanwhile
                 raise EnvironmentFault(

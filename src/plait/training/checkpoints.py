@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter
+from plait.disk.durable import make_above
 from plait.disk.locks import writing_to
 from plait.disk.store import canonical_json, read_json, sha256_file
 from plait.errors import PlaitError
@@ -53,7 +54,8 @@ def open_root(root: Path, identity: Mapping[str, Any]) -> None:
     if root.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == canonical_json(identity)):
         shutil.rmtree(root)
     with writing_to(root):
-        root.mkdir(parents=True, exist_ok=True)
+        make_above(root)
+        root.mkdir(exist_ok=True)
         partial = mark.with_suffix(".partial")
         partial.write_text(canonical_json(identity), encoding="utf-8")
         partial.replace(mark)
