@@ -78,7 +78,9 @@ def write_part(
     folder.mkdir(parents=True, exist_ok=True)
     text = {
         "part": part,
-        "command": re.sub(r"--(to|map) \S+", r"--\1 parts", command or f"python -P -m benchmarks.trust.{part} --to parts"),
+        "command": re.sub(
+            r"--(to|map) \S+", r"--\1 parts", command or f"python -P -m benchmarks.trust.{part} --to parts"
+        ),
         "seconds": round(time.monotonic() - STARTED, 1),
         "versions": versions(),
         "source": source(),
