@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from plait.evaluation.answer_tree import AnswerTree
+    from plait.evaluation.writing import Endings
     from plait.model.rowbank import RowBank
     from plait.model.stacked import Active, StackedFactors
 
@@ -45,9 +46,11 @@ class Cache:
         prompts: Text task -> prompts and answers as token ids.
         banks: (task, positions of rows) -> those rows on the device, and the tree of a text task's answers.
         stacks: Candidates -> their factors on the device.
+        endings: Stop string of a task whose answers are written -> the tokens that end an answer.
     """
 
     rows: Shelf[list[dict[str, Any]]] = field(default_factory=Shelf)
     prompts: Shelf[tuple[list[list[int]], list[list[int]]]] = field(default_factory=Shelf)
     banks: Shelf[tuple[RowBank, AnswerTree | None]] = field(default_factory=Shelf)
     stacks: Shelf[tuple[dict[str, StackedFactors], list[Active]]] = field(default_factory=lambda: Shelf(MOST_STACKS))
+    endings: Shelf[Endings] = field(default_factory=Shelf)

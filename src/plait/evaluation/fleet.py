@@ -14,6 +14,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import RunError
 from plait.evaluation.answer_tree import AnswerTree, answer_tree, shared_ends, takes_trees, tree_scores
 from plait.evaluation.evaluate import Evaluator, Logits, is_open
+from plait.evaluation.writing import endings, measured_many
 from plait.model.applied import without_layers
 from plait.model.attention import fused_attention
 from plait.model.ends import Ends
@@ -23,6 +24,7 @@ from plait.tasks.task import TEXT_KINDS
 
 # Tokens a pass is worth having at once; more only takes memory.
 TOKENS_PER_PASS = {"cuda": 131_072, "cpu": 4_096}
+MAX_TOGETHER = 64  # candidates that write together
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,10 @@ def predict_many(
 
     Args:
         evaluator: The loaded base, with the task's rows.
-        task: Name of a task. Text tasks are scored by their answers; where the model's attention cannot follow a tree of
-            answers (sequence-to-sequence models among others), candidates go through it one after another, as they do where
-            one changes weights that no layer multiplies alone.
+        task: Name of a task. Text tasks are scored by their answers, listed or written; where the model's attention cannot
+            follow a tree of answers (sequence-to-sequence models among others), or `likelihood` is asked for beside what is
+            written, candidates go through it one after another, as they do where one changes weights that no layer
+            multiplies alone.
         candidates: Any number of them; they may have different ranks and targets.
         rows: Positions of the rows; all by default.
         limit: At most so many candidates at once; by default what the device works best on. Where memory runs out they
@@ -70,9 +73,13 @@ def predict_many(
     length, all candidates read the same rows.
     """
     model, kind = evaluator.task_model(task), evaluator.tasks[task].kind
-    one_by_one = kind in TEXT_KINDS and (kind != "causal" or is_open(evaluator.tasks[task]) or not takes_trees(model))
+    writes = is_open(evaluator.tasks[task])
+    measured = writes and "likelihood" in evaluator.tasks[task].metrics
+    one_by_one = kind in TEXT_KINDS and (kind != "causal" or measured or not takes_trees(model))
     if one_by_one or any(c.adapter and without_layers(model, c.adapter) for c in candidates):
         return [evaluator.predict(task, c.head, c.adapter, c.scale, rows) for c in candidates]
+    if writes:
+        return _written(evaluator, task, candidates, rows, limit or MAX_TOGETHER)
     key = (task, None if rows is None else rows.tobytes())  # rows are scored again and again
     bank, tree = evaluator.cache.banks.get(key, lambda: _bank(evaluator, task, rows))
     size = limit or _size(bank)
@@ -91,6 +98,28 @@ def predict_many(
                 f"predictions of {name} hold NaN or infinity at scale {candidate.scale:g}", where=f"task {task}"
             )
     return predictions
+
+
+def _written(
+    evaluator: Evaluator,
+    task: str,
+    candidates: Sequence[Candidate],
+    rows: npt.NDArray[np.int64] | None,
+    size: int,
+) -> list[Logits]:
+    """Measure what each candidate writes, `size` of them at a time."""
+    model, spec, device = evaluator.task_model(task), evaluator.tasks[task], evaluator.base.torch_device
+    encoded, examples = evaluator.encoded(task), evaluator.examples[task]
+    if rows is not None:
+        encoded, examples = [encoded[int(i)] for i in rows], examples.take(rows)
+    ends = evaluator.cache.endings.get(spec.stop, lambda: endings(model, evaluator.tokenizer, spec.stop, device))
+
+    def measured(part: Sequence[Candidate]) -> list[Logits]:
+        updates = _updates(evaluator, model, part)
+        return measured_many(model, evaluator.tokenizer, spec, encoded, examples, updates, len(part), ends)
+
+    parts = [candidates[i : i + size] for i in range(0, len(candidates), size)]
+    return [one for part in parts for one in _split_where_full(measured, part)]
 
 
 def _size(bank: RowBank) -> int:

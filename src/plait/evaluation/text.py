@@ -20,6 +20,9 @@ from plait.model.out_of_memory import by_parts
 from plait.tasks.encoding import collate, encode, length_order, to_device
 from plait.tasks.metrics import rouge_l
 from plait.tasks.task import IGNORED, Examples, Task
+from plait.tasks.written import cut, same_answer
+
+WRITTEN = {"exact_match", "rouge_l"}  # metrics that look at what a model writes
 
 
 def answers(task: Task) -> tuple[str, ...]:
@@ -81,7 +84,7 @@ def likelihoods(
 
     def one_by_one(part: Sequence[int]) -> Tensor:
         score = _causal_scores if kind == "causal" else _seq2seq_scores
-        return score(model, *_left_padded([prompts[i] for i in part], pad, device), _targets(ends, device))
+        return score(model, *left_padded([prompts[i] for i in part], pad, device), _targets(ends, device))
 
     def run(score: Callable[[Sequence[int]], Tensor]) -> None:
         def fill(part: Sequence[int]) -> None:
@@ -133,7 +136,12 @@ def _answer_length(row: dict[str, Any], task: Task) -> int:
     return next((i for i, t in enumerate(reversed(row["labels"])) if t == IGNORED), len(row["labels"]))
 
 
-def _left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad rows of token ids on the left, so that all end at one place.
+
+    Returns:
+        (n, longest) ids and their mask.
+    """
     width = max(map(len, lists))
     ids = torch.tensor([[*[pad] * (width - len(x)), *x] for x in lists], dtype=torch.int64, device=device)
     mask = torch.tensor([[*[0] * (width - len(x)), *[1] * len(x)] for x in lists], dtype=torch.int64, device=device)
@@ -181,7 +189,7 @@ def write_texts(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
     def write(part: Sequence[int]) -> None:
-        ids, mask = _left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
+        ids, mask = left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
         tokens = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -244,11 +252,24 @@ def measured_answers(
     rows = encode(tokenizer, task, examples, max_length)
     measured = np.zeros((len(rows), 4), np.float32)
     measured[:, 2:] = token_likelihoods(model, tokenizer, task, rows, batch_size)
-    if set(task.metrics) & {"exact_match", "rouge_l"}:
-        longest = max(_answer_length(r, task) or len(r["labels"]) for r in rows)
-        prompts = prompts_of(task, rows)
+    if set(task.metrics) & WRITTEN:
+        prompts, longest = prompts_of(task, rows), longest_answer(task, rows)
         written = write_texts(model, tokenizer, prompts, batch_size=batch_size, new_tokens=longest)
-        right = [str(y).strip() for y in examples.labels]
-        measured[:, 0] = [w == y for w, y in zip(written, right, strict=True)]
-        measured[:, 1] = [rouge_l(w, y) for w, y in zip(written, right, strict=True)]
+        measured[:, :2] = compared(task, written, examples)
     return measured
+
+
+def compared(task: Task, written: Sequence[str], examples: Examples) -> npt.NDArray[np.float32]:
+    """Compare written answers with the right ones.
+
+    Returns:
+        (n, 2): whether each is the right one by the task's own comparison, and its ROUGE-L in percent.
+    """
+    right = [str(y).strip() for y in examples.labels]
+    pairs = list(zip(written, right, strict=True))
+    return np.array([(same_answer(w, y, task), rouge_l(cut(w, task.stop), y)) for w, y in pairs], np.float32)
+
+
+def longest_answer(task: Task, rows: Sequence[dict[str, Any]]) -> int:
+    """Count the tokens of the longest right answer, its end token included: as many a model may write."""
+    return max(_answer_length(r, task) or len(r["labels"]) for r in rows)

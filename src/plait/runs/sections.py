@@ -81,6 +81,11 @@ class TaskSpec(Strict):
     metrics: Once | None = None
     template: str | None = None
     chat: Literal["prompt", "messages"] | None = Field(None, description="use the tokenizer's chat template (causal)")
+    stop: Annotated[str, Field(min_length=1)] | None = Field(None, description="where a written answer ends")
+    extract: str | None = Field(None, description="regular expression: the part of an answer that is compared")
+    compare: Literal["exact", "case", "squad", "number"] | None = Field(
+        None, description="how written answers are compared"
+    )
 
 
 class LoraSpec(Strict):

@@ -43,6 +43,9 @@ def task_of(spec: str | TaskSpec, root: Path | None) -> Task:
         metrics=tuple(spec.metrics or DEFAULT_METRICS[spec.kind]),
         template=spec.template,
         chat=spec.chat,
+        stop=spec.stop,
+        extract=spec.extract,
+        compare=spec.compare,
     )
 
 
@@ -138,8 +141,14 @@ class Session:
     def data_identity(self, task: str) -> Json:
         """What a task's rows are: its description, and the hashes of local files."""
         found = asdict(self.tasks[task])
-        if found["chat"] is None:
-            del found["chat"]
+        for later in (
+            "chat",
+            "stop",
+            "extract",
+            "compare",
+        ):  # without them an identity stays what it was before they came
+            if found[later] is None:
+                del found[later]
         for split in ("train", "validation"):
             place = found["source"][split]
             if place and not place.startswith("hub:"):

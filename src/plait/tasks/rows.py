@@ -30,7 +30,7 @@ def load_task(task: Task, *, root: Path | None = None) -> Task:
         targets = np.asarray(load_examples(task, "train", root=root).labels)
         return replace(task, target_mean=float(targets.mean()))
     if task.kind in TEXT_KINDS and not task.labels:
-        if set(task.metrics) & set(OPEN_ONLY):
+        if task.is_written or set(task.metrics) & set(OPEN_ONLY):
             return task
         distinct = sorted(set(load_examples(task, "train", root=root).labels))
         return replace(task, labels=tuple(map(str, distinct))) if len(distinct) <= MAX_ANSWERS else task

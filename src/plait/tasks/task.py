@@ -13,6 +13,7 @@ from plait.errors import InputError, UsageError
 KINDS = ("classification", "regression", "causal", "seq2seq")
 TEXT_KINDS = ("causal", "seq2seq")
 CHATS = (None, "prompt", "messages")
+COMPARISONS = (None, "exact", "case", "squad", "number")
 OPEN_ONLY = ("rouge_l", "likelihood")  # metrics of what a model writes, not of what it chooses
 SPLITS = ("train", "validation")
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -53,6 +54,12 @@ class Task:
             user's turn and the label the assistant's; "messages" reads conversations from the one text column, a list of
             {role, content} that ends with the assistant. None for plain text.
         template: For causal and seq2seq, the prompt with ``{column}`` fields; by default the texts on lines.
+        stop: For causal and seq2seq, the string at which a written answer ends, such as a line feed: what a model writes
+            after it does not count. With `stop`, `extract` or `compare` the model writes its answer, however few there are.
+        extract: A regular expression for the part of an answer that is compared (its first group, where it has one),
+            searched in the written and in the right answer; an answer without it is wrong.
+        compare: How exact_match compares: "exact" (the default), "case" (case and repeated blanks are overlooked), "squad"
+            (punctuation and articles, too) or "number" (the first number, by value).
     """
 
     name: str
@@ -65,6 +72,9 @@ class Task:
     template: str | None = None
     target_mean: float = 0.0
     chat: str | None = None
+    stop: str | None = None
+    extract: str | None = None
+    compare: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -83,8 +93,30 @@ class Task:
                 f"metric {written[0]!r} scores what is written, and `labels` make answers to choose from",
                 where=f"task {self.name}",
             )
+        self._check_written()
         if len(self.text_columns) > 2 and self.kind not in TEXT_KINDS:
             raise UsageError("at most two text columns", where=f"task {self.name}")
+
+    def _check_written(self) -> None:
+        """Refuse what says how written answers are compared where none are written, or what it cannot mean."""
+        if self.compare not in COMPARISONS:
+            raise UsageError(
+                f"compare {self.compare!r}, expected one of {', '.join(filter(None, COMPARISONS))}",
+                where=f"task {self.name}",
+            )
+        if self.stop == "":
+            raise UsageError("an empty stop string", where=f"task {self.name}")
+        if self.is_written and (self.labels or self.kind not in TEXT_KINDS):
+            raise UsageError(
+                "stop, extract and compare are for answers that are written"
+                + (", and `labels` make answers to choose from" if self.labels else ""),
+                where=f"task {self.name}",
+            )
+
+    @property
+    def is_written(self) -> bool:
+        """Whether something says how a written answer is compared."""
+        return any(x is not None for x in (self.stop, self.extract, self.compare))
 
     @property
     def num_labels(self) -> int:

@@ -1,0 +1,241 @@
+"""What many candidates write after the same prompts: one greedy decoding for all of them, the base's passes shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from plait.errors import RunError
+from plait.evaluation.text import WRITTEN, compared, left_padded, longest_answer, prompts_of
+from plait.model.attention import fused_attention
+from plait.model.base import backbone_of
+from plait.model.stacked import StackedFactors, by_member, stacked_updates
+from plait.tasks.task import Examples, Task
+
+# Tokens whose keys and values are held at once: with more, a step takes longer in proportion.
+TOKENS_HELD = {"cuda": 500_000, "cpu": 16_384}
+TOKENS_READ = {"cuda": 65_536, "cpu": 4_096}  # tokens of prompts read at once
+MEMORY_SHARE = 0.3  # of the free memory that keys and values may take: attention spreads them out over the heads
+LOOK_EVERY = 8  # steps between looks at who has ended: each makes the host wait for the device
+NO_TOKEN = -1  # in place of a token that the logits do not tell
+WORTH_GATHERING = 0.75  # rows are gathered anew where no more than this share still writes
+
+
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """Which tokens end an answer.
+
+    Args:
+        always: (vocabulary,) end tokens, and those that hold a stop string after something that is no blank.
+        after_text: (vocabulary,) those that hold a stop string; they end an answer that has begun.
+        blank: (vocabulary,) those with which no answer begins.
+    """
+
+    always: Tensor
+    after_text: Tensor
+    blank: Tensor
+
+
+def endings(model: Any, tokenizer: Any, stop: str | None, device: torch.device) -> Endings:
+    """Find the tokens that end an answer: the tokenizer's and the model's end tokens, and those that hold the stop string.
+
+    A stop string of several tokens ends nothing early: what follows it is cut off afterwards all the same.
+    """
+    size = int(model.config.vocab_size)
+    flags = torch.zeros(3, size, dtype=torch.bool)
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = known if isinstance(known, list) else [known]
+    flags[0, [i for i in (*ends, tokenizer.eos_token_id) if i is not None]] = True
+    if stop is not None:
+        pieces = tokenizer.batch_decode([[i] for i in range(min(size, len(tokenizer)))])
+        for i, piece in enumerate(pieces):
+            flags[0, i] |= stop in piece.lstrip()
+            flags[1, i] = stop in piece
+            flags[2, i] = not piece.strip()
+    always, after, blank = flags.to(device)
+    return Endings(always, after, blank)
+
+
+def measured_many(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    examples: Examples,
+    updates: Mapping[str, StackedFactors],
+    members: int,
+    ends: Endings,
+) -> list[npt.NDArray[np.float32]]:
+    """Measure what every candidate writes: columns 0 and 1 of `plait.evaluation.text.measured_answers`; the others stay 0.
+
+    Args:
+        model: A causal model.
+        tokenizer: Its tokenizer.
+        task: Whose answers are open.
+        rows: Encoded examples.
+        examples: The same, with their right answers.
+        updates: Module of the backbone -> factors of all candidates.
+        members: How many candidates there are.
+        ends: See `endings`.
+    """
+    found = [np.zeros((len(rows), 4), np.float32) for _ in range(members)]
+    if set(task.metrics) & WRITTEN:
+        prompts, longest = prompts_of(task, rows), longest_answer(task, rows)
+        for one, texts in zip(
+            found, write_many(model, tokenizer, prompts, updates, members, longest, ends), strict=True
+        ):
+            one[:, :2] = compared(task, texts, examples)
+    return found
+
+
+@torch.inference_mode()
+def write_many(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    updates: Mapping[str, StackedFactors],
+    members: int,
+    new_tokens: int,
+    ends: Endings,
+) -> list[list[str]]:
+    """Write after each prompt with each candidate, greedily, up to an end or `new_tokens`.
+
+    Returns:
+        For each candidate the texts, in the order of the prompts.
+
+    Raises:
+        RunError: Logits are NaN or infinite.
+
+    Cost: a pass over members x prompts, then one step a token; rows that have ended leave the batch, as long as every
+    candidate has equally many left. Keys and values are held for the rows of a part of the prompts.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    texts = [[""] * len(prompts) for _ in range(members)]
+    start, room = 0, _room(model, device)
+    while start < len(order):
+        length = len(prompts[order[start]]) + new_tokens
+        part = order[start : start + max(1, room // (members * length))]
+        ids, mask = left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
+        tokens = _decoded(model, ids, mask, updates, members, new_tokens, ends, tokenizer.pad_token_id)
+        written = tokenizer.batch_decode(tokens.reshape(-1, tokens.shape[-1]), skip_special_tokens=True)
+        for k, text in enumerate(written):
+            texts[k // len(part)][part[k % len(part)]] = text.strip()
+        start += len(part)
+    return texts
+
+
+def _room(model: Any, device: torch.device) -> int:
+    """Tokens whose keys and values may be held at once."""
+    wanted = TOKENS_HELD.get(device.type, TOKENS_HELD["cuda"])
+    if device.type != "cuda":
+        return wanted
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * heads * width * next(model.parameters()).element_size()
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(wanted, int(MEMORY_SHARE * free / size))
+
+
+def _decoded(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    updates: Mapping[str, StackedFactors],
+    members: int,
+    new_tokens: int,
+    ends: Endings,
+    pad: int,
+) -> Tensor:
+    """(members, rows, new_tokens) token ids, pads after the end of each.
+
+    Raises:
+        RunError: Logits are NaN or infinite.
+    """
+    n, device = len(ids), ids.device
+    found = torch.full((members * n, new_tokens), pad, dtype=torch.long, device=device)
+    places = torch.arange(members * n, device=device)  # rows of `found` that are still in the batch
+    ended = torch.zeros(len(places), dtype=torch.bool, device=device)
+    begun, lost = torch.zeros_like(ended), torch.zeros((), dtype=torch.bool, device=device)
+    with fused_attention(model), stacked_updates(backbone_of(model)[0], updates):
+        token, cache = _read(model, ids, mask, members)
+        mask = mask.repeat(members, 1)
+        position = mask.sum(1, keepdim=True)
+        for step in range(new_tokens):
+            lost |= (token == NO_TOKEN).any()
+            token = token.clamp(min=0)
+            found[places, step] = torch.where(ended, pad, token)
+            ended |= ends.always[token] | (begun & ends.after_text[token])
+            begun |= ~ends.blank[token]
+            if step + 1 == new_tokens:
+                break
+            if (step + 1) % LOOK_EVERY == 0:
+                rows = _still_writing(ended.view(members, -1))
+                if len(rows) == 0:
+                    break
+                if len(rows) < len(ended):
+                    cache.batch_select_indices(rows)
+                    places, token, mask, position = places[rows], token[rows], mask[rows], position[rows]
+                    ended, begun = ended[rows], begun[rows]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            output = model(
+                input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
+                use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            token, position = _likeliest(output.logits), position + 1
+    if bool(lost):
+        raise RunError("what is written holds NaN or infinity", hint="lower the scale, or look for NaN in the adapters")
+    return found.view(members, n, new_tokens)
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor, members: int) -> tuple[Tensor, Any]:
+    """The first token after each prompt, (members * n,), and keys and values of all prompts.
+
+    A few prompts at a time: what a pass holds beside keys and values is many times larger than they are.
+    """
+    from transformers import DynamicCache
+
+    size = max(1, TOKENS_READ.get(ids.device.type, TOKENS_READ["cuda"]) // (members * ids.shape[1]))
+    firsts, parts = [], []
+    for start in range(0, len(ids), size):
+        some, seen = ids[start : start + size], mask[start : start + size].repeat(members, 1)
+        part = DynamicCache(config=model.config)
+        output = model(
+            input_ids=some.repeat(members, 1), attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+            past_key_values=part, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        firsts.append(_likeliest(output.logits).view(members, -1))
+        parts.append(part)
+    if len(parts) > 1:
+        for layers in zip(*(p.layers for p in parts), strict=True):
+            for name in ("keys", "values"):
+                joined = torch.cat([by_member(getattr(x, name), members) for x in layers], 1).flatten(0, 1)
+                for x in layers:
+                    setattr(x, name, joined)
+    return torch.cat(firsts, 1).reshape(-1), parts[0]
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The likeliest next token of every row; `NO_TOKEN` where the logits hold NaN or are infinite."""
+    values, tokens = logits[:, -1].max(-1)
+    return torch.where(values.isfinite(), tokens, NO_TOKEN)
+
+
+def _still_writing(ended: Tensor) -> Tensor:
+    """Which of (members, rows) to go on with, as positions in the flattened batch: equally many of each member.
+
+    All, where few have ended; none, where all have. Ended rows make up the number where a member has fewer that still write.
+    """
+    members, now = ended.shape
+    most = int((~ended).sum(1).max())
+    if most == 0 or most > WORTH_GATHERING * now:
+        most = now if most else 0
+    rows = (~ended).int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return (rows + now * torch.arange(members, device=ended.device)[:, None]).reshape(-1)

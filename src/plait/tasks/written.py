@@ -1,0 +1,90 @@
+"""What counts as the same answer where a model writes it: where it ends, which part counts, what is overlooked."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+
+from plait.errors import UsageError
+from plait.tasks.task import Task
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def cut(text: str, stop: str | None) -> str:
+    """Take the answer out of what a model wrote: without blanks around it, up to the stop string where there is one.
+
+    Blanks before the answer are taken away first, so that a model that begins with a line feed is not cut to nothing.
+    """
+    begun = text.lstrip()
+    return (begun.split(stop, 1)[0] if stop else begun).rstrip()
+
+
+def same_answer(written: str, right: str, task: Task) -> bool:
+    """Whether an answer counts as the right one by the task's `stop`, `extract` and `compare`.
+
+    Args:
+        written: What the model wrote.
+        right: The row's label; where `extract` finds nothing in it, no answer is right.
+        task: Says what is compared.
+    """
+    expected = _counted(right.strip(), task)
+    return expected is not None and _counted(cut(written, task.stop), task) == expected
+
+
+def _counted(text: str, task: Task) -> str | Decimal | None:
+    """The part of an answer that counts, in the form in which it is compared; None where there is none."""
+    if task.extract is not None:
+        match = pattern(task.extract, task.name).search(text)
+        if match is None:
+            return None
+        text = match.group(1) if match.re.groups else match.group()
+        if text is None:  # a group that took no part in the match
+            return None
+    return _FORMS[task.compare or "exact"](text)
+
+
+def pattern(text: str, task: str) -> re.Pattern[str]:
+    """Compile a task's `extract`.
+
+    Raises:
+        UsageError: It is no regular expression.
+    """
+    try:
+        return re.compile(text)
+    except re.error as e:
+        raise UsageError(f"extract {text!r} is no regular expression: {e}", where=f"task {task}") from None
+
+
+def _as_it_is(text: str) -> str:
+    return text.strip()
+
+
+def _without_case(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _as_squad(text: str) -> str:
+    """SQuAD's normalisation: case, punctuation, articles and repeated blanks are overlooked."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def _as_number(text: str) -> Decimal | None:
+    """The first number in a text, by value: 1,200 is 1200.0; None where there is none."""
+    match = _NUMBER.search(text)
+    try:
+        return Decimal(match.group().replace(",", "")) if match else None
+    except InvalidOperation:
+        return None
+
+
+_FORMS: dict[str, Callable[[str], str | Decimal | None]] = {
+    "exact": _as_it_is,
+    "case": _without_case,
+    "squad": _as_squad,
+    "number": _as_number,
+}
