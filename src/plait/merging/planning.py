@@ -16,7 +16,7 @@ from plait.merging.module_weights import weights_of_modules
 from plait.merging.plan import NEEDS, Plan
 from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod, find_method
-from plait.merging.scales import SUMS, Scale, asks_moments, default_method, scale_by_moments, scale_by_rule
+from plait.merging.scales import SUMS, Scale, asks_moments, default_method, reach_of, scale_by_moments, scale_by_rule
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.model.base import device_named
 from plait.model.records import same_weights
@@ -153,7 +153,7 @@ def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
     if not asked or len(counted) < 2 or (plan.method.name in SUMS and weighted):
         return plan
     merged = replace(plan, scale=1.0).run("merged").adapter.modules
-    scale = scale_by_moments(counted, merged, statistics)
+    scale = scale_by_moments(counted, merged, statistics, reach_of(plan.method.name, plan.spec.calibrate))
     return plan if scale is None else replace(plan, scale=scale.value, scale_reason=scale.reason)
 
 
