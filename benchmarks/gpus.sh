@@ -108,6 +108,18 @@ causal() { # three tasks of text through the whole line, and the merge of existi
     --set data.root="$DATA" --general "$DATA/mrpc/train.parquet:sentence1" --out "$OUT/causal" ${CAUSAL_OPTIONS:-}
 }
 
+qwen15() { # nine written tasks at 1.5 B: QWEN15=DIR, and TEXT=DIR with open/ and text/; one seed takes 15 minutes of an H200
+  export CUDA_VISIBLE_DEVICES=0
+  local arms="kaiming contrastive contrastive_penalised osrm_mean kaiming_penalised" run="$OUT/text-qwen15" arm
+  step qwen15_tasks $PY benchmarks/text_tasks.py --data "$TEXT" --to "$OUT/text-tasks" || return
+  text_arms() { $PY benchmarks/text_arms.py --study recipes/studies/text-qwen15.yaml --set base.model="$QWEN15" --set data.root="$OUT/text-tasks" \
+    --out "$run" --general "$DATA/mrpc/train.parquet:sentence1" --do "$1" ${QWEN15_SET:-}; }
+  step qwen15_train text_arms train:0 || return
+  for arm in $arms; do step "qwen15_$arm" text_arms "fixed:0:$arm curves:0:$arm" & done # writing waits for the host
+  wait
+  step qwen15_page $PY benchmarks/text_page.py "$run" --name text-qwen15 --to docs/results
+}
+
 side() {
   existing &
   causal &

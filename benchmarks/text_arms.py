@@ -1,0 +1,292 @@
+r"""Arms of a study on tasks whose answers are written, merged as fixed beforehand, without a label: own share, scales, price outside.
+
+    python benchmarks/text_tasks.py --data DATA --to TASKS
+    python benchmarks/text_arms.py --study recipes/studies/text-qwen15.yaml --set base.model=MODEL --set data.root=TASKS --out RUN \
+        --general DATA/glue/mrpc/train.parquet:sentence1 --do "train:0 fixed:0 curves:0"
+
+`train:SEED` trains every arm at its first rate, as one fleet. `fixed:SEED[:ARM]` scores each adapter alone, the bare base and the merges
+of `FIXED` at scales that no label has chosen, on `--rows` validation rows of each half. `curves:SEED[:ARM]` scores merges over a ladder
+of scales on the grid rows of each half. Several processes may score arms of one RUN at once: writing waits for the host more than for the
+GPU. What RUN holds is not done again; after `--seconds` nothing new is begun. RUN/records/*.json hold the scores, RUN/answers/*.npz
+what was measured of every answer; benchmarks/text_page.py makes the page, benchmarks/scales.py the table of scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from plait.adapters.lora import Adapter
+from plait.evaluation import writing
+from plait.evaluation.features import task_vector_norm
+from plait.evaluation.fleet import Candidate, predict_many
+from plait.evaluation.splits import HALVES
+from plait.fidelity.language import text_general
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.texts import read_place
+from plait.merging import merge
+from plait.merging.registry import find_method
+from plait.merging.scales import scale_by_moments, scale_by_rule
+from plait.runs.layout import Layout, pending
+from plait.runs.recipe_file import read_recipe
+from plait.runs.sources import adapters_of, statistics_of
+from plait.runs.stages import do, splits
+from plait.runs.units import ALONE, MERGE, TRAIN, Unit
+from plait.tasks import primary, scores
+
+RULE, MOMENTS = "rule", "moments"
+# Name -> method, calibration, scale: by the rule for the number of adapters, by second moments, or a number.
+FIXED: Mapping[str, tuple[str, str | None, str | float]] = {
+    "task_arithmetic": ("task_arithmetic", None, MOMENTS),
+    "task_arithmetic, by rule": ("task_arithmetic", None, RULE),
+    "task_arithmetic at 1": ("task_arithmetic", None, 1.0),
+    "tsv": ("tsv", None, RULE),
+    "regmean": ("regmean", None, RULE),
+    "task_arithmetic + pico": ("task_arithmetic", "pico", MOMENTS),
+}
+LADDER = tuple(2 ** (k / 2) for k in range(-2, 4))  # times the rule's scale
+PLAIN = "kaiming"
+CURVES = (("task_arithmetic", None), ("tsv", None), ("regmean", None), ("task_arithmetic", "pico"))
+CURVES_OF_PLAIN = (
+    *CURVES,
+    *((m, None) for m in ("ties", "dare_ties", "knots", "iso_c", "core_space", "least_squares")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all parts of a run share.
+
+    Args:
+        layout: Of the study.
+        out: The run's folder.
+        rows: Reported rows of each half.
+        general: Texts of no task.
+        device: Where merges are computed.
+    """
+
+    layout: Layout
+    out: Path
+    rows: int
+    general: Sequence[tuple[str, ...]]
+    device: str
+
+
+def label(method: str, calibration: str | None) -> str:
+    """What a table calls a merge."""
+    return method + (f" + {calibration}" if calibration else "")
+
+
+def unit_of(run: Run, seed: int, arm: str) -> Unit:
+    """The training of an arm."""
+    return Unit(TRAIN, seed, arm, (run.layout.recipe.arm(arm).rates or run.layout.recipe.rates)[0])
+
+
+def trained(run: Run, seed: int) -> None:
+    """Statistics and adapters of all arms of a seed, those that are missing."""
+    units = [unit_of(run, seed, a.name) for a in run.layout.recipe.arm_specs]
+    for wave in (
+        [
+            s
+            for u in units
+            for s in (run.layout.statistics_unit(u), run.layout.statistics_unit(replace(u, stage=MERGE)))
+        ],
+        units,
+    ):
+        if todo := pending(run.layout, list(dict.fromkeys(wave))):
+            started = time.time()
+            do(todo, run.layout)
+            say(f"{len(todo)} of {todo[0].stage}, seed {seed}: {time.time() - started:.0f} s")
+
+
+class Merger:
+    """Merges of one arm and seed at scale 1, each computed once, and their scales without labels."""
+
+    def __init__(self, run: Run, seed: int, arm: str) -> None:
+        unit = replace(unit_of(run, seed, arm), stage=ALONE)
+        self.adapters = adapters_of(unit, run.layout)
+        self.statistics = statistics_of(replace(unit, stage=MERGE), run.layout)[0]
+        self.device, self.seed = run.device, seed
+        self._made: dict[tuple[str, str | None], Adapter] = {}
+
+    def made(self, method: str, calibration: str | None) -> Adapter:
+        """The merge at scale 1."""
+        key = (method, calibration)
+        if key not in self._made:
+            started = time.time()
+            statistics = self.statistics if find_method(method).needs else None
+            self._made[key] = merge(
+                list(self.adapters.values()), method, scale=1.0, calibrate=calibration, statistics=statistics,
+                seed=self.seed, device=self.device, verify=False,
+            ).adapter  # fmt: skip
+            say(f"  merged by {label(*key)}: {time.time() - started:.1f} s")
+        return self._made[key]
+
+    def scale(self, method: str, calibration: str | None, how: str | float) -> float:
+        """A scale by the rule, by moments, or as it is given."""
+        if how == RULE:
+            return scale_by_rule(method, calibration, (1.0,) * len(self.adapters)).value
+        if how == MOMENTS:
+            modules = self.made(method, calibration).modules
+            scale = scale_by_moments(list(self.adapters.values()), modules, self.statistics)
+            return scale.value if scale else float("nan")
+        return float(how)
+
+
+Worn = tuple[Adapter | None, float]
+
+
+def scored(
+    run: Run, worn: Callable[[str], Sequence[Worn]], rows: Mapping[str, Mapping[str, Any]], file: str
+) -> np.ndarray:
+    """(worn, halves, tasks) scores in percent; what was measured of every answer is kept.
+
+    Args:
+        run: The run.
+        worn: Task -> what answers it, equally many for every task.
+        rows: Task -> half -> rows.
+        file: Names the kept answers.
+    """
+    evaluator, kept, columns = run.layout.session.evaluator, {}, []
+    for task, found in evaluator.tasks.items():
+        started = time.time()
+        parts = [rows[task][h] for h in HALVES]
+        answers = predict_many(evaluator, task, [Candidate({}, a, s) for a, s in worn(task)], np.concatenate(parts))
+        kept[task] = np.stack(answers)[..., :2].astype(np.float16)
+        cut = len(parts[0])
+        labels = run.layout.labels(task)[np.concatenate(parts)]
+        columns.append(
+            [
+                [primary(scores(found.metrics, one[part], labels[part])) for part in (slice(cut), slice(cut, None))]
+                for one in answers
+            ]
+        )
+        if run.device == "cuda":
+            torch.cuda.empty_cache()  # for the others
+        say(f"  {task}: {len(answers)} x {len(labels)} answers in {time.time() - started:.1f} s")
+    (run.out / "answers").mkdir(exist_ok=True)
+    np.savez_compressed(run.out / "answers" / f"{file}.npz", **kept)
+    return np.array(columns).transpose(1, 2, 0)
+
+
+def fixed(run: Run, seed: int, arm: str) -> dict[str, Any]:
+    """Each adapter alone, the bare base, and the merges fixed beforehand."""
+    merger = Merger(run, seed, arm)
+    scales = {n: merger.scale(m, c, how) for n, (m, c, how) in FIXED.items()}
+    merges: list[Worn] = [(merger.made(m, c), scales[n]) for n, (m, c, _) in FIXED.items()]
+    rows = {t: {h: r[: run.rows] for h, r in s.halves.items()} for t, s in splits(run.layout).items()}
+    ends: list[Worn] = [(None, 0.0)] if arm == PLAIN else []  # the bare base is the same for all arms
+    table = scored(run, lambda t: [(merger.adapters[t], 1.0), *merges, *ends], rows, f"fixed-{seed}-{arm}")
+    shifts = general_shift(run, merger.adapters, [*((a, 1.0) for a in merger.adapters.values()), *merges])
+    norms = {t: task_vector_norm(a) for t, a in merger.adapters.items()}
+    return {
+        "tasks": list(merger.adapters),
+        "alone": table[0].round(3).tolist(),
+        "floor": table[-1].round(3).tolist() if ends else None,
+        "merges": {
+            n: {"scale": scales[n], "scores": table[1 + i].round(3).tolist(), "general_kl": shifts[len(norms) + i]}
+            for i, n in enumerate(FIXED)
+        },
+        "general_kl_alone": dict(zip(merger.adapters, shifts, strict=False)),
+        "norms": norms,
+    }
+
+
+def curves(run: Run, seed: int, arm: str) -> dict[str, Any]:
+    """Merges over a ladder of scales; of the plain arm every method, and every adapter on every task."""
+    merger, which = Merger(run, seed, arm), CURVES_OF_PLAIN if arm == PLAIN else CURVES
+    ladders = {w: [merger.scale(*w, RULE) * by for by in LADDER] for w in which}
+    merges: list[Worn] = [(merger.made(*w), s) for w, ladder in ladders.items() for s in ladder]
+    crossed: list[Worn] = [(a, 1.0) for a in merger.adapters.values()] if arm == PLAIN else []
+    rows = {t: s.grid for t, s in splits(run.layout).items()}
+    worn = [*merges, *crossed]
+    table = scored(run, lambda t: [(merger.adapters[t], 1.0), (None, 0.0), *worn], rows, f"curves-{seed}-{arm}")
+    n, start = len(LADDER), 2 + len(merges)
+    return {
+        "tasks": list(merger.adapters),
+        "alone": table[0].round(3).tolist(),
+        "floor": table[1].round(3).tolist(),
+        "methods": {
+            label(*w): {
+                "scales": ladders[w],
+                "rule": merger.scale(*w, RULE),
+                "moments": merger.scale(*w, MOMENTS),
+                "scores": table[2 + i * n : 2 + (i + 1) * n].round(3).tolist(),
+            }
+            for i, w in enumerate(which)
+        },
+        "crossed": {a: table[start + i].round(3).tolist() for i, a in enumerate(merger.adapters if crossed else ())},
+    }
+
+
+def general_shift(run: Run, adapters: Mapping[str, Adapter], worn: Sequence[Worn]) -> list[float]:
+    """KL(base || worn) a token on the general texts."""
+    session = run.layout.session
+    texts = dict.fromkeys(adapters, (run.general[0],))
+    parts = parts_of(list(adapters.values()))
+    panel = Panel(session.base, parts, texts, tuple(run.general), 16, 96, _own=session.evaluator)
+    for _ in range(6):
+        try:
+            return [float(x) for x in text_general(panel, worn)]
+        except torch.OutOfMemoryError:  # others are at work on the device
+            torch.cuda.empty_cache()
+            time.sleep(5)
+    return [float("nan")] * len(worn)
+
+
+def say(text: str) -> None:
+    """A line with the time."""
+    print(f"{time.strftime('%T')} {text}", flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--study", required=True, type=Path)
+    p.add_argument("--set", action="append", default=[], help="KEY=VALUE of the study")
+    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--do", required=True, help="fixed:SEED and curves:SEED[:ARM], in their order")
+    p.add_argument("--rows", type=int, default=120)
+    p.add_argument("--general", required=True, help="FILE:COLUMN")
+    p.add_argument("--general-rows", type=int, default=200)
+    p.add_argument("--tokens", type=int, default=350_000, help="keys and values held at once on a GPU")
+    p.add_argument("--seconds", type=float, default=float("inf"))
+    a = p.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    writing.TOKENS_HELD["cuda"] = a.tokens
+    started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = read_recipe(a.study, a.set)
+    a.out.mkdir(parents=True, exist_ok=True)
+    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device)
+    (a.out / "records").mkdir(exist_ok=True)
+    arms = [s.name for s in recipe.arm_specs]
+    for kind, seed, *only in (part.split(":") for part in a.do.split()):
+        if kind == "train":
+            trained(run, int(seed))
+            continue
+        for arm in only or arms:
+            file = a.out / "records" / f"{kind}-{seed}-{arm}.json"
+            if file.exists():
+                continue
+            if time.time() - started > a.seconds:
+                return say(f"time is up before {file.stem}")
+            run.layout.session.load()
+            begun = time.time()
+            record = {"fixed": fixed, "curves": curves}[kind](run, int(seed), arm)
+            file.with_suffix(".part").write_text(
+                json.dumps({**record, "seconds": round(time.time() - begun, 1)}) + "\n"
+            )
+            file.with_suffix(".part").rename(file)
+            say(f"{file.stem} in {time.time() - begun:.0f} s")
+    return say("all is done")
+
+
+if __name__ == "__main__":
+    main()
