@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plait.disk.store import read_manifest, versions
-from plait.evaluation.interference import predicted_shifts
 from plait.options import require_known
 from plait.report.best import Best, Curve, best_rows, grid_curves, scale_curves
 from plait.report.inference import Inference, Interval, Spread, infer
@@ -19,7 +18,7 @@ from plait.runs.journal import about_runs
 from plait.runs.layout import Layout
 from plait.runs.recipe import Recipe
 from plait.runs.sections import PLAIN_ARMS
-from plait.runs.sources import adapters_of, statistics_of
+from plait.runs.units import FEATURES
 from plait.runs.waves import Choice, chosen, result, sweep_units, swept
 from plait.subspaces.start import completion_note
 
@@ -184,13 +183,13 @@ def _task_rows(layout: Layout, rows: Sequence[Row], inference: Inference) -> lis
 
 
 def _interference(layout: Layout, arms: Sequence[str]) -> dict[str, Shifts]:
-    """Predict from files alone how adapters of the first seed disturb each other; {} for arms whose files are gone."""
+    """Read how adapters of the first seed are predicted to disturb each other; without arms that nobody has measured."""
     shifts: dict[str, Shifts] = {}
     for arm in arms:
-        unit = alone_unit(arm, chosen(layout, layout.recipe.arm(arm)), layout.recipe.seeds[0])
-        folders = [layout.path(layout.trained_by(unit)) / t for t in layout.tasks]
-        if all(f.is_dir() for f in [*folders, layout.path(layout.statistics_unit(unit))]):
-            shifts[arm] = predicted_shifts(adapters_of(unit, layout), statistics_of(unit, layout)[0])
+        alone = alone_unit(arm, chosen(layout, layout.recipe.arm(arm)), layout.recipe.seeds[0])
+        unit = replace(alone, stage=FEATURES)
+        if layout.done(unit) and (known := result(layout, unit).get("shifts")):  # earlier studies do not have it
+            shifts[arm] = {i: {j: math.nan if s is None else s for j, s in row.items()} for i, row in known.items()}
     return shifts
 
 

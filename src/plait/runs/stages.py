@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from plait.adapters.tensor_file import write_tensors
 from plait.border.records import to_json
 from plait.disk.store import staged_folder
 from plait.evaluation.features import features, task_vector_norm
+from plait.evaluation.interference import predicted_shifts
 from plait.evaluation.protocol import Answers, Scorer, cross_fitted, tuned
 from plait.evaluation.splits import HALVES, Split, split_rows
 from plait.merging import Merged
@@ -188,7 +190,10 @@ def _alone(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
 
 
 def _features(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
-    result |= {"tasks": features(adapters_of(unit, layout), statistics_of(unit, layout)[0])}
+    adapters, statistics = adapters_of(unit, layout), statistics_of(unit, layout)[0]
+    shifts = predicted_shifts(adapters, statistics)
+    known = {i: {j: s if math.isfinite(s) else None for j, s in row.items()} for i, row in shifts.items()}
+    result |= {"tasks": features(adapters, statistics), "shifts": known}
 
 
 def _keep(folder: Path, answers: dict[str, Answers]) -> None:

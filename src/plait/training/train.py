@@ -109,7 +109,8 @@ def train_adapter(
             if is_writer():
                 leave_no_empty(root)
             raise
-    record = replace(record, seconds=round(time.monotonic() - started, 3), base=base_facts(base))
+    seconds, completed = round(time.monotonic() - started, 3), initial.source.get("completed")
+    record = replace(record, seconds=seconds, base=base_facts(base), completed=completed)
     if not is_writer():
         return trained
     with staged_folder(out, identity, overwrite=overwrite, result=to_json(record)) as stage:
