@@ -112,8 +112,8 @@ UNLIKE = {
         {"task_type": "CAUSAL_LM"},
     ),
     "'a' and 'b' both trained 'norm.weight' whole and it differs": (
-        {"extras": {"norm.weight": torch.ones(2)}},
-        {"extras": {"norm.weight": torch.zeros(2)}},
+        {"extras": {"norm.weight": torch.ones(2)}, "modules_to_save": ("norm",)},
+        {"extras": {"norm.weight": torch.zeros(2)}, "modules_to_save": ("norm",)},
     ),
 }
 
