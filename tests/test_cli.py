@@ -226,7 +226,7 @@ def test_commands_from_recipe_to_report(capsys, recipe_file, tmp_path):
     assert planned["adapters"] == 2 and not out.exists()
     code, said, err = call(capsys, "run", recipe_file, "--out", out, "--json")
     found = one_object(said)
-    assert code == 0 and Path(found["report"]).is_file() and "adapters/osrm/seed-0/topic" in err and "\x1b" not in err
+    assert code == 0 and Path(found["report"]).is_file() and "train osrm/seed-0/topic" in err and "\x1b" not in err
     code, said, err = call(capsys, "run", recipe_file, "--out", out, "--quiet")
     assert code == 0 and "recovered" in said and str(found["report"]) in said and err == ""
     code, said, _ = call(capsys, "run", recipe_file, "--out", out, "--set", "lora.rank=3", "--json")

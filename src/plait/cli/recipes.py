@@ -47,7 +47,7 @@ def run(
 
 
 def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_json: Json = False) -> None:
-    """Say what run would do: units of work, sizes, what is there already. Changes nothing."""
+    """Say what run would do, and what is there already. Changes nothing."""
     from plait.runs.run import describe
 
     forecast = describe(read(recipe, sets), out)
