@@ -116,3 +116,27 @@ def test_units_of_a_plain_recipe_have_places_of_their_own(tiny_recipe, tmp_path)
     layout = Layout(recipe, tmp_path)
     units = planned(layout)
     assert len({layout.path(u) for u in units}) == len(units) == 2 * (1 + 2 * 4)
+
+
+@pytest.mark.parametrize("grid_rows", [400, 5])
+def test_what_is_reported_is_what_the_grid_answered_where_it_saw_all_rows(
+    tiny_recipe, tmp_path, monkeypatch, grid_rows
+):
+    from plait.adapters.tensors import read_tensors
+    from plait.disk.store import read_manifest
+    from plait.evaluation.protocol import Scorer
+
+    asked, answers = [], Scorer.answers
+    monkeypatch.setattr(
+        Scorer, "answers", lambda s, task, each, rows: asked.append(len(rows)) or answers(s, task, each, rows)
+    )
+    recipe = tiny_recipe(**{**TWO, "arms": ["osrm"]})
+    recipe = parse_recipe({**recipe.model_dump(mode="json"), "grid_rows": grid_rows}, "tiny")
+    run_units(recipe, tmp_path / "out", quiet=True)
+    merged = tmp_path / "out/merged/osrm/seed-0/task_arithmetic"
+    tensors = read_tensors(merged / ANSWERS_FILE)[0]
+    assert {k: len(v) for k, v in tensors.items()} == {f"{t}.{h}": 12 for t in ("topic", "grade") for h in "AB"}
+    halves = read_manifest(merged)["result"]["halves"]
+    assert set(halves["A"]["score"]) == {"topic", "grade"}
+    alone = 2 * 2  # each adapter and the floor, half by half
+    assert len(asked) - alone == (2 if grid_rows == 400 else 2 + 2 * len({h["scale"] for h in halves.values()}))

@@ -119,12 +119,14 @@ class Grid:
         scorer: Scorer of the tasks.
         adapter: The merged one.
         parts: Name -> task -> rows.
+        answers: (scale, part, task) -> what was answered on the part's rows.
     """
 
     scorer: Scorer
     adapter: Adapter
     parts: Mapping[str, Mapping[str, Rows]]
     scores: dict[tuple[float, str], dict[str, float]] = field(default_factory=dict)
+    answers: dict[tuple[float, str, str], Answers] = field(default_factory=dict)
 
     def add(self, scales: Sequence[float]) -> None:
         """Score scales that are not there yet, all of them in one pass over a task's rows."""
@@ -137,6 +139,7 @@ class Grid:
                 for name, place in zip(self.parts, places, strict=True):
                     value = self.scorer.score(task, answers[place], rows[place])
                     self.scores.setdefault((scale, name), {})[task] = value
+                    self.answers[scale, name, task] = answers[place]
 
     def mean(self, scale: float, part: str) -> float:
         """Mean over tasks."""
@@ -201,7 +204,7 @@ def cross_fitted(
     halves = {}
     scales = {reported: grid.best(chosen_on) for chosen_on, reported in zip(HALVES, reversed(HALVES), strict=True)}
     for task, split in scorer.splits.items():
-        answers |= {f"{task}.{h}": a for h, a in _reported(scorer, adapter, task, split, scales).items()}
+        answers |= {f"{task}.{h}": a for h, a in _reported(grid, task, split, scales).items()}
     for chosen_on, reported in zip(HALVES, reversed(HALVES), strict=True):
         scale = scales[reported]
         score = {t: scorer.score(t, answers[f"{t}.{reported}"], s.halves[reported]) for t, s in scorer.splits.items()}
@@ -217,10 +220,11 @@ def cross_fitted(
     return CrossFitted(grid.rows(), halves), answers
 
 
-def _reported(
-    scorer: Scorer, adapter: Adapter, task: str, split: Split, scales: Mapping[str, float]
-) -> dict[str, Answers]:
-    """Answers on each half at its scale; in one pass over both halves where the scale is the same."""
+def _reported(grid: Grid, task: str, split: Split, scales: Mapping[str, float]) -> dict[str, Answers]:
+    """Answers on each half at its scale: the grid's where it was of all rows, else in one pass where the scale is the same."""
+    scorer, adapter = grid.scorer, grid.adapter
+    if all(len(split.grid[h]) == len(split.halves[h]) for h in scales):
+        return {h: grid.answers[s, h, task] for h, s in scales.items()}
     if len(set(scales.values())) > 1:
         return {h: scorer.answers(task, [(adapter, s)], split.halves[h])[0] for h, s in scales.items()}
     rows, places = joined([split.halves[h] for h in scales])
