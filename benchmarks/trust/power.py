@@ -33,6 +33,7 @@ from plait.statistics.files import is_statistics, read_statistics
 Files = Mapping[str, bytes]
 Judge = Callable[[Path, Files, Files], str]
 RESUMED = ("run", "study run")  # which go on from their units
+TIMED = ("report/", "runs.jsonl")  # of these, files that tell how long it took, in how many runs
 
 
 def states(record: Record, chance: int, seed: int) -> Iterator[tuple[str, Tree]]:
@@ -170,7 +171,8 @@ def lost(command: Command, world: Path, scratch: Path, chance: int, again: int, 
             lay(tree, scratch)
             status, said = ended(command.args, scratch)
             done = contents(scratch / command.out) if (scratch / command.out).exists() else {}
-            if status or comparable(_unlocked(done)) != comparable(new):
+            timed = frozenset(n for n in new if n.startswith(TIMED)) if command.name in RESUMED else frozenset()
+            if status or comparable(_unlocked(done), timed) != comparable(new, timed):
                 fell = f"run again it ends with exit code {status}: {said.strip()[-150:]}"
         outcomes.append(f"{name}: {fell}" if fell else "")
     ended_whole = lasting(record, command.out, new)

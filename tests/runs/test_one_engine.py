@@ -140,3 +140,15 @@ def test_what_is_reported_is_what_the_grid_answered_where_it_saw_all_rows(
     assert set(halves["A"]["score"]) == {"topic", "grade"}
     alone = 2 * 2  # each adapter and the floor, half by half
     assert len(asked) - alone == (2 if grid_rows == 400 else 2 + 2 * len({h["scale"] for h in halves.values()}))
+
+
+def test_plan_of_a_study_tells_its_sweep_then_what_it_chose(tiny_recipe, tmp_path):
+    raw = tiny_recipe(**TWO).model_dump(mode="json") | {"rates": [0.01, 0.03], "tuning_rows": 6}
+    study = parse_recipe(raw, "tiny")
+    sweep = describe(study, tmp_path / "out")
+    assert sweep.tuned and sweep.adapters == 2 * 2 * 2 and {s: c.units for s, c in sweep.stages.items()} == {
+        "statistics": 1, "train": 4, "alone": 4, "merge": 4,
+    }  # fmt: skip
+    run_units(study, tmp_path / "out", quiet=True)
+    after = describe(study, tmp_path / "out")
+    assert after.stages["features"].units == 2 and all(c.units == c.reused for c in after.stages.values())

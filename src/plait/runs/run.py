@@ -25,7 +25,7 @@ from plait.runs.recipe import Recipe
 from plait.runs.reporting import Report, Shown
 from plait.runs.session import require_one_form
 from plait.runs.units import MERGE, REPAIR, TRAIN, Unit
-from plait.runs.waves import next_wave, waves
+from plait.runs.waves import SWEEP_WAVES, next_wave, waves
 
 BATCHES_PER_SCORER = 4  # for each process that scores: batches take unlike times, and the tail should be short
 
@@ -138,11 +138,11 @@ def _overlook(path: Path, fault: Exception) -> None:
 
 
 def planned(layout: Layout) -> list[Unit]:
-    """Units of all waves that can be worked out by now: of a plain recipe all of them."""
+    """Units of all waves that can be worked out by now: of a study that is not swept yet the sweep, else all."""
     units: list[Unit] = []
-    for _, wave in waves(layout):
+    for number, (_, wave) in enumerate(waves(layout), start=1):
         units += wave
-        if layout.recipe.tuned and pending(layout, wave):
+        if layout.recipe.tuned and number == SWEEP_WAVES and pending(layout, units):
             break
     return list(dict.fromkeys(units))
 

@@ -21,6 +21,8 @@ from plait.runs.layout import Layout, pending
 from plait.runs.sections import ArmSpec
 from plait.runs.units import ALONE, DIVERGED, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, TRAIN, TUNING, Unit
 
+SWEEP_WAVES = 3  # statistics, trainings and scores of the sweep: what comes after depends on what it finds
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
