@@ -82,7 +82,7 @@ def _judged(
     code, said = ended(command.args, world, limit)
     there = contents(world / command.out) if (world / command.out).exists() else {}
     resumable = command.name in ("train", "run", "study run")
-    left = [name for name in litter(world) if not (resumable and ".checkpoints" in name)]
+    left = [name for name in litter(world) if not (resumable and (".checkpoints" in name or name.endswith(".files")))]
     if code not in (0, 4) or "Traceback" in said:
         fell = f"exit code {code}: {said.strip()[-200:]}"
     elif code == 4 and not any(word in said for word in ("space", "limit on file sizes")):

@@ -21,7 +21,18 @@ from pathlib import Path, PurePosixPath
 from benchmarks.trust import Row, row, undisturbed, write_part
 from benchmarks.trust.power_loss import FLUSHES, WAYS, Record, Tree, after, lay, without
 from benchmarks.trust.recording import recorded
-from benchmarks.trust.small import COMMANDS, Command, comparable, contents, ended, require_done, warm, worlds
+from benchmarks.trust.small import (
+    COMMANDS,
+    RESUMED,
+    TELL_TIME,
+    Command,
+    comparable,
+    contents,
+    ended,
+    require_done,
+    warm,
+    worlds,
+)
 
 from plait.checking.check import check_path
 from plait.disk.manifest import MANIFEST, read_manifest
@@ -32,8 +43,6 @@ from plait.statistics.files import is_statistics, read_statistics
 
 Files = Mapping[str, bytes]
 Judge = Callable[[Path, Files, Files], str]
-RESUMED = ("run", "study run")  # which go on from their units
-TIMED = ("report/", "runs.jsonl")  # of these, files that tell how long it took, in how many runs
 
 
 def states(record: Record, chance: int, seed: int) -> Iterator[tuple[str, Tree]]:
@@ -171,7 +180,7 @@ def lost(command: Command, world: Path, scratch: Path, chance: int, again: int, 
             lay(tree, scratch)
             status, said = ended(command.args, scratch)
             done = contents(scratch / command.out) if (scratch / command.out).exists() else {}
-            timed = frozenset(n for n in new if n.startswith(TIMED)) if command.name in RESUMED else frozenset()
+            timed = frozenset(n for n in new if n.startswith(TELL_TIME)) if command.name in RESUMED else frozenset()
             if status or comparable(_unlocked(done), timed) != comparable(new, timed):
                 fell = f"run again it ends with exit code {status}: {said.strip()[-150:]}"
         outcomes.append(f"{name}: {fell}" if fell else "")

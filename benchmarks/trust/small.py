@@ -23,7 +23,7 @@ _COLLECT = ("--base", "base", "--target-modules", "query", "--target-modules", "
 _TRAIN = ("--base", "base", "--device", "cpu", "--set", "training.steps=6", "--set", "training.batch_size=8",
           "--set", "training.checkpoint_every=2")  # fmt: skip
 _SECONDS = {"seconds", "wall_seconds", "started", "finished", "time", "timestamp", "created"}
-_LITTER = (".staging", ".lock", ".replaced", ".checkpoints", ".tmp", ".part")
+_LITTER = (".files", ".staging", ".lock", ".replaced", ".checkpoints", ".tmp", ".part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,10 @@ def warm() -> None:
 
     torch.set_num_threads(1)
     gc.freeze()  # what is imported stays shared with the children
+
+
+RESUMED = ("run", "study run")  # which go on from their units
+TELL_TIME = ("report/", "runs.jsonl")  # of these, files that tell how long it took, and in how many runs
 
 
 @contextlib.contextmanager

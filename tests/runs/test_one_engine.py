@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,20 @@ def test_plan_of_a_study_tells_its_sweep_then_what_it_chose(tiny_recipe, tmp_pat
     run_units(study, tmp_path / "out", quiet=True)
     after = describe(study, tmp_path / "out")
     assert after.stages["features"].units == 2 and all(c.units == c.reused for c in after.stages.values())
+
+
+def test_single_files_that_a_kill_has_left_are_cleared(tiny_recipe, tmp_path):
+    from plait.runs.stages import parts_of
+    from plait.runs.units import STATISTICS, Unit
+
+    recipe, out = tiny_recipe(**{**TWO, "arms": ["osrm"]}), tmp_path / "out"
+    run_units(recipe, out, quiet=True)
+    layout = Layout(recipe, out)
+    left = parts_of(
+        Unit(STATISTICS, 0, pool="token", samples=16), layout
+    )  # between the unit's rename and their removal
+    left.mkdir()
+    (left / "topic.stats.safetensors").write_bytes(b"")
+    shutil.rmtree(out / "scores")
+    run_units(recipe, out, quiet=True)
+    assert not left.exists()

@@ -24,7 +24,8 @@ from plait.runs.layout import Layout, cost, pending
 from plait.runs.recipe import Recipe
 from plait.runs.reporting import Report, Shown
 from plait.runs.session import require_one_form
-from plait.runs.units import MERGE, REPAIR, TRAIN, Unit
+from plait.runs.stages import parts_of
+from plait.runs.units import MERGE, REPAIR, STATISTICS, TRAIN, Unit
 from plait.runs.waves import SWEEP_WAVES, next_wave, waves
 
 BATCHES_PER_SCORER = 4  # for each process that scores: batches take unlike times, and the tail should be short
@@ -105,7 +106,7 @@ def run(
             layout.mend = mender(report)
             keep(layout)
             done = _work(layout, executor, report, None if seconds is None else started + seconds)
-            _clear_checkpoints(layout)
+            _clear_leftovers(layout)
     name, left = next_wave(layout)
     if not left:
         write_best(layout)
@@ -267,10 +268,12 @@ def _weight(units: Sequence[Unit]) -> int:
     return sum(4 if u.stage == MERGE else 1 for u in units)
 
 
-def _clear_checkpoints(layout: Layout) -> None:
-    """Remove what a run killed between an adapter's rename and the removal of its checkpoints has left."""
+def _clear_leftovers(layout: Layout) -> None:
+    """Remove what a run that was killed just after a rename has left: checkpoints of adapters, single files of statistics."""
     from plait.training.checkpoints import checkpoint_root
 
+    for unit in (u for u in planned(layout) if u.stage == STATISTICS and layout.of(u).done(u)):
+        shutil.rmtree(parts_of(unit, layout.of(unit)), ignore_errors=True)
     for unit in (u for u in planned(layout) if u.stage == TRAIN and layout.of(u).done(u)):
         for task in layout.of(unit).tasks:
             shutil.rmtree(checkpoint_root(layout.of(unit).path(unit) / task), ignore_errors=True)

@@ -103,13 +103,13 @@ def _one(unit: Unit, layout: Layout, merge: Future[Merged] | None) -> None:
         else:
             makers[unit.stage](unit, layout, folder, result)
     if unit.stage == STATISTICS:
-        shutil.rmtree(_parts(unit, layout), ignore_errors=True)
+        shutil.rmtree(parts_of(unit, layout), ignore_errors=True)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def _parts(unit: Unit, layout: Layout) -> Path:
+def parts_of(unit: Unit, layout: Layout) -> Path:
     """Where a unit's finished files lie until all of them are there, so that an interruption loses none."""
     path = layout.path(unit)
     return path.parent / f".{path.name}.{layout.key(unit)[:12]}.files"
@@ -123,7 +123,7 @@ def _collect(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
     for whole, prefix in sessions:
         session = Session(whole.recipe.model_copy(update={"statistics": spec}), whole)
         for name in session.tasks:
-            finished = _parts(unit, layout) / f"{prefix}{name}.stats.safetensors"
+            finished = parts_of(unit, layout) / f"{prefix}{name}.stats.safetensors"
             finished.parent.mkdir(parents=True, exist_ok=True)
             if not is_collected(finished, wanted):
                 collect_file(session, name, finished, seed=unit.seed, wanted=wanted, overwrite=True)
