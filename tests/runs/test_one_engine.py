@@ -170,3 +170,18 @@ def test_single_files_that_a_kill_has_left_are_cleared(tiny_recipe, tmp_path):
     shutil.rmtree(out / "scores")
     run_units(recipe, out, quiet=True)
     assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["adapters/osrm/seed-0/topic/adapter_model.safetensors", "scores/osrm/seed-0/alone/answers.safetensors"]
+)
+def test_damage_in_an_ablation_is_mended_too(tiny_recipe, tmp_path, capsys, place):
+    variant = {"name": "rank3", "set": {"lora.rank": 3}, "arms": ["osrm"]}
+    raw = tiny_recipe(**{**TWO, "arms": ["osrm"]}).model_dump(mode="json") | {"variants": [variant]}
+    recipe, out = parse_recipe(raw, "tiny"), tmp_path / "out"
+    run_units(recipe, out, quiet=True)
+    before, file = results(out), out / "variants/rank3" / place
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    outcome = run_units(recipe, out, quiet=True)
+    assert outcome.finished and outcome.done == 1 and "done again: " in capsys.readouterr().err
+    assert results(out) == before

@@ -58,7 +58,7 @@ def report(layout: Layout) -> dict[str, Any]:
     made = {str(layout.of(u).path(u).relative_to(layout.out)): layout.of(u).key(u) for u in all_units(layout)}
     options = {"resamples": layout.recipe.evaluation.resamples, "name": layout.recipe.name}
     wanted, page = identity(REPORT, options, made, layout.recipe.seeds[0]), layout.out / REPORT
-    if not layout.is_current(page, wanted):
+    if not layout.is_whole(page, wanted, overwrite=True):
         with staged_folder(page, wanted, overwrite=True, unit=True) as folder:
             write_report(layout, folder)
     headline = read_json(page / "report.json")["headline"]

@@ -41,7 +41,7 @@ def write_best(layout: Layout) -> Path | None:
     unit = max(scored, key=lambda u: np.mean([half["selected"] for half in result(layout, u)["halves"].values()]))
     made = {str(layout.path(u).relative_to(layout.out)): layout.key(u) for u in scored}
     wanted, out = identity(BEST, {"name": layout.recipe.name}, made, unit.seed), best_place(layout)
-    if layout.is_current(out, wanted):
+    if layout.is_whole(out, wanted, overwrite=True):
         return out
     if not layout.done(replace(layout.trained_by(unit), stage=TRAIN)):
         return None

@@ -59,11 +59,6 @@ class Layout:
     mend: Mend | None = None
     overwrite: bool = False
 
-    @property
-    def study(self) -> Recipe:
-        """The recipe."""
-        return self.recipe
-
     @functools.cached_property
     def session(self) -> Session:
         """Tasks, rows and the base of the recipe."""
@@ -81,10 +76,10 @@ class Layout:
         if unit.variant not in self._variants:
             variant = variant_of(self.recipe, unit.variant)
             recorded = self.recorded.only(variant) if self.recorded and within(variant, self.recipe) else None
-            self._variants[unit.variant] = Layout(
-                variant, self.out, self.session, recorded, mend=self.mend, overwrite=self.overwrite
-            )
-        return self._variants[unit.variant]
+            self._variants[unit.variant] = Layout(variant, self.out, self.session, recorded)
+        here = self._variants[unit.variant]
+        here.mend, here.overwrite = self.mend, self.overwrite  # as they are now: both change while a run begins
+        return here
 
     def cached(self, key: Any, read: Callable[[], T]) -> T:
         """What `read` gives, kept while it is among the last few asked for; merges are made a little ahead of scores."""
@@ -199,8 +194,13 @@ class Layout:
             self.known["done", unit] = True
         return True
 
-    def is_whole(self, path: Path, wanted: Mapping[str, Any]) -> bool:
+    def is_whole(self, path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False) -> bool:
         """Whether a folder holds a result, every byte as it was written; what is damaged is cleared away by `mend`.
+
+        Args:
+            path: The folder.
+            wanted: The result's identity.
+            overwrite: Take another result as none, also where the run as a whole overwrites nothing.
 
         Raises:
             UsageError: It holds another result, and nothing is overwritten.
@@ -214,17 +214,9 @@ class Layout:
             self.mend(path, e)
             return False
         except (UsageError, InputError):  # other settings, or a manifest of another version
-            if not self.overwrite:
+            if not (overwrite or self.overwrite):
                 raise
             return False
-
-    def is_current(self, path: Path, wanted: Mapping[str, Any]) -> bool:
-        """Whether what is made of finished units is there and whole; where they have changed since, it is made anew."""
-        overwrite, self.overwrite = self.overwrite, True
-        try:
-            return self.is_whole(path, wanted)
-        finally:
-            self.overwrite = overwrite
 
     def _statistics(self, unit: Unit) -> tuple[Json, dict[str, str]]:
         recipe = self.recipe

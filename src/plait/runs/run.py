@@ -13,7 +13,7 @@ from typing import Any
 from plait.disk.locks import locked
 from plait.disk.overwriting import require_replaceable
 from plait.disk.store import staged_file
-from plait.errors import UsageError
+from plait.errors import RunError, UsageError
 from plait.model.base import emulated
 from plait.progress import Progress, duration
 from plait.runs.best import write_best
@@ -130,7 +130,7 @@ def _work(layout: Layout, executor: Executor, report: Shown, until: float | None
         left = len(pending(layout, todo))
         done += len(todo) - left
         if left and (until is None or time.monotonic() < until):
-            raise UsageError(f"{left} units of wave {name!r} were not done", where=str(layout.out))
+            raise RunError(f"{left} units of wave {name!r} were not done", where=str(layout.out))
     return done
 
 
