@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from plait.cli import main
-from plait.errors import UsageError
+from plait.errors import PlaitError, UsageError
 from plait.report.line import run
 from plait.runs import stages
-from plait.runs.executors import Processes
+from plait.runs.executors import Processes, batch_of, run_batch
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
-from plait.runs.run import describe
+from plait.runs.run import describe, planned, write_jobs
 from plait.runs.run import run as run_units
 from plait.runs.stages import ANSWERS_FILE
 
@@ -110,8 +110,6 @@ def test_what_belongs_to_a_sweep_is_told_apart(tiny_recipe, tmp_path, changes, m
 
 
 def test_units_of_a_plain_recipe_have_places_of_their_own(tiny_recipe, tmp_path):
-    from plait.runs.run import planned
-
     recipe = tiny_recipe(**TWO)
     recipe = parse_recipe({**recipe.model_dump(mode="json"), "seeds": [0, 1]}, "tiny")
     layout = Layout(recipe, tmp_path)
@@ -185,3 +183,21 @@ def test_damage_in_an_ablation_is_mended_too(tiny_recipe, tmp_path, capsys, plac
     outcome = run_units(recipe, out, quiet=True)
     assert outcome.finished and outcome.done == 1 and "done again: " in capsys.readouterr().err
     assert results(out) == before
+
+
+@pytest.mark.parametrize("way", ["run", "job list", "job run"])
+def test_what_lies_in_a_folder_that_is_no_run_is_somebody_else_s(tiny_recipe, tmp_path, way):
+    recipe, out = tiny_recipe(**TWO), tmp_path / "home"
+    thesis = out / "statistics/seed-0/thesis"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years")
+    ways = {
+        "run": lambda: run_units(recipe, out, quiet=True),
+        "job list": lambda: write_jobs(recipe, out, tmp_path / "jobs", 1),
+        "job run": lambda: run_batch(
+            batch_of(Layout(recipe, out), planned(Layout(recipe, tmp_path / "elsewhere"))[:1])
+        ),
+    }
+    with pytest.raises(PlaitError, match="not finished by plait"):
+        ways[way]()
+    assert thesis.read_text() == "years" and list(out.iterdir()) == [out / "statistics"]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from plait.border.checked import Json
 from plait.disk.store import discard
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
+from plait.runs.folder import is_begun
 from plait.runs.layout import Layout, Mend, pending
 from plait.runs.recipe_file import parse_recipe
 from plait.runs.reporting import Lines, Report
@@ -68,7 +69,7 @@ def layout_of(batch: Mapping[str, Any]) -> Layout:
 def run_batch(batch: Mapping[str, Any], layout: Layout | None = None, report: Report | None = None) -> int:
     """Do the units of a batch that are not done yet; returns how many that were."""
     layout, report = layout or layout_of(batch), report or Report()
-    layout.mend = layout.mend or mender(report)
+    layout.mend = layout.mend or (mender(report) if is_begun(layout.out) else None)
     units = pending(layout, [Unit(**u) for u in batch["units"]])
     left = None if batch.get("until") is None else time.monotonic() + batch["until"] - time.time()
     done = do(units, layout, report=report, until=left)

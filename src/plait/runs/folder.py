@@ -28,6 +28,11 @@ def keep(layout: Layout) -> None:
             stage.write_text(_text(layout.recipe), encoding="utf-8")
 
 
+def is_begun(out: Path) -> bool:
+    """Whether a folder is a run's: in any other, what lies where a result belongs is somebody else's."""
+    return any((out / name).is_file() for name in FILES)
+
+
 def keeps(recipe: Recipe, out: Path) -> bool:
     """Whether a folder holds this recipe."""
     path = out / RECIPE_FILE

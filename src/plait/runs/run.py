@@ -18,7 +18,7 @@ from plait.model.base import emulated
 from plait.progress import Progress, duration
 from plait.runs.best import write_best
 from plait.runs.executors import Executor, InProcess, batch_of, mender
-from plait.runs.folder import PRODUCTS, RECIPE_FILE, is_earlier, keep, keeps
+from plait.runs.folder import PRODUCTS, is_begun, is_earlier, keep, keeps
 from plait.runs.journal import noted
 from plait.runs.layout import Layout, cost, pending
 from plait.runs.recipe import Recipe
@@ -83,10 +83,9 @@ def run(
     layout.overwrite = overwrite and not recipe.tuned  # results that are addressed by content never stand in the way
     executor = executor or InProcess(layout)
     require_sound(layout)
-    if is_earlier(out) and not overwrite:
-        hint = "choose another --out, or --overwrite to make it anew"
-        raise UsageError("a run of an earlier version of plait", where=str(out), hint=hint)
-    begun = (out / RECIPE_FILE).is_file()
+    if not overwrite:
+        require_current(out)
+    begun = is_begun(out)
     if overwrite and not begun:  # nothing in it is known to be ours
         for place in (*(layout.of(u).path(u) for u in planned(layout)), *(out / name for name in PRODUCTS)):
             require_replaceable(place)
@@ -146,6 +145,17 @@ def planned(layout: Layout) -> list[Unit]:
         if layout.recipe.tuned and number == SWEEP_WAVES and pending(layout, units):
             break
     return list(dict.fromkeys(units))
+
+
+def require_current(out: Path) -> None:
+    """Refuse the folder of a run of an earlier version.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if is_earlier(out):
+        hint = "choose another --out, or --overwrite to make it anew"
+        raise UsageError("a run of an earlier version of plait", where=str(out), hint=hint)
 
 
 def require_sound(layout: Layout) -> None:
@@ -231,10 +241,11 @@ class Jobs:
 
 def write_jobs(recipe: Recipe, out: Path, to: Path, workers: int) -> Jobs:
     """Write the open units of the next wave as job files for `plait job run`, one per worker."""
-    layout = Layout(recipe, out, mend=mender(Report()))
+    layout = Layout(recipe, out, mend=mender(Report()) if is_begun(out) else None)
     require_sound(layout)
-    keep(layout)
+    require_current(out)
     name, todo = next_wave(layout)
+    keep(layout)
     made = []
     for i, part in enumerate(parts(todo, workers) if todo else []):
         path = to / f"job-{i:03d}.json"
