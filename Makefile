@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVING := $(CURDIR)/.serving
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all test-serving lint docs audit sbom trust clean
+.PHONY: demo test test-all test-serving lint docs audit sbom trust bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -46,6 +46,10 @@ trust: $(VENV)/.test
 	$(TRUST_RUN).same --to $(TRUST)
 	$(TRUST_RUN).mutants --to $(TRUST) --count $(TRUST_MUTANTS)
 	$(TRUST_RUN) $(TRUST) --out docs/results/trust
+
+# Whole commands beside what they are measured against, into docs/results/speed.json and speed.md: some minutes, 12 GB in .bench.
+bench: $(VENV)/.test
+	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed --work .bench --out docs/results/speed
 
 # torch first and pinned: left to the resolver it may come as gigabytes of GPU packages.
 $(VENV)/.torch: constraints.txt
@@ -99,4 +103,4 @@ $(SERVING)/.base: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRUST) dist build plait-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRUST) .bench dist build plait-demo .pytest_cache .mypy_cache .ruff_cache

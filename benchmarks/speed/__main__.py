@@ -1,0 +1,38 @@
+"""Run the cases and write the page.
+
+``PYTHONPATH=src:. python -P -m benchmarks.speed --work .bench --out docs/results/speed``
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.speed.measuring import compared
+from benchmarks.speed.page import write
+
+SETS = ("merging",)
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--work", type=Path, required=True, help="for inputs, which are made once, and results: 12 GB")
+parser.add_argument("--out", type=Path, required=True, help="without .json and .md")
+parser.add_argument("--sets", default=",".join(SETS))
+parser.add_argument("--only", default="", help="cases whose words hold this")
+chosen = parser.parse_args()
+rows = []
+for name in chosen.sets.split(","):
+    for case in importlib.import_module(f"benchmarks.speed.{name}").cases(chosen.work):
+        if chosen.only in case.what:
+            rows.append(compared(case, [sys.executable, "-P", "-m", "plait"]))
+            last = rows[-1]
+            ratio = "" if last.ratio is None else f", {last.ratio:.2f}x {last.beside}"
+            print(
+                f"{last.what}: {last.seconds:.2f} s, {last.cpu:.2f} CPU s, {last.peak_mb:.0f} MB, wrote {last.written_mb:.0f} MB{ratio}",
+                flush=True,
+            )
+versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "safetensors"))
+threads = os.environ.get("OMP_NUM_THREADS", "default")
+write(chosen.out, rows, {"cores": os.cpu_count(), "threads": threads, "versions": versions})
