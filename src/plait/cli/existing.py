@@ -96,6 +96,7 @@ class AutoChoice(NamedTuple):
     length: int
     rank: int | None
     base_id: str | None
+    dtype: str
     device: str
     seed: int
     overwrite: bool
@@ -117,7 +118,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     written = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
-        device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(),
+        dtype=chosen.dtype, device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(),
     )  # fmt: skip
     emit(written, as_json, auto_text(written))
 
@@ -128,6 +129,7 @@ class ForwardChoice(NamedTuple):
     text: list[str] | None
     length: int
     base_id: str | None
+    dtype: str
     overwrite: bool
 
 
@@ -145,7 +147,7 @@ def by_forward(
     base, folders = split_base(given, "cpu")
     return merge_by_forward(
         folders, out, method, base=base, texts=parse_texts(chosen.text or []), options=options, weights=weights,
-        base_id=chosen.base_id, max_length=chosen.length, overwrite=chosen.overwrite,
+        base_id=chosen.base_id, max_length=chosen.length, dtype=chosen.dtype, overwrite=chosen.overwrite,
     )  # fmt: skip
 
 
@@ -174,6 +176,10 @@ def auto_text(written: Written[AutoRecord]) -> str:
         lines.append(f"repaired in {repair.steps} steps: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}")
     if record.discarded_energy:
         lines.append(f"the cut to rank {record.rank} lost {100 * record.discarded_energy:.2f} % of the update's energy")
+    if record.rounding_error is not None:
+        lines.append(
+            f"in {record.dtype}: rounding took {100 * record.rounding_error:.2g} % of the update (--dtype float32 keeps all)"
+        )
     if fidelity:
         lines += ["", fidelity_table(fidelity), "", _FIDELITY_WORDS]
     if record.evidence:

@@ -47,6 +47,10 @@ Stats = Annotated[list[Path] | None, typer.Option("--stats", help="TASK.stats.sa
 Format = Annotated[
     str | None, typer.Option("--format", help="peft, kohya, diffusers or mlx; by default as the inputs.")
 ]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; keep: the inputs' own, where they agree on 16 bits."),
+]
 Refine = Annotated[int, typer.Option("--refine", min=0, help="auto: steps of learning weights on the texts.")]
 Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
@@ -54,8 +58,8 @@ Base = Annotated[str | None, typer.Option("--base", help="Name of the base, wher
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
 _ONLY_AUTO = ("text", "general", "refine", "repair", "length")
 _FORWARD = ("regmean_pp", "adamerging")
-_OF_FORWARD = {"method", "sets", "weights", "text", "length", "out", "base", "overwrite"}
-_AUTO = {*_ONLY_AUTO, "out", "rank", "base", "device", "seed", "overwrite"}
+_OF_FORWARD = {"method", "sets", "weights", "text", "length", "out", "base", "dtype", "overwrite"}
+_AUTO = {*_ONLY_AUTO, "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
 
 
 def register(app: typer.Typer) -> None:
@@ -79,6 +83,7 @@ def merge(
     curve: Annotated[bool, typer.Option("--rank-curve", help="Write nothing; say what smaller ranks would lose.")] = False,
     base: Base = None,
     format: Format = None,
+    dtype: Dtype = "keep",
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="They share no module, and that is meant.")] = False,
     text: Text = None, general: General = None, refine: Refine = 100, repair: Repair = 0, length: Length = 128,
@@ -98,12 +103,12 @@ def merge(
     """
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
-        chosen = existing.AutoChoice(text, general, refine, repair, length, rank, base, device, seed, overwrite)
+        chosen = existing.AutoChoice(text, general, refine, repair, length, rank, base, dtype, device, seed, overwrite)
         existing.auto(folders[1:], out, chosen, as_json)
         return
     if method in _FORWARD:
         only(context, f"--method {method}", _OF_FORWARD, hint="it runs the base on the texts, on the CPU")
-        forward = existing.ForwardChoice(text, length, base, overwrite)
+        forward = existing.ForwardChoice(text, length, base, dtype, overwrite)
         written = existing.by_forward(folders, out, method, settings(sets), numbers(weights, "--weights"), forward)
         emit(written, as_json, merge_text(written))
         return
@@ -121,7 +126,7 @@ def merge(
     )  # fmt: skip
     request = MergeRequest(
         [f for f in folders if not f.endswith(_STATISTICS)], out, spec, statistics=named_files([*(stats or []), *trailing]),
-        format=format, verify=verify, overwrite=overwrite, bake_into=bake, per_task=per_task, curve=curve, stack=stack,
+        format=format, dtype=dtype, verify=verify, overwrite=overwrite, bake_into=bake, per_task=per_task, curve=curve, stack=stack,
     )  # fmt: skip
     result = answer(request)
     emit(result, as_json, merge_text(result))
@@ -135,11 +140,16 @@ def _require_meaning(context: typer.Context, folders: list[str], *, per_task: bo
             context, "a mergekit recipe", ("method", "sets", "weights", "scale", "base"), hint="it says them itself"
         )
     if curve:
-        without(context, "--rank-curve", ("out", "overwrite", "verify", "format", "stack"), hint="it writes nothing")
+        without(
+            context,
+            "--rank-curve",
+            ("out", "overwrite", "verify", "format", "dtype", "stack"),
+            hint="it writes nothing",
+        )
     if per_task:
         without(context, "--per-task", ("verify", "device", "stack"))
     if bake:
-        without(context, "--bake", ("format",), hint="it writes a full model")
+        without(context, "--bake", ("format", "dtype"), hint="it writes a full model, in the base's types")
 
 
 def _weights(given: str | None) -> tuple[list[float] | None, ModuleWeights | None]:
@@ -205,6 +215,13 @@ def merge_text(result: Written[MergeRecord] | Written[BakeRecord] | RankCurve) -
     return "\n".join(lines)
 
 
+def rounding_line(dtype: str | None, error: float) -> str:
+    """Say in which type factors were written, and what that took."""
+    if not error:
+        return f"in {dtype}, as the inputs: exact"
+    return f"in {dtype}: rounding took {100 * error:.2g} % of the update; --dtype float32 takes twice the space and nothing"
+
+
 def _notes(record: MergeRecord) -> list[str]:
     """Say where alphas and the scale come from, and what ranks and masks cost."""
     from plait.formats.alpha import alpha_notes
@@ -216,6 +233,8 @@ def _notes(record: MergeRecord) -> list[str]:
         lines.append(f"rank {record.rank}")
     if record.loss.discarded_energy:
         lines.append(f"the cut to this rank lost {100 * record.loss.discarded_energy:.2f} % of the update's energy")
+    if record.rounding_error is not None:
+        lines.append(rounding_line(record.dtype, record.rounding_error))
     if record.relative_error:
         far = ", ".join(f"{t} {100 * e:.1f} %" for t, e in record.relative_error.items())
         lines.append(f"each task with its mask is off by: {far}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from plait.adapters.arrays import FLOAT32
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
@@ -34,6 +35,7 @@ from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
 from plait.merging.folders import places, read_all
 from plait.merging.record import input_hashes, input_of, labels_of, loss_of
+from plait.merging.rounding import KEEP, dtype_for, in_dtype
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
 from plait.progress import OnProgress
@@ -221,6 +223,7 @@ def merge_auto_folders(
     general: Texts = (),
     settings: AutoSettings | None = None,
     base_id: str | None = None,
+    dtype: str = KEEP,
     device: str = "auto",
     overwrite: bool = False,
     on_progress: OnProgress = lambda _: None,
@@ -235,6 +238,7 @@ def merge_auto_folders(
         general: Texts of no task.
         settings: What is tried.
         base_id: Base id of the result.
+        dtype: Type of the written factors, see `plait.merging.folders.merge_folders`.
         device: Where a base runs that was not given.
         on_progress: Called with what is being done.
         overwrite: Replace what stands at `out`.
@@ -251,6 +255,8 @@ def merge_auto_folders(
         "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine,
         "repair": chosen.repair, "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
     }  # fmt: skip
+    kind = dtype_for(dtype, adapters)
+    options |= {} if kind == FLOAT32 else {"dtype": kind}
     inputs = input_hashes(adapters)
     inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in (texts or {}).items()}
     inputs |= {"general": store.sha256_json(general)} if general else {}
@@ -262,7 +268,9 @@ def merge_auto_folders(
         adapters, base, texts, general=general, settings=chosen, base_id=base_id, on_progress=on_progress
     )
     merged = replace(merge.adapter, name=out.name) if len(adapters) > 1 else merge.adapter
-    result = to_json(merge.record)
+    merged, took = in_dtype(merged, dtype, adapters)
+    record = replace(merge.record, dtype=took.dtype, rounding_error=took.error) if took.rounds else merge.record
+    result = to_json(record)
     target = format_of(adapters[0])
 
     def check(written: Path) -> None:

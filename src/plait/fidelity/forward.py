@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from plait.adapters.arrays import FLOAT32
 from plait.adapters.lora import Adapter
 from plait.border.records import to_json
 from plait.disk import store
@@ -27,6 +28,7 @@ from plait.merging.folders import places, read_all
 from plait.merging.methods.adamerging import adamerging
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.record import Merged, MergeRecord, input_hashes
+from plait.merging.rounding import KEEP, dtype_for, in_dtype
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of
@@ -77,6 +79,7 @@ def merge_by_forward(
     base_id: str | None = None,
     max_length: int = 128,
     batch_size: int = 32,
+    dtype: str = KEEP,
     overwrite: bool = False,
 ) -> Written[MergeRecord]:
     """Merge PEFT folders by a method that runs the base on unlabelled texts, on the CPU.
@@ -92,6 +95,7 @@ def merge_by_forward(
         base_id: Base id of the result where the adapters name one base by different names.
         max_length: Tokens a text.
         batch_size: Texts a pass.
+        dtype: Type of the written factors, see `plait.merging.folders.merge_folders`.
         overwrite: Replace what stands at `out`.
 
     Returns:
@@ -113,19 +117,22 @@ def merge_by_forward(
     inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in panel.texts.items()}
     inputs["base"] = base_fingerprint(panel.base)
     passes = {"max_length": max_length, "batch_size": batch_size, "order": [a.name for a in adapters]}
+    kind = dtype_for(dtype, adapters)
+    settings |= {} if kind == FLOAT32 else {"dtype": kind}
     wanted = store.identity("merge-forward", settings | passes, inputs)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, before, MergeRecord)
     more = {} if method == "adamerging" else {"weights": weights}
     require_room(panel)
     done = _run(found.function, panel, adapters, **chosen, **more, base=base_id, name=out.name)
-    record = replace(done.record, texts={t: len(rows) for t, rows in panel.texts.items()})
+    adapter, took = in_dtype(done.adapter, kind, adapters)
+    record = replace(took.noted(done.record), texts={t: len(rows) for t, rows in panel.texts.items()})
     result = to_json(record)
 
     def check(written: Path) -> None:
-        result["verification_error"] = written_error(done.adapter, written, PEFT)
+        result["verification_error"] = written_error(adapter, written, PEFT)
 
-    write_any(out, done.adapter, PEFT, wanted, result, overwrite=overwrite, check=check)
+    write_any(out, adapter, PEFT, wanted, result, overwrite=overwrite, check=check)
     return Written(replace(record, verification_error=result["verification_error"]), str(out))
 
 

@@ -145,6 +145,7 @@ class AutoRecord:
         rank: The largest rank of a merged module.
         verification_error: Largest relative difference of the written adapter from the chosen one.
         loss: What a cut to a rank took.
+        dtype, rounding_error: Of the written factors, as `MergeRecord` has them.
     """
 
     tasks: tuple[str, ...]
@@ -163,6 +164,8 @@ class AutoRecord:
     rank: int = 0
     verification_error: float | None = optional()
     loss: Loss = inline(Loss)
+    dtype: str | None = optional()
+    rounding_error: float | None = optional()
 
     @property
     def discarded_energy(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from plait.adapters.arrays import FLOAT32
 from plait.adapters.lora import Adapter, LoraFactors, concatenated, truncated
 from plait.border.records import to_json
 from plait.disk import store
@@ -21,9 +22,12 @@ from plait.merging.module_weights import DEFAULT, ModuleWeights
 from plait.merging.planning import require_use
 from plait.merging.record import MergeRecord, input_of, labels_of
 from plait.merging.registry import Combination, find_method
+from plait.merging.rounding import in_dtype
 
 # A linear merge at full rank loses nothing when what was taken out leaves; more than this means it was not one.
 _LOST = 1e-9
+# A merge in 16 bits was rounded: what leaves is not quite what came, by the square of that type's step at most.
+_ROUNDED = {"bfloat16": 2.0**-14, "float16": 2.0**-20}
 
 
 def edit(
@@ -70,6 +74,7 @@ def edit(
         spec,
         statistics=change.statistics,
         format=recipe.options.get("format"),
+        dtype=str(recipe.options.get("dtype", FLOAT32)),
         overwrite=overwrite,
     )
 
@@ -111,8 +116,9 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
         raise UsageError(
             f"{whole!r} was trained whole, and differences are of factors", hint="leave --by-difference out"
         )
+    dtype = str(recipe.options.get("dtype", FLOAT32))
     ranks = {n: (new.get(n, 0.0) != 0.0) - (old.get(n, 0.0) != 0.0) for n in touched}
-    modules = _summed(merged, touched, ratio, shares, ranks)
+    modules = _summed(merged, touched, ratio, shares, ranks, _ROUNDED.get(dtype, _LOST))
     removed_heads = [t for n, a in touched.items() if n not in weights for t in a.heads]
     heads = {**without_heads(merged, removed_heads), **{t: h for n in added for t, h in touched[n].heads.items()}}
     record = _record(recipe, weights, touched, modules, merged)
@@ -120,6 +126,8 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     record = replace(record, labels={head: names for head, names in labels.items() if head in heads})
     facts = {t: a.facts_of(t) for a in (merged, *touched.values()) for t in a.heads if t in heads}
     adapter = replace(merged, modules=modules, heads=heads, head_facts=facts, target_modules=None)
+    adapter, took = in_dtype(adapter, dtype, (), recipe.seed)
+    record = took.noted(record)
     target = format_of(merged)
     inputs = {f"adapter:{n}": str(a.source["sha256"]) for n, a in touched.items()}
     inputs["merged"] = str(merged.source["sha256"])
@@ -147,11 +155,16 @@ def _linear(recipe: Recorded) -> Combination:
 
 
 def _summed(
-    merged: Adapter, touched: Mapping[str, Adapter], ratio: float, shares: Mapping[str, float], ranks: Mapping[str, int]
+    merged: Adapter,
+    touched: Mapping[str, Adapter],
+    ratio: float,
+    shares: Mapping[str, float],
+    ranks: Mapping[str, int],
+    allowed: float,
 ) -> dict[str, LoraFactors]:
     """The sum of rho M and the shares, each module cut to the rank of those that are in it then.
 
-    `ranks` says of each adapter whether its rank comes (1), goes (-1) or stays.
+    `ranks` says of each adapter whether its rank comes (1), goes (-1) or stays; `allowed` is the energy that a cut may take.
     """
     common = align([replace(merged, name="merged-so-far"), *touched.values()], merged.base, disjoint=True)
     modules: dict[str, LoraFactors] = {}
@@ -163,7 +176,7 @@ def _summed(
         before = merged.modules[module].rank if module in merged.modules else 0
         rank = max(1, before + sum(ranks[n] * f.rank for n, f in there.items()))
         shorter, lost = truncated(whole, rank)
-        if lost > _LOST:
+        if lost > allowed:
             raise RunError(
                 f"taking adapters out leaves {lost:.2g} of the update beyond the rank of those that stay",
                 where=module,

@@ -26,7 +26,8 @@ from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
-from plait.merging.record import Layer, MergeRecord, input_hashes
+from plait.merging.record import Layer, Merged, MergeRecord, input_hashes
+from plait.merging.rounding import KEEP, Rounding, dtype_for
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.streamed import known_shapes, stream_to
 from plait.merging.verify import FAILED
@@ -80,6 +81,7 @@ def merge_folders(
     *,
     statistics: Mapping[str, Path | str] | None = None,
     format: str | None = None,
+    dtype: str = KEEP,
     verify: bool = True,
     overwrite: bool = False,
     **settings: Unpack[MergeSettings],
@@ -93,6 +95,7 @@ def merge_folders(
             weights and for LoRA files.
         statistics: Task -> its statistics file.
         format: "peft", "kohya", "diffusers" or "mlx"; by default the inputs'.
+        dtype: "float32", "bfloat16" or "float16"; "keep" is the inputs' own, where they agree on one of 16 bits, else float32.
         verify: Whether the result is read again before it takes its place, and compared with the inputs.
         overwrite: Whether what stands at `out` is replaced.
         settings: What else a `MergeSpec` holds.
@@ -109,7 +112,9 @@ def merge_folders(
     require_apart(out, [*places(adapters), *(statistics or {}).values()])
     spec = spec_for(adapters, MergeSpec.of(method, settings))
     plan = plan_merge(adapters, spec, statistics=read_statistics_files(statistics))
-    written = write_merge(plan, out, format=format, verify=verify, overwrite=overwrite, statistics=statistics)
+    written = write_merge(
+        plan, out, format=format, dtype=dtype, verify=verify, overwrite=overwrite, statistics=statistics
+    )
     return written if written.reused else replace(written, seconds_merge=time.perf_counter() - start)
 
 
@@ -118,6 +123,7 @@ def write_merge(
     out: Path,
     *,
     format: str | None = None,
+    dtype: str = KEEP,
     verify: bool = True,
     overwrite: bool = False,
     statistics: Mapping[str, Path | str] | None = None,
@@ -129,6 +135,7 @@ def write_merge(
         plan: A merge of adapters of one format.
         out: A folder for PEFT, a .safetensors file for the formats of files.
         format: Format of the result; by default the inputs'.
+        dtype: Type of its factors, see `merge_folders`.
         verify: Whether the result is read again before it takes its place, and compared with the inputs.
         overwrite: Whether what stands at `out` is replaced.
         statistics: The files that the plan's statistics came from, for the record.
@@ -138,15 +145,17 @@ def write_merge(
         RunError: What was written is not what was asked for; nothing is left at `out`.
     """
     start = time.perf_counter()
+    took = rounding_of(plan, dtype)
     wanted = identity_of(plan, statistics)
+    wanted["options"] |= took.identity
     if format is None and format_of(plan.adapters[0]) == PEFT:
-        return _write_folder(plan, out, wanted, verify=verify, overwrite=overwrite)
+        return _write_folder(plan, out, wanted, took, verify=verify, overwrite=overwrite)
     target = checked_format(format or format_of(plan.adapters[0]))
     wanted["options"]["format"] = target
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, before, MergeRecord)
     require_space(out, sum(a.nbytes for a in plan.adapters))
-    merged = plan.run(out.name.removesuffix(".safetensors"))
+    merged = rounded_merge(plan.run(out.name.removesuffix(".safetensors")), took)
     ready = in_format(merged.adapter, target)
     record = replace(merged.record, format=target, stack=stack)
     result = to_json(record)
@@ -164,8 +173,20 @@ def write_merge(
     return Written(record, str(out), seconds_merge=time.perf_counter() - start)
 
 
+def rounding_of(plan: Plan, dtype: str) -> Rounding:
+    """What rounds the modules of a plan to the type in which they are written."""
+    kind = dtype_for(dtype, plan.adapters, unchanged=plan.is_unchanged() and plan.rank is None)
+    return Rounding(kind, {width for (_, width), _ in plan.common.modules.values()}, plan.seed)
+
+
+def rounded_merge(merged: Merged, took: Rounding) -> Merged:
+    """A merge that lies in memory, in the type in which it is written."""
+    modules = {m: took.stored(m, f) for m, f in merged.adapter.modules.items()}
+    return Merged(replace(merged.adapter, modules=modules), took.noted(merged.record))
+
+
 def _write_folder(
-    plan: Plan, out: Path, wanted: Mapping[str, Any], *, verify: bool, overwrite: bool
+    plan: Plan, out: Path, wanted: Mapping[str, Any], took: Rounding, *, verify: bool, overwrite: bool
 ) -> Written[MergeRecord]:
     """Write a PEFT folder from PEFT folders, module by module where shapes are known before."""
     if (before := standing(out, wanted, MergeRecord, overwrite=overwrite)) is not None:
@@ -179,21 +200,24 @@ def _write_folder(
         Hashing() as hashing,
         store.staged_folder(out, wanted, overwrite=overwrite, result=result, check=check, digests=digests) as stage,
     ):
-        record = _streamed(plan, stage, out.name, hashing, digests)
+        record = _streamed(plan, stage, out.name, took, hashing, digests)
         result |= to_json(record)
     record = replace(record, verification_error=result["verification_error"])
     return Written(record, str(out), seconds_verify=sum(verifying))
 
 
-def _streamed(plan: Plan, stage: Path, name: str, hashing: Hashing, digests: dict[str, Digest]) -> MergeRecord:
+def _streamed(
+    plan: Plan, stage: Path, name: str, took: Rounding, hashing: Hashing, digests: dict[str, Digest]
+) -> MergeRecord:
     """Merge, write, and let go of what was written: verification reads it from the file."""
-    if (shapes := known_shapes(plan, name)) is not None:
+    shapes = None if took.dtype == KEEP else known_shapes(plan, name, took.dtype)
+    if shapes is not None:
         energies: dict[str, tuple[float, float]] = {}
-        digests |= write_adapter(stage, shapes, lambda put: energies.update(stream_to(plan, put)), hashing)
+        digests |= write_adapter(stage, shapes, lambda put: energies.update(stream_to(plan, put, took)), hashing)
         give_back()
         lost = {m: lost for m, (_, lost) in energies.items()}
-        return plan.record(shapes.modules, lost, {m: kept for m, (kept, _) in energies.items()})
-    merged = plan.run(name)
+        return took.noted(plan.record(shapes.modules, lost, {m: kept for m, (kept, _) in energies.items()}))
+    merged = rounded_merge(plan.run(name), took)
     digests |= write_adapter(stage, merged.adapter, hashing=hashing)
     record = merged.record
     del merged

@@ -22,10 +22,11 @@ from plait.disk.overwriting import require_apart
 from plait.disk.written import Written, standing
 from plait.errors import InputError, UsageError
 from plait.merging.dense import DenseDelta, row_blocks
-from plait.merging.folders import identity_of, places, read_named
+from plait.merging.folders import identity_of, places, read_named, rounded_merge, rounding_of
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import MergeRecord
+from plait.merging.rounding import KEEP
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.model.hooks import modules_named
 
@@ -63,6 +64,7 @@ def merge_per_task(
     out: Path,
     spec: MergeSpec | None = None,
     *,
+    dtype: str = KEEP,
     overwrite: bool = False,
     **settings: Unpack[MergeSettings],
 ) -> Written[MergeRecord]:
@@ -76,6 +78,7 @@ def merge_per_task(
         folders: ``DIR`` or ``NAME=DIR`` each.
         out: The folder to write.
         spec: Weights, rank, seed and base; method and scale are EMR's.
+        dtype: Type of the unified factors; see `plait.merging.folders.merge_folders`.
         overwrite: Whether what stands at `out` is replaced.
         settings: What differs from `spec`.
 
@@ -95,10 +98,12 @@ def merge_per_task(
     adapters = [read_named(f) for f in folders]
     require_apart(out, places(adapters))
     plan = plan_merge(adapters, replace(spec, method="emr", scale=1.0, device="cpu"))
+    took = rounding_of(plan, dtype)
     wanted = identity_of(plan) | {"stage": "merge-per-task"}
+    wanted["options"] |= took.identity
     if (before := standing(out, wanted, MergeRecord, overwrite=overwrite)) is not None:
         return before
-    merged = plan.run(out.name)
+    merged = rounded_merge(plan.run(out.name), took)
     masks, rescalers, errors = _masks(plan, merged.adapter)
     record = replace(merged.record, per_task=True, rescalers=rescalers, relative_error=errors)
     with store.staged_folder(out, wanted, overwrite=overwrite, result=to_json(record)) as stage:
@@ -114,8 +119,8 @@ def _masks(plan: Plan, unified: Adapter) -> tuple[dict[str, dict[str, Tensor]], 
     masks: dict[str, dict[str, Tensor]] = {t: {} for t in tasks}
     own, masked, inner, squares = (dict.fromkeys(tasks, 0.0) for _ in range(4))
     kept_squares = dict.fromkeys(tasks, 0.0)
-    for module, factors in unified.modules.items():
-        x = plan.view(module)
+    for module, stored in unified.modules.items():
+        factors, x = stored.folded(), plan.view(module)
         for t, task in enumerate(tasks):
             packed = []
             for start, stop in row_blocks(x.shape):

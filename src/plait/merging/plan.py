@@ -22,7 +22,8 @@ from plait.merging.inputs import MergeInputs
 from plait.merging.record import Merged, MergeRecord, as_given, input_of, labels_of, loss_of
 from plait.merging.registry import MergeMethod
 from plait.merging.spec import MergeSpec
-from plait.merging.verify import probes_by_width, projection_error, some_modules, sum_error
+from plait.merging.sums import probes_by_width, sum_error
+from plait.merging.verify import projection_error, some_modules
 from plait.merging.views import Views
 from plait.merging.workers import one_by_one, side_by_side
 
@@ -148,7 +149,7 @@ class Plan:
         if not summed:
             self.prepare()
         names = list(modules) if summed else some_modules(list(modules), self.seed)
-        probes = probes_by_width(modules, self.seed) if summed else {}
+        probes = probes_by_width({f.shape[1] for f in modules.values()}, self.seed) if summed else {}
 
         def wanted(x: MergeInputs) -> MergedDelta:
             return self.method.function(x, **self.options)

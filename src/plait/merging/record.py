@@ -105,6 +105,8 @@ class MergeRecord:
             |masked merge - own delta| / |own delta|.
         by_difference: Hash of the merge that was changed ("from") and the adapters that were read for it ("changed").
         first_loss, last_loss: Of weights that were learnt.
+        dtype: Type of the written factors where that is not float32.
+        rounding_error: |D' - D| / |D| over all modules on random inputs, what rounding to that type took.
         texts: Task -> how many of its texts were read.
     """
 
@@ -136,6 +138,8 @@ class MergeRecord:
     by_difference: Mapping[str, Any] | None = optional()
     first_loss: float | None = optional()
     last_loss: float | None = optional()
+    dtype: str | None = optional()
+    rounding_error: float | None = optional()
     texts: Mapping[str, int] | None = optional()
 
 

@@ -18,6 +18,7 @@ from plait.merging.per_task import merge_per_task
 from plait.merging.planning import plan_merge, require_use
 from plait.merging.rank_curve import RankCurve, rank_curve
 from plait.merging.record import MergeRecord
+from plait.merging.rounding import KEEP
 from plait.merging.scales import default_method
 from plait.merging.spec import MergeSpec
 from plait.merging.stack import composed, in_order, layers_of
@@ -34,6 +35,7 @@ class MergeRequest:
         spec: How to merge.
         statistics: Task -> its statistics file.
         format: Format of the result; by default the inputs'.
+        dtype: Type of its factors; see `merge_folders`.
         verify: Whether the result is read again and compared with the inputs.
         overwrite: Whether what stands at `out` is replaced.
         bake_into: Folder of the base, or its name on the hub: write a full model instead of an adapter.
@@ -47,6 +49,7 @@ class MergeRequest:
     spec: MergeSpec = field(default_factory=MergeSpec)
     statistics: Mapping[str, Path | str] | None = None
     format: str | None = None
+    dtype: str = KEEP
     verify: bool = True
     overwrite: bool = False
     bake_into: Path | None = None
@@ -88,6 +91,7 @@ def answer(request: MergeRequest) -> Written[MergeRecord] | Written[BakeRecord] 
         request.spec,
         statistics=request.statistics,
         format=request.format,
+        dtype=request.dtype,
         verify=request.verify,
         overwrite=request.overwrite,
     )
@@ -109,6 +113,7 @@ def _stack(request: MergeRequest, out: Path) -> Written[MergeRecord]:
         plan,
         out,
         format=request.format or format_of(plan.adapters[0]),
+        dtype=request.dtype,
         verify=request.verify,
         overwrite=request.overwrite,
         stack=layers_of(ordered),
@@ -120,7 +125,7 @@ def _per_task(request: MergeRequest, out: Path) -> Written[MergeRecord]:
         raise UsageError("--per-task writes PEFT folders", hint="plait convert --to peft, then merge each component")
     if request.statistics:
         raise UsageError("--per-task takes neither --set, --scale, --stats nor --calibrate")
-    return merge_per_task(request.folders, out, request.spec, overwrite=request.overwrite)
+    return merge_per_task(request.folders, out, request.spec, dtype=request.dtype, overwrite=request.overwrite)
 
 
 def _curve(request: MergeRequest) -> RankCurve:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,6 @@ _PROBES = 4
 _RERUN = 3
 # Above this the written adapter is not the merge that was asked for; float32 factors reach about 1e-6.
 FAILED = 1e-3
-# A weighted sum is first compared in float32; an error above this is looked at again in float64, for sums that nearly cancel.
-_DOUBTFUL = 1e-5
 
 
 def some_modules(names: Sequence[str], seed: int) -> list[str]:
@@ -28,47 +26,9 @@ def some_modules(names: Sequence[str], seed: int) -> list[str]:
     return [names[i] for i in order[:_RERUN]]
 
 
-def sum_error(parts: Sequence[tuple[float, LoraFactors]], merged: LoraFactors, probes: Float[Tensor, "in k"]) -> float:
-    """The relative difference between D X and sum_t c_t D_t X, from the factors as they were read; nothing is copied.
-
-    Args:
-        parts: Coefficient (the scale included) and factors of each input.
-        merged: The result, not cut to a lower rank.
-        probes: X, random.
-    """
-    found = 1.0
-    for dtype in (torch.float32, torch.float64):
-        X = probes.to(dtype)
-        wanted, got = _summed(parts, X), _summed([(1.0, merged)], X)
-        size = wanted.norm()
-        if size == 0 or not bool(got.any()):
-            return 0.0 if size == got.norm() else 1.0
-        found = float((wanted - got).norm() / size)
-        if found <= _DOUBTFUL:
-            break
-    return found
-
-
-def _summed(parts: Sequence[tuple[float, LoraFactors]], X: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
-    rows = X.T
-    total = torch.zeros(len(rows), parts[0][1].shape[0], dtype=X.dtype)  # transposed, as in `_times`
-    for c, f in parts:
-        inner = torch.nn.functional.linear(rows, f.A.to("cpu", X.dtype))
-        total.addmm_(inner, f.B.to("cpu", X.dtype).T, alpha=c * f.scaling)
-    return total.T
-
-
 def probes_of(width: int, generator: torch.Generator) -> Float[Tensor, "in k"]:
     """Random directions of a module's input, of that width; each lies in one piece, as BLAS is fastest with them."""
     return torch.randn(_PROBES, width, dtype=torch.float64, generator=generator).T
-
-
-def probes_by_width(modules: Mapping[str, LoraFactors], seed: int) -> dict[int, Float[Tensor, "in k"]]:
-    """Width of the input -> directions that all modules of that width share: drawing them takes longer than using them."""
-    generators = {
-        w: torch.Generator().manual_seed(seed_of(seed, "probes", w)) for w in {f.shape[1] for f in modules.values()}
-    }
-    return {width: probes_of(width, generator) for width, generator in generators.items()}
 
 
 def projection_error(
@@ -89,7 +49,8 @@ def projection_error(
         renormed: Whether a calibration set the norm afterwards, so that only directions are compared.
 
     Returns:
-        |P D X - D' X| / |D X|. Where the result was cut to a lower rank, P is the projection on the columns of its B: what
+        |P D X - D' X| / |D X|, less what rounding to 16 bits explains, where the result is of those.
+        Where the result was cut to a lower rank, P is the projection on the columns of its B: what
         the cut took away is orthogonal to them, and is reported as discarded energy; else P is the identity.
     """
     probes = probes_of(x.shape[1], x.generator("verify"))
@@ -104,7 +65,19 @@ def projection_error(
     if renormed:
         right = right * (found.norm() / right.norm().clamp(min=torch.finfo(torch.float64).tiny))
         size = found.norm()
-    return float((right - found).norm() / size)
+    return max(0.0, float((right - found).norm() - _rounding(merged, probes)) / float(size))
+
+
+def _rounding(merged: LoraFactors, probes: Float[Tensor, "in k"]) -> float:
+    """The norm that the rounding of factors of 16 bits may have in D X; 0 for wider ones.
+
+    An entry of B is off by at most u of it, and row j of A X by about u (sum_k A_jk^2 X_k^2)^(1/2), of which four times is allowed.
+    """
+    if merged.B.dtype not in (torch.bfloat16, torch.float16):
+        return 0.0
+    u = torch.finfo(merged.B.dtype).eps / 2
+    inner = _times(merged.A, probes).abs() + 4 * _times(merged.A.double().square(), probes.square()).sqrt()
+    return u * merged.scaling * float(_times(merged.B.double().abs(), inner).norm())
 
 
 def _expected(

@@ -1,0 +1,162 @@
+"""Tensors without torch: what a file holds as NumPy arrays, for work that is read, add, write. Importing torch takes longer than that.
+
+An `Array` answers what the readers ask of a torch tensor under the same names, so that both take one way through them. NumPy has
+no bfloat16: its numbers are kept as their 16 bits, the upper half of a float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats: TypeAlias = NDArray[Any]  # float32 or float64
+BFLOAT16, FLOAT16, FLOAT32 = "bfloat16", "float16", "float32"
+# Of the types with which NumPy computes, the bytes of one number: the name in a file's header, and the one that torch has for it.
+_STORED = {"F64": "float64", "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
+_HELD: dict[str, type[np.generic]] = {
+    "float64": np.float64, FLOAT32: np.float32, FLOAT16: np.float16, BFLOAT16: np.uint16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The type of an array's numbers, by torch's name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"torch.{self.name}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return np.dtype(_HELD[self.name]).itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Array:
+    """Numbers of a float type.
+
+    Args:
+        data: As they are stored; of bfloat16 the bits.
+        dtype: Their type.
+    """
+
+    data: NDArray[Any]
+    dtype: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each dimension."""
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self.data.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all numbers."""
+        return self.data.nbytes
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return self.data.itemsize
+
+    def numel(self) -> int:
+        """How many numbers there are."""
+        return self.data.size
+
+    def is_floating_point(self) -> bool:
+        """Whether the numbers are floats, which all arrays' are."""
+        return True
+
+    def reshape(self, *shape: int) -> Array:
+        """The same numbers in another shape."""
+        return Array(self.data.reshape(*shape), self.dtype)
+
+
+def stored_array(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Array | None:
+    """The numbers of one entry of a safetensors file, not copied where they are aligned; None for a type that is no array's.
+
+    Args:
+        buffer: Its bytes.
+        dtype: As the header has it, such as "BF16".
+        shape: As the header has it.
+    """
+    if (name := _STORED.get(dtype)) is None:
+        return None
+    data: NDArray[Any] = np.frombuffer(buffer, dtype=_HELD[name])
+    return Array((data if data.flags.aligned else data.copy()).reshape(shape), Kind(name))
+
+
+def zeros(shape: tuple[int, ...]) -> Array:
+    """Zeros in float32."""
+    return Array(np.zeros(shape, np.float32), Kind(FLOAT32))
+
+
+def array_of(tensor: Tensor | Array) -> Array:
+    """A tensor on the CPU as an array of the same memory; an array as it is."""
+    if isinstance(tensor, Array):
+        return tensor
+    import torch
+
+    plain = tensor.detach().cpu().contiguous()
+    name = str(tensor.dtype).removeprefix("torch.")
+    bits = plain.view(torch.int16).numpy().view(np.uint16) if name == BFLOAT16 else plain.numpy()
+    return Array(bits, Kind(name))
+
+
+def floats(array: Array, kind: Any = np.float32) -> Floats:
+    """The numbers in float32 or float64, which hold those of 16 bits exactly; not copied where they are of that type."""
+    if array.dtype.name == BFLOAT16:
+        wide: Floats = np.left_shift(array.data, 16, dtype=np.uint32).view(np.float32)
+        return wide.astype(kind, copy=False)
+    return array.data.astype(kind, copy=False)
+
+
+def rounded(numbers: Floats, name: str) -> Array:
+    """Float32 numbers rounded to a type, halves to even, as torch rounds them; what is too large becomes infinity.
+
+    Args:
+        numbers: Of any shape.
+        name: "float32", "float16" or "bfloat16".
+    """
+    plain = np.ascontiguousarray(numbers, np.float32)
+    if name == BFLOAT16:
+        bits = plain.view(np.uint32)
+        up = bits >> np.uint32(16)
+        up &= np.uint32(1)
+        up += np.uint32(0x7FFF)
+        up += bits
+        up >>= np.uint32(16)
+        return Array(up.astype(np.uint16), Kind(name))
+    with np.errstate(over="ignore"):
+        return Array(plain.astype(_HELD[name], copy=False), Kind(name))
+
+
+def all_finite(array: Array) -> bool:
+    """Whether there is neither NaN nor infinity: of 16 bits, by the exponents; else a finite sum proves it at a lower cost."""
+    if array.dtype.name in (BFLOAT16, FLOAT16):
+        exponent = np.uint16(0x7F80 if array.dtype.name == BFLOAT16 else 0x7C00)
+        return not array.data.size or int((array.data.view(np.uint16) & exponent).max()) < int(exponent)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(array.data.sum())) or bool(np.isfinite(array.data).all())
+
+
+def equal(one: Tensor | Array, other: Tensor | Array) -> bool:
+    """Whether shapes and numbers are the same, as `torch.equal` has it."""
+    if isinstance(one, Array) and isinstance(other, Array):
+        return one.shape == other.shape and np.array_equal(floats(one, np.float64), floats(other, np.float64))
+    import torch
+
+    return torch.equal(one, other)  # type: ignore[arg-type]

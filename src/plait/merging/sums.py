@@ -1,0 +1,136 @@
+"""Weighted sums of factors, and whether what was written is the sum that was asked for, on NumPy arrays: without torch and beside it.
+
+A sum is factors beside each other: A as it is, and in B what multiplies an adapter. In 16 bits the first is exact, and the
+second wherever that number is a power of two; else B is rounded once, and the rounding is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, array_of, floats, rounded
+from plait.adapters.lora import LoraFactors
+from plait.seeds import seed_of
+
+Part = tuple[float, LoraFactors]  # a coefficient, the scale of the merge in it, and the factors that it multiplies
+Probes = NDArray[np.float32]  # (k, in)
+_PROBES = 4
+# A sum is first compared in float32; an error above this is looked at again in float64, for sums that nearly cancel.
+_DOUBTFUL = 1e-5
+
+
+def probes_of(width: int, seed: int) -> Probes:
+    """Directions of a module's input, each entry 1 or -1 by a hash: (k, width).
+
+    Whatever E is, |E x|^2 is its squared Frobenius norm on average over such x; NumPy's own generators take longer to import
+    than small merges need.
+    """
+    digest = hashlib.shake_256(str(seed_of(seed, "probes", width)).encode()).digest(-(-_PROBES * width // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=_PROBES * width)
+    return (bits.astype(np.float32) * 2 - 1).reshape(_PROBES, width)
+
+
+def probes_by_width(widths: Iterable[int], seed: int) -> dict[int, Probes]:
+    """Width of an input -> directions that all modules of that width share."""
+    return {width: probes_of(width, seed) for width in set(widths)}
+
+
+def stored_sum(parts: Sequence[Part], dtype: str) -> tuple[LoraFactors, LoraFactors]:
+    """Put factors beside each other, in float32 and as they are stored.
+
+    Args:
+        parts: At least one; all of one (out, in).
+        dtype: "float32", "float16" or "bfloat16".
+
+    Returns:
+        The sum in float32, and rounded to the type: one and the same where that is float32. The bits are those of
+        `plait.adapters.lora.concatenated`.
+    """
+    kind, stacked = parts[0][1].kind, [array_of(f.A) for _, f in parts]
+    if all(a.dtype.name == dtype for a in stacked):
+        A = Array(np.concatenate([a.data for a in stacked]), stacked[0].dtype)
+    else:
+        A = rounded(np.concatenate([floats(a) for a in stacked]), FLOAT32)
+    B = rounded(np.concatenate([_times(floats(array_of(f.B)), c * f.scaling) for c, f in parts], axis=1), FLOAT32)
+    exact = LoraFactors(A, B, 1.0, kind)  # type: ignore[arg-type]
+    return exact, (exact if dtype == FLOAT32 else in_type(exact, dtype))
+
+
+def in_type(factors: LoraFactors, dtype: str) -> LoraFactors:
+    """Factors of scaling 1 in a type, each number rounded; as they are where they are of it."""
+    A, B = (
+        a if a.dtype.name == dtype else rounded(floats(a), dtype) for a in (array_of(factors.A), array_of(factors.B))
+    )
+    return LoraFactors(A, B, 1.0, factors.kind)  # type: ignore[arg-type]
+
+
+def _times(numbers: Floats, factor: float) -> Floats:
+    return numbers if factor == 1.0 else numbers * np.float32(factor)
+
+
+def rounding(exact: LoraFactors, stored: LoraFactors, probes: Probes) -> tuple[float, float]:
+    """What rounding took from one module, |(D' - D) X|^2, and |D X|^2.
+
+    Args:
+        exact: Its factors in float32, scaling 1.
+        stored: The same, rounded.
+        probes: X, transposed.
+    """
+    wanted = _applied(exact, probes, np.float32)
+    off = _applied(stored, probes, np.float32) - wanted
+    return float(np.vdot(off, off)), float(np.vdot(wanted, wanted))
+
+
+def taken(parts: Iterable[tuple[float, float]]) -> float:
+    """The relative error of a whole model from what `rounding` says of its modules."""
+    errors, sizes = zip(*parts, strict=True)
+    return float((sum(errors) / sum(sizes)) ** 0.5) if sum(sizes) > 0 else 0.0
+
+
+def sum_error(parts: Sequence[Part], merged: LoraFactors, probes: Probes) -> float:
+    """The relative difference between D X and sum_t c_t D_t X, from the factors as they were read; nothing is held.
+
+    Where the result is of 16 bits, each summand is rounded as it was to be: what is compared is then not the rounding, which
+    has a figure of its own, but all the rest.
+
+    Args:
+        parts: Coefficient (the scale included) and factors of each input.
+        merged: The result, not cut to a lower rank.
+        probes: X, transposed.
+    """
+    dtype = array_of(merged.B).dtype.name if merged.scaling == 1.0 else FLOAT32
+    error = 1.0
+    for kind in (np.float32, np.float64):
+        wanted = sum(_applied(f, probes, kind, c, dtype) for c, f in parts)
+        result = _applied(merged, probes, kind)
+        size = float(np.linalg.norm(wanted))
+        if size == 0 or not result.any():
+            return 0.0 if size == float(np.linalg.norm(result)) else 1.0
+        error = float(np.linalg.norm(wanted - result)) / size
+        if error <= _DOUBTFUL:
+            break
+    return error
+
+
+def _applied(
+    factors: LoraFactors,
+    probes: Probes,
+    kind: Any,
+    weight: float = 1.0,
+    dtype: str = "",
+) -> Floats:
+    """(D X)^T in a type; rounded on the way as a sum of another type rounds it."""
+    A, B = array_of(factors.A), array_of(factors.B)
+    factor = weight * factors.scaling
+    if dtype in (BFLOAT16, FLOAT16):
+        A = A if A.dtype.name == dtype else rounded(floats(A), dtype)
+        B = B if B.dtype.name == dtype and factor == 1.0 else rounded(_times(floats(B), factor), dtype)
+        factor = 1.0
+    inner = probes.astype(kind, copy=False) @ floats(A, kind).T
+    result: Floats = (inner if factor == 1.0 else inner * kind(factor)) @ floats(B, kind).T
+    return result
