@@ -14,7 +14,7 @@ import torch
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.files import sha256_file
-from plait.disk.manifest import MANIFEST, Fault, compare_with_manifest, read_manifest, require_whole
+from plait.disk.manifest import CARD, MANIFEST, Fault, compare_with_manifest, read_manifest, require_whole
 from plait.disk.store import identity, is_done, staged_folder
 from plait.errors import Damaged, InputError, PlaitError
 from tests.conftest import unprivileged
@@ -67,7 +67,7 @@ def listed(folder: Path) -> list[str]:
 
 def test_a_whole_folder_has_no_fault_and_its_manifest_lists_everything(folder):
     manifest = read_manifest(folder)
-    lying = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    lying = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, CARD))
     assert sorted(manifest["files"]) == sorted(manifest["sizes"]) == lying and len(lying) == 4
     assert all(sha256_file(folder / n) == d for n, d in manifest["files"].items())
     assert all((folder / n).stat().st_size == size for n, size in manifest["sizes"].items())

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from plait.border.head_shapes import output_layer
 from plait.errors import InputError
 
 HEAD = "head"  # key in the metadata of the file that holds a head's tensors
@@ -16,9 +17,6 @@ REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classificati
 PROBLEM_TYPES = (REGRESSION, SINGLE_LABEL, MULTI_LABEL)
 _PROBLEMS = {"regression": REGRESSION, "classification": SINGLE_LABEL}  # by the kinds of plait's tasks
 _TEXT_LIMIT = 1 << 20
-# What transformers calls the last layer of a head, the commonest first; RoBERTa's `classifier.out_proj` comes after its
-# `classifier.dense`, DistilBERT's `classifier` after its `pre_classifier`.
-_OUTPUTS = ("out_proj", "classifier", "score", "qa_outputs", "logits_proj", "fc2", "output", "proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +127,7 @@ def facts_of_task(kind: str, labels: tuple[str, ...] | None) -> HeadFacts:
     return HeadFacts(tuple(labels) if labels and kind != REGRESSION else None, _PROBLEMS.get(kind))
 
 
-def output_layer(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the weight of a head's last layer, or None where several could be it."""
-    weights = [k for k, v in tensors.items() if v.ndim == 2 and k.endswith(".weight")]
-    if len(weights) == 1:
-        return weights[0]
-    for last in _OUTPUTS:
-        found = [k for k in weights if k.removesuffix(".weight").rpartition(".")[2] == last]
-        if len(found) == 1:
-            return found[0]
-    return None
-
-
 def num_outputs(tensors: Mapping[str, Tensor]) -> int | None:
     """How many outputs a head has; None where its tensors do not tell."""
-    name = output_layer(tensors)
+    name = output_layer({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     return int(tensors[name].shape[0]) if name else None

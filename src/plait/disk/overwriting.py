@@ -7,7 +7,8 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from plait.disk.manifest import CARD, MANIFEST, read_manifest
+from plait.disk.files import sha256_file
+from plait.disk.manifest import CARD, CARD_HASH, MANIFEST, read_manifest
 from plait.errors import Damaged, InputError, UsageError
 
 _HINT = "choose another --out, or remove it yourself"
@@ -23,8 +24,8 @@ def require_replaceable(path: Path, *, unit: bool = False) -> None:
             is gone, or damaged beyond recognition, is replaced too.
 
     Raises:
-        UsageError: A link, a file, a device, a folder of somebody else's or with somebody else's files in it, or the
-            working directory or a folder above it. Says which.
+        UsageError: A link, a file, a device, a folder of somebody else's or with somebody else's files in it, one whose card
+            was edited, or the working directory or a folder above it. Says which.
     """
     _require_not_above(path)
     mode = _mode(path)
@@ -34,6 +35,12 @@ def require_replaceable(path: Path, *, unit: bool = False) -> None:
         raise UsageError(f"{_kind(mode)} stands there, not a folder of plait's", where=str(path), hint=_HINT)
     if not unit and not _is_ours(path):
         raise UsageError("holds no manifest of plait's, so it is not replaced", where=str(path), hint=_HINT)
+    if not unit and _is_card_edited(path):
+        raise UsageError(
+            f"its {CARD} was edited since plait wrote it, so it is not replaced",
+            where=str(path),
+            hint=f"move {CARD} away first, or choose another --out",
+        )
     if foreign := _foreign(path):
         raise UsageError(
             f"holds {foreign!r}, which plait did not write, so it is not replaced", where=str(path), hint=_HINT
@@ -136,3 +143,13 @@ def _foreign(folder: Path) -> str:
             if name not in listed and name not in (MANIFEST, CARD):
                 return name
     return ""
+
+
+def _is_card_edited(folder: Path) -> bool:
+    """Whether the card is not the one that the manifest knows; of a manifest that knows of none, nobody can tell."""
+    try:
+        written = (read_manifest(folder) or {}).get(CARD_HASH)
+    except InputError:
+        return False
+    card = folder / CARD
+    return written is not None and card.is_file() and sha256_file(card) != written

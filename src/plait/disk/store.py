@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from plait.disk.card import card_of
 from plait.disk.durable import absent_above, flush_above, flush_file, flush_folders
 from plait.disk.files import canonical_json as canonical_json
 from plait.disk.files import read_json as read_json
@@ -24,7 +25,7 @@ from plait.disk.files import require_regular as require_regular
 from plait.disk.files import sha256_file as sha256_file
 from plait.disk.files import sha256_json as sha256_json
 from plait.disk.locks import locked, system_errors
-from plait.disk.manifest import CARD, require_whole, sealed
+from plait.disk.manifest import CARD, CARD_HASH, require_whole, sealed
 from plait.disk.manifest import MANIFEST as MANIFEST
 from plait.disk.manifest import SCHEMA as SCHEMA
 from plait.disk.manifest import differences as differences
@@ -168,7 +169,7 @@ def staged_folder(
         stage.mkdir(parents=True)
         try:
             yield stage
-            _finish(stage, wanted, {} if result is None else result, check, digests or {})
+            _finish(stage, path.name, wanted, {} if result is None else result, check, digests or {})
             _swap(stage, path)
             flush_above(path, made)
             shutil.rmtree(_aside(path), ignore_errors=True)  # only now: a power loss may have undone the renames
@@ -178,6 +179,7 @@ def staged_folder(
 
 def _finish(
     stage: Path,
+    name: str,
     wanted: Mapping[str, Any],
     result: Mapping[str, Any],
     check: Callable[[Path], None] | None,
@@ -194,11 +196,23 @@ def _finish(
         require_loadable(stage)
         listed = {name: (names[name].stat().st_size, digest()) for name, digest in hashes.items()}
         list(settled)  # raises what the disk met
-    manifest = sealed({**wanted, "versions": versions(), "result": dict(result)}, listed)
+    record = {**wanted, "versions": versions(), "result": dict(result)}
+    manifest = sealed({**record, **_carded(stage, name, record)}, listed)
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _settle(stage / MANIFEST)
     flush_folders(stage)
+
+
+def _carded(stage: Path, name: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Write the model card, where there is something to describe and no card yet; what the manifest keeps of it.
+
+    The card is not listed among the files. Its hash tells whether somebody edited it, so that `--overwrite` takes no one's text.
+    """
+    if not (stage / CARD).exists() and (text := card_of(stage, name, record)) is not None:
+        (stage / CARD).write_text(text, encoding="utf-8")
+        _settle(stage / CARD)
+    return {CARD_HASH: sha256_file(stage / CARD)} if (stage / CARD).is_file() else {}
 
 
 def _settle(path: Path) -> None:

@@ -19,7 +19,7 @@ from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, reused, standing
 from plait.errors import InputError, RunError, UsageError
-from plait.formats.export_notes import GGUF, PEFT, VLLM, next_steps, readme
+from plait.formats.export_notes import GGUF, PEFT, VLLM, next_steps
 from plait.formats.gguf_file import (
     base_config,
     gguf_record,
@@ -142,7 +142,6 @@ def export(
     require_space(out, ready.nbytes)
     with store.staged_folder(out, wanted, overwrite=overwrite, result=to_json(record), check=check) as stage:
         write_adapter(stage, ready)
-        (stage / "README.md").write_text(readme(ready, kind, out, record.merged_from, record.labels), encoding="utf-8")
     return Written(record, str(out))
 
 

@@ -1,8 +1,7 @@
-"""What to do next with an exported adapter: the lines that load it, printed and in the README.md of its folder."""
+"""What to do next with an exported adapter: the lines that load it, as the command prints them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from plait.adapters.head_config import config_values, outputs_of
@@ -35,20 +34,19 @@ _VLLM = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {
 _GGUF = "llama-server --model BASE.gguf --lora {folder}  # the base by llama.cpp's convert_hf_to_gguf.py\n"
 
 
-def next_steps(adapter: Adapter, kind: str, out: Path | str, base: str | None = None) -> tuple[str, int | None]:
+def next_steps(adapter: Adapter, kind: str, out: Path | str) -> tuple[str, int | None]:
     """Give the lines that load an export, and how many outputs its head has; None without a head.
 
     Args:
         adapter: As it is written, its one head included.
         kind: The loader.
         out: Where it goes.
-        base: What to call the base; as the adapter does by default.
 
     Raises:
         InputError: A head whose number of outputs cannot be told.
     """
     head = next(iter(adapter.heads), None) if kind != GGUF else None
-    base = base or adapter.base or "BASE"
+    base = adapter.base or "BASE"
     outputs = outputs_of(adapter, head, str(out)) if head else None
     if kind == GGUF:
         return _GGUF.format(folder=out), None
@@ -64,28 +62,3 @@ def next_steps(adapter: Adapter, kind: str, out: Path | str, base: str | None = 
     shown = "{\n" + "".join(f"    {k!r}: {v!r},\n" for k, v in values.items()) + "}"
     text = _WITH_HEAD.format(cls=cls, task=task, values=shown, folder=str(out), base=base)
     return text, outputs
-
-
-def readme(
-    adapter: Adapter, kind: str, out: Path, merged_from: Sequence[str] | None, labels: Sequence[str] | None
-) -> str:
-    """Write the README.md of an exported folder: what it is, and the lines that load it. Folders of this machine are not named."""
-    public = adapter.base if adapter.base and not adapter.base.startswith((".", "/", "~")) else None
-    base = public or f"path/to/{Path(adapter.base).name or 'base'}"
-    lines = [
-        "---",
-        "library_name: peft",
-        *([f"base_model: {public}"] if public else []),
-        "tags:",
-        "- lora",
-        "- plait",
-        "---",
-        f"# {adapter.name}",
-        "",
-        f"A LoRA adapter of `{Path(base).name if public is None else public}`, exported by plait for {kind}"
-        + (f", merged from {', '.join(merged_from)}." if merged_from else "."),
-    ]
-    if labels:
-        lines += ["", "Classes, in the order of the outputs: " + ", ".join(f"`{name}`" for name in labels)]
-    fence, text = "bash" if kind == VLLM else "python", next_steps(adapter, kind, out.name, base)[0]
-    return "\n".join([*lines, "", f"```{fence}", text.rstrip(), "```", ""])

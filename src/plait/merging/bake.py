@@ -19,7 +19,9 @@ from plait.adapters.lora import Adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.border.records import optional, to_json
 from plait.disk import store
+from plait.disk.card import license_of
 from plait.disk.hub import hub_facts
+from plait.disk.manifest import CARD
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, standing
@@ -56,6 +58,8 @@ class BakeRecord:
         verification_error: The largest |W' x - (W x + D x)| / |W x + D x| of any module; None where nobody looked.
         labels: Head -> names of its classes, where any are known.
         method, weights, scale, scale_reason, tasks: How the adapters were merged, of a merge.
+        base: What the adapter calls its base.
+        license: The base's, where its card names one: the baked weights are mostly its own.
     """
 
     modules: int
@@ -70,6 +74,8 @@ class BakeRecord:
     scale: float | None = optional()
     scale_reason: str | None = optional()
     tasks: tuple[str, ...] | None = optional()
+    base: str | None = optional()
+    license: str | None = optional()
 
 
 def bake(
@@ -131,6 +137,8 @@ def bake(
             rounding_error=(sum(e for e, _ in lost) / changed) ** 0.5 if changed > 0 else 0.0,
             verification_error=max((_verify(s, stage) for s in sites), default=0.0) if verify else None,
             labels=labels_of([adapter]) or None,
+            base=adapter.base,
+            license=license_of(base),
         )
         _write_heads(stage, adapter)
         result |= to_json(record)
@@ -201,12 +209,12 @@ def _shard_name(path: Path, base: Path, untied: bool) -> str:
 
 
 def _copied(base: Path) -> list[Path]:
-    """The files of a base that its baked copy has: all but weights that are not loaded, and what is hidden; inside it."""
+    """The files of a base that its baked copy has: all but weights that are not loaded, its card, and what is hidden; inside it."""
     shards = set(weight_files(base))
     found = []
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         inside = path.relative_to(base)
-        hidden = path.name == store.MANIFEST or any(part.startswith(".") for part in inside.parts)
+        hidden = path.name in (store.MANIFEST, CARD) or any(part.startswith(".") for part in inside.parts)
         if not hidden and (path.suffix not in _WEIGHTS or path in shards):
             found.append(inside)
     return found

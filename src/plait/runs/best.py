@@ -17,7 +17,7 @@ from plait.evaluation.splits import HALVES
 from plait.runs.folder import PRODUCTS
 from plait.runs.layout import Layout
 from plait.runs.sources import merged_of
-from plait.runs.units import FOLDS, MERGE, TRAIN, Unit
+from plait.runs.units import ALONE, FOLDS, MERGE, TRAIN, Unit
 from plait.runs.waves import final_units, result
 
 BEST = PRODUCTS[0]
@@ -49,7 +49,7 @@ def write_best(layout: Layout) -> Path | None:
     scale = shipped_scale(result(layout, unit)["grid"])
     modules = {m: LoraFactors(f.A, f.B * (f.scaling * scale), 1.0, f.kind) for m, f in adapter.modules.items()}
     kept: dict[str, Any] = {k: record[k] for k in CARRIED if k in record}
-    kept |= {"arm": unit.arm, "merge": unit.merge, "seed": unit.seed, "scale": scale}
+    kept |= {"arm": unit.arm, "merge": unit.merge, "seed": unit.seed, "scale": scale, **_scores(layout, unit)}
     with staged_folder(out, wanted, overwrite=True, result=kept, unit=True) as folder:
         write_adapter(folder, replace(adapter, name=layout.recipe.name, modules=modules))
     return out
@@ -69,6 +69,19 @@ def _merge(layout: Layout, unit: Unit) -> tuple[Adapter, Mapping[str, Any]]:
         return read_adapter(path), (read_manifest(path) or {})["result"]
     merged = merged_of(unit, layout)
     return merged.adapter, to_json(merged.record)
+
+
+def _scores(layout: Layout, unit: Unit) -> dict[str, object]:
+    """What the model card says of a merge: each task's score, its adapter's alone, and on which rows."""
+    halves, alone = result(layout, unit)["halves"], result(layout, replace(unit, stage=ALONE, merge=""))
+    rows = sum(len(layout.labels(task)) for task in layout.tasks)
+    return {
+        "scores": {t: float(np.mean([halves[h]["score"][t] for h in HALVES])) for t in layout.tasks},
+        "scores_alone": {t: float(np.mean([alone[h]["alone"][t] for h in HALVES])) for t in layout.tasks},
+        "metrics": {t: ", ".join(task.metrics) for t, task in layout.tasks.items()},
+        "scored_on": f"In percent, on {rows} validation rows of {len(layout.tasks)} tasks; each half of them is scored at the scale "
+        "that the other half chose.",
+    }
 
 
 def shipped_scale(grid: list[dict[str, Any]]) -> float:
