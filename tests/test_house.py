@@ -49,6 +49,7 @@ ROOMS = [
     "report",
     "demo",
     "checking",
+    "publishing",
     "cli",
     "__init__",
     "entry",

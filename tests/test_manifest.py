@@ -67,7 +67,9 @@ def listed(folder: Path) -> list[str]:
 
 def test_a_whole_folder_has_no_fault_and_its_manifest_lists_everything(folder):
     manifest = read_manifest(folder)
-    lying = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, CARD))
+    lying = sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, CARD)
+    )
     assert sorted(manifest["files"]) == sorted(manifest["sizes"]) == lying and len(lying) == 4
     assert all(sha256_file(folder / n) == d for n, d in manifest["files"].items())
     assert all((folder / n).stat().st_size == size for n, size in manifest["sizes"].items())
@@ -124,6 +126,7 @@ def test_what_is_not_listed_is_a_fault(folder, file):
 def test_a_card_and_what_tools_leave_may_lie_there(folder):
     before = content(read_adapter(folder), folder)
     (folder / "README.md").write_text("a card")
+    (folder / "LICENSE").write_text("a licence")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
     (folder / ".cache/huggingface").mkdir(parents=True)
     (folder / ".cache/huggingface/x.lock").write_text("")

@@ -18,9 +18,10 @@ from plait.errors import InputError, UsageError, printable
 from plait.version import __version__
 
 _LIMIT = 120
+_WRITTEN = "Written by plait {version}; plait.json beside it holds the whole record, and `plait check` compares the files with it."
 
 
-def card_of(folder: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
+def card_of(folder: Path, name: str, manifest: Mapping[str, Any], *, base: str | None = None) -> str | None:
     """Write the card of a folder's content; None where there is neither an adapter nor a model at its top.
 
     The text depends on what lies there and how it was made, never on when, where or on whose machine.
@@ -28,7 +29,8 @@ def card_of(folder: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
     Args:
         folder: The folder, whole but for its manifest.
         name: What it will be called.
-        manifest: What its manifest will say: stage, options, inputs, result.
+        manifest: What its manifest will say: stage, options, inputs, result; {} where it will have none.
+        base: Name of the base on the hub, where the folder itself does not say it.
 
     Raises:
         InputError: A config or header in it cannot be read.
@@ -38,6 +40,7 @@ def card_of(folder: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
         return None
     stage, result = str(manifest.get("stage", "")), manifest.get("result", {})
     contents = _completed(contents, manifest)
+    contents = replace(contents, base=base, base_called=base) if base else contents
     blocks = [
         _front_matter(contents, merge=is_merge(manifest), license=result.get("license")),
         f"# {printable(name, _LIMIT)}",
@@ -47,7 +50,7 @@ def card_of(folder: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
         *_heads(contents),
         *_section("## Scores", scores(result)),
         *_section("## How it was made", made(stage, manifest)),
-        f"Written by plait {__version__}; plait.json beside it holds the whole record, and `plait check` compares the files with it.",
+        _WRITTEN.format(version=__version__) if stage else "",
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

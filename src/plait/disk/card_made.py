@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from plait.border.own_paths import without_paths
 from plait.errors import printable
 
-_PATH = re.compile(r"(?<![\w.:/])(?:~|\.{0,2}/|[A-Za-z]:\\)[^\s,;)'\"]*")
 _TEXT = 200
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
 
@@ -224,8 +223,13 @@ def _code(name: object) -> str:
 
 def _text(value: object) -> str:
     """A foreign text in one line of Markdown: paths by their last part, nothing that opens a tag, a cell or a code span."""
-    named = _PATH.sub(lambda m: re.split(r"[/\\]", m.group().rstrip("/\\"))[-1] or "(a path)", str(value))
-    return printable(named, _TEXT).replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")
+    return (
+        printable(without_paths(str(value)), _TEXT)
+        .replace("`", "'")
+        .replace("|", "/")
+        .replace("<", "(")
+        .replace(">", ")")
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

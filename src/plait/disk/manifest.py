@@ -23,6 +23,7 @@ SCHEMA = 1
 MANIFEST = "plait.json"
 CARD = "README.md"  # the one file that is not listed, so that a card may be edited
 _SIZES, _SEAL = "sizes", "manifest_sha256"
+LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt")  # what people lay beside a result that they publish
 CARD_HASH = "card"  # key of its SHA-256 as it was written, by which an edited one is known
 _VOLATILE = {"versions", "result", "files", CARD_HASH, _SIZES, _SEAL}
 _OBJECTS = ("options", "inputs", "result", "files", _SIZES)
@@ -141,7 +142,7 @@ def compare_with_manifest(folder: Path, *, read: bool, known: Mapping[str, str] 
     """Hold a folder against its manifest: every file it lists, every file that lies there, and the manifest itself.
 
     A folder inside a result (a component's adapter, an intermediate one) is held against the result's manifest, as far
-    as that speaks of it. Not looked at: README.md, and names that start with a dot, which version control, hubs and
+    as that speaks of it. Not looked at: README.md, a licence, and names that start with a dot, which version control, hubs and
     file managers leave and no reader opens.
 
     Args:
@@ -205,7 +206,7 @@ def _files_in(folder: Path, wanted: Collection[str], faults: list[Fault]) -> Ite
         folders[:] = sorted(f for f in folders if not f.startswith(".") or str(inside / f) in parents)
         for file in files:
             name = str(inside / file)
-            if name in wanted or not (file.startswith(".") or name in (MANIFEST, CARD)):
+            if name in wanted or not (file.startswith(".") or name in (MANIFEST, CARD, *LICENSES)):
                 yield name
 
 

@@ -1,0 +1,1 @@
+"""A result on the Hugging Face hub: what goes there, and sending it."""
