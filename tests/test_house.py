@@ -50,6 +50,7 @@ ROOMS = [
     "demo",
     "checking",
     "publishing",
+    "trying",
     "cli",
     "__init__",
     "entry",

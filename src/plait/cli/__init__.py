@@ -7,7 +7,20 @@ from collections.abc import Callable
 
 import typer
 
-from plait.cli import checking, comparing, existing, export, formats, merging, push, recipes, stages, statistics, study
+from plait.cli import (
+    checking,
+    comparing,
+    existing,
+    export,
+    formats,
+    merging,
+    push,
+    recipes,
+    stages,
+    statistics,
+    study,
+    trying,
+)
 from plait.cli.output import guarded
 from plait.disk.hub import go_offline
 from plait.version import __version__
@@ -20,7 +33,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for module in (recipes, statistics, stages, merging, existing, comparing, formats, export, checking, push, study):
+for module in (
+    recipes,
+    statistics,
+    stages,
+    merging,
+    existing,
+    comparing,
+    formats,
+    export,
+    checking,
+    push,
+    trying,
+    study,
+):
     module.register(app)
 
 

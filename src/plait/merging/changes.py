@@ -147,21 +147,13 @@ def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -
     found: dict[str, Path] = {}
     problems: list[str] = []
     for entry in recipe.adapters:
-        name, path = entry.name, Path(entry.path)
-        if name not in names:
+        if entry.name not in names:
             continue
-        beside = recipe.path.absolute().parent
-        places = (
-            [adapter_place(moved[name])]
-            if name in moved
-            else [path, beside / path, beside / path.name, *_cached(entry)]
-        )
-        verdicts = [_verdict(p, name, entry.sha256) for p in places]
-        if "" in verdicts:
-            found[name] = places[verdicts.index("")]
+        place, why = whereabouts(entry, recipe.path, moved.get(entry.name))
+        if place is None:
+            problems.append(f"{entry.name!r} {why}")
         else:
-            said = next((v for v in verdicts if v != _GONE), _GONE)
-            problems.append(f"{name!r} ({places[0]}) {said}")
+            found[entry.name] = place
     if problems:
         raise InputError(
             f"inputs of the merge are not what they were: {'; '.join(problems)}",
@@ -169,6 +161,25 @@ def located(recipe: Recorded, names: Sequence[str], moved: Mapping[str, Path]) -
             hint="--input NAME=PATH says where one is now; --by-difference needs only those that change",
         )
     return found
+
+
+def whereabouts(entry: MergedInput, merge: Path, moved: Path | None = None) -> tuple[Path | None, str]:
+    """Find where one input of a merge is now: as recorded, beside the merge, in the hub's cache, or where it has moved to.
+
+    Args:
+        entry: The input as the merge's record has it.
+        merge: Folder or file of the merge.
+        moved: Where it is said to be; then nowhere else is looked.
+
+    Returns:
+        Its place, and ""; None, and the first place with what is wrong there.
+    """
+    path, beside = Path(entry.path), merge.absolute().parent
+    places = [adapter_place(moved)] if moved else [path, beside / path, beside / path.name, *_cached(entry)]
+    verdicts = [_verdict(p, entry.name, entry.sha256) for p in places]
+    if "" in verdicts:
+        return places[verdicts.index("")], ""
+    return None, f"({places[0]}) {next((v for v in verdicts if v != _GONE), _GONE)}"
 
 
 def _cached(entry: MergedInput) -> list[Path]:

@@ -1,0 +1,170 @@
+"""What is tried: a merge, the adapters that it was made of where they still are, and the base they all need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.beside import no_matrix
+from plait.adapters.lora import Adapter
+from plait.adapters.naming import split_name
+from plait.adapters.peft_format import read_adapter
+from plait.border.records import from_json
+from plait.disk.hub import adapter_place, cached_folder, split_revision
+from plait.disk.store import read_manifest
+from plait.errors import InputError, PlaitError, UsageError
+from plait.formats.reading import read_any
+from plait.merging.changes import whereabouts
+from plait.merging.record import MergedInput
+from plait.model.base import BaseModel
+
+_AGAIN = "--adapter NAME=PATH says where it is"
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """An adapter that went into the merge and is not tried: its name and why."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How an adapter's prompts looked in training, as far as its record tells.
+
+    Args:
+        chat: "prompt" or "messages" where the tokenizer's chat template was put around them; None where not, or unknown.
+        template: What was put around the texts; None where nothing was, or unknown.
+    """
+
+    chat: str | None = None
+    template: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is to be tried.
+
+    Args:
+        merge: The merge; a single adapter is tried alone.
+        adapters: Those that went into it and were found, in the order of its record.
+        missing: Those that were not.
+        base: The base.
+        trained: Name of an adapter -> how its prompts looked.
+        is_merge: Whether it is a merge at all.
+    """
+
+    merge: Adapter
+    adapters: tuple[Adapter, ...]
+    missing: tuple[Missing, ...]
+    base: BaseModel
+    trained: Mapping[str, Trained]
+    is_merge: bool
+
+
+def trial_of(place: str, base: str | None, named: Sequence[str], device: str = "auto") -> Trial:
+    """Find everything that is tried beside a merge.
+
+    Args:
+        place: The merge, or a single adapter: a folder, or its name on the hub.
+        base: The base; None for the one that the merge names, where it is on this machine.
+        named: ``NAME=PATH`` of adapters that are no longer where the record says, or are to stand beside a merge without one.
+        device: Where the base runs.
+
+    Raises:
+        InputError: No such folder, no base of that name, or a merge that predicts nothing.
+        UsageError: A name that the merge does not have.
+    """
+    folder = adapter_place(place)
+    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            "a whole model, not an adapter", where=place, hint="try the merge's adapter folder, before it is baked"
+        )
+    merge = read_adapter(folder)
+    _require_whole_update(merge)
+    record = read_manifest(folder) or {}
+    result: Mapping[str, Any] = record.get("result", {})
+    inputs = tuple(from_json(MergedInput, a, str(folder)) for a in result.get("adapters") or ())
+    tasks = [a.name for a in inputs] or list(map(str, result.get("tasks") or ()))
+    given = _given(named, tasks, place)
+    found, missing = _found(inputs, given, tasks, folder)
+    trained = {a.name: _trained(a) for a in (*found, *(() if tasks else (merge,)))}
+    return Trial(merge, tuple(found), tuple(missing), _base(merge, base, device), trained, bool(tasks))
+
+
+def _given(named: Sequence[str], tasks: Sequence[str], place: str) -> dict[str, str]:
+    given = {}
+    for text in named:
+        name, path = split_name(text)
+        name = name or read_any(path).name
+        if tasks and name not in tasks:
+            raise UsageError(f"no adapter {name!r} in this merge", where=place, hint=f"it has {', '.join(tasks)}")
+        given[name] = path
+    return given
+
+
+def _found(
+    inputs: Sequence[MergedInput], given: Mapping[str, str], tasks: Sequence[str], folder: Path
+) -> tuple[list[Adapter], list[Missing]]:
+    """Read the adapters that are where they are looked for; what is not there, or cannot be tried, is told by name."""
+    known = {a.name: a for a in inputs}
+    found, missing = [], []
+    for name in tasks or given:
+        try:
+            adapter = _adapter(name, known.get(name), given.get(name), folder)
+            _require_whole_update(adapter)
+            found.append(adapter)
+        except PlaitError as e:
+            missing.append(Missing(name, f"{e.what} ({_AGAIN})" if name not in given else e.what))
+    return found, missing
+
+
+def _adapter(name: str, recorded: MergedInput | None, given: str | None, folder: Path) -> Adapter:
+    if given is not None:
+        return read_any(adapter_place(given), name=name)
+    if recorded is None:
+        raise InputError("the merge's record does not say where it is")
+    place, why = whereabouts(recorded, folder)
+    if place is None:
+        raise InputError(why)
+    return read_any(place, name=name)
+
+
+def _require_whole_update(adapter: Adapter) -> None:
+    if adapter.extras:
+        hint = None if no_matrix(adapter.extras) else "plait convert --base DIR --rank R makes it low rank"
+        raise InputError(
+            f"it also trained {next(iter(adapter.extras))} whole, which is not tried here",
+            where=adapter.name,
+            hint=hint,
+        )
+
+
+def _trained(adapter: Adapter) -> Trained:
+    """What the manifest of a training says of its rows."""
+    path = Path(str(adapter.source.get("path", "")))
+    options = (read_manifest(path) or {}).get("options", {}) if path.is_dir() else {}
+    data = options.get("data")
+    if not isinstance(data, Mapping):
+        return Trained()
+    chat, template = data.get("chat"), data.get("template")
+    return Trained(chat if isinstance(chat, str) else None, template if isinstance(template, str) else None)
+
+
+def _base(merge: Adapter, asked: str | None, device: str) -> BaseModel:
+    """The base that was asked for; else the recorded one, where it lies here: nothing is downloaded on a record's word."""
+    if asked is not None:
+        name, revision = (asked, None) if Path(asked).expanduser().is_dir() else split_revision(asked)
+        return BaseModel(str(Path(name).expanduser()) if name.startswith("~") else name, revision, "float32", device)
+    if (folder := Path(merge.base).expanduser()) and (folder / "config.json").is_file():
+        return BaseModel(str(folder), None, "float32", device)
+    if merge.base and cached_folder(merge.base, merge.revision) is not None:
+        return BaseModel(merge.base, merge.revision, "float32", device)
+    raise InputError(
+        f"its base {merge.base!r} is neither a folder here nor in the hub's cache",
+        where=merge.name,
+        hint="--base FOLDER or NAME",
+    )
