@@ -26,6 +26,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p plait
 
+# The documentation, into docs/_build/html; a warning is an error, and nothing is fetched.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
 # What plait is attacked with, into docs/results/trust.json and trust.md: hours; TRUST_FUZZ=10000 and so on for less.
 TRUST := .trust
 TRUST_FUZZ ?= 1000000
@@ -65,6 +69,10 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # Known vulnerabilities of the pinned versions; asks the network.
 audit: $(VENV)/.audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
@@ -103,4 +111,4 @@ $(SERVING)/.base: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRUST) .bench dist build plait-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRUST) .bench dist build docs/_build docs/generated plait-demo .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,7 @@ _SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 

@@ -39,13 +39,15 @@ if TYPE_CHECKING:
 class Settings(Strict):
     """What a single stage needs to know."""
 
-    base: BaseSpec
-    data: DataSpec = DataSpec()
+    base: BaseSpec = Field(description="the base model")
+    data: DataSpec = Field(DataSpec(), description="which rows, and how long")
     tasks: list[str | TaskSpec] = Field(min_length=1, description="GLUE names, or tasks described")
-    lora: LoraSpec | None = None
-    statistics: StatisticsSpec = StatisticsSpec()
-    training: dict[str, Any] = Field({}, description="see plait.training.settings.TrainingSettings")
-    evaluation: EvaluationSpec = EvaluationSpec.model_construct()
+    lora: LoraSpec | None = Field(None, description="the shape of every adapter")
+    statistics: StatisticsSpec = Field(StatisticsSpec(), description="what is measured before an adapter starts")
+    training: dict[str, Any] = Field({}, description="how adapters are trained (plait.training.TrainingSettings)")
+    evaluation: EvaluationSpec = Field(
+        EvaluationSpec.model_construct(), description="how scales are chosen and scores are taken"
+    )
 
     @property
     def task_names(self) -> list[str]:
@@ -89,16 +91,18 @@ class Settings(Strict):
 class Recipe(Settings):
     """A whole run; with `rates` a study, whose arms each choose their learning rate."""
 
-    name: str = "run"
-    description: str = ""
-    lora: LoraSpec
-    arms: list[str | ArmSpec] = Field(min_length=1)
-    training: dict[str, Any] = Field(description="see plait.training.settings.TrainingSettings")
-    merges: list[str | MergeSpec] = Field(min_length=1)
+    name: str = Field("run", description="what the run is called in its report")
+    description: str = Field("", description="one sentence for its report")
+    lora: LoraSpec = Field(description="the shape of every adapter")
+    arms: list[str | ArmSpec] = Field(
+        min_length=1, description="ways of starting and training: names of subspaces, or mappings"
+    )
+    training: dict[str, Any] = Field(description="how adapters are trained (plait.training.TrainingSettings)")
+    merges: list[str | MergeSpec] = Field(min_length=1, description="names of merge methods, or mappings")
     fleet: Literal["auto", "always", "never"] = Field(
         "auto", description="train adapters together; auto: on a GPU, and wherever rates are chosen"
     )
-    seeds: Seeds = Field([0])
+    seeds: Seeds = Field([0], description="seeds; every arm is trained with each")
     rates: list[Positive] | None = Field(None, min_length=1, description="learning rates every arm chooses from")
     moments: list[Count] = Field([], description="steps before the end that the sweep may choose too")
     tuning_seed: Seed = Field(1000, description="seed of the sweep; never reported")
@@ -106,7 +110,7 @@ class Recipe(Settings):
     tuning_rows: Count = Field(250, description="validation rows a task that only the sweep sees, a fifth at most")
     grid_rows: Count = Field(400, description="rows a half from which scales are chosen")
     background: list[TaskSpec] = Field([], description="tasks that only lend their statistics")
-    repair: Repair | None = None
+    repair: Repair | None = Field(None, description="a merge trained further on all tasks: a reference")
     variants: list[Variant] = Field([], description="ablations")
 
     @model_validator(mode="after")

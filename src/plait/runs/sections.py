@@ -51,35 +51,41 @@ class BaseSpec(Strict):
     """The base model."""
 
     model: str = Field(min_length=1, description="hub name or local folder")
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
+    revision: str | None = Field(None, description="branch, tag or commit of a base on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what its weights are held in")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
+        "auto", description="auto takes a GPU where there is one"
+    )
 
 
 class DataSpec(Strict):
     """Which rows, and how long."""
 
     root: str | None = Field(None, description="folder of local files; GLUE tasks come from the hub without it")
-    train_rows: Count | None = None
-    validation_rows: Count | None = None
+    train_rows: Count | None = Field(None, description="training rows a task, drawn by the seed; all without it")
+    validation_rows: Count | None = Field(None, description="validation rows a task; all without it")
     selection_rows: Count | None = Field(
         None, description="training rows kept back to choose each adapter's best moment by (training.evaluate_every)"
     )
-    max_length: Annotated[int, Field(ge=4, le=1 << 20)] = 128
+    max_length: Annotated[int, Field(ge=4, le=1 << 20)] = Field(128, description="tokens a row may have")
 
 
 class TaskSpec(Strict):
     """A task that is not one of GLUE's."""
 
-    name: Name
+    name: Name = Field(description="what the task, its adapter and its head are called")
     train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
     validation: str | None = Field(None, description="held-out rows; every fifth training row without it")
-    text: Once
-    label: str = "label"
-    kind: Literal["classification", "regression", "causal", "seq2seq"] = "classification"
-    labels: Once | None = None
-    metrics: Once | None = None
-    template: str | None = None
+    text: Once = Field(description="columns of the text: one, two for a pair, more for a template")
+    label: str = Field("label", description="column of the label or the answer")
+    kind: Literal["classification", "regression", "causal", "seq2seq"] = Field(
+        "classification", description="a head that classifies or measures, or a model that answers in words"
+    )
+    labels: Once | None = Field(None, description="names of the classes, or all answers there are, in order")
+    metrics: Once | None = Field(None, description="what is scored; the kind's own without it")
+    template: str | None = Field(
+        None, description='prompt around the columns of a text task, such as "{review}\\nThe reviewer is"'
+    )
     chat: Literal["prompt", "messages"] | None = Field(None, description="use the tokenizer's chat template (causal)")
     stop: Annotated[str, Field(min_length=1)] | None = Field(None, description="where a written answer ends")
     extract: str | None = Field(None, description="regular expression: the part of an answer that is compared")
@@ -91,8 +97,8 @@ class TaskSpec(Strict):
 class LoraSpec(Strict):
     """The shape of every adapter."""
 
-    rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    alpha: Positive = 16.0
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="rows of A (PEFT's r)")
+    alpha: Positive = Field(16.0, description="the update is alpha / rank * B A (PEFT's lora_alpha)")
     target_modules: list[str] | str = Field(description="as PEFT's: suffixes, a regex over whole names, or all-linear")
     exclude_modules: list[str] | str | None = Field(None, description="as PEFT's")
     layers_to_transform: list[Index] | Index | None = Field(None, description="as PEFT's: numbers of layers, from 0")
@@ -113,9 +119,9 @@ class LoraSpec(Strict):
 class StatisticsSpec(Strict):
     """What is measured of every task before its adapter starts."""
 
-    samples: Count = 100
-    pool: Literal["token", "mean"] = "token"
-    batch_size: Count = 16
+    samples: Count = Field(100, description="training rows a task that statistics are taken from")
+    pool: Literal["token", "mean"] = Field("token", description="every token counts, or the mean of each row")
+    batch_size: Count = Field(16, description="rows a forward pass")
     sketch: Count | None = Field(None, description="keep this many directions per site instead of the whole moment")
     memory: Annotated[str, Field(pattern=r"(?i)^\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*$")] | Count | None = Field(
         None, description="bytes for the sums, such as 2GB: exact, layer groups or a sketch is chosen by it"
@@ -125,21 +131,21 @@ class StatisticsSpec(Strict):
 class ArmSpec(Strict):
     """One way of starting A and of training, with what it may differ in from the recipe's own settings."""
 
-    name: Name
+    name: Name = Field(description="what the arm is called in tables and folders")
     subspace: str | None = Field(None, description="a subspace method; by default the arm's name")
-    row_norm: Positive | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    row_norm: Positive | None = Field(None, description="length of A's rows; the subspace's own without it")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the subspace method")
     training: dict[str, Any] = Field(default_factory=dict, description="overrides of `training` for this arm")
     pool: Literal["token", "mean"] | None = Field(None, description="of its statistics")
     samples: Count | None = Field(None, description="rows its statistics are taken from")
     known: Count | None = Field(None, description="how many of the other tasks it knows: the next ones in the list")
     background: Share = Field(0.0, description="share of the background tasks among the others")
-    rank: Count | None = None
+    rank: Count | None = Field(None, description="its rank, where it is not the recipe's")
     rates: list[Positive] | None = Field(None, description="learning rates to choose from; the recipe's by default")
     like: Name | None = Field(None, description="takes its learning rate from this arm")
     snapshot: Count | None = Field(None, description="the moment after so many steps of arm `like`")
     joint: bool = Field(False, description="one adapter of all tasks, each task with its own head: a reference")
-    seeds: Seeds | None = None
+    seeds: Seeds | None = Field(None, description="its seeds, where they are not the recipe's")
 
     @property
     def method(self) -> str:
@@ -161,11 +167,11 @@ class ArmSpec(Strict):
 class MergeSpec(Strict):
     """One way of merging."""
 
-    name: Name
+    name: Name = Field(description="what the merge is called in tables and folders")
     method: str | None = Field(None, description="a merge method; by default the merge's name")
-    options: dict[str, Any] = Field(default_factory=dict)
-    calibrate: str | None = None
-    rank: Count | None = None
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the merge method")
+    calibrate: str | None = Field(None, description="pico: shrink the directions that adapters share first")
+    rank: Count | None = Field(None, description="rank to cut the merge to; uncut without it")
     scales: Scales | None = Field(None, description="grid of this merge; by default evaluation.scales")
 
     @property
@@ -183,26 +189,28 @@ class MergeSpec(Strict):
 class EvaluationSpec(Strict):
     """How scales are chosen and scores are taken."""
 
-    scales: Scales = Field([0.3, 0.5, 0.7, 1.0, 1.5])
-    batch_size: Count = 64
-    split_seed: Seed = 0
-    resamples: Annotated[int, Field(ge=0, le=100_000)] = 400
+    scales: Scales = Field([0.3, 0.5, 0.7, 1.0, 1.5], description="grid of scales that every merge is scored at")
+    batch_size: Count = Field(64, description="rows a forward pass")
+    split_seed: Seed = Field(
+        0, description="how validation rows are halved: scales are chosen on one, reported on the other"
+    )
+    resamples: Annotated[int, Field(ge=0, le=100_000)] = Field(400, description="bootstrap draws behind an interval")
     grow: bool | None = Field(None, description="grow the grid until the best scale is inside; default: where tuned")
 
 
 class Variant(Strict):
     """An ablation: the recipe with some settings changed, for some arms, at their own learning rates."""
 
-    name: Name
+    name: Name = Field(description="what the ablation is called in tables and folders")
     set: dict[str, Any] = Field(min_length=1, description="dotted key -> value")
-    arms: list[Name] = Field(min_length=1)
-    merges: list[Name] | None = None
-    seeds: Seeds | None = None
+    arms: list[Name] = Field(min_length=1, description="arms that are trained again with these settings")
+    merges: list[Name] | None = Field(None, description="merges of these; all without it")
+    seeds: Seeds | None = Field(None, description="its seeds, where they are not the recipe's")
 
 
 class Repair(Strict):
     """A reference: a merge trained further on all tasks together."""
 
-    arms: list[Name] = Field(min_length=1)
-    merge: Name
-    steps: Count = 100
+    arms: list[Name] = Field(min_length=1, description="arms whose merge is repaired")
+    merge: Name = Field(description="the merge that is trained further")
+    steps: Count = Field(100, description="steps on all tasks together")
