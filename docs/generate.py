@@ -47,7 +47,13 @@ NEEDS = {"moments": "statistics", "fisher": "Fisher files"}
 def write_all(folder: Path) -> None:
     """Write every generated page into a folder, those alone that have changed: Sphinx then builds no more than it must."""
     folder.mkdir(exist_ok=True)
-    pages = {"methods.md": methods(), "subspaces.md": subspaces(), "recipe.md": recipe(), "commands.md": commands(), "support.md": support()}
+    pages = {
+        "methods.md": methods(),
+        "subspaces.md": subspaces(),
+        "recipe.md": recipe(),
+        "commands.md": commands(),
+        "support.md": support(),
+    }
     pages |= {name.lower(): of_the_root(name) for name in AT_THE_ROOT}
     for name, text in pages.items():
         page = folder / name
@@ -260,29 +266,35 @@ def support() -> str:
         "Made of the models that the tests build and of the code's own registries, so that it cannot promise more.\n\n"
         + support_table()
         + "\nThe families of models are those of the tests, built small and random with the layout of the real ones.\n"
-        "[Formats and variants](../formats.md) has the details, [loading and serving](../loading.md) what other programs make of a result.\n"
+        "[Formats and variants](../formats.md) has the details, [loading and serving](../loading.md) what others load.\n"
     )
 
 
 def support_table() -> str:
     """What is supported, a row a kind of thing."""
     sys.path.insert(0, str(ROOT))
-    from plait.formats.gguf_names import ARCHITECTURES as GGUF
-    from plait.formats.inspect import _STARTS, _VARIANTS
-    from plait.formats.keys import FORMATS
-    from plait.loading import LOADERS
     from tests.mixtures import MIXTURES
     from tests.statistics.models import ATTENTION
     from tests.tiny import ARCHITECTURES
 
+    from plait.formats.gguf_names import ARCHITECTURES as GGUF
+    from plait.formats.inspect import _STARTS, _VARIANTS
+    from plait.formats.keys import FORMATS
+    from plait.loading import LOADERS
+
     convertible = {name for name, way in _VARIANTS.values() if way} | {_SPELT[n] for n, way in _STARTS.items() if way}
-    refused = {name for name, way in _VARIANTS.values() if not way} | {_SPELT[n] for n, way in _STARTS.items() if not way}
+    refused = {name for name, way in _VARIANTS.values() if not way} | {
+        _SPELT[n] for n, way in _STARTS.items() if not way
+    }
     rows = [
         ("merging", "adapters of any model: it goes by names and shapes, the base is not loaded"),
         ("the whole line: statistics, training, scores", _list(_SPELT[n] for n in ARCHITECTURES)),
         ("statistics and starts, for your own trainer", _list(_SPELT[n] for n in ATTENTION)),
         ("mixtures of experts: merging, baking, scores", _list(_SPELT[n] for n in MIXTURES)),
-        ("adapters merged as they are", "LoRA, rsLoRA, rank and alpha patterns, Conv1D, convolutions, embeddings, classification heads"),
+        (
+            "adapters merged as they are",
+            "LoRA, rsLoRA, rank and alpha patterns, Conv1D, convolutions, embeddings, classification heads",
+        ),
         ("turned into plain LoRA by `plait convert`", _list(convertible)),
         ("refused by name", _list(refused)),
         ("formats read and written", _list([*FORMATS, "gguf"])),
