@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -38,10 +39,9 @@ html_theme = "furo"
 html_title = f"plait {__version__}"
 html_show_sphinx = False
 html_copy_source = False
-html_theme_options = {
-    "source_repository": "https://github.com/plait-lora/plait/",
-    "source_branch": "main",
-    "source_directory": "docs/",
-}
+REPOSITORY = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"][
+    "Repository"
+]
+html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
 
 generate.write_all(DOCS / "generated")
