@@ -4,11 +4,13 @@ r"""Arms of a study on tasks whose answers are written, merged as fixed beforeha
     python benchmarks/text_arms.py --study recipes/studies/text-qwen15.yaml --set base.model=MODEL --set data.root=TASKS --out RUN \
         --general DATA/glue/mrpc/train.parquet:sentence1 --do "train:0 fixed:0 curves:0"
 
-`train:SEED` trains every arm at its first rate, as one fleet. `fixed:SEED[:ARM]` scores each adapter alone, the bare base and the merges
-of `FIXED` at scales that no label has chosen, on `--rows` validation rows of each half. `curves:SEED[:ARM]` scores merges over a ladder
-of scales on the grid rows of each half. Several processes may score arms of one RUN at once: writing waits for the host more than for the
-GPU. What RUN holds is not done again; after `--seconds` nothing new is begun. RUN/records/*.json hold the scores, RUN/answers/*.npz
-what was measured of every answer; benchmarks/text_page.py makes the page, benchmarks/scales.py the table of scales.
+`--condition bare` gives every task the prompts without an instruction, in a RUN of its own. `train:SEED[:ARM,ARM]` trains arms, every one
+at its first rate, as one fleet. `fixed:SEED[:ARM]` scores each adapter alone, the bare base and the merges of `FIXED` (of the plain
+arm also `FIXED_OF_PLAIN`) at scales that no label has chosen, on `--rows` validation rows of each half; of an arm trained on all
+tasks together, its one adapter. `curves:SEED[:ARM]` scores merges over a ladder of scales on the grid rows of each half. Several processes
+may score arms of one RUN at once: writing waits for the host more than for the GPU. What RUN holds is not done again; after
+`--seconds` nothing new is begun. RUN/records/*.json hold the scores, RUN/answers/*.npz what was measured of every answer;
+benchmarks/text_page.py makes the page, benchmarks/scales.py the table of scales.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from plait.adapters.lora import Adapter
 from plait.evaluation import writing
@@ -34,7 +37,7 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.texts import read_place
 from plait.merging import merge
 from plait.merging.registry import find_method
-from plait.merging.scales import scale_by_moments, scale_by_rule
+from plait.merging.scales import reach_of, scale_by_moments, scale_by_rule
 from plait.runs.layout import Layout, pending
 from plait.runs.recipe_file import read_recipe
 from plait.runs.sources import adapters_of, statistics_of
@@ -49,8 +52,13 @@ FIXED: Mapping[str, tuple[str, str | None, str | float]] = {
     "task_arithmetic, by rule": ("task_arithmetic", None, RULE),
     "task_arithmetic at 1": ("task_arithmetic", None, 1.0),
     "tsv": ("tsv", None, RULE),
-    "regmean": ("regmean", None, RULE),
+    "regmean": ("regmean", None, MOMENTS),
     "task_arithmetic + pico": ("task_arithmetic", "pico", MOMENTS),
+}
+# What people have: adapters trained the plain way. The prompt's defaults of other methods, and TSV-M's where statistics are given.
+FIXED_OF_PLAIN: Mapping[str, tuple[str, str | None, str | float]] = {
+    "tsv, by moments": ("tsv", None, MOMENTS),
+    **{m: (m, None, RULE) for m in ("ties", "dare_ties", "knots", "iso_c", "core_space")},
 }
 LADDER = tuple(2 ** (k / 2) for k in range(-2, 4))  # times the rule's scale
 PLAIN = "kaiming"
@@ -90,9 +98,14 @@ def unit_of(run: Run, seed: int, arm: str) -> Unit:
     return Unit(TRAIN, seed, arm, (run.layout.recipe.arm(arm).rates or run.layout.recipe.rates)[0])
 
 
-def trained(run: Run, seed: int) -> None:
-    """Statistics and adapters of all arms of a seed, those that are missing."""
-    units = [unit_of(run, seed, a.name) for a in run.layout.recipe.arm_specs]
+def arm_seeds(run: Run, arm: str) -> Sequence[int]:
+    """The seeds of an arm: its own, or the study's."""
+    return run.layout.recipe.arm(arm).seeds or run.layout.recipe.seeds
+
+
+def trained(run: Run, seed: int, arms: Sequence[str]) -> None:
+    """Statistics and adapters of some arms of a seed, those that are missing."""
+    units = [unit_of(run, seed, a) for a in arms]
     for wave in (
         [
             s
@@ -136,7 +149,8 @@ class Merger:
             return scale_by_rule(method, calibration, (1.0,) * len(self.adapters)).value
         if how == MOMENTS:
             modules = self.made(method, calibration).modules
-            scale = scale_by_moments(list(self.adapters.values()), modules, self.statistics)
+            reach = reach_of(method, calibration)
+            scale = scale_by_moments(list(self.adapters.values()), modules, self.statistics, reach)
             return scale.value if scale else float("nan")
         return float(how)
 
@@ -179,9 +193,11 @@ def scored(
 
 def fixed(run: Run, seed: int, arm: str) -> dict[str, Any]:
     """Each adapter alone, the bare base, and the merges fixed beforehand."""
-    merger = Merger(run, seed, arm)
-    scales = {n: merger.scale(m, c, how) for n, (m, c, how) in FIXED.items()}
-    merges: list[Worn] = [(merger.made(m, c), scales[n]) for n, (m, c, _) in FIXED.items()]
+    merger, which = Merger(run, seed, arm), {**FIXED, **(FIXED_OF_PLAIN if arm == PLAIN else {})}
+    if run.layout.recipe.arm(arm).joint:
+        which = {}
+    scales = {n: merger.scale(m, c, how) for n, (m, c, how) in which.items()}
+    merges: list[Worn] = [(merger.made(m, c), scales[n]) for n, (m, c, _) in which.items()]
     rows = {t: {h: r[: run.rows] for h, r in s.halves.items()} for t, s in splits(run.layout).items()}
     ends: list[Worn] = [(None, 0.0)] if arm == PLAIN else []  # the bare base is the same for all arms
     table = scored(run, lambda t: [(merger.adapters[t], 1.0), *merges, *ends], rows, f"fixed-{seed}-{arm}")
@@ -193,7 +209,7 @@ def fixed(run: Run, seed: int, arm: str) -> dict[str, Any]:
         "floor": table[-1].round(3).tolist() if ends else None,
         "merges": {
             n: {"scale": scales[n], "scores": table[1 + i].round(3).tolist(), "general_kl": shifts[len(norms) + i]}
-            for i, n in enumerate(FIXED)
+            for i, n in enumerate(which)
         },
         "general_kl_alone": dict(zip(merger.adapters, shifts, strict=False)),
         "norms": norms,
@@ -252,7 +268,12 @@ def main() -> None:
     p.add_argument("--study", required=True, type=Path)
     p.add_argument("--set", action="append", default=[], help="KEY=VALUE of the study")
     p.add_argument("--out", required=True, type=Path)
-    p.add_argument("--do", required=True, help="fixed:SEED and curves:SEED[:ARM], in their order")
+    p.add_argument(
+        "--do", required=True, help="train:SEED[:ARMS], fixed:SEED[:ARMS] and curves:SEED[:ARMS], in their order"
+    )
+    p.add_argument(
+        "--condition", choices=["told", "bare"], default="told", help="with each task's instruction, or without"
+    )
     p.add_argument("--rows", type=int, default=120)
     p.add_argument("--general", required=True, help="FILE:COLUMN")
     p.add_argument("--general-rows", type=int, default=200)
@@ -262,16 +283,17 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     writing.TOKENS_HELD["cuda"] = a.tokens
     started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = read_recipe(a.study, a.set)
+    names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
+    recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
     a.out.mkdir(parents=True, exist_ok=True)
     run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device)
     (a.out / "records").mkdir(exist_ok=True)
-    arms = [s.name for s in recipe.arm_specs]
     for kind, seed, *only in (part.split(":") for part in a.do.split()):
+        arms = only[0].split(",") if only else [s.name for s in recipe.arm_specs if int(seed) in arm_seeds(run, s.name)]
         if kind == "train":
-            trained(run, int(seed))
+            trained(run, int(seed), arms)
             continue
-        for arm in only or arms:
+        for arm in arms:
             file = a.out / "records" / f"{kind}-{seed}-{arm}.json"
             if file.exists():
                 continue
