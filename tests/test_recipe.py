@@ -86,7 +86,8 @@ def test_shipped_studies_are_found_and_valid(tmp_path):
     shipped = shipped_recipes("studies")
     assert [s["name"] for s in catalogue("studies")["studies"]] == [f"studies/{p.stem}" for p in shipped]
     for path in shipped:
-        assert find_recipe(Path("studies") / path.stem) == path != find_recipe(Path(path.stem))
+        assert find_recipe(Path("studies") / path.stem) == path
+        assert (find_recipe(Path(path.stem)) == path) == (path.name not in {p.name for p in shipped_recipes()})
         assert read_recipe(path).name == path.stem
         assert find_study(Path(path.stem)) == find_study(Path("studies") / path.stem) == find_study(path) == path
     assert (

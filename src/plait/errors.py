@@ -15,6 +15,7 @@ class PlaitError(Exception):
     """
 
     exit_code = 1
+    longest = 400  # characters of `what` that are shown
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
@@ -23,7 +24,7 @@ class PlaitError(Exception):
     def __str__(self) -> str:
         place = f"{printable(self.where)}: " if self.where else ""
         step = f" ({printable(self.hint)})" if self.hint else ""
-        return f"{place}{printable(self.what)}{step}"
+        return f"{place}{printable(self.what, self.longest)}{step}"
 
 
 class RunError(PlaitError):

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from plait.errors import InputError, PlaitError, UsageError
 from plait.tasks import Examples, Source, Task, load_examples, load_task
+from plait.tasks.rows import skipped_rows
 from plait.tasks.task import require_same_classes
 from tests.conftest import tiny_rows, write_rows
 
@@ -213,3 +214,37 @@ def test_wrong_calls(tmp_path):
             task("a.csv", **changed)
     with pytest.raises(UsageError, match="class names are not known"):
         _ = task("a.csv").num_labels
+
+
+# --- rows with an empty cell ------------------------------------------------------------------------------------------
+
+HOLES = b"text,label\n" + b"a b,x\n,x\n  ,y\nc d,\ne f,y\n" * 4
+
+
+def test_rows_with_an_empty_cell_are_skipped_where_that_is_asked_for(tmp_path):
+    with pytest.raises(InputError, match=r"empty: skip in the recipe's task, or --set tasks\.t\.empty=skip"):
+        load(tmp_path, "holes.csv", HOLES)
+    known, rows = load(tmp_path, "holes.csv", HOLES, empty="skip")
+    held = load_examples(known, "validation", root=tmp_path)
+    assert known.labels == ("x", "y")
+    ids = [*rows.ids, *held.ids]
+    assert sorted(ids) == [i for i in range(20) if i % 5 in (0, 4)]  # the rows keep their numbers
+    assert all(i % 5 == 4 for i in held.ids) and {t for (t,) in rows.texts} == {"a b"}
+    assert skipped_rows(known, root=tmp_path) == {"train": 12}
+    assert skipped_rows(task("holes.csv"), root=tmp_path) == {}
+
+
+def test_skipping_is_part_of_what_a_task_is_and_is_told(tmp_path, capsys, tiny_base):
+    from plait.runs.recipe_file import parse_settings
+    from plait.runs.session import Session
+
+    (tmp_path / "holes.csv").write_bytes(HOLES)
+    entry = {"name": "t", "train": "holes.csv", "text": "text"}
+    raw = {"base": {"model": tiny_base("bert").name}, "data": {"root": str(tmp_path)}, "training": {"steps": 1}}
+    session = Session(parse_settings({**raw, "tasks": [{**entry, "empty": "skip"}]}, "s"))
+    assert session.data_identity("t")["empty"] == "skip" and len(session.training("t", 0)) == 4
+    assert capsys.readouterr().err == "note: task t: 12 train rows with an empty cell are left out (empty: skip)\n"
+    (tmp_path / "holes.csv").write_bytes(GOOD)
+    assert "empty" not in Session(parse_settings({**raw, "tasks": [entry]}, "s")).data_identity("t")
+    with pytest.raises(UsageError, match="expected skip"):
+        task("holes.csv", empty="drop")

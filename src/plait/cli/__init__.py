@@ -17,6 +17,7 @@ from plait.cli import (
     push,
     recipes,
     stages,
+    starting,
     statistics,
     study,
     trying,
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for module in (
+    starting,
     recipes,
     statistics,
     stages,

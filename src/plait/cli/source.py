@@ -110,6 +110,7 @@ def settings_from(
         UsageError: Neither a recipe nor a base and a task, or a recipe beside what describes a task.
     """
     from plait.runs.recipe_file import apply_overrides, find_recipe, parse_settings, read_recipe
+    from plait.runs.targets import default_targets
 
     base, root = described.base, described.root
     if recipe is not None:
@@ -136,22 +137,3 @@ def settings_from(
 def _targets(given: list[str]) -> list[str] | str:
     """Suffixes, or one regex over whole names, or "all-linear"; a suffix has letters, digits, "_" and "." only."""
     return given if len(given) > 1 or re.fullmatch(r"[\w.]+", given[0]) else given[0]
-
-
-def default_targets(base: str) -> list[str]:
-    """PEFT's own default target modules for the base's architecture.
-
-    Raises:
-        UsageError: PEFT has none for it.
-    """
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    from plait.disk.hub import split_revision
-    from plait.model.base import BaseModel, load_config
-
-    kind = load_config(BaseModel(*split_revision(base))).model_type
-    if kind not in KNOWN:
-        raise UsageError(
-            f"PEFT has no default target modules for {kind!r}", hint="--target-modules query --target-modules value"
-        )
-    return sorted(KNOWN[kind])

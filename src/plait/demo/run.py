@@ -42,7 +42,7 @@ def run_demo(out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict
 def next_step(out: Path) -> str:
     """What to type to do the same on one's own model and data."""
     return (
-        "The same on your own model and data: copy the recipe, name your base, files and target modules in it, run it.\n"
-        f"  plait cp demo my-recipe.yaml\n"
+        "The same on your own base and files, a column of text and one of labels each:\n"
+        "  plait new my-recipe.yaml --base BASE --task NAME=FILE:TEXT:LABEL --task NAME=FILE:TEXT:LABEL\n"
         f"  plait run my-recipe.yaml --out {shlex.quote(str(out.with_name('my-run')))}"
     )

@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel as PydanticModel
 from pydantic import ValidationError
 
-from plait.border.checked import Json, shown
+from plait.border.checked import Json
 from plait.border.yaml_text import load_yaml as load_yaml
 from plait.disk.files import text_of as text_of
 from plait.disk.store import staged_file
 from plait.errors import InputError, UsageError, printable
-from plait.options import Configurable, checked_options
 from plait.options import require_known as require_known
-from plait.runs import sections as models
-from plait.runs.recipe import Recipe, Settings, at_each_rate
-from plait.runs.sections import ArmSpec, TaskSpec
+from plait.runs.other_names import own_key, understood
+from plait.runs.problems import of_form, of_names, of_parts, of_settings, require_none
+from plait.runs.recipe import Recipe, Settings
 
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
-
-
-_SECTIONS: dict[str, type[PydanticModel]] = {
-    "base": models.BaseSpec,
-    "data": models.DataSpec,
-    "tasks": models.TaskSpec,
-    "lora": models.LoraSpec,
-    "statistics": models.StatisticsSpec,
-    "arms": models.ArmSpec,
-    "merges": models.MergeSpec,
-    "evaluation": models.EvaluationSpec,
-    "background": models.TaskSpec,
-    "repair": models.Repair,
-    "variants": models.Variant,
-}
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -55,6 +37,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     raw = load_yaml(text_of(path), str(path))
     if not isinstance(raw, dict):
         raise UsageError("a recipe is a mapping of keys", where=str(path))
+    raw = understood(raw, str(path))
     apply_overrides(raw, overrides)
     return parse_recipe(raw, str(path))
 
@@ -69,6 +52,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {printable(text)!r} is not key=value")
+    key = own_key(key)
     put(raw, key, load_yaml(value, f"--set {key}"), f"--set {key}")
     if key in _EXCLUDES:
         *parents, _ = key.split(".")
@@ -111,18 +95,16 @@ def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     """Check a recipe that is already parsed.
 
     Raises:
-        UsageError: Every wrong key, at most eight, with what was expected and the nearest right name.
+        UsageError: Everything that is wrong, at most eight things, with what was expected and the nearest right name.
     """
+    raw = understood(raw, where)
     try:
         recipe = Recipe.model_validate(raw)
         variants = [variant_of(recipe, v.name) for v in recipe.variants]
     except ValidationError as e:
-        raise UsageError(problems_of(e, Recipe), where=where) from None
-    for one in (recipe, *variants):
-        check_names(one, where)
-    for arm in recipe.arm_specs:
-        if arm.known is not None and arm.known >= len(recipe.tasks):
-            raise UsageError(f"known {arm.known}, there are {len(recipe.tasks) - 1} others", where=f"arm {arm.name}")
+        require_none([*of_form(e, Recipe, where), *of_parts(raw, where)], where)
+        raise
+    require_none([problem for one in (recipe, *variants) for problem in of_names(one, where)], where)
     return recipe
 
 
@@ -132,12 +114,13 @@ def parse_settings(raw: Mapping[str, Any], where: str) -> Settings:
     Raises:
         UsageError: As `parse_recipe`.
     """
+    raw = understood(raw, where)
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as e:
-        raise UsageError(problems_of(e, Settings), where=where) from None
-    _check_tasks(settings, where)
-    _check_training(settings, None, where)
+        require_none([*of_form(e, Settings, where), *of_parts(raw, where)], where)
+        raise
+    require_none(list(of_settings(settings, where)), where)
     return settings
 
 
@@ -146,7 +129,7 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
     variant = next(v for v in recipe.variants if v.name == name)
     raw = recipe.model_dump(mode="json", exclude={"variants", "repair"})
     for key, value in variant.set.items():
-        put(raw, key, value, f"variant {name}: {key}")
+        put(raw, own_key(key), value, f"variant {name}: {key}")
     for arm in raw["arms"]:
         if isinstance(arm, dict):
             arm["rates"] = None
@@ -156,96 +139,6 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
     arms = [a for a in changed.arms if (a if isinstance(a, str) else a.name) in named]
     merges = [m for m in changed.merge_specs if variant.merges is None or m.name in variant.merges]
     return changed.model_copy(update={"arms": arms, "merges": merges, "seeds": variant.seeds or recipe.seeds[:1]})
-
-
-def problems_of(error: ValidationError, model: type[PydanticModel]) -> str:
-    """What is wrong with a recipe (or a study), at most eight things, each with the nearest right name."""
-    return "; ".join(dict.fromkeys(_problem(dict(found), model) for found in error.errors()[:8]))
-
-
-def _problem(error: Mapping[str, Any], whole: type[PydanticModel]) -> str:
-    place = [str(p) for p in error["loc"] if not str(p).endswith("Spec") and p != "str"]
-    if error["type"] == "extra_forbidden":
-        known = sorted(_fields_at(place[:-1], whole))
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        advice = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""
-        return f"unknown key {printable('.'.join(place), 80)!r}{advice}"
-    found = printable(shown(error.get("input")), 60)
-    return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {found})" if place else "")
-
-
-def _fields_at(place: Sequence[str], whole: type[PydanticModel]) -> set[str]:
-    model: type[PydanticModel] | None = whole if not place else _SECTIONS.get(place[0])
-    return set(model.model_fields) if model else set()
-
-
-def check_names(recipe: Recipe, where: str) -> None:
-    """Check what only the registries know: methods, their options, training overrides."""
-    from plait.merging import merge_methods
-    from plait.merging.calibration import CALIBRATIONS
-    from plait.subspaces import subspace_methods
-
-    _check_tasks(recipe, where)
-    for arm in recipe.arm_specs:
-        require_known(arm.method, list(subspace_methods()), "subspace method", where)
-        method = subspace_methods()[arm.method]
-        _check_options(method, arm.options, where, f"arm {arm.name}")
-        if "others" in method.needs and len(recipe.tasks) < 2:
-            raise UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
-        _check_training(recipe, arm, where)
-    for m in recipe.merge_specs:
-        require_known(m.merge_method, list(merge_methods()), "merge method", where)
-        _check_options(merge_methods()[m.merge_method], m.options, where, f"merge {m.name}")
-        if m.calibrate is not None:
-            require_known(m.calibrate, list(CALIBRATIONS), "calibration", where)
-
-
-def _check_tasks(settings: Settings, where: str) -> None:
-    from plait.tasks import GLUE_TASKS, METRICS
-    from plait.tasks.metrics import METRICS_OF
-
-    for task in settings.tasks:
-        if isinstance(task, str):
-            require_known(task, GLUE_TASKS, "task", where)
-        for metric in (task.metrics or []) if isinstance(task, TaskSpec) else []:
-            require_known(metric, METRICS, "metric", where)
-            if isinstance(task, TaskSpec) and metric not in METRICS_OF[task.kind]:
-                hint = f"one of {', '.join(METRICS_OF[task.kind])}"
-                raise UsageError(f"metric {metric!r} does not score {task.kind}", where=f"task {task.name}", hint=hint)
-
-
-def _check_training(settings: Settings, arm: ArmSpec | None, where: str) -> None:
-    from plait.subspaces import subspace_methods
-
-    for key in {**settings.training, **(arm.training if arm else {})}:
-        require_known(key, training_keys(), "training key", where)
-    try:
-        training = (settings.training_of(a) for a in at_each_rate(settings, arm or ArmSpec(name="adapter")))
-        method = next(training).constraint_options.get("method", arm.method if arm else None)
-    except UsageError as e:
-        who = f"training of arm {arm.name}" if arm else "training"
-        raise UsageError(f"{who}: {e.what}", where=where, hint=e.hint) from None
-    if method is not None:
-        require_known(method, list(subspace_methods()), "subspace method", where)
-
-
-def _check_options(method: Configurable, options: Mapping[str, Any], where: str, what: str) -> None:
-    """Check the options of a method, values and all, before anything is computed with them."""
-    for option in options:
-        require_known(option, list(method.options), f"option of {method.name}", where)
-    try:
-        checked_options(method, options)
-    except UsageError as e:
-        raise UsageError(
-            f"{what}: {e.what}", where=where, hint=e.hint or "plait ls methods shows what is allowed"
-        ) from None
-
-
-def training_keys() -> list[str]:
-    """What `training` may hold: the fields of `TrainingSettings`, but max_length, which `data` sets for every stage."""
-    from plait.training.settings import TrainingSettings
-
-    return [f.name for f in fields(TrainingSettings) if f.name != "max_length"]
 
 
 STUDIES = "studies"
@@ -259,18 +152,22 @@ def shipped_recipes(under: str = "") -> list[Path]:
 
 
 def find_recipe(given: Path) -> Path:
-    """A recipe's path: the file itself, or the shipped recipe of that name; of a study ``studies/NAME``."""
+    """A recipe's path: the file itself, or the shipped recipe of that name.
+
+    A study is ``studies/NAME``, or ``NAME`` where no recipe has that name.
+    """
     under = str(given.parent) if str(given.parent) == STUDIES else ""
     shipped = {p.name: p for p in shipped_recipes(under)}
     name = given.name if given.suffix == ".yaml" else f"{given.name}.yaml"
-    if given.exists() or (len(given.parts) > 1 and not under):
+    if given.is_file() or (len(given.parts) > 1 and not under):  # a folder of that name is no recipe, and hides none
         return given
-    return shipped.get(name, given)
+    studies = {p.name: p for p in shipped_recipes(STUDIES)} if not under else {}
+    return shipped.get(name) or studies.get(name, given)
 
 
 def find_study(given: Path) -> Path:
     """A study's path: the file itself, or the shipped study of that name, with ``studies/`` or without."""
-    bare = not given.exists() and len(given.parts) == 1
+    bare = not given.is_file() and len(given.parts) == 1
     return find_recipe(Path(STUDIES) / given if bare else given)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic import BaseModel as PydanticModel
 
 from plait.adapters.naming import checked_name
@@ -38,6 +38,7 @@ def _once(values: list[str]) -> list[str]:
 
 
 Once = Annotated[list[str], Field(min_length=1, max_length=100_000), AfterValidator(_once)]
+OneOrMore = Annotated[Once, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Name = Annotated[str, AfterValidator(checked_name)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seeds = Annotated[list[Seed], Field(min_length=1)]
@@ -76,13 +77,13 @@ class TaskSpec(Strict):
     name: Name = Field(description="what the task, its adapter and its head are called")
     train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
     validation: str | None = Field(None, description="held-out rows; every fifth training row without it")
-    text: Once = Field(description="columns of the text: one, two for a pair, more for a template")
+    text: OneOrMore = Field(description="columns of the text: one, two for a pair, more for a template")
     label: str = Field("label", description="column of the label or the answer")
     kind: Literal["classification", "regression", "causal", "seq2seq"] = Field(
         "classification", description="a head that classifies or measures, or a model that answers in words"
     )
     labels: Once | None = Field(None, description="names of the classes, or all answers there are, in order")
-    metrics: Once | None = Field(None, description="what is scored; the kind's own without it")
+    metrics: OneOrMore | None = Field(None, description="what is scored; the kind's own without it")
     template: str | None = Field(
         None, description='prompt around the columns of a text task, such as "{review}\\nThe reviewer is"'
     )
@@ -91,6 +92,9 @@ class TaskSpec(Strict):
     extract: str | None = Field(None, description="regular expression: the part of an answer that is compared")
     compare: Literal["exact", "case", "squad", "number"] | None = Field(
         None, description="how written answers are compared"
+    )
+    empty: Literal["skip"] | None = Field(
+        None, description="skip: leave rows with an empty cell out; by default they are refused"
     )
 
 

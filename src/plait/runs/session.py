@@ -16,9 +16,11 @@ from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
+from plait.progress import note
 from plait.runs.recipe import Settings
 from plait.runs.sections import TaskSpec
 from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
+from plait.tasks.rows import skipped_rows
 from plait.tasks.task import TEXT_KINDS
 
 DEFAULT_METRICS = {
@@ -46,6 +48,7 @@ def task_of(spec: str | TaskSpec, root: Path | None) -> Task:
         stop=spec.stop,
         extract=spec.extract,
         compare=spec.compare,
+        empty=spec.empty,
     )
 
 
@@ -85,6 +88,9 @@ class Session:
     def tasks(self) -> dict[str, Task]:
         """Tasks by name, class names known."""
         found = [task_of(t, self.root) for t in self.recipe.tasks]
+        for task in found:
+            for split, count in skipped_rows(task, root=self.root).items():
+                note(f"task {task.name}: {count} {split} rows with an empty cell are left out (empty: skip)")
         return {t.name: load_task(t, root=self.root) for t in found}
 
     @functools.cached_property
@@ -146,6 +152,7 @@ class Session:
             "stop",
             "extract",
             "compare",
+            "empty",
         ):  # without them an identity stays what it was before they came
             if found[later] is None:
                 del found[later]

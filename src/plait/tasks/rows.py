@@ -60,6 +60,8 @@ def load_task(task: Task, *, root: Path | None = None) -> Task:
 
 def _label_cells(task: Task, split: str, root: Path | None) -> list[Any]:
     column: list[Any] = _table(task, split, root)[task.label_column].to_pylist()
+    if task.empty == "skip":
+        return [v for v in column if not _is_empty(v)]
     _require_filled(column, range(len(column)), task, split)
     return column
 
@@ -67,10 +69,42 @@ def _label_cells(task: Task, split: str, root: Path | None) -> list[Any]:
 def _require_filled(column: Sequence[Any], ids: Any, task: Task, split: str) -> None:
     empty = next((i for i, v in zip(ids, column, strict=True) if v is None or v == ""), None)
     if empty is not None:
-        raise InputError(
-            f"column {task.label_column!r} has an empty cell in row {empty}",
-            where=_where(task, split),
-        )
+        raise _empty_cell(task, task.label_column, "an empty cell", empty, split)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _empty_cell(task: Task, column: str, what: str, row: Any, split: str) -> InputError:
+    return InputError(
+        f"column {column!r} has {what} in row {row}",
+        where=_where(task, split),
+        hint=f"empty: skip in the recipe's task, or --set tasks.{task.name}.empty=skip, leaves such rows out",
+    )
+
+
+def skipped_rows(task: Task, *, root: Path | None = None) -> dict[str, int]:
+    """Count the rows that `empty: skip` leaves out, by the file's split; splits without any are left out.
+
+    Args:
+        task: Any; one that refuses empty cells skips none.
+        root: Folder that relative files of the task's source are found in.
+    """
+    if task.empty != "skip":
+        return {}
+    splits = SPLITS if task.source.validation else SPLITS[:1]
+    tables = {split: _table(task, split, root) for split in splits}
+    counts = {split: table.num_rows - len(_filled(table)) for split, table in tables.items()}
+    return {split: count for split, count in counts.items() if count}
+
+
+def _filled(table: pa.Table) -> Any:
+    """(n,) numbers of the rows without an empty cell."""
+    empty = np.zeros(table.num_rows, bool)
+    for name in table.column_names:
+        empty |= np.fromiter(map(_is_empty, table[name].to_pylist()), bool, table.num_rows)
+    return np.flatnonzero(~empty)
 
 
 def _are_ids(column: Sequence[Any]) -> bool:
@@ -100,6 +134,8 @@ def load_examples(
     if task.source.validation is None:
         held = ids % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         ids = ids[held if split == "validation" else ~held]
+    if task.empty == "skip":
+        ids = np.intersect1d(ids, _filled(table))
     if rows is not None and rows < len(ids):
         ids = np.sort(np.random.default_rng(seed).permutation(ids)[:rows])
     if len(ids) == 0:
@@ -122,9 +158,7 @@ def _texts(task: Task, table: pa.Table, ids: Any, split: str) -> tuple[tuple[str
         values = table[name].to_pylist()
         for i, v in zip(ids, values, strict=True):
             if not isinstance(v, str) or not v.strip():
-                raise InputError(
-                    f"column {name!r} has {'an empty cell' if not v else repr(v)} in row {i}", where=_where(task, split)
-                )
+                raise _empty_cell(task, name, "an empty cell" if not v else repr(v), i, split)
         columns.append(values)
     rows = zip(*columns, strict=True)
     if task.kind not in TEXT_KINDS:
@@ -183,7 +217,7 @@ def _table(task: Task, split: str, root: Path | None) -> pa.Table:
 
 def _local_table(path: Path, task: Task) -> pa.Table:
     if not path.exists():
-        hint = "files of tasks lie under data.root: --set data.root=DIR, or --root"
+        hint = "files of tasks lie under data.root: --set data.root=DIR"
         raise InputError("no such file", where=str(path), hint=hint)
     return read_table(path, task.text_columns)
 

@@ -60,6 +60,7 @@ class Task:
             searched in the written and in the right answer; an answer without it is wrong.
         compare: How exact_match compares: "exact" (the default), "case" (case and repeated blanks are overlooked), "squad"
             (punctuation and articles, too) or "number" (the first number, by value).
+        empty: "skip" leaves rows out that have an empty cell in a column that is read; None refuses them.
     """
 
     name: str
@@ -75,12 +76,15 @@ class Task:
     stop: str | None = None
     extract: str | None = None
     compare: str | None = None
+    empty: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}", where=f"task {self.name}")
         if not self.text_columns:
             raise UsageError("no text column", where=f"task {self.name}")
+        if self.empty not in (None, "skip"):
+            raise UsageError(f"empty {self.empty!r}, expected skip", where=f"task {self.name}")
         if self.chat not in CHATS or (self.chat and self.kind != "causal"):
             raise UsageError(
                 f"chat {self.chat!r} of a {self.kind} task", where=f"task {self.name}",
