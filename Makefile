@@ -28,7 +28,7 @@ lint: $(VENV)/.test
 
 # The documentation, into docs/_build/html; a warning is an error, and nothing is fetched.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx --fresh-env --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 
 # What plait is attacked with, into docs/results/trust.json and trust.md: hours; TRUST_FUZZ=10000 and so on for less.
 TRUST := .trust

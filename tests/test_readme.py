@@ -53,7 +53,7 @@ def test_python_names_exist(page, text):
                 assert hasattr(plait, alias.name), f"{page}: plait.{alias.name}"
 
 
-def test_a_merged_folder_is_used_as_the_readme_says(tiny_base, tmp_path, monkeypatch):
+def test_a_merge_of_classifiers_is_used_as_the_page_says(tiny_base, tmp_path, monkeypatch):
     import torch
     import transformers as hf
 
@@ -72,9 +72,9 @@ def test_a_merged_folder_is_used_as_the_readme_says(tiny_base, tmp_path, monkeyp
         Path(adapter.name).mkdir()
         write_adapter(Path(adapter.name), adapter)
     merge_folders(["sst2", "rte"], Path("merged"), method="task_arithmetic", scale=1.0)
-    text = next(t for page, t in blocks("python") if page == "README.md" and "load_head" in t)
+    text = next(t for page, t in blocks("python") if page == "loading.md" and "load_head" in t)
     names: dict = {}
-    exec(compile(text.replace("path/to/base", base.name), "README.md", "exec"), names)
+    exec(compile(text.replace("path/to/base", base.name), "loading.md", "exec"), names)
     row = {"input_ids": torch.tensor([[0, 7, 9, 11, 2]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     logits = names["model"].eval()(**row).logits
     bake(plan_merge(adapters, "task_arithmetic", scale=1.0), Path(base.name), Path("full"))

@@ -20,10 +20,10 @@ OUTPUTS = {"tutorial-merge.md": 3, "tutorial-train.md": 2}  # commands under whi
 pytestmark = [pytest.mark.slow, pytest.mark.ci_sample, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
 
 
-def steps(page: str) -> list[tuple[str, list[str]]]:
-    """Each command of a page, with the lines shown under it."""
+def steps_of(blocks: list[str]) -> list[tuple[str, list[str]]]:
+    """Each command of a page's console blocks, with the lines shown under it."""
     found: list[tuple[str, list[str]]] = []
-    for line in "".join(CONSOLE.findall((DOCS / page).read_text("utf-8"))).splitlines():
+    for line in "".join(blocks).splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
         elif line:
@@ -57,7 +57,7 @@ def test_the_page_prints_what_it_shows(page, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [""])
     monkeypatch.setenv("COLUMNS", "200")
     shown = 0
-    for command, lines in steps(page):
+    for command, lines in steps_of(CONSOLE.findall((DOCS / page).read_text("utf-8"))):
         capsys.readouterr()
         run(command)
         printed = [shape(line) for line in capsys.readouterr().out.splitlines()]
