@@ -28,7 +28,6 @@ from plait.border.records import to_json
 from plait.disk.store import versions
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import REPORTED, SELECTION
-from plait.fidelity.auto import repaired
 from plait.fidelity.candidates import METHODS, SCALES, Tried, merged_by, recipes
 from plait.fidelity.choose import HELD_OUT, Scored, groups_of, refined_weights, scaled
 from plait.fidelity.distil import distil
@@ -37,6 +36,7 @@ from plait.fidelity.measure import aggregate
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import mean_error, terms_over
+from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities, outputs
 from plait.fidelity.teachers import HeadLoss
 from plait.fidelity.texts import split_off

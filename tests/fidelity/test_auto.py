@@ -16,6 +16,7 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import to_json
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
+from plait.fidelity import factors_only
 from plait.fidelity.auto import AutoSettings, merge_auto, merge_auto_folders
 from plait.fidelity.candidates import Recipe, Tried
 from plait.fidelity.choose import choose, groups_of, scaled
@@ -86,6 +87,19 @@ def test_without_texts_the_same_factors_give_the_same_choice(make_panel):
     assert other.record.chosen.candidate == other.record.evidence[0].candidate
     turned = merge_auto(adapters[::-1])
     assert turned.record.chosen == a.record.chosen
+
+
+def test_a_sample_of_modules_stands_for_all_where_the_record_decides(make_panel, monkeypatch):
+    adapters = adapters_of(make_panel())
+    whole = merge_auto(adapters)
+    monkeypatch.setattr(factors_only, "SAMPLED", 1)
+    sampled = merge_auto(adapters)
+    assert same(sampled.adapter, whole.adapter)
+    kinds = {m.rpartition(".")[2] for m in whole.adapter.modules}
+    assert {r.modules for r in sampled.record.evidence} == {len(kinds)}
+    assert {r.modules for r in whole.record.evidence} == {len(whole.adapter.modules)}
+    other = AutoSettings(methods=("task_arithmetic", "iso_c"))  # here the errors decide, and are those of all modules
+    assert {r.modules for r in merge_auto(adapters, settings=other).record.evidence} == {len(whole.adapter.modules)}
 
 
 def test_the_assumed_error_is_that_of_dense_matrices(make_panel):
@@ -253,7 +267,7 @@ def test_texts_beyond_the_table_of_positions_are_refused_before_anything_is_comp
 
 @pytest.mark.parametrize("better", [True, False])
 def test_a_repair_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypatch, better):
-    from plait.fidelity import auto
+    from plait.fidelity import repair
 
     panel = make_panel(texts=16)
     adapters = adapters_of(panel)
@@ -266,8 +280,8 @@ def test_a_repair_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypat
         return Distilled(goal or merge(adapters, "task_arithmetic", scale=30.0).adapter, 1.0, 0.5, {})
 
     near = merge(adapters, "task_arithmetic", scale=30.0).adapter if better else start
-    monkeypatch.setattr(auto, "distil", pretend)
-    found, record = auto.repaired(panel, near, 5)
+    monkeypatch.setattr(repair, "distil", pretend)
+    found, record = repair.repaired(panel, near, 5)
     assert learnt_from == [{12}, {16}] if better else [{12}]  # a quarter held out; then from all of them
     assert record.kept == better == (record.held_out["repaired"] > record.held_out["merge"])
     assert found is (goal if better else near)

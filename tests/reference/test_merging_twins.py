@@ -12,7 +12,7 @@ from plait.merging import merge_methods
 from plait.merging.dense import DenseDelta, Truncated
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.pico import mean_norm_factor, shrink_shared_directions
-from plait.merging.random_masks import draw
+from plait.merging.random_masks import Place, draw
 from plait.statistics.fisher import FisherDiagonal
 from plait.statistics.moments import Moments
 from tests.reference import merging as twin
@@ -50,7 +50,7 @@ def deltas(x: MergeInputs) -> list[np.ndarray]:
 
 
 def words(x: MergeInputs) -> list[np.ndarray]:
-    return [draw(x, t, "0", x.shape).astype(np.int64) for t in range(len(x.tasks))]
+    return [draw(x, t, Place("dense", x.shape), x.shape).astype(np.int64) for t in range(len(x.tasks))]
 
 
 def seconds(x: MergeInputs) -> list[np.ndarray]:
@@ -140,7 +140,7 @@ def test_method_equals_its_twin(method):
 
 
 def words_at(x: MergeInputs, place: str, parts: list[np.ndarray]) -> list[np.ndarray]:
-    return [draw(x, t, place, part.shape).astype(np.int64) for t, part in enumerate(parts)]
+    return [draw(x, t, Place(place), part.shape).astype(np.int64) for t, part in enumerate(parts)]
 
 
 # method -> (options, twin of the entries in a space)

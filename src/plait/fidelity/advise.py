@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from plait.adapters.lora import Adapter, truncated
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
-from plait.fidelity.auto import AutoSettings, merge_auto, repaired
+from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
+from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, split_off
 from plait.fidelity.tokens import require_room
@@ -107,8 +108,8 @@ def advise(
         factors = [replace(a, extras={}, modules_to_save=()) for a in adapters]  # what lies beside them is said below
         merged = merge_auto(factors, settings=AutoSettings(seed=chosen.seed), base_id=base_id)
         options = _options(adapters, sizes, {})
-        advice, name = unmeasured.without_texts(adapters, merged.adapter, base), "measure first"
-        found = _Findings({}, merged.record)
+        advice, name = unmeasured.without_texts(adapters, merged, base), "measure first"
+        found = _Findings({}, merged.record, akin=merged.akin)
         said = _advice(adapters, options, advice, name, unknown, found)
     else:
         panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
@@ -142,11 +143,12 @@ def _obstacle(adapters: Sequence[Adapter], base_id: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Findings:
-    """What was measured: the fidelity of each option on held-out texts, the merge that was looked at, its repair."""
+    """What was measured: the fidelity of each option on held-out texts, the merge that was looked at, its repair, and who is akin."""
 
     kept: Mapping[str, Fidelity]
     merge: AutoRecord
     repair: Repair | None = None
+    akin: tuple[tuple[str, str, float], ...] = ()
 
 
 def _advice(
@@ -160,7 +162,7 @@ def _advice(
 ) -> Advice:
     said = [*said, *notes.beside(adapters), *notes.serving(adapters)]
     if recommended not in (SEPARATELY, "compose") or len({a.base for a in adapters}) == 1:
-        said = [*notes.kinship(adapters), *said]
+        said = [*notes.kinship(notes.kin(adapters) if found is None else found.akin), *said]
     return Advice(
         tasks=tuple(a.name for a in adapters),
         base=adapters[0].base,
@@ -204,7 +206,9 @@ def _measured(
     named = dict(zip((*arms, *singles), scored, strict=True))
     best = max(singles, key=lambda n: named[n].score)
     kept = {n: f for n, f in named.items() if n in arms}
-    return _Findings({**kept, f"{SINGLE} ({best.removesuffix(' alone')})": named[best]}, merged.record, repair)
+    return _Findings(
+        {**kept, f"{SINGLE} ({best.removesuffix(' alone')})": named[best]}, merged.record, repair, merged.akin
+    )
 
 
 def _at_rank(adapter: Adapter, rank: int) -> Adapter:

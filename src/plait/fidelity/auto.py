@@ -16,18 +16,18 @@ from plait.disk.overwriting import require_apart
 from plait.disk.written import Written, reused
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
-from plait.fidelity.choose import FEWEST, HELD_OUT, Choice, choose
-from plait.fidelity.distil import distil
+from plait.fidelity.choose import Choice, choose
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.given import recorded_base
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.notes import beside, kinship, other_base
+from plait.fidelity.notes import beside, kin, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import OWN_SHARE
-from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord, Repair
+from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
+from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
-from plait.fidelity.texts import Texts, checked, split_off
+from plait.fidelity.texts import Texts, checked
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.single_file import read_lora_file
@@ -81,11 +81,13 @@ class AutoMerge:
         adapter: The result.
         fidelity: Fidelity of the result on all texts, with hidden-state shifts; None without texts.
         record: What was chosen, the evidence, the inputs.
+        akin: Pairs of adapters that point the same way, with the cosine.
     """
 
     adapter: Adapter
     fidelity: Fidelity | None
     record: AutoRecord
+    akin: tuple[tuple[str, str, float], ...] = ()
 
 
 def merge_auto(
@@ -120,19 +122,20 @@ def merge_auto(
     common = align(adapters, base_id)
     if len(adapters) > 1:
         require_exact(adapters, None, "what is chosen here")
+    akin = kin(adapters)
     record = AutoRecord(
         tasks=tuple(a.name for a in adapters),
         base=common.base,
         backbone_prefix=common.backbone_prefix,
         adapters=tuple(input_of(a, 1.0) for a in adapters),
         labels=labels_of(adapters) or None,
-        notes=(*kinship(adapters), *beside(adapters), *(other_base(adapters, base) if texts else ())),
+        notes=(*kinship(akin), *beside(adapters), *(other_base(adapters, base) if texts else ())),
         chosen=Chosen("the only adapter", 1.0),
     )
     if not texts:
         if chosen.repair:
             raise UsageError("a repair distils on texts, and there are none", hint="--text TASK=FILE for every adapter")
-        return _without_texts(adapters, chosen, base_id, record)
+        return replace(_without_texts(adapters, chosen, base_id, record, akin), akin=tuple(akin))
     if base is None:
         raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
     panel = Panel(
@@ -157,34 +160,19 @@ def merge_auto(
         on_progress(f"repair, {chosen.repair} steps")
         adapter, done = repaired(panel, merged.adapter, chosen.repair, chosen.seed)
         merged = AutoMerge(adapter, None, replace(merged.record, repair=done))
-    return _measured(merged, panel)
-
-
-def repaired(panel: Panel, merge: Adapter, steps: int, seed: int = 0) -> tuple[Adapter, Repair]:
-    """Repair a merge by a short distillation of all adapters into its factors, and say what that did.
-
-    A merge that is near its adapters already can lose by it, so it first learns from three quarters of the texts; where that keeps
-    more on the fourth by the divergence that it learns from (`held_out`, `kept` in the record), it learns anew from all of them.
-    With fewer than 12 texts of an adapter nothing is held out.
-    """
-    held_out: dict[str, float] = {}
-    if min(len(rows) for rows in panel.texts.values()) >= FEWEST:
-        most, rest = split_off(panel.texts, HELD_OUT)
-        tried = distil(panel.with_texts(most, general=False), merge, learns="factors", steps=steps, seed=seed)
-        before, after = fidelities(panel.with_texts(rest, general=False), [(merge, 1.0), (tried.adapter, 1.0)])
-        held_out = {"merge": before.kept, "repaired": after.kept}
-        if not after.kept > before.kept:
-            return merge, Repair(steps, held_out, False, tried.first_loss, tried.last_loss)
-    done = distil(panel.with_texts(panel.texts, general=False), merge, learns="factors", steps=steps, seed=seed)
-    return done.adapter, Repair(steps, held_out, True, done.first_loss, done.last_loss)
+    return replace(_measured(merged, panel), akin=tuple(akin))
 
 
 def _without_texts(
-    adapters: Sequence[Adapter], settings: AutoSettings, base_id: str | None, record: AutoRecord
+    adapters: Sequence[Adapter],
+    settings: AutoSettings,
+    base_id: str | None,
+    record: AutoRecord,
+    akin: Sequence[tuple[str, str, float]],
 ) -> AutoMerge:
     if len(adapters) == 1:
         return _cut(AutoMerge(adapters[0], None, record), settings.rank)
-    choice = choose_by_factors(adapters, settings.methods, settings.scales, base_id)
+    choice = choose_by_factors(adapters, settings.methods, settings.scales, base_id, akin)
     record = replace(record, chosen=choice.chosen, assumed={"own_share": OWN_SHARE}, evidence=choice.evidence)
     return _cut(AutoMerge(choice.adapter, None, record), settings.rank)
 

@@ -30,12 +30,12 @@ def kin(adapters: Sequence[Adapter]) -> list[tuple[str, str, float]]:
     return [(a, b, c) for (a, b), c in similar.items() if c > KIN]
 
 
-def kinship(adapters: Sequence[Adapter]) -> list[str]:
-    """Say which adapters point the same way."""
+def kinship(akin: Sequence[tuple[str, str, float]]) -> list[str]:
+    """Say which adapters point the same way, of what `kin` gave."""
     return [
         f"{a} and {b} point much the same way (cosine {c:.2f}): one may have been trained on from the other, and then "
         "the later one does both"
-        for a, b, c in kin(adapters)
+        for a, b, c in akin
     ]
 
 

@@ -56,27 +56,44 @@ def terms(merge: Adapter, adapters: Sequence[Adapter], share: float = OWN_SHARE)
 
 def terms_over(merge: Adapter, adapters: Sequence[Adapter], shares: Sequence[float]) -> dict[float, dict[str, Terms]]:
     """`terms` for several shares, the products taken once."""
-    folded = {m: f.folded(torch.float64) for m, f in merge.modules.items()}
-    by_share: dict[float, dict[str, Terms]] = {s: {} for s in shares}
-    for adapter in adapters:
-        pairs = [_terms(folded[m], f) for m, f in adapter.modules.items() if m in folded]
-        for s in shares:
-            by_share[s][adapter.name] = _summed([s * own + (1 - s) * rest for own, rest in pairs])
-    return by_share
+    parts: dict[str, list[Tensor]] = {a.name: [] for a in adapters}
+    for module, factors in merge.modules.items():
+        present = [a for a in adapters if module in a.modules]
+        if present:
+            both = _terms(factors.folded(torch.float64), [a.modules[module].folded(torch.float64) for a in present])
+            for adapter, one in zip(present, both, strict=True):
+                parts[adapter.name].append(one)
+    return {
+        s: {name: _summed([s * own + (1 - s) * rest for own, rest in pairs]) for name, pairs in parts.items()}
+        for s in shares
+    }
 
 
-def _terms(g: LoraFactors, own: LoraFactors) -> tuple[Float[Tensor, 3], Float[Tensor, 3]]:
-    """(own, cross, square) of a module under the row space of the adapter's delta, and under I / in."""
-    f = own.folded(torch.float64)
-    inner, seen = f.B.T @ f.B, f.A @ f.A.T
-    size = float((inner * seen).sum())
-    inside, between = inner / size if size > 0 else inner, g.A @ f.A.T
-    B = (inner, g.B.T @ f.B, g.B.T @ g.B)
-    rows = (seen @ inside @ seen, between @ inside @ seen, between @ inside @ between.T)
-    flat = (seen, between, g.A @ g.A.T)
-    return torch.stack([(b * x).sum() for b, x in zip(B, rows, strict=True)]), torch.stack(
-        [(b * x).sum() for b, x in zip(B, flat, strict=True)]
-    ) / f.A.shape[1]
+def _terms(g: LoraFactors, own: Sequence[LoraFactors]) -> Float[Tensor, "T 2 3"]:
+    """Per adapter, (own, cross, square) of a module under the row space of its delta, and under I / in.
+
+    All adapters at once: the merge's own Gram matrices are formed once, and what it has in common with each of them comes from one
+    product with the factors of all. With P_t = A A_t^T, N_t = B_t^T B_t and M_t = N_t / |D_t|^2 the squares are
+    tr(B^T B P_t M_t P_t^T) and tr(B^T B A A^T) / in.
+    """
+    A, B = torch.cat([f.A for f in own]), torch.cat([f.B for f in own], dim=1)
+    ranks = [f.rank for f in own]
+    square_B = g.B.T @ g.B
+    rest = (square_B * (g.A @ g.A.T)).sum()
+    between, across = g.A @ A.T, g.B.T @ B
+    turned = square_B @ between
+    split = [torch.split(M, ranks, dim=1) for M in (between, across, turned)]
+    found = []
+    for f, P, C, Q in zip(own, *split, strict=True):
+        inner, seen = f.B.T @ f.B, f.A @ f.A.T
+        size = (inner * seen).sum()
+        inside = inner / size if size > 0 else inner
+        moved = inside @ seen
+        shaped = P @ inside
+        under = torch.stack([(inner * (seen @ moved)).sum(), (C * (P @ moved)).sum(), (Q * shaped).sum()])
+        flat = torch.stack([size, (C * P).sum(), rest]) / f.A.shape[1]
+        found.append(torch.stack([under, flat]))
+    return torch.stack(found)
 
 
 def _summed(parts: Sequence[Tensor]) -> Terms:

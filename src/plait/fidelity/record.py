@@ -72,6 +72,7 @@ class Evidence:
         texts: Texts of each adapter that it was scored on, at most.
         score, general_kl, tasks: Its fidelity there, where texts were read.
         assumed_error: Mean error on assumed inputs, where none were.
+        modules: Modules that it was looked at in, where none were: all, or a sample of them.
     """
 
     candidate: str
@@ -83,6 +84,7 @@ class Evidence:
     score: float | None = optional()
     general_kl: float | None = None
     assumed_error: float | None = optional()
+    modules: int | None = optional()
     tasks: tuple[KeptOfTask, ...] = nested(KeptOfTask, ())
 
 

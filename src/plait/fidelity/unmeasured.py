@@ -9,6 +9,7 @@ from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import Adapter
 from plait.errors import InputError, PlaitError
 from plait.fidelity import notes
+from plait.fidelity.auto import AutoMerge
 from plait.fidelity.panel import parts_of
 from plait.fidelity.proxy import mean_error, terms
 from plait.merging.stack import in_order
@@ -33,14 +34,15 @@ def unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) ->
     return unknowns
 
 
-def without_texts(adapters: Sequence[Adapter], merged: Adapter, base: BaseModel | None) -> str:
+def without_texts(adapters: Sequence[Adapter], merged: AutoMerge, base: BaseModel | None) -> str:
     """Say how far a merge is from the adapters on assumed inputs, and the next step."""
-    errors = terms(merged, adapters)
+    errors = terms(merged.adapter, adapters)
     error = mean_error(errors, 1.0)
+    one = _one_for_all(adapters) if merged.akin else ""
     worst = max(errors, key=lambda t: errors[t].error(1.0))
     said = (
         f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
-        f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}){_one_for_all(adapters)}; what that does to "
+        f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}){one}; what that does to "
     )
     if notes.pictures(adapters):
         return f"{said}pictures is not known. plait merge auto writes that merge: try it with seeds you know."
@@ -56,8 +58,6 @@ def without_texts(adapters: Sequence[Adapter], merged: Adapter, base: BaseModel 
 
 def _one_for_all(adapters: Sequence[Adapter]) -> str:
     """Of adapters that point the same way, which one could stand for all."""
-    if not notes.kin(adapters):
-        return ""
     errors = {a.name: mean_error({t: e for t, e in terms(a, adapters).items() if t != a.name}, 1.0) for a in adapters}
     best = min(errors, key=lambda n: errors[n])
     return f", {best} alone by {100 * errors[best] ** 0.5:.0f} % of the others'"

@@ -33,7 +33,7 @@ class CoreSpace:
         B: Per task Q_B^T B_t, (p, r_t), float64.
         A: Per task A_t Q_A, (r_t, q), float64.
 
-    Of a stack of modules all of it has their dimension in front; `knots` alone takes none.
+    Of a stack of modules all of it has their dimension in front.
     """
 
     left: Basis
@@ -115,20 +115,6 @@ class CoreSpace:
         V = thin_svd(torch.cat(self.A, dim=-2))[2].mT
         B, A = tuple(U.mT @ b for b in self.B), tuple(a @ V for a in self.A)
         return CoreSpace(self.left.turned(U), self.right.turned(V), B, A)
-
-    def knots(self) -> tuple[Float[Tensor, "out k"], list[Float[Tensor, "k in"]]]:
-        """U and the parts S V_t^T of the SVD [D_1 .. D_T] = U S [V_1^T .. V_T^T].
-
-        Returns:
-            U (out, k) and one (k, in) per task, U @ part = D_t; k counts singular values above 1e-5 of the largest.
-        """
-        # U are the eigenvectors of sum_t D_t D_t^T; float64 squares still tell 1e-5 of the largest from rounding.
-        cores = list(self.parts())
-        squares = torch.stack([c @ c.T for c in cores]).sum(0)
-        values, vectors = torch.linalg.eigh(squares)
-        k = max(1, int((values > values[-1:] * 1e-10).sum()))
-        U = vectors.flip(1)[:, :k]
-        return self.left.times(U), [self.right.rows(U.T @ c) for c in cores]
 
 
 def significant(S: Float[Tensor, "... k"], share: float = NOISE) -> int:

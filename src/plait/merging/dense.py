@@ -11,20 +11,29 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
 from plait.adapters.memory import empty_like, own_copy
+from plait.merging.small_svd import thin_svd
 
-# Entries of one block: 1 MB of float32, so that the accumulators of an elementwise rule stay in a core's cache.
+# Entries of a block for which random draws are made together: results depend on it.
 BLOCK = 1 << 18
+# Entries that are computed together, on which nothing but speed depends: on a CPU a block of one task, what a rule adds up
+# and a sign or mask stay in a core's own cache (2 MB); a GPU needs work for all its parts.
+_ON_CPU, _ON_GPU = 1 << 16, 1 << 24
 # A module whose dense delta is at most this large is computed once and held while it is cut; a larger one is made anew
 # in every pass. 16 Mi entries are 64 MB.
 _HELD = 1 << 24
 _OVERSAMPLED = 10
 
 
-def row_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+def row_blocks(shape: tuple[int, int], entries: int = BLOCK) -> Iterator[tuple[int, int]]:
     """Row ranges [start, stop) that cover a matrix; they depend on its shape alone, so random draws per block do too."""
-    rows = max(1, BLOCK // max(1, shape[1]))
+    rows = max(1, entries // max(1, shape[1]))
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
+
+
+def entries_together(device: torch.device) -> int:
+    """Say how many entries an elementwise rule is given at once."""
+    return _ON_CPU if device.type == "cpu" else _ON_GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +42,17 @@ class DenseDelta:
 
     Args:
         shape: (out, in).
-        rows: (start, stop) of a range that `row_blocks` yields -> (stop - start, in) float32; the same bits whenever called.
+        rows: (start, stop) of any range -> (stop - start, in) float32; the same bits whenever called with it.
+        entries: How many are computed together.
     """
 
     shape: tuple[int, int]
     rows: Callable[[int, int], Float[Tensor, "n in"]]
+    entries: int = BLOCK
 
     def blocks(self) -> Iterator[tuple[int, int, Float[Tensor, "n in"]]]:
         """Every block, in order, with its range."""
-        for start, stop in row_blocks(self.shape):
+        for start, stop in row_blocks(self.shape, self.entries):
             yield start, stop, self.rows(start, stop)
 
     def dense(self) -> Float[Tensor, "out in"]:
@@ -57,11 +68,14 @@ class DenseDelta:
         if self.shape[0] * self.shape[1] > _HELD:
             return self
         whole = self.dense()
-        return DenseDelta(self.shape, lambda start, stop: whole[start:stop])
+        return DenseDelta(self.shape, lambda start, stop: whole[start:stop], max(1, whole.numel()))
 
     def energy(self) -> float:
         """Squared Frobenius norm."""
-        return sum(float(block.double().square().sum()) for _, _, block in self.blocks())
+        pieces = (
+            block[i:j] for _, _, block in self.blocks() for i, j in row_blocks((len(block), self.shape[1]), _ON_CPU)
+        )
+        return sum(float(piece.double().square_().sum()) for piece in pieces)
 
     def times(self, X: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         """D X."""
@@ -120,7 +134,7 @@ def cut_to_rank(
     Q = torch.linalg.qr(delta.times(test))[0]
     Z = torch.linalg.qr(delta.transposed_times(Q))[0]
     Q = torch.linalg.qr(delta.times(Z))[0]
-    U, S, Vt = torch.linalg.svd(delta.transposed_times(Q).T, full_matrices=False)
+    U, S, Vt = (part.to(Q.dtype) for part in thin_svd(delta.transposed_times(Q).T.double()))
     total = delta.energy()
     kept = float(S[:rank].double().square().sum())
     root = S[:rank].sqrt()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.dense import DenseDelta, MergedDelta, row_blocks
+from plait.merging.dense import DenseDelta, MergedDelta, entries_together, row_blocks
 from plait.merging.inputs import MergeInputs
+from plait.merging.random_masks import Place
 
-# (one part per task, a name of the place for random draws) -> the merged part. A rule may change the parts in place.
-Rule = Callable[[Iterable[Tensor], str], Tensor]
+# (one part per task, their place for random draws) -> the merged part. A rule may change the parts in place.
+Rule = Callable[[Iterable[Tensor], Place], Tensor]
 
 
 def in_space(x: MergeInputs, rule: Rule, space: str = "dense") -> MergedDelta:
@@ -27,24 +29,46 @@ def in_space(x: MergeInputs, rule: Rule, space: str = "dense") -> MergedDelta:
     """
     if x.total_rank == 0:
         return x.zero()
+    lefts, rights = pairs_of(x, space)
+    merged = in_blocks(lefts, rights, rule, space, x.device)
     if space == "dense":
-        return DenseDelta(x.shape, lambda i, j: rule((x.block(t, i, j) for t in range(len(x.tasks))), str(i)))
+        return merged
     if space == "core":
-        core = x.svd_core
-        return core.factors(rule(core.parts(), space), x.kind)
-    left, parts = x.core.knots()
-    return LoraFactors(rule(iter(parts), space), left, 1.0, x.kind)
+        return x.svd_core.factors(merged.dense(), x.kind)
+    return LoraFactors(merged.dense(), x.aligned.left, 1.0, x.kind)
+
+
+def in_blocks(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], rule: Rule, space: str, device: torch.device
+) -> DenseDelta:
+    """Apply a rule to the products left_t right_t, rows after rows: as many as are computed together on the device."""
+    shape = lefts[0].shape[0], rights[0].shape[1]
+    drawn = Place(space, shape)
+
+    def rows(start: int, stop: int) -> Tensor:
+        parts = (left[start:stop] @ right for left, right in zip(lefts, rights, strict=True))
+        return rule(parts, replace(drawn, start=start))
+
+    return DenseDelta(shape, rows, entries_together(device))
+
+
+def pairs_of(x: MergeInputs, space: str = "dense") -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Per task, the two factors whose product is its part in a space: (n, r_t) and (r_t, m)."""
+    if space == "dense":
+        return x.B, x.A
+    if space == "core":
+        return x.svd_core.B, x.svd_core.A
+    return x.aligned.parts, x.A
 
 
 def parts_of(x: MergeInputs, space: str = "dense") -> Iterator[tuple[int, Tensor]]:
     """(task, block) of all entries in a space, free to be changed; a task that does not adapt the module has none."""
     present = [t for t, rank in enumerate(x.ranks) if rank]
-    if space == "dense":
-        for start, stop in row_blocks(x.shape):
-            yield from ((t, x.block(t, start, stop)) for t in present)
-    elif present:
-        parts = list(x.svd_core.parts()) if space == "core" else x.core.knots()[1]
-        yield from ((t, parts[t]) for t in present)
+    if not present:
+        return
+    lefts, rights = pairs_of(x, space)
+    for start, stop in row_blocks((lefts[0].shape[0], rights[0].shape[1]), entries_together(x.device)):
+        yield from ((t, lefts[t][start:stop] @ rights[t]) for t in present)
 
 
 def keep_from(part: Tensor, bound: float | Tensor) -> Tensor:
@@ -74,15 +98,21 @@ def signed_mean(parts: Iterable[Tensor], weights: Sequence[float], agreeing: str
     sums: list[Tensor] = []
     for part, weight in zip(parts, weights, strict=True):
         sign = part.sign()
-        if weight != 1.0:
-            part, sign = part.mul_(weight), sign.mul_(weight)
         if not sums:
             sums = [torch.zeros_like(part) for _ in range(4)]
         total, mass, votes, turnout = sums
+        if weight != 1.0:
+            part = part.mul_(weight)
+            votes.add_(sign, alpha=weight)
+            turnout.addcmul_(sign, sign, value=abs(weight))
+            mass.add_(part.abs())
+            total += part
+            continue
+        # Products with a sign are exact, and one kernel takes a product and a sum: the absolute values need none of their own.
         total += part
-        mass += part.abs_()
         votes += sign
-        turnout += sign.abs_()
+        mass.addcmul_(part, sign)
+        turnout.addcmul_(sign, sign)
     total, mass, votes, turnout = sums
     # With s the elected sign, (total + s mass) / 2 is the sum of the entries of that sign: mass and s total have no
     # cancellation to fear, since s total >= 0. No masks: torch's are several times slower than arithmetic.

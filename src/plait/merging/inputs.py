@@ -16,6 +16,7 @@ from plait.merging.factors import factors_of
 from plait.seeds import seed_of
 
 if TYPE_CHECKING:
+    from plait.merging.aligned import Aligned
     from plait.merging.core import CoreSpace
     from plait.statistics.fisher import Diagonal
     from plait.statistics.moments import Moments
@@ -45,6 +46,9 @@ class WholeModel(Protocol):
 
     def once(self, function: Callable[..., T], *settings: Hashable) -> T:
         """Compute a function of all modules at the first call, and remember what it gave."""
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Make something of one module at the first call, and remember it."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,16 @@ class MergeInputs:
     def svd_core(self) -> CoreSpace:
         """The core in the SVD basis, in which elementwise rules compare its entries."""
         return self.core.in_svd_basis()
+
+    @computed
+    def aligned(self) -> Aligned:
+        """KnOTS' alignment of the tasks; kept for the whole merge, since thresholds over the model need it before."""
+        from plait.merging.aligned import Aligned
+
+        def align() -> Aligned:
+            return Aligned.of(self.A, self.B)
+
+        return align() if self.model is None else self.model.kept((Aligned, self.module), align)
 
     def block(self, task: int, start: int, stop: int) -> Float[Tensor, "n in"]:
         """Rows [start, stop) of one task's delta; a new tensor, free to be changed in place."""

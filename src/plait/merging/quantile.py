@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from plait.adapters.memory import empty_like, own_copy
 from plait.errors import RunError
-from plait.merging.elementwise import parts_of
+from plait.merging.elementwise import pairs_of, parts_of
 from plait.merging.inputs import MergeInputs
+from plait.merging.workers import side_by_side
 from plait.seeds import seed_of
 
 # Makes one pass over nonnegative values, in blocks, each with the index of the group (the task) it belongs to.
 Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
+# Hands every one of such blocks to a function, from several threads at once where that is faster.
+Pass = Callable[[Callable[[int, Tensor], None]], None]
 
 # Values up to which a group is simply selected from in memory; beyond it a bracket is faster.
 _SMALL = 1 << 16
@@ -39,7 +43,7 @@ def magnitude_thresholds(modules: Sequence[MergeInputs], density: float, space: 
         One scalar tensor per task; 0 for a task without entries or with density 1.
 
     Cost:
-        One pass over the deltas (two in the other spaces); memory for about one entry in a hundred.
+        One pass over the deltas; memory for about one entry in a hundred.
     """
     if density >= 1:
         return [torch.zeros((), dtype=torch.float32) for _ in modules[0].tasks]
@@ -57,55 +61,66 @@ def smallest_kept(part: Tensor, density: float) -> Tensor:
 
 
 def magnitudes_at(modules: Sequence[MergeInputs], rank: Callable[[int], int], space: str = "dense") -> list[Tensor]:
-    """Per task, the k-th largest magnitude, k = rank(number of its entries); 0 where there are none."""
+    """Per task, the k-th largest magnitude, k = rank(number of its entries); 0 where there are none.
 
-    def values() -> Iterator[tuple[int, Tensor]]:
-        for x in modules:
-            for task, part in parts_of(x, space):
-                yield task, part.abs_()
+    Modules are looked at side by side: the answer is exact, so it does not depend on their order.
+    """
 
-    tasks = len(modules[0].tasks)
-    if space != "dense":
-        return nth_largest(values, rank, tasks)
-    totals = [sum(x.shape[0] * x.shape[1] for x in modules if x.ranks[t]) for t in range(tasks)]
-    samples = [
-        _sampled(modules, t, totals[t]) if totals[t] > _SMALL else torch.zeros(0, dtype=torch.float32)
-        for t in range(tasks)
-    ]
-    return nth_largest(values, rank, tasks, (totals, samples))
+    def values(take: Callable[[int, Tensor], None]) -> None:
+        def one(place: int) -> None:
+            for task, part in parts_of(modules[place], space):
+                take(task, part.abs_())
+
+        side_by_side(one, range(len(modules)), modules[0].device)
+
+    sizes = side_by_side(lambda place: _sizes_in(modules[place], space), range(len(modules)), modules[0].device)
+    totals = list(map(sum, zip(*sizes, strict=True)))
+    return _nth_largest(values, rank, totals, _samples(modules, totals, space))
 
 
-def nth_largest(
-    values: Blocks,
-    rank: Callable[[int], int],
-    groups: int,
-    known: tuple[list[int], list[Float[Tensor, " n"]]] | None = None,
-) -> list[Tensor]:
+def _sizes_in(x: MergeInputs, space: str) -> list[int]:
+    """Entries of each task's part of a module in a space."""
+    rows, columns = x.shape
+    if space == "core":
+        rows, columns = min(rows, x.total_rank), min(columns, x.total_rank)
+    elif space == "knots" and x.total_rank:
+        rows = x.aligned.left.shape[1]
+    return [rows * columns if rank else 0 for rank in x.ranks]
+
+
+def nth_largest(values: Blocks, rank: Callable[[int], int], groups: int) -> list[Tensor]:
     """Per group, the k-th largest of many nonnegative values, k = rank(their number).
 
     A sample brackets it, one pass counts what lies above the bracket and keeps what lies inside, and the k-th is exact.
 
     Args:
-        values: Makes one pass over them.
+        values: Makes one pass over them; one more finds out how many there are.
         rank: From the number of a group's values to k, from 1 to that number.
         groups: How many groups there are.
-        known: Per group the number of its values, and some of them drawn at random; else one pass finds out.
     """
-    totals, samples = known or _counted(values, groups)
-    found = [torch.zeros((), dtype=torch.float32) for _ in range(groups)]
-    if small := [g for g in range(groups) if 0 < totals[g] <= _SMALL]:
-        held: dict[int, list[Tensor]] = {g: [] for g in small}
+
+    def passed(take: Callable[[int, Tensor], None]) -> None:
         for g, block in values():
-            if g in held:
-                held[g].append(block.flatten())
+            take(g, block)
+
+    return _nth_largest(passed, rank, *_counted(values, groups))
+
+
+def _nth_largest(
+    values: Pass, rank: Callable[[int], int], totals: Sequence[int], samples: Sequence[Float[Tensor, " n"]]
+) -> list[Tensor]:
+    """`nth_largest` where it is known how many values each group has, and some of them drawn at random."""
+    found = [torch.zeros((), dtype=torch.float32) for _ in totals]
+    if small := [g for g, total in enumerate(totals) if 0 < total <= _SMALL]:
+        held: dict[int, list[Tensor]] = {g: [] for g in small}
+        values(lambda g, block: held[g].append(block.flatten()) if g in held else None)
         for g in small:
             found[g] = _kth(torch.cat(held[g]), rank(totals[g]))
-    brackets = {g: _Bracket(samples[g], totals[g], rank(totals[g])) for g in range(groups) if totals[g] > _SMALL}
+    brackets = {g: _Bracket(samples[g], n, rank(n)) for g, n in enumerate(totals) if n > _SMALL}
     while brackets:
-        for g, block in values():
-            if g in brackets:
-                brackets[g].count(block)
-        found = [brackets[g].exact() if g in brackets and brackets[g].hit() else found[g] for g in range(groups)]
+        waiting = dict(brackets)
+        values(lambda g, block, waiting=waiting: waiting[g].count(block) if g in waiting else None)  # type: ignore[misc]
+        found = [brackets[g].exact() if g in brackets and brackets[g].hit() else v for g, v in enumerate(found)]
         brackets = {g: b.wider() for g, b in brackets.items() if not b.hit()}
     return found
 
@@ -128,16 +143,21 @@ class _Bracket:
         self.low, self.high = _at_share(ordered, share + spread), _at_share(ordered, share - spread)
         self.above = self.held = 0
         self.inside = empty_like(sample, (min(total, 1024 + int(1.5 * spread * total)),))
+        self.lock = threading.Lock()  # blocks come from several threads
 
     def count(self, block: Tensor) -> None:
         """Take one block in. NumPy's boolean kernels are several times faster than torch's on a CPU."""
         if block.is_cuda:
-            self.above += int(torch.count_nonzero(block > self.high))
-            self._hold(block[(block >= self.low) & (block <= self.high)])
+            above = int(torch.count_nonzero(block > self.high))
+            inside = block[(block >= self.low) & (block <= self.high)]
         else:
             array = block.numpy()
-            self.above += int(np.count_nonzero(array > self.high))
-            self._hold(torch.from_numpy(array[(array >= self.low) & (array <= self.high)]))
+            higher = array > self.high
+            above = int(np.count_nonzero(higher))
+            inside = torch.from_numpy(array[(array >= self.low) ^ higher])
+        with self.lock:
+            self.above += above
+            self._hold(inside)
 
     def _hold(self, part: Tensor) -> None:
         """Keep values in one buffer: a list of small arrays, made between large blocks, splits the heap for good."""
@@ -179,15 +199,29 @@ def _at_share(ordered: Float[Tensor, " n"], share: float) -> float:
     return math.inf if share <= 0 else float(ordered[min(len(ordered) - 1, int((1 - share) * len(ordered)))])
 
 
-def _sampled(modules: Sequence[MergeInputs], task: int, total: int) -> Float[Tensor, " n"]:
-    """Magnitudes of random entries of a task's deltas, from each module in proportion to its size."""
-    wanted = 1 << (14 if total < 1 << 21 else 16 if total < 1 << 24 else 18 if total < 1 << 28 else 21)
-    found = []
-    for x in modules:
-        n = wanted * x.shape[0] * x.shape[1] // total if x.ranks[task] else 0
-        if n:
-            generator = torch.Generator().manual_seed(seed_of(x.module, "quantile"))
-            i = torch.randint(x.shape[0], (n,), generator=generator).to(x.device)
-            j = torch.randint(x.shape[1], (n,), generator=generator).to(x.device)
-            found.append((x.B[task][i] * x.A[task].T[j]).sum(1).abs().cpu())
-    return own_copy(torch.cat(found))
+def _samples(modules: Sequence[MergeInputs], totals: Sequence[int], space: str) -> list[Float[Tensor, " n"]]:
+    """Magnitudes of random entries of each task's parts, from each module in proportion to its size."""
+
+    def of(place: int) -> list[Tensor]:
+        x = modules[place]
+        lefts, rights = pairs_of(x, space) if x.total_rank else ((), ())
+        found = []
+        for task, (rank, total) in enumerate(zip(x.ranks, totals, strict=True)):
+            part = torch.zeros(0, dtype=torch.float32)
+            if rank and total > _SMALL:
+                rows, columns = lefts[task].shape[0], rights[task].shape[1]
+                n = _wanted(total) * rows * columns // total
+                generator = torch.Generator().manual_seed(seed_of(x.module, "quantile"))
+                i = torch.randint(rows, (n,), generator=generator).to(x.device)
+                j = torch.randint(columns, (n,), generator=generator).to(x.device)
+                part = (lefts[task][i] * rights[task].T[j]).sum(1).abs().cpu()
+            found.append(part)
+        return found
+
+    found = side_by_side(of, range(len(modules)), modules[0].device)
+    return [own_copy(torch.cat([p for p in parts if p.numel()] or parts[:1])) for parts in zip(*found, strict=True)]
+
+
+def _wanted(total: int) -> int:
+    """How many of so many entries are looked at."""
+    return 1 << (14 if total < 1 << 21 else 16 if total < 1 << 24 else 18 if total < 1 << 28 else 19)

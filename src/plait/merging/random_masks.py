@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.merging.dense import row_blocks
 from plait.merging.inputs import MergeInputs
 from plait.seeds import seed_of
 
@@ -18,15 +21,52 @@ from plait.seeds import seed_of
 LEVELS = 1 << 16
 
 
-def draw(
-    x: MergeInputs, task: int, place: str, shape: tuple[int, ...]
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
+Draws: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which entries of a module a rule is given.
+
+    Args:
+        space: "dense", or the name of another space, whose draws are made at once.
+        shape: (rows, columns) of the whole space; None where all of its entries are given.
+        start: Row of the space in which the entries begin.
+        drawn: Task -> (first row, draws) that the last entries came from: the next ones lie beside them.
+    """
+
+    space: str = "dense"
+    shape: tuple[int, int] | None = None
+    start: int = 0
+    drawn: dict[int, tuple[int, Draws]] = field(default_factory=dict)
+
+    def blocks(self, rows: int) -> Iterator[tuple[str, int, int]]:
+        """Name and range of each block of draws that some of these rows lie in."""
+        whole = self.shape or (rows, 0)
+        every = row_blocks(whole) if self.space == "dense" else [(0, whole[0])]
+        for start, stop in every:
+            if start < self.start + rows and stop > self.start:
+                yield (str(start) if self.space == "dense" else self.space), start, stop
+
+
+def draw(x: MergeInputs, task: int, place: Place, shape: tuple[int, ...]) -> Draws:
     """Uniform integers in [0, 65536) for one task's entries at one place; on the CPU whatever the device."""
     if x.members:
         return np.stack([draw(member, task, place, shape[1:]) for member in x.members])
-    stream = np.random.SFC64(seed_of(x.seed, x.module, place, x.contents[task]))
+    if place.shape is None:
+        return _drawn(x, task, place.space, shape)
+    pieces = []
+    for name, start, stop in place.blocks(shape[0]):
+        if place.drawn.get(task, (-1,))[0] != start:
+            place.drawn[task] = start, _drawn(x, task, name, (stop - start, shape[1]))
+        pieces.append(place.drawn[task][1][max(0, place.start - start) : place.start + shape[0] - start])
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _drawn(x: MergeInputs, task: int, name: str, shape: tuple[int, ...]) -> Draws:
+    stream = np.random.SFC64(seed_of(x.seed, x.module, name, x.contents[task]))
     count = math.prod(shape)
-    words: np.ndarray[tuple[int, ...], np.dtype[np.uint16]] = stream.random_raw(-(-count // 4)).view(np.uint16)
+    words: Draws = stream.random_raw(-(-count // 4)).view(np.uint16)
     return words[:count].reshape(shape)
 
 
@@ -35,11 +75,11 @@ def ones_where(mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], like: Tens
     return torch.from_numpy(mask.view(np.int8)).to(like.device).to(like.dtype)
 
 
-def kept_at_random(x: MergeInputs, density: float) -> Callable[[Iterable[Tensor], str], Iterator[Tensor]]:
+def kept_at_random(x: MergeInputs, density: float) -> Callable[[Iterable[Tensor], Place], Iterator[Tensor]]:
     """A step that keeps each entry with probability `density` and divides it by that, in place."""
     level = max(1, round(density * LEVELS))
 
-    def step(parts: Iterable[Tensor], place: str) -> Iterator[Tensor]:
+    def step(parts: Iterable[Tensor], place: Place) -> Iterator[Tensor]:
         for task, part in enumerate(parts):
             if level < LEVELS and x.ranks[task]:
                 part *= ones_where(draw(x, task, place, tuple(part.shape)) < level, part)

@@ -36,6 +36,13 @@ class Views(Sequence[MergeInputs]):
             answer: T = self.answers[function, settings]
             return answer
 
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Make something of one module at the first call, and remember it; what is kept is small beside the factors."""
+        if key not in self.answers:
+            self.answers[key] = make()
+        made: T = self.answers[key]
+        return made
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
 from plait.merging.core import significant
-from plait.merging.elementwise import signed_mean, weighted_sum
+from plait.merging.elementwise import in_blocks, signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.ties import trimmed
 from plait.merging.quantile import smallest_kept
-from plait.merging.random_masks import kept_at_random
+from plait.merging.random_masks import Place, kept_at_random
 from plait.merging.registry import merge_method
 from plait.merging.small_svd import thin_svd
 from plait.options import Density
@@ -47,14 +48,22 @@ def core_space(
     if x.total_rank == 0:
         return x.zero()
     core = x.svd_core
+    # Entries in the dtype of the factors, float32, are half the work; small singular values that become large need float64.
+    kind = torch.float64 if isotropic else x.A[0].dtype
+    B, A = ([part.to(kind) for part in parts] for parts in (core.B, core.A))
+    parts = (b @ a for b, a in zip(B, A, strict=True))
     if rule == "ties":
-        bounds = [smallest_kept(part, density) for part in core.parts()]
-        merged = trimmed(bounds, x.weights)(core.parts(), "core")
+        trim = trimmed([smallest_kept(part, density) for part in parts], x.weights)
+        if x.members:
+            merged = trim((b @ a for b, a in zip(B, A, strict=True)), Place("core"))
+        else:
+            merged = in_blocks(B, A, trim, "core", x.device).dense()
     elif rule == "sum":
         merged = weighted_sum(core.parts(), x.weights)
     else:
-        kept = kept_at_random(x, density)(core.parts(), "core")
+        kept = kept_at_random(x, density)(parts, Place("core"))
         merged = signed_mean(kept, x.weights) if rule == "dare_ties" else weighted_sum(kept, x.weights)
+    merged = merged.double()
     return core.factors(_flattened(merged) if isotropic else merged, x.kind)
 
 

@@ -13,7 +13,7 @@ from plait.errors import UsageError
 from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, signed_mean
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import LEVELS, draw, ones_where
+from plait.merging.random_masks import LEVELS, Place, draw, ones_where
 from plait.merging.registry import merge_method
 from plait.options import Density, Fraction, Space
 
@@ -44,7 +44,7 @@ def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2, sp
             hint="a smaller epsilon, or a density nearer the middle",
         )
 
-    def pruned(parts: Iterable[Tensor], place: str) -> Iterator[Tensor]:
+    def pruned(parts: Iterable[Tensor], place: Place) -> Iterator[Tensor]:
         for task, part in enumerate(parts):
             yield mag_prune(x, task, part, place, density, epsilon) if x.ranks[task] else part
 
@@ -52,7 +52,7 @@ def della(x: MergeInputs, *, density: Density = 0.5, epsilon: Fraction = 0.2, sp
 
 
 def mag_prune(
-    x: MergeInputs, task: int, part: Tensor, place: str, density: float, epsilon: float, *, divided: bool = True
+    x: MergeInputs, task: int, part: Tensor, place: Place, density: float, epsilon: float, *, divided: bool = True
 ) -> Tensor:
     """Drop entries of one task's rows, small ones more often; what stays is `divided` by its probability."""
     n = part.shape[1]

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plait.merging.dense import MergedDelta, row_blocks
-from plait.merging.elementwise import in_space, signed_mean
+from plait.merging.dense import MergedDelta, entries_together, row_blocks
+from plait.merging.elementwise import in_space, pairs_of, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import nth_largest
+from plait.merging.random_masks import Place
 from plait.merging.registry import merge_method
 from plait.options import Density, Space
 
@@ -68,7 +69,7 @@ def sce(
         energy = torch.ones_like(energy)
     shares: Sequence[float] = (energy / energy.sum()).tolist()
 
-    def rule(parts: Iterable[Tensor], place: str) -> Tensor:
+    def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
         scaled = [part.mul_(w) if w != 1.0 else part for part, w in zip(parts, x.weights, strict=True)]
         chosen = _selected(scaled, bound)
         return _mean_of_agreeing(chosen, shares) if as_mergekit else signed_mean(iter(chosen), shares)
@@ -90,12 +91,9 @@ def _mean_of_agreeing(parts: Sequence[Tensor], shares: Sequence[float]) -> Tenso
 
 def _weighted_parts(x: MergeInputs, space: str) -> Iterator[list[Tensor]]:
     """Every task's entries times its weight, place by place as `in_space` goes through them."""
-    if space == "dense":
-        for start, stop in row_blocks(x.shape):
-            yield [x.block(t, start, stop).mul_(w) for t, w in enumerate(x.weights)]
-    else:
-        parts = x.svd_core.parts() if space == "core" else x.core.knots()[1]
-        yield [part.mul_(w) for part, w in zip(parts, x.weights, strict=True)]
+    lefts, rights = pairs_of(x, space)
+    for start, stop in row_blocks((lefts[0].shape[0], rights[0].shape[1]), entries_together(x.device)):
+        yield [(b[start:stop] @ a).mul_(w) for b, a, w in zip(lefts, rights, x.weights, strict=True)]
 
 
 def _variance(parts: Sequence[Tensor]) -> Tensor:

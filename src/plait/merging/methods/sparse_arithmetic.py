@@ -15,12 +15,12 @@ from plait.merging.elementwise import in_space, keep_from
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.della import mag_prune
 from plait.merging.quantile import magnitudes_at
-from plait.merging.random_masks import LEVELS, draw, ones_where
+from plait.merging.random_masks import LEVELS, Place, draw, ones_where
 from plait.merging.registry import merge_method
 from plait.options import Density, Fraction
 
 # (task, entries, place) -> what is left of the entries, which may be changed in place.
-Kept = Callable[[int, Tensor, str], Tensor]
+Kept = Callable[[int, Tensor, Place], Tensor]
 _SMALL_NORM, _SMALL_SUM = 1e-7, 1e-8  # below these nothing is rescaled, and nothing divided
 
 
@@ -69,7 +69,7 @@ def sparse_arithmetic(
         kept = _kept(x, drop, density, gamma, epsilon)
         kept = _rescaled(x, kept) if rescale else kept
 
-    def rule(parts: Iterable[Tensor], place: str) -> Tensor:
+    def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
         left = [kept(t, part, place) if x.ranks[t] else part for t, part in enumerate(parts)]
         weights = _divided(x.weights) if normalise and not elect else x.weights
         scaled = [part.mul_(w) for part, w in zip(left, weights, strict=True)]
@@ -78,7 +78,7 @@ def sparse_arithmetic(
     return in_space(x, rule)
 
 
-def _unchanged(task: int, part: Tensor, place: str) -> Tensor:
+def _unchanged(task: int, part: Tensor, place: Place) -> Tensor:
     return part
 
 
@@ -129,7 +129,7 @@ def _between(x: MergeInputs, density: float, gamma: float) -> Kept:
     low = _bounds(x, lambda n: above + left)
     high = _bounds(x, lambda n: above + 1) if above else [math.inf] * len(x.tasks)
 
-    def kept(task: int, part: Tensor, place: str) -> Tensor:
+    def kept(task: int, part: Tensor, place: Place) -> Tensor:
         part = keep_from(part, low[task])
         return part - torch.nn.functional.hardshrink(part, high[task]) if above else part
 
@@ -144,6 +144,6 @@ def _rescaled(x: MergeInputs, kept: Kept) -> Kept:
         for start, stop in row_blocks(x.shape) if rank else ():
             part = x.block(task, start, stop)
             before += float(part.abs().sum(dtype=torch.float64))
-            after += float(kept(task, part, str(start)).abs().sum(dtype=torch.float64))
+            after += float(kept(task, part, Place("dense", x.shape, start)).abs().sum(dtype=torch.float64))
         factors.append(before / after if min(before, after) >= _SMALL_NORM else 1.0)
     return lambda task, part, place: kept(task, part, place).mul_(factors[task])

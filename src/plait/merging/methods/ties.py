@@ -11,6 +11,7 @@ from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import Rule, in_space, keep_from, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
+from plait.merging.random_masks import Place
 from plait.merging.registry import merge_method
 from plait.options import Agreeing, Density, Space
 
@@ -57,7 +58,7 @@ def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float], agreeing: st
     """
     bounds = [threshold if threshold.ndim else float(threshold) for threshold in thresholds]
 
-    def rule(parts: Iterable[Tensor], place: str) -> Tensor:
+    def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
         kept = (keep_from(part, bound) for part, bound in zip(parts, bounds, strict=True))
         return signed_mean(kept, weights, agreeing)
 
