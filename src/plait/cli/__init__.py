@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import typer
 from plait.cli import (
     checking,
     comparing,
+    environment,
     existing,
     export,
     formats,
@@ -22,12 +24,15 @@ from plait.cli import (
     study,
     trying,
 )
+from plait.cli.environment import VARIABLE, complete
+from plait.cli.help import Group, dressed
 from plait.cli.output import guarded
 from plait.disk.hub import go_offline
 from plait.version import __version__
 
 app = typer.Typer(
     name="plait",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,8 +53,10 @@ for module in (
     push,
     trying,
     study,
+    environment,
 ):
     module.register(app)
+dressed(app)
 
 
 def _version(value: bool) -> None:
@@ -92,6 +99,8 @@ def main(
         go_offline()
     given = [a for a in given if a not in ("--debug", "--offline")]  # allowed anywhere
     command = typer.main.get_command(app)
+    if asked := os.environ.get(VARIABLE):
+        sys.exit(complete(command, asked))
 
     def call() -> int | None:
         try:

@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(folders: Folders, stats: Stats = None, base: Base = None, as_json: Json = False) -> None:
-    """Put adapters side by side: lengths, directions, overlap, signs.
+    """Put adapters side by side: length, direction, overlap.
 
     Seconds, from the factors alone. With --stats also how far each is predicted to move every task's outputs. What such
     numbers were worth in the studies stands below the verdict.

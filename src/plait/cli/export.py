@@ -28,14 +28,7 @@ def export(
     base: Annotated[Path | None, typer.Option("--base", help="Folder of the base: gguf needs its config.json.")] = None,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write an adapter as its loader takes it, and print the lines.
-
-    plait export merged --for peft --task sst2 --out merged-sst2
-
-    plait export merged --for vllm --out merged-vllm
-
-    plait export merged --for gguf --base path/to/base --out merged.gguf
-    """
+    """Write an adapter as its loader takes it, and print the lines."""
     from plait.formats.export import export as write
 
     written = write(adapter, out, loader=loader, task=task, base=base, overwrite=overwrite)

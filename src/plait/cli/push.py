@@ -33,11 +33,6 @@ def push(
 
     `plait check` has to pass first. The copy on the hub names no path of this machine; everything goes in one commit. The token
     is the one of `hf auth login`, or HF_TOKEN.
-
-    Examples:
-    plait push merged --to alice/merged --dry-run
-
-    plait push merged --to alice/merged --private --base alice/base
     """
     from plait.publishing.push import PushSettings
     from plait.publishing.push import push as send

@@ -66,7 +66,7 @@ def init(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter that is ready to train, from statistics files. A lies in its subspace, B is zero; no base is loaded."""
+    """Write an adapter that is ready to train, from statistics. A lies in its subspace, B is zero; no base is loaded."""
     from plait.runs.single.start import initialise_from_files
     from plait.subspaces.start import InitialSettings, completion_note
 

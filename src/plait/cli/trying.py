@@ -51,15 +51,10 @@ def try_(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="Write a page too.")] = None,
     device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Show what the base, each adapter and the merge answer, side by side.
+    """Show what base, adapters and merge answer, side by side.
 
     Text models write, greedily; classifiers give a class and its probability. The adapters are those of the merge's own record,
     where they still are. Prompts go in as they were in training: with the template that was put around them then.
-
-    Examples:
-    plait try merged --prompt "a film that never gets going"
-
-    plait try merged --prompts prompts.txt --base path/to/base --out answers.html
     """
     from plait.trying.answers import TrySettings, tried
     from plait.trying.inputs import trial_of
