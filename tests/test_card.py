@@ -17,7 +17,7 @@ from plait.disk.card_usage import published
 from plait.disk.manifest import CARD, compare_with_manifest, read_manifest
 from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
-from plait.fidelity.auto import merge_auto_folders
+from plait.fidelity.auto_folders import merge_auto_folders
 from plait.formats.export import export
 from plait.merging import merge_folders, plan_merge
 from plait.merging.bake import bake

@@ -24,6 +24,7 @@ from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.merging import merge_folders, merge_methods, plan_merge
 from plait.merging.bake_sites import merged_delta, shell
 from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.featcal import featcal
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.per_task import merge_per_task
 from plait.model.base import head_state, load_task_model
@@ -150,6 +151,7 @@ def test_merges_to_bake_and_to_a_folder(unchanged, method, tmp_path):
 def test_merges_that_run_the_base(unchanged):
     model, given, adapters = net.Net(), net.batches(), net.adapters()
     unchanged(lambda: adamerging(adapters, model, lambda t, b: model.heads[t](model(b["x"])), given, steps=5))
+    unchanged(lambda: featcal(adapters, model, lambda t, b: model(b["x"]), given))
     unchanged(lambda: regmean_pp(adapters, model, lambda t, b: model(b["x"]), given))
 
 

@@ -42,6 +42,6 @@ def test_every_setting_of_a_training_is_explained(generate):
 
 def test_every_method_and_command_has_its_entry(generate):
     page = generate.methods()
-    assert all(f"| `{name}` |" in page for name in [*merge_methods(), "adamerging", "regmean_pp"])
+    assert all(f"| `{name}` |" in page for name in [*merge_methods(), "adamerging", "featcal", "regmean_pp"])
     headings = {line for line in generate.commands().splitlines() if line.startswith("## ")}
     assert {"## plait merge", "## plait stats check", "## plait study run"} <= headings

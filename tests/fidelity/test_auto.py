@@ -17,7 +17,8 @@ from plait.border.records import to_json
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.fidelity import factors_only
-from plait.fidelity.auto import AutoSettings, merge_auto, merge_auto_folders
+from plait.fidelity.auto import AutoSettings, merge_auto
+from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.candidates import Recipe, Tried
 from plait.fidelity.choose import choose, groups_of, scaled
 from plait.fidelity.distil import Distilled, distil
@@ -210,7 +211,7 @@ def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
     assert len(manifest["result"]["evidence"]) >= 32
     assert {r["texts"] for r in manifest["result"]["evidence"]} == {32, 40}
     assert manifest["result"]["fidelity"]["general_kl"] > 0
-    assert set(manifest["result"]["held_out"]) == {"chosen", "refined"}
+    assert set(manifest["result"]["held_out"]) == {"chosen", "refined", "fitted"}
     written = read_adapter(tmp_path / "out")
     assert set(written.heads) == {"one", "two"}
     assert found.record.verification_error < 1e-5

@@ -43,6 +43,28 @@ def test_regmean_pp_of_folders_keeps_heads_and_is_verified(pair, tmp_path):
         )
 
 
+def test_featcal_of_folders_follows_the_adapters(pair, tmp_path):
+    """From the command line's options to a folder; closer to the adapters than the merge it starts from."""
+    from plait.fidelity.panel import Panel, parts_of
+    from plait.fidelity.score import fidelities
+    from plait.merging import merge
+
+    base, folders, texts = pair
+    options = {"anchor": "task_arithmetic", "rank": 5, "scale": 1.0}
+    done = merge_by_forward(folders, tmp_path / "out", "featcal", base=base, texts=texts, options=options)
+    assert done.record.method == "featcal" and done.record.rank == 5 and done.record.scale == 1.0
+    assert done.record.options["anchor"] == "task_arithmetic" and 0 < done.record.loss.discarded_energy < 0.5
+    written, adapters = read_adapter(tmp_path / "out"), [read_adapter(f) for f in folders]
+    panel = Panel(base, parts_of(adapters), texts)
+    start = merge(adapters, "task_arithmetic").adapter
+    before, after = fidelities(panel, [(start, 1.0), (written, 1.0)])
+    assert after.kept > before.kept
+    for wrong, message in (({"anchor": "regmean"}, "needs"), ({"own": 1.5}, "own"), ({"pull": 0.0}, "pull")):
+        with pytest.raises(UsageError, match=message):
+            merge_by_forward(folders, tmp_path / "no", "featcal", base=base, texts=texts, options=wrong)
+    assert not (tmp_path / "no").exists()
+
+
 def test_texts_go_through_the_adapters_own_layers(pair, tmp_path):
     """The first block reads what the base makes of the texts; RegMean on those moments is the same there, and only there."""
     from plait.fidelity.moments import collect_moments

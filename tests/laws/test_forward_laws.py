@@ -9,13 +9,16 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError
+from plait.merging import merge
 from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.featcal import featcal
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.plan import Merged
 from tests.reference.test_forward_twins import drawn
 
 METHODS = {
     "regmean_pp": (regmean_pp, {}),
+    "featcal": (featcal, {}),
     "adamerging": (adamerging, {"steps": 3, "learning_rate": 0.01}),
 }
 
@@ -65,9 +68,10 @@ def test_same_inputs_same_bits(method):
         assert torch.equal(f.A, b.adapter.modules[m].A) and torch.equal(f.B, b.adapter.modules[m].B)
 
 
-def test_one_adapter_of_regmean_pp_comes_back():
+@pytest.mark.parametrize("method", ["regmean_pp", "featcal"])
+def test_one_adapter_comes_back(method):
     net, adapters, batches, _ = drawn(4)
-    done = run("regmean_pp", adapters[:1], net, batches)
+    done = run(method, adapters[:1], net, batches)
     assert_close(done, {m: f.delta() for m, f in adapters[0].modules.items()})
 
 
@@ -96,3 +100,34 @@ def test_infinite_factors_are_refused(method):
     bad = with_factors(adapters[0], lambda f: LoraFactors(f.A, f.B * float("inf"), f.scaling))
     with pytest.raises(InputError, match="NaN or infinity"):
         run(method, [bad, *adapters[1:]], net, batches)
+
+
+def test_featcal_of_one_adapter_twice_is_that_adapter():
+    net, adapters, batches, _ = drawn(9)
+    twin = Adapter("twin", "base", adapters[0].modules)
+    data = {"t0": batches["t0"], "twin": batches["t0"]}
+    done = featcal([adapters[0], twin], net, lambda t, b: net.logits("t0", b), data, reach=1.0, scale=1.0, pull=1e-9)
+    assert_close(done, {m: f.delta() for m, f in adapters[0].modules.items()})
+
+
+def test_featcal_is_nearer_to_the_adapters_outputs_than_its_anchor():
+    """What it is for: the last layer's outputs of the fitted model, against those of the merge that it started from."""
+    net, adapters, batches, _ = drawn(10)
+    start = merge(adapters, "tsv", scale=0.7).adapter
+    done = featcal(adapters, net, net.logits, batches, start=start, reach=1.0, scale=1.0, pull=1e-4, rank=6)
+
+    def error(modules) -> float:
+        total = 0.0
+        for a in adapters:
+            for batch in batches[a.name]:
+                total += float((features(net, modules, batch) - features(net, a.modules, batch)).square().sum())
+        return total
+
+    def features(net, modules, batch):
+        h = batch["x"]
+        for name, layer in zip(sorted(modules), net.layers, strict=True):
+            h = torch.tanh(layer["q"](h) + h @ modules[name].delta().T)
+        return h
+
+    with torch.no_grad():
+        assert error(done.adapter.modules) < 0.6 * error(start.modules)

@@ -23,6 +23,24 @@ def regmean_pp(layers, D, inputs, w, alpha):
     return merged
 
 
+def featcal(layers, D, anchor, inputs, w, own, pull, ranks):
+    """Layer by layer, each regressed on the inputs that the fitted layers below give, cut by an SVD of D S^(1/2)."""
+    fitted = []
+    for i, ((W, _), rank) in enumerate(zip(layers, ranks, strict=True)):
+        S, G = pull * np.eye(W.shape[1]), pull * anchor[i]
+        for d, x, weight in zip(D, inputs, w, strict=True):
+            merged, mine = through(layers[:i], fitted, x), through(layers[:i], d[:i], x)
+            mixed = own * mine + (1 - own) * merged
+            size = np.linalg.norm(merged.T @ merged)
+            S += weight * merged.T @ merged / size
+            G += weight * (mixed @ (W + d[i]).T - merged @ W.T).T @ merged / size
+        values, vectors = np.linalg.eigh(S)
+        root = vectors * np.sqrt(values) @ vectors.T
+        U, s, Vt = np.linalg.svd(G @ np.linalg.inv(S) @ root)
+        fitted.append(U[:, :rank] * s[:rank] @ Vt[:rank] @ np.linalg.inv(root))
+    return fitted
+
+
 def entropy(layers, heads, D, inputs, weights):
     """Sum over tasks of the mean entropy of softmax(head(h)); weights are (task, layer)."""
     deltas = [sum(weights[t, i] * D[t][i] for t in range(len(D))) for i in range(len(layers))]

@@ -211,6 +211,37 @@ def least_squares(D, w, M):
     return combination(D, weights)
 
 
+def ssr(A, B, w, M, ridge):
+    """One stacked ridge regression: columns z = A m^(1/2), targets those rows of z that are the task's own."""
+    z, own, rows = [], [], np.split(np.arange(sum(map(len, A))), np.cumsum([len(a) for a in A])[:-1])
+    stacked = np.vstack(A)
+    for t, (m, wt) in enumerate(zip(M, w, strict=True)):
+        values, vectors = np.linalg.eigh(m / np.trace(m))
+        seen = np.sqrt(wt) * stacked @ (vectors * np.sqrt(np.maximum(values, 0)))
+        mine = np.zeros_like(seen)
+        mine[rows[t]] = seen[rows[t]]
+        z, own = [*z, seen], [*own, mine]
+    z, own = np.hstack(z), np.hstack(own)
+    extra = np.diag(np.sqrt(ridge * (z**2).sum(1)))  # as many more samples, each of one row, that stays what it is
+    z, own = np.hstack([z, extra]), np.hstack([own, extra])
+    return np.hstack(B) @ np.linalg.lstsq(z.T, own.T, rcond=None)[0].T @ stacked
+
+
+def swudi(D, w, time=None, strong=None):
+    w = np.array(w) * len(w) / sum(w)
+    left = sum(wi * d @ d.T @ d / (d**2).sum() for d, wi in zip(D, w, strict=True))
+    values, V = np.linalg.eigh(sum(wi * d.T @ d / (d**2).sum() for d, wi in zip(D, w, strict=True)))
+    values = np.maximum(values, 0.0)
+    roots = np.sqrt(values)
+    strong = int(np.ceil(roots.sum() ** 2 / values.sum() - 1e-9)) if strong is None else strong
+    f = np.where(np.arange(len(values)) >= len(values) - strong, 1.0, 0.0)
+    f = f if time is None else f * (1 - np.exp(-values * time))
+    quotient = np.divide(f, values, out=np.zeros_like(f), where=values > 1e-10 * values.max())
+    f = np.where(values > 1e-10 * values.max(), f, 0.0)
+    total = combination(D, w)
+    return total - total @ V @ np.diag(f) @ V.T + left @ V @ np.diag(quotient) @ V.T
+
+
 def wudi(D, w):
     left = sum(wi * d @ d.T @ d / (d**2).sum() for d, wi in zip(D, w, strict=True))
     right = sum(wi * d.T @ d / (d**2).sum() for d, wi in zip(D, w, strict=True))

@@ -1,4 +1,4 @@
-"""The two methods with forward passes against their float64 twins on random networks."""
+"""The methods with forward passes against their float64 twins on random networks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.merging import merge
 from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.featcal import featcal
 from plait.merging.methods.regmean_pp import regmean_pp
 from tests.reference import forward as twin
 
@@ -60,6 +62,33 @@ def test_regmean_pp_equals_its_twin(seed):
     wanted = twin.regmean_pp(net.arrays()[0], deltas, [np.concatenate(x) for x in rows(batches)], weights, 0.8)
     for f, expected in zip(done.adapter.modules.values(), wanted, strict=True):
         assert np.abs(f.delta(torch.float64).numpy() - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("own", "rank"), [(1.0, None), (0.4, 3), (0.0, 2)])
+@pytest.mark.parametrize("seed", range(5))
+def test_featcal_equals_its_twin(seed, own, rank):
+    net, adapters, batches, deltas = drawn(seed)
+    weights = [0.5, 1.0, 2.0]
+    start = merge(adapters, "tsv", weights=weights, scale=0.7).adapter
+    done = featcal(
+        adapters,
+        net,
+        net.logits,
+        batches,
+        start=start,
+        own=own,
+        pull=0.02,
+        reach=1.5,
+        scale=1.2,
+        rank=rank,
+        weights=weights,
+    )
+    anchor = [1.5 * f.delta(torch.float64).numpy() for f in start.modules.values()]
+    inputs = [np.concatenate(x) for x in rows(batches)]
+    wanted = twin.featcal(net.arrays()[0], deltas, anchor, inputs, weights, own, 0.02, [rank or 6] * 3)
+    for f, expected in zip(done.adapter.modules.values(), wanted, strict=True):
+        assert f.rank == (rank or 6)
+        assert np.abs(f.delta(torch.float64).numpy() - 1.2 * expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("layerwise", [True, False])

@@ -99,6 +99,12 @@ TWINS = {
         lambda x: twin.core_space([a.numpy() for a in x.A], [b.numpy() for b in x.B], x.weights, 0.4),
         {},
     ),
+    "ssr": (
+        {"ridge": 1e-3},
+        lambda x: twin.ssr([a.numpy() for a in x.A], [b.numpy() for b in x.B], x.weights, seconds(x), 1e-3),
+        {"positive": True},
+    ),
+    "swudi": ({}, lambda x: twin.swudi(deltas(x), x.weights), {"positive": True}),
     "wudi": ({}, lambda x: twin.wudi(deltas(x), x.weights), {"positive": True}),
     "slerp": ({"t": 0.3}, lambda x: twin.slerp(deltas(x), 0.3), {"tasks": 2, "positive": True}),
     "multi_slerp": ({}, lambda x: twin.spherical_mean(deltas(x), x.weights, 1), {"positive": True}),

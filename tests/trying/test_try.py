@@ -12,7 +12,7 @@ import torch
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.cli import main
 from plait.disk.store import identity, staged_folder
-from plait.fidelity.auto import merge_auto_folders
+from plait.fidelity.auto_folders import merge_auto_folders
 from plait.merging import merge_folders
 from tests.classifiers import expected_logits, quiet, saved_base, saved_classifier
 from tests.merging.test_bake import llama, lora

@@ -92,6 +92,7 @@ class AutoChoice(NamedTuple):
     text: list[str] | None
     general: str | None
     refine: int
+    fit: bool
     repair: int
     length: int
     rank: int | None
@@ -105,7 +106,8 @@ class AutoChoice(NamedTuple):
 def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) -> None:
     """What `plait merge auto BASE ADAPTER...` does."""
     from plait.errors import UsageError
-    from plait.fidelity.auto import AutoSettings, merge_auto_folders
+    from plait.fidelity.auto import AutoSettings
+    from plait.fidelity.auto_folders import merge_auto_folders
     from plait.fidelity.given import split_base
     from plait.fidelity.texts import parse_texts, read_place
 
@@ -113,7 +115,12 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         raise UsageError("where to?", hint="--out DIR")
     base, folders = split_base(given, chosen.device)
     settings = AutoSettings(
-        refine=chosen.refine, repair=chosen.repair, rank=chosen.rank, max_length=chosen.length, seed=chosen.seed
+        refine=chosen.refine,
+        fit=chosen.fit,
+        repair=chosen.repair,
+        rank=chosen.rank,
+        max_length=chosen.length,
+        seed=chosen.seed,
     )
     written = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
@@ -169,6 +176,11 @@ def auto_text(written: Written[AutoRecord]) -> str:
     lines = [f"{chosen.candidate} at scale {chosen.scale:g} of {', '.join(record.tasks)} -> {written.output}"]
     if written.reused:
         lines[0] += " (was there already)"
+    if chosen.fit and record.held_out:
+        before = max(v for k, v in record.held_out.items() if k != "fitted")
+        lines.append(
+            f"fitted front to back to the adapters' outputs: {before:.3f} -> {record.held_out['fitted']:.3f} on held-out texts"
+        )
     if chosen.weights and record.held_out:
         before, after = record.held_out["chosen"], record.held_out["refined"]
         lines.append(f"weights per adapter and module learnt: {before:.3f} -> {after:.3f} on held-out texts")

@@ -52,12 +52,15 @@ Dtype = Annotated[
     typer.Option("--dtype", help="float32, bfloat16 or float16; keep: the inputs' own, where they agree on 16 bits."),
 ]
 Refine = Annotated[int, typer.Option("--refine", min=0, help="auto: steps of learning weights on the texts.")]
+FitOption = Annotated[
+    bool, typer.Option("--fit/--no-fit", help="auto: fit the merge to the adapters' outputs, layer by layer.")
+]
 Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
-_ONLY_AUTO = ("text", "general", "refine", "repair", "length")
-_FORWARD = ("regmean_pp", "adamerging")
+_ONLY_AUTO = ("text", "general", "refine", "fit", "repair", "length")
+_FORWARD = ("featcal", "regmean_pp", "adamerging")
 _OF_FORWARD = {"method", "sets", "weights", "text", "length", "out", "base", "dtype", "overwrite"}
 _AUTO = {*_ONLY_AUTO, "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
 
@@ -86,7 +89,7 @@ def merge(
     dtype: Dtype = "keep",
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="They share no module, and that is meant.")] = False,
-    text: Text = None, general: General = None, refine: Refine = 100, repair: Repair = 0, length: Length = 128,
+    text: Text = None, general: General = None, refine: Refine = 100, fit: FitOption = True, repair: Repair = 0, length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -99,11 +102,13 @@ def merge(
     without --scale the scale follows from the method and the number of adapters, or from --stats.
     The plain sum: --method task_arithmetic --scale 1.
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
-    `plait merge BASE ADAPTER... --method regmean_pp --text TASK=FILE` (or adamerging) runs the base on the texts.
+    `plait merge BASE ADAPTER... --method featcal --text TASK=FILE` (or regmean_pp, adamerging) runs the base on the texts.
     """
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
-        chosen = existing.AutoChoice(text, general, refine, repair, length, rank, base, dtype, device, seed, overwrite)
+        chosen = existing.AutoChoice(
+            text, general, refine, fit, repair, length, rank, base, dtype, device, seed, overwrite
+        )
         existing.auto(folders[1:], out, chosen, as_json)
         return
     if method in _FORWARD:

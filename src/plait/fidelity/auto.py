@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
-from plait.adapters.arrays import FLOAT32
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter, truncated
-from plait.adapters.peft_format import read_adapter
-from plait.border.records import from_json, to_json
-from plait.disk import store
-from plait.disk.overwriting import require_apart
-from plait.disk.written import Written, reused
-from plait.errors import RunError, UsageError
+from plait.errors import UsageError
 from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.choose import Choice, choose
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.given import recorded_base
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kin, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
@@ -28,16 +20,9 @@ from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import Texts, checked
-from plait.formats.keys import PEFT
-from plait.formats.reading import format_of
-from plait.formats.single_file import read_lora_file
-from plait.formats.writing import finished, in_format, write_any
 from plait.merging.align import align
-from plait.merging.folders import places, read_all
-from plait.merging.record import input_hashes, input_of, labels_of, loss_of
-from plait.merging.rounding import KEEP, dtype_for, in_dtype
+from plait.merging.record import input_of, labels_of, loss_of
 from plait.model.base import BaseModel
-from plait.model.identity import base_fingerprint
 from plait.progress import OnProgress
 
 
@@ -48,6 +33,7 @@ class AutoSettings:
     Args:
         methods, scales: What is tried.
         refine: Steps in which the winner's weights per adapter and module are learnt from the texts; 0 for none.
+        fit: Whether the winner is also fitted to the adapters' outputs on the texts, front to back.
         repair: Steps in which the winner's factors are distilled on the texts, after the cut to rank; 0 for none.
         rank: Cut the result to this rank.
         max_length: Tokens a text.
@@ -58,6 +44,7 @@ class AutoSettings:
     methods: tuple[str, ...] = METHODS
     scales: tuple[float, ...] = SCALES
     refine: int = 100
+    fit: bool = True
     repair: int = 0
     rank: int | None = None
     max_length: int = 128
@@ -103,7 +90,7 @@ def merge_auto(
     """Merge adapters by the method, weights and scale that keep most of each, chosen without labels.
 
     With texts, every method with and without pico at every scale is scored by fidelity (`plait.fidelity.measure`), and
-    the winner's weights per adapter and module are learnt on them; without, `choose_by_factors` decides.
+    the winner's weights per adapter and module are learnt on them, or it is fitted front to back; without, `choose_by_factors` decides.
 
     Args:
         adapters: At least one; a single one comes back unchanged.
@@ -145,8 +132,8 @@ def merge_auto(
     if len(adapters) == 1:
         return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
     choice = choose(
-        panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, seed=chosen.seed,
-        base=base_id, on_progress=on_progress,
+        panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
+        rank=chosen.rank, seed=chosen.seed, base=base_id, on_progress=on_progress,
     )  # fmt: skip
     record = replace(
         record,
@@ -180,7 +167,8 @@ def _without_texts(
 def _chosen(choice: Choice) -> Chosen:
     recipe = choice.recipe
     weights = {m: list(w) for m, w in choice.weights.items()}
-    return Chosen(recipe.label, choice.scale, recipe.method, recipe.calibrate, recipe.moments, weights)
+    fit = asdict(choice.fit) if choice.fit else None
+    return Chosen(recipe.label, choice.scale, recipe.method, recipe.calibrate, recipe.moments, weights, fit=fit)
 
 
 def _measured(merge: AutoMerge, panel: Panel) -> AutoMerge:
@@ -200,89 +188,3 @@ def _cut(merge: AutoMerge, rank: int | None) -> AutoMerge:
         modules, lost = {m: f for m, (f, _) in pairs.items()}, {m: gone for m, (_, gone) in pairs.items()}
     record = replace(merge.record, rank=max(f.rank for f in modules.values()), loss=loss_of(modules, lost))
     return AutoMerge(replace(merge.adapter, modules=modules), merge.fidelity, record)
-
-
-def merge_auto_folders(
-    folders: Sequence[str],
-    out: Path,
-    *,
-    base: BaseModel | None = None,
-    texts: Mapping[str, Texts] | None = None,
-    general: Texts = (),
-    settings: AutoSettings | None = None,
-    base_id: str | None = None,
-    dtype: str = KEEP,
-    device: str = "auto",
-    overwrite: bool = False,
-    on_progress: OnProgress = lambda _: None,
-) -> Written[AutoRecord]:
-    """`merge_auto` of PEFT folders into a PEFT folder whose manifest holds the evidence.
-
-    Args:
-        folders: ``DIR`` or ``NAME=DIR`` each.
-        out: The folder to write; a finished one of the same identity is kept.
-        base: Needed with texts, but where all adapters name one folder on this machine.
-        texts: Texts as `merge_auto` has them; so are the rest.
-        general: Texts of no task.
-        settings: What is tried.
-        base_id: Base id of the result.
-        dtype: Type of the written factors, see `plait.merging.folders.merge_folders`.
-        device: Where a base runs that was not given.
-        on_progress: Called with what is being done.
-        overwrite: Replace what stands at `out`.
-
-    Returns:
-        The record, where the result is, and whether it stood there before.
-    """
-    chosen = settings or AutoSettings()
-    adapters = read_all(folders)
-    require_apart(out, places(adapters))
-    if texts and base is None and (base := recorded_base(adapters, device)) is not None:
-        on_progress(f"base: {base.name}, as the adapters name it")
-    options = {
-        "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine,
-        "repair": chosen.repair, "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
-    }  # fmt: skip
-    kind = dtype_for(dtype, adapters)
-    options |= {} if kind == FLOAT32 else {"dtype": kind}
-    inputs = input_hashes(adapters)
-    inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in (texts or {}).items()}
-    inputs |= {"general": store.sha256_json(general)} if general else {}
-    inputs |= {"base": base_fingerprint(base)} if base is not None and texts else {}
-    wanted = store.identity("merge-auto", options, inputs, chosen.seed)
-    if (before := finished(out, wanted, overwrite=overwrite)) is not None:
-        return reused(out, before, AutoRecord)
-    merge = merge_auto(
-        adapters, base, texts, general=general, settings=chosen, base_id=base_id, on_progress=on_progress
-    )
-    merged = replace(merge.adapter, name=out.name) if len(adapters) > 1 else merge.adapter
-    merged, took = in_dtype(merged, dtype, adapters)
-    record = replace(merge.record, dtype=took.dtype, rounding_error=took.error) if took.rounds else merge.record
-    result = to_json(record)
-    target = format_of(adapters[0])
-
-    def check(written: Path) -> None:
-        read = read_adapter if target == PEFT else read_lora_file
-        result["verification_error"] = _difference(read(written, name="written"), merged)
-
-    ready = merged if target == PEFT else in_format(merged, target)
-    write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
-    return Written(from_json(AutoRecord, result), str(out))
-
-
-def _difference(written: Adapter, meant: Adapter) -> float:
-    """The largest relative difference of any module's delta, as read back."""
-    worst = 0.0
-    for m, f in meant.modules.items():
-        g = written.modules.get(m)
-        pair = None if g is None else (g.folded(), f.folded())
-        if pair is None or pair[0].shape != pair[1].shape:
-            raise RunError("the written adapter lacks it", where=m, hint="nothing was written; please report this")
-        size = float(pair[1].A.norm() * pair[1].B.norm()) or 1.0
-        off = float(
-            (pair[0].B - pair[1].B).norm() * pair[1].A.norm() + (pair[0].A - pair[1].A).norm() * pair[1].B.norm()
-        )
-        worst = max(worst, off / size)
-    if not worst < 1e-3:
-        raise RunError(f"the written adapter differs from what was chosen by {worst:.2g}", hint="please report this")
-    return worst

@@ -1,4 +1,4 @@
-"""Choosing a merge with texts: every recipe and scale scored by fidelity, the best refined where that holds up."""
+"""Choosing a merge with texts: every recipe and scale scored by fidelity, the best refined or fitted where that holds up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from plait.adapters.lora import Adapter
 from plait.fidelity.candidates import METHODS, SCALES, Recipe, Tried, merged_by, recipes
 from plait.fidelity.distil import distil
+from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
@@ -68,8 +69,9 @@ class Choice:
         adapter: The merge, scale and weights folded in.
         recipe, scale: How it was made.
         weights: Module -> what its parts were multiplied by (one per adapter, or one); {} where nothing was refined.
-        held_out: "chosen" and "refined" -> score on the texts held out; {} without refinement.
+        held_out: "chosen", "refined" and "fitted" -> score on the texts held out; {} where nothing was learnt.
         scored: Everything that was tried, best first.
+        fit: How the merge was fitted front to back; None where it was not.
     """
 
     adapter: Adapter
@@ -78,6 +80,7 @@ class Choice:
     weights: Mapping[str, tuple[float, ...]]
     held_out: Mapping[str, float]
     scored: tuple[Scored, ...]
+    fit: Fit | None = None
 
 
 def choose(
@@ -87,6 +90,8 @@ def choose(
     methods: Sequence[str] = METHODS,
     scales: Sequence[float] = SCALES,
     refine: int = 100,
+    fit: bool = True,
+    rank: int | None = None,
     seed: int = 0,
     base: str | None = None,
     on_progress: OnProgress = lambda _: None,
@@ -100,6 +105,8 @@ def choose(
         scales: Which scales.
         refine: Steps in which the winner's weights per adapter and module are learnt; 0 for none. They are kept where
             they are closer on the quarter of the texts that was held out.
+        fit: Whether the winner is also fitted front to back; what is closest on the quarter held out stays.
+        rank: Rank of a fitted merge, which is cut in the metric of its inputs; that of the sum by default.
         seed: Seed of the order of the texts.
         base: Base id of the result where the adapters name one base by different names.
         on_progress: Called with what is being done.
@@ -108,7 +115,7 @@ def choose(
         InputError: A text beyond the base's table of positions; nothing has been computed then.
 
     Cost: methods x 2 x scales passes over at most 32 texts of each adapter (and as many more as the grid has to grow by), an eighth
-        of them over all; `refine` steps.
+        of them over all; `refine` steps; three fits (`featcal`), two of them on three quarters of the texts.
     """
     require_room(panel)
     on_progress("moments of the texts")
@@ -120,12 +127,28 @@ def choose(
     adapter = scaled(best.tried.adapter, best.scale)
     weights: Mapping[str, tuple[float, ...]] = {}
     held_out: dict[str, float] = {}
-    if refine and min(len(rows) for rows in panel.texts.values()) >= FEWEST:
+    settings: Fit | None = None
+    enough = min(len(rows) for rows in panel.texts.values()) >= FEWEST
+    if refine and enough:
         on_progress(f"weights per adapter and module, {refine} steps")
-        refined, weights, held_out = refined_weights(panel, adapters, best, refine, seed)
-        kept = held_out["refined"] > held_out["chosen"]
-        adapter, weights = (refined, weights) if kept else (adapter, {})
-    return Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored))
+        refined, learnt, held_out = refined_weights(panel, adapters, best, refine, seed)
+        if held_out["refined"] > held_out["chosen"]:
+            adapter, weights = refined, learnt
+    if fit and enough and can_fit(panel):
+        start = scaled(best.tried.adapter, best.scale)
+        held_out = held_out or {"chosen": _on_rest(panel, start)}
+        settings, held_out["fitted"] = best_fit(panel, adapters, start, HELD_OUT, rank=rank, on_progress=on_progress)
+        if held_out["fitted"] > max(v for k, v in held_out.items() if k != "fitted"):
+            on_progress("fitting it to all texts")
+            adapter, weights = fitted(panel, adapters, start, settings, rank=rank, base=base), {}
+        else:
+            settings = None
+    return Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), settings)
+
+
+def _on_rest(panel: Panel, merge: Adapter) -> float:
+    rest = split_off(panel.texts, HELD_OUT)[1]
+    return fidelities(panel.with_texts(rest, general=False), [(merge, 1.0)])[0].score
 
 
 def tournament(

@@ -1,4 +1,4 @@
-"""`plait merge BASE ADAPTER... --method regmean_pp | adamerging --text TASK=FILE`: the methods that run the base."""
+"""`plait merge BASE ADAPTER... --method featcal | regmean_pp | adamerging --text TASK=FILE`: the methods that run the base."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from plait.formats.reading import format_of
 from plait.formats.writing import finished, write_any
 from plait.merging.folders import places, read_all
 from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.featcal import featcal
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.record import Merged, MergeRecord, input_hashes
 from plait.merging.rounding import KEEP, dtype_for, in_dtype
@@ -41,6 +42,17 @@ def _regmean_pp(*, alpha: Fraction = 0.9, normalised: bool = True) -> None: ...
 
 def _adamerging(
     *, init: float = 0.3, learning_rate: Positive = 1e-3, steps: Annotated[int, Range(0)] = 500, layerwise: bool = True
+) -> None: ...
+
+
+def _featcal(
+    *,
+    own: Fraction = 1.0,
+    pull: Positive = 0.01,
+    reach: Positive | None = None,
+    scale: Positive | None = None,
+    rank: Annotated[int, Range(1)] | None = None,
+    anchor: str = "tsv",
 ) -> None: ...
 
 
@@ -62,6 +74,7 @@ class ForwardMethod:
 
 
 METHODS = {
+    "featcal": ForwardMethod("featcal", featcal, "arXiv:2605.13030", options_of(_featcal)),
     "regmean_pp": ForwardMethod("regmean_pp", regmean_pp, "arXiv:2508.03121", options_of(_regmean_pp)),
     "adamerging": ForwardMethod("adamerging", adamerging, "arXiv:2310.02575", options_of(_adamerging)),
 }
@@ -87,11 +100,11 @@ def merge_by_forward(
     Args:
         folders: ``DIR`` or ``NAME=DIR`` each; every adapter with one head, or of a text model.
         out: The folder to write; a finished one of the same identity is kept.
-        method: "regmean_pp" or "adamerging" (classifiers only).
+        method: "featcal", "regmean_pp" or "adamerging" (classifiers only).
         base: None where all adapters name one folder on this machine.
         texts: Task -> its texts.
         options: Options of the method.
-        weights: One per adapter; regmean_pp only, adamerging learns them.
+        weights: One per adapter; adamerging takes none, it learns them.
         base_id: Base id of the result where the adapters name one base by different names.
         max_length: Tokens a text.
         batch_size: Texts a pass.
@@ -164,7 +177,7 @@ def _panel(
             raise InputError(
                 f"a task of {mine[0].task.kind}: the entropy of its predictions says little about it",
                 where=adapter.name,
-                hint="adamerging is for classifiers; --method regmean_pp takes any",
+                hint="adamerging is for classifiers; --method featcal takes any",
             )
     ready = {t: checked(rows, f"texts of {t}") for t, rows in texts.items()}
     return Panel(replace(base, device="cpu"), parts, ready, (), batch_size, max_length)

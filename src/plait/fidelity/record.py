@@ -98,6 +98,7 @@ class Chosen:
         method, calibrate, moments: Its recipe.
         weights: Module -> what its parts were multiplied by; {} where weights were not learnt, or learnt in vain.
         why: The reason, where nothing was measured.
+        fit: "pull", "reach" and "scale" of `featcal`, where the candidate was fitted front to back.
     """
 
     candidate: str
@@ -107,6 +108,7 @@ class Chosen:
     moments: str | None = optional()
     weights: Mapping[str, Sequence[float]] | None = optional()
     why: str | None = optional()
+    fit: Mapping[str, float] | None = optional()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class AutoRecord:
         labels: Head -> names of its classes, where any are known.
         notes: What a person should know about these adapters.
         chosen: The candidate.
-        held_out: "chosen" and "refined" -> score on the texts held out; {} without refinement.
+        held_out: "chosen", "refined" and "fitted" -> score on the texts held out; {} where nothing was learnt.
         texts: Task -> texts that were read.
         assumed: "own_share" -> what the assumed inputs assume.
         evidence: Everything that was tried, best first.

@@ -7,6 +7,7 @@ from plait.merging.folders import merge_folders
 from plait.merging.inputs import MergeInputs
 from plait.merging.mergekit import read_mergekit_config
 from plait.merging.methods.adamerging import adamerging
+from plait.merging.methods.featcal import featcal
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.per_task import TaskSwitch, load_task, merge_per_task
 from plait.merging.plan import Plan
@@ -33,6 +34,7 @@ __all__ = [
     "answer",
     "bake",
     "edit",
+    "featcal",
     "load_task",
     "merge",
     "merge_folders",

@@ -17,6 +17,7 @@ from plait.merging.planning import plan_merge
 from plait.merging.record import Merged
 from plait.model.applied import update_of
 from plait.model.hooks import Change, hooked, modules_named
+from plait.model.running import real_rows
 from plait.statistics.moments import Moments
 
 Batch = Mapping[str, Tensor]
@@ -133,8 +134,7 @@ def _gather(
 
     def gather(name: str) -> Change:
         def take(h: Tensor, output: Tensor) -> Tensor:
-            real = mask is not None and h.ndim == 3 and mask.shape == h.shape[:2]
-            rows = (h[mask.bool()] if real and mask is not None else h.reshape(-1, h.shape[-1])).float()
+            rows = real_rows(h, mask).float()
             new = Moments(len(rows), rows.sum(0), rows.T @ rows)
             sums[name] = new if sums[name].dim == 0 else sums[name].merge(new)
             return output
