@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -82,8 +84,30 @@ def kept_at_random(x: MergeInputs, density: float) -> Callable[[Iterable[Tensor]
     def step(parts: Iterable[Tensor], place: Place) -> Iterator[Tensor]:
         for task, part in enumerate(parts):
             if level < LEVELS and x.ranks[task]:
-                part *= ones_where(draw(x, task, place, tuple(part.shape)) < level, part)
+                part *= _ones_below(x, task, place, level, part)
                 part *= LEVELS / level
             yield part
 
     return step
+
+
+def _ones_below(x: MergeInputs, task: int, place: Place, level: int, like: Tensor) -> Tensor:
+    """1.0 where the draw is below `level`, else 0.0.
+
+    For a GPU blocks are drawn by all cores, into memory that it reads by itself: one core would take longer than all the rest.
+    """
+    shape = tuple(like.shape)
+    if not like.is_cuda or x.members or place.shape is None:
+        return ones_where(draw(x, task, place, shape) < level, like)
+    mask = torch.empty(shape, dtype=torch.bool, pin_memory=True)
+    rows, _ = mask.numpy(), x.contents
+
+    def fill(block: tuple[str, int, int]) -> None:
+        name, start, stop = block
+        first, last = max(start, place.start), min(stop, place.start + shape[0])
+        words = _drawn(x, task, name, (stop - start, shape[1]))[first - start : last - start]
+        np.less(words, level, out=rows[first - place.start : last - place.start])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, place.blocks(shape[0])))
+    return mask.to(like.device, non_blocking=True).to(like.dtype)
