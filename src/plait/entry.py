@@ -62,6 +62,13 @@ def _write(descriptor: int, text: str) -> None:
 def main() -> None:
     """Run the command line."""
     leave_at_once()
+    if sys.argv[1:2] == ["merge"]:
+        from plait.quick import merged
+
+        if (code := merged(sys.argv[2:], raise_again)) is not None:
+            leave_at_once()
+            sys.exit(code)
+        leave_at_once()
     from plait.cli import main as run
 
     run(begin=raise_again, end=leave_at_once)

@@ -7,17 +7,19 @@ no bfloat16: its numbers are kept as their 16 bits, the upper half of a float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
-Floats: TypeAlias = NDArray[Any]  # float32 or float64
+Floats: TypeAlias = "NDArray[Any]"  # float32 or float64
 BFLOAT16, FLOAT16, FLOAT32 = "bfloat16", "float16", "float32"
+KEEP = "keep"  # what is asked for where a result has the type of its inputs
 # Of the types with which NumPy computes, the bytes of one number: the name in a file's header, and the one that torch has for it.
 _STORED = {"F64": "float64", "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 _HELD: dict[str, type[np.generic]] = {
@@ -80,23 +82,40 @@ class Array:
         """Whether the numbers are floats, which all arrays' are."""
         return True
 
+    def view(self, *shape: int) -> Array:
+        """Refuse: what is taken apart is taken apart by torch."""
+        raise NoArrayError("a view")
+
     def reshape(self, *shape: int) -> Array:
         """The same numbers in another shape."""
         return Array(self.data.reshape(*shape), self.dtype)
 
 
-def stored_array(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Array | None:
-    """The numbers of one entry of a safetensors file, not copied where they are aligned; None for a type that is no array's.
+class NoArrayError(Exception):
+    """What only torch holds: a tensor of 8 bit floats, of integers."""
+
+
+def stored_array(buffer: Any, start: int, dtype: str, shape: Sequence[int]) -> Array:
+    """The numbers of one entry of a safetensors file, not copied where they are aligned.
 
     Args:
-        buffer: Its bytes.
+        buffer: What holds its bytes.
+        start: Where they begin.
         dtype: As the header has it, such as "BF16".
         shape: As the header has it.
+
+    Raises:
+        NoArrayError: Another type.
     """
     if (name := _STORED.get(dtype)) is None:
-        return None
-    data: NDArray[Any] = np.frombuffer(buffer, dtype=_HELD[name])
+        raise NoArrayError(dtype)
+    data: NDArray[Any] = np.frombuffer(buffer, dtype=_HELD[name], count=math.prod(shape), offset=start)
     return Array((data if data.flags.aligned else data.copy()).reshape(shape), Kind(name))
+
+
+def shape_of(shape: tuple[int, ...], name: str) -> Array:
+    """A shape and a type in the place of numbers that are to come."""
+    return Array(np.broadcast_to(np.zeros((), _HELD[name]), shape), Kind(name))
 
 
 def zeros(shape: tuple[int, ...]) -> Array:
@@ -151,6 +170,11 @@ def all_finite(array: Array) -> bool:
         return not array.data.size or int((array.data.view(np.uint16) & exponent).max()) < int(exponent)
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(float(array.data.sum())) or bool(np.isfinite(array.data).all())
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """An 8 bit float as float32, which holds each of its values exactly and with which torch can compute; others as they are."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def equal(one: Tensor | Array, other: Tensor | Array) -> bool:

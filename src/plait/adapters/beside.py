@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDING_NAMES = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "wpe", "position_embeddings"}
 OUTPUT_NAMES = {"lm_head", "embed_out", "output"}

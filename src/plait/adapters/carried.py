@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from plait.adapters.arrays import equal
 from plait.adapters.beside import COPY, declared_by, no_matrix, undeclared
 from plait.adapters.lora import Adapter
 from plait.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A sum of coefficients this near 1 is 1.
 _NEAR = 1e-9
@@ -81,7 +83,7 @@ def _united(
     owner: dict[str, str] = {}
     for adapter, tensors in zip(adapters, held, strict=True):
         for key, tensor in tensors.items():
-            if key in found and not torch.equal(found[key], tensor):
+            if key in found and not equal(found[key], tensor):
                 raise InputError(
                     f"{owner[key]!r} and {adapter.name!r} {differing.format(key=key)}",
                     where=adapter.name,
@@ -141,9 +143,7 @@ def verify_carried(wanted: Carried, written: Adapter) -> None:
         RunError: One is missing, other than it was, or there is one more.
     """
     for what, mine, theirs in (("weights", wanted.whole, written.extras), ("copies", wanted.copies, written.copies)):
-        differing = [
-            k for k in {**mine, **theirs} if k not in mine or k not in theirs or not torch.equal(mine[k], theirs[k])
-        ]
+        differing = [k for k in {**mine, **theirs} if k not in mine or k not in theirs or not equal(mine[k], theirs[k])]
         if differing:
             raise RunError(f"the written {what} beside the factors differ: {differing[0]!r}", hint="please report this")
     if {*written.modules_to_save} != {s for s in wanted.saved if any(declared_by(k, [s]) for k in wanted.whole)}:

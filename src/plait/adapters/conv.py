@@ -7,11 +7,13 @@ size 1, B. Its weight update (out, in, kh, kw), flattened to (out, in * kh * kw)
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.adapters.lora import EMBEDDING, LINEAR, LoraFactors
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CONV = "conv:"
 
@@ -100,6 +102,8 @@ def with_middle(A: Tensor, middle: Tensor, B: Tensor, where: str) -> Tensor:
             "(r, in, 1, 1), (r, r, height, width) and (out, r, 1, 1)",
             where=where,
         )
+    import torch
+
     flat = middle.float().reshape(r, r, -1)
     product = torch.einsum("pqk,qi->pik", flat, A.float().reshape(r, -1))
     return product.reshape(r, A.shape[1], *middle.shape[2:])

@@ -17,11 +17,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WRAPPED = ".base_layer"
 # The order in which model classes define a module's fused weights; transformers' own, and the usual three matrices.

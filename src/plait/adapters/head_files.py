@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.adapters.config import CLASSIFICATION_TYPES
+from plait.adapters.hashing import Hashing
 from plait.adapters.heads import HeadFacts, read_facts
 from plait.adapters.lora import LoraFactors
 from plait.adapters.naming import checked_in_file
-from plait.adapters.tensors import read_tensors
-from plait.adapters.weights import WEIGHTS
+from plait.adapters.weights import WEIGHTS, Begin, with_torch
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADS = "heads"
 PREFIX = "backbone_prefix"  # in the metadata of a merge's weights
@@ -43,11 +45,12 @@ def prefix_of(
     return prefix, len(prefix) + 1 if prefix else 0
 
 
-def read_heads(folder: Path) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:
+def read_heads(folder: Path, begin: Begin | None = None) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:
     """The heads in the folder's own files: task -> tensors and what is known of them."""
     found = {}
     for file in sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []:
-        tensors, metadata, _ = read_tensors(file, finite=True)
+        with Hashing() as hashing:
+            tensors, metadata, _ = (begin or with_torch())(file, hashing, finite=True)
         name = checked_in_file(file.stem, "head", str(file), "give the file a task's name")
         found[name] = tensors, read_facts(metadata, tensors, str(file))
     return found

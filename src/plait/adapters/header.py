@@ -11,8 +11,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plait.border.checked import DuplicateKey, distinct_keys, encodable, shown
 from plait.errors import InputError
 
@@ -34,24 +32,17 @@ _SIGNATURES = (
     (b"GGUF", "a GGUF file"),
 )
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+# Name of a type in a header -> bytes of one number.
+ITEMSIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
+}  # fmt: skip
+# The same types -> torch's names for them.
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
 
 
 def read_header(f: FileIO, path: Path, length: int) -> tuple[dict[str, Any], bytes]:
@@ -139,7 +130,7 @@ def _wrong_in(name: str, entry: Any) -> str:
         return "lacks its type, shape or place"
     if offsets[0] > offsets[1]:
         return "ends before it begins"
-    size = DTYPES[kind].itemsize if kind in DTYPES else None
+    size = ITEMSIZES.get(kind)
     if size is not None and math.prod(shape) * size != offsets[1] - offsets[0]:
         return f"of shape {shape} does not fill its {offsets[1] - offsets[0]} bytes"
     return ""

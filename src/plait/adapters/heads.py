@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plait.border.head_shapes import output_layer
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD = "head"  # key in the metadata of the file that holds a head's tensors
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # PEFT's save_pretrained takes these names out; state dicts that were saved by hand keep them.
 _NAMED = (

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.heads import HeadFacts
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
 
 LINEAR, EMBEDDING, EXPERT = "linear", "embedding", "expert"
 
@@ -28,6 +29,7 @@ class LoraFactors:
         kind: "linear" (Conv1D included: delta is always (out, in)), "embedding" (A is (rank, vocabulary)) or "expert" (one
             matrix of a fused weight, see `experts`).
 
+    >>> import torch
     >>> factors = LoraFactors(A=torch.ones(2, 4), B=torch.ones(3, 2), scaling=0.5)
     >>> factors.rank, factors.shape, factors.norm_squared()
     (2, (3, 4), 12.0)
@@ -54,18 +56,23 @@ class LoraFactors:
         """(out, in) of the delta."""
         return self.B.shape[-2], self.A.shape[-1]
 
-    def folded(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LoraFactors:
-        """The same delta with scaling 1: the scaling is multiplied into B, in `dtype`."""
+    def folded(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoraFactors:
+        """The same delta with scaling 1: the scaling is multiplied into B, in `dtype`, by default float32."""
+        import torch
+
+        dtype = dtype or torch.float32
         A, B = self.A.to(device, dtype), self.B.to(device, dtype)
         return LoraFactors(A, B if self.scaling == 1.0 else B * self.scaling, 1.0, self.kind)
 
-    def delta(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """The dense update; for tests and for baking, merging never forms it."""
+    def delta(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+        """The dense update, by default in float32; for tests and for baking, merging never forms it."""
         f = self.folded(dtype)
         return f.B @ f.A
 
     def norm_squared(self) -> float:
         """Squared Frobenius norm of the delta, from two (rank, rank) Gram matrices."""
+        import torch
+
         f = self.folded(torch.float64)
         return float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum())
 
@@ -152,6 +159,8 @@ class Adapter:
 
 def zero_factors(shape: tuple[int, int], rank: int, kind: str = LINEAR) -> LoraFactors:
     """Make the factors of a zero delta, float32."""
+    import torch
+
     out, width = shape
     A, B = torch.zeros(rank, width, dtype=torch.float32), torch.zeros(out, rank, dtype=torch.float32)
     return LoraFactors(A, B, 1.0, kind)
@@ -160,7 +169,7 @@ def zero_factors(shape: tuple[int, int], rank: int, kind: str = LINEAR) -> LoraF
 def concatenated(
     factors: Sequence[LoraFactors],
     weights: Sequence[float],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> LoraFactors:
     """Add deltas up exactly, sum_t w_t D_t, as one pair of factors of rank sum_t r_t.
@@ -170,15 +179,19 @@ def concatenated(
     Args:
         factors: At least one; all of one (out, in).
         weights: One finite number each, any sign; multiplied into B.
-        dtype: Type of the result.
+        dtype: Type of the result, by default float32.
         device: Place of the result.
 
+    >>> import torch
     >>> one = LoraFactors(torch.ones(1, 2), torch.ones(2, 1))
     >>> both = concatenated([one, one], [1.0, -0.5])
     >>> both.rank, both.delta()
     (2, tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]]))
     """
+    import torch
+
+    dtype = dtype or torch.float32
     A = torch.cat([f.A.to(device, dtype) for f in factors])
     B = torch.cat([f.B.to(device, dtype) for f in factors], dim=1)
     columns = [w * f.scaling for f, w in zip(factors, weights, strict=True) for _ in range(f.rank)]
@@ -199,10 +212,13 @@ def truncated(factors: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
     Returns:
         Factors with scaling 1, and discarded / total squared singular values, in [0, 1].
 
+    >>> import torch
     >>> shorter, lost = truncated(LoraFactors(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2)), 1)
     >>> shorter.rank, round(lost, 6)
     (1, 0.1)
     """
+    import torch
+
     if rank >= factors.rank:
         return factors, 0.0
     f = factors.folded(torch.float32 if factors.A.dtype != torch.float64 else torch.float64)

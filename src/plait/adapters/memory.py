@@ -7,19 +7,30 @@ import ctypes
 import math
 import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, frombuffer, uint8
+from plait.adapters.arrays import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HUGE = 1 << 21
 
 
-def own_memory(size: int) -> Tensor:
-    """Bytes mapped for themselves: a large block given back to malloc has it keep all later ones of up to that size."""
+def own_block(size: int) -> mmap.mmap:
+    """Bytes mapped for themselves, that many or a few more: a block given back to malloc has it keep all later ones of that size."""
     whole = -(-size // _HUGE) * _HUGE if size > _HUGE // 2 else max(1, size)  # no rest of hundreds of small pages
     block = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; the faults of small pages cost as much as the copying
         block.madvise(mmap.MADV_HUGEPAGE)
-    return frombuffer(block, dtype=uint8)[:size]
+    return block
+
+
+def own_memory(size: int) -> Tensor:
+    """Bytes mapped for themselves, as a tensor; see `own_block`."""
+    from torch import frombuffer, uint8
+
+    return frombuffer(own_block(size), dtype=uint8)[:size]
 
 
 def empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -40,6 +51,21 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def let_go(*tensors: Tensor | Array) -> None:
+    """Have the system take back the pages of tensors that lie in a mapped file and were read, not written; nothing reads them again."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for tensor in tensors:
+            first = tensor.data.ctypes.data if isinstance(tensor, Array) else tensor.data_ptr()
+            start, stop = (
+                -(-first // mmap.PAGESIZE) * mmap.PAGESIZE,
+                (first + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE,
+            )
+            if stop > start:
+                madvise(start, stop - start, mmap.MADV_DONTNEED)
+
+
 def available_memory() -> int | None:
     """Bytes this process may still take, as the system tells it: free pages, within its group's limit; None where it does not."""
     found = []
@@ -52,6 +78,10 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor | Array) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied."""
+    if isinstance(tensor, Array):
+        return memoryview(tensor.data.reshape(-1)).cast("B")  # type: ignore[arg-type]
+    from torch import uint8
+
     return tensor.detach().reshape(-1).view(uint8).numpy().data

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from plait.adapters.arrays import widened
 from plait.adapters.beside import require_filled, sorted_beside
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, MERGED_TYPE, AdapterConfig, read_config
 from plait.adapters.hashing import Digest, Hashing
@@ -20,14 +19,16 @@ from plait.adapters.naming import checked_in_file, checked_name
 from plait.adapters.peft_config import peft_config
 from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, require_sides
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
-from plait.adapters.tensors import widened
-from plait.adapters.weights import WEIGHTS, begin_weights
+from plait.adapters.weights import WEIGHTS, Begin, begin_weights
 from plait.border.checked import Record
 from plait.disk.files import sha256_json
 from plait.disk.hub import adapter_place, hub_facts, name_of
 from plait.disk.locks import require_readable
 from plait.disk.manifest import MANIFEST, read_manifest, require_whole
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TASK_TYPE = "task_type"  # metadata of the weights' file
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
@@ -53,13 +54,16 @@ def read_adapter(folder: str | Path, *, name: str | None = None) -> Adapter:
         return begin_adapter(folder, hashing, name=name)()
 
 
-def begin_adapter(folder: str | Path, hashing: Hashing | None, *, name: str | None = None) -> Callable[[], Adapter]:
+def begin_adapter(
+    folder: str | Path, hashing: Hashing | None, *, name: str | None = None, begin: Begin | None = None
+) -> Callable[[], Adapter]:
     """As `read_adapter`, whose errors it raises, but for the hashes: they may be on their way yet, and others be read meanwhile.
 
     Args:
         folder: See `read_adapter`.
         hashing: Hashes its bytes, to be compared with the manifest's; None does without, and `source` holds no "sha256".
         name: See `read_adapter`.
+        begin: Reads a file, by default as torch's tensors; see `plait.adapters.weights`.
 
     Returns:
         A function that waits for the hashes and gives the adapter.
@@ -69,8 +73,12 @@ def begin_adapter(folder: str | Path, hashing: Hashing | None, *, name: str | No
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
     config = read_config(folder)
-    tensors, metadata, digests = begin_weights(folder, hashing, lambda shapes: require_sides(shapes, folder, config))
-    return lambda: adapter_of(folder, config, tensors, metadata, {f: d() for f, d in digests.items()}, name=name)
+    tensors, metadata, digests = begin_weights(
+        folder, hashing, lambda shapes: require_sides(shapes, folder, config), begin
+    )
+    return lambda: adapter_of(
+        folder, config, tensors, metadata, {f: d() for f, d in digests.items()}, name=name, begin=begin
+    )
 
 
 def adapter_of(
@@ -81,6 +89,7 @@ def adapter_of(
     digests: Mapping[str, str],
     *,
     name: str | None = None,
+    begin: Begin | None = None,
 ) -> Adapter:
     """An adapter from what was read from a folder; raises as `read_adapter`."""
     require_readable(folder / HEADS)
@@ -94,7 +103,7 @@ def adapter_of(
     name = checked_name(name, "adapter") if name else _own_name(manifest, folder)
     beside = sorted_beside(others, config, str(folder))
     head = beside.head
-    heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else read_heads(folder)
+    heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else read_heads(folder, begin)
     result = (manifest or {}).get("result", {})
     if not prefix and task_type == MERGED_TYPE and heads and isinstance(result.get(PREFIX), str):
         prefix = result[PREFIX]  # merges of old have the backbone's names

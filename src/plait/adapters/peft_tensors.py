@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.adapters.config import CONFIG, AdapterConfig
 from plait.adapters.conv import as_matrices, as_stored, refuse_groups, stored_as
@@ -21,6 +20,9 @@ from plait.adapters.experts import (
 )
 from plait.adapters.lora import EMBEDDING, EXPERT, LINEAR, Adapter, LoraFactors
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = "base_model.model."
 SUFFIXES = {

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.adapters.memory import bytes_of
 from plait.adapters.tensor_file import write_tensors
-from plait.adapters.tensors import read_tensors
 from plait.errors import Damaged
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEAL = "plait_sha256"
 # A second name, which the digest covers: with one alone, a change in the name of the digest would leave a file without one.
@@ -91,6 +92,8 @@ def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
         InputError: As `read_tensors`.
         Damaged: Not the file that was written.
     """
+    from plait.adapters.tensors import read_tensors
+
     tensors, metadata, digest = read_tensors(path)
     require_seal(tensors, metadata, str(path))
     return tensors, metadata, digest

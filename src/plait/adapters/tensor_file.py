@@ -8,23 +8,23 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor
-
+from plait.adapters.arrays import Array, all_finite
 from plait.adapters.hashing import WrittenFile
-from plait.adapters.header import DTYPES
+from plait.adapters.header import ITEMSIZES, TORCH_NAMES
 from plait.adapters.memory import bytes_of
-from plait.adapters.tensors import all_finite
 from plait.errors import InputError
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAMES = {f"torch.{name}": code for code, name in TORCH_NAMES.items()}
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin to write these pages out and do not wait
 # Bytes after which the disk is told to begin: telling it for every tensor of a quarter of a megabyte took 6 of 16 ms.
 _STRIDE = 1 << 22
 
-Put = Callable[[str, Tensor], None]
+Put = Callable[[str, "Tensor | Array"], None]
 
 
 def write_tensors(
@@ -42,7 +42,7 @@ def write_tensors(
         OSError: The disk is full, or whatever else the system says.
     """
     for name, tensor in tensors.items():
-        if not all_finite(tensor):
+        if not _is_finite(tensor):
             raise InputError("holds NaN or infinity", where=name, hint="nothing was written")
 
     def fill(put: Put) -> None:
@@ -78,7 +78,7 @@ def fill_tensors(
     for name in sorted(shapes, key=lambda k: (-shapes[k].itemsize, k)):
         start, end = end, end + shapes[name].nbytes
         header[name] = {
-            "dtype": _NAMES[shapes[name].dtype],
+            "dtype": _NAMES[str(shapes[name].dtype)],
             "shape": list(shapes[name].shape),
             "data_offsets": [start, end],
         }
@@ -88,18 +88,26 @@ def fill_tensors(
         tell = written.wrote if written else _nobody
         tell(0, _write_at(f.fileno(), memoryview(head), 0))
 
-        def put(name: str, tensor: Tensor) -> None:
+        def put(name: str, tensor: Tensor | Array) -> None:
             if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not what its header says")
             missing.remove(name)
             if tensor.numel():
-                data = bytes_of(tensor.detach().cpu().contiguous())
+                data = bytes_of(tensor if isinstance(tensor, Array) else tensor.detach().cpu().contiguous())
                 place = len(head) + header[name]["data_offsets"][0]
                 tell(place, _write_at(f.fileno(), data, place))
 
         fill(put)
     if missing:
         raise ValueError(f"{min(missing)} was never written")
+
+
+def _is_finite(tensor: Tensor | Array) -> bool:
+    if isinstance(tensor, Array):
+        return all_finite(tensor)
+    from plait.adapters.tensors import all_finite as all_of_tensor
+
+    return all_of_tensor(tensor)
 
 
 def _nobody(start: int, stop: int) -> None:
@@ -160,7 +168,7 @@ def joined_tensors(path: Path, homes: Mapping[str, Path], metadata: Mapping[str,
         places |= {n: (home, 8 + size, e) for n, e in entries.items() if homes.get(n) == home}
     header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
     # Wide types first, as the library orders them, so that every tensor lies aligned.
-    order = sorted(places, key=lambda n: (-DTYPES.get(places[n][2]["dtype"], torch.uint8).itemsize, n))
+    order = sorted(places, key=lambda n: (-ITEMSIZES.get(places[n][2]["dtype"], 1), n))
     end = 0
     for name in order:
         start, stop = places[name][2]["data_offsets"]

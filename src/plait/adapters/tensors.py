@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import mmap
-import os
-from collections.abc import Callable, Mapping, Sequence
-from io import FileIO
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from plait.adapters.hashing import PIECE, Digest, Hashing, Pieces
-from plait.adapters.header import ADVICE, DTYPES, read_header
-from plait.adapters.memory import available_memory, bytes_of, own_memory
+from plait.adapters.arrays import widened as widened
+from plait.adapters.file_bytes import Check as Check
+from plait.adapters.file_bytes import begin_bytes
+from plait.adapters.hashing import Digest, Hashing
+from plait.adapters.header import ADVICE, TORCH_NAMES, read_header
 from plait.border.checked import shown
 from plait.disk.store import require_regular
-from plait.errors import EnvironmentFault, InputError
-
-_LARGE = 1 << 26  # below, nobody asks how much memory there is
-Check = Callable[[Mapping[str, tuple[int, ...]]], None]
+from plait.errors import InputError
 
 
 def read_tensors(path: Path, *, finite: bool = False) -> tuple[dict[str, Tensor], dict[str, str], str]:
@@ -57,33 +53,16 @@ def begin_tensors(
         finite: Whether to refuse NaN and infinity.
         check: Told the shape of every tensor before any is read, to refuse a file that cannot be what it should.
     """
-    require_regular(path)
-    with path.open("rb", buffering=0) as f:
-        before = os.fstat(f.fileno())
-        entries, head = read_header(f, path, before.st_size)
-        if check:
-            check({name: tuple(entry["shape"]) for name, entry in entries.items()})
-        digest: Digest = str
-        if hashing:
-            pieces = hashing.pieces()
-            pieces.update(head)
-            data = _memory_for(before.st_size - len(head), path)
-            whole, digest = _filled(f, data, pieces), pieces.digest
-        else:
-            data, whole = _mapped(f)[len(head) :], True
-    try:  # the library checks the layout: every offset, no overlap, no hole
-        with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-    except SafetensorError as e:
-        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
-    after = path.stat()
-    changed = (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns)
-    if changed or not whole:
-        raise InputError("changed while it was read", where=str(path), hint="try again when nothing writes it")
-    tensors = _views(data, entries, path)
+    found = begin_bytes(path, hashing, check)
+    data = torch.frombuffer(found.buffer, dtype=torch.uint8)[found.start : found.stop] if found.stop else _nothing()
+    tensors = _views(data, found.entries, path)
     if finite:
         _require_finite(data, tensors, path)
-    return tensors, metadata, digest
+    return tensors, found.metadata, found.digest
+
+
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.uint8)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -127,9 +106,10 @@ def type_of(name: str, entry: Mapping[str, Any], path: Path) -> torch.dtype:
     Raises:
         InputError: One that is not read.
     """
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in TORCH_NAMES:
         raise InputError(f"tensor {name!r} is of type {shown(entry['dtype'])}, which is not read", where=str(path))
-    return DTYPES[entry["dtype"]]
+    kind: torch.dtype = getattr(torch, TORCH_NAMES[entry["dtype"]])
+    return kind
 
 
 def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -145,39 +125,6 @@ def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
             return {n: opened.get_tensor(n) for n in names if n in known}
     except SafetensorError as e:
         raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
-
-
-def _memory_for(size: int, path: Path) -> Tensor:
-    """Memory for a file's data.
-
-    Raises:
-        EnvironmentFault: There is less.
-    """
-    shortage = EnvironmentFault(
-        f"{size / 1e9:.3g} GB of tensors are more than the memory that is free",
-        where=str(path),
-        hint="a larger machine, or free some memory",
-    )
-    if size > _LARGE and (free := available_memory()) is not None and size > free:
-        raise shortage
-    try:
-        return own_memory(size)
-    except (MemoryError, OverflowError, OSError) as e:
-        raise shortage from e
-
-
-def _mapped(f: FileIO) -> Tensor:
-    """A file's own pages, copied where somebody changes them."""
-    return torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-
-
-def _filled(f: FileIO, data: Tensor, pieces: Pieces) -> bool:
-    """Read as many bytes as the buffer holds, each piece hashed while the next is read; whether there were that many, no more."""
-    rest = bytes_of(data)
-    while rest.nbytes and (count := f.readinto(rest[:PIECE])):
-        pieces.update(rest[:count])
-        rest = rest[count:]
-    return not rest.nbytes and not f.read(1)
 
 
 def _views(data: Tensor, entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -203,11 +150,6 @@ def _require_finite(data: Tensor, tensors: Mapping[str, Tensor], path: Path) -> 
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise InputError(f"tensor {name!r} holds NaN or infinity", where=str(path))
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """An 8 bit float as float32, which holds each of its values exactly and with which torch can compute; others as they are."""
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from plait.adapters.file_bytes import Check
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.header import LARGEST_HEADER
-from plait.adapters.tensors import Check, begin_tensors, read_shapes
 from plait.border.checked import shown
 from plait.disk.files import read_json
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
 
@@ -23,8 +26,22 @@ def read_weights(folder: Path, check: Check | None = None) -> tuple[dict[str, Te
         return tensors, metadata, {file: digest() for file, digest in digests.items()}
 
 
+Begin = Callable[
+    ..., "tuple[dict[str, Any], dict[str, str], Digest]"
+]  # as `begin_tensors`, of torch's tensors or arrays
+
+
+def with_torch() -> Begin:
+    """The way to read a file as torch's tensors."""
+    from plait.adapters.tensors import begin_tensors
+
+    return begin_tensors
+
+
 def weight_shapes(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A folder's tensors without their numbers (see `read_shapes`), and their metadata; none where it has no weights."""
+    from plait.adapters.tensors import read_shapes
+
     if (folder / WEIGHTS).exists():
         return read_shapes(folder / WEIGHTS)
     shards = _shards(folder) if (folder / INDEX).exists() else []
@@ -32,17 +49,18 @@ def weight_shapes(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def begin_weights(
-    folder: Path, hashing: Hashing | None, check: Check | None = None
+    folder: Path, hashing: Hashing | None, check: Check | None = None, begin: Begin | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Digest]]:
     """As `read_weights`, but for the hashes, which may be on their way yet; without `hashing` there are none.
 
-    `check` is told the shapes of each file before its tensors are read (see `begin_tensors`).
+    `check` is told the shapes of each file before its tensors are read; `begin` reads one, by default as torch's tensors.
     """
+    begin = begin or with_torch()
     if (folder / WEIGHTS).exists():
-        tensors, metadata, digest = begin_tensors(folder / WEIGHTS, hashing, finite=True, check=check)
+        tensors, metadata, digest = begin(folder / WEIGHTS, hashing, finite=True, check=check)
         return tensors, metadata, {WEIGHTS: digest} if hashing else {}
     if (folder / INDEX).exists():
-        tensors, digests = _begin_shards(folder, hashing, check)
+        tensors, digests = _begin_shards(folder, hashing, check, begin)
         return tensors, {}, digests if hashing else {}
     if (folder / "adapter_model.bin").exists():
         raise InputError(
@@ -73,13 +91,13 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _begin_shards(
-    folder: Path, hashing: Hashing | None, check: Check | None
+    folder: Path, hashing: Hashing | None, check: Check | None, begin: Begin
 ) -> tuple[dict[str, Tensor], dict[str, Digest]]:
     files = _weight_map(folder)
     tensors: dict[str, Tensor] = {}
     digests: dict[str, Digest] = {}
     for file in _shards(folder):
-        found, _, digests[file] = begin_tensors(folder / file, hashing, finite=True, check=check)
+        found, _, digests[file] = begin(folder / file, hashing, finite=True, check=check)
         if twice := sorted(set(found) & set(tensors)):
             raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))
         tensors |= found

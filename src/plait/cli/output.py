@@ -10,18 +10,18 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from plait.border.records import to_json
+from plait.border.spoken import SCHEMA as SCHEMA
+from plait.border.spoken import jsonable as jsonable
+from plait.border.spoken import spoken
 from plait.disk.locks import STEPS, shut_from
 from plait.errors import EnvironmentFault, InputError, PlaitError, RunError, UsageError, printable
 
-SCHEMA = 1
 INTERRUPTED = 130
 _TORCH_WRITES = (
     "iostream error",
@@ -32,23 +32,7 @@ _TORCH_WRITES = (
 
 def emit(result: Any, as_json: bool, text: str) -> None:
     """Print a result, a record or a mapping: as JSON, or the text a person reads."""
-    if as_json:
-        result = to_json(result) if is_dataclass(result) else result
-        typer.echo(json.dumps(jsonable({"schema": SCHEMA, **result}), allow_nan=False, ensure_ascii=True))
-    else:  # names of bases and paths come from elsewhere
-        lines = (printable(line, 10 * len(line)) for line in text.split("\n"))  # an escape has at most 10 characters
-        typer.echo("\n".join(lines))
-
-
-def jsonable(value: Any) -> Any:
-    """The same value as JSON can hold it: NaN and infinity as null, paths and tuples as text and lists."""
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
+    typer.echo(spoken(result, as_json, text))
 
 
 def table(header: list[str], rows: list[list[str]], *, text_columns: int = 1) -> str:
@@ -144,10 +128,10 @@ def _tell(text: str) -> None:
 
 def settings(pairs: list[str] | None) -> dict[str, Any]:
     """``--set key=value`` pairs as a mapping; values are YAML."""
-    from plait.border.yaml_text import load_yaml
-
     found: dict[str, Any] = {}
     for pair in pairs or []:
+        from plait.border.yaml_text import load_yaml
+
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {printable(pair)!r} is not key=value")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from plait.adapters.arrays import FLOAT32
+from plait.adapters.arrays import FLOAT32, KEEP
 from plait.adapters.lora import Adapter
 from plait.border.records import to_json
 from plait.disk import store
@@ -29,7 +29,7 @@ from plait.merging.methods.adamerging import adamerging
 from plait.merging.methods.featcal import featcal
 from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.record import Merged, MergeRecord, input_hashes
-from plait.merging.rounding import KEEP, dtype_for, in_dtype
+from plait.merging.rounding import dtype_for, in_dtype
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plait.adapters.config import CONFIG, LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.weights import WEIGHTS
@@ -17,6 +15,9 @@ from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, KOHYA, Parsed
 from plait.formats.names import COMPONENTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _JSON = "lora_adapter_metadata"  # diffusers' metadata key: each component's LoRA config, or one config under plain keys
 _ALPHA_KEYS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")

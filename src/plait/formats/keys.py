@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plait.adapters.key_names import kinds_of_names
 from plait.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIDDLE, TUCKER = "mid", "lora_mid"  # what a Tucker-decomposed convolution has between A and B; its tensors' name
 KOHYA, DIFFUSERS, PEFT = "kohya", "diffusers", "peft"

@@ -1,48 +1,73 @@
-"""Merging: many LoRA adapters of one base model in, one LoRA adapter out."""
+"""Merging: many LoRA adapters of one base model in, one LoRA adapter out.
 
-from plait.merging.bake import BakeRecord, bake
-from plait.merging.changes import Change
-from plait.merging.editing import edit
-from plait.merging.folders import merge_folders
-from plait.merging.inputs import MergeInputs
-from plait.merging.mergekit import read_mergekit_config
-from plait.merging.methods.adamerging import adamerging
-from plait.merging.methods.featcal import featcal
-from plait.merging.methods.regmean_pp import regmean_pp
-from plait.merging.per_task import TaskSwitch, load_task, merge_per_task
-from plait.merging.plan import Plan
-from plait.merging.planning import merge, plan_merge
-from plait.merging.rank_curve import rank_curve
-from plait.merging.record import Merged, MergedInput, MergeRecord
-from plait.merging.registry import MergeMethod, merge_method, merge_methods
-from plait.merging.request import MergeRequest, answer
-from plait.merging.spec import MergeSpec
+Imported when first used: weighted sums at the prompt do without torch.
+"""
 
-__all__ = [
-    "BakeRecord",
-    "Change",
-    "MergeInputs",
-    "MergeMethod",
-    "MergeRecord",
-    "MergeRequest",
-    "MergeSpec",
-    "Merged",
-    "MergedInput",
-    "Plan",
-    "TaskSwitch",
-    "adamerging",
-    "answer",
-    "bake",
-    "edit",
-    "featcal",
-    "load_task",
-    "merge",
-    "merge_folders",
-    "merge_method",
-    "merge_methods",
-    "merge_per_task",
-    "plan_merge",
-    "rank_curve",
-    "read_mergekit_config",
-    "regmean_pp",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait.merging.methods.featcal import featcal as featcal
+    from plait.merging.bake import bake as bake
+    from plait.merging.changes import Change as Change
+    from plait.merging.editing import edit as edit
+    from plait.merging.folders import merge_folders as merge_folders
+    from plait.merging.inputs import MergeInputs as MergeInputs
+    from plait.merging.mergekit import read_mergekit_config as read_mergekit_config
+    from plait.merging.methods.adamerging import adamerging as adamerging
+    from plait.merging.methods.regmean_pp import regmean_pp as regmean_pp
+    from plait.merging.outcomes import BakeRecord as BakeRecord
+    from plait.merging.per_task import TaskSwitch as TaskSwitch
+    from plait.merging.per_task import load_task as load_task
+    from plait.merging.per_task import merge_per_task as merge_per_task
+    from plait.merging.plan import Plan as Plan
+    from plait.merging.planning import merge as merge
+    from plait.merging.planning import plan_merge as plan_merge
+    from plait.merging.rank_curve import rank_curve as rank_curve
+    from plait.merging.record import Merged as Merged
+    from plait.merging.record import MergedInput as MergedInput
+    from plait.merging.record import MergeRecord as MergeRecord
+    from plait.merging.registry import MergeMethod as MergeMethod
+    from plait.merging.registry import merge_method as merge_method
+    from plait.merging.registry import merge_methods as merge_methods
+    from plait.merging.request import MergeRequest as MergeRequest
+    from plait.merging.request import answer as answer
+    from plait.merging.spec import MergeSpec as MergeSpec
+
+_HOMES = {
+    "featcal": "methods.featcal",
+    "BakeRecord": "outcomes",
+    "Change": "changes",
+    "MergeInputs": "inputs",
+    "MergeMethod": "registry",
+    "MergeRecord": "record",
+    "MergeRequest": "request",
+    "MergeSpec": "spec",
+    "Merged": "record",
+    "MergedInput": "record",
+    "Plan": "plan",
+    "TaskSwitch": "per_task",
+    "adamerging": "methods.adamerging",
+    "answer": "request",
+    "bake": "bake",
+    "edit": "editing",
+    "load_task": "per_task",
+    "merge": "planning",
+    "merge_folders": "folders",
+    "merge_method": "registry",
+    "merge_methods": "registry",
+    "merge_per_task": "per_task",
+    "plan_merge": "planning",
+    "rank_curve": "rank_curve",
+    "read_mergekit_config": "mergekit",
+    "regmean_pp": "methods.regmean_pp",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604  (strings, all of them)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

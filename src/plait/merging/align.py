@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from plait.adapters.arrays import equal
 from plait.adapters.carried import Carried, carried
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import same_experts
@@ -18,11 +17,13 @@ from plait.adapters.heads import HeadFacts
 from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.naming import distinct_names
-from plait.adapters.tensors import all_finite
 from plait.errors import InputError, UsageError
 from plait.merging.record import labels_of
 from plait.merging.shared import require_shared
 from plait.model.records import same_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 
@@ -95,6 +96,8 @@ def _require_finite(adapter: Adapter) -> None:
     """NaN in, NaN out: refused here. An adapter read from a folder was checked when it was read."""
     if "sha256" in adapter.source:
         return
+    from plait.adapters.tensors import all_finite
+
     for module, f in adapter.modules.items():
         if not all_finite(f.A) or not all_finite(f.B) or not math.isfinite(f.scaling):
             raise InputError(f"module {module!r} holds NaN or infinity", where=adapter.name)
@@ -230,7 +233,7 @@ def _check_heads(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         for task, head in adapter.heads.items():
             other = seen.setdefault(task, adapter).heads[task]
-            if head.keys() != other.keys() or any(not torch.equal(head[k], other[k]) for k in head):
+            if head.keys() != other.keys() or any(not equal(head[k], other[k]) for k in head):
                 raise InputError(
                     f"{seen[task].name!r} and {adapter.name!r} bring different heads for task {task!r}",
                     where=adapter.name,

@@ -7,7 +7,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from plait.adapters.beside import no_matrix
 from plait.adapters.lora import Adapter
 from plait.adapters.tensor_file import write_tensors
-from plait.border.records import optional, to_json
+from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.card import license_of
 from plait.disk.hub import hub_facts
@@ -29,6 +29,7 @@ from plait.errors import InputError, RunError
 from plait.merging.bake_sites import Site, deltas_of, is_tied, sites_of
 from plait.merging.dense import row_blocks
 from plait.merging.expert_parts import known_names, layout_for
+from plait.merging.outcomes import BakeRecord
 from plait.merging.plan import Plan
 from plait.merging.record import as_given, input_hashes, labels_of
 from plait.model.files import INDEX, SINGLE, weight_files
@@ -43,39 +44,6 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", "
 # Where the output layer goes when it is untied, and what a base of one file is then called: with an index, files may
 # have any name but the one that loaders look for first.
 _OUTPUT_SHARD, _FIRST_SHARD = "model-output.safetensors", "model-base.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class BakeRecord:
-    """Say what was written into a base.
-
-    Args:
-        modules: How many took a delta.
-        dtype: Types of their stored weights.
-        beside: A line for each tensor of the adapter that is no LoRA factor.
-        untied: Whether input and output embedding were one tensor and no longer are.
-        rounding_error: |W' - (W + D)| / |D| over all weights, what the base's dtype took from the update.
-        verification_error: The largest |W' x - (W x + D x)| / |W x + D x| of any module; None where nobody looked.
-        labels: Head -> names of its classes, where any are known.
-        method, weights, scale, scale_reason, tasks: How the adapters were merged, of a merge.
-        base: What the adapter calls its base.
-        license: The base's, where its card names one: the baked weights are mostly its own.
-    """
-
-    modules: int
-    dtype: tuple[str, ...]
-    beside: tuple[str, ...] = ()
-    untied: bool = False
-    rounding_error: float = 0.0
-    verification_error: float | None = None
-    labels: Mapping[str, Sequence[str]] | None = optional()
-    method: str | None = optional()
-    weights: tuple[float, ...] | None = optional()
-    scale: float | None = optional()
-    scale_reason: str | None = optional()
-    tasks: tuple[str, ...] | None = optional()
-    base: str | None = optional()
-    license: str | None = optional()
 
 
 def bake(

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import split_name
@@ -21,6 +19,9 @@ from plait.formats.reading import read_any
 from plait.formats.single_file import file_record
 from plait.merging.record import MergedInput, MergeRecord
 from plait.merging.spec import MergeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHOSEN = "merge-auto"  # the stage of a merge whose method was chosen
 

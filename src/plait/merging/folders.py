@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+from plait.adapters.arrays import KEEP
 from plait.adapters.carried import verify_carried
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.lora import Adapter
@@ -27,10 +28,10 @@ from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import Layer, Merged, MergeRecord, input_hashes
-from plait.merging.rounding import KEEP, Rounding, dtype_for
+from plait.merging.rounding import Rounding, dtype_for
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.streamed import known_shapes, stream_to
-from plait.merging.verify import FAILED
+from plait.merging.sums import FAILED, require_verified
 from plait.merging.workers import one_by_one
 
 
@@ -231,12 +232,7 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
     written = begin_adapter(stage, None, name="written")()  # it is hashed beside this
     verify_carried(plan.common.carried, written)
     error = result["verification_error"] = plan.verification_error(written.modules)
-    if not error <= FAILED:
-        raise RunError(
-            f"the written adapter differs from the merge of its inputs by {error:.2g}",
-            where=plan.method.name,
-            hint="nothing was written; please report this",
-        )
+    require_verified(error, plan.method.name)
     return time.perf_counter() - start
 
 

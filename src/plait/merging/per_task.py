@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plait.adapters.arrays import KEEP
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
@@ -26,7 +27,6 @@ from plait.merging.folders import identity_of, places, read_named, rounded_merge
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import MergeRecord
-from plait.merging.rounding import KEEP
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.model.hooks import modules_named
 

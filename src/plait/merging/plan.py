@@ -8,21 +8,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from plait.adapters.carried import lines
-from plait.adapters.lora import EXPERT, Adapter, LoraFactors, concatenated, truncated, zero_factors
+from plait.adapters.lora import EXPERT, LoraFactors, concatenated, truncated, zero_factors
 from plait.adapters.memory import give_back
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
-from plait.merging.align import Alignment, assembled
+from plait.merging.align import assembled
 from plait.merging.batched import grouped, most_together, stack_of
 from plait.merging.calibration import Calibration
 from plait.merging.dense import DenseDelta, MergedDelta, Truncated, cut_to_rank
 from plait.merging.factors import FactorStack, PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.record import Merged, MergeRecord, as_given, input_of, labels_of, loss_of
+from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod
-from plait.merging.spec import MergeSpec
 from plait.merging.sums import probes_by_width, sum_error
+from plait.merging.terms import Terms
 from plait.merging.verify import projection_error, some_modules
 from plait.merging.views import Views
 from plait.merging.workers import one_by_one, side_by_side
@@ -37,51 +36,22 @@ _LARGE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Terms):
     """One merge, everything checked and nothing computed.
 
     Args:
-        spec: What was asked for; rank, seed and weights by pattern are read off it.
         method: Its method, looked up.
-        options: Its options, checked, with the defaults of the others.
-        common: What the adapters have in common.
-        adapters, weights, statistics: One each, as `MergeMethod.order_of` orders them.
-        scale, scale_reason: Factor of the merged delta, and where it comes from; "" where it was given.
+        statistics: One each, in the order of the adapters.
         calibration: The step around the method, looked up.
         device: Where it is computed.
-        by_module: Module -> weights, where they differ by module.
-        given: Names of the adapters in the order in which they were given.
         answers: What the method computed over all modules, so that verification does not compute it again.
     """
 
-    spec: MergeSpec
     method: MergeMethod
-    options: dict[str, Any]
-    common: Alignment
-    adapters: tuple[Adapter, ...]
-    weights: tuple[float, ...]
     statistics: tuple[Any, ...]
-    scale: float
-    scale_reason: str
     calibration: Calibration | None
     device: torch.device
-    by_module: Mapping[str, tuple[float, ...]]
-    given: tuple[str, ...]
     answers: dict[Hashable, Any] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int | None:
-        """Rank to cut every module to, where one was asked for."""
-        return self.spec.rank
-
-    @property
-    def seed(self) -> int:
-        """Seed of what is drawn."""
-        return self.spec.seed
-
-    def weights_in(self, module: str) -> tuple[float, ...]:
-        """The weights that hold in one module."""
-        return self.by_module.get(module, self.weights)
 
     def run(self, name: str) -> Merged:
         """Merge every module."""
@@ -166,14 +136,6 @@ class Plan:
             give_back()
         return largest
 
-    def parts(self, module: str) -> list[tuple[float, LoraFactors]]:
-        """What a method that has a `combination` adds up in one module: coefficient times scale, and factors as read."""
-        if self.method.combination is None:
-            raise ValueError(f"{self.method.name} is no weighted sum")
-        pairs = zip(self.method.combination(self.weights_in(module)), self.adapters, strict=True)
-        found = ((c, a.modules.get(module)) for c, a in pairs if c != 0.0)
-        return [(c * self.scale, f) for c, f in found if f is not None and f.rank]
-
     def summed(self, module: str) -> LoraFactors:
         """One module of a method that `concatenates`, scale applied: straight from the factors as they were read."""
         shape, kind = self.common.modules[module]
@@ -251,31 +213,6 @@ class Plan:
             scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
         return (factors if scale == 1.0 else replace(factors, B=factors.B * scale)), lost
 
-    def settings(self) -> dict[str, Any]:
-        """List what identifies the merge beside its inputs and seed, as JSON; `spec_of` reads it back."""
-        table = self.spec.module_weights
-        return {
-            "method": self.method.name,
-            "options": self.options,
-            "order": [a.name for a in self.adapters],
-            "weights": list(self.weights),
-            "scale": self.scale,
-            "rank": self.rank,
-            "calibrate": self.spec.calibrate,
-            "base": self.common.base,
-            **({"disjoint": True} if self.common.disjoint else {}),
-            **({} if table is None else {"module_weights": {name: dict(t) for name, t in table.items()}}),
-        }
-
-    def copies(self) -> bool:
-        """Whether factors are put beside each other and nothing else: a weighted sum that is neither cut nor calibrated."""
-        return self.method.concatenates and self.rank is None and self.calibration is None
-
-    def is_unchanged(self) -> bool:
-        """One adapter of weight 1 through a linear method: its own factors, its own dtype, its own scaling."""
-        alone = len(self.adapters) == 1 and self.scale == 1.0 and self.calibration is None and not self.by_module
-        return alone and self.method.combination is not None and tuple(self.method.combination(self.weights)) == (1.0,)
-
     def cut(self, result: MergedDelta, x: MergeInputs) -> tuple[LoraFactors, float]:
         """Factors of a method's result at the wanted rank, and the fraction of energy lost."""
         if isinstance(result, DenseDelta):
@@ -286,28 +223,3 @@ class Plan:
         """Factors at the wanted rank, where there is one; and the fraction of energy lost, with what was lost before."""
         shorter, more = truncated(factors, self.rank) if self.rank else (factors, 0.0)
         return shorter, lost + (1 - lost) * more
-
-    def record(
-        self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
-    ) -> MergeRecord:
-        """Record what was done; `lost` and `kept` are as `loss_of` has them."""
-        inputs = as_given(self.adapters, self.weights, self.given)
-        return MergeRecord(
-            method=self.method.name,
-            options=dict(self.options),
-            weights=tuple(w for _, w in inputs),
-            scale=self.scale,
-            scale_reason=self.scale_reason,
-            rank=max((f.rank for f in modules.values()), default=0),
-            loss=loss_of(modules, lost, kept),
-            missing=dict(self.common.missing),
-            base=self.common.base,
-            backbone_prefix=self.common.backbone_prefix,
-            task_type=self.common.task_type,
-            tasks=tuple(a.name for a, _ in inputs),
-            extras=dict(self.common.carried.whole_from),
-            beside=tuple(lines(self.common.carried)),
-            labels=labels_of(self.adapters) or None,
-            adapters=tuple(input_of(a, w) for a, w in inputs),
-            **{asked: getattr(self.spec, asked) for asked in ("seed", "calibrate", "module_weights")},
-        )

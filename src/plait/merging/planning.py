@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
-from plait.border.checked import LARGEST_NUMBER, shown
 from plait.errors import InputError, UsageError
 from plait.merging.align import align
 from plait.merging.calibration import find_calibration
@@ -16,8 +15,9 @@ from plait.merging.module_weights import weights_of_modules
 from plait.merging.plan import NEEDS, Plan
 from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod, find_method
-from plait.merging.scales import SUMS, Scale, asks_moments, default_method, reach_of, scale_by_moments, scale_by_rule
+from plait.merging.scales import SUMS, asks_moments, default_method, reach_of, scale_by_moments
 from plait.merging.spec import MergeSettings, MergeSpec
+from plait.merging.terms import scale_of, weights_of
 from plait.model.base import device_named
 from plait.model.records import same_weights
 from plait.options import checked_options
@@ -88,7 +88,7 @@ def plan_merge(
     spec = MergeSpec.of(method, settings)
     found = find_method(spec.method or default_method(len(adapters), weighted=spec.is_weighted))
     options = checked_options(found, spec.options)
-    weights = _weights(adapters, spec.weights)
+    weights = weights_of(adapters, spec.weights)
     given = tuple(a.name for a in adapters)
     order = found.order_of(given, options)
     adapters, weights = [adapters[i] for i in order], tuple(weights[i] for i in order)
@@ -102,7 +102,7 @@ def plan_merge(
                 "weights per adapter and weights by module exclude each other", hint="default: in the file"
             )
         weights, by_module = weights_of_modules(spec.module_weights, adapters, list(common.modules))
-    ruled = _ruled(found.name, spec, weights, by_module=bool(by_module))
+    ruled = scale_of(found.name, spec, weights, by_module=bool(by_module))
     summed = found.combination(weights) if found.combination and spec.calibrate is None and not by_module else None
     require_exact(adapters, None if summed is None else [c * ruled.value for c in summed], found.name)
     plan = Plan(
@@ -136,15 +136,6 @@ def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: in
         raise UsageError(f"{method} {why}", hint="leave --stats out")
 
 
-def _ruled(method: str, spec: MergeSpec, weights: Sequence[float], *, by_module: bool) -> Scale:
-    """Take the scale that was given, or what the rule says."""
-    if spec.scale is not None:
-        return Scale(_finite(spec.scale, "scale"), "")
-    if by_module and method in SUMS:
-        return Scale(1.0, "the weights say how much of each is added")
-    return scale_by_rule(method, spec.calibrate, weights)
-
-
 def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
     """The plan at the scale that the adapters' moments say, where they say one; merged once at scale 1 for it."""
     asked = asks_moments(plan.method.name, plan.spec.calibrate)
@@ -155,22 +146,6 @@ def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
     merged = replace(plan, scale=1.0).run("merged").adapter.modules
     scale = scale_by_moments(counted, merged, statistics, reach_of(plan.method.name, plan.spec.calibrate))
     return plan if scale is None else replace(plan, scale=scale.value, scale_reason=scale.reason)
-
-
-def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tuple[float, ...]:
-    if weights is None:
-        return (1.0,) * len(adapters)
-    if len(weights) != len(adapters):
-        raise UsageError(
-            f"{len(weights)} weights for {len(adapters)} adapters", hint="one weight per adapter, in their order"
-        )
-    return tuple(_finite(w, "weight") for w in weights)
-
-
-def _finite(value: float, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
-        raise UsageError(f"{what} is {shown(value)}, expected a finite number")
-    return float(value)
 
 
 def _statistics(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from plait.adapters.lora import Adapter, LoraFactors, truncated
-from plait.border.records import optional
 from plait.errors import UsageError
 from plait.merging.folders import read_named, read_statistics_files
+from plait.merging.outcomes import RankCurve as RankCurve
+from plait.merging.outcomes import RankRow
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import loss_of
@@ -19,33 +20,6 @@ from plait.merging.spec import MergeSettings, MergeSpec
 if TYPE_CHECKING:
     from plait.statistics.fisher import FisherDiagonal
     from plait.statistics.moments import Statistics
-
-
-@dataclass(frozen=True, slots=True)
-class RankRow:
-    """One rank of the curve.
-
-    Args:
-        rank: The largest rank of a module.
-        discarded_energy: Fraction lost from the method's own delta; for a dense result the cut to R is in it already.
-        verification_error: Difference of what is left after the cut from the inputs, as `merge` has it.
-        size_mb: Size of the factors in float32.
-        score: Quality of the adapter, where one was asked for.
-    """
-
-    rank: int
-    discarded_energy: float
-    verification_error: float
-    size_mb: float
-    score: float | None = optional()
-
-
-@dataclass(frozen=True, slots=True)
-class RankCurve:
-    """A method's rows, by rank."""
-
-    method: str
-    curve: tuple[RankRow, ...]
 
 
 def rank_curve(

@@ -13,12 +13,12 @@ from typing import Any
 
 from plait.border.plugins import load_plugins
 from plait.errors import UsageError
+from plait.merging.combinations import Combination as Combination
 from plait.merging.dense import MergedDelta
 from plait.merging.inputs import MergeInputs
 from plait.options import Option, did_you_mean, options_of
 
 PLUGINS = "plait.methods"  # the entry point group in which packages name modules that register methods
-Combination = Callable[[Sequence[float]], Sequence[float]]
 Ahead = Callable[[MergeInputs, Mapping[str, Any]], object]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, all_finite, array_of
+from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, KEEP, all_finite, array_of
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import RunError
 from plait.merging.sums import Probes, probes_by_width, rounding, taken
@@ -15,7 +15,6 @@ from plait.options import require_known
 if TYPE_CHECKING:
     from plait.merging.record import MergeRecord
 
-KEEP = "keep"
 DTYPES = (KEEP, FLOAT32, BFLOAT16, FLOAT16)
 
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, array_of, floats, rounded
 from plait.adapters.lora import LoraFactors
+from plait.errors import RunError
 from plait.seeds import seed_of
 
 Part = tuple[float, LoraFactors]  # a coefficient, the scale of the merge in it, and the factors that it multiplies
-Probes = NDArray[np.float32]  # (k, in)
+Probes: TypeAlias = Floats  # (k, in), float32
 _PROBES = 4
 # A sum is first compared in float32; an error above this is looked at again in float64, for sums that nearly cancel.
 _DOUBTFUL = 1e-5
+# Above this the written adapter is not the merge that was asked for; float32 factors reach about 1e-6.
+FAILED = 1e-3
 
 
 def probes_of(width: int, seed: int) -> Probes:
@@ -70,7 +72,9 @@ def in_type(factors: LoraFactors, dtype: str) -> LoraFactors:
 
 
 def _times(numbers: Floats, factor: float) -> Floats:
-    return numbers if factor == 1.0 else numbers * np.float32(factor)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is for the caller to see
+        result: Floats = numbers if factor == 1.0 else numbers * np.float32(factor)
+    return result
 
 
 def rounding(exact: LoraFactors, stored: LoraFactors, probes: Probes) -> tuple[float, float]:
@@ -134,3 +138,17 @@ def _applied(
     inner = probes.astype(kind, copy=False) @ floats(A, kind).T
     result: Floats = (inner if factor == 1.0 else inner * kind(factor)) @ floats(B, kind).T
     return result
+
+
+def require_verified(error: float, method: str) -> None:
+    """Refuse a written merge that is not the one that was asked for.
+
+    Raises:
+        RunError: The error is larger than rounding in float32 makes any.
+    """
+    if not error <= FAILED:
+        raise RunError(
+            f"the written adapter differs from the merge of its inputs by {error:.2g}",
+            where=method,
+            hint="nothing was written; please report this",
+        )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from plait.adapters.arrays import equal
 from plait.adapters.beside import COPY, EMBEDDING_NAMES, OUTPUT_NAMES
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.model.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from plait.model.stored import StoredTensor
 
 # Attributes that transformers has put around a model's layers, and taken away again, from one version to another: the files
 # of many bases, and adapters of other versions, have the names from before.
@@ -97,7 +100,7 @@ def compared_copies(
                 hint="was the vocabulary resized before training? resize the base's in the same way",
             )
         own = stored.read(0, stored.shape[0])
-        if not torch.equal(own.to(copy.dtype), copy) and not torch.equal(copy.to(own.dtype), own):
+        if not equal(own.to(copy.dtype), copy) and not equal(copy.to(own.dtype), own):
             far = float((own.double() - copy.double()).norm() / own.double().norm().clamp(min=1e-300))
             raise InputError(
                 f"{key!r} differs from the base's {name!r} by {far:.2g} of it: the adapter was trained on other weights there",

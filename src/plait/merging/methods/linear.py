@@ -7,30 +7,12 @@ from typing import Annotated
 
 from plait.adapters.lora import LoraFactors, truncated
 from plait.errors import UsageError
+from plait.merging.combinations import as_given as as_given
+from plait.merging.combinations import normalised as normalised
 from plait.merging.dense import Truncated
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
 from plait.options import Range
-
-
-def as_given(weights: Sequence[float]) -> Sequence[float]:
-    """The weights themselves."""
-    return weights
-
-
-def normalised(weights: Sequence[float]) -> list[float]:
-    """Weights divided by their sum.
-
-    Raises:
-        UsageError: They sum to zero (to within rounding), so no mean is defined.
-    """
-    total = sum(weights)
-    if abs(total) <= 1e-12 * sum(abs(w) for w in weights):
-        raise UsageError(
-            f"the weights {list(weights)} sum to zero, so they cannot be normalised",
-            hint="task_arithmetic takes the weights as they are",
-        )
-    return [w / total for w in weights]
 
 
 def importances(weights: Sequence[float]) -> Sequence[float]:

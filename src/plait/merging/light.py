@@ -1,0 +1,180 @@
+"""Weighted sums of adapter folders without torch: header, NumPy, hash, flush, and the result read again.
+
+`linear`, `cat` and `task_arithmetic` only put factors beside each other, which takes less time than importing torch. Everything
+around that is shared with merges by torch (reading, alignment, scale, record, writing), and so are the bytes of the result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from plait.adapters.arrays import FLOAT32, NoArrayError, all_finite, array_of, shape_of, zeros
+from plait.adapters.carried import require_exact, verify_carried
+from plait.adapters.config import CONFIG
+from plait.adapters.file_bytes import begin_arrays
+from plait.adapters.hashing import Digest, Hashing
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.memory import let_go
+from plait.adapters.naming import split_name
+from plait.adapters.peft_format import begin_adapter, write_adapter
+from plait.adapters.weights import WEIGHTS
+from plait.border.records import to_json
+from plait.disk import store
+from plait.disk.hub import adapter_place
+from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
+from plait.disk.written import Written, standing
+from plait.errors import RunError
+from plait.merging.align import align, assembled
+from plait.merging.combinations import Combination, as_given, normalised
+from plait.merging.record import MergeRecord, input_hashes
+from plait.merging.request import MergeRequest
+from plait.merging.rounding import Rounding, dtype_for, overflow
+from plait.merging.scales import default_method
+from plait.merging.sums import Part, probes_by_width, require_verified, stored_sum, sum_error
+from plait.merging.terms import Terms, scale_of, weights_of
+
+_METHODS: Mapping[str, Combination] = MappingProxyType(
+    {"linear": normalised, "task_arithmetic": as_given, "cat": as_given}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """One of the methods that are sums, where it is not run."""
+
+    name: str
+    combination: Combination
+    concatenates: bool = True
+
+
+def sum_of_folders(request: MergeRequest) -> Written[MergeRecord] | None:
+    """Answer a request without torch; None where that cannot be done, and nothing was written.
+
+    Raises:
+        UsageError, InputError: As merging by torch raises them.
+        RunError: What was written is not what was asked for.
+    """
+    start = time.perf_counter()
+    method = _method(request)
+    places = [(name, adapter_place(path)) for name, path in map(split_name, request.folders)] if method else []
+    if method is None or request.out is None or not all(_is_plain(path) for _, path in places):
+        return None
+    try:
+        with Hashing() as hashing:
+            begun = [begin_adapter(path, hashing, name=name, begin=begin_arrays) for name, path in places]
+            adapters = [rest() for rest in begun]
+        if len({a.name for a in adapters}) < len(adapters):
+            return None
+        require_apart(request.out, [str(path) for _, path in places])
+        terms = _terms(request, method, adapters)
+        if terms.is_unchanged():
+            return None
+        written = _write(terms, request, request.out)
+    except NoArrayError:
+        return None
+    return written if written.reused else replace(written, seconds_merge=time.perf_counter() - start)
+
+
+def _method(request: MergeRequest) -> Sum | None:
+    """The method of a request that asks for a sum and nothing else; None of others."""
+    spec = request.spec
+    name = spec.method or default_method(len(request.folders), weighted=spec.is_weighted)
+    other = request.bake_into or request.per_task or request.curve or request.stack or request.statistics
+    more = spec.options or spec.rank is not None or spec.calibrate or spec.module_weights is not None
+    if name not in _METHODS or other or more or request.format is not None or spec.device != "cpu":
+        return None
+    return Sum(name, _METHODS[name])
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether it is a folder of PEFT's with weights in one file or in shards, and nothing that reads like mlx-lm's."""
+    return folder.is_dir() and (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def _terms(request: MergeRequest, method: Sum, adapters: Sequence[Adapter]) -> Terms:
+    """The merge with everything checked, in the order of `plait.merging.planning.plan_merge`."""
+    spec, given = request.spec, tuple(a.name for a in adapters)
+    weights = weights_of(adapters, spec.weights)
+    order = sorted(range(len(adapters)), key=lambda i: given[i])  # `MergeMethod.order_of`
+    adapters, weights = [adapters[i] for i in order], tuple(weights[i] for i in order)
+    common = align(adapters, spec.base, disjoint=spec.disjoint)
+    ruled = scale_of(method.name, spec, weights, by_module=False)
+    require_exact(adapters, [c * ruled.value for c in method.combination(weights)], method.name)
+    return Terms(spec, method, {}, common, tuple(adapters), weights, ruled.value, ruled.reason, {}, given)
+
+
+def _write(terms: Terms, request: MergeRequest, out: Path) -> Written[MergeRecord]:
+    took = Rounding(
+        dtype_for(request.dtype, terms.adapters), {w for (_, w), _ in terms.common.modules.values()}, terms.seed
+    )
+    wanted = store.identity("merge", terms.settings(), input_hashes(terms.adapters), terms.seed)
+    wanted["options"] |= took.identity
+    if (before := standing(out, wanted, MergeRecord, overwrite=request.overwrite)) is not None:
+        return before
+    require_space(out, sum(a.nbytes for a in terms.adapters))
+    result: dict[str, Any] = {}
+    verifying: list[float] = []
+    check = (lambda stage: verifying.append(_verified(terms, stage, result))) if request.verify else None
+    digests: dict[str, Digest] = {}
+    shapes = assembled(
+        out.name, terms.common, terms.adapters, {m: _shape(terms, m, took.dtype) for m in terms.common.modules}
+    )
+    with (
+        Hashing() as hashing,
+        store.staged_folder(
+            out, wanted, overwrite=request.overwrite, result=result, check=check, digests=digests
+        ) as stage,
+    ):
+        digests |= write_adapter(stage, shapes, lambda put: _sum_to(terms, put, took), hashing)
+        record = took.noted(terms.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0)))
+        result |= to_json(record)
+    record = replace(record, verification_error=result["verification_error"])
+    return Written(record, str(out), seconds_verify=sum(verifying))
+
+
+def _shape(terms: Terms, module: str, dtype: str) -> LoraFactors:
+    (out, width), kind = terms.common.modules[module]
+    rank = max(1, sum(f.rank for _, f in terms.parts(module)))
+    return LoraFactors(shape_of((rank, width), dtype), shape_of((out, rank), dtype), 1.0, kind)  # type: ignore[arg-type]
+
+
+def _parts(terms: Terms, module: str) -> Sequence[Part]:
+    """What is added up in a module; a zero of rank 1 where nothing is."""
+    (out, width), kind = terms.common.modules[module]
+    zero = LoraFactors(zeros((1, width)), zeros((out, 1)), 1.0, kind)  # type: ignore[arg-type]
+    return terms.parts(module) or [(1.0, zero)]
+
+
+def _sum_to(terms: Terms, put: Callable[[str, LoraFactors], None], took: Rounding) -> None:
+    """Add every module up and hand it on; none is held."""
+    for module in terms.common.modules:
+        exact, stored = stored_sum(_parts(terms, module), took.dtype)
+        if not all_finite(array_of(exact.B)):
+            hint = "a smaller --scale or other weights?"
+            raise RunError(f"{terms.method.name} gave NaN or infinity", where=module, hint=hint)
+        if took.dtype != FLOAT32:
+            if not all_finite(array_of(stored.A)) or not all_finite(array_of(stored.B)):
+                raise overflow(took.dtype, module)
+            took.note(module, exact, stored)
+        put(module, stored)
+
+
+def _verified(terms: Terms, stage: Path, result: dict[str, Any]) -> float:
+    """Read what was written, one module at a time, and compare it with the inputs; the seconds that took."""
+    start = time.perf_counter()
+    written = begin_adapter(stage, None, name="written", begin=begin_arrays)()  # it is hashed beside this
+    verify_carried(terms.common.carried, written)
+    probes = probes_by_width({f.shape[1] for f in written.modules.values()}, terms.seed)
+    largest = 0.0
+    for module, factors in written.modules.items():
+        largest = max(largest, sum_error(_parts(terms, module), factors, probes[factors.shape[1]]))
+        let_go(factors.A, factors.B)
+    result["verification_error"] = largest
+    require_verified(largest, terms.method.name)
+    return time.perf_counter() - start

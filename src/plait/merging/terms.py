@@ -1,0 +1,162 @@
+"""What a merge is, whatever computes it: its method's name, its weights and its scale, and what is recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from plait.adapters.carried import lines
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.border.checked import LARGEST_NUMBER, shown
+from plait.errors import UsageError
+from plait.merging.align import Alignment
+from plait.merging.combinations import Combination
+from plait.merging.record import MergeRecord, as_given, input_of, labels_of, loss_of
+from plait.merging.scales import SUMS, Scale, scale_by_rule
+from plait.merging.spec import MergeSpec
+
+
+class Method(Protocol):
+    """What has to be known of a method where it is not run."""
+
+    @property
+    def name(self) -> str:
+        """What `--method` takes."""
+
+    @property
+    def combination(self) -> Combination | None:
+        """Weights -> the factor of each delta, of a weighted sum; None of others."""
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether the result is that sum, factors beside each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """One merge, everything checked.
+
+    Args:
+        spec: What was asked for; rank, seed and weights by pattern are read off it.
+        method: Its method.
+        options: Its options, checked, with the defaults of the others.
+        common: What the adapters have in common.
+        adapters, weights: One each, as `MergeMethod.order_of` orders them.
+        scale, scale_reason: Factor of the merged delta, and where it comes from; "" where it was given.
+        by_module: Module -> weights, where they differ by module.
+        given: Names of the adapters in the order in which they were given.
+    """
+
+    spec: MergeSpec
+    method: Method
+    options: dict[str, Any]
+    common: Alignment
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    scale: float
+    scale_reason: str
+    by_module: Mapping[str, tuple[float, ...]]
+    given: tuple[str, ...]
+
+    @property
+    def rank(self) -> int | None:
+        """Rank to cut every module to, where one was asked for."""
+        return self.spec.rank
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is drawn."""
+        return self.spec.seed
+
+    def weights_in(self, module: str) -> tuple[float, ...]:
+        """The weights that hold in one module."""
+        return self.by_module.get(module, self.weights)
+
+    def parts(self, module: str) -> list[tuple[float, LoraFactors]]:
+        """What a method that has a `combination` adds up in one module: coefficient times scale, and factors as read."""
+        if self.method.combination is None:
+            raise ValueError(f"{self.method.name} is no weighted sum")
+        pairs = zip(self.method.combination(self.weights_in(module)), self.adapters, strict=True)
+        found = ((c, a.modules.get(module)) for c, a in pairs if c != 0.0)
+        return [(c * self.scale, f) for c, f in found if f is not None and f.rank]
+
+    def settings(self) -> dict[str, Any]:
+        """List what identifies the merge beside its inputs and seed, as JSON; `spec_of` reads it back."""
+        table = self.spec.module_weights
+        return {
+            "method": self.method.name,
+            "options": self.options,
+            "order": [a.name for a in self.adapters],
+            "weights": list(self.weights),
+            "scale": self.scale,
+            "rank": self.rank,
+            "calibrate": self.spec.calibrate,
+            "base": self.common.base,
+            **({"disjoint": True} if self.common.disjoint else {}),
+            **({} if table is None else {"module_weights": {name: dict(t) for name, t in table.items()}}),
+        }
+
+    def copies(self) -> bool:
+        """Whether factors are put beside each other and nothing else: a weighted sum that is neither cut nor calibrated."""
+        return self.method.concatenates and self.rank is None and self.spec.calibrate is None
+
+    def is_unchanged(self) -> bool:
+        """One adapter of weight 1 through a linear method: its own factors, its own dtype, its own scaling."""
+        alone = len(self.adapters) == 1 and self.scale == 1.0 and self.spec.calibrate is None and not self.by_module
+        return alone and self.method.combination is not None and tuple(self.method.combination(self.weights)) == (1.0,)
+
+    def record(
+        self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
+    ) -> MergeRecord:
+        """Record what was done; `lost` and `kept` are as `loss_of` has them."""
+        inputs = as_given(self.adapters, self.weights, self.given)
+        return MergeRecord(
+            method=self.method.name,
+            options=dict(self.options),
+            weights=tuple(w for _, w in inputs),
+            scale=self.scale,
+            scale_reason=self.scale_reason,
+            rank=max((f.rank for f in modules.values()), default=0),
+            loss=loss_of(modules, lost, kept),
+            missing=dict(self.common.missing),
+            base=self.common.base,
+            backbone_prefix=self.common.backbone_prefix,
+            task_type=self.common.task_type,
+            tasks=tuple(a.name for a, _ in inputs),
+            extras=dict(self.common.carried.whole_from),
+            beside=tuple(lines(self.common.carried)),
+            labels=labels_of(self.adapters) or None,
+            adapters=tuple(input_of(a, w) for a, w in inputs),
+            **{asked: getattr(self.spec, asked) for asked in ("seed", "calibrate", "module_weights")},
+        )
+
+
+def scale_of(method: str, spec: MergeSpec, weights: Sequence[float], *, by_module: bool) -> Scale:
+    """Take the scale that was given, or what the rule says."""
+    if spec.scale is not None:
+        return Scale(_finite(spec.scale, "scale"), "")
+    if by_module and method in SUMS:
+        return Scale(1.0, "the weights say how much of each is added")
+    return scale_by_rule(method, spec.calibrate, weights)
+
+
+def weights_of(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tuple[float, ...]:
+    """One weight per adapter, 1 each where none were given.
+
+    Raises:
+        UsageError: Another number of them, or one that is not finite.
+    """
+    if weights is None:
+        return (1.0,) * len(adapters)
+    if len(weights) != len(adapters):
+        raise UsageError(
+            f"{len(weights)} weights for {len(adapters)} adapters", hint="one weight per adapter, in their order"
+        )
+    return tuple(_finite(w, "weight") for w in weights)
+
+
+def _finite(value: float, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
+        raise UsageError(f"{what} is {shown(value)}, expected a finite number")
+    return float(value)
