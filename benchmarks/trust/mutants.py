@@ -37,7 +37,7 @@ ROOMS = {
     "readers": (
         "adapters/config.py", "adapters/head_config.py", "adapters/head_files.py", "adapters/header.py",
         "adapters/key_names.py", "adapters/peft_config.py", "adapters/peft_format.py", "adapters/peft_tensors.py",
-        "adapters/sealed.py", "adapters/tensors.py", "adapters/weights.py", "border/checked.py", "disk/files.py",
+        "adapters/sealed.py", "adapters/file_bytes.py", "adapters/tensors.py", "adapters/weights.py", "border/checked.py", "disk/files.py",
         "disk/manifest.py", "formats/alpha.py", "formats/keys.py", "formats/mlx.py", "formats/reading.py",
         "formats/single_file.py", "formats/gguf_reading.py", "statistics/files.py", "statistics/records.py",
         "statistics/fisher.py", "merging/mergekit.py",

@@ -21,7 +21,7 @@ PACKAGE = Path(plait.__file__).parent
 FILES = {
     "adapter folders": (
         "adapters/config.py", "adapters/head_files.py", "adapters/header.py",
-        "adapters/peft_format.py", "adapters/peft_tensors.py", "adapters/tensors.py", "adapters/weights.py",
+        "adapters/peft_format.py", "adapters/peft_tensors.py", "adapters/file_bytes.py", "adapters/tensors.py", "adapters/weights.py",
         "disk/manifest.py",
     ),
     "statistics files": ("statistics/files.py", "statistics/records.py", "statistics/lazy.py"),

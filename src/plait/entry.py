@@ -63,7 +63,7 @@ def main() -> None:
     """Run the command line."""
     leave_at_once()
     if sys.argv[1:2] == ["merge"]:
-        from plait.quick import merged
+        from plait.merging.prompt import merged
 
         if (code := merged(sys.argv[2:], raise_again)) is not None:
             leave_at_once()

@@ -135,7 +135,7 @@ def test_memory_that_the_system_does_not_give_is_an_error_of_the_environment(fol
     def none(size: int) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr("plait.adapters.tensors.own_memory", none)
+    monkeypatch.setattr("plait.adapters.file_bytes.own_block", none)
     with pytest.raises(EnvironmentFault, match="free some memory") as raised:
         read_adapter(unsealed(folder))
     assert str(folder / WEIGHTS) in str(raised.value)
@@ -184,7 +184,7 @@ def test_15_pipes_loops_and_a_file_replaced_while_it_is_read(folder, monkeypatch
     refused(folder, "no adapter_model|no such file")
     (folder / WEIGHTS).unlink()
     weights(folder, good)
-    import plait.adapters.tensors as module
+    import plait.adapters.file_bytes as module
 
     real = module.safe_open
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from plait.adapters import hashing, tensor_file, tensors
+from plait.adapters import file_bytes, hashing, tensor_file
 from plait.adapters.hashing import Hashing
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.memory import own_copy, own_memory
@@ -105,7 +105,7 @@ def test_the_hash_of_what_was_read_is_the_files_whatever_the_pieces(tmp_path, mo
     write_tensors(tmp_path / "x", TENSORS)
     wanted = hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
     for piece in (1, 7, 16, 1 << 20):
-        monkeypatch.setattr(tensors, "PIECE", piece)
+        monkeypatch.setattr(file_bytes, "PIECE", piece)
         found, _, digest = read_tensors(tmp_path / "x")
         assert digest == wanted and all(torch.equal(v, TENSORS[k]) for k, v in found.items())
 

@@ -61,7 +61,7 @@ SYSTEM = [
     Case("48 an output that is a file", lambda w: (w / "out").write_text("x"), MERGE, 2, ("out", "choose another --out")),
     Case("49 another process writes it", lambda w: None, MERGE, 4, ("another process", "wait for it"), lambda w: locked(w / "out")),
     Case("50 no memory for a file", lambda w: None, MERGE, 4, ("free some memory",),
-         fails("plait.adapters.tensors.own_memory", OSError(errno.ENOMEM, "Cannot allocate memory"))),
+         fails("plait.adapters.file_bytes.own_block", OSError(errno.ENOMEM, "Cannot allocate memory"))),
     Case("51 no GPU", lambda w: None, (*MERGE, "--device", "cuda"), 4, ("no GPU that torch can use", "--device cpu"),
          lambda w: patch("torch.cuda.is_available", return_value=False)),
     Case("53 a narrow terminal, no locale", lambda w: None, MERGE, 0, (), narrow, new=("out",)),

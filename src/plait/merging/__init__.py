@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plait.merging.methods.featcal import featcal as featcal
+    from plait.merging.asked import MergeRequest as MergeRequest
     from plait.merging.bake import bake as bake
     from plait.merging.changes import Change as Change
     from plait.merging.editing import edit as edit
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from plait.merging.registry import MergeMethod as MergeMethod
     from plait.merging.registry import merge_method as merge_method
     from plait.merging.registry import merge_methods as merge_methods
-    from plait.merging.request import MergeRequest as MergeRequest
     from plait.merging.request import answer as answer
     from plait.merging.spec import MergeSpec as MergeSpec
 
@@ -43,7 +43,7 @@ _HOMES = {
     "MergeInputs": "inputs",
     "MergeMethod": "registry",
     "MergeRecord": "record",
-    "MergeRequest": "request",
+    "MergeRequest": "asked",
     "MergeSpec": "spec",
     "Merged": "record",
     "MergedInput": "record",
