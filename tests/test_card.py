@@ -20,7 +20,7 @@ from plait.errors import UsageError
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.formats.export import export
 from plait.merging import merge_folders, plan_merge
-from plait.merging.bake import bake
+from plait.merging.baking import bake
 from tests.classifiers import classifier, expected_logits, quiet, saved_base, saved_classifier
 from tests.merging.test_bake import llama, lora
 from tests.tiny import WORDS, save_tokenizer

@@ -13,8 +13,8 @@ import torch
 from plait.adapters.peft_format import read_adapter
 from plait.errors import InputError
 from plait.merging import plan_merge
-from plait.merging.bake import bake
 from plait.merging.bake_sites import merged_delta
+from plait.merging.baking import bake
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -16,8 +16,8 @@ from plait.disk.store import read_manifest, sha256_file
 from plait.errors import InputError, RunError, UsageError
 from plait.merging import folders as folders_module
 from plait.merging import merge_folders, merge_methods, plan_merge
+from plait.merging.curve import rank_curve
 from plait.merging.plan import Plan
-from plait.merging.rank_curve import rank_curve
 from plait.merging.streamed import known_shapes
 from plait.statistics.files import write_statistics
 from plait.statistics.moments import ModuleInfo, Moments, Statistics

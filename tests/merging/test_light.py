@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +184,11 @@ def test_a_wrong_sum_is_refused(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"differs from the merge of its inputs by 0.01"):
         sum_of_folders(MergeRequest(pair, tmp_path / "out", MergeSpec("cat")))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_room_offers_is_no_file_of_the_room():
+    import plait.merging as room
+
+    files = {p.stem for p in Path(room.__file__).parent.glob("*.py")}
+    assert not files & {*room.__all__}, "importing the file would hide the name behind it"
+    assert all(getattr(room, name) is not None for name in room.__all__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from plait.adapters.arrays import FLOAT32
+from plait.adapters.arrays import FLOAT32, KEEP
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import from_json, to_json
@@ -24,7 +24,7 @@ from plait.formats.single_file import read_lora_file
 from plait.formats.writing import finished, in_format, write_any
 from plait.merging.folders import places, read_all
 from plait.merging.record import input_hashes
-from plait.merging.rounding import KEEP, dtype_for, in_dtype
+from plait.merging.rounding import dtype_for, in_dtype
 from plait.model.base import BaseModel
 from plait.model.identity import base_fingerprint
 from plait.progress import OnProgress

@@ -9,15 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.merging.methods.featcal import featcal as featcal
     from plait.merging.asked import MergeRequest as MergeRequest
-    from plait.merging.bake import bake as bake
+    from plait.merging.baking import bake as bake
     from plait.merging.changes import Change as Change
+    from plait.merging.curve import rank_curve as rank_curve
     from plait.merging.editing import edit as edit
     from plait.merging.folders import merge_folders as merge_folders
     from plait.merging.inputs import MergeInputs as MergeInputs
     from plait.merging.mergekit import read_mergekit_config as read_mergekit_config
     from plait.merging.methods.adamerging import adamerging as adamerging
+    from plait.merging.methods.featcal import featcal as featcal
     from plait.merging.methods.regmean_pp import regmean_pp as regmean_pp
     from plait.merging.outcomes import BakeRecord as BakeRecord
     from plait.merging.per_task import TaskSwitch as TaskSwitch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from plait.merging.plan import Plan as Plan
     from plait.merging.planning import merge as merge
     from plait.merging.planning import plan_merge as plan_merge
-    from plait.merging.rank_curve import rank_curve as rank_curve
     from plait.merging.record import Merged as Merged
     from plait.merging.record import MergedInput as MergedInput
     from plait.merging.record import MergeRecord as MergeRecord
@@ -51,7 +51,7 @@ _HOMES = {
     "TaskSwitch": "per_task",
     "adamerging": "methods.adamerging",
     "answer": "request",
-    "bake": "bake",
+    "bake": "baking",
     "edit": "editing",
     "load_task": "per_task",
     "merge": "planning",
@@ -60,7 +60,7 @@ _HOMES = {
     "merge_methods": "registry",
     "merge_per_task": "per_task",
     "plan_merge": "planning",
-    "rank_curve": "rank_curve",
+    "rank_curve": "curve",
     "read_mergekit_config": "mergekit",
     "regmean_pp": "methods.regmean_pp",
 }
