@@ -294,3 +294,20 @@ def test_lists_and_copies(capsys, tmp_path, command):
     code, out, _ = call(capsys, "cp", "demo", tmp_path, "--json")
     assert code == 2 and "exists" in one_object(out)["error"]["what"]
     assert call(capsys, "cp", "nothing", tmp_path)[0] == 3
+
+
+@pytest.mark.parametrize("where", ["plait-demo", ".", "a folder/demo"])
+def test_what_the_demo_advises_last_runs_from_any_folder(capsys, tmp_path, monkeypatch, where):
+    import shlex
+
+    from plait.demo import next_step
+
+    (tmp_path / "here/a folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    lines = [shlex.split(line) for line in next_step(Path(where)).splitlines() if line.startswith("  plait ")]
+    asked, copied, run = lines
+    monkeypatch.chdir(tmp_path)
+    assert asked[:2] == ["plait", "try"] and Path(asked[2]).parent == (tmp_path / "here" / where).resolve()
+    assert call(capsys, *copied[1:])[0] == 0 and run[2] == copied[3]
+    code, out, err = call(capsys, "plan", *run[2:], "--json")
+    assert code == 0 and one_object(out)["adapters"] == 16, err

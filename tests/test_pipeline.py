@@ -26,6 +26,8 @@ from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
 from plait.runs.run import StageCount, describe
 from plait.runs.stages import ANSWERS_FILE
+from plait.trying.answers import TrySettings, tried
+from plait.trying.inputs import trial_of
 from tests.tiny import ARCHITECTURES
 
 FAST = {"arms": ["osrm"], "merges": ["task_arithmetic"]}
@@ -65,6 +67,11 @@ def test_every_architecture_walks_the_line(architecture, tiny_recipe, tmp_path):
     assert answers and all(t.isfinite().all() for t in answers)
     best = read_adapter(Path(found["best"]))
     assert set(best.heads) == {"topic", "pairs", "grade"} and best.modules
+    card = (out / "best/README.md").read_text()
+    assert "| `grade` |" in card and "this merge | its adapter alone" in card and str(tmp_path) not in card
+    asked = tried(trial_of(str(out / "best"), None, [], "cpu"), (("w1 w2", "w3"),), {}, TrySettings())
+    assert [r.task for r in asked.rows] == ["grade", "pairs", "topic"] and asked.missing == ()
+    assert str(tmp_path) not in (out / "best/plait.json").read_text()
     again = run(tiny_recipe(architecture), out, quiet=True)
     assert again["units"] == 0 and again["merged"] == found["merged"]
 

@@ -71,9 +71,10 @@ def cp(
     as_json: Json = False,
 ) -> None:
     """Copy a shipped recipe, to be edited."""
+    from plait.demo import copy_demo
     from plait.runs.recipe_file import copy_recipe
 
-    target = copy_recipe(recipe, to)
+    target = copy_demo(to) if recipe in ("demo", "demo.yaml") and not Path(recipe).exists() else copy_recipe(recipe, to)
     emit({"output": str(target.absolute())}, as_json, str(target))
 
 

