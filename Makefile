@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVING := $(CURDIR)/.serving
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all test-serving lint docs audit sbom trust bench clean
+.PHONY: demo browser screenshots test test-all test-serving lint docs audit sbom trust bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -13,6 +13,19 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+# The report page is looked at in a real browser, where one can be had; its tests say why they skip where not.
+CHROMIUM := for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit 0; done
+AS_ROOT := $$(test "$$(id -u)" = 0 || echo sudo -n) env DEBIAN_FRONTEND=noninteractive
+INSTALL := $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core
+browser:
+	@$(CHROMIUM); ($(INSTALL)) > /dev/null 2>&1; $(CHROMIUM); \
+	  echo "no browser: apt-get install chromium did not work here; the tests of the report page in a browser are skipped"
+
+# Pictures of the report that REPORT names, for the README.
+REPORT ?= plait-demo/report/report.html
+screenshots: browser $(VENV)/.test
+	$(BIN)/python -m benchmarks.screenshots $(REPORT) --to docs/images
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -m ""

@@ -33,12 +33,12 @@ def plain_run(tiny_base, tmp_path_factory):
 def test_it_has_the_sections_of_a_study_but_those_of_a_sweep(plain_run):
     out, _ = plain_run
     text = (out / "report" / "report.html").read_text("utf-8")
-    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    titles = re.findall(r'<h2 id="s\d">(.*?)</h2>', text)
     assert titles == [
-        "Each arm under its best merge", "How much the scale matters", "Every arm and merge", "Task by task", "References",
-        "Comparisons", "What tells beforehand", "What the statistics predict", "The best merge",
+        "Each arm under its best merge", "Every task under every arm and merge", "How much the scale matters", "References",
+        "Comparisons", "What tells beforehand", "What the statistics predict", "What the words mean",
     ]  # fmt: skip
-    assert Page(text).fetched == [] and text.count("<svg") == 3 and "tuning seed" not in text
+    assert Page(text).fetched == [] and text.count('class="heat"') == 3 and "tuning seed" not in text
     assert "50 resamples" in text and "load_head" in text
 
 

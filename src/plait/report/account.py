@@ -10,6 +10,7 @@ from typing import Any
 from plait.disk.store import read_manifest, versions
 from plait.options import require_known
 from plait.report.best import Best, Curve, best_rows, grid_curves, scale_curves
+from plait.report.colours import PALETTE, ranked_arms
 from plait.report.inference import Inference, Interval, Spread, infer
 from plait.report.matched import Matched, Swept, matched_rows
 from plait.report.predictors import Predictor, predictors
@@ -17,16 +18,15 @@ from plait.report.table import LEARNED, ReferenceRow, Row, alone_unit, mean, ref
 from plait.runs.journal import about_runs
 from plait.runs.layout import Layout
 from plait.runs.recipe import Recipe
-from plait.runs.sections import PLAIN_ARMS
+from plait.runs.stages import splits
 from plait.runs.units import FEATURES
 from plait.runs.waves import Choice, chosen, result, sweep_units, swept
 from plait.subspaces.start import completion_note
 
-__all__ = ["Account", "TaskRow", "account_of"]
+__all__ = ["Account", "Measured", "TaskRow", "account_of"]
 BEST = "best"  # the folder of the best merge
 RESAMPLES = 2000  # of a study, by its protocol
 SECONDARY = ("task_arithmetic", "tsv", "regmean")  # a study's secondary endpoints, by its protocol
-SHOWN_ARMS = 8  # in figures that give each arm a colour or a panel
 Shifts = Mapping[str, Mapping[str, float]]
 
 
@@ -51,6 +51,19 @@ class TaskRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What a task's score is: the mean of its metrics on validation rows.
+
+    Args:
+        metrics: Names.
+        rows: Number of rows that are reported, both halves together.
+    """
+
+    metrics: tuple[str, ...]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
     """A finished run in numbers.
 
@@ -62,6 +75,7 @@ class Account:
         rows: A row per arm, merge and seed, and those of the ablations.
         best: Arms under their best merges, the best first.
         tasks: A row per arm and task.
+        measured: Task -> what its score is.
         references: What a merge is measured against.
         sweep: What the sweep saw of every arm, rate and moment; empty where nothing was tuned.
         matched: Arms of the sweep where they are alike.
@@ -83,6 +97,7 @@ class Account:
     rows: Sequence[Row]
     best: Sequence[Best]
     tasks: Sequence[TaskRow]
+    measured: Mapping[str, Measured]
     references: Sequence[ReferenceRow]
     sweep: Sequence[Swept]
     matched: Sequence[Matched]
@@ -139,7 +154,7 @@ def account_of(layout: Layout, *, about: Mapping[str, str] | None = None, agains
     inference = infer(layout, rows, main, merges, resamples)
     plain = [r for r in rows if not r.variant]
     best, compared_with = best_rows(plain), references(layout)
-    ranked = dict.fromkeys([main, *(b.arm for b in best if b.arm in PLAIN_ARMS), *(b.arm for b in best)])
+    shown = ranked_arms(main, [b.arm for b in best])[: len(PALETTE)]
     return Account(
         recipe=recipe,
         about={**about_runs(layout.out), **(about or {}), **versions()},
@@ -148,6 +163,7 @@ def account_of(layout: Layout, *, about: Mapping[str, str] | None = None, agains
         rows=rows,
         best=best,
         tasks=_task_rows(layout, plain, inference),
+        measured=_measured(layout),
         references=compared_with,
         sweep=sweep,
         matched=matched_rows(sweep, main),
@@ -156,12 +172,21 @@ def account_of(layout: Layout, *, about: Mapping[str, str] | None = None, agains
         predictors=predictors(layout, rows, merges),
         scales=scale_curves(layout, best, merges),
         curves=grid_curves(layout, best, merges),
-        interference=_interference(layout, list(ranked)[:SHOWN_ARMS]),
+        interference=_interference(layout, shown),
         undefined=_undefined(rows),
         notes=[*_edges(plain), *_completed(layout)],
         heads=any(t.kind in ("classification", "regression") for t in layout.tasks.values()),
         best_folder=(read_manifest(layout.out / BEST) or {}).get("result") if (layout.out / BEST).is_dir() else None,
     )
+
+
+def _measured(layout: Layout) -> dict[str, Measured]:
+    """Read what each task is scored by, and on how many rows."""
+    parts = splits(layout)
+    return {
+        name: Measured(tuple(task.metrics), sum(len(rows) for rows in parts[name].halves.values()))
+        for name, task in layout.tasks.items()
+    }
 
 
 def _task_rows(layout: Layout, rows: Sequence[Row], inference: Inference) -> list[TaskRow]:

@@ -9,19 +9,15 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
-from plait.runs.sections import PLAIN_ARMS
+from plait.report.colours import PALETTE, REST, ranked_arms, slots_of
 
 __all__ = ["figures_of"]
 P = ParamSpec("P")
-# Okabe & Ito's palette: told apart with any colour vision.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000")
 # The same numbers give the same bytes; names are never read as formulas.
 _STYLE: Any = {"font.size": 9, "text.parse_math": False, "svg.hashsalt": "plait", "svg.fonttype": "none"}
-_REST = "#c8c8c8"  # arms without a colour of their own
 _LINES = {"joint training": "--", "best single adapter": "-."}
 _FAR = 4.1  # multiples of the chosen scale beyond this say nothing of a slip
 _WIDE = 1.3  # inches of a legend beside the panels
-_A_ROW = 3  # heat maps side by side
 
 
 def styled(draw: Callable[P, str]) -> Callable[P, str]:
@@ -45,26 +41,29 @@ def blank(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple
     return figure, figure.subplots(rows, columns, squeeze=False).reshape(-1)
 
 
-def as_svg(figure: Any) -> str:
-    """A figure as an SVG element."""
+def as_svg(figure: Any, title: str) -> str:
+    """A figure as an SVG element, with a title for who does not see it."""
+    from xml.sax.saxutils import escape
+
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    start, end = svg.index("<svg"), svg.index(">", svg.index("<svg"))
+    return f'{svg[start:end]} role="img"><title>{escape(title)}</title>{svg[end + 1 :]}'
 
 
 def figures_of(tables: Mapping[str, Any], main: str) -> dict[str, str]:
     """Draw what there is to draw.
 
     Args:
-        tables: The JSON of a study, or of a report, which may hold `curves` and `interference` too.
+        tables: The JSON of a study, or of a report, which may hold `curves` too.
         main: The arm the others are compared with; it has the first colour.
 
     Returns:
         Name -> SVG: `recovered`, arms under their best merges with intervals (merged scores where recovered is not defined);
         `scales`, points lost around the chosen scale, or `curves`, scores over the scales where these are no ladder; `sweep`,
-        merged scores against learning rate, single score and delta norm; `interference`, predicted shifts. One colour an arm
-        in all of them: the main arm's, the plain ones', then the best ones'; the rest are grey.
+        merged scores against learning rate, single score and delta norm. One colour an arm in all of them and on every page
+        (`plait.report.colours`); the rest are grey.
     """
     colours = _colours(tables, main)
     figures = {"recovered": recovered(tables, colours)}
@@ -74,15 +73,12 @@ def figures_of(tables: Mapping[str, Any], main: str) -> dict[str, str]:
         figures["curves"] = curves(tables["curves"], colours)
     if tables["sweep"]:
         figures["sweep"] = sweep(tables["sweep"], colours)
-    if tables.get("interference"):
-        figures["interference"] = heat_maps(tables["interference"])
     return figures
 
 
 def _colours(tables: Mapping[str, Any], main: str) -> dict[str, str]:
-    ranked = [b["arm"] for b in tables["best"]]
-    first = list(dict.fromkeys([main, *(a for a in ranked if a in PLAIN_ARMS), *ranked]))
-    return dict(zip(first, COLOURS, strict=False))
+    slots = slots_of(ranked_arms(main, [b["arm"] for b in tables["best"]]))
+    return {arm: PALETTE[slot] for arm, slot in slots.items()}
 
 
 @styled
@@ -91,7 +87,7 @@ def recovered(tables: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     best = list(reversed(tables["best"]))
     defined = not any(None in b["recovered"] for b in best)
     key, factor = ("recovered", 100.0) if defined else ("merged", 1.0)
-    figure, (axis,) = blank(7.0, 1.1 + 0.24 * len(best))
+    figure, (axis,) = blank(7.0, 1.2 + 0.24 * len(best))
     for y, b in enumerate(best):
         colour = colours.get(b["arm"], "#707070")
         values = factor * np.array(b[key])
@@ -105,8 +101,15 @@ def recovered(tables: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     axis.set_ylim(-0.6, len(best) - 0.4)
     axis.set_xlabel("recovered, %" if defined else "merged, mean score, %")
     axis.grid(axis="x", linewidth=0.3)
-    axis.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return as_svg(figure)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.plot([], [], "o", markersize=6, color=REST, label="mean over seeds")
+    axis.plot([], [], "o", markersize=2.5, color=REST, label="a seed")
+    if key == "recovered":
+        axis.plot([], [], color=REST, linewidth=1.4, label="95 % interval")
+    axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    means = ", ".join(f"{b['arm']} {factor * float(np.mean(b[key])):.0f}" for b in tables["best"])
+    return as_svg(figure, f"{key} of each arm under its best merge, percent: {means}")
 
 
 def _marks(tables: Mapping[str, Any], key: str, factor: float) -> list[tuple[float, str, str]]:
@@ -137,7 +140,7 @@ def scales(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> st
         axis.set_ylim(low, high)
     axes[0].set_ylabel("points against the chosen scale")
     _legend(figure, axes)
-    return as_svg(figure)
+    return as_svg(figure, "points won or lost by another scale than the chosen one")
 
 
 @styled
@@ -148,7 +151,7 @@ def curves(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> st
         axis.set_xlabel("scale")
     axes[0].set_ylabel("mean score, %")
     _legend(figure, axes)
-    return as_svg(figure)
+    return as_svg(figure, "mean score over the scale of the merge")
 
 
 def _panels(
@@ -189,7 +192,7 @@ def sweep(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
         axis.grid(linewidth=0.3)
     axes[0].set_ylabel("merged, mean score, % (tuning rows)")
     _legend(figure, axes)
-    return as_svg(figure)
+    return as_svg(figure, "the sweep: merged score over learning rate, score alone and delta norm")
 
 
 def _grey_first(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> list[Mapping[str, Any]]:
@@ -199,7 +202,7 @@ def _grey_first(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) 
 
 def _line(arm: str, colours: Mapping[str, str]) -> dict[str, str | float]:
     if arm not in colours:
-        return {"color": _REST, "linewidth": 0.9, "label": "other arms"}
+        return {"color": REST, "linewidth": 0.9, "label": "other arms"}
     return {"color": colours[arm], "linewidth": 1.3, "marker": "o", "markersize": 2.5, "label": arm}
 
 
@@ -218,39 +221,3 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     last_first = list(handles)[::-1]
     order = sorted(last_first, key=lambda name: name == "other arms")
     figure.legend([handles[n] for n in order], order, fontsize=7, loc="outside right upper", frameon=False)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
-
-
-@styled
-def heat_maps(tables: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
-    """Predicted relative output shift: row, whose adapter; column, whose inputs; one panel an arm, one logarithmic colour scale."""
-    from matplotlib.colors import LogNorm
-
-    arms = list(tables)
-    tasks = list(next(iter(tables.values())))
-    names = [_short(t) for t in tasks]
-    side = max(2.6, 0.42 * len(tasks) + 1.2 + 0.1 * max(map(len, names)))  # with what tick labels take, in inches
-    columns = min(_A_ROW, len(arms))
-    rows = -(-len(arms) // columns)
-    figure, axes = blank(side * columns + 1.2, side * rows, columns, rows)
-    grids = [np.array([[tables[arm][i][j] for j in tasks] for i in tasks], dtype=float) for arm in arms]
-    known = np.concatenate([g[np.isfinite(g) & (g > 0)] for g in grids])
-    low, top = (max(float(known.min()), float(known.max()) / 1e4), float(known.max())) if known.size else (0.1, 1.0)
-    norm = LogNorm(low, max(top, 1.01 * low), clip=True)
-    for axis, arm, grid in zip(axes, arms, grids, strict=False):
-        image = axis.imshow(grid, cmap="viridis", norm=norm)
-        axis.set_title(_short(arm))
-        axis.set_xticks(range(len(tasks)), names, rotation=60, ha="right")
-        axis.set_yticks(range(len(tasks)), names)
-        axis.set_xlabel("inputs of")
-        axis.set_ylabel("adapter of")
-    for axis in axes[len(arms) :]:
-        axis.set_axis_off()
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.7)
-    ticks = np.geomspace(low, max(top, 1.01 * low), 4)
-    bar.set_ticks(ticks, labels=[f"{t:.2g}" for t in ticks])  # plain text: formulas are off, names may hold a dollar
-    bar.minorticks_off()
-    return as_svg(figure)

@@ -71,6 +71,7 @@ def report_tables(account: Account) -> dict[str, Any]:
         "headline": asdict(headline_of(account)),
         "reference": account.reference,
         "notes": list(account.notes),
+        "measured": finite({task: asdict(m) for task, m in account.measured.items()}),
         **published_tables(account),
         "tasks": finite([asdict(t) for t in account.tasks], 6),
         "curves": finite([asdict(c) for c in account.curves], 6),

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
-from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from plait.disk.store import staged_file
 from plait.evaluation.scores import write_parquet
 from plait.report.account import Account, account_of
+from plait.report.charts import charts_of
+from plait.report.colours import ranked_arms, slots_of
 from plait.report.figures import figures_of
 from plait.report.numbers import Headline, headline_of, published_tables, report_tables
+from plait.report.render import Document, render_html, render_markdown
 from plait.report.scores import long_table
-from plait.report.sections import about_lines, sections_of, verdict
+from plait.report.sections import about_lines, sections_of
+from plait.report.verdict import verdict_of
+from plait.report.words import duration, plural
 from plait.runs.folder import published
 from plait.runs.layout import Layout
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-__all__ = ["Written", "linked", "render_html", "render_markdown", "write_report"]
-LONGEST_TABLE = 60  # lines of a table in Markdown; longer ones are for the HTML page, which can sort them
-_PAGES = re.compile(r"\bdocs/[\w./-]+\.md\b")
-_CAPTIONS = {
-    "recovered": "recovered by arm",
-    "scales": "points lost by scale",
-    "curves": "scores by scale",
-    "sweep": "the sweep: learning rate, single scores, delta norms",
-    "interference": "predicted output shifts",
-}
+__all__ = ["Written", "document_of", "write_report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +52,10 @@ def write_report(
     about: Mapping[str, str] | None = None,
     against: str | None = None,
 ) -> Written:
-    """Write NAME.html, NAME.json, NAME.md with its figures NAME-*.svg, and of a report scores.parquet too.
+    """Write NAME.html, NAME.json, NAME.md and figures NAME-*.svg; of a report scores.parquet too.
+
+    The Markdown of a study shows its figures; that of a report stands alone and folds what is long, so that it can be pasted
+    into a pull request.
 
     Where adapters alone do not beat the floor by a point, *recovered* is null, comparisons of it too, and `undefined` in the
     JSON (a sentence on the page) says of which seeds and why; scores are there all the same.
@@ -85,16 +76,17 @@ def write_report(
     figures = figures_of(tables, account.main)
     files = {figure: f"{name}-{figure}.svg" for figure in figures}
     numbers = tables if name == "report" else published_tables(account)
+    page, is_report = document_of(account, name=name, figures=list(files.values())), name == "report"
     texts = {
-        f"{name}.html": render_html(account, figures),
+        f"{name}.html": render_html(page),
         f"{name}.json": json.dumps(numbers, indent=1, allow_nan=False) + "\n",
-        f"{name}.md": render_markdown(account, files, folder),
+        f"{name}.md": render_markdown(page, {} if is_report else files, folder, folded=is_report),
         **{files[figure]: svg for figure, svg in figures.items()},
     }
     for file, text in texts.items():
         with staged_file(folder / file, overwrite=True) as stage:
             stage.write_text(text, encoding="utf-8")
-    if name == "report":
+    if is_report:
         with staged_file(folder / "scores.parquet", overwrite=True) as stage:
             write_parquet(stage, list(long_table(layout)))
     html, data, markdown = (folder / f"{name}.{suffix}" for suffix in ("html", "json", "md"))
@@ -102,87 +94,35 @@ def write_report(
     return Written(headline_of(account), html, data, markdown, drawn, len(account.rows))
 
 
-def render_html(account: Account, figures: Mapping[str, str]) -> str:
-    """Fill the HTML template; every text from outside is escaped, and no script but the page's own can run.
+def document_of(account: Account, *, name: str = "report", figures: Sequence[str] = ()) -> Document:
+    """Put a run's account into a document.
 
     Args:
-        account: What the page tells.
-        figures: Name -> SVG.
+        account: The numbers.
+        name: What its files are called.
+        figures: Names of the figures that lie beside it as files.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    loader = PackageLoader("plait.report", "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.filters["inline"] = _inline
-    script = loader.get_source(environment, "sort.js")[0]
-    return environment.get_template("page.html.j2").render(
-        recipe=account.recipe,
-        base=published(account.recipe.base.model),
-        verdict=verdict(account),
-        about=about_lines(account),
+    recipe, best = account.recipe, [b.arm for b in account.best]
+    slots = slots_of(ranked_arms(account.main, best))
+    tasks, seeds = plural(len(recipe.tasks), "task"), plural(len(recipe.seeds), "seed")
+    lead = f"{tasks} on `{published(recipe.base.model)}`, rank {recipe.lora.rank}, {seeds}."
+    beside = [f"{name}.{suffix}" for suffix in ("json", "md")] + ["scores.parquet"] * (name == "report")
+    drawn = f" Figures as files: {', '.join(f'`{f}`' for f in figures)}." if figures else ""
+    return Document(
+        title=recipe.name,
+        lead=[line for line in (lead, recipe.description, _when(account)) if line],
+        verdict=verdict_of(account),
         sections=sections_of(account),
-        figures={figure: Markup(svg) for figure, svg in figures.items()},
-        script=Markup(script),
-        script_sha256=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-
-
-def render_markdown(account: Account, figures: Mapping[str, str], to: Path) -> str:
-    """Fill the Markdown template.
-
-    Args:
-        account: What the page tells.
-        figures: Name -> file; each is put where its table is.
-        to: Folder the page goes into, where links start.
-    """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("plait.report", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-    text = environment.get_template("page.md.j2").render(
-        title=account.recipe.name,
-        description=linked(account.recipe.description, to),
-        verdict=verdict(account),
         about=about_lines(account),
-        sections=sections_of(account),
-        captions=_CAPTIONS,
-        figures=figures,
-        longest=LONGEST_TABLE,
+        files=f"Every number is in {', '.join(f'`{f}`' for f in beside)} beside this page.{drawn}",
+        charts=charts_of(account, slots),
     )
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-_INLINE = (
-    (re.compile(r"`([^`]+)`"), r"<code>\1</code>"),
-    (re.compile(r"\*\*([^*]+)\*\*"), r"<b>\1</b>"),
-    (re.compile(r"(?<![\w*])\*([^*\s][^*]*)\*(?!\w)"), r"<i>\1</i>"),
-)
-
-
-def _inline(text: str) -> Markup:
-    """Escape a text and turn its `code`, **strong** and *emphasis* into HTML."""
-    from markupsafe import Markup, escape
-
-    html = str(escape(text))
-    for pattern, element in _INLINE:
-        html = pattern.sub(element, html)
-    return Markup(html)
-
-
-def linked(text: str, to: Path) -> str:
-    """Turn the ``docs/...md`` of a text into links from a folder, where that folder lies in a tree that has them."""
-    start = to.resolve()
-
-    def link(match: re.Match[str]) -> str:
-        pages = (root / match[0] for root in (start, *start.parents))
-        page = next((p for p in pages if p.is_file()), None)
-        return f"[{match[0]}]({Path(os.path.relpath(page, start)).as_posix()})" if page else match[0]
-
-    return _PAGES.sub(link, text)
+def _when(account: Account) -> str:
+    """Say when, how long and by which command it was made, as far as the runs noted it."""
+    about = account.about
+    seconds = about.get("seconds", "").partition(" ")[0].rstrip(",")
+    took = duration(int(seconds)) if seconds.isdecimal() else ""
+    said = [about.get("date", ""), " on ".join(x for x in (took, about.get("hardware", "")) if x)]
+    return " · ".join([*(x for x in said if x), *(f"`{c}`" for c in [about.get("command")] if c)])

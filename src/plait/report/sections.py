@@ -11,41 +11,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from plait.disk.store import versions
-from plait.report.account import BEST, Account
+from plait.report.account import Account
+from plait.report.grid import grid_table, heat_tables, merge_table
 from plait.report.inference import MARGIN, Comparison
 from plait.report.sweep_sections import matched_section, sweep_section
 from plait.report.table import mean
-from plait.report.words import NONE, Section, Table, between, percent, points, signed
-from plait.runs.folder import published
+from plait.report.words import NONE, Cell, Section, Table, between, duration, percent, points
 from plait.runs.sections import PLAIN_ARMS
 
-__all__ = ["about_lines", "sections_of", "verdict"]
-
-
-def verdict(account: Account) -> str:
-    """Say in a sentence or two what came out."""
-    first = account.best[0]
-    if account.undefined:
-        return "**Not defined here**: recovered, and what is derived from it, stays empty (–). " + " ".join(
-            account.undefined
-        )
-    interval = account.inference.intervals.get(first.arm)
-    sure = f" (95 % interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
-    merges = " / ".join(dict.fromkeys(first.merges.values()))
-    whose = "plain adapters gain" if account.reference in PLAIN_ARMS else f"the adapters of `{account.reference}` gain"
-    text = (
-        f"Merged into one, adapters of `{first.arm}` keep **{percent(first.mean_recovered)} %**{sure} of what {whose} alone,"
-        f" under {merges}. The task that loses most against its own adapter is {first.worst} ({signed(first.worst_task)}"
-        " points)."
-    )
-    plain = next((b for b in account.best if b.arm == account.reference and b is not first), None)
-    return text + (f" `{plain.arm}` keeps {percent(plain.mean_recovered)} %." if plain else "")
+__all__ = ["about_lines", "sections_of"]
 
 
 def about_lines(account: Account) -> list[str]:
     """List what is known of where it was run, and the versions of the packages that made the page."""
     packages, recipe = versions(), account.recipe
-    lines = [f"{k}: {f'`{v}`' if k == 'command' else v}" for k, v in account.about.items() if k not in packages]
+    lines = [
+        f"{k}: {f'`{v}`' if k == 'command' else _timed(k, v)}" for k, v in account.about.items() if k not in packages
+    ]
     software = ", ".join(f"{k} {v}" for k, v in account.about.items() if k in packages)
     tuning = f"; tuning seed: {recipe.tuning_seed}" if account.sweep else ""
     return [
@@ -55,14 +37,21 @@ def about_lines(account: Account) -> list[str]:
     ]
 
 
+def _timed(key: str, text: str) -> str:
+    """Add to a number of seconds how people say it."""
+    number, _, rest = text.partition(" ")
+    seconds = number.rstrip(",")
+    long = key == "seconds" and seconds.isdecimal() and int(seconds) >= 100
+    return f"{seconds} ({duration(int(seconds))}){number[len(seconds) :]} {rest}".strip() if long else text
+
+
 def sections_of(account: Account) -> list[Section]:
     """Put a run's account into sections; those without content are left out."""
     sections = [
         _best(account),
+        Section("Every task under every arm and merge", "", (merge_table(account), grid_table(account))),
         _scales(account),
-        Section("Every arm and merge", "Recovered of plain, %, mean over seeds.", (_grid(account), _every(account))),
-        Section("Task by task", _TASKS.format(count=account.resamples), (_tasks(account),)),
-        Section("References", "", (_references(account),)),
+        Section("References", _REFERENCES, (_references(account),)),
         Section("Comparisons", _comparisons_text(account), (_comparisons(account.inference.comparisons),)),
         sweep_section(account.sweep),
         matched_section(account.matched),
@@ -72,20 +61,14 @@ def sections_of(account: Account) -> list[Section]:
             (_ablations(account),),
         ),
         Section("What tells beforehand", _PREDICTORS, (_predictors(account),)),
-        Section("What the statistics predict", _SHIFTS if account.interference else "", figure="interference"),
-        _best_folder(account),
+        Section(
+            "What the statistics predict", _SHIFTS if account.interference else "", heat_tables(account.interference)
+        ),
+        Section("What the words mean", "", terms=_terms(account)),
     ]
-    return [s for s in sections if any(t.rows for t in s.tables) or (s.text and not s.tables)]
+    return [s for s in sections if any(t.rows for t in s.tables) or s.terms or (s.text and not s.tables)]
 
 
-_MAIN = (
-    "*recovered* = (merged - floor) / (alone - floor), alone being {alone}, the same for all arms; *of own*: alone being the"
-    " arm's own adapters, which flatters an arm that is poor alone. The merge and its scale are chosen on one half of the"
-    " validation rows and reported on the other, halves swapped and averaged. {interval}± is the spread over seeds (standard"
-    " deviation). *single* is the arm's own adapters, each on its task. *floor* is the base with the task heads and no adapter,"
-    " {floor:.1f} in the mean. *regret* is what half and twice the scale lose, in points. `*`: a scale on the edge of what was"
-    " tried."
-)
 _SCALES = (
     "Points won or lost by a multiple of the chosen scale, which was chosen on the other half: mean over tasks, halves and"
     " seeds, on the grid rows of the reported half. Colours are the same in all figures; grey: the other arms."
@@ -94,10 +77,7 @@ _CURVES = (
     "Mean score over tasks, halves and seeds against the scale that multiplies the merged update, on the rows that scales are"
     " chosen from. A flat top forgives a wrong guess."
 )
-_TASKS = (
-    "Mean scores over seeds and halves, percent. *floor* and *alone*: the base with the arm's head, without and with the task's"
-    " own adapter. In parentheses the 95 % interval of {count} resamples of seeds and examples."
-)
+_REFERENCES = "What a merge is measured against; mean score over tasks, percent."
 _PREDICTORS = (
     "Points a task loses by merging against what is known of the adapters: rank correlation with differences between tasks"
     " taken out, and the variance explained on tasks and on arms left out of the fit."
@@ -105,22 +85,45 @@ _PREDICTORS = (
 _SHIFTS = (
     "Relative output shift that each adapter (row) causes on each task's inputs (column), mean over modules, computed from the"
     " statistics files alone, first seed. The diagonal is what an adapter does for its own task; everything else is"
-    " interference."
+    " interference. Good is a dark diagonal in a pale map: every adapter moves its own task and leaves the others alone. One"
+    " logarithmic scale of colours for all maps."
 )
 
 
-def _best(account: Account) -> Section:
+def _terms(account: Account) -> list[tuple[str, str]]:
+    """Explain the words of the tables."""
     reference = account.reference
-    alone = "the best plain arm at its own rate" if reference in PLAIN_ARMS else f"those of `{reference}`"
-    resampled = f"The 95 % interval comes from {account.resamples} resamples of seeds, tasks and examples; "
-    text = _MAIN.format(
-        alone=alone,
-        interval=resampled if account.resamples > 1 else "",
-        floor=mean(r.floor for r in account.plain_rows),
-    )
-    lines = []
+    alone = "those of the best plain arm at its own rate" if reference in PLAIN_ARMS else f"those of `{reference}`"
+    floor = mean(r.floor for r in account.plain_rows)
+    terms = [
+        ("arm", "a way of starting A and of training the adapters."),
+        ("floor", f"the base with the task heads and no adapter: {floor:.1f} in the mean over tasks."),
+        ("alone, single", "the arm's own adapters, each on its task."),
+        ("merged", "one adapter for all tasks, made of the arm's adapters."),
+        ("recovered", f"(merged - floor) / (alone - floor), the adapters alone being {alone}, the same for all arms."),
+        ("of own", "recovered with the arm's own adapters as alone, which flatters an arm that is poor alone."),
+        ("regret", "points that half and twice the chosen scale lose."),
+        (
+            "±",
+            "in the first table the standard deviation over seeds, in others one standard error over seeds and examples.",
+        ),
+        (
+            "half",
+            "merges and scales are chosen on one half of the validation rows and reported on the other; halves are swapped and"
+            " averaged.",
+        ),
+    ]
+    if account.resamples > 1:
+        resampled = f"{account.resamples} resamples of seeds, tasks and examples; of a single task's score, of seeds and examples."
+        terms.append(("95 % interval", resampled))
+    return terms
+
+
+def _best(account: Account) -> Section:
+    lines: list[Sequence[str | Cell]] = []
     for b in account.best:
         interval = account.inference.intervals.get(b.arm)
+        share = b.mean_recovered
         spread = f" ± {percent(float(np.std(b.recovered, ddof=1)))}" if len(b.seeds) > 1 else ""
         lines.append(
             (
@@ -129,18 +132,23 @@ def _best(account: Account) -> Section:
                 f"{b.lr:g}" + (f", step {b.step}" if b.step else ""),
                 f"{b.individual:.1f}",
                 f"{mean(b.merged):.1f}",
-                f"**{percent(b.mean_recovered)}**{spread}" if math.isfinite(b.mean_recovered) else NONE,
+                Cell(f"{percent(share)}{spread}", key=share) if math.isfinite(share) else NONE,
                 f"{percent(interval[0])} to {percent(interval[1])}" if interval else NONE,
                 percent(mean(b.recovered_of_own)),
-                f"{b.worst} {b.worst_task:+.0f}",
+                Cell(f"{b.worst} {b.worst_task:+.0f}", key=b.worst_task),
                 " / ".join(points(r) for r in (b.regret_half, b.regret_double)),
                 "*" if b.edge else "",
                 str(len(b.seeds)),
             )
         )
     header = ["arm", "best merge", "lr", "single", "merged", "recovered, %", "95 % interval", "of own, %", "worst task"]
-    table = Table((*header, "regret ½ / 2×", "", "seeds"), lines)
-    return Section("Each arm under its best merge", text, (table,), "recovered", tuple(account.notes))
+    caption = (
+        "Arms under the merge that the other half of the rows finds best. `*`: a scale on the edge of what was tried."
+    )
+    table = Table(
+        (*header, "regret ½ / 2×", "edge", "seeds"), lines, caption=caption, kind="wide", strong=frozenset({0})
+    )
+    return Section("Each arm under its best merge", "", (table,), "recovered")
 
 
 def _scales(account: Account) -> Section:
@@ -148,55 +156,6 @@ def _scales(account: Account) -> Section:
         return Section("Another scale than the chosen one", _SCALES, figure="scales")
     several = any(len(c.points) > 1 for c in account.curves)
     return Section("How much the scale matters", _CURVES if several else "", figure="curves")
-
-
-def _grid(account: Account) -> Table:
-    lines = []
-    for arm in dict.fromkeys(r.arm for r in account.plain_rows):
-        cells = []
-        for merge in account.merges:
-            mine = account.of(arm, merge)
-            edge = "*" if any(r.edge for r in mine) else ""
-            cells.append(percent(mean(r.recovered for r in mine)) + edge if mine else NONE)
-        lines.append((f"`{arm}`", *cells))
-    return Table(("arm", *account.merges), lines)
-
-
-def _every(account: Account) -> Table:
-    lines = []
-    for arm in dict.fromkeys(r.arm for r in account.plain_rows):
-        for merge in account.merges:
-            if not (mine := account.of(arm, merge)):
-                continue
-            spread, worst = account.spread(mine[0]), min(mine, key=lambda r: r.worst_task)
-            scales = sorted({s for r in mine for s in r.scales})
-            lines.append(
-                (
-                    f"`{arm}`",
-                    merge,
-                    f"{mean(r.individual for r in mine):.1f}",
-                    f"{mean(r.merged for r in mine):.1f}" + (f" ± {spread.merged:.1f}" if spread.merged else ""),
-                    percent(mean(r.recovered for r in mine))
-                    + (f" ± {percent(spread.recovered)}" if spread.recovered else ""),
-                    percent(mean(r.recovered_of_own for r in mine)),
-                    f"{worst.worst} {signed(worst.worst_task)}",
-                    ", ".join(f"{s:.3g}" for s in scales) + ("*" if any(r.edge for r in mine) else ""),
-                )
-            )
-    header = ("arm", "merge", "single", "merged", "recovered, %", "of own, %", "worst task", "chosen scales")
-    return Table(header, lines, note="± is one standard error over seeds and examples, the tasks being these.")
-
-
-def _tasks(account: Account) -> Table:
-    lines = []
-    for t in account.tasks:
-        cells = []
-        for merge in account.merges:
-            interval = t.intervals.get(merge)
-            sure = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
-            cells.append(f"{t.merged[merge]:.1f}{sure}" if merge in t.merged else NONE)
-        lines.append((f"`{t.arm}`", t.task, f"{t.floor:.1f}", f"{t.alone:.1f}", *cells))
-    return Table(("arm", "task", "floor", "alone", *account.merges), lines)
 
 
 def _references(account: Account) -> Table:
@@ -254,19 +213,3 @@ def _predictors(account: Account) -> Table:
         for p in account.predictors
     ]
     return Table(("merge", "known before", "n", "rank correlation", "R², new task", "R², new arm"), lines)
-
-
-def _best_folder(account: Account) -> Section:
-    if (best := account.best_folder) is None:
-        return Section("The best merge", "")
-    text = (
-        f"The folder `{BEST}` of this run is a PEFT adapter: `{best['arm']}` under {best.get('merge') or best['method']}, seed"
-        f" {best['seed']}, at scale {best['scale']:.3g}, which is already in its factors."
-    )
-    base, tasks = published(account.recipe.base.model), best["tasks"]
-    load = f'PeftModel.from_pretrained(model, "{BEST}")  # over {base}'
-    if not account.heads:
-        return Section("The best merge", text, code=f"from peft import PeftModel\n\nmodel = {load}")
-    text += " It holds the heads of all tasks; `load_head` puts in one of them, over a model with as many labels."
-    code = f'model = {load}\nplait.load_head(model, "{BEST}", "{next(iter(tasks))}")'
-    return Section("The best merge", text, code=f"import plait\nfrom peft import PeftModel\n\n{code}")

@@ -4,25 +4,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["NONE", "Section", "Table", "between", "percent", "points", "signed"]
+__all__ = [
+    "NONE",
+    "Cell",
+    "Section",
+    "Table",
+    "Verdict",
+    "between",
+    "duration",
+    "percent",
+    "plural",
+    "points",
+    "signed",
+]
 NONE = "–"  # stands where there is no number
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell that says more than its text.
+
+    Args:
+        text: What stands in it.
+        note: A second, smaller line: an interval, a unit.
+        tint: How strongly it is coloured, from -1 (a loss) over 0 to 1 (a gain); None for no colour.
+        key: What it is sorted by; its text by default.
+    """
+
+    text: str
+    note: str = ""
+    tint: float | None = None
+    key: float | None = None
+
+    def __str__(self) -> str:
+        """Write it in one line."""
+        note = self.note if self.note.startswith("±") else f"({self.note})" if self.note else ""
+        return f"{self.text} {note}".strip()
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
-    """A table of texts.
+    """A table of texts; the first cell of each row names the row.
 
     Args:
         header: Names of the columns.
         rows: Cells, as many as columns.
         note: A sentence below it.
+        caption: What it shows, above it and for screen readers.
+        kind: "" for an ordinary table, "heat" for a map of numbers with a colour each, "wide" for one that may be wider than a
+            narrow screen and keeps its first column in sight.
+        strong: Numbers of the rows that stand out.
     """
 
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    header: Sequence[str | Cell]
+    rows: Sequence[Sequence[str | Cell]]
     note: str = ""
+    caption: str = ""
+    kind: str = ""
+    strong: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +74,9 @@ class Section:
         title: Heading.
         text: Paragraphs, with an empty line between them.
         tables: Tables below the text.
-        figure: Name of the figure below the tables; "" for none.
+        figure: Name of the figure below the text; "" for none.
         notes: Sentences a reader should not overlook.
-        code: Lines of Python.
+        terms: (word, meaning) pairs.
     """
 
     title: str
@@ -43,7 +84,28 @@ class Section:
     tables: Sequence[Table] = ()
     figure: str = ""
     notes: Sequence[str] = ()
+    terms: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came out, before anything else.
+
+    Args:
+        number: The number that sums it up; a dash where none is defined.
+        says: What the number is, as half a sentence.
+        text: A sentence or two.
+        facts: (what, answer) pairs.
+        code: Lines of Python that load the result; "" for none.
+        notes: Sentences a reader should not overlook.
+    """
+
+    number: str
+    says: str
+    text: str
+    facts: Sequence[tuple[str, str]] = ()
     code: str = ""
+    notes: Sequence[str] = field(default=())
 
 
 def percent(share: float | None, form: str = ".0f") -> str:
@@ -68,3 +130,26 @@ def signed(value: float) -> str:
 def between(low: float | None, high: float | None) -> str:
     """Write an interval of shares, in points with signs."""
     return NONE if low is None else f"{percent(low, '+.1f')} to {percent(high, '+.1f')}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    >>> plural(1, "seed"), plural(1200, "row")
+    ('1 seed', '1,200 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them.
+
+    >>> duration(4.2), duration(190), duration(7500)
+    ('4 s', '3 min 10 s', '2 h 5 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -70,5 +70,22 @@ def layout_of_folder(folder: Path, overrides: Sequence[str] = ()) -> Layout:
 
 
 def published(place: str | None) -> str | None:
-    """What a base or a folder is called in public: whose folders they lie in is nobody's business, their names may stay."""
-    return f"./{Path(place).name}" if place and place.startswith((".", "/", "~")) else place
+    """Say what a base or a folder is called in public: whose folders they lie in is nobody's business, their names may stay.
+
+    A model in the hub's cache goes by its name there, one that came with a package by its place in it.
+
+    >>> published("/home/me/models/bert"), published("someone/bert")
+    ('./bert', 'someone/bert')
+    >>> published("/home/me/hub/models--someone--bert/snapshots/0123")
+    'someone/bert'
+    >>> published("/home/me/lib/site-packages/minilm/model")
+    'minilm/model'
+    """
+    if not place or not place.startswith((".", "/", "~")):
+        return place
+    parts = Path(place).parts
+    if cached := [p for p in parts if p.startswith("models--")]:
+        return cached[-1].removeprefix("models--").replace("--", "/", 1)
+    if "site-packages" in parts[:-1]:
+        return "/".join(parts[parts.index("site-packages") + 1 :])
+    return f"./{Path(place).name}"

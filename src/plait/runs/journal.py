@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,14 @@ from plait.disk.durable import absent_above, flush_above, flush_folder
 from plait.disk.files import require_regular
 from plait.disk.locks import system_errors
 from plait.errors import PlaitError
+from plait.runs.folder import published
 
 JOURNAL = "runs.jsonl"
 
 
 @contextlib.contextmanager
 def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> Iterator[None]:
-    """Note seconds and hardware of what runs inside, also where it ends with an error.
+    """Note date, command, seconds and hardware of what runs inside, also where it ends with an error.
 
     Args:
         out: Folder of the study.
@@ -36,11 +40,12 @@ def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> 
         made = absent_above(out)
         out.mkdir(parents=True, exist_ok=True)
         flush_above(out, made)  # what its units flush is of no use in a folder that a power loss takes away
-    started = time.monotonic()
+    started, date = time.monotonic(), datetime.now(UTC)
     try:
         yield
     finally:
-        line = {"seconds": round(time.monotonic() - started, 1), "executor": executor, "workers": workers}
+        line: Json = {"started": date.isoformat(timespec="seconds"), "command": command(sys.argv)}
+        line |= {"seconds": round(time.monotonic() - started, 1), "executor": executor, "workers": workers}
         line |= {"scorers": scorers, "hardware": "a Ray cluster" if executor == "RayCluster" else hardware(device)}
         with system_errors(out / JOURNAL), (out / JOURNAL).open("a+b") as file:
             torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a power loss
@@ -48,6 +53,22 @@ def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> 
             file.flush()
             os.fsync(file.fileno())
             flush_folder(out)
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Write a command line of plait as it may be shown to others: folders by their last name; "" where it is none of plait's.
+
+    >>> command(["/home/me/.venv/bin/plait", "run", "/home/me/my.yaml", "--set", "data.root=/home/me/rows"])
+    'plait run ./my.yaml --set data.root=./rows'
+    """
+    program = Path(arguments[0]) if arguments else Path()
+    if program.name != "plait" and program.parts[-2:] != ("plait", "__main__.py"):
+        return ""
+    shown = []
+    for argument in arguments[1:]:
+        key, is_pair, value = argument.rpartition("=")
+        shown.append(f"{key}{is_pair}{published(value)}")
+    return shlex.join(["plait", *shown])
 
 
 def hardware(device: str) -> str:
@@ -61,7 +82,7 @@ def hardware(device: str) -> str:
 
 
 def about_runs(out: Path) -> dict[str, str]:
-    """Hardware, processes, and seconds of all runs noted in a folder, as the page says them; {} where none are.
+    """Dates, the last command, hardware, processes and seconds of all runs noted in a folder; {} where none are.
 
     Lines that cannot be read (one may be cut, by a power loss) are counted, not passed over in silence.
     """
@@ -75,7 +96,11 @@ def about_runs(out: Path) -> dict[str, str]:
         return {"seconds": f"unknown: {lost} lines of {JOURNAL} cannot be read"} if lost else {}
     runs = [r for r in runs if r["seconds"] >= 1] or runs  # a look at a finished study is no run
     seconds = sum(r["seconds"] for r in runs)
+    dates = sorted(r["started"][:10] for r in runs if r["started"])
+    commands = [r["command"] for r in runs if r["command"]]
     return {
+        **({"date": " to ".join(dict.fromkeys((dates[0], dates[-1])))} if dates else {}),
+        **({"command": commands[-1]} if commands else {}),
         "hardware": _each([r["hardware"] for r in runs]),
         "executor": _each([f"{r['executor']} ({r['workers']} training, {r['scorers']} scoring)" for r in runs]),
         "seconds": f"{seconds:.0f} in {len(runs)} run{'s' if len(runs) > 1 else ''}"
@@ -88,6 +113,7 @@ def _run(line: bytes) -> Json | None:
     try:
         record = Record.of(json.loads(line), JOURNAL)
         texts = {key: record.text(key) for key in ("hardware", "executor")}
+        texts |= {key: record.text(key, "") for key in ("started", "command")}  # earlier versions did not note them
         counts = {key: record.integer(key) for key in ("workers", "scorers")}
         return {**texts, **counts, "seconds": record.number("seconds", 0)}
     except (ValueError, RecursionError, PlaitError):

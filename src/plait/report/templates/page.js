@@ -1,0 +1,37 @@
+// A table sorts by a column at a click, or at Enter and the space bar; what is only a little too wide can be scrolled by keys.
+const number = cell => {
+  const key = cell.dataset.key ?? cell.firstChild?.textContent.trim() ?? "";
+  return key !== "" && isFinite(key) ? Number(key) : null;
+};
+const order = (a, b, column, down) => {
+  const [x, y] = [number(a.cells[column]), number(b.cells[column])];
+  if (x !== null && y !== null) return down ? y - x : x - y;
+  if (x !== null || y !== null) return x === null ? 1 : -1; // what has no number stays below
+  return (down ? -1 : 1) * a.cells[column].textContent.localeCompare(b.cells[column].textContent);
+};
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  if (body.rows.length < 2 || table.classList.contains("heat")) continue;
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    button.insertBefore(document.createElement("span"), button.childNodes[1] ?? null); // the arrow
+    head.append(button);
+    button.addEventListener("click", () => {
+      const numbers = [...body.rows].some(row => number(row.cells[column]) !== null);
+      const down = head.ariaSort ? head.ariaSort === "ascending" : numbers;
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      body.append(...[...body.rows].sort((a, b) => order(a, b, column, down)));
+    });
+  });
+}
+const scrollable = () => {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const hidden = box.scrollWidth > box.clientWidth + 1;
+    hidden ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex");
+  }
+};
+scrollable();
+addEventListener("resize", scrollable);
