@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -13,12 +14,13 @@ from plait.errors import printable
 # Called with what is being done, for a person to read.
 OnProgress = Callable[[str], None]
 _LIVE_EVERY, _LOG_EVERY = 0.2, 15.0  # seconds between two lines about one job, on a terminal and in a log
+_WINDOW = 60.0  # seconds over which the pace is taken: kinds of work differ in it, and so do a machine's hours
 _ENOUGH = 0.02  # share of the work after which the pace tells something; before it, loading weighs too much
 
 
 @dataclass(slots=True)
 class Progress:
-    """Counts work done in arbitrary units of cost and estimates the time left from it.
+    """Counts work done in arbitrary units of cost and estimates the time left by the pace of the last minute.
 
     Args:
         total: Cost of all jobs to come.
@@ -33,19 +35,27 @@ class Progress:
     stream: TextIO | None = field(default_factory=lambda: sys.stderr)
     _done: float = 0.0
     _number: int = 0
+    _first: int = 0
     _label: str = ""
     _cost: float = 0.0
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
+    _seen: deque[tuple[float, float]] = field(default_factory=deque)
 
     def start(self, label: str, cost: float, jobs: int = 1) -> None:
         """A job begins, or several that are done together."""
+        self._first = min(self._number + 1, self._number + jobs)
         self._number, self._label, self._cost = self._number + jobs, label, cost
         self._show(0.0, force=True)
 
-    def within(self, fraction: float) -> None:
-        """The running job is this far."""
-        self._show(fraction)
+    def within(self, fraction: float, said: str = "") -> None:
+        """The running job is this far.
+
+        Args:
+            fraction: Share of it, in [0, 1].
+            said: The same as a person counts it, such as "step 40 of 200"; the share in per cent by default.
+        """
+        self._show(fraction, said)
 
     def finish(self) -> None:
         """The running job is done."""
@@ -62,17 +72,30 @@ class Progress:
     def _live(self) -> bool:
         return not self.quiet and self.stream is not None and self.stream.isatty()
 
-    def _show(self, fraction: float, *, force: bool = False) -> None:
+    def _show(self, fraction: float, said: str = "", *, force: bool = False) -> None:
         now = time.monotonic()
+        done = self._done + fraction * self._cost
+        pace = self._pace(now, done)
         if self.quiet or (not force and now - self._shown < (_LIVE_EVERY if self._live else _LOG_EVERY)):
             return
         self._shown = now
-        done = self._done + fraction * self._cost
-        left = ""
-        if self.total > done >= _ENOUGH * self.total:
-            left = f", about {duration((now - self._started) * (self.total - done) / done)} left"
-        percent = f" {100 * fraction:.0f} %" if fraction else ""
-        self._write(f"[{self._number}/{self.jobs}] {self._label}{percent}{left}" + ("" if self._live else "\n"))
+        left = f", about {duration((self.total - done) / pace)} left" if self.total > done and pace else ""
+        inside = f" {said or f'{100 * fraction:.0f} %'}" if fraction or said else ""
+        number = f"{self._first}-{self._number}" if self._first < self._number else f"{self._number}"
+        self._write(f"[{number}/{self.jobs}] {self._label}{inside}{left}" + ("" if self._live else "\n"))
+
+    def _pace(self, now: float, done: float) -> float:
+        """Work a second over the last minute; over all of it where nothing was done in that, 0 while too little is."""
+        if not self._seen or now - self._seen[-1][0] >= 1.0:
+            self._seen.append((now, done))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW:
+            self._seen.popleft()
+        if done < _ENOUGH * self.total:
+            return 0.0
+        since, before = self._seen[0]
+        if now > since and done > before:
+            return (done - before) / (now - since)
+        return done / max(now - self._started, 1e-9)
 
     def _write(self, text: str) -> None:
         if self.stream is None:  # closed before the start

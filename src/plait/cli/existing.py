@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from plait.cli.options import Device, Json, Seed
+from plait.cli.options import Device, Json, Quiet, Seed
 from plait.cli.output import emit, table
 from plait.errors import printable
 
@@ -65,7 +65,7 @@ def advise(
     repair: Annotated[int, typer.Option("--repair", min=0, help="Steps of the repair that is tried; 0 for none.")] = 100,
     refine: Annotated[int, typer.Option("--refine", min=0, help="Steps of learning the merge's weights.")] = 100,
     base_id: Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")] = None,
-    length: Length = 128, device: Device = "auto", seed: Seed = 0, as_json: Json = False,
+    length: Length = 128, device: Device = "auto", seed: Seed = 0, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say whether to merge at all, and how.
 
@@ -78,7 +78,7 @@ def advise(
     settings = AdviceSettings(tolerate, repair, refine, length, seed)
     advice = advise_folders(
         given, parse_texts(text or []), read_place(general) if general else (), settings, base_id=base_id, device=device,
-        on_progress=_reporter(),
+        on_progress=_reporter(quiet),
     )  # fmt: skip
     if advice.next:
         texts = [f"--text {shlex.quote(t)}" for t in text or []]
@@ -101,6 +101,7 @@ class AutoChoice(NamedTuple):
     device: str
     seed: int
     overwrite: bool
+    quiet: bool = False
 
 
 def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) -> None:
@@ -125,7 +126,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     written = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
-        dtype=chosen.dtype, device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(),
+        dtype=chosen.dtype, device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(chosen.quiet),
     )  # fmt: skip
     emit(written, as_json, auto_text(written))
 
@@ -158,9 +159,11 @@ def by_forward(
     )  # fmt: skip
 
 
-def _reporter() -> Callable[[str], None]:
+def _reporter(quiet: bool) -> Callable[[str], None]:
     """Says on stderr what is being done, and how many seconds after the start."""
     started = time.monotonic()
+    if quiet:
+        return lambda what: None
 
     def report(what: str) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed stderr must not end a choice
@@ -218,7 +221,7 @@ def fidelity_table(fidelity: FidelityRecord) -> str:
     return text
 
 
-def evidence_table(evidence: Sequence[Evidence], most: int = 12) -> str:
+def evidence_table(evidence: Sequence[Evidence], most: int = 3) -> str:
     """Print the best candidates, each with the adapter it keeps least of."""
     best = evidence[:most]
     if evidence[0].score is None:

@@ -10,7 +10,7 @@ import typer
 from plait.cli import existing
 from plait.cli.existing import General, Length, Text
 from plait.cli.given import only, without
-from plait.cli.options import Device, Json, Overwrite, Seed, Set
+from plait.cli.options import Device, Json, Overwrite, Quiet, Seed, Set
 from plait.cli.output import emit, number, numbers, settings, table
 from plait.errors import UsageError
 
@@ -60,8 +60,8 @@ Base = Annotated[str | None, typer.Option("--base", help="Name of the base, wher
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
 _ONLY_AUTO = ("text", "general", "refine", "fit", "repair", "length")
 _FORWARD = ("featcal", "regmean_pp", "adamerging")
-_OF_FORWARD = {"method", "sets", "weights", "text", "length", "out", "base", "dtype", "overwrite"}
-_AUTO = {*_ONLY_AUTO, "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
+_OF_FORWARD = {"quiet", "method", "sets", "weights", "text", "length", "out", "base", "dtype", "overwrite"}
+_AUTO = {*_ONLY_AUTO, "quiet", "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
 
 
 def register(app: typer.Typer) -> None:
@@ -93,6 +93,7 @@ def merge(
     seed: Seed = 0,
     device: Device = "cpu",
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
@@ -106,7 +107,7 @@ def merge(
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(
-            text, general, refine, fit, repair, length, rank, base, dtype, device, seed, overwrite
+            text, general, refine, fit, repair, length, rank, base, dtype, device, seed, overwrite, quiet
         )
         existing.auto(folders[1:], out, chosen, as_json)
         return

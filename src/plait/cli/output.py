@@ -86,7 +86,8 @@ def foreseen(error: Exception) -> PlaitError | None:
     if hasattr(error, "format_message"):  # the argument parser's
         message = " ".join(str(error.format_message()).split())
         number = re.search(r"No such option: -\d", message)  # a negative weight, given apart from the others
-        hint = "numbers are one list: --weights 1,-1" if number else "plait --help lists the commands"
+        place = getattr(getattr(error, "ctx", None), "command_path", None) or "plait"
+        hint = "numbers are one list: --weights 1,-1" if number else f"{place} --help"
         return UsageError(message, hint=hint)
     if isinstance(error, ModuleNotFoundError):
         hint = "pip install the extra it belongs to: plait[demo], plait[test]"

@@ -46,15 +46,31 @@ def run(
     emit(found, as_json, result_text(found))
 
 
-def plan(recipe: RecipeArg, out: Out = Path("plait-run"), sets: Set = None, as_json: Json = False) -> None:
-    """Say what run would do, and what is there already. Changes nothing."""
-    from plait.runs.run import describe
+def plan(
+    recipe: RecipeArg,
+    out: Out = Path("plait-run"),
+    sets: Set = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure/--no-measure", help="Load the base and time it, for the minutes a run takes here."),
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Say what run would do, and what is there already. Changes nothing.
 
-    forecast = describe(read(recipe, sets), out)
+    With the minutes that it takes on this machine: the base is timed on a batch of every task.
+    """
+    from plait.progress import duration
+    from plait.runs.forecast import describe
+
+    forecast = describe(read(recipe, sets), out, measure=measure)
     rows = [[stage, str(n.units), str(n.reused)] for stage, n in forecast.stages.items()]
     tail = (
         f"\n{forecast.adapters} adapters; {forecast.forward_rows:,} rows through the base, training counted 3.5 times"
     )
+    if forecast.seconds is not None and forecast.seconds_per_row is not None:
+        pace = f"{1000 * forecast.seconds_per_row:.3g} ms a row, as it was just timed"
+        tail += f"\nabout {duration(forecast.seconds)} on this machine ({pace}); loading and merging come on top"
     tail += "\nthe sweep alone: what it chooses decides what follows" if forecast.tuned else ""
     emit(forecast, as_json, table(["stage", "units", "reused"], rows) + tail)
 

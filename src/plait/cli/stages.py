@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from plait.cli.source import Base, Described, Kind, Label, Recipe, Targets, Task
 from plait.errors import UsageError
 
 if TYPE_CHECKING:
-    from plait.runs.single.evaluate import Evaluated
+    from plait.runs.single.evaluate import Evaluated, TaskScore
     from plait.runs.single.start import Started
 
 Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's own task.")]
@@ -64,6 +65,7 @@ def init(
     device: Device = "cpu",
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter that is ready to train, from statistics. A lies in its subspace, B is zero; no base is loaded."""
@@ -79,7 +81,7 @@ def init(
     chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), background_weight, task_type)
     started = initialise_from_files(
         own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, device=device,
-        overwrite=overwrite, trainer=trainer,
+        overwrite=overwrite, trainer=trainer, quiet=quiet,
     )  # fmt: skip
     reused = " (was there already)" if started.reused else ""
     pools = f" and background at weight {started.background_weight:g}" if started.background_weight is not None else ""
@@ -190,21 +192,22 @@ def evaluate(
     device: Device = "auto",
     scales: Annotated[str | None, typer.Option("--scales", help="Grid (0.3,0.5,1): chosen on one half, reported on the other.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the long table (jsonl) here.")] = None,
-    overwrite: Overwrite = False, as_json: Json = False,
+    overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Score adapters on the tasks whose heads they carry. Beside each stands the floor: the base with that head alone."""
-    from plait.runs.single.evaluate import evaluate_folders
+    from plait.runs.single.evaluate import base_of, evaluate_folders
 
+    base = base or (base_of(folders) if recipe is None else None)
     chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
     evaluated = evaluate_folders(
-        chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task
+        chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task, quiet=quiet
     )
     emit({"adapters": [to_json(a) for a in evaluated]}, as_json, _scores_text(evaluated))
 
 
 def _scores_text(adapters: Sequence[Evaluated]) -> str:
     rows = [
-        [a.adapter, task, f"{a.scale:g}", f"{s.score:.1f}", f"{s.floor:.1f}", str(s.n)]
+        [a.adapter, task, " and ".join(s.metrics), f"{a.scale:g}", _with_error(s), f"{s.floor:.1f}", str(s.n)]
         for a in adapters
         for task, s in a.tasks.items()
     ]
@@ -213,4 +216,14 @@ def _scores_text(adapters: Sequence[Evaluated]) -> str:
         for a in adapters
         if a.without_task
     ]
-    return "\n".join([table(["adapter", "task", "scale", "score", "floor", "rows"], rows, text_columns=2), *left])
+    return "\n".join(
+        [table(["adapter", "task", "score is", "scale", "score", "floor", "rows"], rows, text_columns=3), *left]
+    )
+
+
+def _with_error(score: TaskScore) -> str:
+    """A score in percent, of a share of right answers with its standard error."""
+    if len(score.metrics) != 1 or not score.metrics.keys() <= {"accuracy", "exact_match"}:
+        return f"{score.score:.1f}"
+    share = score.score / 100
+    return f"{score.score:.1f} ± {100 * math.sqrt(share * (1 - share) / score.n):.1f}"

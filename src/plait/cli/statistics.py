@@ -103,7 +103,7 @@ def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Jso
     require_apart(out, files)
     require_distinct(files)
     write_statistics(out, merge_statistics(*(read_statistics(f) for f in files)), overwrite=overwrite)
-    emit({"output": str(out), "merged": [str(f) for f in files]}, as_json, f"{len(files)} files -> {out}")
+    emit({"output": str(out.absolute()), "merged": [str(f) for f in files]}, as_json, f"{len(files)} files -> {out}")
 
 
 def diff(a: File, b: File, as_json: Json = False) -> None:
@@ -136,7 +136,7 @@ def compress(
     worst = max(s.relative_error for s in show_statistics(smaller).sites.values())
     sizes = {"bytes_before": file.stat().st_size, "bytes_after": out.stat().st_size}
     line = f"{sizes['bytes_before']:,} -> {sizes['bytes_after']:,} bytes, error at most {worst:.2e} of a site's trace"
-    emit({"output": str(out), "rank": rank, "relative_error": worst, **sizes}, as_json, line)
+    emit({"output": str(out.absolute()), "rank": rank, "relative_error": worst, **sizes}, as_json, line)
 
 
 def check(file: File, as_json: Json = False) -> None:

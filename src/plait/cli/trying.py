@@ -65,7 +65,7 @@ def try_(
     answers = tried(trial, for_all, of_tasks, TrySettings(tokens, chat, length), on_progress=note)
     page = write_page(answers, out, overwrite=overwrite) if out is not None else None
     text = text_of(answers, shutil.get_terminal_size((100, 24)).columns)
-    result = {**asdict(answers), "output": str(page)} if page else asdict(answers)
+    result = {**asdict(answers), "output": str(page.absolute())} if page else asdict(answers)
     emit(result, as_json, f"{text}\n\nsame as a page: {page}" if page else text)
 
 

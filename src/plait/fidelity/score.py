@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from plait.evaluation.fleet import Candidate, predict_many
 from plait.fidelity.measure import Fidelity, TaskFidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.model.stacked import Active
-from plait.progress import OnProgress
+from plait.progress import OnProgress, duration
 
 _BARE: Active = (None, 1.0)
 
@@ -48,9 +49,12 @@ def fidelities(panel: Panel, merges: Sequence[Active], on_progress: OnProgress =
 
 
 def _reported(parts: Sequence[Part], on_progress: OnProgress) -> Iterator[Part]:
+    started = time.monotonic()
     for done, part in enumerate(parts, 1):
         yield part
-        on_progress(f"  texts of {part.name} ({done} of {len(parts)})")
+        left = (time.monotonic() - started) * (len(parts) - done) / done
+        said = f", about {duration(left)} left of these" if done < len(parts) else ""
+        on_progress(f"  texts of {part.name} ({done} of {len(parts)}){said}")
 
 
 def _classified(panel: Panel, part: Part, merges: Sequence[Active]) -> list[TaskFidelity]:

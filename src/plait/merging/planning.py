@@ -156,7 +156,8 @@ def _statistics(
     given = statistics or {}
     if lacking := [a.name for a in adapters if a.name not in given]:
         raise UsageError(
-            f"{method.name} needs {' and '.join(method.needs)} of every task; none given for {', '.join(lacking)}",
+            f"{method.name} needs {' and '.join(method.needs)} of every task; none given for {', '.join(lacking)}"
+            + (f"; there are some for {', '.join(given)}" if given else ""),
             hint=f"plait stats{' fisher' if 'fisher' in method.needs else ''} collects them; pass --stats TASK=FILE",
         )
     for adapter in adapters:

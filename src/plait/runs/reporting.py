@@ -55,7 +55,7 @@ class Shown(Report):
 
     def within(self, step: int, steps: int, loss: float | None = None) -> None:
         """Show how far it is."""
-        self.progress.within(step / max(1, steps))
+        self.progress.within(step / max(1, steps), f"step {step} of {steps}")
 
     def note(self, text: str) -> None:
         """Said with ``--quiet`` too."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def run(
     if overwrite and not begun:  # nothing in it is known to be ours
         for place in (*(layout.of(u).path(u) for u in planned(layout)), *(out / name for name in PRODUCTS)):
             require_replaceable(place)
-    layout.mend = _overlook if begun else None  # a folder that was never begun holds nothing that is ours to mend
+    layout.mend = overlook if begun else None  # a folder that was never begun holds nothing that is ours to mend
     todo = pending(layout, planned(layout))
     reused = len(planned(layout)) - len(todo)
     progress = Progress(sum(cost(u, layout) for u in todo), len(todo), quiet)
@@ -133,7 +133,7 @@ def _work(layout: Layout, executor: Executor, report: Shown, until: float | None
     return done
 
 
-def _overlook(path: Path, fault: Exception) -> None:
+def overlook(path: Path, fault: Exception) -> None:
     """Take a damaged result as missing for now; it is mended once the folder is held."""
 
 
@@ -172,58 +172,6 @@ def require_sound(layout: Layout) -> None:
             if (arm.snapshot or 0) > total:
                 text = f"snapshot after step {arm.snapshot}, and the training has {total}"
                 raise UsageError(text, where=f"task {task}")
-
-
-@dataclass(frozen=True, slots=True)
-class StageCount:
-    """Units of one stage.
-
-    Args:
-        units: How many there are.
-        reused: How many are there already.
-    """
-
-    units: int
-    reused: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a run would do.
-
-    Args:
-        out: Its folder.
-        tuned: Whether rates are swept first; then this is the sweep alone.
-        stages: Stage -> its units.
-        adapters: Adapters that are trained.
-        rows: Task -> rows by split.
-        forward_rows: Rows through the base that are still to come, training counted 3.5 times.
-    """
-
-    out: str
-    tuned: bool
-    stages: Mapping[str, StageCount]
-    adapters: int
-    rows: Mapping[str, Mapping[str, int]]
-    forward_rows: int
-
-
-def describe(recipe: Recipe, out: Path) -> Forecast:
-    """Say what `run` would do, without doing it.
-
-    Cost: hashes the data and the base once.
-    """
-    layout = Layout(recipe, out, mend=_overlook, overwrite=True)
-    require_sound(layout)
-    units = planned(layout)
-    todo = set(pending(layout, units))
-    stages = {}
-    for stage in dict.fromkeys(u.stage for u in units):
-        these = [u for u in units if u.stage == stage]
-        stages[stage] = StageCount(len(these), sum(u not in todo for u in these))
-    trained = sum(len(layout.of(u).session.tasks) for u in units if u.stage == TRAIN)
-    rows = {t: {"validation": len(layout.session.validation(t))} for t in layout.session.tasks}
-    return Forecast(str(out), recipe.tuned, stages, trained, rows, round(sum(cost(u, layout) for u in todo)))
 
 
 @dataclass(frozen=True, slots=True)

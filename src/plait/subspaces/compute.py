@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ def compute_subspaces(
     background: Statistics | Sequence[Statistics] | None = None,
     background_weight: float = 0.5,
     device: torch.device | str = "cpu",
+    on_site: Callable[[int, int], None] = lambda done, sites: None,
 ) -> dict[str, dict[str, Subspace]]:
     """Subspaces of every wanted task in every module.
 
@@ -76,6 +77,7 @@ def compute_subspaces(
         background_weight: Their share among the others, in [0, 1]; 1 leaves the known tasks out. Where no other task is
             given, any share above 0 is all.
         device: Where to compute.
+        on_site: Called after each site with how many are done, and how many there are.
 
     Returns:
         Task -> module -> Subspace; modules that read one site share one basis (except what is drawn without data).
@@ -96,7 +98,8 @@ def compute_subspaces(
         background_weight = 1.0  # there is nobody else to mix it with
     first = next(iter(statistics.values()))
     spaces: dict[str, dict[str, Subspace]] = {t: {} for t in wanted}
-    for site, modules in readers(first.modules).items():
+    sites = readers(first.modules)
+    for number, (site, modules) in enumerate(sites.items(), start=1):
         moments = {t: s.sites[site] for t, s in statistics.items()}
         for name in [site] if chosen.needs else modules:
             inputs = SiteInputs(
@@ -113,6 +116,7 @@ def compute_subspaces(
             solved = solve_site(chosen, inputs, settings, norm)
             for task, subspace in solved.items():
                 spaces[task] |= dict.fromkeys(modules if chosen.needs else [name], subspace)
+        on_site(number, len(sites))
     return {t: {m: spaces[t][m] for m in first.modules} for t in wanted}
 
 

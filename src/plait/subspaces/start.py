@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,8 +33,7 @@ class InitialSettings:
         row_norm: Norm of each row of A; None for the method's own.
         options: Options of the method.
         background_weight: Share of the background pool among the others, where there is one, in [0, 1].
-        task_type: PEFT's task type; None takes the one that the statistics were collected for (SEQ_CLS in files of old,
-            which do not say).
+        task_type: PEFT's task type; None for the one of the statistics (SEQ_CLS in files of old, which do not say).
         target_modules: PEFT's `target_modules`; None lists every module the statistics hold.
     """
 
@@ -68,6 +67,7 @@ def initial_adapters(
     seed: int = 0,
     background: Sequence[Statistics] = (),
     device: torch.device | str = "cpu",
+    on_site: Callable[[int, int], None] = lambda done, sites: None,
 ) -> dict[str, tuple[Adapter, dict[str, Any]]]:
     """Adapters with B = 0 whose A lies in each task's subspace, and what to remember of how it was chosen.
 
@@ -82,6 +82,7 @@ def initial_adapters(
         seed: Seed of methods that draw at random.
         background: Statistics of public text that stand for tasks nobody knows yet.
         device: Where to solve.
+        on_site: Called after each site with how many are done, and how many there are.
     """
     spaces = compute_subspaces(
         settings.method,
@@ -94,6 +95,7 @@ def initial_adapters(
         background=list(background) or None,
         background_weight=settings.background_weight,
         device=device,
+        on_site=on_site,
     )
     made = {}
     for task, subspaces in spaces.items():
@@ -110,8 +112,7 @@ def initial_adapters(
         )
         first = next(iter(subspaces.values()))
         record = {"task": task, "subspace": first.method, "row_norm": first.row_norm, "rank": settings.rank}
-        record |= adapter.source
-        made[task] = (replace(adapter, revision=revision), record)
+        made[task] = (replace(adapter, revision=revision), {**record, **adapter.source})
     return made
 
 

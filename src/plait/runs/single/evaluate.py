@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.config import read_config
 from plait.adapters.lora import Adapter
+from plait.disk.hub import cached_folder, split_revision
 from plait.disk.overwriting import require_apart
 from plait.disk.store import staged_file
 from plait.errors import UsageError
 from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, are_scores, mean_score, write_scores
+from plait.fidelity.given import is_adapter, place_of
+from plait.progress import Progress
 from plait.runs.recipe import Settings
 from plait.runs.recipe_file import require_known
 from plait.runs.session import Session
@@ -56,6 +60,17 @@ class Evaluated:
     without_task: tuple[str, ...] = ()
 
 
+def base_of(folders: Sequence[str]) -> str | None:
+    """Find the base that adapters were trained on, as they name it, where it is a folder on this machine or in the hub's cache.
+
+    Nothing is downloaded on a record's word.
+    """
+    named = {read_config(place_of(f)).base for f in folders if is_adapter(f) and place_of(f).is_dir()}
+    base = next(iter(named)) if len(named) == 1 else ""
+    here = bool(base) and ((Path(base).expanduser() / "config.json").is_file() or cached_folder(*split_revision(base)))
+    return base if here else None
+
+
 def evaluate_folders(
     settings: Settings,
     folders: Sequence[str],
@@ -64,6 +79,7 @@ def evaluate_folders(
     out: Path | None,
     overwrite: bool,
     task: str = "",
+    quiet: bool = True,
 ) -> list[Evaluated]:
     """Score adapter folders on the tasks whose heads they carry.
 
@@ -75,6 +91,7 @@ def evaluate_folders(
         out: Where the long table goes, if anywhere.
         overwrite: Replace it.
         task: Only this one of the recipe's tasks; all by default.
+        quiet: No progress on stderr.
     """
     from plait.merging.folders import read_named
 
@@ -87,19 +104,25 @@ def evaluate_folders(
     rows: list[Score] = []
     if out is not None:
         require_apart(out, [f if Path(f).exists() else f.partition("=")[2] for f in folders])
+    progress = Progress(float(len(folders)), len(folders), quiet)
     for folder in folders:
         adapter = read_named(folder)
-        summary, scored = _evaluate(adapter, session, scales)
+        progress.start(adapter.name, 1.0)
+        summary, scored = _evaluate(adapter, session, scales, progress)
+        progress.finish()
         left = () if task else tuple(sorted(set(adapter.heads) - set(session.tasks)))
         evaluated.append(replace(summary, without_task=left))
         rows += scored
+    progress.close(f"{len(evaluated)} adapters scored")
     if out is not None:
         with staged_file(out, overwrite=overwrite, ours=are_scores) as stage:
             write_scores(stage, rows)
     return evaluated
 
 
-def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None) -> tuple[Evaluated, list[Score]]:
+def _evaluate(
+    adapter: Adapter, session: Session, scales: Sequence[float] | None, progress: Progress
+) -> tuple[Evaluated, list[Score]]:
     tasks = [t for t, task in session.tasks.items() if t in adapter.heads or task.kind in TEXT_KINDS]
     if not tasks:
         heads = ", ".join(adapter.heads) or "none"
@@ -115,9 +138,13 @@ def _evaluate(adapter: Adapter, session: Session, scales: Sequence[float] | None
     if scales is None:
         parts = {t: {REPORTED: range(len(session.validation(t)))} for t in tasks}  # type: ignore[dict-item]
     rows: list[Score] = []
+    passes, done = len(tasks) * ((len(grid) if len(grid) > 1 else 0) + 2), 0
 
     def score(kind: str, scale: float, split: str) -> None:
+        nonlocal done
         for t in tasks:
+            progress.within(done / passes, f"on {t}, pass {done + 1} of {passes}, {len(parts[t][split])} rows")
+            done += 1
             part: Any = parts[t][split]
             logits = evaluator.predict(t, adapter.heads.get(t, {}), adapter if kind == ALONE else None, scale, part)
             labels = {"arm": "", "adapter": kind, "method": adapter.name, "scale": scale, "seed": 0, "split": split}

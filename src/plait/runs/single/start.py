@@ -12,6 +12,7 @@ from plait.border.records import from_json, optional, to_json
 from plait.disk.overwriting import require_apart
 from plait.disk.store import identity, is_done, read_manifest, sha256_file, staged_folder
 from plait.model.base import device_named
+from plait.progress import Progress
 from plait.statistics.lazy import open_statistics, read_own_and_others
 from plait.subspaces import compute_subspaces
 from plait.subspaces.post import move_into
@@ -84,10 +85,11 @@ def initialise_from_files(
     device: str = "cpu",
     overwrite: bool = False,
     trainer: str | None = None,
+    quiet: bool = True,
 ) -> Started:
     """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
 
-    `trainer`, where one is named, must be one that trains the adapter's task type.
+    `trainer`, where one is named, must be one that trains the adapter's task type; `quiet` says nothing of progress on stderr.
 
     Raises:
         UsageError: No others for a method that needs them; `out` holds something else.
@@ -108,9 +110,13 @@ def initialise_from_files(
     started = Started(str(out.absolute()), task, base, settings.task_type, others_named, reused=True)
     if is_done(out, wanted, overwrite=overwrite):
         return started
+    progress = Progress(1.0, 1, quiet)
+    progress.start(f"{settings.method} of {task}", 1.0)
     made = initial_adapters(
-        statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools, device=where
-    )
+        statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools, device=where,
+        on_site=lambda done, sites: progress.within(done / sites, f"site {done} of {sites}"),
+    )  # fmt: skip
+    progress.close(f"{settings.method} of {task}: solved")
     adapter, record = made[task]
     if pools:
         weight = 1.0 if len(statistics) == 1 else settings.background_weight  # nobody else to mix it with

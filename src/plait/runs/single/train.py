@@ -97,7 +97,7 @@ def train_one(
         m,
         session.base,
         overwrite=overwrite,
-        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps), f"step {step} of {steps}"),
     )
     progress.close(f"trained {task}")
     if not is_writer():
@@ -153,7 +153,7 @@ def train_many(
         list(members.values()),
         session.base,
         overwrite=overwrite,
-        progress=lambda step, steps, loss: progress.within(step / max(1, steps)),
+        progress=lambda step, steps, loss: progress.within(step / max(1, steps), f"step {step} of {steps}"),
     )
     progress.close(f"trained {len(members)} adapters")
     return [Trained.of(m, name) for name, m in members.items()]
