@@ -193,6 +193,24 @@ def test_names_of_classes_stay_with_the_head(tmp_path):
     assert (single.config.num_labels, single.config.problem_type) == (1, "regression")
 
 
+def test_a_head_goes_into_what_peft_runs_where_the_adapter_brought_its_own(tmp_path):
+    base = saved_base(tmp_path / "base", "bert")
+    folders = [saved_classifier(tmp_path / name, base, "bert", 2, seed=i) for i, name in enumerate(("first", "second"))]
+    wrapped = over("AutoModelForSequenceClassification", base, folders[0], num_labels=2)[1]()
+    with torch.no_grad():
+        own = wrapped(**INPUTS).logits
+        plait.load_head(wrapped, folders[0])
+        torch.testing.assert_close(wrapped(**INPUTS).logits, own)  # PEFT had put it in
+        plait.load_head(wrapped, folders[1])
+        swapped = wrapped(**INPUTS).logits
+        hidden = wrapped.base_model.model.bert(**INPUTS).pooler_output
+    head = one_head(folders[1])
+    torch.testing.assert_close(
+        swapped, hidden @ head["classifier.weight"].T + head["classifier.bias"], atol=1e-5, rtol=1e-5
+    )
+    assert not torch.allclose(swapped, own)
+
+
 def test_heads_that_do_not_fit(tmp_path):
     base = saved_base(tmp_path / "base", "bert")
     folder = saved_classifier(tmp_path / "four", base, "bert", 4)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from plait.adapters.head_config import chosen_head, config_values
 from plait.adapters.heads import HeadFacts, num_outputs
@@ -29,8 +30,6 @@ def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> 
         UsageError: The folder has no such head; those that it has are named.
         InputError: The head is of another model, or of another number of outputs.
     """
-    from plait.model.base import load_head as put
-
     adapter = read_adapter(folder)
     name = chosen_head(adapter, task, str(folder))
     wrapped: Any = model
@@ -44,8 +43,24 @@ def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> 
             where=str(folder),
             hint=f"from_pretrained(..., num_labels={outputs})",
         )
-    put(own, head)
+    _put(own, head)
     if config is not None and outputs is not None:
         for key, value in config_values(facts, outputs).items():
             setattr(config, key, value)
     return facts
+
+
+def _put(own: Any, head: Mapping[str, Tensor]) -> None:
+    """Put a head where a classifier runs it: in its own module, or in PEFT's copies of it (`modules_to_save`)."""
+    from plait.model.base import head_modules, load_head
+
+    wrappers = {n: m for n in head_modules(own) if hasattr(m := own.get_submodule(n), "modules_to_save")}
+    adapters = {a for m in wrappers.values() for a in m.modules_to_save}
+    try:
+        for adapter in sorted(adapters) or [None]:
+            for name, wrapper in wrappers.items():
+                setattr(own, name, wrapper.modules_to_save[adapter])
+            load_head(own, head)
+    finally:
+        for name, wrapper in wrappers.items():
+            setattr(own, name, wrapper)
