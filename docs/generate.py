@@ -240,11 +240,11 @@ def _command(path: str, command: Any) -> Iterator[str]:
             if not children[name].hidden:
                 yield from _command(f"{path} {name}", children[name])
     else:
-        about, _, examples = inspect.cleandoc(command.help or "").replace("\b\n", "").partition("Examples")
+        about, examples = inspect.cleandoc(command.help or ""), command.epilog
         usage = " ".join([path, *command.collect_usage_pieces(context)])
         yield f"## {path}\n\n{_plain(about)}\n\n```text\n{usage}\n```\n\n"
         if examples:
-            yield f"```text\n{inspect.cleandoc(examples.lstrip(':'))}\n```\n\n"
+            yield f"```bash\n{examples.strip()}\n```\n\n"
         options = [p for p in command.params if getattr(p, "help", None) and not getattr(p, "hidden", False)]
         if options:
             yield table(("option", "meaning"), ((f"`{', '.join(_names(p))}`", _plain(p.help)) for p in options)) + "\n"
