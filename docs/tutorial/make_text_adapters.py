@@ -14,6 +14,7 @@ tokenizer = AutoTokenizer.from_pretrained(BASE)
 
 
 def train(name, pairs, steps):
+    """Train an adapter on pairs of prompt and answer, and save it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -22,7 +23,9 @@ def train(name, pairs, steps):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     end = tokenizer.eos_token_id
     for step in range(steps):
-        batch = [(tokenizer(p)["input_ids"], [*tokenizer(a)["input_ids"], end]) for p, a in pairs[step * BATCH :][:BATCH]]
+        batch = [
+            (tokenizer(p)["input_ids"], [*tokenizer(a)["input_ids"], end]) for p, a in pairs[step * BATCH :][:BATCH]
+        ]
         width = max(len(prompt) + len(answer) for prompt, answer in batch)
         rest = [width - len(prompt) - len(answer) for prompt, answer in batch]
         inputs = torch.tensor([p + a + [end] * n for (p, a), n in zip(batch, rest, strict=True)])
