@@ -10,6 +10,8 @@ import pytest
 from benchmarks.browser import SCHEMES, WIDTHS, chromium, started
 
 from plait.report.account import account_of
+from plait.report.comparison import compare_runs
+from plait.report.comparison_page import comparison_document
 from plait.report.page import document_of
 from plait.report.render import render_html
 
@@ -59,7 +61,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(study_done, tmp_path_factory):
-    """A page of a small study, and one of eleven tasks with long names and maps: name -> file."""
+    """A page of a small study, one of eleven tasks with maps, and one of two runs: name -> file."""
     folder, account = tmp_path_factory.mktemp("pages"), account_of(study_done)
     names = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "snli", "banking77", "clinc_domain"]
     measured, tasks = next(iter(account.measured.values())), account.tasks
@@ -72,9 +74,10 @@ def pages(study_done, tmp_path_factory):
         },
     )
     files = {}
-    for name, one in {"small": account, "wide": wide}.items():
+    two = comparison_document(compare_runs(study_done.out, study_done.out))
+    for name, document in {"small": document_of(account), "wide": document_of(wide), "two runs": two}.items():
         files[name] = folder / f"{name}.html"
-        files[name].write_text(render_html(document_of(one)), encoding="utf-8")
+        files[name].write_text(render_html(document), encoding="utf-8")
     return files
 
 
@@ -100,9 +103,11 @@ def opened(browser, pages):
         context.close()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["small", "wide"])
+VIEWS = [("small", w, s) for w in WIDTHS for s in SCHEMES] + [("wide", w, s) for w in WIDTHS for s in SCHEMES]
+VIEWS += [("two runs", 400, "dark"), ("two runs", 900, "light")]
+
+
+@pytest.mark.parametrize(("name", "width", "scheme"), VIEWS)
 def test_a_page_fits_its_window_and_says_nothing_to_the_console(opened, name, width, scheme):
     page, said = opened(name, width, scheme)
     assert said == []
@@ -170,11 +175,13 @@ def test_a_table_sorts_at_a_click_and_by_keys(opened):
     assert arms == sorted(arms) and len(set(arms)) == 2
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", [400, 1400])
-def test_axe_has_nothing_serious_to_say(opened, width, scheme):
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [("wide", 400, "dark"), ("wide", 1400, "light"), ("wide", 1400, "dark"), ("two runs", 900, "light")],
+)
+def test_axe_has_nothing_serious_to_say(opened, name, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    page, _ = opened("wide", width, scheme)
+    page, _ = opened(name, width, scheme)
     found = axe.run(page).response["violations"]
     assert [
         f"{v['impact']}: {v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")

@@ -32,7 +32,8 @@ plait cp studies/glue8-mpnet .""",
 plait ls merges
 plait ls recipes""",
     "report": """
-plait report my-run""",
+plait report my-run
+plait report my-run quick --to side-by-side""",
     "stats": r"""
 # what a task feeds into the base's layers, from 100 of its rows
 plait stats --base base --task reviews --train-file reviews.csv \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from plait.cli.execution import ExecutorName, Scorers, Workers, execute
 from plait.cli.options import Json, Out, Overwrite, Quiet, RecipeArg, Set
 from plait.cli.output import emit, table
+from plait.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -112,12 +114,33 @@ def list_names(
     emit(found, as_json, "\n\n".join(blocks))
 
 
-def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], as_json: Json = False) -> None:
-    """Write the report of a run again from its scores."""
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="The folder of a run; two folders: one against the other.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the page about two runs.")] = Path("plait-comparison"),
+    as_json: Json = False,
+) -> None:
+    """Write the report of a run again from its scores, or compare two runs: comparison.html, comparison.md, comparison.json."""
     from plait.report.line import report_again
 
-    found = report_again(folder)
-    emit(found, as_json, result_text(found))
+    if len(folders) == 1:
+        found = report_again(folders[0])
+        emit(found, as_json, result_text(found))
+        return
+    if len(folders) > 2:
+        raise UsageError(f"{len(folders)} runs given", hint="one, or two to compare: plait report A B")
+    from plait.report.comparison_page import verdict_on, write_comparison
+
+    compared, paths = write_comparison(folders[0], folders[1], to)
+    verdict = verdict_on(compared)
+    rows = [
+        [c.arm, c.merge, f"{c.first:.1f}", f"{c.second:.1f}", f"{c.difference:+.1f}",
+         f"{c.interval[0]:+.1f} to {c.interval[1]:+.1f}" if c.interval else ""]
+        for c in compared.changes
+    ]  # fmt: skip
+    shown = table(["arm", "merge", "A", "B", "B - A", "95 % interval"], rows, text_columns=2)
+    text = verdict.text.replace("**", "").replace("`", "")
+    names = f"A  {folders[0]}\nB  {folders[1]}"
+    emit({**asdict(compared), "paths": paths}, as_json, f"{names}\n\n{text}\n\n{shown}\n\nreport   {paths['html']}")
 
 
 def read(recipe: Path, sets: list[str] | None) -> Any:

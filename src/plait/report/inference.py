@@ -96,16 +96,20 @@ class Resampled:
         return weighted
 
 
-def resample(layout: Layout, wanted: Mapping[tuple[str, str], Mapping[str, str]], count: int) -> Resampled:
-    """Draw seeds, tasks and examples with replacement.
+def resample(
+    layout: Layout, wanted: Mapping[tuple[str, str], Mapping[str, str]], count: int, *, stream: int = 0
+) -> Resampled:
+    """Draw seeds, tasks and examples with replacement: the same ones for two runs of the same rows, seeds and split.
 
     Args:
         layout: Layout of a finished run.
         wanted: (arm, label) -> half -> merge.
         count: Number of resamples.
+        stream: Number of the stream of draws; another one is independent.
     """
     recipe, answers = layout.recipe, KeptAnswers(layout)
-    generator = np.random.default_rng(recipe.evaluation.split_seed)
+    split = recipe.evaluation.split_seed
+    generator = np.random.default_rng([split, stream] if stream else split)
     tasks, seeds = list(layout.tasks), recipe.seeds
     weights = {(t, h): _drawn(generator, len(r), count) for t in tasks for h, r in answers.parts[t].halves.items()}
 
