@@ -63,6 +63,20 @@ def test_adamerging_without_steps_is_task_arithmetic():
         torch.testing.assert_close(f.delta(), other.adapter.modules[m].delta())
 
 
+@pytest.mark.parametrize("clamp", [True, False])
+def test_adamerging_uses_weights_between_0_and_1_as_the_authors_do(clamp):
+    """At this rate they leave it: clamped they are used at its ends."""
+    net = Net()
+    done = adamerging(
+        adapters(), net, lambda t, b: net.heads[t](net(b["x"])), batches(), learning_rate=0.2, steps=30, clamp=clamp
+    )
+    learnt = torch.tensor([list(w.values()) for w in done.record.options["weights"].values()])
+    outside = bool(((learnt < 0) | (learnt > 1)).any())
+    assert outside != clamp
+    if clamp:
+        assert bool(((learnt == 0) | (learnt == 1)).any())
+
+
 def test_regmean_pp_is_regmean_in_the_first_block_and_sees_merged_inputs_in_the_second():
     net, data, ads = Net(), batches(), adapters()
     done = regmean_pp(ads, net, lambda t, b: net(b["x"]), data)

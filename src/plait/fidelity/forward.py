@@ -41,7 +41,12 @@ def _regmean_pp(*, alpha: Fraction = 0.9, normalised: bool = True) -> None: ...
 
 
 def _adamerging(
-    *, init: float = 0.3, learning_rate: Positive = 1e-3, steps: Annotated[int, Range(0)] = 500, layerwise: bool = True
+    *,
+    init: float = 0.3,
+    learning_rate: Positive = 1e-3,
+    steps: Annotated[int, Range(0)] = 500,
+    layerwise: bool = True,
+    clamp: bool = True,
 ) -> None: ...
 
 

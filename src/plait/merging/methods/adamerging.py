@@ -32,6 +32,7 @@ def adamerging(
     learning_rate: float = 1e-3,
     steps: int = 500,
     layerwise: bool = True,
+    clamp: bool = True,
     base: str | None = None,
     name: str = "merged",
 ) -> Merged:
@@ -49,6 +50,8 @@ def adamerging(
         learning_rate: Of Adam.
         steps: How many.
         layerwise: One weight per task and module; else one per task.
+        clamp: Use every weight cut to [0, 1] in each pass, as the authors' code does and the paper does not say; one that has left
+            it no longer moves.
         base: Base id of the result where the adapters name one base by different names.
         name: Of the result.
 
@@ -71,12 +74,18 @@ def adamerging(
     modules = modules_named(model, list(plan.common.modules))
     shape = (len(tasks), len(modules) if layerwise else 1)
     weights = torch.full(shape, init, dtype=torch.float32, requires_grad=True)
-    losses = _descend(plan, modules, weights, forward, {t: cycle(batches[t]) for t in tasks}, learning_rate, steps)
-    final = weights.detach().expand(len(tasks), len(modules))
+
+    def used() -> Tensor:
+        return weights.clamp(0.0, 1.0) if clamp else weights
+
+    losses = _descend(
+        plan, modules, weights, used, forward, {t: cycle(batches[t]) for t in tasks}, learning_rate, steps
+    )
+    final = used().detach().expand(len(tasks), len(modules))
     merged: dict[str, LoraFactors] = {}
     for i, module in enumerate(plan.common.modules):
         merged[module] = plan.view(module).combination(final[:, i].tolist())
-    options = {"init": init, "learning_rate": learning_rate, "steps": steps, "layerwise": layerwise}
+    options = {"init": init, "learning_rate": learning_rate, "steps": steps, "layerwise": layerwise, "clamp": clamp}
     learnt = {t: dict(zip(plan.common.modules, final[k].tolist(), strict=True)) for k, t in enumerate(tasks)}
     record = replace(
         plan.record(merged, dict.fromkeys(merged, 0.0)),
@@ -92,13 +101,14 @@ def _descend(
     plan: Plan,
     modules: Mapping[str, nn.Module],
     weights: Tensor,
+    used: Callable[[], Tensor],
     forward: Callable[[str, Batch], Tensor],
     batches: Mapping[str, Iterator[Batch]],
     learning_rate: float,
     steps: int,
 ) -> list[float]:
     optimiser = torch.optim.Adam([weights], lr=learning_rate)
-    changes = _weighted(plan, list(modules), weights)
+    changes = _weighted(plan, list(modules), used)
     losses: list[float] = []
     for _ in range(steps):
         loss: Any = 0.0
@@ -115,7 +125,7 @@ def _descend(
     return losses
 
 
-def _weighted(plan: Plan, modules: Sequence[str], weights: Tensor) -> dict[str, Change]:
+def _weighted(plan: Plan, modules: Sequence[str], used: Callable[[], Tensor]) -> dict[str, Change]:
     """Add sum_t l_t B_t (A_t x) for every module, differentiable in the weights."""
 
     def change(module: str, column: int) -> Change:
@@ -124,9 +134,9 @@ def _weighted(plan: Plan, modules: Sequence[str], weights: Tensor) -> dict[str, 
         owner = torch.repeat_interleave(torch.arange(len(x.tasks)), torch.tensor(x.ranks, dtype=torch.int64))
 
         def add(h: Tensor, output: Tensor) -> Tensor:
-            scaled = (h.to(A.dtype) @ A.T) * weights[:, column][owner]
+            scaled = (h.to(A.dtype) @ A.T) * used()[:, column][owner]
             return output + (scaled @ B.T).to(h.dtype)
 
         return add
 
-    return {m: change(m, i if weights.shape[1] > 1 else 0) for i, m in enumerate(modules)}
+    return {m: change(m, i if used().shape[1] > 1 else 0) for i, m in enumerate(modules)}

@@ -41,7 +41,8 @@ def dare_ties(
         agreeing: Whether those that agree are averaged or added up.
 
     Source: Yu et al., ICML 2024, section 4.2, with Yadav et al. (arXiv:2306.01708) for the merge.
-    **Deviates**: masks as in `dare_linear`.
+    **Deviates**: masks as in `dare_linear`. The authors' code still trims to the largest fifth after the masks; this is mergekit's form,
+    in which the mask takes the place of the trim.
     """
     drop = kept_at_random(x, density)
     return in_space(x, lambda parts, place: signed_mean(drop(parts, place), x.weights, agreeing), space)

@@ -15,6 +15,8 @@ def shrink_shared_directions(x: MergeInputs) -> MergeInputs:
     is split between A and B.
 
     Cost: a thin QR per task, one SVD of the stacked B's core.
+    **Deviates**: the authors take B as it is, so that their result depends on the split; and they restore either each task's norm
+    (their tool for folders) or the merge's (their API): here both.
     """
     turned = [torch.linalg.qr(a.double().T) for a in x.A]
     A, B = [q.T for q, _ in turned], [b.double() @ r.T for b, (_, r) in zip(x.B, turned, strict=True)]

@@ -46,7 +46,8 @@ def regmean(x: MergeInputs, *, alpha: Fraction = 0.9, normalised: bool = True) -
     Cost: R d^2 per task, one Cholesky factorisation of (d, d), R solves.
     Source: Jin et al., ICLR 2023, equation 2 and section 3.2.
     **Deviates**: the moments are usually those of the base model's activations (one file serves every method here);
-    the paper uses each fine-tuned model's, which can be collected and passed instead. The paper does not normalise.
+    the paper uses each fine-tuned model's, which can be collected and passed instead. The paper does not normalise, and has no ridge: here
+    1e-6 of each task's mean diagonal (1e-4 at alpha = 1) stands in numerator and denominator alike, 1e-5 of the result.
     """
     weights = importances(x.weights)
     present = [t for t, rank in enumerate(x.ranks) if rank and weights[t] != 0.0]
