@@ -93,6 +93,7 @@ class AutoChoice(NamedTuple):
     general: str | None
     refine: int
     fit: bool
+    heads: bool
     repair: int
     length: int
     rank: int | None
@@ -118,6 +119,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     settings = AutoSettings(
         refine=chosen.refine,
         fit=chosen.fit,
+        heads=chosen.heads,
         repair=chosen.repair,
         rank=chosen.rank,
         max_length=chosen.length,
@@ -189,6 +191,8 @@ def auto_text(written: Written[AutoRecord]) -> str:
         lines.append(f"weights per adapter and module learnt: {before:.3f} -> {after:.3f} on held-out texts")
     if repair:
         lines.append(f"repaired in {repair.steps} steps: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}")
+    if followed := [h.task for h in record.heads if h.kept]:
+        lines.append(f"heads that follow the merge, closer on held-out texts: {', '.join(followed)}")
     if record.discarded_energy:
         lines.append(f"the cut to rank {record.rank} lost {100 * record.discarded_energy:.2f} % of the update's energy")
     if record.rounding_error is not None:

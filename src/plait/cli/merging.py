@@ -54,11 +54,12 @@ Refine = Annotated[int, typer.Option("--refine", min=0, help="auto: steps of lea
 FitOption = Annotated[
     bool, typer.Option("--fit/--no-fit", help="auto: fit the merge to the adapters' outputs, layer by layer.")
 ]
+Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="auto: fit the classifiers' last layers to the merge.")]
 Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
-_ONLY_AUTO = ("text", "general", "refine", "fit", "repair", "length")
+_ONLY_AUTO = ("text", "general", "refine", "fit", "heads", "repair", "length")
 _FORWARD = ("featcal", "regmean_pp", "adamerging")
 _OF_FORWARD = {"quiet", "method", "sets", "weights", "text", "length", "out", "base", "dtype", "overwrite"}
 _AUTO = {*_ONLY_AUTO, "quiet", "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
@@ -88,7 +89,8 @@ def merge(
     dtype: Dtype = "keep",
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="They share no module, and that is meant.")] = False,
-    text: Text = None, general: General = None, refine: Refine = 100, fit: FitOption = True, repair: Repair = 0, length: Length = 128,
+    text: Text = None, general: General = None, refine: Refine = 100, fit: FitOption = True, heads: Heads = True,
+    repair: Repair = 0, length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -107,7 +109,7 @@ def merge(
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(
-            text, general, refine, fit, repair, length, rank, base, dtype, device, seed, overwrite, quiet
+            text, general, refine, fit, heads, repair, length, rank, base, dtype, device, seed, overwrite, quiet
         )
         existing.auto(folders[1:], out, chosen, as_json)
         return

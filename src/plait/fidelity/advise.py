@@ -11,6 +11,7 @@ from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
+from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
@@ -188,7 +189,8 @@ def _measured(
     seen = panel.with_texts(most)
     few = min(map(len, rest.values())) == 0
     judged = panel if few else panel.with_texts(rest)
-    auto = AutoSettings(refine=settings.refine, max_length=settings.max_length, seed=settings.seed)
+    # Heads follow each arm by itself, below: after its cut and its repair.
+    auto = AutoSettings(refine=settings.refine, heads=False, max_length=settings.max_length, seed=settings.seed)
     merged = merge_auto(
         adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, on_progress=on_progress
     )
@@ -201,6 +203,7 @@ def _measured(
             seen, _at_rank(merged.adapter, r), settings.repair, settings.seed
         )
         arms[f"merged and repaired, rank {R}"], _ = repaired(seen, merged.adapter, settings.repair, settings.seed)
+    arms = {name: with_heads(seen, a)[0] for name, a in arms.items()}
     singles = {f"{a.name} alone": a for a in adapters}
     scored = fidelities(judged, [(a, 1.0) for a in (*arms.values(), *singles.values())])
     named = dict(zip((*arms, *singles), scored, strict=True))

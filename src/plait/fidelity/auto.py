@@ -11,6 +11,7 @@ from plait.errors import UsageError
 from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.choose import Choice, choose
 from plait.fidelity.factors_only import choose_by_factors
+from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kin, kinship, other_base
 from plait.fidelity.panel import Panel, parts_of
@@ -35,6 +36,7 @@ class AutoSettings:
         refine: Steps in which the winner's weights per adapter and module are learnt from the texts; 0 for none.
         fit: Whether the winner is also fitted to the adapters' outputs on the texts, front to back.
         repair: Steps in which the winner's factors are distilled on the texts, after the cut to rank; 0 for none.
+        heads: Whether the last layer of every classifier's head is fitted to the merged model, where that is closer.
         rank: Cut the result to this rank.
         max_length: Tokens a text.
         batch_size: Texts a pass, where a model is asked alone.
@@ -46,6 +48,7 @@ class AutoSettings:
     refine: int = 100
     fit: bool = True
     repair: int = 0
+    heads: bool = True
     rank: int | None = None
     max_length: int = 128
     batch_size: int = 32
@@ -147,6 +150,10 @@ def merge_auto(
         on_progress(f"repair, {chosen.repair} steps")
         adapter, done = repaired(panel, merged.adapter, chosen.repair, chosen.seed)
         merged = AutoMerge(adapter, None, replace(merged.record, repair=done))
+    if chosen.heads:
+        on_progress("heads")
+        adapter, heads = with_heads(panel, merged.adapter)
+        merged = AutoMerge(adapter, None, replace(merged.record, heads=heads))
     return replace(_measured(merged, panel), akin=tuple(akin))
 
 

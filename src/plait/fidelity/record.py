@@ -130,6 +130,24 @@ class Repair:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRefit:
+    """A head's last layer fitted to the merged model.
+
+    Args:
+        task: Name of the head.
+        before, after: KL from the adapter's answers on the texts held out, with the head as it was and fitted.
+        kept: Whether the fitted one is closer, and so was taken.
+        strength: How strongly it was held where it was.
+    """
+
+    task: str
+    before: float
+    after: float
+    kept: bool
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
 class AutoRecord:
     """How a merge was chosen.
 
@@ -146,6 +164,7 @@ class AutoRecord:
         evidence: Everything that was tried, best first.
         fidelity: Fidelity of the result on all texts; None without texts.
         repair: What a repair did, where one was asked for.
+        heads: What fitting the heads did; () where none were fitted.
         rank: The largest rank of a merged module.
         verification_error: Largest relative difference of the written adapter from the chosen one.
         loss: What a cut to a rank took.
@@ -165,6 +184,7 @@ class AutoRecord:
     evidence: tuple[Evidence, ...] = nested(Evidence, ())
     fidelity: FidelityRecord | None = nested(FidelityRecord, None)
     repair: Repair | None = optional(kind=Repair)
+    heads: tuple[HeadRefit, ...] = optional((), kind=HeadRefit)
     rank: int = 0
     verification_error: float | None = optional()
     loss: Loss = inline(Loss)

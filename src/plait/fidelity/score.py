@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from plait.adapters.lora import Adapter
 from plait.evaluation.evaluate import Logits
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.fidelity.measure import Fidelity, TaskFidelity, closeness, task_fidelity
@@ -67,7 +68,12 @@ def _classified(panel: Panel, part: Part, merges: Sequence[Active]) -> list[Task
 def outputs(panel: Panel, part: Part, active: Sequence[Active]) -> list[Logits]:
     """Logits of a headed part's own texts, (n, classes) for each."""
     panel.model(part)
-    return predict_many(panel.evaluator, part.name, [Candidate(part.head, a, s) for a, s in active])
+    return predict_many(panel.evaluator, part.name, [_worn(part, a, s) for a, s in active])
+
+
+def _worn(part: Part, adapter: Adapter | None, scale: float) -> Candidate:
+    """An adapter with its own head of that task, where it carries one; else with the part's."""
+    return Candidate(part.head if adapter is None else adapter.heads.get(part.name, part.head), adapter, scale)
 
 
 def _general(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.float64]:
@@ -76,6 +82,6 @@ def _general(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.float64]:
     evaluator = panel.general_evaluator()
     for part in panel.parts:
         panel.model(part)
-        bare, *merged = predict_many(evaluator, part.name, [Candidate(part.head, a, s) for a, s in (_BARE, *merges)])
+        bare, *merged = predict_many(evaluator, part.name, [_worn(part, a, s) for a, s in (_BARE, *merges)])
         totals += [closeness(part.task.kind, bare, f).kl for f in merged]
     return totals / len(panel.parts)

@@ -1,0 +1,213 @@
+"""What fitting a chosen merge front to back adds, and heads that follow it, step by step; without labels.
+
+    python benchmarks/fitted.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 8,9 --out docs/results
+
+`--adapters` holds seed-S/TASK folders as `plait run` writes them. Everything is chosen on --texts training texts of each task without
+their labels; the shares of what the adapters gain are of validation rows that nothing else reads. A seed that
+--out/existing-fitted.json already holds is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from existing import GLUE, Judge, task_of
+
+from plait.adapters.lora import Adapter, truncated
+from plait.adapters.peft_format import read_adapter
+from plait.border.records import to_json
+from plait.disk.store import versions
+from plait.fidelity.choose import HELD_OUT, choose, refined_weights
+from plait.fidelity.fitting import best_fit, fitted
+from plait.fidelity.heads import refit_heads
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.repair import repaired
+from plait.fidelity.score import fidelities
+from plait.merging import merge
+from plait.model.base import BaseModel
+from plait.tasks import load_examples
+
+STEPS = (
+    ("no text", "TSV-M at its default scale"),
+    ("chosen", "`merge auto --refine 0 --no-fit --no-heads`"),
+    ("weights learnt", "`merge auto --no-fit --no-heads`"),
+    ("fitted", "`merge auto --no-heads`"),
+    ("fitted, heads", "`merge auto`"),
+    ("chosen, heads", "`merge auto --refine 0 --no-fit`"),
+    ("repaired", "`merge auto --no-fit --no-heads --repair 100`"),
+    ("fitted, repaired", "`merge auto --no-heads --repair 100`"),
+    ("fitted, repaired, heads", "`merge auto --repair 100`"),
+    (
+        "fitted at the adapters' rank",
+        "`merge auto --no-heads --rank R` (cut in the metric of the inputs, layer by layer)",
+    ),
+    ("fitted, cut to the adapters' rank", "the same, cut afterwards by its weights"),
+)
+
+
+class Clock:
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, function: Callable[[], Any]) -> Any:
+        """Call it, and note how long that took."""
+        started = time.perf_counter()
+        result = function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        print(f"  {name} {self.seconds[name]:.1f} s", flush=True)
+        return result
+
+
+def steps_of(panel: Panel, adapters: list[Adapter]) -> tuple[dict[str, Adapter], dict[str, Any]]:
+    """Make every step's merge; and what was chosen on the way."""
+    clock = Clock()
+    arms = {"no text": merge(adapters, "tsv", verify=False).adapter}
+    choice = clock.timed("chosen", lambda: choose(panel, adapters, refine=0, fit=False))
+    plain = learnt = best = choice.adapter
+    refined, _, held = clock.timed("weights learnt", lambda: refined_weights(panel, adapters, choice.scored[0], 100, 0))
+    fit, held["fitted"] = clock.timed("fits tried", lambda: best_fit(panel, adapters, plain, HELD_OUT))
+    if held["refined"] > held["chosen"]:
+        learnt = best = refined
+    if kept := held["fitted"] > max(held["refined"], held["chosen"]):
+        best = clock.timed("fitted", lambda: fitted(panel, adapters, plain, fit))
+    arms |= {"chosen": plain, "weights learnt": learnt, "fitted": best}
+    arms["repaired"], _ = clock.timed("repaired", lambda: repaired(panel, learnt, 100))
+    arms["fitted, repaired"], repair = clock.timed("fitted, repaired", lambda: repaired(panel, best, 100))
+    refits = {}
+    for name in ("chosen", "fitted", "fitted, repaired"):
+        arms[f"{name}, heads"], refits[name] = clock.timed(
+            f"{name}, heads", lambda n=name: refit_heads(panel, arms[n], HELD_OUT)
+        )
+    rank = max(a.rank for a in adapters)
+    if kept:
+        arms["fitted at the adapters' rank"] = clock.timed(
+            "fitted at the adapters' rank", lambda: fitted(panel, adapters, plain, fit, rank=rank)
+        )
+    shorter = {m: truncated(f, rank)[0] for m, f in best.modules.items()}
+    arms["fitted, cut to the adapters' rank"] = replace(best, modules=shorter)
+    facts = {
+        "chosen": [choice.recipe.label, choice.scale],
+        "fit": asdict(fit) if kept else None,
+        "held_out": held,
+        "repair": to_json(repair),
+        "heads": {name: [to_json(r) for r in rows] for name, rows in refits.items()},
+        "fidelity": dict(
+            zip(arms, (f.score for f in fidelities(panel, [(a, 1.0) for a in arms.values()])), strict=True)
+        ),
+        "seconds": clock.seconds,
+    }
+    return arms, facts
+
+
+def judged(judge: Judge, arms: Mapping[str, Adapter]) -> dict[str, Any]:
+    """Recovered shares and scores by task, on validation rows; every merge with its own heads."""
+    alone = {p.name: (p.adapter, 1.0) for p in judge.panel.parts}
+    scores = judge.scores([alone, (None, 1.0), *((a, 1.0) for a in arms.values())]).mean(1)
+    top, floor = scores[0].mean(), scores[1].mean()
+    names = [p.name for p in judge.panel.parts]
+    rows = {
+        name: {
+            "recovered": float((scores[i].mean() - floor) / (top - floor)),
+            "tasks": dict(zip(names, scores[i].round(2).tolist(), strict=True)),
+        }
+        for i, name in enumerate(arms, 2)
+    }
+    return {"alone": float(top), "floor": float(floor), "rows": rows}
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Tell the steps, each with what it adds."""
+    seeds = report["seeds"]
+    lines = [
+        "# A merge fitted front to back, and heads that follow it",
+        "",
+        *report["about"],
+        "",
+        f"`python benchmarks/fitted.py` ({report['device']}, torch {report['versions']['torch']}); shares of what each task's own "
+        f"adapter gains over the floor, of means over tasks, on up to {report['settings']['rows']} rows of each half of the validation "
+        f"sets. Nothing was chosen on these seeds, and no label is read by any step ({report['settings']['texts']} texts of each task).",
+        "",
+        "| step | command | " + " | ".join(f"seed {s}" for s in seeds) + " | mean | seconds |",
+        "|---|---|" + "---|" * (len(seeds) + 2),
+    ]
+    for name, command in STEPS:
+        shares = [s["rows"][name]["recovered"] for s in seeds.values() if name in s["rows"]]
+        if len(shares) == len(seeds):
+            seconds = np.mean([s["seconds"].get(name, float("nan")) for s in seeds.values()])
+            cells = " | ".join(f"{v:.3f}" for v in shares)
+            lines.append(
+                f"| {name} | {command} | {cells} | **{np.mean(shares):.3f}** | {'' if np.isnan(seconds) else f'{seconds:.0f}'} |"
+            )
+    lines += [
+        "",
+        "| seed | chosen | fit (pull, reach, scale) | held out: chosen, refined, fitted |",
+        "|---|---|---|---|",
+    ]
+    for seed, s in seeds.items():
+        fit = ", ".join(f"{v:g}" for v in (s["fit"] or {}).values()) or "not kept"
+        held = ", ".join(f"{s['held_out'][k]:.3f}" for k in ("chosen", "refined", "fitted"))
+        lines.append(f"| {seed} | {s['chosen'][0]} at {s['chosen'][1]:.3g} | {fit} | {held} |")
+    return "\n".join([*lines, "", *report["after"], ""])
+
+
+def parsed() -> argparse.Namespace:
+    """The arguments."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("base", "data", "adapters", "out", "seeds"):
+        p.add_argument(f"--{name}", required=True)
+    p.add_argument("--tasks", default=GLUE)
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--texts", type=int, default=100)
+    p.add_argument("--rows", type=int, default=1000)
+    return p.parse_args()
+
+
+def measured(base: BaseModel, a: argparse.Namespace, seed: str, tasks: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Everything about one seed."""
+    root = Path(a.data).absolute()
+    adapters = [read_adapter(Path(a.adapters) / f"seed-{seed}" / n, name=n) for n in names]
+    texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + int(seed)).texts for n in names}
+    validation = {n: load_examples(tasks[n], "validation", root=root) for n in names}
+    panel = Panel(base, parts_of(adapters), texts)
+    arms, facts = steps_of(panel, adapters)
+    return {**judged(Judge(panel, tasks, validation, a.rows), arms), **facts}
+
+
+def main() -> None:
+    """Measure the seeds that are missing, and write the page."""
+    a = parsed()
+    base, names = BaseModel(a.base, dtype=a.dtype, device=a.device), a.tasks.split(",")
+    tasks = {n: task_of(n, Path(a.data).absolute()) for n in names}
+    out = Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "existing-fitted.json"
+    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"about": [], "after": [], "seeds": {}}
+    settings = {"tasks": a.tasks, "texts": a.texts, "rows": a.rows, "dtype": a.dtype, "base": Path(a.base).name}
+    if report.get("settings", settings) != settings:
+        raise SystemExit(f"{file} holds results of other settings; choose another --out")
+    for seed in a.seeds.split(","):
+        if seed not in report["seeds"]:
+            print(f"seed {seed}", flush=True)
+            report["seeds"][seed] = measured(base, a, seed, tasks, names)
+            device = torch.cuda.get_device_name() if base.torch_device.type == "cuda" else "CPU"
+            report |= {"settings": settings, "device": device, "versions": versions()}
+            file.write_text(json.dumps(report, indent=1) + "\n")
+    (out / "existing-fitted.md").write_text(page(report))
+    print(page(report))
+
+
+if __name__ == "__main__":
+    main()
