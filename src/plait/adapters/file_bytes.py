@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from plait.adapters.arrays import Array, all_finite, stored_array
 from plait.adapters.hashing import PIECE, Digest, Hashing, Pieces
 from plait.adapters.header import ADVICE, read_header
-from plait.adapters.memory import available_memory, own_block
+from plait.adapters.memory import available_memory, let_go, own_block
 from plait.disk.files import require_regular
 from plait.errors import EnvironmentFault, InputError
 
@@ -82,12 +82,14 @@ def begin_arrays(
     """
     found = begin_bytes(path, hashing, check)
     order = sorted(found.entries.items(), key=lambda item: item[1]["data_offsets"])
-    arrays = {
-        name: stored_array(found.buffer, found.start + entry["data_offsets"][0], entry["dtype"], entry["shape"])
-        for name, entry in order
-    }
-    if finite and (bad := next((n for n, a in arrays.items() if not all_finite(a)), None)):
-        raise InputError(f"tensor {bad!r} holds NaN or infinity", where=str(path))
+    arrays: dict[str, Array] = {}
+    for name, entry in order:
+        place = found.start + entry["data_offsets"][0]
+        array = arrays[name] = stored_array(found.buffer, place, entry["dtype"], entry["shape"])
+        if finite and not all_finite(array):
+            raise InputError(f"tensor {name!r} holds NaN or infinity", where=str(path))
+        if finite and hashing is None:  # what is mapped need not stay in memory until it is asked for
+            let_go(array)
     return arrays, found.metadata, found.digest
 
 

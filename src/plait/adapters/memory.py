@@ -14,12 +14,13 @@ from plait.adapters.arrays import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HUGE = 1 << 21
+_HUGE, _MANY = 1 << 21, 8  # bytes of a huge page; how many of them make one more little
 
 
 def own_block(size: int) -> mmap.mmap:
     """Bytes mapped for themselves, that many or a few more: a block given back to malloc has it keep all later ones of that size."""
-    whole = -(-size // _HUGE) * _HUGE if size > _HUGE // 2 else max(1, size)  # no rest of hundreds of small pages
+    # No rest of hundreds of small pages, where a huge one more is little.
+    whole = -(-size // _HUGE) * _HUGE if size > _MANY * _HUGE else max(1, size)
     block = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; the faults of small pages cost as much as the copying
         block.madvise(mmap.MADV_HUGEPAGE)

@@ -17,6 +17,7 @@ from plait.adapters.file_bytes import Check as Check
 from plait.adapters.file_bytes import begin_bytes
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.header import ADVICE, TORCH_NAMES, read_header
+from plait.adapters.memory import let_go
 from plait.border.checked import shown
 from plait.disk.store import require_regular
 from plait.errors import InputError
@@ -58,6 +59,8 @@ def begin_tensors(
     tensors = _views(data, found.entries, path)
     if finite:
         _require_finite(data, tensors, path)
+        if hashing is None:  # what is mapped need not stay in memory until it is asked for
+            let_go(data)
     return tensors, found.metadata, found.digest
 
 

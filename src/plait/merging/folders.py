@@ -231,7 +231,7 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
     start = time.perf_counter()
     written = begin_adapter(stage, None, name="written")()  # it is hashed beside this
     verify_carried(plan.common.carried, written)
-    error = result["verification_error"] = plan.verification_error(written.modules)
+    error = result["verification_error"] = plan.verification_error(written.modules, mapped=True)
     require_verified(error, plan.method.name)
     return time.perf_counter() - start
 

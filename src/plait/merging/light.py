@@ -146,9 +146,10 @@ def _shape(terms: Terms, module: str, dtype: str) -> LoraFactors:
 
 def _parts(terms: Terms, module: str) -> Sequence[Part]:
     """What is added up in a module; a zero of rank 1 where nothing is."""
+    if parts := terms.parts(module):
+        return parts
     (out, width), kind = terms.common.modules[module]
-    zero = LoraFactors(zeros((1, width)), zeros((out, 1)), 1.0, kind)  # type: ignore[arg-type]
-    return terms.parts(module) or [(1.0, zero)]
+    return [(1.0, LoraFactors(zeros((1, width)), zeros((out, 1)), 1.0, kind))]  # type: ignore[arg-type]
 
 
 def _sum_to(terms: Terms, put: Callable[[str, LoraFactors], None], took: Rounding) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from plait.adapters.lora import EXPERT, LoraFactors, concatenated, truncated, zero_factors
-from plait.adapters.memory import give_back
+from plait.adapters.memory import give_back, let_go
 from plait.adapters.tensors import all_finite
 from plait.errors import RunError, UsageError
 from plait.merging.align import assembled
@@ -112,8 +112,13 @@ class Plan(Terms):
             self.method.ahead(self.view(next(iter(self.common.modules))), self.options)
             give_back()  # what a pass over the whole model needed, before the modules need theirs
 
-    def verification_error(self, modules: Mapping[str, LoraFactors]) -> float:
-        """Compare a result, wherever it was read from, with the inputs; see `verify`."""
+    def verification_error(self, modules: Mapping[str, LoraFactors], *, mapped: bool = False) -> float:
+        """Compare a result, wherever it was read from, with the inputs; see `verify`.
+
+        Args:
+            modules: The result.
+            mapped: Whether it lies in a mapped file, and nothing reads it after this: then a module's pages are given back.
+        """
         combination = None if self.calibration else self.method.combination
         summed = combination is not None
         if not summed:
@@ -126,7 +131,10 @@ class Plan(Terms):
 
         def error(m: str) -> float:
             if summed and (parts := self.parts(m)) and modules[m].rank >= sum(f.rank for _, f in parts):
-                return sum_error(parts, modules[m], probes[modules[m].shape[1]])
+                found = sum_error(parts, modules[m], probes[modules[m].shape[1]])
+                if mapped:
+                    let_go(modules[m].A, modules[m].B)
+                return found
             x = self.view(m)
             right = combination(self.weights_in(m)) if combination else wanted
             return projection_error(x, modules[m], self.scale, right, self.calibration is not None)
