@@ -112,6 +112,15 @@ def test_bfloat16_says_what_rounding_took(tmp_path):
 
     parts = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
     assert {v.dtype for v in parts.values()} == {torch.bfloat16}
+    before = {k: v for p in base.glob("*.safetensors") for k, v in load_file(p).items()}
+    off = size = 0.0
+    for module, f in read_adapter(adapter).modules.items():
+        name = next(k for k in parts if k.endswith(f"{module}.weight"))
+        exact = before[name].double() + f.delta().double()
+        assert torch.equal(parts[name], exact.to(torch.bfloat16)), "summed in float32, with the bits of float64"
+        off += float((parts[name].double() - exact).square().sum())
+        size += float(f.delta(torch.float64).square().sum())
+    assert done.record.rounding_error == pytest.approx((off / size) ** 0.5, rel=1e-5) and done.seconds_merge > 0
 
 
 def test_a_dense_merge_is_baked_without_a_cut(tmp_path):

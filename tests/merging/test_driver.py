@@ -54,6 +54,17 @@ def test_a_sum_straight_from_the_factors_is_what_its_method_computes(method, ran
     )
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(None, 3), (2, 2), (7, 7), (40, 9)])
+def test_svd_is_cut_to_the_rank_that_is_asked_for(rank, expected):
+    inputs = [adapter(n, i) for i, n in enumerate("abc")]
+    done = merge(inputs, "svd", scale=1.0, rank=rank)
+    assert done.record.rank == expected and done.record.verification_error < 1e-5
+    for module, f in done.adapter.modules.items():
+        U, S, Vt = torch.linalg.svd(sum(a.modules[module].delta(torch.float64) for a in inputs))
+        best = (U[:, :expected] * S[:expected]) @ Vt[:expected]
+        torch.testing.assert_close(f.delta(torch.float64), best, atol=1e-4, rtol=1e-4)
+
+
 def test_a_sum_of_nothing_is_zero():
     done = merge([adapter("a", 0), adapter("b", 1)], weights=[0.0, 0.0], method="task_arithmetic", scale=1.0)
     assert all(f.rank == 1 and not f.delta().any() for f in done.adapter.modules.values())

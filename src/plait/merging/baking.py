@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from plait.adapters.beside import no_matrix
 from plait.adapters.lora import Adapter
@@ -25,22 +24,23 @@ from plait.disk.manifest import CARD
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, standing
-from plait.errors import InputError, RunError
+from plait.errors import InputError
 from plait.merging.bake_sites import Site, deltas_of, is_tied, sites_of
-from plait.merging.dense import row_blocks
+from plait.merging.bake_writing import Added, add_to_file, copied
 from plait.merging.expert_parts import known_names, layout_for
 from plait.merging.outcomes import BakeRecord
 from plait.merging.plan import Plan
 from plait.merging.record import as_given, input_hashes, labels_of
+from plait.merging.workers import side_by_side
 from plait.model.files import INDEX, SINGLE, weight_files
 from plait.model.stored import StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.model.stored_names import compared_copies
-from plait.seeds import seed_of
 
 if TYPE_CHECKING:
     pass
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
+_CPU = torch.device("cpu")
 # Where the output layer goes when it is untied, and what a base of one file is then called: with an index, files may
 # have any name but the one that loaders look for first.
 _OUTPUT_SHARD, _FIRST_SHARD = "model-output.safetensors", "model-base.safetensors"
@@ -67,6 +67,7 @@ def bake(
         InputError: A quantised base, one of other shapes or module names.
         RunError: What was written is not base + delta.
     """
+    begun = time.perf_counter()
     config = require_unquantised(base)
     read = source.adapters if isinstance(source, Plan) else [source]
     require_apart(out, [base, *(str(a.source["path"]) for a in read if a.source.get("path"))])
@@ -77,10 +78,9 @@ def bake(
     sites = sites_of(adapter, deltas, known_names(tensors, layout), config, layout)
     copies = source.common.carried.copies if isinstance(source, Plan) else source.copies
     beside = compared_copies(copies, adapter, tensors, is_tied(config))
-    inputs = {
-        "adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules)),
-        "base": store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)}),
-    }
+    inputs = {"adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules))}
+    if stands := out.exists() or out.is_symlink():  # else the base is hashed while it is copied
+        inputs["base"] = store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)})
     if from_hub := hub_facts(base):
         inputs["hub:base"] = from_hub["hub"]
     if isinstance(source, Plan):
@@ -94,23 +94,25 @@ def bake(
     require_space(out, size + sum(math.prod(t.shape) * t.torch_dtype.itemsize for t in untied))
     result: dict[str, Any] = {}
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        was_untied = _copy(base, stage, sites, config)
-        lost = [_write(site, _target(site, stage)) for site in sites]
-        changed = sum(d for _, d in lost)
+        hashes, was_untied = _copy(base, stage, sites, config)
+        if not stands:
+            wanted["inputs"]["base"] = store.sha256_json(hashes)
+        added = _add(sites, stage, verify=verify)
+        changed = sum(a.size for a in added)
         record = BakeRecord(
             modules=len(deltas),
             dtype=tuple(sorted({s.stored.dtype for s in sites})),
             beside=tuple(beside),
             untied=was_untied,
-            rounding_error=(sum(e for e, _ in lost) / changed) ** 0.5 if changed > 0 else 0.0,
-            verification_error=max((_verify(s, stage) for s in sites), default=0.0) if verify else None,
+            rounding_error=(sum(a.error for a in added) / changed) ** 0.5 if changed > 0 else 0.0,
+            verification_error=max((a.off for a in added), default=0.0) if verify else None,
             labels=labels_of([adapter]) or None,
             base=adapter.base,
             license=license_of(base),
         )
         _write_heads(stage, adapter)
         result |= to_json(record)
-    return Written(_of_merge(record, source), str(out))
+    return Written(_of_merge(record, source), str(out), seconds_merge=time.perf_counter() - begun)
 
 
 def require_low_rank(adapters: Sequence[Adapter], base: Path) -> None:
@@ -150,26 +152,50 @@ def _of_merge(record: BakeRecord, source: Adapter | Plan) -> BakeRecord:
     )
 
 
-def _copy(base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any]) -> bool:
-    """Copy the base's files; where weights are untied, add the output layer in a shard of its own and say so."""
+def _add(sites: Sequence[Site], stage: Path, *, verify: bool) -> list[Added]:
+    """Add every delta to the copy, files side by side; in the order of the sites."""
+    files: dict[Path, list[tuple[int, Site, StoredTensor]]] = {}
+    for place, site in enumerate(sites):
+        target = _target(site, stage)
+        files.setdefault(target.file, []).append((place, site, target))
+    groups = list(files.values())
+    lists = side_by_side(lambda group: add_to_file([(s, t) for _, s, t in group], verify=verify), groups, _CPU)
+    pairs = [
+        (place, a)
+        for group, added in zip(groups, lists, strict=True)
+        for (place, _, _), a in zip(group, added, strict=True)
+    ]
+    return [a for _, a in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _copy(base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
+    """Copy the base's files, side by side; where weights are untied, add the output layer in a shard of its own and say so.
+
+    Returns:
+        File of the base -> its hash; and whether anything was untied.
+    """
     unties = [s for s in sites if s.unties]
-    for inside in _copied(base):
+
+    def one(inside: Path) -> str:
         path = base / inside
         target = stage / (_shard_name(path, base, bool(unties)) if path.suffix == ".safetensors" else inside)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        return copied(path, target)
+
+    files = _copied(base)
+    hashes = {str(inside): digest for inside, digest in zip(files, side_by_side(one, files, _CPU), strict=True)}
     if not unties:
-        return False
+        return hashes, False
     name = next((f"{s.module}.weight" for s in unties if s.is_output), "lm_head.weight")
     embedding = unties[0].stored
     write_tensors(stage / _OUTPUT_SHARD, {name: embedding.read(0, embedding.shape[0])})
-    files = {n: _shard_name(t.file, base, True) for n, t in base_tensors(base).items()} | {name: _OUTPUT_SHARD}
+    homes = {n: _shard_name(t.file, base, True) for n, t in base_tensors(base).items()} | {name: _OUTPUT_SHARD}
     size = sum(p.stat().st_size for p in stage.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
     (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     rewritten = {**config, "tie_word_embeddings": False}
     (stage / "config.json").write_text(json.dumps(rewritten, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return True
+    return hashes, True
 
 
 def _shard_name(path: Path, base: Path, untied: bool) -> str:
@@ -188,15 +214,6 @@ def _copied(base: Path) -> list[Path]:
     return found
 
 
-def _rows(site: Site, stored: StoredTensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, stored rows, delta rows) of a weight as it is stored."""
-    if site.transposed:
-        yield 0, stored.read(0, stored.shape[0]), site.delta.dense().T
-    else:
-        for start, stop in row_blocks(site.delta.shape):
-            yield start, stored.read(start, stop), site.delta.rows(start, stop)
-
-
 def _target(site: Site, stage: Path) -> StoredTensor:
     """The tensor of the copy that takes the delta."""
     if site.is_output:
@@ -204,38 +221,6 @@ def _target(site: Site, stage: Path) -> StoredTensor:
     renamed = stage / _FIRST_SHARD
     file = renamed if renamed.exists() else stage / site.stored.file.name
     return StoredTensor(file, site.stored.shape, site.stored.dtype, site.stored.start)
-
-
-def _write(site: Site, target: StoredTensor) -> tuple[float, float]:
-    """Add the delta to the copy's rows; squared rounding error and squared norm of the delta."""
-    error = size = 0.0
-    for start, stored, delta in _rows(site, target):
-        exact = stored.double() + delta.double()
-        written = exact.to(stored.dtype)
-        if not bool(torch.isfinite(written).all()):
-            raise RunError(f"base + delta overflows {site.stored.dtype}", where=site.tensor)
-        error += float((written.double() - exact).square().sum())
-        size += float(delta.double().square().sum())
-        target.write(start, written)
-    return error, size
-
-
-def _verify(site: Site, stage: Path) -> float:
-    """The relative difference between W' x, read from the written shard, and W x + D x."""
-    target = _target(site, stage)
-    generator = torch.Generator().manual_seed(seed_of("bake", site.tensor))
-    probe = torch.randn(site.stored.shape[1], 2, dtype=torch.float64, generator=generator)
-    found, wanted = [], []
-    for start, base_rows, delta in _rows(site, site.stored):
-        found.append(target.read(start, start + len(base_rows)).double() @ probe)
-        wanted.append(base_rows.double() @ probe + delta.double() @ probe)
-    right = torch.cat(wanted)
-    error = float((torch.cat(found) - right).norm() / right.norm().clamp(min=1e-300))
-    if error > 4 * torch.finfo(site.stored.torch_dtype).eps:
-        raise RunError(
-            f"written weights differ from base + delta by {error:.2g}", where=site.tensor, hint="nothing was kept"
-        )
-    return error
 
 
 def _write_heads(stage: Path, adapter: Adapter) -> None:

@@ -88,6 +88,8 @@ def plan_merge(
     spec = MergeSpec.of(method, settings)
     found = find_method(spec.method or default_method(len(adapters), weighted=spec.is_weighted))
     options = checked_options(found, spec.options)
+    if found.cuts_by and spec.rank is not None and options[found.cuts_by] is None:
+        options[found.cuts_by] = spec.rank
     weights = weights_of(adapters, spec.weights)
     given = tuple(a.name for a in adapters)
     order = found.order_of(given, options)

@@ -42,6 +42,8 @@ class MergeMethod:
             written for factors with any dimensions in front.
         ordered_by: The option that counts from the first adapter to the last, once it is given; "" where there is none. Only
             then is the order of the adapters more than a way to name them (`order_of`).
+        cuts_by: The option that says to which rank the method itself cuts; "" where it does not. Where it is not given, the
+            merge's rank takes its place.
     """
 
     name: str
@@ -55,6 +57,7 @@ class MergeMethod:
     concatenates: bool = False
     stacks: bool = False
     ordered_by: str = ""
+    cuts_by: str = ""
 
     def order_of(self, names: Sequence[str], options: Mapping[str, Any]) -> list[int]:
         """Places of the adapters in the order in which they are merged: that of their names, whatever the order given.
@@ -80,6 +83,7 @@ def merge_method(
     concatenates: bool = False,
     stacks: bool = False,
     ordered_by: str = "",
+    cuts_by: str = "",
 ) -> Callable[[Callable[..., MergedDelta]], Callable[..., MergedDelta]]:
     """Register a function as a merging method; its keyword-only parameters are the options.
 
@@ -92,6 +96,7 @@ def merge_method(
         concatenates: See `MergeMethod`.
         stacks: See `MergeMethod`.
         ordered_by: See `MergeMethod`.
+        cuts_by: See `MergeMethod`.
     """
 
     def register(function: Callable[..., MergedDelta]) -> Callable[..., MergedDelta]:
@@ -100,7 +105,18 @@ def merge_method(
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         options = options_of(function)
         _METHODS[name] = MergeMethod(
-            name, function, paper, tuple(needs), options, doc, combination, ahead, concatenates, stacks, ordered_by
+            name,
+            function,
+            paper,
+            tuple(needs),
+            options,
+            doc,
+            combination,
+            ahead,
+            concatenates,
+            stacks,
+            ordered_by,
+            cuts_by,
         )
         return function
 

@@ -58,13 +58,13 @@ def cat(x: MergeInputs) -> LoraFactors:
     return x.combination(x.weights)
 
 
-@merge_method("svd", combination=as_given)
+@merge_method("svd", combination=as_given, cuts_by="svd_rank")
 def svd(x: MergeInputs, *, svd_rank: Annotated[int, Range(1)] | None = None) -> Truncated:
     """The best approximation of the weighted sum at one adapter's rank, by an SVD in the lossless core.
 
     Args:
         x: The module.
-        svd_rank: Rank kept; by default the largest rank among the inputs, as PEFT has it.
+        svd_rank: Rank kept; by default the merge's rank, where one is asked for, else the largest among the inputs, as PEFT has it.
 
     Cost: QR of both concatenated factors and an SVD of (R, R).
     **Deviates** from PEFT's `svd` in never forming the (out, in) sum; the result is the same to rounding.
