@@ -8,11 +8,9 @@ one is reused; one that differs is an error that shows the difference.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +23,7 @@ from plait.disk.files import read_json as read_json
 from plait.disk.files import require_regular as require_regular
 from plait.disk.files import sha256_file as sha256_file
 from plait.disk.files import sha256_json as sha256_json
+from plait.disk.installed import versions as versions
 from plait.disk.locks import locked, system_errors
 from plait.disk.manifest import CARD, CARD_HASH, require_whole, sealed
 from plait.disk.manifest import MANIFEST as MANIFEST
@@ -34,7 +33,6 @@ from plait.disk.manifest import read_manifest as read_manifest
 from plait.disk.overwriting import require_replaceable, require_replaceable_file
 from plait.errors import Unfinished, UsageError
 from plait.loading import require_loadable
-from plait.version import __version__
 
 _LOADED = (".safetensors", ".gguf")  # files that other programs load
 
@@ -277,26 +275,3 @@ def staged_file(path: Path, *, overwrite: bool = False, ours: Callable[[Path], b
             flush_above(path, made)
         finally:
             stage.unlink(missing_ok=True)
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of plait and of what it computes with, for the record."""
-    installed = _installed()
-    found = {"plait": __version__}
-    for name in ("torch", "transformers", "peft", "safetensors", "numpy"):
-        if name in installed:
-            found[name] = installed[name]
-    return found
-
-
-def _installed() -> dict[str, str]:
-    """Package -> its version, by the names of the folders that installers leave: importing importlib.metadata takes ten times as long."""
-    found: dict[str, str] = {}
-    for place in map(Path, sys.path):
-        with contextlib.suppress(OSError):
-            for entry in (path.name for path in place.iterdir()):
-                name, _, version = entry.removesuffix(".dist-info").partition("-")
-                if entry.endswith(".dist-info") and version:
-                    found.setdefault(name.lower(), version)
-    return found
