@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from plait.cli.plainly import FIRST, MERGES
 from plait.runs.recipe_file import STUDIES, load_yaml, require_known, shipped_recipes
 
 
@@ -32,7 +33,13 @@ def _merges() -> list[dict[str, Any]]:
     from plait.fidelity.forward import METHODS
     from plait.merging import merge_methods
 
-    return _methods({**merge_methods(), **METHODS})
+    known = merge_methods()
+    needs: dict[str, list[str]] = {name: list(m.needs) for name, m in known.items()} | {n: ["texts"] for n in METHODS}
+    rows = _methods({**known, **METHODS})
+    return [
+        {**r, "plainly": MERGES.get(r["name"], r["about"]), "needs": needs[r["name"]], "first": r["name"] in FIRST}
+        for r in rows
+    ]
 
 
 def _subspaces() -> list[dict[str, Any]]:

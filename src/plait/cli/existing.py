@@ -244,7 +244,7 @@ def advice_text(advice: Advice) -> str:
     rows = [
         [o.option, o.memory, o.added_flops, _share(o.kept), _share(o.worst), o.worst_task or ""] for o in advice.options
     ]
-    lines = [table(["option", "memory", "work a token", "kept", "least kept", "of"], rows)]
+    lines = [table(["option", "memory", "work a token", "kept", "least kept", "of adapter"], rows)]
     if len(rows) > 1:
         lines += ["", _ADVICE_WORDS]
     lines += ["", *(f"- {n}" for n in advice.notes)]

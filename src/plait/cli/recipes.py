@@ -104,14 +104,31 @@ def list_names(
     from plait.cli.catalogue import catalogue
 
     found = catalogue(what)
-    blocks = [
-        f"{kind}\n"
-        + "\n".join(
-            f"  {r['name'].ljust(max(20, *(len(x['name']) for x in rows)))} {r['about']}" + _options(r) for r in rows
-        )
-        for kind, rows in found.items()
-    ]
+    blocks = [_merges(rows) if kind == "merges" else f"{kind}\n{_listed(rows)}" for kind, rows in found.items()]
     emit(found, as_json, "\n\n".join(blocks))
+
+
+def _listed(rows: list[dict[str, Any]]) -> str:
+    width = max(20, *(len(r["name"]) for r in rows))
+    return "\n".join(f"  {r['name'].ljust(width)} {r['about']}{_options(r)}" for r in rows)
+
+
+def _merges(rows: list[dict[str, Any]]) -> str:
+    """Merging methods by what they need, in plain words, the one to start with first and marked."""
+    from plait.cli.plainly import FIRST, MERGES, needs_in_words
+
+    order = {name: i for i, name in enumerate(MERGES)}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(needs_in_words(row["needs"]), []).append(row)
+    lines = ["merges (* where to start; options and formulas: plait ls merges --json, docs)"]
+    for heading, members in groups.items():
+        lines += ["", heading]
+        for r in sorted(members, key=lambda r: (not r["first"], order.get(r["name"], len(order)))):
+            mark, options = "*" if r["first"] else " ", ", ".join(r["options"])
+            said = f"{r['plainly']}{f' ({FIRST[name]})' if (name := r['name']) in FIRST else ''}"
+            lines.append(f"{mark} {name.ljust(18)} {said}" + (f"  [{options}]" if options else ""))
+    return "\n".join([*lines, "", "plait merge auto chooses among them by a few texts of each task, without labels."])
 
 
 def report(

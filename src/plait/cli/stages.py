@@ -26,10 +26,12 @@ Own = Annotated[Path, typer.Option("--own", help="Statistics of the adapter's ow
 Others = Annotated[list[Path] | None, typer.Option("--others", help="Statistics of another task; may be repeated.")]
 More = Annotated[list[Path] | None, typer.Argument(help="More statistics of others: --others pool/* works.")]
 Background = Annotated[list[Path] | None, typer.Option("--background", help="Statistics of public text.")]
-Share = Annotated[float, typer.Option("--background-weight", min=0, max=1, help="Its share.")]
+Share = Annotated[
+    float, typer.Option("--background-weight", min=0, max=1, help="Share of the background among the others.")
+]
 Subspace = Annotated[str, typer.Option("--method", "-m", help="See `plait ls subspaces`.")]
 _STATISTICS = (
-    "Of this task and of others; repeat. Then training is penalised for shifting the others' outputs, unless the recipe or "
+    "Statistics of this task and of others; repeat. Training is then penalised for shifting the others' outputs, unless the recipe or "
     "--set names a training.constraint; free without."
 )
 
@@ -51,8 +53,10 @@ def init(
     background: Background = None,
     background_weight: Share = 0.5,
     method: Subspace = "contrastive",
-    rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
-    alpha: Annotated[float, typer.Option("--alpha")] = 16.0,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter.")] = 8,
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="LoRA's alpha; the update is multiplied by alpha / rank.")
+    ] = 16.0,
     row_norm: Annotated[float | None, typer.Option("--row-norm", help="Norm of each row of A.")] = None,
     task_type: Annotated[
         str | None,
@@ -116,7 +120,7 @@ def post(
     own: Own, out: Out,
     others: Others = None, more: More = None, background: Background = None, background_weight: Share = 0.5,
     method: Subspace = "contrastive",
-    rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter.")] = 8,
     sets: Set = None, device: Device = "cpu", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Move a trained adapter into its task's subspace. B is fitted again from statistics; says how much is kept."""
