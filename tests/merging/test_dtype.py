@@ -177,3 +177,27 @@ def test_a_kohya_file_of_float16_stays_one(tmp_path):
     assert {t.dtype for f in out.modules.values() for t in (f.A, f.B)} == {torch.float16}
     assert done.record.rounding_error == pytest.approx(relative(out, exact), rel=0.15)
     assert done.record.verification_error < 1e-6
+
+
+@pytest.mark.parametrize("method", ["cat", "tsv"])
+def test_a_written_lora_file_that_is_not_the_merge_is_refused(tmp_path, monkeypatch, method):
+    from safetensors.torch import save_file
+    from tests.formats.conftest import factors_of, kohya_tensors
+
+    from plait.formats import writing
+
+    files = [tmp_path / f"style{seed}.safetensors" for seed in (1, 2)]
+    for seed, path in enumerate(files):
+        save_file(kohya_tensors(factors_of(seed, dtype=torch.float16)), path)
+    done = merge_folders(files, tmp_path / "right.safetensors", method)
+    assert done.record.verification_error <= FAILED and done.seconds_merge > done.seconds_verify > 0
+    right = writing.write_lora_file
+
+    def wrong(path, adapter, *rest):
+        off = {m: replace(f, B=(f.B.float() * 1.05).to(f.B.dtype)) for m, f in adapter.modules.items()}
+        right(path, replace(adapter, modules=off), *rest)
+
+    monkeypatch.setattr(writing, "write_lora_file", wrong)
+    with pytest.raises(RunError, match="differs from the merge"):
+        merge_folders(files, tmp_path / "out.safetensors", method)
+    assert not (tmp_path / "out.safetensors").exists()

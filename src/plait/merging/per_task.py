@@ -23,7 +23,7 @@ from plait.disk.overwriting import require_apart
 from plait.disk.written import Written, standing
 from plait.errors import InputError, UsageError
 from plait.merging.dense import DenseDelta, row_blocks
-from plait.merging.folders import identity_of, places, read_named, rounded_merge, rounding_of
+from plait.merging.folders import identity_of, places, read_named, rounding_of
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import MergeRecord
@@ -103,7 +103,7 @@ def merge_per_task(
     wanted["options"] |= took.identity
     if (before := standing(out, wanted, MergeRecord, overwrite=overwrite)) is not None:
         return before
-    merged = rounded_merge(plan.run(out.name), took)
+    merged = plan.run(out.name, took)
     masks, rescalers, errors = _masks(plan, merged.adapter)
     record = replace(merged.record, per_task=True, rescalers=rescalers, relative_error=errors)
     with store.staged_folder(out, wanted, overwrite=overwrite, result=to_json(record)) as stage:

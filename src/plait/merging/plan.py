@@ -20,6 +20,7 @@ from plait.merging.factors import FactorStack, PartingError
 from plait.merging.inputs import MergeInputs
 from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod
+from plait.merging.rounding import Rounding
 from plait.merging.sums import probes_by_width, sum_error
 from plait.merging.terms import Terms
 from plait.merging.verify import projection_error, some_modules
@@ -53,16 +54,26 @@ class Plan(Terms):
     device: torch.device
     answers: dict[Hashable, Any] = field(default_factory=dict)
 
-    def run(self, name: str) -> Merged:
-        """Merge every module."""
+    def run(self, name: str, took: Rounding | None = None) -> Merged:
+        """Merge every module; in float32, or each rounded to a type as soon as it is there."""
         self.prepare()
         groups = self.groups()
-        results = self.each(self.merged_together, groups)
+
+        def together(names: Sequence[str]) -> list[tuple[LoraFactors, float]]:
+            found = self.merged_together(names)
+            return (
+                found
+                if took is None
+                else [(took.stored(m, f), lost) for m, (f, lost) in zip(names, found, strict=True)]
+            )
+
+        results = self.each(together, groups)
         pairs = {
             m: pair for names, those in zip(groups, results, strict=True) for m, pair in zip(names, those, strict=True)
         }
         modules = {m: pairs[m][0] for m in self.common.modules}
         record = self.record(modules, {m: pairs[m][1] for m in modules})
+        record = record if took is None else took.noted(record)
         return Merged(assembled(name, self.common, self.adapters, modules), record)
 
     def groups(self) -> list[list[str]]:
