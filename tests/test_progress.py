@@ -72,6 +72,17 @@ def test_little_work_tells_nothing(clock):
     assert "left" not in stream.getvalue()
 
 
+def test_a_job_that_is_ended_twice_counts_once(clock):
+    """The end of a wave and the start of the next job both end what ran before."""
+    stream = io.StringIO()
+    report = Shown(Progress(100.0, 2, stream=stream, _started=clock[0]))
+    report.begin("first", 50.0)
+    clock[0] += 10
+    report.progress.finish()
+    report.begin("second", 50.0)
+    assert left(stream) == "10 s"
+
+
 def test_jobs_done_together_and_steps_are_counted(clock):
     stream = io.StringIO()
     report = Shown(Progress(58.0, 58, stream=stream))

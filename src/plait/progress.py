@@ -58,8 +58,8 @@ class Progress:
         self._show(fraction, said)
 
     def finish(self) -> None:
-        """The running job is done."""
-        self._done += self._cost
+        """The running job is done; said twice it counts once."""
+        self._done, self._cost = self._done + self._cost, 0.0
         if self._live:
             self._show(0.0, force=True)
 

@@ -136,7 +136,10 @@ def report(
     to: Annotated[Path, typer.Option("--to", help="Folder of the page about two runs.")] = Path("plait-comparison"),
     as_json: Json = False,
 ) -> None:
-    """Write the report of a run again from its scores, or compare two runs: comparison.html, comparison.md, comparison.json."""
+    """Write the report of a run again, or compare two runs.
+
+    Of two folders it writes comparison.html, comparison.md and comparison.json.
+    """
     from plait.report.line import report_again
 
     if len(folders) == 1:
