@@ -122,7 +122,9 @@ def document_of(account: Account, *, name: str = "report", figures: Sequence[str
 def _when(account: Account) -> str:
     """Say when, how long and by which command it was made, as far as the runs noted it."""
     about = account.about
-    seconds = about.get("seconds", "").partition(" ")[0].rstrip(",")
-    took = duration(int(seconds)) if seconds.isdecimal() else ""
+    said_of_it = about.get("seconds", "")
+    seconds = said_of_it.partition(" ")[0].rstrip(",")
+    is_whole = seconds.isdecimal() and "more" not in said_of_it  # runs that were killed have no seconds
+    took = duration(int(seconds)) if is_whole else ""
     said = [about.get("date", ""), " on ".join(x for x in (took, about.get("hardware", "")) if x)]
     return " · ".join([*(x for x in said if x), *(f"`{c}`" for c in [about.get("command")] if c)])

@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,16 +41,23 @@ def noted(out: Path, device: str, executor: str, workers: int, scorers: int) -> 
         made = absent_above(out)
         out.mkdir(parents=True, exist_ok=True)
         flush_above(out, made)  # what its units flush is of no use in a folder that a power loss takes away
-    started, date = time.monotonic(), datetime.now(UTC)
+    started, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    _append(out, {"begun": date})  # what a run leaves that is killed; a power loss may take it
     try:
         yield
     finally:
-        line: Json = {"started": date.isoformat(timespec="seconds"), "command": command(sys.argv)}
+        line: Json = {"started": date, "command": command(sys.argv)}
         line |= {"seconds": round(time.monotonic() - started, 1), "executor": executor, "workers": workers}
         line |= {"scorers": scorers, "hardware": "a Ray cluster" if executor == "RayCluster" else hardware(device)}
-        with system_errors(out / JOURNAL), (out / JOURNAL).open("a+b") as file:
-            torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a power loss
-            file.write(b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
+        _append(out, line, flush=True)
+
+
+def _append(out: Path, line: Json, *, flush: bool = False) -> None:
+    """Write a line below the others, on a line of its own also where a power loss has torn the last."""
+    with system_errors(out / JOURNAL), (out / JOURNAL).open("a+b") as file:
+        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
+        if flush:
             file.flush()
             os.fsync(file.fileno())
             flush_folder(out)
@@ -92,7 +100,10 @@ def about_runs(out: Path) -> dict[str, str]:
     require_regular(path)
     noted = [_run(line) for line in path.read_bytes().splitlines() if line.strip()]
     lost = sum(r is None for r in noted)
-    if not (runs := [r for r in noted if r is not None]):
+    runs = [r for r in noted if r is not None and "begun" not in r]
+    begun = Counter(r["begun"] for r in noted if r is not None and "begun" in r)
+    cut = (begun - Counter(r["started"] for r in runs)).total()  # killed, or still at work
+    if not runs:
         return {"seconds": f"unknown: {lost} lines of {JOURNAL} cannot be read"} if lost else {}
     runs = [r for r in runs if r["seconds"] >= 1] or runs  # a look at a finished study is no run
     seconds = sum(r["seconds"] for r in runs)
@@ -104,6 +115,7 @@ def about_runs(out: Path) -> dict[str, str]:
         "hardware": _each([r["hardware"] for r in runs]),
         "executor": _each([f"{r['executor']} ({r['workers']} training, {r['scorers']} scoring)" for r in runs]),
         "seconds": f"{seconds:.0f} in {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        + (f", {cut} more did not come to an end" if cut else "")
         + (f", {lost} more cannot be read" if lost else ""),
     }
 
@@ -112,6 +124,8 @@ def _run(line: bytes) -> Json | None:
     """One line of the journal; None if it is none."""
     try:
         record = Record.of(json.loads(line), JOURNAL)
+        if record.has("begun"):
+            return {"begun": record.text("begun")}
         texts = {key: record.text(key) for key in ("hardware", "executor")}
         texts |= {key: record.text(key, "") for key in ("started", "command")}  # earlier versions did not note them
         counts = {key: record.integer(key) for key in ("workers", "scorers")}
