@@ -21,10 +21,10 @@ from plait.disk.store import MANIFEST, read_manifest, sha256_file
 from plait.errors import EnvironmentFault, InputError, RunError, UsageError
 from plait.report.line import report_again, run
 from plait.runs.folder import keep
+from plait.runs.forecast import StageCount, describe
 from plait.runs.inputs import INPUTS_FILE
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
-from plait.runs.run import StageCount, describe
 from plait.runs.stages import ANSWERS_FILE
 from plait.trying.answers import TrySettings, tried
 from plait.trying.inputs import trial_of
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_of_training_goes_on_from_a_checkpoint(tiny_recipe,
     recipe = tiny_recipe(tasks=["topic"], **SCALED)
     seen = []
 
-    def interrupted(self, fraction):
+    def interrupted(self, fraction, said=""):
         seen.append(fraction)
         if 0.7 < fraction < 1:
             raise KeyboardInterrupt
