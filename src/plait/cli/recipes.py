@@ -29,10 +29,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train, merge and score real adapters of a small model. Takes a few minutes on a CPU."""
-    from plait.demo import next_step, run_demo
+    from plait.demo import floors_text, next_step, run_demo
 
-    found = run_demo(out, overwrite=overwrite, quiet=quiet)
-    emit(found, as_json, result_text(found) + "\n\n" + next_step(out))
+    found, floors = run_demo(out, overwrite=overwrite, quiet=quiet)
+    result = {**found, "frozen_base": {f.task: f.frozen for f in floors}}
+    emit(result, as_json, "\n\n".join([result_text(found), floors_text(floors), next_step(out)]))
 
 
 def run(

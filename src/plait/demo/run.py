@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from plait.demo.probe import Floor, floors
 from plait.disk.store import staged_file
 from plait.errors import EnvironmentFault
 from plait.report.line import run
@@ -41,9 +42,11 @@ def demo_recipe() -> Recipe:
     return read_recipe(find_recipe(Path("demo")), [f"base.model={demo_base()}", f"data.root={DATA}"])
 
 
-def run_demo(out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Run the demo; see `plait.run`."""
-    return run(demo_recipe(), out, overwrite=overwrite, quiet=quiet)
+def run_demo(out: Path, *, overwrite: bool = False, quiet: bool = False) -> tuple[dict[str, Any], list[Floor]]:
+    """Run the demo; see `plait.run`. Beside its result, what the frozen base does without adapters, task by task."""
+    recipe = demo_recipe()
+    found = run(recipe, out, overwrite=overwrite, quiet=quiet)
+    return found, floors(recipe, Path(found["best"]))
 
 
 def copy_demo(to: Path) -> Path:
