@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVING := $(CURDIR)/.serving
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo browser screenshots test test-all test-serving lint docs audit sbom trust bench clean
+.PHONY: demo browser screenshots test test-all floors newest test-serving lint docs audit sbom trust bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -68,6 +68,19 @@ trust: $(VENV)/.test
 bench: $(VENV)/.test
 	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed --work .bench --out docs/results/speed
 
+# The same code with the oldest versions that pyproject.toml allows, and with the newest there are.
+OTHERS := tests/adapters tests/formats tests/merging/test_folders.py tests/merging/test_bake.py tests/test_cli.py tests/test_recipe.py tests/test_pipeline.py
+floors newest: %: .%/.done
+	.$*/bin/python -P -m pytest -n 2 -q -p no:cacheprovider -W default $(OTHERS)
+
+.%/.done: pyproject.toml constraints.txt .ci/versions.py
+	test -x .$*/bin/python || $(PYTHON) -m venv .$*
+	$(PYTHON) .ci/versions.py $* > .$*/requirements.txt
+	.$*/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	.$*/bin/pip install --quiet --disable-pip-version-check --requirement .$*/requirements.txt
+	.$*/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 # torch first and pinned: left to the resolver it may come as gigabytes of GPU packages.
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -124,4 +137,4 @@ $(SERVING)/.base: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRUST) .bench dist build docs/_build docs/generated plait-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .floors .newest $(TRUST) .bench dist build docs/_build docs/generated plait-demo .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import CONFIG, read_adapter, write_adapter
@@ -68,6 +69,8 @@ def test_a_task_of_a_merge_as_peft_and_pipelines_load_it(merged, task, tmp_path)
         names = dict(enumerate(LABELS[task] or ["LABEL_0"]))
         assert model.config.id2label == names and model.config.num_labels == OUTPUTS[task]
         assert done.record.num_labels == OUTPUTS[task] and list(done.record.labels or ()) == (LABELS[task] or [])
+        if Version(hf.__version__) < Version("5.18"):
+            pytest.skip("this transformers loads an adapter folder with a random head: compared without a pipeline")
         classify = hf.pipeline(
             "text-classification", model=str(tmp_path / "out"), tokenizer=str(base), model_kwargs=values
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from plait.adapters.lora import Adapter, LoraFactors
@@ -198,6 +199,10 @@ def wrapped(tmp_path):
 
 @pytest.mark.parametrize(("kind", "options"), [("cat", {}), ("svd", {"svd_rank": 4})])
 def test_agrees_with_peft(wrapped, tmp_path, kind, options):
+    import peft
+
+    if kind == "svd" and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("the svd of this PEFT is not the cut of its own sum for these weights")
     weights = [0.5, 1.0, -0.25]
     extra = {"svd_rank": 4} if kind == "svd" else {}
     wrapped.add_weighted_adapter(NAMES, weights, "theirs", combination_type=kind, **extra)

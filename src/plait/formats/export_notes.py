@@ -27,7 +27,7 @@ from transformers import pipeline
 # PEFT's config names no classes: they are given when the adapter is loaded.
 head = {values}
 model = {cls}.from_pretrained({folder!r}, **head)
-# or at once:
+# or at once, with transformers 5.18 or newer: older ones load the folder with a random head and say nothing
 classify = pipeline({task!r}, model={folder!r}, tokenizer={base!r}, model_kwargs=head)
 """
 _VLLM = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}\n"
