@@ -1,9 +1,10 @@
-"""The page of a run of benchmarks/text_arms.py: what each arm keeps under merges fixed beforehand, the registered tests, the scales.
+"""The page of runs of benchmarks/text_arms.py: what each arm keeps under merges fixed beforehand, the registered tests, the scales.
 
-    python benchmarks/text_page.py RUN --name text-qwen15 --to docs/results
+    python benchmarks/text_page.py told=RUN [bare=RUN] --name text-qwen15 --to docs/results [--tested 1,2]
 
-RUN holds records/*.json. Writes NAME.json (`rows` of {arm, method, seed, individual, floor, merged, recovered, share_of_means,
-tasks}, `tests`, `singles`) and NAME.md; scales-NAME.json for benchmarks/scales.py.
+A RUN for each condition of the prompts holds records/*.json. Writes NAME.json (`rows` of {condition, arm, method, seed, individual,
+floor, merged, recovered, share_of_means, tasks}, `tests`, `references`, `singles`) and NAME.md; scales-NAME.json for
+benchmarks/scales.py. `--tested` names the seeds of the comparisons; by default all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from scipy import stats
 
 ARMS = ("kaiming", "kaiming_penalised", "osrm_mean", "contrastive", "contrastive_penalised")
 PRIMARY, LEAST = "task_arithmetic", 4.0
+SHOWN = ("individual", "scale", "merged", "recovered", "share_of_means", "general_kl", "general_kl_alone")
+JOINT = "joint"  # one adapter trained on all tasks: a reference
+CONDITIONS = {"told": "each task's instruction and cue", "bare": "no instruction, one cue for all tasks"}
 DEVELOPED = ("snli", "banking77", "clinc_domain")  # used while plait was developed; the other tasks never
 REGISTERED = (("contrastive", "kaiming"), ("contrastive_penalised", "contrastive"))
 DESCRIBED = (("kaiming_penalised", "kaiming"), ("osrm_mean", "kaiming"), ("contrastive_penalised", "kaiming"))
@@ -30,8 +34,8 @@ def read(run: Path) -> dict[str, dict[str, Any]]:
     return {f.stem: json.loads(f.read_text()) for f in sorted((run / "records").glob("*.json"))}
 
 
-def rows_of(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each arm and merge, and one for each arm's adapters alone."""
+def rows_of(records: dict[str, dict[str, Any]], condition: str = "told") -> list[dict[str, Any]]:
+    """A row for each arm and merge of one condition."""
     rows = []
     for seed in sorted({k.split("-")[1] for k in records if k.startswith("fixed-")}):
         plain = records[f"fixed-{seed}-kaiming"]
@@ -45,7 +49,7 @@ def rows_of(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 share = (merged - floor) / (own - floor)
                 kept = (merged - floor)[counted].sum() / (own - floor)[counted].sum()
                 rows.append({
-                    "arm": arm, "method": method, "seed": int(seed), "scale": merge["scale"],
+                    "condition": condition, "arm": arm, "method": method, "seed": int(seed), "scale": merge["scale"],
                     "individual": own.mean(), "floor": floor.mean(), "merged": merged.mean(),
                     "recovered": share[counted].mean(), "share_of_means": kept, "general_kl": merge["general_kl"],
                     "general_kl_alone": max(record["general_kl_alone"].values()),
@@ -77,18 +81,42 @@ def test_of(differences: Sequence[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def tests_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The registered comparisons and some others, each also over the tasks that were never used in development."""
+def references_of(records: dict[str, dict[str, Any]], condition: str = "told") -> list[dict[str, Any]]:
+    """One adapter trained on all tasks together, beside the plain arm's own adapters of that seed."""
+    rows = []
+    for key in (k for k in records if k.startswith("fixed-") and k.endswith(f"-{JOINT}")):
+        seed = key.split("-")[1]
+        plain, scores = records[f"fixed-{seed}-kaiming"], np.array(records[key]["alone"]).mean(0)
+        floor, own = (np.array(plain[k]).mean(0) for k in ("floor", "alone"))
+        counted = own - floor >= LEAST
+        share = ((scores - floor) / (own - floor))[counted].mean()
+        tasks = dict(zip(plain["tasks"], scores.tolist(), strict=True))
+        rows.append({
+            "condition": condition, "reference": JOINT, "seed": int(seed), "score": scores.mean(), "recovered": share, "tasks": tasks,
+        })  # fmt: skip
+    return [_rounded(r) for r in rows]
+
+
+def tests_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The registered comparisons and some others, each also over the tasks that were never used in development.
+
+    A task's share is the mean over its conditions and seeds; `seeds` are those that count, all where none is named.
+    """
 
     def shares(arm: str) -> dict[str, float]:
-        mine = [r["shares"] for r in rows if r["arm"] == arm and r["method"] == PRIMARY]
-        return {t: float(np.mean([s[t] for s in mine if t in s])) for t in mine[0]}
+        mine = [
+            r["shares"]
+            for r in rows
+            if r["arm"] == arm and r["method"] == PRIMARY and (not seeds or r["seed"] in seeds)
+        ]
+        names = dict.fromkeys(t for s in mine for t in s)
+        return {t: float(np.mean([s[t] for s in mine if t in s])) for t in names}
 
     tests = []
     for arm, against in (*REGISTERED, *DESCRIBED):
         a, b = shares(arm), shares(against)
         for which in ("all", "never used in development"):
-            names = [t for t in a if which == "all" or t not in DEVELOPED]
+            names = [t for t in a if t in b and (which == "all" or t not in DEVELOPED)]
             tests.append({"arm": arm, "against": against, "tasks": which, **test_of([a[t] - b[t] for t in names])})
     for t in tests:
         t["registered"] = (t["arm"], t["against"]) in REGISTERED and t["tasks"] == "all"
@@ -131,78 +159,110 @@ def packed(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 INTRODUCTION = """# {name}
 
-**One seed, one prompt condition** (*told*: each task's instruction and cue; the condition *bare* of the [protocol's second
-edition](../study/protocol.md) did not fit into the half hour of one H200). A copy of Qwen2.5-Coder-1.5B-Instruct, de-quantised from 4
-bits; nine tasks, every answer written; rank 16 on q and v, 120 steps of 16 rows at 3e-4. Arms, merges and scales were fixed
-beforehand; no label has a say in any row of the first table. 240 rows a task, 100 for the curves.
+{extent}. A copy of Qwen2.5-Coder-1.5B-Instruct, de-quantised from 4 bits; nine tasks, every answer written; rank 16 on q and v, 120
+steps of 16 rows at 3e-4. Arms, merges and scales were fixed beforehand ([protocol, second edition](../study/protocol.md)); no label has a
+say in any row of the first table. 240 rows a task, 100 for the curves.
 
     {commands}
 
 `{name}-run.tar.gz` holds what was measured of every answer; unpacked it is the RUN of the last command.
 
-*share kept*: mean over tasks of (merged - floor) / (own adapter alone - floor); *of means*: the share of the mean gain. The floor, the
-bare base with the same prompts and as many tokens as the longest right answer has (GSM8K: about 110), scores {floor:.1f}. *KL*: base
-to merge, nats a token on 200 general sentences; *single*: the largest of the arm's own adapters. Task arithmetic at the scale that
-second moments say is the primary merge. RegMean stands at the scale its rule said then, far too large here: see the curves; plait reads
-it off the moments since.
+*share kept*: mean over tasks of (merged - floor) / (own adapter alone - floor), mean over seeds (least and most beside it); *of means*: the
+share of the mean gain. The floor, the bare base with the same prompts and as many tokens as the longest right answer has (GSM8K:
+about 110), scores {floor}. *KL*: base to merge, nats a token on 200 general sentences; *single*: the largest of the arm's own
+adapters. Task arithmetic at the scale that second moments say is the primary merge.{regmean}
 """
+REGMEAN_THEN = """ RegMean of seed 0 stands at the scale its rule said then, far too large here: see the curves; plait reads
+it off the moments since."""
 
 
-def page(name: str, records: dict[str, Any], rows: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]]) -> str:
-    """The page."""
-    commands = "\n    ".join(
-        (
-            "python benchmarks/text_tasks.py --data DATA --to TASKS",
-            'python benchmarks/text_arms.py --study recipes/studies/text-qwen15.yaml --do "train:0 fixed:0 curves:0" ...',
-            f"python benchmarks/text_page.py RUN --name {name} --to docs/results",
-        )
+def page(
+    name: str,
+    runs: dict[str, dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    tests: Sequence[dict[str, Any]],
+    references: Sequence[dict[str, Any]],
+) -> str:
+    """The page.
+
+    Args:
+        name: Of its files.
+        runs: Condition -> its records.
+        rows: Of all conditions.
+        tests: Comparisons.
+        references: Joint training.
+    """
+    conditions = {c: sorted({r["seed"] for r in rows if r["condition"] == c}) for c in runs}
+    extent = "; ".join(
+        f"**Condition *{c}*** ({CONDITIONS[c]}): seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}"
+        for c, s in conditions.items()
     )
-    text = [INTRODUCTION.format(name=name, commands=commands, floor=rows[0]["floor"])]
+    floors = ", ".join(f"{np.mean([r['floor'] for r in rows if r['condition'] == c]):.1f} ({c})" for c in runs)
+    todo = " ".join(f"train:{s} fixed:{s}" for s in dict.fromkeys(s for seeds in conditions.values() for s in seeds))
+    commands = "\n    ".join((
+        "python benchmarks/text_tasks.py --data DATA --to TASKS",
+        f'python benchmarks/text_arms.py --study recipes/studies/text-qwen15.yaml [--condition bare] --do "{todo} curves:0" ...',
+        f"python benchmarks/text_page.py {' '.join(f'{c}=RUN' for c in runs)} --name {name} --to docs/results",
+    ))  # fmt: skip
+    then = REGMEAN_THEN if 0 in conditions.get("told", []) else ""
+    text = [INTRODUCTION.format(name=name, extent=extent, commands=commands, floor=floors, regmean=then)]
+    for condition, records in runs.items():
+        mine = [r for r in rows if r["condition"] == condition]
+        text += [f"## {condition}: what is kept under merges fixed beforehand", "", _table(mine), ""]
+        text += ["### Task by task, primary merge", "", _tasks(mine), ""]
+        for r in (r for r in references if r["condition"] == condition):
+            text += [
+                f"One adapter trained on all nine tasks together, seed {r['seed']}: {r['score']:.1f}, "
+                f"{100 * r['recovered']:.0f} % of what `kaiming`'s own adapters gain.", "",
+            ]  # fmt: skip
+        singles = [(v, k) for k, v in singles_of(records).items() if k.startswith("adapter")]
+        if singles:
+            text += [
+                f"One adapter for everything: the best of `kaiming`'s, the {max(singles)[1]}, has {max(singles)[0]:.1f} (100 rows a task).",
+                "",
+            ]
+    text += ["## Comparisons under the primary merge", "", _tests(tests), "", "## Recovered over scales", ""]
     text += [
-        "## What is kept under merges fixed beforehand",
-        "",
-        _table(rows),
-        "",
-        "## Task by task, primary merge",
-        "",
-        _tasks(rows),
-        "",
+        f"### {c}\n\n{_curves(records)}\n"
+        for c, records in runs.items()
+        if any(k.startswith("curves-") for k in records)
     ]
-    best = max((v, k) for k, v in singles_of(records).items() if k.startswith("adapter"))
-    text += [
-        f"One adapter for everything: the best of `kaiming`'s, the {best[1]}, has {best[0]:.1f} (100 rows a task).",
-        "",
-    ]
-    text += [
-        "## Comparisons under the primary merge",
-        "",
-        _tests(tests),
-        "",
-        "## Recovered over scales",
-        "",
-        _curves(records),
-    ]
-    return "\n".join(text) + "\n"
+    return "\n".join(text)
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for arm in ARMS:
+        for r in (r for r in rows if r["arm"] == arm):
+            groups.setdefault((arm, r["method"]), []).append(r)
+    return groups
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| arm | alone | merge | scale | merged | share kept, % | of means | KL | single |", "|---" * 9 + "|"]
-    for r in rows:
+    for (arm, method), group in _groups(rows).items():
+        mean = {k: np.mean([r[k] for r in group]) for k in SHOWN}
+        shares = [100 * r["recovered"] for r in group]
+        spread = f" ({min(shares):.0f} to {max(shares):.0f})" if len(group) > 1 else ""
         lines.append(
-            f"| `{r['arm']}` | {r['individual']:.1f} | {r['method']} | {r['scale']:.2f} | {r['merged']:.1f} | "
-            f"**{100 * r['recovered']:.0f}** | {100 * r['share_of_means']:.0f} | {r['general_kl']:.3f} | {r['general_kl_alone']:.3f} |"
+            f"| `{arm}` | {mean['individual']:.1f} | {method} | {mean['scale']:.2f} | {mean['merged']:.1f} | "
+            f"**{100 * mean['recovered']:.0f}**{spread} | {100 * mean['share_of_means']:.0f} | "
+            f"{mean['general_kl']:.3f} | {mean['general_kl_alone']:.3f} |"
         )
     return "\n".join(lines)
 
 
 def _tasks(rows: Sequence[dict[str, Any]]) -> str:
-    mine = [r for r in rows if r["method"] == PRIMARY]
-    names = list(mine[0]["tasks"])
+    names = list(rows[0]["tasks"])
     lines = ["| arm | | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    lines.append("| bare base | floor | " + " | ".join(f"{v:.1f}" for v in mine[0]["floors"].values()) + " |")
-    for r in mine:
-        lines.append(f"| `{r['arm']}` | alone | " + " | ".join(f"{v:.1f}" for v in r["alone"].values()) + " |")
-        lines.append("| | merged | " + " | ".join(f"{v:.1f}" for v in r["tasks"].values()) + " |")
+
+    def line(head: str, group: Sequence[dict[str, Any]], key: str) -> str:
+        return f"| {head} | " + " | ".join(f"{np.mean([r[key][n] for r in group]):.1f}" for n in names) + " |"
+
+    for i, ((arm, method), group) in enumerate(_groups([r for r in rows if r["method"] == PRIMARY]).items()):
+        assert method == PRIMARY
+        lines += [line("bare base | floor", group, "floors")] * (i == 0)
+        lines += [line(f"`{arm}` | alone", group, "alone"), line("| merged", group, "tasks").replace("|  |", "| |", 1)]
     return "\n".join(lines)
 
 
@@ -226,7 +286,8 @@ def _curves(records: dict[str, Any]) -> str:
         "",
     ]
     lines += ["| arm | merge | rule | moments | recovered at scale |", "|---" * 5 + "|"]
-    for key in (f"curves-0-{a}" for a in ARMS):
+    seeds = sorted({k.split("-")[1] for k in records if k.startswith("curves-")})
+    for key in (f"curves-{s}-{a}" for s in seeds for a in ARMS):
         for method, x in records.get(key, {"methods": {}})["methods"].items():
             low, high = (np.array(records[key][k]).mean() for k in ("floor", "alone"))
             shown = [
@@ -241,18 +302,22 @@ def _curves(records: dict[str, Any]) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", type=Path)
+    p.add_argument("runs", nargs="+", help="CONDITION=RUN")
     p.add_argument("--name", required=True)
     p.add_argument("--to", required=True, type=Path)
+    p.add_argument("--tested", default="", help="seeds of the comparisons, such as 1,2")
     a = p.parse_args()
-    records = read(a.run)
-    rows = rows_of(records)
-    tests = tests_of(rows)
-    whole = {"rows": rows, "tests": tests, "singles": singles_of(records)}
+    runs = {c: read(Path(folder)) for c, folder in (r.split("=", 1) for r in a.runs)}
+    rows = [r for c, records in runs.items() for r in rows_of(records, c)]
+    references = [r for c, records in runs.items() for r in references_of(records, c)]
+    tests = tests_of(rows, [int(s) for s in a.tested.split(",") if s])
+    told = next(iter(runs.values()))
+    whole = {"rows": rows, "tests": tests, "references": references, "singles": singles_of(told)}
     (a.to / f"{a.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (a.to / f"scales-{a.name}.json").write_text(json.dumps(packed(records)) + "\n")
-    (a.to / f"{a.name}.md").write_text(page(a.name, records, rows, tests))
-    print(page(a.name, records, rows, tests))
+    (a.to / f"scales-{a.name}.json").write_text(json.dumps(packed(told)) + "\n")
+    text = page(a.name, runs, rows, tests, references)
+    (a.to / f"{a.name}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,35 @@ def test_tests_over_tasks_are_t_and_exact_flips(page):
     assert made["smallest_p_flips"] == 2 / 32
 
 
+def test_a_share_is_the_mean_over_conditions_and_seeds_that_count(page):
+    def row(arm, seed, condition, **shares):
+        return {"arm": arm, "method": "task_arithmetic", "seed": seed, "condition": condition, "shares": shares}
+
+    rows = [row(arm, 0, "told", a=9.0, b=9.0, c=9.0) for arm in page.ARMS]  # seen before: not counted
+    for i, arm in enumerate(page.ARMS):
+        up = 0.5 if arm == "contrastive" else 0.01 * i
+        rows += [
+            row(arm, 1, "told", a=0.5 + up, b=0.2, c=0.1),
+            row(arm, 1, "bare", a=0.1, b=0.4 + up),
+        ]  # c is not learnt in bare
+    test = next(
+        t for t in page.tests_of(rows, [1]) if (t["arm"], t["against"], t["tasks"]) == ("contrastive", "kaiming", "all")
+    )
+    assert test["n"] == 3 and test["difference"] == pytest.approx((0.25 + 0.25 + 0.0) / 3, abs=1e-4)
+    assert page.test_of([0.25, 0.25, 0.0])["p"] == pytest.approx(test["p"], abs=1e-4)
+
+
+def test_joint_training_stands_beside_the_plain_arms_own_adapters(page):
+    records = {
+        "fixed-1-kaiming": record([50.0, 60.0, 12.0], [40.0, 35.0, 12.0], [10.0, 10.0, 10.0]),
+        "fixed-1-joint": {**record([30.0, 85.0, 50.0], [0.0, 0.0, 0.0]), "merges": {}},
+    }
+    (row,) = page.references_of(records, "bare")
+    assert (row["condition"], row["seed"], row["score"]) == ("bare", 1, 55.0)
+    assert row["recovered"] == pytest.approx((0.5 + 1.5) / 2)  # the third task is not learnt alone
+    assert [r["arm"] for r in page.rows_of(records)] == ["kaiming"]
+
+
 def test_the_published_page_follows_from_its_rows(page):
     whole = json.loads((ROOT / "docs" / "results" / "text-qwen15.json").read_text())
     assert whole["tests"] == page.tests_of(whole["rows"])
