@@ -18,7 +18,7 @@ author = "The plait developers"
 project_copyright = author
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["mathml", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 suppress_warnings = ["misc.highlighting_failure"]  # a console block may hold a table
 
@@ -35,6 +35,7 @@ napoleon_custom_sections = [("Cost", "notes_style"), ("Source", "notes_style"), 
 nitpicky = False
 python_use_unqualified_type_names = True
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"plait {__version__}"
 html_show_sphinx = False
