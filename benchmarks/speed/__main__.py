@@ -10,6 +10,7 @@ import compileall
 import importlib
 import os
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ parser.add_argument("--work", type=Path, required=True, help="for inputs, which 
 parser.add_argument("--out", type=Path, required=True, help="without .json and .md")
 parser.add_argument("--sets", default=",".join(SETS))
 parser.add_argument("--only", default="", help="cases whose words hold this")
+parser.add_argument("--repeats", type=int, default=None, help="in the place of each case's own number")
 chosen = parser.parse_args()
 # As an installer does: where Python may not write its bytecode, every command would compile all that it imports.
 compileall.compile_dir(str(Path(plait.__file__).parent), quiet=1)
@@ -31,6 +33,7 @@ rows = []
 for name in chosen.sets.split(","):
     for case in importlib.import_module(f"benchmarks.speed.{name}").cases(chosen.work):
         if chosen.only in case.what:
+            case = case if chosen.repeats is None else replace(case, repeats=chosen.repeats)
             rows.append(compared(case, [sys.executable, "-P", "-m", "plait"]))
             last = rows[-1]
             ratio = "" if last.ratio is None else f", {last.ratio:.2f}x {last.beside}"
