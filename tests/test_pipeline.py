@@ -130,7 +130,7 @@ def test_killed_in_the_middle_of_training_goes_on_from_a_checkpoint(tiny_recipe,
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "a", quiet=True)
     assert list((tmp_path / "a").rglob("checkpoint-*")) and not list((tmp_path / "a/adapters").rglob(MANIFEST))
-    monkeypatch.setattr("plait.progress.Progress.within", lambda self, fraction: seen.append(fraction))
+    monkeypatch.setattr("plait.progress.Progress.within", lambda self, fraction, said="": seen.append(fraction))
     seen.clear()
     run(recipe, tmp_path / "a", quiet=True)
     assert min(seen) > 0.5  # the first half was not trained again
