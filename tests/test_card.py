@@ -21,6 +21,7 @@ from plait.fidelity.auto_folders import merge_auto_folders
 from plait.formats.export import export
 from plait.merging import merge_folders, plan_merge
 from plait.merging.baking import bake
+from plait.merging.words import words_of
 from tests.classifiers import classifier, expected_logits, quiet, saved_base, saved_classifier
 from tests.merging.test_bake import llama, lora
 from tests.tiny import WORDS, save_tokenizer
@@ -149,7 +150,8 @@ def test_a_baked_model_has_its_own_card_and_the_bases_licence(writers, tmp_path,
 def test_a_baked_merge_of_classifiers_loads_with_a_head(classifiers, tmp_path, monkeypatch):
     base, folders = classifiers
     plan = plan_merge([read_adapter(f) for f in folders], method="task_arithmetic", scale=1.0)
-    bake(plan, base, tmp_path / "baked")
+    said = words_of(bake(plan, base, tmp_path / "baked"))
+    assert f"the lines in {tmp_path / 'baked' / CARD} put one into the model" in said and "plait export" not in said
     card(tmp_path / "baked")
     model, inputs = run_lines(tmp_path / "baked", monkeypatch)["model"], inputs_of(base)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from plait.disk.written import Written
@@ -27,12 +28,21 @@ def words_of(result: Written[MergeRecord] | Written[BakeRecord]) -> str:
         )
     if heads := sorted(p.stem for p in (Path(result.output) / "heads").glob("*.safetensors")):
         lines.append(
-            f"heads of {', '.join(heads)}: plait.load_head puts one in; plait export {result.output} --for peft --task {heads[0]} "
-            "--out DIR makes an ordinary classifier's folder"
+            f"heads of {', '.join(heads)}: " + _heads_use(result.output, heads[0], whole=isinstance(record, BakeRecord))
         )
     if result.seconds_merge is not None:
         lines.append(f"{result.seconds_merge:.2f} s")
     return "\n".join(lines)
+
+
+def _heads_use(output: str, head: str, *, whole: bool) -> str:
+    """Say how the heads beside a merge, or beside a whole model, are used."""
+    if whole:
+        return f"the lines in {Path(output) / 'README.md'} put one into the model"
+    return (
+        f"plait.load_head puts one in; plait export {shlex.quote(output)} --for peft --task {head} --out DIR makes an ordinary "
+        "classifier's folder"
+    )
 
 
 def rounding_line(dtype: str | None, error: float) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import textwrap
 from base64 import b64encode
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from plait.disk.card_contents import base_names
@@ -43,6 +44,7 @@ def render(tried: Tried) -> str:
     css = (Path(__file__).parent / "templates" / "try.css").read_text(encoding="utf-8")
     return environment.get_template("try.html.j2").render(
         tried=tried,
+        groups=[(task, list(rows)) for task, rows in groupby(tried.rows, lambda row: row.task or "")],
         base=base_names(tried.base)[1],
         css=css,
         css_hash=b64encode(hashlib.sha256(css.encode()).digest()).decode(),
