@@ -15,7 +15,7 @@ from plait.adapters.lora import LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import to_json
 from plait.disk.store import read_manifest
-from plait.errors import InputError, UsageError
+from plait.errors import InputError, RunError, UsageError
 from plait.fidelity import factors_only
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.auto_folders import merge_auto_folders
@@ -303,3 +303,23 @@ def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch
     best = choosing.tournament(panel, tried, (0.5, 1.0, 2.0))[0]
     assert asked[:3] == [0.5, 1.0, 2.0] and max(asked) > 5.0 and best.scale == pytest.approx(2.0 * choosing.STEP**3)
     assert min(asked) == 0.5  # only that edge on which the best lay
+
+
+def test_a_limit_on_what_general_text_is_moved_by_holds_for_all_that_is_done(make_panel):
+    """The choice, its weights, fit, repair and heads; at a limit that the unlimited choice breaks."""
+    panel = make_panel(texts=16)
+    adapters, general = adapters_of(panel), texts_of(8, 7)
+    settings = AutoSettings(methods=("tsv", "task_arithmetic"), scales=(0.1, 0.3, 0.9), refine=3, repair=3)
+    free = merge_auto(adapters, panel.base, panel.texts, general=general, settings=settings)
+    limit = free.fidelity.general_kl / 3
+    held = merge_auto(adapters, panel.base, panel.texts, general=general, settings=replace(settings, max_shift=limit))
+    assert 0 < held.fidelity.general_kl <= limit < free.fidelity.general_kl
+    assert held.record.evidence[0].score <= free.record.evidence[0].score
+    first = held.record.evidence[0]
+    assert first.general_kl <= limit and first.candidate == held.record.chosen.candidate
+    rest = [e for e in held.record.evidence if e.general_kl <= limit]
+    assert first.score == max(e.score for e in rest)
+    with pytest.raises(RunError, match="no candidate moves general text by 1e-12"):
+        merge_auto(adapters, panel.base, panel.texts, general=general, settings=replace(settings, max_shift=1e-12))
+    with pytest.raises(UsageError, match="general"):
+        merge_auto(adapters, panel.base, panel.texts, settings=replace(settings, max_shift=1.0))

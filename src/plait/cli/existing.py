@@ -94,6 +94,7 @@ class AutoChoice(NamedTuple):
     refine: int
     fit: bool
     heads: bool
+    max_shift: float | None
     repair: int
     length: int
     rank: int | None
@@ -120,6 +121,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         refine=chosen.refine,
         fit=chosen.fit,
         heads=chosen.heads,
+        max_shift=chosen.max_shift,
         repair=chosen.repair,
         rank=chosen.rank,
         max_length=chosen.length,

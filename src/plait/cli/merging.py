@@ -55,11 +55,14 @@ FitOption = Annotated[
     bool, typer.Option("--fit/--no-fit", help="auto: fit the merge to the adapters' outputs, layer by layer.")
 ]
 Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="auto: fit the classifiers' last layers to the merge.")]
+MaxShift = Annotated[
+    float | None, typer.Option("--max-shift", metavar="NATS", help="auto: most KL to the base on --general's texts.")
+]
 Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
-_ONLY_AUTO = ("text", "general", "refine", "fit", "heads", "repair", "length")
+_ONLY_AUTO = ("text", "general", "refine", "fit", "heads", "max_shift", "repair", "length")
 _FORWARD = ("featcal", "regmean_pp", "adamerging")
 _OF_FORWARD = {"quiet", "method", "sets", "weights", "text", "length", "out", "base", "dtype", "overwrite"}
 _AUTO = {*_ONLY_AUTO, "quiet", "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
@@ -90,7 +93,7 @@ def merge(
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="They share no module, and that is meant.")] = False,
     text: Text = None, general: General = None, refine: Refine = 100, fit: FitOption = True, heads: Heads = True,
-    repair: Repair = 0, length: Length = 128,
+    max_shift: MaxShift = None, repair: Repair = 0, length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -109,8 +112,8 @@ def merge(
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(
-            text, general, refine, fit, heads, repair, length, rank, base, dtype, device, seed, overwrite, quiet
-        )
+            text, general, refine, fit, heads, max_shift, repair, length, rank, base, dtype, device, seed, overwrite, quiet,
+        )  # fmt: skip
         existing.auto(folders[1:], out, chosen, as_json)
         return
     if method in _FORWARD:

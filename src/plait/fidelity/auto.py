@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter, truncated
-from plait.errors import UsageError
+from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
-from plait.fidelity.choose import Choice, choose
+from plait.fidelity.choose import Choice, choose, within
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
@@ -37,6 +37,7 @@ class AutoSettings:
         fit: Whether the winner is also fitted to the adapters' outputs on the texts, front to back.
         repair: Steps in which the winner's factors are distilled on the texts, after the cut to rank; 0 for none.
         heads: Whether the last layer of every classifier's head is fitted to the merged model, where that is closer.
+        max_shift: Most KL to the base on the general texts, in nats: whatever moves the model further is left out.
         rank: Cut the result to this rank.
         max_length: Tokens a text.
         batch_size: Texts a pass, where a model is asked alone.
@@ -49,6 +50,7 @@ class AutoSettings:
     fit: bool = True
     repair: int = 0
     heads: bool = True
+    max_shift: float | None = None
     rank: int | None = None
     max_length: int = 128
     batch_size: int = 32
@@ -59,6 +61,8 @@ class AutoSettings:
             raise UsageError("nothing to try: methods and scales must not be empty")
         if any(not 0 < s < 100 for s in self.scales):
             raise UsageError(f"scales {list(self.scales)}, expected numbers above 0")
+        if self.max_shift is not None and not self.max_shift > 0:
+            raise UsageError(f"max_shift is {self.max_shift:g}, expected nats above 0")
         if min(self.refine, self.repair) < 0 or (self.rank is not None and self.rank < 1):
             raise UsageError("steps must not be negative, and a rank is at least 1")
 
@@ -128,6 +132,8 @@ def merge_auto(
         return replace(_without_texts(adapters, chosen, base_id, record, akin), akin=tuple(akin))
     if base is None:
         raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
+    if chosen.max_shift is not None and not general:
+        raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
     panel = Panel(
         base, parts_of(adapters), {t: checked(x, f"texts of {t}") for t, x in texts.items()}, general,
         chosen.batch_size, chosen.max_length,
@@ -136,7 +142,7 @@ def merge_auto(
         return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
     choice = choose(
         panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
-        rank=chosen.rank, seed=chosen.seed, base=base_id, on_progress=on_progress,
+        rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,
     )  # fmt: skip
     record = replace(
         record,
@@ -146,15 +152,28 @@ def merge_auto(
         evidence=tuple(s.evidence for s in choice.scored),
     )
     merged = _cut(AutoMerge(choice.adapter, None, record), chosen.rank)
+    return replace(_finished(merged, panel, chosen, on_progress), akin=tuple(akin))
+
+
+def _finished(merged: AutoMerge, panel: Panel, chosen: AutoSettings, on_progress: OnProgress) -> AutoMerge:
+    """A merge after its cut: repaired, with heads that follow, within the limit on general text, and measured."""
     if chosen.repair:  # after the cut, so that it makes good what the cut loses; `advise` measures it in this order
         on_progress(f"repair, {chosen.repair} steps")
         adapter, done = repaired(panel, merged.adapter, chosen.repair, chosen.seed)
+        if not within(panel, adapter, chosen.max_shift):
+            adapter, done = merged.adapter, replace(done, kept=False)
         merged = AutoMerge(adapter, None, replace(merged.record, repair=done))
     if chosen.heads:
         on_progress("heads")
         adapter, heads = with_heads(panel, merged.adapter)
+        if not within(panel, adapter, chosen.max_shift):
+            adapter, heads = merged.adapter, tuple(replace(h, kept=False) for h in heads)
         merged = AutoMerge(adapter, None, replace(merged.record, heads=heads))
-    return replace(_measured(merged, panel), akin=tuple(akin))
+    measured = _measured(merged, panel)
+    shift = measured.fidelity.general_kl if measured.fidelity else None
+    if chosen.max_shift is not None and shift is not None and shift > chosen.max_shift:
+        raise RunError(f"cut to rank {chosen.rank} it moves general text by {shift:.3g} nats", hint="a larger --rank")
+    return measured
 
 
 def _without_texts(

@@ -69,7 +69,8 @@ def merge_auto_folders(
         on_progress(f"base: {base.name}, as the adapters name it")
     options = {
         "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine, "fit": chosen.fit,
-        "heads": chosen.heads, "repair": chosen.repair, "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
+        "heads": chosen.heads, "max_shift": chosen.max_shift, "repair": chosen.repair,
+        "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
     }  # fmt: skip
     kind = dtype_for(dtype, adapters)
     options |= {} if kind == FLOAT32 else {"dtype": kind}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
+from plait.errors import RunError
 from plait.fidelity.candidates import METHODS, SCALES, Recipe, Tried, merged_by, recipes
 from plait.fidelity.distil import distil
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
@@ -13,7 +14,7 @@ from plait.fidelity.measure import Fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Evidence, FidelityRecord
-from plait.fidelity.score import fidelities
+from plait.fidelity.score import fidelities, general_shift
 from plait.fidelity.texts import split_off
 from plait.fidelity.tokens import require_room
 from plait.progress import OnProgress
@@ -43,6 +44,10 @@ class Scored:
     scale: float
     fidelity: Fidelity
     n: int
+
+    def within(self, max_shift: float | None) -> bool:
+        """Whether it moves general text by a limit at most, where there is one."""
+        return max_shift is None or (self.fidelity.general_kl or 0.0) <= max_shift
 
     @property
     def evidence(self) -> Evidence:
@@ -92,6 +97,7 @@ def choose(
     refine: int = 100,
     fit: bool = True,
     rank: int | None = None,
+    max_shift: float | None = None,
     seed: int = 0,
     base: str | None = None,
     on_progress: OnProgress = lambda _: None,
@@ -107,12 +113,14 @@ def choose(
             they are closer on the quarter of the texts that was held out.
         fit: Whether the winner is also fitted front to back; what is closest on the quarter held out stays.
         rank: Rank of a fitted merge, which is cut in the metric of its inputs; that of the sum by default.
+        max_shift: Most KL to the base on the panel's general texts, in nats: whatever moves the model further is left out.
         seed: Seed of the order of the texts.
         base: Base id of the result where the adapters name one base by different names.
         on_progress: Called with what is being done.
 
     Raises:
         InputError: A text beyond the base's table of positions; nothing has been computed then.
+        RunError: No candidate within `max_shift`.
 
     Cost: methods x 2 x scales passes over at most 32 texts of each adapter (and as many more as the grid has to grow by), an eighth
         of them over all; `refine` steps; three fits (`featcal`), two of them on three quarters of the texts.
@@ -122,8 +130,13 @@ def choose(
     moments = collect_moments(panel)
     on_progress("merging by every method")
     tried = [Tried(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
-    scored = tournament(panel, tried, scales, on_progress)
+    scored = tournament(panel, tried, scales, on_progress, max_shift)
     best = scored[0]
+    if not best.within(max_shift):
+        raise RunError(
+            f"no candidate moves general text by {max_shift:g} nats or less; the least was {best.fidelity.general_kl:.3g}",
+            hint="a larger --max-shift, or serve the adapters separately",
+        )
     adapter = scaled(best.tried.adapter, best.scale)
     weights: Mapping[str, tuple[float, ...]] = {}
     held_out: dict[str, float] = {}
@@ -132,18 +145,29 @@ def choose(
     if refine and enough:
         on_progress(f"weights per adapter and module, {refine} steps")
         refined, learnt, held_out = refined_weights(panel, adapters, best, refine, seed)
-        if held_out["refined"] > held_out["chosen"]:
+        if held_out["refined"] > held_out["chosen"] and within(panel, refined, max_shift):
             adapter, weights = refined, learnt
     if fit and enough and can_fit(panel):
         start = scaled(best.tried.adapter, best.scale)
         held_out = held_out or {"chosen": _on_rest(panel, start)}
-        settings, held_out["fitted"] = best_fit(panel, adapters, start, HELD_OUT, rank=rank, on_progress=on_progress)
-        if held_out["fitted"] > max(v for k, v in held_out.items() if k != "fitted"):
+        settings, held_out["fitted"] = best_fit(
+            panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress
+        )
+        closest = held_out["fitted"] > max(v for k, v in held_out.items() if k != "fitted")
+        merge = adapter
+        if closest:
             on_progress("fitting it to all texts")
-            adapter, weights = fitted(panel, adapters, start, settings, rank=rank, base=base), {}
+            merge = fitted(panel, adapters, start, settings, rank=rank, base=base)
+        if closest and within(panel, merge, max_shift):
+            adapter, weights = merge, {}
         else:
             settings = None
     return Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), settings)
+
+
+def within(panel: Panel, merge: Adapter, max_shift: float | None) -> bool:
+    """Whether a merge moves the base's answers to the panel's general texts by a limit at most; any does without one."""
+    return max_shift is None or float(general_shift(panel, [(merge, 1.0)])[0]) <= max_shift
 
 
 def _on_rest(panel: Panel, merge: Adapter) -> float:
@@ -152,38 +176,49 @@ def _on_rest(panel: Panel, merge: Adapter) -> float:
 
 
 def tournament(
-    panel: Panel, tried: Sequence[Tried], scales: Sequence[float], on_progress: OnProgress = lambda _: None
+    panel: Panel,
+    tried: Sequence[Tried],
+    scales: Sequence[float],
+    on_progress: OnProgress = lambda _: None,
+    max_shift: float | None = None,
 ) -> list[Scored]:
     """Score all merges at all scales on a part of the texts, the best of them on all; best first, later rounds before earlier ones.
 
     A merge whose best scale lies on the edge of those it was tried at is tried one step further, until its best lies within.
+    Those that move general text further than `max_shift` come last, the least first.
     """
+
+    def place(one: Scored) -> tuple[bool, float]:
+        over = not one.within(max_shift)
+        return over, (one.fidelity.general_kl or 0.0) if over else -one.fidelity.score
+
     few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
     longest = max(len(rows) for rows in panel.texts.values())
-    screen = panel.with_texts(few, general=longest <= SCREEN)
+    screen = panel.with_texts(few, general=longest <= SCREEN or max_shift is not None)
     entries = [(t, s) for t in tried for s in scales]
     first: list[Scored] = []
     for _ in range(_GROWTH + 1):
         on_progress(f"{len(entries)} merges, by fidelity")
         first += _scored(screen, entries, min(SCREEN, longest), on_progress)
-        if not (entries := _beyond(first)) or len(scales) < 2:
+        if not (entries := _beyond(first, place)) or len(scales) < 2:
             break
-    first.sort(key=lambda r: -r.fidelity.score)
+    first.sort(key=place)
     if longest <= SCREEN:
         return first
     going = first[: max(2, len(first) // GOES_ON)]
     on_progress(f"the best {len(going)} of them, on all texts")
-    return _scored(panel, [(s.tried, s.scale) for s in going], longest, on_progress) + first[len(going) :]
+    last = _scored(panel, [(s.tried, s.scale) for s in going], longest, on_progress)
+    return sorted(last, key=place) + first[len(going) :]
 
 
-def _beyond(scored: Sequence[Scored]) -> list[tuple[Tried, float]]:
+def _beyond(scored: Sequence[Scored], place: Callable[[Scored], tuple[bool, float]]) -> list[tuple[Tried, float]]:
     """For every merge whose best scale is the smallest or largest it was tried at: the merge, and the scale a step further."""
     by_merge: dict[int, list[Scored]] = {}
     for one in scored:
         by_merge.setdefault(id(one.tried), []).append(one)
     further = []
     for ones in by_merge.values():
-        at = max(ones, key=lambda r: r.fidelity.score).scale
+        at = min(ones, key=place).scale
         tried = [r.scale for r in ones]
         if at in (min(tried), max(tried)):
             further.append((ones[0].tried, at * STEP if at == max(tried) else at / STEP))
@@ -192,8 +227,7 @@ def _beyond(scored: Sequence[Scored]) -> list[tuple[Tried, float]]:
 
 def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, on_progress: OnProgress) -> list[Scored]:
     scores = fidelities(panel, [(t.adapter, s) for t, s in entries], on_progress)
-    rows = [Scored(t, s, f, n) for (t, s), f in zip(entries, scores, strict=True)]
-    return sorted(rows, key=lambda r: -r.fidelity.score)
+    return [Scored(t, s, f, n) for (t, s), f in zip(entries, scores, strict=True)]
 
 
 def refined_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.fidelity.panel import Panel
-from plait.fidelity.score import fidelities
+from plait.fidelity.score import fidelities, general_shift
 from plait.fidelity.texts import split_off
 from plait.fidelity.tokens import rows_of
 from plait.merging.methods.featcal import featcal
@@ -46,6 +47,7 @@ def best_fit(
     every: int,
     *,
     rank: int | None = None,
+    max_shift: float | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> tuple[Fit, float]:
     """Find the fit that is closest to the adapters on texts that were held out, and its score there.
@@ -56,6 +58,7 @@ def best_fit(
         start: The merge.
         every: Every such text is held out.
         rank: Rank of the result; that of the sum by default.
+        max_shift: Most KL to the base on the panel's general texts, in nats: a fit beyond it scores minus infinity.
         on_progress: Called before each fit.
 
     Cost: two fits, and as many passes over the texts held out as there are scales for each.
@@ -69,6 +72,9 @@ def best_fit(
         merge = fitted(seen, adapters, start, fit, rank=rank)
         tried += [(Fit(fit.pull, fit.reach, scale), merge) for scale in SCALES]
     scores = [f.score for f in fidelities(judged, [(merge, fit.scale) for fit, merge in tried])]
+    if max_shift is not None:
+        shifts = general_shift(panel, [(merge, fit.scale) for fit, merge in tried])
+        scores = [s if shift <= max_shift else -math.inf for s, shift in zip(scores, shifts, strict=True)]
     best = max(range(len(tried)), key=lambda i: scores[i])
     return tried[best][0], scores[best]
 

@@ -36,17 +36,25 @@ def fidelities(panel: Panel, merges: Sequence[Active], on_progress: OnProgress =
     Cost: (merges + 2) passes over the texts, a base's pass shared by as many as the device works well on.
     """
     if panel.is_text:
-        from plait.fidelity.language import text_closeness, text_general
+        from plait.fidelity.language import text_closeness
 
         by_task = [text_closeness(panel, part, merges) for part in _reported(panel.parts, on_progress)]
-        general = text_general(panel, merges) if panel.general else None
     else:
         by_task = [_classified(panel, part, merges) for part in _reported(panel.parts, on_progress)]
-        general = _general(panel, merges) if panel.general else None
+    general = general_shift(panel, merges) if panel.general else None
     return [
         Fidelity.of([tasks[i] for tasks in by_task], float(general[i]) if general is not None else None)
         for i in range(len(merges))
     ]
+
+
+def general_shift(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.float64]:
+    """Mean KL(base || merged) of each merge on the panel's general texts, in nats."""
+    if panel.is_text:
+        from plait.fidelity.language import text_general
+
+        return text_general(panel, merges)
+    return _general(panel, merges)
 
 
 def _reported(parts: Sequence[Part], on_progress: OnProgress) -> Iterator[Part]:
