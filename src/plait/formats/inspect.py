@@ -220,6 +220,7 @@ def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def _figures(adapter: Adapter) -> Figures:
     alphas = Counter(round(f.scaling * f.rank, 6) for f in adapter.modules.values())
+    squares = [f.norm_squared() for f in adapter.modules.values()]
     return Figures(
         modules=len(adapter.modules),
         module_kinds=dict(sorted(Counter(f.kind for f in adapter.modules.values()).items())),
@@ -232,8 +233,8 @@ def _figures(adapter: Adapter) -> Figures:
         extras=tuple(sorted(adapter.extras)),
         modules_to_save=tuple(adapter.modules_to_save),
         copies=tuple(sorted(adapter.copies)),
-        update_norm=sum(f.norm_squared() for f in adapter.modules.values()) ** 0.5,
-        zero_modules=sum(f.norm_squared() == 0 for f in adapter.modules.values()),
+        update_norm=sum(squares) ** 0.5,
+        zero_modules=squares.count(0.0),
     )
 
 
