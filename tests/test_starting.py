@@ -53,13 +53,15 @@ def test_a_new_recipe_validates_plans_and_runs(capsys, files, tiny_base, monkeyp
     assert [t.kind for t in recipe.tasks] == ["classification", "classification", "regression"]
     assert recipe.tasks[0].validation == "in/held.csv" and recipe.data.root == str(files)
     assert recipe.lora.target_modules == ["query", "value"]
-    for command in ("validate", "plan"):
-        assert call(capsys, command, "my.yaml")[0] == 0
+    assert call(capsys, "validate", "my.yaml")[0] == 0
+    code, out, _ = call(capsys, "plan", "my.yaml")
+    assert code == 0 and "scored on so many rows: reviews 20, pairs 12, grade 12" in out
     (files / "elsewhere").mkdir()
     monkeypatch.chdir(files / "elsewhere")  # a recipe names its files whatever folder it is run in
     sets = ["training.epochs=1", "training.lr=0.01", "merges=[tsv]", "arms=[kaiming]"]
     options = [word for s in sets for word in ("--set", s)]
     code, out, _ = call(capsys, "run", "../my.yaml", "--out", "done", "--quiet", *options)
+    assert "(kaiming, tsv at scale " in out.splitlines()[-1]
     assert code == 0 and "report.html" in out and Path("done/best/adapter_config.json").is_file()
 
 

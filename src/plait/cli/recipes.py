@@ -74,6 +74,8 @@ def plan(
     if forecast.seconds is not None and forecast.seconds_per_row is not None:
         pace = f"{1000 * forecast.seconds_per_row:.3g} ms a row, as it was just timed"
         tail += f"\nabout {duration(forecast.seconds)} on this machine ({pace}); loading and merging come on top"
+    scored = ", ".join(f"{task} {n['validation']}" for task, n in forecast.rows.items())
+    tail += f"\nscored on so many rows: {scored}"
     tail += "\nthe sweep alone: what it chooses decides what follows" if forecast.tuned else ""
     emit(forecast, as_json, table(["stage", "units", "reused"], rows) + tail)
 
@@ -212,4 +214,8 @@ def result_text(found: dict[str, Any]) -> str:
         "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor), alone being the plain\n"
         "arm's; of own: alone being the arm's own. arm: how they start and are trained."
     )
-    return f"{table(header, rows, text_columns=2)}\n\n{legend}\n\nreport   {found['report']}\nadapter  {found['best']}"
+    if any((found["recovered"][arm][m] or 0) > 1 for arm, merges in found["merged"].items() for m in merges):
+        legend += "\nMore than 100 %: better than the plain adapters alone; were those trained long enough?"
+    best = found.get("best_is") or {}
+    which = f"  ({best['arm']}, {best['merge']} at scale {best['scale']:.3g}, seed {best['seed']})" if best else ""
+    return f"{table(header, rows, text_columns=2)}\n\n{legend}\n\nreport   {found['report']}\nadapter  {found['best']}{which}"

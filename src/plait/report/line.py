@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plait.disk.store import discard, identity, read_json, staged_folder
+from plait.disk.store import discard, identity, read_json, read_manifest, staged_folder
 from plait.report.page import write_report
 from plait.runs.best import best_place
 from plait.runs.executors import Executor, InProcess
@@ -50,7 +50,7 @@ def report(layout: Layout) -> dict[str, Any]:
     """Write the report of a finished run beside its results, unless it is there.
 
     Returns:
-        The report's headline, and the paths of the `report` and of the `best` merge.
+        The report's headline, the paths of the `report` and of the `best` merge, and which one that is (`best_is`).
 
     Raises:
         RunError: The run is not finished.
@@ -63,7 +63,8 @@ def report(layout: Layout) -> dict[str, Any]:
             write_report(layout, folder)
     headline = read_json(page / "report.json")["headline"]
     places = {"report": str((page / "report.html").absolute()), "best": str(best_place(layout).absolute())}
-    return {**headline, **places}
+    made = (read_manifest(best_place(layout)) or {}).get("result", {})
+    return {**headline, **places, "best_is": {k: made[k] for k in ("arm", "merge", "scale", "seed") if k in made}}
 
 
 def report_again(folder: Path) -> dict[str, Any]:
