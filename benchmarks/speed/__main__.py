@@ -19,7 +19,7 @@ from benchmarks.speed.page import write
 
 import plait
 
-SETS = ("merging",)
+SETS = ("merging", "many")
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--work", type=Path, required=True, help="for inputs, which are made once, and results: 12 GB")
 parser.add_argument("--out", type=Path, required=True, help="without .json and .md")

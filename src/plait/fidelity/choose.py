@@ -9,6 +9,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import RunError
 from plait.fidelity.candidates import METHODS, SCALES, Recipe, Tried, merged_by, recipes
 from plait.fidelity.distil import distil
+from plait.fidelity.duration import expected_seconds, in_words
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
@@ -130,6 +131,13 @@ def choose(
     moments = collect_moments(panel)
     on_progress("merging by every method")
     tried = [Tried(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
+    enough = min(len(rows) for rows in panel.texts.values()) >= FEWEST
+    fits = (3 - 2 / HELD_OUT) * (fit and enough and can_fit(panel))  # two of them on three quarters of the texts
+    merges = len(tried) * len(scales)
+    seconds = expected_seconds(
+        panel, _screen(panel, max_shift), merges, merges // GOES_ON, refine=refine * enough, fits=fits
+    )
+    on_progress(f"about {in_words(seconds)} from here")
     scored = tournament(panel, tried, scales, on_progress, max_shift)
     best = scored[0]
     if not best.within(max_shift):
@@ -141,7 +149,6 @@ def choose(
     weights: Mapping[str, tuple[float, ...]] = {}
     held_out: dict[str, float] = {}
     settings: Fit | None = None
-    enough = min(len(rows) for rows in panel.texts.values()) >= FEWEST
     if refine and enough:
         on_progress(f"weights per adapter and module, {refine} steps")
         refined, learnt, held_out = refined_weights(panel, adapters, best, refine, seed)
@@ -192,9 +199,7 @@ def tournament(
         over = not one.within(max_shift)
         return over, (one.fidelity.general_kl or 0.0) if over else -one.fidelity.score
 
-    few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
-    longest = max(len(rows) for rows in panel.texts.values())
-    screen = panel.with_texts(few, general=longest <= SCREEN or max_shift is not None)
+    longest, screen = max(len(rows) for rows in panel.texts.values()), _screen(panel, max_shift)
     entries = [(t, s) for t in tried for s in scales]
     first: list[Scored] = []
     for _ in range(_GROWTH + 1):
@@ -209,6 +214,13 @@ def tournament(
     on_progress(f"the best {len(going)} of them, on all texts")
     last = _scored(panel, [(s.tried, s.scale) for s in going], longest, on_progress)
     return sorted(last, key=place) + first[len(going) :]
+
+
+def _screen(panel: Panel, max_shift: float | None) -> Panel:
+    """The texts of the first round; the general ones too where there is no second, or they decide."""
+    few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
+    longest = max(len(rows) for rows in panel.texts.values())
+    return panel.with_texts(few, general=longest <= SCREEN or max_shift is not None)
 
 
 def _beyond(scored: Sequence[Scored], place: Callable[[Scored], tuple[bool, float]]) -> list[tuple[Tried, float]]:

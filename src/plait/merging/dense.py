@@ -17,7 +17,7 @@ from plait.merging.small_svd import thin_svd
 BLOCK = 1 << 18
 # Entries that are computed together, on which nothing but speed depends: on a CPU a block of one task, what a rule adds up
 # and a sign or mask stay in a core's own cache (2 MB); a GPU needs work for all its parts.
-_ON_CPU, _ON_GPU = 1 << 16, 1 << 24
+_ON_CPU, _ON_GPU = 1 << 15, 1 << 24
 # A module whose dense delta is at most this large is computed once and held while it is cut; a larger one is made anew
 # in every pass. 64 Mi entries are 256 MB, enough for every linear layer of an 8 B model.
 _HELD = 1 << 26
