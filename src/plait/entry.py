@@ -63,6 +63,8 @@ def main() -> None:
     """Run the command line."""
     leave_at_once()
     if sys.argv[1:2] == ["merge"]:
+        # NumPy multiplies narrow matrices here, for which its threads wait for each other longer than they compute.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from plait.merging.prompt import merged
 
         if (code := merged(sys.argv[2:], raise_again)) is not None:
