@@ -109,15 +109,16 @@ def sum_error(parts: Sequence[Part], merged: LoraFactors, probes: Probes) -> flo
     """
     dtype = array_of(merged.B).dtype.name if merged.scaling == 1.0 else FLOAT32
     error = 1.0
-    for kind in (np.float32, np.float64):
-        wanted = sum(_applied(f, probes, kind, c, dtype) for c, f in parts)
-        result = _applied(merged, probes, kind)
-        size = float(np.linalg.norm(wanted))
-        if size == 0 or not result.any():
-            return 0.0 if size == float(np.linalg.norm(result)) else 1.0
-        error = float(np.linalg.norm(wanted - result)) / size
-        if error <= _DOUBTFUL:
-            break
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is an error, and is told as one
+        for kind in (np.float32, np.float64):
+            wanted = sum(_applied(f, probes, kind, c, dtype) for c, f in parts)
+            result = _applied(merged, probes, kind)
+            size = float(np.linalg.norm(wanted))
+            if size == 0 or not result.any():
+                return 0.0 if size == float(np.linalg.norm(result)) else 1.0
+            error = float(np.linalg.norm(wanted - result)) / size
+            if error <= _DOUBTFUL:
+                break
     return error
 
 
