@@ -43,4 +43,8 @@ for name in chosen.sets.split(","):
             )
 versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "safetensors"))
 threads = os.environ.get("OMP_NUM_THREADS", "default")
-write(chosen.out, rows, {"cores": os.cpu_count(), "threads": threads, "versions": versions})
+write(
+    chosen.out,
+    rows,
+    {"cores": os.cpu_count(), "threads": threads, "versions": versions, "load": round(os.getloadavg()[2], 1)},
+)

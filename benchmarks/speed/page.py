@@ -35,7 +35,9 @@ def write(out: Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:
     merged = [fresh.pop(r["what"], r) for r in before] + list(fresh.values())
     path.write_text(json.dumps({"machine": machine, "rows": merged}, indent=1) + "\n")
     lines = [_line(Row(**r)) for r in merged]
-    bottom = f"\n{machine['cores']} cores, {machine['threads']} thread, {machine['versions']}.\n"
+    bottom = f"\n{machine['cores']} cores, {machine['threads']} threads, {machine['versions']}; load average {machine['load']}. "
+    bottom += "A load above the cores is other work on the machine: seconds are then those of a shared one, and so are ratios\n"
+    bottom += "between work that computes and work that waits for the disk.\n"
     out.with_suffix(".md").write_text(_TOP + "\n".join(lines) + "\n" + bottom)
 
 
