@@ -21,7 +21,7 @@ from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, req
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.weights import WEIGHTS, Begin, begin_weights
 from plait.border.checked import Record
-from plait.disk.files import sha256_json
+from plait.disk.files import sha256_file, sha256_json
 from plait.disk.hub import adapter_place, hub_facts, name_of
 from plait.disk.locks import require_readable
 from plait.disk.manifest import MANIFEST, read_manifest, require_whole
@@ -95,6 +95,7 @@ def adapter_of(
     require_readable(folder / HEADS)
     manifest = read_manifest(folder)
     if digests:  # without, what is read was only just written, and has no manifest yet
+        digests = {**digests, **_beside_weights(folder)}
         require_whole(folder, read=True, known=digests)
     require_filled(tensors, str(folder))
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
@@ -129,6 +130,12 @@ def adapter_of(
         },
         head_facts={h: facts.otherwise(recorded_facts(result, h, name)) for h, (_, facts) in heads.items()},
     )
+
+
+def _beside_weights(folder: Path) -> dict[str, str]:
+    """The hashes of what gives the weights their meaning: the config, whose alphas scale them, and the heads."""
+    heads = sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []
+    return {str(p.relative_to(folder)): sha256_file(p) for p in (folder / CONFIG, *heads)}
 
 
 def _own_name(manifest: Mapping[str, Any] | None, folder: Path) -> str:

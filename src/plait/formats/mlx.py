@@ -16,7 +16,7 @@ from plait.adapters.naming import checked_name
 from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import all_finite, read_tensors, widened
 from plait.border.checked import Record
-from plait.disk.files import read_json
+from plait.disk.files import read_json, sha256_file, sha256_json
 from plait.errors import InputError
 from plait.formats.keys import MLX
 from plait.formats.single_file import unscaled
@@ -74,7 +74,14 @@ def read_mlx(path: str | Path, *, name: str | None = None) -> Adapter:
         base=config.text("model", ""),
         modules=modules,
         task_type="CAUSAL_LM",
-        source={"path": str(folder), "sha256": digest, "format": MLX, "scale": scale},
+        source={
+            "path": str(folder),
+            "sha256": sha256_json(
+                {FILE: digest, CONFIG: sha256_file(folder / CONFIG)}
+            ),  # the config scales the weights
+            "format": MLX,
+            "scale": scale,
+        },
     )
 
 

@@ -20,6 +20,7 @@ from plait.adapters.naming import checked_name
 from plait.adapters.sealed import read_sealed, write_sealed
 from plait.adapters.tensors import all_finite, widened
 from plait.border.checked import LARGEST_MANIFEST, Record, parsed_json
+from plait.disk.files import sha256_json
 from plait.errors import InputError
 from plait.formats.alpha import scalings_of
 from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names
@@ -70,7 +71,8 @@ def read_lora_file(path: str | Path, *, name: str | None = None) -> Adapter:
         modules=modules,
         source={
             "path": str(path),
-            "sha256": digest,
+            # Where a config beside the file scales it, what is read is more than the file.
+            "sha256": sha256_json({"file": digest, "scalings": scalings.of}) if scalings.places else digest,
             "format": found.format,
             "layouts": found.layouts,
             "tucker": sum(MIDDLE in half for half in found.halves.values()),
