@@ -62,15 +62,21 @@ def _write(descriptor: int, text: str) -> None:
 def main() -> None:
     """Run the command line."""
     leave_at_once()
-    if sys.argv[1:2] == ["merge"]:
+    if sys.argv[1:2] in (["merge"], ["inspect"]):
         # NumPy multiplies narrow matrices here, for which its threads wait for each other longer than they compute.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if sys.argv[1:2] == ["merge"]:
         from plait.merging.prompt import merged
 
         if (code := merged(sys.argv[2:], raise_again)) is not None:
             leave_at_once()
             sys.exit(code)
         leave_at_once()
+    if sys.argv[1:2] == ["inspect"]:
+        from plait.formats.prompt import inspected
+
+        if (code := inspected(sys.argv[2:])) is not None:
+            sys.exit(code)
     from plait.cli import main as run
 
     run(begin=raise_again, end=leave_at_once)

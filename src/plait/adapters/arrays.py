@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from plait.adapters.header import ITEMSIZES, TORCH_NAMES
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
@@ -22,6 +24,7 @@ BFLOAT16, FLOAT16, FLOAT32 = "bfloat16", "float16", "float32"
 KEEP = "keep"  # what is asked for where a result has the type of its inputs
 # Of the types with which NumPy computes, the bytes of one number: the name in a file's header, and the one that torch has for it.
 _STORED = {"F64": "float64", "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
+_ITEMSIZES = {name: ITEMSIZES[code] for code, name in TORCH_NAMES.items()}
 _HELD: dict[str, type[np.generic]] = {
     "float64": np.float64, FLOAT32: np.float32, FLOAT16: np.float16, BFLOAT16: np.uint16,
 }  # fmt: skip
@@ -39,7 +42,7 @@ class Kind:
     @property
     def itemsize(self) -> int:
         """Bytes of one number."""
-        return np.dtype(_HELD[self.name]).itemsize
+        return _ITEMSIZES[self.name]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,6 +173,12 @@ def all_finite(array: Array) -> bool:
         return not array.data.size or int((array.data.view(np.uint16) & exponent).max()) < int(exponent)
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(float(array.data.sum())) or bool(np.isfinite(array.data).all())
+
+
+def product_norm_squared(A: Array, B: Array) -> float:
+    """Squared Frobenius norm of B A, for A (r, in) and B (out, r), from their (r, r) Gram matrices in float64."""
+    wide_A, wide_B = floats(A, np.float64), floats(B, np.float64)
+    return float(((wide_B.T @ wide_B) * (wide_A @ wide_A.T)).sum())
 
 
 def widened(tensor: Tensor) -> Tensor:

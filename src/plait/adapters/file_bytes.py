@@ -60,16 +60,32 @@ def begin_bytes(path: Path, hashing: Hashing | None, check: Check | None = None)
             whole, digest = _filled(f, memoryview(block)[:size], pieces), pieces.digest
         else:  # copied where somebody changes them
             block, start, whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), len(head), True
-    try:  # the library checks the layout: every offset, no overlap, no hole
-        with safe_open(path, framework="numpy") as opened:
-            metadata = dict(opened.metadata() or {})
-    except SafetensorError as e:
-        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
+    metadata = _metadata(path)
     after = path.stat()
     changed = (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns)
     if changed or not whole:
         raise InputError("changed while it was read", where=str(path), hint="try again when nothing writes it")
     return FileBytes(entries, metadata, block, start, start + size, digest)
+
+
+def read_layout(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
+    """A safetensors file's metadata, what its header says of each tensor, and where the data begin; no tensor is read.
+
+    Raises:
+        InputError: As in `plait.adapters.tensors.read_tensors`.
+    """
+    require_regular(path)
+    with path.open("rb", buffering=0) as f:
+        entries, head = read_header(f, path, path.stat().st_size)
+    return _metadata(path), entries, len(head)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:  # the library checks the layout: every offset, no overlap, no hole
+        with safe_open(path, framework="numpy") as opened:
+            return dict(opened.metadata() or {})
+    except SafetensorError as e:
+        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
 
 
 def begin_arrays(

@@ -70,7 +70,11 @@ class LoraFactors:
         return f.B @ f.A
 
     def norm_squared(self) -> float:
-        """Squared Frobenius norm of the delta, from two (rank, rank) Gram matrices."""
+        """Squared Frobenius norm of the delta, from two (rank, rank) Gram matrices in float64."""
+        from plait.adapters.arrays import Array, product_norm_squared
+
+        if isinstance(self.A, Array) and isinstance(self.B, Array):
+            return self.scaling**2 * product_norm_squared(self.A, self.B)
         import torch
 
         f = self.folded(torch.float64)

@@ -15,8 +15,9 @@ from torch import Tensor
 from plait.adapters.arrays import widened as widened
 from plait.adapters.file_bytes import Check as Check
 from plait.adapters.file_bytes import begin_bytes
+from plait.adapters.file_bytes import read_layout as read_layout
 from plait.adapters.hashing import Digest, Hashing
-from plait.adapters.header import ADVICE, TORCH_NAMES, read_header
+from plait.adapters.header import ADVICE, TORCH_NAMES
 from plait.adapters.memory import let_go
 from plait.border.checked import shown
 from plait.disk.store import require_regular
@@ -75,32 +76,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         InputError: As in `read_tensors`.
     """
     return read_layout(path)[0]
-
-
-def read_layout(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
-    """A safetensors file's metadata, what its header says of each tensor, and where the data begin; no tensor is read.
-
-    Raises:
-        InputError: As in `read_tensors`.
-    """
-    require_regular(path)
-    try:  # the library checks the layout: every offset, no overlap, no hole
-        with path.open("rb", buffering=0) as f:
-            entries, head = read_header(f, path, path.stat().st_size)
-        with safe_open(path, framework="pt") as opened:
-            return dict(opened.metadata() or {}), entries, len(head)
-    except SafetensorError as e:
-        raise InputError(f"not a whole safetensors file: {e}", where=str(path), hint=ADVICE) from None
-
-
-def read_shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's tensors on the meta device, of their shapes and types but without numbers, and its metadata.
-
-    Raises:
-        InputError: As in `read_tensors`.
-    """
-    metadata, entries, _ = read_layout(path)
-    return {n: torch.empty(e["shape"], dtype=type_of(n, e, path), device="meta") for n, e in entries.items()}, metadata
 
 
 def type_of(name: str, entry: Mapping[str, Any], path: Path) -> torch.dtype:

@@ -38,16 +38,6 @@ def with_torch() -> Begin:
     return begin_tensors
 
 
-def weight_shapes(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A folder's tensors without their numbers (see `read_shapes`), and their metadata; none where it has no weights."""
-    from plait.adapters.tensors import read_shapes
-
-    if (folder / WEIGHTS).exists():
-        return read_shapes(folder / WEIGHTS)
-    shards = _shards(folder) if (folder / INDEX).exists() else []
-    return {name: tensor for file in shards for name, tensor in read_shapes(folder / file)[0].items()}, {}
-
-
 def begin_weights(
     folder: Path, hashing: Hashing | None, check: Check | None = None, begin: Begin | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Digest]]:
@@ -80,7 +70,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return files
 
 
-def _shards(folder: Path) -> list[str]:
+def shards(folder: Path) -> list[str]:
+    """The files that an index names, by name.
+
+    Raises:
+        InputError: No index, or one that names something else than shards in this folder.
+    """
     files = sorted(set(_weight_map(folder).values()))
     for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
@@ -96,7 +91,7 @@ def _begin_shards(
     files = _weight_map(folder)
     tensors: dict[str, Tensor] = {}
     digests: dict[str, Digest] = {}
-    for file in _shards(folder):
+    for file in shards(folder):
         found, _, digests[file] = begin(folder / file, hashing, finite=True, check=check)
         if twice := sorted(set(found) & set(tensors)):
             raise InputError(f"tensor {twice[0]!r} is in two shards", where=str(folder / file))

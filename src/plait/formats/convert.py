@@ -25,10 +25,10 @@ from plait.formats.alpha import alpha_notes
 from plait.formats.gguf_reading import read_gguf
 from plait.formats.keys import DIFFUSERS, MLX, PEFT
 from plait.formats.layouts import BY_BASE
-from plait.formats.mlx import is_mlx, read_mlx
-from plait.formats.names import COMPONENTS
+from plait.formats.mlx import read_mlx
 from plait.formats.plain import read_plain
 from plait.formats.reading import format_of, read_any
+from plait.formats.recognised import component_folders, is_mlx
 from plait.formats.renaming import renamed
 from plait.formats.single_file import read_lora_file
 from plait.formats.work import Means, Step
@@ -168,14 +168,6 @@ def _read(source: Path, means: Means, component: str | None, target: str) -> tup
             f"which part of a pipeline does {source} adapt?", hint="--component unet, transformer, text_encoder, ..."
         )
     return joined({component: adapter}, adapter.name), done
-
-
-def component_folders(source: Path) -> dict[str, Path]:
-    """Component -> its PEFT folder, where a folder holds such folders, one of them named as a pipeline's, and is none itself."""
-    if not source.is_dir() or (source / CONFIG).exists():
-        return {}
-    found = {p.name: p for p in sorted(source.iterdir()) if (p / CONFIG).is_file()}
-    return found if found.keys() & {*COMPONENTS.values()} else {}
 
 
 def _identity(

@@ -13,20 +13,16 @@ from plait.adapters.config import CONFIG, read_raw_config
 from plait.adapters.experts import member_of
 from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import EXPERT, Adapter
-from plait.adapters.peft_format import read_adapter
 from plait.adapters.places import folders_inside
-from plait.adapters.tensors import read_shapes
-from plait.adapters.weights import weight_shapes
+from plait.adapters.shapes import Shape, read_shapes, weight_shapes
 from plait.border.checked import Record
 from plait.border.records import inline, optional
 from plait.disk.hub import adapter_place, hub_facts, name_of
-from plait.disk.store import MANIFEST, read_manifest
-from plait.errors import Damaged, InputError, PlaitError
-from plait.formats.convert import component_folders
+from plait.disk.manifest import MANIFEST, read_manifest
+from plait.errors import InputError
+from plait.formats.first_look import attempt, squares_of
 from plait.formats.keys import MLX, PEFT, TUCKER, variant_of
-from plait.formats.mlx import FILE, is_mlx
-from plait.formats.reading import format_of, read_any
-from plait.formats.single_file import file_record
+from plait.formats.recognised import MLX_FILE, component_folders, file_record, format_of, is_mlx
 
 # What a config or the names of tensors give away -> its name, and the way to a plain LoRA, if there is one.
 _BASE, _START = "plait convert --base DIR", "plait convert --initial DIR"
@@ -56,8 +52,8 @@ class Figures:
         heads: Tasks that have one.
         extras, modules_to_save: Weights that were trained whole, and what the config says of them.
         copies: The base's own weights beside the factors.
-        update_norm: Frobenius norm of all deltas together.
-        zero_modules: How many deltas are zero.
+        update_norm: Frobenius norm of all deltas together; None where no numbers were read.
+        zero_modules: How many deltas are zero; None where no numbers were read.
     """
 
     modules: int
@@ -71,8 +67,8 @@ class Figures:
     extras: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     copies: tuple[str, ...]
-    update_norm: float
-    zero_modules: int
+    update_norm: float | None
+    zero_modules: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +123,15 @@ class Inspections:
     adapters: Mapping[str, AdapterFacts] | None = optional()
 
 
-def inspect(path: Path) -> Inspection | Inspections:
+def inspect(path: Path, *, full: bool = False) -> Inspection | Inspections:
     """Say what can be said about an adapter without its base.
+
+    Of a PEFT folder larger than `first_look.READ_WHOLE` the headers alone are read: everything is told but the length of the update and
+    which modules are zero, and NaN, or bytes that are not what its manifest says, are not looked for.
 
     Args:
         path: A PEFT folder, a folder of them named by component, or a LoRA file.
+        full: Whether to read the numbers of large folders too, a module at a time.
 
     Raises:
         InputError: Nothing there, or neither a folder of adapters nor a safetensors file.
@@ -139,23 +139,24 @@ def inspect(path: Path) -> Inspection | Inspections:
     """
     path = adapter_place(path)
     if parts := component_folders(path):
-        return Inspections(str(path), PEFT, components={part: _facts(folder) for part, folder in parts.items()})
+        return Inspections(str(path), PEFT, components={part: _facts(folder, full) for part, folder in parts.items()})
     if not path.exists():
         raise InputError("no such file or folder", where=str(path))
     within = folders_inside(path)
     if within and not (path / CONFIG).exists():
-        return Inspections(str(path), PEFT, adapters={str(p.relative_to(path)): _facts(p) for p in within})
-    return Inspection(str(path), _facts(path), tuple(str(p) for p in within))
+        return Inspections(str(path), PEFT, adapters={str(p.relative_to(path)): _facts(p, full) for p in within})
+    return Inspection(str(path), _facts(path, full), tuple(str(p) for p in within))
 
 
-def _facts(path: Path) -> AdapterFacts:
+def _facts(path: Path, full: bool) -> AdapterFacts:
     if path.is_dir() and not (path / CONFIG).exists():
         raise InputError(f"no {CONFIG}, and no folders with one", where=str(path), hint="expected an adapter")
     path = path.parent if path.is_file() and is_mlx(path) else path
     mlx = is_mlx(path)
-    tensors, metadata = _tensors(path / FILE if mlx else path)
+    tensors, metadata = _tensors(path / MLX_FILE if mlx else path)
     variant, way = _variant(path, tensors)
-    adapter, problem = _attempt(path)
+    nbytes = sum(t.nbytes for t in tensors.values())
+    adapter, problem = attempt(path, nbytes, full=full)
     manifest = read_manifest(path) if path.is_dir() and (path / MANIFEST).exists() else None
     record = file_record(metadata, path) if path.is_file() else manifest
     config = _config(path) if path.is_dir() else {}
@@ -167,9 +168,9 @@ def _facts(path: Path) -> AdapterFacts:
         base=(adapter.base if adapter else config.get("base_model_name_or_path")) or None,
         task_type=adapter.task_type if adapter else config.get("task_type"),
         variant=variant,
-        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+        dtypes=tuple(sorted({t.dtype.name for t in tensors.values()})),
         parameters=sum(t.numel() for t in tensors.values()),
-        size_mb=sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
+        size_mb=nbytes / 1e6,
         stacked_on=str(below) if below else None,
         merged_from=tuple(result.texts("tasks")) if result.has("tasks") else None,
         method=result.text("method") if result.has("method") else None,
@@ -180,22 +181,13 @@ def _facts(path: Path) -> AdapterFacts:
     )
 
 
-def _tensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+def _tensors(path: Path) -> tuple[Mapping[str, Shape], Mapping[str, str]]:
     """The tensors without their numbers, and the metadata."""
     return read_shapes(path) if path.is_file() else weight_shapes(path)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
     return read_raw_config(folder)
-
-
-def _attempt(path: Path) -> tuple[Adapter | None, str | None]:
-    try:
-        return (read_adapter(path) if path.is_dir() and not is_mlx(path) else read_any(path)), None
-    except Damaged:  # of nothing in it can be said that it is what was written
-        raise
-    except PlaitError as e:
-        return None, f"{e.what}" + (f" ({e.hint})" if e.hint else "")
 
 
 def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -220,7 +212,7 @@ def _variant(path: Path, tensors: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def _figures(adapter: Adapter) -> Figures:
     alphas = Counter(round(f.scaling * f.rank, 6) for f in adapter.modules.values())
-    squares = [f.norm_squared() for f in adapter.modules.values()]
+    squares = squares_of(adapter)
     return Figures(
         modules=len(adapter.modules),
         module_kinds=dict(sorted(Counter(f.kind for f in adapter.modules.values()).items())),
@@ -233,8 +225,8 @@ def _figures(adapter: Adapter) -> Figures:
         extras=tuple(sorted(adapter.extras)),
         modules_to_save=tuple(adapter.modules_to_save),
         copies=tuple(sorted(adapter.copies)),
-        update_norm=sum(squares) ** 0.5,
-        zero_modules=squares.count(0.0),
+        update_norm=None if squares is None else sum(squares) ** 0.5,
+        zero_modules=None if squares is None else squares.count(0.0),
     )
 
 

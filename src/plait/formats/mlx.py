@@ -19,21 +19,12 @@ from plait.border.checked import Record
 from plait.disk.files import read_json, sha256_file, sha256_json
 from plait.errors import InputError
 from plait.formats.keys import MLX
+from plait.formats.recognised import MLX_FILE
 from plait.formats.single_file import unscaled
 
-FILE = "adapters.safetensors"
 _A, _B, _MAGNITUDE = ".lora_a", ".lora_b", ".m"
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding"}
 _EVERYWHERE = -1  # num_layers with which mlx-lm takes keys as names of the whole model alone
-
-
-def is_mlx(path: Path) -> bool:
-    """Whether a folder, or the file in it, is an adapter of mlx-lm: by its weights' name and a config that is not PEFT's."""
-    folder = path.parent if path.name == FILE else path
-    if not (folder / FILE).is_file() or not (folder / CONFIG).is_file():
-        return False
-    raw = read_json(folder / CONFIG, limit=LARGEST_CONFIG)
-    return isinstance(raw, dict) and "peft_type" not in raw and bool({"fine_tune_type", "lora_parameters"} & raw.keys())
 
 
 def read_mlx(path: str | Path, *, name: str | None = None) -> Adapter:
@@ -48,7 +39,7 @@ def read_mlx(path: str | Path, *, name: str | None = None) -> Adapter:
     Raises:
         InputError: A full fine-tune, DoRA, experts or embeddings (named, with the reason), or damaged.
     """
-    folder = Path(path).parent if Path(path).name == FILE else Path(path)
+    folder = Path(path).parent if Path(path).name == MLX_FILE else Path(path)
     config = Record.of(read_json(folder / CONFIG, limit=LARGEST_CONFIG), str(folder / CONFIG))
     kind = config.text("fine_tune_type", "lora", choices=("lora", "dora", "full"))
     if kind != "lora":
@@ -62,7 +53,7 @@ def read_mlx(path: str | Path, *, name: str | None = None) -> Adapter:
             hint="take alpha out, and write into scale what the version that trained it applied",
         )
     rank, scale = parameters.integer("rank", 1, 1 << 16), parameters.number("scale", 0.0, 1e30, above=True)
-    tensors, _, digest = read_tensors(folder / FILE)
+    tensors, _, digest = read_tensors(folder / MLX_FILE)
     modules = _modules({k: widened(t) for k, t in tensors.items()}, rank, scale, folder)
     keys = parameters.texts("keys", ())
     if lost := [m for m in modules if keys and not any(m == k or m.endswith(f".{k}") for k in keys)]:
@@ -77,7 +68,7 @@ def read_mlx(path: str | Path, *, name: str | None = None) -> Adapter:
         source={
             "path": str(folder),
             "sha256": sha256_json(
-                {FILE: digest, CONFIG: sha256_file(folder / CONFIG)}
+                {MLX_FILE: digest, CONFIG: sha256_file(folder / CONFIG)}
             ),  # the config scales the weights
             "format": MLX,
             "scale": scale,
@@ -108,7 +99,7 @@ def _modules(tensors: Mapping[str, Tensor], rank: int, scale: float, folder: Pat
             raise InputError(f"{key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected finite", where=str(folder))
         halves.setdefault(key.removesuffix(suffix), {})[suffix] = tensor
     if not halves:
-        raise InputError("holds no lora_a and lora_b", where=str(folder / FILE))
+        raise InputError("holds no lora_a and lora_b", where=str(folder / MLX_FILE))
     return {m: _factors(m, halves[m], rank, scale, folder) for m in sorted(halves)}
 
 
@@ -155,7 +146,7 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
         name, extra = adapter.full_name(module), rank - f.rank
         tensors[name + _A] = torch.nn.functional.pad(f.A, (0, 0, 0, extra)).T.contiguous()
         tensors[name + _B] = torch.nn.functional.pad(f.B, (0, extra)).T.contiguous()
-    write_tensors(folder / FILE, tensors, {"format": "mlx"})
+    write_tensors(folder / MLX_FILE, tensors, {"format": "mlx"})
     config: dict[str, Any] = {
         "fine_tune_type": "lora",
         "model": adapter.base,

@@ -14,10 +14,12 @@ from plait.adapters.peft_format import begin_adapter
 from plait.adapters.weights import WEIGHTS
 from plait.disk.hub import adapter_place
 from plait.errors import InputError
-from plait.formats.keys import DIFFUSERS, ORIGINAL, PEFT
+from plait.formats.keys import DIFFUSERS, ORIGINAL
 from plait.formats.layouts import original_prefix
-from plait.formats.mlx import is_mlx, read_mlx
+from plait.formats.mlx import read_mlx
 from plait.formats.names import require_distinct
+from plait.formats.recognised import format_of as format_of
+from plait.formats.recognised import is_mlx
 from plait.formats.single_file import read_lora_file
 
 
@@ -50,11 +52,6 @@ def begin_any(path: str | Path, hashing: Hashing, *, name: str | None = None) ->
             "a file, but no .safetensors", where=str(path), hint="a PEFT folder, or a LoRA file in safetensors"
         )
     return partial(read_lora_file, path, name=name)
-
-
-def format_of(adapter: Adapter) -> str:
-    """The format an adapter was read from, a name in `keys.FORMATS`."""
-    return str(adapter.source.get("format", PEFT))
 
 
 def with_one_prefix(adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -19,14 +19,13 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.sealed import read_sealed, write_sealed
 from plait.adapters.tensors import all_finite, widened
-from plait.border.checked import LARGEST_MANIFEST, Record, parsed_json
 from plait.disk.files import sha256_json
 from plait.errors import InputError
 from plait.formats.alpha import scalings_of
 from plait.formats.keys import DIFFUSERS, KOHYA, MIDDLE, ORIGINAL, Parsed, parse, tensor_names
 from plait.formats.layouts import original_prefix
+from plait.formats.recognised import RECORD, file_record
 
-RECORD = "plait"  # metadata key of the record that a folder keeps in plait.json
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE_KEYS = ("ss_base_model_version", "modelspec.architecture")
 
@@ -86,17 +85,6 @@ def _plain_name(path: Path) -> str:
     """The file's name, made fit for a name: spaces and what else people put there become underscores."""
     kept = "".join(c if c.isalnum() or c in "._+-" else "_" for c in path.name.removesuffix(".safetensors"))
     return kept.strip("._-+")[:100]
-
-
-def file_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
-    """The record plait left in a file's metadata, or None."""
-    if RECORD not in metadata:
-        return None
-    raw = parsed_json(metadata[RECORD], str(path), f"its metadata's {RECORD!r}", LARGEST_MANIFEST)
-    record = Record.of(raw, str(path), inside=f"its metadata's {RECORD!r}")
-    parts = {key: dict(record.record(key, optional=True).values) for key in ("options", "inputs", "result")}
-    record.record("result", optional=True).texts("tasks", ())
-    return {**record.values, **parts}  # null stands for nothing
 
 
 def _base(metadata: Mapping[str, str], record: Mapping[str, Any] | None) -> str:

@@ -21,7 +21,8 @@ from plait.formats.layouts import BY_BASE, dotted_to_kohya, layout_for, original
 from plait.formats.mlx import write_mlx
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
 from plait.formats.reading import format_of
-from plait.formats.single_file import file_record, unscaled, write_lora_file
+from plait.formats.recognised import file_record
+from plait.formats.single_file import unscaled, write_lora_file
 
 FILE_FORMATS = (KOHYA, DIFFUSERS, ORIGINAL)
 

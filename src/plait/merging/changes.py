@@ -16,7 +16,7 @@ from plait.disk import store
 from plait.disk.hub import adapter_place, cached_folder, split_revision
 from plait.errors import InputError, PlaitError, UsageError
 from plait.formats.reading import read_any
-from plait.formats.single_file import file_record
+from plait.formats.recognised import file_record
 from plait.merging.record import MergedInput, MergeRecord
 from plait.merging.spec import MergeSpec
 
