@@ -28,8 +28,8 @@ from plait.border.records import to_json
 from plait.disk.store import versions
 from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import REPORTED, SELECTION
-from plait.fidelity.candidates import METHODS, SCALES, Tried, merged_by, recipes
-from plait.fidelity.choose import HELD_OUT, Scored, groups_of, refined_weights, scaled
+from plait.fidelity.candidates import METHODS, SCALES, Tried, groups_of, merged_by, recipes
+from plait.fidelity.choose import HELD_OUT, Scored, refined_weights, scaled
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.measure import aggregate

@@ -12,15 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from plait.adapters.lora import truncated
 from plait.adapters.peft_format import write_adapter
 from plait.cli import main
 from plait.errors import InputError, UsageError
 from plait.fidelity import costs
 from plait.fidelity.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
+from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
+from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import split_base
+from plait.fidelity.heads import with_heads
 from plait.fidelity.notes import that_merge, that_model
 from plait.fidelity.proxy import cosines
-from plait.fidelity.texts import parse_texts, read_texts
+from plait.fidelity.score import fidelities
+from plait.fidelity.texts import parse_texts, read_texts, split_off
 from plait.model.base import BaseModel
 from tests.fidelity.conftest import random_adapter
 from tests.tiny import save_model
@@ -70,6 +75,61 @@ def test_with_texts_everything_is_measured(make_panel):
     good = [o.option for o in found.options if o.worst >= 0.9]
     assert found.recommended in good
     assert found.recommended != SEPARATELY or good == [SEPARATELY]
+
+
+def test_the_row_of_a_cut_measures_what_merge_auto_makes_at_that_rank(make_panel):
+    """Fitted at that rank where the texts say so, which a cut of the fit at the whole rank is not."""
+    panel = make_panel(texts=32)
+    adapters = [p.adapter for p in panel.parts]
+    most, rest = split_off(panel.texts, HELD_OUT)
+    auto = AutoSettings(refine=0, heads=False, max_length=24)
+    whole = merge_auto(adapters, panel.base, most, settings=auto)
+    wanted = merge_auto(adapters, panel.base, most, settings=replace(auto, rank=3))
+    assert wanted.record.chosen.fit is not None
+    ours = at_rank(whole.choice, panel.with_texts(most), adapters, 3)
+    for module, f in wanted.adapter.modules.items():
+        torch.testing.assert_close(ours.modules[module].delta(), f.delta(), atol=1e-4, rtol=1e-4)
+        by_weights = truncated(whole.adapter.modules[module], 3)[0].delta()
+        assert float((by_weights - f.delta()).norm()) > 1e-3 * float(f.delta().norm())
+    told = advise(adapters, panel.base, panel.texts, settings=AdviceSettings(repair=0, refine=0, max_length=24))
+    row = next(o for o in told.options if o.option == "merged, cut to rank 3")
+    held_out = panel.with_texts(rest)
+    [measured] = fidelities(held_out, [(with_heads(panel.with_texts(most), wanted.adapter)[0], 1.0)])
+    assert row.kept == pytest.approx(measured.kept_agreement, abs=1e-6)
+
+
+def test_memory_shows_what_lies_beside_the_base(make_panel):
+    panel = make_panel()
+    one, two = (p.adapter for p in panel.parts)
+    separately, merged, _, cut = advise([one, two], panel.base).options
+    base = costs.base_size(Path(panel.base.name))[0]
+    for option in (separately, merged, cut):
+        first, second = option.memory.removesuffix(" MB").split(" + ")
+        assert float(first) == pytest.approx(base / 1e6, abs=0.051)
+        assert float(second) == pytest.approx((option.bytes - base) / 1e6, rel=0.06)
+    assert (
+        len({separately.memory, cut.memory}) == 2 and separately.memory == merged.memory
+    )  # it holds the ranks of both
+
+
+def test_a_merge_of_16_bits_weighs_what_its_files_do(make_panel):
+    def halved(adapter):
+        modules = {m: replace(f, A=f.A.bfloat16(), B=f.B.bfloat16()) for m, f in adapter.modules.items()}
+        return replace(adapter, modules=modules, heads={})
+
+    adapters = [halved(p.adapter) for p in make_panel().parts]
+    separately, merged, _, cut = advise(adapters).options
+    assert separately.bytes == merged.bytes == 2 * cut.bytes > 0
+
+
+def test_a_sum_of_no_larger_rank_leaves_nothing_to_cut(make_panel):
+    """Where adapters meet in a module of rank 1 each, the sum has the rank of the larger one: one row, not two that are the same."""
+    one, two = (p.adapter for p in make_panel().parts)
+    first, second, *_ = sorted(one.modules)
+    small = [{first: truncated(a.modules[first], 1)[0]} for a in (one, two)]
+    apart = [replace(one, modules={**small[0], second: one.modules[second]}), replace(two, modules=small[1])]
+    assert costs.total_rank(apart) == 3
+    assert [o.option for o in advise(apart).options][1:] == ["merged, rank 3", "merged, baked into the base"]
 
 
 def test_the_advice_follows_the_worst_adapter():

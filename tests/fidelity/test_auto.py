@@ -19,8 +19,8 @@ from plait.errors import InputError, RunError, UsageError
 from plait.fidelity import factors_only
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.auto_folders import merge_auto_folders
-from plait.fidelity.candidates import Recipe, Tried
-from plait.fidelity.choose import choose, groups_of, scaled
+from plait.fidelity.candidates import Recipe, Tried, groups_of
+from plait.fidelity.choose import choose, scaled
 from plait.fidelity.distil import Distilled, distil
 from plait.fidelity.language import encoded
 from plait.fidelity.proxy import best_scale, mean_error, terms

@@ -16,6 +16,7 @@ import typer
 from plait.cli.options import Device, Json, Quiet, Seed
 from plait.cli.output import emit, table
 from plait.errors import printable
+from plait.merging.words import lost_in_cut
 
 if TYPE_CHECKING:
     from plait.disk.written import Written
@@ -47,8 +48,9 @@ _FIDELITY_WORDS = (
     "KL: how far its probabilities are from the adapter's; base's: the same of the bare base; shift: 1 is the base's distance."
 )
 _ADVICE_WORDS = (
-    "work a token: what the factors add to the base's own; kept: how much of what an adapter predicts otherwise than the base\n"
-    "is still predicted, mean over adapters; least kept: of the adapter that loses most."
+    "memory: the base's weights + what is held beside them (a merge at the sum of the ranks holds as much as its adapters do\n"
+    "side by side); work a token: what the factors add to the base's own; kept: how much of what an adapter predicts\n"
+    "otherwise than the base is still predicted, mean over adapters; least kept: of the adapter that loses most."
 )
 
 
@@ -184,7 +186,7 @@ def auto_text(written: Written[AutoRecord]) -> str:
     if written.reused:
         lines[0] += " (was there already)"
     if chosen.fit and record.held_out:
-        before = max(v for k, v in record.held_out.items() if k != "fitted")
+        before = record.held_out.get("cut", max(v for k, v in record.held_out.items() if k != "fitted"))
         lines.append(
             f"fitted front to back to the adapters' outputs: {before:.3f} -> {record.held_out['fitted']:.3f} on held-out texts"
         )
@@ -196,7 +198,7 @@ def auto_text(written: Written[AutoRecord]) -> str:
     if followed := [h.task for h in record.heads if h.kept]:
         lines.append(f"heads that follow the merge, closer on held-out texts: {', '.join(followed)}")
     if record.discarded_energy:
-        lines.append(f"the cut to rank {record.rank} lost {100 * record.discarded_energy:.2f} % of the update's energy")
+        lines.append(lost_in_cut(f"the cut to rank {record.rank}", record.discarded_energy, record.cut))
     if record.rounding_error is not None:
         lines.append(
             f"in {record.dtype}: rounding took {100 * record.rounding_error:.2g} % of the update (--dtype float32 keeps all)"

@@ -189,5 +189,6 @@ def merge_text(result: Written[MergeRecord] | Written[BakeRecord] | RankCurve) -
             [str(r.rank), f"{100 * r.discarded_energy:.2f} %", f"{r.verification_error:.1e}", f"{r.size_mb:.1f}"]
             for r in result.curve
         ]
-        return table(["rank", "energy lost", "verified to", "MB"], rows, text_columns=0)
+        text = table(["rank", "energy lost", "verified to", "MB"], rows, text_columns=0)
+        return text + (f"\ncut {result.curve[0].cut}" if result.curve[0].cut else "")
     return words_of(result)

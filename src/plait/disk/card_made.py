@@ -170,7 +170,11 @@ def _checks(result: Mapping[str, Any]) -> list[str]:
     lines = []
     lost = (result.get("loss") or result).get("discarded_energy") or 0.0
     if lost:
-        lines.append(f"The cut to rank {result.get('rank')} lost {100 * lost:.2f} % of the update's energy.")
+        how = str(result.get("cut") or "")
+        of = "the update's energy" if not how or how.startswith("by weights") else "what the update puts out"
+        lines.append(
+            f"The cut to rank {result.get('rank')} lost {100 * lost:.2f} % of {of}" + (f" (cut {how})." if how else ".")
+        )
     if _is_number(error := result.get("verification_error")):
         lines.append(f"Read again after it was written and compared; the largest relative error is {error:.1e}.")
     return lines

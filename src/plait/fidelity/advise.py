@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from plait.adapters.lora import Adapter, truncated
+from plait.adapters.lora import Adapter
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
-from plait.fidelity.auto import AutoSettings, merge_auto
+from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
 from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.heads import with_heads
@@ -195,14 +195,17 @@ def _measured(
         adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, on_progress=on_progress
     )
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
-    arms = {f"merged, rank {R}": merged.adapter, f"merged, cut to rank {r}": _at_rank(merged.adapter, r)}
+    merges = {R: merged.adapter}
+    if r < R and merged.choice is not None:
+        on_progress(f"the same at rank {r}")
+        merges[r] = at_rank(merged.choice, seen, adapters, r, base_id=base_id, on_progress=on_progress)
+    arms = {_merged_name(rank, R): merge for rank, merge in merges.items()}
     repair = None
     if settings.repair:
-        on_progress(f"repair at two ranks, {settings.repair} steps each")
-        arms[f"merged and repaired, rank {r}"], repair = repaired(
-            seen, _at_rank(merged.adapter, r), settings.repair, settings.seed
-        )
-        arms[f"merged and repaired, rank {R}"], _ = repaired(seen, merged.adapter, settings.repair, settings.seed)
+        on_progress(f"repair at {'two ranks' if len(merges) > 1 else 'its rank'}, {settings.repair} steps each")
+        for rank, merge in sorted(merges.items()):
+            better, done = repaired(seen, merge, settings.repair, settings.seed)
+            arms[f"merged and repaired, rank {rank}"], repair = better, repair or done
     arms = {name: with_heads(seen, a)[0] for name, a in arms.items()}
     singles = {f"{a.name} alone": a for a in adapters}
     scored = fidelities(judged, [(a, 1.0) for a in (*arms.values(), *singles.values())])
@@ -214,8 +217,8 @@ def _measured(
     )
 
 
-def _at_rank(adapter: Adapter, rank: int) -> Adapter:
-    return replace(adapter, modules={m: truncated(f, rank)[0] for m, f in adapter.modules.items()})
+def _merged_name(rank: int, whole: int) -> str:
+    return f"merged, rank {rank}" if rank == whole else f"merged, cut to rank {rank}"
 
 
 def _options(adapters: Sequence[Adapter], sizes: tuple[int, int] | None, kept: Mapping[str, Fidelity]) -> list[Option]:
@@ -224,11 +227,11 @@ def _options(adapters: Sequence[Adapter], sizes: tuple[int, int] | None, kept: M
     every = sum(map(costs.adapter_bytes, adapters))
     rows = [_option(SEPARATELY, every, max(costs.added_flops([a], a.rank) for a in adapters), sizes)]
     rows[0] = replace(rows[0], kept=1.0, worst=1.0)
-    names = [*kept] or [f"merged, rank {R}", f"merged, cut to rank {r}"]
+    names = [*kept] or list(dict.fromkeys(_merged_name(rank, R) for rank in (R, r)))  # where r is R there is no cut
     for name in names:
         single = name.startswith(SINGLE)
         rank = r if single or f"rank {r}" == name.rpartition(", ")[2].removeprefix("cut to ") else R
-        size = costs.factors_at(adapters, rank) + heads
+        size = costs.factors_at(adapters, rank, costs.merged_itemsize(adapters)) + heads
         rows.append(_kept(_option(name, size, costs.added_flops(adapters, rank), sizes), kept.get(name)))
         if name == f"merged, rank {R}":
             rows.append(_kept(_option("merged, baked into the base", heads, 0, sizes), kept.get(name)))
@@ -236,12 +239,12 @@ def _options(adapters: Sequence[Adapter], sizes: tuple[int, int] | None, kept: M
 
 
 def _option(name: str, size: int, flops: int, sizes: tuple[int, int] | None) -> Option:
+    beside = f"{size / _MB:{'.1f' if size >= _MB else '.2g'}} MB" if size else ""
     if sizes is None:
-        beside = f" + {size / _MB:.1f} MB" if size >= _MB / 20 else ""
-        return Option(name, f"base{beside}", size, f"+{flops / 1e6:.2f} Mflop")
-    return Option(
-        name, f"{(sizes[0] + size) / _MB:.1f} MB", size + sizes[0], f"+{100 * flops / max(1, sizes[1]):.1f} %"
-    )
+        return Option(name, f"base + {beside}" if beside else "base", size, f"+{flops / 1e6:.2f} Mflop")
+    # Not their sum: beside a large base adapters of very different sizes would look the same.
+    memory = f"{sizes[0] / _MB:.1f}{' + ' if beside else ' '}{beside or 'MB'}"
+    return Option(name, memory, size + sizes[0], f"+{100 * flops / max(1, sizes[1]):.1f} %")
 
 
 def _kept(option: Option, fidelity: Fidelity | None) -> Option:

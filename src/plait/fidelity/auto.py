@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from plait.adapters.carried import require_exact
-from plait.adapters.lora import Adapter, truncated
+from plait.adapters.lora import Adapter
 from plait.errors import RunError, UsageError
 from plait.fidelity.candidates import METHODS, SCALES
-from plait.fidelity.choose import Choice, choose, within
+from plait.fidelity.choose import Choice, choose, with_fit, within
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
@@ -22,7 +22,8 @@ from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import Texts, checked
 from plait.merging.align import align
-from plait.merging.record import input_of, labels_of, loss_of
+from plait.merging.metric_cut import InputMetric, cut_adapter
+from plait.merging.record import IN_THE_METRIC, input_of, labels_of, loss_of
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
 
@@ -76,12 +77,14 @@ class AutoMerge:
         fidelity: Fidelity of the result on all texts, with hidden-state shifts; None without texts.
         record: What was chosen, the evidence, the inputs.
         akin: Pairs of adapters that point the same way, with the cosine.
+        choice: What was chosen with texts, before cut, repair and heads; None without.
     """
 
     adapter: Adapter
     fidelity: Fidelity | None
     record: AutoRecord
     akin: tuple[tuple[str, str, float], ...] = ()
+    choice: Choice | None = None
 
 
 def merge_auto(
@@ -151,8 +154,36 @@ def merge_auto(
         texts={t: len(x) for t, x in panel.texts.items()},
         evidence=tuple(s.evidence for s in choice.scored),
     )
-    merged = _cut(AutoMerge(choice.adapter, None, record), chosen.rank)
-    return replace(_finished(merged, panel, chosen, on_progress), akin=tuple(akin))
+    merged = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
+    return replace(_finished(merged, panel, chosen, on_progress), akin=tuple(akin), choice=choice)
+
+
+def at_rank(
+    choice: Choice,
+    panel: Panel,
+    adapters: Sequence[Adapter],
+    rank: int,
+    *,
+    base_id: str | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> Adapter:
+    """Give the merge that `merge_auto` makes of the same texts at a rank, before repair and heads.
+
+    The rank decides nothing before the fit, so that what was tried before it is not tried again.
+
+    Args:
+        choice: What was chosen without a rank.
+        panel: Base, adapters and the texts that it was chosen on.
+        adapters: What was merged.
+        rank: At least 1.
+        base_id: As `merge_auto` has it.
+        on_progress: Called with what is being done.
+
+    Cost: three fits where one was tried, else a cut.
+    """
+    if choice.unfitted is not None:
+        choice = with_fit(choice.unfitted, panel, adapters, rank=rank, base=base_id, on_progress=on_progress)
+    return cut_adapter(choice.adapter, rank, choice.metric)[0]
 
 
 def _finished(merged: AutoMerge, panel: Panel, chosen: AutoSettings, on_progress: OnProgress) -> AutoMerge:
@@ -206,11 +237,13 @@ def _measured(merge: AutoMerge, panel: Panel) -> AutoMerge:
     return AutoMerge(merge.adapter, whole, replace(merge.record, fidelity=FidelityRecord.of(whole)))
 
 
-def _cut(merge: AutoMerge, rank: int | None) -> AutoMerge:
-    if rank is None:
-        modules, lost = dict(merge.adapter.modules), dict.fromkeys(merge.adapter.modules, 0.0)
-    else:
-        pairs = {m: truncated(f, rank) for m, f in merge.adapter.modules.items()}
-        modules, lost = {m: f for m, (f, _) in pairs.items()}, {m: gone for m, (_, gone) in pairs.items()}
-    record = replace(merge.record, rank=max(f.rank for f in modules.values()), loss=loss_of(modules, lost))
-    return AutoMerge(replace(merge.adapter, modules=modules), merge.fidelity, record)
+def _cut(merge: AutoMerge, rank: int | None, metric: InputMetric | None = None) -> AutoMerge:
+    """The merge cut to a rank: where there are texts of every module so that outputs on them stay nearest, else by weights."""
+    adapter, lost = merge.adapter, dict.fromkeys(merge.adapter.modules, 0.0)
+    if rank is not None:
+        adapter, lost = cut_adapter(adapter, rank, metric)
+    cut = metric is not None and any(lost.values())
+    kept = {m: metric.energy(m, f) for m, f in adapter.modules.items()} if cut and metric else None
+    loss = loss_of(adapter.modules, lost, kept)
+    record = replace(merge.record, rank=adapter.rank, loss=loss, cut=IN_THE_METRIC if cut else None)
+    return AutoMerge(adapter, merge.fidelity, record)

@@ -74,6 +74,7 @@ def merge_auto_folders(
     }  # fmt: skip
     kind = dtype_for(dtype, adapters)
     options |= {} if kind == FLOAT32 else {"dtype": kind}
+    options |= {"cut": "inputs"} if chosen.rank and texts else {}
     inputs = input_hashes(adapters)
     inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in (texts or {}).items()}
     inputs |= {"general": store.sha256_json(general)} if general else {}

@@ -12,6 +12,8 @@ from plait.statistics.moments import Statistics
 
 METHODS = ("task_arithmetic", "tsv", "regmean", "least_squares", "iso_c", "knots")
 SCALES = (0.15, 0.25, 0.4, 0.6, 0.9, 1.3, 2.0)
+# Methods whose factors are those of the adapters side by side, each in its own ranks.
+METHODS_WITH_RANKS_APART = ("task_arithmetic", "tsv", "regmean", "least_squares")
 PICO = "pico"
 BASE_MOMENTS, OWN_MOMENTS = "base", "own"
 
@@ -90,3 +92,13 @@ def merged_by(
         base=base,
     )
     return plan.run("merged").adapter
+
+
+def groups_of(tried: Tried, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
+    """Say which ranks of a merge came from which adapter: concatenations keep them apart; of others all are one group."""
+    groups = {}
+    for module, f in tried.adapter.modules.items():
+        ranks = [a.modules[module].rank for a in adapters if module in a.modules]
+        apart = tried.recipe.method in METHODS_WITH_RANKS_APART and sum(ranks) == f.rank
+        groups[module] = ranks if apart else [f.rank]
+    return groups

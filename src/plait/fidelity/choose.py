@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
 from plait.errors import RunError
-from plait.fidelity.candidates import METHODS, SCALES, Recipe, Tried, merged_by, recipes
+from plait.fidelity.candidates import METHODS, OWN_MOMENTS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
 from plait.fidelity.distil import distil
 from plait.fidelity.duration import expected_seconds, in_words
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
@@ -18,6 +18,7 @@ from plait.fidelity.record import Evidence, FidelityRecord
 from plait.fidelity.score import fidelities, general_shift
 from plait.fidelity.texts import split_off
 from plait.fidelity.tokens import require_room
+from plait.merging.metric_cut import InputMetric, cut_adapter, input_metric
 from plait.progress import OnProgress
 
 # Texts of each adapter in the first round, in which everything is tried; and the share that goes on to the second.
@@ -26,8 +27,6 @@ SCREEN, GOES_ON = 32, 8
 HELD_OUT, FEWEST = 4, 12
 # Beyond the scales that are given: by this factor, so often at most.
 STEP, _GROWTH = 2**0.5, 6
-# Methods whose factors are those of the adapters side by side, each in its own ranks.
-METHODS_WITH_RANKS_APART = ("task_arithmetic", "tsv", "regmean", "least_squares")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +74,12 @@ class Choice:
         adapter: The merge, scale and weights folded in.
         recipe, scale: How it was made.
         weights: Module -> what its parts were multiplied by (one per adapter, or one); {} where nothing was refined.
-        held_out: "chosen", "refined" and "fitted" -> score on the texts held out; {} where nothing was learnt.
+        held_out: "chosen", "refined", "cut" (the better of both at the rank asked for) and "fitted" -> score on the texts held
+            out; {} where nothing was learnt.
         scored: Everything that was tried, best first.
         fit: How the merge was fitted front to back; None where it was not.
+        unfitted: The choice before a fit was tried; None where none was. It is fitted at another rank by `with_fit`.
+        metric: The adapters' own inputs on the texts, in whose metric it is cut to a rank; None where some module has none.
     """
 
     adapter: Adapter
@@ -87,6 +89,8 @@ class Choice:
     held_out: Mapping[str, float]
     scored: tuple[Scored, ...]
     fit: Fit | None = None
+    unfitted: Choice | None = None
+    metric: InputMetric | None = None
 
 
 def choose(
@@ -148,28 +152,43 @@ def choose(
     adapter = scaled(best.tried.adapter, best.scale)
     weights: Mapping[str, tuple[float, ...]] = {}
     held_out: dict[str, float] = {}
-    settings: Fit | None = None
     if refine and enough:
         on_progress(f"weights per adapter and module, {refine} steps")
         refined, learnt, held_out = refined_weights(panel, adapters, best, refine, seed)
         if held_out["refined"] > held_out["chosen"] and within(panel, refined, max_shift):
             adapter, weights = refined, learnt
-    if fit and enough and can_fit(panel):
-        start = scaled(best.tried.adapter, best.scale)
-        held_out = held_out or {"chosen": _on_rest(panel, start)}
-        settings, held_out["fitted"] = best_fit(
-            panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress
-        )
-        closest = held_out["fitted"] > max(v for k, v in held_out.items() if k != "fitted")
-        merge = adapter
-        if closest:
-            on_progress("fitting it to all texts")
-            merge = fitted(panel, adapters, start, settings, rank=rank, base=base)
-        if closest and within(panel, merge, max_shift):
-            adapter, weights = merge, {}
-        else:
-            settings = None
-    return Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), settings)
+    metric, _ = input_metric(adapters, [1.0] * len(adapters), moments[OWN_MOMENTS], list(adapter.modules))
+    choice = Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), metric=metric)
+    if not (fit and enough and can_fit(panel)):
+        return choice
+    return with_fit(choice, panel, adapters, rank=rank, max_shift=max_shift, base=base, on_progress=on_progress)
+
+
+def with_fit(
+    choice: Choice,
+    panel: Panel,
+    adapters: Sequence[Adapter],
+    *,
+    rank: int | None = None,
+    max_shift: float | None = None,
+    base: str | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> Choice:
+    """Fit a choice, made of the same texts without a fit, front to back at a rank; keep it where held-out texts say that it is closer."""
+    start = scaled(choice.scored[0].tried.adapter, choice.scale)
+    held_out = dict(choice.held_out) or {"chosen": _on_rest(panel, start)}
+    before = max(held_out.values())
+    if rank is not None and rank < choice.adapter.rank:
+        before = held_out["cut"] = _on_rest(panel, cut_adapter(choice.adapter, rank, choice.metric)[0])
+    settings, score = best_fit(
+        panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress
+    )
+    tried = replace(choice, held_out={**held_out, "fitted": score}, unfitted=choice)
+    if score <= before:
+        return tried
+    on_progress("fitting it to all texts")
+    merge = fitted(panel, adapters, start, settings, rank=rank, base=base)
+    return replace(tried, adapter=merge, weights={}, fit=settings) if within(panel, merge, max_shift) else tried
 
 
 def within(panel: Panel, merge: Adapter, max_shift: float | None) -> bool:
@@ -262,16 +281,6 @@ def refined_weights(
     )
     before, after = fidelities(panel.with_texts(rest, general=False), [(start, 1.0), (learnt.adapter, 1.0)])
     return learnt.adapter, learnt.weights, {"chosen": before.score, "refined": after.score}
-
-
-def groups_of(tried: Tried, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
-    """Say which ranks of a merge came from which adapter: concatenations keep them apart; of others all are one group."""
-    groups = {}
-    for module, f in tried.adapter.modules.items():
-        ranks = [a.modules[module].rank for a in adapters if module in a.modules]
-        apart = tried.recipe.method in METHODS_WITH_RANKS_APART and sum(ranks) == f.rank
-        groups[module] = ranks if apart else [f.rank]
-    return groups
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:

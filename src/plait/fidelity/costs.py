@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from plait.adapters.arrays import FLOAT32, KEEP
 from plait.adapters.lora import EXPERT, LINEAR, Adapter
 from plait.loading.vllm import DEFAULT_RANK, FUSED_NOTE, RANKS, VERSION, pattern_note, rank_flag
+from plait.merging.rounding import dtype_for
 from plait.model.stored import StoredTensor, base_tensors
 
 # The last part of a vocabulary matrix's name: looked up, not multiplied.
@@ -33,6 +35,11 @@ def factors_at(adapters: Sequence[Adapter], rank: int, itemsize: int = 4) -> int
     """Bytes of one merged adapter's factors at a rank (a module's own sizes bound it)."""
     shapes = {m: f.shape for a in adapters for m, f in a.modules.items()}
     return sum(min(rank, out, width) * (out + width) * itemsize for out, width in shapes.values())
+
+
+def merged_itemsize(adapters: Sequence[Adapter]) -> int:
+    """Bytes of a number in a merge's files, which have the type of its inputs where they agree on one of 16 bits."""
+    return 4 if dtype_for(KEEP, adapters) == FLOAT32 else 2
 
 
 def added_flops(adapters: Sequence[Adapter], rank: int) -> int:

@@ -158,7 +158,8 @@ class AutoRecord:
         labels: Head -> names of its classes, where any are known.
         notes: What a person should know about these adapters.
         chosen: The candidate.
-        held_out: "chosen", "refined" and "fitted" -> score on the texts held out; {} where nothing was learnt.
+        held_out: "chosen", "refined", "cut" (the better of both, cut to the rank asked for) and "fitted" -> score on the texts held
+            out; {} where nothing was learnt.
         texts: Task -> texts that were read.
         assumed: "own_share" -> what the assumed inputs assume.
         evidence: Everything that was tried, best first.
@@ -167,7 +168,7 @@ class AutoRecord:
         heads: What fitting the heads did; () where none were fitted.
         rank: The largest rank of a merged module.
         verification_error: Largest relative difference of the written adapter from the chosen one.
-        loss: What a cut to a rank took.
+        loss, cut: What a cut to a rank took, and how it was made, as `MergeRecord` has them.
         dtype, rounding_error: Of the written factors, as `MergeRecord` has them.
     """
 
@@ -188,12 +189,13 @@ class AutoRecord:
     rank: int = 0
     verification_error: float | None = optional()
     loss: Loss = inline(Loss)
+    cut: str | None = optional()
     dtype: str | None = optional()
     rounding_error: float | None = optional()
 
     @property
     def discarded_energy(self) -> float:
-        """Fraction of the update's energy that a cut to a rank took."""
+        """Fraction that a cut to a rank took; see `loss`."""
         return self.loss.discarded_energy
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from plait.adapters.lora import Adapter, LoraFactors, truncated
+from plait.adapters.lora import Adapter
 from plait.errors import UsageError
 from plait.merging.folders import read_named, read_statistics_files
+from plait.merging.metric_cut import InputMetric, cut_adapter, input_metric
 from plait.merging.outcomes import RankCurve as RankCurve
 from plait.merging.outcomes import RankRow
 from plait.merging.plan import Plan
@@ -51,19 +52,29 @@ def rank_curve(
     whole = plan.run("merged")
     largest = max((a.rank for a in read), default=1)
     wanted = {min(n, whole.adapter.rank) for n in ranks or (largest, 2 * largest, 4 * largest, whole.adapter.rank)}
-    return [_row(plan, whole.adapter, rank, whole.record.loss.discarded_energy, score) for rank in sorted(wanted)]
+    metric = how = None
+    if not plan.method.cuts_by:
+        metric, how = input_metric(plan.adapters, plan.weights, opened, list(plan.common.modules))
+    lost = whole.record.loss.discarded_energy
+    return [replace(_row(plan, whole.adapter, rank, lost, score, metric), cut=how or None) for rank in sorted(wanted)]
 
 
 def _row(
-    plan: Plan, whole: Adapter, rank: int, lost_before: float, score: Callable[[Adapter], float] | None
+    plan: Plan,
+    whole: Adapter,
+    rank: int,
+    lost_before: float,
+    score: Callable[[Adapter], float] | None,
+    metric: InputMetric | None,
 ) -> RankRow:
-    pairs = {module: truncated(factors, rank) for module, factors in whole.modules.items()}
-    cut: dict[str, LoraFactors] = {m: factors for m, (factors, _) in pairs.items()}
-    lost = loss_of(cut, {m: gone for m, (_, gone) in pairs.items()}).discarded_energy
+    adapter, losses = cut_adapter(whole, rank, metric)
+    cut = adapter.modules
+    kept = {m: metric.energy(m, f) for m, f in cut.items()} if metric else None
+    lost = loss_of(cut, losses, kept).discarded_energy
     return RankRow(
         rank,
         discarded_energy=lost_before + (1 - lost_before) * lost,
         verification_error=plan.verification_error(cut),
         size_mb=sum(f.A.numel() + f.B.numel() for f in cut.values()) * 4 / 1e6,
-        score=None if score is None else float(score(replace(whole, modules=cut))),
+        score=None if score is None else float(score(adapter)),
     )

@@ -30,6 +30,27 @@ def cut_solution(D: Float[Tensor, "out in"], DS: Float[Tensor, "out in"], rank: 
     return _balanced(U.T @ D, U), lost
 
 
+def cut_dense(D: Float[Tensor, "out in"], S: Float[Tensor, "in in"], rank: int) -> tuple[LoraFactors, float]:
+    """Cut as `cut_solution` does, from S itself and on the shorter side of D.
+
+    With S = L L^T, u_i = D L v_i / s_i are the eigenvectors of D S D^T, where v_i are those of L^T D^T D L.
+
+    Args:
+        D: The update, float64.
+        S: The inputs' second moment, float64, up to a factor.
+        rank: At least 1.
+
+    Cost: one product with S and one eigen-decomposition of the shorter side; where that is the inputs', two.
+    """
+    if D.shape[0] <= D.shape[1]:
+        return cut_solution(D, D @ S, rank)
+    values, vectors = torch.linalg.eigh(S)
+    seen = D @ (vectors * values.clamp(min=0.0).sqrt())
+    V, lost = _leading(seen.T @ seen, rank)
+    U = torch.linalg.qr(seen @ V)[0]
+    return _balanced(U.T @ D, U), lost
+
+
 def cut_factors(factors: LoraFactors, S: Float[Tensor, "in in"], rank: int) -> tuple[LoraFactors, float]:
     """Cut factors as `cut_solution` does a dense update, without forming one.
 

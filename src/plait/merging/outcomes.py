@@ -51,6 +51,7 @@ class RankRow:
         verification_error: Difference of what is left after the cut from the inputs, as `merge` has it.
         size_mb: Size of the factors in float32.
         score: Quality of the adapter, where one was asked for.
+        cut: How it was cut, where statistics were given, as `MergeRecord` has it; the fraction lost is then of what is put out.
     """
 
     rank: int
@@ -58,6 +59,7 @@ class RankRow:
     verification_error: float
     size_mb: float
     score: float | None = optional()
+    cut: str | None = optional()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from plait.merging.calibration import Calibration
 from plait.merging.dense import DenseDelta, MergedDelta, Truncated, cut_to_rank
 from plait.merging.factors import FactorStack, PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.record import Merged
+from plait.merging.metric_cut import InputMetric
+from plait.merging.record import Merged, MergeRecord
 from plait.merging.registry import MergeMethod
 from plait.merging.rounding import Rounding
 from plait.merging.sums import probes_by_width, sum_error
@@ -45,6 +46,8 @@ class Plan(Terms):
         statistics: One each, in the order of the adapters.
         calibration: The step around the method, looked up.
         device: Where it is computed.
+        metric: In which it is cut to rank; None for that of the weights.
+        cut_reason: How it is cut, for a reader; "" where there is nothing to say.
         answers: What the method computed over all modules, so that verification does not compute it again.
     """
 
@@ -52,6 +55,8 @@ class Plan(Terms):
     statistics: tuple[Any, ...]
     calibration: Calibration | None
     device: torch.device
+    metric: InputMetric | None = None
+    cut_reason: str = ""
     answers: dict[Hashable, Any] = field(default_factory=dict)
 
     def run(self, name: str, took: Rounding | None = None) -> Merged:
@@ -203,11 +208,10 @@ class Plan(Terms):
     def merged(self, module: str) -> tuple[LoraFactors, float]:
         """The module's merged factors on the CPU, scale applied, and the fraction of energy lost."""
         if self.is_unchanged():
-            factors, lost = self.adapters[0].modules[module], 0.0
-            return truncated(factors, self.rank) if self.rank else (factors, lost)
+            return self.to_rank(self.adapters[0].modules[module], module)
         try:
             if self.method.concatenates and not self.calibration:
-                factors, lost = self.to_rank(self.summed(module))
+                factors, lost = self.to_rank(self.summed(module), module)
             else:
                 x = self.view(module)
                 factors, lost = self.adjusted(self.method.function(x, **self.options), x)
@@ -235,10 +239,28 @@ class Plan(Terms):
     def cut(self, result: MergedDelta, x: MergeInputs) -> tuple[LoraFactors, float]:
         """Factors of a method's result at the wanted rank, and the fraction of energy lost."""
         if isinstance(result, DenseDelta):
-            return cut_to_rank(result, self.rank or max(1, x.total_rank), x.generator("cut"), x.device)
-        return self.to_rank(*((result.factors, result.lost) if isinstance(result, Truncated) else (result,)))
+            cut = self.metric.cut(x.module, result, self.rank, x.device) if self.metric and self.rank else None
+            return cut or cut_to_rank(result, self.rank or max(1, x.total_rank), x.generator("cut"), x.device)
+        factors, lost = (result.factors, result.lost) if isinstance(result, Truncated) else (result, 0.0)
+        return self.to_rank(factors, x.module, lost)
 
-    def to_rank(self, factors: LoraFactors, lost: float = 0.0) -> tuple[LoraFactors, float]:
+    def to_rank(self, factors: LoraFactors, module: str, lost: float = 0.0) -> tuple[LoraFactors, float]:
         """Factors at the wanted rank, where there is one; and the fraction of energy lost, with what was lost before."""
-        shorter, more = truncated(factors, self.rank) if self.rank else (factors, 0.0)
+        if not self.rank:
+            return factors, lost
+        cut = self.metric.cut(module, factors, self.rank, factors.A.device) if self.metric else None
+        shorter, more = cut or truncated(factors, self.rank)
         return shorter, lost + (1 - lost) * more
+
+    def settings(self) -> dict[str, Any]:
+        """List what identifies the merge; a cut in the metric of the inputs is another than one of the weights."""
+        return {**Terms.settings(self), **({"cut": "inputs"} if self.metric else {})}
+
+    def record(
+        self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
+    ) -> MergeRecord:
+        """Record what was done; energies are those of the metric in which it was cut."""
+        if self.metric and any(lost.values()):
+            kept = {m: self.metric.energy(m, f) for m, f in modules.items()}
+        record = Terms.record(self, modules, lost, kept)
+        return replace(record, cut=self.cut_reason or None) if self.metric is None or any(lost.values()) else record

@@ -11,6 +11,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import InputError, UsageError
 from plait.merging.align import align
 from plait.merging.calibration import find_calibration
+from plait.merging.metric_cut import InputMetric, input_metric
 from plait.merging.module_weights import weights_of_modules
 from plait.merging.plan import NEEDS, Plan
 from plait.merging.record import Merged
@@ -107,6 +108,7 @@ def plan_merge(
     ruled = scale_of(found.name, spec, weights, by_module=bool(by_module))
     summed = found.combination(weights) if found.combination and spec.calibrate is None and not by_module else None
     require_exact(adapters, None if summed is None else [c * ruled.value for c in summed], found.name)
+    metric, how = _metric(spec, found, adapters, weights, statistics, list(common.modules))
     plan = Plan(
         spec=spec,
         method=found,
@@ -121,19 +123,49 @@ def plan_merge(
         device=device_named(spec.device),
         by_module=by_module,
         given=given,
+        metric=metric,
+        cut_reason=how,
     )
     return _scaled_by_moments(plan, statistics) if spec.scale is None and statistics else plan
 
 
-def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: int) -> None:
-    """Refuse statistics that neither the method nor the choice of a scale would read.
+def _metric(
+    spec: MergeSpec,
+    method: MergeMethod,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    statistics: Mapping[str, Any] | None,
+    modules: Sequence[str],
+) -> tuple[InputMetric | None, str]:
+    """The metric of a cut that was asked for, and how it is made; a method that itself cuts does it by weights."""
+    if spec.rank is None or not statistics:
+        return None, ""
+    if method.cuts_by:
+        return None, f"by weights, as {method.name} does"
+    metric, how = input_metric(adapters, weights, statistics, modules)
+    if metric is not None:
+        first = adapters[0].name
+        for adapter in adapters[1:]:
+            _require_same_base(first, statistics.get(first), adapter.name, statistics.get(adapter.name))
+    return metric, how
+
+
+def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: int, *, cuts: bool = False) -> None:
+    """Refuse statistics that neither the method, the choice of a scale nor a cut would read.
+
+    Args:
+        spec: How is merged.
+        statistics: What was given.
+        count: How many adapters.
+        cuts: Whether it is cut to ranks that the spec does not say.
 
     Raises:
         UsageError: Names the method.
     """
     method = spec.method or default_method(count, weighted=spec.is_weighted)
     scaled = spec.scale is None and asks_moments(method, spec.calibrate)
-    if statistics and not scaled and not find_method(method).needs:
+    cut = (cuts or spec.rank is not None) and not find_method(method).cuts_by
+    if statistics and not scaled and not cut and not find_method(method).needs:
         why = "takes no statistics" + ("" if spec.scale is None else ", and the scale is given")
         raise UsageError(f"{method} {why}", hint="leave --stats out")
 

@@ -10,6 +10,10 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.border.records import inline, nested, optional
 from plait.merging.module_weights import ModuleWeights
 
+IN_THE_METRIC = (
+    "so that the outputs on the tasks' inputs stay nearest, by their statistics"  # how a merge was cut, in its record
+)
+
 
 @dataclass(frozen=True, slots=True)
 class MergedInput:
@@ -91,7 +95,8 @@ class MergeRecord:
         scale, scale_reason: Factor of the merged delta, and where it comes from; "" where it was given.
         seed, calibrate: As the spec has them.
         rank: The largest rank of a merged module.
-        loss: What cuts to that rank took.
+        loss: What cuts to that rank took: of the weights' energy, or where `cut` says so of that of the outputs.
+        cut: How it was cut, where statistics were given: so that outputs stay nearest, or by weights and why.
         verification_error: Largest relative error of the result on random inputs; None where nobody looked.
         missing: Adapter -> modules that it does not adapt.
         base, backbone_prefix, task_type: Of the result.
@@ -140,6 +145,7 @@ class MergeRecord:
     last_loss: float | None = optional()
     dtype: str | None = optional()
     rounding_error: float | None = optional()
+    cut: str | None = optional()
     texts: Mapping[str, int] | None = optional()
 
 

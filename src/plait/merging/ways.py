@@ -33,7 +33,7 @@ def answer_by_torch(request: MergeRequest) -> Written[MergeRecord] | Written[Bak
     if len(request.folders) == 1 and Path(request.folders[0]).suffix in (".yaml", ".yml"):
         folders, spec = read_mergekit_config(Path(request.folders[0]), request.spec)
         request = replace(request, folders=folders, spec=spec)
-    require_use(request.spec, request.statistics, len(request.folders))
+    require_use(request.spec, request.statistics, len(request.folders), cuts=request.curve)
     if sum((request.bake_into is not None, request.per_task, request.curve)) > 1:
         raise UsageError("--bake, --per-task and --rank-curve exclude each other")
     if request.curve:

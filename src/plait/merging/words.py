@@ -8,7 +8,7 @@ from pathlib import Path
 from plait.disk.written import Written
 from plait.formats.alpha import alpha_notes
 from plait.merging.outcomes import BakeRecord
-from plait.merging.record import MergeRecord
+from plait.merging.record import IN_THE_METRIC, MergeRecord
 
 
 def words_of(result: Written[MergeRecord] | Written[BakeRecord]) -> str:
@@ -45,6 +45,12 @@ def _heads_use(output: str, head: str, *, whole: bool) -> str:
     )
 
 
+def lost_in_cut(cut: str, energy: float, how: str | None) -> str:
+    """Say what a cut lost, of the update or of what it puts out, and how it was made where statistics were given."""
+    of = "what the update puts out" if how == IN_THE_METRIC else "the update's energy"
+    return f"{cut} lost {100 * energy:.2f} % of {of}" + (f" (cut {how})" if how else "")
+
+
 def rounding_line(dtype: str | None, error: float) -> str:
     """Say in which type factors were written, and what that took."""
     if not error:
@@ -60,7 +66,7 @@ def _notes(record: MergeRecord) -> list[str]:
     if record.rank:
         lines.append(f"rank {record.rank}")
     if record.loss.discarded_energy:
-        lines.append(f"the cut to this rank lost {100 * record.loss.discarded_energy:.2f} % of the update's energy")
+        lines.append(lost_in_cut("the cut to this rank", record.loss.discarded_energy, record.cut))
     if record.rounding_error is not None:
         lines.append(rounding_line(record.dtype, record.rounding_error))
     if record.relative_error:
