@@ -56,7 +56,7 @@ def shown(tokenizer, ids):
 
 def test_only_the_assistant_is_learnt_and_its_end(chat_base):
     tokenizer = load_tokenizer(chat_base)
-    row = encode_chat(tokenizer, TALK, 64)
+    row = encode_chat(tokenizer, TALK)
     learnt = [i for i, y in enumerate(row["labels"]) if y != -100]
     assert shown(tokenizer, [row["input_ids"][i] for i in learnt]) == "w4 w5 </s> w7 w8 w9 </s>"
     assert [row["labels"][i] for i in learnt] == [row["input_ids"][i] for i in learnt]
@@ -64,10 +64,17 @@ def test_only_the_assistant_is_learnt_and_its_end(chat_base):
     assert shown(tokenizer, prompts_of(talk_task(), [row])[0]).endswith("w6 </s> w56 <s> w59")
     whole = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False)
     assert row["input_ids"] == list(whole)[:-1]
-    short = encode_chat(tokenizer, TALK, 8)
+    examples = Examples((packed(TALK)[:1],), packed(TALK)[1:])
+    short = encode(tokenizer, talk_task(), examples, 8)[0]
     assert short["input_ids"] == row["input_ids"][-8:] and short["labels"] == row["labels"][-8:]
-    with pytest.raises(InputError, match="no room"):
-        encode_chat(tokenizer, TALK, 4)
+    inside = learnt[2]  # within an earlier answer: nothing stands before its first token that is left
+    begun = encode(tokenizer, talk_task(), examples, len(row["input_ids"]) - inside)[0]
+    assert row["labels"][inside] != -100 and begun["labels"] == [-100, *row["labels"][inside + 1 :]]
+    with pytest.raises(InputError, match="1 of 1 answers do not fit max_length 4: the longest has 4 tokens") as raised:
+        encode(tokenizer, talk_task(), examples, 4)
+    assert raised.value.where == "task talk" and "data.max_length: 32" in str(raised.value.hint)
+    with pytest.raises(InputError, match="nothing stands before"):
+        encode_chat(tokenizer, TALK[-1:])
 
 
 def test_a_prompt_is_a_users_turn(chat_base):
@@ -81,11 +88,11 @@ def test_a_prompt_is_a_users_turn(chat_base):
 def test_templates_that_cannot_be_used(chat_base, tiny_base):
     tokenizer = load_tokenizer(tiny_base("llama"))
     with pytest.raises(InputError, match="no chat template"):
-        encode_chat(tokenizer, TALK, 64)
+        encode_chat(tokenizer, TALK)
     tokenizer.chat_template = "{% if messages | length > 3 %}w40 {% endif %}" + TEMPLATE  # rewrites what came before
     with pytest.raises(InputError, match="another way"):
-        encode_chat(tokenizer, TALK, 64)
-    assert encode_chat(tokenizer, TALK[:3], 64)["labels"]
+        encode_chat(tokenizer, TALK)
+    assert encode_chat(tokenizer, TALK[:3])["labels"]
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def plan(
         tail += f"\nabout {duration(forecast.seconds)} on this machine ({pace}); loading and merging come on top"
     scored = ", ".join(f"{task} {n['validation']}" for task, n in forecast.rows.items())
     tail += f"\nscored on so many rows: {scored}"
+    limit = next(cut.limit for splits in forecast.cut.values() for cut in splits.values())
+    tail += "".join(f"\n{line}" for line in forecast.cut_said or [f"no row that was counted is cut at {limit} tokens"])
     tail += "\nthe sweep alone: what it chooses decides what follows" if forecast.tuned else ""
     emit(forecast, as_json, table(["stage", "units", "reused"], rows) + tail)
 

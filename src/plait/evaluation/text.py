@@ -17,12 +17,13 @@ from plait.errors import UsageError
 from plait.evaluation.answer_tree import answer_tree, shared_ends, takes_trees, tree_scores
 from plait.model.attention import fused_attention
 from plait.model.out_of_memory import by_parts
-from plait.tasks.encoding import collate, encode, length_order, to_device
-from plait.tasks.metrics import rouge_l
-from plait.tasks.task import IGNORED, Examples, Task
+from plait.tasks.encoding import answer_length, collate, encode, length_order, to_device
+from plait.tasks.metrics import MEASURED, OF_SLOTS, rouge_l
+from plait.tasks.slots import slot_counts
+from plait.tasks.task import IGNORED, SLOT_METRICS, Examples, Task
 from plait.tasks.written import cut, same_answer
 
-WRITTEN = {"exact_match", "rouge_l"}  # metrics that look at what a model writes
+WRITTEN = {"exact_match", "rouge_l", *SLOT_METRICS}  # metrics that look at what a model writes
 
 
 def answers(task: Task) -> tuple[str, ...]:
@@ -130,10 +131,8 @@ def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device)
 
 
 def _answer_length(row: dict[str, Any], task: Task) -> int:
-    """Tokens of a causal row that belong to its last answer: the labelled ones at its end."""
-    if task.kind != "causal":
-        return 0
-    return next((i for i, t in enumerate(reversed(row["labels"])) if t == IGNORED), len(row["labels"]))
+    """Tokens of a row's inputs that belong to its last answer: none where the answer is encoded apart."""
+    return answer_length(row) if task.kind == "causal" else 0
 
 
 def left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -245,29 +244,46 @@ def perplexity(
 def measured_answers(
     model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int, max_length: int
 ) -> npt.NDArray[np.float32]:
-    """Measure open answers: (n, 4), the columns of `plait.tasks.metrics.MEASURED`.
+    """Measure open answers: the columns of `plait.tasks.metrics.MEASURED`, and of `OF_SLOTS` where a metric is one of slots.
 
     The model writes only where the task's metrics look at what it writes, as many tokens as the longest right answer has.
     """
     rows = encode(tokenizer, task, examples, max_length)
-    measured = np.zeros((len(rows), 4), np.float32)
-    measured[:, 2:] = token_likelihoods(model, tokenizer, task, rows, batch_size)
+    measured = unmeasured(task, len(rows))
+    measured[:, 2:4] = token_likelihoods(model, tokenizer, task, rows, batch_size)
     if set(task.metrics) & WRITTEN:
         prompts, longest = prompts_of(task, rows), longest_answer(task, rows)
         written = write_texts(model, tokenizer, prompts, batch_size=batch_size, new_tokens=longest)
-        measured[:, :2] = compared(task, written, examples)
+        fill_compared(measured, task, written, examples)
     return measured
+
+
+def unmeasured(task: Task, rows: int) -> npt.NDArray[np.float32]:
+    """Make the zeros that measurements of a task's open answers are written into."""
+    width = len(MEASURED) + (len(OF_SLOTS) if set(task.metrics) & set(SLOT_METRICS) else 0)
+    return np.zeros((rows, width), np.float32)
+
+
+def fill_compared(measured: npt.NDArray[np.float32], task: Task, written: Sequence[str], examples: Examples) -> None:
+    """Write what comparing the written answers with the right ones gives into the columns that it is of."""
+    measured[:, :2] = compared(task, written, examples)
+    if measured.shape[1] > len(MEASURED):
+        counts = [slot_counts(w, y[0], task) for w, y in zip(written, examples.right, strict=True)]
+        measured[:, len(MEASURED) :] = [(c.hits, c.both, c.intent) for c in counts]
 
 
 def compared(task: Task, written: Sequence[str], examples: Examples) -> npt.NDArray[np.float32]:
     """Compare written answers with the right ones.
 
     Returns:
-        (n, 2): whether each is the right one by the task's own comparison, and its ROUGE-L in percent.
+        (n, 2): whether each is a right one by the task's own comparison, and its ROUGE-L in percent; of several right
+        answers the best.
     """
-    right = [str(y).strip() for y in examples.labels]
-    pairs = list(zip(written, right, strict=True))
-    return np.array([(same_answer(w, y, task), rouge_l(cut(w, task.stop), y)) for w, y in pairs], np.float32)
+    pairs = zip(written, examples.right, strict=True)
+    return np.array(
+        [(any(same_answer(w, y, task) for y in ys), max(rouge_l(cut(w, task.stop), y) for y in ys)) for w, ys in pairs],
+        np.float32,
+    )
 
 
 def longest_answer(task: Task, rows: Sequence[dict[str, Any]]) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import RunError
-from plait.evaluation.text import WRITTEN, compared, left_padded, longest_answer, prompts_of
+from plait.evaluation.text import WRITTEN, fill_compared, left_padded, longest_answer, prompts_of, unmeasured
 from plait.model.attention import fused_attention
 from plait.model.base import backbone_of
 from plait.model.stacked import StackedFactors, by_member, stacked_updates
@@ -72,7 +72,7 @@ def measured_many(
     members: int,
     ends: Endings,
 ) -> list[npt.NDArray[np.float32]]:
-    """Measure what every candidate writes: columns 0 and 1 of `plait.evaluation.text.measured_answers`; the others stay 0.
+    """Measure what every candidate writes: as `plait.evaluation.text.measured_answers`, without likelihoods.
 
     Args:
         model: A causal model.
@@ -84,13 +84,13 @@ def measured_many(
         members: How many candidates there are.
         ends: See `endings`.
     """
-    found = [np.zeros((len(rows), 4), np.float32) for _ in range(members)]
+    found = [unmeasured(task, len(rows)) for _ in range(members)]
     if set(task.metrics) & WRITTEN:
         prompts, longest = prompts_of(task, rows), longest_answer(task, rows)
         for one, texts in zip(
             found, write_many(model, tokenizer, prompts, updates, members, longest, ends), strict=True
         ):
-            one[:, :2] = compared(task, texts, examples)
+            fill_compared(one, task, texts, examples)
     return found
 
 

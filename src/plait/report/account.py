@@ -17,6 +17,7 @@ from plait.report.predictors import Predictor, predictors
 from plait.report.table import LEARNED, ReferenceRow, Row, alone_unit, mean, references, rows_of, task_means
 from plait.runs.journal import about_runs
 from plait.runs.layout import Layout
+from plait.runs.lengths import sentences
 from plait.runs.recipe import Recipe
 from plait.runs.stages import splits
 from plait.runs.units import FEATURES
@@ -174,7 +175,7 @@ def account_of(layout: Layout, *, about: Mapping[str, str] | None = None, agains
         curves=grid_curves(layout, best, merges),
         interference=_interference(layout, shown),
         undefined=_undefined(rows),
-        notes=[*_edges(plain), *_completed(layout)],
+        notes=[*_edges(plain), *_completed(layout), *_cut(layout)],
         heads=any(t.kind in ("classification", "regression") for t in layout.tasks.values()),
         best_folder=(read_manifest(layout.out / BEST) or {}).get("result") if (layout.out / BEST).is_dir() else None,
     )
@@ -250,3 +251,8 @@ def _completed(layout: Layout) -> list[str]:
             if rows := (manifest or {}).get("result", {}).get("completed"):
                 notes.append(f"{arm.name}, {completion_note(task, rows)}.")
     return notes
+
+
+def _cut(layout: Layout) -> list[str]:
+    """Say of which tasks rows are longer than they may be: nobody read what was cut."""
+    return [f"{text[0].upper()}{text[1:]}." for text in sentences(layout.cuts, layout.tasks)]

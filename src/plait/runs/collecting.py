@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.border.checked import Json
+from plait.border.records import to_json
 from plait.disk.files import require_regular
 from plait.disk.locks import locked, system_errors
 from plait.disk.store import sha256_json
@@ -25,7 +26,9 @@ from plait.statistics import (
 )
 from plait.statistics.budget import bytes_of
 from plait.statistics.distributed import own_share
-from plait.tasks import Task, batches, encode, require_positions
+from plait.tasks import Task, batches, require_positions
+from plait.tasks.encoding import encode_counted
+from plait.tasks.lengths import Cut
 
 # Rows of a shard: some minutes of a large model on one GPU.
 SHARD_ROWS = 1024
@@ -97,11 +100,11 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
         parts: Where shards or groups of layers go; what is returned may be read from there.
     """
     recipe, evaluator = session.recipe, session.evaluator
-    rows = encode(evaluator.tokenizer, task, examples, recipe.data.max_length)
+    rows, cut = encode_counted(evaluator.tokenizer, task, examples, recipe.data.max_length)
     spec, tokenizer = recipe.statistics, evaluator.tokenizer
     model, targets = evaluator.task_model(task.name), recipe.adapted.target_modules
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
-    options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task)}
+    options: dict[str, Any] = {"pool": spec.pool, "sketch": spec.sketch, "provenance": _provenance(session, task, cut)}
     options |= recipe.adapted.limits
 
     def given(start: int, stop: int | None) -> Any:
@@ -120,7 +123,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     return collect_shards(model, shards, parts, targets, **options)
 
 
-def _provenance(session: Session, task: Task) -> Json:
+def _provenance(session: Session, task: Task, cut: Cut) -> Json:
     recipe = session.recipe
     return {
         "base": session.base.name,
@@ -131,4 +134,5 @@ def _provenance(session: Session, task: Task) -> Json:
         "max_length": recipe.data.max_length,
         "dtype": session.base.dtype,
         "template": task.template,
+        **({"cut": to_json(cut)} if cut.cut else {}),
     }

@@ -22,7 +22,7 @@ def keep(layout: Layout) -> None:
 
     Cost: hashes the base and the files of the data, and reads the validation rows.
     """
-    keep_inputs(inputs_of(layout.session, layout.background), layout.out)
+    keep_inputs(inputs_of(layout.session, layout.background, layout.cuts), layout.out)
     if not keeps(layout.recipe, layout.out):
         with staged_file(layout.out / RECIPE_FILE, overwrite=True) as stage:
             stage.write_text(_text(layout.recipe), encoding="utf-8")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from plait.runs.layout import Layout, cost, pending
+from plait.runs.lengths import Cuts, sentences
 from plait.runs.recipe import Recipe
 from plait.runs.run import overlook, planned, require_sound
 from plait.runs.session import Session
@@ -41,6 +42,8 @@ class Forecast:
         stages: Stage -> its units.
         adapters: Adapters that are trained.
         rows: Task -> rows by split.
+        cut: Task -> split -> how many rows are longer than `data.max_length`.
+        cut_said: The same in a sentence for each task and split of which rows are cut.
         forward_rows: Rows through the base that are still to come, training counted 3.5 times.
         seconds_per_row: What one of them takes here, measured; None where it was not, or nothing is to be done.
         seconds: What they take together at that pace.
@@ -51,6 +54,8 @@ class Forecast:
     stages: Mapping[str, StageCount]
     adapters: int
     rows: Mapping[str, Mapping[str, int]]
+    cut: Cuts
+    cut_said: Sequence[str]
     forward_rows: int
     seconds_per_row: float | None = None
     seconds: float | None = None
@@ -64,7 +69,10 @@ def describe(recipe: Recipe, out: Path, *, measure: bool = False) -> Forecast:
         out: Where it would run.
         measure: Load the base and time it on a batch of every task.
 
-    Cost: hashes the data and the base once.
+    Raises:
+        InputError: An answer of a causal task does not fit `data.max_length`.
+
+    Cost: hashes the data and the base once, and tokenises up to a thousand rows of each task and split.
     """
     layout = Layout(recipe, out, mend=overlook, overwrite=True)
     require_sound(layout)
@@ -79,7 +87,8 @@ def describe(recipe: Recipe, out: Path, *, measure: bool = False) -> Forecast:
     cost_left = sum(cost(u, layout) for u in todo)
     pace = seconds_per_row(layout.session) if measure and todo else None
     return Forecast(
-        str(out.absolute()), recipe.tuned, stages, trained, rows, round(cost_left),
+        str(out.absolute()), recipe.tuned, stages, trained, rows, layout.cuts,
+        sentences(layout.cuts, layout.session.tasks), round(cost_left),
         pace, None if pace is None else pace * cost_left,
     )  # fmt: skip
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from plait.border.records import from_json, to_json
 from plait.disk.store import SCHEMA, read_json, sha256_json, staged_file
 from plait.errors import InputError
 from plait.evaluation.evaluate import scored_labels
+from plait.runs.lengths import Cuts, without_whole
 from plait.runs.recipe import Recipe
 from plait.runs.session import Session
 from plait.tasks import Source, Task
+from plait.tasks.lengths import Cut
 
 INPUTS_FILE = "inputs.json"
 _DIGEST = "inputs_sha256"  # of the file's other content; earlier files have none
@@ -31,17 +34,24 @@ class Inputs:
         data: Task -> what its rows are, as `Session.data_identity` has it.
         background: The same of the tasks that only lend their statistics.
         labels: Task -> (n,) class ids or values of all its validation rows, in order. No texts.
+        cut: Task -> split -> how many rows are longer than `data.max_length`, where any are.
     """
 
     base_sha256: str
     data: dict[str, dict[str, Any]]
     background: dict[str, dict[str, Any]]
     labels: dict[str, Labels]
+    cut: Cuts = field(default_factory=dict)
 
     def only(self, recipe: Recipe) -> Inputs:
         """What a study within this one reads: its own tasks, in its order."""
         names = [t if isinstance(t, str) else t.name for t in recipe.tasks]
-        return replace(self, data={t: self.data[t] for t in names}, labels={t: self.labels[t] for t in names})
+        return replace(
+            self,
+            data={t: self.data[t] for t in names},
+            labels={t: self.labels[t] for t in names},
+            cut={t: self.cut[t] for t in names if t in self.cut},
+        )
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -54,8 +64,13 @@ def _task(found: dict[str, Any]) -> Task:
     return Task(**{**found, **lists, "source": Source(**found["source"])})
 
 
-def inputs_of(session: Session, background: Session) -> Inputs:
+def inputs_of(session: Session, background: Session, cut: Cuts) -> Inputs:
     """What a session's base and rows are.
+
+    Args:
+        session: Base, data and tasks.
+        background: The same of the tasks that only lend their statistics.
+        cut: See `plait.runs.lengths.cuts_of`.
 
     Cost: hashes the base and the files of the data, and reads the validation rows.
     """
@@ -65,6 +80,7 @@ def inputs_of(session: Session, background: Session) -> Inputs:
         {t: session.data_identity(t) for t in session.tasks},
         {t: background.data_identity(t) for t in background.tasks},
         labels,
+        without_whole(cut),
     )
 
 
@@ -77,6 +93,8 @@ def keep_inputs(found: Inputs, out: Path) -> None:
         "background": found.background,
         "labels": {t: rows.tolist() for t, rows in found.labels.items()},
     }
+    if found.cut:
+        content["cut"] = {t: {split: to_json(cut) for split, cut in both.items()} for t, both in found.cut.items()}
     text = json.dumps({**content, _DIGEST: sha256_json(content)})
     target = out / INPUTS_FILE
     if not target.is_file() or target.read_text(encoding="utf-8") != text + "\n":
@@ -110,7 +128,11 @@ def kept_inputs(out: Path, kept: Recipe, wanted: Recipe) -> Inputs | None:
         tasks = {t: _task(one) for t, one in found["data"].items()}
         kinds = {t: np.float32 if task.kind == "regression" else np.int64 for t, task in tasks.items()}
         labels = {t: np.asarray(found["labels"][t], kinds[t]) for t in tasks}
-        return Inputs(str(found["base_sha256"]), found["data"], dict(found["background"]), labels).only(wanted)
+        cut = {
+            t: {split: from_json(Cut, one, str(path)) for split, one in both.items()}
+            for t, both in found.get("cut", {}).items()
+        }
+        return Inputs(str(found["base_sha256"]), found["data"], dict(found["background"]), labels, cut).only(wanted)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(
             f"not what a study keeps of its inputs: {e!r}", where=str(path), hint="without it, base and data are read"

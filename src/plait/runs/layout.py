@@ -19,6 +19,7 @@ from plait.disk.store import identity, is_done, sha256_json
 from plait.errors import Damaged, InputError, PlaitError, Unfinished, UsageError
 from plait.evaluation.evaluate import scored_labels
 from plait.runs.inputs import Inputs, Labels, within
+from plait.runs.lengths import Cuts, cuts_of
 from plait.runs.recipe import Recipe
 from plait.runs.recipe_file import variant_of
 from plait.runs.sections import ArmSpec
@@ -103,6 +104,11 @@ class Layout:
     def data(self) -> Json:
         """Task -> what its rows are."""
         return self.recorded.data if self.recorded else {t: self.session.data_identity(t) for t in self.tasks}
+
+    @functools.cached_property
+    def cuts(self) -> Cuts:
+        """Task -> split -> how many rows are longer than `data.max_length`, of the first seed."""
+        return self.recorded.cut if self.recorded else cuts_of(self.session, self.recipe.seeds[0])
 
     def labels(self, task: str) -> Labels:
         """(n,) what a task's validation rows are scored against."""

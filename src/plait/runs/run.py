@@ -21,6 +21,7 @@ from plait.runs.executors import Executor, InProcess, batch_of, mender
 from plait.runs.folder import PRODUCTS, is_begun, is_earlier, keep, keeps
 from plait.runs.journal import noted
 from plait.runs.layout import Layout, cost, pending
+from plait.runs.lengths import say
 from plait.runs.recipe import Recipe
 from plait.runs.reporting import Report, Shown
 from plait.runs.session import require_one_form
@@ -93,6 +94,8 @@ def run(
     todo = pending(layout, planned(layout))
     reused = len(planned(layout)) - len(todo)
     progress = Progress(sum(cost(u, layout) for u in todo), len(todo), quiet)
+    if todo:
+        say(layout.cuts, layout.session.tasks)
     if todo and (slow := emulated(layout.session.base)):
         progress.close(slow)
     report = Shown(progress)

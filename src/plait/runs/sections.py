@@ -68,7 +68,9 @@ class DataSpec(Strict):
     selection_rows: Count | None = Field(
         None, description="training rows kept back to choose each adapter's best moment by (training.evaluate_every)"
     )
-    max_length: Annotated[int, Field(ge=4, le=1 << 20)] = Field(128, description="tokens a row may have")
+    max_length: Annotated[int, Field(ge=4, le=1 << 20)] = Field(
+        128, description="tokens a row may have; of longer ones the rest is cut, and `plait plan` counts them"
+    )
 
 
 class TaskSpec(Strict):
@@ -92,6 +94,9 @@ class TaskSpec(Strict):
     extract: str | None = Field(None, description="regular expression: the part of an answer that is compared")
     compare: Literal["exact", "case", "squad", "number"] | None = Field(
         None, description="how written answers are compared"
+    )
+    references: str | None = Field(
+        None, description="column with a list of right answers beside the label; the best of them counts"
     )
     empty: Literal["skip"] | None = Field(
         None, description="skip: leave rows with an empty cell out; by default they are refused"

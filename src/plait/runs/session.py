@@ -49,6 +49,7 @@ def task_of(spec: str | TaskSpec, root: Path | None) -> Task:
         extract=spec.extract,
         compare=spec.compare,
         empty=spec.empty,
+        references=spec.references,
     )
 
 
@@ -153,6 +154,7 @@ class Session:
             "extract",
             "compare",
             "empty",
+            "references",
         ):  # without them an identity stays what it was before they came
             if found[later] is None:
                 del found[later]

@@ -43,15 +43,14 @@ def conversation(prompt: str, target: str, chat: str) -> list[dict[str, str]]:
     return [*before, {"role": "assistant", "content": target}]
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message], max_length: int) -> dict[str, list[int]]:
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> dict[str, list[int]]:
     """Token ids of a conversation; labels only where the assistant speaks, its end-of-turn token included.
 
     Each turn's place is found by rendering the conversation up to it, so that a template needs no marks of its own. What
-    a template writes after the last end-of-turn token is left off. Too long conversations lose their beginning.
+    a template writes after the last end-of-turn token is left off.
 
     Raises:
-        InputError: No chat template, one that renders a turn in another way once others follow, or an answer that is
-            longer than `max_length`.
+        InputError: No chat template, one that renders a turn in another way once others follow, or an answer to nothing.
     """
     ids = _rendered(tokenizer, messages, ask=False)
     labels = [IGNORED] * len(ids)
@@ -66,10 +65,9 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], max_length: int) ->
             stop = stop - ids[start:stop][::-1].index(end)  # what follows the end of the turn is the template's
         labels[start:stop] = ids[start:stop]
         last = stop
-    ids, labels = ids[:last][-max_length:], labels[:last][-max_length:]
-    if labels[0] != IGNORED:
-        raise InputError(f"the last answer leaves no room for a prompt in max_length {max_length}", where="chat")
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    if IGNORED not in labels[:last]:
+        raise InputError("nothing stands before the only answer of a conversation", where="chat")
+    return {"input_ids": ids[:last], "attention_mask": [1] * last, "labels": labels[:last]}
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> list[int]:

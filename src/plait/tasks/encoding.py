@@ -10,7 +10,8 @@ from torch import Tensor
 
 from plait.errors import InputError
 from plait.tasks.chat import conversation, encode_chat
-from plait.tasks.task import IGNORED, TEXT_KINDS, Examples, Task
+from plait.tasks.lengths import UNCUT, Cut, cut_of, whole_length
+from plait.tasks.task import IGNORED, Examples, Task
 
 Row = dict[str, Any]
 _TABLES = ("position_embeddings", "wpe", "embed_positions")  # what transformers calls learnt absolute positions
@@ -29,16 +30,35 @@ def encode(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> l
 
     Returns:
         One dict per row: input_ids, attention_mask, what else the tokenizer returns, and labels.
+
+    Raises:
+        InputError: An answer of a causal task leaves no room for anything before it.
     """
-    if task.chat:
-        pairs = zip(examples.texts, examples.labels, strict=True)
-        return [encode_chat(tokenizer, conversation(t[0], str(y), task.chat), max_length) for t, y in pairs]
-    if task.kind in TEXT_KINDS:
-        maker = _causal if task.kind == "causal" else _seq2seq
-        return [
-            maker(tokenizer, t[0], str(target), max_length)
-            for t, target in zip(examples.texts, examples.labels, strict=True)
-        ]
+    return encode_counted(tokenizer, task, examples, max_length)[0]
+
+
+def encode_counted(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> tuple[list[Row], Cut]:
+    """Tokenise rows as `encode` does, and count those that were cut."""
+    if task.kind == "causal":
+        rows = _causal_rows(tokenizer, task, examples)
+        _require_answers(task, rows, examples, max_length)
+        cut = cut_of(tokenizer, _lengths(rows, "input_ids"), max_length)
+        return [_end_of(r, max_length) for r in rows], cut
+    if task.kind == "seq2seq":
+        targets = list(map(str, examples.labels))
+        whole = _seq2seq_rows(tokenizer, examples, targets, UNCUT)
+        cut = cut_of(tokenizer, _lengths(whole, "input_ids"), max_length, _lengths(whole, "labels"))
+        return (_seq2seq_rows(tokenizer, examples, targets, max_length) if cut.cut else whole), cut
+    whole = _text_rows(tokenizer, examples, UNCUT)
+    cut = cut_of(tokenizer, _lengths(whole, "input_ids"), max_length)
+    return (_text_rows(tokenizer, examples, max_length) if cut.cut else whole), cut
+
+
+def _lengths(rows: Sequence[Row], key: str) -> list[int]:
+    return [len(r[key]) for r in rows]
+
+
+def _text_rows(tokenizer: Any, examples: Examples, max_length: int) -> list[Row]:
     firsts = [t[0] for t in examples.texts]
     seconds = [t[1] for t in examples.texts] if len(examples.texts[0]) == 2 else None
     encoded = tokenizer(firsts, seconds, truncation=True, max_length=max_length)
@@ -46,22 +66,61 @@ def encode(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> l
     return [{k: encoded[k][i] for k in encoded} | {"labels": labels[i]} for i in range(len(examples))]
 
 
-def _causal(tokenizer: Any, prompt: str, target: str, max_length: int) -> Row:
-    start = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    if start and start[-1] == tokenizer.eos_token_id and len(start) > 1:
-        start = start[:-1]
-    end = tokenizer(" " + target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    if len(end) >= max_length:
-        raise InputError(f"a target of {len(end)} tokens does not fit max_length {max_length}", where=target[:40])
-    start = start[-(max_length - len(end)) :]
-    ids = start + end
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(start) + end}
+def _seq2seq_rows(tokenizer: Any, examples: Examples, targets: list[str], max_length: int) -> list[Row]:
+    prompts = tokenizer([t[0] for t in examples.texts], truncation=True, max_length=max_length)
+    labels = tokenizer(text_target=targets, truncation=True, max_length=max_length)["input_ids"]
+    return [
+        {"input_ids": ids, "attention_mask": mask, "labels": target}
+        for ids, mask, target in zip(prompts["input_ids"], prompts["attention_mask"], labels, strict=True)
+    ]
 
 
-def _seq2seq(tokenizer: Any, prompt: str, target: str, max_length: int) -> Row:
-    encoded = tokenizer(prompt, truncation=True, max_length=max_length)
-    labels = tokenizer(text_target=target, truncation=True, max_length=max_length)["input_ids"]
-    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+def _causal_rows(tokenizer: Any, task: Task, examples: Examples) -> list[Row]:
+    """Prompts and answers as they are, whatever their length."""
+    pairs = list(zip(examples.texts, map(str, examples.labels), strict=True))
+    if task.chat:
+        return [encode_chat(tokenizer, conversation(t[0], target, task.chat)) for t, target in pairs]
+    # a limit that no row reaches: without one transformers warns of what is cut afterwards
+    starts = tokenizer([t[0] for t, _ in pairs], truncation=True, max_length=UNCUT)["input_ids"]
+    ends = tokenizer([f" {target}" for _, target in pairs], add_special_tokens=False)["input_ids"]
+    rows = []
+    for start, end in zip(starts, ends, strict=True):
+        begun = start[:-1] if len(start) > 1 and start[-1] == tokenizer.eos_token_id else start
+        target = [*end, tokenizer.eos_token_id]
+        ids = [*begun, *target]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(begun) + target})
+    return rows
+
+
+def answer_length(row: Row) -> int:
+    """Count the tokens of a causal row's last answer: the labelled ones at its end."""
+    labels = row["labels"]
+    return next((i for i, t in enumerate(reversed(labels)) if t == IGNORED), len(labels))
+
+
+def _require_answers(task: Task, rows: Sequence[Row], examples: Examples, max_length: int) -> None:
+    """Refuse answers that leave no room for anything before them: nothing could be learnt of how they follow."""
+    lengths = [answer_length(r) for r in rows]
+    long = [i for i, n in enumerate(lengths) if n >= max_length]
+    if not long:
+        return
+    longest = max(lengths)
+    row = f", row {examples.ids[long[0]]}" if len(examples.ids) == len(rows) else ""
+    held = whole_length(max(len(r["input_ids"]) for r in rows))
+    raise InputError(
+        f"{len(long):,} of {len(rows):,} answers do not fit max_length {max_length}: the longest has {longest} tokens, its end "
+        "included, and a part of the prompt has to stand before it",
+        where=f"task {task.name}{row}",
+        hint=f"data.max_length: {held} holds prompts and answers (--set data.max_length={held}), or leave such rows out",
+    )
+
+
+def _end_of(row: Row, max_length: int) -> Row:
+    """The end of a causal row, where its last answer is; a first token has nothing before it to be foretold from."""
+    if len(row["input_ids"]) <= max_length and row["labels"][0] == IGNORED:
+        return row
+    short = {k: v[-max_length:] for k, v in row.items()}
+    return {**short, "labels": [IGNORED, *short["labels"][1:]]}
 
 
 def require_positions(model: Any, lengths: Iterable[int], where: str) -> None:

@@ -10,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.errors import RunError, UsageError
+from plait.tasks.task import SLOT_METRICS
 
 CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
 VALUE_METRICS = ("pearson", "spearman")
-TEXT_METRICS = ("exact_match", "rouge_l", "likelihood")
+TEXT_METRICS = ("exact_match", "rouge_l", "likelihood", *SLOT_METRICS)
 OPEN = (
     -1
 )  # the label of a row whose answer is open; its prediction is then what was measured of the model's own answer:
 MEASURED = ("exact match", "ROUGE-L", "log-likelihood", "tokens")
+OF_SLOTS = ("right slots", "slots said and asked", "right intent")  # columns that follow where a metric is one of slots
 METRICS = CLASS_METRICS + VALUE_METRICS + TEXT_METRICS
 METRICS_OF = {
     "classification": CLASS_METRICS,
@@ -38,8 +40,8 @@ def score(
     Args:
         metric: One of `METRICS`. "f1" is that of class 1, as GLUE has it.
         predictions: (n, classes) logits or (n,) class ids for class metrics, (n,) or (n, 1) values for pearson and
-            spearman; for exact_match n strings, or (n, answers) scores of known answers; for open answers the (n, 4)
-            columns of `MEASURED`.
+            spearman; for exact_match and rouge_l n strings, or (n, answers) scores of known answers; for open answers the (n, 4)
+            columns of `MEASURED`, or (n, 7) with those of `OF_SLOTS`.
         labels: n of the same kind; `OPEN` for open answers.
 
     Returns:
@@ -49,7 +51,9 @@ def score(
         raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(METRICS)}")
     if len(predictions) != len(labels) or len(labels) == 0:
         raise RunError(f"{len(predictions)} predictions for {len(labels)} labels")
-    if metric in TEXT_METRICS and not isinstance(predictions, np.ndarray):
+    if not isinstance(predictions, np.ndarray) and metric == "rouge_l":
+        return float(np.mean([rouge_l(p, str(y)) for p, y in zip(predictions, labels, strict=True)]))
+    if not isinstance(predictions, np.ndarray) and metric == "exact_match":
         return 100.0 * float(np.mean([p.strip() == g.strip() for p, g in zip(predictions, labels, strict=True)]))
     values = np.asarray(predictions)
     if not np.isfinite(values).all():
@@ -65,12 +69,23 @@ def open_score(metric: str, measured: npt.NDArray[Any], weights: npt.NDArray[np.
     """Compute a metric of open answers, in percent, for every row of weights.
 
     Args:
-        metric: "exact_match", "rouge_l", or "likelihood": the geometric mean of the probabilities of the right answers'
-            tokens, that is 100 / perplexity.
-        measured: (n, 4), the columns of `MEASURED`.
+        metric: "exact_match", "rouge_l", "likelihood": the geometric mean of the probabilities of the right answers'
+            tokens, that is 100 / perplexity; "slot_f1": F1 over the (slot, value) pairs of all rows together (micro), 0
+            where there are none; "intent_accuracy".
+        measured: (n, 4), the columns of `MEASURED`, or (n, 7) with those of `OF_SLOTS`.
         weights: (k, n).
     """
-    exact, rouge, logs, tokens = measured.astype(np.float64).T
+    exact, rouge, logs, tokens, *slots = measured.astype(np.float64).T
+    if metric in SLOT_METRICS:
+        hits, both, intents = slots
+        if metric == "intent_accuracy":
+            right: npt.NDArray[np.float64] = 100.0 * (weights @ intents) / weights.sum(1)
+            return right
+        pairs = weights @ both
+        f1: npt.NDArray[np.float64] = np.divide(
+            200.0 * (weights @ hits), pairs, out=np.zeros_like(pairs), where=pairs > 0
+        )
+        return f1
     if metric == "likelihood":
         perplexities: npt.NDArray[np.float64] = 100.0 * np.exp((weights @ logs) / np.maximum(weights @ tokens, 1.0))
         return perplexities

@@ -11,6 +11,7 @@ import numpy as np
 
 from plait.disk.store import require_regular
 from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.tasks.answers import checked_references, require_slots
 from plait.tasks.chat import checked_messages, packed
 from plait.tasks.task import OPEN_ONLY, SPLITS, TEXT_KINDS, Examples, Task
 
@@ -144,8 +145,15 @@ def load_examples(
     if task.chat == "messages":
         cells, where = table[task.text_columns[0]].to_pylist(), _where(task, split)
         pairs = [packed(checked_messages(c, f"{where}, row {i}")) for i, c in zip(ids, cells, strict=True)]
-        return Examples(tuple((before,) for before, _ in pairs), tuple(last for _, last in pairs), ids)
-    return Examples(_texts(task, table, ids, split), _labels(task, table, ids, split), ids)
+        texts: tuple[tuple[str, ...], ...] = tuple((before,) for before, _ in pairs)
+        labels = tuple(last for _, last in pairs)
+    else:
+        texts, labels = _texts(task, table, ids, split), _labels(task, table, ids, split)
+    require_slots(task, labels, ids, _where(task, split))
+    references = None
+    if task.references is not None and task.references in table.column_names:
+        references = checked_references(table[task.references].to_pylist(), ids, task.references, _where(task, split))
+    return Examples(texts, labels, ids, references)
 
 
 def _where(task: Task, split: str) -> str:
@@ -203,6 +211,9 @@ def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:
 def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     place = task.source.train if split == "train" else task.source.validation or task.source.train
     wanted = [*task.text_columns, *([] if task.chat == "messages" else [task.label_column])]
+    plain = wanted if task.chat != "messages" else []  # conversations are checked one by one
+    if task.references is not None and split == "validation":
+        wanted = [*wanted, task.references]
     table = _hub_table(place, task) if place.startswith("hub:") else _local_table(Path(root or ".") / place, task)
     missing = [c for c in wanted if c not in table.column_names]
     if missing:
@@ -210,7 +221,7 @@ def _table(task: Task, split: str, root: Path | None) -> pa.Table:
             f"no column {missing[0]!r}; there are {', '.join(map(repr, table.column_names[:12]))}",
             where=_where(task, split),
         )
-    for name in wanted if task.chat != "messages" else ():  # conversations are checked one by one
+    for name in plain:
         _require_plain(table, name, task, split)
     return table.select(wanted)
 

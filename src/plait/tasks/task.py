@@ -14,7 +14,8 @@ KINDS = ("classification", "regression", "causal", "seq2seq")
 TEXT_KINDS = ("causal", "seq2seq")
 CHATS = (None, "prompt", "messages")
 COMPARISONS = (None, "exact", "case", "squad", "number")
-OPEN_ONLY = ("rouge_l", "likelihood")  # metrics of what a model writes, not of what it chooses
+SLOT_METRICS = ("slot_f1", "intent_accuracy")  # of answers that are JSON
+OPEN_ONLY = ("rouge_l", "likelihood", *SLOT_METRICS)  # metrics of what a model writes, not of what it chooses
 SPLITS = ("train", "validation")
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -60,6 +61,8 @@ class Task:
             searched in the written and in the right answer; an answer without it is wrong.
         compare: How exact_match compares: "exact" (the default), "case" (case and repeated blanks are overlooked), "squad"
             (punctuation and articles, too) or "number" (the first number, by value).
+        references: For causal and seq2seq, a column with a list of strings: more right answers beside the label. Of
+            exact_match and rouge_l the best over all of them counts. Rows that are only trained on need none.
         empty: "skip" leaves rows out that have an empty cell in a column that is read; None refuses them.
     """
 
@@ -77,6 +80,7 @@ class Task:
     extract: str | None = None
     compare: str | None = None
     empty: str | None = None
+    references: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -108,6 +112,8 @@ class Task:
                 f"compare {self.compare!r}, expected one of {', '.join(filter(None, COMPARISONS))}",
                 where=f"task {self.name}",
             )
+        if self.references is not None and (self.labels or self.kind not in TEXT_KINDS):
+            raise UsageError("references are of answers that are written", where=f"task {self.name}")
         if self.stop == "":
             raise UsageError("an empty stop string", where=f"task {self.name}")
         if self.is_written and (self.labels or self.kind not in TEXT_KINDS):
@@ -120,7 +126,7 @@ class Task:
     @property
     def is_written(self) -> bool:
         """Whether something says how a written answer is compared."""
-        return any(x is not None for x in (self.stop, self.extract, self.compare))
+        return any(x is not None for x in (self.stop, self.extract, self.compare, self.references))
 
     @property
     def num_labels(self) -> int:
@@ -163,11 +169,13 @@ class Examples:
             turns before the last, see `plait.tasks.chat.packed`).
         labels: (n,) int64 class ids, (n,) float32 targets, or n strings.
         ids: (n,) row numbers in the source, so that a choice of rows can be traced.
+        references: One tuple of right answers per row beside its label, where the task has a column of them.
     """
 
     texts: tuple[tuple[str, ...], ...]
     labels: npt.NDArray[np.int64] | npt.NDArray[np.float32] | tuple[str, ...]
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    references: tuple[tuple[str, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -178,4 +186,13 @@ class Examples:
         chosen = (
             tuple(labels[i] for i in indices) if isinstance(labels, tuple) else labels[np.asarray(indices, np.int64)]
         )
-        return Examples(tuple(self.texts[i] for i in indices), chosen, self.ids[np.asarray(indices, np.int64)])
+        references = None if self.references is None else tuple(self.references[i] for i in indices)
+        return Examples(
+            tuple(self.texts[i] for i in indices), chosen, self.ids[np.asarray(indices, np.int64)], references
+        )
+
+    @property
+    def right(self) -> list[tuple[str, ...]]:
+        """Every right answer of each row, the label first."""
+        more = self.references or ((),) * len(self)
+        return [(str(label).strip(), *others) for label, others in zip(self.labels, more, strict=True)]

@@ -36,16 +36,32 @@ def same_answer(written: str, right: str, task: Task) -> bool:
     return expected is not None and _counted(cut(written, task.stop), task) == expected
 
 
+def counted_part(text: str, task: Task) -> str | None:
+    """Take the part of an answer that counts, by the task's `extract`; None where there is none."""
+    if task.extract is None:
+        return text
+    match = pattern(task.extract, task.name).search(text)
+    if match is None:
+        return None
+    part: str | None = match.group(1) if match.re.groups else match.group()
+    return part  # None of a group that took no part in the match
+
+
+def form_of(task: Task) -> Callable[[str], str]:
+    """Give what brings a text into the form in which the task compares; a text without a number stays as it is."""
+    form = _FORMS[task.compare or "exact"]
+
+    def normal(text: str) -> str:
+        value = form(text)
+        return text if value is None else str(value.normalize() if isinstance(value, Decimal) else value)
+
+    return normal
+
+
 def _counted(text: str, task: Task) -> str | Decimal | None:
     """The part of an answer that counts, in the form in which it is compared; None where there is none."""
-    if task.extract is not None:
-        match = pattern(task.extract, task.name).search(text)
-        if match is None:
-            return None
-        text = match.group(1) if match.re.groups else match.group()
-        if text is None:  # a group that took no part in the match
-            return None
-    return _FORMS[task.compare or "exact"](text)
+    part = counted_part(text, task)
+    return None if part is None else _FORMS[task.compare or "exact"](part)
 
 
 def pattern(text: str, task: str) -> re.Pattern[str]:

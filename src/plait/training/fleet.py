@@ -178,7 +178,9 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
 def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwrite: bool, seconds: float) -> None:
     adapter = outcome.adapters[place]
     record = replace(
-        TrainRecord.of(member.task, adapter.prefix, outcome.curve(place), len(outcome.losses)),
+        TrainRecord.of(
+            member.task, adapter.prefix, outcome.curve(place), len(outcome.losses), shared.cuts[outcome.order[place]]
+        ),
         seconds=round(seconds / len(outcome.order), 3),
         fleet=len(outcome.order),
         completed=member.initial.source.get("completed"),

@@ -21,7 +21,9 @@ from plait.model.ends import Ends
 from plait.model.rowbank import Prices, RowBank, cheapest_cuts, row_bank, sorted_by_length, step_plan
 from plait.model.stacked import common_shapes
 from plait.model.views import task_view
-from plait.tasks import encode, require_positions
+from plait.tasks import require_positions
+from plait.tasks.encoding import encode_counted
+from plait.tasks.lengths import Cut
 from plait.training.batched import BatchedAdapters, Prepared, step_items
 from plait.training.fleet_state import restore_state, root_of, save_state
 from plait.training.member import Member
@@ -90,14 +92,17 @@ class Shared:
         rows: list[dict[str, Any]] = []
         offsets: dict[tuple[int, str], int] = {}
         self.offsets = []
+        self.cuts: list[Cut] = []  # of each member
+        cuts: dict[tuple[int, str], Cut] = {}
         for m in self.members:
             key = (id(m.examples), m.task.name)
             if key not in offsets:
                 offsets[key] = len(rows)
-                own = encode(tokenizer, m.task, m.examples, m.settings.max_length)
+                own, cuts[key] = encode_counted(tokenizer, m.task, m.examples, m.settings.max_length)
                 require_positions(self.whole, (len(r["input_ids"]) for r in own), f"task {m.task.name}")
                 rows += own
             self.offsets.append(offsets[key])
+            self.cuts.append(cuts[key])
         self.bank: RowBank = row_bank(rows, tokenizer.pad_token_id, self.kind, self.device)
 
     def rows_of(self, chosen: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:

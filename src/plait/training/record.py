@@ -8,6 +8,7 @@ from typing import Any
 
 from plait.border.records import inline, nested, optional
 from plait.tasks import Task
+from plait.tasks.lengths import Cut
 
 Curve = Sequence[tuple[int, float]]  # (step, mean loss since the one before)
 
@@ -65,6 +66,7 @@ class TrainRecord:
         seconds: Time; in a fleet the member's share.
         fleet: Adapters that were trained in the same batch, where it was a fleet.
         completed: Module -> rows of A that were completed where it started (see the subspace method `osrm`).
+        cut: What `max_length` takes from the training rows; None where it takes nothing.
         base: What `plait.model.identity.base_facts` says of the base.
     """
 
@@ -78,10 +80,11 @@ class TrainRecord:
     fleet: int | None = optional()
     completed: Mapping[str, int] | None = optional()
     selected: Selected | None = optional(kind=Selected)
+    cut: Cut | None = optional(kind=Cut)
     base: Mapping[str, Any] = inline()
 
     @classmethod
-    def of(cls, task: Task, prefix: str, curve: Curve, steps: int) -> TrainRecord:
+    def of(cls, task: Task, prefix: str, curve: Curve, steps: int, cut: Cut) -> TrainRecord:
         """Begin the record of a training that has ended."""
         labels = tuple(task.labels) if task.labels else None
-        return cls(task.name, task.kind, labels, prefix, steps, Losses.of(curve))
+        return cls(task.name, task.kind, labels, prefix, steps, Losses.of(curve), cut=cut if cut.cut else None)

@@ -27,7 +27,8 @@ from plait.model.base import BaseModel, load_task_model, load_tokenizer, quiet_t
 from plait.model.identity import base_facts
 from plait.model.ranks import is_writer
 from plait.statistics.moments import Statistics
-from plait.tasks import Examples, Task, collate, encode, require_positions
+from plait.tasks import Examples, Task, collate, require_positions
+from plait.tasks.encoding import encode_counted
 from plait.training.checkpoints import (
     bytes_of_training,
     checkpoint_root,
@@ -140,7 +141,7 @@ def _run(
     started = for_task(initial, task, model)
     constraint = prepare_constraint(settings, started, statistics, task=task.name)
     peft_model = attach(model, started, dropout=settings.dropout)
-    rows = encode(tokenizer, task, examples, settings.max_length)
+    rows, cut = encode_counted(tokenizer, task, examples, settings.max_length)
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
     total = settings.total_steps(len(rows))
     callbacks: list[Any] = [
@@ -172,7 +173,7 @@ def _run(
     with _out_of_memory(task, settings), writing_to(root):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve, steps = logged_losses(trainer.state.log_history), int(trainer.state.global_step)
-    record = TrainRecord.of(task, started.prefix, curve, steps)
+    record = TrainRecord.of(task, started.prefix, curve, steps, cut)
     if chooser is not None:
         best, selected = chooser.best()
         return best, replace(record, selected=selected)

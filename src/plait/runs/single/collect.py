@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from plait.border.checked import Json
+from plait.border.records import optional
 from plait.disk.overwriting import require_replaceable_file
 from plait.disk.store import identity
 from plait.errors import InputError, UsageError
 from plait.model.ranks import is_writer
 from plait.options import require_known
 from plait.runs.collecting import collect_file, is_collected
+from plait.runs.lengths import say_of_rows
 from plait.runs.recipe import Settings
 from plait.runs.session import Session
 from plait.statistics import open_statistics
@@ -32,6 +34,7 @@ class Collected:
         sites: Distinct layer inputs.
         memory: What a budget chose, where one was given.
         reused: Whether the file was there already.
+        cut: What `data.max_length` took from the rows, as the file says; None where it took nothing.
     """
 
     output: str
@@ -41,6 +44,7 @@ class Collected:
     sites: int
     memory: Mapping[str, Any] | None
     reused: bool
+    cut: Mapping[str, Any] | None = optional()
 
 
 def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrite: bool) -> Collected | None:
@@ -61,11 +65,13 @@ def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrit
             raise
         reused = False
     if not reused:
+        if is_writer():
+            say_of_rows(session, task, session.sample(task, seed), split="train")
         collect_file(session, task, out, seed=seed, wanted=wanted, overwrite=overwrite)
     if not is_writer():
         return None
     statistics = open_statistics(out)
-    known = {key: statistics.provenance.get(key) for key in ("samples", "tokens", "memory")}
+    known = {key: statistics.provenance.get(key) for key in ("samples", "tokens", "memory", "cut")}
     return Collected(str(out.absolute()), task, sites=len(statistics.sites), reused=reused, **known)
 
 

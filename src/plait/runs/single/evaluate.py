@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.adapters.config import read_config
 from plait.adapters.lora import Adapter
+from plait.border.records import optional
 from plait.disk.hub import cached_folder, split_revision
 from plait.disk.overwriting import require_apart
 from plait.disk.store import staged_file
@@ -17,9 +18,11 @@ from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, are_scores, mean_score, write_scores
 from plait.fidelity.given import is_adapter, place_of
 from plait.progress import Progress
+from plait.runs.lengths import say_of_rows
 from plait.runs.recipe import Settings
 from plait.runs.recipe_file import require_known
 from plait.runs.session import Session
+from plait.tasks.lengths import Cut
 from plait.tasks.task import TEXT_KINDS, require_same_classes
 
 
@@ -32,12 +35,14 @@ class TaskScore:
         floor: The base with the same head alone.
         n: Rows.
         metrics: Name -> value.
+        cut: What `data.max_length` takes from the rows; None where it takes nothing.
     """
 
     score: float
     floor: float
     n: int
     metrics: Mapping[str, float]
+    cut: Cut | None = optional(kind=Cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +109,11 @@ def evaluate_folders(
     rows: list[Score] = []
     if out is not None:
         require_apart(out, [f if Path(f).exists() else f.partition("=")[2] for f in folders])
-    progress = Progress(float(len(folders)), len(folders), quiet)
+    progress, cuts = Progress(float(len(folders)), len(folders), quiet), dict[str, Cut]()
     for folder in folders:
         adapter = read_named(folder)
         progress.start(adapter.name, 1.0)
-        summary, scored = _evaluate(adapter, session, scales, progress)
+        summary, scored = _evaluate(adapter, session, scales, progress, cuts)
         progress.finish()
         left = () if task else tuple(sorted(set(adapter.heads) - set(session.tasks)))
         evaluated.append(replace(summary, without_task=left))
@@ -121,7 +126,7 @@ def evaluate_folders(
 
 
 def _evaluate(
-    adapter: Adapter, session: Session, scales: Sequence[float] | None, progress: Progress
+    adapter: Adapter, session: Session, scales: Sequence[float] | None, progress: Progress, cuts: dict[str, Cut]
 ) -> tuple[Evaluated, list[Score]]:
     tasks = [t for t, task in session.tasks.items() if t in adapter.heads or task.kind in TEXT_KINDS]
     if not tasks:
@@ -133,6 +138,8 @@ def _evaluate(
         )
     for t in tasks:
         require_same_classes(session.tasks[t], adapter.classes_of(t), adapter.name)
+    for t in (t for t in tasks if t not in cuts):
+        cuts[t] = say_of_rows(session, t, session.validation(t), split="validation")
     evaluator, grid = session.evaluator, sorted(set(scales or [1.0]))
     parts = {t: halves(len(session.validation(t)), session.recipe.evaluation.split_seed) for t in tasks}
     if scales is None:
@@ -156,17 +163,19 @@ def _evaluate(
     chosen = max(grid, key=lambda s: mean_score(r for r in rows if r.scale == s)) if len(grid) > 1 else grid[0]
     score(ALONE, chosen, REPORTED)
     score(FLOOR, 0.0, REPORTED)
-    return _summary(adapter.name, chosen, tasks, rows), rows
+    return _summary(adapter.name, chosen, tasks, rows, cuts), rows
 
 
-def _summary(name: str, scale: float, tasks: Sequence[str], rows: Sequence[Score]) -> Evaluated:
+def _summary(
+    name: str, scale: float, tasks: Sequence[str], rows: Sequence[Score], cuts: Mapping[str, Cut]
+) -> Evaluated:
     reported = [r for r in rows if r.split == REPORTED]
     by_task: dict[str, TaskScore] = {}
     for t in tasks:
         own = {r.metric: r for r in reported if r.task == t and r.adapter == ALONE}
         floor = mean_score(r for r in reported if r.task == t and r.adapter == FLOOR)
         metrics = {m: r.value for m, r in own.items() if m != "score"}
-        by_task[t] = TaskScore(own["score"].value, floor, own["score"].n, metrics)
+        by_task[t] = TaskScore(own["score"].value, floor, own["score"].n, metrics, cuts[t] if cuts[t].cut else None)
     mean = sum(s.score for s in by_task.values()) / len(by_task)
     floor = sum(s.floor for s in by_task.values()) / len(by_task)
     return Evaluated(name, scale, mean, floor, by_task)

@@ -15,6 +15,7 @@ from plait.disk.store import identity, read_manifest, sha256_file
 from plait.errors import UsageError
 from plait.model.ranks import is_writer, world_size
 from plait.progress import Progress
+from plait.runs.lengths import say_of_rows
 from plait.runs.recipe import Settings, at_each_rate
 from plait.runs.recipe_file import require_known
 from plait.runs.sections import ArmSpec
@@ -91,6 +92,8 @@ def train_one(
             f"{len(arms)} learning rates for one adapter", where="training.lr", hint="one rate, or --fleet"
         )
     m = _member(session, initial, task, out, arms[0], seed, _open(statistics))
+    if is_writer():
+        say_of_rows(session, task, m.examples, split="train")
     progress = Progress(1.0, 1, quiet or not is_writer())
     progress.start(f"train {task}", 1.0)
     train_member(
@@ -147,6 +150,8 @@ def train_many(
             if full in members:
                 raise UsageError(f"two adapters are called {name!r}", hint="NAME=DIR")
             members[full] = _member(session, folder, task or name, out / full, arm, seed, known)
+    for one in {m.task.name: m for m in members.values()}.values():
+        say_of_rows(session, one.task.name, one.examples, split="train")
     progress = Progress(1.0, len(members), quiet)
     progress.start(f"{len(members)} adapters together", 1.0, len(members))
     train_fleet(
