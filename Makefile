@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVING := $(CURDIR)/.serving
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo browser screenshots test test-all floors newest test-serving lint docs audit sbom trust bench clean
+.PHONY: demo browser screenshots test test-all floors newest test-serving lint lists docs audit sbom trust bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -38,6 +38,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p plait
+
+# What is told of methods without importing them, once one was added or its options changed.
+lists: $(VENV)/.test
+	PYTHONPATH=src:. $(BIN)/python -P -m tests.test_listed
 
 # The documentation, into docs/_build/html; a warning is an error, and nothing is fetched.
 docs: $(VENV)/.docs

@@ -34,10 +34,11 @@ main()
 """
 
 
-def run(*arguments, **environment):
-    """A command in a process that cannot import torch; its exit code, and what it wrote."""
+def run(*arguments, but=(), **environment):
+    """A command in a process that cannot import torch and its like, `but` those; its exit code, and what it wrote."""
+    script = REFUSING.replace(repr(HEAVY), repr(tuple(name for name in HEAVY if name not in but)))
     done = subprocess.run(
-        [sys.executable, "-c", REFUSING, *map(str, arguments)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

@@ -6,6 +6,9 @@ from importlib.metadata import entry_points
 
 from plait.errors import EnvironmentFault
 
+# The entry point groups in which packages name modules that register methods.
+MERGES, SUBSPACES = "plait.methods", "plait.subspaces"
+
 
 def load_plugins(group: str) -> None:
     """Import every module that an installed package names under an entry point group; importing it registers its methods.

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from plait.border.yaml_text import load_yaml
 from plait.cli.plainly import FIRST, MERGES
-from plait.runs.recipe_file import STUDIES, load_yaml, require_known, shipped_recipes
+from plait.options import require_known
+from plait.runs.shipped import STUDIES, shipped_recipes
+
+if TYPE_CHECKING:
+    from plait.disk.method_lists import Listed
 
 
 def catalogue(what: str = "") -> dict[str, list[dict[str, Any]]]:
@@ -20,32 +26,34 @@ def catalogue(what: str = "") -> dict[str, list[dict[str, Any]]]:
     return {name: make() for name, make in makers.items() if what in ("", name)}
 
 
-def _methods(registry: Any) -> list[dict[str, Any]]:
-    found = []
-    for method in registry.values():
+def _methods(methods: Iterable[Listed]) -> list[dict[str, Any]]:
+    rows = []
+    for method in methods:
         options = {name: {"default": o.default, "allowed": o.describe()} for name, o in method.options.items()}
-        first = " ".join((method.function.__doc__ or "").strip().split("\n\n")[0].split())
-        found.append({"name": method.name, "about": first, "paper": method.paper, "options": options})
-    return found
+        rows.append({"name": method.name, "about": method.about, "paper": method.paper, "options": options})
+    return rows
 
 
 def _merges() -> list[dict[str, Any]]:
-    from plait.fidelity.forward import METHODS
-    from plait.merging import merge_methods
+    from plait.fidelity.listed import forward_list
+    from plait.merging.listed import merge_list
 
-    known = merge_methods()
-    needs: dict[str, list[str]] = {name: list(m.needs) for name, m in known.items()} | {n: ["texts"] for n in METHODS}
-    rows = _methods({**known, **METHODS})
+    methods = {**merge_list(), **forward_list()}
     return [
-        {**r, "plainly": MERGES.get(r["name"], r["about"]), "needs": needs[r["name"]], "first": r["name"] in FIRST}
-        for r in rows
+        {
+            **r,
+            "plainly": MERGES.get(r["name"], r["about"]),
+            "needs": list(methods[r["name"]].needs),
+            "first": r["name"] in FIRST,
+        }
+        for r in _methods(methods.values())
     ]
 
 
 def _subspaces() -> list[dict[str, Any]]:
-    from plait.subspaces import subspace_methods
+    from plait.subspaces.listed import subspace_list
 
-    return _methods(subspace_methods())
+    return _methods(subspace_list().values())
 
 
 def _recipes() -> list[dict[str, Any]]:

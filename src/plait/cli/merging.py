@@ -13,6 +13,7 @@ from plait.cli.given import only, without
 from plait.cli.options import Device, Json, Overwrite, Quiet, Seed, Set
 from plait.cli.output import emit, number, numbers, settings, table
 from plait.errors import UsageError
+from plait.merging.listed import require_method
 
 if TYPE_CHECKING:
     from plait.disk.written import Written
@@ -125,6 +126,7 @@ def merge(
     if out is None and not curve:
         raise UsageError("where to?", hint="--out DIR")
     _require_meaning(context, folders, per_task=per_task, curve=curve, bake=bake is not None)
+    require_method(method)  # before torch is imported
     from plait.merging import MergeRequest, MergeSpec, answer
 
     strength = None if scale == "auto" else number(scale, "--scale")

@@ -1,5 +1,1 @@
 """How close a merge stays to each of its adapters, without labels, and what can be chosen by that."""
-
-from plait.fidelity.measure import Fidelity, TaskFidelity
-
-__all__ = ["Fidelity", "TaskFidelity"]

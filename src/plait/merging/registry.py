@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plait.border.plugins import MERGES as PLUGINS
 from plait.border.plugins import load_plugins
 from plait.errors import UsageError
 from plait.merging.combinations import Combination as Combination
@@ -18,7 +19,6 @@ from plait.merging.dense import MergedDelta
 from plait.merging.inputs import MergeInputs
 from plait.options import Option, did_you_mean, options_of
 
-PLUGINS = "plait.methods"  # the entry point group in which packages name modules that register methods
 Ahead = Callable[[MergeInputs, Mapping[str, Any]], object]
 
 

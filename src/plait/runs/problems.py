@@ -140,8 +140,8 @@ def of_settings(settings: Settings, where: str) -> Iterator[UsageError]:
 
 
 def _of_task(task: str | TaskSpec, where: str) -> Iterator[UsageError]:
-    from plait.tasks import GLUE_TASKS, METRICS
-    from plait.tasks.metrics import METRICS_OF
+    from plait.tasks.glue import GLUE_TASKS
+    from plait.tasks.metrics import METRICS, METRICS_OF
 
     if isinstance(task, str):
         hint = "GLUE's names stand alone; a task of your own is {name: ..., train: ..., text: ...}"
@@ -155,19 +155,19 @@ def _of_task(task: str | TaskSpec, where: str) -> Iterator[UsageError]:
 
 
 def _of_arm(arm: ArmSpec, where: str) -> Iterator[UsageError]:
-    from plait.subspaces import subspace_methods
+    from plait.subspaces.listed import subspace_list
 
-    methods = subspace_methods()
+    methods = subspace_list()
     yield from _unknown(arm.method, list(methods), "subspace method", where)
     if arm.method in methods:
         yield from _of_options(methods[arm.method], arm.options, where, f"arm {arm.name}")
 
 
 def _of_others(recipe: Recipe, arm: ArmSpec, where: str) -> Iterator[UsageError]:
-    from plait.subspaces import subspace_methods
+    from plait.subspaces.listed import subspace_list
 
     others = len(recipe.tasks) - 1
-    method = subspace_methods().get(arm.method)
+    method = subspace_list().get(arm.method)
     if method and "others" in method.needs and not others:
         yield UsageError(f"arm {arm.name!r} looks at the other tasks, and there is only one", where=where)
     if arm.known is not None and arm.known > others:
@@ -175,10 +175,9 @@ def _of_others(recipe: Recipe, arm: ArmSpec, where: str) -> Iterator[UsageError]
 
 
 def _of_merge(m: MergeSpec, where: str) -> Iterator[UsageError]:
-    from plait.merging import merge_methods
-    from plait.merging.calibration import CALIBRATIONS
+    from plait.merging.listed import CALIBRATIONS, merge_list
 
-    methods = merge_methods()
+    methods = merge_list()
     yield from _unknown(m.merge_method, list(methods), "merge method", where)
     if m.merge_method in methods:
         yield from _of_options(methods[m.merge_method], m.options, where, f"merge {m.name}")
@@ -197,7 +196,7 @@ def _of_keys(training: Mapping[str, Any], where: str) -> Iterator[UsageError]:
 
 def of_training(settings: Settings, arm: ArmSpec | None, where: str) -> Iterator[UsageError]:
     """What is wrong with the training of an arm, or of a single adapter."""
-    from plait.subspaces import subspace_methods
+    from plait.subspaces.listed import subspace_list
 
     if wrong := list(_of_keys({**settings.training, **(arm.training if arm else {})}, where)):
         yield from wrong
@@ -210,7 +209,7 @@ def of_training(settings: Settings, arm: ArmSpec | None, where: str) -> Iterator
         yield UsageError(f"{who}: {e.what}", where=where, hint=e.hint)
         return
     if method is not None:
-        yield from _unknown(method, list(subspace_methods()), "subspace method", where)
+        yield from _unknown(method, list(subspace_list()), "subspace method", where)
 
 
 def _of_options(method: Configurable, options: Mapping[str, Any], where: str, what: str) -> Iterator[UsageError]:

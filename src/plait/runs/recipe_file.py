@@ -18,6 +18,8 @@ from plait.options import require_known as require_known
 from plait.runs.other_names import own_key, understood
 from plait.runs.problems import of_form, of_names, of_parts, of_settings, require_none
 from plait.runs.recipe import Recipe, Settings
+from plait.runs.shipped import STUDIES as STUDIES
+from plait.runs.shipped import shipped_recipes as shipped_recipes
 
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 
@@ -139,16 +141,6 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
     arms = [a for a in changed.arms if (a if isinstance(a, str) else a.name) in named]
     merges = [m for m in changed.merge_specs if variant.merges is None or m.name in variant.merges]
     return changed.model_copy(update={"arms": arms, "merges": merges, "seeds": variant.seeds or recipe.seeds[:1]})
-
-
-STUDIES = "studies"
-
-
-def shipped_recipes(under: str = "") -> list[Path]:
-    """The recipes that come with plait, by name; those of studies under `STUDIES`."""
-    here = Path(__file__).parents[1]
-    folder = here / "_recipes"
-    return sorted((folder if folder.is_dir() else here.parents[1] / "recipes").joinpath(under).glob("*.yaml"))
 
 
 def find_recipe(given: Path) -> Path:

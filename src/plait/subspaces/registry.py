@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from plait.border.plugins import SUBSPACES as PLUGINS
 from plait.border.plugins import load_plugins
 from plait.errors import UsageError
 from plait.options import Option, did_you_mean, options_of
 from plait.subspaces.inputs import Basis
 
-PLUGINS = "plait.subspaces"  # the entry point group in which packages name modules that register methods
 # The length of a row of A where the caller names none: 1, a standard Gaussian's, or as it was drawn.
 RowNorm = Literal["unit", "gaussian", "drawn"]
 Function = Callable[..., Mapping[str, Basis]]

@@ -1,22 +1,43 @@
-"""Training adapters: one by one, in fleets, and what keeps them in their subspace."""
+"""Training adapters: one by one, in fleets, and what keeps them in their subspace.
 
-from plait.training.constraints import Constraint, attach_constraint
-from plait.training.fleet import train_fleet, train_member
-from plait.training.member import Member, rates_sweep
-from plait.training.prepare import prepare_constraint
-from plait.training.settings import TrainingSettings, row_order, sweep
-from plait.training.train import train_adapter
+Imported when first used: a recipe is checked without torch.
+"""
 
-__all__ = [
-    "Constraint",
-    "Member",
-    "TrainingSettings",
-    "attach_constraint",
-    "prepare_constraint",
-    "rates_sweep",
-    "row_order",
-    "sweep",
-    "train_adapter",
-    "train_fleet",
-    "train_member",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait.training.constraints import Constraint as Constraint
+    from plait.training.constraints import attach_constraint as attach_constraint
+    from plait.training.fleet import train_fleet as train_fleet
+    from plait.training.fleet import train_member as train_member
+    from plait.training.member import Member as Member
+    from plait.training.member import rates_sweep as rates_sweep
+    from plait.training.prepare import prepare_constraint as prepare_constraint
+    from plait.training.settings import TrainingSettings as TrainingSettings
+    from plait.training.settings import row_order as row_order
+    from plait.training.settings import sweep as sweep
+    from plait.training.train import train_adapter as train_adapter
+
+_HOMES = {
+    "Constraint": "constraints",
+    "Member": "member",
+    "TrainingSettings": "settings",
+    "attach_constraint": "constraints",
+    "prepare_constraint": "prepare",
+    "rates_sweep": "member",
+    "row_order": "settings",
+    "sweep": "settings",
+    "train_adapter": "train",
+    "train_fleet": "fleet",
+    "train_member": "fleet",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604  (strings, all of them)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
