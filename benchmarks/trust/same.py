@@ -5,44 +5,54 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from benchmarks.trust import Row, row, write_part
-from tests.merging.test_same_bytes import NAMES, OF_STATISTICS, PAIRS, merged, saved
+from tests.merging.test_same_bytes import METHODS, NAMES, PAIRS, measured, merged, saved, written_statistics
 
-from plait.merging import merge_methods
+_RANK = 5
 
 
 def main() -> None:
-    """Run every method that needs no statistics, and write the part's file."""
+    """Run every method, those that need statistics with them, and two cuts by statistics, and write the part's file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--width", type=int, default=384, help="of the modules: torch splits products of this size")
     chosen = parser.parse_args()
-    rows = [repeated(m, chosen.runs, chosen.width) for m in sorted({*merge_methods()} - OF_STATISTICS)]
+    rows = [repeated(m, chosen.runs, chosen.width) for m in METHODS]
+    rows += [repeated(m, chosen.runs, chosen.width, rank=_RANK) for m in ("tsv", "ties")]
     for r in rows:
         print(f"{r.what}: {r.held} of {r.tried}", file=sys.stderr)
     write_part(chosen.to, "same", rows, " ".join(["python -P -m benchmarks.trust.same", *sys.argv[1:]]))
 
 
-def repeated(method: str, runs: int, width: int) -> Row:
-    """One method over one module and over thirty: each run against the first."""
+def repeated(method: str, runs: int, width: int, rank: int | None = None) -> Row:
+    """One method over one module and over thirty: each run against the first; with a rank, cut by moments of all modules."""
     outcomes = []
     for modules in (1, 30):  # a thread of its own for each module only where there is much to do
         with tempfile.TemporaryDirectory() as scratch:
             names = NAMES[: 2 if method in PAIRS else 3]
             trio = [saved(Path(scratch) / n, i, width=width, modules=modules) for i, n in enumerate(names)]
+            measure = partial(
+                written_statistics if rank else partial(measured, method=method), width=width, modules=modules
+            )
+            files = {folder.name: measure(folder, seed=i) for i, folder in enumerate(trio)}
+            given = {"statistics": {n: f for n, f in files.items() if f} or None, "rank": rank}
             weights = dict(zip(trio, (1.0, 0.5, 2.0), strict=False))
             first = None
             for i in range(runs):
                 order, threads = trio[i % len(trio) :] + trio[: i % len(trio)], 1 + i % 2
-                files = merged(order, Path(scratch) / "out", method, threads, weights=[weights[f] for f in order])
-                first = first or files
-                other = sorted(n for n in {*first, *files} if first.get(n) != files.get(n))
+                result = merged(
+                    order, Path(scratch) / "out", method, threads, weights=[weights[f] for f in order], **given
+                )
+                first = first or result
+                other = sorted(n for n in {*first, *result} if first.get(n) != result.get(n))
                 said = f"run {i} of {modules} modules with {threads} threads: other bytes in {', '.join(other)}"
                 outcomes.append(said if other else "")
-    return row(f"{method}: runs with 1 and 2 threads, in every order of the adapters: the same bytes", outcomes)
+    what = f"{method}, cut to a rank by statistics" if rank else method
+    return row(f"{what}: runs with 1 and 2 threads, in every order of the adapters: the same bytes", outcomes)
 
 
 if __name__ == "__main__":

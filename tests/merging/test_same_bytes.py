@@ -13,9 +13,13 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.disk.store import read_manifest
 from plait.merging import merge_folders, merge_methods
+from plait.merging.record import IN_THE_METRIC
+from plait.statistics.files import write_statistics
+from plait.statistics.fisher import FisherDiagonal, write_fisher
+from plait.statistics.moments import ModuleInfo, Moments, Statistics
 
 NAMES = ("zebra", "ant", "mole")
-OF_STATISTICS = {m for m, found in merge_methods().items() if found.needs}
+METHODS = tuple(sorted(merge_methods()))
 PAIRS = {"slerp"}
 
 
@@ -35,6 +39,27 @@ def saved(folder: Path, seed: int, *, width: int, modules: int) -> Path:
     adapter = Adapter(folder.name, "base", factors, task_type="SEQ_CLS", prefix="bert", heads=head)
     write_adapter(folder, adapter)
     return folder
+
+
+def measured(folder: Path, method: str, seed: int, *, width: int, modules: int) -> Path | None:
+    """The statistics that a method needs of the adapter in a folder, beside it; None where it needs none."""
+    needs = merge_methods()[method].needs
+    return written_statistics(folder, seed, fisher="fisher" in needs, width=width, modules=modules) if needs else None
+
+
+def written_statistics(folder: Path, seed: int, *, fisher: bool = False, width: int, modules: int) -> Path:
+    """Moments, or a Fisher diagonal, of all modules of what `saved` makes."""
+    g = torch.Generator().manual_seed(50 + seed)
+    path, names = folder.with_suffix(".stats.safetensors"), [f"layers.{i}.q" for i in range(modules)]
+    if fisher:
+        write_fisher(path, FisherDiagonal.held({m: torch.rand(width, width, generator=g) for m in names}, 8))
+        return path
+    sites = {}
+    for m in names:
+        H = torch.randn(2 * width, width, generator=g)
+        sites[m] = Moments(len(H), H.sum(0), H.T @ H)
+    write_statistics(path, Statistics(sites, {m: ModuleInfo(m, (width, width), 1.0) for m in names}))
+    return path
 
 
 @contextlib.contextmanager
@@ -61,22 +86,35 @@ def merged(trio, out, method, count, **given):
     return files_of(out)
 
 
-def differing(trio, tmp_path, method, runs):
+def differing(trio, tmp_path, method, runs, statistics=None, **given):
     """Names of files that are not the same in every run: (threads, order) each."""
     weights = dict(zip(trio, (1.0, 0.5, 2.0), strict=False))
+    given["statistics"] = {folder.name: file for folder, file in (statistics or {}).items() if file} or None
     first, *others = [
-        merged(order, tmp_path / "out", method, count, weights=[weights[f] for f in order]) for count, order in runs
+        merged(order, tmp_path / "out", method, count, weights=[weights[f] for f in order], **given)
+        for count, order in runs
     ]
     assert sum(name.startswith("heads/") for name in first) == len(trio)
     return {n for other in others for n in {*first, *other} if first.get(n) != other.get(n)}
 
 
-@pytest.mark.parametrize("method", sorted({*merge_methods()} - OF_STATISTICS))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_order_gives_the_same_files(tmp_path, method):
     names = NAMES[: 2 if method in PAIRS else 3]
     trio = [saved(tmp_path / n, i, width=12, modules=2) for i, n in enumerate(names)]
+    statistics = {f: measured(f, method, i, width=12, modules=2) for i, f in enumerate(trio)}
     runs = [(1, list(order)) for order in itertools.permutations(trio)]
-    assert not differing(trio, tmp_path, method, runs)
+    assert not differing(trio, tmp_path, method, runs, statistics)
+
+
+@pytest.mark.parametrize("method", ["tsv", "ties"])
+def test_every_order_gives_the_same_cut_by_statistics(tmp_path, method):
+    trio = [saved(tmp_path / n, i, width=12, modules=2) for i, n in enumerate(NAMES)]
+    statistics = {f: written_statistics(f, i, width=12, modules=2) for i, f in enumerate(trio)}
+    runs = [(1 + i % 2, list(order)) for i, order in enumerate(itertools.permutations(trio))]
+    assert not differing(trio, tmp_path, method, runs, statistics, rank=3)
+    record = read_manifest(tmp_path / "out")["result"]
+    assert record["cut"] == IN_THE_METRIC and 0 < record["discarded_energy"] < 1
 
 
 @pytest.mark.slow

@@ -252,6 +252,10 @@ class Plan(Terms):
         shorter, more = cut or truncated(factors, self.rank)
         return shorter, lost + (1 - lost) * more
 
+    def energy(self, module: str, factors: LoraFactors) -> float:
+        """The energy of one module's result in the metric in which it was cut."""
+        return self.metric.energy(module, factors) if self.metric else factors.norm_squared()
+
     def settings(self) -> dict[str, Any]:
         """List what identifies the merge; a cut in the metric of the inputs is another than one of the weights."""
         return {**Terms.settings(self), **({"cut": "inputs"} if self.metric else {})}
@@ -260,7 +264,7 @@ class Plan(Terms):
         self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
     ) -> MergeRecord:
         """Record what was done; energies are those of the metric in which it was cut."""
-        if self.metric and any(lost.values()):
-            kept = {m: self.metric.energy(m, f) for m, f in modules.items()}
+        if kept is None and any(lost.values()):
+            kept = {m: self.energy(m, f) for m, f in modules.items()}
         record = Terms.record(self, modules, lost, kept)
         return replace(record, cut=self.cut_reason or None) if self.metric is None or any(lost.values()) else record

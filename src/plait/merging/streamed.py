@@ -42,7 +42,7 @@ def stream_to(plan: Plan, put: Callable[[str, LoraFactors], None], took: Roundin
     def one(module: str) -> tuple[float, float]:
         factors, lost = plan.merged(module)
         put(module, took.stored(module, factors))
-        return 0.0 if plan.method.concatenates else factors.norm_squared(), lost
+        return 0.0 if plan.method.concatenates else plan.energy(module, factors), lost
 
     return dict(zip(plan.common.modules, plan.each(one, list(plan.common.modules)), strict=True))
 
