@@ -51,6 +51,14 @@ def test_recipes_are_checked_without_torch(tmp_path):
     assert code == 2 and "unknown training key 'learning_rat'" in errors
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["ls", "merges"], ["merge", "a", "b", "--metod", "ties"], ["inspct", "a"]]
+)
+def test_who_only_lists_or_mistypes_does_without_numpy_too(arguments):
+    code, _, errors = run(*arguments, but=("pydantic", "yaml"), also=("numpy",))
+    assert code == (2 if errors else 0) and "ImportError" not in errors
+
+
 def test_a_mistyped_method_is_told_without_torch(tmp_path):
     pair = [saved(tmp_path / n, i) for i, n in enumerate("ab")]
     code, _, errors = run("merge", *pair, "--method", "tiez", "--out", tmp_path / "o", but=("pydantic", "yaml"))

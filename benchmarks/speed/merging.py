@@ -86,12 +86,17 @@ def _looking(work: Path) -> list[Case]:
     python: Command = [sys.executable, "-c", "pass"]
     recipe = str(Path(__file__).parents[2] / "recipes" / "glue8-minilm.yaml")
     what, command = "inspect an adapter of 1.3 GB", ["inspect", str(wide), "--json"]
-    found = [Case(what, command, "reading its header", header, (), None, 120)]
+    found = [
+        Case(what, command, "reading its header", header, (), None, 120),
+        Case(f"{what}, every number", [*command, "--full"], "reading its header", header, (), None, 120, repeats=1),
+    ]
     for what, command in (
         ("help", ["--help"]),
         ("list merging methods", ["ls", "merges"]),
+        ("list everything", ["ls"]),
         ("validate a recipe", ["validate", recipe]),
         ("a typing error", ["merge", "a", "b", "--metod", "ties", "--out", "x"]),
+        ("a mistyped method", ["merge", "a", "b", "--method", "tiez", "--out", "x"]),
     ):
         whole = ["sh", "-c", '"$@"; test $? = 2 -o $? = 0', "sh", sys.executable, "-P", "-m", "plait", *command]
         case = Case(what, whole, "python -c pass", python, (), None, 120, repeats=5, whole=True, by="cpu")

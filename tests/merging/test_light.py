@@ -34,9 +34,10 @@ main()
 """
 
 
-def run(*arguments, but=(), **environment):
-    """A command in a process that cannot import torch and its like, `but` those; its exit code, and what it wrote."""
-    script = REFUSING.replace(repr(HEAVY), repr(tuple(name for name in HEAVY if name not in but)))
+def run(*arguments, but=(), also=(), **environment):
+    """A command in a process that cannot import torch and its like, `but` those, nor what is in `also`; its exit code, and what it wrote."""
+    refused = (*(name for name in HEAVY if name not in but), *also)
+    script = REFUSING.replace(repr(HEAVY), repr(refused))
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,

@@ -16,7 +16,6 @@ import typer
 from plait.cli.options import Device, Json, Quiet, Seed
 from plait.cli.output import emit, table
 from plait.errors import printable
-from plait.merging.words import lost_in_cut
 
 if TYPE_CHECKING:
     from plait.disk.written import Written
@@ -180,6 +179,8 @@ def _reporter(quiet: bool) -> Callable[[str], None]:
 
 def auto_text(written: Written[AutoRecord]) -> str:
     """Print what was chosen, how close it is to every adapter, and the best of what else was tried."""
+    from plait.merging.words import lost_in_cut  # it imports NumPy, which help and typing errors do without
+
     record = written.record
     chosen, repair, fidelity = record.chosen, record.repair, record.fidelity
     lines = [f"{chosen.candidate} at scale {chosen.scale:g} of {', '.join(record.tasks)} -> {written.output}"]
