@@ -35,7 +35,7 @@ main()
 
 
 def run(*arguments, but=(), also=(), **environment):
-    """A command in a process that cannot import torch and its like, `but` those, nor what is in `also`; its exit code, and what it wrote."""
+    """A command in a process without torch and its like, `but` those, nor what is in `also`; its exit code, and what it wrote."""
     refused = (*(name for name in HEAVY if name not in but), *also)
     script = REFUSING.replace(repr(HEAVY), repr(refused))
     done = subprocess.run(
