@@ -24,17 +24,20 @@ def chromium() -> str | None:
 
 @contextlib.contextmanager
 def started() -> Iterator[Browser]:
-    """Start the browser with an empty profile, and end it.
+    """Start the browser with an empty profile, and end it; once more where it dies as it starts, as it may on a busy machine.
 
     Raises:
         FileNotFoundError: There is none.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
 
     if (path := chromium()) is None:
         raise FileNotFoundError("no chromium: install one, or name it in PLAIT_CHROMIUM")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
+        except Error:
+            browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
         try:
             yield browser
         finally:

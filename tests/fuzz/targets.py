@@ -19,7 +19,7 @@ from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import Adapter
 from plait.adapters.tensors import all_finite
 from plait.cli.output import jsonable
-from plait.disk.manifest import MANIFEST, sealed
+from plait.disk.manifest import CARD, MANIFEST, sealed
 from plait.errors import PlaitError
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
@@ -146,8 +146,10 @@ def _change_folder(files: Files, rng: random.Random) -> Files:
         files.pop(name)
     elif name.endswith(".safetensors"):
         files[name] = mutate.safetensors(files[name], rng)
-    else:
+    elif name.endswith(".json"):
         files[name] = mutate.json_file(files[name], rng)
+    else:
+        files[name] = mutate.raw(files[name], rng)
     if MANIFEST in files and rng.random() < 0.9:
         files[MANIFEST] = _sealed(files)
     return files
@@ -158,7 +160,7 @@ def _sealed(files: Files) -> bytes:
 
     try:
         record: Any = json.loads(files[MANIFEST])
-        listed = {n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items() if n != MANIFEST}
+        listed = {n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items() if n not in (MANIFEST, CARD)}
         return json.dumps(
             sealed({k: v for k, v in record.items() if k not in ("files", "sizes", "manifest_sha256")}, listed)
         ).encode()

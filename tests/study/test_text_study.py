@@ -109,7 +109,7 @@ def test_a_text_study_at_the_prompt(finished, tmp_path, capsys):
     assert before and before == {p: p.stat().st_mtime_ns for p in layout.out.rglob("plait.json")}
     at_prompt("study", "table", layout.out, "--to", tmp_path, "--about", "command=of a test")
     listed = capsys.readouterr().out.split()
-    assert len(listed) == 7 and all(Path(p).is_file() for p in listed)
+    assert len(listed) == 6 and all(Path(p).is_file() for p in listed)
     assert "- command: `of a test`" in Path(listed[0]).read_text()
 
 

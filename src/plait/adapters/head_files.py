@@ -45,12 +45,15 @@ def prefix_of(
     return prefix, len(prefix) + 1 if prefix else 0
 
 
-def read_heads(folder: Path, begin: Begin | None = None) -> dict[str, tuple[dict[str, Tensor], HeadFacts]]:
-    """The heads in the folder's own files: task -> tensors and what is known of them."""
-    found = {}
+def read_heads(
+    folder: Path, begin: Begin | None = None
+) -> tuple[dict[str, tuple[dict[str, Tensor], HeadFacts]], dict[str, str]]:
+    """The heads in the folder's own files: task -> tensors and what is known of them; and the hash of each file."""
+    found, digests = {}, {}
     for file in sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []:
         with Hashing() as hashing:
-            tensors, metadata, _ = (begin or with_torch())(file, hashing, finite=True)
+            tensors, metadata, digest = (begin or with_torch())(file, hashing, finite=True)
+            digests[f"{HEADS}/{file.name}"] = digest()
         name = checked_in_file(file.stem, "head", str(file), "give the file a task's name")
         found[name] = tensors, read_facts(metadata, tensors, str(file))
-    return found
+    return found, digests

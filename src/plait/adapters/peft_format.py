@@ -95,7 +95,6 @@ def adapter_of(
     require_readable(folder / HEADS)
     manifest = read_manifest(folder)
     if digests:  # without, what is read was only just written, and has no manifest yet
-        digests = {**digests, **_beside_weights(folder)}
         require_whole(folder, read=True, known=digests)
     require_filled(tensors, str(folder))
     factors, others = _pair({k: widened(t) for k, t in tensors.items()}, config, folder)
@@ -104,7 +103,11 @@ def adapter_of(
     name = checked_name(name, "adapter") if name else _own_name(manifest, folder)
     beside = sorted_beside(others, config, str(folder))
     head = beside.head
-    heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))} if head else read_heads(folder, begin)
+    heads, of_heads = read_heads(folder, begin) if not head else ({}, {})
+    if head:
+        heads = {name: (head, read_facts(metadata, head, str(folder / WEIGHTS)))}
+    # Weights mean what the config makes of them (its alphas scale them): another config is another input.
+    digests = {**digests, **of_heads, CONFIG: sha256_file(folder / CONFIG)} if digests else {}
     result = (manifest or {}).get("result", {})
     if not prefix and task_type == MERGED_TYPE and heads and isinstance(result.get(PREFIX), str):
         prefix = result[PREFIX]  # merges of old have the backbone's names
@@ -130,12 +133,6 @@ def adapter_of(
         },
         head_facts={h: facts.otherwise(recorded_facts(result, h, name)) for h, (_, facts) in heads.items()},
     )
-
-
-def _beside_weights(folder: Path) -> dict[str, str]:
-    """The hashes of what gives the weights their meaning: the config, whose alphas scale them, and the heads."""
-    heads = sorted((folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []
-    return {str(p.relative_to(folder)): sha256_file(p) for p in (folder / CONFIG, *heads)}
 
 
 def _own_name(manifest: Mapping[str, Any] | None, folder: Path) -> str:
