@@ -138,10 +138,14 @@ def _without_threads() -> Iterator[None]:
         yield
 
 
-def job(number: int, seed: int, count: int, stop: float = float("inf")) -> tuple[int, dict[str, Any]]:
-    """One target's chunk, for a pool."""
+def _limited() -> None:
+    """Bound the memory of a process of its own: what calls this keeps the bound, and so does all that it starts."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def job(number: int, seed: int, count: int, stop: float = float("inf")) -> tuple[int, dict[str, Any]]:
+    """One target's chunk, for a pool."""
     found = run(TARGETS[number], seed, count, stop)
     return number, {slot: getattr(found, slot) for slot in Tally.__slots__}
 
@@ -185,7 +189,7 @@ def _results(jobs: Sequence[tuple[int, int, int]], processes: int, stop: float) 
     if processes == 1:
         yield from (job(*j, stop) for j in jobs)
         return
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, initializer=_limited) as pool:
         for done in [pool.submit(job, *j, stop) for j in jobs]:
             yield done.result()
 
