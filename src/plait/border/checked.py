@@ -132,6 +132,8 @@ class Record:
     def record(self, key: str, *, optional: bool = False) -> Record:
         """Read the mapping under a key; an empty one where `optional` and absent or null."""
         value = self._found(key, None if optional else _REQUIRED)
+        if value is _REQUIRED:
+            raise self.wrong(key, value, "an object")
         inside = self._place(key)
         empty = optional and value is None
         return Record.of({} if empty else value, self.where, inside=inside, kind=self.kind, hint=self.hint)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from plait.disk.manifest import MANIFEST
 from plait.disk.store import read_manifest, versions
 from plait.options import require_known
 from plait.report.best import Best, Curve, best_rows, grid_curves, scale_curves
@@ -20,6 +21,7 @@ from plait.runs.layout import Layout
 from plait.runs.lengths import sentences
 from plait.runs.recipe import Recipe
 from plait.runs.stages import splits
+from plait.runs.unit_records import completed_rows
 from plait.runs.units import FEATURES
 from plait.runs.waves import Choice, chosen, result, sweep_units, swept
 from plait.subspaces.start import completion_note
@@ -248,7 +250,7 @@ def _completed(layout: Layout) -> list[str]:
         folder = layout.path(layout.trained_by(unit))
         for task in layout.tasks:
             manifest = read_manifest(folder / task) if folder.is_dir() else None
-            if rows := (manifest or {}).get("result", {}).get("completed"):
+            if rows := completed_rows(dict(manifest or {}), str(folder / task / MANIFEST)):
                 notes.append(f"{arm.name}, {completion_note(task, rows)}.")
     return notes
 

@@ -12,11 +12,13 @@ import numpy as np
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import to_json
+from plait.disk.manifest import MANIFEST
 from plait.disk.store import identity, read_manifest, staged_folder
 from plait.evaluation.splits import HALVES
 from plait.runs.folder import PRODUCTS
 from plait.runs.layout import Layout
 from plait.runs.sources import merged_of
+from plait.runs.unit_records import merge_kept
 from plait.runs.units import ALONE, FOLDS, MERGE, TRAIN, Unit
 from plait.runs.waves import final_units, result
 
@@ -67,7 +69,7 @@ def _merge(layout: Layout, unit: Unit) -> tuple[Adapter, Mapping[str, Any]]:
     """A scored merge at scale 1, and its record: read where it was kept."""
     path = layout.path(unit)
     if not layout.recipe.tuned:
-        return read_adapter(path), (read_manifest(path) or {})["result"]
+        return read_adapter(path), merge_kept(dict(read_manifest(path) or {}), str(path / MANIFEST))
     merged = merged_of(unit, layout)
     return merged.adapter, to_json(merged.record)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
+from plait.border.checked import Record
+from plait.disk.manifest import MANIFEST
 from plait.disk.store import read_manifest
 from plait.errors import Diverged
 from plait.merging import Merged
@@ -60,4 +62,6 @@ def merged_of(unit: Unit, layout: Layout) -> Merged:
 def diverged(folder: Path) -> str:
     """What happened to an adapter of the sweep of which a folder holds that alone; "" where it holds an adapter."""
     manifest = read_manifest(folder)
-    return str(manifest["result"].get(DIVERGED, "")) if manifest else ""
+    if manifest is None:
+        return ""
+    return Record.of(manifest, str(folder / MANIFEST)).record("result", optional=True).text(DIVERGED, "")

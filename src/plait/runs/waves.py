@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from plait.border.checked import Json
+from plait.disk.manifest import MANIFEST
 from plait.disk.store import read_manifest
 from plait.errors import RunError
 from plait.evaluation.splits import HALVES
 from plait.runs.layout import Layout, pending
 from plait.runs.sections import ArmSpec
+from plait.runs.unit_records import unit_result
 from plait.runs.units import ALONE, DIVERGED, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, TRAIN, TUNING, Unit
 
 SWEEP_WAVES = 3  # statistics, trainings and scores of the sweep: what comes after depends on what it finds
@@ -122,13 +124,14 @@ def tuning_merges(layout: Layout) -> list[str]:
 
 
 def result(layout: Layout, unit: Unit) -> Json:
-    """What a unit has left in its manifest."""
+    """What a unit has left in its manifest, every number looked at (`unit_result`)."""
     here = layout.of(unit)
     if ("result", unit) not in here.known:
-        manifest = read_manifest(here.path(unit))
+        path = here.path(unit)
+        manifest = read_manifest(path)
         if manifest is None:
             raise RunError("a unit is not done", where=unit.label)
-        here.known["result", unit] = manifest["result"]
+        here.known["result", unit] = unit_result(dict(manifest), unit, tuple(here.tasks), str(path / MANIFEST))
     return here.known["result", unit]  # type: ignore[no-any-return]
 
 
