@@ -85,7 +85,9 @@ def test_a_training_that_diverged_has_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "value", "message"), EDITS, ids=[f"{e[0]} {e[1]} {e[2]}"[:60] for e in EDITS]
+    ("name", "place", "value", "message"),
+    EDITS,
+    ids=[f"{i}: {e[0]} {'.'.join(map(str, e[1]))}" for i, e in enumerate(EDITS)],
 )
 def test_an_edited_unit_is_refused_by_file_and_key(name, place, value, message):
     unit, result = UNITS[name]
