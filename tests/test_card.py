@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.cli import main
-from plait.disk.card import license_of
-from plait.disk.card_usage import published
+from plait.disk.card import card_of, license_of
+from plait.disk.card_contents import MLX, MODEL, PEFT, CardContents, CardHead
+from plait.disk.card_usage import published, usage
 from plait.disk.manifest import CARD, compare_with_manifest, read_manifest
 from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
@@ -255,3 +261,38 @@ def test_converted_and_extracted_folders_have_cards(writers, tmp_path, capsys):
         assert not ended.value.code, capsys.readouterr().err
     assert "Cut out of a full fine-tune" in card(tmp_path / "cut")[0]
     assert card(tmp_path / "mlx")[1]["library_name"] == "mlx"
+
+
+EVIL = '$(touch pwned)`touch pwned`"; touch pwned #'
+
+
+@pytest.mark.parametrize(("library", "loader"), [(PEFT, "vllm"), (PEFT, ""), (MLX, ""), (MODEL, "")])
+def test_lines_of_a_card_run_nothing_that_a_folder_calls_itself(library, loader):
+    """Names of bases and of files of heads are a stranger's words; the lines are there to be copied into a shell and into Python."""
+    head = CardHead(f"x{EVIL}", 2)
+    contents = CardContents(library, None, EVIL, task_type="" if library == MODEL else "SEQ_CLS", rank=2, heads=(head,))
+    text = usage(contents, f"folder {EVIL}", loader)
+    shell = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    python = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert shell or python
+    for line in "\n".join(shell).splitlines():
+        words = shlex.split(
+            line, comments=True
+        )  # a shell's words, nothing of it run: what is foreign is one word, or the end of one
+        assert words[0] in ("vllm", "plait", "mlx_lm.generate")
+        quoted = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+        assert quoted.stdout.splitlines() == words and not quoted.stderr
+    for code in python:
+        calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)}
+        assert not [c for c in calls if "system" in c or "touch" in c] and "pwned" not in "".join(calls)
+
+
+def test_a_head_cannot_leave_its_line_of_a_card(classifiers, tmp_path):
+    _, folders = classifiers
+    shutil.copytree(folders[0], tmp_path / "a")
+    (tmp_path / "a" / "heads").mkdir()
+    facts = {"head": json.dumps({"labels": ["x`\n# pwned", "y"]})}
+    save_file({"weight": torch.ones(2, 4)}, tmp_path / "a" / "heads" / "b`\n# pwned.safetensors", facts)
+    text = card_of(tmp_path / "a", "a", {}) or ""
+    assert "pwned" in text and "\n# pwned" not in text
+    assert all(line.count("`") % 2 == 0 for line in text.splitlines() if "pwned" in line and line.startswith("-"))

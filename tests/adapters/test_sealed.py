@@ -190,3 +190,11 @@ def test_statistics_that_cannot_be_are_found_by_check(capsys, tmp_path):
     write_statistics(path, Statistics({"s": moments_of(rows)}, {"l.q": ModuleInfo("s", (4, 5), 2.5)}, {}))
     code, out, err = call(capsys, "check", path)
     assert code == 3 and "width 5" in err + out
+
+
+def test_check_claims_nothing_of_statistics_without_a_digest(capsys, tmp_path):
+    path = KINDS["fisher"][0](tmp_path / "a.fisher.safetensors")
+    metadata = {k: v for k, v in read_metadata(path).items() if not k.startswith("plait_")}
+    save_file(load_file(path), path, metadata)
+    code, out, _ = call(capsys, "check", path)
+    assert code == 0 and "no digest of plait's" in out and "every byte" not in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -294,6 +295,16 @@ def test_every_rank_finds_its_place(tmp_path):
     one = {"model.layers.0.self_attn.q_proj": LoraFactors(torch.ones(513, 8), torch.ones(4, 513), 1.0)}
     with pytest.raises(InputError, match="above vLLM's highest"):
         export(saved(tmp_path / "r513", Adapter("r", "b", one, "CAUSAL_LM")), tmp_path / "o513", loader="vllm")
+
+
+def test_the_lines_of_an_export_are_words_of_a_shell(tmp_path):
+    """They are there to be copied, and the base's name is whatever the adapter's author wrote."""
+    one = {"model.layers.0.self_attn.q_proj": LoraFactors(torch.ones(8, 4), torch.ones(4, 8), 1.0)}
+    folder = saved(tmp_path / "a", Adapter("a", "/x/$(touch pwned)", one, "CAUSAL_LM"))
+    done = export(folder, tmp_path / "o $(x)", loader="vllm")
+    words = shlex.split(done.record.next)
+    assert words[:3] == ["vllm", "serve", "/x/$(touch pwned)"]
+    assert words[-1] == f"o $(x)={tmp_path / 'o $(x)'}"
 
 
 def test_vllm_takes_heads_of_one_layer(tmp_path):

@@ -165,3 +165,19 @@ def test_refused_bases_leave_nothing(tmp_path):
     with pytest.raises(InputError, match="not a whole safetensors file"):
         bake(adapter, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_link_out_of_the_base_is_no_part_of_the_result(tmp_path):
+    """A base from a stranger may hold a link to a file of whoever bakes; weights, whose bytes are looked at, may lie elsewhere."""
+    base = llama(tmp_path / "base", shards=False)
+    adapter = lora(base, tmp_path / "a", ["q_proj"])
+    (base / "model.safetensors").rename(tmp_path / "store.safetensors")
+    (base / "model.safetensors").symlink_to(tmp_path / "store.safetensors")
+    (tmp_path / "link").symlink_to(base)
+    bake(read_adapter(adapter), tmp_path / "link", tmp_path / "whole")
+    assert not (tmp_path / "whole" / "model.safetensors").is_symlink()
+    (tmp_path / "id_rsa").write_text("SECRET")
+    (base / "merges.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(InputError, match="a link to a file outside its folder") as refused:
+        bake(read_adapter(adapter), base, tmp_path / "baked")
+    assert refused.value.where == str(base / "merges.txt") and not (tmp_path / "baked").exists()

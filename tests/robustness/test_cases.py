@@ -12,10 +12,11 @@ import pytest
 
 from plait.cli import main
 from tests.robustness.cases import ADAPTERS, FILES, FOUND, NAMES
+from tests.robustness.newer import NEWER
 from tests.robustness.system import ELSEWHERE, SYSTEM
 from tests.robustness.world import Case, build, state
 
-CASES = [*FILES, *ADAPTERS, *NAMES, *FOUND, *SYSTEM]
+CASES = [*FILES, *ADAPTERS, *NAMES, *FOUND, *NEWER, *SYSTEM]
 SECONDS, GIGABYTE = 10.0, 1 << 20  # ru_maxrss is in kB
 
 

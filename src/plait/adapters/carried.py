@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -133,7 +134,7 @@ def _way(adapter: Adapter) -> str:
 
 
 def _place(adapter: Adapter) -> str:
-    return str(adapter.source.get("path", adapter.name))
+    return shlex.quote(str(adapter.source.get("path", adapter.name)))
 
 
 def verify_carried(wanted: Carried, written: Adapter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
         if record.flag(key, False) if key in _FLAGS else raw.get(key):
             step = _CONVERTED.get(key, "merge this adapter into its base and serve it separately")
             if Path(where).name == CONFIG:
-                step = step.replace("plait convert", f"plait convert {Path(where).parent}", 1)
+                step = step.replace("plait convert", f"plait convert {shlex.quote(str(Path(where).parent))}", 1)
             raise InputError(f"{key}: {why}", where=where, hint=step)
     if raw.get("bias", "none") != "none":
         raise InputError(f"bias={shown(raw['bias'])}: trained biases are outside the LoRA factors", where=where)

@@ -10,7 +10,7 @@ import yaml
 from plait.errors import InputError, UsageError
 
 # What PyYAML raises: its own, and what its constructors of dates, numbers and truth values let through.
-_ERRORS = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError, OverflowError)
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError, OverflowError)
 
 
 class _DistinctKeys(yaml.SafeLoader):
@@ -54,7 +54,7 @@ def load_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_WithoutAliases)  # noqa: S506 (a SafeLoader)
-    except _ERRORS as e:
+    except YAML_ERRORS as e:
         raise UsageError("not a recipe: " + " ".join(str(e).split()), where=where, hint="correct the file") from None
 
 
@@ -70,5 +70,5 @@ def load_foreign_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_DistinctKeys)  # noqa: S506 (a SafeLoader)
-    except _ERRORS as e:
+    except YAML_ERRORS as e:
         raise InputError("not YAML: " + " ".join(str(e).split()), where=where, hint="correct the file") from None

@@ -196,7 +196,8 @@ def own_file(path: Path) -> OwnFile:
         return _gguf(path)
     metadata = read_metadata(path)
     if metadata.get("kind") in _KINDS:
-        return OwnFile(True, _problems(_KINDS[metadata["kind"]], path), False)
+        listed = is_sealed(metadata) or bool(metadata.get("statistics_sha256"))
+        return OwnFile(listed, _problems(_KINDS[metadata["kind"]], path), False)
     return OwnFile(is_sealed(metadata), _problems(_sealed, path), True)
 
 

@@ -118,11 +118,16 @@ def _heads(contents: CardContents) -> list[str]:
         return []
     lines = []
     for head in heads:
-        called = f"`{head.name}`: " if head.name else "Classes: "
-        named = ", ".join(f"`{printable(label, _LIMIT).replace('`', chr(39))}`" for label in head.labels)
+        called = f"{_code(head.name)}: " if head.name else "Classes: "
+        named = ", ".join(map(_code, head.labels))
         unnamed = f"{head.outputs} outputs" if head.outputs != 1 else "one output, a number"
         lines.append(f"- {called}{named or unnamed}")
     return ["Heads, with their classes in the order of the outputs:" if contents.heads else "", "\n".join(lines)]
+
+
+def _code(text: str) -> str:
+    """A foreign text as code within a line of Markdown, which it cannot leave."""
+    return f"`{printable(text, _LIMIT).replace('`', chr(39))}`"
 
 
 def _section(title: str, blocks: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -71,10 +72,12 @@ def usage(contents: CardContents, name: str, loader: str = "") -> str:
         options = (
             f"--enable-lora --max-lora-rank {contents.rank} --lora-modules {shlex.quote(name)}={shlex.quote(name)}"
         )
-        return _block([f"vllm serve {base} {options}"], "bash")
+        return _block([f"vllm serve {shlex.quote(base)} {options}"], "bash")
     if contents.library == MLX:
         return _block(
-            [f"mlx_lm.generate --model {contents.base or 'BASE'} --adapter-path {shlex.quote(name)} --prompt TEXT"],
+            [
+                f"mlx_lm.generate --model {shlex.quote(contents.base or 'BASE')} --adapter-path {shlex.quote(name)} --prompt TEXT"
+            ],
             "bash",
         )
     if contents.library == MODEL:
@@ -162,7 +165,7 @@ def _several_heads(contents: CardContents, name: str) -> str:
         f"plait.load_head(model, adapter, {first.name!r})  # or another of its heads",
     ]
     note = "transformers reports the head as newly initialised before the last line puts it in. PEFT knows of one head per folder;"
-    one = f"plait export {shlex.quote(name)} --for peft --task {first.name} --out {first.name}-alone"
+    one = f"plait export {shlex.quote(name)} --for peft --task {shlex.quote(first.name)} --out {shlex.quote(first.name + '-alone')}"
     return "\n\n".join([_block(lines), f"{note} this writes an ordinary one of one task:", _block([one], "bash")])
 
 
@@ -198,7 +201,7 @@ def _model(contents: CardContents, name: str) -> str:
         "",
         place,
         f"model = {auto}.from_pretrained(model_name{count})",
-        f'head = load_file(cached_file(model_name, "heads/{head.name}.safetensors"))  # or another of its heads',
+        f"head = load_file(cached_file(model_name, {json.dumps(f'heads/{head.name}.safetensors')}))  # or another of its heads",
         "unexpected = model.load_state_dict(head, strict=False).unexpected_keys",
         'assert not unexpected, f"not a head of this class: {unexpected}"',
     ]

@@ -58,14 +58,14 @@ def read_json(path: Path, limit: int = _JSON_LIMIT) -> Any:
 
 
 def text_of(path: Path) -> str:
-    """Read a text file of at most 1 MiB: a recipe, a study, weights.
+    """Read a text file of at most 1 MiB: a recipe, a study, weights, a card.
 
     Raises:
         InputError: Not a file that may be read, over 1 MiB, or not UTF-8.
     """
     require_regular(path)
     if path.stat().st_size > _TEXT_LIMIT:
-        raise InputError("over 1 MiB, not a recipe", where=str(path))
+        raise InputError("over 1 MiB, more than such a text has", where=str(path))
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from plait.adapters.head_config import config_values, outputs_of
@@ -49,9 +50,10 @@ def next_steps(adapter: Adapter, kind: str, out: Path | str) -> tuple[str, int |
     base = adapter.base or "BASE"
     outputs = outputs_of(adapter, head, str(out)) if head else None
     if kind == GGUF:
-        return _GGUF.format(folder=out), None
+        return _GGUF.format(folder=shlex.quote(str(out))), None
     if kind == VLLM:
-        text = _VLLM.format(base=base, rank=adapter.rank, name=Path(out).name, folder=out)
+        quoted = (shlex.quote(t) for t in (base, Path(out).name, str(out)))  # the base's name is the adapter's own word
+        text = _VLLM.format(**dict(zip(("base", "name", "folder"), quoted, strict=True)), rank=adapter.rank)
         return text, outputs
     cls, task = _AUTO.get(adapter.task_type or "", ("AutoPeftModel", ""))
     if head is None or outputs is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,7 +46,7 @@ def begin_any(path: str | Path, hashing: Hashing, *, name: str | None = None) ->
         raise InputError(
             "a GGUF adapter, whose names only its base tells",
             where=str(path),
-            hint=f"plait convert {path} --base DIR --out FOLDER, then merge that folder",
+            hint=f"plait convert {shlex.quote(str(path))} --base DIR --out FOLDER, then merge that folder",
         )
     if path.suffix != ".safetensors":
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,9 +121,8 @@ def _way_to_one_format(pair: Mapping[str, Adapter]) -> str:
     if not {a.task_type for a in pair.values()} <= {None, MERGED_TYPE}:
         return "one adapts a language model, the other an image model"
     if pair.keys() == {"kohya", "original"}:
-        return (
-            f"plait convert {pair['original'].source.get('path', 'FILE')} --to kohya --out FILE changes its names only"
-        )
+        place = shlex.quote(str(pair["original"].source.get("path", "FILE")))
+        return f"plait convert {place} --to kohya --out FILE changes its names only"
     return "plait convert brings one to the other's format, where it knows the model's names"
 
 

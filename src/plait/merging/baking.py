@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.card import license_of
 from plait.disk.hub import hub_facts
+from plait.disk.links import require_inside
 from plait.disk.manifest import CARD
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
@@ -35,9 +36,6 @@ from plait.merging.workers import side_by_side
 from plait.model.files import INDEX, SINGLE, weight_files
 from plait.model.stored import StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.model.stored_names import compared_copies
-
-if TYPE_CHECKING:
-    pass
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
 _CPU = torch.device("cpu")
@@ -203,13 +201,19 @@ def _shard_name(path: Path, base: Path, untied: bool) -> str:
 
 
 def _copied(base: Path) -> list[Path]:
-    """The files of a base that its baked copy has: all but weights that are not loaded, its card, and what is hidden; inside it."""
+    """The files of a base that its baked copy has: all but weights that are not loaded, its card, and what is hidden; inside it.
+
+    Raises:
+        InputError: One, no weights, is a link to a file outside the base.
+    """
     shards = set(weight_files(base))
     found = []
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         inside = path.relative_to(base)
         hidden = path.name in (store.MANIFEST, CARD) or any(part.startswith(".") for part in inside.parts)
         if not hidden and (path.suffix not in _WEIGHTS or path in shards):
+            if path not in shards:  # whose bytes were looked at
+                require_inside(path, base, "would be copied into the result")
             found.append(inside)
     return found
 

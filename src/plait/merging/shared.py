@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -56,11 +57,12 @@ def _refuse_two_names(one: Adapter, other: Adapter) -> None:
     if pair is None:
         return
     old, new = _prefixes(*pair)
+    place, renaming = (shlex.quote(t) for t in (str(one.source.get("path", one.name)), f"{old}={new}"))
     raise InputError(
         f"{one.name!r} calls a module {pair[0]!r} that {other.name!r} seems to call {pair[1]!r}: their module names start at "
         "different roots",
         where=other.name,
-        hint=f"plait convert {one.source.get('path', one.name)} --rename {old}={new} --out DIR names it as the other does; "
+        hint=f"plait convert {place} --rename {renaming} --out DIR names it as the other does; "
         "if they are two modules, --disjoint",
     )
 

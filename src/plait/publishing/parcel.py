@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from plait.border.own_paths import scrubbed
+from plait.border.yaml_text import YAML_ERRORS
 from plait.disk.card import card_of
 from plait.disk.card_contents import MODEL, CardContents, contents_of
 from plait.disk.card_usage import published
-from plait.disk.files import sha256_file
+from plait.disk.files import read_json, sha256_file, text_of
 from plait.disk.hub import is_hub_name, snapshot_of, split_revision
+from plait.disk.links import require_inside
 from plait.disk.manifest import CARD, CARD_HASH, MANIFEST, read_manifest, sealed
 from plait.errors import InputError, UsageError, printable
 
@@ -57,7 +59,7 @@ def parcel(folder: Path, repo: str, base: str | None = None) -> Parcel:
         base: Name of the base on the hub, where the folder names another or a path.
 
     Raises:
-        InputError: Neither an adapter nor a model, or one that cannot be read.
+        InputError: Neither an adapter nor a model, one that cannot be read, or one with a link to a file outside it.
         UsageError: Its base is a folder of this machine, and no name was given.
     """
     contents = contents_of(folder) if folder.is_dir() else None
@@ -71,6 +73,8 @@ def parcel(folder: Path, repo: str, base: str | None = None) -> Parcel:
     manifest = read_manifest(folder)
     names, left_out = _own_files(folder) if manifest is None else (sorted(manifest.get("files", {})), [])
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    for name in {*names, CARD}:
+        require_inside(folder / name, folder, "would be published")
     for config in {_CONFIG, _MODEL_CONFIG} & files.keys():
         files[config] = _config(folder / config, named if config == _CONFIG else None)
     record = {k: scrubbed(v) for k, v in (manifest or {}).items() if k not in _NOT_RECORD}
@@ -89,7 +93,7 @@ def _base(folder: Path, contents: CardContents, asked: str | None) -> str | None
         return split_revision(asked)[0]
     if contents.base or contents.library == MODEL:
         return contents.base
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
+    config = _object(folder / _CONFIG)
     place = str(config.get("base_model_name_or_path") or config.get("model") or "")
     if place and (hub := snapshot_of(Path(place).absolute())):
         return hub.repo
@@ -115,7 +119,7 @@ def _own_files(folder: Path) -> tuple[list[str], list[str]]:
 
 def _config(path: Path, base: str | None) -> Path | bytes:
     """A config as it lies there, where it names no path and the right base; else its text without them."""
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+    config = _object(path)
     changed = dict(config)
     if base is not None and config.get("base_model_name_or_path") != base:
         changed |= {"base_model_name_or_path": base}
@@ -128,6 +132,13 @@ def _config(path: Path, base: str | None) -> Path | bytes:
     )
 
 
+def _object(path: Path) -> Mapping[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError("not a JSON object", where=str(path))
+    return config
+
+
 def _card(
     folder: Path, repo: str, manifest: Mapping[str, Any] | None, record: Mapping[str, Any], base: str | None
 ) -> str:
@@ -136,20 +147,34 @@ def _card(
     known = (manifest or {}).get(CARD_HASH)
     edited = lying.is_file() and (known is None or sha256_file(lying) != known)
     if not edited:
-        return published(card_of(folder, name, record, base=base) or "", name, repo)
+        return published(_new_card(folder, name, record, base), name, repo)
     from huggingface_hub import ModelCard
 
     try:
-        card = ModelCard(published(lying.read_text(encoding="utf-8"), folder.resolve().name, repo))
-    except ValueError as e:
-        raise InputError(
-            f"its metadata cannot be read: {e}", where=str(lying), hint="correct the lines between ---"
-        ) from None
+        card = ModelCard(published(text_of(lying), folder.resolve().name, repo))
+    except YAML_ERRORS as e:
+        what = f"its metadata cannot be read: {' '.join(str(e).split())}"
+        raise InputError(what, where=str(lying), hint="correct the lines between ---") from None
     data: Any = card.data
     own = data.to_dict().get("base_model")
     if base and not isinstance(own, list) and (not isinstance(own, str) or not is_hub_name(own)):
         data.base_model = base
     return str(card)
+
+
+def _new_card(folder: Path, name: str, record: Mapping[str, Any], base: str | None) -> str:
+    try:
+        return card_of(folder, name, record, base=base) or ""
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+    ) as e:  # a record of somebody else, whose values are not what plait's are
+        what = f"its record is none that plait writes: {type(e).__name__}: {e}"
+        raise InputError(
+            what, where=str(folder / MANIFEST), hint="write the result anew, or remove the record"
+        ) from None
 
 
 def _manifest(record: Mapping[str, Any], manifest: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> bytes:

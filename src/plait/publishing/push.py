@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -113,7 +114,9 @@ def _require_sound(folder: Path) -> None:
         raise UsageError("holds several results", where=str(folder), hint=f"push one, such as {checked[0].path}")
     if checked[0].failed:
         raise InputError(
-            checked[0].why, where=str(folder), hint=f"plait check {folder} says all of it; nothing was sent"
+            checked[0].why,
+            where=str(folder),
+            hint=f"plait check {shlex.quote(str(folder))} says all of it; nothing was sent",
         )
 
 

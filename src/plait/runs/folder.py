@@ -59,6 +59,8 @@ def layout_of_folder(folder: Path, overrides: Sequence[str] = ()) -> Layout:
         InputError: No run, or one of an earlier version.
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), folder / RECIPE_FILE)
+    if not path.exists() and folder.is_dir():
+        raise InputError(f"no run: no {RECIPE_FILE}", where=str(folder), hint="the folder that plait run --out named")
     raw = read_json(path)
     if is_earlier(folder):
         hint = "plait run its recipe into another folder"

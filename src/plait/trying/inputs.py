@@ -11,9 +11,10 @@ from plait.adapters.beside import no_matrix
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import split_name
 from plait.adapters.peft_format import read_adapter
+from plait.border.checked import shown
 from plait.border.records import from_json
 from plait.disk.hub import adapter_place, cached_folder, split_revision
-from plait.disk.store import read_manifest
+from plait.disk.manifest import MANIFEST, read_manifest
 from plait.errors import InputError, PlaitError, UsageError
 from plait.formats.reading import read_any
 from plait.merging.changes import whereabouts
@@ -87,12 +88,19 @@ def trial_of(place: str, base: str | None, named: Sequence[str], device: str = "
     _require_whole_update(merge)
     record = read_manifest(folder) or {}
     result: Mapping[str, Any] = record.get("result", {})
-    inputs = tuple(from_json(MergedInput, a, str(folder)) for a in result.get("adapters") or ())
-    tasks = [a.name for a in inputs] or list(map(str, result.get("tasks") or ()))
+    inputs = tuple(from_json(MergedInput, a, str(folder)) for a in _listed(result, "adapters", folder))
+    tasks = [a.name for a in inputs] or list(map(str, _listed(result, "tasks", folder)))
     given = _given(named, tasks, place)
     found, missing = _found(inputs, given, tasks, folder)
     trained = {a.name: _trained(a) for a in (*found, *(() if tasks else (merge,)))}
     return Trial(merge, tuple(found), tuple(missing), _base(merge, base, device), trained, bool(tasks))
+
+
+def _listed(result: Mapping[str, Any], key: str, folder: Path) -> list[Any]:
+    value = result.get(key) or []
+    if not isinstance(value, list):
+        raise InputError(f"result.{key} is {shown(value)}, expected a list", where=str(folder / MANIFEST))
+    return value
 
 
 def _given(named: Sequence[str], tasks: Sequence[str], place: str) -> dict[str, str]:
