@@ -1,0 +1,165 @@
+r"""What `merge auto` makes of a language model's adapters, step by step, where every adapter writes its own texts; no labels.
+
+    python benchmarks/text_auto.py --study recipes/studies/text-qwen15.yaml --set base.model=MODEL --set data.root=TASKS --out RUN \
+        --general DATA/glue/mrpc/train.parquet:sentence1 --seed 1
+
+RUN holds the arm's adapters (benchmarks/text_arms.py, `train:SEED:ARM`). Of each task --texts prompts are taken from the training rows; the
+task's own adapter writes an answer to each, and prompt and answer are the text on which merges are compared with that adapter, at all
+positions. Steps: chosen by fidelity; weights per adapter and module learnt; fitted front to back; repaired. Each is scored on the rows of
+`fixed` of text_arms.py, beside the adapters alone, and its KL to the base is taken on the general texts. RUN/records/auto-SEED-ARM.json
+is written anew after every step: what is there is not lost when time is up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from text_arms import Merger, Run, general_shift, say, scored
+
+from plait.adapters.lora import Adapter
+from plait.evaluation import writing
+from plait.evaluation.text import prompts_of
+from plait.evaluation.writing import endings, write_many
+from plait.fidelity.choose import HELD_OUT, choose, refined_weights
+from plait.fidelity.fitting import best_fit, fitted
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.repair import repaired
+from plait.fidelity.score import fidelities
+from plait.fidelity.texts import Texts, read_place
+from plait.model.stacked import stacked_factors
+from plait.runs.layout import Layout
+from plait.runs.recipe_file import read_recipe
+from plait.runs.stages import splits
+from plait.tasks import encode
+
+METHODS = ("task_arithmetic", "tsv", "regmean", "least_squares")
+
+
+def written(run: Run, adapters: dict[str, Adapter], seed: int, texts: int, tokens: int) -> dict[str, Texts]:
+    """Prompts of each task, each with what the task's adapter answers."""
+    session, found = run.layout.session, {}
+    evaluator = session.evaluator
+    for name, adapter in adapters.items():
+        model, task = evaluator.task_model(name), evaluator.tasks[name]
+        rows = session.training(name, seed)
+        rows = rows.take(list(range(min(texts, len(rows)))))
+        encoded = encode(evaluator.tokenizer, task, rows, session.recipe.data.max_length)
+        updates = stacked_factors(model, [(adapter, 1.0)])
+        ends = endings(model, evaluator.tokenizer, task.stop, evaluator.base.torch_device)
+        answers = write_many(
+            model, evaluator.tokenizer, prompts_of(task, encoded), updates, 1, tokens, ends
+        )[0]  # fmt: skip
+        cut = [a.split(task.stop)[0] if task.stop else a for a in answers]
+        found[name] = tuple((f"{p[0]} {a}",) for p, a in zip(rows.texts, cut, strict=True))
+        say(f"  {name}: {len(cut)} answers, such as {cut[0][:80]!r}")
+    return found
+
+
+def patiently(function: Callable[[], Any], tries: int = 12) -> Any:
+    """Call it again where others at work on the device leave too little memory."""
+    for _ in range(tries - 1):
+        try:
+            return function()
+        except torch.OutOfMemoryError:
+            say("no memory: again in 10 s")
+        torch.cuda.empty_cache()
+        time.sleep(10)
+    return function()
+
+
+class Record:
+    """Scores of the steps, written after each.
+
+    Args:
+        run: The run.
+        merger: The arm's adapters.
+        panel: What fidelity is taken on.
+        name: SEED-ARM.
+    """
+
+    def __init__(self, run: Run, merger: Merger, panel: Panel, name: str) -> None:
+        self.run, self.merger, self.panel, self.name = run, merger, panel, name
+        self.rows = {t: {h: r[: run.rows] for h, r in s.halves.items()} for t, s in splits(run.layout).items()}
+        self.found: dict[str, Any] = {"tasks": list(merger.adapters), "steps": {}}
+        self.started = time.time()
+
+    def step(self, name: str, merge: Adapter, scale: float = 1.0, **more: Any) -> None:
+        """Score a merge and write what there is."""
+        seconds = time.time() - self.started
+        table = scored(self.run, lambda _: [(merge, scale)], self.rows, f"auto-{self.name}-{name.replace(' ', '_')}")
+        fidelity = fidelities(self.panel, [(merge, scale)])[0]
+        shift = general_shift(self.run, self.merger.adapters, [(merge, scale)])[0]
+        self.found["steps"][name] = {
+            "scores": table[0].round(3).tolist(), "general_kl": shift, "fidelity": fidelity.score,
+            "seconds_until": round(seconds, 1), **more,
+        }  # fmt: skip
+        file = self.run.out / "records" / f"auto-{self.name}.json"
+        file.with_suffix(".part").write_text(json.dumps(self.found) + "\n")
+        file.with_suffix(".part").rename(file)
+        say(f"{name}: mean {table[0].mean():.2f}, fidelity {fidelity.score:.3f}, KL elsewhere {shift:.3f}")
+
+
+def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
+    """Every step of one arm."""
+    merger, session = Merger(run, seed, arm), run.layout.session
+    adapters = list(merger.adapters.values())
+    texts = written(run, merger.adapters, seed, a.texts, a.new_tokens)
+    length = session.recipe.data.max_length
+    panel = Panel(session.base, parts_of(adapters), texts, (), a.batch, length, _own=session.evaluator)
+    record = Record(run, merger, panel, f"{seed}-{arm}")
+    choice = patiently(
+        lambda: choose(panel, adapters, methods=METHODS, scales=a.scales, refine=0, fit=False, on_progress=say)
+    )
+    record.step("chosen", choice.adapter, recipe=choice.recipe.label, scale=choice.scale)
+    say("weights per adapter and module")
+    refined, _, held = patiently(lambda: refined_weights(panel, adapters, choice.scored[0], a.steps, 0))
+    best = refined if held["refined"] > held["chosen"] else choice.adapter
+    record.step("weights learnt", refined, held_out=held)
+    fit, score = patiently(lambda: best_fit(panel, adapters, choice.adapter, HELD_OUT, on_progress=say))
+    merge = patiently(lambda: fitted(panel, adapters, choice.adapter, fit))
+    record.step("fitted", merge, fit=[fit.pull, fit.reach, fit.scale], held_out=score)
+    best = merge if score > max(held.values()) else best
+    say("repair")
+    done, repair = patiently(lambda: repaired(panel, best, a.steps))
+    record.step("repaired", done, held_out=dict(repair.held_out), of="fitted" if best is merge else "weights learnt")
+
+
+def main() -> None:
+    """Read the arguments and run."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--study", required=True, type=Path)
+    p.add_argument("--set", action="append", default=[], help="KEY=VALUE of the study")
+    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--condition", choices=["told", "bare"], default="told")
+    p.add_argument("--seed", type=int, required=True)
+    p.add_argument("--arm", default="kaiming")
+    p.add_argument("--texts", type=int, default=100)
+    p.add_argument("--new-tokens", type=int, default=128, help="tokens an adapter writes after a prompt at most")
+    p.add_argument("--steps", type=int, default=100, help="of weights and of the repair")
+    p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=(0.4, 0.6, 0.9, 1.3))
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--rows", type=int, default=120)
+    p.add_argument("--general", required=True, help="FILE:COLUMN")
+    p.add_argument("--general-rows", type=int, default=200)
+    p.add_argument("--tokens", type=int, default=350_000, help="keys and values held at once on a GPU")
+    a = p.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    writing.TOKENS_HELD["cuda"] = a.tokens
+    names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
+    recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device)
+    (a.out / "records").mkdir(exist_ok=True)
+    run.layout.session.load()
+    steps(run, a.seed, a.arm, a)
+
+
+if __name__ == "__main__":
+    main()
