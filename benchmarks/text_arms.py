@@ -62,6 +62,7 @@ FIXED_OF_PLAIN: Mapping[str, tuple[str, str | None, str | float]] = {
 }
 LADDER = tuple(2 ** (k / 2) for k in range(-2, 4))  # times the rule's scale
 PLAIN = "kaiming"
+UNKEPT = (2, 3)  # columns of likelihoods in what is measured of an answer: 0 where nobody asks for them
 CURVES = (("task_arithmetic", None), ("tsv", None), ("regmean", None), ("task_arithmetic", "pico"))
 CURVES_OF_PLAIN = (
     *CURVES,
@@ -174,7 +175,7 @@ def scored(
         started = time.time()
         parts = [rows[task][h] for h in HALVES]
         answers = predict_many(evaluator, task, [Candidate({}, a, s) for a, s in worn(task)], np.concatenate(parts))
-        kept[task] = np.stack(answers)[..., :2].astype(np.float16)
+        kept[task] = np.delete(np.stack(answers), UNKEPT, -1).astype(np.float16)
         cut = len(parts[0])
         labels = run.layout.labels(task)[np.concatenate(parts)]
         columns.append(
