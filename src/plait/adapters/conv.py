@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from plait.adapters.arrays import Array, NoArrayError
 from plait.adapters.lora import EMBEDDING, LINEAR, LoraFactors
 from plait.errors import InputError
 
@@ -102,6 +103,8 @@ def with_middle(A: Tensor, middle: Tensor, B: Tensor, where: str) -> Tensor:
             "(r, in, 1, 1), (r, r, height, width) and (out, r, 1, 1)",
             where=where,
         )
+    if isinstance(A, Array):
+        raise NoArrayError("a Tucker decomposition")
     import torch
 
     flat = middle.float().reshape(r, r, -1)

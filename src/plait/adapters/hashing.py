@@ -7,34 +7,44 @@ import mmap
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 PIECE = 1 << 20  # bytes that are hashed while the next are read; threads wait for Python's lock once a piece
+_THREADS = 2
 RANGE = 1 << 22  # bytes of a written file that are hashed at once: a multiple of a page, wherever we run
 
 Digest = Callable[[], str]  # waits until the hash is there
 
 
 class Hashing:
-    """A thread that hashes what it is handed, in that order, while the one that hands it over goes on.
+    """Threads that hash what they are handed, each file's bytes in their order, while the one that hands them over goes on.
 
-    One serves all the files of a merge: their hashes together take longer than all reading and checking, and a thread for
-    each file would only take that time from the others.
+    Two serve all the files of a merge, in turns: their hashes together take longer than all reading and checking, so that the
+    one that reads soon waits for them; a thread for each file would only take that time from the others.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1)
+        self._threads = [ThreadPoolExecutor(1) for _ in range(_THREADS)]
+        self._next = cycle(self._threads)
 
     def __enter__(self) -> Hashing:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
 
     def pieces(self) -> Pieces:
         """The hash of what is handed over piece by piece."""
-        return Pieces(self._thread.submit)
+        return Pieces(next(self._next).submit)
+
+    def later(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Have something hashed as a whole by the next thread; what waits for it, and raises what it met."""
+        return next(self._next).submit(work).result
 
     def file(self, path: Path) -> WrittenFile:
         """The hash of a file that is being written."""

@@ -29,7 +29,7 @@ Put = Callable[[str, "Tensor | Array"], None]
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Array],
     metadata: Mapping[str, str] | None = None,
     written: WrittenFile | None = None,
 ) -> None:
@@ -42,7 +42,7 @@ def write_tensors(
         OSError: The disk is full, or whatever else the system says.
     """
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise InputError("holds NaN or infinity", where=name, hint="nothing was written")
 
     def fill(put: Put) -> None:
@@ -54,10 +54,11 @@ def write_tensors(
 
 def fill_tensors(
     path: Path,
-    shapes: Mapping[str, Tensor],
+    shapes: Mapping[str, Tensor] | Mapping[str, Tensor | Array],
     metadata: Mapping[str, str] | None,
     fill: Callable[[Put], None],
     written: WrittenFile | None = None,
+    late: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write the same bytes as `write_tensors`, each tensor when it is ready and at its place.
 
@@ -68,12 +69,15 @@ def fill_tensors(
         fill: Called with a function that takes (name, tensor), once for every name, in any order, from any thread.
             Whether the numbers are finite is for the caller to know.
         written: Is told what the file holds already, where it is to be hashed meanwhile.
+        late: Gives the metadata once all tensors are in the file, where some of it is not known before; those above then only
+            keep the place, and a few spaces may be left behind the header.
 
     Raises:
-        ValueError: A tensor of another shape or dtype than was said, one twice, or one left out: the caller's mistake.
+        ValueError: A tensor of another shape or dtype than was said, one twice, or one left out; later metadata longer than
+            their place: the caller's mistake.
         OSError: The disk is full, or whatever else the system says.
     """
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    header: dict[str, Any] = {"__metadata__": _texts(metadata or {})}
     end = 0
     for name in sorted(shapes, key=lambda k: (-shapes[k].itemsize, k)):
         start, end = end, end + shapes[name].nbytes
@@ -98,11 +102,21 @@ def fill_tensors(
                 tell(place, _write_at(f.fileno(), data, place))
 
         fill(put)
-    if missing:
-        raise ValueError(f"{min(missing)} was never written")
+        if missing:
+            raise ValueError(f"{min(missing)} was never written")
+        if late is not None:
+            last = header_bytes({**header, "__metadata__": _texts(late())}, len(head))
+            if len(last) != len(head):
+                raise ValueError(f"{len(last) - len(head)} bytes more of metadata than there is a place for")
+            _write_at(f.fileno(), memoryview(last), 0)
 
 
-def _is_finite(tensor: Tensor | Array) -> bool:
+def _texts(metadata: Mapping[str, str]) -> dict[str, str]:
+    return dict(sorted({"format": "pt", **metadata}.items()))
+
+
+def is_finite(tensor: Tensor | Array) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
     if isinstance(tensor, Array):
         return all_finite(tensor)
     from plait.adapters.tensors import all_finite as all_of_tensor
@@ -145,10 +159,10 @@ def _begin_writeback(fd: int) -> None:
         _sync_file_range(fd, 0, 0, _WRITE)
 
 
-def header_bytes(header: Mapping[str, Any]) -> bytes:
-    """The header as it lies in the file: its length, its text, spaces up to a multiple of eight."""
+def header_bytes(header: Mapping[str, Any], size: int = 0) -> bytes:
+    """The header as it lies in the file: its length, its text, spaces up to a multiple of eight, or to `size` in all."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    text = text.ljust(max(-(-len(text) // 8) * 8, size - 8))
     return struct.pack("<Q", len(text)) + text
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from plait.adapters.arrays import array_of, floats
 from plait.adapters.config import CONFIG, LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.weights import WEIGHTS
 from plait.border.checked import Record, parsed_json
@@ -102,7 +105,7 @@ def alpha_notes(source: Mapping[str, Any]) -> list[str]:
 
 
 def _alpha(tensor: Tensor, where: str) -> float:
-    value = float(tensor.double().reshape(-1)[0]) if tensor.numel() == 1 else math.nan
+    value = float(floats(array_of(tensor), np.float64).reshape(-1)[0]) if tensor.numel() == 1 else math.nan
     if not 0 < value < math.inf:
         shown = value if tensor.numel() == 1 else f"a tensor {tuple(tensor.shape)}"
         raise InputError(f"alpha is {shown}, expected one finite number above 0", where=where)

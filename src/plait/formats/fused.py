@@ -11,8 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from plait.adapters.lora import LoraFactors
 from plait.errors import InputError
 
@@ -128,6 +126,8 @@ def _ordered(f: LoraFactors, part: str, layout: Layout) -> LoraFactors:
     always = part.removeprefix(_DIFFUSERS) in layout.swapped
     if not always and not (out == 2 * width and part.endswith(layout.swapped)):
         return f
+    import torch
+
     first, second = f.B.chunk(2)
     return LoraFactors(f.A, torch.cat([second, first]), f.scaling, f.kind)
 
@@ -197,6 +197,8 @@ def _joined(
             raise InputError(f"module {name!r} is {f.shape}; as a part of {original} it would be {(height, width)}")
     counts["absent"] += len(parts) - len(there)
     first, *rest = there
+    import torch
+
     if all(f.scaling == first.scaling and torch.equal(f.A, first.A) for f in rest):
         rows = [f.B if f is not None else first.B.new_zeros(h, first.rank) for f, h in _pairs(parts, heights)]
         return LoraFactors(first.A, torch.cat(rows), first.scaling, first.kind)
@@ -209,6 +211,8 @@ def _pairs(parts: Mapping[str, LoraFactors | None], heights: Sequence[int]) -> l
 
 
 def _block_diagonal(parts: Sequence[LoraFactors | None], heights: Sequence[int]) -> LoraFactors:
+    import torch
+
     there = [f for f in parts if f is not None]
     same = all(f.scaling == there[0].scaling for f in there)
     dtype = there[0].B.dtype

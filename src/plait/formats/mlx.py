@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from plait.adapters.arrays import widened
 from plait.adapters.config import CONFIG, LARGEST_CONFIG
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
-from plait.adapters.tensor_file import write_tensors
-from plait.adapters.tensors import all_finite, read_tensors, widened
+from plait.adapters.tensor_file import is_finite, write_tensors
 from plait.border.checked import Record
 from plait.disk.files import read_json, sha256_file, sha256_json
 from plait.errors import InputError
 from plait.formats.keys import MLX
 from plait.formats.recognised import MLX_FILE
 from plait.formats.single_file import unscaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _A, _B, _MAGNITUDE = ".lora_a", ".lora_b", ".m"
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding"}
@@ -53,6 +53,8 @@ def read_mlx(path: str | Path, *, name: str | None = None) -> Adapter:
             hint="take alpha out, and write into scale what the version that trained it applied",
         )
     rank, scale = parameters.integer("rank", 1, 1 << 16), parameters.number("scale", 0.0, 1e30, above=True)
+    from plait.adapters.tensors import read_tensors
+
     tensors, _, digest = read_tensors(folder / MLX_FILE)
     modules = _modules({k: widened(t) for k, t in tensors.items()}, rank, scale, folder)
     keys = parameters.texts("keys", ())
@@ -95,7 +97,7 @@ def _modules(tensors: Mapping[str, Tensor], rank: int, scale: float, folder: Pat
                 where=str(folder),
                 hint=_FUSE,
             )
-        if tensor.ndim != 2 or not tensor.is_floating_point() or not all_finite(tensor.float()):
+        if tensor.ndim != 2 or not tensor.is_floating_point() or not is_finite(tensor.float()):
             raise InputError(f"{key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected finite", where=str(folder))
         halves.setdefault(key.removesuffix(suffix), {})[suffix] = tensor
     if not halves:
@@ -140,6 +142,8 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
     scalings = {f.scaling for f in adapter.modules.values()}
     alike = len(scalings) == 1 and min(scalings) > 0
     rank = adapter.rank
+    import torch
+
     tensors: dict[str, Tensor] = {}
     for module, factors in adapter.modules.items():
         f = factors if alike else unscaled(factors)

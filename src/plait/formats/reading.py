@@ -21,7 +21,7 @@ from plait.formats.mlx import read_mlx
 from plait.formats.names import require_distinct
 from plait.formats.recognised import format_of as format_of
 from plait.formats.recognised import is_mlx
-from plait.formats.single_file import read_lora_file
+from plait.formats.single_file import begin_lora_file
 
 
 def read_any(path: str | Path, *, name: str | None = None) -> Adapter:
@@ -34,7 +34,7 @@ def read_any(path: str | Path, *, name: str | None = None) -> Adapter:
 
 
 def begin_any(path: str | Path, hashing: Hashing, *, name: str | None = None) -> Callable[[], Adapter]:
-    """As `read_any`, but for the hashes of a folder, which may be on their way yet (see `begin_adapter`)."""
+    """As `read_any`, but for the hashes of a folder or file, which may be on their way yet (see `begin_adapter`)."""
     path = adapter_place(path)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
@@ -52,7 +52,7 @@ def begin_any(path: str | Path, hashing: Hashing, *, name: str | None = None) ->
         raise InputError(
             "a file, but no .safetensors", where=str(path), hint="a PEFT folder, or a LoRA file in safetensors"
         )
-    return partial(read_lora_file, path, name=name)
+    return begin_lora_file(path, hashing, name=name)
 
 
 def with_one_prefix(adapters: Sequence[Adapter]) -> list[Adapter]:

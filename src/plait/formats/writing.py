@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.file_bytes import read_layout
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
-from plait.adapters.sealed import read_sealed
-from plait.adapters.tensors import read_metadata
+from plait.adapters.sealed import sealed_texts
 from plait.disk import store
 from plait.disk.overwriting import require_replaceable, require_replaceable_file
 from plait.errors import InputError, UsageError
@@ -20,8 +20,7 @@ from plait.formats.keys import DIFFUSERS, FORMATS, KOHYA, MLX, ORIGINAL, PEFT
 from plait.formats.layouts import BY_BASE, dotted_to_kohya, layout_for, original_layout, require_known
 from plait.formats.mlx import write_mlx
 from plait.formats.names import COMPONENTS, diffusers_names, kohya_names
-from plait.formats.reading import format_of
-from plait.formats.recognised import file_record
+from plait.formats.recognised import file_record, format_of
 from plait.formats.single_file import unscaled, write_lora_file
 
 FILE_FORMATS = (KOHYA, DIFFUSERS, ORIGINAL)
@@ -170,13 +169,13 @@ def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> Mappin
     """
     if overwrite or not (out.exists() or out.is_symlink()):
         if out.suffix == ".safetensors":
-            require_replaceable_file(out, _has_record)
+            require_replaceable_file(out, has_record)
         else:
             require_replaceable(out)
         return None
     if not out.is_file():
         return (store.read_manifest(out) or {}) if store.is_done(out, wanted) else None
-    record = file_record(read_sealed(out)[1], out)
+    record = file_record(sealed_texts(out), out)
     if record is None:
         raise UsageError("exists and was not written by plait", where=str(out), hint="another --out, or --overwrite")
     if differing := store.differences(record, wanted):
@@ -185,8 +184,9 @@ def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> Mappin
     return record
 
 
-def _has_record(path: Path) -> bool:
-    return file_record(read_metadata(path), path) is not None
+def has_record(path: Path) -> bool:
+    """Whether plait wrote a file."""
+    return file_record(read_layout(path)[0], path) is not None
 
 
 def write_any(
@@ -220,7 +220,7 @@ def write_any(
         raise UsageError(f"{target} is written as {due}", where=str(out), hint="--out, or another format")
     if is_file:
         record = json.loads(json.dumps({**wanted, "versions": store.versions(), "result": result}, allow_nan=False))
-        with store.staged_file(out, overwrite=overwrite, ours=_has_record) as stage:
+        with store.staged_file(out, overwrite=overwrite, ours=has_record) as stage:
             write_lora_file(stage, adapter, target, record)
             if check:
                 check(stage)

@@ -25,6 +25,8 @@ from plait.formats.convert import read_back, written_error
 from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.formats.writing import checked_format, finished, in_format, write_any
+from plait.merging.asked import MergeRequest
+from plait.merging.light_files import sum_of_files
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import Layer, MergeRecord, input_hashes
@@ -109,10 +111,13 @@ def merge_folders(
         RunError: What was written is not what was asked for; nothing is left at `out`.
     """
     start = time.perf_counter()
+    spec = MergeSpec.of(method, settings)
+    asked = MergeRequest([*map(str, folders)], out, spec, statistics, format, dtype, verify, overwrite)
+    if (done := sum_of_files(asked)) is not None:
+        return done
     adapters = read_all(folders)
     require_apart(out, [*places(adapters), *(statistics or {}).values()])
-    spec = spec_for(adapters, MergeSpec.of(method, settings))
-    plan = plan_merge(adapters, spec, statistics=read_statistics_files(statistics))
+    plan = plan_merge(adapters, spec_for(adapters, spec), statistics=read_statistics_files(statistics))
     written = write_merge(
         plan, out, format=format, dtype=dtype, verify=verify, overwrite=overwrite, statistics=statistics
     )
@@ -243,10 +248,8 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
 
 
 def spec_for(adapters: Sequence[Adapter], spec: MergeSpec) -> MergeSpec:
-    """Add LoRA files of image models up where no method was named, since nobody measured them otherwise."""
-    if spec.method is None and any(format_of(a) != PEFT for a in adapters):
-        return replace(spec, method="task_arithmetic", scale=1.0 if spec.scale is None else spec.scale)
-    return spec
+    """Give what a spec means for LoRA files, where there are any; see `MergeSpec.for_files`."""
+    return spec.for_files() if any(format_of(a) != PEFT for a in adapters) else spec
 
 
 def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:

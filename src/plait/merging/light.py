@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from plait.adapters.arrays import FLOAT32, NoArrayError, all_finite, array_of, shape_of, zeros
 from plait.adapters.carried import require_exact, verify_carried
 from plait.adapters.config import CONFIG
-from plait.adapters.file_bytes import begin_arrays
+from plait.adapters.file_bytes import Mapped, begin_arrays
 from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.memory import let_go
@@ -38,7 +38,12 @@ from plait.merging.rounding import Rounding, dtype_for, overflow
 from plait.merging.scales import default_method
 from plait.merging.sums import Part, probes_by_width, require_verified, stored_sum, sum_error
 from plait.merging.terms import Terms, scale_of, weights_of
+from plait.merging.threads import cores, in_threads
 
+T = TypeVar("T")
+
+# Bytes of inputs from which a second thread is worth starting, and the most threads: each holds one module of all inputs.
+_LARGE, _MOST = 1 << 26, 4
 _METHODS: Mapping[str, Combination] = MappingProxyType(
     {"linear": normalised, "task_arithmetic": as_given, "cat": as_given}
 )
@@ -61,7 +66,7 @@ def sum_of_folders(request: MergeRequest) -> Written[MergeRecord] | None:
         RunError: What was written is not what was asked for.
     """
     start = time.perf_counter()
-    method = _method(request)
+    method = sum_of(request) if request.format is None else None
     places = [(name, adapter_place(path)) for name, path in map(split_name, request.folders)] if method else []
     if method is None or request.out is None or not all(_is_plain(path) for _, path in places):
         return None
@@ -72,7 +77,7 @@ def sum_of_folders(request: MergeRequest) -> Written[MergeRecord] | None:
         if len({a.name for a in adapters}) < len(adapters):
             return None
         require_apart(request.out, [str(path) for _, path in places])
-        terms = _terms(request, method, adapters)
+        terms = terms_of(request, method, adapters)
         if terms.is_unchanged():
             return None
         written = _write(terms, request, request.out)
@@ -81,13 +86,13 @@ def sum_of_folders(request: MergeRequest) -> Written[MergeRecord] | None:
     return written if written.reused else replace(written, seconds_merge=time.perf_counter() - start)
 
 
-def _method(request: MergeRequest) -> Sum | None:
-    """The method of a request that asks for a sum and nothing else; None of others."""
+def sum_of(request: MergeRequest) -> Sum | None:
+    """Give the method of a request that asks for a sum and nothing else; None of others."""
     spec = request.spec
     name = spec.method or default_method(len(request.folders), weighted=spec.is_weighted)
     other = request.bake_into or request.per_task or request.curve or request.stack or request.statistics
     more = spec.options or spec.rank is not None or spec.calibrate or spec.module_weights is not None
-    if name not in _METHODS or other or more or request.format is not None or spec.device != "cpu":
+    if name not in _METHODS or other or more or spec.device != "cpu":
         return None
     return Sum(name, _METHODS[name])
 
@@ -97,8 +102,8 @@ def _is_plain(folder: Path) -> bool:
     return folder.is_dir() and (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def _terms(request: MergeRequest, method: Sum, adapters: Sequence[Adapter]) -> Terms:
-    """The merge with everything checked, in the order of `plait.merging.planning.plan_merge`."""
+def terms_of(request: MergeRequest, method: Sum, adapters: Sequence[Adapter]) -> Terms:
+    """Give the merge with everything checked, in the order of `plait.merging.planning.plan_merge`."""
     spec, given = request.spec, tuple(a.name for a in adapters)
     weights = weights_of(adapters, spec.weights)
     order = sorted(range(len(adapters)), key=lambda i: given[i])  # `MergeMethod.order_of`
@@ -110,9 +115,7 @@ def _terms(request: MergeRequest, method: Sum, adapters: Sequence[Adapter]) -> T
 
 
 def _write(terms: Terms, request: MergeRequest, out: Path) -> Written[MergeRecord]:
-    took = Rounding(
-        dtype_for(request.dtype, terms.adapters), {w for (_, w), _ in terms.common.modules.values()}, terms.seed
-    )
+    took = rounding_for(request, terms)
     wanted = store.identity("merge", terms.settings(), input_hashes(terms.adapters), terms.seed)
     wanted["options"] |= took.identity
     if (before := standing(out, wanted, MergeRecord, overwrite=request.overwrite)) is not None:
@@ -122,20 +125,29 @@ def _write(terms: Terms, request: MergeRequest, out: Path) -> Written[MergeRecor
     verifying: list[float] = []
     check = (lambda stage: verifying.append(_verified(terms, stage, result))) if request.verify else None
     digests: dict[str, Digest] = {}
-    shapes = assembled(
-        out.name, terms.common, terms.adapters, {m: _shape(terms, m, took.dtype) for m in terms.common.modules}
-    )
+    shapes = shapes_of(terms, out.name, took.dtype)
     with (
         Hashing() as hashing,
         store.staged_folder(
             out, wanted, overwrite=request.overwrite, result=result, check=check, digests=digests
         ) as stage,
     ):
-        digests |= write_adapter(stage, shapes, lambda put: _sum_to(terms, put, took), hashing)
+        digests |= write_adapter(stage, shapes, lambda put: sum_to(terms, put, took), hashing)
         record = took.noted(terms.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0)))
         result |= to_json(record)
     record = replace(record, verification_error=result["verification_error"])
     return Written(record, str(out), seconds_verify=sum(verifying))
+
+
+def rounding_for(request: MergeRequest, terms: Terms) -> Rounding:
+    """Give what rounds the sum to the type that was asked for."""
+    widths = {w for (_, w), _ in terms.common.modules.values()}
+    return Rounding(dtype_for(request.dtype, terms.adapters), widths, terms.seed)
+
+
+def shapes_of(terms: Terms, name: str, dtype: str) -> Adapter:
+    """Give the result with shapes in the place of factors."""
+    return assembled(name, terms.common, terms.adapters, {m: _shape(terms, m, dtype) for m in terms.common.modules})
 
 
 def _shape(terms: Terms, module: str, dtype: str) -> LoraFactors:
@@ -152,9 +164,20 @@ def _parts(terms: Terms, module: str) -> Sequence[Part]:
     return [(1.0, LoraFactors(zeros((1, width)), zeros((out, 1)), 1.0, kind))]  # type: ignore[arg-type]
 
 
-def _sum_to(terms: Terms, put: Callable[[str, LoraFactors], None], took: Rounding) -> None:
-    """Add every module up and hand it on; none is held."""
-    for module in terms.common.modules:
+def sum_to(terms: Terms, put: Callable[[str, LoraFactors], None], took: Rounding, mapped: Mapped | None = None) -> None:
+    """Add every module up and hand it on; none is held.
+
+    Args:
+        terms: The merge.
+        put: Takes (module, factors), from any thread.
+        took: Rounds.
+        mapped: The files of the inputs, where those lie in the files' own pages.
+
+    Raises:
+        RunError: A number that the type does not hold.
+    """
+
+    def one(module: str) -> None:
         exact, stored = stored_sum(_parts(terms, module), took.dtype)
         if not all_finite(array_of(exact.B)):
             hint = "a smaller --scale or other weights?"
@@ -165,17 +188,58 @@ def _sum_to(terms: Terms, put: Callable[[str, LoraFactors], None], took: Roundin
             took.note(module, exact, stored)
         put(module, stored)
 
+    _each(terms, one, mapped)
+
+
+def _each(terms: Terms, function: Callable[[str], T], mapped: Mapped | None) -> list[T]:
+    """The function of every module, in order; side by side where that repays the threads."""
+
+    def one(module: str) -> T:
+        result = function(module)
+        if mapped:
+            factors = [a.modules[module] for a in terms.adapters if module in a.modules]
+            mapped.passed(sum(f.A.nbytes + f.B.nbytes for f in factors))
+        return result
+
+    names, count = list(terms.common.modules), cores(_MOST)
+    if count == 1 or sum(a.nbytes for a in terms.adapters) < _LARGE:
+        return [one(m) for m in names]
+    return in_threads(one, names, count, _nothing)
+
+
+def _nothing() -> None:
+    """NumPy's threads need no setting."""
+
+
+def largest_error(terms: Terms, written: Mapping[str, LoraFactors], mapped: Mapped | None = None) -> float:
+    """Give the largest relative difference of a written module from the sum of its inputs.
+
+    Args:
+        terms: The merge.
+        written: The result, in its file's own pages, which are given back as they are passed.
+        mapped: See `sum_to`.
+
+    Raises:
+        RunError: The result holds other modules.
+    """
+    if written.keys() != terms.common.modules.keys():
+        raise RunError("what was written holds other modules", where=terms.method.name, hint="please report this")
+    probes = probes_by_width({f.shape[1] for f in written.values()}, terms.seed)
+
+    def one(module: str) -> float:
+        factors = written[module]
+        error = sum_error(_parts(terms, module), factors, probes[factors.shape[1]])
+        let_go(factors.A, factors.B)
+        return error
+
+    return max(_each(terms, one, mapped), default=0.0)
+
 
 def _verified(terms: Terms, stage: Path, result: dict[str, Any]) -> float:
     """Read what was written, one module at a time, and compare it with the inputs; the seconds that took."""
     start = time.perf_counter()
     written = begin_adapter(stage, None, name="written", begin=begin_arrays)()  # it is hashed beside this
     verify_carried(terms.common.carried, written)
-    probes = probes_by_width({f.shape[1] for f in written.modules.values()}, terms.seed)
-    largest = 0.0
-    for module, factors in written.modules.items():
-        largest = max(largest, sum_error(_parts(terms, module), factors, probes[factors.shape[1]]))
-        let_go(factors.A, factors.B)
-    result["verification_error"] = largest
-    require_verified(largest, terms.method.name)
+    result["verification_error"] = largest_error(terms, written.modules)
+    require_verified(result["verification_error"], terms.method.name)
     return time.perf_counter() - start

@@ -43,6 +43,10 @@ def merged(arguments: Sequence[str], begin: Callable[[], object]) -> int | None:
     begin()
     try:
         written = sum_of_folders(request)
+        if written is None and request.folders[0].endswith(".safetensors"):
+            from plait.merging.light_files import sum_of_files
+
+            written = sum_of_files(request)
     except Exception:  # it left nothing; the whole command line meets it again, and tells it
         return None
     if written is None:
@@ -85,7 +89,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[MergeRequest, bool] | None:
     several = (scale is not None and len(scale) != 1) or {"--verify", "--no-verify"} <= flags
     if len(folders) < 2 or values.get("method") not in _SUMS or not values.get("out") or unclear or several:
         return None
-    if folders[0] == "auto" or any(f.endswith((".safetensors", ".yaml", ".yml")) for f in folders):
+    if folders[0] == "auto" or any(f.endswith((".yaml", ".yml")) for f in folders):
         return None
     from plait.merging.asked import MergeRequest
     from plait.merging.spec import MergeSpec

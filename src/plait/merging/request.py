@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def answer(request: MergeRequest) -> Written[MergeRecord] | Written[BakeRecord] | RankCurve:
-    """Do what is asked, and give the record of it; weighted sums of folders without torch, with the same bytes.
+    """Do what is asked, and give the record of it; weighted sums of folders and LoRA files without torch, with the same bytes.
 
     Raises:
         UsageError: Two ways at once, or no place for the result.
     """
-    from plait.merging.light import sum_of_folders
+    from plait.merging.light_files import sum_without_torch
 
-    if (done := sum_of_folders(request)) is not None:
+    if (done := sum_without_torch(request)) is not None:
         return done
     from plait.merging.ways import answer_by_torch
 

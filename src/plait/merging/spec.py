@@ -50,6 +50,12 @@ class MergeSpec:
         """
         return replace(method, **settings) if isinstance(method, MergeSpec) else cls(method, **settings)
 
+    def for_files(self) -> MergeSpec:
+        """Give what this means for LoRA files of image models: added up where no method is named, since nobody measured them."""
+        if self.method is not None:
+            return self
+        return replace(self, method="task_arithmetic", scale=1.0 if self.scale is None else self.scale)
+
     @property
     def is_weighted(self) -> bool:
         """Whether weights were given, in either form."""

@@ -20,6 +20,9 @@ from plait.seeds import seed_of
 Part = tuple[float, LoraFactors]  # a coefficient, the scale of the merge in it, and the factors that it multiplies
 Probes: TypeAlias = Floats  # (k, in), float32
 _PROBES = 4
+_ALONE = (
+    1 << 18
+)  # multiplications up to which OpenBLAS starts no threads (65536 times its GEMM_MULTITHREAD_THRESHOLD of 4)
 # A sum is first compared in float32; an error above this is looked at again in float64, for sums that nearly cancel.
 _DOUBTFUL = 1e-5
 # Above this the written adapter is not the merge that was asked for; float32 factors reach about 1e-6.
@@ -58,7 +61,7 @@ def stored_sum(parts: Sequence[Part], dtype: str) -> tuple[LoraFactors, LoraFact
         A = Array(np.concatenate([a.data for a in stacked]), stacked[0].dtype)
     else:
         A = rounded(np.concatenate([floats(a) for a in stacked]), FLOAT32)
-    B = rounded(np.concatenate([_times(floats(array_of(f.B)), c * f.scaling) for c, f in parts], axis=1), FLOAT32)
+    B = rounded(np.concatenate([_scaled(f, c).data for c, f in parts], axis=1), FLOAT32)
     exact = LoraFactors(A, B, 1.0, kind)  # type: ignore[arg-type]
     return exact, (exact if dtype == FLOAT32 else in_type(exact, dtype))
 
@@ -71,6 +74,11 @@ def in_type(factors: LoraFactors, dtype: str) -> LoraFactors:
     return LoraFactors(A, B, 1.0, factors.kind)  # type: ignore[arg-type]
 
 
+def _scaled(factors: LoraFactors, c: float) -> Array:
+    """B times what multiplies an input, in float32."""
+    return rounded(_times(floats(array_of(factors.B)), c * factors.scaling), FLOAT32)
+
+
 def _times(numbers: Floats, factor: float) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):  # infinity is for the caller to see
         result: Floats = numbers if factor == 1.0 else numbers * np.float32(factor)
@@ -81,12 +89,15 @@ def rounding(exact: LoraFactors, stored: LoraFactors, probes: Probes) -> tuple[f
     """What rounding took from one module, |(D' - D) X|^2, and |D X|^2.
 
     Args:
-        exact: Its factors in float32, scaling 1.
+        exact: Its factors in float32 (A as it is, where rounding leaves it so), scaling 1.
         stored: The same, rounded.
         probes: X, transposed.
     """
-    wanted = _applied(exact, probes, np.float32)
-    off = _applied(stored, probes, np.float32) - wanted
+    inner = _times_rows(probes, floats(array_of(exact.A)))
+    wanted = _times_rows(inner, floats(array_of(exact.B)))
+    if stored.A is not exact.A:
+        inner = _times_rows(probes, floats(array_of(stored.A)))
+    off = _times_rows(inner, floats(array_of(stored.B))) - wanted
     return float(np.vdot(off, off)), float(np.vdot(wanted, wanted))
 
 
@@ -99,6 +110,7 @@ def taken(parts: Iterable[tuple[float, float]]) -> float:
 def sum_error(parts: Sequence[Part], merged: LoraFactors, probes: Probes) -> float:
     """The relative difference between D X and sum_t c_t D_t X, from the factors as they were read; nothing is held.
 
+    A result that is bit for bit its inputs' factors beside each other is that sum, whatever X is, and takes no product.
     Where the result is of 16 bits, each summand is rounded as it was to be: what is compared is then not the rounding, which
     has a figure of its own, but all the rest.
 
@@ -107,6 +119,8 @@ def sum_error(parts: Sequence[Part], merged: LoraFactors, probes: Probes) -> flo
         merged: The result, not cut to a lower rank.
         probes: X, transposed.
     """
+    if is_beside(parts, merged):
+        return 0.0
     dtype = array_of(merged.B).dtype.name if merged.scaling == 1.0 else FLOAT32
     error = 1.0
     with np.errstate(over="ignore", invalid="ignore"):  # infinity is an error, and is told as one
@@ -120,6 +134,27 @@ def sum_error(parts: Sequence[Part], merged: LoraFactors, probes: Probes) -> flo
             if error <= _DOUBTFUL:
                 break
     return error
+
+
+def is_beside(parts: Sequence[Part], merged: LoraFactors) -> bool:
+    """Whether a result is A of every input, one under another, and its B times its coefficient, one beside another, bit for bit."""
+    A, B = array_of(merged.A), array_of(merged.B)
+    dtype = B.dtype.name
+    if merged.scaling != 1.0 or A.dtype.name != dtype or merged.rank != sum(f.rank for _, f in parts):
+        return False
+    start = 0
+    for c, f in parts:
+        stop = start + f.rank
+        own = in_type(LoraFactors(f.A, _scaled(f, c), 1.0, f.kind), dtype)  # type: ignore[arg-type]
+        if not _same_bits(A.data[start:stop], own.A) or not _same_bits(B.data[:, start:stop], own.B):
+            return False
+        start = stop
+    return True
+
+
+def _same_bits(data: Floats, wanted: Any) -> bool:
+    numbers = f"u{data.itemsize}"
+    return data.shape == wanted.shape and bool((data.view(numbers) == wanted.data.view(numbers)).all())
 
 
 def _applied(
@@ -136,8 +171,20 @@ def _applied(
         A = A if A.dtype.name == dtype else rounded(floats(A), dtype)
         B = B if B.dtype.name == dtype and factor == 1.0 else rounded(_times(floats(B), factor), dtype)
         factor = 1.0
-    inner = probes.astype(kind, copy=False) @ floats(A, kind).T
-    result: Floats = (inner if factor == 1.0 else inner * kind(factor)) @ floats(B, kind).T
+    inner = _times_rows(probes.astype(kind, copy=False), floats(A, kind))
+    return _times_rows(inner if factor == 1.0 else inner * kind(factor), floats(B, kind))
+
+
+def _times_rows(X: Floats, M: Floats) -> Floats:
+    """X M^T, for X (k, m) and M (n, m), in pieces that OpenBLAS multiplies in the calling thread.
+
+    Products as thin as these are no faster on more cores, and its threads spin while they wait: beside our own, and on a busy
+    machine, they took several times as long as everything else.
+    """
+    rows = max(1, _ALONE // max(1, X.size))
+    result: Floats = np.empty((len(X), len(M)), X.dtype)
+    for start in range(0, len(M), rows):
+        np.matmul(X, M[start : start + rows].T, out=result[:, start : start + rows])
     return result
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
+
+from plait.merging.threads import in_threads
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 # Each worker holds one module of all tasks, so memory grows with their number.
 _MOST = 4
-# Seconds after which a thread of Python gives way; with the usual 5 ms one that comes back from reading, hashing or a product
-# waits longer for its turn than it was away.
-_TURN = 5e-4
 
 
 def side_by_side(function: Callable[[S], T], items: Sequence[S], device: torch.device) -> list[T]:
@@ -32,13 +30,8 @@ def side_by_side(function: Callable[[S], T], items: Sequence[S], device: torch.d
     count = min(torch.get_num_threads(), len(items), _MOST)
     if count <= 1:  # not by torch's threads either, which would add up in another order
         return one_by_one(function, items)
-    turn = sys.getswitchinterval()
-    sys.setswitchinterval(min(turn, _TURN))
-    try:
-        with _alone(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
-    finally:
-        sys.setswitchinterval(turn)
+    with _alone():
+        return in_threads(function, items, count, partial(torch.set_num_threads, 1))
 
 
 def one_by_one(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
