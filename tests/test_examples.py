@@ -33,7 +33,7 @@ PARSED_ONLY = {
 BY_HAND = (
     "doctor", "completion", "ls", "cp", "schema", "new", "validate", "stats", "stats show", "stats merge", "stats diff",
     "stats compress", "stats check", "init", "train", "post", "merge", "inspect", "convert", "compare", "advise", "edit",
-    "extract", "export", "check", "eval", "stats fisher", "try", "push",
+    "extract", "export", "check", "eval", "stats fisher", "try", "measure", "push",
 )  # fmt: skip
 WHOLE = (
     "new", "plan", "run", "report", "study", "study run", "study table", "study archive", "job list", "job", "job run", "demo",

@@ -15,6 +15,7 @@ from plait.cli import (
     existing,
     export,
     formats,
+    measuring,
     merging,
     push,
     recipes,
@@ -52,6 +53,7 @@ for module in (
     checking,
     push,
     trying,
+    measuring,
     study,
     environment,
 ):

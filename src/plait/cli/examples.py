@@ -112,6 +112,10 @@ plait export merged --for gguf --base base --out merged.gguf""",
     "try": r"""
 plait try merged --base base --prompt "a film that never gets going"
 plait try merged --base base --prompts prompts.txt --out answers.html""",
+    "measure": r"""
+plait measure merged --base base --base-4bit nf4 \
+    --text reviews=reviews.csv:review \
+    --text pairs=pairs.jsonl:premise,hypothesis""",
     "push": r"""
 plait push merged --to user/merged --base user/base --dry-run
 plait push merged --to user/merged --base user/base --private""",

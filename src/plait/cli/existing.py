@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from plait.cli.options import Device, Json, Quiet, Seed
+from plait.cli.options import Device, FourBits, Json, Quiet, Seed
 from plait.cli.output import emit, table
 from plait.errors import printable
 
@@ -66,7 +66,7 @@ def advise(
     repair: Annotated[int, typer.Option("--repair", min=0, help="Steps of the repair that is tried; 0 for none.")] = 100,
     refine: Annotated[int, typer.Option("--refine", min=0, help="Steps of learning the merge's weights.")] = 100,
     base_id: Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")] = None,
-    length: Length = 128, device: Device = "auto", seed: Seed = 0, quiet: Quiet = False, as_json: Json = False,
+    length: Length = 128, device: Device = "auto", four_bits: FourBits = None, seed: Seed = 0, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say whether to merge at all, and how.
 
@@ -79,10 +79,10 @@ def advise(
     settings = AdviceSettings(tolerate, repair, refine, length, seed)
     advice = advise_folders(
         given, parse_texts(text or []), read_place(general) if general else (), settings, base_id=base_id, device=device,
-        on_progress=_reporter(quiet),
+        four_bits=four_bits, on_progress=_reporter(quiet),
     )  # fmt: skip
     if advice.next:
-        texts = [f"--text {shlex.quote(t)}" for t in text or []]
+        texts = [f"--text {shlex.quote(t)}" for t in text or []] + ([f"--base-4bit {four_bits}"] if four_bits else [])
         advice = replace(advice, next=" ".join([advice.next, *texts]))
     emit(advice, as_json, advice_text(advice))
 
@@ -102,6 +102,7 @@ class AutoChoice(NamedTuple):
     base_id: str | None
     dtype: str
     device: str
+    four_bits: str | None
     seed: int
     overwrite: bool
     quiet: bool = False
@@ -117,7 +118,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
 
     if out is None:
         raise UsageError("where to?", hint="--out DIR")
-    base, folders = split_base(given, chosen.device)
+    base, folders = split_base(given, chosen.device, four_bits=chosen.four_bits)
     settings = AutoSettings(
         refine=chosen.refine,
         fit=chosen.fit,
@@ -131,7 +132,8 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     written = merge_auto_folders(
         folders, out, base=base, texts=parse_texts(chosen.text or []),
         general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
-        dtype=chosen.dtype, device=chosen.device, overwrite=chosen.overwrite, on_progress=_reporter(chosen.quiet),
+        dtype=chosen.dtype, device=chosen.device, four_bits=chosen.four_bits, overwrite=chosen.overwrite,
+        on_progress=_reporter(chosen.quiet),
     )  # fmt: skip
     emit(written, as_json, auto_text(written))
 
@@ -143,6 +145,7 @@ class ForwardChoice(NamedTuple):
     length: int
     base_id: str | None
     dtype: str
+    four_bits: str | None
     overwrite: bool
 
 
@@ -157,10 +160,11 @@ def by_forward(
 
     if out is None:
         raise UsageError("where to?", hint="--out DIR")
-    base, folders = split_base(given, "cpu")
+    base, folders = split_base(given, "cpu", four_bits=chosen.four_bits)
     return merge_by_forward(
         folders, out, method, base=base, texts=parse_texts(chosen.text or []), options=options, weights=weights,
-        base_id=chosen.base_id, max_length=chosen.length, dtype=chosen.dtype, overwrite=chosen.overwrite,
+        base_id=chosen.base_id, max_length=chosen.length, dtype=chosen.dtype, four_bits=chosen.four_bits,
+        overwrite=chosen.overwrite,
     )  # fmt: skip
 
 

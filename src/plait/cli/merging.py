@@ -10,7 +10,7 @@ import typer
 from plait.cli import existing
 from plait.cli.existing import General, Length, Text
 from plait.cli.given import only, without
-from plait.cli.options import Device, Json, Overwrite, Quiet, Seed, Set
+from plait.cli.options import Device, FourBits, Json, Overwrite, Quiet, Seed, Set
 from plait.cli.output import emit, number, numbers, settings, table
 from plait.errors import UsageError
 from plait.merging.listed import require_method
@@ -65,8 +65,10 @@ Base = Annotated[str | None, typer.Option("--base", help="Name of the base, wher
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
 _ONLY_AUTO = ("text", "general", "refine", "fit", "heads", "max_shift", "repair", "length")
 _FORWARD = ("featcal", "regmean_pp", "adamerging")
-_OF_FORWARD = {"quiet", "method", "sets", "weights", "text", "length", "out", "base", "dtype", "overwrite"}
-_AUTO = {*_ONLY_AUTO, "quiet", "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
+_OF_FORWARD = {
+    "quiet", "method", "sets", "weights", "text", "length", "out", "base", "dtype", "four_bits", "overwrite",
+}  # fmt: skip
+_AUTO = {*_ONLY_AUTO, "four_bits", "quiet", "out", "rank", "base", "dtype", "device", "seed", "overwrite"}
 
 
 def register(app: typer.Typer) -> None:
@@ -97,7 +99,7 @@ def merge(
     max_shift: MaxShift = None, repair: Repair = 0, length: Length = 128,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "cpu", four_bits: FourBits = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -113,13 +115,13 @@ def merge(
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(
-            text, general, refine, fit, heads, max_shift, repair, length, rank, base, dtype, device, seed, overwrite, quiet,
+            text, general, refine, fit, heads, max_shift, repair, length, rank, base, dtype, device, four_bits, seed, overwrite, quiet,
         )  # fmt: skip
         existing.auto(folders[1:], out, chosen, as_json)
         return
     if method in _FORWARD:
         only(context, f"--method {method}", _OF_FORWARD, hint="it runs the base on the texts, on the CPU")
-        forward = existing.ForwardChoice(text, length, base, dtype, overwrite)
+        forward = existing.ForwardChoice(text, length, base, dtype, four_bits, overwrite)
         written = existing.by_forward(folders, out, method, settings(sets), numbers(weights, "--weights"), forward)
         emit(written, as_json, merge_text(written))
         return
@@ -146,7 +148,7 @@ def merge(
 
 def _require_meaning(context: typer.Context, folders: list[str], *, per_task: bool, curve: bool, bake: bool) -> None:
     """Refuse options that the way of merging that is asked for would pass over."""
-    without(context, "a merge by --method", _ONLY_AUTO, hint="plait merge auto BASE ADAPTER...")
+    without(context, "a merge by --method", (*_ONLY_AUTO, "four_bits"), hint="plait merge auto BASE ADAPTER...")
     if len(folders) == 1 and folders[0].endswith((".yaml", ".yml")):
         without(
             context, "a mergekit recipe", ("method", "sets", "weights", "scale", "base"), hint="it says them itself"

@@ -14,5 +14,13 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+FourBits = Annotated[
+    str | None,
+    typer.Option(
+        "--base-4bit",
+        metavar="nf4",
+        help="Hold the base in NF4, as QLoRA's adapters know it; nf4-single: not quantised twice.",
+    ),
+]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of local data, laid out as <task>/train.parquet.")]
 RecipeArg = Annotated[Path, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one.")]

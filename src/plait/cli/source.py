@@ -87,6 +87,11 @@ class Described:
         return {**entry, **{k: v for k, v in options.items() if v is not None}}
 
 
+def in_four_bits(kind: str | None) -> list[str]:
+    """The setting that `--base-4bit` stands for; none without it."""
+    return [f"base.four_bits={kind}"] if kind else []
+
+
 def settings_from(
     recipe: Path | None,
     described: Described,

@@ -13,9 +13,22 @@ import typer
 
 from plait.border.records import to_json
 from plait.cli.given import without
-from plait.cli.options import Device, Json, Out, Overwrite, Quiet, Root, Seed, Set
+from plait.cli.options import Device, FourBits, Json, Out, Overwrite, Quiet, Root, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
-from plait.cli.source import Base, Described, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, settings_from
+from plait.cli.source import (
+    Base,
+    Described,
+    Kind,
+    Label,
+    Recipe,
+    Targets,
+    Task,
+    Text,
+    Train,
+    Validation,
+    in_four_bits,
+    settings_from,
+)
 from plait.errors import UsageError
 
 if TYPE_CHECKING:
@@ -147,7 +160,7 @@ def train(
     fleet: Annotated[bool, typer.Option("--fleet", help="Train DIR or NAME=DIR each in one process, into OUT/NAME.")] = False,
     recipe: Recipe = None, base: Base = None, root: Root = None, train_file: Train = None, validation: Validation = None,
     text: Text = None, label: Label = None, kind: Kind = None, targets: Targets = None,
-    sets: Set = None, device: Device = "auto",
+    sets: Set = None, device: Device = "auto", four_bits: FourBits = None,
     statistics: Annotated[list[Path] | None, typer.Option("--statistics", help=_STATISTICS)] = None,
     seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -173,7 +186,8 @@ def train(
         raise UsageError("one adapter at a time", hint="--fleet trains several")
     if targets:
         raise UsageError("--target-modules: an adapter trains the modules that it has", hint="plait init chooses them")
-    chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
+    described = Described(task, base, root, train_file, validation, text, label, kind)
+    chosen = settings_from(recipe, described, [*in_four_bits(four_bits), *(sets or [])], device)
     if validation is not None:
         from plait.runs.session import Session
 
@@ -193,7 +207,7 @@ def evaluate(
     folders: Annotated[list[str], typer.Argument(help="Adapter folders, DIR or NAME=DIR, alone or merged.")],
     recipe: Recipe = None, base: Base = None, root: Root = None, task: Task = "", train_file: Train = None,
     validation: Validation = None, text: Text = None, label: Label = None, kind: Kind = None, sets: Set = None,
-    device: Device = "auto",
+    device: Device = "auto", four_bits: FourBits = None,
     scales: Annotated[str | None, typer.Option("--scales", help="Grid (0.3,0.5,1): chosen on one half, reported on the other.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the long table (jsonl) here.")] = None,
     overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
@@ -202,7 +216,8 @@ def evaluate(
     from plait.runs.single.evaluate import base_of, evaluate_folders
 
     base = base or (base_of(folders) if recipe is None else None)
-    chosen = settings_from(recipe, Described(task, base, root, train_file, validation, text, label, kind), sets, device)
+    described = Described(task, base, root, train_file, validation, text, label, kind)
+    chosen = settings_from(recipe, described, [*in_four_bits(four_bits), *(sets or [])], device)
     evaluated = evaluate_folders(
         chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task, quiet=quiet
     )

@@ -7,9 +7,22 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.options import Device, Json, Overwrite, Root, Seed, Set
+from plait.cli.options import Device, FourBits, Json, Overwrite, Root, Seed, Set
 from plait.cli.output import emit, table
-from plait.cli.source import Base, Described, Kind, Label, Recipe, Targets, Task, Text, Train, Validation, settings_from
+from plait.cli.source import (
+    Base,
+    Described,
+    Kind,
+    Label,
+    Recipe,
+    Targets,
+    Task,
+    Text,
+    Train,
+    Validation,
+    in_four_bits,
+    settings_from,
+)
 from plait.errors import UsageError
 
 File = Annotated[Path, typer.Argument(help="A statistics file.")]
@@ -39,7 +52,8 @@ def collect(
     pool: Annotated[str | None, typer.Option("--pool", help="token (default) or mean.")] = None,
     sketch: Annotated[int | None, typer.Option("--sketch", min=1, help="Keep K directions per site, not the whole moment.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", help="Bytes for the sums (2GB): chooses how they are held.")] = None,
-    sets: Set = None, device: Device = "auto", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
+    sets: Set = None, device: Device = "auto", four_bits: FourBits = None, seed: Seed = 0, overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect a task's statistics: what it feeds into every target module. The file can be shared instead of the data.
 
@@ -59,7 +73,9 @@ def collect(
     extra += [f"statistics.sketch={sketch}"] if sketch else []
     extra += [f"statistics.memory={bytes_of(memory)}"] if memory is not None else []
     described = Described(task, base, root, train_file, validation, text, label, kind)
-    chosen = settings_from(recipe, described, [*extra, *(sets or [])], device, targets=targets, adapts=True)
+    chosen = settings_from(
+        recipe, described, [*in_four_bits(four_bits), *extra, *(sets or [])], device, targets=targets, adapts=True
+    )
     collected = collect_one(chosen, task, out, seed=seed, overwrite=overwrite)
     if collected is None:  # not torchrun's first process
         return

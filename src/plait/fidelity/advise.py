@@ -54,6 +54,7 @@ def advise_folders(
     *,
     base_id: str | None = None,
     device: str = "auto",
+    four_bits: str | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> Advice:
     """Advise on adapter folders, with or without a base, with or without texts.
@@ -65,14 +66,15 @@ def advise_folders(
         settings: See `AdviceSettings`.
         base_id: What the base is called, where the adapters name one base by different names.
         device: Where the base runs.
+        four_bits: How the base is held where its adapters are of QLoRA, see `BaseModel`.
         on_progress: Called with what is being done.
 
     Raises:
         InputError: A path that is not there, or no adapter.
     """
-    base, folders = split_base(given, device)
+    base, folders = split_base(given, device, four_bits=four_bits)
     adapters = read_all(folders)
-    base = base or recorded_base(adapters, device)
+    base = base or recorded_base(adapters, device, four_bits=four_bits)
     return advise(adapters, base, texts, general=general, settings=settings, base_id=base_id, on_progress=on_progress)
 
 

@@ -26,7 +26,7 @@ from plait.merging.folders import places, read_all
 from plait.merging.record import input_hashes
 from plait.merging.rounding import dtype_for, in_dtype
 from plait.model.base import BaseModel
-from plait.model.identity import base_fingerprint
+from plait.model.identity import held_fingerprint
 from plait.progress import OnProgress
 
 
@@ -41,6 +41,7 @@ def merge_auto_folders(
     base_id: str | None = None,
     dtype: str = KEEP,
     device: str = "auto",
+    four_bits: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress = lambda _: None,
 ) -> Written[AutoRecord]:
@@ -56,6 +57,7 @@ def merge_auto_folders(
         base_id: Base id of the result.
         dtype: Type of the written factors, see `plait.merging.folders.merge_folders`.
         device: Where a base runs that was not given.
+        four_bits: How such a base is held, see `BaseModel`.
         on_progress: Called with what is being done.
         overwrite: Replace what stands at `out`.
 
@@ -65,7 +67,7 @@ def merge_auto_folders(
     chosen = settings or AutoSettings()
     adapters = read_all(folders)
     require_apart(out, places(adapters))
-    if texts and base is None and (base := recorded_base(adapters, device)) is not None:
+    if texts and base is None and (base := recorded_base(adapters, device, four_bits=four_bits)) is not None:
         on_progress(f"base: {base.name}, as the adapters name it")
     options = {
         "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine, "fit": chosen.fit,
@@ -78,7 +80,7 @@ def merge_auto_folders(
     inputs = input_hashes(adapters)
     inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in (texts or {}).items()}
     inputs |= {"general": store.sha256_json(general)} if general else {}
-    inputs |= {"base": base_fingerprint(base)} if base is not None and texts else {}
+    inputs |= {"base": held_fingerprint(base)} if base is not None and texts else {}
     wanted = store.identity("merge-auto", options, inputs, chosen.seed)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, before, AutoRecord)

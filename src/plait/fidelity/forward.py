@@ -31,7 +31,7 @@ from plait.merging.methods.regmean_pp import regmean_pp
 from plait.merging.record import Merged, MergeRecord, input_hashes
 from plait.merging.rounding import dtype_for, in_dtype
 from plait.model.base import BaseModel
-from plait.model.identity import base_fingerprint
+from plait.model.identity import held_fingerprint
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of
 from plait.tasks import batches
 
@@ -98,6 +98,7 @@ def merge_by_forward(
     max_length: int = 128,
     batch_size: int = 32,
     dtype: str = KEEP,
+    four_bits: str | None = None,
     overwrite: bool = False,
 ) -> Written[MergeRecord]:
     """Merge PEFT folders by a method that runs the base on unlabelled texts, on the CPU.
@@ -114,6 +115,7 @@ def merge_by_forward(
         max_length: Tokens a text.
         batch_size: Texts a pass.
         dtype: Type of the written factors, see `plait.merging.folders.merge_folders`.
+        four_bits: How a base is held that was not given, see `BaseModel`.
         overwrite: Replace what stands at `out`.
 
     Returns:
@@ -127,13 +129,15 @@ def merge_by_forward(
     found, adapters = METHODS[method], read_all(folders)
     require_apart(out, places(adapters))
     chosen = checked_options(found, options)
-    panel = _panel(method, adapters, base or recorded_base(adapters, "cpu"), texts, batch_size, max_length)
+    panel = _panel(
+        method, adapters, base or recorded_base(adapters, "cpu", four_bits=four_bits), texts, batch_size, max_length
+    )
     if weights is not None and method == "adamerging":
         raise UsageError("adamerging learns the weights", hint="leave --weights out, or --set init=0.5")
     settings = {"method": method, "options": chosen, "weights": list(weights or ()), "base": base_id}
     inputs = input_hashes(adapters)
     inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in panel.texts.items()}
-    inputs["base"] = base_fingerprint(panel.base)
+    inputs["base"] = held_fingerprint(panel.base)
     passes = {"max_length": max_length, "batch_size": batch_size, "order": [a.name for a in adapters]}
     kind = dtype_for(dtype, adapters)
     settings |= {} if kind == FLOAT32 else {"dtype": kind}

@@ -16,7 +16,7 @@ from plait.model.base import BaseModel
 
 
 def split_base(
-    given: Sequence[str], device: str = "auto", dtype: str = "float32"
+    given: Sequence[str], device: str = "auto", dtype: str = "float32", four_bits: str | None = None
 ) -> tuple[BaseModel | None, list[str]]:
     """Split arguments into the base, where the first is not itself an adapter, and the adapters.
 
@@ -40,7 +40,7 @@ def split_base(
     name, revision = (
         split_revision(str(Path(base).expanduser()) if base.startswith("~") else base or "") if base else ("", None)
     )
-    return (BaseModel(name, revision, dtype, device) if name else None), folders
+    return (BaseModel(name, revision, dtype, device, four_bits) if name else None), folders
 
 
 def _require_base(base: str, folders: Sequence[str]) -> None:
@@ -61,11 +61,13 @@ def _require_base(base: str, folders: Sequence[str]) -> None:
         )
 
 
-def recorded_base(adapters: Sequence[Adapter], device: str = "auto", dtype: str = "float32") -> BaseModel | None:
+def recorded_base(
+    adapters: Sequence[Adapter], device: str = "auto", dtype: str = "float32", four_bits: str | None = None
+) -> BaseModel | None:
     """Find the base that all adapters name, where it is a folder on this machine; nothing is downloaded on a record's word."""
     names = {a.base for a in adapters}
     folder = Path(next(iter(names))).expanduser() if len(names) == 1 else Path()
-    return BaseModel(str(folder), None, dtype, device) if (folder / "config.json").is_file() else None
+    return BaseModel(str(folder), None, dtype, device, four_bits) if (folder / "config.json").is_file() else None
 
 
 def is_adapter(argument: str) -> bool:

@@ -77,23 +77,23 @@ def compared(
     n = 0
     for group in _groups(panel, model, merges):
         active = [reference, *(merges[i] for i in group)]
-        sums, updates = [_Sums() for _ in group], stacked_factors(model, active, whole=True)
+        sums, updates = [Sums() for _ in group], stacked_factors(model, active, whole=True)
         n = 0
         own_tops: Tensor | int = 0
-        for batch in _batches(panel, rows, len(active)):
+        for batch in batches_of(panel, rows, len(active)):
             with fused_attention(model), stacked_updates(model, updates):
                 logits = positions(model, part.task.kind, batch, len(active), panel.positions)[0]
-            own = _Own.of(_log_softmax(logits[0]))
+            own = Own.of(log_probabilities(logits[0]))
             n += len(own.top)
             own_tops = own_tops + torch.bincount(own.top, minlength=logits.shape[-1])
             for mine, other in zip(sums, logits[1:], strict=True):
-                mine.add(own, _log_softmax(other))
+                mine.add(own, log_probabilities(other))
         results += [s.closeness(own_tops, n) for s in sums]
     return results, n
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
+class Own:
     """An adapter's log probabilities (positions, vocabulary), its probabilities and its likeliest tokens."""
 
     logs: Tensor
@@ -101,12 +101,13 @@ class _Own:
     top: Tensor
 
     @classmethod
-    def of(cls, logs: Tensor) -> _Own:
+    def of(cls, logs: Tensor) -> Own:
+        """Take them from the log probabilities."""
         return cls(logs, logs.exp(), logs.argmax(-1))
 
 
 @dataclass(slots=True)
-class _Sums:
+class Sums:
     """What is summed over positions of one merge beside an adapter; tensors, so that nobody waits for the device."""
 
     kl: Tensor | float = 0.0
@@ -115,7 +116,7 @@ class _Sums:
     tops: Tensor | int = 0
     probabilities: Tensor | int = 0
 
-    def add(self, own: _Own, other: Tensor) -> None:
+    def add(self, own: Own, other: Tensor) -> None:
         """Log probabilities (positions, vocabulary) of the merge."""
         theirs = other.argmax(-1)
         # A dot product a position: summing a matrix in float64 would first copy it.
@@ -177,7 +178,8 @@ def split_in_two(model: Any, kind: str) -> bool:
     return kind == "causal" and bool(backbone_of(model)[1])
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Normalise logits, in float32."""
     return logits.float().log_softmax(-1)
 
 
@@ -188,7 +190,7 @@ def _groups(panel: Panel, model: Any, merges: Sequence[Active]) -> Iterator[list
     return (list(range(i, min(i + size, len(merges)))) for i in range(0, len(merges), size))
 
 
-def _batches(panel: Panel, rows: Sequence[dict[str, Any]], members: int) -> Iterator[dict[str, Tensor]]:
+def batches_of(panel: Panel, rows: Sequence[dict[str, Any]], members: int) -> Iterator[dict[str, Tensor]]:
     """Rows of like length, as many as there is room for."""
     vocabulary = int(panel.evaluator.task_model(panel.parts[0].name).config.vocab_size)
     room = MAX_LOGITS.get(panel.base.torch_device.type, MAX_LOGITS["cpu"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,10 @@ from torch import Tensor, nn
 from plait.disk.hub import is_hub_name
 from plait.disk.locks import require_readable
 from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
+from plait.model.devices import device_named as device_named
 from plait.model.files import base_snapshot, read_base_config, require_vocabulary
+from plait.model.four_bits import FOUR_BITS, hold_in_four_bits, is_in_four_bits, say_in_four_bits, unpacked_tensors
+from plait.model.quiet import quiet_transformers as quiet_transformers
 from plait.model.whole import LoadingReport, require_plausible, require_whole
 from plait.seeds import named_seed
 
@@ -37,12 +38,19 @@ class BaseModel:
         revision: Commit, tag or branch on the hub.
         dtype: "float32", "bfloat16" or "float16".
         device: "auto" (the GPU where there is one), "cpu", "cuda", "cuda:1".
+        four_bits: How its linear layers went through four bits when it was loaded for training: "nf4" as QLoRA has it,
+            "nf4-single" without double quantisation; None for as the files have them.
     """
 
     name: str
     revision: str | None = None
     dtype: str = "float32"
     device: str = "auto"
+    four_bits: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.four_bits is not None and self.four_bits not in FOUR_BITS:
+            raise UsageError(f"four bits of kind {self.four_bits!r}", hint=f"{' or '.join(FOUR_BITS)}")
 
     @property
     def written(self) -> str:
@@ -72,29 +80,6 @@ def emulated(base: BaseModel) -> str | None:
     if base.dtype != "bfloat16" or base.torch_device.type != "cpu" or level not in ("AVX2", "NO AVX"):
         return None
     return f"this CPU has no bfloat16 instructions ({level}): --set base.dtype=float32 is several times faster here"
-
-
-def device_named(name: str) -> torch.device:
-    """Find a device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
-
-    Raises:
-        UsageError: No such device.
-        EnvironmentFault: No GPU that torch can use.
-    """
-    if name == "auto":
-        return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", name):
-        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault("no GPU that torch can use", where=f"device {name}", hint="use --device cpu")
-    return _own_gpu(device)
-
-
-def _own_gpu(device: torch.device) -> torch.device:
-    """Under torchrun, the GPU of this process, where none is named."""
-    rank = os.environ.get("LOCAL_RANK")
-    return torch.device("cuda", int(rank)) if device.type == "cuda" and device.index is None and rank else device
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -151,12 +136,16 @@ def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
         kind = "regression" if task.kind == "regression" else "single_label_classification"
         options |= {"num_labels": task.num_labels, "problem_type": kind}
     new_head = task.kind not in classes
-    model, info = _from_pretrained(
-        cls, base, folder, output_loading_info=True, ignore_mismatched_sizes=new_head, use_safetensors=True, **options
-    )
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": new_head, "use_safetensors": True}
+    packed = is_in_four_bits(folder)
+    model, info = (_unpacked if packed else _from_pretrained)(cls, base, folder, **options)
     heads = set(head_modules(model)) if new_head else set()
     for name in require_whole(model, LoadingReport.of(info), heads, base.name, poolers=new_head):
         draw_linear(model.get_submodule(name), 0, name, _std(model))
+    if base.four_bits and not packed:
+        hold_in_four_bits(model, backbone_of(model)[0], folder, double=base.four_bits == FOUR_BITS[0])
+    if base.four_bits or packed:
+        say_in_four_bits(model, backbone_of(model)[0])
     if new_head:
         model.config.pad_token_id = load_tokenizer(base).pad_token_id
         draw_head(model, seed, task.target_mean)
@@ -186,10 +175,29 @@ def base_folder(base: BaseModel, *, weights: bool = False) -> Path:
 
 def _from_pretrained(cls: Any, base: BaseModel, folder: Path, **options: Any) -> Any:
     """What a class of transformers makes of a base's folder: the one way in, from files on this machine alone."""
+    with _loading(base):
+        return cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+
+
+def _unpacked(cls: Any, base: BaseModel, folder: Path, **options: Any) -> Any:
+    """The same of a base whose files hold four bits, as the numbers that they stand for."""
+    names = {k: options.pop(k) for k in ("num_labels", "problem_type") if k in options}
+    config = _from_pretrained(importlib.import_module("transformers").AutoConfig, base, folder, **names)
+    del config.quantization_config
+    tensors = unpacked_tensors(folder)
+    with _loading(base):
+        with torch.device("meta"):  # which class it is; nothing is allocated
+            kind = type(cls.from_config(config))
+        return kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+
+
+@contextlib.contextmanager
+def _loading(base: BaseModel) -> Iterator[None]:
+    """Quietly; whatever goes wrong is the base's."""
     try:
         with quiet_transformers():
-            return cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
-    except ImportError as e:  # such as bitsandbytes, for a base in 4 bits
+            yield
+    except ImportError as e:  # such as bitsandbytes, for a base in 8 bits
         raise EnvironmentFault(
             f"this base model needs a package: {str(e).strip().splitlines()[0]}", where=base.name
         ) from e
@@ -199,21 +207,6 @@ def _from_pretrained(cls: Any, base: BaseModel, folder: Path, **options: Any) ->
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         hint = "is it whole, and of a kind that this version of transformers knows?"
         raise InputError(f"cannot load the base model: {first}", where=base.name, hint=hint) from e
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence "newly initialized weights" (every head here is new on purpose) and loading bars."""
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # --- backbone and head ------------------------------------------------------------------------------------------------

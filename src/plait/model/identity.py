@@ -36,6 +36,11 @@ def base_fingerprint(base: BaseModel) -> str:
     return FILES + _hashed([*weight_files(folder), folder / CONFIG, *optional, *tokenizer_files(folder)])
 
 
+def held_fingerprint(base: BaseModel) -> str:
+    """Hash a base as it is held: its files, and the four bits that its weights went through where they did."""
+    return base_fingerprint(base) + (f"+{base.four_bits}" if base.four_bits else "")
+
+
 def earlier_fingerprint(base: BaseModel) -> str | None:
     """Hash a local folder as an earlier plait did: every .safetensors file and config.json.
 

@@ -16,3 +16,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         if isinstance(shape[0], int) and isinstance(shape[1], int):
             return shape[0], shape[1]
     return None
+
+
+def stored_flipped(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as (in, out), as transformers' Conv1D does; by its kind, since it may be square."""
+    return not hasattr(module, "out_features")

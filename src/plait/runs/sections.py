@@ -57,6 +57,9 @@ class BaseSpec(Strict):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
         "auto", description="auto takes a GPU where there is one"
     )
+    four_bits: Literal["nf4", "nf4-single"] | None = Field(
+        None, description="linear layers rounded to NF4 as QLoRA has them; nf4-single without double quantisation"
+    )
 
 
 class DataSpec(Strict):

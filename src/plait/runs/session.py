@@ -15,7 +15,7 @@ from plait.disk.store import sha256_file
 from plait.errors import UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.model.base import BaseModel
-from plait.model.identity import base_fingerprint
+from plait.model.identity import held_fingerprint
 from plait.progress import note
 from plait.runs.recipe import Settings
 from plait.runs.sections import TaskSpec
@@ -73,12 +73,12 @@ class Session:
         name, revision = split_revision(spec.model)
         if revision and spec.revision not in (None, revision):
             raise UsageError(f"two revisions, {revision!r} and {spec.revision!r}", where="base.revision")
-        return BaseModel(name, revision or spec.revision, spec.dtype, spec.device)
+        return BaseModel(name, revision or spec.revision, spec.dtype, spec.device, spec.four_bits)
 
     @functools.cached_property
     def base_sha256(self) -> str:
-        """Fingerprint of the base: of everything that is loaded from it."""
-        return base_fingerprint(self.base)
+        """Fingerprint of the base: of everything that is loaded from it, and how it is held."""
+        return held_fingerprint(self.base)
 
     @functools.cached_property
     def root(self) -> Path | None:

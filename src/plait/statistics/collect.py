@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from plait.errors import InputError, UsageError
+from plait.model.four_bits import said_in_four_bits
 from plait.statistics.accumulate import POOLS, exact_matmul
 from plait.statistics.collector import Batch, Collector
 from plait.statistics.distributed import adds_over_ranks, reduce_statistics
@@ -178,6 +179,8 @@ def _task_type(model: nn.Module) -> str | None:
 def _quantisation(base: nn.Module, config: Any) -> str | None:
     """What a quantised base is called in the record, such as "bitsandbytes-4bit"; None for plain weights."""
     quantised = getattr(config, "quantization_config", None)
+    if quantised is None and (mark := said_in_four_bits(base)):
+        return mark
     if quantised is None:
         makes = {type(m).__name__ for m in base.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
         return f"bitsandbytes-{'4bit' if 'Linear4bit' in makes else '8bit'}" if makes else None

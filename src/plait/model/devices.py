@@ -1,0 +1,33 @@
+"""The devices that a model may run on, by what a user calls them."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from plait.errors import EnvironmentFault, UsageError
+
+
+def device_named(name: str) -> torch.device:
+    """Find a device by what a user calls it: auto, cpu, cuda, cuda:1; under torchrun a GPU without a number is the process's own.
+
+    Raises:
+        UsageError: No such device.
+        EnvironmentFault: No GPU that torch can use.
+    """
+    if name == "auto":
+        return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", name):
+        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault("no GPU that torch can use", where=f"device {name}", hint="use --device cpu")
+    return _own_gpu(device)
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """Under torchrun, the GPU of this process, where none is named."""
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(rank)) if device.type == "cuda" and device.index is None and rank else device
