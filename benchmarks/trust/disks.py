@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.trust import Row, row, undisturbed, write_part
 from benchmarks.trust.kills import Reference, inputs, prepared, reference, resumed
-from benchmarks.trust.small import COMMANDS, Command, contents, ended, litter, warm, worlds
+from benchmarks.trust.small import COMMANDS, PLACE, Command, contents, ended, litter, warm, worlds
 
 _PAGE = 4096
 _ROOM = 4 << 20
@@ -50,7 +50,7 @@ def _unmounted(folder: Path) -> bool:
 @contextlib.contextmanager
 def small_disk(world: Path, free: int) -> Iterator[tuple[Path, Callable[[], None]]]:
     """A copy of a world on a disk of its own with so many bytes free, and a function that makes room there."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=PLACE) as folder:
         disk = Path(folder)
         if not _mounted(disk, _ROOM + sum(-(-len(d) // _PAGE) * _PAGE for d in contents(world).values())):
             raise RuntimeError("nothing may be mounted here")

@@ -105,7 +105,7 @@ def killed(command: Command, world: Path, seconds: float, whole: Reference) -> t
 
 def resumed(command: Command, world: Path, before: dict[str, bytes], whole: Reference) -> str:
     """Run a command again after it was disturbed; what is wrong then, "" where nothing is."""
-    code, said = ended(command.args, world)
+    code, said = ended(command.again, world)
     if code:
         return f"run again it ends with exit code {code}: {said.strip()[-200:]}"
     if inputs(command, world) != before:
