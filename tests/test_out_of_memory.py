@@ -193,14 +193,18 @@ def test_both_numbers_are_said(tmp_path, monkeypatch):
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize("how", ["merge", "bake"])
+@pytest.mark.parametrize("how", ["merge", "bake", "auto", "featcal"])
 def test_nothing_is_begun_that_does_not_fit(tiny_base, tmp_path, monkeypatch, capsys, how):
     base = tiny_base("bert")
     names = {n: write(tmp_path / n, random_adapter(base, "bert", n, "classification", s)) for s, n in enumerate("ab")}
     full(monkeypatch, 100)
     more = ["--bake", base.name] if how == "bake" else []
+    before: list[str] = ["auto"] if how == "auto" else []
+    if how == "featcal":
+        (tmp_path / "texts.txt").write_text("w1 w2\nw3\n")
+        before, more = [base.name], ["--method", "featcal", *(f"--text={n}={tmp_path / 'texts.txt'}" for n in names)]
     with pytest.raises(SystemExit) as ended:
-        main(["merge", *map(str, names.values()), *more, "--out", str(tmp_path / "out")])
+        main(["merge", *before, *map(str, names.values()), *more, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
     assert ended.value.code == 4 and "0.0 MB are free" in said, said
     assert not (tmp_path / "out").exists()

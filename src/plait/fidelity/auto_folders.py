@@ -12,6 +12,7 @@ from plait.adapters.peft_format import read_adapter
 from plait.border.records import from_json, to_json
 from plait.disk import store
 from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.disk.written import Written, reused
 from plait.errors import RunError
 from plait.fidelity.auto import AutoSettings, merge_auto
@@ -84,6 +85,8 @@ def merge_auto_folders(
     wanted = store.identity("merge-auto", options, inputs, chosen.seed)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, before, AutoRecord)
+    if chosen.rank is None:
+        require_space(out, max(a.nbytes for a in adapters))
     merge = merge_auto(
         adapters, base, texts, general=general, settings=chosen, base_id=base_id, on_progress=on_progress
     )

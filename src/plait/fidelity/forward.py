@@ -14,6 +14,7 @@ from plait.adapters.lora import Adapter
 from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.overwriting import require_apart
+from plait.disk.space import require_space
 from plait.disk.written import Written, reused
 from plait.errors import InputError, UsageError
 from plait.fidelity.given import recorded_base
@@ -146,6 +147,8 @@ def merge_by_forward(
         return reused(out, before, MergeRecord)
     more = {} if method == "adamerging" else {"weights": weights}
     require_room(panel)
+    if "rank" not in chosen or chosen["rank"] is None:
+        require_space(out, max(a.nbytes for a in adapters))
     done = _run(found.function, panel, adapters, **chosen, **more, base=base_id, name=out.name)
     adapter, took = in_dtype(done.adapter, kind, adapters)
     record = replace(took.noted(done.record), texts={t: len(rows) for t, rows in panel.texts.items()})
