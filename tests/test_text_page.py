@@ -89,9 +89,39 @@ def test_joint_training_stands_beside_the_plain_arms_own_adapters(page):
     assert [r["arm"] for r in page.rows_of(records)] == ["kaiming"]
 
 
+def test_merges_without_labels_are_shares_of_own_adapters(page):
+    records = {
+        "fixed-1-kaiming": record([50.0, 60.0, 12.0], [40.0, 35.0, 12.0], [10.0, 10.0, 10.0]),
+        "auto-1-kaiming": {
+            "tasks": ["snli", "a", "b"],
+            "steps": {
+                "chosen": {"scores": [[30.0, 60.0, 0.0]] * 2, "general_kl": 0.2, "fidelity": 0.5, "seconds_until": 9.0}
+            },
+        },
+    }
+    (row,) = page.existing_of(records, "told")
+    assert (row["arm"], row["seed"], row["step"], row["merged"]) == ("kaiming", 1, "chosen", 30.0)
+    assert row["recovered"] == pytest.approx((0.5 + 1.0) / 2)  # the third task is not learnt alone
+
+
+def test_what_was_expected_stands_beside_what_came(page):
+    def row(arm, method, condition, seed, recovered):
+        return {"arm": arm, "method": method, "condition": condition, "seed": seed, "recovered": recovered}
+
+    rows = [row("contrastive_penalised", "task_arithmetic", "told", s, v) for s, v in ((0, 0.0), (1, 0.8), (2, 1.0))]
+    rows += [row(a, "regmean", "told", 1, 0.9 - 0.1 * i) for i, a in enumerate(page.ARMS)]
+    rows += [row("kaiming", m, "told", 1, v) for m, v in (("tsv", 0.5), ("knots", 0.6), ("ties", 0.1))]
+    rows += [row("kaiming", m, "told", 1, 0.0) for m in ("task_arithmetic", "dare_ties", "core_space")]
+    first, regmean, default = page.expected_of(rows, [1, 2])
+    assert (first["came"], first["least"]) == (0.9, 0.9)
+    assert regmean["came"] == pytest.approx(0.5) and "contrastive_penalised" in regmean["expected"]
+    assert (default["came"], default["least"]) == (0.5, 0.6) and default["expected"].endswith("knots")
+
+
 def test_the_published_page_follows_from_its_rows(page):
     whole = json.loads((ROOT / "docs" / "results" / "text-qwen15.json").read_text())
-    assert whole["tests"] == page.tests_of(whole["rows"])
+    assert whole["tests"] == page.tests_of(whole["rows"], whole["tested"])
+    assert whole["expected"] == page.expected_of(whole["rows"], whole["tested"])
     for row in whole["rows"]:
         assert row["recovered"] == pytest.approx(np.mean(list(row["shares"].values())), abs=1e-3)
         assert row["merged"] == pytest.approx(np.mean(list(row["tasks"].values())), abs=1e-3)
