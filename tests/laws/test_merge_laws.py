@@ -14,6 +14,7 @@ import torch
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError, PlaitError, UsageError
 from plait.merging import Merged, merge, merge_methods
+from plait.merging.calibration import CALIBRATIONS
 from plait.statistics.fisher import FisherDiagonal
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 
@@ -333,9 +334,10 @@ def test_different_ranks(method):
     assert done.record.verification_error < 1e-5
 
 
-def test_rank_and_pico_compose_with_every_method(method, trio):
-    done = run(method, trio, rank=2, calibrate="pico")
-    assert done.record.rank <= 2 and done.record.calibrate == "pico"
+@pytest.mark.parametrize("calibrate", CALIBRATIONS)
+def test_rank_and_calibrations_compose_with_every_method(method, trio, calibrate):
+    done = run(method, trio, rank=2, calibrate=calibrate)
+    assert done.record.rank <= 2 and done.record.calibrate == calibrate
     assert 0 <= done.record.loss.discarded_energy < 1 and done.record.verification_error < 1e-4
 
 

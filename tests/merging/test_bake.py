@@ -138,6 +138,16 @@ def test_a_dense_merge_is_baked_without_a_cut(tmp_path):
         assert torch.linalg.matrix_rank(found, rtol=1e-4) > 8  # not what a rank-R adapter could hold
 
 
+def test_svc_is_baked_as_it_is_merged(tmp_path):
+    base = llama(tmp_path / "base")
+    pair = [read_adapter(lora(base, tmp_path / n, ["q_proj"], seed=i)) for i, n in enumerate("ab")]
+    plan, plain = (plan_merge(pair, "task_arithmetic", scale=0.7, calibrate=c) for c in ("svc", None))
+    for module, factors in plan.run("merged").adapter.modules.items():
+        baked = merged_delta(plan, module).dense()
+        torch.testing.assert_close(baked, factors.delta(torch.float32), atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(baked, merged_delta(plain, module).dense(), rtol=1e-2)
+
+
 def test_a_rank_is_kept_and_extras_are_refused(tmp_path):
     base = llama(tmp_path / "base")
     pair = [read_adapter(lora(base, tmp_path / n, ["q_proj"], seed=i)) for i, n in enumerate("ab")]

@@ -277,6 +277,21 @@ def pico_before(A, B):
     ]
 
 
+def svc_after(M, deltas, alpha=0.1):
+    """Of dense matrices: each singular value over how many times it holds the tasks' own answers, on average."""
+    U, Z, Vt = np.linalg.svd(M, full_matrices=False)
+    out = np.zeros_like(M)
+    for r in range(np.linalg.matrix_rank(M)):
+        answer = U[:, r] @ M
+        held = []
+        for D in deltas:
+            own = U[:, r] @ D
+            size = own @ own
+            held.append(max(answer @ own / size if size > 1e-12 * (D**2).sum() else 0.0, alpha))
+        out += Z[r] / np.mean(held) * np.outer(U[:, r], Vt[r])
+    return out
+
+
 def cut_in_metric(D, seconds, rank):
     """The best D' of a rank by tr((D - D') S (D - D')^T), S the sum of trace-normalised seconds; and the share lost."""
     L = np.linalg.cholesky(sum(s / np.trace(s) for s in seconds))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from plait.merging import merge_methods
 from plait.merging.dense import DenseDelta, Truncated
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.pico import mean_norm_factor, shrink_shared_directions
+from plait.merging.methods.svc import calibrated
 from plait.merging.random_masks import Place, draw
 from plait.statistics.fisher import FisherDiagonal
 from plait.statistics.moments import Moments
@@ -201,6 +204,64 @@ def test_fisher_has_no_other_space():
     for space in ("core", "knots"):
         with pytest.raises(UsageError, match="fisher has no space"):
             merge_methods()["fisher"].function(x, space=space)
+
+
+def test_svc_equals_its_twin():
+    rng = np.random.default_rng(0)
+    for _ in range(CASES):
+        x = random_module(rng)
+        merged = x.combination(x.weights)
+        found = calibrated(x, merged)
+        ours = (found.B @ found.A).double().numpy() * found.scaling
+        weighted = [d * w for d, w in zip(deltas(x), x.weights, strict=True) if np.any(d) and w]
+        expected = twin.svc_after(sum(weighted), weighted) if weighted else ours * 0
+        assert np.abs(ours - expected).max() <= 1e-4 * max(np.abs(expected).max(), 1e-30)
+
+
+def test_svc_leaves_one_adapter_and_makes_one_of_its_copies():
+    x = random_module(np.random.default_rng(1), tasks=1)
+    one = replace(x, weights=(1.0,))
+    copies = replace(x, tasks=("a", "b", "c"), weights=(1.0,) * 3, A=x.A * 3, B=x.B * 3)
+    for module in (one, copies):
+        found = calibrated(module, module.combination(module.weights))
+        own = (x.B[0] @ x.A[0]).float()
+        assert torch.allclose((found.B @ found.A).float(), own, atol=1e-5 * float(own.abs().max()))
+
+
+def test_svc_does_not_depend_on_how_equal_directions_are_chosen():
+    """A merge whose singular values are all equal, by two bases of the same space."""
+    x = random_module(np.random.default_rng(4), tasks=3)
+    g = torch.Generator().manual_seed(1)
+    core = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=g))[0]
+    A, B = (
+        tuple(torch.randn(*shape, dtype=torch.float64, generator=g) for _ in range(3)) for shape in ((2, 7), (9, 2))
+    )
+    wide = replace(x, weights=(1.0,) * 3, A=A, B=B)
+    left, right = torch.linalg.qr(torch.cat(wide.B, 1))[0], torch.linalg.qr(torch.cat(wide.A).T)[0]
+    one, two = (
+        LoraFactors(right.T.float(), left.float()),
+        LoraFactors((core.T @ right.T).float(), (left @ core).float()),
+    )
+    a, b = calibrated(wide, one), calibrated(wide, two)
+    assert torch.allclose(one.B @ one.A, two.B @ two.A, atol=1e-5)
+    assert torch.allclose(a.B @ a.A, b.B @ b.A, atol=1e-4 * float((a.B @ a.A).abs().max()))
+
+
+def test_svc_takes_rounding_for_no_answer():
+    """Tasks that write to different outputs share nothing, whatever the last digits say: nothing is divided by a noise of 1e-9."""
+    g = torch.Generator().manual_seed(0)
+    A = tuple(torch.randn(2, 9, generator=g) for _ in range(2))
+    B = (torch.zeros(12, 2), torch.zeros(12, 2))
+    B[0][:6], B[1][6:] = torch.randn(6, 2, generator=g), torch.randn(6, 2, generator=g)
+    B[1][:6] += 1e-9 * torch.randn(6, 2, generator=g)
+    x = MergeInputs("q", ("a", "b"), (1.0, 1.0), A, B)
+    before = x.combination(x.weights)
+    after = calibrated(x, before)
+    ratio = (
+        torch.linalg.svdvals((after.B @ after.A).double())[:4]
+        / torch.linalg.svdvals((before.B @ before.A).double())[:4]
+    )
+    assert float(ratio.min()) > 0.1 and float(ratio.max()) < 10
 
 
 def test_pico_equals_its_twin():

@@ -86,7 +86,7 @@ def merge(
     weights: Weights = None,
     stats: Stats = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Cut to this rank; the loss is printed.")] = None,
-    calibrate: Annotated[str | None, typer.Option("--calibrate", help="pico: first shrink what the B of adapters share.")] = None,
+    calibrate: Annotated[str | None, typer.Option("--calibrate", help="pico or svc: shrink what adapters share, before or after.")] = None,
     bake: Annotated[Path | None, typer.Option("--bake", help="Folder of the base: write a full model.")] = None,
     per_task: Annotated[bool, typer.Option("--per-task", help="With --method emr: one adapter and a mask per task.")] = False,
     curve: Annotated[bool, typer.Option("--rank-curve", help="Write nothing; say what smaller ranks would lose.")] = False,

@@ -62,7 +62,7 @@ def shell(plan: Plan) -> Adapter:
 def merged_delta(plan: Plan, module: str) -> DenseDelta:
     """Merge one module of a plan, scale applied, cut only where a rank was asked for."""
     plan.prepare()
-    if plan.rank is not None:
+    if plan.rank is not None or (plan.calibration and plan.calibration.reshaped):
         return as_dense(plan.merged(module)[0])
     x = plan.view(module)
     result = plan.method.function(x, **plan.options)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plait.adapters.lora import LoraFactors
 from plait.errors import UsageError
 from plait.merging.inputs import MergeInputs
-from plait.merging.methods import pico
+from plait.merging.methods import pico, svc
 from plait.options import did_you_mean
 
 
@@ -19,14 +20,19 @@ class Calibration:
         name: What `--calibrate` takes.
         before: One module -> the same module with other factors.
         after: (that module, the norm of the method's result) -> what the result is multiplied by.
+        reshaped: (that module, the method's result, cut to rank) -> other factors in its place; None where a number does.
     """
 
     name: str
     before: Callable[[MergeInputs], MergeInputs]
     after: Callable[[MergeInputs, float], float]
+    reshaped: Callable[[MergeInputs, LoraFactors], LoraFactors] | None = None
 
 
-CALIBRATIONS = {"pico": Calibration("pico", pico.shrink_shared_directions, pico.mean_norm_factor)}
+CALIBRATIONS = {
+    "pico": Calibration("pico", pico.shrink_shared_directions, pico.mean_norm_factor),
+    "svc": Calibration("svc", lambda x: x, lambda x, norm: 1.0, svc.calibrated),
+}
 
 
 def find_calibration(name: str | None) -> Calibration | None:

@@ -11,7 +11,7 @@ from plait.disk.method_lists import Listed, is_all, listed, read_list
 from plait.errors import UsageError
 from plait.options import did_you_mean
 
-CALIBRATIONS = ("pico",)
+CALIBRATIONS = ("pico", "svc")
 
 
 def merge_list() -> Mapping[str, Listed]:

@@ -142,8 +142,11 @@ class Plan(Terms):
         names = list(modules) if summed else some_modules(list(modules), self.seed)
         probes = probes_by_width({f.shape[1] for f in modules.values()}, self.seed) if summed else {}
 
+        reshaped = self.calibration.reshaped if self.calibration else None
+
         def wanted(x: MergeInputs) -> MergedDelta:
-            return self.method.function(x, **self.options)
+            result = self.method.function(x, **self.options)
+            return reshaped(x, self.cut(result, x)[0]) if reshaped else result
 
         def error(m: str) -> float:
             if summed and (parts := self.parts(m)) and modules[m].rank >= sum(f.rank for _, f in parts):
@@ -153,7 +156,7 @@ class Plan(Terms):
                 return found
             x = self.view(m)
             right = combination(self.weights_in(m)) if combination else wanted
-            return projection_error(x, modules[m], self.scale, right, self.calibration is not None)
+            return projection_error(x, modules[m], self.scale, right, self.calibration is not None and not reshaped)
 
         largest = max(self.each(error, names), default=0.0)
         if not summed:
@@ -233,6 +236,7 @@ class Plan(Terms):
         factors, lost = self.cut(result, x)
         scale = self.scale
         if self.calibration:
+            factors = self.calibration.reshaped(x, factors) if self.calibration.reshaped else factors
             scale *= self.calibration.after(x, factors.norm_squared() ** 0.5)
         return (factors if scale == 1.0 else replace(factors, B=factors.B * scale)), lost
 

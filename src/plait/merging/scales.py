@@ -89,7 +89,7 @@ def scale_by_rule(method: str, calibration: str | None, weights: Sequence[float]
 
     Args:
         method: A name in `merge_methods()`.
-        calibration: "pico" or None.
+        calibration: "pico", "svc" or None.
         weights: One per adapter, as the merge has them.
 
     Returns:

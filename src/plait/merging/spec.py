@@ -21,7 +21,8 @@ class MergeSpec:
         module_weights: Adapter -> module pattern -> weight, in place of `weights`; see `plait.merging.module_weights`.
         scale: Factor of the merged delta, whatever the method; None chooses one without labels (`plait.merging.scales`).
         rank: Largest rank of a merged module; None keeps exact results exact (rank R = sum of ranks) and cuts dense ones to R.
-        calibrate: "pico" shrinks first what the B of adapters share; None does not.
+        calibrate: "pico" shrinks first what the B of adapters share, "svc" afterwards the directions that several adapters added to; None
+            does neither.
         seed: Seed of random masks and of the randomised SVD.
         device: "cpu", "cuda", "cuda:N" or "auto", where it is computed; the result is on the CPU.
         base: Base id of the result where the adapters name one base by different names.

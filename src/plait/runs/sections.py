@@ -182,7 +182,10 @@ class MergeSpec(Strict):
     name: Name = Field(description="what the merge is called in tables and folders")
     method: str | None = Field(None, description="a merge method; by default the merge's name")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the merge method")
-    calibrate: str | None = Field(None, description="pico: shrink the directions that adapters share first")
+    calibrate: str | None = Field(
+        None,
+        description="pico: shrink the directions that adapters share first; svc: those that several added to, afterwards",
+    )
     rank: Count | None = Field(None, description="rank to cut the merge to; uncut without it")
     scales: Scales | None = Field(None, description="grid of this merge; by default evaluation.scales")
 
