@@ -21,11 +21,12 @@ from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.candidates import Recipe, Tried, groups_of
 from plait.fidelity.choose import choose, scaled
-from plait.fidelity.distil import Distilled, distil
-from plait.fidelity.language import encoded
+from plait.fidelity.distil import distil
+from plait.fidelity.losses import loss_of
 from plait.fidelity.proxy import best_scale, mean_error, terms
+from plait.fidelity.repair import LAYERS
 from plait.fidelity.score import fidelities
-from plait.fidelity.teachers import loss_of
+from plait.fidelity.tokens import encoded
 from plait.merging import merge
 from plait.model.applied import applied
 from plait.tasks import collate
@@ -187,7 +188,8 @@ def test_a_merge_is_cut_before_it_is_repaired(make_panel):
     settings = replace(FEW, refine=0, rank=2)
     cut = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=settings)
     found = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=replace(settings, repair=5))
-    assert same(found.adapter, distil(panel, cut.adapter, learns="factors", steps=5).adapter)
+    loss = loss_of(panel, LAYERS)
+    assert same(found.adapter, distil(panel, cut.adapter, learns="factors", steps=5, loss=loss).adapter)
     assert found.record.rank == 2 and found.record.discarded_energy == cut.record.discarded_energy > 0
     assert found.record.repair.steps == 5
 
@@ -264,28 +266,6 @@ def test_texts_beyond_the_table_of_positions_are_refused_before_anything_is_comp
             on_progress=told.append,
         )  # fmt: skip
     assert told == [] and raised.value.where == where
-
-
-@pytest.mark.parametrize("better", [True, False])
-def test_a_repair_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypatch, better):
-    from plait.fidelity import repair
-
-    panel = make_panel(texts=16)
-    adapters = adapters_of(panel)
-    start = merge(adapters, "task_arithmetic", scale=0.5).adapter
-    goal = adapters[0] if better else None
-    learnt_from = []
-
-    def pretend(panel, _, **options):
-        learnt_from.append({len(rows) for rows in panel.texts.values()})
-        return Distilled(goal or merge(adapters, "task_arithmetic", scale=30.0).adapter, 1.0, 0.5, {})
-
-    near = merge(adapters, "task_arithmetic", scale=30.0).adapter if better else start
-    monkeypatch.setattr(repair, "distil", pretend)
-    found, record = repair.repaired(panel, near, 5)
-    assert learnt_from == [{12}, {16}] if better else [{12}]  # a quarter held out; then from all of them
-    assert record.kept == better == (record.held_out["repaired"] > record.held_out["merge"])
-    assert found is (goal if better else near)
 
 
 def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch):

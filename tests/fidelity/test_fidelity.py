@@ -11,12 +11,11 @@ import torch
 
 from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, UsageError
-from plait.fidelity.language import encoded
 from plait.fidelity.measure import Closeness, closeness, task_fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
-from plait.fidelity.tokens import require_room
+from plait.fidelity.tokens import encoded, require_room
 from plait.model.applied import applied
 from plait.model.base import head_state
 from plait.tasks import collate

@@ -83,8 +83,8 @@ plait merge reviews pairs -m task_arithmetic --scale 1 --bake base --out full
 plait merge reviews pairs --method regmean --out regmean \
     --stats reviews.stats.safetensors --stats pairs.stats.safetensors
 plait merge reviews pairs --rank-curve
-# method, weights and scale by texts without labels
-plait merge auto base reviews pairs --out chosen --refine 10 \
+# method, weights and scale by texts without labels; then distilled into it
+plait merge auto base reviews pairs --out chosen --refine 10 --repair 20 \
     --text reviews=reviews.csv:review \
     --text pairs=pairs.jsonl:premise,hypothesis""",
     "advise": r"""

@@ -114,7 +114,7 @@ def edit(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Change a merge: add adapters, take some out, weigh them anew. From the recipe that it recorded."""
-    from plait.cli.existing import auto_text
+    from plait.cli.existing_words import auto_text
     from plait.errors import UsageError
     from plait.fidelity.again import choose_again
     from plait.merging.changes import Change, recorded_choice

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plait.cli import existing
-from plait.cli.existing import General, Length, Text
+from plait.cli.existing import Chat, General, Length, Text, Tokens
 from plait.cli.given import only, without
 from plait.cli.options import Device, FourBits, Json, Overwrite, Quiet, Seed, Set
 from plait.cli.output import emit, number, numbers, settings, table
@@ -59,11 +59,31 @@ Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="auto: fit the c
 MaxShift = Annotated[
     float | None, typer.Option("--max-shift", metavar="NATS", help="auto: most KL to the base on --general's texts.")
 ]
-Repair = Annotated[int, typer.Option("--repair", min=0, help="auto: steps of distilling into the merge.")]
+Repair = Annotated[
+    str,
+    typer.Option(
+        "--repair", metavar="N|auto", help="auto: most steps of distilling the adapters into it; auto: while it helps."
+    ),
+]
+OnPolicy = Annotated[
+    bool, typer.Option("--on-policy", help="auto: to repair, the merge writes after prompts and the adapters judge it.")
+]
 Base = Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")]
 
 _STATISTICS = (".stats.safetensors", ".fisher.safetensors")
-_ONLY_AUTO = ("text", "general", "refine", "fit", "heads", "max_shift", "repair", "length")
+_ONLY_AUTO = (
+    "text",
+    "general",
+    "refine",
+    "fit",
+    "heads",
+    "max_shift",
+    "repair",
+    "on_policy",
+    "chat",
+    "tokens",
+    "length",
+)
 _FORWARD = ("featcal", "regmean_pp", "adamerging")
 _OF_FORWARD = {
     "quiet", "method", "sets", "weights", "text", "length", "out", "base", "dtype", "four_bits", "overwrite",
@@ -96,11 +116,9 @@ def merge(
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="They share no module, and that is meant.")] = False,
     text: Text = None, general: General = None, refine: Refine = 100, fit: FitOption = True, heads: Heads = True,
-    max_shift: MaxShift = None, repair: Repair = 0, length: Length = 128,
+    max_shift: MaxShift = None, repair: Repair = "0", on_policy: OnPolicy = False, chat: Chat = None, tokens: Tokens = 64,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
-    seed: Seed = 0,
-    device: Device = "cpu", four_bits: FourBits = None,
-    overwrite: Overwrite = False,
+    length: Length = 128, seed: Seed = 0, device: Device = "cpu", four_bits: FourBits = None, overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -115,7 +133,8 @@ def merge(
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(
-            text, general, refine, fit, heads, max_shift, repair, length, rank, base, dtype, device, four_bits, seed, overwrite, quiet,
+            text, general, refine, fit, heads, max_shift, repair, on_policy, chat, tokens, length, rank, base, dtype, device,
+            four_bits, seed, overwrite, quiet,
         )  # fmt: skip
         existing.auto(folders[1:], out, chosen, as_json)
         return

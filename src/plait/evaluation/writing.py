@@ -94,7 +94,6 @@ def measured_many(
     return found
 
 
-@torch.inference_mode()
 def write_many(
     model: Any,
     tokenizer: Any,
@@ -104,10 +103,37 @@ def write_many(
     new_tokens: int,
     ends: Endings,
 ) -> list[list[str]]:
-    """Write after each prompt with each candidate, greedily, up to an end or `new_tokens`.
+    """Write after each prompt with each candidate, greedily: the texts that `write_ids` gives, without special tokens."""
+    written = write_ids(model, tokenizer.pad_token_id, prompts, updates, members, new_tokens, ends)
+    texts = tokenizer.batch_decode([ids for own in written for ids in own], skip_special_tokens=True)
+    return [[text.strip() for text in texts[k * len(prompts) : (k + 1) * len(prompts)]] for k in range(members)]
+
+
+@torch.inference_mode()
+def write_ids(
+    model: Any,
+    pad: int,
+    prompts: Sequence[Sequence[int]],
+    updates: Mapping[str, StackedFactors],
+    members: int,
+    new_tokens: int,
+    ends: Endings,
+    draws: torch.Generator | None = None,
+) -> list[list[list[int]]]:
+    """Write after each prompt with each candidate, up to an end or `new_tokens`.
+
+    Args:
+        model: A causal model.
+        pad: Id of the pad token.
+        prompts: Token ids of each.
+        updates: Module of the backbone -> factors of all candidates.
+        members: How many candidates there are.
+        new_tokens: Tokens that are written at most.
+        ends: See `endings`.
+        draws: Where tokens are drawn from, on the model's device; None takes the likeliest.
 
     Returns:
-        For each candidate the texts, in the order of the prompts.
+        For each candidate the tokens it wrote, its end token included, in the order of the prompts.
 
     Raises:
         RunError: Logits are NaN or infinite.
@@ -117,18 +143,18 @@ def write_many(
     """
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    texts = [[""] * len(prompts) for _ in range(members)]
+    written: list[list[list[int]]] = [[[]] * len(prompts) for _ in range(members)]
     start, room = 0, _room(model, device)
     while start < len(order):
         length = len(prompts[order[start]]) + new_tokens
         part = order[start : start + max(1, room // (members * length))]
-        ids, mask = left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
-        tokens = _decoded(model, ids, mask, updates, members, new_tokens, ends, tokenizer.pad_token_id)
-        written = tokenizer.batch_decode(tokens.reshape(-1, tokens.shape[-1]), skip_special_tokens=True)
-        for k, text in enumerate(written):
-            texts[k // len(part)][part[k % len(part)]] = text.strip()
+        ids, mask = left_padded([prompts[i] for i in part], pad, device)
+        tokens, lengths = _decoded(model, ids, mask, updates, members, new_tokens, ends, pad, draws)
+        rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+        for k, (row, length) in enumerate(rows):
+            written[k // len(part)][part[k % len(part)]] = row[:length]
         start += len(part)
-    return texts
+    return written
 
 
 def _room(model: Any, device: torch.device) -> int:
@@ -153,8 +179,9 @@ def _decoded(
     new_tokens: int,
     ends: Endings,
     pad: int,
-) -> Tensor:
-    """(members, rows, new_tokens) token ids, pads after the end of each.
+    draws: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """(members * rows, new_tokens) token ids, pads after the end of each; and (members * rows,) how many were written.
 
     Raises:
         RunError: Logits are NaN or infinite.
@@ -164,14 +191,16 @@ def _decoded(
     places = torch.arange(members * n, device=device)  # rows of `found` that are still in the batch
     ended = torch.zeros(len(places), dtype=torch.bool, device=device)
     begun, lost = torch.zeros_like(ended), torch.zeros((), dtype=torch.bool, device=device)
+    lengths = torch.zeros_like(places)
     with fused_attention(model), stacked_updates(backbone_of(model)[0], updates):
-        token, cache = _read(model, ids, mask, members)
+        token, cache = _read(model, ids, mask, members, draws)
         mask = mask.repeat(members, 1)
         position = mask.sum(1, keepdim=True)
         for step in range(new_tokens):
             lost |= (token == NO_TOKEN).any()
             token = token.clamp(min=0)
             found[places, step] = torch.where(ended, pad, token)
+            lengths[places] += ~ended
             ended |= ends.always[token] | (begun & ends.after_text[token])
             begun |= ~ends.blank[token]
             if step + 1 == new_tokens:
@@ -189,13 +218,13 @@ def _decoded(
                 input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
                 use_cache=True, logits_to_keep=1,
             )  # fmt: skip
-            token, position = _likeliest(output.logits), position + 1
+            token, position = _next(output.logits, draws), position + 1
     if bool(lost):
         raise RunError("what is written holds NaN or infinity", hint="lower the scale, or look for NaN in the adapters")
-    return found.view(members, n, new_tokens)
+    return found, lengths
 
 
-def _read(model: Any, ids: Tensor, mask: Tensor, members: int) -> tuple[Tensor, Any]:
+def _read(model: Any, ids: Tensor, mask: Tensor, members: int, draws: torch.Generator | None) -> tuple[Tensor, Any]:
     """The first token after each prompt, (members * n,), and keys and values of all prompts.
 
     A few prompts at a time: what a pass holds beside keys and values is many times larger than they are.
@@ -211,7 +240,7 @@ def _read(model: Any, ids: Tensor, mask: Tensor, members: int) -> tuple[Tensor, 
             input_ids=some.repeat(members, 1), attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
             past_key_values=part, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        firsts.append(_likeliest(output.logits).view(members, -1))
+        firsts.append(_next(output.logits, draws).view(members, -1))
         parts.append(part)
     if len(parts) > 1:
         for layers in zip(*(p.layers for p in parts), strict=True):
@@ -222,9 +251,12 @@ def _read(model: Any, ids: Tensor, mask: Tensor, members: int) -> tuple[Tensor, 
     return torch.cat(firsts, 1).reshape(-1), parts[0]
 
 
-def _likeliest(logits: Tensor) -> Tensor:
-    """The likeliest next token of every row; `NO_TOKEN` where the logits hold NaN or are infinite."""
+def _next(logits: Tensor, draws: torch.Generator | None) -> Tensor:
+    """The likeliest next token of every row, or one that is drawn; `NO_TOKEN` where the logits hold NaN or are infinite."""
     values, tokens = logits[:, -1].max(-1)
+    if draws is not None:  # the largest of all logits, each with Gumbel's noise added, is a draw from their softmax
+        noise = torch.empty_like(logits[:, -1], dtype=torch.float32).exponential_(generator=draws)
+        tokens = (logits[:, -1].float() - noise.log()).argmax(-1)
     return torch.where(values.isfinite(), tokens, NO_TOKEN)
 
 

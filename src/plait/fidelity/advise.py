@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
+from plait.fidelity.asked import asked_panel
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
 from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.panel import Panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, split_off
-from plait.fidelity.tokens import require_room
 from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder
@@ -33,10 +33,11 @@ class AdviceSettings:
 
     Args:
         tolerate: Share of what an adapter does beyond the base that may be lost, in [0, 1].
-        repair: Steps of the repair that is tried.
+        repair: Steps at most of the repair that is tried.
         refine: Steps of learning the merge's weights.
         max_length: Tokens a text.
         seed: Seed of the order of the texts.
+        chat, new_tokens: How prompts are put, as `AutoSettings` has them.
     """
 
     tolerate: float = 0.1
@@ -44,6 +45,8 @@ class AdviceSettings:
     refine: int = 100
     max_length: int = 128
     seed: int = 0
+    chat: bool | None = False
+    new_tokens: int = 64
 
 
 def advise_folders(
@@ -115,8 +118,10 @@ def advise(
         found = _Findings({}, merged.record, akin=merged.akin)
         said = _advice(adapters, options, advice, name, unknown, found)
     else:
-        panel = Panel(base, parts_of(adapters), dict(texts), general, max_length=chosen.max_length)
-        require_room(panel)  # of the held-out texts too, which are read last
+        panel, chat = asked_panel(  # the held-out texts too, which are read last, are looked at here
+            base, adapters, texts, general, chat=chosen.chat, new_tokens=chosen.new_tokens, max_length=chosen.max_length,
+            on_progress=on_progress,
+        )  # fmt: skip
         found = _measured(panel, adapters, chosen, base_id, on_progress)
         unknown += notes.alike(list(found.kept.values()))
         if min(map(len, panel.texts.values())) < HELD_OUT:
@@ -126,8 +131,8 @@ def advise(
         options = _options(adapters, sizes, found.kept)
         advice, name = recommend(options, chosen)
         said = replace(
-            _advice(adapters, options, advice, name, unknown, found, notes.other_base(adapters, base)),
-            next=notes.that_merge(adapters, base, name, chosen.repair),
+            _advice(adapters, options, advice, name, unknown, found, [*notes.other_base(adapters, base), *chat.notes]),
+            next=notes.that_merge(adapters, base, name, chosen.repair, chat=chat.used),
             then=notes.that_model(base, name),
         )
     return said
@@ -192,7 +197,10 @@ def _measured(
     few = min(map(len, rest.values())) == 0
     judged = panel if few else panel.with_texts(rest)
     # Heads follow each arm by itself, below: after its cut and its repair.
-    auto = AutoSettings(refine=settings.refine, heads=False, max_length=settings.max_length, seed=settings.seed)
+    auto = AutoSettings(
+        refine=settings.refine, heads=False, max_length=settings.max_length, seed=settings.seed, chat=panel.chat,
+        new_tokens=settings.new_tokens,
+    )  # fmt: skip
     merged = merge_auto(
         adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, on_progress=on_progress
     )
@@ -204,9 +212,9 @@ def _measured(
     arms = {_merged_name(rank, R): merge for rank, merge in merges.items()}
     repair = None
     if settings.repair:
-        on_progress(f"repair at {'two ranks' if len(merges) > 1 else 'its rank'}, {settings.repair} steps each")
+        on_progress(f"repair at {'two ranks' if len(merges) > 1 else 'its rank'}, at most {settings.repair} steps each")
         for rank, merge in sorted(merges.items()):
-            better, done = repaired(seen, merge, settings.repair, settings.seed)
+            better, done = repaired(seen, merge, settings.repair, settings.seed, on_progress=on_progress)
             arms[f"merged and repaired, rank {rank}"], repair = better, repair or done
     arms = {name: with_heads(seen, a)[0] for name, a in arms.items()}
     singles = {f"{a.name} alone": a for a in adapters}

@@ -8,19 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
 from plait.errors import RunError, UsageError
+from plait.fidelity.asked import asked_panel
 from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.choose import Choice, choose, with_fit, within
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kin, kinship, other_base
-from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import OWN_SHARE
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
-from plait.fidelity.texts import Texts, checked
+from plait.fidelity.texts import LIMIT, Texts, first_of
 from plait.merging.align import align
 from plait.merging.metric_cut import InputMetric, cut_adapter
 from plait.merging.record import IN_THE_METRIC, input_of, labels_of, loss_of
@@ -36,9 +37,14 @@ class AutoSettings:
         methods, scales: What is tried.
         refine: Steps in which the winner's weights per adapter and module are learnt from the texts; 0 for none.
         fit: Whether the winner is also fitted to the adapters' outputs on the texts, front to back.
-        repair: Steps in which the winner's factors are distilled on the texts, after the cut to rank; 0 for none.
+        repair: Steps at most in which all adapters are distilled into the winner's factors, after the cut to rank; 0 for none.
+        on_policy: Whether the merge writes after the prompts and the adapters judge it while it is repaired; causal adapters only.
+        texts: Texts of each adapter that the choice reads; a repair, heads and what is measured at the end read all.
         heads: Whether the last layer of every classifier's head is fitted to the merged model, where that is closer.
         max_shift: Most KL to the base on the general texts, in nats: whatever moves the model further is left out.
+        chat: Whether prompts go through the tokenizer's chat template and adapters are followed in their own answers; None where the
+            texts are prompts, and the adapters decide (`plait.fidelity.chat.chat_of`).
+        new_tokens: Tokens of such an answer, at most.
         rank: Cut the result to this rank.
         max_length: Tokens a text.
         batch_size: Texts a pass, where a model is asked alone.
@@ -50,8 +56,12 @@ class AutoSettings:
     refine: int = 100
     fit: bool = True
     repair: int = 0
+    on_policy: bool = False
+    texts: int = LIMIT
     heads: bool = True
     max_shift: float | None = None
+    chat: bool | None = False
+    new_tokens: int = 64
     rank: int | None = None
     max_length: int = 128
     batch_size: int = 32
@@ -64,6 +74,10 @@ class AutoSettings:
             raise UsageError(f"scales {list(self.scales)}, expected numbers above 0")
         if self.max_shift is not None and not self.max_shift > 0:
             raise UsageError(f"max_shift is {self.max_shift:g}, expected nats above 0")
+        if self.on_policy and not self.repair:
+            raise UsageError("on_policy is a way to repair, and no repair is asked for", hint="--repair auto")
+        if min(self.texts, self.new_tokens) < 1:
+            raise UsageError("texts and new_tokens are at least 1")
         if min(self.refine, self.repair) < 0 or (self.rank is not None and self.rank < 1):
             raise UsageError("steps must not be negative, and a rank is at least 1")
 
@@ -137,15 +151,17 @@ def merge_auto(
         raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
     if chosen.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
-    panel = Panel(
-        base, parts_of(adapters), {t: checked(x, f"texts of {t}") for t, x in texts.items()}, general,
-        chosen.batch_size, chosen.max_length,
+    panel, chat = asked_panel(
+        base, adapters, texts, general, chat=chosen.chat, on_policy=chosen.on_policy, new_tokens=chosen.new_tokens,
+        batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
+    record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
     if len(adapters) == 1:
         return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
     choice = choose(
-        panel, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
-        rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,
+        panel.with_texts(first_of(panel.texts, chosen.texts)), adapters, methods=chosen.methods, scales=chosen.scales,
+        refine=chosen.refine, fit=chosen.fit, repair=chosen.repair, rank=chosen.rank, max_shift=chosen.max_shift,
+        seed=chosen.seed, base=base_id, on_progress=on_progress,
     )  # fmt: skip
     record = replace(
         record,
@@ -189,8 +205,10 @@ def at_rank(
 def _finished(merged: AutoMerge, panel: Panel, chosen: AutoSettings, on_progress: OnProgress) -> AutoMerge:
     """A merge after its cut: repaired, with heads that follow, within the limit on general text, and measured."""
     if chosen.repair:  # after the cut, so that it makes good what the cut loses; `advise` measures it in this order
-        on_progress(f"repair, {chosen.repair} steps")
-        adapter, done = repaired(panel, merged.adapter, chosen.repair, chosen.seed)
+        on_progress(f"repair: distilling all adapters into it, at most {chosen.repair} steps")
+        adapter, done = repaired(
+            panel, merged.adapter, chosen.repair, chosen.seed, on_policy=chosen.on_policy, on_progress=on_progress
+        )
         if not within(panel, adapter, chosen.max_shift):
             adapter, done = merged.adapter, replace(done, kept=False)
         merged = AutoMerge(adapter, None, replace(merged.record, repair=done))

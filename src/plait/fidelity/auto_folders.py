@@ -75,6 +75,8 @@ def merge_auto_folders(
         "heads": chosen.heads, "max_shift": chosen.max_shift, "repair": chosen.repair,
         "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
     }  # fmt: skip
+    options |= {} if chosen.chat is False or not texts else {"chat": chosen.chat, "new_tokens": chosen.new_tokens}
+    options |= {"on_policy": True, "new_tokens": chosen.new_tokens} if chosen.on_policy else {}
     kind = dtype_for(dtype, adapters)
     options |= {} if kind == FLOAT32 else {"dtype": kind}
     options |= {"cut": "inputs"} if chosen.rank and texts else {}

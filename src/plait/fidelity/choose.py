@@ -101,6 +101,7 @@ def choose(
     scales: Sequence[float] = SCALES,
     refine: int = 100,
     fit: bool = True,
+    repair: int = 0,
     rank: int | None = None,
     max_shift: float | None = None,
     seed: int = 0,
@@ -117,6 +118,7 @@ def choose(
         refine: Steps in which the winner's weights per adapter and module are learnt; 0 for none. They are kept where
             they are closer on the quarter of the texts that was held out.
         fit: Whether the winner is also fitted front to back; what is closest on the quarter held out stays.
+        repair: Steps of a repair that comes after it, for the time that is told.
         rank: Rank of a fitted merge, which is cut in the metric of its inputs; that of the sum by default.
         max_shift: Most KL to the base on the panel's general texts, in nats: whatever moves the model further is left out.
         seed: Seed of the order of the texts.
@@ -139,9 +141,9 @@ def choose(
     fits = (3 - 2 / HELD_OUT) * (fit and enough and can_fit(panel))  # two of them on three quarters of the texts
     merges = len(tried) * len(scales)
     seconds = expected_seconds(
-        panel, _screen(panel, max_shift), merges, merges // GOES_ON, refine=refine * enough, fits=fits
+        panel, _screen(panel, max_shift), merges, merges // GOES_ON, refine=refine * enough + repair, fits=fits
     )
-    on_progress(f"about {in_words(seconds)} from here")
+    on_progress(f"about {in_words(seconds)} from here{', if the repair takes all its steps' if repair else ''}")
     scored = tournament(panel, tried, scales, on_progress, max_shift)
     best = scored[0]
     if not best.within(max_shift):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,14 +14,35 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
 from plait.errors import RunError
+from plait.fidelity.losses import loss_of
 from plait.fidelity.panel import Panel
-from plait.fidelity.teachers import DistillationLoss, loss_of
+from plait.fidelity.record import Look
+from plait.fidelity.teachers import DistillationLoss
 from plait.model.applied import resolve
 from plait.model.hooks import hooked
 
 Learns = Literal["weights", "factors"]
+# Steps whose texts are known in advance: a loss that has to write first writes for all of them together.
+AHEAD = 8
 # Learning rates of Adam at the first step; they fall linearly to zero. Weights start at 1, factors where the merge left them.
 RATES: Mapping[str, float] = {"weights": 2e-2, "factors": 1e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """When to stop: where texts held out have not said for a while that it helps.
+
+    Args:
+        score: How close a merge is to the adapters on texts that were held out; more is better.
+        every: Steps between looks; the last step is looked at too.
+        patience: Looks without a better one after which it stops.
+        on_look: Called after each look.
+    """
+
+    score: Callable[[Adapter], float]
+    every: int = 20
+    patience: int = 3
+    on_look: Callable[[Look], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +50,20 @@ class Distilled:
     """What distilling gave.
 
     Args:
-        adapter: The merge after it.
+        adapter: The merge after it; with a `Stopping` the best one that was looked at.
         first_loss, last_loss: Mean over the first and last tenth of the steps: over adapters, KL(adapter || merged) over
-            KL(adapter || base).
+            KL(adapter || base), and what the layers add.
         weights: Module -> one number per group of ranks that was learnt; {} where factors were.
+        steps: Steps after which the adapter is what it is.
+        looks: What was seen on the way.
     """
 
     adapter: Adapter
     first_loss: float
     last_loss: float
     weights: Mapping[str, tuple[float, ...]]
+    steps: int = 0
+    looks: tuple[Look, ...] = ()
 
 
 def distil(
@@ -51,8 +77,11 @@ def distil(
     rate: float | None = None,
     seed: int = 0,
     loss: DistillationLoss | None = None,
+    stopping: Stopping | None = None,
 ) -> Distilled:
     """Move a merge towards every adapter's predictions on that adapter's own texts; no labels.
+
+    This is multi-teacher distillation: each text is answered by its own adapter alone, never by an average of them.
 
     Args:
         panel: Base, adapters and texts.
@@ -60,48 +89,104 @@ def distil(
         learns: "weights": one number per group of ranks and module multiplies the merge's parts, so nothing new can be
             learnt; "factors": A and B themselves move (AdamW without decay).
         groups: Module -> sizes of the groups of its ranks, such as one per adapter; by default one group a module.
-        steps: How many, each of one batch of every adapter's texts.
+        steps: How many at most, each of one batch of every adapter's texts; none leave the merge as it is.
         batch: Texts of each adapter in a step.
         rate: Rate of Adam at the start; see `RATES`.
         seed: Seed of the order of the texts.
         loss: What is made small; by default the distance from the adapters' predictions.
+        stopping: When to stop before that; None to take all steps.
 
     Raises:
         RunError: A loss that is not finite.
 
-    Cost: `steps` forward and backward passes of the base on adapters x batch texts, and a forward pass more for text.
+    Cost: `steps` forward and backward passes of the base on adapters x batch texts; before them two passes over all texts, whose
+    answers are kept.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = panel.base.torch_device
-    students = {
-        m: _Student.of(f, learns, (groups or {}).get(m), device) for m, f in merge.modules.items() if f.kind == LINEAR
-    }
-    parameters = [p for student in students.values() for p in student.parameters]
-    optimiser = torch.optim.AdamW(parameters, lr=rate or RATES[learns], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(1, steps))
-    model = panel.model(panel.parts[0])
-    changes = [(resolve(model, m, merge.prefix), student.change) for m, student in students.items()]
+    learning = Learning.of(panel, merge, learns, groups or {}, rate or RATES[learns], steps)
     loss = loss or loss_of(panel)
-    losses: list[Tensor] = []
     orders = [_endless(len(panel.texts[p.name]), batch, generator) for p in panel.parts]
-    frozen = _frozen(model)
-    for _ in range(steps):
-        value = loss([next(o) for o in orders], lambda: hooked(changes))
-        optimiser.zero_grad()
-        value.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(value.detach())
-    _thaw(frozen)
-    seen = torch.stack(losses).float().cpu().tolist() if losses else []
+    frozen = _frozen(learning.model)
+    try:
+        for step in range(1, steps + 1):
+            if step % AHEAD == 1:
+                coming = [[next(o) for o in orders] for _ in range(min(AHEAD, steps + 1 - step))]
+                loss.prepare(coming, learning.applying)
+            learning.step(loss, coming[(step - 1) % AHEAD])
+            if stopping and (step % stopping.every == 0 or step == steps) and learning.looked(stopping, step):
+                break
+    finally:
+        _thaw(frozen)
+    seen = torch.stack(learning.losses).float().cpu().tolist() if learning.losses else []
     if not all(map(math.isfinite, seen)):
         raise RunError("the distillation's loss is not finite", hint="a smaller rate, or float32")
     few = max(1, len(seen) // 10)
-    changed = {m: students[m].factors() if m in students else f for m, f in merge.modules.items()}
-    weights = {m: p.learnt() for m, p in students.items()} if learns == "weights" else {}
+    weights = {m: p.learnt() for m, p in learning.students.items()} if learns == "weights" else {}
     first, last = (float(np.mean(part)) if part else float("nan") for part in (seen[:few], seen[-few:]))
-    return Distilled(replace(merge, modules=changed), first, last, weights)
+    best = max(learning.looks, key=lambda look: look.followed, default=Look(len(seen), 0.0))
+    adapter = merge if not seen else learning.best or learning.now()
+    return Distilled(adapter, first, last, weights, best.step, tuple(learning.looks))
+
+
+@dataclass(slots=True)
+class Learning:
+    """A merge while it learns."""
+
+    merge: Adapter
+    model: Any
+    students: Mapping[str, _Student]
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    changes: list[tuple[Any, Any]]
+    losses: list[Tensor] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    best: Adapter | None = None
+
+    @classmethod
+    def of(
+        cls, panel: Panel, merge: Adapter, learns: str, groups: Mapping[str, Sequence[int]], rate: float, steps: int
+    ) -> Learning:
+        """Begin with a merge as it is."""
+        device, model = panel.base.torch_device, panel.model(panel.parts[0])
+        linear = {m: f for m, f in merge.modules.items() if f.kind == LINEAR}
+        students = {m: _Student.of(f, learns, groups.get(m), device) for m, f in linear.items()}
+        optimiser = torch.optim.AdamW(
+            [p for student in students.values() for p in student.parameters], lr=rate, weight_decay=0.0
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(1, steps))
+        changes = [(resolve(model, m, merge.prefix), student.change) for m, student in students.items()]
+        return cls(merge, model, students, optimiser, schedule, changes)
+
+    def step(self, loss: DistillationLoss, rows: Sequence[Sequence[int]]) -> None:
+        """Take one step on these texts."""
+        value = loss(rows, self.applying)
+        parameters = [p for student in self.students.values() for p in student.parameters]
+        self.optimiser.zero_grad()
+        value.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        self.losses.append(value.detach())
+
+    def applying(self) -> AbstractContextManager[None]:
+        """Make the merge as it is now the model's active adapter within the block."""
+        return hooked(self.changes)
+
+    def now(self) -> Adapter:
+        """Give the merge as it is now."""
+        changed = {m: self.students[m].factors() if m in self.students else f for m, f in self.merge.modules.items()}
+        return replace(self.merge, modules=changed)
+
+    def looked(self, stopping: Stopping, step: int) -> bool:
+        """Look at the texts held out, keep the merge where it is the best so far; whether it is time to stop."""
+        adapter = self.now()
+        look = Look(step, stopping.score(adapter))
+        if not self.looks or look.followed > max(x.followed for x in self.looks):
+            self.best = adapter
+        self.looks.append(look)
+        stopping.on_look(look)
+        highest = max(range(len(self.looks)), key=lambda i: self.looks[i].followed)
+        return len(self.looks) - 1 - highest >= stopping.patience
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def expected_seconds(
         screen: The texts of the first round.
         merges: Merges at scales that are tried in the first round.
         going: How many of them go on to all texts.
-        refine: Steps in which weights are learnt.
+        refine: Steps in which weights, or factors, are learnt.
         fits: Fits front to back, one on half of the texts counting half.
         clock: Seconds of the machine.
 

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from plait.evaluation.answer_tree import shared_ends
 from plait.fidelity.measure import Closeness, TaskFidelity, task_fidelity
-from plait.fidelity.panel import Panel, Part
-from plait.fidelity.texts import Texts
+from plait.fidelity.panel import WRITTEN, Panel, Part
+from plait.fidelity.tokens import encoded, rows_of
 from plait.model.attention import fused_attention
 from plait.model.base import backbone_of
 from plait.model.stacked import Active, by_member, stacked_factors, stacked_updates
@@ -24,33 +25,11 @@ from plait.tasks.task import IGNORED
 _BARE: Active = (None, 1.0)
 # Logits a pass may hold, in entries: 2 GiB of float32 on a GPU, 256 MiB on a CPU.
 MAX_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}
-# Tokens of decoder input taken from the text itself, where a text has no second part to be written.
-MAX_DECODED_TOKENS = 32
-
-
-def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
-    """Rows of token ids: a causal model's text whole; for seq2seq the first part, and `labels` of what is written.
-
-    What a sequence-to-sequence model writes is the second part of a pair; of a single text it is given its own beginning.
-    """
-    tokenizer, length = panel.tokenizer, panel.max_length
-    rows = []
-    for text in texts:
-        if kind == "causal":
-            ids = tokenizer("\n".join(text), truncation=True, max_length=length)["input_ids"]
-            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
-        else:
-            source = tokenizer(text[0], truncation=True, max_length=length)
-            target = tokenizer(
-                text_target=text[-1], truncation=True, max_length=length if len(text) > 1 else MAX_DECODED_TOKENS
-            )
-            rows.append({k: source[k] for k in ("input_ids", "attention_mask")} | {"labels": target["input_ids"]})
-    return rows
 
 
 def text_closeness(panel: Panel, part: Part, merges: Sequence[Active]) -> list[TaskFidelity]:
     """KL and agreement of each merge with the part's adapter on the part's own texts."""
-    rows = encoded(panel, part.task.kind, panel.texts[part.name])
+    rows = rows_of(panel, part)
     (base, *merged), n = compared(panel, part, rows, (part.adapter, 1.0), [_BARE, *merges])
     return [task_fidelity(part.name, c, base, n) for c in merged]
 
@@ -80,15 +59,16 @@ def compared(
         sums, updates = [Sums() for _ in group], stacked_factors(model, active, whole=True)
         n = 0
         own_tops: Tensor | int = 0
-        for batch in batches_of(panel, rows, len(active)):
+        for _, batch in text_batches(panel, rows, len(active)):
             with fused_attention(model), stacked_updates(model, updates):
-                logits = positions(model, part.task.kind, batch, len(active), panel.positions)[0]
+                logits, mask = positions(model, part.task.kind, batch, len(active), panel.positions)
             own = Own.of(log_probabilities(logits[0]))
             n += len(own.top)
             own_tops = own_tops + torch.bincount(own.top, minlength=logits.shape[-1])
+            answers = mask.sum(1).tolist() if panel.positions == WRITTEN and "labels" in batch else ()
             for mine, other in zip(sums, logits[1:], strict=True):
-                mine.add(own, log_probabilities(other))
-        results += [s.closeness(own_tops, n) for s in sums]
+                mine.add(own, log_probabilities(other), answers)
+        results += [s.closeness(own_tops, n, len(rows)) for s in sums]
     return results, n
 
 
@@ -115,10 +95,14 @@ class Sums:
     given: Tensor | float = 0.0
     tops: Tensor | int = 0
     probabilities: Tensor | int = 0
+    verbatim: Tensor | None = None
 
-    def add(self, own: Own, other: Tensor) -> None:
-        """Log probabilities (positions, vocabulary) of the merge."""
+    def add(self, own: Own, other: Tensor, answers: Sequence[int] = ()) -> None:
+        """Log probabilities (positions, vocabulary) of the merge; of written answers, the positions of each."""
         theirs = other.argmax(-1)
+        if answers:
+            whole = torch.stack([part.all() for part in torch.split(theirs == own.top, list(answers))]).sum()
+            self.verbatim = whole if self.verbatim is None else self.verbatim + whole
         # A dot product a position: summing a matrix in float64 would first copy it.
         self.kl = self.kl + torch.linalg.vecdot(own.probabilities, own.logs - other).sum(dtype=torch.float64)
         self.agree = self.agree + (theirs == own.top).sum(dtype=torch.float64)
@@ -127,14 +111,15 @@ class Sums:
         self.given = self.given + given.gather(1, own.top[:, None]).sum(dtype=torch.float64)
         self.probabilities = self.probabilities + given.sum(0).double()
 
-    def closeness(self, own_tops: Tensor | int, n: int) -> Closeness:
-        """Means over n positions."""
+    def closeness(self, own_tops: Tensor | int, n: int, texts: int = 1) -> Closeness:
+        """Means over n positions, and over texts."""
         kl, agree, given = (float(x) / max(n, 1) for x in (self.kl, self.agree, self.given))
         chances = (
             float((own_tops * x).sum()) if isinstance(x, Tensor) else 0.0 for x in (self.tops, self.probabilities)
         )
         by_top, by_probability = (c / max(n, 1) ** 2 for c in chances)
-        return Closeness(kl, agree, by_top, given, by_probability)
+        verbatim = None if self.verbatim is None else float(self.verbatim) / texts
+        return Closeness(kl, agree, by_top, given, by_probability, verbatim)
 
 
 def positions(
@@ -147,7 +132,8 @@ def positions(
         kind: "causal" or "seq2seq".
         batch: (b, ...) tensors.
         members: How many read it.
-        which: "all" positions, or the "end" of each row.
+        which: "all" positions, the "end" of each row, or those at which a token of `labels` was "written" (all of a row that
+            has none).
 
     Returns:
         (members, counted, vocabulary) logits, row by row, and (b, length) which positions count.
@@ -163,6 +149,8 @@ def positions(
         mask = batch["labels"] != IGNORED
     if which == "end":
         mask = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    if which == WRITTEN and kind == "causal" and "labels" in batch:
+        mask = functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
     if not split_in_two(model, kind):
         return by_member(model(**inputs, use_cache=False).logits, members)[:, mask], mask
     with shared_ends(model) as ends:
@@ -190,13 +178,16 @@ def _groups(panel: Panel, model: Any, merges: Sequence[Active]) -> Iterator[list
     return (list(range(i, min(i + size, len(merges)))) for i in range(0, len(merges), size))
 
 
-def batches_of(panel: Panel, rows: Sequence[dict[str, Any]], members: int) -> Iterator[dict[str, Tensor]]:
-    """Rows of like length, as many as there is room for."""
+def text_batches(
+    panel: Panel, rows: Sequence[dict[str, Any]], members: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Rows of like length, as many as there is room for, with their places; longest first."""
     vocabulary = int(panel.evaluator.task_model(panel.parts[0].name).config.vocab_size)
     room = MAX_LOGITS.get(panel.base.torch_device.type, MAX_LOGITS["cpu"])
     order, start = length_order(rows), 0
     while start < len(order):
         length = max(len(rows[order[start]][k]) for k in ("input_ids", "labels") if k in rows[order[start]])
         stop = start + max(1, min(panel.batch_size, room // (length * members * vocabulary)))
-        yield to_device(collate(panel.tokenizer, [rows[i] for i in order[start:stop]]), panel.base.torch_device)
+        batch = to_device(collate(panel.tokenizer, [rows[i] for i in order[start:stop]]), panel.base.torch_device)
+        yield list(order[start:stop]), batch
         start = stop

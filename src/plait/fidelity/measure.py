@@ -33,6 +33,8 @@ class TaskFidelity:
         probability_chance: Probability that a merge gives it whose probabilities are on every row what they are on average.
         kl_base, agreement_base: KL and agreement with the bare base in the merge's place: what keeping nothing would score.
         n: Rows, or positions of text.
+        verbatim: Of answers that adapters wrote, the share that the merge would write word for word: at every position the adapter's
+            token is its likeliest too; None where texts were only read.
         shift: Per layer, |h_merged - h_adapter| / |h_base - h_adapter| of the hidden states; () where not measured.
     """
 
@@ -46,6 +48,7 @@ class TaskFidelity:
     agreement_base: float
     n: int
     shift: tuple[float, ...] = ()
+    verbatim: float | None = None
 
     @property
     def beyond_chance(self) -> float:
@@ -86,7 +89,7 @@ class TaskFidelity:
 
     def fields(self) -> Mapping[str, float | tuple[float, ...]]:
         """List what was measured, without the task."""
-        return {k: v for k, v in asdict(self).items() if k != "task"}
+        return {k: v for k, v in asdict(self).items() if k != "task" and v is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,7 @@ class Closeness:
     chance: float
     probability: float
     probability_chance: float
+    verbatim: float | None = None
 
 
 def task_fidelity(task: str, merge: Closeness, base: Closeness, n: int) -> TaskFidelity:

@@ -116,13 +116,16 @@ def next_step(adapters: Sequence[Adapter], base: BaseModel | None) -> str:
     return " ".join(["plait advise", shlex.quote(known) if known else "BASE", *given, *texts])
 
 
-def that_merge(adapters: Sequence[Adapter], base: BaseModel, option: str, repair: int) -> str | None:
+def that_merge(
+    adapters: Sequence[Adapter], base: BaseModel, option: str, repair: int, *, chat: bool = False
+) -> str | None:
     """Write the command that makes a merge which `advise` recommends, but for the texts, which have to be given again."""
     if not option.startswith("merged"):
         return None
     words = ["plait merge auto", shlex.quote(base.written), *(place(a) for a in adapters), "--out merged"]
     if "repaired" in option:
         words.append(f"--repair {repair}")
+    words += ["--chat"] if chat else []
     rank = option.rpartition("rank ")[2]
     return " ".join([*words, *([f"--rank {rank}"] if rank.isdigit() else [])])
 

@@ -22,6 +22,7 @@ from plait.tasks.task import TEXT_KINDS
 
 _ONLY_LAYERS = "and predictions are compared for linear layers only"
 _WITHOUT = "without texts it is merged; plait eval scores it with labels"
+WRITTEN = "written"  # positions of what an adapter itself writes after its prompts
 _OF_TYPE = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
 
 
@@ -125,7 +126,11 @@ class Panel:
         general: Texts of no task in particular, for the KL to the base; () for none.
         batch_size: Rows a pass, where one adapter is asked alone.
         max_length: Tokens a text.
-        positions: Positions of a text that text models are asked at: "all", or only its "end", where an answer would begin.
+        positions: Positions of a text that text models are asked at: "all", only its "end", where an answer would begin, or, of
+            prompts for causal models, those of the adapter's own answer, "written" greedily.
+        chat: Whether prompts go through the tokenizer's chat template before an answer is written.
+        new_tokens: Tokens of such an answer, at most.
+        answers: Part and text -> what was written, shared with panels of some of the texts.
     """
 
     base: BaseModel
@@ -135,6 +140,9 @@ class Panel:
     batch_size: int = 32
     max_length: int = 128
     positions: str = "all"
+    chat: bool = False
+    new_tokens: int = 64
+    answers: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = field(default_factory=dict)
     _own: Evaluator | None = None
     _general: Evaluator | None = None
     _placed: set[str] = field(default_factory=set)  # parts whose head is in the model of their task

@@ -112,14 +112,31 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class Repair:
-    """A short distillation into a merge's factors.
+class Look:
+    """What texts held out said of a merge while it was repaired.
 
     Args:
-        steps: How many.
-        held_out: "merge" and "repaired" -> what each keeps on the texts held out; {} where none were.
-        kept: Whether the repaired merge keeps more, and so was taken.
+        step: Steps taken by then.
+        followed: How far the adapters were followed (`Fidelity.score`).
+    """
+
+    step: int
+    followed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """A short distillation of all adapters into a merge's factors, without labels.
+
+    Args:
+        steps: After how many the merge is what it is.
+        held_out: "merge" and "repaired" -> how far the adapters are followed on the texts held out; {} where none were.
+        kept: Whether they are followed further, and so the repaired merge was taken.
         first_loss, last_loss: Mean over the first and last tenth of the steps.
+        method: What it is called elsewhere.
+        most: Steps that it was allowed.
+        on_policy: Whether the merge wrote and the adapters judged.
+        looks: What the texts held out said on the way, the merge itself first.
     """
 
     steps: int
@@ -127,6 +144,10 @@ class Repair:
     kept: bool
     first_loss: float
     last_loss: float
+    method: str = "label-free multi-teacher distillation"
+    most: int = 0
+    on_policy: bool = False
+    looks: tuple[Look, ...] = nested(Look, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +169,23 @@ class HeadRefit:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatRecord:
+    """How prompts were asked.
+
+    Args:
+        template: SHA-256 of the tokenizer's chat template.
+        new_tokens: Tokens of an adapter's own answer, at most.
+        detected: Whether nobody asked for it: the files held prompts and the tokenizer has a template.
+        cut: Task -> prompts that were longer than `max_length`, and cut from the left.
+    """
+
+    template: str
+    new_tokens: int
+    detected: bool
+    cut: Mapping[str, int] | None = optional()
+
+
+@dataclass(frozen=True, slots=True)
 class AutoRecord:
     """How a merge was chosen.
 
@@ -166,6 +204,7 @@ class AutoRecord:
         fidelity: Fidelity of the result on all texts; None without texts.
         repair: What a repair did, where one was asked for.
         heads: What fitting the heads did; () where none were fitted.
+        chat: How prompts were asked, where they went through the tokenizer's chat template.
         rank: The largest rank of a merged module.
         verification_error: Largest relative difference of the written adapter from the chosen one.
         loss, cut: What a cut to a rank took, and how it was made, as `MergeRecord` has them.
@@ -186,6 +225,7 @@ class AutoRecord:
     fidelity: FidelityRecord | None = nested(FidelityRecord, None)
     repair: Repair | None = optional(kind=Repair)
     heads: tuple[HeadRefit, ...] = optional((), kind=HeadRefit)
+    chat: ChatRecord | None = optional(kind=ChatRecord)
     rank: int = 0
     verification_error: float | None = optional()
     loss: Loss = inline(Loss)

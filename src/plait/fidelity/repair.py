@@ -1,30 +1,91 @@
-"""Repairing a merge by distilling its adapters into it, kept where texts that were held out say that it helped."""
+"""Repairing a merge: label-free distillation of many adapters into it, kept where texts that were held out say that it helped."""
 
 from __future__ import annotations
 
+import time
+
 from plait.adapters.lora import Adapter
 from plait.fidelity.choose import FEWEST, HELD_OUT
-from plait.fidelity.distil import distil
+from plait.fidelity.distil import Stopping, distil
+from plait.fidelity.duration import in_words
+from plait.fidelity.losses import loss_of
+from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.panel import Panel
-from plait.fidelity.record import Repair
+from plait.fidelity.record import Look, Repair
 from plait.fidelity.score import fidelities
+from plait.fidelity.teachers import DistillationLoss
 from plait.fidelity.texts import split_off
+from plait.progress import OnProgress
+
+# Weight of the layers' outputs beside the answers.
+LAYERS = 0.1
+BATCH = 8
 
 
-def repaired(panel: Panel, merge: Adapter, steps: int, seed: int = 0) -> tuple[Adapter, Repair]:
-    """Repair a merge by a short distillation of all adapters into its factors, and say what that did.
+def repaired(
+    panel: Panel,
+    merge: Adapter,
+    steps: int,
+    seed: int = 0,
+    *,
+    layers: float = LAYERS,
+    on_policy: bool = False,
+    rate: float | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> tuple[Adapter, Repair]:
+    """Repair a merge by distilling all adapters into its factors, without labels, and say what that did.
 
-    A merge that is near its adapters already can lose by it, so it first learns from three quarters of the texts; where that keeps
-    more on the fourth by the divergence that it learns from (`held_out`, `kept` in the record), it learns anew from all of them.
-    With fewer than 12 texts of an adapter nothing is held out.
+    It learns from three quarters of the texts, and the fourth is looked at every few steps: it stops where that says for a while that
+    the adapters are *followed* no better (`Fidelity.score`), and the best merge that was seen is the result; the merge itself, where
+    none was better. With fewer than 12 texts of an adapter nothing is held out, and all steps are taken.
+
+    Args:
+        panel: Base, adapters and texts.
+        merge: Where to start, its scale folded in.
+        steps: Steps at most; 0 changes nothing.
+        seed: Seed of the order of the texts.
+        layers: Weight of the distance of the layers' outputs beside the answers'; 0 to leave them out.
+        on_policy: Whether the merge writes after the prompts and each text's adapter judges its tokens (`OnPolicyLoss`), in place of
+            showing it what the adapters say; causal adapters only.
+        rate: Rate of Adam at the start; see `plait.fidelity.distil.RATES`.
+        on_progress: Called with what is being done.
+
+    Cost: at most `steps` forward and backward passes on adapters x 8 texts, two passes over all texts before, and one over a quarter
+    of them every 20 steps.
     """
-    held_out: dict[str, float] = {}
-    if min(len(rows) for rows in panel.texts.values()) >= FEWEST:
-        most, rest = split_off(panel.texts, HELD_OUT)
-        tried = distil(panel.with_texts(most, general=False), merge, learns="factors", steps=steps, seed=seed)
-        before, after = fidelities(panel.with_texts(rest, general=False), [(merge, 1.0), (tried.adapter, 1.0)])
-        held_out = {"merge": before.kept, "repaired": after.kept}
-        if not after.kept > before.kept:
-            return merge, Repair(steps, held_out, False, tried.first_loss, tried.last_loss)
-    done = distil(panel.with_texts(panel.texts, general=False), merge, learns="factors", steps=steps, seed=seed)
-    return done.adapter, Repair(steps, held_out, True, done.first_loss, done.last_loss)
+    panel = panel.with_texts(panel.texts, general=False)
+    if steps == 0 or min(len(rows) for rows in panel.texts.values()) < FEWEST:
+        loss = _loss(panel, layers, on_policy, seed) if steps else None
+        done = distil(panel, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed, loss=loss)
+        return done.adapter, Repair(
+            steps, {}, steps > 0, done.first_loss, done.last_loss, most=steps, on_policy=on_policy
+        )
+    most, rest = split_off(panel.texts, HELD_OUT)
+    judged = panel.with_texts(rest)
+
+    def followed(adapter: Adapter) -> float:
+        return fidelities(judged, [(adapter, 1.0)])[0].score
+
+    before = followed(merge)
+    learning = panel.with_texts(most)
+    begun = time.perf_counter()
+
+    def tell(look: Look) -> None:
+        left = (time.perf_counter() - begun) * (steps - look.step) / look.step
+        more = f", at most {in_words(left)} left" if look.step < steps else ""
+        on_progress(f"  {look.step} of at most {steps} steps: followed {before:.3f} -> {look.followed:.3f}{more}")
+
+    done = distil(
+        learning, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed,
+        loss=_loss(learning, layers, on_policy, seed), stopping=Stopping(followed, on_look=tell),
+    )  # fmt: skip
+    after = max(look.followed for look in done.looks)
+    record = Repair(
+        done.steps, {"merge": before, "repaired": after}, after > before, done.first_loss, done.last_loss,
+        most=steps, on_policy=on_policy, looks=(Look(0, before), *done.looks),
+    )  # fmt: skip
+    return (done.adapter if record.kept else merge), record
+
+
+def _loss(panel: Panel, layers: float, on_policy: bool, seed: int) -> DistillationLoss:
+    return OnPolicyLoss(panel, seed) if on_policy else loss_of(panel, layers)

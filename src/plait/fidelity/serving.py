@@ -9,13 +9,13 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.border.records import nested
-from plait.fidelity.language import Own, Sums, batches_of, encoded, log_probabilities, positions
+from plait.fidelity.language import Own, Sums, log_probabilities, positions, text_batches
 from plait.fidelity.measure import Closeness, Fidelity, TaskFidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, Part, parts_of
 from plait.fidelity.record import FidelityRecord
 from plait.fidelity.score import outputs
 from plait.fidelity.texts import Texts, checked
-from plait.fidelity.tokens import require_room
+from plait.fidelity.tokens import encoded, require_room
 from plait.model.attention import fused_attention
 from plait.model.base import BaseModel, base_folder
 from plait.model.four_bits import is_in_four_bits
@@ -188,7 +188,7 @@ def _between(
     sides = [(teacher, (part.adapter, 1.0)), (weights, other)]
     updates = [(w, stacked_factors(model, [active], whole=True)) for w, active in sides]
     sums, own_tops, n = Sums(), torch.zeros((), dtype=torch.int64), 0
-    for batch in batches_of(panel, encoded(panel, part.task.kind, panel.texts[part.name]), 2):
+    for _, batch in text_batches(panel, encoded(panel, part.task.kind, panel.texts[part.name]), 2):
         logits = []
         for side, update in updates:
             with held.giving(side), fused_attention(model), stacked_updates(model, update):

@@ -1,4 +1,4 @@
-"""The distillation loss: how far a merge is from each adapter's predictions on that adapter's own texts, a batch at a time."""
+"""The distillation loss: how far a merge is from what each adapter does on its own texts, relative to the bare base's distance."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from plait.fidelity.language import encoded, positions, split_in_two, text_closeness
+from plait.fidelity.layers import LayerCollector, LayerTargets, layers_to_keep, watched
 from plait.fidelity.measure import closeness
-from plait.fidelity.panel import Panel
+from plait.fidelity.panel import Panel, Part
 from plait.fidelity.score import outputs
+from plait.model.applied import applied
 from plait.model.attention import fused_attention
-from plait.model.base import backbone_of
 from plait.model.ends import Ends
 from plait.model.rowbank import row_bank
-from plait.model.stacked import Active, stacked_factors, stacked_updates
-from plait.tasks import collate, to_device
 
 # Makes the merge the active adapter of the model within the block.
 Applying = Callable[[], AbstractContextManager[None]]
@@ -31,6 +29,15 @@ SMALLEST_KL = 0.05
 
 class DistillationLoss(Protocol):
     """A loss of one batch of every part's texts."""
+
+    def prepare(self, coming: Sequence[Sequence[Sequence[int]]], applying: Applying) -> None:
+        """Do what has to be done before the next steps.
+
+        Args:
+            coming: The texts of each of them: places in each part's texts.
+            applying: Makes the merge, as it is now, the active adapter within the block.
+        """
+        ...
 
     def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
         """The mean over parts.
@@ -42,21 +49,19 @@ class DistillationLoss(Protocol):
         ...
 
 
-def loss_of(panel: Panel) -> DistillationLoss:
-    """Make the loss whose targets are the adapters' own predictions."""
-    return _TextLoss(panel) if panel.is_text else HeadLoss(panel)
-
-
 class HeadLoss:
     """Classes and values: all parts' rows go through the backbone together, then each through its own head.
+
+    What the adapters answer, and what their layers put out, is computed once and kept.
 
     Args:
         panel: Base, adapters and texts.
         targets: Part -> (n, classes) logits to come close to, or (n,) class ids or values (labels, for comparison); by
             default the adapters' logits.
+        layers: Weight of the distance of the layers' outputs beside the answers'; 0 to leave them out.
     """
 
-    def __init__(self, panel: Panel, targets: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, panel: Panel, targets: Mapping[str, Any] | None = None, layers: float = 0.0) -> None:
         self.panel, device = panel, panel.base.torch_device
         rows: list[dict[str, Any]] = []
         self.starts: list[int] = []
@@ -77,17 +82,22 @@ class HeadLoss:
             self.rooms.append(max(room, SMALLEST_KL) * (float(own.var()) if part.task.kind == "regression" else 1.0))
         self.bank = row_bank(rows, panel.tokenizer.pad_token_id, "classification", device)
         self.heads = [{k: v.to(device, panel.base.torch_dtype) for k, v in p.head.items()} for p in panel.parts]
+        self.weight = layers
+        self.layers = (
+            [self._layers_of(part, start) for part, start in zip(panel.parts, self.starts, strict=True)]
+            if layers
+            else []
+        )
+
+    def prepare(self, coming: Sequence[Sequence[Sequence[int]]], applying: Applying) -> None:
+        """Do nothing: all targets are known."""
 
     def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
         """Mean over parts of KL(target || merged) over KL(adapter || base), or of the cross entropy with labels."""
         places = np.concatenate([np.asarray(r) + s for r, s in zip(rows, self.starts, strict=True)])
         device = self.panel.base.torch_device
-        length = int(self.bank.lengths[places].max())
-        inputs, _ = self.bank.take(torch.as_tensor(places, device=device), length, 1)
-        backbone = self.ends[0].backbone
-        arguments, options = self.ends[0].backbone_call(inputs)
-        with fused_attention(backbone), applying():
-            output = backbone(*arguments, **options)
+        with applying(), watched(self.ends[0].backbone) as states:
+            output, inputs = self._run(places)
         total, at = torch.zeros((), dtype=torch.float32, device=device), 0
         for i, chosen in enumerate(rows):
             span = slice(at, at + len(chosen))
@@ -95,8 +105,41 @@ class HeadLoss:
             logits = self.ends[i].logits(piece, {k: v[span] for k, v in inputs.items()}, self.heads[i])
             target = self.targets[i][torch.as_tensor(list(chosen), device=device)]
             total = total + self._loss(i, logits.float(), target)
+            if (near := self.layers[i] if self.layers else None) is not None:
+                mask = inputs["attention_mask"][span].bool()
+                total = total + self.weight * near.loss(chosen, [h[span] for h in states], mask)
             at += len(chosen)
         return total / len(rows)
+
+    def _run(self, places: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Any, Mapping[str, Tensor]]:
+        """What the backbone makes of the rows at these places in the bank, and the rows."""
+        length = int(self.bank.lengths[places].max())
+        inputs, _ = self.bank.take(torch.as_tensor(places, device=self.panel.base.torch_device), length, 1)
+        backbone = self.ends[0].backbone
+        arguments, options = self.ends[0].backbone_call(inputs)
+        with fused_attention(backbone):
+            return backbone(*arguments, **options), inputs
+
+    @torch.no_grad()
+    def _layers_of(self, part: Part, start: int) -> LayerTargets | None:
+        """Compute what the layers put out on a part's texts; None where nothing can be watched, or kept."""
+        texts, size = len(self.panel.texts[part.name]), self.panel.batch_size
+        collector: LayerCollector | None = None
+        for at in range(0, texts, size):
+            rows = range(at, min(at + size, texts))
+            places = np.arange(start + rows.start, start + rows.stop)
+            seen: list[list[Tensor]] = []
+            for active in (part.adapter, None):
+                with applied(self.panel.model(part), active), watched(self.ends[0].backbone) as states:
+                    inputs = self._run(places)[1]
+                seen.append(states)
+            own, bare = seen
+            layers = layers_to_keep(own, int(self.bank.lengths.sum()))
+            if not layers:
+                return None
+            collector = collector or LayerCollector(layers, texts)
+            collector.add(rows, own, bare, inputs["attention_mask"].bool())
+        return collector.targets if collector else None
 
     def _loss(self, i: int, logits: Tensor, target: Tensor) -> Tensor:
         if self.panel.parts[i].task.kind == "regression":
@@ -105,46 +148,3 @@ class HeadLoss:
             return functional.cross_entropy(logits, target.long())
         wanted = target.float().log_softmax(-1)
         return functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True) / self.rooms[i]
-
-
-class _TextLoss:
-    """Next tokens: the adapters themselves are asked, batch by batch; their distributions would not fit in memory."""
-
-    def __init__(self, panel: Panel) -> None:
-        self.panel, self.model = panel, panel.model(panel.parts[0])
-        self.kind = panel.parts[0].task.kind
-        self.rows = [encoded(panel, self.kind, panel.texts[p.name]) for p in panel.parts]
-        active: list[Active] = [(p.adapter, 1.0) for p in panel.parts]
-        self.teachers = [stacked_factors(self.model, active, whole=True)]
-        inside = f"{backbone_of(self.model)[1]}."
-        if split_in_two(self.model, self.kind) and not all(m.startswith(inside) for m in self.teachers[0]):
-            # The output layer sees rows of unlike numbers of positions: each adapter is asked alone.
-            self.teachers = [stacked_factors(self.model, [one], whole=True) for one in active]
-        self.rooms = [max(text_closeness(panel, p, [(None, 1.0)])[0].kl_base, SMALLEST_KL) for p in panel.parts]
-
-    def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
-        """Mean over parts of KL(adapter || merged) a position, over KL(adapter || base)."""
-        chosen = [r[i] for r, places in zip(self.rows, rows, strict=True) for i in places]
-        batch = to_device(collate(self.panel.tokenizer, chosen), self.panel.base.torch_device)
-        with fused_attention(self.model):
-            with applying():
-                logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
-            wanted = self._wanted(batch)
-        counts = mask.sum(1).view(len(rows), -1).sum(1).tolist()
-        total = logits.new_zeros((), dtype=torch.float32)
-        for room, logs, target in zip(
-            self.rooms, torch.split(logits[0], counts), torch.split(wanted, counts), strict=True
-        ):
-            logs, target = (x.float().log_softmax(-1) for x in (logs, target))
-            total = total + functional.kl_div(logs, target, reduction="batchmean", log_target=True) / room
-        return total / len(rows)
-
-    @torch.no_grad()
-    def _wanted(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The adapters' logits (counted, vocabulary), each of its own rows."""
-        each, logits = len(batch["input_ids"]) // len(self.teachers), []
-        for i, teachers in enumerate(self.teachers):
-            part = {k: v[i * each : (i + 1) * each] for k, v in batch.items()}
-            with stacked_updates(self.model, teachers):
-                logits.append(positions(self.model, self.kind, part, 1, self.panel.positions)[0][0])
-        return torch.cat(logits)

@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from plait.disk.store import require_regular
 from plait.errors import InputError, UsageError
+from plait.tasks.chat import packed_prompt
 from plait.tasks.rows import read_table
 
 Texts = tuple[tuple[str, ...], ...]
-_NAMES = ("text", "sentence", "prompt", "content")  # the first of these is read where no column is named
-LIMIT = 100
+_NAMES = ("text", "sentence", "prompt", "messages", "content")  # the first of these is read where no column is named
+LIMIT, LIMIT_OF_REPAIR = 100, 500  # texts of a file that a choice reads, and a repair
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """Texts of a file, and where they stood in it.
+
+    Args:
+        texts: The texts.
+        columns: The table's columns; () of a .txt file.
+    """
+
+    texts: Texts
+    columns: tuple[str, ...] = ()
 
 
 def parse_texts(given: Iterable[str], limit: int = LIMIT) -> dict[str, Texts]:
+    """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read; see `parse_files`."""
+    return {task: file.texts for task, file in parse_files(given, limit).items()}
+
+
+def parse_files(given: Iterable[str], limit: int = LIMIT) -> dict[str, TextFile]:
     """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read.
 
     Raises:
         UsageError: Not of that form, or a task twice.
     """
-    texts: dict[str, Texts] = {}
+    texts: dict[str, TextFile] = {}
     for item in given:
         task, equals, place = item.partition("=")
         if not equals or not task or not place:
             raise UsageError(f"--text {item!r} is not TASK=FILE", hint="the task is the adapter's name")
         if task in texts:
             raise UsageError(f"--text names {task!r} twice")
-        texts[task] = read_place(place, limit)
+        texts[task] = read_file(place, limit)
     return texts
 
 
 def read_place(place: str, limit: int = LIMIT) -> Texts:
     """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``."""
+    return read_file(place, limit).texts
+
+
+def read_file(place: str, limit: int = LIMIT) -> TextFile:
+    """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``, and the columns that were read."""
     path, colon, columns = place.rpartition(":")
     if colon and not Path(place).exists():
-        return read_texts(Path(path), tuple(columns.split(",")), limit)
-    return read_texts(Path(place), (), limit)
+        return _read(Path(path), tuple(columns.split(",")), limit)
+    return _read(Path(place), (), limit)
 
 
 def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) -> Texts:
@@ -44,13 +69,19 @@ def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) ->
 
     Args:
         path: .txt (one text a line, a tab between the two of a pair) or csv, tsv, jsonl, parquet.
-        columns: One column or two of a table; by default "text", "sentence", "prompt" or "content", whichever it has.
+        columns: One column or two of a table; by default "text", "sentence", "prompt", "messages" or "content", whichever it has.
+            A cell of messages is packed (`plait.tasks.chat.packed_prompt`).
         limit: How many at most.
 
     Raises:
         InputError: No such file or column, not UTF-8, no texts, an empty cell, pairs and single texts mixed.
     """
+    return _read(path, columns, limit).texts
+
+
+def _read(path: Path, columns: tuple[str, ...], limit: int) -> TextFile:
     require_regular(path)
+    chosen: tuple[str, ...] = ()
     if path.suffix.lower() == ".txt":
         try:
             lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
@@ -58,13 +89,13 @@ def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) ->
             raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
         rows = [tuple(line.split("\t", 1)) for line in lines[:limit]]
     else:
-        rows = _of_table(path, columns, limit)
+        rows, chosen = _of_table(path, columns, limit)
     if not rows:
         raise InputError("no texts", where=str(path))
-    return checked(tuple(rows), str(path))
+    return TextFile(checked(tuple(rows), str(path)), chosen)
 
 
-def _of_table(path: Path, columns: tuple[str, ...], limit: int) -> list[tuple[str, ...]]:
+def _of_table(path: Path, columns: tuple[str, ...], limit: int) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     table = read_table(path, columns or _NAMES)
     chosen = columns or next(((name,) for name in _NAMES if name in table.column_names), ())
     missing = [c for c in chosen if c not in table.column_names]
@@ -74,7 +105,12 @@ def _of_table(path: Path, columns: tuple[str, ...], limit: int) -> list[tuple[st
             where=str(path),
             hint="--text TASK=FILE:COLUMN, or FILE:COLUMN,COLUMN for pairs",
         )
-    return list(zip(*(table[c].slice(0, limit).to_pylist() for c in chosen), strict=True))
+    cells = (table[c].slice(0, limit).to_pylist() for c in chosen)
+    read = [
+        [packed_prompt(x, f"{path}, row {i}") if isinstance(x, list) else x for i, x in enumerate(column)]
+        for column in cells
+    ]
+    return list(zip(*read, strict=True)), chosen
 
 
 def checked(texts: Texts, where: str) -> Texts:
@@ -92,6 +128,15 @@ def checked(texts: Texts, where: str) -> Texts:
         if any(not isinstance(part, str) or not part.strip() for part in row):
             raise InputError(f"text {i} is empty or no text", where=where)
     return texts
+
+
+def first_of(texts: Mapping[str, Texts], most: int) -> dict[str, Texts]:
+    """Take the first texts of each task.
+
+    >>> first_of({"sst2": (("a",), ("b",), ("c",))}, 2)
+    {'sst2': (('a',), ('b',))}
+    """
+    return {task: rows[:most] for task, rows in texts.items()}
 
 
 def split_off(texts: Mapping[str, Texts], every: int) -> tuple[dict[str, Texts], dict[str, Texts]]:

@@ -5,17 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plait.fidelity.panel import Panel, Part, unlabelled
+from plait.fidelity.panel import WRITTEN, Panel, Part, unlabelled
+from plait.fidelity.texts import Texts
+from plait.fidelity.written import answered
 from plait.tasks import encode, require_positions
+
+# Tokens of decoder input taken from the text itself, where a text has no second part to be written.
+MAX_DECODED_TOKENS = 32
 
 
 def rows_of(panel: Panel, part: Part) -> list[dict[str, Any]]:
-    """Encode a part's texts as tokens."""
-    if part.is_text:
-        from plait.fidelity.language import encoded
+    """Encode a part's texts as tokens; of prompts, with what the part's adapter writes after them."""
+    if not part.is_text:
+        return panel.evaluator.encoded(part.name)
+    if panel.positions == WRITTEN and part.task.kind == "causal":
+        return answered(panel, part)
+    return encoded(panel, part.task.kind, panel.texts[part.name])
 
-        return encoded(panel, part.task.kind, panel.texts[part.name])
-    return panel.evaluator.encoded(part.name)
+
+def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
+    """Rows of token ids: a causal model's text whole; for seq2seq the first part, and `labels` of what is written.
+
+    What a sequence-to-sequence model writes is the second part of a pair; of a single text it is given its own beginning.
+    """
+    tokenizer, length = panel.tokenizer, panel.max_length
+    rows = []
+    for text in texts:
+        if kind == "causal":
+            ids = tokenizer("\n".join(text), truncation=True, max_length=length)["input_ids"]
+            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
+        else:
+            source = tokenizer(text[0], truncation=True, max_length=length)
+            target = tokenizer(
+                text_target=text[-1], truncation=True, max_length=length if len(text) > 1 else MAX_DECODED_TOKENS
+            )
+            rows.append({k: source[k] for k in ("input_ids", "attention_mask")} | {"labels": target["input_ids"]})
+    return rows
 
 
 def require_room(panel: Panel) -> None:
@@ -24,20 +49,18 @@ def require_room(panel: Panel) -> None:
     Raises:
         InputError: Names the task, or the general texts.
 
-    Cost: every text is tokenised once.
+    Cost: every text is tokenised once; of prompts, the adapters' answers are written.
     """
-    for part in panel.parts:
-        _require(panel, rows_of(panel, part), f"task {part.name}")
     if panel.general:
         _require(panel, _general_rows(panel), "general texts")
+    for part in panel.parts:
+        _require(panel, rows_of(panel, part), f"task {part.name}")
 
 
 def _general_rows(panel: Panel) -> list[dict[str, Any]]:
     first = panel.parts[0]
     if not first.is_text:
         return encode(panel.tokenizer, first.task, unlabelled(panel.general), panel.max_length)
-    from plait.fidelity.language import encoded
-
     return encoded(panel, first.task.kind, panel.general)
 
 

@@ -13,8 +13,13 @@ ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, str]
 
 
-def checked_messages(cell: Any, where: str) -> list[dict[str, str]]:
+def checked_messages(cell: Any, where: str, *, answered: bool = True) -> list[dict[str, str]]:
     """Check one row's conversation.
+
+    Args:
+        cell: What the row holds.
+        where: The row, for the message.
+        answered: Whether the last turn has to be the assistant's.
 
     Raises:
         InputError: Not a list of {role, content}, an unknown role, an empty turn, or the last one is not the assistant's.
@@ -27,7 +32,7 @@ def checked_messages(cell: Any, where: str) -> list[dict[str, str]]:
             raise InputError(f"message {i} has role {role!r}, expected one of {', '.join(ROLES)}", where=where)
         if not isinstance(content, str) or not content.strip():
             raise InputError(f"message {i} has no text", where=where)
-    if cell[-1]["role"] != "assistant":
+    if answered and cell[-1]["role"] != "assistant":
         raise InputError("the last message is not the assistant's: there is nothing to learn", where=where)
     return [{"role": m["role"], "content": m["content"]} for m in cell]
 
@@ -35,6 +40,17 @@ def checked_messages(cell: Any, where: str) -> list[dict[str, str]]:
 def packed(messages: Sequence[Message]) -> tuple[str, str]:
     """Pack a conversation as (all turns before the last as one string, the last turn's text): a prompt and its target."""
     return json.dumps(list(messages[:-1]), ensure_ascii=False), messages[-1]["content"]
+
+
+def packed_prompt(cell: Any, where: str) -> str:
+    """Pack a cell of messages as one string: the turns before the assistant's last answer, which is not needed.
+
+    Raises:
+        InputError: Not a list of {role, content}, or nothing but an answer.
+    """
+    messages = checked_messages(cell, where, answered=False)
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return json.dumps(checked_messages(asked, where, answered=False), ensure_ascii=False)
 
 
 def conversation(prompt: str, target: str, chat: str) -> list[dict[str, str]]:
@@ -52,15 +68,15 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> dict[str, list[i
     Raises:
         InputError: No chat template, one that renders a turn in another way once others follow, or an answer to nothing.
     """
-    ids = _rendered(tokenizer, messages, ask=False)
+    ids = rendered(tokenizer, messages, ask=False)
     labels = [IGNORED] * len(ids)
     end = tokenizer.eos_token_id
     last = len(ids)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = len(_agreeing(_rendered(tokenizer, messages[:i], ask=True), ids))
-        stop = len(_agreeing(_rendered(tokenizer, messages[: i + 1], ask=False), ids))
+        start = len(_agreeing(rendered(tokenizer, messages[:i], ask=True), ids))
+        stop = len(_agreeing(rendered(tokenizer, messages[: i + 1], ask=False), ids))
         if end in ids[start:stop]:
             stop = stop - ids[start:stop][::-1].index(end)  # what follows the end of the turn is the template's
         labels[start:stop] = ids[start:stop]
@@ -70,7 +86,17 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> dict[str, list[i
     return {"input_ids": ids[:last], "attention_mask": [1] * last, "labels": labels[:last]}
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> list[int]:
+def rendered(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> list[int]:
+    """Token ids of a conversation as the tokenizer's template writes it.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: The turns; none give no tokens.
+        ask: Whether the beginning of the assistant's next turn stands at the end.
+
+    Raises:
+        InputError: No chat template.
+    """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template", where="chat", hint="use a `template` instead of `chat`")
     if not messages:

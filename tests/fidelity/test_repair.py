@@ -1,0 +1,191 @@
+"""Repair: distilling many adapters into one, its targets, and when it stops."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from plait.adapters.lora import Adapter
+from plait.fidelity import repair
+from plait.fidelity.distil import Distilled, Stopping, distil
+from plait.fidelity.layers import spread, watched
+from plait.fidelity.losses import loss_of
+from plait.fidelity.record import Look
+from plait.fidelity.score import fidelities
+from plait.fidelity.targets import TopTargets
+from plait.fidelity.text_teachers import TextLoss
+from plait.merging import merge
+from plait.model.applied import applied
+from tests.fidelity.test_auto import adapters_of, same
+
+
+def kl_of(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The divergence, from its definition."""
+    p, q = own.double().softmax(-1), other.double().softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def test_kept_tokens_and_the_mass_of_the_rest_are_the_divergence_of_those_events():
+    g = torch.Generator().manual_seed(0)
+    own, other = 3 * torch.randn(5, 40, generator=g), 3 * torch.randn(5, 40, generator=g)
+    whole = TopTargets.of(own, 40)
+    assert torch.allclose(whole.kl(other).double(), kl_of(own, other), atol=1e-5)
+    assert torch.allclose(whole.kl(own), torch.zeros(5), atol=1e-6)
+    targets = TopTargets.of(own, 6)
+    expected = []
+    for a, b in zip(own.double(), other.double(), strict=True):
+        top = a.topk(6).indices
+        events = [torch.cat([x.softmax(-1)[top], 1 - x.softmax(-1)[top].sum()[None]]) for x in (a, b)]
+        expected.append((events[0] * (events[0].log() - events[1].log())).sum())
+    assert torch.allclose(targets.kl(other).double(), torch.stack(expected), atol=1e-5)
+    assert bool((targets.kl(other) <= whole.kl(other) + 1e-6).all())
+    # where the rest is shared out alike, nothing is lost
+    alike = own.clone()
+    alike.scatter_(1, targets.ids.long(), other.gather(1, targets.ids.long()))
+    assert torch.allclose(targets.kl(alike).double(), kl_of(own, alike), atol=1e-5)
+
+
+def test_gradients_of_kept_tokens_are_those_of_their_definition():
+    g = torch.Generator().manual_seed(1)
+    own = torch.randn(3, 12, generator=g)
+    other = torch.randn(3, 12, generator=g).requires_grad_(True)
+    targets = TopTargets.of(own, 4)
+    targets.kl(other).sum().backward()
+    mass = other.detach().softmax(-1)
+    top = torch.zeros(3, 12, dtype=torch.bool).scatter_(1, targets.ids.long(), True)
+    # d KL / d logit: q - p at a kept token; q (1 - p_rest / q_rest) at one of the rest
+    rest = (mass * ~top).sum(-1, keepdim=True)
+    expected = torch.where(top, mass - own.softmax(-1), mass * (1 - targets.rest.exp()[:, None] / rest))
+    assert torch.allclose(other.grad, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal")])
+def test_the_loss_of_layers_is_their_distance_over_the_bases(make_panel, architecture, kind):
+    """Against the definition, one text at a time; 1 for the bare base, so that tasks weigh alike."""
+    panel = make_panel(architecture, kind, texts=5)
+    loss, without = loss_of(panel, 1.0), loss_of(panel)
+    rows = [[3, 0], [1, 4]]
+    model = panel.model(panel.parts[0])
+    found = float(loss(rows, contextlib.nullcontext).detach()) - float(without(rows, contextlib.nullcontext).detach())
+    expected = 0.0
+    for part, chosen in zip(panel.parts, rows, strict=True):
+        off, room = [], []
+        for i, text in enumerate(panel.texts[part.name]):
+            inputs = panel.tokenizer(text[0], truncation=True, max_length=panel.max_length, return_tensors="pt")
+            states = []
+            for active in (part.adapter, None):
+                with torch.no_grad(), applied(model, active), watched(model) as seen:
+                    panel.model(part)(**inputs)
+                states.append(torch.stack([h[0] for h in seen]))
+            distance = (states[0] - states[1]).square().sum(-1)  # (layers, positions)
+            room.append(distance)
+            off += [distance] if i in chosen else []
+        expected += float((torch.cat(off, 1).mean(1) / torch.cat(room, 1).mean(1)).mean()) / 2
+    assert found == pytest.approx(expected, rel=5e-3)  # kept in 16 bits
+
+
+def test_layers_are_kept_as_far_as_there_is_room_the_last_always(make_panel, monkeypatch):
+    from plait.fidelity import layers
+
+    assert spread(30, 3) == [9, 19, 29]
+    panel = make_panel("llama", "causal", texts=4)
+    whole = TextLoss(panel, 1.0).taught[0].layers
+    monkeypatch.setitem(layers.KEPT_BYTES, "cpu", 0)
+    assert len(whole.layers) >= 2 and TextLoss(panel, 1.0).taught[0].layers is None
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])
+def test_no_steps_change_nothing(make_panel, architecture, kind):
+    panel = make_panel(architecture, kind, texts=4)
+    merged = merge(adapters_of(panel), "task_arithmetic", scale=0.3).adapter
+    assert distil(panel, merged, learns="factors", steps=0).adapter is merged
+    done, record = repair.repaired(panel, merged, 0)
+    assert done is merged and (record.steps, record.kept, record.most) == (0, False, 0)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal")])
+def test_one_adapter_distilled_into_itself_stays(make_panel, architecture, kind):
+    panel = make_panel(architecture, kind, texts=12)
+    part = panel.parts[0]
+    alone = replace(panel, parts=[part], texts={part.name: panel.texts[part.name]})
+    done = distil(alone, part.adapter, learns="factors", steps=20, loss=loss_of(alone, 0.1))
+    off = max(
+        float((done.adapter.modules[m].delta() - f.delta()).norm() / f.delta().norm())
+        for m, f in part.adapter.modules.items()
+    )
+    assert max(done.first_loss, done.last_loss) < 1e-3 and off < 1e-2
+
+
+def test_targets_are_computed_once(make_panel, monkeypatch):
+    panel = make_panel("llama", "causal", texts=8)
+    loss = loss_of(panel)
+    from plait.fidelity import text_teachers
+
+    monkeypatch.setattr(text_teachers, "applied", None)  # what wears an adapter: asking one again would fail
+    assert float(loss([[0, 1], [2, 3]], contextlib.nullcontext).detach()) > 0
+
+
+def test_it_stops_where_texts_held_out_see_no_more(make_panel):
+    panel = make_panel(texts=8)
+    start = merge(adapters_of(panel), "task_arithmetic", scale=0.3).adapter
+    scores, seen = iter([0.1, 0.5, 0.4, 0.3, 0.9]), []
+
+    def score(adapter: Adapter) -> float:
+        seen.append(adapter)
+        return next(scores)
+
+    told: list[Look] = []
+    stopping = Stopping(score, every=2, patience=2, on_look=told.append)
+    done = distil(panel, start, learns="factors", steps=50, stopping=stopping)
+    assert done.adapter is seen[1] and done.steps == 4
+    assert done.looks == tuple(told) == (Look(2, 0.1), Look(4, 0.5), Look(6, 0.4), Look(8, 0.3))
+    last = distil(panel, start, learns="factors", steps=3, stopping=Stopping(lambda _: 1.0, every=2))
+    assert [look.step for look in last.looks] == [2, 3]  # the last step too
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_it_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypatch, better):
+    panel = make_panel(texts=16)
+    adapters = adapters_of(panel)
+    merges = [merge(adapters, "task_arithmetic", scale=s).adapter for s in (0.5, 30.0)]
+    rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()}, general=False)
+    scores = [f.score for f in fidelities(rest, [(m, 1.0) for m in merges])]
+    near, far = merges[scores.index(max(scores))], merges[scores.index(min(scores))]
+    start, end = (far, near) if better else (near, far)
+    learnt_from = []
+
+    def pretend(panel, _, *, stopping, **options):
+        learnt_from.append({len(rows) for rows in panel.texts.values()})
+        look = Look(5, stopping.score(end))
+        stopping.on_look(look)
+        return Distilled(end, 1.0, 0.5, {}, 5, (look,))
+
+    monkeypatch.setattr(repair, "distil", pretend)
+    said: list[str] = []
+    done, record = repair.repaired(panel, start, 20, on_progress=said.append)
+    assert learnt_from == [{12}]  # a quarter held out
+    assert record.kept == better == (record.held_out["repaired"] > record.held_out["merge"])
+    assert done is (end if better else start) and (record.steps, record.most) == (5, 20)
+    assert (
+        record.looks[0] == Look(0, record.held_out["merge"]) and "at most 20 steps" in said[-1] and "left" in said[-1]
+    )
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])
+def test_it_comes_closer_and_says_how_far(make_panel, architecture, kind):
+    """Random adapters have nothing that carries over to other texts: every text is there four times."""
+    panel = make_panel(architecture, kind, texts=6)
+    panel = replace(
+        panel, texts={t: tuple(x for x in rows for _ in range(4)) for t, rows in panel.texts.items()}, _own=None
+    )
+    start = merge(adapters_of(panel), "task_arithmetic", scale=0.3).adapter
+    done, record = repair.repaired(panel, start, 40, rate=1e-2)
+    assert record.kept and record.last_loss < record.first_loss
+    rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()}, general=False)
+    before, after = fidelities(rest, [(start, 1.0), (done, 1.0)])
+    assert before.score == pytest.approx(record.held_out["merge"], abs=1e-6)
+    assert after.score == pytest.approx(record.held_out["repaired"], abs=1e-6) and after.score > before.score
+    assert same(done, repair.repaired(panel, start, 40, rate=1e-2)[0])
