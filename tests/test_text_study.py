@@ -1,0 +1,95 @@
+"""The study of written tasks, small: arms trained, merged and scored, the merge of what exists, and the page made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+ARMS = ("kaiming", "contrastive")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A folder with a base of random weights, two tasks and a recipe."""
+    folder = tmp_path_factory.mktemp("study")
+    tiny.save_model(folder / "base", "llama")
+    for task, words in (("one", ("w1", "w2")), ("two", ("w3", "w4"))):
+        (folder / task).mkdir()
+        for split, n in (("train", 24), ("validation", 24)):
+            rows = {
+                "told": [f"w50 {words[i % 2]} w{i + 5}" for i in range(n)],
+                "answer": [words[i % 2] for i in range(n)],
+            }
+            rows["bare"] = [t.removeprefix("w50 ") for t in rows["told"]]
+            parquet.write_table(pa.table(rows), folder / task / f"{split}.parquet")
+    parquet.write_table(pa.table({"text": ["w5 w6", "w7 w8", "w9 w10"]}), folder / "general.parquet")
+    task = {"kind": "causal", "text": ["told"], "label": "answer", "compare": "case", "stop": "\n"}
+    recipe = {
+        "name": "small", "base": {"model": str(folder / "base")},
+        "data": {"root": str(folder), "train_rows": 24, "validation_rows": 24, "max_length": 24},
+        "tasks": [
+            {"name": n, **task, "train": f"{n}/train.parquet", "validation": f"{n}/validation.parquet"} for n in ("one", "two")
+        ],
+        "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+        "statistics": {"samples": 8, "pool": "token", "batch_size": 8}, "training": {"steps": 4, "batch_size": 4, "lr": 0.01},
+        "rates": [0.01], "seeds": [1], "tuning_rows": 4, "grid_rows": 4,
+        "arms": list(ARMS), "merges": ["task_arithmetic", "tsv", "regmean"],
+    }  # fmt: skip
+    (folder / "small.yaml").write_text(json.dumps(recipe))
+    return folder
+
+
+def call(folder: Path, script: str, *arguments: str) -> None:
+    paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'benchmarks'}"}
+    asked = [
+        "--study",
+        str(folder / "small.yaml"),
+        "--out",
+        str(folder / "run"),
+        "--general",
+        f"{folder / 'general.parquet'}:text",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "benchmarks" / script), *asked, "--rows", "4", *arguments],
+        check=False, env={**os.environ, **paths}, capture_output=True, text=True, cwd=folder, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_study_runs_whole(study):
+    call(study, "text_arms.py", "--do", "train:1 fixed:1 curves:1:kaiming")
+    call(
+        study,
+        "text_auto.py",
+        "--seed",
+        "1",
+        "--texts",
+        "12",
+        "--new-tokens",
+        "3",
+        "--steps",
+        "2",
+        "--scales",
+        "0.6",
+        "--batch",
+        "12",
+    )
+    records = {f.stem: json.loads(f.read_text()) for f in (study / "run" / "records").glob("*.json")}
+    assert set(records) == {"fixed-1-kaiming", "fixed-1-contrastive", "curves-1-kaiming", "auto-1-kaiming"}
+    assert records["fixed-1-kaiming"]["tasks"] == ["one", "two"] and records["fixed-1-kaiming"]["floor"] is not None
+    assert {"task_arithmetic", "iso_c"} <= set(records["fixed-1-kaiming"]["merges"])
+    assert set(records["auto-1-kaiming"]["steps"]) == {"chosen", "weights learnt", "fitted", "repaired"}
+    assert all(len(s["scores"]) == 2 and len(s["scores"][0]) == 2 for s in records["auto-1-kaiming"]["steps"].values())
+    before = {f: f.stat().st_mtime_ns for f in (study / "run" / "records").glob("*.json")}
+    call(study, "text_arms.py", "--do", "train:1 fixed:1")  # what is there is not done again
+    assert all(f.stat().st_mtime_ns == t for f, t in before.items())
