@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter
+from plait.disk.store import sha256_file
 from plait.errors import InputError
-from plait.merging import plan_merge
+from plait.merging import bake_writing, baking, plan_merge
 from plait.merging.bake_sites import merged_delta
 from plait.merging.baking import bake
+from plait.model.stored import StoredTensor
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -191,3 +193,42 @@ def test_a_link_out_of_the_base_is_no_part_of_the_result(tmp_path):
     with pytest.raises(InputError, match="a link to a file outside its folder") as refused:
         bake(read_adapter(adapter), base, tmp_path / "baked")
     assert refused.value.where == str(base / "merges.txt") and not (tmp_path / "baked").exists()
+
+
+def test_a_copy_leaves_holes_where_it_is_written_over(tmp_path):
+    """Every byte outside of them is the source's, and the hash is that of the whole source, wherever pieces end."""
+    rng = torch.Generator().manual_seed(1)
+    data = bytes(torch.randint(1, 256, (1000,), generator=rng, dtype=torch.uint8).tolist())
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(data)
+    for size in (7, 64, 4096):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(bake_writing, "HASHED_BYTES_AT_ONCE", size)
+            for holes in ([], [(0, 10)], [(3, 70), (70, 71), (500, 900)], [(990, 1000)], [(0, 1000)]):
+                digest = bake_writing.copied(source, target, holes)
+                wanted = bytearray(data)
+                for start, stop in holes:
+                    wanted[start:stop] = bytes(stop - start)
+                assert target.read_bytes() == bytes(wanted) and digest == sha256_file(source)
+
+
+def test_changed_weights_are_written_once(tmp_path, monkeypatch):
+    """What is copied of a shard and what is written into it make up its bytes, none of them twice."""
+    base = llama(tmp_path / "base")
+    adapter = read_adapter(lora(base, tmp_path / "a", ["q_proj", "down_proj"]))
+    written: dict[str, int] = {}
+    copied, write = baking.copied, StoredTensor.write
+
+    def counting(path, target, holes):
+        written[path.name] = written.get(path.name, 0) + path.stat().st_size - sum(b - a for a, b in holes)
+        return copied(path, target, holes)
+
+    def counted(self, start, rows):
+        written[self.file.name] += rows.nbytes
+        write(self, start, rows)
+
+    monkeypatch.setattr(baking, "copied", counting)
+    monkeypatch.setattr(StoredTensor, "write", counted)
+    baking.bake(adapter, base, tmp_path / "out")
+    shards = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
+    assert shards and {name: written[name] for name in shards} == shards

@@ -1,12 +1,13 @@
-"""One file of a base: copied and hashed in one go, deltas added to its rows, and what stands there then held against W x + D x."""
+"""The files of a base: copied and hashed in one go, deltas added to their rows, and what stands there then held against W x + D x."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,36 +36,61 @@ class Added:
     off: float = 0.0
 
 
-def copied(path: Path, target: Path) -> str:
-    """Copy a file; its SHA-256, of the bytes that were copied."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES_AT_ONCE))
+def copied(path: Path, target: Path, holes: Sequence[tuple[int, int]] = ()) -> str:
+    """Copy a file; its SHA-256, of the bytes that were read.
+
+    Args:
+        path: The file.
+        target: Its copy.
+        holes: Ranges of bytes that are left out, in their order: what is written over need not be written twice.
+    """
+    digest, piece, place = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES_AT_ONCE)), 0
     with path.open("rb", buffering=0) as source, target.open("wb", buffering=0) as out:
         while count := source.readinto(piece):
-            rest = piece[:count]
-            while rest.nbytes:
-                rest = rest[out.write(rest) or 0 :]
+            for start, stop in _outside(place, place + count, holes):
+                rest = piece[start - place : stop - place]
+                out.seek(start)
+                while rest.nbytes:
+                    rest = rest[out.write(rest) or 0 :]
             digest.update(piece[:count])
+            place += count
+        out.truncate(place)
     return digest.hexdigest()
 
 
-def add_to_file(pairs: Sequence[tuple[Site, StoredTensor]], *, verify: bool) -> list[Added]:
-    """Add deltas to weights that lie in one file.
+def _outside(start: int, stop: int, holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The parts of a range that lie in none of some others."""
+    for first, last in holes:
+        if last > start and first < stop:
+            if first > start:
+                yield start, first
+            start = last
+    if start < stop:
+        yield start, stop
+
+
+def add_to_files(
+    pairs: Sequence[tuple[Site, StoredTensor]], each: Callable[..., list[Any]], *, verify: bool
+) -> list[Added]:
+    """Add deltas to weights in copies of the base's files.
 
     Each delta is formed once: while its rows are in the cache they are added, rounded, and multiplied with the directions on
-    which the written file is compared once all its weights are there.
+    which the written files are compared once all weights are there.
 
     Args:
         pairs: Where each delta goes, and the tensor of the copy that takes it.
-        verify: Whether the file is read again.
+        each: Calls a function with each item of a list, side by side; no two weights share a byte.
+        verify: Whether the files are read again.
 
     Raises:
         RunError: A sum that the type does not hold, or a file that is not base + delta.
     """
-    done = [_write(site, target, verify=verify) for site, target in pairs]
+    done: list[tuple[Added, Tensor]] = each(lambda pair: _write(*pair, verify=verify), pairs)
     if not verify:
         return [added for added, _ in done]
-    checked = zip(pairs, done, strict=True)
-    return [Added(added.error, added.size, _off(site, target, wanted)) for (site, target), (added, wanted) in checked]
+    checked = [(site, target, wanted) for (site, target), (_, wanted) in zip(pairs, done, strict=True)]
+    errors: list[float] = each(lambda one: _off(*one), checked)
+    return [replace(added, off=off) for (added, _), off in zip(done, errors, strict=True)]
 
 
 def _wide(stored: StoredTensor) -> torch.dtype:
@@ -75,45 +101,66 @@ def _wide(stored: StoredTensor) -> torch.dtype:
     return torch.float32 if stored.torch_dtype.itemsize == 2 else torch.float64
 
 
-def _rows(site: Site) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, the base's rows, delta rows) of a weight as it is stored."""
-    if site.transposed:
-        yield 0, site.stored.read(0, site.stored.shape[0]), site.delta.dense().T
-    else:
-        for start, stop in row_blocks(site.delta.shape):
-            yield start, site.stored.read(start, stop), site.delta.rows(start, stop)
+def _blocks(site: Site) -> list[tuple[int, int]]:
+    """Rows of a weight as it is stored that are changed together."""
+    return [(0, site.stored.shape[0])] if site.transposed else list(row_blocks(site.delta.shape))
+
+
+class _Buffers:
+    """Memory for a block of rows as they are stored, and in the type of the sums.
+
+    One for all blocks of a weight: new pages cost as much as the adding.
+    """
+
+    def __init__(self, site: Site) -> None:
+        start, stop = _blocks(site)[0]
+        self._stored = torch.empty(stop - start, site.stored.shape[1], dtype=site.stored.torch_dtype)
+        self._wide = torch.empty(self._stored.shape, dtype=_wide(site.stored))
+
+    def read(self, source: StoredTensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows of a file, as they are stored and wide."""
+        stored, wide = self._stored[: stop - start], self._wide[: stop - start]
+        source.read_into(start, stored)
+        return stored, wide.copy_(stored)
 
 
 def _probe(site: Site) -> Tensor:
+    """Directions, one a row: BLAS multiplies few rows with a matrix twice as fast as a matrix with few columns."""
     generator = torch.Generator().manual_seed(seed_of("bake", site.tensor))
     probe = torch.randn(site.stored.shape[1], _PROBES, dtype=torch.float64, generator=generator)
-    return probe.to(_wide(site.stored))
+    return probe.to(_wide(site.stored)).T.contiguous()
 
 
 def _write(site: Site, target: StoredTensor, *, verify: bool) -> tuple[Added, Tensor]:
     """Add the delta to the copy's rows; what that took, and W x + D x."""
     error = size = 0.0
-    wide, probe = _wide(site.stored), _probe(site)
+    wide, probe, buffers = _wide(site.stored), _probe(site), _Buffers(site)
     wanted: list[Tensor] = []
-    for start, stored, delta in _rows(site):
-        base, more = stored.to(wide), delta.to(wide)
+    for start, stop in _blocks(site):
+        written, exact = buffers.read(site.stored, start, stop)
+        more = (site.delta.dense().T if site.transposed else site.delta.rows(start, stop)).to(wide)
         if verify:
-            wanted.append(base @ probe + more @ probe)
-        exact = base + more
-        written = exact.to(stored.dtype)
+            wanted.append(probe @ exact.T + probe @ more.T)
+        exact += more
+        written.copy_(exact)  # rounds
         target.write(start, written)
-        error += float(exact.sub_(written).square_().sum())  # not finite where the type does not hold the sum
-        size += float(more.square().sum())
+        error += _squares(exact.sub_(written))  # not finite where the type does not hold the sum
+        size += _squares(more)
         if not math.isfinite(error):
-            raise RunError(f"base + delta overflows {site.stored.dtype}", where=site.tensor)
-    return Added(error, size), torch.cat(wanted) if wanted else torch.empty(0, dtype=wide)
+            raise RunError(f"base + delta overflows {written.dtype}", where=site.tensor)
+    return Added(error, size), torch.cat(wanted, dim=1) if wanted else torch.empty(0, dtype=wide)
+
+
+def _squares(numbers: Tensor) -> float:
+    """The sum of their squares, in one pass."""
+    flat = numbers.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def _off(site: Site, target: StoredTensor, wanted: Tensor) -> float:
     """The relative difference between W' x, read from the written file, and W x + D x."""
-    probe, wide = _probe(site), _wide(site.stored)
-    blocks = [(0, target.shape[0])] if site.transposed else list(row_blocks(site.delta.shape))
-    found = torch.cat([target.read(start, stop).to(wide) @ probe for start, stop in blocks])
+    probe, buffers = _probe(site), _Buffers(site)
+    found = torch.cat([probe @ buffers.read(target, start, stop)[1].T for start, stop in _blocks(site)], dim=1)
     error = float((found - wanted).double().norm() / wanted.double().norm().clamp(min=1e-300))
     if not error <= 4 * torch.finfo(site.stored.torch_dtype).eps:
         raise RunError(

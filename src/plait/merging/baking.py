@@ -27,7 +27,7 @@ from plait.disk.space import require_space
 from plait.disk.written import Written, standing
 from plait.errors import InputError
 from plait.merging.bake_sites import Site, deltas_of, is_tied, sites_of
-from plait.merging.bake_writing import Added, add_to_file, copied
+from plait.merging.bake_writing import Added, add_to_files, copied
 from plait.merging.expert_parts import known_names, layout_for
 from plait.merging.outcomes import BakeRecord
 from plait.merging.plan import Plan
@@ -151,19 +151,9 @@ def _of_merge(record: BakeRecord, source: Adapter | Plan) -> BakeRecord:
 
 
 def _add(sites: Sequence[Site], stage: Path, *, verify: bool) -> list[Added]:
-    """Add every delta to the copy, files side by side; in the order of the sites."""
-    files: dict[Path, list[tuple[int, Site, StoredTensor]]] = {}
-    for place, site in enumerate(sites):
-        target = _target(site, stage)
-        files.setdefault(target.file, []).append((place, site, target))
-    groups = list(files.values())
-    lists = side_by_side(lambda group: add_to_file([(s, t) for _, s, t in group], verify=verify), groups, _CPU)
-    pairs = [
-        (place, a)
-        for group, added in zip(groups, lists, strict=True)
-        for (place, _, _), a in zip(group, added, strict=True)
-    ]
-    return [a for _, a in sorted(pairs, key=lambda pair: pair[0])]
+    """Add every delta to the copy, side by side; in the order of the sites."""
+    pairs = [(site, _target(site, stage)) for site in sites]
+    return add_to_files(pairs, lambda function, items: side_by_side(function, items, _CPU), verify=verify)
 
 
 def _copy(base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
@@ -178,7 +168,7 @@ def _copy(base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any])
         path = base / inside
         target = stage / (_shard_name(path, base, bool(unties)) if path.suffix == ".safetensors" else inside)
         target.parent.mkdir(parents=True, exist_ok=True)
-        return copied(path, target)
+        return copied(path, target, sorted(s.stored.span for s in sites if s.stored.file == path and not s.is_output))
 
     files = _copied(base)
     hashes = {str(inside): digest for inside, digest in zip(files, side_by_side(one, files, _CPU), strict=True)}

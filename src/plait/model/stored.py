@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.adapters.tensors import read_layout
+from plait.adapters.file_bytes import read_layout
+from plait.adapters.memory import bytes_of
 from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.model.files import weight_files
@@ -50,20 +51,41 @@ class StoredTensor:
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.torch_dtype.itemsize
         return self.start + start * row, (stop - start) * row
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where its bytes begin and end in the file."""
+        offset, size = self._span(0, self.shape[0])
+        return offset, offset + size
+
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop)."""
-        offset, size = self._span(start, stop)
-        with self.file.open("rb") as f:
+        """Rows [start, stop); raises as `read_into`."""
+        rows = torch.empty(stop - start, *self.shape[1:], dtype=self.torch_dtype)
+        self.read_into(start, rows)
+        return rows
+
+    def read_into(self, start: int, rows: Tensor) -> None:
+        """Fill a contiguous tensor of this type with rows from `start`.
+
+        Raises:
+            InputError: The file ends before them.
+        """
+        offset, _ = self._span(start, start + len(rows))
+        rest = bytes_of(rows)
+        with self.file.open("rb", buffering=0) as f:
             f.seek(offset)
-            raw = bytearray(f.read(size))
-        return torch.frombuffer(raw, dtype=self.torch_dtype).reshape(stop - start, *self.shape[1:])
+            while rest.nbytes:
+                if not (count := f.readinto(rest)):
+                    raise InputError("ends too early", where=str(self.file), hint="copy it again")
+                rest = rest[count:]
 
     def write(self, start: int, rows: Tensor) -> None:
         """Overwrite rows from `start`."""
         offset, _ = self._span(start, start + len(rows))
-        with self.file.open("r+b") as f:
+        rest = bytes_of(rows.to(self.torch_dtype).contiguous())
+        with self.file.open("r+b", buffering=0) as f:
             f.seek(offset)
-            f.write(rows.to(self.torch_dtype).contiguous().view(torch.uint8).numpy().tobytes())
+            while rest.nbytes:
+                rest = rest[f.write(rest) or 0 :]
 
 
 QUANTISED = (
