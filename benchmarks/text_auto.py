@@ -4,10 +4,11 @@ r"""What `merge auto` makes of a language model's adapters, step by step, where 
         --general DATA/glue/mrpc/train.parquet:sentence1 --seed 1
 
 RUN holds the arm's adapters (benchmarks/text_arms.py, `train:SEED:ARM`). Of each task --texts prompts are taken from the training rows; the
-task's own adapter writes an answer to each, and prompt and answer are the text on which merges are compared with that adapter, at all
-positions. Steps: chosen by fidelity; weights per adapter and module learnt; fitted front to back; repaired. Each is scored on the rows of
-`fixed` of text_arms.py, beside the adapters alone, and its KL to the base is taken on the general texts. RUN/records/auto-SEED-ARM.json
-is written anew after every step: what is there is not lost when time is up.
+task's own adapter writes an answer to each, and merges are compared with that adapter at the tokens of the answer (`--positions all`: at
+those of prompt and answer, as the first run did). Steps: chosen by fidelity; weights per adapter and module learnt; fitted front to
+back; repaired. Each is scored on the rows of `fixed` of text_arms.py, beside the adapters alone, and its KL to the base is taken on the
+general texts. RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written anew after every step: what is there is not lost when
+time is up.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from plait.evaluation.text import prompts_of
 from plait.evaluation.writing import endings, write_many
 from plait.fidelity.choose import HELD_OUT, choose, refined_weights
 from plait.fidelity.fitting import best_fit, fitted
-from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, read_place
@@ -81,26 +82,26 @@ class Record:
         run: The run.
         merger: The arm's adapters.
         panel: What fidelity is taken on.
-        name: SEED-ARM.
+        name: POSITIONS-SEED-ARM.
     """
 
     def __init__(self, run: Run, merger: Merger, panel: Panel, name: str) -> None:
         self.run, self.merger, self.panel, self.name = run, merger, panel, name
         self.rows = {t: {h: r[: run.rows] for h, r in s.halves.items()} for t, s in splits(run.layout).items()}
-        self.found: dict[str, Any] = {"tasks": list(merger.adapters), "steps": {}}
+        self.found: dict[str, Any] = {"tasks": list(merger.adapters), "steps": {}, "positions": panel.positions}
         self.started = time.time()
 
     def step(self, name: str, merge: Adapter, scale: float = 1.0, **more: Any) -> None:
         """Score a merge and write what there is."""
         seconds = time.time() - self.started
-        table = scored(self.run, lambda _: [(merge, scale)], self.rows, f"auto-{self.name}-{name.replace(' ', '_')}")
+        table = scored(self.run, lambda _: [(merge, scale)], self.rows, f"auto_{self.name}-{name.replace(' ', '_')}")
         fidelity = fidelities(self.panel, [(merge, scale)])[0]
         shift = general_shift(self.run, self.merger.adapters, [(merge, scale)])[0]
         self.found["steps"][name] = {
             "scores": table[0].round(3).tolist(), "general_kl": shift, "fidelity": fidelity.score,
             "seconds_until": round(seconds, 1), **more,
         }  # fmt: skip
-        file = self.run.out / "records" / f"auto-{self.name}.json"
+        file = self.run.out / "records" / f"auto_{self.name}.json"
         file.with_suffix(".part").write_text(json.dumps(self.found) + "\n")
         file.with_suffix(".part").rename(file)
         say(f"{name}: mean {table[0].mean():.2f}, fidelity {fidelity.score:.3f}, KL elsewhere {shift:.3f}")
@@ -110,10 +111,17 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
     """Every step of one arm."""
     merger, session = Merger(run, seed, arm), run.layout.session
     adapters = list(merger.adapters.values())
-    texts = written(run, merger.adapters, seed, a.texts, a.new_tokens)
-    length = session.recipe.data.max_length
-    panel = Panel(session.base, parts_of(adapters), texts, (), a.batch, length, _own=session.evaluator)
-    record = Record(run, merger, panel, f"{seed}-{arm}")
+    own = {
+        "_own": session.evaluator,
+        "new_tokens": a.new_tokens,
+        "positions": WRITTEN if a.positions == WRITTEN else "all",
+    }
+    if a.positions == WRITTEN:
+        texts = {n: session.training(n, seed).texts[: a.texts] for n in merger.adapters}
+    else:
+        texts = written(run, merger.adapters, seed, a.texts, a.new_tokens)
+    panel = Panel(session.base, parts_of(adapters), texts, (), a.batch, session.recipe.data.max_length, **own)
+    record = Record(run, merger, panel, f"{a.positions}-{seed}-{arm}")
     choice = patiently(
         lambda: choose(panel, adapters, methods=METHODS, scales=a.scales, refine=0, fit=False, on_progress=say)
     )
@@ -141,6 +149,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, required=True)
     p.add_argument("--arm", default="kaiming")
     p.add_argument("--texts", type=int, default=100)
+    p.add_argument("--positions", choices=[WRITTEN, "all"], default=WRITTEN)
     p.add_argument("--new-tokens", type=int, default=128, help="tokens an adapter writes after a prompt at most")
     p.add_argument("--steps", type=int, default=100, help="of weights and of the repair")
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=(0.4, 0.6, 0.9, 1.3))

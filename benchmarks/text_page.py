@@ -158,8 +158,8 @@ def expected_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[di
 def existing_of(records: dict[str, dict[str, Any]], condition: str) -> list[dict[str, Any]]:
     """Steps of benchmarks/text_auto.py: share kept of the arm's own adapters, without labels."""
     found = []
-    for key in (k for k in records if k.startswith("auto-")):
-        _, seed, arm = key.split("-", 2)
+    for key in (k for k in records if k.startswith("auto_")):
+        kind, seed, arm = key.split("-", 2)
         own, plain = records[f"fixed-{seed}-{arm}"], records[f"fixed-{seed}-{PLAIN}"]
         alone, floor, learnt = (np.array(x).mean(0) for x in (own["alone"], plain["floor"], plain["alone"]))
         counted = learnt - floor >= LEAST
@@ -167,7 +167,8 @@ def existing_of(records: dict[str, dict[str, Any]], condition: str) -> list[dict
             merged = np.array(r["scores"]).mean(0)
             shares = (merged - floor) / (alone - floor)
             found.append({
-                "condition": condition, "arm": arm, "seed": int(seed), "step": step, "recipe": r.get("recipe", ""),
+                "condition": condition, "arm": arm, "seed": int(seed), "positions": kind.removeprefix("auto_"),
+                "step": step, "recipe": r.get("recipe", ""),
                 "merged": merged.mean(), "recovered": shares[counted].mean(), "general_kl": r["general_kl"],
                 "fidelity": r["fidelity"], "seconds": r["seconds_until"],
                 "shares": dict(zip(records[key]["tasks"], shares.tolist(), strict=True)),
@@ -300,7 +301,7 @@ def page(
 OF_JOINT = """It takes as many steps as one adapter, each of 16 rows of every task, at the same rate: too few for the 77 intents
 of BANKING77, so that it is no upper bound."""
 EXISTING = """`benchmarks/text_auto.py`: 100 training prompts of each task, each answered by the task's own adapter; merges are compared
-with the adapters on prompt and answer, all positions alike, and no label is read. *Chosen* is the merge of the highest fidelity among
+with the adapters at the positions named, and no label is read. *Chosen* is the merge of the highest fidelity among
 four methods with and without pico and two scales, which grow at the edge; *weights learnt* multiplies its parts by numbers per adapter
 and module, found in 100 steps. Seconds on one H200 that scored other arms at the same time, writing the answers left out."""
 
@@ -314,11 +315,11 @@ def _expected(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _existing(found: Sequence[dict[str, Any]]) -> str:
-    lines = ["| adapters | step | merged | share kept, % | KL | fidelity | seconds |", "|---" * 7 + "|"]
+    lines = ["| adapters | positions | step | merged | share kept, % | KL | fidelity | seconds |", "|---" * 8 + "|"]
     for r in found:
         of = f" ({r['recipe']})" if r["recipe"] else ""
         lines.append(
-            f"| `{r['arm']}`, {r['condition']}, seed {r['seed']} | {r['step']}{of} | {r['merged']:.1f} | "
+            f"| `{r['arm']}`, {r['condition']}, seed {r['seed']} | {r['positions']} | {r['step']}{of} | {r['merged']:.1f} | "
             f"**{100 * r['recovered']:.0f}** | {r['general_kl']:.3f} | {r['fidelity']:.2f} | {r['seconds']:.0f} |"
         )
     names = list(found[0]["shares"])

@@ -92,7 +92,7 @@ def test_joint_training_stands_beside_the_plain_arms_own_adapters(page):
 def test_merges_without_labels_are_shares_of_own_adapters(page):
     records = {
         "fixed-1-kaiming": record([50.0, 60.0, 12.0], [40.0, 35.0, 12.0], [10.0, 10.0, 10.0]),
-        "auto-1-kaiming": {
+        "auto_all-1-kaiming": {
             "tasks": ["snli", "a", "b"],
             "steps": {
                 "chosen": {"scores": [[30.0, 60.0, 0.0]] * 2, "general_kl": 0.2, "fidelity": 0.5, "seconds_until": 9.0}
@@ -100,7 +100,9 @@ def test_merges_without_labels_are_shares_of_own_adapters(page):
         },
     }
     (row,) = page.existing_of(records, "told")
-    assert (row["arm"], row["seed"], row["step"], row["merged"]) == ("kaiming", 1, "chosen", 30.0)
+    assert (row["arm"], row["seed"], row["positions"], row["step"]) == ("kaiming", 1, "all", "chosen") and row[
+        "merged"
+    ] == 30.0
     assert row["recovered"] == pytest.approx((0.5 + 1.0) / 2)  # the third task is not learnt alone
 
 

@@ -85,11 +85,13 @@ def test_the_study_runs_whole(study):
         "12",
     )
     records = {f.stem: json.loads(f.read_text()) for f in (study / "run" / "records").glob("*.json")}
-    assert set(records) == {"fixed-1-kaiming", "fixed-1-contrastive", "curves-1-kaiming", "auto-1-kaiming"}
+    assert set(records) == {"fixed-1-kaiming", "fixed-1-contrastive", "curves-1-kaiming", "auto_written-1-kaiming"}
     assert records["fixed-1-kaiming"]["tasks"] == ["one", "two"] and records["fixed-1-kaiming"]["floor"] is not None
     assert {"task_arithmetic", "iso_c"} <= set(records["fixed-1-kaiming"]["merges"])
-    assert set(records["auto-1-kaiming"]["steps"]) == {"chosen", "weights learnt", "fitted", "repaired"}
-    assert all(len(s["scores"]) == 2 and len(s["scores"][0]) == 2 for s in records["auto-1-kaiming"]["steps"].values())
+    assert set(records["auto_written-1-kaiming"]["steps"]) == {"chosen", "weights learnt", "fitted", "repaired"}
+    assert all(
+        len(s["scores"]) == 2 and len(s["scores"][0]) == 2 for s in records["auto_written-1-kaiming"]["steps"].values()
+    )
     before = {f: f.stat().st_mtime_ns for f in (study / "run" / "records").glob("*.json")}
     call(study, "text_arms.py", "--do", "train:1 fixed:1")  # what is there is not done again
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
