@@ -12,6 +12,7 @@ from plait.disk.store import identity
 from plait.errors import InputError, UsageError
 from plait.model.base import load_task_model, load_tokenizer
 from plait.statistics import collect_statistics
+from plait.statistics.curvature import collect_curvature
 from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, attach_constraint, prepare_constraint, train_adapter, train_fleet
 from plait.training.constraints import Cell, Constraint, Enforcer, Rule, penalty_gradients
@@ -21,6 +22,7 @@ from tests.training.conftest import make_adapter, make_examples, make_task
 
 SETTINGS = TrainingSettings(steps=20, lr=5e-3, batch_size=8, max_length=24)
 OPTIONS = {"free": {}, "frozen": {}, "projected": {"m": 6}, "penalised": {"beta": 0.5}}
+CURVED = "penalised, curved"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def statistics(tiny_base):
                 task = make_task(name)
                 rows = encode(tokenizer, task, make_examples(task, 40, seed=10 + i), 24)
                 model = load_task_model(base, task, seed=0)
-                found[name] = collect_statistics(model, batches(tokenizer, rows, 8), TARGETS[architecture])
+                own = collect_statistics(model, batches(tokenizer, rows, 8), TARGETS[architecture])
+                curvature = collect_curvature(model, batches(tokenizer, rows, 8), list(own.modules))
+                found[name] = dataclasses.replace(own, curvature=curvature)
             known[architecture] = found
         return known[architecture]
 
@@ -44,6 +48,10 @@ def statistics(tiny_base):
 
 
 def with_constraint(kind):
+    if kind == CURVED:
+        return dataclasses.replace(
+            SETTINGS, constraint="penalised", constraint_options={"beta": 0.5, "curvature": True}, scale_from=0.5
+        )
     return dataclasses.replace(SETTINGS, constraint=kind, constraint_options=OPTIONS[kind])
 
 
@@ -59,7 +67,15 @@ def in_span(adapter, constraint):
 
 def penalty_of(adapter, constraint):
     return sum(
-        rule.weight * float(torch.trace(f.delta(torch.float64) @ rule.matrix.double() @ f.delta(torch.float64).T))
+        rule.weight
+        * float(
+            torch.trace(
+                (torch.eye(f.shape[0]) if rule.outputs is None else rule.outputs).double()
+                @ f.delta(torch.float64)
+                @ rule.matrix.double()
+                @ f.delta(torch.float64).T
+            )
+        )
         for f, rule in ((adapter.modules[m], r) for m, r in constraint.rules.items())
     )
 
@@ -76,6 +92,83 @@ def test_penalty_gradients_are_those_of_autograd():
         values, of_A, of_B = penalty_gradients(A, B, A @ M, weight)
     assert torch.allclose(values.sum(), value)
     assert torch.allclose(of_A, expected[0]) and torch.allclose(of_B, expected[1])
+
+
+def test_penalty_with_curvature_is_the_dense_one():
+    g = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(3, *s, generator=g).double().requires_grad_() for s in ((4, 10), (7, 4)))
+    M, G = (x.transpose(1, 2) @ x for x in (torch.randn(3, 20, d, generator=g).double() for d in (10, 7)))
+    weight = torch.tensor([0.5, 1.0, 2.0]).double()[:, None, None]
+    D = B @ A
+    value = (weight[:, 0, 0] * (G @ D @ M @ D.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)).sum()
+    expected = torch.autograd.grad(value, (A, B))
+    with torch.no_grad():
+        values, of_A, of_B = penalty_gradients(A, B, A @ M, weight, G @ B)
+    assert torch.allclose(values.sum(), value)
+    assert torch.allclose(of_A, expected[0]) and torch.allclose(of_B, expected[1])
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_cells_that_share_inputs_and_outputs_are_each_penalised_right(uneven):
+    g = torch.Generator().manual_seed(0)
+    M1, M2, G1, G2, G3 = (x.T @ x for x in (torch.randn(20, d, generator=g) for d in (8, 8, 5, 5, 5)))
+    pairs = [(M1, G1), (M2, G2), (M1, G3), (M2, G2), (M1, G1), (M1, G3)] + [(M1, G1)] * uneven
+    made, expected = [], 0.0
+    for M, G in pairs:
+        A, B = torch.randn(2, 8, generator=g), torch.randn(5, 2, generator=g)
+        made.append(Cell(A, B, torch.zeros(2, 8), torch.zeros(5, 2), 2.0, Rule(M, 0.1, G)))
+    plain = Cell(
+        torch.randn(2, 8, generator=g),
+        torch.randn(5, 2, generator=g),
+        torch.zeros(2, 8),
+        torch.zeros(5, 2),
+        1.0,
+        Rule(M1, 0.1),
+    )
+    enforcer = Enforcer([*made, plain])
+    enforcer.before_step()
+    for c in [*made, plain]:
+        A, B = (x.clone().requires_grad_() for x in (c.A, c.B))
+        G = torch.eye(5) if c.rule.outputs is None else c.rule.outputs
+        value = 0.1 * c.scaling**2 * torch.trace(G @ B @ A @ c.rule.matrix @ A.T @ B.T)
+        for x, y in zip(torch.autograd.grad(value, (A, B)), (c.A_gradient, c.B_gradient), strict=True):
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-3)
+        expected += float(value.detach())
+    assert enforcer.penalty() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_even_curvature_is_the_penalty_without_it(tiny_base, statistics):
+    start = make_adapter(tiny_base("bert"), make_task(), "bert")
+    known = {
+        t: dataclasses.replace(s, curvature={n: 3.0 * torch.eye(m.shape[0]) for n, m in s.modules.items()})
+        for t, s in statistics("bert").items()
+    }
+    curved = prepare_constraint(with_constraint(CURVED), start, known, task="topic")
+    plain = prepare_constraint(with_constraint("penalised"), start, known, task="topic")
+    for module, rule in curved.rules.items():
+        assert torch.allclose(rule.outputs, torch.eye(len(rule.outputs)))
+        assert (rule.weight, plain.rules[module].outputs) == (plain.rules[module].weight, None)
+    without = {t: dataclasses.replace(s, curvature={}) for t, s in known.items()}
+    with pytest.raises(UsageError, match="hold no curvature"):
+        prepare_constraint(with_constraint(CURVED), start, without, task="topic")
+
+
+def test_a_penalty_of_nothing_moves_nothing(tiny_base, statistics, tmp_path):
+    """A weight of zero says that a rule projects."""
+    base, task = tiny_base("bert"), make_task()
+    members = [
+        Member(
+            make_adapter(base, task, "bert"), task, make_examples(task), settings, 0, tmp_path / settings.constraint,
+            identity("train", {"c": settings.constraint}), statistics("bert"),
+        )
+        for settings in (
+            dataclasses.replace(SETTINGS, steps=4),
+            dataclasses.replace(SETTINGS, steps=4, constraint="penalised", constraint_options={"beta": 0.0}),
+        )
+    ]  # fmt: skip
+    free, nothing = train_fleet(members, base)
+    for name, f in free.modules.items():
+        assert torch.allclose(f.delta(), nothing.modules[name].delta(), atol=1e-6)
 
 
 def test_cells_that_share_unevenly_are_each_done_right():
@@ -142,7 +235,7 @@ def test_penalty_is_added_once_a_step_in_a_plain_loop_with_accumulation(tiny_bas
         assert torch.equal(f.A, results[1].modules[name].A)
 
 
-@pytest.mark.parametrize("kind", list(OPTIONS))
+@pytest.mark.parametrize("kind", [*OPTIONS, CURVED])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_fleet_equals_solo(tiny_base, statistics, tmp_path, kind, architecture):
     base = tiny_base(architecture)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from plait.runs.sections import ArmSpec
 from plait.runs.session import Session, task_of
 from plait.runs.units import FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, Unit
 from plait.tasks import Task
-from plait.training.settings import TrainingSettings
+from plait.training.settings import TrainingSettings, identity_of
 
 Mend = Callable[[Path, PlaitError], None]
 T = TypeVar("T")
@@ -251,7 +251,7 @@ class Layout:
 
         recipe, arm = self.recipe, self.recipe.arm(unit.arm)
         settings = self.settings(unit)
-        training = {k: v for k, v in asdict(settings).items() if k not in NOT_IDENTITY}
+        training = {k: v for k, v in identity_of(settings).items() if k not in NOT_IDENTITY}
         start = {k: getattr(arm, k) for k in ("method", "row_norm", "options", "known", "background")}
         lora = recipe.lora.model_dump(exclude_none=True) | ({"rank": arm.rank} if arm.rank else {})
         options: Json = {"start": start, "lora": lora, "training": training, "data": self.data}

@@ -10,6 +10,7 @@ from plait.adapters.lora import Adapter
 from plait.border.checked import Json
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
+from plait.runs.curved import with_curvature
 from plait.runs.layout import Layout, cost
 from plait.runs.reporting import Report
 from plait.runs.sources import adapters_of, diverged, merged_of, statistics_of
@@ -86,6 +87,9 @@ def _members(unit: Unit, layout: Layout) -> list[Member]:
     statistics, background = statistics_of(unit, layout)
     initial = _initial(unit, layout, statistics, background)
     constrained = statistics if settings.constraint not in ("free", "frozen") else None
+    if constrained and settings.constraint_options.get("curvature"):
+        key = (layout.path(layout.statistics_unit(unit)), "curvature")
+        constrained = layout.cached(key, lambda: with_curvature(statistics, layout.session, unit.seed))
     return [_member(unit, layout, t, initial[t], settings, constrained) for t in layout.session.tasks]
 
 

@@ -149,7 +149,7 @@ def collect_fisher(
     Cost:
         One forward and one backward pass, and out * in multiplications per token and module.
     """
-    layers = {name: _submodule(model, name) for name in modules}
+    layers = {name: submodule(model, name) for name in modules}
     sums: dict[str, Tensor] = {}
     examples = 0
     was_training = model.training
@@ -157,7 +157,7 @@ def collect_fisher(
     try:
         for batch in batches:
             inputs = {k: v for k, v in batch.items() if k != "labels"}
-            with _recording(layers) as seen, torch.enable_grad():
+            with recording(layers) as seen, torch.enable_grad():
                 log_likelihood = _log_likelihood(model(**inputs).logits, batch, labels, generator)
                 outputs = [seen[name][1] for name in layers]
                 gradients = torch.autograd.grad(log_likelihood.sum(), outputs)
@@ -174,7 +174,12 @@ def collect_fisher(
     return FisherDiagonal.held({n: s / examples for n, s in sums.items()}, examples, labels=labels)
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Find the one module of a name, whole or relative to some backbone.
+
+    Raises:
+        UsageError: None, or several.
+    """
     hits: list[nn.Module] = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")]
     if len(hits) != 1:
         raise UsageError(f"{len(hits)} modules of the model are named {name!r}, expected one")
@@ -182,7 +187,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def _recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """While open, each module's input is kept, and its output made to need a gradient."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -212,7 +217,7 @@ def _log_likelihood(
         raise UsageError("the batches hold no labels", hint='labels="sampled" needs none')
     scores = logits.float().log_softmax(-1)
     if scores.ndim == 2:
-        chosen = batch["labels"] if labels == "given" else _draw(scores, generator)
+        chosen = batch["labels"] if labels == "given" else draw(scores, generator)
         return scores.gather(1, chosen[:, None])[:, 0]
     scores = scores[:, :-1]
     real = batch["attention_mask"][:, 1:].bool()
@@ -220,11 +225,12 @@ def _log_likelihood(
         chosen = batch["labels"][:, 1:]
         real = real & (chosen >= 0)
     else:
-        chosen = _draw(scores.flatten(0, 1), generator).view(scores.shape[:2])
+        chosen = draw(scores.flatten(0, 1), generator).view(scores.shape[:2])
     return (scores.gather(2, chosen.clamp(min=0)[..., None])[..., 0] * real).sum(1)
 
 
-def _draw(scores: Float[Tensor, "n c"], generator: torch.Generator | None) -> Tensor:
+def draw(scores: Float[Tensor, "n c"], generator: torch.Generator | None) -> Tensor:
+    """Draw one class a row from log-probabilities; (n,), on their device."""
     return torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)[:, 0].to(scores.device)
 
 

@@ -216,12 +216,15 @@ class Statistics:
         provenance: Base, hashes, target modules, pool, samples, tokens, template, dtype, backbone_prefix, task,
             task_type (PEFT's, of the model that was run), schema.
         sha256: Hash of the file they were read from, "" where there is none.
+        curvature: Module, relative to the backbone -> (out, out) second moment of gradients at its output
+            (`plait.statistics.curvature`); empty where nobody asked for it. Files do not hold it.
     """
 
     sites: Mapping[str, Moments]
     modules: Mapping[str, ModuleInfo]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    curvature: Mapping[str, Tensor] = field(default_factory=dict)
 
     def moments_for(self, module: str) -> Moments | None:
         """Moments of what a module reads; the name may carry the recorded backbone prefix. None where unknown."""

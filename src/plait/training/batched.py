@@ -24,7 +24,7 @@ from plait.model.stacked import StackedFactors, by_member, padded_factors, stack
 from plait.training.constraints import Cell, Constraint, Enforcer
 from plait.training.flat import FlatParameters, Slot, lay_out, tensors_of
 from plait.training.losses import member_sums
-from plait.training.settings import TrainingSettings
+from plait.training.settings import TrainingSettings, scale_order
 
 HEAD = "head."
 
@@ -40,6 +40,7 @@ class Prepared:
         settings: Its own.
         total: Its steps, the same for all of a batch.
         constraint: What is done to its factors around each step.
+        seed: Of its training; drawn scales follow it.
     """
 
     adapter: Adapter
@@ -48,6 +49,7 @@ class Prepared:
     settings: TrainingSettings
     total: int
     constraint: Constraint = field(default_factory=Constraint)
+    seed: int = 0
 
     @property
     def head(self) -> Mapping[str, Tensor]:
@@ -118,12 +120,19 @@ class BatchedAdapters:
         """Make everything that refers to the trained numbers: hooks' factors, constraints, rates, masks."""
         leaves, n = self.parameters.leaves, len(self.prepared)
         # What the hooks multiply by: the factors' leaves, in the dtype of the pass.
+        settings = [t.settings for t in self.prepared]
+        draws = any(s.scale_from < 1 for s in settings)
         self.updates = {}
         for m in self.shapes:
             scalings = [t.adapter.modules[m].scaling if m in t.adapter.modules else 1.0 for t in self.prepared]
-            scaling = scalings[0] if len(set(scalings)) == 1 else self._column(scalings)[:, :, None]
+            one = len(set(scalings)) == 1 and not draws
+            scaling = scalings[0] if one else self._column(scalings)[:, :, None]
             self.updates[m] = StackedFactors(leaves[f"{m}.A", 0], leaves[f"{m}.B", 0], scaling)
-        settings = [t.settings for t in self.prepared]
+        # Drawn scales: (steps, members); and every module's own scalings beside the ones in use, which are their multiples.
+        drawn = [scale_order(t.settings, t.total, t.seed) for t in self.prepared] if draws else []
+        self.drawn = torch.from_numpy(np.stack(drawn, 1)).float().to(self.device) if draws else None
+        used = [u.scaling for u in self.updates.values() if isinstance(u.scaling, Tensor)]
+        self.scalings = [(own.clone(), own) for own in used]
         # Members that train one adapter together, by the name that ties them.
         names = [s.tied for s in settings]
         self.tied = [[i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names) if name]
@@ -175,6 +184,9 @@ class BatchedAdapters:
         """
         flat = self.parameters
         flat.clear_gradients()
+        if self.drawn is not None:
+            for own, scaling in self.scalings:
+                torch.mul(own, self.drawn[index][:, None, None], out=scaling)
         # Forward and backward: a member's loss is the mean over its own items, whatever passes its rows are cut into.
         # The sum over members keeps their gradients apart, since no number belongs to two of them.
         losses = torch.zeros(len(self.prepared), dtype=torch.float32, device=self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,35 @@ class ConstraintCallback(TrainerCallback):
         """Take it off."""
         if self._remove is not None:
             self._remove()
+
+
+class DrawnScales(TrainerCallback):
+    """Scales the update by another number in every step; between steps it is what it is.
+
+    Args:
+        scales: One number a step, from `plait.training.settings.scale_order`.
+        model: The PeftModel, its adapter named default.
+    """
+
+    def __init__(self, scales: Sequence[float], model: Any) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self.scales = scales
+        self.layers: list[tuple[Any, float]] = [
+            (m, m.scaling["default"]) for m in model.modules() if isinstance(m, LoraLayer)
+        ]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Scale it for all passes of the step."""
+        self._set(self.scales[state.global_step])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put it back: whoever looks at the adapter after a step sees it whole."""
+        self._set(1.0)
+
+    def _set(self, scale: float) -> None:
+        for layer, scaling in self.layers:
+            layer.scaling["default"] = scaling * scale
 
 
 class Snapshots(TrainerCallback):

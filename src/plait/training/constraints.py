@@ -1,8 +1,9 @@
 """Keeping A in its subspace while training: four constraints, as arithmetic around an optimiser step.
 
 `free` does nothing. `frozen` never moves A. `projected` sends A back after each step, A <- A Q^T Q. `penalised` adds
-the gradient of beta * sum over modules of tr(D m D^T) / tr(W0 m W0^T) before each step, with D = s B A and m the other
-tasks' mean normalised second moment: the relative shift of their outputs.
+the gradient of beta * sum over modules of tr(G D m D^T) / tr(W0 m W0^T) before each step, with D = s B A and m the other
+tasks' mean normalised second moment: the relative shift of their outputs. G is the identity, or where curvature is known the
+second moment of gradients there, its mean eigenvalue 1: then shifts count by what they do to predictions.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ class Rule:
     Args:
         matrix: (m, d) orthonormal rows to project on, or the others' (d, d) moment; shared where modules share an input.
         weight: beta / tr(W0 m W0^T) of a penalty; 0 for a projection.
+        outputs: (out, out) symmetric G of a penalty; None for the identity.
     """
 
     matrix: Tensor
     weight: float = 0.0
+    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +78,36 @@ def projected_rows(A: Float[Tensor, "n r d"], Q: Float[Tensor, "n m d"]) -> Floa
 
 
 def penalty_gradients(
-    A: Float[Tensor, "n r d"], B: Float[Tensor, "n out r"], AM: Float[Tensor, "n r d"], weight: Float[Tensor, "n 1 1"]
+    A: Float[Tensor, "n r d"],
+    B: Float[Tensor, "n out r"],
+    AM: Float[Tensor, "n r d"],
+    weight: Float[Tensor, "n 1 1"],
+    GB: Float[Tensor, "n out r"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value and gradients of weight * tr(B A M A^T B^T), M symmetric.
+    """Value and gradients of weight * tr(G B A M A^T B^T), M and G symmetric.
 
     Args:
         A: Factor.
         B: Factor.
         AM: A M, which the caller computes (adapters that share M share the product).
         weight: beta s^2 / tr(W0 M W0^T).
+        GB: G B; None where G is the identity.
 
     Returns:
-        (n,) values, gradients of A and of B: 2 w (B^T B) A M and 2 w B (A M A^T).
+        (n,) values, gradients of A and of B: 2 w (B^T G B) A M and 2 w G B (A M A^T).
     """
+    GB = B if GB is None else GB
     inner = torch.bmm(AM, A.transpose(1, 2))
-    gram = torch.bmm(B.transpose(1, 2), B)
+    gram = torch.bmm(B.transpose(1, 2), GB)
     values = (weight[:, 0, 0]) * (gram * inner).sum((1, 2))
-    return values, 2 * weight * torch.bmm(gram, AM), 2 * weight * torch.bmm(B, inner)
+    return values, 2 * weight * torch.bmm(gram, AM), 2 * weight * torch.bmm(GB, inner)
 
 
 class Enforcer:
     """Applies constraints to cells before and after an optimiser step; cells of one shape in one batched product.
 
-    Cost: two (r, d) x (d, m) products a module for a projection; one (r, d) x (d, d) for a penalty. The matrices are held
-    once more on the cells' device, stacked.
+    Cost: two (r, d) x (d, m) products a module for a projection; one (r, d) x (d, d) for a penalty, and with curvature one
+    (out, out) x (out, r). The matrices are held once more on the cells' device, stacked.
     """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
@@ -126,50 +135,66 @@ class Enforcer:
         return float(sum(float(batch.penalty()[0].sum()) for batch in self._penalised))
 
 
-class _Batch:
-    """Cells of one shape, ordered by the matrix they use; `stacks` are shared with batches that use the same matrices."""
+class _Stack:
+    """One matrix for each of some cells, each held once where it serves as many cells as the others do.
 
-    def __init__(self, cells: Sequence[Cell], stacks: dict[tuple[Any, ...], Tensor]) -> None:
-        keys = [id(c.rule.matrix) for c in cells]
-        distinct = list(dict.fromkeys(keys))
-        cells = [c for k in distinct for c, key in zip(cells, keys, strict=True) if key == k]
-        counts = {keys.count(k) for k in distinct}
-        device = cells[0].A.device
-        every = {id(c.rule.matrix): c.rule.matrix for c in cells}
-        # Where each matrix serves equally many cells their rows are stacked under it; otherwise it is repeated.
-        self.sharing = counts.pop() if len(counts) == 1 else 1
-        chosen = (
-            [every[k] for k in distinct]
-            if self.sharing * len(distinct) == len(cells)
-            else [c.rule.matrix for c in cells]
-        )
-        same = (device, *map(id, chosen))  # such as those of v, with another number of outputs than q
+    Args:
+        matrices: In the order of the cells; those that are one tensor stand together.
+        device: Where the cells are.
+        stacks: What other batches have stacked already, such as the inputs' moments of v, with another number of outputs than q.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], device: torch.device, stacks: dict[tuple[Any, ...], Tensor]) -> None:
+        keys = [id(m) for m in matrices]
+        distinct = {id(m): m for m in matrices}
+        even = len({keys.count(k) for k in distinct}) == 1
+        chosen = list(distinct.values()) if even else list(matrices)
+        same = (device, *map(id, chosen))
         if same not in stacks:
             stacks[same] = torch.stack([m.to(device, torch.float32) for m in chosen])
         self.matrices = stacks[same]
+
+    def under(self, rows: Tensor) -> Tensor:
+        """(matrices, sharing * r, d): the rows of all cells of a matrix beneath each other."""
+        return rows.reshape(len(self.matrices), -1, rows.shape[-1])
+
+    def times(self, rows: Tensor) -> Tensor:
+        """(n, r, d) rows of every cell times its matrix."""
+        return torch.bmm(self.under(rows), self.matrices).view(rows.shape)
+
+
+class _Batch:
+    """Cells of one shape, ordered by the matrices they use; `stacks` are shared with batches that use the same ones."""
+
+    def __init__(self, cells: Sequence[Cell], stacks: dict[tuple[Any, ...], Tensor]) -> None:
+        groups: dict[int, dict[int, list[Cell]]] = {}
+        for c in cells:
+            groups.setdefault(id(c.rule.matrix), {}).setdefault(id(c.rule.outputs), []).append(c)
+        cells = [c for inner in groups.values() for each in inner.values() for c in each]
+        device = cells[0].A.device
+        self.inputs = _Stack([c.rule.matrix for c in cells], device, stacks)
+        outputs = [c.rule.outputs for c in cells if c.rule.outputs is not None]
+        self.outputs = _Stack(outputs, device, stacks) if outputs else None  # all or none: see `_by_shape`
         self.As, self.Bs = [c.A for c in cells], [c.B for c in cells]
         self.A_gradients, self.B_gradients = [c.A_gradient for c in cells], [c.B_gradient for c in cells]
         weights = [c.rule.weight * c.scaling**2 for c in cells]
         self.weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None]
 
-    def _under(self, A: Tensor) -> Tensor:
-        """(matrices, sharing * r, d): the rows of all cells of a matrix beneath each other."""
-        return A.reshape(len(self.matrices), -1, A.shape[-1])
-
     def projected(self) -> Tensor:
         A = torch.stack(self.As).float()
-        return projected_rows(self._under(A), self.matrices).view(A.shape)
+        return projected_rows(self.inputs.under(A), self.inputs.matrices).view(A.shape)
 
     def penalty(self) -> tuple[Tensor, Tensor, Tensor]:
         A, B = torch.stack(self.As).float(), torch.stack(self.Bs).float()
-        AM = torch.bmm(self._under(A), self.matrices).view(A.shape)
-        return penalty_gradients(A, B, AM, self.weight)
+        GB = None if self.outputs is None else self.outputs.times(B.mT.contiguous()).mT
+        return penalty_gradients(A, B, self.inputs.times(A), self.weight, GB)
 
 
 def _by_shape(cells: Sequence[Cell]) -> list[list[Cell]]:
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.A.shape, cell.B.shape, cell.rule.matrix.shape), []).append(cell)
+        key = (cell.A.shape, cell.B.shape, cell.rule.matrix.shape, cell.rule.outputs is None)
+        groups.setdefault(key, []).append(cell)
     return list(groups.values())
 
 

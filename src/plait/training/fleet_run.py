@@ -84,7 +84,7 @@ class Shared:
             if full not in constraints:
                 constraints[full] = prepare_constraint(s, adapter, m.statistics, task=m.task.name, device=self.device)
             total = s.total_steps(len(m.examples))
-            prepared.append(Prepared(adapter, number, m.task.kind, s, total, constraints[full]))
+            prepared.append(Prepared(adapter, number, m.task.kind, s, total, constraints[full], m.seed))
         return prepared
 
     def _encode(self) -> None:

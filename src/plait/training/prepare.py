@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def prepare_constraint(
     Args:
         settings: `constraint` and `constraint_options`: for "projected" ``m`` (rows of the span, default 128),
             ``method`` ("contrastive" by default, or "osrm": whose first m directions) and its ``rho``; for "penalised"
-            ``beta`` (default 1).
+            ``beta`` (default 1) and ``curvature``: whether shifts count by the others' curvature, which the statistics hold then.
         adapter: Which modules.
         statistics: Task -> statistics, of all tasks; not needed for "free" and "frozen". Exact, sketched or compressed, read or
             opened: of those that stay in their files one site at a time is in memory.
@@ -58,7 +58,9 @@ def prepare_constraint(
     if kind == "projected":
         return Constraint(kind, _spans(adapter, statistics, task, options, device))
     beta = float(options.get("beta", 1.0))
-    return Constraint(kind, _penalties(adapter, statistics, task, beta))
+    if beta == 0:
+        return Constraint(kind)
+    return Constraint(kind, _penalties(adapter, statistics, task, beta, curved=bool(options.get("curvature"))))
 
 
 def _spans(
@@ -108,8 +110,14 @@ def _require_usable(statistics: Mapping[str, Statistics], adapter: Adapter, task
             )
 
 
-def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str, beta: float) -> dict[str, Rule]:
-    """The others' mean m of every site, each task counting the same, and beta / tr(W0 m W0^T) of every module."""
+def _penalties(
+    adapter: Adapter, statistics: Mapping[str, Statistics], task: str, beta: float, *, curved: bool
+) -> dict[str, Rule]:
+    """The others' mean m of every site, each task counting the same, and beta / tr(W0 m W0^T) of every module.
+
+    **Deviates**: Curvature is the others' mean too, one G beside one m, its mean eigenvalue 1 and the denominator without it; a sum
+    of tr(G_j D m_j D^T) would take as many products as there are others.
+    """
     others = [s for name, s in statistics.items() if name != task]
     names = {module: others[0].relative(module) for module in adapter.modules}
     means: dict[str, Tensor] = {}
@@ -131,5 +139,18 @@ def _penalties(adapter: Adapter, statistics: Mapping[str, Statistics], task: str
                 where=f"task {task}",
                 hint="training.constraint=free, or leave the module out",
             )
-        rules[module] = Rule(means[site], beta / energy)
+        rules[module] = Rule(means[site], beta / energy, _mean_curvature(others, name, task) if curved else None)
     return rules
+
+
+def _mean_curvature(others: Sequence[Statistics], name: str, task: str) -> Tensor:
+    """(out, out) mean over tasks of G / tr G, times out."""
+    known = [s.curvature.get(name) for s in others]
+    if any(G is None or not G.diagonal().sum() > 0 for G in known):
+        raise UsageError(
+            f"the statistics hold no curvature of {name}",
+            where=f"task {task}",
+            hint="plait run and plait study collect it where an arm asks for it; files of statistics do not hold it",
+        )
+    parts = [G / G.diagonal().sum() for G in known if G is not None]
+    return torch.stack(parts).sum(0) * (len(parts[0]) / len(parts))

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from plait.border.checked import LARGEST_NUMBER, Record, shown
+from plait.border.checked import LARGEST_NUMBER, Json, Record, shown
 from plait.errors import UsageError
 
 SCHEDULES = ("linear", "cosine", "constant")
 CONSTRAINTS = ("free", "frozen", "projected", "penalised")
 WITH_STATISTICS = "penalised"  # what `plait train --statistics` does where nothing is named: docs/study/findings.md
-CONSTRAINT_OPTIONS = {"projected": {"m", "method", "rho"}, "penalised": {"beta"}}
+CONSTRAINT_OPTIONS = {"projected": {"m", "method", "rho"}, "penalised": {"beta", "curvature"}}
 _WHERE = "training settings"
+_LATER = {"scale_from": 1.0}  # settings that came after the first results, and what off is
 PRECISIONS = ("fp32", "bf16")
 LARGEST_BATCH = 1 << 16  # rows are drawn for whole steps: with more, a slip of the hand asks for all memory there is
 LARGEST_STEPS, LARGEST_EPOCHS = 10**9, 10**6  # centuries; the order of all rows is drawn before the first step
@@ -49,7 +50,7 @@ class TrainingSettings:
         snapshots: Steps after which the adapter of that moment is kept under ``steps/NNNNNN`` in its folder.
         constraint: How A is kept in its subspace (see `plait.training.constraints`). Where `plait train` is given statistics
             and nothing names a constraint, it is `WITH_STATISTICS`.
-        constraint_options: Its options: ``m``, ``beta``, ``method``.
+        constraint_options: Its options: ``m``, ``method``, ``rho``; ``beta``, ``curvature``.
         precision: "fp32", or "bf16" for autocast around the forward pass; factors and optimiser stay float32.
         evaluate_every: Steps between scores on the selection rows, where those are given; the best adapter is kept.
         patience: Evaluations without a better score after which training stops; None trains to the end.
@@ -57,6 +58,8 @@ class TrainingSettings:
             adapter and head stay whole in each.
         report_to: Trackers of the HF Trainer ("tensorboard", "wandb", "trackio"); none by default. The run is named after
             the adapter's folder; TensorBoard's files lie beside it in ``NAME.runs``.
+        scale_from: The update of every step is scaled by a number drawn evenly from here to 1, so that an adapter works at
+            smaller scales too, as a merge will use it; 1 for off. Source: DELTA, arXiv 2605.18993.
         tied: Members of a fleet with one name here train one adapter together, each on its own task and with its own
             head: joint multi-task training. They start from the same factors.
     """
@@ -84,6 +87,7 @@ class TrainingSettings:
     shard_base: bool = False
     report_to: tuple[str, ...] = ()
     tied: str | None = None
+    scale_from: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -114,7 +118,16 @@ class TrainingSettings:
             _refuse("accumulation", self.accumulation, f"a divisor of batch_size {self.batch_size}")
 
     def _check_numbers(self) -> None:
-        for name in ("lr", "epochs", "head_lr", "weight_decay", "max_grad_norm", "warmup_ratio", "dropout"):
+        for name in (
+            "lr",
+            "epochs",
+            "head_lr",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_ratio",
+            "dropout",
+            "scale_from",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 _refuse(name, value, "a number")
@@ -137,6 +150,8 @@ class TrainingSettings:
         _within("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
         _within("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
         _within("dropout", self.dropout, 0.0, 1.0)
+        if not 0.0 < self.scale_from <= 1.0:
+            _refuse("scale_from", self.scale_from, "a number above 0 and at most 1")
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps on this many rows."""
@@ -151,6 +166,33 @@ class TrainingSettings:
         if self.schedule == "linear":
             return max(0.0, 1.0 - done)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))) if self.schedule == "cosine" else 1.0
+
+
+def identity_of(settings: TrainingSettings) -> Json:
+    """Say all settings, as an identity of what is trained by them holds them.
+
+    Those that were added after results had been written are left out where they are off: these stay what they were.
+    """
+    whole = asdict(settings)
+    return {k: v for k, v in whole.items() if k not in _LATER or v != _LATER[k]}
+
+
+def scale_order(settings: TrainingSettings, total: int, seed: int) -> npt.NDArray[np.float64]:
+    """Draw what the update of each step is scaled by; a function of the seed alone, as `row_order` is.
+
+    >>> scale_order(TrainingSettings(steps=2), 2, seed=0).tolist()
+    [1.0, 1.0]
+
+    Args:
+        settings: `scale_from` is the least.
+        total: Steps.
+        seed: Seed of the run.
+
+    Returns:
+        (total,) numbers from `scale_from` to 1.
+    """
+    rng = np.random.default_rng([seed, 0x5343414C])  # "SCAL"
+    return settings.scale_from + (1.0 - settings.scale_from) * rng.random(total)
 
 
 def sweep(settings: TrainingSettings, rates: Iterable[float]) -> list[TrainingSettings]:
@@ -194,6 +236,7 @@ def _check_constraint(kind: str, options: object) -> None:
     given.number("beta", 0.0, default=1.0)
     given.number("rho", 0.0, default=1.0)
     given.integer("m", 1, default=128)
+    given.flag("curvature", False)
     given.text("method", "contrastive")
 
 

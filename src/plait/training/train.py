@@ -40,7 +40,7 @@ from plait.training.checkpoints import (
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.record import TrainRecord
-from plait.training.settings import TrainingSettings
+from plait.training.settings import TrainingSettings, scale_order
 from plait.training.sharding import average_adapter, shard_base
 
 
@@ -133,7 +133,7 @@ def _run(
     statistics: Mapping[str, Statistics] | None,
     selection: Examples | None,
 ) -> tuple[Adapter, TrainRecord]:
-    from plait.training.callbacks import ConstraintCallback, Snapshots, Watcher
+    from plait.training.callbacks import ConstraintCallback, DrawnScales, Snapshots, Watcher
     from plait.training.selection import BestAdapter
     from plait.training.trainer import TaskTrainer, training_arguments
 
@@ -144,7 +144,9 @@ def _run(
     rows, cut = encode_counted(tokenizer, task, examples, settings.max_length)
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
     total = settings.total_steps(len(rows))
+    drawn = [DrawnScales(scale_order(settings, total, seed).tolist(), peft_model)] if settings.scale_from < 1 else []
     callbacks: list[Any] = [
+        *drawn,  # first: it puts the scale back before the others look
         Watcher(progress),
         ConstraintCallback(constraint, peft_model),
         Snapshots(settings.snapshots, root, peft_model, started),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,12 +204,13 @@ def _member(
     from plait.model.identity import base_facts
     from plait.statistics.agreement import require_base
     from plait.training import Member
+    from plait.training.settings import identity_of
 
     settings = session.recipe.training_of(arm)
     start = read_adapter(folder, name=task)
     inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
     options = {
-        "training": asdict(settings),
+        "training": identity_of(settings),
         "data": session.data_identity(task),
         "rows": session.recipe.data.train_rows,
     }
