@@ -157,17 +157,18 @@ def repaired_in(
 ) -> tuple[Distilled, Mapping[str, float]]:
     """Repair in as many steps as fit into some seconds, and say how many they were and how long they took."""
 
-    def learnt(steps: int) -> tuple[Distilled, float]:
+    def learnt(steps: int) -> tuple[Distilled, float, float]:
         begun = clock()
         fresh = replace(panel, answers={}) if mode == OFF else panel  # its adapters' writing belongs to its seconds
         loss = OnPolicyLoss(fresh, seed) if mode == ON else loss_of(fresh, LAYERS)
+        ready = clock()
         done = distil(fresh, start, learns="factors", steps=steps, batch=batch, seed=seed, loss=loss)
-        return done, clock() - begun
+        return done, ready - begun, clock() - ready
 
-    first, second = learnt(AHEAD)[1], learnt(2 * AHEAD)[1]
-    each = max((second - first) / AHEAD, 1e-3)
-    steps = max(AHEAD, int((seconds - (first - AHEAD * each)) / each))
-    done, took = learnt(steps)
+    _, before, took = learnt(AHEAD)
+    steps = max(1, int((seconds - before) / max(took / AHEAD, 1e-3)))
+    done, before, took = learnt(steps)
+    took += before
     return done, {"steps": steps, "seconds": took, "first_loss": done.first_loss, "last_loss": done.last_loss}
 
 

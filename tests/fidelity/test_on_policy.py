@@ -10,7 +10,7 @@ import torch
 
 from plait.errors import UsageError
 from plait.fidelity.asked import asked_panel
-from plait.fidelity.auto import AutoSettings
+from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.distil import AHEAD, Learning, distil
 from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.panel import WRITTEN
@@ -129,3 +129,19 @@ def test_only_for_those_that_write(make_panel):
     assert found.positions == WRITTEN and not chat.used
     with contextlib.suppress(StopIteration):
         assert next(iter(found.answers.values()))
+
+
+def test_the_whole_choice_with_it(make_panel):
+    """Told beforehand, followed in the adapters' own answers without any template, recorded."""
+    panel = make_panel("llama", "causal", texts=12)
+    said: list[str] = []
+    settings = AutoSettings(
+        methods=("task_arithmetic",), scales=(0.3,), refine=0, fit=False, repair=8, on_policy=True, new_tokens=3, max_length=24
+    )  # fmt: skip
+    found = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=settings, on_progress=said.append)
+    record = found.record
+    assert record.repair.on_policy and record.repair.most == 8 and record.chat is None
+    assert [look.step for look in record.repair.looks] == [0, 8]
+    assert all(t.fidelity.verbatim is not None for t in record.fidelity.tasks)
+    assert any("writes after its prompts, up to 3 tokens" in line for line in said)
+    assert any("if the repair takes all its steps" in line for line in said)
