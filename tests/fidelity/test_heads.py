@@ -10,6 +10,7 @@ import torch
 
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import scaled
+from plait.fidelity.head_learning import _learnt, with_learnt_heads
 from plait.fidelity.heads import Last, refit_heads
 from plait.fidelity.score import fidelities, outputs
 from plait.merging import merge
@@ -102,3 +103,47 @@ def test_a_head_that_answers_at_every_position_is_read_where_its_answer_is_taken
     rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()})
     tasks = {t.task: t for t in fidelities(rest, [(merge, 1.0)])[0].tasks}
     assert records[0].before == pytest.approx(tasks["one"].kl, rel=1e-3)
+
+
+def test_learnt_heads_are_closer_on_held_out_texts_or_left(panel):
+    merge = merged(panel)
+    done, seen = with_learnt_heads(panel, merge, {}, steps=60)
+    assert seen.kept and seen.held_out["learnt"] > max(seen.held_out["merge"], seen.held_out["fitted"])
+    for part in panel.parts:
+        assert done.heads[part.name].keys() == part.head.keys()
+        assert all(t.dtype == part.head[k].dtype and not t.requires_grad for k, t in done.heads[part.name].items())
+        assert any(not torch.equal(t, part.head[k]) for k, t in done.heads[part.name].items())
+    before, after = fidelities(panel, [(merge, 1.0), (done, 1.0)])
+    assert after.score > before.score
+    assert any(
+        f.scaling != merge.modules[m].scaling or not torch.equal(f.B, merge.modules[m].B)
+        for m, f in done.modules.items()
+    )
+    assert all(torch.equal(f.A, merge.modules[m].folded().A) for m, f in done.modules.items())
+    one = adapters_of(panel)[0]  # its own answers are its own: nothing comes closer
+    alone = replace(panel, parts=panel.parts[:1], texts={"one": panel.texts["one"]}, _own=None)
+    same, seen = with_learnt_heads(alone, one, {}, steps=5)
+    assert same is one and not seen.kept
+
+
+def test_weights_of_each_adapter_are_learnt_with_the_heads(panel):
+    merge = merged(panel)
+    ranks = {m: [a.modules[m].rank for a in adapters_of(panel)] for m in merge.modules}
+    done = _learnt(panel, merge, ranks, steps=10, seed=0)
+    apart = []
+    for m, f in done.modules.items():
+        before = merge.modules[m].folded().B
+        ratio = (f.B / before).nanmedian(0).values
+        groups = torch.split(ratio, ranks[m])
+        assert all(float(g.max() - g.min()) < 1e-4 for g in groups)
+        apart.append(abs(float(groups[0][0] - groups[1][0])))
+    assert max(apart) > 1e-3
+
+
+def test_auto_learns_heads_by_option_and_says_so(panel):
+    settings = AutoSettings(("task_arithmetic",), (0.3, 0.7), refine=0, fit=False, max_length=24)
+    given = (adapters_of(panel), panel.base, panel.texts)
+    plain, learnt = (merge_auto(*given, settings=replace(settings, learn_heads=on)) for on in (False, True))
+    assert plain.record.learnt_heads is None and learnt.record.learnt_heads.steps == 100
+    assert learnt.record.learnt_heads.kept and not learnt.record.heads
+    assert learnt.fidelity.score > plain.fidelity.score

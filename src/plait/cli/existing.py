@@ -106,6 +106,7 @@ class AutoChoice(NamedTuple):
     dtype: str
     device: str
     four_bits: str | None
+    learn_heads: bool
     seed: int
     overwrite: bool
     quiet: bool = False
@@ -127,6 +128,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         refine=chosen.refine,
         fit=chosen.fit,
         heads=chosen.heads,
+        learn_heads=chosen.learn_heads,
         max_shift=chosen.max_shift,
         repair=repair,
         on_policy=chosen.on_policy,

@@ -29,6 +29,18 @@ _ADVICE_WORDS = (
 )
 
 
+def _heads_text(record: AutoRecord) -> list[str]:
+    """Say which heads follow the merge, and what learning them did."""
+    lines = []
+    if learnt := record.learnt_heads:
+        before, after = max(learnt.held_out["merge"], learnt.held_out["fitted"]), learnt.held_out["learnt"]
+        how = "" if learnt.kept else " (not taken)"
+        lines.append(f"heads and weights learnt together: kept {before:.3f} -> {after:.3f} on held-out texts{how}")
+    if followed := [h.task for h in record.heads if h.kept]:
+        lines.append(f"heads that follow the merge, closer on held-out texts: {', '.join(followed)}")
+    return lines
+
+
 def auto_text(written: Written[AutoRecord]) -> str:
     """Print what was chosen, how close it is to every adapter, and the best of what else was tried."""
     from plait.merging.words import lost_in_cut  # it imports NumPy, which help and typing errors do without
@@ -48,8 +60,7 @@ def auto_text(written: Written[AutoRecord]) -> str:
         lines.append(f"weights per adapter and module learnt: {before:.3f} -> {after:.3f} on held-out texts")
     if repair:
         lines.append(repair_text(repair))
-    if followed := [h.task for h in record.heads if h.kept]:
-        lines.append(f"heads that follow the merge, closer on held-out texts: {', '.join(followed)}")
+    lines += _heads_text(record)
     if record.discarded_energy:
         lines.append(lost_in_cut(f"the cut to rank {record.rank}", record.discarded_energy, record.cut))
     if record.rounding_error is not None:

@@ -15,7 +15,7 @@ _OPTIONS = {
     METHOD: """method set scale scales weights weight rank calibrate alpha row-norm task-type background-weight energy drop
         target-modules rename drop-bias layout by-difference fleet pool sketch memory labels base-4bit tolerate against chat tokens
         private""",
-    TEXTS: "text general refine fit heads repair on-policy max-shift max-length",
+    TEXTS: "text general refine fit heads learn-heads repair on-policy max-shift max-length",
     RESULT: """out to format dtype bake per-task rank-curve for verify overwrite json quiet about page dry-run""",
     RUNNING: "device seed executor workers scorers seconds offline debug",
 }

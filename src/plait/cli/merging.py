@@ -56,6 +56,9 @@ FitOption = Annotated[
     bool, typer.Option("--fit/--no-fit", help="auto: fit the merge to the adapters' outputs, layer by layer.")
 ]
 Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="auto: fit the classifiers' last layers to the merge.")]
+LearnHeads = Annotated[
+    bool, typer.Option("--learn-heads", help="auto: learn copies of classifiers' heads together with the weights.")
+]
 MaxShift = Annotated[
     float | None, typer.Option("--max-shift", metavar="NATS", help="auto: most KL to the base on --general's texts.")
 ]
@@ -77,6 +80,7 @@ _ONLY_AUTO = (
     "refine",
     "fit",
     "heads",
+    "learn_heads",
     "max_shift",
     "repair",
     "on_policy",
@@ -119,7 +123,7 @@ def merge(
     max_shift: MaxShift = None, repair: Repair = "0", on_policy: OnPolicy = False, chat: Chat = None, tokens: Tokens = 64,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     length: Length = 128, seed: Seed = 0, device: Device = "cpu", four_bits: FourBits = None, overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    learn_heads: LearnHeads = False, quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
@@ -134,7 +138,7 @@ def merge(
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(
             text, general, refine, fit, heads, max_shift, repair, on_policy, chat, tokens, length, rank, base, dtype, device,
-            four_bits, seed, overwrite, quiet,
+            four_bits, learn_heads, seed, overwrite, quiet,
         )  # fmt: skip
         existing.auto(folders[1:], out, chosen, as_json)
         return

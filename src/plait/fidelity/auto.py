@@ -9,9 +9,10 @@ from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
 from plait.errors import RunError, UsageError
 from plait.fidelity.asked import asked_panel
-from plait.fidelity.candidates import METHODS, SCALES
+from plait.fidelity.candidates import METHODS, SCALES, groups_of
 from plait.fidelity.choose import Choice, choose, with_fit, within
 from plait.fidelity.factors_only import choose_by_factors
+from plait.fidelity.head_learning import Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kin, kinship, other_base
@@ -41,6 +42,7 @@ class AutoSettings:
         on_policy: Whether the merge writes after the prompts and the adapters judge it while it is repaired; causal adapters only.
         texts: Texts of each adapter that the choice reads; a repair, heads and what is measured at the end read all.
         heads: Whether the last layer of every classifier's head is fitted to the merged model, where that is closer.
+        learn_heads: Whether copies of the heads are learnt together with the merge's weights, and taken where that is closer still.
         max_shift: Most KL to the base on the general texts, in nats: whatever moves the model further is left out.
         chat: Whether prompts go through the tokenizer's chat template and adapters are followed in their own answers; None where the
             texts are prompts, and the adapters decide (`plait.fidelity.chat.chat_of`).
@@ -59,6 +61,7 @@ class AutoSettings:
     on_policy: bool = False
     texts: int = LIMIT
     heads: bool = True
+    learn_heads: bool = False
     max_shift: float | None = None
     chat: bool | None = False
     new_tokens: int = 64
@@ -171,7 +174,8 @@ def merge_auto(
         evidence=tuple(s.evidence for s in choice.scored),
     )
     merged = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
-    return replace(_finished(merged, panel, chosen, on_progress), akin=tuple(akin), choice=choice)
+    groups = _parts_apart(merged.adapter, choice, adapters)
+    return replace(_finished(merged, panel, chosen, groups, on_progress), akin=tuple(akin), choice=choice)
 
 
 def at_rank(
@@ -202,7 +206,15 @@ def at_rank(
     return cut_adapter(choice.adapter, rank, choice.metric)[0]
 
 
-def _finished(merged: AutoMerge, panel: Panel, chosen: AutoSettings, on_progress: OnProgress) -> AutoMerge:
+def _parts_apart(merge: Adapter, choice: Choice, adapters: Sequence[Adapter]) -> Groups:
+    """Which ranks of a merge are one adapter's, where they still are."""
+    apart = groups_of(choice.scored[0].tried, adapters) if choice.fit is None else {}
+    return {m: apart[m] for m, f in merge.modules.items() if m in apart and sum(apart[m]) == f.rank}
+
+
+def _finished(
+    merged: AutoMerge, panel: Panel, chosen: AutoSettings, groups: Groups, on_progress: OnProgress
+) -> AutoMerge:
     """A merge after its cut: repaired, with heads that follow, within the limit on general text, and measured."""
     if chosen.repair:  # after the cut, so that it makes good what the cut loses; `advise` measures it in this order
         on_progress(f"repair: distilling all adapters into it, at most {chosen.repair} steps")
@@ -212,7 +224,15 @@ def _finished(merged: AutoMerge, panel: Panel, chosen: AutoSettings, on_progress
         if not within(panel, adapter, chosen.max_shift):
             adapter, done = merged.adapter, replace(done, kept=False)
         merged = AutoMerge(adapter, None, replace(merged.record, repair=done))
-    if chosen.heads:
+    learnt = None
+    if chosen.learn_heads:
+        on_progress("heads and weights together")
+        apart = {} if merged.record.repair and merged.record.repair.kept else groups
+        adapter, learnt = with_learnt_heads(panel, merged.adapter, apart, seed=chosen.seed)
+        if learnt and not within(panel, adapter, chosen.max_shift):
+            adapter, learnt = merged.adapter, replace(learnt, kept=False)
+        merged = AutoMerge(adapter, None, replace(merged.record, learnt_heads=learnt))
+    if chosen.heads and not (learnt and learnt.kept):
         on_progress("heads")
         adapter, heads = with_heads(panel, merged.adapter)
         if not within(panel, adapter, chosen.max_shift):

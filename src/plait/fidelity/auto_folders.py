@@ -74,6 +74,7 @@ def merge_auto_folders(
         "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine, "fit": chosen.fit,
         "heads": chosen.heads, "max_shift": chosen.max_shift, "repair": chosen.repair,
         "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
+        **({"learn_heads": True} if chosen.learn_heads else {}),
     }  # fmt: skip
     options |= {} if chosen.chat is False or not texts else {"chat": chosen.chat, "new_tokens": chosen.new_tokens}
     options |= {"on_policy": True, "new_tokens": chosen.new_tokens} if chosen.on_policy else {}

@@ -78,6 +78,7 @@ def distil(
     seed: int = 0,
     loss: DistillationLoss | None = None,
     stopping: Stopping | None = None,
+    beside: tuple[Sequence[Tensor], float] = ((), 0.0),
 ) -> Distilled:
     """Move a merge towards every adapter's predictions on that adapter's own texts; no labels.
 
@@ -95,6 +96,7 @@ def distil(
         seed: Seed of the order of the texts.
         loss: What is made small; by default the distance from the adapters' predictions.
         stopping: When to stop before that; None to take all steps.
+        beside: Tensors of the loss that move too, such as heads, and the rate of Adam for them at the start.
 
     Raises:
         RunError: A loss that is not finite.
@@ -103,7 +105,7 @@ def distil(
     answers are kept.
     """
     generator = torch.Generator().manual_seed(seed)
-    learning = Learning.of(panel, merge, learns, groups or {}, rate or RATES[learns], steps)
+    learning = Learning.of(panel, merge, learns, groups or {}, rate or RATES[learns], steps, beside)
     loss = loss or loss_of(panel)
     orders = [_endless(len(panel.texts[p.name]), batch, generator) for p in panel.parts]
     frozen = _frozen(learning.model)
@@ -141,26 +143,33 @@ class Learning:
     losses: list[Tensor] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     best: Adapter | None = None
+    beside: Sequence[Tensor] = ()
 
     @classmethod
     def of(
-        cls, panel: Panel, merge: Adapter, learns: str, groups: Mapping[str, Sequence[int]], rate: float, steps: int
+        cls,
+        panel: Panel,
+        merge: Adapter,
+        learns: str,
+        groups: Mapping[str, Sequence[int]],
+        rate: float,
+        steps: int,
+        beside: tuple[Sequence[Tensor], float] = ((), 0.0),
     ) -> Learning:
         """Begin with a merge as it is."""
         device, model = panel.base.torch_device, panel.model(panel.parts[0])
         linear = {m: f for m, f in merge.modules.items() if f.kind == LINEAR}
         students = {m: _Student.of(f, learns, groups.get(m), device) for m, f in linear.items()}
-        optimiser = torch.optim.AdamW(
-            [p for student in students.values() for p in student.parameters], lr=rate, weight_decay=0.0
-        )
+        kinds = [([p for student in students.values() for p in student.parameters], rate), (list(beside[0]), beside[1])]
+        optimiser = torch.optim.AdamW([{"params": p, "lr": r} for p, r in kinds if p], lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(1, steps))
         changes = [(resolve(model, m, merge.prefix), student.change) for m, student in students.items()]
-        return cls(merge, model, students, optimiser, schedule, changes)
+        return cls(merge, model, students, optimiser, schedule, changes, beside=beside[0])
 
     def step(self, loss: DistillationLoss, rows: Sequence[Sequence[int]]) -> None:
         """Take one step on these texts."""
         value = loss(rows, self.applying)
-        parameters = [p for student in self.students.values() for p in student.parameters]
+        parameters = [*(p for student in self.students.values() for p in student.parameters), *self.beside]
         self.optimiser.zero_grad()
         value.backward(inputs=parameters)  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.border.records import inline, nested, optional
+from plait.fidelity.head_records import HeadRefit as HeadRefit
+from plait.fidelity.head_records import HeadsLearnt as HeadsLearnt
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.merging.record import Loss, MergedInput
 
@@ -151,24 +153,6 @@ class Repair:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadRefit:
-    """A head's last layer fitted to the merged model.
-
-    Args:
-        task: Name of the head.
-        before, after: KL from the adapter's answers on the texts held out, with the head as it was and fitted.
-        kept: Whether the fitted one is closer, and so was taken.
-        strength: How strongly it was held where it was.
-    """
-
-    task: str
-    before: float
-    after: float
-    kept: bool
-    strength: float
-
-
-@dataclass(frozen=True, slots=True)
 class ChatRecord:
     """How prompts were asked.
 
@@ -205,6 +189,7 @@ class AutoRecord:
         repair: What a repair did, where one was asked for.
         heads: What fitting the heads did; () where none were fitted.
         chat: How prompts were asked, where they went through the tokenizer's chat template.
+        learnt_heads: What learning heads together with weights did; None where nothing was learnt.
         rank: The largest rank of a merged module.
         verification_error: Largest relative difference of the written adapter from the chosen one.
         loss, cut: What a cut to a rank took, and how it was made, as `MergeRecord` has them.
@@ -225,6 +210,7 @@ class AutoRecord:
     fidelity: FidelityRecord | None = nested(FidelityRecord, None)
     repair: Repair | None = optional(kind=Repair)
     heads: tuple[HeadRefit, ...] = optional((), kind=HeadRefit)
+    learnt_heads: HeadsLearnt | None = optional(kind=HeadsLearnt)
     chat: ChatRecord | None = optional(kind=ChatRecord)
     rank: int = 0
     verification_error: float | None = optional()

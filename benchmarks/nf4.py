@@ -1,0 +1,120 @@
+"""What four bits take from merged adapters of QLoRA, way by way of serving them; without labels.
+
+    plait run RECIPE --out RUN        # with base.four_bits: nf4 (the recipe stands in docs/results/nf4.md)
+    python benchmarks/nf4.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 0,1,2 --out docs/results
+
+`--adapters` holds seed-S/TASK folders as `plait run` writes them. The merge is chosen by `merge auto`, among --methods and
+--scales, on --texts training texts of each task, with the base in NF4; what is left of each adapter is measured on --fresh
+validation texts that the choice has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from existing import task_of
+from scipy.stats import t as student
+
+from plait.adapters.peft_format import read_adapter
+from plait.border.records import to_json
+from plait.disk.store import versions
+from plait.fidelity.auto import AutoSettings, merge_auto
+from plait.fidelity.serving import measure
+from plait.model.base import BaseModel
+from plait.tasks import load_examples
+
+
+def one_seed(base: BaseModel, folder: Path, names: list[str], a: argparse.Namespace) -> dict[str, Any]:
+    """Adapters of one seed, merged, and every way of serving them."""
+    root, started = Path(a.data), time.process_time()
+    adapters = [replace(read_adapter(folder / n, name=n), base=a.base) for n in names]
+    texts, fresh = {}, {}
+    for name in names:
+        task = task_of(name, root)
+        texts[name] = load_examples(task, "train", root=root).take(np.arange(a.texts)).texts
+        fresh[name] = load_examples(task, "validation", root=root).take(np.arange(a.fresh)).texts
+    settings = AutoSettings(
+        tuple(a.methods.split(",")), tuple(map(float, a.scales.split(","))), a.refine, max_length=a.length
+    )
+    merged = merge_auto(adapters, base, texts, settings=settings, on_progress=lambda what: print(what, flush=True))
+    measured = measure(
+        adapters, replace(merged.adapter, name="merged"), base, fresh, max_length=a.length, on_progress=print
+    )
+    chosen = merged.record.chosen
+    return {
+        "chosen": f"{chosen.candidate} at {chosen.scale:g}",
+        "fitted": chosen.fit is not None,
+        "ways": to_json(measured)["ways"],
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def values(seeds: dict[str, Any], way: int, which: str, key: str) -> np.ndarray:
+    """One number of each seed and task, in order."""
+    return np.array(
+        [t[key] for s in sorted(seeds) for t in sorted(seeds[s]["ways"][way][which]["tasks"], key=lambda t: t["task"])]
+    )
+
+
+def summary(seeds: dict[str, Any]) -> list[dict[str, Any]]:
+    """Followed and agreement of every way, and how far it is from the first, with the 95 % t interval over seeds and tasks."""
+    rows = []
+    for i, way in enumerate(next(iter(seeds.values()))["ways"]):
+        row: dict[str, Any] = {"way": way["way"]}
+        for which in ("merged", "alone"):
+            here, first = (values(seeds, w, which, "followed") for w in (i, 0))
+            off = here - first
+            half = student.ppf(0.975, len(off) - 1) * off.std(ddof=1) / len(off) ** 0.5
+            row[which] = {
+                "followed": float(here.mean()),
+                "agreement": float(values(seeds, i, which, "agreement").mean()),
+                "difference": float(off.mean()),
+                "interval": [float(off.mean() - half), float(off.mean() + half)],
+            }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("base", "data", "adapters", "out"):
+        ap.add_argument(f"--{name}", required=True)
+    ap.add_argument("--seeds", default="0,1,2")
+    ap.add_argument("--tasks", default="sst2,mrpc,qnli")
+    ap.add_argument("--methods", default="tsv,regmean")
+    ap.add_argument("--scales", default="0.7,1,1.4,2")
+    for name, value in (("texts", 48), ("fresh", 150), ("length", 48), ("refine", 50)):
+        ap.add_argument(f"--{name}", type=int, default=value)
+    a = ap.parse_args()
+    out, names = Path(a.out) / "nf4.json", a.tasks.split(",")
+    seeds: dict[str, Any] = json.loads(out.read_text())["seeds"] if out.exists() else {}
+    for seed in a.seeds.split(","):
+        if seed in seeds:
+            continue
+        base = BaseModel(a.base, device="cpu", four_bits="nf4")
+        seeds[seed] = one_seed(base, Path(a.adapters) / f"seed-{seed}", names, a)
+        settings = {k: getattr(a, k) for k in ("tasks", "methods", "scales", "texts", "fresh", "length", "refine")}
+        document = {
+            "command": "benchmarks/nf4.py",
+            "settings": settings,
+            "versions": versions(),
+            "rows": summary(seeds),
+            "seeds": seeds,
+        }
+        out.write_text(json.dumps(document, indent=1) + "\n")
+        for row in summary(seeds):
+            print(
+                row["way"],
+                *(f"{w} {row[w]['followed']:.3f} ({row[w]['difference']:+.3f})" for w in ("merged", "alone")),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
