@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from plait.adapters import file_bytes
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.store import sha256_file
@@ -194,3 +195,33 @@ def test_what_the_room_offers_is_no_file_of_the_room():
     files = {p.stem for p in Path(room.__file__).parent.glob("*.py")}
     assert not files & {*room.__all__}, "importing the file would hide the name behind it"
     assert all(getattr(room, name) is not None for name in room.__all__)
+
+
+@pytest.mark.parametrize("what", ["plain", "bfloat16", "mixed", "heads", "missing"])
+def test_large_folders_are_added_up_on_their_own_pages(tmp_path, monkeypatch, what):
+    """By two threads, the same bytes, and nothing of the factors is copied into memory; a file written meanwhile is refused."""
+    folders = [str(f) for f in kinds(tmp_path, what)]
+    other = answer_by_torch(MergeRequest(folders, tmp_path / "other" / "out", SPECS["mean"]))
+
+    allocate = file_bytes.own_block
+
+    def refuse(size):
+        assert size < 1000, "more than a head"
+        return allocate(size)
+
+    monkeypatch.setattr(file_bytes, "own_block", refuse)
+    monkeypatch.setattr(light, "_LARGE", 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    one = sum_of_folders(MergeRequest(folders, tmp_path / "one" / "out", SPECS["mean"]))
+    assert one is not None and one.record == other.record
+    assert contents(tmp_path / "one" / "out") == contents(tmp_path / "other" / "out")
+    right = light.sum_to
+
+    def touching(*given):
+        right(*given)
+        os.utime(Path(folders[0]) / "adapter_model.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(light, "sum_to", touching)
+    with pytest.raises(InputError, match="changed while it was read"):
+        sum_of_folders(MergeRequest(folders, tmp_path / "two", SPECS["mean"]))
+    assert not (tmp_path / "two").exists()

@@ -174,7 +174,9 @@ def begin_arrays(
         array = arrays[name] = stored_array(found.buffer, place, entry["dtype"], entry["shape"])
         if finite and not all_finite(array):
             raise InputError(f"tensor {name!r} holds NaN or infinity", where=str(path))
-        if finite and (hashing is None or mapped):  # what is mapped need not stay in memory until it is asked for
+        if mapped:  # what is mapped need not stay in memory until it is asked for
+            mapped.passed(array.nbytes if finite else 0)
+        elif finite and hashing is None:
             let_go(array)
     return arrays, found.metadata, found.digest
 

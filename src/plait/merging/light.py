@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -71,8 +72,11 @@ def sum_of_folders(request: MergeRequest) -> Written[MergeRecord] | None:
     if method is None or request.out is None or not all(_is_plain(path) for _, path in places):
         return None
     try:
+        # What is small is read: asking for a mapping and giving it back takes longer.
+        mapped = Mapped() if sum((path / WEIGHTS).stat().st_size for _, path in places) > _LARGE else None
+        begin = partial(begin_arrays, mapped=mapped)
         with Hashing() as hashing:
-            begun = [begin_adapter(path, hashing, name=name, begin=begin_arrays) for name, path in places]
+            begun = [begin_adapter(path, hashing, name=name, begin=begin) for name, path in places]
             adapters = [rest() for rest in begun]
         if len({a.name for a in adapters}) < len(adapters):
             return None
@@ -80,7 +84,7 @@ def sum_of_folders(request: MergeRequest) -> Written[MergeRecord] | None:
         terms = terms_of(request, method, adapters)
         if terms.is_unchanged():
             return None
-        written = _write(terms, request, request.out)
+        written = _write(terms, request, request.out, mapped)
     except NoArrayError:
         return None
     return written if written.reused else replace(written, seconds_merge=time.perf_counter() - start)
@@ -114,7 +118,7 @@ def terms_of(request: MergeRequest, method: Sum, adapters: Sequence[Adapter]) ->
     return Terms(spec, method, {}, common, tuple(adapters), weights, ruled.value, ruled.reason, {}, given)
 
 
-def _write(terms: Terms, request: MergeRequest, out: Path) -> Written[MergeRecord]:
+def _write(terms: Terms, request: MergeRequest, out: Path, mapped: Mapped | None) -> Written[MergeRecord]:
     took = rounding_for(request, terms)
     wanted = store.identity("merge", terms.settings(), input_hashes(terms.adapters), terms.seed)
     wanted["options"] |= took.identity
@@ -123,7 +127,14 @@ def _write(terms: Terms, request: MergeRequest, out: Path) -> Written[MergeRecor
     require_space(out, sum(a.nbytes for a in terms.adapters))
     result: dict[str, Any] = {}
     verifying: list[float] = []
-    check = (lambda stage: verifying.append(_verified(terms, stage, result))) if request.verify else None
+    verify = (lambda stage: verifying.append(_verified(terms, stage, result, mapped))) if request.verify else None
+
+    def check(stage: Path) -> None:
+        if verify:
+            verify(stage)
+        if mapped:
+            mapped.require_unchanged()
+
     digests: dict[str, Digest] = {}
     shapes = shapes_of(terms, out.name, took.dtype)
     with (
@@ -132,7 +143,7 @@ def _write(terms: Terms, request: MergeRequest, out: Path) -> Written[MergeRecor
             out, wanted, overwrite=request.overwrite, result=result, check=check, digests=digests
         ) as stage,
     ):
-        digests |= write_adapter(stage, shapes, lambda put: sum_to(terms, put, took), hashing)
+        digests |= write_adapter(stage, shapes, lambda put: sum_to(terms, put, took, mapped), hashing)
         record = took.noted(terms.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0)))
         result |= to_json(record)
     record = replace(record, verification_error=result["verification_error"])
@@ -183,7 +194,8 @@ def sum_to(terms: Terms, put: Callable[[str, LoraFactors], None], took: Rounding
             hint = "a smaller --scale or other weights?"
             raise RunError(f"{terms.method.name} gave NaN or infinity", where=module, hint=hint)
         if took.dtype != FLOAT32:
-            if not all_finite(array_of(stored.A)) or not all_finite(array_of(stored.B)):
+            # A that is as it was read was looked at then.
+            if (stored.A is not exact.A and not all_finite(array_of(stored.A))) or not all_finite(array_of(stored.B)):
                 raise overflow(took.dtype, module)
             took.note(module, exact, stored)
         put(module, stored)
@@ -235,11 +247,11 @@ def largest_error(terms: Terms, written: Mapping[str, LoraFactors], mapped: Mapp
     return max(_each(terms, one, mapped), default=0.0)
 
 
-def _verified(terms: Terms, stage: Path, result: dict[str, Any]) -> float:
+def _verified(terms: Terms, stage: Path, result: dict[str, Any], mapped: Mapped | None) -> float:
     """Read what was written, one module at a time, and compare it with the inputs; the seconds that took."""
     start = time.perf_counter()
     written = begin_adapter(stage, None, name="written", begin=begin_arrays)()  # it is hashed beside this
     verify_carried(terms.common.carried, written)
-    result["verification_error"] = largest_error(terms, written.modules)
+    result["verification_error"] = largest_error(terms, written.modules, mapped)
     require_verified(result["verification_error"], terms.method.name)
     return time.perf_counter() - start
