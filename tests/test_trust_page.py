@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from benchmarks.trust import Row, gathered, row, undisturbed, write_part
+from benchmarks.trust import Row, gathered, row, source, undisturbed, write_part
 from benchmarks.trust.findings import FINDINGS, cases_of, table
 from benchmarks.trust.page import page
+from benchmarks.trust.page import write as page_of
 from benchmarks.trust.reached import FILES, PACKAGE, reached, reading_lines
 from benchmarks.trust.small import comparable, differing, litter
 
@@ -36,7 +37,11 @@ def test_the_page_tells_every_row_and_what_fell(tmp_path):
     found = gathered(tmp_path)
     assert json.loads(json.dumps(found))["rows"][0]["fell"] == 1
     text = page(found, ["A remark."])
-    assert "| plait merge: killed | 2 | 1 | 1 |" in text and "after 1 s: litter" in text and "A remark." in text
+    assert (
+        f"| plait merge: killed | 2 | 1 | 1 | {source()[:8]} |" in text
+        and "after 1 s: litter" in text
+        and "A remark." in text
+    )
     assert "    make it" in text and "| S1 |" in text
 
 
@@ -45,13 +50,39 @@ def test_pieces_of_one_source_add_up(tmp_path):
         write_part(tmp_path / str(i), "kills", [row("merge", ["", fell], ["a note"])], f"seed {i}")
     (part,) = gathered(tmp_path)["parts"]
     assert gathered(tmp_path)["rows"] == [
-        {"part": "kills", "what": "merge", "tried": 4, "held": 3, "fell": 1, "notes": ("a note", "litter")}
+        {
+            "part": "kills",
+            "source": source(),
+            "what": "merge",
+            "tried": 4,
+            "held": 3,
+            "fell": 1,
+            "notes": ("a note", "litter"),
+        }
     ]
     assert part["command"] == "seed 0; seed 1"
     file = tmp_path / "1" / "kills.json"
     file.write_text(file.read_text().replace('"source": "', '"source": "0'))
     with pytest.raises(ValueError, match="different sources"):
         gathered(tmp_path)
+
+
+def test_rows_of_an_earlier_page_stay_where_nothing_as_large_was_tried_again(tmp_path):
+    attacks = {"old": ([row("merge", [""] * 2), row("stats", [""] * 9), row("init", ["x"])], "first"),
+               "new": ([row("merge", [""] * 3), row("stats", [""] * 4)], "second")}  # fmt: skip
+    for name, (rows, command) in attacks.items():
+        write_part(tmp_path / name, "kills", rows, command, {"mutants": [name]})
+    write_part(tmp_path / "old", "power", [row("run", [""])], "third")
+    file = tmp_path / "old" / "kills.json"
+    file.write_text(file.read_text().replace(source(), "0" * 16))
+    page_of(tmp_path / "old", tmp_path / "page")
+    both = gathered(tmp_path / "new", tmp_path / "page.json")
+    assert [(r["part"], r["what"], r["tried"], r["source"][:4]) for r in both["rows"]] == [
+        ("kills", "stats", 9, "0000"), ("kills", "init", 1, "0000"), ("kills", "merge", 3, source()[:4]),
+        ("kills", "stats", 4, source()[:4]), ("power", "run", 1, source()[:4]),
+    ]  # fmt: skip
+    kills, power = both["parts"]
+    assert (kills["command"], kills["mutants"], power["command"]) == ("first; second", ["old", "new"], "third")
 
 
 def test_recorded_times_are_no_other_bytes_and_numbers_are():

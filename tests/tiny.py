@@ -44,8 +44,8 @@ def save_tokenizer(folder: Path, architecture: str) -> int:
     return len(vocabulary)
 
 
-def save_model(folder: Path, architecture: str, seed: int = 0) -> Path:
-    """Write a random model of one architecture and its tokenizer into a folder."""
+def save_model(folder: Path, architecture: str, seed: int = 0, **sizes: int) -> Path:
+    """Write a random model of one architecture and its tokenizer into a folder; `sizes` are a BERT's that are to be others."""
     import transformers as hf
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def save_model(folder: Path, architecture: str, seed: int = 0) -> Path:
     ids = {"initializer_range": 0.1, "vocab_size": words, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     torch.manual_seed(seed)
     if architecture == "bert":
-        model = hf.BertModel(hf.BertConfig(**ids, **_SIZES, max_position_embeddings=64))
+        model = hf.BertModel(hf.BertConfig(**ids, **{**_SIZES, **sizes}, max_position_embeddings=64))
     elif architecture == "roberta":
         model = hf.RobertaModel(hf.RobertaConfig(**ids, **_SIZES, max_position_embeddings=66))
     elif architecture == "mpnet":

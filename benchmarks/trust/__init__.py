@@ -117,18 +117,53 @@ def added(pieces: list[dict[str, Any]]) -> dict[str, Any]:
         "source": "; ".join(dict.fromkeys(p["source"] for p in pieces)),
         "command": "; ".join(dict.fromkeys(p["command"] for p in pieces)),
         "seconds": round(sum(p["seconds"] for p in pieces), 1),
-        "rows": [asdict(r) for r in rows.values()],
+        "rows": [{**asdict(r), "source": of[r.what]} for r in rows.values()],
     }
 
 
-def gathered(folder: Path) -> dict[str, object]:
-    """All parts of a folder as one object: `rows` (each with its part) and `parts` (how each was run)."""
+def joined(part: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """A part with the rows of an earlier page, each with the state of the source it was taken on.
+
+    What was tried again at least as often is told by its new row alone; else both stand, and are never added up.
+    """
+    own = [{**r, "source": r.get("source", part["source"])} for r in part["rows"]]
+    tried = {r["what"]: r["tried"] for r in own}
+    old = [{**r, "source": r.get("source", earlier["source"])} for r in earlier["rows"]]
+    kept = [r for r in old if r["tried"] > tried.get(r["what"], 0)]
+    if not kept:
+        return {**part, "rows": own}
+    told = {
+        key: "; ".join(dict.fromkeys(text for p in (earlier, part) for text in p[key].split("; ")))
+        for key in ("source", "command")
+    }
+    lists = {k: [*earlier.get(k, ()), *part[k]] for k, v in part.items() if isinstance(v, list) and k != "rows"}
+    return {**part, **told, **lists, "seconds": round(earlier["seconds"] + part["seconds"], 1), "rows": [*kept, *own]}
+
+
+def _parts_of(page: Path) -> dict[str, dict[str, Any]]:
+    """The parts of a page that was written before, with their rows."""
+    found = json.loads(page.read_text(encoding="utf-8"))
+    rows = [(r["part"], {k: v for k, v in r.items() if k != "part"}) for r in found["rows"]]
+    return {p["part"]: {**p, "rows": [r for part, r in rows if part == p["part"]]} for p in found["parts"]}
+
+
+def gathered(folder: Path, earlier: Path | None = None) -> dict[str, object]:
+    """All parts of a folder as one object: `rows` (each with its part and source) and `parts` (how each was run).
+
+    Args:
+        folder: What the parts wrote.
+        earlier: A page's JSON, whose rows stand beside those of the folder; see `joined`.
+    """
     pieces: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.rglob("*.json")):
         piece = json.loads(path.read_text(encoding="utf-8"))
         pieces.setdefault(piece["part"], []).append(piece)
     parts = [added(found) for _, found in sorted(pieces.items())]
-    rows = [{"part": p["part"], **r} for p in parts for r in p["rows"]]
+    if earlier is not None:
+        before = _parts_of(earlier)
+        parts = [joined(p, before.pop(p["part"])) if p["part"] in before else p for p in parts]
+        parts = sorted([*parts, *before.values()], key=lambda p: p["part"])
+    rows = [{"part": p["part"], "source": p["source"], **r} for p in parts for r in p["rows"]]
     for r in rows:
         Row(r["what"], r["tried"], r["held"], r["fell"])  # refuses what does not add up
     return {"rows": rows, "parts": [{k: v for k, v in p.items() if k != "rows"} for p in parts]}

@@ -18,8 +18,11 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path)
 parser.add_argument("--out", type=Path, required=True, help="without .json and .md")
 parser.add_argument("--remark", action="append", default=[], help="a paragraph about this run, for the top of the page")
+parser.add_argument(
+    "--beside", type=Path, help="an earlier page's JSON: its rows stay where they were not tried again as often"
+)
 chosen = parser.parse_args()
-rows = write(chosen.folder, chosen.out, chosen.remark)["rows"]
+rows = write(chosen.folder, chosen.out, chosen.remark, chosen.beside)["rows"]
 for r in rows:
     print(f"{r['part']}: {r['what']}: tried {r['tried']}, held {r['held']}, fell {r['fell']}")
 sys.exit(any(r["fell"] for r in rows if r["part"] not in _MEASURES))

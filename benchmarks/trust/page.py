@@ -63,8 +63,10 @@ def page(found: dict[str, Any], remarks: Iterable[str] = ()) -> str:
             f"    {part['command']}",
             "",
         ]
-        lines += [_versions(part), "", "| what | tried | held | fell |", "| --- | --- | --- | --- |"]
-        lines += [f"| {_cell(r['what'])} | {r['tried']:,} | {r['held']:,} | {r['fell']:,} |" for r in rows]
+        lines += [_versions(part), "", "| what | tried | held | fell | state |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {_cell(r['what'])} | {r['tried']:,} | {r['held']:,} | {r['fell']:,} | {_state(r)} |" for r in rows
+        ]
         notes = [(r, note) for r in rows for note in r["notes"]]
         lines += ["", *[f"- {_cell(_short(r['what']))}: {_cell(note)}" for r, note in notes]] if notes else []
     lines += ["", "## Findings of the first attack", "", "Each was mended as its kind.", "", *table()]
@@ -77,6 +79,11 @@ def _versions(part: dict[str, Any]) -> str:
     return f"{part['seconds']:,} seconds; {names}." if part["seconds"] else f"{names}."
 
 
+def _state(row: dict[str, Any]) -> str:
+    """The source that a row was taken on; several of an earlier page, which did not say it row by row."""
+    return ", ".join(source[:8] for source in row["source"].split("; "))
+
+
 def _short(what: str) -> str:
     return what.split(":", maxsplit=1)[0].split(", killed", maxsplit=1)[0]
 
@@ -85,9 +92,9 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def write(folder: Path, out: Path, remarks: Iterable[str] = ()) -> dict[str, Any]:
-    """Gather a folder's parts and write OUT.json and OUT.md; returns what was gathered."""
-    found: dict[str, Any] = gathered(folder)
+def write(folder: Path, out: Path, remarks: Iterable[str] = (), earlier: Path | None = None) -> dict[str, Any]:
+    """Gather a folder's parts, beside those of an earlier page, and write OUT.json and OUT.md; returns what was gathered."""
+    found: dict[str, Any] = gathered(folder, earlier)
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(page(found, remarks), encoding="utf-8")
     return found

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import shutil
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from benchmarks.trust import Row, row, write_part
-from tests.merging.test_same_bytes import METHODS, NAMES, PAIRS, measured, merged, saved, written_statistics
+from tests.fidelity.conftest import random_adapter
+from tests.merging.test_same_bytes import (
+    METHODS,
+    NAMES,
+    PAIRS,
+    files_of,
+    measured,
+    merged,
+    saved,
+    threads,
+    written_statistics,
+)
+from tests.test_hub import write
+from tests.tiny import save_model
+
+from plait.cli import main as main_of_plait
+from plait.model.base import BaseModel
 
 _RANK = 5
+_WIDE = {"hidden_size": 192, "intermediate_size": 384}  # products of this size are split over threads
+BY_TEXTS: Mapping[str, Sequence[str]] = {"featcal": (), "regmean_pp": (), "adamerging": ("--set", "steps=20")}
 
 
 def main() -> None:
@@ -19,13 +41,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--only-texts", action="store_true", help="merges that run a base alone")
     parser.add_argument("--width", type=int, default=384, help="of the modules: torch splits products of this size")
     chosen = parser.parse_args()
-    rows = [repeated(m, chosen.runs, chosen.width) for m in METHODS]
-    rows += [repeated(m, chosen.runs, chosen.width, rank=_RANK) for m in ("tsv", "ties")]
+    rows: list[Row] = []
+    if not chosen.only_texts:
+        rows += [repeated(m, chosen.runs, chosen.width) for m in METHODS]
+        rows += [repeated(m, chosen.runs, chosen.width, rank=_RANK) for m in ("tsv", "ties")]
+    rows += [by_texts(method, words, chosen.runs) for method, words in BY_TEXTS.items()]
     for r in rows:
         print(f"{r.what}: {r.held} of {r.tried}", file=sys.stderr)
     write_part(chosen.to, "same", rows, " ".join(["python -P -m benchmarks.trust.same", *sys.argv[1:]]))
+
+
+def by_texts(method: str, words: Sequence[str], runs: int) -> Row:
+    """A merge that runs a base on texts, of 192 columns and two layers: each run against the first, the adapters in one order.
+
+    What is fitted front to back depends on the order in which rows are added up, so the order is a part of its identity.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        root, texts = Path(scratch), Path(scratch) / "texts.txt"
+        texts.write_text("".join(f"w{i} w{(7 * i) % 50} w{(3 * i) % 50}\n" for i in range(40)), encoding="utf-8")
+        base = BaseModel(str(save_model(root / "base", "bert", **_WIDE)), device="cpu")
+        pair = [write(root / n, random_adapter(base, "bert", n, "classification", i)) for i, n in enumerate("ab")]
+        told = [part for f in pair for part in ("--text", f"{f.name}={texts}")]
+        command = ["merge", base.name, *map(str, pair), *told, "--method", method, *words, "--out", str(root / "out")]
+        outcomes, first = [], None
+        for i in range(runs):
+            shutil.rmtree(root / "out", ignore_errors=True)
+            with threads(1 + i % 2), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                main_of_plait(command)
+            result = files_of(root / "out")
+            first = first or result
+            other = sorted(n for n in {*first, *result} if first.get(n) != result.get(n))
+            said = f"run {i} with {1 + i % 2} threads: other bytes in {', '.join(other)}" if other else ""
+            outcomes.append(said if result else "nothing was written")
+    return row(f"{method}: runs with 1 and 2 threads: the same bytes", outcomes)
 
 
 def repeated(method: str, runs: int, width: int, rank: int | None = None) -> Row:
