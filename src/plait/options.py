@@ -64,14 +64,14 @@ class Option(NamedTuple):
         return (shown or self.type.__name__ + bounds) + (" or none" if self.optional else "")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint with the nearest known word, or all of them."""
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """A hint with the nearest known word, or all of them; what stands in a recipe may be no word."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names) or 'none'}"
 
 
-def require_known(name: str, known: Iterable[str], what: str, where: str | None = None) -> None:
+def require_known(name: object, known: Iterable[str], what: str, where: str | None = None) -> None:
     """Refuse a name that is not among the known ones; the message has the nearest.
 
     Args:

@@ -17,10 +17,11 @@ import pytest
 from plait.report import write_report
 from plait.report.account import account_of
 from plait.report.figures import figures_of
-from plait.report.grid import heat_tables
+from plait.report.grid import grid_table, heat_tables
 from plait.report.page import document_of
 from plait.report.render import linked, render_html, render_markdown
 from plait.report.table import LEARNED, rows_of
+from plait.report.words import Cell
 from tests.report.conftest import Page, finished, small
 
 HOSTILE = "<script>alert('x')</script>\"&$\\frac{$"
@@ -214,3 +215,16 @@ def test_maps_share_one_scale_of_colours_and_show_what_is_not_known_as_a_gap():
 def test_a_published_page_names_no_folder_of_whoever_ran_it(report, tables_done, study_done):
     for path in [*report[0].iterdir(), *tables_done[0].markdown.parent.iterdir()]:
         assert str(Path(study_done.recipe.base.model).parent).encode() not in path.read_bytes(), path.name
+
+
+def test_the_colour_of_a_score_says_what_was_lost_or_won_against_the_arms_own_adapter(account):
+    of = {(t.arm, t.task): t for t in account.tasks}
+    rows = [r for r in grid_table(account).rows if r[0].note not in ("alone", "floor")]
+    seen = 0
+    for row in rows:
+        for task, cell in zip(account.measured, row[4:], strict=False):
+            if isinstance(cell, Cell) and cell.tint is not None:
+                lost = cell.key - of[row[0].text.strip("`"), task].alone
+                assert cell.tint == pytest.approx(max(-1.0, min(1.0, lost / 20)))
+                seen += 1
+    assert seen >= len(rows)

@@ -10,7 +10,7 @@ from plait.adapters.config import CONFIG
 from plait.adapters.weights import WEIGHTS
 from plait.disk.manifest import CARD, MANIFEST
 from tests.robustness.cases import STATS, manifest
-from tests.robustness.world import Case, Change, config, sparse, tensors
+from tests.robustness.world import Case, Change, config, edit, sparse, tensors
 
 PUSH = ("push", "A", "--to", "me/x", "--dry-run")
 ASK = ("try", "A", "--prompts")
@@ -71,6 +71,9 @@ NEWER = [
     Case("new on a base that is not there", lambda w: None, (*BEGIN, *TASKS), 3, ("absent", "no such base")),
     Case("new with an escape in the base's name", lambda w: None, ("new", "mine.yaml", "--base", "a\x1bb", *TASKS), 3, ("a\\x1bb", "no such folder")),
     Case("new in no YAML file", lambda w: None, ("new", "A", "--base", "absent", *TASKS), 2, ("A", ".yaml")),
+    *[Case(f"a recipe with {what} that is a number", edit("recipe.yaml", old, new), ("validate", "recipe.yaml"), 2, ("recipe.yaml", words))
+      for what, old, new, words in (("a training key", "steps: 4", "1: 4", "training"),
+                                    ("a constraint's method", "constraint: free", "constraint: penalised, constraint_options: {method: 5}", "5"))],
     Case("report of no run", lambda w: None, ("report", "A"), 3, ("A: no run", "recipe.json", "plait run --out")),
     Case("report of no run against no run", lambda w: None, ("report", "A", "B"), 3, ("A: no run", "recipe.json", "plait run --out")),
     Case("schema over a folder", lambda w: None, ("schema", "--out", "A", "--overwrite"), 2, ("A", "a folder stands there")),
