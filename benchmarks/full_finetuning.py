@@ -4,11 +4,12 @@ r"""Does the penalty do for full fine-tuning what it does for LoRA? Dense update
         --arms full@5e-5,full_penalised@5e-5,kaiming@1e-3,contrastive_penalised@1e-3 --to docs/results
 
 Takes base, tasks, rows, steps and seeds from a study; trains every linear module of the backbone (embeddings, norms and biases stay as
-they are). `full` trains each weight itself: D, where LoRA has B A. `full_penalised` adds beta tr(D m D^T) / tr(W0 m W0^T), the penalty in its dense
-form; `kaiming` and `contrastive_penalised` are LoRA of the study's rank. An arm is NAME@RATE; give rates at which the scores alone
-agree. One loop trains them all: AdamW, the study's schedule, clipping before the penalty joins. Merged by task arithmetic, RegMean (base
-moments) and TSV-M (dense updates are cut to the width over the number of tasks first, as published); the scale of each is chosen on
-one half of the validation rows and reported on the other. RUN/records/ARM-SEED.json is not made again. Writes full-finetuning.json and .md.
+they are). `full` trains each weight itself: D, where LoRA has B A. `full_penalised` adds beta tr(D m D^T) / tr(W0 m W0^T), the penalty
+in its dense form; `kaiming` and `contrastive_penalised` are LoRA of the study's rank. An arm is NAME@RATE; give rates at which the
+scores alone agree. One loop trains them all: AdamW, the study's schedule, clipping before the penalty joins. Merged by task
+arithmetic, RegMean (base moments) and TSV-M (dense updates are cut to the width over the number of tasks first, as published); the
+scale of each is chosen on one half of the validation rows and reported on the other. What lies in RUN/records is not made again.
+Writes full-finetuning.json and full-finetuning.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from plait.evaluation.features import task_vector_norm
 from plait.evaluation.protocol import Scorer, cross_fitted
 from plait.evaluation.splits import HALVES, split_rows
 from plait.merging import merge
+from plait.model.applied import applied
 from plait.model.base import load_task_model
 from plait.runs.recipe_file import read_recipe
 from plait.runs.session import Session
@@ -93,16 +95,36 @@ def identity(adapter: Adapter, deltas: Mapping[str, torch.Tensor] | None = None)
 
 def trained(
     session: Session, task: str, start: Adapter, settings: TrainingSettings, statistics: Mapping[str, Statistics],
-    seed: int, dense: bool,
+    seed: int, dense: bool, *, part: tuple[int, int] = (0, 1), carried: Adapter | None = None,
 ) -> Adapter:  # fmt: skip
-    """Train one task by a plain loop."""
-    spec, device, tokenizer = session.tasks[task], session.base.torch_device, session.evaluator.tokenizer
+    """Train one task by a plain loop.
+
+    Args:
+        session: Base, tasks, rows.
+        task: Which.
+        start: From `starts`.
+        settings: Steps, rate, penalty.
+        statistics: Of all tasks.
+        seed: Of head and rows.
+        dense: Whether A stays the identity.
+        part: (i, n): the i-th of n equal parts of the steps alone, AdamW starting anew in each.
+        carried: An update that the base wears meanwhile.
+    """
+    spec, tokenizer = session.tasks[task], session.evaluator.tokenizer
     examples = session.training(task, seed)
     rows = encode(tokenizer, spec, examples, settings.max_length)
     torch.manual_seed(seed)
     model = load_task_model(session.base, spec, seed=seed)
     silence_dropout(model)
-    started = for_task(start, spec, model)
+    with applied(model, carried):
+        return _steps(session, task, for_task(start, spec, model), model, rows, settings, statistics, seed, dense, part)
+
+
+def _steps(
+    session: Session, task: str, started: Adapter, model: Any, rows: Sequence[Any], settings: TrainingSettings,
+    statistics: Mapping[str, Statistics], seed: int, dense: bool, part: tuple[int, int],
+) -> Adapter:  # fmt: skip
+    spec, device, tokenizer = session.tasks[task], session.base.torch_device, session.evaluator.tokenizer
     constraint = prepare_constraint(settings, started, statistics, task=task, device=device)
     peft_model = attach(model, started)
     if dense:
@@ -112,7 +134,7 @@ def trained(
     attach_constraint(optimizer, peft_model, constraint)
     total = settings.total_steps(len(rows))
     order = row_order(len(rows), total * settings.batch_size, seed).reshape(total, settings.batch_size)
-    for step in range(total):
+    for step in range(total * part[0] // part[1], total * (part[0] + 1) // part[1]):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * settings.factor(step, total)
         batch = to_device(collate(tokenizer, [rows[i] for i in order[step]]), device)
