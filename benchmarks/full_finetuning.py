@@ -126,12 +126,12 @@ def _steps(
 ) -> Adapter:  # fmt: skip
     spec, device, tokenizer = session.tasks[task], session.base.torch_device, session.evaluator.tokenizer
     constraint = prepare_constraint(settings, started, statistics, task=task, device=device)
-    peft_model = attach(model, started)
+    peft_model = attach(model, started).to(device)
     if dense:
         freeze_rows(peft_model)
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
-    attach_constraint(optimizer, peft_model, constraint)
+    remove = attach_constraint(optimizer, peft_model, constraint)
     total = settings.total_steps(len(rows))
     order = row_order(len(rows), total * settings.batch_size, seed).reshape(total, settings.batch_size)
     for step in range(total * part[0] // part[1], total * (part[0] + 1) // part[1]):
@@ -148,6 +148,7 @@ def _steps(
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+    remove()  # its hooks hold the model and the optimiser, which the next task needs the room of
     return detach(peft_model, started, {"task": task})
 
 
