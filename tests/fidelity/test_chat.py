@@ -161,19 +161,25 @@ def test_who_decides(make_panel):
     adapters, tokenizer = adapters_of(panel), panel.tokenizer
     bare = make_panel("gpt2", "causal").tokenizer
     tokenizer.chat_template, bare.chat_template = TEMPLATE, None
-    found, forced = chat_of(None, adapters, tokenizer, 9), chat_of(True, adapters, tokenizer, 9)
+    found, forced = chat_of(None, None, adapters, tokenizer, 9), chat_of(True, False, adapters, tokenizer, 9)
     assert (
         found.used
         and found.record.detected
-        and "has a chat template" in found.notes[0]
-        and "--no-chat" in found.notes[0]
+        and "the tokenizer has one (--no-chat" in found.notes[0]
+        and "--no-answers" in found.notes[0]
     )
     assert forced.used and not forced.record.detected and forced.record.new_tokens == 9
-    assert not chat_of(False, adapters, tokenizer, 9).used and not chat_of(None, adapters, bare, 9).used
+    for chat, without in ((False, tokenizer), (None, bare)):
+        raw = chat_of(chat, True, adapters, without, 9)
+        assert raw.answered and not raw.used and raw.record.template == "" and not raw.record.detected
+    assert not chat_of(None, False, adapters, tokenizer, 9).answered
+    classifiers = [replace(a, task_type="SEQ_CLS") for a in adapters]
+    assert not chat_of(None, None, classifiers, tokenizer, 9).answered
     with pytest.raises(UsageError, match="no chat template"):
-        chat_of(True, adapters, bare, 9)
-    with pytest.raises(UsageError, match="does not write"):
-        chat_of(True, [replace(a, task_type="SEQ_CLS") for a in adapters], tokenizer, 9)
+        chat_of(True, None, adapters, bare, 9)
+    for chat, answers in ((True, False), (None, True)):
+        with pytest.raises(UsageError, match="does not write"):
+            chat_of(chat, answers, classifiers, tokenizer, 9)
 
 
 def test_adapters_that_were_trained_without_a_template_are_left_as_they_are(make_panel, tmp_path):
@@ -181,9 +187,9 @@ def test_adapters_that_were_trained_without_a_template_are_left_as_they_are(make
     panel.tokenizer.chat_template = TEMPLATE
     (tmp_path / "plait.json").write_text(json.dumps({"schema": 1, "options": {"data": {"chat": None}}, "result": {}}))
     adapters = [replace(a, source={"path": str(tmp_path)}) for a in adapters_of(panel)]
-    found = chat_of(None, adapters, panel.tokenizer, 9)
-    assert not found.used and "one, two trained without the chat template" in found.notes[0]
-    assert chat_of(True, adapters, panel.tokenizer, 9).used
+    found = chat_of(None, None, adapters, panel.tokenizer, 9)
+    assert found.answered and not found.used and "one, two trained without the chat template" in found.notes[0]
+    assert chat_of(True, False, adapters, panel.tokenizer, 9).used
 
 
 def test_prompts_that_are_cut_are_counted(make_panel):
@@ -261,9 +267,18 @@ def test_typed_and_recorded(make_panel, tmp_path, capsys, monkeypatch):
     assert all(0 <= t["verbatim"] <= 1 for t in result["fidelity"]["tasks"])
     code, out, err = typed("advise", *given, "--repair", "0", "--chat", "--tokens", "4", "--device", "cpu")
     assert code == 0 and "chat template: as asked for" in out
-    code, out, err = typed("merge", "auto", *given, "--no-chat", "--out", "plain", "--device", "cpu", "--no-fit")
+    code, out, err = typed(
+        "merge", "auto", *given, "--no-chat", "--tokens", "4", "--out", "raw", "--device", "cpu", "--no-fit"
+    )
+    assert (
+        code == 0 and "chat template:" not in err and "followed in their own answers" in err and "word for word" in out
+    )
+    assert read_manifest(Path("raw"))["result"]["chat"]["template"] == ""
+    assert typed("merge", "auto", *given, "--no-answers", "--chat", "--out", "x")[0] == 2
+    code, out, err = typed("merge", "auto", *given, "--no-answers", "--out", "plain", "--device", "cpu", "--no-fit")
     assert code == 0 and "chat" not in read_manifest(Path("plain"))["result"] and "word for word" not in out
     assert typed("merge", "auto", "one", "two", "--chat", "--out", "x")[0] == 2
+    assert typed("merge", "auto", "one", "two", "--answers", "--out", "x")[0] == 2
 
 
 def test_settings(make_panel):

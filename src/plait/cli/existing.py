@@ -37,13 +37,19 @@ Text = Annotated[
 General = Annotated[
     str | None, typer.Option("--general", metavar="FILE", help="Texts of no task, for the KL to the base.")
 ]
+Answers = Annotated[
+    bool | None,
+    typer.Option(
+        "--answers/--no-answers", help="Texts are prompts: compare at each adapter's own answers. Default for a prompt or messages column."
+    ),
+]  # fmt: skip
 Chat = Annotated[
     bool | None,
     typer.Option(
-        "--chat/--no-chat", help="The chat template around prompts; by default where the files have a prompt or messages column."
+        "--chat/--no-chat", help="The tokenizer's chat template around prompts; by default where there is one."
     ),
-]  # fmt: skip
-Tokens = Annotated[int, typer.Option("--tokens", min=1, help="With --chat and --on-policy: tokens of an answer.")]
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of an adapter's own answer.")]
 Length = Annotated[int, typer.Option("--max-length", min=8, help="Tokens of a text that are read.")]
 
 
@@ -64,7 +70,8 @@ def advise(
     repair: Annotated[str, typer.Option("--repair", metavar="N|auto", help="Most steps of the repair that is tried; 0: none.")] = "100",
     refine: Annotated[int, typer.Option("--refine", min=0, help="Steps of learning the merge's weights.")] = 100,
     base_id: Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")] = None,
-    chat: Chat = None, tokens: Tokens = 64, length: Length = 128, device: Device = "auto", four_bits: FourBits = None,
+    answers: Answers = None, chat: Chat = None, tokens: Tokens = 64, length: Length = 128,
+    device: Device = "auto", four_bits: FourBits = None,
     seed: Seed = 0, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say whether to merge at all, and how.
@@ -76,7 +83,9 @@ def advise(
     from plait.fidelity.texts import parse_files, read_place
 
     files = parse_files(text or [])
-    settings = AdviceSettings(tolerate, steps_of(repair), refine, length, seed, chat_wanted(chat, files), tokens)
+    settings = AdviceSettings(
+        tolerate, steps_of(repair), refine, length, seed, answers_wanted(answers, chat, files), chat, tokens
+    )
     advice = advise_folders(
         given, {t: f.texts for t, f in files.items()}, read_place(general) if general else (), settings, base_id=base_id, device=device,
         four_bits=four_bits, on_progress=_reporter(quiet),
@@ -98,6 +107,7 @@ class AutoChoice(NamedTuple):
     max_shift: float | None
     repair: str
     on_policy: bool
+    answers: bool | None
     chat: bool | None
     tokens: int
     length: int
@@ -132,7 +142,8 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         max_shift=chosen.max_shift,
         repair=repair,
         on_policy=chosen.on_policy,
-        chat=chat_wanted(chosen.chat, files),
+        answers=answers_wanted(chosen.answers, chosen.chat, files),
+        chat=chosen.chat,
         new_tokens=chosen.tokens,
         rank=chosen.rank,
         max_length=chosen.length,
@@ -147,14 +158,19 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     emit(written, as_json, auto_text(written))
 
 
-def chat_wanted(given: bool | None, files: Mapping[str, TextFile]) -> bool | None:
-    """Say whether prompts go through the chat template: as asked; else None, "if it can be", where every file holds prompts."""
+def answers_wanted(given: bool | None, chat: bool | None, files: Mapping[str, TextFile]) -> bool | None:
+    """Say whether adapters answer the texts: as asked; else None, "if they can", where every file holds prompts."""
     from plait.fidelity.chat import PROMPT_COLUMNS
 
-    if given and not files:
-        raise UsageError("--chat is about prompts, and there are none", hint="--text TASK=FILE for every adapter")
+    for asked, option in ((given, "--answers"), (chat, "--chat")):
+        if asked and not files:
+            raise UsageError(
+                f"{option} is about prompts, and there are none", hint="--text TASK=FILE for every adapter"
+            )
+    if given is False and chat:
+        raise UsageError("--chat is about answers, and --no-answers asks for none", hint="leave one of them out")
     if given is not None or not files:
-        return given
+        return bool(given)
     return None if all(len(f.columns) == 1 and f.columns[0] in PROMPT_COLUMNS for f in files.values()) else False
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plait.cli import existing
-from plait.cli.existing import Chat, General, Length, Text, Tokens
+from plait.cli.existing import Answers, Chat, General, Length, Text, Tokens
 from plait.cli.given import only, without
 from plait.cli.options import Device, FourBits, Json, Overwrite, Quiet, Seed, Set
 from plait.cli.output import emit, number, numbers, settings, table
@@ -84,6 +84,7 @@ _ONLY_AUTO = (
     "max_shift",
     "repair",
     "on_policy",
+    "answers",
     "chat",
     "tokens",
     "length",
@@ -120,7 +121,8 @@ def merge(
     stack: Annotated[bool, typer.Option("--stack", help="Trained one on top of another: compose in that order.")] = False,
     disjoint: Annotated[bool, typer.Option("--disjoint", help="They share no module, and that is meant.")] = False,
     text: Text = None, general: General = None, refine: Refine = 100, fit: FitOption = True, heads: Heads = True,
-    max_shift: MaxShift = None, repair: Repair = "0", on_policy: OnPolicy = False, chat: Chat = None, tokens: Tokens = 64,
+    max_shift: MaxShift = None, repair: Repair = "0", on_policy: OnPolicy = False, answers: Answers = None,
+    chat: Chat = None, tokens: Tokens = 64,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare.")] = True,
     length: Length = 128, seed: Seed = 0, device: Device = "cpu", four_bits: FourBits = None, overwrite: Overwrite = False,
     learn_heads: LearnHeads = False, quiet: Quiet = False,
@@ -137,7 +139,7 @@ def merge(
     if folders[0] == "auto":
         only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
         chosen = existing.AutoChoice(
-            text, general, refine, fit, heads, max_shift, repair, on_policy, chat, tokens, length, rank, base, dtype, device,
+            text, general, refine, fit, heads, max_shift, repair, on_policy, answers, chat, tokens, length, rank, base, dtype, device,
             four_bits, learn_heads, seed, overwrite, quiet,
         )  # fmt: skip
         existing.auto(folders[1:], out, chosen, as_json)

@@ -14,7 +14,7 @@ from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.panel import Panel
+from plait.fidelity.panel import WRITTEN, Panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
@@ -37,7 +37,7 @@ class AdviceSettings:
         refine: Steps of learning the merge's weights.
         max_length: Tokens a text.
         seed: Seed of the order of the texts.
-        chat, new_tokens: How prompts are put, as `AutoSettings` has them.
+        answers, chat, new_tokens: How prompts are put, as `AutoSettings` has them.
     """
 
     tolerate: float = 0.1
@@ -45,7 +45,8 @@ class AdviceSettings:
     refine: int = 100
     max_length: int = 128
     seed: int = 0
-    chat: bool | None = False
+    answers: bool | None = False
+    chat: bool | None = None
     new_tokens: int = 64
 
 
@@ -119,8 +120,8 @@ def advise(
         said = _advice(adapters, options, advice, name, unknown, found)
     else:
         panel, chat = asked_panel(  # the held-out texts too, which are read last, are looked at here
-            base, adapters, texts, general, chat=chosen.chat, new_tokens=chosen.new_tokens, max_length=chosen.max_length,
-            on_progress=on_progress,
+            base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
+            max_length=chosen.max_length, on_progress=on_progress,
         )  # fmt: skip
         found = _measured(panel, adapters, chosen, base_id, on_progress)
         unknown += notes.alike(list(found.kept.values()))
@@ -132,7 +133,7 @@ def advise(
         advice, name = recommend(options, chosen)
         said = replace(
             _advice(adapters, options, advice, name, unknown, found, [*notes.other_base(adapters, base), *chat.notes]),
-            next=notes.that_merge(adapters, base, name, chosen.repair, chat=chat.used),
+            next=notes.that_merge(adapters, base, name, chosen.repair, chat=chat),
             then=notes.that_model(base, name),
         )
     return said
@@ -199,7 +200,7 @@ def _measured(
     # Heads follow each arm by itself, below: after its cut and its repair.
     auto = AutoSettings(
         refine=settings.refine, heads=False, max_length=settings.max_length, seed=settings.seed, chat=panel.chat,
-        new_tokens=settings.new_tokens,
+        answers=panel.positions == WRITTEN, new_tokens=settings.new_tokens,
     )  # fmt: skip
     merged = merge_auto(
         adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, on_progress=on_progress

@@ -22,7 +22,8 @@ def asked_panel(
     texts: Mapping[str, Texts],
     general: Texts = (),
     *,
-    chat: bool | None = False,
+    chat: bool | None = None,
+    answers: bool | None = False,
     on_policy: bool = False,
     new_tokens: int = 64,
     batch_size: int = 32,
@@ -36,7 +37,8 @@ def asked_panel(
         adapters: Whose predictions are compared.
         texts: Adapter (or head) -> its texts.
         general: Texts of no task.
-        chat: Whether prompts go through the chat template; None where they decide, see `plait.fidelity.chat.chat_of`.
+        chat: Whether prompts go through the chat template, see `plait.fidelity.chat.chat_of`.
+        answers: Whether texts are prompts, which the adapters answer.
         on_policy: Whether a merge will write after the prompts: then adapters are followed in their own answers with or without a template.
         new_tokens: Tokens of an adapter's own answer, at most.
         batch_size: Texts a pass, where a model is asked alone.
@@ -57,17 +59,17 @@ def asked_panel(
     if on_policy and any(part.task.kind != "causal" for part in parts):
         raise UsageError("on policy a merge writes, and these adapters are not causal", hint="leave --on-policy out")
     panel = Panel(base, parts, ready, general, batch_size, max_length, new_tokens=new_tokens)
-    how = chat_of(chat, adapters, panel.tokenizer, new_tokens)
+    how = chat_of(chat, answers, adapters, panel.tokenizer, new_tokens)
     for note in how.notes:
         on_progress(note)
-    if how.used and how.record is not None:
-        panel = replace(panel, chat=True)
+    if how.record is not None:
+        panel = replace(panel, chat=how.used)
         if cut := cut_prompts(panel):
             counts = ", ".join(f"{n} of {len(ready[t])} of {t}" for t, n in cut.items())
             said = f"prompts longer than {max_length} tokens, cut from the left: {counts} (--max-length)"
             on_progress(said)
             how = replace(how, record=replace(how.record, cut=cut), notes=(*how.notes, said))
-    if how.used or on_policy:
+    if how.answered or on_policy:
         panel = replace(panel, positions=WRITTEN)
         on_progress(f"each adapter writes after its prompts, up to {new_tokens} tokens")
     require_room(panel)

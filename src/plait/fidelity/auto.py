@@ -44,8 +44,9 @@ class AutoSettings:
         heads: Whether the last layer of every classifier's head is fitted to the merged model, where that is closer.
         learn_heads: Whether copies of the heads are learnt together with the merge's weights, and taken where that is closer still.
         max_shift: Most KL to the base on the general texts, in nats: whatever moves the model further is left out.
-        chat: Whether prompts go through the tokenizer's chat template and adapters are followed in their own answers; None where the
-            texts are prompts, and the adapters decide (`plait.fidelity.chat.chat_of`).
+        answers: Whether texts are prompts and adapters are followed in their own answers; None where they are if the adapters are causal.
+        chat: Whether prompts go through the tokenizer's chat template, which means answers; None where tokenizer and adapters decide
+            (`plait.fidelity.chat.chat_of`).
         new_tokens: Tokens of such an answer, at most.
         rank: Cut the result to this rank.
         max_length: Tokens a text.
@@ -63,7 +64,8 @@ class AutoSettings:
     heads: bool = True
     learn_heads: bool = False
     max_shift: float | None = None
-    chat: bool | None = False
+    answers: bool | None = False
+    chat: bool | None = None
     new_tokens: int = 64
     rank: int | None = None
     max_length: int = 128
@@ -155,8 +157,8 @@ def merge_auto(
     if chosen.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
     panel, chat = asked_panel(
-        base, adapters, texts, general, chat=chosen.chat, on_policy=chosen.on_policy, new_tokens=chosen.new_tokens,
-        batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
+        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy,
+        new_tokens=chosen.new_tokens, batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
     if len(adapters) == 1:

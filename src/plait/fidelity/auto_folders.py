@@ -76,7 +76,8 @@ def merge_auto_folders(
         "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
         **({"learn_heads": True} if chosen.learn_heads else {}),
     }  # fmt: skip
-    options |= {} if chosen.chat is False or not texts else {"chat": chosen.chat, "new_tokens": chosen.new_tokens}
+    if texts and (chosen.chat or chosen.answers is not False):
+        options |= {"chat": chosen.chat, "answers": chosen.answers, "new_tokens": chosen.new_tokens}
     options |= {"on_policy": True, "new_tokens": chosen.new_tokens} if chosen.on_policy else {}
     kind = dtype_for(dtype, adapters)
     options |= {} if kind == FLOAT32 else {"dtype": kind}

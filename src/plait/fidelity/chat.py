@@ -1,4 +1,4 @@
-"""Chat and instruct adapters: whether prompts go through the tokenizer's chat template, and how they look then."""
+"""Prompts: whether each adapter answers its own, whether they go through the chat template, and how they look then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from plait.tasks.chat import checked_messages, rendered
 
 # Columns whose cells are prompts to an assistant.
 PROMPT_COLUMNS = ("prompt", "messages")
-_PROMPTS = "the files hold prompts and the tokenizer has a chat template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +23,8 @@ class Chat:
     """How prompts are asked.
 
     Args:
-        used: Whether the chat template is put around them, and adapters are looked at in their own answers.
-        record: The same for the record; None where no template was thought of.
+        used: Whether the chat template is put around them.
+        record: The same for the record; None where texts are no prompts: then nobody answers.
         notes: What a person should know of it.
     """
 
@@ -33,38 +32,48 @@ class Chat:
     record: ChatRecord | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def answered(self) -> bool:
+        """Whether adapters are looked at in their own answers."""
+        return self.record is not None
 
-def chat_of(asked: bool | None, adapters: Sequence[Adapter], tokenizer: Any, new_tokens: int) -> Chat:
-    """Decide whether prompts go through the tokenizer's chat template.
+
+def chat_of(
+    asked: bool | None, answers: bool | None, adapters: Sequence[Adapter], tokenizer: Any, new_tokens: int
+) -> Chat:
+    """Decide whether adapters are looked at in their own answers, and whether prompts go through the chat template.
 
     Args:
-        asked: True or False; None where the texts are prompts: then they do where the tokenizer has a template, the adapters are causal,
-            and none of them says that it was trained without one.
+        asked: Whether they go through the template; None where they do if the tokenizer has one and none of the adapters says that
+            it was trained without. True means answers too.
+        answers: Whether texts are prompts, which the adapters answer; None where they are if the adapters are causal.
         adapters: Whose texts they are.
         tokenizer: The base's.
         new_tokens: Tokens of an adapter's own answer, for the record.
 
     Raises:
-        UsageError: A template is asked for that is not there, or of adapters that do not write.
+        UsageError: A template is asked for that is not there, or answers of adapters that do not write.
     """
     writes = all(a.task_type == "CAUSAL_LM" for a in adapters)
     template = getattr(tokenizer, "chat_template", None)
-    if asked and not writes:
-        raise UsageError("--chat is for causal adapters; one of these does not write", hint="leave it out")
+    if (asked or answers) and not writes:
+        option = "--chat" if asked else "--answers"
+        raise UsageError(f"{option} is for causal adapters; one of these does not write", hint="leave it out")
     if asked and not template:
         raise UsageError("the base's tokenizer has no chat template", hint="leave --chat out")
-    if asked is False or not (writes and template):
+    if not asked and (answers is False or not writes):
         return Chat()
-    plain = [a.name for a in adapters if _trained_plainly(a)]
-    if asked is None and plain:
-        said = f"{', '.join(plain)} trained without the chat template: texts are read as they stand (--chat puts it around them)"
-        return Chat(notes=(said,))
-    why = "as asked for" if asked else f"{_PROMPTS} (--no-chat reads them as plain texts)"
-    said = (
-        f"prompts go through the tokenizer's chat template: {why}; adapters are followed in their own answers, up to "
-        f"{new_tokens} tokens each"
-    )
-    return Chat(True, ChatRecord(sha256_json(str(template)), new_tokens, asked is None), (said,))
+    plain = [a.name for a in adapters if _trained_plainly(a)] if template and asked is None else []
+    used = bool(asked) or (asked is None and bool(template) and not plain)
+    detected = answers is None and not asked
+    why = " (the files hold prompts; --no-answers reads them as plain texts)" if detected else ""
+    said = f"adapters are followed in their own answers, up to {new_tokens} tokens each{why}"
+    if used:
+        how = "as asked for" if asked else "the tokenizer has one (--no-chat leaves it out)"
+        said = f"prompts go through the tokenizer's chat template: {how}; {said}"
+    elif plain:
+        said = f"{', '.join(plain)} trained without the chat template: prompts stand as they are (--chat puts it around them); {said}"
+    return Chat(used, ChatRecord(sha256_json(str(template)) if used else "", new_tokens, detected), (said,))
 
 
 def _trained_plainly(adapter: Adapter) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from plait.adapters.beside import no_matrix
 from plait.adapters.lora import Adapter
 from plait.fidelity import costs
+from plait.fidelity.chat import Chat
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.proxy import cosines
 from plait.formats.keys import PEFT
@@ -117,7 +118,7 @@ def next_step(adapters: Sequence[Adapter], base: BaseModel | None) -> str:
 
 
 def that_merge(
-    adapters: Sequence[Adapter], base: BaseModel, option: str, repair: int, *, chat: bool = False
+    adapters: Sequence[Adapter], base: BaseModel, option: str, repair: int, *, chat: Chat | None = None
 ) -> str | None:
     """Write the command that makes a merge which `advise` recommends, but for the texts, which have to be given again."""
     if not option.startswith("merged"):
@@ -125,7 +126,8 @@ def that_merge(
     words = ["plait merge auto", shlex.quote(base.written), *(place(a) for a in adapters), "--out merged"]
     if "repaired" in option:
         words.append(f"--repair {repair}")
-    words += ["--chat"] if chat else []
+    if chat and chat.answered:
+        words.append("--chat" if chat.used else "--answers")
     rank = option.rpartition("rank ")[2]
     return " ".join([*words, *([f"--rank {rank}"] if rank.isdigit() else [])])
 

@@ -157,9 +157,9 @@ class ChatRecord:
     """How prompts were asked.
 
     Args:
-        template: SHA-256 of the tokenizer's chat template.
+        template: SHA-256 of the tokenizer's chat template; "" where prompts stand as they are.
         new_tokens: Tokens of an adapter's own answer, at most.
-        detected: Whether nobody asked for it: the files held prompts and the tokenizer has a template.
+        detected: Whether nobody asked for it: the files held prompts.
         cut: Task -> prompts that were longer than `max_length`, and cut from the left.
     """
 
