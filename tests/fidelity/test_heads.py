@@ -10,7 +10,7 @@ import torch
 
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import scaled
-from plait.fidelity.head_learning import _learnt, with_learnt_heads
+from plait.fidelity.head_learning import weights_and_heads, with_learnt_heads
 from plait.fidelity.heads import Last, refit_heads
 from plait.fidelity.score import fidelities, outputs
 from plait.merging import merge
@@ -129,7 +129,7 @@ def test_learnt_heads_are_closer_on_held_out_texts_or_left(panel):
 def test_weights_of_each_adapter_are_learnt_with_the_heads(panel):
     merge = merged(panel)
     ranks = {m: [a.modules[m].rank for a in adapters_of(panel)] for m in merge.modules}
-    done = _learnt(panel, merge, ranks, steps=10, seed=0)
+    done = weights_and_heads(panel, merge, ranks, steps=10, seed=0)
     apart = []
     for m, f in done.modules.items():
         before = merge.modules[m].folded().B

@@ -56,18 +56,18 @@ def with_learnt_heads(
     most, rest = split_off(panel.texts, HELD_OUT)
     part, fourth = panel.with_texts(most, general=False), panel.with_texts(rest, general=False)
     refit = with_heads(part, merge)[0]
-    tried = _learnt(part, refit, groups, steps, seed)
+    tried = weights_and_heads(part, refit, groups, steps, seed)
     before, fitted, after = (f.kept for f in fidelities(fourth, [(a, 1.0) for a in (merge, refit, tried)]))
     kept = after > max(before, fitted)
     seen = HeadsLearnt(steps, {"merge": before, "fitted": fitted, "learnt": after}, kept)
     if not kept:
         return merge, seen
     whole = panel.with_texts(panel.texts, general=False)
-    return _learnt(whole, with_heads(whole, merge)[0], groups, steps, seed), seen
+    return weights_and_heads(whole, with_heads(whole, merge)[0], groups, steps, seed), seen
 
 
-def _learnt(panel: Panel, merge: Adapter, groups: Groups, steps: int, seed: int) -> Adapter:
-    """Weights and heads after so many steps on all texts of a panel."""
+def weights_and_heads(panel: Panel, merge: Adapter, groups: Groups, steps: int, seed: int) -> Adapter:
+    """Learn weights of the merge's parts and all heads together, on all texts of a panel; arguments as `with_learnt_heads`."""
     loss = HeadLoss(panel)
     heads: list[dict[str, Tensor]] = [
         {k: merge.heads.get(p.name, p.head)[k].to(v).clone().requires_grad_(True) for k, v in h.items()}
