@@ -15,13 +15,14 @@ from plait.adapters.memory import empty_like, own_copy
 from plait.errors import RunError
 from plait.merging.elementwise import pairs_of, parts_of
 from plait.merging.inputs import MergeInputs
+from plait.merging.tiles import MOST_TASKS, Products, Spare
 from plait.merging.workers import side_by_side
 from plait.seeds import seed_of
 
 # Makes one pass over nonnegative values, in blocks, each with the index of the group (the task) it belongs to.
 Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
-# Hands every one of such blocks to a function, from several threads at once where that is faster.
-Pass = Callable[[Callable[[int, Tensor], None]], None]
+# Hands every one of such blocks to a function, with memory of its thread's; from several threads at once where that is faster.
+Pass = Callable[[Callable[[int, Tensor, Spare], None]], None]
 
 # Values up to which a group is simply selected from in memory; beyond it a bracket is faster.
 _SMALL = 1 << 16
@@ -50,6 +51,23 @@ def magnitude_thresholds(modules: Sequence[MergeInputs], density: float, space: 
     return magnitudes_at(modules, lambda total: math.ceil(density * total), space)
 
 
+def thresholds_of(products: Products, density: float) -> list[Tensor]:
+    """Per task, the smallest magnitude among the `density` largest of a product's entries: those that the same tiles give later."""
+    if density >= 1:
+        return [torch.zeros((), dtype=torch.float32) for _ in products.lefts]
+    if len(products.lefts) > MOST_TASKS:  # each part whole: selecting takes less than the two passes below
+        return [
+            smallest_kept(left @ right, density) for left, right in zip(products.lefts, products.rights, strict=True)
+        ]
+    spare = Spare()
+
+    def values() -> Iterator[tuple[int, Tensor]]:
+        for tile in products.tiles(whole_rows=False):
+            yield from ((t, part.abs_()) for t, part in enumerate(products.parts(tile, spare)))
+
+    return nth_largest(values, lambda total: math.ceil(density * total), len(products.lefts))
+
+
 def smallest_kept(part: Tensor, density: float) -> Tensor:
     """The smallest magnitude among the `density` largest of a matrix's entries, as a scalar; 0 where all are kept.
 
@@ -66,10 +84,11 @@ def magnitudes_at(modules: Sequence[MergeInputs], rank: Callable[[int], int], sp
     Modules are looked at side by side: the answer is exact, so it does not depend on their order.
     """
 
-    def values(take: Callable[[int, Tensor], None]) -> None:
+    def values(take: Callable[[int, Tensor, Spare], None]) -> None:
         def one(place: int) -> None:
-            for task, part in parts_of(modules[place], space):
-                take(task, part.abs_())
+            spare = Spare()
+            for task, part in parts_of(modules[place], spare, space):
+                take(task, part.abs_(), spare)
 
         side_by_side(one, range(len(modules)), modules[0].device)
 
@@ -99,9 +118,10 @@ def nth_largest(values: Blocks, rank: Callable[[int], int], groups: int) -> list
         groups: How many groups there are.
     """
 
-    def passed(take: Callable[[int, Tensor], None]) -> None:
+    def passed(take: Callable[[int, Tensor, Spare], None]) -> None:
+        spare = Spare()
         for g, block in values():
-            take(g, block)
+            take(g, block, spare)
 
     return _nth_largest(passed, rank, *_counted(values, groups))
 
@@ -113,13 +133,13 @@ def _nth_largest(
     found = [torch.zeros((), dtype=torch.float32) for _ in totals]
     if small := [g for g, total in enumerate(totals) if 0 < total <= _SMALL]:
         held: dict[int, list[Tensor]] = {g: [] for g in small}
-        values(lambda g, block: held[g].append(block.flatten()) if g in held else None)
+        values(lambda g, block, _: held[g].append(block.flatten().clone()) if g in held else None)
         for g in small:
             found[g] = _kth(torch.cat(held[g]), rank(totals[g]))
     brackets = {g: _Bracket(samples[g], n, rank(n)) for g, n in enumerate(totals) if n > _SMALL}
     while brackets:
         waiting = dict(brackets)
-        values(lambda g, block, waiting=waiting: waiting[g].count(block) if g in waiting else None)  # type: ignore[misc]
+        values(lambda g, block, spare, w=waiting: w[g].count(block, spare) if g in w else None)  # type: ignore[misc]
         found = [brackets[g].exact() if g in brackets and brackets[g].hit() else v for g, v in enumerate(found)]
         brackets = {g: b.wider() for g, b in brackets.items() if not b.hit()}
     return found
@@ -145,16 +165,17 @@ class _Bracket:
         self.inside = empty_like(sample, (min(total, 1024 + int(1.5 * spread * total)),))
         self.lock = threading.Lock()  # blocks come from several threads
 
-    def count(self, block: Tensor) -> None:
+    def count(self, block: Tensor, spare: Spare) -> None:
         """Take one block in. NumPy's boolean kernels are several times faster than torch's on a CPU."""
         if block.is_cuda:
             above = int(torch.count_nonzero(block > self.high))
             inside = block[(block >= self.low) & (block <= self.high)]
         else:
             array = block.numpy()
-            higher = array > self.high
-            above = int(np.count_nonzero(higher))
-            inside = torch.from_numpy(array[(array >= self.low) ^ higher])
+            higher, within = (spare.like(name, block, torch.bool).numpy() for name in ("higher", "within"))
+            above = int(np.count_nonzero(np.greater(array, self.high, out=higher)))
+            np.not_equal(np.greater_equal(array, self.low, out=within), higher, out=within)
+            inside = torch.from_numpy(array[within])
         with self.lock:
             self.above += above
             self._hold(inside)

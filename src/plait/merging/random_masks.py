@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.dense import row_blocks
+from plait.merging.dense import rows_together
 from plait.merging.inputs import MergeInputs
+from plait.merging.tiles import Spare
 from plait.seeds import seed_of
 
 # Keeping is decided by 16 random bits an entry, several times cheaper than a float; the rescaling uses the probability
@@ -34,21 +35,27 @@ class Place:
         space: "dense", or the name of another space, whose draws are made at once.
         shape: (rows, columns) of the whole space; None where all of its entries are given.
         start: Row of the space in which the entries begin.
+        left: Column of the space in which they begin.
         drawn: Task -> (first row, draws) that the last entries came from: the next ones lie beside them.
+        spare: Memory that is used again for the next entries; the rule's result may lie there.
     """
 
     space: str = "dense"
     shape: tuple[int, int] | None = None
     start: int = 0
+    left: int = 0
     drawn: dict[int, tuple[int, Draws]] = field(default_factory=dict)
+    spare: Spare = field(default_factory=Spare)
 
     def blocks(self, rows: int) -> Iterator[tuple[str, int, int]]:
         """Name and range of each block of draws that some of these rows lie in."""
-        whole = self.shape or (rows, 0)
-        every = row_blocks(whole) if self.space == "dense" else [(0, whole[0])]
-        for start, stop in every:
-            if start < self.start + rows and stop > self.start:
-                yield (str(start) if self.space == "dense" else self.space), start, stop
+        height, width = self.shape or (rows, 0)
+        if self.space != "dense":
+            yield self.space, 0, height
+            return
+        together = rows_together(width)
+        for start in range(self.start // together * together, self.start + rows, together):
+            yield str(start), start, min(start + together, height)
 
 
 def draw(x: MergeInputs, task: int, place: Place, shape: tuple[int, ...]) -> Draws:
@@ -60,8 +67,9 @@ def draw(x: MergeInputs, task: int, place: Place, shape: tuple[int, ...]) -> Dra
     pieces = []
     for name, start, stop in place.blocks(shape[0]):
         if place.drawn.get(task, (-1,))[0] != start:
-            place.drawn[task] = start, _drawn(x, task, name, (stop - start, shape[1]))
-        pieces.append(place.drawn[task][1][max(0, place.start - start) : place.start + shape[0] - start])
+            place.drawn[task] = start, _drawn(x, task, name, (stop - start, place.shape[1]))
+        rows = slice(max(0, place.start - start), place.start + shape[0] - start)
+        pieces.append(place.drawn[task][1][rows, place.left : place.left + shape[1]])
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -98,7 +106,9 @@ def _ones_below(x: MergeInputs, task: int, place: Place, level: int, like: Tenso
     """
     shape = tuple(like.shape)
     if not like.is_cuda or x.members or place.shape is None:
-        return ones_where(draw(x, task, place, shape) < level, like)
+        below = place.spare.tensor("below", shape, torch.bool, torch.device("cpu")).numpy()
+        ones = torch.from_numpy(np.less(draw(x, task, place, shape), level, out=below).view(np.int8))
+        return ones.to(like.device).to(like.dtype) if like.is_cuda else place.spare.like("ones", like).copy_(ones)
     mask = torch.empty(shape, dtype=torch.bool, pin_memory=True)
     rows, _ = mask.numpy(), x.contents
 

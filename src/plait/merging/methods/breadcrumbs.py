@@ -48,4 +48,4 @@ def breadcrumbs(
             kept = keep_from(part, bottom)
             yield kept - torch.nn.functional.hardshrink(kept, top) if top < math.inf else kept
 
-    return in_space(x, lambda parts, place: weighted_sum(middle(parts), x.weights), space)
+    return in_space(x, lambda parts, place: weighted_sum(middle(parts), x.weights), space, whole_rows=False)

@@ -12,10 +12,11 @@ from plait.merging.core import significant
 from plait.merging.elementwise import in_blocks, signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.ties import trimmed
-from plait.merging.quantile import smallest_kept
+from plait.merging.quantile import smallest_kept, thresholds_of
 from plait.merging.random_masks import Place, kept_at_random
 from plait.merging.registry import merge_method
 from plait.merging.small_svd import thin_svd
+from plait.merging.tiles import Products
 from plait.options import Density
 
 
@@ -53,11 +54,12 @@ def core_space(
     B, A = ([part.to(kind) for part in parts] for parts in (core.B, core.A))
     parts = (b @ a for b, a in zip(B, A, strict=True))
     if rule == "ties":
-        trim = trimmed([smallest_kept(part, density) for part in parts], x.weights)
         if x.members:
+            trim = trimmed([smallest_kept(part, density) for part in parts], x.weights)
             merged = trim((b @ a for b, a in zip(B, A, strict=True)), Place("core"))
         else:
-            merged = in_blocks(B, A, trim, "core", x.device).dense()
+            products = Products.of(B, A)
+            merged = in_blocks(products, trimmed(thresholds_of(products, density), x.weights), "core").dense()
     elif rule == "sum":
         merged = weighted_sum(core.parts(), x.weights)
     else:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import Tensor
+
 from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import kept_at_random
+from plait.merging.random_masks import Place, kept_at_random
 from plait.merging.registry import merge_method
 from plait.options import Agreeing, Density, Space
 
@@ -25,7 +29,7 @@ def dare_linear(x: MergeInputs, *, density: Density = 0.5, space: Space = "dense
     the adapters nor on their names, and differs between adapters. mergekit can rescale by the L1 norm instead.
     """
     drop = kept_at_random(x, density)
-    return in_space(x, lambda parts, place: weighted_sum(drop(parts, place), x.weights), space)
+    return in_space(x, lambda parts, place: weighted_sum(drop(parts, place), x.weights), space, whole_rows=False)
 
 
 @merge_method("dare_ties", paper="arXiv:2311.03099")
@@ -45,4 +49,8 @@ def dare_ties(
     in which the mask takes the place of the trim.
     """
     drop = kept_at_random(x, density)
-    return in_space(x, lambda parts, place: signed_mean(drop(parts, place), x.weights, agreeing), space)
+
+    def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
+        return signed_mean(drop(parts, place), x.weights, agreeing, place.spare)
+
+    return in_space(x, rule, space, whole_rows=False)

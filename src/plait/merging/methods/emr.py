@@ -29,7 +29,7 @@ def emr(x: MergeInputs, *, space: Space = "dense") -> MergedDelta:
     Source: Huang et al., NeurIPS 2024, section 3.2.
     **Deviates**: weights multiply the deltas first. A sum of exactly zero counts as negative, as in the authors' code.
     """
-    return in_space(x, lambda parts, place: elected(parts, x.weights), space)
+    return in_space(x, lambda parts, place: elected(parts, x.weights), space, whole_rows=False)
 
 
 def elected(parts: Iterable[Tensor], weights: Iterable[float]) -> Tensor:

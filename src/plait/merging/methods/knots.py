@@ -29,4 +29,4 @@ def knots(x: MergeInputs, *, density: Density = 0.3, scope: Literal["model", "mo
     **Deviates**: singular values count above 1e-5 of the largest (the authors: above 1e-5, whatever the scale of the
     adapters); weights as in `ties`. Linear merging in this space equals task_arithmetic and is not repeated here.
     """
-    return in_space(x, trimmed(thresholds(x, density, scope, "knots"), x.weights), "knots")
+    return in_space(x, trimmed(thresholds(x, density, scope, "knots"), x.weights), "knots", whole_rows=False)

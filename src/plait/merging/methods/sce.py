@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plait.merging.dense import MergedDelta, entries_together, row_blocks
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, pairs_of, signed_mean
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import nth_largest
 from plait.merging.random_masks import Place
 from plait.merging.registry import merge_method
+from plait.merging.tiles import Products, Spare
 from plait.options import Density, Space
 
 _SMALL = 1e-6  # sum of the tasks' mean squares, below which mergekit weighs all alike
@@ -74,7 +75,7 @@ def sce(
         chosen = _selected(scaled, bound)
         return _mean_of_agreeing(chosen, shares) if as_mergekit else signed_mean(iter(chosen), shares)
 
-    return in_space(x, rule, space)
+    return in_space(x, rule, space, whole_rows=False)
 
 
 def _mean_of_agreeing(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -91,9 +92,9 @@ def _mean_of_agreeing(parts: Sequence[Tensor], shares: Sequence[float]) -> Tenso
 
 def _weighted_parts(x: MergeInputs, space: str) -> Iterator[list[Tensor]]:
     """Every task's entries times its weight, place by place as `in_space` goes through them."""
-    lefts, rights = pairs_of(x, space)
-    for start, stop in row_blocks((lefts[0].shape[0], rights[0].shape[1]), entries_together(x.device)):
-        yield [(b[start:stop] @ a).mul_(w) for b, a, w in zip(lefts, rights, x.weights, strict=True)]
+    products, spare = Products.of(*pairs_of(x, space)), Spare()
+    for tile in products.tiles(whole_rows=False):
+        yield [part.mul_(w) for part, w in zip(products.parts(tile, spare), x.weights, strict=True)]
 
 
 def _variance(parts: Sequence[Tensor]) -> Tensor:

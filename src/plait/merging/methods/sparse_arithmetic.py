@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from plait.errors import UsageError
-from plait.merging.dense import MergedDelta, row_blocks
+from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, keep_from
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.della import mag_prune
 from plait.merging.quantile import magnitudes_at
 from plait.merging.random_masks import LEVELS, Place, draw, ones_where
 from plait.merging.registry import merge_method
+from plait.merging.tiles import Products, Spare
 from plait.options import Density, Fraction
 
 # (task, entries, place) -> what is left of the entries, which may be changed in place.
@@ -67,7 +69,7 @@ def sparse_arithmetic(
         kept: Kept = _unchanged
     else:
         kept = _kept(x, drop, density, gamma, epsilon)
-        kept = _rescaled(x, kept) if rescale else kept
+        kept = _rescaled(x, kept, whole_rows=drop == "ranked") if rescale else kept
 
     def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
         left = [kept(t, part, place) if x.ranks[t] else part for t, part in enumerate(parts)]
@@ -75,7 +77,7 @@ def sparse_arithmetic(
         scaled = [part.mul_(w) for part, w in zip(left, weights, strict=True)]
         return _elected(scaled, weights, normalise) if elect else torch.stack(scaled).sum(0)
 
-    return in_space(x, rule)
+    return in_space(x, rule, whole_rows=drop == "ranked")  # ranks are those of a row
 
 
 def _unchanged(task: int, part: Tensor, place: Place) -> Tensor:
@@ -136,14 +138,17 @@ def _between(x: MergeInputs, density: float, gamma: float) -> Kept:
     return kept
 
 
-def _rescaled(x: MergeInputs, kept: Kept) -> Kept:
+def _rescaled(x: MergeInputs, kept: Kept, *, whole_rows: bool) -> Kept:
     """What is left of a task's delta, times the ratio of the L1 norms before and after."""
-    factors = []
-    for task, rank in enumerate(x.ranks):
-        before = after = 0.0
-        for start, stop in row_blocks(x.shape) if rank else ():
-            part = x.block(task, start, stop)
-            before += float(part.abs().sum(dtype=torch.float64))
-            after += float(kept(task, part, Place("dense", x.shape, start)).abs().sum(dtype=torch.float64))
-        factors.append(before / after if min(before, after) >= _SMALL_NORM else 1.0)
+    sums = [[0.0, 0.0] for _ in x.ranks]
+    products, spare, drawn = Products.of(x.B, x.A), Spare(), Place("dense", x.shape)
+    for tile in products.tiles(
+        whole_rows=whole_rows
+    ):  # those that the result is made of: a bound is met by the same bits
+        place = replace(drawn, start=tile.top, left=tile.left, spare=spare)
+        for task, part in enumerate(products.parts(tile, spare)):
+            if x.ranks[task]:
+                sums[task][0] += float(part.abs().sum(dtype=torch.float64))
+                sums[task][1] += float(kept(task, part, place).abs().sum(dtype=torch.float64))
+    factors = [before / after if min(before, after) >= _SMALL_NORM else 1.0 for before, after in sums]
     return lambda task, part, place: kept(task, part, place).mul_(factors[task])

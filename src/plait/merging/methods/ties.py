@@ -41,7 +41,7 @@ def ties(
     counts as positive; the authors give it the sign most common in the model. The kept number is rounded up (theirs is
     one more than rounded down). mergekit trims per module; PEFT trims A and B instead of the delta.
     """
-    return in_space(x, trimmed(thresholds(x, density, scope, space), x.weights, agreeing), space)
+    return in_space(x, trimmed(thresholds(x, density, scope, space), x.weights, agreeing), space, whole_rows=False)
 
 
 def thresholds(x: MergeInputs, density: float, scope: str, space: str) -> list[Tensor]:
@@ -60,6 +60,6 @@ def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float], agreeing: st
 
     def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
         kept = (keep_from(part, bound) for part, bound in zip(parts, bounds, strict=True))
-        return signed_mean(kept, weights, agreeing)
+        return signed_mean(kept, weights, agreeing, place.spare)
 
     return rule

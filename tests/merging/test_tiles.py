@@ -1,0 +1,100 @@
+"""Blocks of rows and columns: they cover everything once, and nothing that is computed in them depends on how they lie."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from plait.merging import dense, tiles
+from plait.merging.dense import DenseDelta
+from plait.merging.inputs import MergeInputs
+from plait.merging.quantile import thresholds_of
+from plait.merging.random_masks import Place, draw
+from plait.merging.registry import merge_methods
+from plait.merging.tiles import Products, Spare
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 1), (7, 300), (300, 7), (130, 1000), (1, 70000)]
+
+
+def module(shape: tuple[int, int], ranks: tuple[int, ...] = (3, 3, 3)) -> MergeInputs:
+    g = torch.Generator().manual_seed(5)
+    A = tuple(torch.randn(r, shape[1], generator=g) for r in ranks)
+    B = tuple(torch.randn(shape[0], r, generator=g) for r in ranks)
+    return MergeInputs("layer.q", tuple("abcdefghi")[: len(ranks)], (1.0, 1.0, 0.5) * (len(ranks) // 3), A, B)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Blocks of draws and tiles so small that small matrices have many of both."""
+    monkeypatch.setattr(dense, "_ON_CPU", 128)
+    monkeypatch.setattr(tiles, "_ROWS", 4)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_entry_is_in_one_tile(shape, whole_rows, small_tiles):
+    for start, stop in {(0, shape[0]), (shape[0] // 3, shape[0] // 2), (0, 1)}:
+        seen = np.zeros(shape, dtype=int)
+        for tile in tiles.tiles(shape, CPU, whole_rows=whole_rows, start=start, stop=stop):
+            assert tile.shape == seen[tile.top : tile.bottom, tile.left : tile.right].shape
+            assert not whole_rows or tile.shape[1] == shape[1]
+            seen[tile.top : tile.bottom, tile.left : tile.right] += 1
+        assert (seen[start:stop] == 1).all() and seen.sum() == (stop - start) * shape[1]
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 0, 5), (1,) * 9])
+def test_parts_are_the_products(ranks, small_tiles):
+    x = module((40, 90), ranks)
+    products, spare = Products.of(x.B, x.A), Spare()
+    assert (products.stacked is not None) == (ranks == (3, 3, 3))
+    for tile in products.tiles(whole_rows=False):
+        parts = list(products.parts(tile, spare))  # all of them at once: none overwrites another
+        for part, b, a in zip(parts, x.B, x.A, strict=True):
+            wanted = b[tile.top : tile.bottom].double() @ a[:, tile.left : tile.right].double()
+            torch.testing.assert_close(part.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_draws_are_those_of_whole_rows(small_tiles, monkeypatch):
+    monkeypatch.setattr(dense, "BLOCK", 900)
+    x, shape = module((40, 90)), (40, 90)
+    whole = draw(x, 1, Place("dense", shape), shape)
+    place = Place("dense", shape)
+    for tile in tiles.tiles(shape, CPU, whole_rows=False):
+        here = Place("dense", shape, tile.top, tile.left, place.drawn)
+        assert np.array_equal(draw(x, 1, here, tile.shape), whole[tile.top : tile.bottom, tile.left : tile.right])
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (400, 500)])  # selected in memory, and by a bracket
+@pytest.mark.parametrize("density", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("tasks", [3, 9])
+def test_thresholds_are_those_of_a_sort(shape, density, tasks):
+    x = module(shape, (3,) * tasks)
+    products, spare = Products.of(x.B, x.A), Spare()
+    whole = torch.zeros(tasks, *shape)
+    for tile in products.tiles(whole_rows=False):
+        for t, part in enumerate(products.parts(tile, spare)):
+            whole[t, tile.top : tile.bottom, tile.left : tile.right] = part
+    for bound, part in zip(thresholds_of(products, density), whole, strict=True):
+        largest = part.abs().flatten().sort(descending=True).values
+        assert float(bound) == (0.0 if density == 1 else float(largest[math.ceil(density * part.numel()) - 1]))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "breadcrumbs", "emr", "sce", "della"])
+def test_results_lie_in_memory_of_their_own_and_do_not_depend_on_the_tiles(method, monkeypatch):
+    function = merge_methods()[method].function
+    delta = function(module((130, 200)))
+    assert isinstance(delta, DenseDelta)
+    whole = delta.dense()
+    first, rest = delta.rows(0, 64), delta.rows(64, 130)
+    assert first.data_ptr() != rest.data_ptr()
+    torch.testing.assert_close(torch.cat([first, rest]), whole, atol=1e-6, rtol=1e-5)
+    assert float(delta.energy()) == pytest.approx(float(whole.double().square().sum()), rel=1e-6)
+    monkeypatch.setattr(dense, "_ON_CPU", 128)
+    monkeypatch.setattr(tiles, "_ROWS", 4)
+    again = function(module((130, 200)))
+    assert isinstance(again, DenseDelta)
+    torch.testing.assert_close(again.dense(), whole, atol=1e-6, rtol=1e-5)
