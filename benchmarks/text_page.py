@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from scipy import stats
 
 ARMS = ("kaiming", "kaiming_penalised", "osrm_mean", "contrastive", "contrastive_penalised")
+MAIN, STUDIES = "text-qwen15", Path(__file__).parents[1] / "recipes" / "studies"
 PRIMARY, LEAST = "task_arithmetic", 4.0
 SHOWN = ("individual", "scale", "merged", "recovered", "share_of_means", "general_kl", "general_kl_alone")
 PLAIN, JOINT = "kaiming", "joint"  # what people have; one adapter trained on all tasks: a reference
@@ -97,7 +99,9 @@ def references_of(records: dict[str, dict[str, Any]], condition: str = "told") -
     return [_rounded(r) for r in rows]
 
 
-def tests_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int] = ()) -> list[dict[str, Any]]:
+def tests_of(
+    rows: Sequence[dict[str, Any]], seeds: Sequence[int] = (), *, registered_study: bool = True
+) -> list[dict[str, Any]]:
     """The registered comparisons and some others, each also over the tasks that were never used in development.
 
     A task's share is the mean over its conditions and seeds; `seeds` are those that count, all where none is named.
@@ -117,9 +121,11 @@ def tests_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int] = ()) -> list[
         a, b = shares(arm), shares(against)
         for which in ("all", "never used in development"):
             names = [t for t in a if t in b and (which == "all" or t not in DEVELOPED)]
+            if len(names) < 2:  # an arm that this study does not have
+                continue
             tests.append({"arm": arm, "against": against, "tasks": which, **test_of([a[t] - b[t] for t in names])})
     for t in tests:
-        t["registered"] = (t["arm"], t["against"]) in REGISTERED and t["tasks"] == "all"
+        t["registered"] = registered_study and (t["arm"], t["against"]) in REGISTERED and t["tasks"] == "all"
     registered = sorted((t for t in tests if t["registered"]), key=lambda t: t["p"])
     worst = 0.0
     for i, t in enumerate(registered):  # Holm over the registered ones
@@ -206,10 +212,23 @@ def packed(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def extent_of(study: str) -> str:
+    """What a study's recipe says of tasks, adapters and steps."""
+    if study == MAIN:
+        return "nine tasks, every answer written; rank 16 on q and v, 120\nsteps of 16 rows at 3e-4"
+    recipe = yaml.safe_load((STUDIES / f"{study}.yaml").read_text())
+    lora, training = recipe["lora"], recipe["training"]
+    modules = ", ".join(m.removesuffix("_proj") for m in lora["target_modules"])
+    return (
+        f"{len(recipe['tasks'])} tasks, every answer written;\nrank {lora['rank']} on {modules}, {training['steps']} steps of "
+        f"{training['batch_size']} rows at {training['lr']:g} (where nothing else is said)"
+    )
+
+
 INTRODUCTION = """# {name}
 
-{extent}. A copy of Qwen2.5-Coder-1.5B-Instruct, de-quantised from 4 bits; nine tasks, every answer written; rank 16 on q and v, 120
-steps of 16 rows at 3e-4. Arms, merges and scales were fixed beforehand ([protocol, second edition](../study/protocol.md)); no label has a
+{extent}. A copy of Qwen2.5-Coder-1.5B-Instruct, de-quantised from 4 bits; \
+{extent_of_study}. Arms, merges and scales were fixed beforehand ([protocol, second edition](../study/protocol.md)); no label has a
 say in any row of the first table. 240 rows a task, 100 for the curves.
 
     {commands}
@@ -232,6 +251,7 @@ def page(
     tests: Sequence[dict[str, Any]],
     references: Sequence[dict[str, Any]],
     tested: Sequence[int] = (),
+    study: str = MAIN,
 ) -> str:
     """The page.
 
@@ -242,6 +262,7 @@ def page(
         tests: Comparisons.
         references: Joint training.
         tested: Seeds of the comparisons; () for all.
+        study: The recipe's name.
     """
     conditions = {c: sorted({r["seed"] for r in rows if r["condition"] == c}) for c in runs}
     extent = "; ".join(
@@ -253,12 +274,16 @@ def page(
     seeds = f" --tested {','.join(map(str, tested))}" if tested else ""
     commands = "\n    ".join((
         "python benchmarks/text_tasks.py --data DATA --to TASKS",
-        f'python benchmarks/text_arms.py --study recipes/studies/text-qwen15.yaml [--condition bare] --do "{todo} curves:0" ...',
-        "python benchmarks/text_auto.py --study recipes/studies/text-qwen15.yaml --seed 1 ...",
+        f'python benchmarks/text_arms.py --study recipes/studies/{study}.yaml [--condition bare] --do "{todo} curves:0" ...',
+        *(["python benchmarks/text_auto.py --study recipes/studies/text-qwen15.yaml --seed 1 ..."] if study == MAIN else []),
         f"python benchmarks/text_page.py {' '.join(f'{c}=RUN' for c in runs)} --name {name} --to docs/results{seeds}",
     ))  # fmt: skip
-    then = REGMEAN_THEN if 0 in conditions.get("told", []) else ""
-    text = [INTRODUCTION.format(name=name, extent=extent, commands=commands, floor=floors, regmean=then)]
+    then = REGMEAN_THEN if study == MAIN and 0 in conditions.get("told", []) else ""
+    text = [
+        INTRODUCTION.format(
+            name=name, extent_of_study=extent_of(study), extent=extent, commands=commands, floor=floors, regmean=then
+        )
+    ]
     for condition, records in runs.items():
         mine = [r for r in rows if r["condition"] == condition]
         text += [f"## {condition}: what is kept under merges fixed beforehand", "", _table(mine), ""]
@@ -409,13 +434,14 @@ def main() -> None:
     p.add_argument("runs", nargs="+", help="CONDITION=RUN")
     p.add_argument("--name", required=True)
     p.add_argument("--to", required=True, type=Path)
+    p.add_argument("--study", default=MAIN, help="the recipe's name")
     p.add_argument("--tested", default="", help="seeds of the comparisons, such as 1,2")
     a = p.parse_args()
     runs = {c: read(Path(folder)) for c, folder in (r.split("=", 1) for r in a.runs)}
     rows = [r for c, records in runs.items() for r in rows_of(records, c)]
     references = [r for c, records in runs.items() for r in references_of(records, c)]
     tested = [int(s) for s in a.tested.split(",") if s]
-    tests = tests_of(rows, tested)
+    tests = tests_of(rows, tested, registered_study=a.study == MAIN)
     told = next(iter(runs.values()))
     whole = {
         "rows": rows, "tested": tested, "tests": tests, "expected": expected_of(rows, tested) if tested else [],
@@ -424,7 +450,7 @@ def main() -> None:
     }  # fmt: skip
     (a.to / f"{a.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     (a.to / f"scales-{a.name}.json").write_text(json.dumps(packed(told)) + "\n")
-    text = page(a.name, runs, rows, tests, references, tested)
+    text = page(a.name, runs, rows, tests, references, tested, a.study)
     (a.to / f"{a.name}.md").write_text(text)
     print(text)
 

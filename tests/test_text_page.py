@@ -130,3 +130,19 @@ def test_the_published_page_follows_from_its_rows(page):
     registered = {(t["arm"], t["against"]): t for t in whole["tests"] if t["registered"]}
     assert set(registered) == {("contrastive", "kaiming"), ("contrastive_penalised", "contrastive")}
     assert all(t["p"] <= t["p_holm"] <= 1 for t in registered.values())
+
+
+def test_other_studies_are_described_and_not_tested(page):
+    """Arms that a study does not have are left out; nothing of it was registered."""
+    three = record([50.0, 60.0, 30.0], [40.0, 35.0, 20.0], [10.0, 10.0, 10.0])
+    better = record([50.0, 60.0, 30.0], [45.0, 55.0, 30.0])
+    records = {"fixed-0-kaiming": three, "fixed-0-contrastive_penalised": better}
+    rows = page.rows_of(records)
+    tests = page.tests_of(rows, registered_study=False)
+    assert {(t["arm"], t["against"]) for t in tests} == {("contrastive_penalised", "kaiming")}
+    assert not any(t["registered"] or "p_holm" in t for t in tests)
+    text = page.page("wide", {"told": records}, rows, tests, [], study="text-qwen15-wide")
+    assert (
+        "9 tasks" in text and "rank 64 on q, k, v, o, gate, up, 120 steps" in text and "text-qwen15-wide.yaml" in text
+    )
+    assert "16 tasks" in page.extent_of("text-qwen15-16") and page.extent_of(page.MAIN).startswith("nine tasks")
