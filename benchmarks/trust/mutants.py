@@ -10,6 +10,7 @@ apart, neither killed nor survived. Needs the package coverage.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import json
 import os
@@ -278,10 +279,11 @@ def _outcome(tree: Path, room: str, file: str, mutant: Mutant, reach: Reach, *, 
     path = tree / "src/plait" / file
     whole, begun = path.read_text("utf-8"), time.monotonic()
     near, count, found = reach.tests(file, mutant.lines), 0, "not reached"
+    inside = bool(near) and _in_function(whole, mutant.line)
     path.write_text(mutant.applied(whole), "utf-8")
     try:
         for tests in (near, [t for t in reach.beside(file) if t not in set(near)]):
-            if not tests or (quick and near and tests is not near):
+            if not tests or (quick and inside and tests is not near):
                 continue
             count += len(tests)
             found = _judged(tree, tests, 20 + 4 * sum(reach.seconds[t] for t in tests))
@@ -292,6 +294,12 @@ def _outcome(tree: Path, room: str, file: str, mutant: Mutant, reach: Reach, *, 
     if found == "survived" and not near and not reach.tests(file, range(1, 10**5)):
         found = "not reached"
     return Outcome(room, file, mutant.line, mutant.text, found, count, round(time.monotonic() - begun, 1))
+
+
+def _in_function(text: str, line: int) -> bool:
+    """Whether a line runs when a function is called; what runs at import, defaults among it, no test is seen to reach."""
+    functions = (n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return any(f.body[0].lineno <= line <= (f.end_lineno or f.lineno) for f in functions)
 
 
 def _judged(tree: Path, tests: Sequence[str], seconds: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from plait.evaluation.protocol import cross_fitted
+from plait.evaluation.protocol import cross_fitted, ladder
 from plait.evaluation.splits import split_rows
 
 BY_SCALE = {0.25: 20.0, 0.5: 60.0, 1.0: 80.0, 2.0: 50.0, 4.0: 10.0}
@@ -43,3 +43,7 @@ def test_what_half_and_twice_the_scale_lose(scales, half, double, edge):
         assert (reported.scale, reported.selected, reported.score) == (1.0, 80.0, {"t": 80.0})
         assert (reported.regret_half, reported.regret_double, reported.edge) == (half, double, edge)
     assert {(r.scale, r.part): r.tasks["t"] for r in fitted.grid} == {(s, h): BY_SCALE[s] for s in scales for h in "AB"}
+
+
+def test_a_grid_goes_from_its_ends_by_the_square_root_of_two():
+    assert ladder([2.0, 0.5]) == pytest.approx([0.5, 0.5**0.5, 1.0, 2**0.5, 2.0])
