@@ -50,7 +50,7 @@ def one_seed(base: BaseModel, folder: Path, names: list[str], a: argparse.Namesp
     started = time.process_time()
     fitted, _ = with_heads(panel, merged)
     between = time.process_time()
-    learnt, seen = with_learnt_heads(panel, merged, {}, seed=int(folder.name.rpartition("-")[2]))
+    learnt, seen = with_learnt_heads(panel, merged, {}, steps=a.steps, seed=int(folder.name.rpartition("-")[2]))
     seconds = {"fitted": between - started, "learnt": time.process_time() - between}
     judged = panel.with_texts({n: e.texts for n, e in rows.items()})
     found: dict[str, Any] = {"seen": to_json(seen), "cpu_seconds": seconds, "scores": {}}
@@ -89,7 +89,7 @@ def main() -> None:
     ap.add_argument("--seeds", default="0,1,2")
     ap.add_argument("--tasks", default="sst2,mrpc,qnli")
     ap.add_argument("--base-4bit", dest="four")
-    for name, value in (("texts", 100), ("rows", 400), ("length", 48)):
+    for name, value in (("texts", 100), ("rows", 400), ("length", 48), ("steps", 100)):
         ap.add_argument(f"--{name}", type=int, default=value)
     a = ap.parse_args()
     out, names = Path(a.out) / "existing-heads.json", a.tasks.split(",")
@@ -99,7 +99,7 @@ def main() -> None:
             continue
         base = BaseModel(a.base, device="cpu", four_bits=a.four)
         seeds[seed] = one_seed(base, Path(a.adapters) / f"seed-{seed}", names, a)
-        settings = {k: getattr(a, k) for k in ("tasks", "texts", "rows", "length", "four")}
+        settings = {k: getattr(a, k) for k in ("tasks", "texts", "rows", "length", "steps", "four")}
         document = {
             "command": "benchmarks/learnt_heads.py",
             "settings": settings,

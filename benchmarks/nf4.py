@@ -3,9 +3,8 @@
     plait run RECIPE --out RUN        # with base.four_bits: nf4 (the recipe stands in docs/results/nf4.md)
     python benchmarks/nf4.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 0,1,2 --out docs/results
 
-`--adapters` holds seed-S/TASK folders as `plait run` writes them. The merge is chosen by `merge auto`, among --methods and
---scales, on --texts training texts of each task, with the base in NF4; what is left of each adapter is measured on --fresh
-validation texts that the choice has not seen.
+`--adapters` holds seed-S/TASK folders as `plait run` writes them. The merge is the default of `plait merge` (TSV-M at 0.7), for which
+no text is read; what is left of each adapter is measured on --fresh validation texts of each task.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from scipy.stats import t as student
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
 from plait.disk.store import versions
-from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.serving import measure
+from plait.merging import merge
 from plait.model.base import BaseModel
 from plait.tasks import load_examples
 
@@ -34,25 +33,13 @@ def one_seed(base: BaseModel, folder: Path, names: list[str], a: argparse.Namesp
     """Adapters of one seed, merged, and every way of serving them."""
     root, started = Path(a.data), time.process_time()
     adapters = [replace(read_adapter(folder / n, name=n), base=a.base) for n in names]
-    texts, fresh = {}, {}
+    fresh = {}
     for name in names:
-        task = task_of(name, root)
-        texts[name] = load_examples(task, "train", root=root).take(np.arange(a.texts)).texts
-        fresh[name] = load_examples(task, "validation", root=root).take(np.arange(a.fresh)).texts
-    settings = AutoSettings(
-        tuple(a.methods.split(",")), tuple(map(float, a.scales.split(","))), a.refine, max_length=a.length
-    )
-    merged = merge_auto(adapters, base, texts, settings=settings, on_progress=lambda what: print(what, flush=True))
-    measured = measure(
-        adapters, replace(merged.adapter, name="merged"), base, fresh, max_length=a.length, on_progress=print
-    )
-    chosen = merged.record.chosen
-    return {
-        "chosen": f"{chosen.candidate} at {chosen.scale:g}",
-        "fitted": chosen.fit is not None,
-        "ways": to_json(measured)["ways"],
-        "cpu_seconds": time.process_time() - started,
-    }
+        rows = load_examples(task_of(name, root), "validation", root=root)
+        fresh[name] = rows.take(np.arange(a.fresh)).texts
+    merged = replace(merge(adapters).adapter, name="merged")
+    measured = measure(adapters, merged, base, fresh, max_length=a.length, on_progress=print)
+    return {"ways": to_json(measured)["ways"], "cpu_seconds": time.process_time() - started}
 
 
 def values(seeds: dict[str, Any], way: int, which: str, key: str) -> np.ndarray:
@@ -87,9 +74,7 @@ def main() -> None:
         ap.add_argument(f"--{name}", required=True)
     ap.add_argument("--seeds", default="0,1,2")
     ap.add_argument("--tasks", default="sst2,mrpc,qnli")
-    ap.add_argument("--methods", default="tsv,regmean")
-    ap.add_argument("--scales", default="0.7,1,1.4,2")
-    for name, value in (("texts", 48), ("fresh", 150), ("length", 48), ("refine", 50)):
+    for name, value in (("fresh", 80), ("length", 48)):
         ap.add_argument(f"--{name}", type=int, default=value)
     a = ap.parse_args()
     out, names = Path(a.out) / "nf4.json", a.tasks.split(",")
@@ -99,7 +84,7 @@ def main() -> None:
             continue
         base = BaseModel(a.base, device="cpu", four_bits="nf4")
         seeds[seed] = one_seed(base, Path(a.adapters) / f"seed-{seed}", names, a)
-        settings = {k: getattr(a, k) for k in ("tasks", "methods", "scales", "texts", "fresh", "length", "refine")}
+        settings = {k: getattr(a, k) for k in ("tasks", "fresh", "length")}
         document = {
             "command": "benchmarks/nf4.py",
             "settings": settings,

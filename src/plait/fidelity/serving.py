@@ -9,6 +9,7 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.border.records import nested
+from plait.evaluation.evaluate import Logits
 from plait.fidelity.language import Own, Sums, log_probabilities, positions, text_batches
 from plait.fidelity.measure import Closeness, Fidelity, TaskFidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, Part, parts_of
@@ -115,8 +116,8 @@ def measure(
         InputError: Adapters that do not fit the base, or whose modules cannot be baked.
         UsageError: Texts of no adapter, or none of some.
 
-    Cost: the linear layers' weights four times in memory; for each way, twice the texts' passes for the adapters and as many
-        for the merge, and a quantisation of the weights for each of them where it ends in four bits.
+    Cost: the linear layers' weights four times in memory; for each way, a pass over the texts for the adapters and one for
+        the merge (of text models twice as many), and a quantisation of the weights for each of them where it ends in four bits.
     """
     known = {t: checked(x, f"texts of {t}") for t, x in texts.items()}
     panel = Panel(
@@ -129,13 +130,13 @@ def measure(
     packed = is_in_four_bits(base_folder(base))
     four = held.in_four_bits(held.full) if base.four_bits and not packed else held.full
     teacher = four if base.four_bits else held.full
-    bare = {p.name: _bare(panel, p, held, teacher) for p in panel.parts}
+    known_of = {p.name: _known(panel, p, held, teacher) for p in panel.parts}
 
     def left(way: Way, who: Adapter, parts: Sequence[Part]) -> list[TaskFidelity]:
         weights = four if way.four else held.full
         weights = held.baked(weights, who) if way.baked else weights
         weights = held.in_four_bits(weights) if way.again else weights
-        return [_left(panel, p, held, teacher, weights, who, 0.0 if way.baked else 1.0, bare[p.name]) for p in parts]
+        return [_left(panel, p, held, known_of[p.name], weights, who, 0.0 if way.baked else 1.0) for p in parts]
 
     served = []
     for way in ways_of(base):
@@ -149,34 +150,39 @@ def measure(
     return Measured(base.written, how, tuple(panel.names), tuple(served))
 
 
-def _bare(panel: Panel, part: Part, held: Held, teacher: Weights) -> Closeness:
-    """The bare base in a merge's place."""
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What every way is compared with, of one part.
+
+    Args:
+        teacher: The weights that the adapter was trained on.
+        own: The adapter's own logits on them; None of a text model, whose distributions would not fit in memory.
+        bare: Closeness of the bare base.
+    """
+
+    teacher: Weights
+    own: Logits | None
+    bare: Closeness
+
+
+def _known(panel: Panel, part: Part, held: Held, teacher: Weights) -> _Known:
     if part.is_text:
-        return _between(panel, part, held, teacher, teacher, (None, 1.0))[0]
+        return _Known(teacher, None, _between(panel, part, held, teacher, teacher, (None, 1.0))[0])
     with held.giving(teacher):
         own, bare = outputs(panel, part, [(part.adapter, 1.0), (None, 1.0)])
-    return closeness(part.task.kind, own, bare)
+    return _Known(teacher, own, closeness(part.task.kind, own, bare))
 
 
 def _left(
-    panel: Panel,
-    part: Part,
-    held: Held,
-    teacher: Weights,
-    weights: Weights,
-    who: Adapter,
-    scale: float,
-    bare: Closeness,
+    panel: Panel, part: Part, held: Held, known: _Known, weights: Weights, who: Adapter, scale: float
 ) -> TaskFidelity:
     """What an adapter or a merge on some weights leaves of a part on the teacher's; at scale 0 it is in the weights."""
-    if part.is_text:
-        close, n = _between(panel, part, held, teacher, weights, (who if scale else None, 1.0))
-        return task_fidelity(part.name, close, bare, n)
-    with held.giving(teacher):
-        own = outputs(panel, part, [(part.adapter, 1.0)])[0]
+    if known.own is None:
+        close, n = _between(panel, part, held, known.teacher, weights, (who if scale else None, 1.0))
+        return task_fidelity(part.name, close, known.bare, n)
     with held.giving(weights):
         other = outputs(panel, part, [(who, scale)])[0]
-    return task_fidelity(part.name, closeness(part.task.kind, own, other), bare, len(own))
+    return task_fidelity(part.name, closeness(part.task.kind, known.own, other), known.bare, len(known.own))
 
 
 @torch.no_grad()
