@@ -105,7 +105,9 @@ $(VENV)/.docs: $(VENV)/.test
 	touch $@
 
 # Known vulnerabilities of the pinned versions; asks the network.
+# What users get with all it stands on (hashed), then what the tests and the site are made with.
 audit: $(VENV)/.audit
+	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # What is installed, as a CycloneDX file.
