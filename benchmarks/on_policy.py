@@ -258,7 +258,7 @@ def page(report: Mapping[str, object]) -> str:
         "# Repair on policy and off policy",
         "",
         f"Made by `benchmarks/on_policy.py`; nothing by hand. {about['base']}, {' and '.join(about['tasks'])}, one plain adapter each "
-        f"({about['train_steps']} steps of {about['batch']} rows, rank 8). Both repairs start at {about['start']}, learn from the same "
+        f"({about['train_steps']} steps, rank 8). Both repairs start at {about['start']}, learn from the same "
         f"{about['texts']} training prompts of each task without their answers, and have {about['seconds']:g} {kind} each, preparations "
         f"included. Seeds of the repair: {about['seeds']}.",
         "",
