@@ -12,14 +12,11 @@ The public API, imported when first used, so that ``import plait`` stays light:
 
 from __future__ import annotations
 
-import importlib
-
+from plait.border.lazy import lazily
 from plait.version import __version__ as __version__
 
 TYPE_CHECKING = False  # typing itself takes longer to import than all of this
 if TYPE_CHECKING:
-    from typing import Any
-
     from plait.adapters.lora import Adapter as Adapter
     from plait.adapters.lora import LoraFactors as LoraFactors
     from plait.adapters.peft_format import read_adapter as read_adapter
@@ -40,8 +37,8 @@ if TYPE_CHECKING:
     from plait.statistics import read_statistics as read_statistics
     from plait.statistics import write_statistics as write_statistics
     from plait.subspaces import compute_subspaces as compute_subspaces
-    from plait.subspaces.start import initialize_lora_weights as initialize_lora_weights
-    from plait.subspaces.start import subspace_state_dict as subspace_state_dict
+    from plait.subspaces.live import initialize_lora_weights as initialize_lora_weights
+    from plait.subspaces.live import subspace_state_dict as subspace_state_dict
     from plait.training import TrainingSettings as TrainingSettings
     from plait.training import train_adapter as train_adapter
 
@@ -55,7 +52,7 @@ _HOMES = {
     "advise": "fidelity.advise",
     "collect_statistics": "statistics",
     "compute_subspaces": "subspaces",
-    "initialize_lora_weights": "subspaces.start",
+    "initialize_lora_weights": "subspaces.live",
     "load_head": "model.heads",
     "merge": "merging",
     "merge_auto": "fidelity.auto",
@@ -66,15 +63,11 @@ _HOMES = {
     "read_recipe": "runs.recipe_file",
     "read_statistics": "statistics",
     "run": "report.line",
-    "subspace_state_dict": "subspaces.start",
+    "subspace_state_dict": "subspaces.live",
     "train_adapter": "training",
     "write_adapter": "adapters.peft_format",
     "write_statistics": "statistics",
 }
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  (strings, all of them)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -12,7 +12,8 @@ from plait.errors import InputError, UsageError
 from plait.evaluation.interference import predicted_shift
 from plait.statistics import collect_statistics, read_statistics, write_statistics
 from plait.subspaces import compute_subspaces
-from plait.subspaces.start import initial_adapter, initialize_lora_weights, subspace_state_dict
+from plait.subspaces.live import initialize_lora_weights, subspace_state_dict
+from plait.subspaces.start import initial_adapter
 from tests.statistics.models import batches, build
 from tests.statistics.test_collect import relative_difference
 

@@ -15,7 +15,8 @@ from plait.errors import UsageError
 from plait.statistics import collect_statistics
 from plait.statistics.files import read_statistics, write_statistics
 from plait.subspaces.compute import compute_subspaces
-from plait.subspaces.start import initial_adapter, initialize_lora_weights, subspace_state_dict
+from plait.subspaces.live import initialize_lora_weights, subspace_state_dict
+from plait.subspaces.start import initial_adapter
 from tests.mixtures import IDS, difference, logits, mixture
 
 MASK = torch.ones_like(IDS)

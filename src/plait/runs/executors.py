@@ -18,7 +18,8 @@ from plait.border.checked import Json
 from plait.disk.store import discard
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
 from plait.runs.folder import is_begun
-from plait.runs.layout import Layout, Mend, pending
+from plait.runs.layout import Layout, Mend
+from plait.runs.pending import pending
 from plait.runs.recipe_file import parse_recipe
 from plait.runs.reporting import Lines, Report
 from plait.runs.stages import do

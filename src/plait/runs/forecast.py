@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from plait.runs.layout import Layout, cost, pending
+from plait.runs.layout import Layout
 from plait.runs.lengths import Cuts, sentences
+from plait.runs.pending import cost, pending
 from plait.runs.recipe import Recipe
 from plait.runs.run import overlook, planned, require_sound
 from plait.runs.session import Session

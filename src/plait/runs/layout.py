@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from plait.errors import Damaged, InputError, PlaitError, Unfinished, UsageError
 from plait.evaluation.evaluate import scored_labels
 from plait.runs.inputs import Inputs, Labels, within
 from plait.runs.lengths import Cuts, cuts_of
+from plait.runs.names import named
 from plait.runs.recipe import Recipe
 from plait.runs.recipe_file import variant_of
 from plait.runs.sections import ArmSpec
@@ -32,7 +33,6 @@ Mend = Callable[[Path, PlaitError], None]
 T = TypeVar("T")
 NOT_IDENTITY = {"report_to", "checkpoint_every", "shard_base"}  # settings that leave the adapter as it is
 MAX_CACHED = 8  # sets of adapters or statistics kept in memory
-BACKWARD_COST = 2.5  # a training row costs about this many forward passes more
 
 
 @dataclass
@@ -166,23 +166,7 @@ class Layout:
 
     def path(self, unit: Unit) -> Path:
         """The folder of a unit's result."""
-        return self.out / (unit.stage + "/" + self.key(unit)[:24] if self.recipe.tuned else self._named(unit))
-
-    def _named(self, unit: Unit) -> Path:
-        """Where the result of a unit lies under names, which tell apart all units of a recipe that is not tuned."""
-        root = Path("variants", unit.variant) if unit.variant else Path()
-        if unit.stage == STATISTICS:
-            spec = self.recipe.statistics
-            own = "" if (unit.pool, unit.samples) == (spec.pool, spec.samples) else f"-{unit.pool}-{unit.samples}"
-            return root / "statistics" / f"seed-{unit.seed}{own}"
-        place = Path(unit.arm, f"seed-{unit.seed}")
-        named = {
-            TRAIN: root / "adapters" / place,
-            MERGE: root / "merged" / place / unit.merge,
-            REPAIR: root / "repair" / place / unit.merge,
-            REPAIRED: root / "scores" / place / f"{unit.merge}-repaired",
-        }
-        return named.get(unit.stage, root / "scores" / place / unit.stage)
+        return self.out / (unit.stage + "/" + self.key(unit)[:24] if self.recipe.tuned else named(self.recipe, unit))
 
     def done(self, unit: Unit) -> bool:
         """Whether a unit's result is there, every byte as it was written; it is read for that, once in a process."""
@@ -305,25 +289,3 @@ class Layout:
         if ("key", unit) not in self.known:
             self.known["key", unit] = sha256_json(self.wanted(unit))
         return self.known["key", unit]  # type: ignore[no-any-return]
-
-
-def cost(unit: Unit, layout: Layout) -> float:
-    """About how many forward passes of one row a unit takes; for the estimate of the time that is left."""
-    here = layout.of(unit)
-    session, recipe = here.session, here.recipe
-    if unit.stage == STATISTICS:
-        return 1.2 * unit.samples * (len(session.tasks) + len(recipe.background))
-    if unit.stage in (TRAIN, REPAIR):
-        settings = here.settings(unit)
-        steps = sum(settings.total_steps(len(session.training(t, unit.seed))) for t in session.tasks)
-        return steps * settings.batch_size * (1 + BACKWARD_COST)
-    rows = sum(len(here.labels(t)) for t in here.tasks)
-    return rows * (len(recipe.scales_of(recipe.merge(unit.merge))) + 1 if unit.stage == MERGE else 2)
-
-
-def pending(layout: Layout, units: Sequence[Unit]) -> list[Unit]:
-    """Units whose result is not there, each once."""
-    seen: dict[Path, Unit] = {}
-    for unit in units:
-        seen.setdefault(layout.of(unit).path(unit), unit)
-    return [u for u in seen.values() if not layout.of(u).done(u)]

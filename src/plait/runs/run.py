@@ -20,8 +20,9 @@ from plait.runs.best import write_best
 from plait.runs.executors import Executor, InProcess, batch_of, mender
 from plait.runs.folder import PRODUCTS, is_begun, is_earlier, keep, keeps
 from plait.runs.journal import noted
-from plait.runs.layout import Layout, cost, pending
+from plait.runs.layout import Layout
 from plait.runs.lengths import say
+from plait.runs.pending import cost, pending
 from plait.runs.recipe import Recipe
 from plait.runs.reporting import Report, Shown
 from plait.runs.session import require_one_form

@@ -23,7 +23,8 @@ from plait.evaluation.protocol import Answers, Scorer, cross_fitted, tuned
 from plait.evaluation.splits import HALVES, Split, split_rows
 from plait.merging import Merged
 from plait.runs.collecting import collect_file, is_collected
-from plait.runs.layout import Layout, cost
+from plait.runs.layout import Layout
+from plait.runs.pending import cost
 from plait.runs.reporting import Report
 from plait.runs.session import Session
 from plait.runs.sources import BACKGROUND, adapters_of, diverged, merged_of, statistics_of

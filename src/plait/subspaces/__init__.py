@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from plait.border.lazy import lazily
 
 if TYPE_CHECKING:
     from plait.subspaces.compute import Subspace as Subspace
@@ -27,8 +28,4 @@ _HOMES = {
 }
 __all__ = [*_HOMES]  # noqa: PLE0604  (strings, all of them)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -5,8 +5,9 @@ Imported when first used: a recipe is checked without torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from plait.border.lazy import lazily
 
 if TYPE_CHECKING:
     from plait.tasks.encoding import batches as batches
@@ -50,8 +51,4 @@ _HOMES = {
 }
 __all__ = [*_HOMES]  # noqa: PLE0604  (strings, all of them)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)
