@@ -269,13 +269,13 @@ def test_texts_beyond_the_table_of_positions_are_refused_before_anything_is_comp
 
 
 def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch):
-    from plait.fidelity import choose as choosing
+    from plait.fidelity import tournament as choosing
 
     panel = make_panel(texts=4)
     tried = [Tried(Recipe("tsv"), merge(adapters_of(panel), "tsv", scale=1.0).adapter)]
     asked: list[float] = []
 
-    def peaked(screen, merges, on_progress=None):
+    def peaked(screen, merges, on_progress=None, keep=False):
         asked.extend(s for _, s in merges)
         return [SimpleNamespace(score=-abs(math.log(s / 5.0))) for _, s in merges]
 

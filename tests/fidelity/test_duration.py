@@ -1,4 +1,4 @@
-"""How long a choice will take is told before: counted in passes over the texts, one of which is timed."""
+"""How long a choice will take is told before: its work is counted, and timed on a few texts."""
 
 from __future__ import annotations
 
@@ -6,29 +6,90 @@ from itertools import count
 
 import pytest
 
+from plait.fidelity import duration
 from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.duration import expected_seconds
+from plait.fidelity.choose import HELD_OUT
+from plait.fidelity.counting import advising, choosing, fitting, judging, measuring, repairing, seen_and_judged
+from plait.fidelity.duration import Pace, Work, pace_of, tokens_of
+from plait.fidelity.score import fidelities
+from plait.fidelity.tournament import SCREEN
+from plait.model.base import backbone_of
+
+METHODS, SCALES = ("task_arithmetic", "tsv", "regmean"), (0.2, 0.4, 0.6, 0.8)
 
 
-def test_more_merges_texts_steps_and_fits_take_longer(make_panel):
-    panel = make_panel(texts=8)
-    few = panel.with_texts({t: rows[:4] for t, rows in panel.texts.items()})
-    asked = {"panel": panel, "screen": few, "merges": 100, "going": 12}
+def test_every_stage_is_counted_and_more_of_it_takes_longer(make_panel):
+    panel = make_panel(texts=16)
+    every = tokens_of(panel)
+    work = choosing(panel, METHODS, SCALES, held_out=HELD_OUT)
+    assert (work.merges, work.moments) == (
+        2 + 2 + 4,
+        2 * every,
+    )  # with pico and without, regmean by two kinds of moments
+    assert work.learnt == work.fitted == work.repaired == 0 < work.reads
+    learnt = choosing(panel, METHODS, SCALES, held_out=HELD_OUT, refine=10)
+    assert learnt.learnt == 10 and learnt.reads - work.reads == pytest.approx(2 * every / HELD_OUT)
+    fitted = choosing(panel, METHODS, SCALES, held_out=HELD_OUT, fit=True)
+    assert fitted.fitted == pytest.approx(2.5 * every)  # two on three quarters, one on all
+    assert fitted.reads == pytest.approx(work.reads + fitting(panel, HELD_OUT).reads)
+    assert repairing(panel, 7, HELD_OUT).repaired == 7 and repairing(panel, 0, HELD_OUT) == Work()
+    general = panel.with_texts(panel.texts)
+    general.general = panel.texts["one"][:5]
+    for stage in (measuring, lambda p: judging(p, 3), lambda p: fitting(p, HELD_OUT, 0.5)):
+        assert stage(general).reads > stage(panel).reads
+    assert fitting(general, HELD_OUT) == fitting(panel, HELD_OUT)  # no limit: nobody asks for general text
 
-    def expected(**changed):
-        ticks = count(0.0, 16.0)  # two passes over 4 texts of two adapters take 16 s: one second a text
-        return expected_seconds(**{**asked, **changed}, clock=lambda: next(ticks))
 
-    assert expected() == pytest.approx(0.85 * (106 * 8 + 14 * 16))
-    assert expected(screen=panel, merges=100) == pytest.approx(0.5 * 0.85 * 106 * 16)  # no second round
-    assert expected(refine=10) - expected() == pytest.approx(10 * 8 * 2 * 2.9)
-    assert expected(fits=2.5) - expected() == pytest.approx(2.5 * 7.3 * 16)
+def test_an_advice_counts_its_own_fits_and_repairs(make_panel):
+    panel = make_panel(texts=16)
+    seen, judged = seen_and_judged(panel, HELD_OUT)
+    assert tokens_of(seen) + tokens_of(judged) == tokens_of(panel)
+    work = advising(seen, judged, [p.adapter for p in panel.parts], refine=5, repair=6, held_out=HELD_OUT, learns=True)
+    assert work.fitted == pytest.approx(2 * 2.5 * tokens_of(seen))  # at the sum of the ranks, and at one adapter's
+    assert (work.learnt, work.repaired) == (5, 2 * 6)  # at both ranks
+
+
+def test_texts_of_a_second_round_are_not_read_again(make_panel):
+    """What is counted of a second round of a classifier is what its model is really given."""
+    panel = make_panel(texts=SCREEN + 8)
+    read: list[int] = []
+    handle = backbone_of(panel.model(panel.parts[0]))[0].register_forward_pre_hook(
+        lambda _, args, options: read.append((args[0] if args else options["input_ids"]).shape[0]), with_kwargs=True
+    )
+    part = panel.parts[0]
+    merge = panel.parts[1].adapter  # of the panel itself: always kept
+    few = panel.with_texts({t: rows[:SCREEN] for t, rows in panel.texts.items()})
+    first = fidelities(few, [(part.adapter, 0.7)], keep=True)[0]
+    before = sum(read)
+    assert before == 2 * 3 * SCREEN
+    whole = fidelities(panel, [(part.adapter, 0.7)], keep=True)[0]
+    assert sum(read) - before == 2 * 3 * 8
+    assert fidelities(panel, [(part.adapter, 0.7)], keep=True)[0] == whole and sum(read) - before == 2 * 3 * 8
+    handle.remove()
+    panel.known.forget_others(())
+    again = fidelities(few, [(part.adapter, 0.7), (merge, 1.0)])[0]
+    assert again.score == pytest.approx(first.score, abs=1e-6)
+
+
+def test_a_pace_times_each_kind_of_work(make_panel, monkeypatch):
+    panel = make_panel(texts=12)
+    ticks = count(0.0)  # whatever is timed takes a second
+    pace = pace_of(panel, [p.adapter for p in panel.parts], clock=lambda: next(ticks))
+    few = tokens_of(panel.with_texts(duration._alike(panel.texts)))
+    assert pace.seconds.reads == pytest.approx(1 / (8 * few))
+    assert pace.seconds.learnt == pytest.approx(0.5) and pace.seconds.repaired > 0.5
+    assert pace.seconds_of(Work(reads=16 * few, learnt=4)) == pytest.approx(4.0)
+    assert Pace(Work(reads=1, moments=2)).seconds_of(Work(reads=3) + Work(moments=5) * 2) == 23
+    assert all(s > 0 for s in (pace.seconds.moments, pace.seconds.merges, pace.seconds.fitted, pace.seconds.solved))
 
 
 def test_it_is_told_before_the_first_round(make_panel):
     panel = make_panel(texts=4)
     said: list[str] = []
     settings = AutoSettings(methods=("task_arithmetic",), scales=(0.5,), refine=0, fit=False)
-    merge_auto([p.adapter for p in panel.parts], panel.base, panel.texts, settings=settings, on_progress=said.append)
-    told = next(i for i, line in enumerate(said) if line.startswith("about "))
-    assert told < next(i for i, line in enumerate(said) if "by fidelity" in line)
+    asked = [p.adapter for p in panel.parts], panel.base, panel.texts
+    merge_auto(*asked, settings=settings, on_progress=said.append)
+    assert said[0].startswith("about ")
+    said.clear()
+    merge_auto(*asked, settings=settings, announce=False, on_progress=said.append)
+    assert not any(line.startswith("about ") for line in said)

@@ -24,7 +24,9 @@ from plait.tasks.task import TEXT_KINDS
 
 # Tokens a pass is worth having at once; more only takes memory.
 TOKENS_PER_PASS = {"cuda": 131_072, "cpu": 4_096}
-MAX_TOGETHER = 64  # candidates that write together
+# Rows of like length in such a pass: on a CPU few, so that hardly any pads are computed; the candidates fill it.
+ROWS_PER_PASS = {"cuda": 32, "cpu": 8}
+MAX_TOGETHER = 64  # candidates that write together, or go through a CPU together
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +125,11 @@ def _written(
 
 
 def _size(bank: RowBank) -> int:
-    """Candidates at once: enough that a pass of 32 rows of typical length fills the device."""
+    """Candidates at once: enough that a pass of some rows of typical length fills the device."""
     device = next(iter(bank.inputs.values())).device.type
-    return max(1, round(TOKENS_PER_PASS.get(device, TOKENS_PER_PASS["cuda"]) / (32 * float(bank.lengths.mean()))))
+    tokens, rows = (d.get(device, d["cuda"]) for d in (TOKENS_PER_PASS, ROWS_PER_PASS))
+    size = max(1, round(tokens / (rows * float(bank.lengths.mean()))))
+    return min(size, MAX_TOGETHER) if device == "cpu" else size
 
 
 def _bank(evaluator: Evaluator, task: str, rows: npt.NDArray[np.int64] | None) -> tuple[RowBank, AnswerTree | None]:

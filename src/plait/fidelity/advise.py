@@ -10,7 +10,9 @@ from plait.errors import InputError
 from plait.fidelity import costs, notes, unmeasured
 from plait.fidelity.asked import asked_panel
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
-from plait.fidelity.choose import HELD_OUT
+from plait.fidelity.choose import HELD_OUT, can_learn
+from plait.fidelity.counting import advising, seen_and_judged
+from plait.fidelity.duration import in_words, pace_of
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
@@ -18,7 +20,7 @@ from plait.fidelity.panel import WRITTEN, Panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import Texts, split_off
+from plait.fidelity.texts import Texts
 from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder
@@ -193,18 +195,20 @@ def _measured(
     panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, base_id: str | None, on_progress: OnProgress
 ) -> _Findings:
     """Measure the fidelity of every option on held-out texts."""
-    most, rest = split_off(panel.texts, HELD_OUT)
-    seen = panel.with_texts(most)
-    few = min(map(len, rest.values())) == 0
-    judged = panel if few else panel.with_texts(rest)
+    seen, judged = seen_and_judged(panel, HELD_OUT)
+    work = advising(
+        seen, judged, adapters, refine=settings.refine, repair=settings.repair, held_out=HELD_OUT, learns=can_learn(seen)
+    )  # fmt: skip
+    on_progress(f"about {in_words(pace_of(panel, adapters).seconds_of(work))} from here")
     # Heads follow each arm by itself, below: after its cut and its repair.
     auto = AutoSettings(
         refine=settings.refine, heads=False, max_length=settings.max_length, seed=settings.seed, chat=panel.chat,
         answers=panel.positions == WRITTEN, new_tokens=settings.new_tokens,
     )  # fmt: skip
     merged = merge_auto(
-        adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, on_progress=on_progress
-    )
+        adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, announce=False,
+        on_progress=on_progress,
+    )  # fmt: skip
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     merges = {R: merged.adapter}
     if r < R and merged.choice is not None:

@@ -11,8 +11,10 @@ from plait.errors import RunError, UsageError
 from plait.fidelity.asked import asked_panel
 from plait.fidelity.candidates import METHODS, SCALES, groups_of
 from plait.fidelity.choose import Choice, choose, with_fit, within
+from plait.fidelity.counting import making
+from plait.fidelity.duration import in_words, pace_of
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.head_learning import Groups, with_learnt_heads
+from plait.fidelity.head_learning import STEPS, Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kin, kinship, other_base
@@ -114,6 +116,7 @@ def merge_auto(
     general: Texts = (),
     settings: AutoSettings | None = None,
     base_id: str | None = None,
+    announce: bool = True,
     on_progress: OnProgress = lambda _: None,
 ) -> AutoMerge:
     """Merge adapters by the method, weights and scale that keep most of each, chosen without labels.
@@ -128,6 +131,7 @@ def merge_auto(
         general: Texts of no task in particular, for the KL to the base.
         settings: See `AutoSettings`.
         base_id: Base id of the result where the adapters name one base by different names.
+        announce: Whether to say first how long it will take with texts, which is timed on a few of them.
         on_progress: Called with what is being done.
 
     Raises:
@@ -163,10 +167,18 @@ def merge_auto(
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
     if len(adapters) == 1:
         return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
+    if announce:
+        work = making(
+            panel, panel.with_texts(first_of(panel.texts, chosen.texts)), chosen.methods, chosen.scales, refine=chosen.refine,
+            fit=chosen.fit, repair=chosen.repair, head_steps=2 * STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
+        )  # fmt: skip
+        seconds = pace_of(panel, adapters).seconds_of(work)
+        most = ", if the repair takes all its steps" if chosen.repair else ""
+        on_progress(f"about {in_words(seconds)} from here{most}")
     choice = choose(
         panel.with_texts(first_of(panel.texts, chosen.texts)), adapters, methods=chosen.methods, scales=chosen.scales,
-        refine=chosen.refine, fit=chosen.fit, repair=chosen.repair, rank=chosen.rank, max_shift=chosen.max_shift,
-        seed=chosen.seed, base=base_id, on_progress=on_progress,
+        refine=chosen.refine, fit=chosen.fit, rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed,
+        base=base_id, on_progress=on_progress,
     )  # fmt: skip
     record = replace(
         record,

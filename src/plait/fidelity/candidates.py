@@ -41,10 +41,17 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A merge at scale 1 and the recipe that made it."""
+    """A merge at scale 1 and the recipe that made it.
+
+    Args:
+        recipe: How.
+        adapter: The merge.
+        near: Scale at which it is expected to be best.
+    """
 
     recipe: Recipe
     adapter: Adapter
+    near: float = 1.0
 
 
 def recipes(kinds: Sequence[str], methods: Sequence[str] = METHODS) -> Iterator[Recipe]:

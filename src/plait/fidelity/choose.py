@@ -2,68 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
 from plait.errors import RunError
 from plait.fidelity.candidates import METHODS, OWN_MOMENTS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
 from plait.fidelity.distil import distil
-from plait.fidelity.duration import expected_seconds, in_words
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
-from plait.fidelity.measure import Fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
-from plait.fidelity.record import Evidence, FidelityRecord
+from plait.fidelity.proxy import best_scale, terms
 from plait.fidelity.score import fidelities, general_shift
 from plait.fidelity.texts import split_off
 from plait.fidelity.tokens import require_room
+from plait.fidelity.tournament import Scored, tournament
 from plait.merging.metric_cut import InputMetric, cut_adapter, input_metric
 from plait.progress import OnProgress
 
-# Texts of each adapter in the first round, in which everything is tried; and the share that goes on to the second.
-SCREEN, GOES_ON = 32, 8
 # Every fourth text is held out when weights are learnt; with fewer texts than this none are learnt.
 HELD_OUT, FEWEST = 4, 12
-# Beyond the scales that are given: by this factor, so often at most.
-STEP, _GROWTH = 2**0.5, 6
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A merge at one scale and its fidelity.
-
-    Args:
-        tried: The merge at scale 1.
-        scale: Scale of its delta.
-        fidelity: On the texts of the round it reached.
-        n: Texts of each adapter in that round, at most.
-    """
-
-    tried: Tried
-    scale: float
-    fidelity: Fidelity
-    n: int
-
-    def within(self, max_shift: float | None) -> bool:
-        """Whether it moves general text by a limit at most, where there is one."""
-        return max_shift is None or (self.fidelity.general_kl or 0.0) <= max_shift
-
-    @property
-    def evidence(self) -> Evidence:
-        """Its line in the evidence."""
-        recipe, fidelity = self.tried.recipe, FidelityRecord.of(self.fidelity)
-        return Evidence(
-            recipe.label,
-            recipe.method,
-            recipe.calibrate,
-            self.scale,
-            recipe.moments,
-            self.n,
-            fidelity.score,
-            fidelity.general_kl,
-            tasks=fidelity.tasks,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +59,6 @@ def choose(
     scales: Sequence[float] = SCALES,
     refine: int = 100,
     fit: bool = True,
-    repair: int = 0,
     rank: int | None = None,
     max_shift: float | None = None,
     seed: int = 0,
@@ -118,7 +75,6 @@ def choose(
         refine: Steps in which the winner's weights per adapter and module are learnt; 0 for none. They are kept where
             they are closer on the quarter of the texts that was held out.
         fit: Whether the winner is also fitted front to back; what is closest on the quarter held out stays.
-        repair: Steps of a repair that comes after it, for the time that is told.
         rank: Rank of a fitted merge, which is cut in the metric of its inputs; that of the sum by default.
         max_shift: Most KL to the base on the panel's general texts, in nats: whatever moves the model further is left out.
         seed: Seed of the order of the texts.
@@ -129,21 +85,16 @@ def choose(
         InputError: A text beyond the base's table of positions; nothing has been computed then.
         RunError: No candidate within `max_shift`.
 
-    Cost: methods x 2 x scales passes over at most 32 texts of each adapter (and as many more as the grid has to grow by), an eighth
-        of them over all; `refine` steps; three fits (`featcal`), two of them on three quarters of the texts.
+    Cost: the tournament's passes (`plait.fidelity.tournament`); `refine` steps; three fits (`featcal`), two of them on three quarters
+        of the texts.
     """
     require_room(panel)
     on_progress("moments of the texts")
     moments = collect_moments(panel)
     on_progress("merging by every method")
-    tried = [Tried(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
-    enough = min(len(rows) for rows in panel.texts.values()) >= FEWEST
-    fits = (3 - 2 / HELD_OUT) * (fit and enough and can_fit(panel))  # two of them on three quarters of the texts
-    merges = len(tried) * len(scales)
-    seconds = expected_seconds(
-        panel, _screen(panel, max_shift), merges, merges // GOES_ON, refine=refine * enough + repair, fits=fits
-    )
-    on_progress(f"about {in_words(seconds)} from here{', if the repair takes all its steps' if repair else ''}")
+    made = [(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
+    tried = [Tried(recipe, merge, best_scale(terms(merge, adapters))) for recipe, merge in made]
+    enough = can_learn(panel)
     scored = tournament(panel, tried, scales, on_progress, max_shift)
     best = scored[0]
     if not best.within(max_shift):
@@ -164,6 +115,11 @@ def choose(
     if not (fit and enough and can_fit(panel)):
         return choice
     return with_fit(choice, panel, adapters, rank=rank, max_shift=max_shift, base=base, on_progress=on_progress)
+
+
+def can_learn(panel: Panel) -> bool:
+    """Whether every adapter has texts enough to hold some out."""
+    return min(len(rows) for rows in panel.texts.values()) >= FEWEST
 
 
 def with_fit(
@@ -201,66 +157,6 @@ def within(panel: Panel, merge: Adapter, max_shift: float | None) -> bool:
 def _on_rest(panel: Panel, merge: Adapter) -> float:
     rest = split_off(panel.texts, HELD_OUT)[1]
     return fidelities(panel.with_texts(rest, general=False), [(merge, 1.0)])[0].score
-
-
-def tournament(
-    panel: Panel,
-    tried: Sequence[Tried],
-    scales: Sequence[float],
-    on_progress: OnProgress = lambda _: None,
-    max_shift: float | None = None,
-) -> list[Scored]:
-    """Score all merges at all scales on a part of the texts, the best of them on all; best first, later rounds before earlier ones.
-
-    A merge whose best scale lies on the edge of those it was tried at is tried one step further, until its best lies within.
-    Those that move general text further than `max_shift` come last, the least first.
-    """
-
-    def place(one: Scored) -> tuple[bool, float]:
-        over = not one.within(max_shift)
-        return over, (one.fidelity.general_kl or 0.0) if over else -one.fidelity.score
-
-    longest, screen = max(len(rows) for rows in panel.texts.values()), _screen(panel, max_shift)
-    entries = [(t, s) for t in tried for s in scales]
-    first: list[Scored] = []
-    for _ in range(_GROWTH + 1):
-        on_progress(f"{len(entries)} merges, by fidelity")
-        first += _scored(screen, entries, min(SCREEN, longest), on_progress)
-        if not (entries := _beyond(first, place)) or len(scales) < 2:
-            break
-    first.sort(key=place)
-    if longest <= SCREEN:
-        return first
-    going = first[: max(2, len(first) // GOES_ON)]
-    on_progress(f"the best {len(going)} of them, on all texts")
-    last = _scored(panel, [(s.tried, s.scale) for s in going], longest, on_progress)
-    return sorted(last, key=place) + first[len(going) :]
-
-
-def _screen(panel: Panel, max_shift: float | None) -> Panel:
-    """The texts of the first round; the general ones too where there is no second, or they decide."""
-    few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
-    longest = max(len(rows) for rows in panel.texts.values())
-    return panel.with_texts(few, general=longest <= SCREEN or max_shift is not None)
-
-
-def _beyond(scored: Sequence[Scored], place: Callable[[Scored], tuple[bool, float]]) -> list[tuple[Tried, float]]:
-    """For every merge whose best scale is the smallest or largest it was tried at: the merge, and the scale a step further."""
-    by_merge: dict[int, list[Scored]] = {}
-    for one in scored:
-        by_merge.setdefault(id(one.tried), []).append(one)
-    further = []
-    for ones in by_merge.values():
-        at = min(ones, key=place).scale
-        tried = [r.scale for r in ones]
-        if at in (min(tried), max(tried)):
-            further.append((ones[0].tried, at * STEP if at == max(tried) else at / STEP))
-    return further
-
-
-def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, on_progress: OnProgress) -> list[Scored]:
-    scores = fidelities(panel, [(t.adapter, s) for t, s in entries], on_progress)
-    return [Scored(t, s, f, n) for (t, s), f in zip(entries, scores, strict=True)]
 
 
 def refined_weights(

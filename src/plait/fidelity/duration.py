@@ -1,53 +1,149 @@
-"""How long choosing a merge with texts will take: one pass over some texts is timed, the rest is counted in such passes."""
+"""How long a choice or an advice with texts will take: its work is counted, and what this machine does of it is timed on a few texts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 
+import torch
+
+from plait.adapters.lora import Adapter
+from plait.fidelity.answers import Answers
+from plait.fidelity.candidates import Recipe, merged_by
+from plait.fidelity.distil import distil
+from plait.fidelity.losses import loss_of
+from plait.fidelity.moments import moments_of
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities
+from plait.fidelity.texts import Texts
+from plait.fidelity.tokens import rows_of
+from plait.merging.metric import cut_solution
 
-# In passes over the same texts, measured with MiniLM on one core: many merges together take less each than one alone; a step of learning
-# weights goes back through the model; a fit front to back runs it once for every layer and solves.
-_TOGETHER, _STEP, _FIT = 0.85, 2.9, 7.3
-# Texts of each adapter in a step of learning.
-_BATCH = 8
-# Merges whose grid of scales grows, of all that are tried.
-_GROWTH = 1.04
+# Texts of each adapter that are timed, short and long ones; scales of one adapter that read them together; steps; the side of a system.
+_FEW, _TOGETHER, _STEPS, _SIDE = 8, 8, 2, 512
 
 
-def expected_seconds(
-    panel: Panel,
-    screen: Panel,
-    merges: int,
-    going: int,
-    *,
-    refine: int = 0,
-    fits: float = 0.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Time both passes that every round of scoring begins with, and say how long all of it will take.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do.
 
     Args:
-        panel: All texts.
-        screen: The texts of the first round.
-        merges: Merges at scales that are tried in the first round.
-        going: How many of them go on to all texts.
-        refine: Steps in which weights, or factors, are learnt.
-        fits: Fits front to back, one on half of the texts counting half.
+        reads: Tokens that candidates read, each candidate's counted.
+        moments: Tokens whose moments are taken.
+        merges: Merges that are made.
+        learnt: Steps in which weights are learnt.
+        repaired: Steps in which factors are.
+        fitted: Tokens that fits front to back read, one of them each time.
+        solved: Layers that fits solve for.
+    """
+
+    reads: float = 0.0
+    moments: float = 0.0
+    merges: float = 0.0
+    learnt: float = 0.0
+    repaired: float = 0.0
+    fitted: float = 0.0
+    solved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """Add up two works."""
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        """Do it so often."""
+        return Work(*(a * times for a in astuple(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds for one of each, as `Work` counts them."""
+
+    seconds: Work
+
+    def seconds_of(self, work: Work) -> float:
+        """Say how long a work takes."""
+        return float(sum(a * b for a, b in zip(astuple(self.seconds), astuple(work), strict=True)))
+
+
+def pace_of(panel: Panel, adapters: Sequence[Adapter], clock: Callable[[], float] = time.perf_counter) -> Pace:
+    """Time on a few texts of each adapter what a choice is made of.
+
+    A fit runs a text twice through the model, a block at a time, and multiplies what each layer reads by itself: `_FIT` readings. A merge
+    by a costlier method takes longer than the one that is timed, a step that moves factors a little longer than one of weights.
+
+    Args:
+        panel: Base, adapters and texts.
+        adapters: What will be merged.
         clock: Seconds of the machine.
 
-    Cost: two passes over the texts of the first round.
+    Cost: some hundred texts' passes; a per cent or two of a choice among adapters with 100 texts each.
     """
-    started = clock()
-    fidelities(screen, [])
-    texts, all_texts = (sum(map(len, p.texts.values())) for p in (screen, panel))
-    each = (clock() - started) / (2 * texts)
-    first = _TOGETHER * (_GROWTH * merges + 2) * texts
-    second = _TOGETHER * (going + 2) * all_texts if all_texts > texts else 0.0
-    learning = refine * _BATCH * len(panel.parts) * _STEP
-    return float(each * (first + second + learning + fits * _FIT * all_texts))
+    apart = replace(panel, known=Answers())  # what is only timed decides nothing
+    few, alike = (apart.with_texts(some(panel.texts), general=False) for some in (_spread, _alike))
+    first = few.parts[0].adapter
+
+    def timed(do: Callable[[], object]) -> float:
+        started = clock()
+        do()
+        return clock() - started
+
+    timed(lambda: fidelities(alike, [(first, 0.5)]))  # whatever is loaded or compiled once
+    many = [(first, 0.5 + 0.01 * i) for i in range(1, _TOGETHER + 1)]
+    read = timed(lambda: fidelities(alike, many)) / (tokens_of(alike) * (len(many) + (2 if panel.is_text else 0)))
+    loss = loss_of(few)
+    for _ in range(2):  # the first time warms up
+        step = timed(lambda: distil(few, first, learns="weights", steps=_STEPS, loss=loss)) / _STEPS
+    part = few.parts[0]
+    for _ in range(2):
+        moments = timed(lambda: moments_of(alike, part, None)) / _tokens(alike, 0)
+    merge = timed(lambda: merged_by(Recipe("tsv"), adapters, {}))
+    solve = timed(lambda: _solved(_SIDE)) / _SIDE**3
+    sizes = [max(f.shape) for f in first.modules.values()]
+    return Pace(
+        Work(
+            read, moments, _MERGE * merge, step, _REPAIR * step, _FIT * read,
+            solve * sum(n**3 for n in sizes) / len(sizes),
+        )
+    )  # fmt: skip
+
+
+_FIT, _MERGE, _REPAIR = 3.5, 1.5, 1.3
+
+
+def tokens_of(panel: Panel) -> int:
+    """Count the tokens of all texts."""
+    return sum(_tokens(panel, i) for i in range(len(panel.parts)))
+
+
+def _tokens(panel: Panel, part: int) -> int:
+    return sum(len(r["input_ids"]) for r in rows_of(panel, panel.parts[part]))
+
+
+def _spread(texts: Mapping[str, Texts]) -> dict[str, Texts]:
+    """A few texts of each part, from short to long, as a step takes them."""
+    places = {
+        t: [(2 * i + 1) * len(rows) // (2 * _FEW) for i in range(min(_FEW, len(rows)))] for t, rows in texts.items()
+    }
+    return {t: tuple(_by_length(rows)[p] for p in places[t]) for t, rows in texts.items()}
+
+
+def _alike(texts: Mapping[str, Texts]) -> dict[str, Texts]:
+    """A few texts of each part of like length, as passes read them."""
+    starts = {t: max(0, (len(rows) - _FEW) // 2) for t, rows in texts.items()}
+    return {t: tuple(_by_length(rows)[starts[t] : starts[t] + _FEW]) for t, rows in texts.items()}
+
+
+def _by_length(rows: Texts) -> list[tuple[str, ...]]:
+    return sorted(rows, key=lambda row: sum(map(len, row)))
+
+
+def _solved(side: int) -> None:
+    """What a fit does with a layer of this width, of rank 8."""
+    system = torch.eye(side, dtype=torch.float64) + torch.full((side, side), 0.01, dtype=torch.float64)
+    right = torch.sin(torch.arange(side * side, dtype=torch.float64)).view(side, side)
+    solution = torch.cholesky_solve(right.T, torch.linalg.cholesky(system)).T
+    cut_solution(solution, right, 8)
 
 
 def in_words(seconds: float) -> str:

@@ -26,17 +26,18 @@ def collect_moments(panel: Panel) -> dict[str, dict[str, Statistics]]:
 
     Cost: two passes over all texts.
     """
-    modules = sorted({m for p in panel.parts for m, f in p.adapter.modules.items() if f.kind == LINEAR})
     moments: dict[str, dict[str, Statistics]] = {BASE_MOMENTS: {}, OWN_MOMENTS: {}}
     for kind, by_adapter in moments.items():
         for part in panel.parts:
-            one = _of_part(panel, part, modules, part.adapter if kind == OWN_MOMENTS else None)
+            one = moments_of(panel, part, part.adapter if kind == OWN_MOMENTS else None)
             known = by_adapter.get(part.adapter.name)
             by_adapter[part.adapter.name] = merge_statistics(known, one) if known else one
     return moments
 
 
-def _of_part(panel: Panel, part: Part, modules: list[str], active: Adapter | None) -> Statistics:
+def moments_of(panel: Panel, part: Part, active: Adapter | None) -> Statistics:
+    """Collect the moments of a part's texts in every module that any adapter changes, with one of them on the base or none."""
+    modules = sorted({m for p in panel.parts for m, f in p.adapter.modules.items() if f.kind == LINEAR})
     model = panel.model(part)
     with applied(model, active):
         return collect_statistics(

@@ -13,6 +13,7 @@ from plait.adapters.beside import no_matrix
 from plait.adapters.lora import EMBEDDING, EXPERT, LINEAR, Adapter
 from plait.errors import InputError, UsageError
 from plait.evaluation.evaluate import Evaluator
+from plait.fidelity.answers import Answers
 from plait.fidelity.texts import Texts
 from plait.model.applied import resolve, without_layers
 from plait.model.base import BaseModel, head_modules, load_head
@@ -131,6 +132,7 @@ class Panel:
         chat: Whether prompts go through the tokenizer's chat template before an answer is written.
         new_tokens: Tokens of such an answer, at most.
         answers: Part and text -> what was written, shared with panels of some of the texts.
+        known: What heads have put out already; panels of other texts share it.
     """
 
     base: BaseModel
@@ -143,6 +145,7 @@ class Panel:
     chat: bool = False
     new_tokens: int = 64
     answers: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = field(default_factory=dict)
+    known: Answers = field(default_factory=Answers)
     _own: Evaluator | None = None
     _general: Evaluator | None = None
     _placed: set[str] = field(default_factory=set)  # parts whose head is in the model of their task

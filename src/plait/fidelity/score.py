@@ -11,6 +11,7 @@ import numpy.typing as npt
 from plait.adapters.lora import Adapter
 from plait.evaluation.evaluate import Logits
 from plait.evaluation.fleet import Candidate, predict_many
+from plait.fidelity.answers import Rows
 from plait.fidelity.measure import Fidelity, TaskFidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, Part
 from plait.model.stacked import Active
@@ -19,13 +20,16 @@ from plait.progress import OnProgress, duration
 _BARE: Active = (None, 1.0)
 
 
-def fidelities(panel: Panel, merges: Sequence[Active], on_progress: OnProgress = lambda _: None) -> list[Fidelity]:
+def fidelities(
+    panel: Panel, merges: Sequence[Active], on_progress: OnProgress = lambda _: None, *, keep: bool = False
+) -> list[Fidelity]:
     """Fidelity of each merge at its scale, in their order.
 
     Args:
         panel: Base, adapters and texts.
         merges: What is compared with every adapter.
         on_progress: Called after each adapter's texts, with the number done.
+        keep: Whether what heads answer with these merges is kept in `panel.known`, because more texts will be asked about.
 
     Returns:
         KL and agreement per adapter, worst first; with `panel.general`, the mean KL(base || merged) on it.
@@ -33,14 +37,15 @@ def fidelities(panel: Panel, merges: Sequence[Active], on_progress: OnProgress =
     Raises:
         InputError: An adapter does not fit the base, or its head does not fit the model.
 
-    Cost: (merges + 2) passes over the texts, a base's pass shared by as many as the device works well on.
+    Cost: a pass over the texts for every merge, and once for every adapter and for the base, shared by as many as the device works
+    well on. Of classifiers, texts of which the answers are kept are not read again.
     """
     if panel.is_text:
         from plait.fidelity.language import text_closeness
 
         by_task = [text_closeness(panel, part, merges) for part in _reported(panel.parts, on_progress)]
     else:
-        by_task = [_classified(panel, part, merges) for part in _reported(panel.parts, on_progress)]
+        by_task = [_classified(panel, part, merges, keep) for part in _reported(panel.parts, on_progress)]
     general = general_shift(panel, merges) if panel.general else None
     return [
         Fidelity.of([tasks[i] for tasks in by_task], float(general[i]) if general is not None else None)
@@ -66,17 +71,39 @@ def _reported(parts: Sequence[Part], on_progress: OnProgress) -> Iterator[Part]:
         on_progress(f"  texts of {part.name} ({done} of {len(parts)}){said}")
 
 
-def _classified(panel: Panel, part: Part, merges: Sequence[Active]) -> list[TaskFidelity]:
-    own, bare, *merged = outputs(panel, part, [(part.adapter, 1.0), _BARE, *merges])
+def _classified(panel: Panel, part: Part, merges: Sequence[Active], keep: bool) -> list[TaskFidelity]:
+    own, bare, *merged = outputs(panel, part, [(part.adapter, 1.0), _BARE, *merges], keep=keep)
     kind = part.task.kind
     base = closeness(kind, own, bare)
     return [task_fidelity(part.name, c, base, len(own)) for c in (closeness(kind, own, f) for f in merged)]
 
 
-def outputs(panel: Panel, part: Part, active: Sequence[Active]) -> list[Logits]:
-    """Logits of a headed part's own texts, (n, classes) for each."""
+def outputs(panel: Panel, part: Part, active: Sequence[Active], *, keep: bool = False) -> list[Logits]:
+    """Logits of a headed part's own texts, (n, classes) for each; what is known already is not computed again.
+
+    Args:
+        panel: Base, adapters and texts.
+        part: Part whose texts and head are asked.
+        active: Adapters or merges, each with a scale.
+        keep: Whether all answers are kept in `panel.known`; those of the base and of the panel's own adapters always are.
+    """
     panel.model(part)
-    return predict_many(panel.evaluator, part.name, [_worn(part, a, s) for a, s in active])
+    texts = panel.texts[part.name]
+    own = {id(p.adapter) for p in panel.parts}
+    rows: list[Rows] = []
+    asked: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+    for i, (adapter, scale) in enumerate(active):
+        always = adapter is None or id(adapter) in own
+        rows.append(panel.known.of(part.name, adapter, scale) if keep or always else {})
+        if lacking := tuple(n for n, text in enumerate(texts) if text not in rows[i]):
+            # What always stays is asked by itself: its last bits then do not hang on what else is looked at.
+            asked.setdefault((always, lacking), []).append(i)
+    for (_, lacking), places in asked.items():
+        worn = [_worn(part, *active[i]) for i in places]
+        some = None if len(lacking) == len(texts) else np.array(lacking, np.int64)
+        for i, logits in zip(places, predict_many(panel.evaluator, part.name, worn, some), strict=True):
+            rows[i].update(zip((texts[n] for n in lacking), logits, strict=True))
+    return [np.stack([known[text] for text in texts]) for known in rows]
 
 
 def _worn(part: Part, adapter: Adapter | None, scale: float) -> Candidate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from plait.merging.planning import plan_merge
 from plait.merging.record import Merged
 from plait.model.applied import update_of
 from plait.model.hooks import Change, modules_named
+from plait.model.resuming import Resuming
 from plait.model.running import Stage, real_rows, run_until, stages_of
 
 Batch = Mapping[str, Tensor]
@@ -79,7 +80,8 @@ def featcal(
         RunError: A system that is singular or not finite.
 
     Cost:
-        Two forward passes of every batch, half a model deep on average, for each tensor that adapted layers read; one Cholesky
+        For each tensor that adapted layers read, two forward passes of every batch through one block, from what the block before it
+        put out (kept for every batch); in models whose blocks do not simply follow one another, half a model deep. One Cholesky
         factorisation of (d, d) each and an eigen-decomposition of (out, out) a layer.
     Source: FeatCal, 2026 (arXiv:2605.13030), its linear layers; IterIS, CVPR 2025 (arXiv:2411.15231) is own = 1 without an anchor.
     **Deviates**: the update has low rank, and is cut in the metric of the inputs; biases and LayerNorms stay; layers that read
@@ -100,10 +102,11 @@ def featcal(
     modules = modules or modules_named(model, list(plan.common.modules))
     fitted: dict[str, LoraFactors] = {}
     lost: dict[str, float] = {}
+    passes = _Passes(Resuming.of(model, modules), Resuming.of(model, modules))
     for stage in stages_of(modules, lambda: forward(adapters[0].name, batches[adapters[0].name][0])):
         total = None
         for adapter, weight in zip(adapters, plan.weights, strict=True):
-            teacher = _Teacher(adapter, stage, modules, fitted, own)
+            teacher = _Teacher(adapter, stage, modules, fitted, own, passes)
             sums = teacher.sums(lambda b, t=adapter.name: forward(t, b), batches[adapter.name])  # type: ignore[misc]
             total = sums.added_to(total, weight)
         for module, (factors, gone) in _solved(total, plan, held, pull, reach, rank).items():
@@ -144,6 +147,14 @@ class _Sums:
 
 
 @dataclass(frozen=True, slots=True)
+class _Passes:
+    """Where passes begin: those of the adapters' own models, and those of the model that is being fitted."""
+
+    told: Resuming
+    seen: Resuming
+
+
+@dataclass(frozen=True, slots=True)
 class _Teacher:
     """One adapter at one stage, its outputs to be followed.
 
@@ -153,6 +164,7 @@ class _Teacher:
         modules: All adapted modules of the model.
         fitted: Those below that are fitted already.
         own: What the target takes of the adapter's own inputs.
+        passes: Where they begin.
     """
 
     adapter: Adapter
@@ -160,6 +172,7 @@ class _Teacher:
     modules: Mapping[str, nn.Module]
     fitted: Mapping[str, LoraFactors]
     own: float
+    passes: _Passes
 
     def sums(self, forward: Callable[[Batch], Any], batches: Sequence[Batch]) -> _Sums:
         """The moments over all batches."""
@@ -169,9 +182,11 @@ class _Teacher:
         below = {m: update_of(f.folded(device=device), m) for m, f in self.fitted.items()}
         second: Tensor | None = None
         targets: dict[str, Tensor] = {}
-        for batch in batches:
-            told = self._rows(theirs, theirs, forward, batch) if self.own else {}
-            seen = self._rows(below, {}, forward, batch)
+        self._checked(below, forward, batches[0])
+        for n, batch in enumerate(batches):
+            key = (self.adapter.name, n)
+            told = self._rows(theirs, theirs, forward, batch, self.passes.told, key) if self.own else {}
+            seen = self._rows(below, {}, forward, batch, self.passes.seen, key)
             for i, m in enumerate(self.stage.modules):
                 for j, (x, bare) in enumerate(seen[m]):
                     y = (x @ mine[m].A.T) @ mine[m].B.T if m in mine else torch.zeros_like(bare)
@@ -185,8 +200,25 @@ class _Teacher:
             raise RunError("the layer's inputs are not finite", where=f"{self.adapter.name}: {self.stage.modules[0]}")
         return _Sums(second, targets)
 
+    def _checked(self, below: Mapping[str, Change], forward: Callable[[Batch], Any], batch: Batch) -> None:
+        """Run one example from the start too: where that gives other inputs, blocks do not simply follow one another."""
+        size = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim)
+        one = {k: v[:1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v for k, v in batch.items()}
+        resumed = self._rows(below, {}, forward, one, self.passes.seen, (self.adapter.name, "one"))
+        whole = self._rows(below, {}, forward, one, Resuming(), "")
+        pairs = zip(_inputs(resumed), _inputs(whole), strict=False)
+        if not all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in pairs):
+            self.passes.told.stop()
+            self.passes.seen.stop()
+
     def _rows(
-        self, changes: Mapping[str, Change], here: Mapping[str, Change], forward: Callable[[Batch], Any], batch: Batch
+        self,
+        changes: Mapping[str, Change],
+        here: Mapping[str, Change],
+        forward: Callable[[Batch], Any],
+        batch: Batch,
+        begun: Resuming,
+        key: Hashable,
     ) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Per layer of the stage, and call, its real inputs and what it puts out: with `changes` below and `here` in it."""
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {m: [] for m in self.stage.modules}
@@ -201,8 +233,14 @@ class _Teacher:
             return take
 
         watched = {**changes, **{m: note(m) for m in self.stage.modules}}
-        run_until(self.stage, self.modules, watched, lambda: forward(batch))
+        with begun.at(key, self.stage.modules):
+            run_until(self.stage, self.modules, watched, lambda: forward(batch))
         return rows
+
+
+def _inputs(rows: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[Tensor]:
+    """What the layers of a stage read, call by call."""
+    return [x for calls in rows.values() for x, _ in calls]
 
 
 def _solved(

@@ -1,0 +1,177 @@
+"""The work of a choice, stage by stage, counted before it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from plait.adapters.lora import Adapter
+from plait.fidelity.candidates import METHODS, SCALES, recipes
+from plait.fidelity.choose import HELD_OUT, can_learn
+from plait.fidelity.costs import total_rank
+from plait.fidelity.duration import Work, tokens_of
+from plait.fidelity.fitting import SCALES as FIT_SCALES
+from plait.fidelity.fitting import TRIED as FITS
+from plait.fidelity.fitting import can_fit
+from plait.fidelity.panel import Panel
+from plait.fidelity.texts import split_off
+from plait.fidelity.tournament import SCREEN, longest_of, number_going, screen_of
+from plait.merging.registry import find_method
+
+# Scales that a merge is tried at, on average, where there are more than three.
+SCALES_TRIED = 3.8
+# Steps of a repair between looks at the texts held out (`plait.fidelity.distil.Stopping`).
+_EVERY = 20
+
+
+def choosing(
+    panel: Panel,
+    methods: tuple[str, ...],
+    scales: tuple[float, ...],
+    *,
+    held_out: int,
+    refine: int = 0,
+    fit: bool = False,
+    max_shift: float | None = None,
+) -> Work:
+    """Count what `choose` does.
+
+    Args:
+        panel: Base, adapters and all texts.
+        methods: Methods that are tried.
+        scales: Scales, before any merge goes beyond them.
+        held_out: Every such text is held out.
+        refine: Steps in which weights are learnt; 0 where none are.
+        fit: Whether the winner is fitted.
+        max_shift: Limit on what general text is moved by.
+    """
+    merges = len(list(recipes(("base", "own") if any(find_method(m).needs for m in methods) else (), methods)))
+    every, screen = tokens_of(panel), tokens_of(screen_of(panel))
+    tried = merges * min(SCALES_TRIED, len(scales))
+    work = Work(merges=merges, moments=2 * every) + _read(panel, screen, tried) + _read(panel, 0, 0, both=every)
+    second = longest_of(panel) > SCREEN
+    going = number_going(merges, len(scales)) if second else 0
+    if second:  # of classifiers only the texts that the first round has not read
+        work += _read(panel, every if panel.is_text else every - screen, going)
+    work += general(panel, tried if max_shift is not None or not second else going)
+    if refine:
+        work += Work(learnt=refine) + _read(panel, every / held_out, 2)
+    return work + fitting(panel, held_out, max_shift) if fit and can_fit(panel) else work
+
+
+def fitting(panel: Panel, held_out: int, max_shift: float | None = None) -> Work:
+    """Count two fits on most of the texts, their scales on the rest, and one on all."""
+    fits = len(FITS) * (1 - 1 / held_out) + 1
+    layers = len({m for p in panel.parts for m in p.adapter.modules})
+    work = Work(fitted=fits * tokens_of(panel), solved=(len(FITS) + 1) * layers)
+    work += _read(panel, tokens_of(panel) / held_out, len(FITS) * len(FIT_SCALES) + 1)
+    return work + general(panel, len(FITS) * len(FIT_SCALES) + 1 if max_shift is not None else 0)
+
+
+def repairing(panel: Panel, steps: int, held_out: int) -> Work:
+    """Count a repair of all its steps: answers and layers of most of the texts before it, looks at the rest on the way."""
+    if not steps:
+        return Work()
+    looks = 1 + -(-steps // _EVERY)
+    before = Work(reads=4 * (1 - 1 / held_out) * tokens_of(panel))
+    return Work(repaired=steps) + before + _read(panel, tokens_of(panel) / held_out, looks)
+
+
+def heads(panel: Panel) -> Work:
+    """Count what letting the heads follow reads."""
+    return Work() if panel.is_text else Work(reads=tokens_of(panel))
+
+
+def measuring(panel: Panel) -> Work:
+    """Count what the last look at a merge reads: its answers, and three times the hidden states."""
+    return _read(panel, tokens_of(panel), 1) + Work(reads=3 * tokens_of(panel)) + general(panel, 1)
+
+
+def general(panel: Panel, merges: float) -> Work:
+    """Count the readings of general texts by merges and the base, for every head."""
+    if not panel.general or not merges:
+        return Work()
+    rows = dict.fromkeys(panel.texts, panel.general)
+    tokens = tokens_of(panel.with_texts(rows, general=False))
+    return Work(reads=(merges + 1) * (tokens / len(panel.parts) if panel.is_text else tokens))
+
+
+def making(
+    panel: Panel,
+    read: Panel,
+    methods: tuple[str, ...],
+    scales: tuple[float, ...],
+    *,
+    refine: int,
+    fit: bool,
+    repair: int,
+    head_steps: int = 0,
+    max_shift: float | None = None,
+) -> Work:
+    """Count all that `merge auto` does with texts, heads included.
+
+    Args:
+        panel: All texts.
+        read: Those that the choice reads.
+        methods: Methods that are tried.
+        scales: Scales.
+        refine: Steps in which weights are learnt.
+        fit: Whether the winner is fitted.
+        repair: Steps of the repair.
+        head_steps: Steps in which heads and weights are learnt together.
+        max_shift: Limit on what general text is moved by.
+    """
+    learns, many = can_learn(read), can_learn(panel)
+    work = choosing(
+        read, methods, scales, held_out=HELD_OUT, refine=refine * learns, fit=fit and learns, max_shift=max_shift
+    )
+    work += repairing(panel, repair, HELD_OUT) + Work(learnt=head_steps * many)
+    return work + (heads(panel) if many else Work()) + measuring(panel)
+
+
+def advising(
+    seen: Panel,
+    judged: Panel,
+    adapters: Sequence[Adapter],
+    *,
+    refine: int,
+    repair: int,
+    held_out: int,
+    learns: bool,
+) -> Work:
+    """Count an advice: a choice, its fits at another rank, repairs and heads of each merge, and the look at all of them.
+
+    Args:
+        seen: Texts that all is chosen on.
+        judged: Texts that it is measured on.
+        adapters: What is merged.
+        refine: Steps in which weights are learnt.
+        repair: Steps of each repair.
+        held_out: Every such text of `seen` is held out.
+        learns: Whether there are texts enough for that.
+    """
+    ranks = 2 if max(a.rank for a in adapters) < total_rank(adapters) else 1
+    arms = ranks * (2 if repair else 1)
+    work = choosing(seen, METHODS, SCALES, held_out=held_out, refine=refine * learns, fit=learns) + measuring(seen)
+    if ranks == 2 and learns and can_fit(seen):
+        work += fitting(seen, held_out)
+    work += repairing(seen, repair, held_out) * ranks + (heads(seen) * arms if learns else Work())
+    return work + judging(judged, arms + len(adapters))
+
+
+def judging(panel: Panel, merges: int) -> Work:
+    """Count a look at several merges on all texts."""
+    return _read(panel, tokens_of(panel), merges) + general(panel, merges)
+
+
+def _read(panel: Panel, tokens: float, merges: float, *, both: float = 0.0) -> Work:
+    """Readings by merges; by the adapters and the base, on `both` tokens of a classifier, or every time where answers are not kept."""
+    if panel.is_text:
+        return Work(reads=tokens * (merges * 1.1 + 2)) if merges else Work()
+    return Work(reads=tokens * merges + 2 * both)
+
+
+def seen_and_judged(panel: Panel, held_out: int) -> tuple[Panel, Panel]:
+    """Split a panel as advice does: what the choice sees, and what it is judged on."""
+    most, rest = split_off(panel.texts, held_out)
+    few = min(map(len, rest.values())) == 0
+    return panel.with_texts(most), panel if few else panel.with_texts(rest)
