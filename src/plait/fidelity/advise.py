@@ -12,7 +12,7 @@ from plait.fidelity.asked import asked_panel
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
 from plait.fidelity.choose import HELD_OUT, can_learn
 from plait.fidelity.counting import advising, seen_and_judged
-from plait.fidelity.duration import in_words, pace_of
+from plait.fidelity.duration import told
 from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
@@ -199,7 +199,7 @@ def _measured(
     work = advising(
         seen, judged, adapters, refine=settings.refine, repair=settings.repair, held_out=HELD_OUT, learns=can_learn(seen)
     )  # fmt: skip
-    on_progress(f"about {in_words(pace_of(panel, adapters).seconds_of(work))} from here")
+    on_progress(told(panel, adapters, work))
     # Heads follow each arm by itself, below: after its cut and its repair.
     auto = AutoSettings(
         refine=settings.refine, heads=False, max_length=settings.max_length, seed=settings.seed, chat=panel.chat,

@@ -12,7 +12,7 @@ from plait.fidelity.asked import asked_panel
 from plait.fidelity.candidates import METHODS, SCALES, groups_of
 from plait.fidelity.choose import Choice, choose, with_fit, within
 from plait.fidelity.counting import making
-from plait.fidelity.duration import in_words, pace_of
+from plait.fidelity.duration import told
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.head_learning import STEPS, Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
@@ -167,18 +167,16 @@ def merge_auto(
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
     if len(adapters) == 1:
         return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
+    read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
         work = making(
-            panel, panel.with_texts(first_of(panel.texts, chosen.texts)), chosen.methods, chosen.scales, refine=chosen.refine,
-            fit=chosen.fit, repair=chosen.repair, head_steps=2 * STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
+            panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=chosen.repair,
+            head_steps=2 * STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
         )  # fmt: skip
-        seconds = pace_of(panel, adapters).seconds_of(work)
-        most = ", if the repair takes all its steps" if chosen.repair else ""
-        on_progress(f"about {in_words(seconds)} from here{most}")
+        on_progress(told(panel, adapters, work))
     choice = choose(
-        panel.with_texts(first_of(panel.texts, chosen.texts)), adapters, methods=chosen.methods, scales=chosen.scales,
-        refine=chosen.refine, fit=chosen.fit, rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed,
-        base=base_id, on_progress=on_progress,
+        read, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
+        rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,
     )  # fmt: skip
     record = replace(
         record,

@@ -111,6 +111,12 @@ def pace_of(panel: Panel, adapters: Sequence[Adapter], clock: Callable[[], float
 _FIT, _MERGE, _REPAIR = 3.5, 1.5, 1.3
 
 
+def told(panel: Panel, adapters: Sequence[Adapter], work: Work) -> str:
+    """Say how long a work takes, at this machine's pace."""
+    most = ", if a repair takes all its steps" if work.repaired else ""
+    return f"about {in_words(pace_of(panel, adapters).seconds_of(work))} from here{most}"
+
+
 def tokens_of(panel: Panel) -> int:
     """Count the tokens of all texts."""
     return sum(_tokens(panel, i) for i in range(len(panel.parts)))

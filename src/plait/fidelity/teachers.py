@@ -25,8 +25,6 @@ from plait.model.rowbank import row_bank
 Applying = Callable[[], AbstractContextManager[None]]
 # A task whose adapter and base hardly differ must not outweigh the others.
 SMALLEST_KL = 0.05
-# A pass of fewer tokens takes as long as one of so many.
-TOKENS_WORTH_A_PASS = {"cuda": 1 << 14, "cpu": 256}
 
 
 class DistillationLoss(Protocol):
