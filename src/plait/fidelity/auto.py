@@ -169,11 +169,10 @@ def merge_auto(
         return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
-        work = making(
+        heads = 2 * STEPS * chosen.learn_heads
+        on_progress(told(panel, adapters, making(
             panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=chosen.repair,
-            head_steps=2 * STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
-        )  # fmt: skip
-        on_progress(told(panel, adapters, work))
+            head_steps=heads, max_shift=chosen.max_shift)))  # fmt: skip
     choice = choose(
         read, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
         rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,
@@ -186,8 +185,8 @@ def merge_auto(
         evidence=tuple(s.evidence for s in choice.scored),
     )
     merged = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
-    groups = _parts_apart(merged.adapter, choice, adapters)
-    return replace(_finished(merged, panel, chosen, groups, on_progress), akin=tuple(akin), choice=choice)
+    done = _finished(merged, panel, chosen, _parts_apart(merged.adapter, choice, adapters), on_progress)
+    return replace(done, akin=tuple(akin), choice=choice)
 
 
 def at_rank(
