@@ -51,6 +51,7 @@ def one_seed(base: BaseModel, folder: Path, names: list[str], a: argparse.Namesp
     fitted, _ = with_heads(panel, merged)
     between = time.process_time()
     learnt, seen = with_learnt_heads(panel, merged, {}, steps=a.steps, seed=int(folder.name.rpartition("-")[2]))
+    learnt = learnt if seen and seen.kept else fitted  # as `merge auto` has it
     seconds = {"fitted": between - started, "learnt": time.process_time() - between}
     judged = panel.with_texts({n: e.texts for n, e in rows.items()})
     found: dict[str, Any] = {"seen": to_json(seen), "cpu_seconds": seconds, "scores": {}}
