@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import mmap
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from plait.adapters import file_bytes, hashing, tensor_file
+from plait.adapters.file_bytes import begin_arrays
 from plait.adapters.hashing import Hashing
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.adapters.memory import own_copy, own_memory
+from plait.adapters.memory import bytes_of, let_go, own_copy, own_memory
 from plait.adapters.peft_format import WEIGHTS, write_adapter
 from plait.adapters.tensor_file import fill_tensors, write_tensors
-from plait.adapters.tensors import read_tensors
+from plait.adapters.tensors import begin_tensors, read_tensors
 from plait.errors import InputError
 
 TENSORS = {
@@ -158,3 +161,24 @@ def test_reading_that_fails_leaves_no_thread(tmp_path):
         if thread.name.startswith("ThreadPoolExecutor"):
             thread.join(5)
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+def test_numbers_that_a_file_does_not_align_are_still_there_when_they_are_read_later(tmp_path, shift, kind):
+    """What is mapped is let go of once it is found finite; a copy of what lies askew has no file to come back from."""
+    held = np.arange(1, 1 + 512 * 512, dtype={"F32": "<f4", "F16": "<u2"}[kind]) % 1000
+    entry = {"x": {"dtype": kind, "shape": [512, 512], "data_offsets": [0, held.nbytes]}}
+    head = json.dumps(entry).encode()
+    head += b" " * (-len(head) % 8 + shift)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(head)) + head + held.tobytes())
+    arrays, _, _ = begin_arrays(path, None, finite=True)
+    tensors, _, _ = begin_tensors(path, None, finite=True)
+    let_go(arrays["x"])
+    assert bytes_of(arrays["x"]).tobytes() == held.tobytes() == bytes_of(tensors["x"]).tobytes()
+    for reader in (None, Hashing()):  # an infinity is found all the same
+        spoilt = np.array([np.inf], held.dtype if kind == "F32" else "<f2").tobytes()
+        path.write_bytes(path.read_bytes()[: -len(spoilt)] + spoilt)
+        with pytest.raises(InputError, match="NaN or infinity"):
+            begin_tensors(path, reader, finite=True)

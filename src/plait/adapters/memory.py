@@ -53,11 +53,17 @@ def give_back() -> None:
 
 
 def let_go(*tensors: Tensor | Array) -> None:
-    """Have the system take back the pages of tensors that lie in a mapped file and were read, not written; nothing reads them again."""
+    """Have the system take back the pages of tensors that lie in a mapped file: whoever reads them again finds them in the file.
+
+    Arrays in memory of their own, such as copies of what a file does not align, are left alone: their pages would come back as zeros.
+    Whether a tensor of torch's lies in a file is for the caller to know.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         for tensor in tensors:
+            if _is_own(tensor):
+                continue
             first = tensor.data.ctypes.data if isinstance(tensor, Array) else tensor.data_ptr()
             start, stop = (
                 -(-first // mmap.PAGESIZE) * mmap.PAGESIZE,
@@ -65,6 +71,16 @@ def let_go(*tensors: Tensor | Array) -> None:
             )
             if stop > start:
                 madvise(start, stop - start, mmap.MADV_DONTNEED)
+
+
+def _is_own(tensor: Tensor | Array) -> bool:
+    """Whether an array lies in memory that NumPy asked for, and not in a buffer that it was given."""
+    if not isinstance(tensor, Array):
+        return False
+    data = tensor.data
+    while isinstance(data.base, type(data)):
+        data = data.base
+    return bool(data.flags.owndata)
 
 
 def available_memory() -> int | None:

@@ -123,7 +123,8 @@ def _require_finite(data: Tensor, tensors: Mapping[str, Tensor], path: Path) -> 
     """One look at the whole buffer where its tensors are of one type, and at each of them only to say which it is."""
     types = {t.dtype for t in tensors.values()}
     only = types.pop() if len(types) == 1 else None
-    if only is not None and data.numel() % only.itemsize == 0 and all_finite(data.view(only)):
+    whole = only is not None and all(int(n) % only.itemsize == 0 for n in (data.numel(), data.storage_offset()))
+    if only is not None and whole and all_finite(data.view(only)):
         return
     for name, tensor in tensors.items():
         if not all_finite(tensor):
