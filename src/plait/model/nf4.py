@@ -84,7 +84,7 @@ def dynamic_values() -> Float[Tensor, 256]:
 
 
 def _edges(n: int) -> Float[Tensor, " n"]:
-    """Numbers from 0.1 to 1 in equal steps, as torch.linspace has them where a processor rounds a product and a sum once: on every processor."""
+    """Numbers from 0.1 to 1 in equal steps, as torch.linspace has them where a product and a sum are rounded once."""
     first, last = torch.tensor([0.1, 1.0], dtype=torch.float32)
     step, places = ((last - first) / (n - 1)).double(), torch.arange(n, dtype=torch.float64)
     forwards, backwards = first.double() + step * places, last.double() - step * (n - 1 - places)
