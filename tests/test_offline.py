@@ -169,6 +169,7 @@ def test_stages_on_local_inputs_ask_nothing_of_the_network(run, adapters, tmp_pa
         ["post", tmp_path / "trained", "--own", stats, "--others", other, "--out", tmp_path / "posted"],
         ["merge", base, one, two, "--method", "featcal", *texts, "--out", tmp_path / "fitted"],
         ["new", tmp_path / "mine.yaml", "--base", base, *(f"--task={n}={rows}:text" for n in "ab")],
+        ["measure", one, "--base", base, "--text", f"a={rows}:text", "--device", "cpu"],
     ]
     codes, said, tried = run(commands)
     assert codes == [0] * len(commands), said
@@ -178,6 +179,7 @@ def test_stages_on_local_inputs_ask_nothing_of_the_network(run, adapters, tmp_pa
 def test_offline_asks_nothing_whatever_is_named(run, adapters, tmp_path):
     ids = ["merge", "nobody/x", "nobody/y", "--out", tmp_path / "m"]
     described = ["--base", "nobody/base", "--task", "a", "--train-file", "rows.csv", "--text", "text"]
+    rows = write_rows(tmp_path / "rows.csv", tiny_rows(3, 4))
     offline = [
         ["--offline", *ids],
         [*ids, "--offline"],
@@ -188,6 +190,7 @@ def test_offline_asks_nothing_whatever_is_named(run, adapters, tmp_path):
         ["try", "nobody/x", "--prompt", "a", "--offline"],
         ["try", adapters[0], "--base", "nobody/base", "--prompt", "a", "--offline"],
         ["compare", "nobody/x", "nobody/y", "--offline"],
+        ["measure", "nobody/x", "--text", f"a={rows}:text", "--offline"],
         ["check", "nobody/x", "--offline"],
         ["export", "nobody/x", "--for", "peft", "--out", tmp_path / "e", "--offline"],
         [

@@ -144,4 +144,4 @@ def test_the_whole_choice_with_it(make_panel):
     assert [look.step for look in record.repair.looks] == [0, 8]
     assert all(t.fidelity.verbatim is not None for t in record.fidelity.tasks)
     assert any("writes after its prompts, up to 3 tokens" in line for line in said)
-    assert any("if the repair takes all its steps" in line for line in said)
+    assert any("if a repair takes all its steps" in line for line in said)

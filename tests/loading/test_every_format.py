@@ -104,7 +104,16 @@ def test_adapters_of_the_hub(capsys, llm, tmp_path, monkeypatch):  # noqa: F811
 WALKED = {"merge", "convert", "edit", "post", "train", "extract", "export", "init", "run"}
 WITHOUT_ADAPTERS = {
     *("plan", "validate", "cp", "ls", "report", "eval", "advise", "inspect", "check"),  # words, tables, recipes
-    *("new", "schema", "completion", "doctor", "compare", "try", "push"),  # push sends what is there: test_push
+    *(
+        "new",
+        "schema",
+        "completion",
+        "doctor",
+        "compare",
+        "try",
+        "push",
+        "measure",
+    ),  # push sends what is there: test_push
     *("stats", "stats show", "stats merge", "stats diff", "stats compress", "stats check", "stats fisher"),
     *("study table", "study archive"),
 }

@@ -34,7 +34,7 @@ def measure(
     text: Text = None, base: Base = None, adapter: Moved = None, four_bits: FourBits = None, length: Length = 128,
     device: Device = "auto", quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure what is left of each adapter, however a merge is served.
+    """Measure what serving a merge leaves of each adapter.
 
     Beside its base, baked into it, and baked and quantised to NF4; with --base-4bit for adapters of QLoRA also beside the base in
     four bits and merged into it. The adapters are those of the merge's own record, where they still are.
