@@ -29,13 +29,22 @@ parser.add_argument("--repeats", type=int, default=None, help="in the place of e
 chosen = parser.parse_args()
 # As an installer does: where Python may not write its bytecode, every command would compile all that it imports.
 compileall.compile_dir(str(Path(plait.__file__).parent), quiet=1)
+
+
+def shown(command: str) -> str:
+    """A command without the places of this machine."""
+    for place, name in ((str(chosen.work), "WORK"), (sys.executable, "python"), (f"{Path.cwd()}/", "")):
+        command = command.replace(place, name)
+    return command
+
+
 rows = []
 for name in chosen.sets.split(","):
     for case in importlib.import_module(f"benchmarks.speed.{name}").cases(chosen.work):
         if chosen.only in case.what:
             case = case if chosen.repeats is None else replace(case, repeats=chosen.repeats)
-            rows.append(compared(case, [sys.executable, "-P", "-m", "plait"]))
-            last = rows[-1]
+            last = compared(case, [sys.executable, "-P", "-m", "plait"])
+            rows.append(replace(last, command=shown(last.command)))
             ratio = "" if last.ratio is None else f", {last.ratio:.2f}x {last.beside}"
             print(
                 f"{last.what}: {last.seconds:.2f} s, {last.cpu:.2f} CPU s, {last.peak_mb:.0f} MB, wrote {last.written_mb:.0f} MB{ratio}",
