@@ -91,12 +91,12 @@ class Record:
         self.found: dict[str, Any] = {"tasks": list(merger.adapters), "steps": {}, "positions": panel.positions}
         self.started = time.time()
 
-    def step(self, name: str, merge: Adapter, scale: float = 1.0, **more: Any) -> None:
-        """Score a merge and write what there is."""
+    def step(self, name: str, merge: Adapter, **more: Any) -> None:
+        """Score a merge, its scale folded in, and write what there is."""
         seconds = time.time() - self.started
-        table = scored(self.run, lambda _: [(merge, scale)], self.rows, f"auto_{self.name}-{name.replace(' ', '_')}")
-        fidelity = fidelities(self.panel, [(merge, scale)])[0]
-        shift = general_shift(self.run, self.merger.adapters, [(merge, scale)])[0]
+        table = scored(self.run, lambda _: [(merge, 1.0)], self.rows, f"auto_{self.name}-{name.replace(' ', '_')}")
+        fidelity = fidelities(self.panel, [(merge, 1.0)])[0]
+        shift = general_shift(self.run, self.merger.adapters, [(merge, 1.0)])[0]
         self.found["steps"][name] = {
             "scores": table[0].round(3).tolist(), "general_kl": shift, "fidelity": fidelity.score,
             "seconds_until": round(seconds, 1), **more,

@@ -92,6 +92,8 @@ def test_the_study_runs_whole(study):
     assert all(
         len(s["scores"]) == 2 and len(s["scores"][0]) == 2 for s in records["auto_written-1-kaiming"]["steps"].values()
     )
+    chosen = records["auto_written-1-kaiming"]["steps"]["chosen"]
+    assert chosen["scale"] > 0 and chosen["recipe"]  # recorded, and folded in once
     before = {f: f.stat().st_mtime_ns for f in (study / "run" / "records").glob("*.json")}
     call(study, "text_arms.py", "--do", "train:1 fixed:1")  # what is there is not done again
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
