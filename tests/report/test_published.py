@@ -130,7 +130,7 @@ QUOTED = [
         lambda: both_conditions(PLAIN, "regmean"),
     ),
     (
-        "and nine tasks it keeps {}, RegMean {}, the default {}:",
+        "and nine tasks it keeps {} (one seed), RegMean {}, the default {}.",
         lambda: [answered(), written(PLAIN, "regmean"), written(PLAIN, "tsv")],
     ),
     ("trained on all data at once reaches {} on the eight tasks of MPNet", lambda: [joint("glue8-mpnet")]),
