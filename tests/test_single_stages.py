@@ -10,7 +10,7 @@ import torch
 from plait.adapters.peft_format import read_adapter
 from plait.cli import main
 from plait.statistics import read_statistics
-from plait.statistics.fisher import read_fisher
+from plait.statistics.fisher import read_fisher, write_fisher
 from plait.training import TrainingSettings, prepare_constraint
 from tests.conftest import tiny_rows, write_rows
 
@@ -23,7 +23,22 @@ def plait(capsys, *arguments) -> dict:
     return found
 
 
-def test_by_hand_from_files(tiny_base, tmp_path, capsys):
+def _a_place_that_is_taken(command, folder, monkeypatch, capsys):
+    """What stands where scores go is met before anything is scored."""
+    place, files = folder / "scores.jsonl", set(folder.iterdir())
+    place.write_text("mine")
+    with monkeypatch.context() as patched:
+        patched.setattr("plait.runs.single.evaluate._evaluate", never)
+        code, said = refused(capsys, *command)
+        assert code == 2 and "scores.jsonl: exists" in said, said
+        code, said = refused(capsys, *command, "--overwrite")
+        assert code == 2 and "was not written by this command" in said, said
+    assert place.read_text() == "mine"
+    place.unlink()
+    assert set(folder.iterdir()) == files
+
+
+def test_by_hand_from_files(tiny_base, tmp_path, capsys, monkeypatch):
     base = tiny_base("bert")
     files, statistics = {}, {}
     for i, task in enumerate(("one", "two")):
@@ -65,6 +80,9 @@ def test_by_hand_from_files(tiny_base, tmp_path, capsys):
     assert set(scored["tasks"]) == {"one"}
     assert scored["scale"] in (0.5, 1.0, 2.0)
     assert scored["tasks"]["one"]["n"] == 4  # the reported half of every fifth of 40 rows
+    _a_place_that_is_taken(
+        ["eval", trained, *source, "--out", tmp_path / "scores.jsonl"], tmp_path, monkeypatch, capsys
+    )
 
     moved = plait(
         capsys,
@@ -234,8 +252,19 @@ def test_a_fleet_at_the_prompt_ends_where_single_trainings_do(tiny_base, tmp_pat
     assert again["seconds"] == fleet["adapters"][3]["seconds"]  # one identity: it is read, not trained again
 
 
-def test_fisher_merging_at_the_prompt(tiny_base, tmp_path, capsys):
-    adapters, files = [], []
+def refused(capsys, *arguments) -> tuple[int, str]:
+    """Exit code and words of a command that ends in an error."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    return ended.value.code, capsys.readouterr().err
+
+
+def never(*_, **__):
+    pytest.fail("it was computed again")
+
+
+def test_fisher_merging_at_the_prompt(tiny_base, tmp_path, capsys, monkeypatch):
+    adapters, files, commands = [], [], []
     for i, task in enumerate(("one", "two")):
         rows = write_rows(tmp_path / f"{task}.csv", tiny_rows(2, 40, seed=i))
         source = ["--base", tiny_base("bert").name, "--task", task, "--train-file", rows, "--text", "text"]
@@ -245,8 +274,9 @@ def test_fisher_merging_at_the_prompt(tiny_base, tmp_path, capsys):
         adapters.append(tmp_path / task)
         plait(capsys, "train", tmp_path / f"start-{task}", *source, "--set", "training.steps=2", "--out", adapters[-1])
         files.append(tmp_path / f"{task}.fisher.safetensors")
-        found = plait(capsys, "stats", "fisher", adapters[-1], *source, "--samples", "10", "--out", files[-1])
-        assert (found["examples"], found["modules"]) == (10, 2)
+        commands.append(["stats", "fisher", adapters[-1], *source, "--samples", "10", "--out", files[-1]])
+        found = plait(capsys, *commands[-1])
+        assert (found["examples"], found["modules"], found["reused"]) == (10, 2, False)
     merged = plait(capsys, "merge", *adapters, "--method", "fisher", "--stats", *files, "--out", tmp_path / "m")
     F = [read_fisher(p) for p in files]
     module = next(iter(F[0].modules))
@@ -257,6 +287,32 @@ def test_fisher_merging_at_the_prompt(tiny_base, tmp_path, capsys):
     wanted = (f[0] * D[0] + f[1] * D[1]) / (f[0] + f[1])
     lost = (read_adapter(tmp_path / "m").modules[module].delta() - wanted).norm() / wanted.norm()
     assert lost**2 < merged["worst_module"]["discarded_energy"] + 1e-6
-    with pytest.raises(SystemExit) as ended:
-        main(["stats", "fisher", str(tmp_path / "start-two"), *map(str, source), "--out", str(tmp_path / "none")])
-    assert ended.value.code == 3 and "no head" in capsys.readouterr().err
+    code, said = refused(capsys, "stats", "fisher", tmp_path / "start-two", *source, "--out", tmp_path / "none")
+    assert code == 3 and "no head" in said
+    _the_same_fisher_file_again(commands[1], files[1], adapters, monkeypatch, capsys)
+
+
+def _the_same_fisher_file_again(command, file, adapters, monkeypatch, capsys):
+    """A finished file is known again; one of other settings, of another adapter or a damaged one is not taken for it."""
+    whole = file.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("plait.runs.single.fisher.collect_fisher", never)
+        again = plait(capsys, *command)
+        assert again["reused"] and (again["examples"], again["modules"], again["bytes"]) == (10, 2, len(whole))
+        others = {
+            "options.samples: 10 -> 11": [*command, "--samples", "11"],
+            "options.labels: sampled -> given": [*command, "--labels", "given"],
+            "seed: 0 -> 1": [*command, "--seed", "1"],
+            "inputs.adapter: ": [f"two={adapters[0]}" if a == adapters[1] else a for a in command],
+        }
+        for difference, other in others.items():
+            code, said = refused(capsys, *other)
+            assert code == 2 and f"exists with other settings: {difference}" in said, said
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        code, said = refused(capsys, *command)
+        assert code == 3 and "not the file that was written" in said, said
+        file.write_bytes(whole)
+        write_fisher(file, read_fisher(file), overwrite=True)  # as earlier versions wrote it
+        code, said = refused(capsys, *command)
+        assert code == 2 and "it does not say what it was made from" in said, said
+    assert not plait(capsys, *command, "--overwrite")["reused"] and file.read_bytes() == whole

@@ -1,6 +1,7 @@
 """Mutants of the source, and whether the tests notice: ``PYTHONPATH=src:. python -P -m benchmarks.trust.mutants --to FOLDER``.
 
-A sample of small faults is drawn over the rooms in `ROOMS`, the same number from each. The tests of a room run once under
+A sample of small faults is drawn over the rooms in `ROOMS`, the same number from each ("readers" are files of several rooms, which
+their own room may draw as well). The tests of a room run once under
 coverage, which says which tests reach which line. Then each fault is put into a copy of the source, and the tests that reach
 its statement run against it, quickest first, in a forked child, until one fails: killed. A fault that they let pass is given
 to all tests of the files that touch the module: survived, if those pass too. A child that does not end in its time is counted
@@ -43,10 +44,15 @@ ROOMS = {
         "formats/single_file.py", "formats/gguf_reading.py", "statistics/files.py", "statistics/records.py",
         "statistics/fisher.py", "merging/mergekit.py",
     ),
+    "loading": ("loading/*.py",),
+    "formats": ("formats/*.py",),
+    "adapters": ("adapters/*.py",),
+    "merging": ("merging/*.py", "merging/methods/*.py"),
+    "statistics": ("statistics/*.py",),
 }  # fmt: skip
 TESTS = (
-    "adapters", "cases", "evaluation", "extraction", "fidelity", "formats", "loading", "merging", "report", "robustness",
-    "runs", "statistics", "study", "fuzz", "test_arms.py", "test_checked.py", "test_damaged_runs.py", "test_manifest.py",
+    "adapters", "cases", "evaluation", "extraction", "fidelity", "formats", "laws", "loading", "merging", "reference", "report",
+    "robustness", "runs", "statistics", "study", "fuzz", "test_arms.py", "test_checked.py", "test_damaged_runs.py", "test_manifest.py",
     "test_pipeline.py", "test_recipe.py", "test_single_stages.py", "test_store.py", "test_store_manifests.py",
     "test_trust_page.py", "test_train_folders.py",
 )  # fmt: skip

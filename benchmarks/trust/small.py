@@ -56,7 +56,7 @@ class Command:
     @property
     def again(self) -> tuple[str, ...]:
         """Its arguments once more after it was disturbed; of what tells nothing of its inputs, the whole one is written over."""
-        return (*self.args, "--overwrite") if self.is_text or self.name == "stats fisher" else self.args
+        return (*self.args, "--overwrite") if self.is_text else self.args
 
 
 COMMANDS = {

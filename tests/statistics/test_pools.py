@@ -90,11 +90,37 @@ def test_from_files_only_with_and_without_background(pool, tmp_path, capsys):
         assert not any(torch.allclose(x, y, atol=1e-4) for y in starts[i + 1 :])
 
 
+def stats(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["stats", *map(str, arguments), "--json"])
+    return ended.value.code, json.loads(capsys.readouterr().out)
+
+
+def test_files_made_of_files_are_known_again(pool, tmp_path, capsys, monkeypatch):
+    merge = ("merge", pool["one"], pool["two"], "--out", tmp_path / "pool.stats.safetensors")
+    compress = ("compress", pool["one"], "--rank", 4, "--out", tmp_path / "small.stats.safetensors")
+    first = [stats(capsys, *command) for command in (merge, compress)]
+    assert [(code, found["reused"]) for code, found in first] == [(0, False)] * 2
+    for command, (_, before), computing, other in (
+        (merge, first[0], "merge_statistics", ("merge", pool["two"], pool["one"], *merge[3:])),
+        (compress, first[1], "compress_statistics", (*compress[:3], 5, *compress[4:])),
+    ):
+        written = command[-1].read_bytes()
+        with monkeypatch.context() as patched:
+            patched.setattr(f"plait.runs.single.pooled.{computing}", lambda *_: pytest.fail("computed again"))
+            assert stats(capsys, *command) == (0, before | {"reused": True})
+            code, found = stats(capsys, *other)  # another order adds up to other bits
+            assert code == 2 and "exists with other settings" in str(found["error"]), found
+            command[-1].write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+            assert stats(capsys, *command)[0] == 3
+        assert stats(capsys, *command, "--overwrite") == (0, before) and command[-1].read_bytes() == written
+        command[-1].write_text("mine")
+        assert stats(capsys, *command, "--overwrite")[0] == 2 and command[-1].read_text() == "mine"
+
+
 def test_a_pool_in_one_file(pool, tmp_path, capsys):
     merged = tmp_path / "pool.stats.safetensors"
-    with pytest.raises(SystemExit):
-        main(["stats", "merge", str(pool["one"]), str(pool["two"]), "--out", str(merged)])
-    capsys.readouterr()
+    assert stats(capsys, "merge", pool["one"], pool["two"], "--out", merged)[1]["reused"] is False
     with pytest.raises(SystemExit):
         main(["stats", "merge", str(pool["one"]), str(pool["one"]), "--out", str(tmp_path / "twice")])
     assert "the same statistics as" in capsys.readouterr().err and not (tmp_path / "twice").exists()

@@ -220,7 +220,7 @@ def test_sequence_to_sequence_models_write_too(tmp_path, capsys):
     assert found["rows"][0]["answers"][1]["text"] == tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 
-def test_the_page_is_whole_names_no_folder_and_escapes_what_it_shows(writers, tmp_path, capsys):
+def test_the_page_is_whole_names_no_folder_and_escapes_what_it_shows(writers, tmp_path, capsys, monkeypatch):
     base, _, merged = writers
     page = tmp_path / "answers.html"
     command = (
@@ -241,9 +241,12 @@ def test_the_page_is_whole_names_no_folder_and_escapes_what_it_shows(writers, tm
     assert "<script" not in html and "&lt;script&gt;" in html and "http" not in html.replace("http-equiv", "")
     assert str(base.parent) not in html and "<code>base</code>" in html
     assert html.count("<dt>") == 4 and "prefers-color-scheme: dark" in html
+    assert plait(capsys, *command, "--overwrite")[0] == 0
+    monkeypatch.setattr(
+        "plait.trying.answers.tried", lambda *_, **__: pytest.fail("asked before the place was looked at")
+    )
     code, _, err = plait(capsys, *command)
     assert code == 2 and "--overwrite" in err
-    assert plait(capsys, *command, "--overwrite")[0] == 0
     page.write_text("mine")
     code, _, err = plait(capsys, *command, "--overwrite")
     assert code == 2 and page.read_text() == "mine"

@@ -83,7 +83,7 @@ def collect(
         way, needed, allowed = (collected.memory[k] for k in ("chosen", "needed", "allowed"))
         typer.echo(f"memory: {way}, {needed:,} of {allowed:,} bytes", err=True)
     line = f"{task}: {collected.samples} rows, {collected.tokens} tokens, {collected.sites} sites -> {out}"
-    emit(collected, as_json, line + (" (was there already)" if collected.reused else ""))
+    emit(collected, as_json, line + _before(collected.reused))
 
 
 def show(file: File, as_json: Json = False) -> None:
@@ -112,14 +112,10 @@ def show(file: File, as_json: Json = False) -> None:
 
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Add up statistics files of one base. More rows of a task, or several tasks as one pool."""
-    from plait.disk.overwriting import require_apart
-    from plait.statistics import merge_statistics, read_statistics, write_statistics
-    from plait.statistics.files import require_distinct
+    from plait.runs.single.pooled import merge_files
 
-    require_apart(out, files)
-    require_distinct(files)
-    write_statistics(out, merge_statistics(*(read_statistics(f) for f in files)), overwrite=overwrite)
-    emit({"output": str(out.absolute()), "merged": [str(f) for f in files]}, as_json, f"{len(files)} files -> {out}")
+    pooled = merge_files(files, out, overwrite=overwrite)
+    emit(pooled, as_json, f"{len(files)} files -> {out}" + _before(pooled.reused))
 
 
 def diff(a: File, b: File, as_json: Json = False) -> None:
@@ -143,16 +139,11 @@ def compress(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a smaller file, its error recorded. It keeps the largest directions of each site and an 8-bit tail of the rest."""
-    from plait.disk.overwriting import require_apart
-    from plait.statistics import compress_statistics, read_statistics, show_statistics, write_statistics
+    from plait.runs.single.pooled import compress_file
 
-    require_apart(out, [file])
-    smaller = compress_statistics(read_statistics(file), rank)
-    write_statistics(out, smaller, overwrite=overwrite)
-    worst = max(s.relative_error for s in show_statistics(smaller).sites.values())
-    sizes = {"bytes_before": file.stat().st_size, "bytes_after": out.stat().st_size}
-    line = f"{sizes['bytes_before']:,} -> {sizes['bytes_after']:,} bytes, error at most {worst:.2e} of a site's trace"
-    emit({"output": str(out.absolute()), "rank": rank, "relative_error": worst, **sizes}, as_json, line)
+    small = compress_file(file, out, rank, overwrite=overwrite)
+    line = f"{small.bytes_before:,} -> {small.bytes_after:,} bytes, error at most {small.relative_error:.2e} of a site's trace"
+    emit(small, as_json, line + _before(small.reused))
 
 
 def check(file: File, as_json: Json = False) -> None:
@@ -184,4 +175,10 @@ def fisher(
     if labels not in ("sampled", "given"):
         raise UsageError(f"--labels {labels!r}, expected sampled or given")
     file = fisher_of_folder(chosen, adapter, task, out, labels=labels, seed=seed, overwrite=overwrite)  # type: ignore[arg-type]
-    emit(file, as_json, f"{task}: {file.examples} rows, {file.modules} modules, {file.bytes:,} bytes -> {out}")
+    line = f"{task}: {file.examples} rows, {file.modules} modules, {file.bytes:,} bytes -> {out}"
+    emit(file, as_json, line + _before(file.reused))
+
+
+def _before(reused: bool) -> str:
+    """What a line ends with where nothing was computed."""
+    return " (was there already)" if reused else ""

@@ -56,9 +56,13 @@ def try_(
     Text models write, greedily; classifiers give a class and its probability. The adapters are those of the merge's own record,
     where they still are. Prompts go in as they were in training: with the template that was put around them then.
     """
+    from plait.disk.overwriting import require_place
     from plait.trying.answers import TrySettings, tried
     from plait.trying.inputs import trial_of
-    from plait.trying.page import text_of, write_page
+    from plait.trying.page import is_page, text_of, write_page
+
+    if out is not None:
+        require_place(out, is_page, overwrite=overwrite)
 
     for_all, of_tasks = _prompts(prompts or [], prompt or [])
     trial = trial_of(merged, base, adapter or [], device)

@@ -17,7 +17,7 @@ from typing import Any
 from plait.border.checked import LARGEST_MANIFEST
 from plait.disk.files import read_json, sha256_file, sha256_json
 from plait.disk.locks import require_readable
-from plait.errors import Damaged, InputError
+from plait.errors import Damaged, InputError, UsageError
 
 SCHEMA = 1
 MANIFEST = "plait.json"
@@ -124,6 +124,26 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     a, b = dict(_flat(found)), dict(_flat(wanted))
     differing = [k for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
     return [f"{'.'.join(k)}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in differing]
+
+
+def require_wanted(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    """Refuse a result that was made otherwise than it is wanted now.
+
+    Args:
+        path: Where it stands.
+        found: Its manifest or identity; None where it has none.
+        wanted: The identity of the result that is asked for.
+
+    Raises:
+        UsageError: The two differ; says in what.
+    """
+    differing = ["it does not say what it was made from"] if found is None else differences(found, wanted)
+    if differing:
+        raise UsageError(
+            f"exists with other settings: {'; '.join(differing[:6])}",
+            where=str(path),
+            hint="choose another --out, or --overwrite",
+        )
 
 
 def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

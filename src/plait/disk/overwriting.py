@@ -70,6 +70,22 @@ def require_replaceable_file(path: Path, ours: Callable[[Path], bool] | None) ->
         raise UsageError("was not written by this command, so it is not replaced", where=str(path), hint=_HINT)
 
 
+def require_place(path: Path, ours: Callable[[Path], bool], *, overwrite: bool) -> None:
+    """Refuse a place for a file before what goes there is computed: minutes of work are not lost to what stands there.
+
+    Args:
+        path: Where the file is to be written.
+        ours: Whether a regular file is one that this command writes.
+        overwrite: Whether such a file is to be replaced.
+
+    Raises:
+        UsageError: Something stands there that is not to be replaced.
+    """
+    if _mode(path) is not None and not overwrite:
+        raise UsageError("exists", where=str(path), hint="choose another --out, or --overwrite")
+    require_replaceable_file(path, ours)
+
+
 def require_apart(out: Path, inputs: Iterable[Path | str]) -> None:
     """Refuse an output that is, holds, or lies inside something that the command reads.
 

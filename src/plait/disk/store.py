@@ -25,7 +25,7 @@ from plait.disk.files import sha256_file as sha256_file
 from plait.disk.files import sha256_json as sha256_json
 from plait.disk.installed import versions as versions
 from plait.disk.locks import locked, system_errors
-from plait.disk.manifest import CARD, CARD_HASH, require_whole, sealed
+from plait.disk.manifest import CARD, CARD_HASH, require_wanted, require_whole, sealed
 from plait.disk.manifest import MANIFEST as MANIFEST
 from plait.disk.manifest import SCHEMA as SCHEMA
 from plait.disk.manifest import differences as differences
@@ -94,12 +94,7 @@ def is_done(
         raise Unfinished(
             "exists and was not finished by plait", where=str(path), hint="choose another --out, or --overwrite"
         )
-    if differing := differences(found, wanted):
-        raise UsageError(
-            f"exists with other settings: {'; '.join(differing[:6])}",
-            where=str(path),
-            hint="choose another --out, or --overwrite",
-        )
+    require_wanted(path, found, wanted)
     require_whole(path, read=read)
     return True
 

@@ -15,6 +15,7 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import keyed, optional, to_json
 from plait.disk import store
 from plait.disk.hub import cached_folder
+from plait.disk.manifest import require_wanted
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, reused, standing
@@ -274,10 +275,7 @@ def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overw
     )
     if out.is_file() and not overwrite and (before := gguf_record(out)) is not None:
         require_gguf_seal(opened_gguf(out), out)
-        if differing := store.differences(before, wanted):
-            raise UsageError(
-                f"exists with other settings: {'; '.join(differing[:6])}", where=str(out), hint="another --out"
-            )
+        require_wanted(out, before, wanted)
         return reused(out, before, ExportRecord)
     require_space(out, sum(t.nbytes for t in tensors.values()))
     with store.staged_file(out, overwrite=overwrite, ours=lambda p: gguf_record(p) is not None) as stage:

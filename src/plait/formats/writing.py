@@ -13,6 +13,7 @@ from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.adapters.sealed import sealed_texts
 from plait.disk import store
+from plait.disk.manifest import require_wanted
 from plait.disk.overwriting import require_replaceable, require_replaceable_file
 from plait.errors import InputError, UsageError
 from plait.formats.fused import Layout, put_together, taken_apart
@@ -178,9 +179,7 @@ def finished(out: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> Mappin
     record = file_record(sealed_texts(out), out)
     if record is None:
         raise UsageError("exists and was not written by plait", where=str(out), hint="another --out, or --overwrite")
-    if differing := store.differences(record, wanted):
-        shown = "; ".join(differing[:6])
-        raise UsageError(f"exists with other settings: {shown}", where=str(out), hint="another --out, or --overwrite")
+    require_wanted(out, record, wanted)
     return record
 
 

@@ -11,8 +11,9 @@ from plait.border.checked import Json
 from plait.border.records import to_json
 from plait.disk.files import require_regular
 from plait.disk.locks import locked, system_errors
+from plait.disk.manifest import require_wanted
 from plait.disk.store import sha256_json
-from plait.errors import Damaged, InputError, UsageError
+from plait.errors import Damaged, InputError
 from plait.model.identity import base_facts, tokenizer_fingerprint
 from plait.model.ranks import is_writer, rank, together
 from plait.runs.session import Session
@@ -85,8 +86,7 @@ def is_collected(path: Path, wanted: Mapping[str, Any]) -> bool:
             del moments  # each is compared with its hash as it is read
     except InputError as e:
         raise Damaged(e.what, where=e.where, hint=e.hint) from None
-    if identity is None or sha256_json(identity) != sha256_json(dict(wanted)):
-        raise UsageError("exists with other settings", where=str(path), hint="choose another --out, or --overwrite")
+    require_wanted(path, identity, wanted)
     return True
 
 

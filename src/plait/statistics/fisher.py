@@ -14,10 +14,11 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from plait.adapters.sealed import read_sealed, write_sealed
+from plait.adapters.sealed import read_sealed, sealed_texts, write_sealed
 from plait.adapters.tensors import read_metadata
 from plait.border.checked import Record, parsed_json
-from plait.disk.store import staged_file
+from plait.disk.manifest import require_wanted
+from plait.disk.store import canonical_json, require_regular, staged_file
 from plait.errors import InputError, RunError, UsageError
 from plait.statistics.records import LARGEST_RECORD
 
@@ -68,12 +69,24 @@ def _held(tensor: Float[Tensor, "out in"]) -> Diagonal:
     return Diagonal((tensor.shape[0], tensor.shape[1]), lambda start, stop: tensor[start:stop])
 
 
-def write_fisher(path: Path, fisher: FisherDiagonal, *, overwrite: bool = False) -> None:
-    """Write a ``*.fisher.safetensors``: one (out, in) float32 tensor per module, the record in the metadata."""
+def write_fisher(
+    path: Path, fisher: FisherDiagonal, *, identity: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> None:
+    """Write a ``*.fisher.safetensors``: one (out, in) float32 tensor per module, the record in the metadata.
+
+    Args:
+        path: The file.
+        fisher: What to write.
+        identity: What the file was made from (`plait.disk.store.identity`); `is_wanted_fisher` compares it.
+        overwrite: Replace a Fisher file that is there.
+    """
     tensors = {name: d.rows(0, d.shape[0]).float() for name, d in fisher.modules.items()}
     record = {"schema": SCHEMA, "examples": fisher.examples, "provenance": dict(fisher.provenance)}
+    metadata = {"kind": KIND, "fisher": json.dumps(record, allow_nan=False)}
+    if identity is not None:
+        metadata["identity"] = canonical_json(dict(identity))
     with staged_file(path, overwrite=overwrite, ours=is_fisher) as stage:
-        write_sealed(stage, tensors, {"kind": KIND, "fisher": json.dumps(record, allow_nan=False)})
+        write_sealed(stage, tensors, metadata)
 
 
 def is_fisher(path: Path) -> bool:
@@ -83,6 +96,25 @@ def is_fisher(path: Path) -> bool:
         InputError: No such file, or not a whole safetensors file.
     """
     return read_metadata(path).get("kind") == KIND
+
+
+def is_wanted_fisher(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a Fisher file is there, every byte as it was written, and was made from the same inputs and settings.
+
+    Raises:
+        UsageError: Something else stands there, or a Fisher file that was made otherwise.
+        Damaged: It was changed since.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return False
+    require_regular(path)
+    texts = sealed_texts(path)
+    if texts.get("kind") != KIND:
+        raise UsageError("exists and holds no Fisher diagonal", where=str(path), hint="choose another --out")
+    text = texts.get("identity")  # absent from files of earlier versions
+    found = None if text is None else parsed_json(text, str(path), "its identity", LARGEST_RECORD, hint=_HINT)
+    require_wanted(path, found if isinstance(found, dict) else None, wanted)
+    return True
 
 
 def read_fisher(path: Path) -> FisherDiagonal:

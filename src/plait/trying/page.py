@@ -28,9 +28,15 @@ def write_page(tried: Tried, out: Path, *, overwrite: bool = False) -> Path:
     Raises:
         UsageError: Something else stands there.
     """
-    with staged_file(out, overwrite=overwrite, ours=lambda path: _MARK in path.read_bytes()[:2000]) as stage:
+    with staged_file(out, overwrite=overwrite, ours=is_page) as stage:
         stage.write_text(render(tried), encoding="utf-8")
     return out
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file begins as `write_page` begins one."""
+    with path.open("rb") as file:
+        return _MARK in file.read(2000)
 
 
 def render(tried: Tried) -> str:

@@ -11,7 +11,7 @@ from plait.adapters.config import read_config
 from plait.adapters.lora import Adapter
 from plait.border.records import optional
 from plait.disk.hub import cached_folder, split_revision
-from plait.disk.overwriting import require_apart
+from plait.disk.overwriting import require_apart, require_place
 from plait.disk.store import staged_file
 from plait.errors import UsageError
 from plait.evaluation.evaluate import halves
@@ -109,6 +109,7 @@ def evaluate_folders(
     rows: list[Score] = []
     if out is not None:
         require_apart(out, [f if Path(f).exists() else f.partition("=")[2] for f in folders])
+        require_place(out, are_scores, overwrite=overwrite)
     progress, cuts = Progress(float(len(folders)), len(folders), quiet), dict[str, Cut]()
     for folder in folders:
         adapter = read_named(folder)

@@ -11,13 +11,14 @@ import torch
 from plait.adapters.lora import LINEAR, Adapter
 from plait.border.checked import Json
 from plait.disk.overwriting import require_apart, require_replaceable_file
+from plait.disk.store import identity
 from plait.errors import InputError, UsageError
 from plait.model.applied import applied, in_backbone
 from plait.model.base import load_head
 from plait.model.identity import base_facts
 from plait.runs.recipe import Settings
 from plait.runs.session import Session
-from plait.statistics.fisher import collect_fisher, is_fisher, write_fisher
+from plait.statistics.fisher import collect_fisher, is_fisher, is_wanted_fisher, read_fisher, write_fisher
 from plait.tasks import batches, encode, require_positions, to_device
 
 
@@ -31,6 +32,7 @@ class FisherFile:
         examples: Rows that were read.
         modules: How many modules it is of.
         bytes: Size of the file.
+        reused: Whether the file was there already.
     """
 
     output: str
@@ -38,6 +40,7 @@ class FisherFile:
     examples: int
     modules: int
     bytes: int
+    reused: bool = False
 
 
 def fisher_of_folder(
@@ -77,10 +80,15 @@ def fisher_of_folder(
     kind = session.tasks[task].kind
     if kind not in ("classification", "causal"):
         raise UsageError(f"Fisher information is of classes or of a decoder's tokens, this is {kind}", where=task)
-    if out.exists() and not overwrite:  # before minutes are spent on it
-        raise UsageError("exists", where=str(out), hint="choose another --out, or --overwrite")
-    require_replaceable_file(out, is_fisher)
     given = read_named(folder)
+    wanted = identity("fisher", _measured(session, task, labels), {"adapter": str(given.source["sha256"])}, seed)
+    if overwrite:
+        require_replaceable_file(out, is_fisher)  # before minutes are spent on it
+    elif is_wanted_fisher(out, wanted):
+        before = read_fisher(out)
+        return FisherFile(
+            str(out.absolute()), task, before.examples, len(before.modules), out.stat().st_size, reused=True
+        )
     evaluator = session.evaluator
     model = evaluator.task_model(task)
     adapter = _ready(given, model, task, kind)
@@ -93,8 +101,21 @@ def fisher_of_folder(
             model, parts, list(adapter.modules), labels=labels, generator=torch.Generator().manual_seed(seed)
         )
     facts = {**diagonal.provenance, **_facts(session, task, adapter)}
-    write_fisher(out, replace(diagonal, provenance=facts), overwrite=overwrite)
+    write_fisher(out, replace(diagonal, provenance=facts), identity=wanted, overwrite=overwrite)
     return FisherFile(str(out.absolute()), task, diagonal.examples, len(diagonal.modules), out.stat().st_size)
+
+
+def _measured(session: Session, task: str, labels: str) -> Json:
+    """What the diagonal depends on, besides the adapter and the seed."""
+    settings = session.recipe
+    return {
+        "base": session.base_sha256,
+        "dtype": settings.base.dtype,
+        "data": session.data_identity(task),
+        "max_length": settings.data.max_length,
+        "samples": settings.statistics.samples,
+        "labels": labels,
+    }
 
 
 def _ready(adapter: Adapter, model: Any, task: str, kind: str) -> Adapter:

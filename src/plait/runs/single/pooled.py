@@ -1,0 +1,112 @@
+"""Statistics files made from statistics files: added up, or made smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from plait.border.checked import Json
+from plait.disk.files import sha256_file
+from plait.disk.overwriting import require_apart, require_replaceable_file
+from plait.disk.store import identity
+from plait.runs.collecting import is_collected
+from plait.statistics import (
+    compress_statistics,
+    merge_statistics,
+    read_statistics,
+    show_statistics,
+    write_statistics,
+)
+from plait.statistics.files import is_statistics, require_distinct
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Statistics files added up.
+
+    Args:
+        output: The file, absolute.
+        merged: What was added up.
+        reused: Whether the file was there already.
+    """
+
+    output: str
+    merged: tuple[str, ...]
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """A statistics file made smaller.
+
+    Args:
+        output: The file, absolute.
+        rank: Directions kept per site.
+        relative_error: Largest error of a site, as a share of its trace.
+        bytes_before: Size of what was made smaller.
+        bytes_after: Size of the file.
+        reused: Whether the file was there already.
+    """
+
+    output: str
+    rank: int
+    relative_error: float
+    bytes_before: int
+    bytes_after: int
+    reused: bool
+
+
+def merge_files(files: Sequence[Path], out: Path, *, overwrite: bool) -> Pooled:
+    """Add up statistics files of one base, and write the sum.
+
+    Args:
+        files: What is added, in this order.
+        out: The file to write.
+        overwrite: Replace what stands there.
+
+    Raises:
+        UsageError: Something else stands at `out`, it is an input, or a file is named twice.
+        InputError: A file that cannot be used, or one of another base.
+    """
+    require_apart(out, files)
+    require_distinct(files)
+    wanted = identity("statistics merge", {}, {f"file {i}": sha256_file(f) for i, f in enumerate(files, 1)})
+    reused = _stands(out, wanted, overwrite=overwrite)
+    if not reused:
+        added = merge_statistics(*(read_statistics(f) for f in files))
+        write_statistics(out, added, identity=wanted, overwrite=overwrite)
+    return Pooled(str(out.absolute()), tuple(str(f) for f in files), reused)
+
+
+def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compressed:
+    """Make a statistics file smaller, its error recorded.
+
+    Args:
+        file: What is made smaller.
+        out: The file to write.
+        rank: Directions kept per site.
+        overwrite: Replace what stands there.
+
+    Raises:
+        UsageError: Something else stands at `out`, or it is the input.
+        InputError: A file that cannot be used.
+    """
+    require_apart(out, [file])
+    whole = read_statistics(file)
+    wanted = identity("statistics compress", {"rank": rank}, {"file": whole.sha256})
+    reused = _stands(out, wanted, overwrite=overwrite)
+    smaller = read_statistics(out) if reused else compress_statistics(whole, rank)
+    if not reused:
+        write_statistics(out, smaller, identity=wanted, overwrite=overwrite)
+    worst = max(s.relative_error for s in show_statistics(smaller).sites.values())
+    sizes = (file.stat().st_size, out.stat().st_size)
+    return Compressed(str(out.absolute()), rank, worst, *sizes, reused)
+
+
+def _stands(out: Path, wanted: Json, *, overwrite: bool) -> bool:
+    """Whether the wanted file is there; what may not be replaced is refused before anything is computed."""
+    if overwrite:
+        require_replaceable_file(out, is_statistics)
+        return False
+    return is_collected(out, wanted)
