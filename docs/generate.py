@@ -89,8 +89,18 @@ def _options(options: Mapping[str, Any]) -> str:
 
 def _first(function: object) -> str:
     """First paragraph of a docstring, safe in Markdown: formulae are set as code would be, not as emphasis."""
-    text = (inspect.getdoc(function) or "").split("\n\n")[0]
-    return re.sub(r"(?<!`)\b(\w+_\w*|\w*_\w+)\b(?!`)", lambda m: m[0].replace("_", "\\_"), text).replace("*", "\\*")
+    return _plain((inspect.getdoc(function) or "").split("\n\n")[0])
+
+
+def _deviates(function: object) -> str:
+    """What a docstring says of where it leaves its source, "" where it says nothing of it."""
+    parts = (inspect.getdoc(function) or "").partition("**Deviates**")[2].split("\n\n")[0].lstrip(": ")
+    return _plain(parts)[:1].upper() + _plain(parts)[1:]
+
+
+def _plain(text: str) -> str:
+    escaped = re.sub(r"(?<!`)\b(\w+_\w*|\w*_\w+)\b(?!`)", lambda m: m[0].replace("_", "\\_"), text)
+    return " ".join(escaped.replace("*", "\\*").split())
 
 
 def methods() -> str:
@@ -132,8 +142,12 @@ def subspaces() -> str:
     return (
         "# Starts of an adapter\n\n"
         "Where the rows of A stand before training: `plait init --method NAME`, or an arm of that name in a recipe.\n"
-        "*Reads*: `own` and `others` are second moments of the task's inputs and of the other tasks', `means` one mean per example.\n\n"
+        "*Reads*: `own` and `others` are second moments of the task's inputs and of the other tasks', `means` one mean per example,\n"
+        "`weights` the base's own. Every start leaves the base as it is: B is zero.\n\n"
         + table(("name", "what it does", "reads", "options", "paper"), rows)
+        + "\n## Where they deviate from their sources\n\n"
+        + "\n".join(f"- `{m.name}`: {text}" for m in subspace_methods().values() if (text := _deviates(m.function)))
+        + "\n"
     )
 
 

@@ -39,7 +39,7 @@ from tests.laws.test_merge_laws import LAWS, SPACIOUS, adapter, run, statistics
 from tests.merging import test_fisher as fisher_net
 from tests.merging import test_with_forward as net
 from tests.statistics import models
-from tests.subspaces.pools import pool
+from tests.subspaces.pools import base_weight, pool
 from tests.training.conftest import make_adapter, make_examples, make_task
 
 OTHERS = [torch.bfloat16, torch.float64]
@@ -161,7 +161,7 @@ def test_merges_that_run_the_base(unchanged):
 @pytest.mark.parametrize("method", subspace_methods())
 def test_subspaces(unchanged, method):
     given = pool()
-    unchanged(lambda: compute_subspaces(method, given, rank=4, seed=3))
+    unchanged(lambda: compute_subspaces(method, given, rank=4, seed=3, weights=base_weight))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])

@@ -12,6 +12,7 @@ import pytest
 from plait.merging import merge_methods
 from plait.runs import sections
 from plait.runs.recipe import Recipe
+from plait.subspaces import subspace_methods
 from plait.training.settings import TrainingSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -45,3 +46,11 @@ def test_every_method_and_command_has_its_entry(generate):
     assert all(f"| `{name}` |" in page for name in [*merge_methods(), "adamerging", "featcal", "regmean_pp"])
     headings = {line for line in generate.commands().splitlines() if line.startswith("## ")}
     assert {"## plait merge", "## plait stats check", "## plait study run"} <= headings
+
+
+def test_the_page_of_starts_says_where_each_leaves_its_paper(generate):
+    table, _, deviations = generate.subspaces().partition("## Where they deviate")
+    assert all(f"| `{name}` |" in table for name in subspace_methods())
+    for name in ("osrm", "sc_lora", "inflora", "corda"):
+        (line,) = [x for x in deviations.splitlines() if x.startswith(f"- `{name}`: ")]
+        assert len(line) > 100 and "Source:" not in line

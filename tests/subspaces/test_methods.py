@@ -11,7 +11,7 @@ from plait.errors import InputError, UsageError
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 from plait.statistics.sketch import compress
 from plait.subspaces import compute_subspaces, find_subspace_method, subspace_methods
-from tests.subspaces.pools import features, moments_of, normalised, others, pool
+from tests.subspaces.pools import base_weight, features, moments_of, normalised, others, pool
 
 METHODS = list(subspace_methods())
 RANDOM = ["gaussian", "kaiming", "orthonormal", "orthonormal_disjoint", "orthonormal_shared"]
@@ -31,8 +31,8 @@ def objective(A, own, R) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_laws(method):
     given = pool()
-    found = compute_subspaces(method, given, rank=4, seed=3)
-    again = compute_subspaces(method, dict(reversed(given.items())), rank=4, seed=3)
+    found = compute_subspaces(method, given, rank=4, seed=3, weights=base_weight)
+    again = compute_subspaces(method, dict(reversed(given.items())), rank=4, seed=3, weights=base_weight)
     assert list(found) == list(given) and list(found["t0"]) == ["a.q", "a.v"]
     for task, modules in found.items():
         for module, subspace in modules.items():
@@ -45,9 +45,9 @@ def test_laws(method):
             if method not in RANDOM and method != "osrm_released":
                 largest = subspace.basis.gather(1, subspace.basis.abs().argmax(1, keepdim=True))
                 assert bool((largest > 0).all())
-    scaled = compute_subspaces(method, given, rank=4, seed=3, row_norm=2.5)
+    scaled = compute_subspaces(method, given, rank=4, seed=3, row_norm=2.5, weights=base_weight)
     torch.testing.assert_close(scaled["t1"]["a.v"].A.norm(dim=1), torch.full((4,), 2.5))
-    assert (method in RANDOM) == (not torch.equal(found["t0"]["a.q"].A, found["t0"]["a.v"].A))
+    assert find_subspace_method(method).per_module == (not torch.equal(found["t0"]["a.q"].A, found["t0"]["a.v"].A))
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in RANDOM])
@@ -59,14 +59,17 @@ def test_how_much_data_a_task_has_does_not_matter(method):
         many["t1"] = Statistics(
             {"a.q": many["t1"].sites["a.q"].merge(many["t1"].sites["a.q"])}, given["t1"].modules, given["t1"].provenance
         )
-    a, b = (compute_subspaces(method, s, rank=3)["t0"]["a.q"].basis for s in (given, many))
+    a, b = (compute_subspaces(method, s, rank=3, weights=base_weight)["t0"]["a.q"].basis for s in (given, many))
     torch.testing.assert_close(a @ a.T @ a, a, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(a.T @ a, b.T @ b, rtol=1e-4, atol=1e-4)
 
 
 def test_default_row_norms():
-    norms = {m: compute_subspaces(m, pool(), rank=4)["t0"]["a.q"].A.norm(dim=1).mean() for m in METHODS}
-    for unit in ("osrm", "osrm_released", "sc_lora", "orthonormal", "orthonormal_disjoint", "orthonormal_shared"):
+    norms = {
+        m: compute_subspaces(m, pool(), rank=4, weights=base_weight)["t0"]["a.q"].A.norm(dim=1).mean() for m in METHODS
+    }
+    neighbours = ("sc_lora", "inflora", "corda")
+    for unit in ("osrm", "osrm_released", *neighbours, "orthonormal", "orthonormal_disjoint", "orthonormal_shared"):
         assert float(norms[unit]) == pytest.approx(1.0, rel=1e-5)
     for gaussian in ("contrastive", "contrastive_permuted"):
         assert float(norms[gaussian]) == pytest.approx(32**0.5 / 4, rel=1e-5)

@@ -10,6 +10,7 @@ from plait.adapters.lora import Adapter
 from plait.border.checked import Json
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
+from plait.runs.base_weights import base_weights
 from plait.runs.curved import with_curvature
 from plait.runs.layout import Layout
 from plait.runs.pending import cost
@@ -140,6 +141,7 @@ def _made(
     common: dict[str, Any] = {"base": recipe.base.model, "revision": recipe.base.revision, "seed": unit.seed}
     common |= {"background": background if arm.background else (), "device": layout.session.base.torch_device}
     names = list(statistics)
+    common["weights"] = base_weights(layout.session.base, statistics[names[0]])
     if arm.known is not None:
         starts: dict[str, tuple[Adapter, Json]] = {}
         for i, task in enumerate(names):

@@ -62,6 +62,7 @@ def compute_subspaces(
     background_weight: float = 0.5,
     device: torch.device | str = "cpu",
     on_site: Callable[[int, int], None] = lambda done, sites: None,
+    weights: Callable[[str], Tensor] | None = None,
 ) -> dict[str, dict[str, Subspace]]:
     """Subspaces of every wanted task in every module.
 
@@ -78,12 +79,14 @@ def compute_subspaces(
             given, any share above 0 is all.
         device: Where to compute.
         on_site: Called after each site with how many are done, and how many there are.
+        weights: Module -> its weight in the base, (out, in); asked for only where the method needs it (`corda`).
 
     Returns:
-        Task -> module -> Subspace; modules that read one site share one basis (except what is drawn without data).
+        Task -> module -> Subspace; modules that read one site share one basis (except what is drawn without data, or reads weights).
 
     Raises:
-        UsageError: Unknown method, option or task; a weight out of range; a rank below 1; no others.
+        UsageError: Unknown method, option or task; a weight out of range; a rank below 1; no others, or no weights, for a method
+            that needs them.
         InputError: Statistics of different bases; a rank above a module's width; too few inputs.
 
     Cost: see the methods; sites are independent, memory is that of one site of all tasks.
@@ -99,9 +102,14 @@ def compute_subspaces(
     first = next(iter(statistics.values()))
     spaces: dict[str, dict[str, Subspace]] = {t: {} for t in wanted}
     sites = readers(first.modules)
+    reads_weights = "weights" in chosen.needs
+    if reads_weights and weights is None:
+        raise UsageError(
+            f"{method} needs the base's weights", hint="plait init and plait run read them; else pass weights="
+        )
     for number, (site, modules) in enumerate(sites.items(), start=1):
         moments = {t: s.sites[site] for t, s in statistics.items()}
-        for name in [site] if chosen.needs else modules:
+        for name in modules if chosen.per_module else [site]:
             inputs = SiteInputs(
                 name=name,
                 dim=moments[wanted[0]].dim,
@@ -112,10 +120,11 @@ def compute_subspaces(
                 weight=background_weight if pool else 0.0,
                 seed=seed,
                 device=torch.device(device),
+                base_weight=weights(name) if weights is not None and reads_weights else None,
             )
             solved = solve_site(chosen, inputs, settings, norm)
             for task, subspace in solved.items():
-                spaces[task] |= dict.fromkeys(modules if chosen.needs else [name], subspace)
+                spaces[task] |= dict.fromkeys([name] if chosen.per_module else modules, subspace)
         on_site(number, len(sites))
     return {t: {m: spaces[t][m] for m in first.modules} for t in wanted}
 

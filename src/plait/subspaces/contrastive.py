@@ -95,8 +95,8 @@ def sc_lora(x: SiteInputs, *, beta: Annotated[float, Range(0.0, 1.0)] = 0.5) -> 
 
 def _sc_lora_one(x: SiteInputs, task: str, beta: float) -> Basis:
     difference = x.own(task).mul_(1 - beta).sub_(x.others(task), alpha=beta)
-    pairs = _largest(x, lambda Y, _: difference @ Y, lambda: difference[None], 1)
-    return Basis(orthonormal_rows(pairs.vectors[0, :, : x.rank]), pairs.values[0, : x.rank], _solver(pairs))
+    pairs = largest_pairs(x, lambda Y, _: difference @ Y, lambda: difference[None], 1)
+    return Basis(orthonormal_rows(pairs.vectors[0, :, : x.rank]), pairs.values[0, : x.rank], solver_record(pairs))
 
 
 def inverse_factor(R: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
@@ -164,7 +164,7 @@ def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> 
         return _apply(whitener, images)
 
     measure = Measure(lambda mu: _energies(mu, c), lambda Y: _apply(whitener.T, Y))
-    pairs = _largest(x, operator, lambda: whitener @ own @ whitener.T, len(tasks), measure)
+    pairs = largest_pairs(x, operator, lambda: whitener @ own @ whitener.T, len(tasks), measure)
     # The thin rest is quicker on the CPU than in many small steps of a GPU.
     rows = [orthonormal_rows(z) for z in (whitener.T @ pairs.vectors[..., : x.rank]).cpu()]
     placed = torch.stack(rows).to(x.device)
@@ -173,7 +173,7 @@ def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> 
     for task, energy in zip(tasks, weakest, strict=True):
         if energy <= x.resolution([task]):
             raise _too_few(x, task)
-    return {t: Basis(rows[i], energies[i], _solver(pairs)) for i, t in enumerate(tasks)}
+    return {t: Basis(rows[i], energies[i], solver_record(pairs)) for i, t in enumerate(tasks)}
 
 
 def _apply(A: Float[Tensor, "d d"], Y: Float[Tensor, "t d b"]) -> Float[Tensor, "t d b"]:
@@ -182,10 +182,18 @@ def _apply(A: Float[Tensor, "d d"], Y: Float[Tensor, "t d b"]) -> Float[Tensor, 
     return (A @ Y.transpose(0, 1).reshape(d, t * b)).view(d, t, b).transpose(0, 1)
 
 
-def _largest(
+def largest_pairs(
     x: SiteInputs, operator: Operator, matrices: Callable[[], Tensor], count: int, measure: Measure | None = None
 ) -> Eigenpairs:
-    """The r largest eigenpairs: dense where the site is small or the iteration does not settle."""
+    """Find the r largest eigenpairs of a site: dense where it is small or the iteration does not settle.
+
+    Args:
+        x: The site, for its width, rank and device.
+        operator: `count` symmetric operators at once.
+        matrices: The same as (count, d, d), where they are decomposed whole.
+        count: Number of operators.
+        measure: By what pairs are judged.
+    """
     if iteration_pays(x.dim, x.rank + EXTRA_COLUMNS):
         generator = torch.Generator().manual_seed(named_seed(0, x.name))
         start = torch.randn(1, x.dim, x.rank + EXTRA_COLUMNS, generator=generator, dtype=torch.float64)
@@ -195,6 +203,7 @@ def _largest(
     return dense_eigenpairs(matrices(), x.rank)
 
 
-def _solver(pairs: Eigenpairs) -> dict[str, object]:
+def solver_record(pairs: Eigenpairs) -> dict[str, object]:
+    """Say how eigenpairs were found, for a basis's record."""
     name = "block lanczos" if pairs.steps else "eigh"
     return {"solver": name, "steps": pairs.steps, "residual": pairs.residual}

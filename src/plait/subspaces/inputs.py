@@ -32,7 +32,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """One site (or, for methods drawn without data, one module) of all tasks.
+    """One site (or, for methods drawn without data or reading weights, one module) of all tasks.
 
     Args:
         name: Name of the site or module.
@@ -44,6 +44,7 @@ class SiteInputs:
         weight: Share of the background among the others, in [0, 1].
         seed: Seed of the whole run; draw from `generator`.
         device: Where to compute.
+        base_weight: The module's own W0, for methods that need "weights"; else None.
     """
 
     name: str
@@ -55,6 +56,7 @@ class SiteInputs:
     weight: float = 0.0
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    base_weight: Float[Tensor, "out d"] | None = None
 
     def own(self, task: str) -> Float[Tensor, "d d"]:
         """m_t, trace-normalised, in float64; computed at every call, so that only what is in use takes memory."""

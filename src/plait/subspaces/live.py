@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def subspace_state_dict(
     background: Statistics | Sequence[Statistics] | None = None,
     background_weight: float = 0.5,
     device: torch.device | str = "cpu",
+    weights: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Module -> A for one task, from its own statistics and the published ones of the others.
 
@@ -40,6 +41,7 @@ def subspace_state_dict(
         background: Statistics of public text.
         background_weight: Its share among the others.
         device: Where to compute.
+        weights: Module, relative to the backbone -> its weight in the base, (out, in), for a method that needs it.
 
     Returns:
         Names relative to the backbone -> (r, d) float32, for `initialize_lora_weights`.
@@ -57,6 +59,7 @@ def subspace_state_dict(
         background=background,
         background_weight=background_weight,
         device=device,
+        weights=weights,
     )
     return {module: subspace.A for module, subspace in spaces["own"].items()}
 

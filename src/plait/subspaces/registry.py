@@ -30,7 +30,7 @@ class SubspaceMethod:
         name: What `--method` takes.
         function: One site of all tasks, and the options -> a basis for each wanted task.
         paper: Where it comes from; "" for ours.
-        needs: What it reads: "moments", "means" (padded), "own", "others"; empty for one drawn without data.
+        needs: What it reads: "moments", "means" (padded), "own", "others", "weights" (the base's); empty for one drawn without data.
         row_norm: Default length of A's rows.
         options: Name -> Option(type, default, ...).
         doc: First line of its docstring.
@@ -44,6 +44,11 @@ class SubspaceMethod:
     options: Mapping[str, Option]
     doc: str
 
+    @property
+    def per_module(self) -> bool:
+        """Whether modules that read one site get bases of their own."""
+        return not self.needs or "weights" in self.needs
+
 
 _METHODS: dict[str, SubspaceMethod] = {}
 
@@ -56,7 +61,8 @@ def subspace_method(
     Args:
         name: Unique name.
         paper: arXiv number or "".
-        needs: Any of "moments", "means", "own", "others"; without any the method is run per module, not per site.
+        needs: Any of "moments", "means", "own", "others", "weights"; without any, or with weights, the method is run per module, not
+            per site.
         row_norm: "unit", "gaussian" (sqrt(d)/r) or "drawn".
     """
 
@@ -73,7 +79,7 @@ def subspace_method(
 @functools.cache
 def _register_all() -> None:
     """Import plait's own methods, then those of other packages; once, and not before somebody asks."""
-    for file in ("contrastive", "controls", "osrm"):
+    for file in ("contrastive", "controls", "corda", "inflora", "osrm"):
         importlib.import_module(f"plait.subspaces.{file}")
     load_plugins(PLUGINS)
 

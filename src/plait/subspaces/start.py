@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError, UsageError
@@ -66,6 +67,7 @@ def initial_adapters(
     background: Sequence[Statistics] = (),
     device: torch.device | str = "cpu",
     on_site: Callable[[int, int], None] = lambda done, sites: None,
+    weights: Callable[[str], Tensor] | None = None,
 ) -> dict[str, tuple[Adapter, dict[str, Any]]]:
     """Adapters with B = 0 whose A lies in each task's subspace, and what to remember of how it was chosen.
 
@@ -81,6 +83,7 @@ def initial_adapters(
         background: Statistics of public text that stand for tasks nobody knows yet.
         device: Where to solve.
         on_site: Called after each site with how many are done, and how many there are.
+        weights: Module -> its weight in the base, for a method that needs it.
     """
     spaces = compute_subspaces(
         settings.method,
@@ -94,6 +97,7 @@ def initial_adapters(
         background_weight=settings.background_weight,
         device=device,
         on_site=on_site,
+        weights=weights,
     )
     made = {}
     for task, subspaces in spaces.items():

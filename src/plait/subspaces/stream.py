@@ -95,7 +95,7 @@ def stream_subspaces(
     The result is that of collecting and computing separately, up to rounding.
 
     Args:
-        method: A registered subspace method that needs moments.
+        method: A registered subspace method that needs moments alone.
         model: The model, as `collect_statistics` takes it; its layers lie in ModuleLists.
         batches: Task -> its batches, all in memory.
         target_modules: PEFT's `target_modules`.
@@ -111,11 +111,11 @@ def stream_subspaces(
         **limits: `exclude_modules`, `layers_to_transform`, `layers_pattern`.
 
     Raises:
-        UsageError: A method that is drawn without data, or a group below 1.
+        UsageError: A method that is drawn without data or reads weights, or a group below 1.
         InputError: Too few tasks or no batches; otherwise as in `collect_statistics`.
     """
     chosen = find_subspace_method(method)
-    if "moments" not in chosen.needs or pool not in POOLS or group < 1:
+    if "moments" not in chosen.needs or chosen.per_module or pool not in POOLS or group < 1:
         raise UsageError(f"{method} with pool {pool!r} in groups of {group} cannot be streamed")
     if len(batches) < 2 or not all(len(b) for b in batches.values()):
         raise InputError("needs the batches of at least two tasks, none of them empty")

@@ -11,9 +11,11 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import from_json, optional, to_json
 from plait.disk.overwriting import require_apart
 from plait.disk.store import identity, is_done, read_manifest, sha256_file, staged_folder
-from plait.model.base import device_named
+from plait.model.base import BaseModel, device_named
 from plait.progress import Progress
+from plait.runs.base_weights import base_weights
 from plait.statistics.lazy import open_statistics, read_own_and_others
+from plait.statistics.moments import Statistics
 from plait.subspaces import compute_subspaces
 from plait.subspaces.post import move_into
 from plait.subspaces.start import InitialSettings, initial_adapters, task_type_of
@@ -114,6 +116,7 @@ def initialise_from_files(
     progress.start(f"{settings.method} of {task}", 1.0)
     made = initial_adapters(
         statistics, settings, base=base, revision=revision, tasks=[task], seed=seed, background=pools, device=where,
+        weights=base_weights(_base_of(mine), mine),
         on_site=lambda done, sites: progress.within(done / sites, f"site {done} of {sites}"),
     )  # fmt: skip
     progress.close(f"{settings.method} of {task}: solved")
@@ -124,6 +127,10 @@ def initialise_from_files(
     with staged_folder(out, wanted, overwrite=overwrite, result=record) as folder:
         write_adapter(folder, adapter)
     return replace(started, **record, reused=False)
+
+
+def _base_of(statistics: Statistics) -> BaseModel:
+    return BaseModel(str(statistics.provenance.get("base", "")), statistics.provenance.get("revision"))
 
 
 def _hashes(own: Path, others: Sequence[Path], background: Sequence[Path]) -> dict[str, str]:
@@ -178,6 +185,7 @@ def move_from_files(
         background=[open_statistics(p) for p in background] or None,
         background_weight=settings.background_weight,
         device=where,
+        weights=base_weights(_base_of(statistics[task]), statistics[task]),
     )
     inside, shares = move_into(adapter, spaces[task], statistics=statistics[task])
     worst = min(shares, key=lambda m: shares[m])
