@@ -56,6 +56,7 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--tasks", type=lambda t: t.split(","), default=["e2e_nlg", "disfl_qa"])
     p.add_argument("--train-steps", type=int, default=200)
+    p.add_argument("--train-batch", type=int, default=8)
     p.add_argument("--texts", type=int, default=100)
     p.add_argument("--rows", type=int, default=200)
     p.add_argument("--seconds", type=float, default=60.0)
@@ -92,9 +93,9 @@ def adapter_of(a: argparse.Namespace, base: BaseModel, name: str) -> Adapter:
             modules[module] = LoraFactors(torch.randn(8, n_in, generator=g) / n_in**0.5, torch.zeros(n_out, 8), 2.0)
     start = Adapter(name, base.name, modules, prefix=prefix, target_modules=TARGETS)
     settings = TrainingSettings(
-        steps=a.train_steps, lr=2e-3, batch_size=a.batch, max_length=a.max_length, warmup_ratio=0.05
+        steps=a.train_steps, lr=2e-3, batch_size=a.train_batch, max_length=a.max_length, warmup_ratio=0.05
     )
-    identity = store.identity("benchmark", {"steps": a.train_steps}, {}, 0)
+    identity = store.identity("benchmark", {"steps": a.train_steps, "batch": a.train_batch}, {}, 0)
     rows = rows_of_task(a.data, name, "train", 2000)
     train_adapter(start, task, rows, base, settings, seed=0, out=folder, identity=identity)
     return read_adapter(folder, name=name)
@@ -241,7 +242,18 @@ def report_of(
     }
     about = {
         k: getattr(a, k)
-        for k in ("train_steps", "texts", "rows", "seconds", "seeds", "new_tokens", "batch", "device", "dtype")
+        for k in (
+            "train_steps",
+            "train_batch",
+            "texts",
+            "rows",
+            "seconds",
+            "seeds",
+            "new_tokens",
+            "batch",
+            "device",
+            "dtype",
+        )
     }
     return {
         "about": {"base": Path(a.base).name, "tasks": a.tasks, "start": f"tsv at {scale:.3g}", **about},
@@ -258,7 +270,7 @@ def page(report: Mapping[str, object]) -> str:
         "# Repair on policy and off policy",
         "",
         f"Made by `benchmarks/on_policy.py`; nothing by hand. {about['base']}, {' and '.join(about['tasks'])}, one plain adapter each "
-        f"({about['train_steps']} steps, rank 8). Both repairs start at {about['start']}, learn from the same "
+        f"({about['train_steps']} steps of {about['train_batch']}, rank 8). Both repairs start at {about['start']}, learn from the same "
         f"{about['texts']} training prompts of each task without their answers, and have {about['seconds']:g} {kind} each, preparations "
         f"included. Seeds of the repair: {about['seeds']}.",
         "",
