@@ -89,16 +89,17 @@ def _options(options: Mapping[str, Any]) -> str:
 
 def _first(function: object) -> str:
     """First paragraph of a docstring, safe in Markdown: formulae are set as code would be, not as emphasis."""
-    return _plain((inspect.getdoc(function) or "").split("\n\n")[0])
+    return _escaped((inspect.getdoc(function) or "").split("\n\n")[0])
 
 
 def _deviates(function: object) -> str:
     """What a docstring says of where it leaves its source, "" where it says nothing of it."""
     parts = (inspect.getdoc(function) or "").partition("**Deviates**")[2].split("\n\n")[0].lstrip(": ")
-    return _plain(parts)[:1].upper() + _plain(parts)[1:]
+    return _escaped(parts)[:1].upper() + _escaped(parts)[1:]
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
+    """Set formulae as code would be."""
     escaped = re.sub(r"(?<!`)\b(\w+_\w*|\w*_\w+)\b(?!`)", lambda m: m[0].replace("_", "\\_"), text)
     return " ".join(escaped.replace("*", "\\*").split())
 

@@ -37,8 +37,8 @@ def corda(x: SiteInputs, *, damp: Positive = 0.01) -> Mapping[str, Basis]:
 
     Source: arXiv:2406.05223, section 3, knowledge-preserved adaptation; github.com/iboing/CorDA, cordalib/decomposition.py.
     **Deviates**: of their start only the span of A is taken. B is 0 and the base is untouched, where they start at B A = the
-    components themselves and take these off the base: merged with others' adapters such an update would be one of another base.
-    So that the base's own part is not what is trained on, and rows have one length instead of the roots of S. C is the
+    components themselves and take these off the base: adapters that share a base can be merged, theirs each have another. So
+    training does not go on from the base's own part, and rows have one length instead of the roots of S. C is the
     mean of the other tasks' moments (and of a background, where there is one) instead of one of question answering; of tokens,
     trace-normalised, where they scale each text by its largest entry. In float64 `damp` is never doubled. The
     instruction-previewed mode (the largest components, C of the task itself) is left out.
