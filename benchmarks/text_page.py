@@ -2,9 +2,10 @@
 
     python benchmarks/text_page.py told=RUN [bare=RUN] --name text-qwen15 --to docs/results [--tested 1,2]
 
-A RUN for each condition of the prompts holds records/*.json. Writes NAME.json (`rows` of {condition, arm, method, seed, individual,
-floor, merged, recovered, share_of_means, tasks}, `tests` over the seeds `tested`, `expected`, `existing`, `references`, `singles`) and
-NAME.md; scales-NAME.json for benchmarks/scales.py. `--tested` names the seeds of the comparisons; by default all.
+A RUN for each condition of the prompts holds records/*.json. Writes NAME.md and NAME.json (`rows` of {condition, arm, method, seed,
+individual, floor, merged, recovered, share_of_means, of_own, tasks}, `tests` over the seeds `tested`, `expected`, `existing`, `references`,
+`singles`); where curves were run, scales-NAME.json for benchmarks/scales.py. `--tested` names the seeds of the comparisons; by default all.
+The plain arm's record holds the floor: without it there is no share kept, and `of_own`, merged over alone, is all the page shows.
 """
 
 from __future__ import annotations
@@ -40,28 +41,41 @@ def rows_of(records: dict[str, dict[str, Any]], condition: str = "told") -> list
     """A row for each arm and merge of one condition."""
     rows = []
     for seed in sorted({k.split("-")[1] for k in records if k.startswith("fixed-")}):
-        plain = records[f"fixed-{seed}-kaiming"]
-        names, floor = plain["tasks"], np.array(plain["floor"]).mean(0)
-        counted = np.array(plain["alone"]).mean(0) - floor >= LEAST
+        plain = records.get(f"fixed-{seed}-{PLAIN}")
         for arm in (a for a in ARMS if f"fixed-{seed}-{a}" in records):
             record = records[f"fixed-{seed}-{arm}"]
-            own = np.array(record["alone"]).mean(0)
+            names, own = record["tasks"], np.array(record["alone"]).mean(0)
             for method, merge in record["merges"].items():
                 merged = np.array(merge["scores"]).mean(0)
-                share = (merged - floor) / (own - floor)
-                kept = (merged - floor)[counted].sum() / (own - floor)[counted].sum()
                 rows.append({
                     "condition": condition, "arm": arm, "method": method, "seed": int(seed), "scale": merge["scale"],
-                    "individual": own.mean(), "floor": floor.mean(), "merged": merged.mean(),
-                    "recovered": share[counted].mean(), "share_of_means": kept, "general_kl": merge["general_kl"],
-                    "general_kl_alone": max(record["general_kl_alone"].values()),
+                    "individual": own.mean(), "merged": merged.mean(), "of_own": (merged / own).mean(),
+                    "general_kl": merge["general_kl"], "general_kl_alone": max(record["general_kl_alone"].values()),
                     "norm": float(np.mean(list(record["norms"].values()))),
                     "tasks": dict(zip(names, merged.tolist(), strict=True)),
                     "alone": dict(zip(names, own.tolist(), strict=True)),
-                    "floors": dict(zip(names, floor.tolist(), strict=True)),
-                    "shares": {n: float(s) for n, s, c in zip(names, share, counted, strict=True) if c},
+                    **(shares_of(plain, own, merged) if plain else {}),
                 })  # fmt: skip
     return [_rounded(r) for r in rows]
+
+
+def shares_of(plain: dict[str, Any], own: np.ndarray, merged: np.ndarray) -> dict[str, Any]:
+    """What a merge keeps of its arm's own gains over the bare base, on tasks that the plain arm learns.
+
+    Args:
+        plain: The plain arm's record.
+        own: Scores of the adapters alone, (tasks,).
+        merged: Scores of the merge, (tasks,).
+    """
+    names, floor = plain["tasks"], np.array(plain["floor"]).mean(0)
+    counted = np.array(plain["alone"]).mean(0) - floor >= LEAST
+    share = (merged - floor) / (own - floor)
+    return {
+        "floor": floor.mean(), "recovered": share[counted].mean(),
+        "share_of_means": (merged - floor)[counted].sum() / (own - floor)[counted].sum(),
+        "floors": dict(zip(names, floor.tolist(), strict=True)),
+        "shares": {n: float(s) for n, s, c in zip(names, share, counted, strict=True) if c},
+    }  # fmt: skip
 
 
 def _rounded(value: Any) -> Any:
@@ -111,7 +125,7 @@ def tests_of(
         mine = [
             r["shares"]
             for r in rows
-            if r["arm"] == arm and r["method"] == PRIMARY and (not seeds or r["seed"] in seeds)
+            if "shares" in r and r["arm"] == arm and r["method"] == PRIMARY and (not seeds or r["seed"] in seeds)
         ]
         names = dict.fromkeys(t for s in mine for t in s)
         return {t: float(np.mean([s[t] for s in mine if t in s])) for t in names}
@@ -229,17 +243,23 @@ INTRODUCTION = """# {name}
 
 {extent}. A copy of Qwen2.5-Coder-1.5B-Instruct, de-quantised from 4 bits; \
 {extent_of_study}. Arms, merges and scales were fixed beforehand ([protocol, second edition](../study/protocol.md)); no label has a
-say in any row of the first table. 240 rows a task, 100 for the curves.
+say in any row of the first table. 240 rows a task{curves}.
 
     {commands}
 
-`{name}-run.tar.gz` holds what was measured of every answer; unpacked, its told/ and bare/ are the RUNs of the last command.
+`{name}-run.tar.gz` holds what was measured of every answer; unpacked, its {conditions} the last command.
 
-*share kept*: mean over tasks of (merged - floor) / (own adapter alone - floor), mean over seeds (least and most beside it); *of means*: the
-share of the mean gain. The floor, the bare base with the same prompts and as many tokens as the longest right answer has (GSM8K:
-about 110), scores {floor}. *KL*: base to merge, nats a token on 200 general sentences; *single*: the largest of the arm's own
+{measure} *KL*: base to merge, nats a token on 200 general sentences; *single*: the largest of the arm's own
 adapters. Task arithmetic at the scale that second moments say is the primary merge.{regmean}
 """
+SHARE = """\
+*share kept*: mean over tasks of (merged - floor) / (own adapter alone - floor), mean over seeds (least and most beside it); *of means*: the
+share of the mean gain. The floor, the bare base with the same prompts and as many tokens as the longest right answer has (GSM8K:
+about 110), scores {floor}."""
+RATIO = """\
+**The plain arm and the bare base are missing: the time of the GPU ended before they were scored.** So there is no floor and no
+*share kept*, and PEFT's default does not stand beside these arms. *Of own score*: mean over tasks of merged / own adapter alone,
+which counts what the bare base can do by itself as kept; it says less than the share kept."""
 REGMEAN_THEN = """ RegMean of seed 0 stands at the scale its rule said then, far too large here: see the curves; plait reads
 it off the moments since."""
 
@@ -269,21 +289,28 @@ def page(
         f"**Condition *{c}*** ({CONDITIONS[c]}): seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}"
         for c, s in conditions.items()
     )
-    floors = ", ".join(f"{np.mean([r['floor'] for r in rows if r['condition'] == c]):.1f} ({c})" for c in runs)
+    floored, curves = all("floor" in r for r in rows), any(k.startswith("curves-") for r in runs.values() for k in r)
+    measure = RATIO
+    if floored:
+        by = (f"{np.mean([r['floor'] for r in rows if r['condition'] == c]):.1f} ({c})" for c in runs)
+        measure = SHARE.format(floor=", ".join(by))
+    folders = " and ".join(f"{c}/" for c in runs) + (" is the RUN" if len(runs) == 1 else " are the RUNs") + " of"
     todo = " ".join(f"train:{s} fixed:{s}" for s in dict.fromkeys(s for seeds in conditions.values() for s in seeds))
+    todo += " curves:0" * curves
     seeds = f" --tested {','.join(map(str, tested))}" if tested else ""
     commands = "\n    ".join((
         "python benchmarks/text_tasks.py --data DATA --to TASKS",
-        f'python benchmarks/text_arms.py --study recipes/studies/{study}.yaml [--condition bare] --do "{todo} curves:0" ...',
+        f'python benchmarks/text_arms.py --study recipes/studies/{study}.yaml [--condition bare] --do "{todo}" ...',
         *(["python benchmarks/text_auto.py --study recipes/studies/text-qwen15.yaml --seed 1 ..."] if study == MAIN else []),
         f"python benchmarks/text_page.py {' '.join(f'{c}=RUN' for c in runs)} --name {name} --to docs/results{seeds}",
     ))  # fmt: skip
     then = REGMEAN_THEN if study == MAIN and 0 in conditions.get("told", []) else ""
     text = [
         INTRODUCTION.format(
-            name=name, extent_of_study=extent_of(study), extent=extent, commands=commands, floor=floors, regmean=then
+            name=name, extent_of_study=extent_of(study), extent=extent, commands=commands, regmean=then, measure=measure,
+            curves=", 100 for the curves" * curves, conditions=folders,
         )
-    ]
+    ]  # fmt: skip
     for condition, records in runs.items():
         mine = [r for r in rows if r["condition"] == condition]
         text += [f"## {condition}: what is kept under merges fixed beforehand", "", _table(mine), ""]
@@ -299,22 +326,25 @@ def page(
                 f"One adapter for everything: the best of `kaiming`'s, the {max(singles)[1]}, has {max(singles)[0]:.1f} (100 rows a task).",
                 "",
             ]
-    which = (
-        f"Seeds {' and '.join(map(str, tested))}, on which nothing was chosen; conditions" if tested else "Conditions"
-    )
-    text += [
-        "## Comparisons under the primary merge",
-        "",
-        f"{which} and seeds of a task averaged.",
-        "",
-        _tests(tests),
-        "",
-    ]
+    if tests:
+        which = (
+            f"Seeds {' and '.join(map(str, tested))}, on which nothing was chosen; conditions"
+            if tested
+            else "Conditions"
+        )
+        text += [
+            "## Comparisons under the primary merge",
+            "",
+            f"{which} and seeds of a task averaged.",
+            "",
+            _tests(tests),
+            "",
+        ]
     if tested:
         text += ["## What was expected, and what came", "", _expected(expected_of(rows, tested)), ""]
     if existing := [r for c, records in runs.items() for r in existing_of(records, c)]:
         text += ["## Adapters that exist, merged without labels", "", EXISTING, "", _existing(existing), ""]
-    text += ["## Recovered over scales", ""]
+    text += ["## Recovered over scales", ""] if curves else []
     text += [
         f"### {c}\n\n{_curves(records)}\n"
         for c, records in runs.items()
@@ -369,15 +399,20 @@ def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[s
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| arm | alone | merge | scale | merged | share kept, % | of means | KL | single |", "|---" * 9 + "|"]
+    floored = all("floor" in r for r in rows)
+    kept = ("share kept, %", "of means") if floored else ("of own score, %",)
+    lines = [
+        f"| arm | alone | merge | scale | merged | {' | '.join(kept)} | KL | single |",
+        "|---" * (7 + len(kept)) + "|",
+    ]
     for (arm, method), group in _groups(rows).items():
-        mean = {k: np.mean([r[k] for r in group]) for k in SHOWN}
-        shares = [100 * r["recovered"] for r in group]
+        mean = {k: np.mean([r[k] for r in group]) for k in SHOWN if k in group[0]}
+        shares = [100 * r["recovered" if floored else "of_own"] for r in group]
         spread = f" ({min(shares):.0f} to {max(shares):.0f})" if len(group) > 1 else ""
+        of_means = f" | {100 * mean['share_of_means']:.0f}" if floored else ""
         lines.append(
             f"| `{arm}` | {mean['individual']:.1f} | {method} | {mean['scale']:.2f} | {mean['merged']:.1f} | "
-            f"**{100 * mean['recovered']:.0f}**{spread} | {100 * mean['share_of_means']:.0f} | "
-            f"{mean['general_kl']:.3f} | {mean['general_kl_alone']:.3f} |"
+            f"**{np.mean(shares):.0f}**{spread}{of_means} | {mean['general_kl']:.3f} | {mean['general_kl_alone']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -391,7 +426,7 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> str:
 
     for i, ((arm, method), group) in enumerate(_groups([r for r in rows if r["method"] == PRIMARY]).items()):
         assert method == PRIMARY
-        lines += [line("bare base | floor", group, "floors")] * (i == 0)
+        lines += [line("bare base | floor", group, "floors")] if i == 0 and "floors" in group[0] else []
         lines += [line(f"`{arm}` | alone", group, "alone"), line("| merged", group, "tasks").replace("|  |", "| |", 1)]
     return "\n".join(lines)
 
@@ -450,7 +485,8 @@ def main() -> None:
         "references": references, "singles": singles_of(told),
     }  # fmt: skip
     (a.to / f"{a.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (a.to / f"scales-{a.name}.json").write_text(json.dumps(packed(told)) + "\n")
+    if curves := packed(told):
+        (a.to / f"scales-{a.name}.json").write_text(json.dumps(curves) + "\n")
     text = page(a.name, runs, rows, tests, references, tested, a.study)
     (a.to / f"{a.name}.md").write_text(text)
     print(text)

@@ -146,3 +146,17 @@ def test_other_studies_are_described_and_not_tested(page):
         "9 tasks" in text and "rank 64 on q, k, v, o, gate, up, 120 steps" in text and "text-qwen15-wide.yaml" in text
     )
     assert "16 tasks" in page.extent_of("text-qwen15-16") and page.extent_of(page.MAIN).startswith("nine tasks")
+
+
+def test_without_the_plain_arm_there_is_no_floor_and_the_page_says_so(page):
+    records = {"fixed-0-contrastive": record([60.0, 100.0, 80.0], [30.0, 100.0, 60.0])}
+    rows = page.rows_of(records)
+    assert [(r["of_own"], "recovered" in r, "floor" in r) for r in rows] == [(0.75, False, False)]
+    assert page.tests_of(rows, registered_study=False) == []
+    text = page.page("some", {"told": records}, rows, [], [], study="text-qwen15-16")
+    assert (
+        "The plain arm and the bare base are missing" in text
+        and "| of own score, % | KL |" in text
+        and "**75**" in text
+    )
+    assert "share kept, %" not in text and "floor |" not in text and "Comparisons" not in text and "curves" not in text

@@ -82,6 +82,35 @@ def written(arm, method="task_arithmetic", condition="told"):
     return f"{100 * np.mean([r['recovered'] for r in named if r['seed'] in whole['tested']]):.0f}"
 
 
+def sixteen(key, method="task_arithmetic"):
+    """What a merge of sixteen written tasks keeps of each of three arms: of own scores, or of gains where the nine measured the floor."""
+    rows = {r["arm"]: r for r in tables("text-qwen15-16")["rows"] if r["method"] == method}
+    if key == "of_own":
+        return [f"{100 * rows[a]['of_own']:.0f}" for a in (BOTH, START, "osrm_mean")]
+    return [f"{100 * np.mean(list(seven(rows[a]).values())):.0f}" for a in (BOTH, START, "osrm_mean")]
+
+
+def seven(row):
+    """Share kept of each task that the study of nine scored alike (SNIPS and E2E were not) over its floor there."""
+    floors = next(r["floors"] for r in tables("text-qwen15")["rows"] if r["seed"] == 1 and r["condition"] == "told")
+    known = {t: f for t, f in floors.items() if t not in ("snips", "e2e_nlg")}
+    return {t: (row["tasks"][t] - f) / (row["alone"][t] - f) for t, f in known.items()}
+
+
+def seven_of_nine():
+    """Least and most over three seeds of the same seven tasks' shares, nine merged."""
+    cells = []
+    for arm in (BOTH, START, "osrm_mean"):
+        rows = [
+            r
+            for r in tables("text-qwen15")["rows"]
+            if (r["arm"], r["method"], r["condition"]) == (arm, "task_arithmetic", "told")
+        ]
+        shares = [100 * np.mean([s for t, s in r["shares"].items() if t not in ("snips", "e2e_nlg")]) for r in rows]
+        cells += [f"{min(shares):.0f}", f"{max(shares):.0f}"]
+    return cells
+
+
 def both_conditions(arm, method):
     return [written(arm, method, c) for c in ("told", "bare")]
 
@@ -133,6 +162,7 @@ QUOTED = [
         "and nine tasks it keeps {} (one seed), RegMean {}, the default {}.",
         lambda: [answered(), written(PLAIN, "regmean"), written(PLAIN, "tsv")],
     ),
+    ("of sixteen such tasks (one seed) it keeps {} % of own scores, OSRM's start {};", lambda: sixteen("of_own")[::2]),
     ("trained on all data at once reaches {} on the eight tasks of MPNet", lambda: [joint("glue8-mpnet")]),
     ("| `merge auto` | the base, 100 inputs a task | | | {} |", lambda: [fitted("fitted, heads")]),
     ("on another seed, where the default kept {}.", lambda: [fitted("no text")]),
@@ -179,6 +209,23 @@ ON_WHICH = [
     ),
     ("(TSV-M at its measured scale 0.7) {} (", lambda: [fitted("no text")]),
 ]  # fmt: skip
+
+
+SIXTEEN = [
+    (
+        "the sum keeps {} % of `contrastive_penalised`'s own scores, {} of `contrastive`'s, {} of the paper's start's",
+        lambda: sixteen("of_own"),
+    ),
+    ("with pico {}, {} and {}.", lambda: sixteen("of_own", "task_arithmetic + pico")),
+    ("floor is known from the nine, the share kept is {}, {} and {} %;", lambda: sixteen("recovered")),
+    ("the same seven kept {} to {}, {} to {} and {} to {} when nine were merged", seven_of_nine),
+]
+
+
+@pytest.mark.parametrize(("sentence", "figures"), SIXTEEN, ids=[s[:40] for s, _ in SIXTEEN])
+def test_the_findings_quote_the_sixteen_tasks(sentence, figures):
+    text = (ROOT / "docs" / "study" / "findings.md").read_text("utf-8")
+    assert sentence.format(*figures()) in re.sub(r"\s+", " ", text)
 
 
 @pytest.mark.parametrize(("sentence", "figures"), ON_WHICH, ids=[s[:40] for s, _ in ON_WHICH])
