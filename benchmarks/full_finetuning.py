@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,21 @@ def record_of(session: Session, arm: str, rate: float, seed: int) -> dict[str, A
     }
 
 
+def kept(place: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Read the record at a place; what is not there is made first, and written whole or not at all.
+
+    Args:
+        place: NAME.json.
+        make: What is called for a new one.
+    """
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_suffix(".part")
+        part.write_text(json.dumps(make()) + "\n")
+        part.rename(place)
+    return json.loads(place.read_text())
+
+
 def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each record and merge: (merged - floor) / (alone - floor) of the means over tasks."""
     rows = []
@@ -261,16 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--to", type=Path, help="where the page goes; by default nowhere")
     a = p.parse_args(arguments)
     recipe = read_recipe(a.study, a.set)
-    session, places = Session(recipe), []
-    (a.out / "records").mkdir(parents=True, exist_ok=True)
-    for seed in recipe.seeds:
-        for arm, _, rate in (x.partition("@") for x in a.arms.split(",")):
-            place = a.out / "records" / f"{arm}@{rate}-{seed}.json"
-            places.append(place)
-            if not place.exists():
-                place.with_suffix(".part").write_text(json.dumps(record_of(session, arm, float(rate), seed)) + "\n")
-                place.with_suffix(".part").rename(place)
-    rows = rows_of([json.loads(f.read_text()) for f in places])
+    session = Session(recipe)
+    records = [
+        kept(a.out / "records" / f"{arm}@{rate}-{seed}.json", partial(record_of, session, arm, float(rate), seed))
+        for seed in recipe.seeds
+        for arm, _, rate in (x.partition("@") for x in a.arms.split(","))
+    ]
+    rows = rows_of(records)
     steps = f"{recipe.training.get('steps')} steps of {recipe.training.get('batch_size')} rows"
     about = (
         f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks ({', '.join(recipe.task_names)}), {steps}, seeds "

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from existing import task_of
-from scipy.stats import t as student
+from intervals import t_interval
 
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
@@ -70,12 +70,8 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     for arm in ("alone", "base", *ARMS):
         result[arm] = float(np.mean([t[n][arm] for t in tables for n in t]))
     for one, other in (("fitted", "as they were"), ("learnt", "fitted"), ("learnt", "as they were")):
-        off = np.array([t[n][one] - t[n][other] for t in tables for n in t])
-        half = student.ppf(0.975, len(off) - 1) * off.std(ddof=1) / len(off) ** 0.5
-        result[f"{one} - {other}"] = {
-            "mean": float(off.mean()),
-            "interval": [float(off.mean() - half), float(off.mean() + half)],
-        }
+        off = t_interval([t[n][one] - t[n][other] for t in tables for n in t])
+        result[f"{one} - {other}"] = {"mean": off.mean, "interval": [off.low, off.high]}
     gain = [np.mean([t[n]["alone"] - t[n]["base"] for n in t]) for t in tables]
     for arm in ARMS:
         share = [np.mean([t[n][arm] - t[n]["base"] for n in t]) / g for t, g in zip(tables, gain, strict=True)]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from existing import task_of
-from scipy.stats import t as student
+from intervals import t_interval
 
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
@@ -56,13 +56,12 @@ def summary(seeds: dict[str, Any]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"way": way["way"]}
         for which in ("merged", "alone"):
             here, first = (values(seeds, w, which, "followed") for w in (i, 0))
-            off = here - first
-            half = student.ppf(0.975, len(off) - 1) * off.std(ddof=1) / len(off) ** 0.5
+            off = t_interval(here - first)
             row[which] = {
                 "followed": float(here.mean()),
                 "agreement": float(values(seeds, i, which, "agreement").mean()),
-                "difference": float(off.mean()),
-                "interval": [float(off.mean() - half), float(off.mean() + half)],
+                "difference": off.mean,
+                "interval": [off.low, off.high],
             }
         rows.append(row)
     return rows

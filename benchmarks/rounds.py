@@ -18,12 +18,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from full_finetuning import trained
+from full_finetuning import kept, trained
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.evaluation.protocol import Scorer
@@ -179,16 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--to", type=Path, help="where the page goes; by default nowhere")
     a = p.parse_args(arguments)
     recipe = read_recipe(a.study, a.set)
-    session, places = Session(recipe), []
-    (a.out / "records").mkdir(parents=True, exist_ok=True)
-    for seed in recipe.seeds:
-        for arm in a.arms.split(","):
-            place = a.out / "records" / f"{arm}-{seed}.json"
-            places.append(place)
-            if not place.exists():
-                place.with_suffix(".part").write_text(json.dumps(record_of(session, arm, seed)) + "\n")
-                place.with_suffix(".part").rename(place)
-    records = [json.loads(f.read_text()) for f in places]
+    session = Session(recipe)
+    records = [
+        kept(a.out / "records" / f"{arm}-{seed}.json", partial(record_of, session, arm, seed))
+        for seed in recipe.seeds
+        for arm in a.arms.split(",")
+    ]
     about = (
         f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks, {recipe.training.get('steps')} steps in all, seeds "
         f"{', '.join(map(str, recipe.seeds))}; merged by task arithmetic at the rule's scale, so no label has a say.\n\n"

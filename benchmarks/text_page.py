@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy import stats
+from intervals import t_interval
 
 ARMS = ("kaiming", "kaiming_penalised", "osrm_mean", "contrastive", "contrastive_penalised")
 MAIN, STUDIES = "text-qwen15", Path(__file__).parents[1] / "recipes" / "studies"
@@ -86,14 +86,11 @@ def _rounded(value: Any) -> Any:
 
 def test_of(differences: Sequence[float]) -> dict[str, float]:
     """A mean over tasks: t interval and p, and the p of exact sign flips."""
-    d = np.array(differences)
-    n, mean, error = len(d), d.mean(), d.std(ddof=1) / len(d) ** 0.5
-    width = stats.t.ppf(0.975, n - 1) * error
-    flips = np.array(list(itertools.product((-1.0, 1.0), repeat=n))) @ d / n
+    t = t_interval(differences)
+    flips = np.array(list(itertools.product((-1.0, 1.0), repeat=t.n))) @ np.array(differences) / t.n
     return {
-        "n": n, "difference": mean, "low": mean - width, "high": mean + width,
-        "p": float(2 * stats.t.sf(abs(mean) / error, n - 1)),
-        "p_flips": float((np.abs(flips) >= abs(mean) - 1e-12).mean()), "smallest_p_flips": 2.0 / 2**n,
+        "n": t.n, "difference": t.mean, "low": t.low, "high": t.high, "p": t.p,
+        "p_flips": float((np.abs(flips) >= abs(t.mean) - 1e-12).mean()), "smallest_p_flips": 2.0 / 2**t.n,
     }  # fmt: skip
 
 

@@ -80,3 +80,16 @@ def test_rows_are_shares_of_own_gain(script):
     record = {"arm": "full", "rate": 1e-4, "seed": 0, "alone": {"a": 60.0, "b": 70.0}, "floor": {"a": 20.0, "b": 30.0}}
     (row,) = script.rows_of([{**record, "merges": merges, "norms": {"a": 1.0, "b": 3.0}}])
     assert (row["recovered"], row["individual"], row["merged"], row["norm"]) == (0.5, 65.0, 45.0, 2.0)
+
+
+def test_a_record_is_there_whole_or_not_at_all(script, tmp_path):
+    place = tmp_path / "records" / "full@1e-3-0.json"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        script.kept(place, interrupted)
+    assert not list(place.parent.iterdir())
+    assert script.kept(place, lambda: {"arm": "full"}) == {"arm": "full"}
+    assert script.kept(place, interrupted) == {"arm": "full"}  # not made again
