@@ -1,4 +1,4 @@
-"""Two shortcuts of the spectral methods: as exact as what they stand for, and left where they would not be."""
+"""Shortcuts of the spectral methods: as exact as what they stand for, and left where they would not be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from tests.reference import merging as twin
 
 from plait.merging import basis, merge_methods, small_svd
-from plait.merging.basis import orthonormal
+from plait.merging.basis import orthonormal, principal
+from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import smallest_kept
 from plait.merging.small_svd import thin_svd
@@ -63,6 +64,38 @@ def test_a_basis_multiplies_from_both_sides(made):
     torch.testing.assert_close(found.times(X), Q @ X)
     torch.testing.assert_close(found.rows(X.T), X.T @ Q.T)
     torch.testing.assert_close(found.turned(U).columns(), Q @ U)
+
+
+@pytest.mark.parametrize("condition", [1.5, 100.0, 800.0, 1e5])
+def test_a_principal_basis_is_that_of_the_svd(condition):
+    """By eigenvectors of the Gram matrix, and where those are not to be trusted by an SVD."""
+    M = with_condition(300, 24, condition).float()
+    assert (basis._by_eigenvectors(M) is None) == (condition > 1e3)
+    found, T = principal(M)
+    _, S, Vt = torch.linalg.svd(M.double(), full_matrices=False)
+    # Rows of T are S V^T up to signs: entries smaller than what float32 rounds in M tell nothing.
+    signs = (T @ Vt.mT).diagonal().sign()
+    torch.testing.assert_close(signs[:, None] * T, S[:, None] * Vt, atol=1e-9, rtol=0)
+    Q = found.columns().double()
+    assert float((Q.T @ Q - torch.eye(24)).norm()) <= 1e-6 * min(condition, 1e3) + 1e-5
+    assert float((found.times(T).double() - M).norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (6, 8), (8, 8)])
+@pytest.mark.parametrize("kind", ["zero", "dependent", "a zero column"])
+def test_a_principal_basis_of_degenerate_columns(shape, kind):
+    M = with_condition(*shape, 2.0).float()
+    M = {"zero": M * 0, "dependent": M[:, :1].expand(shape), "a zero column": M * torch.tensor([0.0] + [1.0] * 7)}[kind]
+    found, T = principal(M)
+    k = min(shape)
+    assert found.width == k and T.shape == (k, 8)
+    torch.testing.assert_close(found.times(T), M, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.columns().T @ found.columns(), torch.eye(k), atol=1e-5, rtol=0)
+    gram = T @ T.mT
+    assert float((gram - gram.diagonal().diag()).norm()) <= 1e-12 * max(1.0, float(gram.norm()))
+    assert bool((gram.diagonal().diff() <= 1e-12).all())
+    with pytest.raises(PartingError):
+        principal(torch.stack([M, with_condition(*shape, 2.0).float()]))
 
 
 @pytest.mark.parametrize("sizes", [(1e-12, 1.0), (1.0, 1e8), (1e-15, 1e10)])

@@ -1,4 +1,4 @@
-"""Orthonormal bases of tall matrices: by Cholesky of the Gram matrix where that is as exact as QR, by QR elsewhere."""
+"""Orthonormal bases of tall matrices: from the Gram matrix where that is as exact as QR or an SVD, by those elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.merging.factors import PartingError
+from plait.merging.small_svd import roots_of, thin_svd
 
 # The largest |D R^-1| for which the Gram matrix is trusted; see `orthonormal`. Of the stacked factors of public adapters it
 # is 4 to 900, of random ones about the root of their number of columns, of linearly dependent ones infinite.
@@ -81,19 +82,67 @@ def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... 
     return found or _by_householder(M)
 
 
+def principal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]]:
+    """M = Q T as in `orthonormal`, with M's left singular vectors in Q: of M = U S V^T, Q = U and T = S V^T, largest first.
+
+    M^T M = V S^2 V^T gives both, and Q = M (V S^-1): neither a basis nor an SVD comes before.
+
+    **Fallback**: `orthonormal` and `thin_svd` of its coordinates, where the Gram matrix is not to be trusted with the small
+    singular values, or where float32 is not with Q (S^-1 V^T stands for T^-1 in `orthonormal`, and kappa is the same).
+
+    Args:
+        M: As in `orthonormal`.
+
+    Raises:
+        PartingError: A stack with a member that falls back.
+        LinAlgError: NaN or infinity.
+
+    Cost: n R^2 multiplications and an eigendecomposition of (R, R), float64.
+    """
+    if (found := _by_eigenvectors(M)) is not None:
+        return found
+    if M.ndim > 2:
+        raise PartingError
+    basis, T = orthonormal(M)
+    U, S, Vt = thin_svd(T)
+    return basis.turned(U), S[:, None] * Vt
+
+
 def _by_gram(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]] | None:
     """None where a matrix, or any of a stack, is not to be trusted."""
     n, R = M.shape[-2:]
     if not 0 < R <= n:
         return None
-    wide = M.double()
-    gram = wide.mT @ wide
+    gram = _gram(M)
     L, failed = torch.linalg.cholesky_ex(gram)
     if bool(failed.any()):
         return None
     inverse = torch.linalg.solve_triangular(L, torch.eye(R, dtype=L.dtype, device=L.device), upper=False).mT
+    return (Basis(M, inverse), L.mT) if _is_trusted(gram, inverse) else None
+
+
+def _by_eigenvectors(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]] | None:
+    """None where a matrix, or any of a stack, is not to be trusted."""
+    n, R = M.shape[-2:]
+    if not 0 < R <= n:
+        return None
+    gram = _gram(M)
+    if (pair := roots_of(gram)) is None:
+        return None
+    S, V = pair
+    inverse = V / S[..., None, :]
+    return (Basis(M, inverse), S[..., None] * V.mT) if _is_trusted(gram, inverse) else None
+
+
+def _gram(M: Float[Tensor, "... n R"]) -> Float[Tensor, "... R R"]:
+    wide = M.double()
+    return wide.mT @ wide
+
+
+def _is_trusted(gram: Float[Tensor, "... R R"], inverse: Float[Tensor, "... R R"]) -> bool:
+    """Whether kappa is small enough in all members; see `orthonormal`."""
     kappa = (gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * inverse).norm(dim=(-2, -1))
-    return (Basis(M, inverse), L.mT) if bool((kappa <= _TRUSTED).all()) else None  # NaN is not
+    return bool((kappa <= _TRUSTED).all())  # NaN is not
 
 
 def _by_householder(M: Float[Tensor, "n R"]) -> tuple[Basis, Float[Tensor, "k R"]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
-from plait.merging.basis import Basis, orthonormal
+from plait.merging.basis import Basis, orthonormal, principal
 from plait.merging.factors import common_count, factors_of
 from plait.merging.small_svd import thin_svd
 
@@ -55,6 +55,26 @@ class CoreSpace:
         """
         # A first: it is A that tasks share where a stack has to be taken apart, and that is then known at half the cost.
         (right, Ta), (left, Tb) = orthonormal(A.mT), orthonormal(B)
+        return cls(left, right, torch.split(Tb, list(ranks), dim=-1), torch.split(Ta.mT, list(ranks), dim=-2))
+
+    @classmethod
+    def in_svd_basis(
+        cls, A: Float[Tensor, "... R in"], B: Float[Tensor, "... out R"], ranks: Sequence[int]
+    ) -> CoreSpace:
+        """The same space in the basis of the core-space paper: left and right singular vectors of the stacked factors.
+
+        The SVD of [B_1 .. B_T] gives the left basis, that of the stacked A_t the right one. Elementwise rules depend on the basis;
+        this one does not depend on the order of the tasks (up to signs, which no rule sees).
+
+        Args:
+            A: As in `of`.
+            B: As in `of`.
+            ranks: As in `of`.
+
+        Cost:
+            That of `of`, and two eigendecompositions of (R, R).
+        """
+        (right, Ta), (left, Tb) = principal(A.mT), principal(B)
         return cls(left, right, torch.split(Tb, list(ranks), dim=-1), torch.split(Ta.mT, list(ranks), dim=-2))
 
     @property
@@ -104,17 +124,6 @@ class CoreSpace:
     def lifted(self, B: Float[Tensor, "p k"], A: Float[Tensor, "k q"], kind: str = LINEAR) -> LoraFactors:
         """The delta Q_B B A Q_A^T as LoRA factors."""
         return factors_of(self.right.rows(A), self.left.times(B), kind)
-
-    def in_svd_basis(self) -> CoreSpace:
-        """The same space in the basis of the core-space paper: left and right singular vectors of the stacked factors.
-
-        The SVD of [B_1 .. B_T] = U S W^T gives the left basis Q_B U, that of the stacked A_t the right one. Elementwise
-        rules depend on the basis; this one does not depend on the order of the tasks (up to signs, which no rule sees).
-        """
-        U = thin_svd(torch.cat(self.B, dim=-1))[0]
-        V = thin_svd(torch.cat(self.A, dim=-2))[2].mT
-        B, A = tuple(U.mT @ b for b in self.B), tuple(a @ V for a in self.A)
-        return CoreSpace(self.left.turned(U), self.right.turned(V), B, A)
 
 
 def significant(S: Float[Tensor, "... k"], share: float = NOISE) -> int:

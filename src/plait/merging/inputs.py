@@ -105,18 +105,24 @@ class MergeInputs:
         """R, the sum of the ranks."""
         return sum(self.ranks)
 
+    @property
+    def side_by_side(self) -> tuple[Float[Tensor, "... R in"], Float[Tensor, "... out R"]]:
+        """The A of all tasks, one below the other, and their B side by side."""
+        return self.joined or (torch.cat(self.A), torch.cat(self.B, dim=1))
+
     @computed
     def core(self) -> CoreSpace:
         """The lossless core: every delta as a matrix of at most (R, R)."""
         from plait.merging.core import CoreSpace
 
-        A, B = self.joined or (torch.cat(self.A), torch.cat(self.B, dim=1))
-        return CoreSpace.of(A, B, self.ranks)
+        return CoreSpace.of(*self.side_by_side, self.ranks)
 
     @computed
     def svd_core(self) -> CoreSpace:
         """The core in the SVD basis, in which elementwise rules compare its entries."""
-        return self.core.in_svd_basis()
+        from plait.merging.core import CoreSpace
+
+        return CoreSpace.in_svd_basis(*self.side_by_side, self.ranks)
 
     @computed
     def aligned(self) -> Aligned:

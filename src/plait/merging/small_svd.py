@@ -34,12 +34,21 @@ def thin_svd(
     if m > n:
         V, S, Ut = thin_svd(M.mT)
         return Ut.mT, S, V.mT
-    if m:
-        values, V = torch.linalg.eigh(M.mT @ M)
-        if bool((values[..., 0] > _TRUSTED * values[..., -1]).all()):
-            S, V = values.flip(-1).sqrt(), V.flip(-1)
-            return M @ V / S[..., None, :], S, V.mT
+    if m and (pair := roots_of(M.mT @ M)) is not None:
+        S, V = pair
+        return M @ V / S[..., None, :], S, V.mT
     if M.ndim > 2:
         raise PartingError
     U, S, Vt = torch.linalg.svd(M, full_matrices=False)
     return U, S, Vt
+
+
+def roots_of(gram: Float[Tensor, "... m m"]) -> tuple[Float[Tensor, "... m"], Float[Tensor, "... m m"]] | None:
+    """S, descending, and V of a Gram matrix V diag(S^2) V^T; None where it, or one of a stack, is not to be trusted.
+
+    Raises:
+        LinAlgError: NaN or infinity.
+    """
+    values, V = torch.linalg.eigh(gram)
+    trusted = bool((values[..., 0] > _TRUSTED * values[..., -1]).all())
+    return (values.flip(-1).sqrt(), V.flip(-1)) if trusted else None
