@@ -35,9 +35,10 @@ class Basis:
         """k, the number of columns."""
         return self.inner.shape[-1]
 
-    def columns(self) -> Float[Tensor, "n k"]:
-        """Q itself, in the dtype of M."""
-        return self.tall @ self.inner.to(self.tall.dtype)
+    def columns(self, sizes: Float[Tensor, "... k"] | None = None) -> Float[Tensor, "n k"]:
+        """Q itself, or with every column multiplied by a size, in the dtype of M."""
+        inner = self.inner if sizes is None else self.inner * sizes[..., None, :]
+        return self.tall @ inner.to(self.tall.dtype)
 
     def times(self, X: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
         """Q X, in the dtype of M."""
@@ -113,12 +114,12 @@ def _by_gram(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R
     n, R = M.shape[-2:]
     if not 0 < R <= n:
         return None
-    gram = _gram(M)
+    gram = gram_of(M)
     L, failed = torch.linalg.cholesky_ex(gram)
     if bool(failed.any()):
         return None
     inverse = torch.linalg.solve_triangular(L, torch.eye(R, dtype=L.dtype, device=L.device), upper=False).mT
-    return (Basis(M, inverse), L.mT) if _is_trusted(gram, inverse) else None
+    return (Basis(M, inverse), L.mT) if is_trusted(gram, inverse) else None
 
 
 def _by_eigenvectors(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]] | None:
@@ -126,22 +127,28 @@ def _by_eigenvectors(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, 
     n, R = M.shape[-2:]
     if not 0 < R <= n:
         return None
-    gram = _gram(M)
+    gram = gram_of(M)
     if (pair := roots_of(gram)) is None:
         return None
     S, V = pair
     inverse = V / S[..., None, :]
-    return (Basis(M, inverse), S[..., None] * V.mT) if _is_trusted(gram, inverse) else None
+    return (Basis(M, inverse), S[..., None] * V.mT) if is_trusted(gram, inverse) else None
 
 
-def _gram(M: Float[Tensor, "... n R"]) -> Float[Tensor, "... R R"]:
+def gram_of(M: Float[Tensor, "... n R"]) -> Float[Tensor, "... R R"]:
+    """M^T M, float64."""
     wide = M.double()
     return wide.mT @ wide
 
 
-def _is_trusted(gram: Float[Tensor, "... R R"], inverse: Float[Tensor, "... R R"]) -> bool:
-    """Whether kappa is small enough in all members; see `orthonormal`."""
-    kappa = (gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * inverse).norm(dim=(-2, -1))
+def is_trusted(gram: Float[Tensor, "... R R"], inner: Float[Tensor, "... R k"]) -> bool:
+    """Whether kappa = |D C| is small enough for Q = M C, in all members; see `orthonormal`.
+
+    Args:
+        gram: M^T M.
+        inner: C.
+    """
+    kappa = (gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * inner).norm(dim=(-2, -1))
     return bool((kappa <= _TRUSTED).all())  # NaN is not
 
 

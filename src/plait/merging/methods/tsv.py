@@ -7,9 +7,10 @@ from typing import Annotated
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.core import polar
+from plait.merging.factors import factors_of
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
+from plait.merging.triplets import orthogonal_triplets
 from plait.options import Range
 
 
@@ -24,16 +25,17 @@ def tsv(x: MergeInputs, *, triplets: Annotated[int, Range(1)] | None = None) -> 
         x: The module.
         triplets: k; by default each task's own rank, which loses nothing.
 
-    Cost: SVDs of (r_t, r_t) and of (R, R) in the lossless core.
+    Cost: SVDs of (r_t, r_t) and two eigendecompositions of (R, R).
     Source: Gargiulo et al., CVPR 2025, algorithm 1.
     **Deviates**: k is the LoRA's rank and not 1/T of min(out, in), so no vector of a zero singular value enters (they
     change the polar factor). Where the stacked vectors are linearly dependent, as with one A shared by all tasks, the
     polar factor is a partial isometry: the authors' SVD completes it with arbitrary vectors.
     """
-    found = x.core.task_svds(triplets)
-    values = torch.cat([s * w for (_, s, _), w in zip(found, x.weights, strict=True)], dim=-1)
+    if x.total_rank == 0:
+        return x.zero()
+    U, S, V = orthogonal_triplets(x, triplets)
+    values = torch.cat([s * w for s, w in zip(S, x.weights, strict=True)], dim=-1)
     if values.numel() == 0:
         return x.zero()
-    U, V = (polar(torch.cat([triplet[i] for triplet in found], dim=-1)) for i in (0, 2))
     root = values.abs().sqrt()
-    return x.core.lifted(U * (root * values.sign())[..., None, :], root[..., None] * V.mT, x.kind)
+    return factors_of(V.columns(root).mT, U.columns(root * values.sign()), x.kind)
