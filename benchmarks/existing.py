@@ -4,8 +4,11 @@
 
 `--adapters` holds seed-S/TASK folders as `plait run` writes them. For every seed: all candidates (methods x pico x scales)
 are scored by fidelity on unlabelled training texts and by labels on validation rows; halves of the validation rows take
-turns in choosing (by labels) and reporting. A seed that --out/existing.json already holds is not done again.
---out/existing-raw.json keeps every candidate's fidelity to every adapter beside its true scores.
+turns in choosing (by labels) and reporting. What a user gets is made by the functions that `plait merge` and `plait merge auto`
+call: the default at the prompt, `merge auto` without texts, with --texts (chosen, weights learnt, fitted, heads that follow), and
+repaired. `--joint` holds the same folders of one adapter that was trained on all tasks (an arm with `joint: true`), for
+`recovered_joint`. A seed that --out/existing.json already holds is not done again. --out/existing-raw.json keeps every candidate's
+fidelity to every adapter beside its true scores.
 """
 
 from __future__ import annotations
@@ -20,48 +23,46 @@ from typing import Any
 import existing_page
 import numpy as np
 import torch
+from fitted import steps_of
+from intervals import t_interval
+from judging import GLUE, Judge, task_of
 from scipy.stats import spearmanr
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
 from plait.disk.store import versions
-from plait.evaluation.evaluate import halves, scored_labels
-from plait.evaluation.scores import REPORTED, SELECTION
 from plait.fidelity.candidates import METHODS, SCALES, Tried, groups_of, merged_by, recipes
-from plait.fidelity.choose import HELD_OUT, Scored, refined_weights, scaled
+from plait.fidelity.choose import scaled
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.measure import aggregate
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import mean_error, terms_over
-from plait.fidelity.repair import repaired
-from plait.fidelity.score import fidelities, outputs
-from plait.fidelity.teachers import HeadLoss
-from plait.fidelity.texts import split_off
+from plait.fidelity.score import fidelities
+from plait.merging import merge
 from plait.merging.registry import find_method
 from plait.model.base import BaseModel
-from plait.tasks import GLUE_TASKS, Task, glue_task, load_examples, load_task
-from plait.tasks.metrics import primary, scores
-from plait.tasks.task import Source
+from plait.tasks import load_examples
 
-GLUE = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"
-# Tasks beside GLUE's: their text columns and the file that is scored.
-OPEN = {
-    "snli": (("premise", "hypothesis"), "validation"),
-    "banking77": (("sentence",), "test"),
-    "clinc_domain": (("sentence",), "validation"),
+# What `merge auto` makes of texts -> the step of `fitted.py` that makes it.
+FROM_TEXTS = {
+    "100 texts, chosen": "chosen",
+    "100 texts, weights learnt": "weights learnt",
+    "100 texts, fitted": "fitted",
+    "100 texts": "fitted, heads",
+    "100 texts, repaired": "fitted, repaired, heads",
 }
-
-
-def task_of(name: str, root: Path) -> Task:
-    """One task by its name: GLUE's, or one of `OPEN`."""
-    if name in GLUE_TASKS:
-        return load_task(glue_task(name, root), root=root)
-    columns, split = OPEN[name]
-    source = Source(str(root / name / "train.parquet"), str(root / name / f"{split}.parquet"))
-    return load_task(Task(name, "classification", source, columns), root=root)
+# Key of the report -> row.
+KEYS = {
+    "default_at_prompt": "default at the prompt",
+    "recovered_no_text": "no text",
+    "recovered_100_texts": "100 texts",
+    "recovered_repaired": "100 texts, repaired",
+    "recovered_oracle": "chosen by labels",
+    "recovered_joint": "joint training",
+}
 
 
 def _mean(values) -> float:
@@ -83,53 +84,10 @@ AGGREGATES = {
 }
 
 
-class Judge:
-    """True scores on the two halves of the validation rows.
-
-    Args:
-        panel: Whose base and adapters.
-        tasks, validation: Name -> task, and its validation rows.
-        rows: At most so many of each half of each task; 0 for all.
-    """
-
-    def __init__(self, panel: Panel, tasks, validation, rows: int) -> None:
-        parts = {n: halves(len(e)) for n, e in validation.items()}
-        self.halves = {}
-        kept = {}
-        for n, found in parts.items():
-            rng = np.random.default_rng(1)
-            cut = [np.sort(rng.permutation(found[h])[:rows] if rows else found[h]) for h in (SELECTION, REPORTED)]
-            order = np.concatenate(cut)
-            kept[n] = validation[n].take(order)
-            self.halves[n] = [np.arange(len(cut[0])), np.arange(len(cut[0]), len(order))]
-        self.tasks, self.rows = tasks, kept
-        self.panel = panel.with_texts({n: e.texts for n, e in kept.items()})
-
-    def scores(self, worn: Sequence[Any]) -> np.ndarray:
-        """(merges, halves, tasks) scores in percent; each task may wear its own where a mapping is given."""
-        found = np.zeros((len(worn), 2, len(self.panel.parts)))
-        for j, part in enumerate(self.panel.parts):
-            labels = scored_labels(self.tasks[part.name], self.rows[part.name])
-            mine = [w[part.name] if isinstance(w, dict) else w for w in worn]
-            for i, logits in enumerate(outputs(self.panel, part, mine)):
-                for h, chosen in enumerate(self.halves[part.name]):
-                    metrics = self.tasks[part.name].metrics
-                    found[i, h, j] = primary(scores(metrics, logits[chosen], labels[chosen]))
-        return found
-
-    def labelled_loss(self, half: int, rows: int) -> tuple[Panel, HeadLoss]:
-        """The labels of one half, to be learnt from."""
-        chosen = {n: h[half][:rows] for n, h in self.halves.items()}
-        texts = {n: self.rows[n].take(c).texts for n, c in chosen.items()}
-        panel = self.panel.with_texts(texts)
-        labels = {n: scored_labels(self.tasks[n], self.rows[n])[c] for n, c in chosen.items()}
-        return panel, HeadLoss(panel, labels)
-
-
 def one_seed(
-    base: BaseModel, adapters: list[Adapter], tasks, validation, texts, a: argparse.Namespace
+    base: BaseModel, adapters: list[Adapter], joint: list[Adapter], tasks, validation, texts, a: argparse.Namespace
 ) -> dict[str, Any]:
-    """Everything about the adapters of one seed."""
+    """Everything about the adapters of one seed, with one trained on all tasks beside them where there is one."""
     clock = {"start": time.perf_counter()}
     panel = Panel(base, parts_of(adapters), texts, max_length=a.length)
     grid, full = Judge(panel, tasks, validation, a.grid_rows), Judge(panel, tasks, validation, a.rows)
@@ -141,12 +99,14 @@ def one_seed(
     tick(clock, "fidelity")
     by_label = grid.scores([(t.adapter, s) for t, s in entries])
     tick(clock, "grid")
-    arms, facts = label_free(panel, adapters, entries, fidelity, a)
+    arms, facts = label_free(panel, adapters, a)
     tick(clock, "label_free")
     labelled = (
-        [choice_by_labels(grid, adapters, entries, by_label, half, a) for half in (0, 1)] if a.label_steps else []
+        [choice_by_labels(grid, adapters, entries, arms, by_label, half, a) for half in (0, 1)] if a.label_steps else []
     )
     tick(clock, "chosen by labels")
+    if joint:
+        arms["joint training"] = {p.name: (j, 1.0) for p, j in zip(panel.parts, joint, strict=True)}
     rows = reported(full, panel, arms, entries, by_label, labelled)
     tick(clock, "reported")
     truth = by_label.mean((1, 2))
@@ -223,40 +183,24 @@ def tick(clock: dict[str, float], name: str) -> None:
     print(f"  {name} {clock[name]:.1f} s", flush=True)
 
 
-def label_free(panel, adapters, entries, fidelity, a) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What would be chosen from factors alone, and from the texts: as it is, its weights learnt, repaired."""
+def label_free(panel, adapters, a) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is made without labels: at the prompt, from factors alone, and from the texts step by step."""
     blind = choose_by_factors(adapters, METHODS, a.scales)
-    best = max(range(len(entries)), key=lambda i: fidelity[i].score)
-    tried, scale = entries[best]
-    chosen = Scored(tried, scale, fidelity[best], a.texts)
-    plain = scaled(tried.adapter, scale)
-    refined, _, held = refined_weights(panel, adapters, chosen, a.steps, 0)
-    kept = refined if held["refined"] > held["chosen"] else plain
-    mended = distil(panel, kept, learns="factors", steps=a.steps)
-    gated, repair = repaired(panel, kept, a.steps)
-    most, rest = split_off(panel.texts, HELD_OUT)
-    tried_repair = distil(panel.with_texts(most), kept, learns="factors", steps=a.steps)
-    pair = fidelities(panel.with_texts(rest), [(kept, 1.0), (tried_repair.adapter, 1.0)])
-    by_aggregate = {k: [f([*x.tasks]) for x in pair] for k, f in AGGREGATES.items()}
-    arms = {
-        "no text": (blind.adapter, 1.0),
-        "100 texts, chosen": (plain, 1.0),
-        "100 texts": (kept, 1.0),
-        "100 texts, repaired": (mended.adapter, 1.0),
-        "100 texts, repaired where it holds up": (gated, 1.0),
-    }
-    facts = {
-        "chosen_no_text": to_json(blind.chosen),
-        "repair": {**to_json(repair), "held_out_by_aggregate": by_aggregate},
-        "chosen_100_texts": {"candidate": tried.recipe.label, "scale": scale, "held_out": held},
-    }
+    steps, facts = steps_of(panel, adapters, steps=a.steps)
+    arms = {"default at the prompt": (merge(adapters, verify=False).adapter, 1.0), "no text": (blind.adapter, 1.0)}
+    for name, step in FROM_TEXTS.items():
+        arms[name] = (steps[step], 1.0)
+    label, scale = facts.pop("chosen")
+    facts["step_seconds"] = facts.pop("seconds")
+    facts["chosen_no_text"] = to_json(blind.chosen)
+    facts["chosen_100_texts"] = {"candidate": label, "scale": scale, "held_out": facts.pop("held_out")}
     return arms, facts
 
 
-def choice_by_labels(grid: Judge, adapters, entries, by_label, half: int, a) -> list[tuple[str, Any]]:
-    """Merges that labels of one half lead to: the best candidate, and weights per adapter and module learnt on the labels.
+def choice_by_labels(grid: Judge, adapters, entries, arms, by_label, half: int, a) -> list[tuple[str, Any]]:
+    """Merges that labels of one half lead to: the best candidate, weights learnt on the labels, or what was made without them.
 
-    Learnt from the best candidates of two methods that keep the adapters' ranks apart.
+    One weight per adapter and module, learnt from the best candidates of two methods that keep the adapters' ranks apart.
     """
     means = by_label[:, half].mean(1)
     order = np.argsort(-means)
@@ -273,6 +217,7 @@ def choice_by_labels(grid: Judge, adapters, entries, by_label, half: int, a) -> 
             steps=a.label_steps, loss=loss,
         )  # fmt: skip
         found.append((f"weights learnt from {tried.recipe.label} at {scale:g}", (done.adapter, 1.0)))
+    found += arms.items()
     scored = grid.scores([w for _, w in found])[:, half].mean(1)
     return [found[int(np.argmax(scored))]]
 
@@ -330,25 +275,35 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     def mean(values) -> float:
         return float(np.mean(list(values)))
 
-    names = list(next(iter(seeds.values()))["rows"])
+    names = [n for n in next(iter(seeds.values()))["rows"] if all(n in s["rows"] for s in seeds.values())]
     recovered = {n: mean(s["rows"][n]["recovered"] for s in seeds.values()) for n in names}
     ranks = {}
-    for kind in AGGREGATES:
+    recorded = set.intersection(*(set(s["candidates"][0]["fidelity"]) for s in seeds.values()))
+    for kind in (k for k in AGGREGATES if k in recorded):
         each = [
             spearmanr([c["fidelity"][kind] for c in s["candidates"]], [c["score"] for c in s["candidates"]]).statistic
             for s in seeds.values()
         ]
         ranks[kind] = mean(each)
-    labelled = recovered.get("chosen by labels")
+    each = {k: [s["rows"][row]["recovered"] for s in seeds.values()] for k, row in KEYS.items() if row in names}
+    figures: dict[str, Any] = {k: mean(each[k]) if k in each else None for k in KEYS}
+    labelled = figures["recovered_oracle"]
     return {
-        "recovered_no_text": recovered["no text"],
-        "recovered_100_texts": recovered["100 texts"],
-        "recovered_oracle": labelled,
-        "share_of_oracle": recovered["100 texts"] / labelled if labelled else None,
+        **figures,
+        "share_of_oracle": figures["recovered_100_texts"] / labelled if labelled else None,
         "rank_correlation": ranks["score"],
+        "intervals": {k: interval(v) for k, v in each.items()},
         "rank_correlations": ranks,
         "recovered": recovered,
     }
+
+
+def interval(values: Sequence[float]) -> list[float] | None:
+    """The 95 % t interval of a mean over seeds; None of one seed."""
+    if len(values) < 2:
+        return None
+    found = t_interval(values)
+    return [found.low, found.high]
 
 
 def parsed() -> argparse.Namespace:
@@ -356,6 +311,7 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--base", required=True)
     p.add_argument("--data", required=True, type=Path, help="rows, laid out as TASK/train.parquet")
     p.add_argument("--adapters", required=True, type=Path, help="folder of seed-S/TASK")
+    p.add_argument("--joint", type=Path, help="the same of one adapter that was trained on all tasks")
     p.add_argument("--tasks", default=GLUE)
     p.add_argument("--seeds", default="", help="0,1,2; all there are by default")
     p.add_argument("--out", required=True, type=Path)
@@ -407,7 +363,8 @@ def main() -> None:
         adapters = [read_adapter(a.adapters / seed / n, name=n) for n in names]
         draw = int(seed.rpartition("-")[2])
         texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + draw).texts for n in names}
-        seeds[seed] = one_seed(base, adapters, tasks, validation, texts, a)
+        joint = [read_adapter(a.joint / seed / n, name=n) for n in names] if a.joint else []
+        seeds[seed] = one_seed(base, adapters, joint, tasks, validation, texts, a)
         device = torch.cuda.get_device_name() if base.torch_device.type == "cuda" else "CPU"
         everything = a.out / "existing-raw.json"
         kept = json.loads(everything.read_text()) if everything.exists() else {}
@@ -428,7 +385,7 @@ def main() -> None:
             {
                 k: v
                 for k, v in json.loads(file.read_text()).items()
-                if k.startswith(("recovered_", "share", "rank_correlation"))
+                if k in KEYS or k in ("share_of_oracle", "rank_correlation")
             }
         )
     )

@@ -58,7 +58,9 @@ def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
         f"chosen is reported on {rows} rows of the other half. "
         + (
             "Chosen by labels (`oracle` in the file) is the better of the best candidate and of weights per adapter and module learnt "
-            f"from up to {settings['label_rows']} labelled rows of each task, from two starts; which is better, the labelled rows "
+            f"from up to {settings['label_rows']} labelled rows of each task, from two starts"
+            + (", or of what was made without labels" if later(seeds) else "")
+            + "; which is better, the labelled rows "
             "of the half that chooses say, so that it is no upper bound: a choice without labels may come out above it."
             if settings["label_steps"]
             else "Labels choose scales and nothing else."
@@ -67,13 +69,42 @@ def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
 
 
 def _headline(report: Mapping[str, Any]) -> str:
-    keys = ("recovered_no_text", "recovered_100_texts", "recovered_oracle", "share_of_oracle", "rank_correlation")
-    lines = ["| figure | value |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {k} | {_number(report[k])} |" for k in keys)])
+    keys = (
+        "default_at_prompt", "recovered_no_text", "recovered_100_texts", "recovered_repaired", "recovered_oracle", "recovered_joint",
+        "share_of_oracle", "rank_correlation",
+    )  # fmt: skip
+    intervals, others = report.get("intervals", {}), report.get("elsewhere", {})
+    lines = ["| figure | value | 95 % interval over seeds | of |", "|---|---|---|---|"]
+    for key in keys:
+        span = intervals.get(key) or others.get(key, {}).get("interval")
+        where = others.get(key, {}).get("of", "these seeds")
+        value = _number(report[key])
+        cells = (
+            key,
+            value,
+            f"{span[0]:.2f} to {span[1]:.2f}" if span else "",
+            where if report[key] is not None else "",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    told = [
+        "",
+        "`default_at_prompt` is `plait merge` without any option; `recovered_joint` one adapter trained on all tasks together.",
+    ]
+    if not later(report["seeds"]):
+        told.append(
+            "`recovered_100_texts` is here what `merge auto` was when this was measured, a choice with weights learnt; fits and heads that "
+            "follow came later, and what they add is in [existing-fitted.md](existing-fitted.md)."
+        )
+    return "\n".join([*lines, *told])
+
+
+def later(seeds: Mapping[str, Any]) -> bool:
+    """Whether these seeds were measured since `merge auto` fits what it chose, and lets heads follow."""
+    return all("100 texts, fitted" in s["rows"] for s in seeds.values())
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "not defined" if value is None else f"{value:.{digits}f}"
+    return "not measured" if value is None else f"{value:.{digits}f}"
 
 
 def _recovered(report: Mapping[str, Any]) -> str:
@@ -114,7 +145,15 @@ def _ranks(report: Mapping[str, Any]) -> str:
 def _tasks(seeds: Mapping[str, Any]) -> str:
     names = list(next(iter(seeds.values()))["alone"]["tasks"])
     lines = ["| merge | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for key in ("alone", "floor", "no text", "100 texts", "100 texts, repaired", "chosen by labels"):
+    keys = (
+        "default at the prompt",
+        "no text",
+        "100 texts",
+        "100 texts, repaired",
+        "chosen by labels",
+        "joint training",
+    )
+    for key in ("alone", "floor", *keys):
         if not all(key in s or key in s["rows"] for s in seeds.values()):
             continue
         found = [s[key] if key in ("alone", "floor") else s["rows"][key] for s in seeds.values()]

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from existing import task_of
 from intervals import t_interval
+from judging import task_of
 
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json

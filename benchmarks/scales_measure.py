@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from existing import Judge, task_of
+from judging import Judge, task_of
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
