@@ -1,0 +1,46 @@
+"""Pages of merges that already exist, and of scales: what they quote follows from the records beside them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", ["existing", "existing-penalised", "existing-eleven", "existing-eleven-penalised"])
+def test_existing_says_what_its_seeds_say(script, name):
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    made = script("existing").summary(report["seeds"])
+    assert {k: v for k, v in made.items() if k in report["intervals"]} == pytest.approx(
+        {k: report[k] for k in made if k in report["intervals"]}
+    )
+    for key, span in made["intervals"].items():
+        assert span == pytest.approx(report["intervals"][key])
+    missing = [k for k in script("existing").KEYS if made[k] is None]
+    assert all(report[k] == report["elsewhere"].get(k, {}).get("value") for k in missing)
+    assert (RESULTS / f"{name}.md").read_text() == script("existing_page").page(report, f"{name}.json")
+
+
+def test_scales_are_the_rows_and_count_once(script):
+    rows = json.loads((RESULTS / "scales.json").read_text())["rows"]
+    assert (RESULTS / "scales.md").read_text() == script("scales_page").page(rows)
+    of_what = [tuple(v for k, v in r.items() if k not in ("source", "also")) for r in rows]
+    assert len(set(of_what)) == len(rows)
+
+
+def test_what_a_fit_adds_is_the_searchs(script):
+    report, search = (json.loads((RESULTS / f"existing-fitted{end}.json").read_text()) for end in ("", "-search"))
+    text = (RESULTS / "existing-fitted.md").read_text()
+    assert text == script("fitted").page(report, search)
+    assert "What each step adds" in text
