@@ -56,7 +56,8 @@ TESTS = (
     "test_pipeline.py", "test_recipe.py", "test_single_stages.py", "test_store.py", "test_store_manifests.py",
     "test_trust_page.py", "test_train_folders.py",
 )  # fmt: skip
-_COPIED = ("src", "tests", "recipes", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md", "Makefile")
+_COPIED = ("src", "tests", "recipes", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md",
+           "SECURITY.md", "Makefile", "constraints.txt")  # fmt: skip
 _QUIET = ("-q", "-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:terminalreporter")
 
 
@@ -151,6 +152,9 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="below tests/")
     parser.add_argument("--map", type=Path, help="file that keeps which tests reach which line, for further samples")
     parser.add_argument("--quick", action="store_true", help="tests that reach a statement alone, but where none does")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="seconds that the tests of one mutant may take"
+    )
     parser.add_argument("--reach", action="store_true", help="only make that file")
     chosen = parser.parse_args()
     stop = time.monotonic() + chosen.seconds
@@ -165,7 +169,7 @@ def main() -> None:
         for room, file, mutant in drawn(tree / "src/plait", chosen.only, chosen.count, chosen.seed):
             if time.monotonic() > stop:
                 break
-            outcomes.append(_outcome(tree, room, file, mutant, reach, quick=chosen.quick))
+            outcomes.append(_outcome(tree, room, file, mutant, reach, quick=chosen.quick, limit=chosen.limit))
             print(json.dumps(asdict(outcomes[-1])), file=sys.stderr, flush=True)
             command = " ".join(["python -P -m benchmarks.trust.mutants", *sys.argv[1:]])
             write_part(chosen.to, "mutants", rows(outcomes), command, {"mutants": [asdict(o) for o in outcomes]})
@@ -268,7 +272,7 @@ def _noted(tree: Path, test: str) -> dict[str, Any]:
 
     begun = time.monotonic()
     code, _ = _child(noted, said, None)
-    if not place.is_file():
+    if not place.is_file() or code not in (0, 1):  # 1: tests that fail are none that could kill; else none ran
         raise RuntimeError(f"{test} did not run: {code}: {said.read_text()[-2000:]}")
     last = (said.read_text().strip() or "nothing").splitlines()[-1]
     print(f"{test}: {last} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
@@ -276,7 +280,9 @@ def _noted(tree: Path, test: str) -> dict[str, Any]:
     return found
 
 
-def _outcome(tree: Path, room: str, file: str, mutant: Mutant, reach: Reach, *, quick: bool) -> Outcome:
+def _outcome(
+    tree: Path, room: str, file: str, mutant: Mutant, reach: Reach, *, quick: bool, limit: float = float("inf")
+) -> Outcome:
     """Put a mutant into the copy, run what may notice it, and take it out again.
 
     Quick, a mutant that the tests which reach its statement let pass is not given to the others of their files: of what runs in
@@ -292,7 +298,7 @@ def _outcome(tree: Path, room: str, file: str, mutant: Mutant, reach: Reach, *, 
             if not tests or (quick and inside and tests is not near):
                 continue
             count += len(tests)
-            found = _judged(tree, tests, 20 + 4 * sum(reach.seconds[t] for t in tests))
+            found = _judged(tree, tests, min(limit, 20 + 4 * sum(reach.seconds[t] for t in tests)))
             if found != "survived":
                 break
     finally:

@@ -222,6 +222,13 @@ def _numbers(e: Entry, rng: random.Random) -> list[Entry]:
     return [(*e[:3], bytes(data))]
 
 
+def _called_as_another(value: Any, rng: random.Random) -> None:
+    """A key gets the name of another of the file, wherever that stands; changed in place."""
+    keyed = [(parent, key) for parent, key in _places(value, []) if isinstance(parent, dict)]
+    parent, key = rng.choice(keyed)
+    parent[rng.choice(keyed)[1]] = parent.pop(key)
+
+
 def yaml_file(load: Callable[[bytes], Any], dump: Callable[[Any], str]) -> Callable[[bytes, random.Random], bytes]:
     """A mutation of YAML files: of the tree, or of the text, where tags, anchors and odd scalars go in."""
 
@@ -233,6 +240,9 @@ def yaml_file(load: Callable[[bytes], Any], dump: Callable[[Any], str]) -> Calla
             words = data.decode().split(" ")
             words[rng.randrange(len(words))] = rng.choice(ODD_YAML)
             return " ".join(words).encode()
-        return dump(tree(load(data), rng)).encode("utf-8", "surrogatepass")
+        value = load(data)
+        if rng.random() < 0.15:
+            _called_as_another(value, rng)
+        return dump(tree(value, rng)).encode("utf-8", "surrogatepass")
 
     return change

@@ -48,6 +48,57 @@ rates: [0.001, 0.01]
 variants: [{name: v, set: {lora.rank: 3}, arms: [o]}]
 repair: {arms: [o], merge: ties, steps: 5}
 """
+WHOLE = b"""\
+name: whole
+description: says all that a recipe may say
+base: {model_name_or_path: /nowhere, revision: main, torch_dtype: bfloat16, device: "cuda:0", four_bits: nf4}
+data: {root: /nowhere, train_rows: 100, validation_rows: 50, selection_rows: 20, max_seq_length: 64}
+tasks:
+- {name: topic, train: a.csv, validation: b.csv, text: [one, two], label: y, labels: [a, b], metrics: [accuracy, f1], empty: skip}
+- {name: grade, train: g.parquet, text: one, kind: regression, metrics: pearson}
+- {name: asks, train: "hub:some/rows:plain:train", text: [q, p], kind: causal, template: "{q} {p}",
+   chat: prompt, stop: "\\n", extract: "(\\\\d+)", compare: number, references: answers}
+lora: {r: 2, lora_alpha: 4.0, target_modules: ".*(q|v)_proj", exclude_modules: [lm_head], layers_to_transform: [0, 1]}
+statistics: {samples: 16, pool: mean, batch_size: 4, sketch: 8, memory: 2GB}
+arms:
+- kaiming
+- {name: mine, subspace: contrastive, row_norm: 2.0, options: {rho: 0.1}, pool: token, samples: 9,
+   known: 1, background: 0.5, rank: 3, rates: [0.01], seeds: [3]}
+- {name: held, subspace: contrastive, like: mine, training: {constraint: projected, constraint_options: {m: 8}, max_steps: 6}}
+- {name: both, subspace: kaiming, joint: true}
+training:
+  num_train_epochs: 1.5
+  batch_size: 8
+  accumulation: 2
+  warmup_ratio: 0.1
+  weight_decay: 0.01
+  schedule: cosine
+  head_lr: 0.001
+  max_grad_norm: 1.0
+  dropout: 0.1
+  base_dropout: true
+  checkpoint_every: 5
+  precision: bf16
+  evaluate_every: 3
+  patience: 2
+  report_to: [tensorboard]
+  scale_from: 0.5
+merges: [linear, {name: cut, method: tsv, calibrate: pico, rank: 4},
+  {name: t, method: ties, options: {density: 0.3, scope: module}, scales: [1.0]}]
+evaluation: {scales: [0.5, 1.0], batch_size: 8, split_seed: 1, resamples: 0, grow: true}
+fleet: never
+seeds: [0, 1]
+rates: [0.001, 0.01]
+moments: [5, 10]
+tuning_seed: 77
+tuning_merges: [cut]
+tuning_rows: 30
+grid_rows: 40
+background: [{name: public, train: p.jsonl, text: one, label: y, labels: [x, z]}]
+repair: {arms: [mine], merge: t, steps: 5}
+variants:
+- {name: wide, set: {lora.rank: 3, training.lr: 0.1, tasks.topic.text: [one]}, arms: [mine, held], merges: [cut], seeds: [4]}
+"""
 MERGEKITS = (
     b"models:\n- {model: base+a, parameters: {weight: 0.5}}\n- {model: base+b, parameters: {weight: 1}}\n"
     b"merge_method: ties\nbase_model: base\nparameters: {density: 0.5, normalize: true, lambda: 0.7}\ndtype: float32\n",

@@ -25,7 +25,7 @@ from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
 from plait.merging.changes import recorded
 from plait.merging.mergekit import read_mergekit_config
-from plait.runs.recipe_file import read_recipe
+from plait.runs.recipe_file import read_recipe, variant_of
 from plait.statistics.files import read_identity, read_statistics
 from plait.statistics.fisher import is_fisher, read_fisher
 from plait.statistics.inspect import check_statistics
@@ -130,6 +130,9 @@ def _read_recipe(path: Path) -> None:
     for arm in found.arm_specs:
         held(found.training_of(arm).lr > 0, "rate")
     held(all(0 < s < math.inf for m in found.merge_specs for s in found.scales_of(m)), "scales")
+    json.dumps(found.model_dump(mode="json"), allow_nan=False)
+    for variant in found.variants:
+        held(bool(variant_of(found, variant.name).arms), f"arms of {variant.name}")
 
 
 def _read_mergekit(path: Path) -> None:
@@ -201,7 +204,14 @@ TARGETS = (
         0.2,
     ),
     Target("Fisher files", seeds.fisher_files, _one(mutate.safetensors), "x.fisher.safetensors", _read_fisher, 0.32),
-    Target("recipes and studies", lambda: [{"": seeds.RECIPE}, {"": seeds.STUDY}], _YAML, "x.yaml", _read_recipe, 0.05),
+    Target(
+        "recipes and studies",
+        lambda: [{"": r} for r in (seeds.RECIPE, seeds.STUDY, seeds.WHOLE)],
+        _YAML,
+        "x.yaml",
+        _read_recipe,
+        0.05,
+    ),
     Target("mergekit recipes", lambda: [{"": m} for m in seeds.MERGEKITS], _YAML, "x.yaml", _read_mergekit, 0.13),
 )
 

@@ -6,6 +6,7 @@ mistyped name need to know of them lies beside them in `methods.json`, which `ma
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -79,7 +80,13 @@ def is_all(register: str, group: str) -> bool:
         register: Dotted name of the register, in which a process may have registered methods of its own.
         group: Entry points by which packages do.
     """
-    return register not in sys.modules and not entry_points(group=group)
+    return register not in sys.modules and not _is_added_to(group)
+
+
+@functools.cache  # a recipe's check asks for every arm and merge, and each answer reads the record of every installed package
+def _is_added_to(group: str) -> bool:
+    """Whether an installed package has entry points of a group."""
+    return bool(entry_points(group=group))
 
 
 def read_list(folder: Path) -> Mapping[str, Listed]:

@@ -86,7 +86,7 @@ def _placed(tensor: str, name: Named, stored: Stored, settings: Settings) -> tup
         )
     if kind == names.COPY:
         leaf = tensor.rpartition(".")[2]
-        if settings.target(name.module).hit or settings.parameters_in(name.module.replace(".base_layer", "")):
+        if settings.is_target(name.module) or settings.parameters_in(name.module.replace(".base_layer", "")):
             return Placement(tensor, f"{ROOT}{name.module}.base_layer.{leaf}", kind, "overwrites"), None
         return dropped("is dropped in silence: its module gets no factors, so nothing has that name", _SAVE)
     return _whole(tensor, name.module, settings)
@@ -98,16 +98,14 @@ def _factor(tensor: str, name: Named, settings: Settings) -> tuple[Placement, Fa
     loaded = Placement(tensor, names.parameter_of(name), kind, "loaded")
     container = re.sub(r"(\.base_layer)+$", "", module)
     depth = (len(module) - len(container)) // len(".base_layer")
-    target = settings.target(module)
-    if (
-        not target.hit and ".base_layer." in name.module
-    ):  # inside a multi-head attention, which adapts its parts with it
-        target = settings.target(name.module.partition(".base_layer.")[0])
+    target = settings.is_target(module)
+    if not target and ".base_layer." in name.module:  # inside a multi-head attention, which adapts its parts with it
+        target = settings.is_target(name.module.partition(".base_layer.")[0])
     what = ""
     if parameters := settings.parameters_in(container):
-        if depth >= len(parameters) and not (depth == 0 and target.hit):
+        if depth >= len(parameters) and not (depth == 0 and target):
             what = f"the config names {len(parameters)} parameters of {container!r}, and this would be one more"
-    elif not target.hit:
+    elif not target:
         what = f"by target_modules {module!r} gets no factors"
     elif kind in (names.EMBEDDING_A, names.EMBEDDING_B) and names.is_looked_up(module) is False:
         what = f"{module!r} is multiplied with: PEFT's factors of it are called lora_A and lora_B, and lie the other way round"
@@ -133,7 +131,7 @@ def _whole(tensor: str, parameter: str, settings: Settings) -> tuple[Placement, 
     if leaf == "bias" and settings.raw.get("bias", "none") != "none":
         return Placement(tensor, tensor, "bias", "overwrites"), None
     step = "declare its module in modules_to_save, or leave it out"
-    if settings.target(module).hit:
+    if settings.is_target(module):
         what = f"is dropped in silence: {module!r} has factors, and its own weight is called {module}.base_layer.{leaf} there"
         return Placement(tensor, "", "whole weight", "dropped"), Fault(tensor, what, step)
     what = "is written over the base's own weight, and stays there when the adapter is switched off; a base without it drops it"
@@ -182,7 +180,7 @@ def _config_faults(settings: Settings, taken: Mapping[str, Named], folder: PeftF
         yield Fault(min(bare), what, "merge it again with this version, which writes names of the whole model")
     wanted = settings.raw.get("target_modules")
     for target in wanted if isinstance(wanted, list) else ():
-        if not settings.target(str(target)).hit:
+        if not settings.is_target(str(target)):
             continue
         named = str(target).replace(".base_layer.", ".")  # what lies inside a multi-head attention
         if re.search(r"\.\d+\.", named) and not any(m == named or m.endswith(f".{named}") for m in modules):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from plait.errors import InputError
 from plait.loading.header import read_object
@@ -28,13 +28,6 @@ use_dora use_qalora use_rslora velora_config
 KNOWN_FIELDS = frozenset(_FIELDS.split())
 _PLAIN = re.compile(r"[\w.-]+")
 _STEPS = 10**8  # of a regex that tries every way: about a second
-
-
-class Target(NamedTuple):
-    """Whether a module gets factors; `sure` is False where only the base could tell."""
-
-    hit: bool
-    sure: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,34 +119,31 @@ class Settings:
         """Ranks that may be allocated for a module: one, but for several parameters that its name stands for."""
         container = re.sub(r"(\.base_layer)+$", "", module)
         parameters = {f"{container}.{t.rpartition('.')[2]}" for t in self.parameters_in(container)}
-        own = {module} if not parameters or self.target(module).hit else set()  # a layer may be a target itself
+        own = {module} if not parameters or self.is_target(module) else set()  # a layer may be a target itself
         return {self.rank_of(name) for name in parameters | own}
 
     def alpha_of(self, module: str) -> float:
         """A module's alpha."""
         return self.pattern("alpha_pattern", module, "lora_alpha", 8)
 
-    def target(self, module: str) -> Target:
-        """Whether a module of this name gets factors, by `target_modules`, exclusions and layers."""
+    def is_target(self, module: str) -> bool:
+        """Whether a module of this name gets factors, by `target_modules`, exclusions and layers; it may, where a base has to tell."""
         excluded = self.raw.get("exclude_modules")
-        if isinstance(excluded, str) and (hit := matches(rf"(?:{excluded})\Z", module)) is not False:
-            return Target(False, sure=bool(hit))
+        if isinstance(excluded, str) and matches(rf"(?:{excluded})\Z", module) is not False:
+            return False
         if isinstance(excluded, list) and any(_is_at(module, str(e)) for e in excluded):
-            return Target(False)
+            return False
         if any(matches(rf"(^|.*\.){re.escape(m)}($|\..*)", module) for m in self.saved):
-            return Target(False)
+            return False
         wanted = self.raw.get("target_modules")
         if wanted == "all-linear":
-            return Target(True, sure=False)
+            return True
         if isinstance(wanted, str):
-            hit = matches(rf"(?:{wanted})\Z", module)
-            return Target(hit is not False, sure=hit is not None)
+            return matches(rf"(?:{wanted})\Z", module) is not False
         targets = self.names("target_modules")
         if _is_at(module, OUTPUT) and self._ties(targets):
-            return Target(True, sure=False)
-        if not any(_is_at(module, t) for t in targets):
-            return Target(False)
-        return Target(self._in_layers(module))
+            return True
+        return any(_is_at(module, t) for t in targets) and self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
         layers = self.raw.get("layers_to_transform")

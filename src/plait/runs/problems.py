@@ -79,7 +79,7 @@ def of_form(error: ValidationError, model: type[PydanticModel], where: str) -> l
 
 
 def _problem(error: Mapping[str, Any], whole: type[PydanticModel]) -> str:
-    place = [str(p) for p in error["loc"] if not str(p).endswith("Spec") and p not in ("str", "list[constrained-str]")]
+    place = [str(p) for p in error["loc"] if not _is_of_pydantic(str(p))]
     if error["type"] == "extra_forbidden":
         known = sorted(_fields_at(place[:-1], whole))
         near = difflib.get_close_matches(place[-1], known, n=1)
@@ -88,6 +88,11 @@ def _problem(error: Mapping[str, Any], whole: type[PydanticModel]) -> str:
         return f"unknown key {printable('.'.join(place), 80)!r}" + (f", here it is {other}" if other else advice)
     found = printable(shown(error.get("input")), 60)
     return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {found})" if place else "")
+
+
+def _is_of_pydantic(part: str) -> bool:
+    """Whether a part of a place names a class or a check of pydantic's, not a key or a number of the recipe."""
+    return part.endswith("Spec") or part.startswith("function-") or part in ("str", "list[constrained-str]")
 
 
 def _fields_at(place: Sequence[str], whole: type[PydanticModel]) -> set[str]:

@@ -102,7 +102,7 @@ def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     raw = understood(raw, where)
     try:
         recipe = Recipe.model_validate(raw)
-        variants = [variant_of(recipe, v.name) for v in recipe.variants]
+        variants = [variant_of(recipe, v.name, where) for v in recipe.variants]
     except ValidationError as e:
         require_none([*of_form(e, Recipe, where), *of_parts(raw, where)], where)
         raise
@@ -126,19 +126,30 @@ def parse_settings(raw: Mapping[str, Any], where: str) -> Settings:
     return settings
 
 
-def variant_of(recipe: Recipe, name: str) -> Recipe:
-    """The recipe that a variant is: its settings changed, its arms, no variants or references of its own."""
+def variant_of(recipe: Recipe, name: str, where: str = "the recipe") -> Recipe:
+    """The recipe that a variant is: its settings changed, its arms, no variants or references of its own.
+
+    Raises:
+        UsageError: What it sets makes no recipe, or one without its arms.
+    """
     variant = next(v for v in recipe.variants if v.name == name)
+    place = f"{where}: variant {name}"
     raw = recipe.model_dump(mode="json", exclude={"variants", "repair"})
     for key, value in variant.set.items():
-        put(raw, own_key(key), value, f"variant {name}: {key}")
-    for arm in raw["arms"]:
+        put(raw, own_key(key), value, f"{place}: {printable(key, 80)}")
+    for arm in raw["arms"] if isinstance(raw["arms"], list) else []:
         if isinstance(arm, dict):
             arm["rates"] = None
-    changed = Recipe.model_validate(raw)
+    try:
+        changed = Recipe.model_validate(raw)
+    except ValidationError as e:
+        require_none(of_form(e, Recipe, place), place)
+        raise
     named = set(variant.arms)
     named |= {a.like for a in recipe.arm_specs if a.name in variant.arms and a.like}
     arms = [a for a in changed.arms if (a if isinstance(a, str) else a.name) in named]
+    if gone := sorted(named - {a if isinstance(a, str) else a.name for a in arms}):
+        raise UsageError(f"what it sets leaves no arm {gone[0]!r}", where=place)
     merges = [m for m in changed.merge_specs if variant.merges is None or m.name in variant.merges]
     return changed.model_copy(update={"arms": arms, "merges": merges, "seeds": variant.seeds or recipe.seeds[:1]})
 
