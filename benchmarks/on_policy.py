@@ -31,9 +31,9 @@ from plait.fidelity.distil import AHEAD, Distilled, distil
 from plait.fidelity.language import positions, text_batches
 from plait.fidelity.losses import loss_of
 from plait.fidelity.on_policy import OnPolicyLoss
+from plait.fidelity.own_answers import answer_rows, prompts_of_part
 from plait.fidelity.panel import WRITTEN, Panel, Part, parts_of
 from plait.fidelity.repair import LAYERS
-from plait.fidelity.written import answered, prompts_of_part
 from plait.merging import merge
 from plait.merging.scales import scale_by_rule
 from plait.model.applied import applied
@@ -119,7 +119,7 @@ class Judged:
 @torch.no_grad()
 def judged(panel: Panel, part: Part, model: Adapter | None, right: Sequence[str]) -> Judged:
     """Compare a model with a part's adapter along the adapter's own answers, and what it writes with the right answers."""
-    causal, rows = panel.model(part), answered(panel, part)
+    causal, rows = panel.model(part), answer_rows(panel, part)
     agreement, kl = np.zeros(len(rows)), np.zeros(len(rows))
     for chosen, batch in text_batches(panel, rows, 1):
         logs = []

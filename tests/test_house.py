@@ -218,6 +218,14 @@ def docstring_lines(function: ast.FunctionDef | ast.ClassDef) -> int:
     return (first.end_lineno or 0) - first.lineno + 1 if is_text else 0
 
 
+@pytest.mark.parametrize("room", sorted({f.parent for f in FILES}), ids=name_of)
+def test_a_room_that_offers_something_says_what(room):
+    """An `__init__` is its docstring alone, or names in `__all__` what is meant to be used from outside."""
+    body = [n for n in parsed(room / "__init__.py").body[1:] if not isinstance(n, ast.ImportFrom)]
+    assigned = {ast.unparse(t) for n in body if isinstance(n, ast.Assign) for t in n.targets}
+    assert not body or "__all__" in assigned
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_everything_public_says_what_it_does(path):
     tree = parsed(path)

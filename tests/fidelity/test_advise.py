@@ -18,9 +18,9 @@ from plait.cli import main
 from plait.errors import InputError, UsageError
 from plait.fidelity import costs
 from plait.fidelity.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
+from plait.fidelity.arguments import split_base
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
 from plait.fidelity.choose import HELD_OUT
-from plait.fidelity.given import split_base
 from plait.fidelity.heads import with_heads
 from plait.fidelity.notes import that_merge, that_model
 from plait.fidelity.proxy import cosines

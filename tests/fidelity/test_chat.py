@@ -15,15 +15,15 @@ from plait.cli import main
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.evaluation.writing import endings, write_ids
-from plait.fidelity.asked import asked_panel
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.chat import chat_of, conversation_of, prompt_ids
+from plait.fidelity.own_answers import answer_rows
 from plait.fidelity.panel import WRITTEN
+from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import parse_files, read_texts
 from plait.fidelity.tokens import rows_of
-from plait.fidelity.written import answered
 from plait.merging import merge
 from plait.model.applied import applied
 from plait.tasks.chat import packed_prompt
@@ -68,7 +68,7 @@ def test_a_prompt_looks_as_the_tokenizer_renders_it(asked):
 def test_answers_are_what_generate_writes(asked, architecture):
     panel = asked(architecture, new_tokens=6)
     part = panel.parts[0]
-    model, rows = panel.model(part), answered(panel, part)
+    model, rows = panel.model(part), answer_rows(panel, part)
     for row in rows:
         start = sum(t == IGNORED for t in row["labels"])
         prompt = torch.tensor([row["input_ids"][:start]])
@@ -123,7 +123,7 @@ def test_word_for_word_is_what_the_merge_writes_itself(asked):
     part = panel.parts[0]
     near = merge(adapters_of(panel), "task_arithmetic", weights=[1.0, 0.25], scale=1.0).adapter
     model, ends = panel.model(part), endings(panel.model(part), panel.tokenizer, None, torch.device("cpu"))
-    rows = answered(panel, part)
+    rows = answer_rows(panel, part)
     prompts = [[t for t, label in zip(r["input_ids"], r["labels"], strict=True) if label == IGNORED] for r in rows]
     with applied(model, near):
         written = write_ids(model, panel.tokenizer.pad_token_id, prompts, {}, 1, 3, ends)[0]
@@ -133,11 +133,11 @@ def test_word_for_word_is_what_the_merge_writes_itself(asked):
 
 
 def test_answers_are_written_once(asked, monkeypatch):
-    from plait.fidelity import written
+    from plait.fidelity import own_answers
 
     panel = asked()
     before = rows_of(panel, panel.parts[0])
-    monkeypatch.setattr(written, "write_ids", None)
+    monkeypatch.setattr(own_answers, "write_ids", None)
     few = panel.with_texts(
         {t: rows[2:4] for t, rows in panel.texts.items()} | {"two": panel.texts["two"][:1]}, general=False
     )
@@ -200,7 +200,7 @@ def test_prompts_that_are_cut_are_counted(make_panel):
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(views, "load_tokenizer", lambda _: panel.tokenizer)
-        small, chat = asked_panel(
+        small, chat = ready_panel(
             panel.base, adapters_of(panel), panel.texts, chat=True, new_tokens=3, max_length=9, on_progress=said.append
         )
     longer = {

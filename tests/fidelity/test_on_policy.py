@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from plait.errors import UsageError
-from plait.fidelity.asked import asked_panel
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.distil import AHEAD, Learning, distil
 from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.panel import WRITTEN
+from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.repair import repaired
 from plait.merging import merge
 from plait.model.applied import applied
@@ -121,11 +121,11 @@ def test_only_for_those_that_write(make_panel):
     for architecture, kind in (("bert", "classification"), ("t5", "seq2seq")):
         panel = make_panel(architecture, kind, texts=4)
         with pytest.raises(UsageError, match="not causal"):
-            asked_panel(panel.base, adapters_of(panel), panel.texts, on_policy=True)
+            ready_panel(panel.base, adapters_of(panel), panel.texts, on_policy=True)
         with pytest.raises(UsageError, match="not causal"):
             OnPolicyLoss(panel)
     panel = make_panel("llama", "causal", texts=4)
-    found, chat = asked_panel(panel.base, adapters_of(panel), panel.texts, on_policy=True, new_tokens=3)
+    found, chat = ready_panel(panel.base, adapters_of(panel), panel.texts, on_policy=True, new_tokens=3)
     assert found.positions == WRITTEN and not chat.used
     with contextlib.suppress(StopIteration):
         assert next(iter(found.answers.values()))

@@ -31,6 +31,8 @@ from plait.cli.output import guarded
 from plait.disk.hub import go_offline
 from plait.version import __version__
 
+__all__ = ["app", "main"]
+
 app = typer.Typer(
     name="plait",
     cls=Group,

@@ -124,9 +124,9 @@ class AutoChoice(NamedTuple):
 
 def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) -> None:
     """What `plait merge auto BASE ADAPTER...` does."""
+    from plait.fidelity.arguments import split_base
     from plait.fidelity.auto import AutoSettings
     from plait.fidelity.auto_folders import merge_auto_folders
-    from plait.fidelity.given import split_base
     from plait.fidelity.texts import LIMIT, LIMIT_OF_REPAIR, parse_files, read_place
 
     if out is None:
@@ -202,8 +202,8 @@ def by_forward(
     given: list[str], out: Path | None, method: str, options: dict[str, Any], weights: list[float] | None, chosen: ForwardChoice
 ) -> Written[MergeRecord]:  # fmt: skip
     """What `plait merge BASE ADAPTER... --method regmean_pp` does."""
+    from plait.fidelity.arguments import split_base
     from plait.fidelity.forward import merge_by_forward
-    from plait.fidelity.given import split_base
     from plait.fidelity.texts import parse_texts
 
     if out is None:

@@ -116,7 +116,7 @@ def edit(
     """Change a merge: add adapters, take some out, weigh them anew. From the recipe that it recorded."""
     from plait.cli.existing_words import auto_text
     from plait.errors import UsageError
-    from plait.fidelity.again import choose_again
+    from plait.fidelity.rechoosing import choose_again
     from plait.merging.changes import Change, recorded_choice
     from plait.merging.editing import edit as change
 

@@ -9,7 +9,7 @@ import typer
 
 from plait.cli import existing
 from plait.cli.existing import Answers, Chat, General, Length, Text, Tokens
-from plait.cli.given import only, without
+from plait.cli.option_checks import only, without
 from plait.cli.options import Device, FourBits, Json, Overwrite, Quiet, Seed, Set
 from plait.cli.output import emit, number, numbers, settings, table
 from plait.errors import UsageError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.border.records import to_json
-from plait.cli.given import without
+from plait.cli.option_checks import without
 from plait.cli.options import Device, FourBits, Json, Out, Overwrite, Quiet, Root, Seed, Set
 from plait.cli.output import emit, numbers, settings, table
 from plait.cli.source import (

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
-from plait.fidelity import costs, notes, unmeasured
-from plait.fidelity.asked import asked_panel
+from plait.fidelity import advice_without_texts, costs, notes
+from plait.fidelity.arguments import recorded_base, split_base
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
 from plait.fidelity.choose import HELD_OUT, can_learn
 from plait.fidelity.counting import advising, seen_and_judged
 from plait.fidelity.duration import told
-from plait.fidelity.given import recorded_base, split_base
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import WRITTEN, Panel
+from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
@@ -102,7 +102,7 @@ def advise(
     """
     chosen = settings or AdviceSettings()
     sizes = _base_sizes(base)
-    if composed := unmeasured.stacked(adapters):
+    if composed := advice_without_texts.stacked(adapters):
         options = [
             replace(o, option=o.option.replace("merged", "composed"), kept=1.0, worst=1.0)
             for o in _options(adapters, sizes, {})[1:3]
@@ -111,17 +111,17 @@ def advise(
     if reason := _obstacle(adapters, base_id):
         options = _options(adapters, sizes, {})[:1]
         return _advice(adapters, options, f"serve separately: {reason}", SEPARATELY)
-    unknown = [] if sizes else [unmeasured.no_size(align(adapters, base_id).base)]
+    unknown = [] if sizes else [advice_without_texts.no_size(align(adapters, base_id).base)]
     if not texts or base is None:
-        unknown += unmeasured.unknown(adapters, base, bool(texts))
+        unknown += advice_without_texts.unknown(adapters, base, bool(texts))
         factors = [replace(a, extras={}, modules_to_save=()) for a in adapters]  # what lies beside them is said below
         merged = merge_auto(factors, settings=AutoSettings(seed=chosen.seed), base_id=base_id)
         options = _options(adapters, sizes, {})
-        advice, name = unmeasured.without_texts(adapters, merged, base), "measure first"
+        advice, name = advice_without_texts.without_texts(adapters, merged, base), "measure first"
         found = _Findings({}, merged.record, akin=merged.akin)
         said = _advice(adapters, options, advice, name, unknown, found)
     else:
-        panel, chat = asked_panel(  # the held-out texts too, which are read last, are looked at here
+        panel, chat = ready_panel(  # the held-out texts too, which are read last, are looked at here
             base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
             max_length=chosen.max_length, on_progress=on_progress,
         )  # fmt: skip

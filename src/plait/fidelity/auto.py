@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
 from plait.errors import RunError, UsageError
-from plait.fidelity.asked import asked_panel
 from plait.fidelity.candidates import METHODS, SCALES, groups_of
 from plait.fidelity.choose import Choice, choose, with_fit, within
 from plait.fidelity.counting import making
@@ -20,6 +19,7 @@ from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kin, kinship, other_base
 from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import OWN_SHARE
+from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
@@ -160,7 +160,7 @@ def merge_auto(
         raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
     if chosen.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
-    panel, chat = asked_panel(
+    panel, chat = ready_panel(
         base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy,
         new_tokens=chosen.new_tokens, batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, reused
 from plait.errors import RunError
+from plait.fidelity.arguments import recorded_base
 from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.given import recorded_base
 from plait.fidelity.record import AutoRecord
 from plait.fidelity.texts import Texts
 from plait.formats.keys import PEFT

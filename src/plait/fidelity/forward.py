@@ -17,7 +17,7 @@ from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, reused
 from plait.errors import InputError, UsageError
-from plait.fidelity.given import recorded_base
+from plait.fidelity.arguments import recorded_base
 from plait.fidelity.panel import Panel, Part, parts_of
 from plait.fidelity.texts import Texts, checked
 from plait.fidelity.tokens import require_room, rows_of

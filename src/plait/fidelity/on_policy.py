@@ -11,9 +11,9 @@ from torch import Tensor
 from plait.errors import UsageError
 from plait.evaluation.writing import endings, write_ids
 from plait.fidelity.language import positions
+from plait.fidelity.own_answers import prompts_of_part, row_of
 from plait.fidelity.panel import WRITTEN, Panel
 from plait.fidelity.teachers import SMALLEST_KL, Applying
-from plait.fidelity.written import prompts_of_part, row_of
 from plait.model.applied import applied
 from plait.model.attention import fused_attention
 from plait.model.stacked import Active, stacked_factors, stacked_updates

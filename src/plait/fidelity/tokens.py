@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from plait.fidelity.own_answers import answer_rows
 from plait.fidelity.panel import WRITTEN, Panel, Part, unlabelled
 from plait.fidelity.texts import Texts
-from plait.fidelity.written import answered
 from plait.tasks import encode, require_positions
 
 # Tokens of decoder input taken from the text itself, where a text has no second part to be written.
@@ -19,7 +19,7 @@ def rows_of(panel: Panel, part: Part) -> list[dict[str, Any]]:
     if not part.is_text:
         return panel.evaluator.encoded(part.name)
     if panel.positions == WRITTEN and part.task.kind == "causal":
-        return answered(panel, part)
+        return answer_rows(panel, part)
     return encoded(panel, part.task.kind, panel.texts[part.name])
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from plait.border.lazy import lazily
 
 if TYPE_CHECKING:
-    from plait.merging.asked import MergeRequest as MergeRequest
     from plait.merging.baking import bake as bake
     from plait.merging.changes import Change as Change
     from plait.merging.curve import rank_curve as rank_curve
+    from plait.merging.dispatch import answer as answer
     from plait.merging.editing import edit as edit
     from plait.merging.folders import merge_folders as merge_folders
     from plait.merging.inputs import MergeInputs as MergeInputs
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from plait.merging.registry import MergeMethod as MergeMethod
     from plait.merging.registry import merge_method as merge_method
     from plait.merging.registry import merge_methods as merge_methods
-    from plait.merging.request import answer as answer
+    from plait.merging.request import MergeRequest as MergeRequest
     from plait.merging.spec import MergeSpec as MergeSpec
 
 _HOMES = {
@@ -44,14 +44,14 @@ _HOMES = {
     "MergeInputs": "inputs",
     "MergeMethod": "registry",
     "MergeRecord": "record",
-    "MergeRequest": "asked",
+    "MergeRequest": "request",
     "MergeSpec": "spec",
     "Merged": "record",
     "MergedInput": "record",
     "Plan": "plan",
     "TaskSwitch": "per_task",
     "adamerging": "methods.adamerging",
-    "answer": "request",
+    "answer": "dispatch",
     "bake": "baking",
     "edit": "editing",
     "load_task": "per_task",

@@ -25,11 +25,11 @@ from plait.formats.convert import read_back, written_error
 from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.formats.writing import checked_format, finished, in_format, write_any
-from plait.merging.asked import MergeRequest
 from plait.merging.light_files import sum_of_files
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import Layer, MergeRecord, input_hashes
+from plait.merging.request import MergeRequest
 from plait.merging.rounding import Rounding, dtype_for
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.streamed import known_shapes, stream_to

@@ -32,9 +32,9 @@ from plait.disk.space import require_space
 from plait.disk.written import Written, standing
 from plait.errors import RunError
 from plait.merging.align import align, assembled
-from plait.merging.asked import MergeRequest
 from plait.merging.combinations import Combination, as_given, normalised
 from plait.merging.record import MergeRecord, input_hashes
+from plait.merging.request import MergeRequest
 from plait.merging.rounding import Rounding, dtype_for, overflow
 from plait.merging.scales import default_method
 from plait.merging.sums import Part, probes_by_width, require_verified, stored_sum, sum_error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from plait.merging.asked import MergeRequest
+    from plait.merging.request import MergeRequest
 
 _VALUES = {
     "--method": "method",
@@ -91,7 +91,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[MergeRequest, bool] | None:
         return None
     if folders[0] == "auto" or any(f.endswith((".yaml", ".yml")) for f in folders):
         return None
-    from plait.merging.asked import MergeRequest
+    from plait.merging.request import MergeRequest
     from plait.merging.spec import MergeSpec
 
     spec = MergeSpec(

@@ -10,7 +10,6 @@ from plait.disk.overwriting import require_apart
 from plait.disk.written import Written
 from plait.errors import UsageError
 from plait.formats.reading import format_of
-from plait.merging.asked import MergeRequest
 from plait.merging.baking import bake, require_low_rank
 from plait.merging.curve import rank_curve
 from plait.merging.folders import merge_folders, places, read_all, read_statistics_files, spec_for, write_merge
@@ -19,6 +18,7 @@ from plait.merging.outcomes import BakeRecord, RankCurve
 from plait.merging.per_task import merge_per_task
 from plait.merging.planning import plan_merge, require_use
 from plait.merging.record import MergeRecord
+from plait.merging.request import MergeRequest
 from plait.merging.scales import default_method
 from plait.merging.stack import composed, in_order, layers_of
 from plait.model.files import base_place

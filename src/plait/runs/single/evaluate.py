@@ -16,7 +16,7 @@ from plait.disk.store import staged_file
 from plait.errors import UsageError
 from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, are_scores, mean_score, write_scores
-from plait.fidelity.given import is_adapter, place_of
+from plait.fidelity.arguments import is_adapter, place_of
 from plait.progress import Progress
 from plait.runs.lengths import say_of_rows
 from plait.runs.recipe import Settings

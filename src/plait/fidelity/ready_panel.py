@@ -8,15 +8,15 @@ from dataclasses import replace
 from plait.adapters.lora import Adapter
 from plait.errors import UsageError
 from plait.fidelity.chat import Chat, chat_of
+from plait.fidelity.own_answers import cut_prompts
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.texts import Texts, checked
 from plait.fidelity.tokens import require_room
-from plait.fidelity.written import cut_prompts
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
 
 
-def asked_panel(
+def ready_panel(
     base: BaseModel,
     adapters: Sequence[Adapter],
     texts: Mapping[str, Texts],
@@ -54,23 +54,23 @@ def asked_panel(
 
     Cost: every text is tokenised; of prompts, the adapters' answers are written.
     """
-    ready = {t: checked(x, f"texts of {t}") for t, x in texts.items()}
+    usable = {t: checked(x, f"texts of {t}") for t, x in texts.items()}
     parts = parts_of(adapters)
     if on_policy and any(part.task.kind != "causal" for part in parts):
         raise UsageError("on policy a merge writes, and these adapters are not causal", hint="leave --on-policy out")
-    panel = Panel(base, parts, ready, general, batch_size, max_length, new_tokens=new_tokens)
-    how = chat_of(chat, answers, adapters, panel.tokenizer, new_tokens)
-    for note in how.notes:
+    panel = Panel(base, parts, usable, general, batch_size, max_length, new_tokens=new_tokens)
+    prompting = chat_of(chat, answers, adapters, panel.tokenizer, new_tokens)
+    for note in prompting.notes:
         on_progress(note)
-    if how.record is not None:
-        panel = replace(panel, chat=how.used)
+    if prompting.record is not None:
+        panel = replace(panel, chat=prompting.used)
         if cut := cut_prompts(panel):
-            counts = ", ".join(f"{n} of {len(ready[t])} of {t}" for t, n in cut.items())
-            said = f"prompts longer than {max_length} tokens, cut from the left: {counts} (--max-length)"
-            on_progress(said)
-            how = replace(how, record=replace(how.record, cut=cut), notes=(*how.notes, said))
-    if how.answered or on_policy:
+            counts = ", ".join(f"{n} of {len(usable[t])} of {t}" for t, n in cut.items())
+            note = f"prompts longer than {max_length} tokens, cut from the left: {counts} (--max-length)"
+            on_progress(note)
+            prompting = replace(prompting, record=replace(prompting.record, cut=cut), notes=(*prompting.notes, note))
+    if prompting.answered or on_policy:
         panel = replace(panel, positions=WRITTEN)
         on_progress(f"each adapter writes after its prompts, up to {new_tokens} tokens")
     require_room(panel)
-    return panel, how
+    return panel, prompting

@@ -38,26 +38,26 @@ def without_texts(adapters: Sequence[Adapter], merged: AutoMerge, base: BaseMode
     """Say how far a merge is from the adapters on assumed inputs, and the next step."""
     errors = terms(merged.adapter, adapters)
     error = mean_error(errors, 1.0)
-    one = _one_for_all(adapters) if merged.akin else ""
+    stand_in = _stand_in(adapters) if merged.akin else ""
     worst = max(errors, key=lambda t: errors[t].error(1.0))
-    said = (
+    distance = (
         f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
-        f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}){one}; what that does to "
+        f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}){stand_in}; what that does to "
     )
     if notes.pictures(adapters):
-        return f"{said}pictures is not known. plait merge auto writes that merge: try it with seeds you know."
+        return f"{distance}pictures is not known. plait merge auto writes that merge: try it with seeds you know."
     try:
         parts_of(adapters)
     except PlaitError as refused:  # as the command that measures would be
-        return f"{said}predictions is not known, and cannot be measured here: {refused}"
+        return f"{distance}predictions is not known, and cannot be measured here: {refused}"
     return (
-        f"{said}predictions is not known. With the base and 20 to 100 unlabelled inputs of each it can be measured:\n"
+        f"{distance}predictions is not known. With the base and 20 to 100 unlabelled inputs of each it can be measured:\n"
         f"  {notes.next_step(adapters, base)}"
     )
 
 
-def _one_for_all(adapters: Sequence[Adapter]) -> str:
-    """Of adapters that point the same way, which one could stand for all."""
+def _stand_in(adapters: Sequence[Adapter]) -> str:
+    """Say which one of adapters that point the same way could stand for all."""
     errors = {a.name: mean_error({t: e for t, e in terms(a, adapters).items() if t != a.name}, 1.0) for a in adapters}
     best = min(errors, key=lambda n: errors[n])
     return f", {best} alone by {100 * errors[best] ** 0.5:.0f} % of the others'"
@@ -71,9 +71,9 @@ def stacked(adapters: Sequence[Adapter]) -> str | None:
         ordered = in_order(adapters)
     except InputError:
         return None
-    named = " on ".join(a.name for a in reversed(ordered))
-    given = " ".join(notes.place(a) for a in ordered)
+    names = " on ".join(a.name for a in reversed(ordered))
+    folders = " ".join(notes.place(a) for a in ordered)
     return (
-        f"compose them: {named} was trained as a stack, and apart the upper ones do not do what they learnt. Exact:\n"
-        f"  plait merge --stack {given} --out DIR"
+        f"compose them: {names} was trained as a stack, and apart the upper ones do not do what they learnt. Exact:\n"
+        f"  plait merge --stack {folders} --out DIR"
     )

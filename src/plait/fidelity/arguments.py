@@ -16,19 +16,28 @@ from plait.model.base import BaseModel
 
 
 def split_base(
-    given: Sequence[str], device: str = "auto", dtype: str = "float32", four_bits: str | None = None
+    arguments: Sequence[str], device: str = "auto", dtype: str = "float32", four_bits: str | None = None
 ) -> tuple[BaseModel | None, list[str]]:
     """Split arguments into the base, where the first is not itself an adapter, and the adapters.
+
+    Args:
+        arguments: Folders, files or hub names; the base first, or none.
+        device: Device of the base.
+        dtype: Type it is held in.
+        four_bits: Kind of four bits that its layers go through, or None.
+
+    Returns:
+        The base, or None; and the adapters as they were typed.
 
     Raises:
         UsageError: No adapters.
         InputError: A path that is not there.
     """
-    first, rest = (given[0], list(given[1:])) if given else ("", [])
-    if not given or (not rest and not is_adapter(first)):
-        what = "no adapters" if not given or Path(first).is_dir() else f"no adapters: {first} is none"
+    first, rest = (arguments[0], list(arguments[1:])) if arguments else ("", [])
+    if not arguments or (not rest and not is_adapter(first)):
+        what = "no adapters" if not arguments or Path(first).is_dir() else f"no adapters: {first} is none"
         raise UsageError(what, hint=inside(Path(first)) or "plait advise BASE ADAPTER ADAPTER")
-    base, folders = (None, list(given)) if is_adapter(first) else (first, rest)
+    base, folders = (None, list(arguments)) if is_adapter(first) else (first, rest)
     for folder in folders:
         if not is_adapter(folder):
             place = place_of(folder)
@@ -37,10 +46,12 @@ def split_base(
             raise InputError(what, where=str(place), hint=hint)
     if base is not None:
         _require_base(base, folders)
-    name, revision = (
-        split_revision(str(Path(base).expanduser()) if base.startswith("~") else base or "") if base else ("", None)
-    )
-    return (BaseModel(name, revision, dtype, device, four_bits) if name else None), folders
+    return (_base_model(base, device, dtype, four_bits) if base else None), folders
+
+
+def _base_model(base: str, device: str, dtype: str, four_bits: str | None) -> BaseModel | None:
+    name, revision = split_revision(str(Path(base).expanduser()) if base.startswith("~") else base)
+    return BaseModel(name, revision, dtype, device, four_bits) if name else None
 
 
 def _require_base(base: str, folders: Sequence[str]) -> None:

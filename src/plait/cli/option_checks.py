@@ -31,8 +31,8 @@ def without(context: typer.Context, what: str, refused: Iterable[str], *, hint: 
     Raises:
         UsageError: Names the options.
     """
-    given = typed(context)
-    _refuse([given[name] for name in refused if name in given], what, hint)
+    options = typed(context)
+    _refuse([options[name] for name in refused if name in options], what, hint)
 
 
 def _refuse(options: list[str], what: str, hint: str) -> None:

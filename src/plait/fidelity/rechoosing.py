@@ -38,12 +38,12 @@ def choose_again(recipe: Recorded, change: Change, out: Path, *, overwrite: bool
     places = {**located(recipe, list(weights), change.inputs), **added}
     folders = [f"{name}={places[name]}" for name in weights]
     if any(name.startswith("texts:") for name in recipe.inputs):
-        given = " ".join(shlex.quote(f) for f in folders)
+        adapters = " ".join(shlex.quote(f) for f in folders)
         texts = " ".join(f"--text {name}=FILE" for name in weights)
         raise InputError(
             "was chosen by texts, which are not recorded",
             where=str(recipe.path),
-            hint=f"plait merge auto BASE {given} {texts} --out {shlex.quote(str(out))}",
+            hint=f"plait merge auto BASE {adapters} {texts} --out {shlex.quote(str(out))}",
         )
     options = recipe.options
     settings = AutoSettings(

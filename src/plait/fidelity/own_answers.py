@@ -42,7 +42,7 @@ def cut_prompts(panel: Panel) -> dict[str, int]:
     return {task: n for task, n in counts.items() if n}
 
 
-def answered(panel: Panel, part: Part) -> list[Row]:
+def answer_rows(panel: Panel, part: Part) -> list[Row]:
     """Each prompt of a part with what its adapter writes after it, greedily; `labels` are the tokens that were written.
 
     What was written once is kept for the whole panel, and for every panel of some of its texts.
