@@ -86,17 +86,19 @@ def main() -> None:
     ap.add_argument("--seeds", default="0,1,2")
     ap.add_argument("--tasks", default="sst2,mrpc,qnli")
     ap.add_argument("--base-4bit", dest="four")
+    ap.add_argument("--name", default="existing-heads", help="of the file of results")
+    ap.add_argument("--device", default="cpu")
     for name, value in (("texts", 100), ("rows", 400), ("length", 48), ("steps", 100)):
         ap.add_argument(f"--{name}", type=int, default=value)
     a = ap.parse_args()
-    out, names = Path(a.out) / "existing-heads.json", a.tasks.split(",")
+    out, names = Path(a.out) / f"{a.name}.json", a.tasks.split(",")
     seeds: dict[str, Any] = json.loads(out.read_text())["seeds"] if out.exists() else {}
     for seed in a.seeds.split(","):
         if seed in seeds:
             continue
-        base = BaseModel(a.base, device="cpu", four_bits=a.four)
+        base = BaseModel(a.base, device=a.device, four_bits=a.four)
         seeds[seed] = one_seed(base, Path(a.adapters) / f"seed-{seed}", names, a)
-        settings = {k: getattr(a, k) for k in ("tasks", "texts", "rows", "length", "steps", "four")}
+        settings = {k: getattr(a, k) for k in ("tasks", "texts", "rows", "length", "steps", "four", "device")}
         document = {
             "command": "benchmarks/learnt_heads.py",
             "settings": settings,

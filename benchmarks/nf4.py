@@ -3,8 +3,13 @@
     plait run RECIPE --out RUN        # with base.four_bits: nf4 (the recipe stands in docs/results/nf4.md)
     python benchmarks/nf4.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 0,1,2 --out docs/results
 
-`--adapters` holds seed-S/TASK folders as `plait run` writes them. The merge is the default of `plait merge` (TSV-M at 0.7), for which
-no text is read; what is left of each adapter is measured on --fresh validation texts of each task.
+    python benchmarks/nf4.py --trained full --name nf4-mpnet --base MPNET --data GLUE --adapters RUN/adapters/kaiming --seeds 8,9
+        --tasks cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte --out docs/results
+
+`--adapters` holds seed-S/TASK folders as `plait run` writes them. With `--trained full` they were trained on the base in full
+precision, which is then what every way is compared with: what four bits take from a merge of plain adapters. The merge is the default
+of `plait merge` (TSV-M at 0.7), for which no text is read; what is left of each adapter is measured on --fresh validation texts of
+each task.
 """
 
 from __future__ import annotations
@@ -73,17 +78,20 @@ def main() -> None:
         ap.add_argument(f"--{name}", required=True)
     ap.add_argument("--seeds", default="0,1,2")
     ap.add_argument("--tasks", default="sst2,mrpc,qnli")
+    ap.add_argument("--trained", choices=("nf4", "full"), default="nf4", help="how the base was held in training")
+    ap.add_argument("--name", default="nf4", help="of the file of results")
+    ap.add_argument("--device", default="cpu")
     for name, value in (("fresh", 80), ("length", 48)):
         ap.add_argument(f"--{name}", type=int, default=value)
     a = ap.parse_args()
-    out, names = Path(a.out) / "nf4.json", a.tasks.split(",")
+    out, names = Path(a.out) / f"{a.name}.json", a.tasks.split(",")
     seeds: dict[str, Any] = json.loads(out.read_text())["seeds"] if out.exists() else {}
     for seed in a.seeds.split(","):
         if seed in seeds:
             continue
-        base = BaseModel(a.base, device="cpu", four_bits="nf4")
+        base = BaseModel(a.base, device=a.device, four_bits="nf4" if a.trained == "nf4" else None)
         seeds[seed] = one_seed(base, Path(a.adapters) / f"seed-{seed}", names, a)
-        settings = {k: getattr(a, k) for k in ("tasks", "fresh", "length")}
+        settings = {k: getattr(a, k) for k in ("tasks", "fresh", "length", "trained", "device")}
         document = {
             "command": "benchmarks/nf4.py",
             "settings": settings,
