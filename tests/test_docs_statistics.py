@@ -39,7 +39,7 @@ def test_every_command_of_the_page_runs(tiny_base, tmp_path, monkeypatch, capsys
     assert "memory: exact" in said
     assert "refunds: trained (penalised)" in said
     starts = {p.name: read_adapter(p) for p in sorted(Path("start").iterdir())}
-    assert set(starts) == {"refunds", "refunds-merged", "refunds-mixed", "refunds-alone"}
+    assert set(starts) == {"support", "refunds", "refunds-merged", "refunds-mixed", "refunds-alone"}
     first = next(iter(starts["refunds"].modules))
     assert not torch.allclose(starts["refunds-mixed"].modules[first].A, starts["refunds-alone"].modules[first].A)
     small, whole = (open_statistics(f"{d}/support.stats.safetensors") for d in ("small", "pool"))

@@ -263,6 +263,45 @@ def never(*_, **__):
     pytest.fail("it was computed again")
 
 
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_output_gradients_at_the_prompt_and_a_penalty_that_reads_them(architecture, tiny_base, tmp_path, capsys):
+    files, kind = [], [] if architecture == "bert" else ["--kind", "causal"]
+    target = "query" if architecture == "bert" else "q_proj"
+    for i, task in enumerate(("one", "two")):
+        rows = write_rows(tmp_path / f"{task}.csv", tiny_rows(2, 40, seed=i))
+        source = ["--base", tiny_base(architecture).name, "--task", task, "--train-file", rows, "--text", "text", *kind]
+        files.append(tmp_path / f"{task}.stats.safetensors")
+        given = ["stats", *source, "--target-modules", target, "--samples", "12"]
+        plain = plait(capsys, *given, "--out", tmp_path / "plain")
+        found = plait(capsys, *given, "--output-gradients", "--out", files[-1])
+        assert (plain["output_gradients"], found["output_gradients"], found["reused"]) == (0, 2, False)
+        assert plait(capsys, *given, "--output-gradients", "--out", files[-1])["reused"]
+        (tmp_path / "plain").rename(tmp_path / f"plain-{task}")
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in (*given, "--output-gradients", "--memory", "1GB", "--out", tmp_path / "none")])
+    assert ended.value.code == 2 and "with output_gradients use sketch" in capsys.readouterr().err
+    mixed = plait(capsys, "stats", "merge", files[0], tmp_path / "plain-two", "--out", tmp_path / "mixed")
+    assert mixed["dropped_output_gradients"] and not read_statistics(tmp_path / "mixed").output_gradients
+    known = {p.name.split(".")[0]: read_statistics(p) for p in files}
+    start = tmp_path / "start"
+    plait(capsys, "init", "--own", files[1], "--others", files[0], "--rank", 2, "--out", start)
+    steps = ["--set", "training.steps=2", "--set", "training.constraint=penalised"]
+    curved = [*steps, "--set", "training.constraint_options={curvature: true}"]
+    pairs = [x for path in files for x in ("--statistics", path)]
+    plait(capsys, "train", start, *source, *curved, *pairs, "--out", tmp_path / "curved")
+    plait(capsys, "train", start, *source, *steps, *pairs, "--out", tmp_path / "even")
+    one, other = (read_adapter(tmp_path / d) for d in ("curved", "even"))
+    assert any(not torch.equal(f.A, other.modules[m].A) for m, f in one.modules.items())
+    settings = TrainingSettings(steps=1, constraint="penalised", constraint_options={"curvature": True})
+    for module, rule in prepare_constraint(settings, one, known, task="two").rules.items():
+        G = known["one"].output_gradients_for(module).normalised()
+        torch.testing.assert_close(rule.outputs, G * len(G))
+    pairs = [x for task in known for x in ("--statistics", tmp_path / f"plain-{task}")]
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in ("train", start, *source, *curved, *pairs, "--out", tmp_path / "none")])
+    assert ended.value.code == 2 and "plait stats --output-gradients" in capsys.readouterr().err
+
+
 def test_fisher_merging_at_the_prompt(tiny_base, tmp_path, capsys, monkeypatch):
     adapters, files, commands = [], [], []
     for i, task in enumerate(("one", "two")):

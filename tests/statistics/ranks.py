@@ -6,14 +6,18 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from plait.errors import RunError
-from plait.statistics import collect_statistics, grouped, write_statistics
+from plait.statistics import Statistics, collect_statistics, grouped, write_statistics
 from plait.statistics.budget import MemoryPlan
 from plait.statistics.distributed import own_share
+from plait.statistics.output_gradients import with_output_gradients
+from plait.statistics.passes import Batch
 from tests.statistics.models import batches, build
 
 
@@ -33,7 +37,9 @@ def main(folder: str, kind: str) -> None:
             fully_shard(layer)
         fully_shard(model)
     found = collect_statistics(model, own_share(given), ["q_proj", "v_proj", "down_proj"], **options)
-    if kind == "plain":  # again within a budget, a layer at a time
+    if kind == "plain":
+        found = with_gradients(found, given, dist.get_rank(), dist.get_world_size())
+        # again within a budget, a layer at a time
         grouped.plan_memory = lambda n, *_, **__: MemoryPlan("layers", n, n, 1)
         spool = Path(folder) / f"spool-{dist.get_rank()}"
         parted = collect_statistics(model, own_share(given), ["q_proj", "v_proj", "down_proj"], memory=1, spool=spool)
@@ -43,6 +49,16 @@ def main(folder: str, kind: str) -> None:
         write_statistics(f"{folder}/{kind}-{dist.get_world_size()}", found)
     dist.barrier()
     os._exit(0)  # gloo's threads may abort an orderly exit on a busy machine
+
+
+def with_gradients(own: Statistics, given: Sequence[Batch], rank: int, world: int) -> Statistics:
+    """The same with output gradients; what is drawn for a batch depends on its place among all."""
+    answers = torch.Generator()
+
+    def seed(number: int) -> None:
+        answers.manual_seed(rank + number * world)
+
+    return with_output_gradients(own, build("llama"), given[rank::world], before=seed, generator=answers)
 
 
 def split_tensors(folder: Path) -> None:

@@ -71,8 +71,8 @@ DAMAGE = {
         metadata(lambda m: m.update(statistics=m["statistics"].replace('"padded_count": ', '"padded_count": 1'))),
         "not the one that was written",
     ),
-    "57 newer": (schema(2), "schema 2, this plait reads 1"),
-    "57 older": (schema(None), "schema None, this plait reads 1"),
+    "57 newer": (schema(3), "schema 3, this plait reads 1 and 2"),
+    "57 older": (schema(None), "schema None, this plait reads 1 and 2"),
     "no record": (metadata(lambda m: m.update(statistics="[]", statistics_sha256="")), "record is not JSON"),
     "other things": (metadata(lambda m: m.update(kind="cake")), "holds no statistics"),
 }

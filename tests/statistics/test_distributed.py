@@ -16,6 +16,7 @@ from plait.statistics import collect_statistics, read_statistics
 from plait.statistics.distributed import own_share
 from tests.conftest import tiny_rows, write_rows
 from tests.statistics.models import batches, build
+from tests.statistics.ranks import with_gradients
 from tests.statistics.test_collect import relative_difference
 
 ROOT = Path(__file__).parents[2]
@@ -43,10 +44,16 @@ def launched(folder: Path, kind: str, world: int) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_world_sizes_agree(world, tmp_path):
     launch(tmp_path, "plain", world)
-    alone = collect_statistics(build("llama"), batches("llama", 0, examples=24), ["q_proj", "v_proj", "down_proj"])
+    given = batches("llama", 0, examples=24)
+    alone = collect_statistics(build("llama"), given, ["q_proj", "v_proj", "down_proj"])
     found = read_statistics(tmp_path / f"plain-{world}")
     assert relative_difference(alone, found) < 1e-6
-    assert found.provenance == alone.provenance
+    curved = with_gradients(alone, given, 0, 1)
+    assert found.provenance == curved.provenance
+    for name, moments in curved.output_gradients.items():
+        other = found.output_gradients[name]
+        assert other.count == moments.count and other.padded_total is None
+        torch.testing.assert_close(other.dense(), moments.dense(), rtol=1e-4, atol=1e-6 * moments.trace)
     for site, moments in alone.sites.items():
         torch.testing.assert_close(moments.total, found.sites[site].total, rtol=1e-5, atol=1e-5)
         assert moments.padded_count == found.sites[site].padded_count

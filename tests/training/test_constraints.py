@@ -12,7 +12,8 @@ from plait.disk.store import identity
 from plait.errors import InputError, UsageError
 from plait.model.base import load_task_model, load_tokenizer
 from plait.statistics import collect_statistics
-from plait.statistics.curvature import collect_curvature
+from plait.statistics.moments import Moments
+from plait.statistics.output_gradients import with_output_gradients
 from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, attach_constraint, prepare_constraint, train_adapter, train_fleet
 from plait.training.constraints import Cell, Constraint, Enforcer, Rule, penalty_gradients
@@ -39,8 +40,7 @@ def statistics(tiny_base):
                 rows = encode(tokenizer, task, make_examples(task, 40, seed=10 + i), 24)
                 model = load_task_model(base, task, seed=0)
                 own = collect_statistics(model, batches(tokenizer, rows, 8), TARGETS[architecture])
-                curvature = collect_curvature(model, batches(tokenizer, rows, 8), list(own.modules))
-                found[name] = dataclasses.replace(own, curvature=curvature)
+                found[name] = with_output_gradients(own, model, batches(tokenizer, rows, 8))
             known[architecture] = found
         return known[architecture]
 
@@ -139,8 +139,12 @@ def test_cells_that_share_inputs_and_outputs_are_each_penalised_right(uneven):
 
 def test_an_even_curvature_is_the_penalty_without_it(tiny_base, statistics):
     start = make_adapter(tiny_base("bert"), make_task(), "bert")
+
+    def even(width):
+        return Moments(9, torch.zeros(width), 3.0 * torch.eye(width))
+
     known = {
-        t: dataclasses.replace(s, curvature={n: 3.0 * torch.eye(m.shape[0]) for n, m in s.modules.items()})
+        t: dataclasses.replace(s, output_gradients={n: even(m.shape[0]) for n, m in s.modules.items()})
         for t, s in statistics("bert").items()
     }
     curved = prepare_constraint(with_constraint(CURVED), start, known, task="topic")
@@ -148,8 +152,8 @@ def test_an_even_curvature_is_the_penalty_without_it(tiny_base, statistics):
     for module, rule in curved.rules.items():
         assert torch.allclose(rule.outputs, torch.eye(len(rule.outputs)))
         assert (rule.weight, plain.rules[module].outputs) == (plain.rules[module].weight, None)
-    without = {t: dataclasses.replace(s, curvature={}) for t, s in known.items()}
-    with pytest.raises(UsageError, match="hold no curvature"):
+    without = {t: dataclasses.replace(s, output_gradients={}) for t, s in known.items()}
+    with pytest.raises(UsageError, match="hold no output gradients"):
         prepare_constraint(with_constraint(CURVED), start, without, task="topic")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from plait.cli.source import (
     settings_from,
 )
 from plait.errors import UsageError
+
+if TYPE_CHECKING:
+    from plait.statistics.inspect import SiteDifference, SiteSummary
 
 File = Annotated[Path, typer.Argument(help="A statistics file.")]
 Files = Annotated[list[Path], typer.Argument(help="Statistics files.")]
@@ -52,6 +55,7 @@ def collect(
     pool: Annotated[str | None, typer.Option("--pool", help="token (default) or mean.")] = None,
     sketch: Annotated[int | None, typer.Option("--sketch", min=1, help="Keep K directions per site, not the whole moment.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", help="Bytes for the sums (2GB): chooses how they are held.")] = None,
+    output_gradients: Annotated[bool, typer.Option("--output-gradients", help="Of output gradients too (K-FAC's G).")] = False,
     sets: Set = None, device: Device = "auto", four_bits: FourBits = None, seed: Seed = 0, overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -72,6 +76,7 @@ def collect(
     extra += [f"statistics.pool={pool}"] if pool else []
     extra += [f"statistics.sketch={sketch}"] if sketch else []
     extra += [f"statistics.memory={bytes_of(memory)}"] if memory is not None else []
+    extra += ["statistics.output_gradients=true"] if output_gradients else []
     described = Described(task, base, root, train_file, validation, text, label, kind)
     chosen = settings_from(
         recipe, described, [*in_four_bits(four_bits), *extra, *(sets or [])], device, targets=targets, adapts=True
@@ -82,7 +87,8 @@ def collect(
     if collected.memory:
         way, needed, allowed = (collected.memory[k] for k in ("chosen", "needed", "allowed"))
         typer.echo(f"memory: {way}, {needed:,} of {allowed:,} bytes", err=True)
-    line = f"{task}: {collected.samples} rows, {collected.tokens} tokens, {collected.sites} sites -> {out}"
+    more = f", output gradients of {collected.output_gradients} modules" if collected.output_gradients else ""
+    line = f"{task}: {collected.samples} rows, {collected.tokens} tokens, {collected.sites} sites{more} -> {out}"
     emit(collected, as_json, line + _before(collected.reused))
 
 
@@ -94,20 +100,16 @@ def show(file: File, as_json: Json = False) -> None:
     facts = "\n".join(
         f"{key.ljust(18)} {value}" for key, value in sorted(contents.provenance.items()) if value is not None
     )
-    rows = [
-        [
-            site,
-            str(s.dim),
-            str(s.count),
-            s.form,
-            f"{s.effective_rank:.1f}",
-            f"{100 * s.top8:.1f} %",
-            str(len(s.readers)),
-        ]
-        for site, s in contents.sites.items()
-    ]
-    header = ["site", "width", "tokens", "form", "effective rank", "in top 8", "readers"]
-    emit(contents, as_json, f"{facts}\n\n{table(header, rows)}")
+
+    def row(name: str, s: SiteSummary) -> list[str]:
+        return [name, str(s.dim), str(s.count), s.form, f"{s.effective_rank:.1f}", f"{100 * s.top8:.1f} %"]
+
+    header = ["site", "width", "tokens", "form", "effective rank", "in top 8"]
+    rows = [[*row(site, s), str(len(s.readers))] for site, s in contents.sites.items()]
+    tables = [table([*header, "readers"], rows)]
+    if contents.output_gradients:
+        tables.append(table(["output gradients of", *header[1:]], [row(*g) for g in contents.output_gradients.items()]))
+    emit(contents, as_json, "\n\n".join([facts, *tables]))
 
 
 def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Json = False) -> None:
@@ -115,6 +117,8 @@ def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Jso
     from plait.runs.single.pooled import merge_files
 
     pooled = merge_files(files, out, overwrite=overwrite)
+    if pooled.dropped_output_gradients:
+        typer.echo("note: without output gradients, which not all files hold of the same modules", err=True)
     emit(pooled, as_json, f"{len(files)} files -> {out}" + _before(pooled.reused))
 
 
@@ -124,13 +128,17 @@ def diff(a: File, b: File, as_json: Json = False) -> None:
 
     difference = diff_statistics(read_statistics(a), read_statistics(b))
     facts = "\n".join(f"{key}: {x} | {y}" for key, (x, y) in difference.provenance.items())
-    rows = [
-        [site, f"{s.overlap:.4f}", f"{s.mean_cosine:.4f}", f"{s.relative_difference:.4f}"]
-        for site, s in difference.sites.items()
-    ]
+
+    def row(name: str, s: SiteDifference) -> list[str]:
+        return [name, f"{s.overlap:.4f}", f"{s.mean_cosine:.4f}", f"{s.relative_difference:.4f}"]
+
     verdict = "can be mixed" if difference.compatible else f"cannot be mixed: {difference.reason}"
     header = ["site", "overlap", "cosine of means", "relative difference"]
-    emit(difference, as_json, "\n\n".join(part for part in (verdict, facts, table(header, rows)) if part))
+    parts = [verdict, facts, table(header, [row(*s) for s in difference.sites.items()])]
+    if difference.output_gradients:
+        rows = [row(*g) for g in difference.output_gradients.items()]
+        parts.append(table(["output gradients of", *header[1:]], rows))
+    emit(difference, as_json, "\n\n".join(part for part in parts if part))
 
 
 def compress(

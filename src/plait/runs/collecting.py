@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from plait.disk.store import sha256_json
 from plait.errors import Damaged, InputError
 from plait.model.identity import base_facts, tokenizer_fingerprint
 from plait.model.ranks import is_writer, rank, together
+from plait.runs.output_gradients import beside
 from plait.runs.session import Session
 from plait.statistics import (
     Statistics,
@@ -59,7 +61,7 @@ def collect_file(
     parts = path.parent / f".{path.name}.{sha256_json(dict(wanted))[:12]}{own}.parts"
     with together(session.base.torch_device), locked(parts), system_errors(parts):
         try:
-            statistics = collect_task(session, task, examples, parts=parts)
+            statistics = collect_task(session, task, examples, parts=parts, seed=seed)
             if is_writer():
                 write_statistics(path, statistics, identity=wanted, overwrite=overwrite)
         finally:
@@ -82,7 +84,8 @@ def is_collected(path: Path, wanted: Mapping[str, Any]) -> bool:
     require_regular(path)
     try:
         identity = read_identity(path)
-        for moments in open_statistics(path).sites.values():
+        statistics = open_statistics(path)
+        for moments in chain(statistics.sites.values(), statistics.output_gradients.values()):
             del moments  # each is compared with its hash as it is read
     except InputError as e:
         raise Damaged(e.what, where=e.where, hint=e.hint) from None
@@ -90,7 +93,7 @@ def is_collected(path: Path, wanted: Mapping[str, Any]) -> bool:
     return True
 
 
-def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) -> Statistics:
+def collect_task(session: Session, task: Task, examples: Any, *, parts: Path, seed: int) -> Statistics:
     """Statistics of one task's rows at the recipe's target modules.
 
     Args:
@@ -98,6 +101,7 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
         task: The task.
         examples: Its rows.
         parts: Where shards or groups of layers go; what is returned may be read from there.
+        seed: Of the heads and answers that output gradients are drawn with.
     """
     recipe, evaluator = session.recipe, session.evaluator
     rows, cut = encode_counted(evaluator.tokenizer, task, examples, recipe.data.max_length)
@@ -110,6 +114,11 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
     def given(start: int, stop: int | None) -> Any:
         return own_share(batches(tokenizer, rows[start:stop], spec.batch_size, by_length=True))
 
+    def with_gradients(start: int, stop: int | None, moments: Statistics) -> Statistics:
+        if not spec.output_gradients:
+            return moments
+        return beside(moments, session, task, rows[start:stop], seed, first=start)
+
     if spec.memory is not None:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
@@ -117,10 +126,17 @@ def collect_task(session: Session, task: Task, examples: Any, *, parts: Path) ->
             model, given(0, None), targets, memory=bytes_of(str(spec.memory)), spool=parts, **options
         )
     if len(rows) <= SHARD_ROWS:
-        return collect_statistics(model, given(0, None), targets, **options)
+        return with_gradients(0, None, collect_statistics(model, given(0, None), targets, **options))
     starts = range(0, len(rows), SHARD_ROWS)
     shards = [lambda s=s: given(s, s + SHARD_ROWS) for s in starts]
-    return collect_shards(model, shards, parts, targets, **options)
+    return collect_shards(
+        model,
+        shards,
+        parts,
+        targets,
+        beside=lambda n, moments: with_gradients(starts[n], starts[n] + SHARD_ROWS, moments),
+        **options,
+    )
 
 
 def _provenance(session: Session, task: Task, cut: Cut) -> Json:

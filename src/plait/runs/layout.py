@@ -224,6 +224,8 @@ class Layout:
         }
         if recipe.statistics.memory is not None:
             options["memory"] = recipe.statistics.memory
+        if recipe.statistics.output_gradients:
+            options["output_gradients"] = True
         return options, {}
 
     def _background_identity(self, spec: Any) -> Json:

@@ -138,6 +138,15 @@ class StatisticsSpec(Strict):
     memory: Annotated[str, Field(pattern=r"(?i)^\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*$")] | Count | None = Field(
         None, description="bytes for the sums, such as 2GB: exact, layer groups or a sketch is chosen by it"
     )
+    output_gradients: bool = Field(
+        False, description="second moments of the gradients at every module's output too: K-FAC's other half"
+    )
+
+    @model_validator(mode="after")
+    def _held_whole(self) -> StatisticsSpec:
+        if self.output_gradients and self.memory is not None:
+            raise ValueError("memory is for moments of inputs alone; with output_gradients use sketch")
+        return self
 
 
 class ArmSpec(Strict):

@@ -11,8 +11,8 @@ from plait.border.checked import Json
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
 from plait.runs.base_weights import base_weights
-from plait.runs.curved import with_curvature
 from plait.runs.layout import Layout
+from plait.runs.output_gradients import with_curvature
 from plait.runs.pending import cost
 from plait.runs.reporting import Report
 from plait.runs.sources import adapters_of, diverged, merged_of, statistics_of

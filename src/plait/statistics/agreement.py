@@ -15,6 +15,9 @@ from plait.statistics.moments import Moments, Statistics
 _MUST_AGREE = ("base", "tokenizer_sha256", "pool")
 
 
+OUTPUT_GRADIENTS = "output_gradients"  # the key of a record that says how they were taken
+
+
 def require_compatible(a: Statistics, b: Statistics) -> None:
     """Refuse to mix statistics of different bases, pools or modules; the message names the first difference.
 
@@ -56,7 +59,8 @@ def merge_statistics(*statistics: Statistics) -> Statistics:
     (2, {'tokens': 2, 'tasks': ['mine', 'theirs']})
 
     Returns:
-        The sum. Provenance keeps what all agree on, adds samples and tokens, and lists the tasks.
+        The sum. Provenance keeps what all agree on, adds samples and tokens, and lists the tasks. Output gradients are in it
+        where all hold those of the same modules.
 
     Raises:
         InputError: None given, or they differ in base, weights, tokenizer, pool, modules or sites.
@@ -71,7 +75,13 @@ def merge_statistics(*statistics: Statistics) -> Statistics:
         m: replace(info, output_energy=sum(x.modules[m].output_energy for x in statistics))
         for m, info in first.modules.items()
     }
-    return Statistics(sites, modules, _merged_provenance([x.provenance for x in statistics]))
+    provenance = _merged_provenance([x.provenance for x in statistics])
+    if any(set(x.output_gradients) != set(first.output_gradients) for x in statistics):
+        return Statistics(sites, modules, {k: v for k, v in provenance.items() if k != OUTPUT_GRADIENTS})
+    gradients = {
+        m: functools.reduce(Moments.merge, [x.output_gradients[m] for x in statistics]) for m in first.output_gradients
+    }
+    return Statistics(sites, modules, provenance, output_gradients=gradients)
 
 
 def _merged_provenance(parts: Iterable[Mapping[str, Any]]) -> Mapping[str, object]:

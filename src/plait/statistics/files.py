@@ -18,9 +18,10 @@ from plait.border.checked import parsed_json, shown
 from plait.disk.store import canonical_json, require_regular, sha256_file, sha256_json, staged_file
 from plait.errors import Damaged, InputError, UsageError
 from plait.statistics.moments import DENSE, Moments, Statistics, packed, unpacked
-from plait.statistics.records import LARGEST_RECORD, PARTS, SiteRecord, file_record
+from plait.statistics.records import GRADIENTS, LARGEST_RECORD, PARTS, SiteRecord, file_record
 
-SCHEMA = 1
+# What is written: without output gradients as it always was, so that earlier versions read it.
+SCHEMA, WITH_GRADIENTS = 1, 2
 KIND = "plait.statistics"
 
 
@@ -38,15 +39,11 @@ def write_statistics(
         identity: What the file is to a pipeline (`plait.disk.store.identity`); read back by `read_identity`.
         overwrite: Replace a file that is there.
     """
-    homes = getattr(statistics.sites, "homes", None)  # of sites that lie in files already: copied as bytes
-    sites = {s: dict(r) for s, (_, r) in homes.items()} if homes is not None else {}
-    tensors: dict[str, Tensor] = {}
-    for site, moments in statistics.sites.items() if homes is None else ():
-        parts = _parts(moments)
-        sites[site] = {**_site_record(moments), "sha256": content_hash(parts)}
-        tensors |= {f"{site}|{part}": tensor for part, tensor in parts.items()}
+    whole = (("", statistics.sites), (GRADIENTS, statistics.output_gradients))
+    homes = _homes(whole)
+    (sites, gradients), tensors = _entries(whole)
     record = {
-        "schema": SCHEMA,
+        "schema": WITH_GRADIENTS if gradients else SCHEMA,
         "provenance": dict(statistics.provenance),
         "sites": sites,
         "modules": {
@@ -59,6 +56,7 @@ def write_statistics(
             }
             for n, i in statistics.modules.items()
         },
+        **({"output_gradients": gradients} if gradients else {}),
     }
     if identity is not None:
         record["identity_sha256"] = sha256_json(dict(identity))
@@ -70,7 +68,35 @@ def write_statistics(
         if homes is None:
             write_tensors(stage, tensors, metadata)
         else:
-            joined_tensors(stage, {f"{s}|{part}": home for s, (home, _) in homes.items() for part in PARTS}, metadata)
+            joined_tensors(stage, {f"{name}|{part}": home for name, home in homes.items() for part in PARTS}, metadata)
+
+
+def _homes(whole: Sequence[tuple[str, Mapping[str, Moments]]]) -> dict[str, Path] | None:
+    """Name -> file, where all moments lie in files already and can be copied as bytes; else None."""
+    found: dict[str, Path] = {}
+    for prefix, those in whole:
+        homes = getattr(those, "homes", None)
+        if those and homes is None:
+            return None
+        found |= {prefix + name: path for name, (path, _) in (homes or {}).items()}
+    return found or None
+
+
+def _entries(
+    whole: Sequence[tuple[str, Mapping[str, Moments]]],
+) -> tuple[list[dict[str, dict[str, Any]]], dict[str, Tensor]]:
+    """Records of sites and output gradients by name, and the tensors of those that are to be written from memory."""
+    records: list[dict[str, dict[str, Any]]] = []
+    tensors: dict[str, Tensor] = {}
+    copied = _homes(whole) is not None
+    for prefix, those in whole:
+        entries = {n: dict(record) for n, (_, record) in getattr(those, "homes", {}).items()} if copied else {}
+        for name, moments in () if copied else those.items():
+            parts = _parts(moments)
+            entries[name] = {**_site_record(moments), "sha256": content_hash(parts)}
+            tensors |= {f"{prefix}{name}|{part}": tensor for part, tensor in parts.items()}
+        records.append(entries)
+    return records, tensors
 
 
 def is_statistics(path: Path) -> bool:
@@ -121,7 +147,8 @@ def read_statistics(path: str | Path) -> Statistics:
     tensors, metadata, digest = read_tensors(path)
     record = file_record(record_of(metadata, path), tensors, path)
     sites = {site: moments_of(site, facts, tensors, path) for site, facts in record.sites.items()}
-    return Statistics(sites, record.modules, record.provenance, digest)
+    gradients = {n: moments_of(GRADIENTS + n, facts, tensors, path) for n, facts in record.gradients.items()}
+    return Statistics(sites, record.modules, record.provenance, digest, gradients)
 
 
 def require_distinct(files: Sequence[Path]) -> None:
@@ -172,9 +199,9 @@ def record_of(metadata: Mapping[str, str], path: Path) -> Mapping[str, object]:
     record = parsed_json(text, str(path), "its record", LARGEST_RECORD, hint="copy the file again")
     if not isinstance(record, dict):
         raise InputError("its record is not JSON", where=str(path), hint="copy the file again")
-    if record.get("schema") != SCHEMA:
+    if record.get("schema") not in (SCHEMA, WITH_GRADIENTS):
         raise InputError(
-            f"statistics schema {shown(record.get('schema'))}, this plait reads {SCHEMA}",
+            f"statistics schema {shown(record.get('schema'))}, this plait reads {SCHEMA} and {WITH_GRADIENTS}",
             where=str(path),
             hint="collect them again with this version",
         )

@@ -262,8 +262,15 @@ def _log_likelihood(
 
 
 def draw(scores: Float[Tensor, "n c"], generator: torch.Generator | None) -> Tensor:
-    """Draw one class a row from log-probabilities; (n,), on their device."""
-    return torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)[:, 0].to(scores.device)
+    """Draw one class a row from log-probabilities; (n,), on their device.
+
+    Raises:
+        RunError: What the model predicts is not finite.
+    """
+    chances = scores.detach().exp().cpu()
+    if not bool(torch.isfinite(chances).all()):
+        raise RunError("what the model predicts is not finite", hint="float32 instead of float16?")
+    return torch.multinomial(chances, 1, generator=generator)[:, 0].to(scores.device)
 
 
 def _squared_per_example(gradient: Tensor, inputs: Tensor) -> Float[Tensor, "out in"]:

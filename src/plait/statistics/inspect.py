@@ -61,24 +61,27 @@ class Contents:
         provenance: Its record.
         sites: Name -> summary.
         modules: Name -> place.
+        output_gradients: Module -> summary of the gradients at its output; empty where there are none.
     """
 
     provenance: Mapping[str, Any]
     sites: Mapping[str, SiteSummary]
     modules: Mapping[str, ModulePlace]
+    output_gradients: Mapping[str, SiteSummary]
 
 
 def show_statistics(statistics: Statistics) -> Contents:
-    """Summarise the provenance, the sites and each spectrum.
+    """Summarise the provenance, the sites, the output gradients and each spectrum.
 
-    Cost: one eigen-decomposition per site.
+    Cost: one eigen-decomposition per site, and one per module that has output gradients.
     """
     readers: dict[str, tuple[str, ...]] = {}
     for name, info in statistics.modules.items():
         readers[info.site] = (*readers.get(info.site, ()), name)
     sites = {s: replace(summary(m), readers=readers.get(s, ())) for s, m in statistics.sites.items()}
     modules = {n: ModulePlace(i.site, i.shape) for n, i in statistics.modules.items()}
-    return Contents(dict(statistics.provenance), sites, modules)
+    gradients = {n: summary(m) for n, m in statistics.output_gradients.items()}
+    return Contents(dict(statistics.provenance), sites, modules, gradients)
 
 
 def summary(moments: Moments) -> SiteSummary:
@@ -138,12 +141,14 @@ class Difference:
         reason: Why not.
         provenance: Key -> its two values, where they differ.
         sites: Site of both -> difference.
+        output_gradients: Module whose output gradients both hold -> difference.
     """
 
     compatible: bool
     reason: str | None
     provenance: Mapping[str, tuple[Any, Any]]
     sites: Mapping[str, SiteDifference]
+    output_gradients: Mapping[str, SiteDifference]
 
 
 def diff_statistics(a: Statistics, b: Statistics) -> Difference:
@@ -154,13 +159,18 @@ def diff_statistics(a: Statistics, b: Statistics) -> Difference:
     except InputError as e:
         reason = str(e)
     pairs = {k: (a.provenance.get(k), b.provenance.get(k)) for k in sorted({*a.provenance, *b.provenance})}
-    shared = [s for s in a.sites if s in b.sites and a.sites[s].dim == b.sites[s].dim]
     return Difference(
         reason is None,
         reason,
         {k: (x, y) for k, (x, y) in pairs.items() if x != y},
-        {s: _compared(a.sites[s], b.sites[s]) for s in shared},
+        _shared(a.sites, b.sites),
+        _shared(a.output_gradients, b.output_gradients),
     )
+
+
+def _shared(a: Mapping[str, Moments], b: Mapping[str, Moments]) -> dict[str, SiteDifference]:
+    pairs = ((name, a[name], b[name]) for name in a if name in b)
+    return {name: _compared(x, y) for name, x, y in pairs if x.dim == y.dim}
 
 
 def _compared(a: Moments, b: Moments) -> SiteDifference:
@@ -210,6 +220,14 @@ def check_statistics(statistics: Statistics) -> Soundness:
             )
         if not math.isfinite(info.output_energy) or info.output_energy < 0:
             problems.append(f"{name}: output energy {info.output_energy}")
+    for name, moments in statistics.output_gradients.items():
+        if moments.trace == 0:
+            warnings.append(f"{name}: its output gradients are zero: nothing that was predicted depends on it")
+        else:
+            problems += [f"output gradients of {name}: {p}" for p in _problems(moments)]
+        module = statistics.modules.get(name)
+        if module is None or module.shape[0] != moments.dim:
+            problems.append(f"output gradients of {name}: {moments.dim} wide, as no module is")
     warnings += _record_warnings(statistics.provenance)
     return Soundness(not problems, tuple(problems), tuple(warnings))
 

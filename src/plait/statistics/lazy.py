@@ -10,23 +10,25 @@ from plait.border.checked import Record
 from plait.errors import InputError, UsageError
 from plait.statistics.files import moments_of, record_of
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
-from plait.statistics.records import PARTS, file_record, site_record
+from plait.statistics.records import GRADIENTS, PARTS, file_record, site_record
 
 
 class FileSites(Mapping[str, Moments]):
-    """Sites of one or several statistics files.
+    """Sites, or output gradients by module, of one or several statistics files.
 
     Args:
         homes: Site -> (file, its record there).
+        prefix: What stands before the names of its tensors.
     """
 
-    def __init__(self, homes: Mapping[str, tuple[Path, Mapping[str, object]]]) -> None:
-        self.homes = dict(homes)
+    def __init__(self, homes: Mapping[str, tuple[Path, Mapping[str, object]]], prefix: str = "") -> None:
+        self.homes, self.prefix = dict(homes), prefix
 
     def __getitem__(self, site: str) -> Moments:
         path, record = self.homes[site]
+        site = self.prefix + site
         tensors = read_some(path, [f"{site}|{part}" for part in PARTS])
-        facts = site_record(Record.of(record, str(path), inside=f"sites.{site}"))
+        facts = site_record(Record.of(record, str(path), inside=site if self.prefix else f"sites.{site}"))
         if missing := [p for p in ("total", "second") if f"{site}|{p}" not in tensors]:
             raise InputError(f"site {site!r} has no tensor {missing[0]!r} any more", where=str(path))
         return moments_of(site, facts, tensors, path)
@@ -50,8 +52,11 @@ def open_statistics(path: str | Path) -> Statistics:
     path = Path(path)
     metadata, entries, _ = read_layout(path)
     record = file_record(record_of(metadata, path), entries, path)
-    homes = {site: (path, raw) for site, raw in record.raw_sites.items()}
-    return Statistics(FileSites(homes), record.modules, record.provenance)
+    homes, measured = (
+        {n: (path, raw) for n, raw in those.items()} for those in (record.raw_sites, record.raw_gradients)
+    )
+    gradients = FileSites(measured, GRADIENTS)
+    return Statistics(FileSites(homes), record.modules, record.provenance, output_gradients=gradients)
 
 
 def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[str, dict[str, Statistics]]:

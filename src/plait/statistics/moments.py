@@ -216,20 +216,24 @@ class Statistics:
         provenance: Base, hashes, target modules, pool, samples, tokens, template, dtype, backbone_prefix, task,
             task_type (PEFT's, of the model that was run), schema.
         sha256: Hash of the file they were read from, "" where there is none.
-        curvature: Module, relative to the backbone -> (out, out) second moment of gradients at its output
-            (`plait.statistics.curvature`); empty where nobody asked for it. Files do not hold it.
+        output_gradients: Module, relative to the backbone -> moments of the gradients at its output, whose second moment is
+            the output side of K-FAC (`plait.statistics.output_gradients`); empty where nobody asked for them.
     """
 
     sites: Mapping[str, Moments]
     modules: Mapping[str, ModuleInfo]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
-    curvature: Mapping[str, Tensor] = field(default_factory=dict)
+    output_gradients: Mapping[str, Moments] = field(default_factory=dict)
 
     def moments_for(self, module: str) -> Moments | None:
         """Moments of what a module reads; the name may carry the recorded backbone prefix. None where unknown."""
         info = self.modules.get(self.relative(module))
         return None if info is None else self.sites[info.site]
+
+    def output_gradients_for(self, module: str) -> Moments | None:
+        """Find the moments of the gradients at a module's output, by a name as `moments_for` takes it; None where unknown."""
+        return self.output_gradients.get(self.relative(module))
 
     def relative(self, module: str) -> str:
         """Strip a module's name of the recorded backbone prefix."""

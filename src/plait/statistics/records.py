@@ -11,6 +11,7 @@ from plait.border.checked import Record
 from plait.errors import InputError
 from plait.statistics.moments import DENSE, FACTOR, ModuleInfo
 
+GRADIENTS = "output_gradients/"  # before the names of a module's tensors that are of its output gradients
 PARTS = ("total", "second", "residual", "tail", "padded_total")
 LARGEST_RECORD = 16 << 20
 LARGEST_WIDTH = 1 << 24  # no layer and no vocabulary has sixteen million rows
@@ -43,19 +44,21 @@ class SiteRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """The whole record: sites as checked and as written, modules, provenance."""
+    """The whole record: sites and output gradients as checked and as written, modules, provenance."""
 
     sites: Mapping[str, SiteRecord]
     raw_sites: Mapping[str, dict[str, Any]]
     modules: Mapping[str, ModuleInfo]
     provenance: dict[str, Any]
+    gradients: Mapping[str, SiteRecord]
+    raw_gradients: Mapping[str, dict[str, Any]]
 
 
 def file_record(raw: Mapping[str, Any], tensors: Iterable[str], path: Path) -> FileRecord:
     """Check a parsed record, and compare it with the names of the tensors beside it.
 
     Raises:
-        InputError: Names the key, what stands there and what should; or a tensor that belongs to no site.
+        InputError: Names the key, what stands there and what should; or a tensor that belongs to no site and no module.
     """
     record = Record.of(raw, str(path), hint=_HINT)
     entries = dict(record.record("sites").records())
@@ -63,14 +66,18 @@ def file_record(raw: Mapping[str, Any], tensors: Iterable[str], path: Path) -> F
     modules = {name: _module(entry) for name, entry in record.record("modules").records()}
     if odd := [n for n, i in modules.items() if i.site not in sites]:
         raise InputError(f"module {odd[0]!r} reads a site that is not in the file", where=str(path), hint=_HINT)
-    _require_parts(sites, set(tensors), path)
+    measured = dict(record.record("output_gradients", optional=True).records())
+    gradients = {name: site_record(entry) for name, entry in measured.items()}
+    if odd := [n for n, g in gradients.items() if n not in modules or g.dim != modules[n].shape[0]]:
+        raise InputError(f"output gradients of {odd[0]!r}, no module of that width", where=str(path), hint=_HINT)
+    _require_parts([*sites, *(GRADIENTS + n for n in gradients)], set(tensors), path)
     provenance = record.record("provenance")
     for key in _TEXTS:
         if provenance.has(key):
             provenance.text(key)
     provenance.texts("tasks", ())
-    raws = {name: dict(entry.values) for name, entry in entries.items()}
-    return FileRecord(sites, raws, modules, dict(provenance.values))
+    raws, raw_gradients = ({name: dict(e.values) for name, e in those.items()} for those in (entries, measured))
+    return FileRecord(sites, raws, modules, dict(provenance.values), gradients, raw_gradients)
 
 
 def site_record(entry: Record) -> SiteRecord:

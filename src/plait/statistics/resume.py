@@ -25,6 +25,7 @@ def collect_shards(
     target_modules: Sequence[str] | str | None = None,
     *,
     key: Mapping[str, Any] | None = None,
+    beside: Callable[[int, Statistics], Statistics] | None = None,
     **options: Any,
 ) -> Statistics:
     """Collect shard by shard into a folder and add them up; shards that are there already are not collected again.
@@ -39,6 +40,7 @@ def collect_shards(
         folder: Holds one file per finished shard; the caller removes it once the sum is safe.
         target_modules: Modules, as `collect_statistics` takes them.
         key: What the shards were made of (data hash, seed): a folder of another key is refused.
+        beside: (number of a shard, its moments) -> the statistics that are kept of it, where more than moments is wanted.
         **options: Passed to `collect_statistics`.
 
     Raises:
@@ -59,6 +61,7 @@ def collect_shards(
         # Where one rank has it and another has not, some would wait for the others forever.
         if not everywhere(recorded is not None, options.get("distributed")):
             part = collect_statistics(model, shard(), target_modules, **options)
+            part = beside(number, part) if beside else part
             write_statistics(path, part, identity=wanted, overwrite=True)
         elif differing := differences(recorded or {}, wanted):
             raise UsageError(f"a shard of another collection: {'; '.join(differing[:4])}", where=str(path))

@@ -78,9 +78,11 @@ def _outer(spread: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
 
 
 def compress_statistics(statistics: Statistics, rank: int, *, tail: bool = True) -> Statistics:
-    """Compress every site; the provenance says so."""
+    """Compress every site, and the output gradients of every module; the provenance says so."""
     sites = {s: compress(m, rank, tail=tail) for s, m in statistics.sites.items()}
-    return replace(statistics, sites=sites, provenance={**statistics.provenance, "sketch": rank})
+    gradients = {n: compress(m, rank, tail=tail) for n, m in statistics.output_gradients.items()}
+    provenance = {**statistics.provenance, "sketch": rank}
+    return replace(statistics, sites=sites, output_gradients=gradients, provenance=provenance)
 
 
 class FrequentDirections:

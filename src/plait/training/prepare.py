@@ -29,7 +29,7 @@ def prepare_constraint(
     Args:
         settings: `constraint` and `constraint_options`: for "projected" ``m`` (rows of the span, default 128),
             ``method`` ("contrastive" by default, or "osrm": whose first m directions) and its ``rho``; for "penalised"
-            ``beta`` (default 1) and ``curvature``: whether shifts count by the others' curvature, which the statistics hold then.
+            ``beta`` (default 1) and ``curvature``: whether shifts count by the others' output gradients, which the statistics then hold.
         adapter: Which modules.
         statistics: Task -> statistics, of all tasks; not needed for "free" and "frozen". Exact, sketched or compressed, read or
             opened: of those that stay in their files one site at a time is in memory.
@@ -145,12 +145,15 @@ def _penalties(
 
 def _mean_curvature(others: Sequence[Statistics], name: str, task: str) -> Tensor:
     """(out, out) mean over tasks of G / tr G, times out."""
-    known = [s.curvature.get(name) for s in others]
-    if any(G is None or not G.diagonal().sum() > 0 for G in known):
-        raise UsageError(
-            f"the statistics hold no curvature of {name}",
-            where=f"task {task}",
-            hint="plait run and plait study collect it where an arm asks for it; files of statistics do not hold it",
-        )
-    parts = [G / G.diagonal().sum() for G in known if G is not None]
-    return torch.stack(parts).sum(0) * (len(parts[0]) / len(parts))
+    total: Tensor | None = None
+    for gradients in (s.output_gradients_for(name) for s in others):  # each is read from its file here
+        if gradients is None or not gradients.trace > 0:
+            raise UsageError(
+                f"the statistics hold no output gradients of {name}, which curvature is made of",
+                where=f"task {task}",
+                hint="plait stats --output-gradients puts them into the file; plait run and plait study collect them",
+            )
+        G = gradients.normalised(torch.float32)
+        total = G.clone() if total is None else total.add_(G)
+    assert total is not None  # there is at least one other task
+    return total * (len(total) / len(others))

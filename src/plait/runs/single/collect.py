@@ -32,6 +32,7 @@ class Collected:
         samples: Rows that were read.
         tokens: Tokens that were counted.
         sites: Distinct layer inputs.
+        output_gradients: Modules of which output gradients were taken.
         memory: What a budget chose, where one was given.
         reused: Whether the file was there already.
         cut: What `data.max_length` took from the rows, as the file says; None where it took nothing.
@@ -42,6 +43,7 @@ class Collected:
     samples: int | None
     tokens: int | None
     sites: int
+    output_gradients: int
     memory: Mapping[str, Any] | None
     reused: bool
     cut: Mapping[str, Any] | None = optional()
@@ -72,13 +74,15 @@ def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrit
         return None
     statistics = open_statistics(out)
     known = {key: statistics.provenance.get(key) for key in ("samples", "tokens", "memory", "cut")}
-    return Collected(str(out.absolute()), task, sites=len(statistics.sites), reused=reused, **known)
+    sites, gradients = len(statistics.sites), len(statistics.output_gradients)
+    return Collected(str(out.absolute()), task, sites=sites, output_gradients=gradients, reused=reused, **known)
 
 
 def _measured(session: Session, task: str) -> Json:
     """What the statistics of a task depend on, besides the seed."""
     settings = session.recipe
-    unset = {"batch_size"} | ({"memory"} if not settings.statistics.memory else set())
+    spec = settings.statistics
+    unset = {"batch_size"} | {k for k in ("memory", "output_gradients") if not getattr(spec, k)}
     return {
         "base": session.base_sha256,
         "dtype": settings.base.dtype,
@@ -86,5 +90,5 @@ def _measured(session: Session, task: str) -> Json:
         "targets": settings.adapted.target_modules,
         **settings.adapted.limits,
         "max_length": settings.data.max_length,
-        **settings.statistics.model_dump(exclude=unset),
+        **spec.model_dump(exclude=unset),
     }

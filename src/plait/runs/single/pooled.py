@@ -14,6 +14,7 @@ from plait.runs.collecting import is_collected
 from plait.statistics import (
     compress_statistics,
     merge_statistics,
+    open_statistics,
     read_statistics,
     show_statistics,
     write_statistics,
@@ -29,11 +30,14 @@ class Pooled:
         output: The file, absolute.
         merged: What was added up.
         reused: Whether the file was there already.
+        dropped_output_gradients: Whether some of the files hold output gradients and the sum does not: not all hold those of
+            the same modules.
     """
 
     output: str
     merged: tuple[str, ...]
     reused: bool
+    dropped_output_gradients: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ def merge_files(files: Sequence[Path], out: Path, *, overwrite: bool) -> Pooled:
     if not reused:
         added = merge_statistics(*(read_statistics(f) for f in files))
         write_statistics(out, added, identity=wanted, overwrite=overwrite)
-    return Pooled(str(out.absolute()), tuple(str(f) for f in files), reused)
+    dropped = any(open_statistics(f).output_gradients for f in files) and not open_statistics(out).output_gradients
+    return Pooled(str(out.absolute()), tuple(str(f) for f in files), reused, dropped)
 
 
 def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compressed:

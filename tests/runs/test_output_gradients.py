@@ -1,13 +1,11 @@
-"""Curvature beside a run's statistics: of every module, from rows alone, the heads left as they were."""
+"""Output gradients beside a run's statistics: of every module, from rows alone, the heads left as they were."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 
 from plait.model.base import head_modules
-from plait.runs.curved import with_curvature
+from plait.runs.output_gradients import with_curvature
 from plait.runs.session import Session
 from plait.statistics import collect_statistics
 from plait.tasks import batches
@@ -29,11 +27,12 @@ def test_curvature_stands_beside_statistics_and_heads_come_back(tiny_recipe):
     curved, again = (with_curvature(known, session, 0) for _ in range(2))
     assert heads and all(torch.equal(p, b) for p, b in zip(heads, before, strict=True))
     for name, s in curved.items():
-        assert set(s.curvature) == set(s.modules) and s.sites is known[name].sites
-        for module, G in s.curvature.items():
-            assert G.shape == (s.modules[module].shape[0],) * 2 and float(torch.linalg.eigvalsh(G)[0]) > -1e-4 * float(
-                G.trace()
-            )
-            assert float(G.trace()) > 0 and torch.equal(G, again[name].curvature[module])
-    assert any(not torch.allclose(G, curved["grade"].curvature[m]) for m, G in curved["topic"].curvature.items())
-    assert dataclasses.replace(curved["topic"], curvature={}) == known["topic"]
+        assert set(s.output_gradients) == set(s.modules) and s.sites is known[name].sites
+        assert s.provenance["output_gradients"]["head"] == "drawn for every batch"
+        for module, G in s.output_gradients.items():
+            assert G.dim == s.modules[module].shape[0] and G.trace > 0
+            assert G.count == next(iter(s.sites.values())).count
+            assert torch.equal(G.dense(), again[name].output_gradients[module].dense())
+    grade = curved["grade"].output_gradients
+    assert any(not torch.allclose(G.dense(), grade[m].dense()) for m, G in curved["topic"].output_gradients.items())
+    assert with_curvature(curved, session, 1) == curved  # what is there already is not taken again
