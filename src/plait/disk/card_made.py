@@ -71,28 +71,30 @@ def _merged(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]
     adapters = result.get("adapters") or ()
     weighted = any(a.get("weight", 1) != 1 for a in adapters)
     scale, reason = result.get("scale", 1.0), _text(result.get("scale_reason", ""))
-    said = f"Merged from {len(adapters)} adapter{'s' * (len(adapters) != 1)} by `{_text(result.get('method'))}` at scale {scale:g}"
-    said += f" ({reason})" if reason else ""
-    said += _settings(result.get("options", {}))
+    sentence = f"Merged from {len(adapters)} adapter{'s' * (len(adapters) != 1)} by `{_text(result.get('method'))}` at scale {scale:g}"
+    sentence += f" ({reason})" if reason else ""
+    sentence += _settings(result.get("options", {}))
     if result.get("module_weights"):
-        said += ", with weights by module"
+        sentence += ", with weights by module"
     if stack := result.get("stack"):
-        said += "; composed in the order in which they were trained: " + ", ".join(_code(s["name"]) for s in stack)
-    return [f"{said}.", _inputs(adapters, weighted), *_checks(result)]
+        sentence += "; composed in the order in which they were trained: " + ", ".join(_code(s["name"]) for s in stack)
+    return [f"{sentence}.", _inputs(adapters, weighted), *_checks(result)]
 
 
 def _chosen(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    chosen, texts = result.get("chosen", {}), result.get("texts") or {}
+    choice, texts = result.get("chosen", {}), result.get("texts") or {}
     how = (
         f"by how closely {len(result.get('evidence', ()))} candidates follow every adapter on "
         + ", ".join(f"{n} texts of {_code(t)}" for t, n in sorted(texts.items()))
         if texts
         else "from the adapters' factors alone, nothing was run"
     )
-    said = f"`plait merge auto` chose {_text(chosen.get('candidate'))} at scale {chosen.get('scale', 1.0):g}, {how}."
+    sentence = (
+        f"`plait merge auto` chose {_text(choice.get('candidate'))} at scale {choice.get('scale', 1.0):g}, {how}."
+    )
     repair = result.get("repair") or {}
     repaired = [f"Then {repair['steps']} steps of distilling the adapters into it."] if repair.get("kept") else []
-    return [said, *repaired, _inputs(result.get("adapters") or (), False), *_checks(result)]
+    return [sentence, *repaired, _inputs(result.get("adapters") or (), False), *_checks(result)]
 
 
 def _baked(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -101,22 +103,22 @@ def _baked(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     scale = f" at scale {options['scale']:g}" if _is_number(options.get("scale")) else ""
     of = f"The merge of {_listed(tasks)} by `{_text(options.get('method'))}`{scale}" if tasks else "A LoRA"
     rounding = result.get("rounding_error") or 0.0
-    lost = (
+    loss = (
         f" Rounding to {_listed(result.get('dtype', ()))} took {100 * rounding:.3g} % of the update."
         if rounding
         else ""
     )
-    return [f"{of}, added to the base's weights: {result.get('modules')} modules changed.{lost}", *_checks(result)]
+    return [f"{of}, added to the base's weights: {result.get('modules')} modules changed.{loss}", *_checks(result)]
 
 
 def _best(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     options: Mapping[str, Any] = manifest.get("options", {})
-    said = (
+    sentence = (
         f"The best merge of the run {_code(options.get('name'))}: arm {_code(result.get('arm'))}, merge {_code(result.get('merge'))} of "
         f"{_listed(result.get('tasks') or ())}, scale {result.get('scale', 1.0):g}, seed {result.get('seed')}. Merge and scale are those "
         "that scored best on labelled validation rows."
     )
-    return [said]
+    return [sentence]
 
 
 def _exported(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -127,28 +129,30 @@ def _exported(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
 
 
 def _extracted(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    said = (
+    sentence = (
         f"Cut out of a full fine-tune: the LoRA nearest to its difference from the base in {result.get('modules')} modules, rank "
         f"{result.get('rank')}, keeps {100 * result.get('energy_kept', 0.0):.2f} % of the difference's energy."
     )
     dropped = result.get("dropped") or {}
-    return [said, *([f"Changes left out: {_listed(sorted(dropped))}."] if dropped else []), *_checks(result)]
+    return [sentence, *([f"Changes left out: {_listed(sorted(dropped))}."] if dropped else []), *_checks(result)]
 
 
 def _converted(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    done = [_text(line) for line in result.get("conversions") or ()]
+    steps = [_text(line) for line in result.get("conversions") or ()]
     return [
         f"Converted from {_text(result.get('from', 'another format'))} to {_text(result.get('to'))}.",
-        *([f"Made plain LoRA: {'; '.join(done)}."] if done else []),
+        *([f"Made plain LoRA: {'; '.join(steps)}."] if steps else []),
         *_checks(result),
     ]
 
 
 def _trained(result: Mapping[str, Any]) -> list[str]:
     losses = result.get("losses") or result
-    said = f"Trained on {_code(result['task'])} ({_text(result.get('kind', ''))}) for {result['steps']} steps by plait."
+    sentence = (
+        f"Trained on {_code(result['task'])} ({_text(result.get('kind', ''))}) for {result['steps']} steps by plait."
+    )
     last = losses.get("last") if isinstance(losses, Mapping) else None
-    return [said + (f" The loss ended at {last:.4g}." if _is_number(last) else "")]
+    return [sentence + (f" The loss ended at {last:.4g}." if _is_number(last) else "")]
 
 
 def _moved(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -168,12 +172,13 @@ def _started(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str
 def _checks(result: Mapping[str, Any]) -> list[str]:
     """What a cut to rank lost, and what reading the result again showed."""
     lines = []
-    lost = (result.get("loss") or result).get("discarded_energy") or 0.0
-    if lost:
+    share = (result.get("loss") or result).get("discarded_energy") or 0.0
+    if share:
         how = str(result.get("cut") or "")
         of = "the update's energy" if not how or how.startswith("by weights") else "what the update puts out"
         lines.append(
-            f"The cut to rank {result.get('rank')} lost {100 * lost:.2f} % of {of}" + (f" (cut {how})." if how else ".")
+            f"The cut to rank {result.get('rank')} lost {100 * share:.2f} % of {of}"
+            + (f" (cut {how})." if how else ".")
         )
     if _is_number(error := result.get("verification_error")):
         lines.append(f"Read again after it was written and compared; the largest relative error is {error:.1e}.")
@@ -205,8 +210,10 @@ def _followed(task: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(options: Mapping[str, Any]) -> str:
-    shown = [f"{k} {v:g}" if _is_number(v) else f"{k} {_text(v)}" for k, v in sorted(options.items()) if _is_plain(v)]
-    return f" with {', '.join(shown)}" if shown else ""
+    settings = [
+        f"{k} {v:g}" if _is_number(v) else f"{k} {_text(v)}" for k, v in sorted(options.items()) if _is_plain(v)
+    ]
+    return f" with {', '.join(settings)}" if settings else ""
 
 
 def _is_plain(value: object) -> bool:

@@ -52,8 +52,8 @@ def sealed(record: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> M
         record: Everything else that the manifest says.
         files: File, as a path inside the folder -> its size in bytes and its SHA-256.
     """
-    kept = {k: v for k, v in record.items() if k not in ("files", _SIZES, _SEAL)}
-    content: dict[str, Any] = json.loads(json.dumps(kept, allow_nan=False))  # keys and tuples as they will be read
+    fields = {k: v for k, v in record.items() if k not in ("files", _SIZES, _SEAL)}
+    content: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))  # keys and tuples as they will be read
     content["files"] = {name: digest for name, (_, digest) in files.items()}
     content[_SIZES] = {name: size for name, (size, _) in files.items()}
     return {**content, _SEAL: sha256_json(content)}
@@ -74,37 +74,37 @@ def read_manifest(path: Path) -> Mapping[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = read_json(file, limit=LARGEST_MANIFEST)
+        manifest = read_json(file, limit=LARGEST_MANIFEST)
     except InputError as e:
         raise Damaged(e.what, where=e.where, hint=e.hint) from None
-    if not isinstance(found, dict) or "schema" not in found:
+    if not isinstance(manifest, dict) or "schema" not in manifest:
         raise Damaged("not a plait manifest", where=str(file))
-    if _SEAL in found or _SIZES in found:
-        _require_seal(found, file)
-    if found["schema"] != SCHEMA:
+    if _SEAL in manifest or _SIZES in manifest:
+        _require_seal(manifest, file)
+    if manifest["schema"] != SCHEMA:
         raise InputError(
-            f"manifest schema {found['schema']}, this plait reads {SCHEMA}",
+            f"manifest schema {manifest['schema']}, this plait reads {SCHEMA}",
             where=str(file),
             hint="redo it with this version",
         )
-    if any(not isinstance(found.get(key, {}), dict) for key in _OBJECTS) or not _lists_files(found):
+    if any(not isinstance(manifest.get(key, {}), dict) for key in _OBJECTS) or not _lists_files(manifest):
         raise Damaged("not a plait manifest", where=str(file))
-    return found
+    return manifest
 
 
-def _require_seal(found: Mapping[str, Any], file: Path) -> None:
-    content = {k: v for k, v in found.items() if k != _SEAL}
+def _require_seal(manifest: Mapping[str, Any], file: Path) -> None:
+    content = {k: v for k, v in manifest.items() if k != _SEAL}
     try:
-        whole = sha256_json(content) == found.get(_SEAL)
+        same = sha256_json(content) == manifest.get(_SEAL)
     except ValueError:  # NaN or infinity, which no manifest is written with
-        whole = False
-    if not whole:
+        same = False
+    if not same:
         raise Damaged("not the manifest that was written: its digest is another", where=str(file), hint=_ADVICE)
 
 
-def _lists_files(found: Mapping[str, Any]) -> bool:
+def _lists_files(manifest: Mapping[str, Any]) -> bool:
     """Whether `files` maps paths inside the folder to hashes, and `sizes`, where it is, the same paths to sizes."""
-    files, sizes = found.get("files", {}), found.get(_SIZES)
+    files, sizes = manifest.get("files", {}), manifest.get(_SIZES)
     inside = all(_is_inside(name) and isinstance(d, str) and _SHA256.fullmatch(d) for name, d in files.items())
     counted = sizes is None or (sizes.keys() == files.keys() and all(type(n) is int and n >= 0 for n in sizes.values()))
     return inside and counted
@@ -176,22 +176,22 @@ def compare_with_manifest(folder: Path, *, read: bool, known: Mapping[str, str] 
     Cost: with `read`, every byte of the folder is read and hashed once.
     """
     try:
-        found = _governing(folder)
+        governing = _governing(folder)
     except InputError as e:
         return (Fault(MANIFEST, e.what),)
-    if found is None:
+    if governing is None:
         return ()
-    manifest, prefix = found
-    wanted = {n[len(prefix) :]: d for n, d in manifest.get("files", {}).items() if n.startswith(prefix)}
+    manifest, prefix = governing
+    digests = {n[len(prefix) :]: d for n, d in manifest.get("files", {}).items() if n.startswith(prefix)}
     sizes = {n[len(prefix) :]: size for n, size in manifest.get(_SIZES, {}).items() if n.startswith(prefix)}
     faults: list[Fault] = []
-    lying = set(_files_in(folder, wanted, faults))
-    for name in sorted({*wanted, *lying}):
-        if name not in lying:
+    present = set(_files_in(folder, digests, faults))
+    for name in sorted({*digests, *present}):
+        if name not in present:
             faults.append(Fault(name, "is gone"))
-        elif name not in wanted:
+        elif name not in digests:
             faults.append(Fault(name, "is not listed in the manifest"))
-        elif what := _changed(folder / name, wanted[name], sizes.get(name), read, (known or {}).get(name)):
+        elif what := _changed(folder / name, digests[name], sizes.get(name), read, (known or {}).get(name)):
             faults.append(Fault(name, what))
     return tuple(faults)
 
@@ -201,9 +201,9 @@ def _governing(folder: Path) -> tuple[Mapping[str, Any], str] | None:
     own = read_manifest(folder)
     if own is not None:
         return own, ""
-    here = folder.resolve()
-    for above in list(here.parents)[:MAX_FOLDERS_ABOVE]:
-        prefix = f"{here.relative_to(above).as_posix()}/"
+    place = folder.resolve()
+    for above in list(place.parents)[:MAX_FOLDERS_ABOVE]:
+        prefix = f"{place.relative_to(above).as_posix()}/"
         try:
             manifest = read_manifest(above)
         except InputError:  # not about this folder as far as anybody can tell

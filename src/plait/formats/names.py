@@ -134,22 +134,22 @@ def diffusers_names(modules: Iterable[str]) -> dict[str, str]:
     Raises:
         InputError: Two that would become one.
     """
-    found = {n: n if n.partition(".")[0] in COMPONENTS.values() else to_diffusers(n) for n in modules}
-    require_distinct(found)
-    return found
+    renaming = {n: n if n.partition(".")[0] in COMPONENTS.values() else to_diffusers(n) for n in modules}
+    require_distinct(renaming)
+    return renaming
 
 
-def require_distinct(found: Mapping[str, str]) -> None:
+def require_distinct(renaming: Mapping[str, str]) -> None:
     """Refuse a renaming that gives two modules one name.
 
     Raises:
         InputError: Names both.
     """
-    seen: dict[str, str] = {}
-    for name, other in found.items():
-        if other in seen:
-            raise InputError(f"modules {seen[other]!r} and {name!r} are both {other!r}")
-        seen[other] = name
+    origins: dict[str, str] = {}
+    for name, other in renaming.items():
+        if other in origins:
+            raise InputError(f"modules {origins[other]!r} and {name!r} are both {other!r}")
+        origins[other] = name
 
 
 def _dotted(rest: str, name: str) -> str:
@@ -167,9 +167,9 @@ def _dotted(rest: str, name: str) -> str:
 
 def _matches(text: str, start: int) -> list[int]:
     """Ends of all words that begin here, the longest first."""
-    known = [start + len(w) for w in (*_COMPOUND, *_SIMPLE) if text.startswith(w, start)]
+    ends = [start + len(w) for w in (*_COMPOUND, *_SIMPLE) if text.startswith(w, start)]
     number = re.compile(r"\d+").match(text, start)
-    return sorted({*known, *([number.end()] if number else [])}, reverse=True)
+    return sorted({*ends, *([number.end()] if number else [])}, reverse=True)
 
 
 # --- the first release's numbering ------------------------------------------------------------------------------------

@@ -49,13 +49,13 @@ def all_units(layout: Layout) -> list[Unit]:
     Raises:
         RunError: It is not finished.
     """
-    found: list[Unit] = []
+    run_units: list[Unit] = []
     for name, units in waves(layout):
         if todo := [u for u in pending(layout, units) if u.stage in (ALONE, MERGE, REPAIRED)]:
             text = f"the run is not finished: {len(todo)} units of wave {name!r} are open"
             raise RunError(text, where=str(layout.out))
-        found += units
-    return found
+        run_units += units
+    return run_units
 
 
 def waves(layout: Layout) -> Iterator[tuple[str, list[Unit]]]:
@@ -90,11 +90,11 @@ def _read_by(layout: Layout, readers: Mapping[Unit, Sequence[Unit]]) -> list[Uni
 
 def _statistics(layout: Layout, units: Sequence[Unit]) -> list[Unit]:
     """What training starts from, and what merges read."""
-    found = []
+    sources = []
     for u in units:
         here = layout.of(u)
-        found += [here.statistics_unit(u), here.statistics_unit(replace(u, stage=MERGE))]
-    return list(dict.fromkeys(found))
+        sources += [here.statistics_unit(u), here.statistics_unit(replace(u, stage=MERGE))]
+    return list(dict.fromkeys(sources))
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -110,13 +110,13 @@ def sweep_units(layout: Layout) -> list[Unit]:
 def tuning_scores(layout: Layout, trained: Unit) -> list[Unit]:
     """Every moment of a training, alone and merged, on the tuning rows."""
     arm = layout.recipe.arm(trained.arm)
-    found = []
+    scores = []
     for step in layout.moments(arm):
         alone = replace(trained, stage=ALONE, step=step, split=TUNING)
-        found.append(alone)
+        scores.append(alone)
         if not arm.joint:
-            found += [replace(alone, stage=MERGE, merge=m) for m in tuning_merges(layout)]
-    return found
+            scores += [replace(alone, stage=MERGE, merge=m) for m in tuning_merges(layout)]
+    return scores
 
 
 def tuning_merges(layout: Layout) -> list[str]:
@@ -145,11 +145,11 @@ def swept(layout: Layout, arm: ArmSpec) -> list[dict[str, Any]]:
     for trained in (u for u in sweep_units(layout) if u.arm == arm.name):
         for step in layout.moments(arm):
             alone = replace(trained, stage=ALONE, step=step, split=TUNING)
-            found = result(layout, alone)
+            scores = result(layout, alone)
             row: dict[str, Any] = {"arm": arm.name, "lr": trained.rate, "step": step}
-            if DIVERGED in found:
-                lost = {"alone": None, "delta_norm": None, "merged": {}, "scale": {}, DIVERGED: found[DIVERGED]}
-                rows.append(row | lost)
+            if DIVERGED in scores:
+                empty = {"alone": None, "delta_norm": None, "merged": {}, "scale": {}, DIVERGED: scores[DIVERGED]}
+                rows.append(row | empty)
                 continue
             merges = (
                 {}
@@ -159,8 +159,8 @@ def swept(layout: Layout, arm: ArmSpec) -> list[dict[str, Any]]:
             rows.append(
                 row
                 | {
-                    "alone": float(np.mean(list(found["tuning"]["alone"].values()))),
-                    "delta_norm": float(np.mean(list(found["delta_norm"].values()))),
+                    "alone": float(np.mean(list(scores["tuning"]["alone"].values()))),
+                    "delta_norm": float(np.mean(list(scores["delta_norm"].values()))),
                     "merged": {m: r["score"] for m, r in merges.items()},
                     "scale": {m: r["scale"] for m, r in merges.items()},
                 }
@@ -186,8 +186,8 @@ def chosen(layout: Layout, arm: ArmSpec) -> Choice:
     Of an arm that is like another, the other's; of one that is a moment of another, that moment.
     """
     if arm.like is not None:
-        found = chosen(layout, layout.recipe.arm(arm.like))
-        return Choice(found.rate, arm.snapshot or found.step)
+        other = chosen(layout, layout.recipe.arm(arm.like))
+        return Choice(other.rate, arm.snapshot or other.step)
     if not layout.recipe.tuned:
         return Choice(layout.recipe.training_of(arm).lr, 0)
     rows = learned(layout, arm)
@@ -228,17 +228,17 @@ def plain_arms(layout: Layout) -> list[ArmSpec]:
 def final_units(layout: Layout) -> list[Unit]:
     """Trainings that are reported: each arm at its choice, plain arms also at their best alone, and the variants'."""
     recipe = layout.recipe
-    found = []
+    trainings = []
     for arm in recipe.arm_specs:
         choices = [chosen(layout, arm)] + ([chosen_alone(layout, arm)] if arm in plain_arms(layout) else [])
         for choice in dict.fromkeys(choices):
-            found += [Unit(TRAIN, s, arm.name, choice.rate, choice.step) for s in arm.seeds or recipe.seeds]
+            trainings += [Unit(TRAIN, s, arm.name, choice.rate, choice.step) for s in arm.seeds or recipe.seeds]
     for variant in recipe.variants:
         for name in variant.arms:
             choice = chosen(layout, recipe.arm(name))
             seeds = variant.seeds or recipe.seeds[:1]
-            found += [Unit(TRAIN, s, name, choice.rate, choice.step, variant=variant.name) for s in seeds]
-    return found
+            trainings += [Unit(TRAIN, s, name, choice.rate, choice.step, variant=variant.name) for s in seeds]
+    return trainings
 
 
 def fold_scores(layout: Layout, trained: Unit) -> list[Unit]:
@@ -261,7 +261,7 @@ def fold_scores(layout: Layout, trained: Unit) -> list[Unit]:
 def repair_units(layout: Layout) -> list[Unit]:
     """Merges that are trained further; their scale is the sweep's, so that no reported row has a say in it."""
     repair = layout.recipe.repair
-    found = []
+    repairs = []
     for name in repair.arms if repair else []:
         arm = layout.recipe.arm(name)
         choice = chosen(layout, arm)
@@ -270,7 +270,7 @@ def repair_units(layout: Layout) -> list[Unit]:
             row = next(r for r in swept(layout, arm) if (r["lr"], r["step"]) == (choice.rate, choice.step))
             scale = row["scale"][repair.merge]
         for seed in arm.seeds or layout.recipe.seeds:
-            found.append(
+            repairs.append(
                 Unit(REPAIR, seed, name, choice.rate, choice.step, repair.merge if repair else "", scale=scale)
             )
-    return found
+    return repairs
