@@ -162,7 +162,11 @@ QUOTED = [
         "and nine tasks it keeps {} (one seed), RegMean {}, the default {}.",
         lambda: [answered(), written(PLAIN, "regmean"), written(PLAIN, "tsv")],
     ),
-    ("of sixteen such tasks (one seed) it keeps {} % of own scores, OSRM's start {};", lambda: sixteen("of_own")[::2]),
+    ("of sixteen written tasks (one seed) plait keeps {} % of own scores, OSRM's start {};", lambda: sixteen("of_own")[::2]),
+    (
+        "has {} against {} on eleven tasks and {} against {} on eight",
+        lambda: [again(s, a, "by_moments") for s in (ELEVEN, MPNET) for a in (PLAIN, BOTH)],
+    ),
     ("trained on all data at once reaches {} on the eight tasks of MPNet", lambda: [joint("glue8-mpnet")]),
     ("| `merge auto` | the base, 100 inputs a task | | | {} |", lambda: [fitted("fitted, heads")]),
     ("on another seed, where the default kept {}.", lambda: [fitted("no text")]),
