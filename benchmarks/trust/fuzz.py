@@ -20,10 +20,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="readers whose name holds this, who then share the count")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="nothing is begun after so long")
     given = parser.parse_args()
     given.to.mkdir(parents=True, exist_ok=True)
     count = round(given.count * given.sample)
-    tallies = fuzz(count, processes=given.processes, seed=given.seed, only=given.only)
+    told = {"processes": given.processes, "seed": given.seed, "only": given.only, "seconds": given.seconds}
+    tallies = fuzz(count, **told)
     found = [Row(r["what"], r["tried"], r["held"], r["fell"], tuple(r["notes"])) for r in rows(tallies)]
     write_part(given.to, "fuzz", found, " ".join(["python -P -m benchmarks.trust.fuzz", *sys.argv[1:]]))
 

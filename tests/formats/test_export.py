@@ -307,6 +307,16 @@ def test_the_lines_of_an_export_are_words_of_a_shell(tmp_path):
     assert words[-1] == f"o $(x)={tmp_path / 'o $(x)'}"
 
 
+def test_vllm_gets_no_weight_that_was_trained_whole(tmp_path):
+    one = {"model.layers.0.q_proj": LoraFactors(torch.ones(4, 6), torch.ones(5, 4), 2.0)}
+    whole = {"model.embed_tokens.weight": torch.ones(9, 6)}
+    told = {"extras": whole, "modules_to_save": ("embed_tokens",)}
+    folder = saved(tmp_path / "a", Adapter("a", "base", one, "CAUSAL_LM", **told))
+    with pytest.raises(InputError, match=r"'model.embed_tokens.weight' was trained whole, which vLLM refuses"):
+        export(folder, tmp_path / "out", loader="vllm")
+    assert not (tmp_path / "out").exists()
+
+
 def test_vllm_takes_heads_of_one_layer(tmp_path):
     for architecture, layer in (("distilbert", "pre_classifier"), ("roberta", r"classifier\.dense")):
         base = saved_base(tmp_path / architecture, architecture)

@@ -80,6 +80,7 @@ def recipe(**changes):
         ({"merge_method": "nuslerp", "base_model": "base", "parameters": {"nuslerp_flatten": False}}, "row by row"),
         ({"merge_method": "multislerp", "base_model": "base", "parameters": {"normalize_weights": False}}, "sum is 1"),
         ({"merge_method": "multislerp", "base_model": "base", "models": THREE}, "more than two"),
+        ({"merge_method": "nuslerp", "base_model": "base", "models": THREE}, "joins two models, not 3"),
         ({"models": UNWEIGHTED}, "no weight"),
         ({"models": UNWEIGHTED, "merge_method": "ties", "base_model": "base"}, "no weight"),
         ({"models": [{"model": "base"}, {"model": "base+x", "parameters": {"weight": 1}}]}, "base has no weight"),

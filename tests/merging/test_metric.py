@@ -57,6 +57,8 @@ def test_nothing_to_cut_and_nothing_at_all():
     same, lost = cut_factors(f, S, 6)
     assert lost == 0.0
     torch.testing.assert_close(same.delta(), f.delta())
+    whole, lost = cut_factors(f, S, f.rank)  # at its own rank it is not turned either
+    assert torch.equal(whole.A, f.A.float()) and torch.equal(whole.B, f.folded().B.float()) and lost == 0.0
     zero = LoraFactors(f.A, torch.zeros_like(f.B))
     cut, lost = cut_factors(zero, S, 2)
     assert lost == 0.0 and not cut.delta().any()

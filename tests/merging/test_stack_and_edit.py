@@ -148,6 +148,16 @@ def test_moved_changed_and_missing_inputs(tmp_path, adapters):
     assert not (tmp_path / "more").exists()
 
 
+def test_a_base_that_was_given_for_two_names_of_it_stays(tmp_path, adapters):
+    elsewhere = write(tmp_path, "e", 7, base="/folder/of/some-base")
+    merge_folders([str(adapters["a"]), str(elsewhere)], tmp_path / "m", "task_arithmetic", scale=1.0, base="some/base")
+    for change, out in ((Change(weights={"e": 0.5}), "half"), (Change(add=[str(adapters["b"])]), "more")):
+        edit(tmp_path / "m", change, tmp_path / out)
+        assert read_adapter(tmp_path / out).base == "some/base"
+    a, e = update(adapters["a"]), update(elsewhere)
+    close(update(tmp_path / "half"), {m: a[m] + 0.5 * e[m] for m in MODULES})
+
+
 @pytest.mark.parametrize(("method", "share"), [("task_arithmetic", 1.0), ("linear", 0.5)])
 def test_by_difference_needs_only_what_changes(tmp_path, adapters, method, share):
     merge_folders([str(adapters[n]) for n in "abc"], tmp_path / "m", method, scale=0.8)

@@ -226,7 +226,10 @@ FOUND = [
                command=("stats", "merge", STATS, "b.stats.safetensors", "--out", "out")),
     statistics("U8 tasks that are a number", lambda r: r["provenance"].update(tasks=5), "provenance.tasks is 5", command=("stats", "show", STATS)),
     statistics("U8 a task that is a list", lambda r: r["provenance"].update(task=["a"]), "provenance.task", command=("stats", "show", STATS)),
-    Case("S9 a foreign tensor", weights(header(lambda h: h.update({"cake": h.pop("layer.1.query|second")})), STATS), ("stats", "check", STATS), 3,
+    Case("S9 a tensor beside those of the sites", weights(header(lambda h: h.update({"cake": {"dtype": "F32", "shape": [0], "data_offsets": [
+        max(e["data_offsets"][1] for k, e in h.items() if k != "__metadata__")] * 2}})), STATS), ("stats", "check", STATS), 3,
+         (STATS, "'cake' belongs to no site", "collect")),
+    Case("S9 a tensor under another name", weights(header(lambda h: h.update({"cake": h.pop("layer.1.query|second")})), STATS), ("stats", "check", STATS), 3,
          (STATS, "second", "collect")),
     refused_weights("H2 a name twice among 20,000", many_names, "names 't9' twice"),
     refused_weights("H3 a header of brackets", brackets, "header", "save it again"),

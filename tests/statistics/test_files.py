@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -18,11 +19,13 @@ from plait.statistics import (
     collect_statistics,
     compress_statistics,
     diff_statistics,
+    open_statistics,
     read_identity,
     read_statistics,
     show_statistics,
     write_statistics,
 )
+from plait.statistics.moments import Moments, Statistics
 from tests.statistics.models import batches, build, padded, text
 
 
@@ -102,13 +105,18 @@ def test_damaged_files_are_named(many, tmp_path):
         read_statistics(broken("short", {**tensors, f"{first}|second": tensors[f"{first}|second"][:-1].clone()}))
     with pytest.raises(InputError, match=r"has no tensor .total"):
         read_statistics(broken("missing", {k: v for k, v in tensors.items() if k != f"{first}|total"}))
+    for more in ("cake", f"{first}|third", "none|total"):
+        path = broken("more", {**tensors, more: torch.ones(3)})
+        for read in (read_statistics, open_statistics):
+            with pytest.raises(InputError, match=rf"{re.escape(more)}' belongs to no site of the record"):
+                read(path)
     record = json.loads(metadata["statistics"])
     with pytest.raises(InputError, match="schema 9, this plait reads 1"):
         read_statistics(broken("new", tensors, {"statistics": json.dumps({**record, "schema": 9})}))
     with pytest.raises(InputError, match="holds no statistics"):
         read_statistics(broken("other", tensors, {"kind": "cake"}))
     cut = tmp_path / "cut"
-    cut.write_bytes(path.read_bytes()[:-100])
+    cut.write_bytes((tmp_path / "x.stats.safetensors").read_bytes()[:-100])
     with pytest.raises(InputError, match="not a whole safetensors"):
         read_statistics(cut)
 
@@ -128,6 +136,21 @@ def test_show_diff_and_check(few, many):
     good = check_statistics(few)
     assert good.ok and any("null space" in w for w in good.warnings)
     assert any("sketched" in w for w in check_statistics(compress_statistics(many, 4)).warnings)
+
+
+@pytest.mark.parametrize(
+    ("length", "problems"), [(3.99, ()), (4.01, ("site: the mean is longer than the second moment allows",))]
+)
+def test_the_mean_of_inputs_is_no_longer_than_their_second_moment_says(length, problems):
+    second = torch.diag(torch.tensor([3.0, 1.0, 0.0]))  # of four inputs: their sum is at most 4 long
+    moments = Moments(4, torch.tensor([0.6, 0.8, 0.0]) * length, second)
+    assert check_statistics(Statistics({"site": moments}, {})).problems == problems
+
+
+def test_one_negative_eigenvalue_is_one_too_many():
+    moments = Moments(4, torch.zeros(3), torch.diag(torch.tensor([2.0, -1.0, 3.0])))
+    (problem,) = check_statistics(Statistics({"site": moments}, {})).problems
+    assert problem == "site: not positive semidefinite: eigenvalues from -1 to 3"
 
 
 def test_check_finds_what_cannot_be(many):

@@ -56,7 +56,7 @@ def mag_prune(
 ) -> Tensor:
     """Drop entries of one task's rows, small ones more often; what stays is `divided` by its probability."""
     n = part.shape[1]
-    order = _ascending(part.abs().cpu().numpy())
+    order = ascending(part.abs().cpu().numpy())
     ramp = np.linspace(density - epsilon / 2, density + epsilon / 2, n) if n > 1 else np.array([density])
     levels = np.empty(part.shape, dtype=np.int32)
     np.put_along_axis(
@@ -68,12 +68,15 @@ def mag_prune(
     return part.mul_(LEVELS).div_(torch.from_numpy(levels).to(part.device).to(part.dtype))
 
 
-def _ascending(
+def ascending(
     magnitudes: np.ndarray[tuple[int, ...], np.dtype[Any]],
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Columns of each row in ascending order, the first of equals first.
+    """Rank the columns of each row in ascending order, the first of equals first.
 
     float32 magnitudes order as their bits do; sorted as integers with the column below them, they are four times faster.
+
+    Args:
+        magnitudes: Numbers of rows, none negative or NaN.
     """
     if magnitudes.dtype != np.float32:
         return magnitudes.argsort(axis=1, kind="stable")
