@@ -137,3 +137,10 @@ def test_both_are_arms_of_a_run(tiny_recipe, tmp_path):
         for task in ("topic", "grade"):
             adapter = read_adapter(tmp_path / "out/adapters" / arm / "seed-0" / task)
             assert all(f.B.any() for f in adapter.modules.values())
+
+
+def test_a_span_to_stay_in_is_not_read_off_weights(tiny_recipe):
+    training = {"steps": 2, "constraint": "projected", "constraint_options": {"method": "corda", "m": 4}}
+    with pytest.raises(UsageError, match="taken from statistics alone, and 'corda' reads"):
+        tiny_recipe(arms=["corda"], training=training)
+    tiny_recipe(arms=["corda"], training={**training, "constraint_options": {"method": "inflora", "m": 4}})

@@ -21,7 +21,8 @@ from plait.statistics.moments import Statistics
 def base_weights(base: BaseModel, statistics: Statistics) -> Callable[[str], Float[Tensor, "out d"]]:
     """Give a function that reads a module's weight in float32, by its name relative to the backbone.
 
-    Nothing is opened before the first weight is asked for, and one weight at a time is in memory.
+    Nothing is opened before the first weight is asked for, and one weight at a time is in memory. They are as the files have them: of a
+    base that is held in four bits, those from before its rounding.
 
     Args:
         base: The base: a folder, or a hub name.

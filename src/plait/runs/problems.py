@@ -208,13 +208,20 @@ def of_training(settings: Settings, arm: ArmSpec | None, where: str) -> Iterator
         return
     try:
         training = (settings.training_of(a) for a in at_each_rate(settings, arm or ArmSpec(name="adapter")))
-        method = next(training).constraint_options.get("method", arm.method if arm else None)
+        span = next(training).constraint_options.get("method")
     except UsageError as e:
         who = f"training of arm {arm.name}" if arm and arm.training else "training"
         yield UsageError(f"{who}: {e.what}", where=where, hint=e.hint)
         return
-    if method is not None:
-        yield from _unknown(method, list(subspace_list()), "subspace method", where)
+    methods = subspace_list()
+    if method := span or (arm.method if arm else None):
+        yield from _unknown(method, list(methods), "subspace method", where)
+    if span is not None and span in methods and "weights" in methods[span].needs:
+        yield UsageError(
+            f"a span to stay in is taken from statistics alone, and {span!r} reads the base's weights",
+            where=where,
+            hint="constraint_options.method: contrastive or osrm",
+        )
 
 
 def _of_options(method: Configurable, options: Mapping[str, Any], where: str, what: str) -> Iterator[UsageError]:
