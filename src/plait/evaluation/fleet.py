@@ -23,9 +23,9 @@ from plait.model.stacked import StackedFactors, by_member, stacked_factors, stac
 from plait.tasks.task import TEXT_KINDS
 
 # Tokens a pass is worth having at once; more only takes memory.
-TOKENS_PER_PASS = {"cuda": 131_072, "cpu": 4_096}
+TOKENS_PER_PASS = {"cuda": 131_072, "cpu": 2_048}
 # Rows of like length in such a pass: on a CPU few, so that hardly any pads are computed; the candidates fill it.
-ROWS_PER_PASS = {"cuda": 32, "cpu": 8}
+ROWS_PER_PASS = {"cuda": 32, "cpu": 4}
 MAX_TOGETHER = 64  # candidates that write together, or go through a CPU together
 
 

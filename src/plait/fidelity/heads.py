@@ -19,7 +19,7 @@ from plait.fidelity.score import outputs
 from plait.model.applied import applied
 from plait.model.base import head_modules, load_head
 from plait.model.hooks import hooked
-from plait.tasks import batches, to_device
+from plait.tasks import batches, length_order, to_device
 
 # How strongly a head is held where it was, in units of the features' mean energy.
 STRENGTHS = (0.1, 1.0, 10.0)
@@ -142,12 +142,13 @@ def _read(panel: Panel, part: Part, merge: Adapter, model: Any, layer: nn.Module
         calls.append((x, output))
         return output
 
+    texts = panel.evaluator.encoded(part.name)
     with torch.no_grad(), applied(model, merge), hooked([(layer, note)]):
-        for batch in batches(panel.tokenizer, panel.evaluator.encoded(part.name), panel.batch_size):
+        for batch in batches(panel.tokenizer, texts, panel.batch_size, by_length=True):
             given = {k: v for k, v in batch.items() if k != "labels"}
             logits = model(**to_device(given, panel.base.torch_device)).logits
             rows.append(_at_answers(*calls.pop(), logits))
-    return torch.cat(rows)
+    return torch.cat(rows)[torch.tensor(length_order(texts), dtype=torch.int64).argsort()]
 
 
 def _at_answers(x: Tensor, output: Tensor, logits: Tensor) -> Float[Tensor, "n d"]:

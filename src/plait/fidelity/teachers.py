@@ -15,6 +15,7 @@ from torch.nn import functional
 from plait.fidelity.layers import LayerCollector, LayerTargets, layers_to_keep, watched
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel, Part
+from plait.fidelity.passes import by_part, passes_of
 from plait.fidelity.score import outputs
 from plait.model.applied import applied
 from plait.model.attention import fused_attention
@@ -50,7 +51,7 @@ class DistillationLoss(Protocol):
 
 
 class HeadLoss:
-    """Classes and values: all parts' rows go through the backbone together, then each through its own head.
+    """Classes and values: all parts' rows of like length go through the backbone together, then each through its own head.
 
     What the adapters answer, and what their layers put out, is computed once and kept.
 
@@ -94,22 +95,27 @@ class HeadLoss:
 
     def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
         """Mean over parts of KL(target || merged) over KL(adapter || base), or of the cross entropy with labels."""
-        places = np.concatenate([np.asarray(r) + s for r, s in zip(rows, self.starts, strict=True)])
         device = self.panel.base.torch_device
-        with applying(), watched(self.ends[0].backbone) as states:
-            output, inputs = self._run(places)
-        total, at = torch.zeros((), dtype=torch.float32, device=device), 0
-        for i, chosen in enumerate(rows):
-            span = slice(at, at + len(chosen))
-            piece = type(output)(**{k: v[span] for k, v in output.items() if isinstance(v, Tensor)})
-            logits = self.ends[i].logits(piece, {k: v[span] for k, v in inputs.items()}, self.heads[i])
-            target = self.targets[i][torch.as_tensor(list(chosen), device=device)]
-            total = total + self._loss(i, logits.float(), target)
-            if (near := self.layers[i] if self.layers else None) is not None:
-                mask = inputs["attention_mask"][span].bool()
-                total = total + self.weight * near.loss(chosen, [h[span] for h in states], mask)
-            at += len(chosen)
+        keys = [(i, n) for i, chosen in enumerate(rows) for n in chosen]
+        places = np.array([self.starts[i] + n for i, n in keys], np.int64)
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for some in passes_of(self.bank.lengths[places].tolist(), device.type):
+            with applying(), watched(self.ends[0].backbone) as states:
+                output, inputs = self._run(places[some])
+            for i, span, chosen in by_part(keys, some):
+                piece = type(output)(**{k: v[span] for k, v in output.items() if isinstance(v, Tensor)})
+                logits = self.ends[i].logits(piece, {k: v[span] for k, v in inputs.items()}, self.heads[i])
+                target = self.targets[i][torch.as_tensor(chosen, device=device)]
+                total = total + self._loss(i, logits.float(), target) * (len(chosen) / len(rows[i]))
+                if (near := self.layers[i] if self.layers else None) is not None:
+                    mask = inputs["attention_mask"][span].bool()
+                    share = self._tokens(i, chosen) / self._tokens(i, rows[i])
+                    total = total + self.weight * share * near.loss(chosen, [h[span] for h in states], mask)
         return total / len(rows)
+
+    def _tokens(self, part: int, rows: Sequence[int]) -> int:
+        """Count the tokens of some texts of a part."""
+        return int(self.bank.lengths[[self.starts[part] + n for n in rows]].sum())
 
     def _run(self, places: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Any, Mapping[str, Tensor]]:
         """What the backbone makes of the rows at these places in the bank, and the rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from plait.adapters.lora import Adapter
 from plait.fidelity.language import positions, text_batches
 from plait.fidelity.layers import LayerCollector, LayerTargets, layers_to_keep, watched
 from plait.fidelity.panel import Panel, Part
+from plait.fidelity.passes import by_part, passes_of
 from plait.fidelity.targets import TOP, TopTargets, joined
 from plait.fidelity.teachers import SMALLEST_KL, Applying
 from plait.fidelity.tokens import rows_of
@@ -35,6 +37,10 @@ class _Taught:
         return self.tokens.take(
             torch.cat([torch.arange(self.starts[i], self.starts[i + 1], device=device) for i in rows])
         )
+
+    def count(self, rows: Sequence[int]) -> int:
+        """Count the positions of some texts."""
+        return sum(self.starts[i + 1] - self.starts[i] for i in rows)
 
 
 class TextLoss:
@@ -63,19 +69,30 @@ class TextLoss:
 
     def __call__(self, rows: Sequence[Sequence[int]], applying: Applying) -> Tensor:
         """Mean over parts, of one batch of every part's texts."""
-        chosen = [self.rows[i][place] for i, places in enumerate(rows) for place in places]
-        batch = to_device(collate(self.panel.tokenizer, chosen), self.panel.base.torch_device)
-        with fused_attention(self.model), applying(), watched(self.model) as states:
-            logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
-        counts = mask.sum(1).view(len(rows), -1).sum(1).tolist()
-        total, at = logits.new_zeros((), dtype=torch.float32), 0
-        for places, one, part in zip(rows, self.taught, torch.split(logits[0], counts), strict=True):
-            total = total + one.of(places).kl(part).mean() / one.room
-            span = slice(at, at + len(places))
-            if one.layers is not None:
-                total = total + self.weight * one.layers.loss(places, [h[span] for h in states], mask[span])
-            at += len(places)
+        device = self.panel.base.torch_device
+        keys = [(i, n) for i, places in enumerate(rows) for n in places]
+        counts = [one.count(places) for one, places in zip(self.taught, rows, strict=True)]
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        step = [self.rows[i][n] for i, n in keys]
+        for some in passes_of([self._size(row) for row in step], device.type):
+            batch = to_device(collate(self.panel.tokenizer, [step[p] for p in some]), device)
+            with fused_attention(self.model), applying(), watched(self.model) as states:
+                logits, mask = positions(self.model, self.kind, batch, 1, self.panel.positions)
+            shares = list(by_part(keys, some))
+            pieces = torch.split(logits[0], [self.taught[i].count(places) for i, _, places in shares])
+            for (i, span, places), piece in zip(shares, pieces, strict=True):
+                if not len(piece):  # prompts that nothing was written after
+                    continue
+                one = self.taught[i]
+                total = total + one.of(places).kl(piece).sum() / (counts[i] * one.room)
+                if one.layers is not None:
+                    near = one.layers.loss(places, [h[span] for h in states], mask[span])
+                    total = total + self.weight * near * (len(piece) / counts[i])
         return total / len(rows)
+
+    def _size(self, row: Mapping[str, Any]) -> int:
+        """Count what a text makes the model read, and an encoder-decoder write."""
+        return len(row["input_ids"]) + (len(row["labels"]) if self.kind == "seq2seq" else 0)
 
     @torch.no_grad()
     def _asked(self, part: Part, place: int) -> _Taught:
