@@ -20,6 +20,7 @@ from plait.adapters.hashing import Hashing
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.memory import bytes_of, let_go, own_copy, own_memory
 from plait.adapters.peft_format import WEIGHTS, write_adapter
+from plait.adapters.shapes import begin_shapes
 from plait.adapters.tensor_file import fill_tensors, write_tensors
 from plait.adapters.tensors import begin_tensors, read_tensors
 from plait.errors import InputError
@@ -182,3 +183,21 @@ def test_numbers_that_a_file_does_not_align_are_still_there_when_they_are_read_l
         path.write_bytes(path.read_bytes()[: -len(spoilt)] + spoilt)
         with pytest.raises(InputError, match="NaN or infinity"):
             begin_tensors(path, reader, finite=True)
+
+
+def test_pages_are_given_back_each_time_32_mib_of_them_were_used(monkeypatch):
+    mapped, given_back, counts = file_bytes.Mapped(), [], []
+    monkeypatch.setattr(mapped, "let_go", lambda: given_back.append(len(counts)))
+    for _ in range(9):
+        mapped.passed(1 << 24)
+        counts.append(len(given_back))
+    assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    mapped.passed((1 << 25) + 1)
+    assert len(given_back) == 4
+
+
+def test_a_header_alone_is_checked_too(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2, 3)}, {})
+    seen = []
+    shapes, _, digest = begin_shapes(tmp_path / "x.safetensors", None, check=seen.append)
+    assert seen == [{"a": (2, 3)}] and shapes["a"].shape == (2, 3) and digest() == ""

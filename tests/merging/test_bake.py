@@ -138,6 +138,10 @@ def test_a_dense_merge_is_baked_without_a_cut(tmp_path):
         found = a.read(0, a.shape[0]) - b.read(0, b.shape[0])
         torch.testing.assert_close(found, merged_delta(plan, module).dense(), atol=1e-6, rtol=1e-5)
         assert torch.linalg.matrix_rank(found, rtol=1e-4) > 8  # not what a rank-R adapter could hold
+        norms = [float(adapter.modules[module].delta().norm()) for adapter in pair]
+        assert float(found.norm()) == pytest.approx(
+            0.7 * sum(norms) / 2, rel=1e-4
+        )  # what pico restores, times the scale
 
 
 def test_svc_is_baked_as_it_is_merged(tmp_path):
