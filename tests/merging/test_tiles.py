@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from plait.merging import dense, tiles
+from plait.merging import compiled, dense, tiles
 from plait.merging.dense import DenseDelta
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import thresholds_of
@@ -46,11 +48,11 @@ def test_every_entry_is_in_one_tile(shape, whole_rows, small_tiles):
         assert (seen[start:stop] == 1).all() and seen.sum() == (stop - start) * shape[1]
 
 
-@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 0, 5), (1,) * 9])
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 0, 5), (1,) * 9, (1, 2) * 5])
 def test_parts_are_the_products(ranks, small_tiles):
     x = module((40, 90), ranks)
     products, spare = Products.of(x.B, x.A), Spare()
-    assert (products.stacked is not None) == (ranks == (3, 3, 3))
+    assert (products.stacked is not None) == (len(set(ranks)) == 1)
     for tile in products.tiles(whole_rows=False):
         parts = list(products.parts(tile, spare))  # all of them at once: none overwrites another
         for part, b, a in zip(parts, x.B, x.A, strict=True):
@@ -98,3 +100,44 @@ def test_results_lie_in_memory_of_their_own_and_do_not_depend_on_the_tiles(metho
     again = function(module((130, 200)))
     assert isinstance(again, DenseDelta)
     torch.testing.assert_close(again.dense(), whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1.0,) * 11, tuple(0.5 + 0.3 * t * (-1) ** t for t in range(11))])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ties", {}),
+        ("ties", {"agreeing": "sum", "scope": "module"}),
+        ("ties", {"density": 1.0}),
+        ("ties", {"space": "core"}),
+        ("dare_ties", {"density": 0.3}),
+        ("dare_ties", {"density": 1.0}),
+    ],
+)
+def test_compiled_loops_give_the_same_bits(method, options, weights, monkeypatch):
+    """Of two groups of tasks, one of which does not adapt the module; entries that cancel exactly and zeros among them."""
+    pytest.importorskip("numba")
+    x = module((130, 700), (3,) * 4 + (0,) + (3,) * 6)
+    B = list(x.B)
+    B[1], B[2] = B[0] * -weights[0] / weights[1], B[2] * (torch.arange(130)[:, None] % 2)
+    A = list(x.A)
+    A[1] = A[0]
+    x = replace(x, tasks=tuple("abcdefghijk"), weights=weights, A=tuple(A), B=tuple(B))
+
+    def merged() -> torch.Tensor:
+        delta = merge_methods()[method].function(replace(x), **options)
+        return delta.dense() if isinstance(delta, DenseDelta) else delta.folded(torch.float32).A
+
+    passes = merged()
+    monkeypatch.setattr(compiled, "_REPAID", 0)
+    assert compiled.loops_for(1) is not None
+    assert torch.equal(merged().view(torch.int32), passes.view(torch.int32))
+
+
+def test_without_numba_passes_do_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    compiled._loops.cache_clear()
+    try:
+        assert compiled.loops_for(1 << 40) is None
+    finally:
+        compiled._loops.cache_clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,13 +11,62 @@ from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
 from plait.adapters.memory import empty_like
+from plait.merging.compiled import Loops, loops_for
 from plait.merging.dense import AT_ONCE, DenseDelta, MergedDelta
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import Place
+from plait.merging.random_masks import Drops, Place
 from plait.merging.tiles import Products, Spare
 
 # (one part per task, their place for random draws) -> the merged part. A rule may change the parts in place.
 Rule = Callable[[Iterable[Tensor], Place], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Election:
+    """A rule: drop and trim every task's entries, elect the sign of their weighted sum, average or add those that agree.
+
+    Args:
+        weights: One per task.
+        agreeing: "mean" or "sum".
+        bounds: Per task the magnitude below which entries are zero, or for a stack of modules one for each; none by default.
+        drops: What keeps entries at random.
+    """
+
+    weights: Sequence[float]
+    agreeing: str = "mean"
+    bounds: Sequence[float | Tensor] = ()
+    drops: Drops | None = None
+
+    def __call__(self, parts: Iterable[Tensor], place: Place) -> Tensor:
+        """Take parts in one by one."""
+        return self._scaled(signed_mean(self._left(parts, place), self.weights, self.agreeing, place.spare))
+
+    def compiled(self, loops: Loops) -> Callable[[Iterable[tuple[int, Tensor]], Place, Tensor], None]:
+        """Give what takes `Products.groups` of a CPU, in float32, and where the result goes: the same bits in one pass."""
+        weights = np.array(self.weights, np.float32)
+        below = np.array([_below(float(b), np.float32) for b in self.bounds] or [-1.0] * len(weights), np.float32)
+        drops, mean = self.drops, self.agreeing == "mean"
+
+        def take(groups: Iterable[tuple[int, Tensor]], place: Place, out: Tensor) -> None:
+            sums = place.spare.tensor("sums", (4, out.numel()), out.dtype, out.device).zero_().numpy()
+            for first, group in groups:
+                array, those = group.numpy(), slice(first, first + len(group))
+                for task, part in enumerate(array, first) if drops else ():
+                    if drops and drops.acts_on(task):
+                        loops.drop(part, drops.draws(task, place, part.shape), drops.level)
+                loops.vote(array.reshape(len(group), -1), below[those], weights[those], *sums)
+            loops.elect(*sums, mean, out.numpy())
+            self._scaled(out)
+
+        return take
+
+    def _left(self, parts: Iterable[Tensor], place: Place) -> Iterator[Tensor]:
+        for task, part in enumerate(parts):
+            part = self.drops.drop(task, part, place) if self.drops else part
+            yield keep_from(part, self.bounds[task]) if self.bounds else part
+
+    def _scaled(self, result: Tensor) -> Tensor:
+        return result.mul_(self.drops.scale) if self.drops and self.drops.scale != 1.0 else result
 
 
 def in_space(x: MergeInputs, rule: Rule, space: str = "dense", *, whole_rows: bool = True) -> MergedDelta:
@@ -32,7 +81,8 @@ def in_space(x: MergeInputs, rule: Rule, space: str = "dense", *, whole_rows: bo
     """
     if x.total_rank == 0:
         return x.zero()
-    merged = in_blocks(Products.of(*pairs_of(x, space)), rule, space, whole_rows=whole_rows)
+    alike = len(x.model) if x.model is not None else 1
+    merged = in_blocks(Products.of(*pairs_of(x, space)), rule, space, whole_rows=whole_rows, alike=alike)
     if space == "dense":
         return merged
     if space == "core":
@@ -40,18 +90,32 @@ def in_space(x: MergeInputs, rule: Rule, space: str = "dense", *, whole_rows: bo
     return LoraFactors(merged.dense(), x.aligned.left, 1.0, x.kind)
 
 
-def in_blocks(products: Products, rule: Rule, space: str, *, whole_rows: bool = False) -> DenseDelta:
-    """Apply a rule to products of factors, tile after tile: as many entries as are computed together on the device."""
+def in_blocks(products: Products, rule: Rule, space: str, *, whole_rows: bool = False, alike: int = 1) -> DenseDelta:
+    """Apply a rule to products of factors, tile after tile: as many entries as are computed together on the device.
+
+    Args:
+        products: Per task, the factors.
+        rule: The elementwise rule.
+        space: Its name, for random draws.
+        whole_rows: Whether the rule is given whole rows.
+        alike: How many modules of about this size there are, of which a compiled loop is worth its compilation.
+    """
     shape, drawn = products.shape, Place(space, products.shape)
+    entries = shape[0] * shape[1] * len(products.lefts) * alike
+    elects = isinstance(rule, Election) and products.device.type == "cpu" and products.lefts[0].dtype == torch.float32
+    loops = loops_for(entries) if elects else None
+    compiled = rule.compiled(loops) if loops and isinstance(rule, Election) else None
 
     def rows(start: int, stop: int) -> Tensor:
         merged = empty_like(products.lefts[0], (stop - start, shape[1]))
         spare = Spare()
         for tile in products.tiles(whole_rows=whole_rows, start=start, stop=stop):
             place = replace(drawn, start=tile.top, left=tile.left, spare=spare)
-            merged[tile.top - start : tile.bottom - start, tile.left : tile.right] = rule(
-                products.parts(tile, spare), place
-            )
+            here = merged[tile.top - start : tile.bottom - start, tile.left : tile.right]
+            if compiled:
+                compiled(products.groups(tile, spare), place, here)
+            else:
+                here.copy_(rule(products.parts(tile, spare), place))
         return merged
 
     return DenseDelta(shape, rows, AT_ONCE)
@@ -66,13 +130,16 @@ def pairs_of(x: MergeInputs, space: str = "dense") -> tuple[Sequence[Tensor], Se
     return x.aligned.parts, x.A
 
 
-def parts_of(x: MergeInputs, spare: Spare, space: str = "dense") -> Iterator[tuple[int, Tensor]]:
-    """(task, block) of all entries in a space, free to be changed, valid until the next; a task without the module has none."""
+def groups_of(x: MergeInputs, spare: Spare, space: str = "dense") -> Iterator[tuple[int, Tensor]]:
+    """(first task, blocks of it and of those that follow) of all entries in a space, free to be changed, valid until the next.
+
+    A task without the module has zeros there.
+    """
     if not x.total_rank:
         return
     products = Products.of(*pairs_of(x, space))
     for tile in products.tiles(whole_rows=False):
-        yield from ((t, part) for t, part in enumerate(products.parts(tile, spare)) if x.ranks[t])
+        yield from products.groups(tile, spare)
 
 
 def keep_from(part: Tensor, bound: float | Tensor) -> Tensor:
@@ -86,9 +153,12 @@ def keep_from(part: Tensor, bound: float | Tensor) -> Tensor:
         return part
     if bound <= 0:
         return part
-    kind = np.float64 if part.dtype == torch.float64 else np.float32
-    below = float(np.nextafter(kind(bound), kind(0)))
-    return torch.hardshrink(part, below, out=part)
+    return torch.hardshrink(part, _below(bound, np.float64 if part.dtype == torch.float64 else np.float32), out=part)
+
+
+def _below(bound: float, kind: type[np.float32 | np.float64]) -> float:
+    """The largest magnitude below a bound; -1, which none has, where the bound is not positive."""
+    return float(np.nextafter(kind(bound), kind(0))) if bound > 0 else -1.0
 
 
 def signed_mean(

@@ -44,6 +44,9 @@ class computed(Generic[T]):  # noqa: N801 (used like property)
 class WholeModel(Protocol):
     """All modules of a merge (`plait.merging.views.Views`)."""
 
+    def __len__(self) -> int:
+        """How many there are."""
+
     def once(self, function: Callable[..., T], *settings: Hashable) -> T:
         """Compute a function of all modules at the first call, and remember what it gave."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,21 +13,24 @@ from torch import Tensor
 
 from plait.adapters.memory import empty_like, own_copy
 from plait.errors import RunError
-from plait.merging.elementwise import pairs_of, parts_of
+from plait.merging.compiled import loops_for
+from plait.merging.elementwise import groups_of, pairs_of
 from plait.merging.inputs import MergeInputs
-from plait.merging.tiles import MOST_TASKS, Products, Spare
+from plait.merging.tiles import Products, Spare
 from plait.merging.workers import side_by_side
 from plait.seeds import seed_of
 
 # Makes one pass over nonnegative values, in blocks, each with the index of the group (the task) it belongs to.
 Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
-# Hands every one of such blocks to a function, with memory of its thread's; from several threads at once where that is faster.
-Pass = Callable[[Callable[[int, Tensor, Spare], None]], None]
+# Takes in blocks of one group and of those that follow it, side by side, with memory of its thread's.
+Take = Callable[[int, Float[Tensor, "k ..."], Spare], None]
+# Hands all such blocks to a function; from several threads at once where that is faster.
+Pass = Callable[[Take], None]
 
 # Values up to which a group is simply selected from in memory; beyond it a bracket is faster.
 _SMALL = 1 << 16
 # Standard errors of a sampled quantile on either side of it; a miss (found by counting) widens the bracket.
-_WIDTH = 5.0
+_WIDTH = 4.0
 # One value in this many is looked at where nothing better is known about how to sample; prime, so as not to follow columns.
 _STRIDE = 61
 
@@ -55,10 +58,6 @@ def thresholds_of(products: Products, density: float) -> list[Tensor]:
     """Per task, the smallest magnitude among the `density` largest of a product's entries: those that the same tiles give later."""
     if density >= 1:
         return [torch.zeros((), dtype=torch.float32) for _ in products.lefts]
-    if len(products.lefts) > MOST_TASKS:  # each part whole: selecting takes less than the two passes below
-        return [
-            smallest_kept(left @ right, density) for left, right in zip(products.lefts, products.rights, strict=True)
-        ]
     spare = Spare()
 
     def values() -> Iterator[tuple[int, Tensor]]:
@@ -84,11 +83,11 @@ def magnitudes_at(modules: Sequence[MergeInputs], rank: Callable[[int], int], sp
     Modules are looked at side by side: the answer is exact, so it does not depend on their order.
     """
 
-    def values(take: Callable[[int, Tensor, Spare], None]) -> None:
+    def values(take: Take) -> None:
         def one(place: int) -> None:
             spare = Spare()
-            for task, part in parts_of(modules[place], spare, space):
-                take(task, part.abs_(), spare)
+            for first, parts in groups_of(modules[place], spare, space):
+                take(first, parts, spare)
 
         side_by_side(one, range(len(modules)), modules[0].device)
 
@@ -118,10 +117,10 @@ def nth_largest(values: Blocks, rank: Callable[[int], int], groups: int) -> list
         groups: How many groups there are.
     """
 
-    def passed(take: Callable[[int, Tensor, Spare], None]) -> None:
+    def passed(take: Take) -> None:
         spare = Spare()
         for g, block in values():
-            take(g, block, spare)
+            take(g, block[None], spare)
 
     return _nth_largest(passed, rank, *_counted(values, groups))
 
@@ -133,13 +132,18 @@ def _nth_largest(
     found = [torch.zeros((), dtype=torch.float32) for _ in totals]
     if small := [g for g, total in enumerate(totals) if 0 < total <= _SMALL]:
         held: dict[int, list[Tensor]] = {g: [] for g in small}
-        values(lambda g, block, _: held[g].append(block.flatten().clone()) if g in held else None)
+
+        def hold(first: int, blocks: Tensor, _: Spare) -> None:
+            for g, block in enumerate(blocks, first):
+                if g in held:
+                    held[g].append(block.abs().flatten())
+
+        values(hold)
         for g in small:
             found[g] = _kth(torch.cat(held[g]), rank(totals[g]))
     brackets = {g: _Bracket(samples[g], n, rank(n)) for g, n in enumerate(totals) if n > _SMALL}
     while brackets:
-        waiting = dict(brackets)
-        values(lambda g, block, spare, w=waiting: w[g].count(block, spare) if g in w else None)  # type: ignore[misc]
+        values(_Counting(brackets, len(totals)).take)
         found = [brackets[g].exact() if g in brackets and brackets[g].hit() else v for g, v in enumerate(found)]
         brackets = {g: b.wider() for g, b in brackets.items() if not b.hit()}
     return found
@@ -163,31 +167,19 @@ class _Bracket:
         self.low, self.high = _at_share(ordered, share + spread), _at_share(ordered, share - spread)
         self.above = self.held = 0
         self.inside = empty_like(sample, (min(total, 1024 + int(1.5 * spread * total)),))
-        self.lock = threading.Lock()  # blocks come from several threads
 
-    def count(self, block: Tensor, spare: Spare) -> None:
-        """Take one block in. NumPy's boolean kernels are several times faster than torch's on a CPU."""
-        if block.is_cuda:
-            above = int(torch.count_nonzero(block > self.high))
-            inside = block[(block >= self.low) & (block <= self.high)]
-        else:
-            array = block.numpy()
-            higher, within = (spare.like(name, block, torch.bool).numpy() for name in ("higher", "within"))
-            above = int(np.count_nonzero(np.greater(array, self.high, out=higher)))
-            np.not_equal(np.greater_equal(array, self.low, out=within), higher, out=within)
-            inside = torch.from_numpy(array[within])
-        with self.lock:
-            self.above += above
-            self._hold(inside)
-
-    def _hold(self, part: Tensor) -> None:
-        """Keep values in one buffer: a list of small arrays, made between large blocks, splits the heap for good."""
+    def hold(self, above: int, part: Tensor) -> None:
+        """Count values above, and keep those inside in one buffer: a list of small arrays splits the heap for good."""
+        self.above += above
         wanted = self.held + part.numel()
         if wanted > self.inside.numel() or self.inside.device != part.device:
             larger = empty_like(part, (max(wanted, 2 * self.held, self.inside.numel()),))
             larger[: self.held] = self.inside[: self.held]
             self.inside = larger
-        self.inside[self.held : wanted] = part
+        here = self.inside[self.held : wanted]
+        here.copy_(part) if part.is_cuda else np.copyto(
+            here.numpy(), part.numpy()
+        )  # torch takes ten times as long for few
         self.held = wanted
 
     def hit(self) -> bool:
@@ -203,6 +195,47 @@ class _Bracket:
         if self.low == 0 and self.high == math.inf:
             raise RunError("the deltas hold NaN or infinity: products of their factors overflow float32")
         return _Bracket(self.sample, self.total, self.k, 4 * self.widening)
+
+
+class _Counting:
+    """One pass over the values of all groups that still have a bracket; blocks come from several threads."""
+
+    def __init__(self, brackets: Mapping[int, _Bracket], groups: int) -> None:
+        self.brackets, self.lock = brackets, threading.Lock()
+        self.loops = loops_for(sum(b.total for b in brackets.values()))
+        # Groups without one have an empty bracket beyond everything.
+        self.low = np.array([brackets[g].low if g in brackets else math.inf for g in range(groups)])
+        self.high = np.array([brackets[g].high if g in brackets else math.inf for g in range(groups)])
+
+    def take(self, first: int, blocks: Float[Tensor, "k ..."], spare: Spare) -> None:
+        """Count what lies above each bracket, and hand it what lies inside."""
+        if blocks.is_cuda:
+            for g, block in enumerate(blocks, first):
+                if b := self.brackets.get(g):
+                    block = block.abs()
+                    with self.lock:
+                        b.hold(int(torch.count_nonzero(block > b.high)), block[(block >= b.low) & (block <= b.high)])
+            return
+        array = blocks.numpy().reshape(len(blocks), -1)
+        if self.loops and array.dtype == np.float32:
+            inside = spare.tensor("inside", array.shape[1:], blocks.dtype, blocks.device)
+            for g, values in enumerate(array, first):
+                if b := self.brackets.get(g):
+                    above, held = self.loops.count(values, np.float32(b.low), np.float32(b.high), inside.numpy())
+                    with self.lock:
+                        b.hold(above, inside[:held])
+            return
+        higher, within = (spare.tensor(n, array.shape, torch.bool, blocks.device).numpy() for n in ("higher", "within"))
+        low, high = (bounds[first : first + len(blocks), None].astype(array.dtype) for bounds in (self.low, self.high))
+        # NumPy's boolean kernels are several times faster than torch's. Infinity lies inside a bracket without an upper end.
+        np.abs(array, out=array)
+        np.greater(array, high, out=higher)
+        np.not_equal(np.greater_equal(array, low, out=within), higher, out=within)
+        parts = [(np.count_nonzero(h), torch.from_numpy(v[w])) for v, h, w in zip(array, higher, within, strict=True)]
+        with self.lock:
+            for g, (above, part) in enumerate(parts, first):
+                if b := self.brackets.get(g):
+                    b.hold(above, part)
 
 
 def _kth(values: Float[Tensor, "... n"], k: int) -> Tensor:
@@ -226,8 +259,8 @@ def _samples(modules: Sequence[MergeInputs], totals: Sequence[int], space: str) 
     def of(place: int) -> list[Tensor]:
         x = modules[place]
         lefts, rights = pairs_of(x, space) if x.total_rank else ((), ())
-        found = []
-        for task, (rank, total) in enumerate(zip(x.ranks, totals, strict=True)):
+        ranks, found = x.ranks, []
+        for task, (rank, total) in enumerate(zip(ranks, totals, strict=True)):
             part = torch.zeros(0, dtype=torch.float32)
             if rank and total > _SMALL:
                 rows, columns = lefts[task].shape[0], rights[task].shape[1]
@@ -235,7 +268,8 @@ def _samples(modules: Sequence[MergeInputs], totals: Sequence[int], space: str) 
                 generator = torch.Generator().manual_seed(seed_of(x.module, "quantile"))
                 i = torch.randint(rows, (n,), generator=generator).to(x.device)
                 j = torch.randint(columns, (n,), generator=generator).to(x.device)
-                part = (lefts[task][i] * rights[task].T[j]).sum(1).abs().cpu()
+                columns_of = rights[task].T.contiguous()  # one of them lies in one place
+                part = (lefts[task][i] * columns_of[j]).sum(1).abs().cpu()
             found.append(part)
         return found
 
@@ -245,4 +279,4 @@ def _samples(modules: Sequence[MergeInputs], totals: Sequence[int], space: str) 
 
 def _wanted(total: int) -> int:
     """How many of so many entries are looked at."""
-    return 1 << (14 if total < 1 << 21 else 16 if total < 1 << 24 else 18 if total < 1 << 28 else 19)
+    return 1 << (14 if total < 1 << 21 else 16 if total < 1 << 24 else 18)

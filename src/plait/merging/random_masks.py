@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ LEVELS = 1 << 16
 
 
 Draws: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]"
+# Draws of a block, or what a step makes of all of them at once.
+Drawn: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[Any]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Place:
         shape: (rows, columns) of the whole space; None where all of its entries are given.
         start: Row of the space in which the entries begin.
         left: Column of the space in which they begin.
-        drawn: Task -> (first row, draws) that the last entries came from: the next ones lie beside them.
+        drawn: Task -> (first row, draws or a mask) that the last entries came from: the next ones lie beside them.
         spare: Memory that is used again for the next entries; the rule's result may lie there.
     """
 
@@ -44,7 +46,7 @@ class Place:
     shape: tuple[int, int] | None = None
     start: int = 0
     left: int = 0
-    drawn: dict[int, tuple[int, Draws]] = field(default_factory=dict)
+    drawn: dict[int, tuple[int, Drawn]] = field(default_factory=dict)
     spare: Spare = field(default_factory=Spare)
 
     def blocks(self, rows: int) -> Iterator[tuple[str, int, int]]:
@@ -64,10 +66,15 @@ def draw(x: MergeInputs, task: int, place: Place, shape: tuple[int, ...]) -> Dra
         return np.stack([draw(member, task, place, shape[1:]) for member in x.members])
     if place.shape is None:
         return _drawn(x, task, place.space, shape)
+    return _of_blocks(place, task, shape, lambda name, rows, width: _drawn(x, task, name, (rows, width)))
+
+
+def _of_blocks(place: Place, task: int, shape: tuple[int, ...], make: Callable[[str, int, int], Drawn]) -> Drawn:
+    """What is made of the blocks that a task's entries at one place lie in; the last block is held."""
     pieces = []
     for name, start, stop in place.blocks(shape[0]):
         if place.drawn.get(task, (-1,))[0] != start:
-            place.drawn[task] = start, _drawn(x, task, name, (stop - start, place.shape[1]))
+            place.drawn[task] = start, make(name, stop - start, (place.shape or shape)[1])
         rows = slice(max(0, place.start - start), place.start + shape[0] - start)
         pieces.append(place.drawn[task][1][rows, place.left : place.left + shape[1]])
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -85,16 +92,37 @@ def ones_where(mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], like: Tens
     return torch.from_numpy(mask.view(np.int8)).to(like.device).to(like.dtype)
 
 
+class Drops:
+    """Keeping each entry of every task's part with probability `density`, rounded to a multiple of 2^-16.
+
+    What is kept is to be multiplied by `scale`.
+    """
+
+    def __init__(self, x: MergeInputs, density: float) -> None:
+        self.x, self.ranks, self.level = x, x.ranks, max(1, round(density * LEVELS))
+        self.scale = LEVELS / self.level if self.level < LEVELS else 1.0
+
+    def acts_on(self, task: int) -> bool:
+        """Whether anything of a task is dropped."""
+        return self.level < LEVELS and self.ranks[task] > 0
+
+    def draws(self, task: int, place: Place, shape: tuple[int, int]) -> Draws:
+        """Give the draws of a task's entries, of which those below `level` are kept."""
+        return draw(self.x, task, place, shape)
+
+    def drop(self, task: int, part: Tensor, place: Place) -> Tensor:
+        """Zero the entries of a task's part that are not kept, in place."""
+        return part.mul_(_ones_below(self.x, task, place, self.level, part)) if self.acts_on(task) else part
+
+
 def kept_at_random(x: MergeInputs, density: float) -> Callable[[Iterable[Tensor], Place], Iterator[Tensor]]:
     """A step that keeps each entry with probability `density` and divides it by that, in place."""
-    level = max(1, round(density * LEVELS))
+    drops = Drops(x, density)
 
     def step(parts: Iterable[Tensor], place: Place) -> Iterator[Tensor]:
         for task, part in enumerate(parts):
-            if level < LEVELS and x.ranks[task]:
-                part *= _ones_below(x, task, place, level, part)
-                part *= LEVELS / level
-            yield part
+            part = drops.drop(task, part, place)
+            yield part.mul_(drops.scale) if drops.acts_on(task) else part
 
     return step
 
@@ -105,10 +133,14 @@ def _ones_below(x: MergeInputs, task: int, place: Place, level: int, like: Tenso
     For a GPU blocks are drawn by all cores, into memory that it reads by itself: one core would take longer than all the rest.
     """
     shape = tuple(like.shape)
-    if not like.is_cuda or x.members or place.shape is None:
-        below = place.spare.tensor("below", shape, torch.bool, torch.device("cpu")).numpy()
-        ones = torch.from_numpy(np.less(draw(x, task, place, shape), level, out=below).view(np.int8))
-        return ones.to(like.device).to(like.dtype) if like.is_cuda else place.spare.like("ones", like).copy_(ones)
+    if x.members or place.shape is None:
+        ones = torch.from_numpy((draw(x, task, place, shape) < level).view(np.int8))
+        return ones.to(like.device).to(like.dtype)
+    if not like.is_cuda:  # a mask of a whole block, looked at while its draws are in a core's cache
+        below = _of_blocks(
+            place, task, shape, lambda name, rows, width: (_drawn(x, task, name, (rows, width)) < level).view(np.int8)
+        )
+        return place.spare.like("ones", like).copy_(torch.from_numpy(below))
     mask = torch.empty(shape, dtype=torch.bool, pin_memory=True)
     rows, _ = mask.numpy(), x.contents
 

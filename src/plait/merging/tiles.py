@@ -14,9 +14,8 @@ from plait.merging.dense import entries_together, row_blocks, rows_together
 # Rows of a block that need not hold whole rows. BLAS packs the right factor anew for every block, of as many columns as the block
 # has: 64 rows of 512 columns take half the time of 8 rows of 4096. More rows gain nothing.
 _ROWS = 64
-# Most tasks whose blocks are made by one call: all of them stay in a core's cache until they are used. Blocks of more tasks are made
-# one by one, in new memory that malloc has just got back.
-MOST_TASKS = 8
+# Most tasks whose blocks are made, and looked at, by one call: all of them stay in a core's cache until they are used.
+_TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ class Products:
     Args:
         lefts: Per task (n, r_t).
         rights: Per task (r_t, m).
-        stacked: All of both in one tensor each, where that is faster: on a CPU, of few tasks of equal ranks.
+        stacked: All of both in one tensor each, where that is faster: on a CPU, of tasks of equal ranks.
     """
 
     lefts: Sequence[Float[Tensor, "n r"]]
@@ -108,8 +107,8 @@ class Products:
     @classmethod
     def of(cls, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Products:
         """From the factors of at least one task."""
-        few = lefts[0].device.type == "cpu" and len(lefts) <= MOST_TASKS
-        alike = few and {left.shape[1] for left in lefts} == {max(1, lefts[0].shape[1])}
+        alike = {left.shape[1] for left in lefts} == {max(1, lefts[0].shape[1])}
+        alike = alike and lefts[0].device.type == "cpu"
         return cls(lefts, rights, (torch.stack(list(lefts)), torch.stack(list(rights))) if alike else None)
 
     @property
@@ -123,25 +122,43 @@ class Products:
         return self.lefts[0].device
 
     def tiles(self, *, whole_rows: bool, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
-        """Tiles of these products; see `tiles`. Of many tasks, which are not made by one call, they are whole rows."""
-        whole_rows = whole_rows or len(self.lefts) > MOST_TASKS
+        """Tiles of these products; see `tiles`."""
         return tiles(self.shape, self.device, whole_rows=whole_rows, start=start, stop=stop)
 
     def parts(self, tile: Tile, spare: Spare) -> Iterator[Float[Tensor, "rows columns"]]:
         """One tile of every task, each free to be changed in place, and all of them valid until the next tile.
 
-        On a GPU, which has memory enough but not for all tasks at once, and of many tasks each is made when it is its turn.
+        On a GPU, which has memory enough but not for all tasks at once, each is made when it is its turn.
+        """
+        for _, group in self.groups(tile, spare, apart=True):
+            yield from group
+
+    def groups(
+        self, tile: Tile, spare: Spare, *, apart: bool = False
+    ) -> Iterator[tuple[int, Float[Tensor, "k rows columns"]]]:
+        """(first task, one tile of it and of those that follow) of as many tasks as are computed together.
+
+        The entries are those of `parts`, to the bit. On a GPU every task is alone.
+
+        Args:
+            tile: Its place.
+            spare: Memory of the groups, which may be changed in place.
+            apart: Whether a group stays valid until the next tile, and not only until the next group.
         """
         rows, columns = slice(tile.top, tile.bottom), slice(tile.left, tile.right)
-        if self.device.type != "cpu" or len(self.lefts) > MOST_TASKS:
-            yield from (left[rows] @ right[:, columns] for left, right in zip(self.lefts, self.rights, strict=True))
+        if self.device.type != "cpu":
+            for task, (left, right) in enumerate(zip(self.lefts, self.rights, strict=True)):
+                yield task, (left[rows] @ right[:, columns])[None]
             return
-        like = self.lefts[0]
-        out = spare.tensor("parts", (len(self.lefts), *tile.shape), like.dtype, like.device)
-        if self.stacked is not None:
-            left, right = self.stacked
-            torch.bmm(left[:, rows], right[:, :, columns], out=out)
-            yield from out
-            return
-        for left, right, part in zip(self.lefts, self.rights, out, strict=True):
-            yield torch.mm(left[rows], right[:, columns], out=part)
+        like, count = self.lefts[0], len(self.lefts)
+        for first in range(0, count, _TOGETHER):
+            those = slice(first, min(first + _TOGETHER, count))
+            name = f"parts{first}" if apart else "parts"
+            out = spare.tensor(name, (those.stop - first, *tile.shape), like.dtype, like.device)
+            if self.stacked is not None:
+                left, right = self.stacked
+                torch.bmm(left[those, rows], right[those, :, columns], out=out)
+            else:
+                for left, right, part in zip(self.lefts[those], self.rights[those], out, strict=True):
+                    torch.mm(left[rows], right[:, columns], out=part)
+            yield first, out

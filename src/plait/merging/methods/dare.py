@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from torch import Tensor
-
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import in_space, signed_mean, weighted_sum
+from plait.merging.elementwise import Election, in_space, weighted_sum
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import Place, kept_at_random
+from plait.merging.random_masks import Drops, kept_at_random
 from plait.merging.registry import merge_method
 from plait.options import Agreeing, Density, Space
 
@@ -48,9 +44,4 @@ def dare_ties(
     **Deviates**: masks as in `dare_linear`. The authors' code still trims to the largest fifth after the masks; this is mergekit's form,
     in which the mask takes the place of the trim.
     """
-    drop = kept_at_random(x, density)
-
-    def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
-        return signed_mean(drop(parts, place), x.weights, agreeing, place.spare)
-
-    return in_space(x, rule, space, whole_rows=False)
+    return in_space(x, Election(x.weights, agreeing, drops=Drops(x, density)), space, whole_rows=False)

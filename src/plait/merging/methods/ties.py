@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import Rule, in_space, keep_from, signed_mean
+from plait.merging.elementwise import Election, in_space
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import magnitude_thresholds
-from plait.merging.random_masks import Place
 from plait.merging.registry import merge_method
 from plait.options import Agreeing, Density, Space
 
@@ -51,15 +50,10 @@ def thresholds(x: MergeInputs, density: float, scope: str, space: str) -> list[T
     return magnitude_thresholds([x], density, space)
 
 
-def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float], agreeing: str = "mean") -> Rule:
+def trimmed(thresholds: Sequence[Tensor], weights: Sequence[float], agreeing: str = "mean") -> Election:
     """The rule: entries below their task's threshold are zero; then the mean of those that agree with the elected sign.
 
     A threshold is a scalar, or for parts of a stack of modules one for each of them.
     """
     bounds = [threshold if threshold.ndim else float(threshold) for threshold in thresholds]
-
-    def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
-        kept = (keep_from(part, bound) for part, bound in zip(parts, bounds, strict=True))
-        return signed_mean(kept, weights, agreeing, place.spare)
-
-    return rule
+    return Election(weights, agreeing, bounds)
