@@ -132,7 +132,7 @@ def test_a_sound_folder_is_loaded_as_the_account_says(name, tmp_path):
     agree, real = agrees(folder, base(), account)
     assert agree, (real, account.placements)
     assert {p.effect for p in account.placements} <= {"loaded", "replaces", "overwrites"}
-    require_loadable(folder)
+    assert require_loadable(folder) == tuple(a for a in accounts(folder) if a.own)
 
 
 @pytest.mark.parametrize("name", FAULTS)

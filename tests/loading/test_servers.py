@@ -157,7 +157,7 @@ def test_a_gguf_adapter_is_taken(tmp_path):
     path = gguf(tmp_path / "a.gguf", {**PAIR, "token_embd.weight.lora_a": (40, 2), "token_embd.weight.lora_b": (16, 2)})
     account = of(path, "llama.cpp")
     assert not account.faults and account.own and account.count("loaded") == 4
-    require_loadable(path)
+    assert require_loadable(path) == tuple(a for a in accounts(path) if a.own)
 
 
 @pytest.mark.parametrize(

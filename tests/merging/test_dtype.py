@@ -15,7 +15,7 @@ from plait.errors import RunError, UsageError
 from plait.formats.reading import read_any
 from plait.merging import Change, edit, merge_folders, merge_per_task, plan_merge
 from plait.merging.folders import read_all
-from plait.merging.sums import probes_of, sum_error
+from plait.merging.sums import is_beside, probes_of, rounded_sum, rounding, stored_sum, sum_error
 from plait.merging.verify import FAILED
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -201,3 +201,29 @@ def test_a_written_lora_file_that_is_not_the_merge_is_refused(tmp_path, monkeypa
     with pytest.raises(RunError, match="differs from the merge"):
         merge_folders(files, tmp_path / "out.safetensors", method)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sum_by_blocks_of_rows_has_the_bits_of_whole_factors(dtype, kept):
+    """Of several blocks, ranks that differ, an input of another type, zeros and numbers below the type's normal ones."""
+    g = torch.Generator().manual_seed(3)
+
+    def part(rank, kind, scaling):
+        B = torch.randn(4001, rank, generator=g)
+        B[::3], B[1::3] = 0, B[1::3] * 1e-6
+        return LoraFactors(torch.randn(rank, 700, generator=g).to(kind), B.to(kind), scaling)
+
+    parts = [(0.3, part(11, kept, 2.0)), (-1.0, part(7, kept, 1.0)), (1.7, part(9, torch.bfloat16, 0.5))]
+    probes = probes_of(700, 0)
+    exact, stored = stored_sum(parts, dtype)
+    by_blocks = rounded_sum(parts, dtype, probes)
+    for one, other in ((by_blocks.factors.A, stored.A), (by_blocks.factors.B, stored.B)):
+        assert one.dtype == other.dtype and one.data.tobytes() == other.data.tobytes()
+    assert by_blocks.taken == rounding(exact, stored, probes)
+    assert by_blocks.finite and by_blocks.fits and is_beside(parts, by_blocks.factors)
+    by_blocks.factors.B.data[2000, 15] += 1
+    assert not is_beside(parts, by_blocks.factors)
+    assert not rounded_sum([(1e39, parts[0][1])], dtype, probes).finite
+    large = rounded_sum([(1e6, parts[0][1])], dtype, probes)
+    assert large.finite and large.fits == (dtype == "bfloat16")

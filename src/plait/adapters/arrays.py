@@ -141,7 +141,9 @@ def array_of(tensor: Tensor | Array) -> Array:
 def floats(array: Array, kind: Any = np.float32) -> Floats:
     """The numbers in float32 or float64, which hold those of 16 bits exactly; not copied where they are of that type."""
     if array.dtype.name == BFLOAT16:
-        wide: Floats = np.left_shift(array.data, 16, dtype=np.uint32).view(np.float32)
+        bits = array.data.astype(np.uint32)
+        bits <<= np.uint32(16)
+        wide: Floats = bits.view(np.float32)
         return wide.astype(kind, copy=False)
     return array.data.astype(kind, copy=False)
 

@@ -45,6 +45,10 @@ LOADERS = {
         *(Loader(t, ((PeftFolder, partial(trainer_account, trainer=t)),)) for t in TRAINERS),
     )
 }
+# Of each kind, the loader whose own format it is: the accounts of all others say `own` False.
+_OWN: dict[type, str] = {
+    PeftFolder: "peft", ModelFolder: "transformers", GgufFile: "llama.cpp", LoraFile: "diffusers", MlxFolder: "mlx-lm",
+}  # fmt: skip
 _ALIASES = {"gguf": "llama.cpp", "llamafactory": "llama-factory", "mlx": "mlx-lm"}
 
 
@@ -105,7 +109,7 @@ def require_loadable(path: Path | str, *, meant: Collection[str] | None = None) 
         RunError: Names the first tensor at fault, the loader and the next step.
     """
     path = Path(path)
-    found = tuple(a for a in _accounts(path, list(LOADERS), list(_with_factors(path))) if a.own)
+    found = tuple(a for c in _with_factors(path) for a in _accounts(path, [_OWN[type(c)]], [c]) if a.own)
     for account in found:
         faults = [*account.faults, *(_lost(account, meant) if meant is not None else ())]
         if faults:
@@ -124,7 +128,14 @@ def _with_factors(path: Path) -> Iterator[Contents]:
 
 def _lost(account: Account, meant: Collection[str]) -> Iterator[Fault]:
     """Modules whose update was meant to take effect and would not."""
-    loaded = {p.parameter for p in account.placements if p.effect == "loaded"}
+    loaded = {module for p in account.placements if p.effect == "loaded" for module in _adapted(p.parameter)}
     for module in meant:
-        if not any(f".{module}.lora_" in f".{parameter}" for parameter in loaded):
+        if module not in loaded:
             yield Fault(module, "has no factors that are loaded", "please report this")
+
+
+def _adapted(parameter: str) -> Iterator[str]:
+    """Every name of the module that a parameter is a factor of: whole, and without one or more of its first parts."""
+    parts = parameter.split(".")
+    for stop in (i for i, part in enumerate(parts) if part.startswith("lora_")):
+        yield from (".".join(parts[start:stop]) for start in range(stop))

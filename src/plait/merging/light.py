@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from plait.adapters.arrays import FLOAT32, NoArrayError, all_finite, array_of, shape_of, zeros
+from plait.adapters.arrays import NoArrayError, all_finite, array_of, shape_of, zeros
 from plait.adapters.carried import require_exact, verify_carried
 from plait.adapters.config import CONFIG
 from plait.adapters.file_bytes import Mapped, begin_arrays
@@ -37,7 +37,7 @@ from plait.merging.record import MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
 from plait.merging.rounding import Rounding, dtype_for, overflow
 from plait.merging.scales import default_method
-from plait.merging.sums import Part, probes_by_width, require_verified, stored_sum, sum_error
+from plait.merging.sums import Part, probes_by_width, require_verified, rounded_sum, stored_sum, sum_error
 from plait.merging.terms import Terms, scale_of, weights_of
 from plait.merging.threads import cores, in_threads
 
@@ -189,15 +189,20 @@ def sum_to(terms: Terms, put: Callable[[str, LoraFactors], None], took: Rounding
     """
 
     def one(module: str) -> None:
-        exact, stored = stored_sum(_parts(terms, module), took.dtype)
-        if not all_finite(array_of(exact.B)):
+        parts = _parts(terms, module)
+        if took.rounds:
+            total = rounded_sum(parts, took.dtype, took.probes_of(terms.common.modules[module][0][1]))
+            stored, finite = total.factors, total.finite
+        else:
+            stored = stored_sum(parts, took.dtype)[1]
+            finite = all_finite(array_of(stored.B))
+        if not finite:
             hint = "a smaller --scale or other weights?"
             raise RunError(f"{terms.method.name} gave NaN or infinity", where=module, hint=hint)
-        if took.dtype != FLOAT32:
-            # A that is as it was read was looked at then.
-            if (stored.A is not exact.A and not all_finite(array_of(stored.A))) or not all_finite(array_of(stored.B)):
+        if took.rounds:
+            if not total.fits:
                 raise overflow(took.dtype, module)
-            took.note(module, exact, stored)
+            took.note_taken(module, total.taken)
         put(module, stored)
 
     _each(terms, one, mapped)

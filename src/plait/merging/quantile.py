@@ -231,7 +231,9 @@ class _Counting:
         np.abs(array, out=array)
         np.greater(array, high, out=higher)
         np.not_equal(np.greater_equal(array, low, out=within), higher, out=within)
-        parts = [(np.count_nonzero(h), torch.from_numpy(v[w])) for v, h, w in zip(array, higher, within, strict=True)]
+        parts = [
+            (int(np.count_nonzero(h)), torch.from_numpy(v[w])) for v, h, w in zip(array, higher, within, strict=True)
+        ]
         with self.lock:
             for g, (above, part) in enumerate(parts, first):
                 if b := self.brackets.get(g):

@@ -89,6 +89,14 @@ class Rounding:
         if self.rounds:
             self._parts[module] = rounding(exact, short, self._probes[exact.shape[1]])
 
+    def probes_of(self, width: int) -> Probes:
+        """Give the directions on which what rounding takes from a module of this width is measured."""
+        return self._probes[width]
+
+    def note_taken(self, module: str, taken: tuple[float, float]) -> None:
+        """Take note of what `plait.merging.sums.rounding` says of one module."""
+        self._parts[module] = taken
+
     @property
     def error(self) -> float | None:
         """|D' - D| / |D| of the whole model, on random inputs; None where nothing is rounded."""

@@ -7,12 +7,13 @@ second wherever that number is a power of two; else B is rounded once, and the r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, array_of, floats, rounded
+from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, Kind, all_finite, array_of, floats, rounded
 from plait.adapters.lora import LoraFactors
 from plait.errors import RunError
 from plait.seeds import seed_of
@@ -56,14 +57,78 @@ def stored_sum(parts: Sequence[Part], dtype: str) -> tuple[LoraFactors, LoraFact
         The sum in float32, and rounded to the type: one and the same where that is float32. The bits are those of
         `plait.adapters.lora.concatenated`.
     """
-    kind, stacked = parts[0][1].kind, [array_of(f.A) for _, f in parts]
-    if all(a.dtype.name == dtype for a in stacked):
-        A = Array(np.concatenate([a.data for a in stacked]), stacked[0].dtype)
-    else:
-        A = rounded(np.concatenate([floats(a) for a in stacked]), FLOAT32)
     B = rounded(np.concatenate([_scaled(f, c).data for c, f in parts], axis=1), FLOAT32)
-    exact = LoraFactors(A, B, 1.0, kind)  # type: ignore[arg-type]
+    exact = LoraFactors(_stacked(parts, dtype), B, 1.0, parts[0][1].kind)  # type: ignore[arg-type]
     return exact, (exact if dtype == FLOAT32 else in_type(exact, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedSum:
+    """A sum in a type of 16 bits, and what became of it on the way.
+
+    Args:
+        factors: As they are stored.
+        finite: Whether every number of B is finite in float32.
+        fits: Whether every number is finite in the type.
+        taken: What `rounding` says of it.
+    """
+
+    factors: LoraFactors
+    finite: bool
+    fits: bool
+    taken: tuple[float, float]
+
+
+def rounded_sum(parts: Sequence[Part], dtype: str, probes: Probes) -> RoundedSum:
+    """Put factors beside each other as they are stored, and measure what rounding takes: the bits of `stored_sum` and `rounding`.
+
+    A block of rows goes through all steps while it lies in a core's cache: larger arrays cost more in memory than in arithmetic.
+
+    Args:
+        parts: At least one; all of one (out, in).
+        dtype: "float16" or "bfloat16".
+        probes: X, transposed.
+    """
+    exact_A = _stacked(parts, dtype)
+    A = exact_A if exact_A.dtype.name == dtype else rounded(floats(exact_A), dtype)
+    inner = _times_rows(probes, exact_A)
+    stored_inner = inner if A is exact_A else _times_rows(probes, A)
+    B = np.empty((parts[0][1].shape[0], A.shape[0]), np.uint16 if dtype == BFLOAT16 else np.float16)
+    wanted, stored = np.empty((2, len(probes), len(B)), np.float32)
+    finite, fits = True, A is exact_A or all_finite(A)  # A that is as it was read was looked at then
+    for start, stop in _pieces(inner, len(B)):
+        exact = _beside(parts, start, stop)
+        short = rounded(exact, dtype)
+        finite, fits = finite and all_finite(Array(exact, Kind(FLOAT32))), fits and all_finite(short)
+        B[start:stop] = short.data
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.matmul(inner, exact.T, out=wanted[:, start:stop])
+            np.matmul(stored_inner, floats(short).T, out=stored[:, start:stop])
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored -= wanted
+        taken = float(np.vdot(stored, stored)), float(np.vdot(wanted, wanted))
+    factors = LoraFactors(A, Array(B, Kind(dtype)), 1.0, parts[0][1].kind)  # type: ignore[arg-type]
+    return RoundedSum(factors, finite, fits, taken)
+
+
+def _stacked(parts: Sequence[Part], dtype: str) -> Array:
+    """A of every part, one under another: as they are where all are of a type, else in float32."""
+    stacked = [array_of(f.A) for _, f in parts]
+    if all(a.dtype.name == dtype for a in stacked):
+        return Array(np.concatenate([a.data for a in stacked]), stacked[0].dtype)
+    return rounded(np.concatenate([floats(a) for a in stacked]), FLOAT32)
+
+
+def _beside(parts: Sequence[Part], start: int, stop: int) -> Floats:
+    """Rows of B of every part times what multiplies it, one beside another, in float32."""
+    arrays, ranks = [array_of(f.B) for _, f in parts], [f.rank for _, f in parts]
+    if len({B.dtype.name for B in arrays}) == 1:  # rows of one adapter are too short to be worth a pass each
+        block = floats(Array(np.concatenate([B.data[start:stop] for B in arrays], axis=1), arrays[0].dtype))
+    else:
+        block = np.concatenate([floats(Array(B.data[start:stop], B.dtype)) for B in arrays], axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is for the caller to see
+        block *= np.repeat(np.array([c * f.scaling for c, f in parts], np.float32), ranks)
+    return block
 
 
 def in_type(factors: LoraFactors, dtype: str) -> LoraFactors:
@@ -93,11 +158,11 @@ def rounding(exact: LoraFactors, stored: LoraFactors, probes: Probes) -> tuple[f
         stored: The same, rounded.
         probes: X, transposed.
     """
-    inner = _times_rows(probes, floats(array_of(exact.A)))
-    wanted = _times_rows(inner, floats(array_of(exact.B)))
+    inner = _times_rows(probes, array_of(exact.A))
+    wanted = _times_rows(inner, array_of(exact.B))
     if stored.A is not exact.A:
-        inner = _times_rows(probes, floats(array_of(stored.A)))
-    off = _times_rows(inner, floats(array_of(stored.B))) - wanted
+        inner = _times_rows(probes, array_of(stored.A))
+    off = _times_rows(inner, array_of(stored.B)) - wanted
     return float(np.vdot(off, off)), float(np.vdot(wanted, wanted))
 
 
@@ -143,13 +208,17 @@ def is_beside(parts: Sequence[Part], merged: LoraFactors) -> bool:
     if merged.scaling != 1.0 or A.dtype.name != dtype or merged.rank != sum(f.rank for _, f in parts):
         return False
     start = 0
-    for c, f in parts:
-        stop = start + f.rank
-        own = in_type(LoraFactors(f.A, _scaled(f, c), 1.0, f.kind), dtype)  # type: ignore[arg-type]
-        if not _same_bits(A.data[start:stop], own.A) or not _same_bits(B.data[:, start:stop], own.B):
+    for _, f in parts:
+        own = array_of(f.A)
+        own = own if own.dtype.name == dtype else rounded(floats(own), dtype)
+        if not _same_bits(A.data[start : start + f.rank], own):
             return False
-        start = stop
-    return True
+        start += f.rank
+    rows = max(1, _ALONE // max(1, B.shape[1]))
+    return all(
+        _same_bits(B.data[i : i + rows], rounded(_beside(parts, i, min(len(B.data), i + rows)), dtype))
+        for i in range(0, len(B.data), rows)
+    )
 
 
 def _same_bits(data: Floats, wanted: Any) -> bool:
@@ -171,21 +240,28 @@ def _applied(
         A = A if A.dtype.name == dtype else rounded(floats(A), dtype)
         B = B if B.dtype.name == dtype and factor == 1.0 else rounded(_times(floats(B), factor), dtype)
         factor = 1.0
-    inner = _times_rows(probes.astype(kind, copy=False), floats(A, kind))
-    return _times_rows(inner if factor == 1.0 else inner * kind(factor), floats(B, kind))
+    inner = _times_rows(probes.astype(kind, copy=False), A)
+    return _times_rows(inner if factor == 1.0 else inner * kind(factor), B)
 
 
-def _times_rows(X: Floats, M: Floats) -> Floats:
-    """X M^T, for X (k, m) and M (n, m), in pieces that OpenBLAS multiplies in the calling thread.
+def _times_rows(X: Floats, M: Array) -> Floats:
+    """X M^T in the type of X, for X (k, m) and M (n, m), in pieces that OpenBLAS multiplies in the calling thread.
 
     Products as thin as these are no faster on more cores, and its threads spin while they wait: beside our own, and on a busy
     machine, they took several times as long as everything else.
     """
-    rows = max(1, _ALONE // max(1, X.size))
-    result: Floats = np.empty((len(X), len(M)), X.dtype)
-    for start in range(0, len(M), rows):
-        np.matmul(X, M[start : start + rows].T, out=result[:, start : start + rows])
+    result: Floats = np.empty((len(X), len(M.data)), X.dtype)
+    for start, stop in _pieces(X, len(M.data)):
+        piece = floats(Array(M.data[start:stop], M.dtype), X.dtype)
+        np.matmul(X, piece.T, out=result[:, start:stop])
     return result
+
+
+def _pieces(X: Floats, count: int) -> Iterator[tuple[int, int]]:
+    """Ranges of so many rows by which X is multiplied together."""
+    rows = max(1, _ALONE // max(1, X.size))
+    for start in range(0, count, rows):
+        yield start, min(start + rows, count)
 
 
 def require_verified(error: float, method: str) -> None:
