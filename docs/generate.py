@@ -41,7 +41,7 @@ _SPELT = {
     "olora": "OLoRA",
     "pissa": "PiSSA",
 }
-NEEDS = {"moments": "statistics", "fisher": "Fisher files"}
+NEEDS = {"moments": "statistics", "fisher": "Fisher files", "output_gradients": "output gradients"}
 
 
 def write_all(folder: Path) -> None:

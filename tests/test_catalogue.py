@@ -22,6 +22,7 @@ def test_merges_stand_in_groups_by_what_they_need(capsys):
     assert alone.splitlines()[1].startswith("* tsv") and " ties " in alone and "regmean" not in alone
     statistics = next(b for h, b in blocks.items() if h.startswith("needs statistics"))
     assert statistics.splitlines()[1].startswith("* regmean ")
+    assert any(h.startswith("needs two-sided statistics") and " mats " in b for h, b in blocks.items())
     assert any(h.startswith("needs Fisher") and " fisher " in b for h, b in blocks.items())
     assert any(h.startswith("needs the base") and " adamerging " in b for h, b in blocks.items())
     listed = one_object(call(capsys, "ls", "merges", "--json")[1])["merges"]

@@ -58,6 +58,7 @@ LAWS = {
     "emr": Law(antipodal_is_zero=False),
     "fisher": Law(cancelling=UsageError),
     "regmean": Law(antipodal_is_zero=False, cancelling=UsageError),
+    "mats": Law(antipodal_is_zero=False, cancelling=UsageError),
     "ssr": Law(antipodal_is_zero=False, cancelling=UsageError),
     "least_squares": Law(antipodal_is_zero=False, cancelling=UsageError),
     "tsv": Law(antipodal_is_zero=False),
@@ -90,23 +91,29 @@ def adapter(name: str, seed: int, modules=MODULES, rank: int = 2, dtype=torch.fl
 
 
 def statistics(adapters: list[Adapter]) -> dict[str, Any]:
-    """Moments and a Fisher diagonal in one object per task, so that every method finds what it needs."""
+    """Moments on both sides and a Fisher diagonal in one object per task, so that every method finds what it needs."""
     return {a.name: _Both(a) for a in adapters}
 
 
 class _Both:
     def __init__(self, a: Adapter):
         g = torch.Generator().manual_seed(sum(map(ord, a.name)))
-        self.sites, self.modules = {}, {}
+        self.sites, self.modules, self.outputs = {}, {}, {}
         for m, f in sorted(a.modules.items()):
             h = torch.randn(40, f.shape[1], generator=g, dtype=torch.float64)
             self.sites[m] = Moments(40, h.sum(0), h.T @ h)
+            g_out = torch.Generator().manual_seed(7 + sum(map(ord, a.name + m)))
+            y = torch.randn(40, f.shape[0], generator=g_out, dtype=torch.float64)
+            self.outputs[m] = Moments(40, y.sum(0), y.T @ y)
         self.fisher = FisherDiagonal.held(
             {m: torch.rand(f.shape, generator=g) for m, f in sorted(a.modules.items())}, 1
         )
 
     def moments_for(self, module: str):
         return self.sites.get(module)
+
+    def output_gradients_for(self, module: str):
+        return self.outputs.get(module)
 
     def diagonal_for(self, module: str):
         return self.fisher.diagonal_for(module)

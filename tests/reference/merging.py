@@ -199,6 +199,29 @@ def regmean(D, w, M, alpha, ridge):
     return sum(d @ g for d, g in zip(D, G, strict=True)) @ np.linalg.inv(sum(G))
 
 
+def kfac_side(m, alpha, ridge):
+    m = m / np.trace(m)
+    return alpha * m + (1 - alpha) * np.diag(np.diag(m)) + ridge * np.mean(np.diag(m)) * np.eye(len(m))
+
+
+def mats(D, B, w, G, M, alpha, ridge, solves):
+    """The Kronecker system itself, (out in, out in), between the columns of all B_t, then between rows, in turn."""
+    parts = [
+        wi * np.kron(kfac_side(g, alpha, ridge), kfac_side(m, alpha, ridge)) for g, m, wi in zip(G, M, w, strict=True)
+    ]
+    F, b = sum(parts), sum(f @ d.ravel() for f, d in zip(parts, D, strict=True))
+    out, width = D[0].shape
+    span = np.linalg.svd(np.hstack(B), full_matrices=False)[0]
+    for turn in range(solves):
+        if turn:
+            U, S, Vt = np.linalg.svd(found, full_matrices=False)
+            k = min(span.shape[1], len(S))
+            span = Vt[:k].T if turn % 2 else U[:, :k]
+        P = np.kron(np.eye(out), span) if turn % 2 else np.kron(span, np.eye(width))
+        found = (P @ np.linalg.solve(P.T @ F @ P, P.T @ b)).reshape(out, width)
+    return found
+
+
 def least_squares(D, w, M):
     """One stacked regression: columns D_u m_t^(1/2), targets D_t m_t^(1/2)."""
     rows, target = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.errors import InputError, UsageError
+from plait.errors import InputError, RunError, UsageError
 from plait.merging import merge_methods
 from plait.merging.dense import DenseDelta, Truncated
 from plait.merging.inputs import MergeInputs
@@ -35,6 +36,7 @@ def random_module(rng: np.random.Generator, *, tasks: int | None = None, positiv
     weights = np.ones(tasks) if rng.random() < 0.3 else weights
     rows = [rng.standard_normal((width + 3, width)) for _ in range(tasks)]
     moments = tuple(Moments(len(h), torch.tensor(h.sum(0)), torch.tensor(h.T @ h)) for h in rows)
+    gradients = [rng.standard_normal((out + 3, out)) for _ in range(tasks)]
     diagonals = [torch.tensor(rng.exponential(1e-4, (out, width))) for _ in range(tasks)]
     return MergeInputs(
         module="layer.q",
@@ -45,6 +47,7 @@ def random_module(rng: np.random.Generator, *, tasks: int | None = None, positiv
         seed=int(rng.integers(100)),
         moments=moments,
         fisher=tuple(FisherDiagonal.held({"layer.q": d}, 1).modules["layer.q"] for d in diagonals),
+        output_gradients=tuple(Moments(len(g), torch.tensor(g.sum(0)), torch.tensor(g.T @ g)) for g in gradients),
     )
 
 
@@ -58,6 +61,11 @@ def words(x: MergeInputs) -> list[np.ndarray]:
 
 def seconds(x: MergeInputs) -> list[np.ndarray]:
     return [m.dense().numpy() for m in x.moments]
+
+
+def mats(x: MergeInputs, solves: int) -> np.ndarray:
+    G = [g.dense().numpy() for g in x.output_gradients]
+    return twin.mats(deltas(x), [b.numpy() for b in x.B], x.weights, G, seconds(x), 0.9, 1e-6, solves)
 
 
 def diagonals(x: MergeInputs) -> list[np.ndarray]:
@@ -92,6 +100,7 @@ TWINS = {
     "emr": ({}, lambda x: twin.emr(deltas(x), x.weights), {}),
     "fisher": ({"floor": 1e-5}, lambda x: twin.fisher(deltas(x), x.weights, diagonals(x), 1e-5), {"positive": True}),
     "regmean": ({}, lambda x: twin.regmean(deltas(x), x.weights, seconds(x), 0.9, 1e-6), {"positive": True}),
+    "mats": ({}, lambda x: mats(x, 2), {"positive": True}),
     "least_squares": ({}, lambda x: twin.least_squares(deltas(x), x.weights, seconds(x)), {"positive": True}),
     "tsv": ({}, lambda x: twin.tsv(deltas(x), x.weights), {}),
     "iso_c": ({}, lambda x: twin.iso_c(deltas(x), x.weights), {}),
@@ -146,6 +155,57 @@ def test_method_equals_its_twin(method):
             x.ranks,
         )
         compared += 1
+
+
+@pytest.mark.parametrize("solves", [1, 3, 4])
+def test_mats_turns_from_columns_to_rows_and_back(solves):
+    rng = np.random.default_rng(solves)
+    for _ in range(30):
+        x = random_module(rng, positive=True)
+        found = merge_methods()["mats"].function(x, solves=solves)
+        assert found.rank <= x.total_rank
+        assert np.abs(dense(found) - mats(x, solves)).max() <= 4e-6 * max(np.abs(d).max() for d in deltas(x))
+
+
+def kronecker(x: MergeInputs) -> list[np.ndarray]:
+    """Each task's block of the Fisher information, (out in, out in)."""
+    sides = zip(x.output_gradients, x.moments, x.weights, strict=True)
+    return [
+        w * np.kron(twin.kfac_side(g.dense().numpy(), 0.9, 1e-6), twin.kfac_side(m.dense().numpy(), 0.9, 1e-6))
+        for g, m, w in sides
+    ]
+
+
+def test_mats_is_the_papers_where_its_rank_suffices_and_near_it_else():
+    """The paper's objective: never above RegMean's, less with every turn, and the least of all where R reaches the outputs."""
+    from scipy.sparse.linalg import cg
+
+    rng = np.random.default_rng(0)
+    whole = narrow = 0
+    while whole < 10 or narrow < 10:
+        x = random_module(rng, tasks=3, positive=True)
+        F, D = kronecker(x), deltas(x)
+        loss = lambda W: sum(float((W - d).ravel() @ f @ (W - d).ravel()) for f, d in zip(F, D, strict=True))  # noqa: B023, E731
+        system, target = sum(F), sum(f @ d.ravel() for f, d in zip(F, D, strict=True))
+        paper = cg(system, target, rtol=1e-12, maxiter=10_000)[0].reshape(x.shape)  # as the authors solve it
+        made = [dense(merge_methods()["mats"].function(x, solves=n)) for n in (1, 2, 3)]
+        if x.total_rank >= x.shape[0]:
+            whole += 1
+            assert np.abs(made[0] - paper).max() <= 1e-5 * np.abs(paper).max()
+            continue
+        narrow += 1
+        losses = [loss(dense(merge_methods()["regmean"].function(x))), *map(loss, made), loss(paper)]
+        assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(losses)), losses
+
+
+def test_mats_says_where_conjugate_gradients_are_not_there(monkeypatch):
+    rng = np.random.default_rng(3)
+    x = next(x for x in (random_module(rng, tasks=3, positive=True) for _ in range(100)) if min(x.shape) > 4)
+    few = merge_methods()["mats"].function(x, iterations=1, solves=1)  # as the paper stops, early
+    assert not np.allclose(dense(few), mats(x, 1), rtol=1e-3)
+    monkeypatch.setattr("plait.merging.methods.mats._MOST", 2)
+    with pytest.raises(RunError, match=r"layer.q: conjugate gradients leave .* after 2 steps"):
+        merge_methods()["mats"].function(x)
 
 
 def words_at(x: MergeInputs, place: str, parts: list[np.ndarray]) -> list[np.ndarray]:

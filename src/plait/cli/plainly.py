@@ -31,6 +31,7 @@ MERGES = {
     "wudi": "Disturbs what each adapter's own rows read as little as it can.",
     "swudi": "The same for the strong directions; the weak ones are added up.",
     "regmean": "Keeps each adapter's outputs on its own task's inputs, by least squares.",
+    "mats": "Keeps each adapter's predictions on its own task's inputs, by both sides of K-FAC.",
     "least_squares": "One weight for each adapter and module, by least squares on the tasks' inputs.",
     "ssr": "Sends each task's inputs to its own factors by a small matrix between them.",
     "fisher": "Averages entry by entry, by how much each adapter's predictions hang on an entry.",
@@ -46,4 +47,6 @@ def needs_in_words(needs: Sequence[str]) -> str:
         return "needs the base and a few texts of each task (--text TASK=FILE; base first)"
     if "fisher" in needs:
         return "needs Fisher files (plait stats fisher; --stats TASK=FILE)"
+    if "output_gradients" in needs:
+        return "needs two-sided statistics of each task (plait stats --output-gradients; --stats TASK=FILE)"
     return "needs statistics of each task (plait stats; --stats TASK=FILE)" if needs else "needs the adapters alone"

@@ -68,6 +68,7 @@ class MergeInputs:
         seed: Of the whole merge; draw from `generator`, which mixes the module's name in.
         moments: Per task, where the method needs moments.
         fisher: Per task, where the method needs the Fisher diagonal.
+        output_gradients: Per task, moments of the gradients at the module's outputs, where the method needs them.
         model: All modules of the merge, for what a method decides over all of them (`over_model`); None for a module alone.
         digests: Per task, the hash of the factors as they were given (before a calibration changed them).
         members: Of a stack, its modules; their number is then the first dimension of every factor (`stacks.stack_of`).
@@ -83,6 +84,7 @@ class MergeInputs:
     seed: int = 0
     moments: tuple[Moments, ...] = ()
     fisher: tuple[Diagonal, ...] = ()
+    output_gradients: tuple[Moments, ...] = ()
     model: WholeModel | None = None
     digests: tuple[str, ...] = ()
     members: tuple[MergeInputs, ...] = ()

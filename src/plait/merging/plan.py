@@ -32,7 +32,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 # What a method may need -> what statistics are asked for it with.
-NEEDS = {"moments": "moments_for", "fisher": "diagonal_for"}
+NEEDS = {"moments": "moments_for", "fisher": "diagonal_for", "output_gradients": "output_gradients_for"}
 # Entries of all deltas together from which threads of our own are worth starting: about four layers of a small encoder.
 _LARGE = 1 << 22
 
@@ -186,6 +186,7 @@ class Plan(Terms):
             model=Views(self.view, list(self.common.modules), self.answers),
             moments=self.needed("moments", module, raw),
             fisher=self.needed("fisher", module, raw),
+            output_gradients=self.needed("output_gradients", module, raw),
         )
         return self.calibration.before(x) if self.calibration else x
 
@@ -198,7 +199,7 @@ class Plan(Terms):
             one = getattr(statistics, NEEDS[need])(module)
             if one is None and factors.rank:
                 raise UsageError(
-                    f"the statistics of {adapter.name!r} hold no {need} for this module",
+                    f"the statistics of {adapter.name!r} hold no {need.replace('_', ' ')} for this module",
                     where=module,
                     hint="every expert reads tokens of its own inside one fused weight, and nothing can watch that; "
                     "choose a method without statistics"

@@ -188,20 +188,31 @@ def _statistics(
     if not method.needs:
         return ()
     given = statistics or {}
+    needed = " and ".join(need.replace("_", " ") for need in method.needs)
+    how = " fisher" if "fisher" in method.needs else " --output-gradients" if "output_gradients" in method.needs else ""
     if lacking := [a.name for a in adapters if a.name not in given]:
         raise UsageError(
-            f"{method.name} needs {' and '.join(method.needs)} of every task; none given for {', '.join(lacking)}"
+            f"{method.name} needs {needed} of every task; none given for {', '.join(lacking)}"
             + (f"; there are some for {', '.join(given)}" if given else ""),
-            hint=f"plait stats{' fisher' if 'fisher' in method.needs else ''} collects them; pass --stats TASK=FILE",
+            hint=f"plait stats{how} collects them; pass --stats TASK=FILE",
         )
     for adapter in adapters:
         for need in method.needs:
-            if not hasattr(given[adapter.name], NEEDS[need]):
-                raise UsageError(f"{method.name} needs {need}; the statistics of {adapter.name!r} hold none")
+            if not _holds(given[adapter.name], need):
+                words = need.replace("_", " ")
+                raise UsageError(
+                    f"{method.name} needs {words}; the statistics of {adapter.name!r} hold none",
+                    hint=f"plait stats{how} collects them",
+                )
     ordered = [given[a.name] for a in adapters]
     for adapter, other in zip(adapters[1:], ordered[1:], strict=True):
         _require_same_base(adapters[0].name, ordered[0], adapter.name, other)
     return tuple(ordered)
+
+
+def _holds(statistics: Any, need: str) -> bool:
+    """Whether statistics are of the kind that holds a need; output gradients may be missing from a file of moments."""
+    return hasattr(statistics, NEEDS[need]) and (need != "output_gradients" or bool(getattr(statistics, need, True)))
 
 
 def _require_same_base(name: str, one: Any, other_name: str, other: Any) -> None:

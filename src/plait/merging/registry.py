@@ -30,7 +30,7 @@ class MergeMethod:
         name: What `--method` takes.
         function: MergeInputs of one module, and the options -> the merged delta.
         paper: Where it comes from, such as "arXiv:2306.01708"; "" for arithmetic nobody published first.
-        needs: Statistics it cannot do without: "moments", "fisher".
+        needs: Statistics it cannot do without: "moments", "fisher", "output_gradients".
         options: Name -> Option(type, default, ...).
         doc: First line of its docstring.
         combination: Where the merged delta is sum_t c_t D_t: the weights -> c. Verification then needs no second run.
@@ -90,7 +90,7 @@ def merge_method(
     Args:
         name: Unique name.
         paper: arXiv number or "".
-        needs: Any of "moments", "fisher".
+        needs: Any of "moments", "fisher", "output_gradients".
         combination: See `MergeMethod`.
         ahead: See `MergeMethod`.
         concatenates: See `MergeMethod`.

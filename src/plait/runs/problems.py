@@ -110,6 +110,7 @@ def of_names(recipe: Recipe, where: str) -> Iterator[UsageError]:
         yield from of_training(recipe, arm, where)
     for m in recipe.merge_specs:
         yield from _of_merge(m, where)
+        yield from _of_needs(recipe, m, where)
 
 
 def of_parts(raw: Mapping[str, Any], where: str) -> Iterator[UsageError]:
@@ -188,6 +189,19 @@ def _of_merge(m: MergeSpec, where: str) -> Iterator[UsageError]:
         yield from _of_options(methods[m.merge_method], m.options, where, f"merge {m.name}")
     if m.calibrate is not None:
         yield from _unknown(m.calibrate, list(CALIBRATIONS), "calibration", where)
+
+
+def _of_needs(recipe: Recipe, m: MergeSpec, where: str) -> Iterator[UsageError]:
+    """What a merge reads and the run does not collect."""
+    from plait.merging.listed import merge_list
+
+    method = merge_list().get(m.merge_method)
+    if method and "output_gradients" in method.needs and not recipe.statistics.output_gradients:
+        hint = "statistics: {output_gradients: true}"
+        yield UsageError(f"merge {m.name!r} needs output gradients", where=where, hint=hint)
+    if method and "fisher" in method.needs:
+        hint = "plait stats fisher and plait merge --method fisher, by hand"
+        yield UsageError(f"merge {m.name!r} needs Fisher files, which runs do not collect", where=where, hint=hint)
 
 
 def _of_keys(training: Mapping[str, Any], where: str) -> Iterator[UsageError]:
