@@ -44,3 +44,13 @@ def test_what_a_fit_adds_is_the_searchs(script):
     text = (RESULTS / "existing-fitted.md").read_text()
     assert text == script("fitted").page(report, search)
     assert "What each step adds" in text
+
+
+def test_four_bits_are_what_the_seeds_say(script):
+    whole = json.loads((RESULTS / "nf4-mpnet.json").read_text())
+    assert script("nf4").summary(whole["seeds"]) == whole["rows"]
+    page = (RESULTS / "nf4.md").read_text()
+    for row in whole["rows"]:
+        cells = [f"{row[w][k]:.3f}" for w in ("merged", "alone") for k in ("followed", "agreement")]
+        line = next(x for x in page.split("## ", 1)[1].splitlines() if x.startswith(f"| {row['way']} |"))
+        assert all(c in line for c in cells)
