@@ -47,8 +47,9 @@ def test_the_page_tells_every_row_and_what_fell(tmp_path):
 
 def test_pieces_of_one_source_add_up(tmp_path):
     for i, fell in enumerate(("", "litter")):
-        write_part(tmp_path / str(i), "kills", [row("merge", ["", fell], ["a note"])], f"seed {i}")
+        write_part(tmp_path / str(i), "kills", [row("merge", ["", fell], ["a note"])], f"seed {i}", {"mutants": [i]})
     (part,) = gathered(tmp_path)["parts"]
+    assert part["mutants"] == [0, 1]
     assert gathered(tmp_path)["rows"] == [
         {
             "part": "kills",

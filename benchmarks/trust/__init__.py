@@ -112,8 +112,12 @@ def added(pieces: list[dict[str, Any]]) -> dict[str, Any]:
         if of.setdefault(one.what, origin) != origin:
             raise ValueError(f"{one.what}: its pieces are of different sources")
         rows[one.what] = one if other is None else other.plus(one)
+    lists = {
+        k: [x for p in pieces for x in p.get(k, ())] for k, v in first.items() if isinstance(v, list) and k != "rows"
+    }
     return {
         **first,
+        **lists,
         "source": "; ".join(dict.fromkeys(p["source"] for p in pieces)),
         "command": "; ".join(dict.fromkeys(p["command"] for p in pieces)),
         "seconds": round(sum(p["seconds"] for p in pieces), 1),
