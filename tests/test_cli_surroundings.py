@@ -14,6 +14,7 @@ import pytest
 
 from plait.cli.output import foreseen
 from plait.disk.locks import locked, writing_to
+from plait.entry import SAME_PRODUCTS
 from plait.errors import EnvironmentFault
 from plait.progress import Progress, duration
 from plait.training.checkpoints import open_root
@@ -29,6 +30,32 @@ from tests.test_cli import PLAIT, call, one_object, plait
 def test_odd_surroundings(surroundings):
     ended = plait("ls", "tasks", env={**os.environ, **surroundings})
     assert ended.returncode == 0 and "sst2" in ended.stdout and ended.stderr == ""
+
+
+def test_products_do_not_depend_on_the_number_of_threads():
+    """MKL splits a long sum over threads where there are few rows, unless the command tells it not to before the first product."""
+    code = """
+import contextlib, sys
+from plait.entry import main
+sys.argv = ["plait", "--version"]
+with contextlib.suppress(SystemExit):
+    main()
+import torch
+generator, products = torch.Generator().manual_seed(0), []
+x, w = (torch.randn(n, 1536, generator=generator) for n in (100, 384))
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    products.append(torch.nn.functional.linear(x, w))
+assert torch.equal(*products)
+"""
+    surroundings = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
+    for told in ({}, {"MKL_CBWR": "COMPATIBLE"}):  # what somebody says himself stays
+        check = f"{code}import os; assert os.environ['MKL_CBWR'] == {told.get('MKL_CBWR', SAME_PRODUCTS[1])!r}"
+        ended = subprocess.run(
+            [sys.executable, "-c", check if not told else check.replace("assert torch.equal(*products)", "")],
+            env=surroundings | told, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -29,11 +30,18 @@ from tests.test_hub import write
 from tests.tiny import save_model
 
 from plait.cli import main as main_of_plait
+from plait.entry import SAME_PRODUCTS
 from plait.model.base import BaseModel
 
 _RANK = 5
 _WIDE = {"hidden_size": 192, "intermediate_size": 384}  # products of this size are split over threads
-BY_TEXTS: Mapping[str, Sequence[str]] = {"featcal": (), "regmean_pp": (), "adamerging": ("--set", "steps=20")}
+BY_TEXTS: Mapping[str, Sequence[str]] = {
+    "featcal": ("--method", "featcal"),
+    "regmean_pp": ("--method", "regmean_pp"),
+    "adamerging": ("--method", "adamerging", "--set", "steps=20"),
+    "merge auto with texts": ("auto", "--refine", "10"),
+    "merge auto with texts, heads learnt": ("auto", "--refine", "0", "--no-fit", "--learn-heads"),
+}
 
 
 def main() -> None:
@@ -44,17 +52,18 @@ def main() -> None:
     parser.add_argument("--only-texts", action="store_true", help="merges that run a base alone")
     parser.add_argument("--width", type=int, default=384, help="of the modules: torch splits products of this size")
     chosen = parser.parse_args()
+    os.environ.setdefault(*SAME_PRODUCTS)  # as the command does it; read at the first product
     rows: list[Row] = []
     if not chosen.only_texts:
         rows += [repeated(m, chosen.runs, chosen.width) for m in METHODS]
         rows += [repeated(m, chosen.runs, chosen.width, rank=_RANK) for m in ("tsv", "ties")]
-    rows += [by_texts(method, words, chosen.runs) for method, words in BY_TEXTS.items()]
+    rows += [by_texts(what, words, chosen.runs) for what, words in BY_TEXTS.items()]
     for r in rows:
         print(f"{r.what}: {r.held} of {r.tried}", file=sys.stderr)
     write_part(chosen.to, "same", rows, " ".join(["python -P -m benchmarks.trust.same", *sys.argv[1:]]))
 
 
-def by_texts(method: str, words: Sequence[str], runs: int) -> Row:
+def by_texts(what: str, words: Sequence[str], runs: int) -> Row:
     """A merge that runs a base on texts, of 192 columns and two layers: each run against the first, the adapters in one order.
 
     What is fitted front to back depends on the order in which rows are added up, so the order is a part of its identity.
@@ -65,7 +74,8 @@ def by_texts(method: str, words: Sequence[str], runs: int) -> Row:
         base = BaseModel(str(save_model(root / "base", "bert", **_WIDE)), device="cpu")
         pair = [write(root / n, random_adapter(base, "bert", n, "classification", i)) for i, n in enumerate("ab")]
         told = [part for f in pair for part in ("--text", f"{f.name}={texts}")]
-        command = ["merge", base.name, *map(str, pair), *told, "--method", method, *words, "--out", str(root / "out")]
+        kind, more = (words[:1], words[1:]) if words[0] == "auto" else ((), words)
+        command = ["merge", *kind, base.name, *map(str, pair), *told, *more, "--out", str(root / "out")]
         outcomes, first = [], None
         for i in range(runs):
             shutil.rmtree(root / "out", ignore_errors=True)
@@ -76,7 +86,7 @@ def by_texts(method: str, words: Sequence[str], runs: int) -> Row:
             other = sorted(n for n in {*first, *result} if first.get(n) != result.get(n))
             said = f"run {i} with {1 + i % 2} threads: other bytes in {', '.join(other)}" if other else ""
             outcomes.append(said if result else "nothing was written")
-    return row(f"{method}: runs with 1 and 2 threads: the same bytes", outcomes)
+    return row(f"{what}: runs with 1 and 2 threads: the same bytes", outcomes)
 
 
 def repeated(method: str, runs: int, width: int, rank: int | None = None) -> Row:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 INTERRUPTED = 130
+# MKL, with which torch multiplies, adds up a product of few rows in another order with another number of threads unless it is told not to.
+SAME_PRODUCTS = ("MKL_CBWR", "AUTO,STRICT")
 LINE = "interrupted; run the same command again to go on"
 _ERROR = '{"kind": "KeyboardInterrupt", "what": "interrupted", "where": null, "hint": null, "exit_code": 130}'
 
@@ -62,6 +64,7 @@ def _write(descriptor: int, text: str) -> None:
 def main() -> None:
     """Run the command line."""
     leave_at_once()
+    os.environ.setdefault(*SAME_PRODUCTS)
     if sys.argv[1:2] in (["merge"], ["inspect"]):
         # NumPy multiplies narrow matrices here, for which its threads wait for each other longer than they compute.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -9,7 +9,7 @@ import pytest
 from plait.fidelity import duration
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import HELD_OUT
-from plait.fidelity.counting import advising, choosing, fitting, judging, measuring, repairing, seen_and_judged
+from plait.fidelity.counting import advising, choosing, fitting, judging, making, measuring, repairing, seen_and_judged
 from plait.fidelity.duration import Pace, Work, pace_of, tokens_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.tournament import SCREEN
@@ -47,6 +47,24 @@ def test_an_advice_counts_its_own_fits_and_repairs(make_panel):
     work = advising(seen, judged, [p.adapter for p in panel.parts], refine=5, repair=6, held_out=HELD_OUT, learns=True)
     assert work.fitted == pytest.approx(2 * 2.5 * tokens_of(seen))  # at the sum of the ranks, and at one adapter's
     assert (work.learnt, work.repaired) == (5, 2 * 6)  # at both ranks
+
+
+def test_heads_that_are_learnt_are_counted(make_panel):
+    """Twice their steps, at most, and what is read around them; of a text model, which has no heads, nothing."""
+    panel = make_panel(texts=16)
+    every = tokens_of(panel)
+
+    def counted(panel, steps):
+        how = {"refine": 3, "fit": False, "repair": 0, "head_steps": steps}
+        return making(panel, panel, METHODS, SCALES, **how)
+
+    alone, more = counted(panel, 0), counted(panel, 7)
+    assert more.learnt - alone.learnt == 2 * 7
+    assert more.reads - alone.reads == pytest.approx(every * (3 / 4 + 3 / 4 + 1))
+    text = make_panel("llama", "causal", texts=16)
+    assert counted(text, 7) == counted(text, 0)
+    few = make_panel(texts=4)
+    assert counted(few, 7) == counted(few, 0)  # nothing could be held out, and nothing is learnt
 
 
 def test_texts_of_a_second_round_are_not_read_again(make_panel):

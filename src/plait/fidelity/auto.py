@@ -169,10 +169,9 @@ def merge_auto(
         return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
-        heads = 2 * STEPS * chosen.learn_heads
         on_progress(told(panel, adapters, making(
             panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=chosen.repair,
-            head_steps=heads, max_shift=chosen.max_shift)))  # fmt: skip
+            head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift)))  # fmt: skip
     choice = choose(
         read, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
         rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,

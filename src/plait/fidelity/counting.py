@@ -81,6 +81,14 @@ def heads(panel: Panel) -> Work:
     return Work() if panel.is_text else Work(reads=tokens_of(panel))
 
 
+def learning_heads(panel: Panel, steps: int) -> Work:
+    """Count heads learnt with the weights: on most of the texts and on all, from heads fitted there, three merges looked at on the rest."""
+    if panel.is_text or not steps:
+        return Work()
+    reads = (2 - 1 / HELD_OUT) + 3 / HELD_OUT
+    return Work(learnt=2 * steps, reads=reads * tokens_of(panel))
+
+
 def measuring(panel: Panel) -> Work:
     """Count what the last look at a merge reads: its answers, and three times the hidden states."""
     return _read(panel, tokens_of(panel), 1) + Work(reads=3 * tokens_of(panel)) + general(panel, 1)
@@ -117,14 +125,14 @@ def making(
         refine: Steps in which weights are learnt.
         fit: Whether the winner is fitted.
         repair: Steps of the repair.
-        head_steps: Steps in which heads and weights are learnt together.
+        head_steps: Steps in which heads and weights are learnt together, each of two times.
         max_shift: Limit on what general text is moved by.
     """
     learns, many = can_learn(read), can_learn(panel)
     work = choosing(
         read, methods, scales, held_out=HELD_OUT, refine=refine * learns, fit=fit and learns, max_shift=max_shift
     )
-    work += repairing(panel, repair, HELD_OUT) + Work(learnt=head_steps * many)
+    work += repairing(panel, repair, HELD_OUT) + learning_heads(panel, head_steps * many)
     return work + (heads(panel) if many else Work()) + measuring(panel)
 
 
