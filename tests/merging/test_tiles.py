@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from plait.merging import compiled, dense, tiles
+from plait.merging import compiled, dense, quantile, tiles
 from plait.merging.dense import DenseDelta
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import thresholds_of
@@ -70,10 +70,12 @@ def test_draws_are_those_of_whole_rows(small_tiles, monkeypatch):
         assert np.array_equal(draw(x, 1, here, tile.shape), whole[tile.top : tile.bottom, tile.left : tile.right])
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (400, 500)])  # selected in memory, and by a bracket
-@pytest.mark.parametrize("density", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(60, 90), (400, 500), (6, 5)])  # 0.4 of 6 x 5 is 12, and 0.4 x 6 x 5 a little more
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.4, 1.0])
 @pytest.mark.parametrize("tasks", [3, 9])
-def test_thresholds_are_those_of_a_sort(shape, density, tasks):
+@pytest.mark.parametrize("most", [1 << 25, 0], ids=["of whole parts", "by a bracket"])
+def test_thresholds_are_those_of_a_sort(shape, density, tasks, most, monkeypatch):
+    monkeypatch.setattr(quantile, "_WHOLE", most)
     x = module(shape, (3,) * tasks)
     products, spare = Products.of(x.B, x.A), Spare()
     whole = torch.zeros(tasks, *shape)

@@ -16,6 +16,8 @@ import numpy as np
 _REPAID = 1 << 29
 # Numbers of each array that are gone through together: a core's nearest cache holds them all.
 _CHUNK = 1024
+# Values of which it is found out together whether one is wanted: few of so many are.
+_FEW = 32
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
@@ -29,13 +31,14 @@ class Loops:
         vote: (parts (k, n), bounds (k,), weights (k,), total, mass, votes, turnout): of what lies outside [-bound, bound], times
             its weight, add the values, their magnitudes, their signs by weight, and their number by |weight| to four sums of (n,).
         elect: (total, mass, votes, turnout, mean, out): the sum, or mean, of what has the elected sign, into out (rows, columns).
-        count: (values, low, high, inside): how many magnitudes lie above, and how many within [low, high], copied into `inside`.
+        count: (values (k, n), low (k,), high (k,), inside (k, n), above (k,), held (k,)): per row, how many magnitudes lie above,
+            and how many within [low, high], which begin the row of `inside`.
     """
 
     drop: Callable[..., None]
     vote: Callable[..., None]
     elect: Callable[..., None]
-    count: Callable[..., tuple[int, int]]
+    count: Callable[..., None]
 
 
 def loops_for(entries: int) -> Loops | None:
@@ -91,28 +94,21 @@ def _elect(total: Any, mass: Any, votes: Any, turnout: Any, mean: Any, out: Any)
             o[i] = chosen / (agreed if agreed > least else least) if mean else chosen
 
 
-def _count(values: Any, low: Any, high: Any, inside: Any) -> tuple[int, int]:
-    above = held = 0
-    for start in range(0, values.size, 256):
-        v = values[start : start + 256]
-        higher = reached = np.int32(0)
-        for i in range(v.size):
-            magnitude = abs(v[i])
-            higher += np.int32(magnitude > high)
-            reached += np.int32(magnitude >= low)
-        above += int(higher)
-        if reached == higher:  # none inside
-            continue
-        for first in range(0, v.size, 16):
-            few = v[first : first + 16]
-            here = np.int32(0)
+def _count(values: Any, lows: Any, highs: Any, inside: Any, above: Any, held: Any) -> None:
+    for group in range(values.shape[0]):
+        v, low, high, out = values[group], lows[group], highs[group], inside[group]
+        higher = n = 0
+        for start in range(0, v.size, _FEW):
+            few = v[start : start + _FEW]
+            over = reached = np.int32(0)
             for i in range(few.size):
                 magnitude = abs(few[i])
-                here += np.int32((magnitude >= low) & (magnitude <= high))
-            if here:
+                over += np.int32(magnitude > high)
+                reached += np.int32(magnitude >= low)
+            higher += int(over)
+            if reached != over:  # some inside: written without a branch each, one over another until one counts
                 for i in range(few.size):
                     magnitude = abs(few[i])
-                    if (magnitude >= low) & (magnitude <= high):
-                        inside[held] = magnitude
-                        held += 1
-    return above, held
+                    out[n] = magnitude
+                    n += int((magnitude >= low) & (magnitude <= high))
+        above[group], held[group] = higher, n

@@ -81,8 +81,7 @@ def in_space(x: MergeInputs, rule: Rule, space: str = "dense", *, whole_rows: bo
     """
     if x.total_rank == 0:
         return x.zero()
-    alike = len(x.model) if x.model is not None else 1
-    merged = in_blocks(Products.of(*pairs_of(x, space)), rule, space, whole_rows=whole_rows, alike=alike)
+    merged = in_blocks(Products.of(*pairs_of(x, space)), rule, space, whole_rows=whole_rows, alike=x.modules)
     if space == "dense":
         return merged
     if space == "core":
@@ -114,6 +113,8 @@ def in_blocks(products: Products, rule: Rule, space: str, *, whole_rows: bool = 
             here = merged[tile.top - start : tile.bottom - start, tile.left : tile.right]
             if compiled:
                 compiled(products.groups(tile, spare), place, here)
+            elif isinstance(rule, Election):  # which has done with a group when it asks for the next
+                here.copy_(rule((part for _, group in products.groups(tile, spare) for part in group), place))
             else:
                 here.copy_(rule(products.parts(tile, spare), place))
         return merged

@@ -111,6 +111,11 @@ class MergeInputs:
         return sum(self.ranks)
 
     @property
+    def modules(self) -> int:
+        """How many modules the merge has; 1 where this one stands alone."""
+        return 1 if self.model is None else len(self.model)
+
+    @property
     def side_by_side(self) -> tuple[Float[Tensor, "... R in"], Float[Tensor, "... out R"]]:
         """The A of all tasks, one below the other, and their B side by side."""
         return self.joined or (torch.cat(self.A), torch.cat(self.B, dim=1))

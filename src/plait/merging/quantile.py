@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.adapters.memory import empty_like, own_copy
-from plait.errors import RunError
-from plait.merging.compiled import loops_for
+from plait.adapters.memory import own_copy
+from plait.merging.brackets import Bracket, Counting, kth_largest
 from plait.merging.elementwise import groups_of, pairs_of
 from plait.merging.inputs import MergeInputs
-from plait.merging.tiles import Products, Spare
+from plait.merging.tiles import TOGETHER, Products, Spare
 from plait.merging.workers import side_by_side
 from plait.seeds import seed_of
 
@@ -29,8 +26,8 @@ Pass = Callable[[Take], None]
 
 # Values up to which a group is simply selected from in memory; beyond it a bracket is faster.
 _SMALL = 1 << 16
-# Standard errors of a sampled quantile on either side of it; a miss (found by counting) widens the bracket.
-_WIDTH = 4.0
+# Most entries of the parts that are held whole to be selected from, 128 MB of float32.
+_WHOLE = 1 << 25
 # One value in this many is looked at where nothing better is known about how to sample; prime, so as not to follow columns.
 _STRIDE = 61
 
@@ -55,16 +52,29 @@ def magnitude_thresholds(modules: Sequence[MergeInputs], density: float, space: 
 
 
 def thresholds_of(products: Products, density: float) -> list[Tensor]:
-    """Per task, the smallest magnitude among the `density` largest of a product's entries: those that the same tiles give later."""
+    """Per task, the smallest magnitude among the `density` largest of a product's entries: those that the same tiles give later.
+
+    Parts that fit in memory are selected from whole, as many as are made together: a sample, and a pass to count, take longer.
+    """
     if density >= 1:
         return [torch.zeros((), dtype=torch.float32) for _ in products.lefts]
-    spare = Spare()
+    (n, m), spare = products.shape, Spare()
+    if min(len(products.lefts), TOGETHER) * n * m > _WHOLE:
 
-    def values() -> Iterator[tuple[int, Tensor]]:
-        for tile in products.tiles(whole_rows=False):
-            yield from ((t, part.abs_()) for t, part in enumerate(products.parts(tile, spare)))
+        def values() -> Iterator[tuple[int, Tensor]]:
+            for tile in products.tiles(whole_rows=False):
+                yield from ((t, part.abs_()) for t, part in enumerate(products.parts(tile, spare)))
 
-    return nth_largest(values, lambda total: math.ceil(density * total), len(products.lefts))
+        return nth_largest(values, lambda total: math.ceil(density * total), len(products.lefts))
+    bounds: list[Tensor] = []
+    for few in products.few():
+        whole = spare.tensor("whole", (len(few.lefts), n, m), few.lefts[0].dtype, products.device)
+        for tile in few.tiles(whole_rows=False):
+            for first, group in few.groups(tile, spare):
+                place = slice(first, first + len(group)), slice(tile.top, tile.bottom), slice(tile.left, tile.right)
+                torch.abs(group, out=whole[place])
+        bounds += kth_largest(whole.flatten(1), math.ceil(density * (n * m))).unbind()
+    return bounds
 
 
 def smallest_kept(part: Tensor, density: float) -> Tensor:
@@ -74,7 +84,7 @@ def smallest_kept(part: Tensor, density: float) -> Tensor:
     """
     if density >= 1 or not part.numel():
         return torch.zeros(part.shape[:-2], dtype=part.dtype)
-    return _kth(part.abs().flatten(-2), math.ceil(density * (part.shape[-2] * part.shape[-1])))
+    return kth_largest(part.abs().flatten(-2), math.ceil(density * (part.shape[-2] * part.shape[-1])))
 
 
 def magnitudes_at(modules: Sequence[MergeInputs], rank: Callable[[int], int], space: str = "dense") -> list[Tensor]:
@@ -140,10 +150,10 @@ def _nth_largest(
 
         values(hold)
         for g in small:
-            found[g] = _kth(torch.cat(held[g]), rank(totals[g]))
-    brackets = {g: _Bracket(samples[g], n, rank(n)) for g, n in enumerate(totals) if n > _SMALL}
+            found[g] = kth_largest(torch.cat(held[g]), rank(totals[g]))
+    brackets = {g: Bracket(samples[g], n, rank(n)) for g, n in enumerate(totals) if n > _SMALL}
     while brackets:
-        values(_Counting(brackets, len(totals)).take)
+        values(Counting(brackets, len(totals)).take)
         found = [brackets[g].exact() if g in brackets and brackets[g].hit() else v for g, v in enumerate(found)]
         brackets = {g: b.wider() for g, b in brackets.items() if not b.hit()}
     return found
@@ -157,104 +167,6 @@ def _counted(values: Blocks, groups: int) -> tuple[list[int], list[Float[Tensor,
     return totals, [torch.cat([p.to(part[-1].dtype) for p in part]) for part in parts]
 
 
-class _Bracket:
-    """Bounds that should hold the k-th largest of `total` values, and what a pass over them finds."""
-
-    def __init__(self, sample: Float[Tensor, " n"], total: int, k: int, widening: float = 1.0) -> None:
-        self.sample, self.total, self.k, self.widening = sample, total, k, widening
-        ordered, share = torch.from_numpy(np.sort(sample.numpy())), k / total
-        spread = widening * (_WIDTH * math.sqrt(share * (1 - share) / len(ordered)) + 2 / len(ordered))
-        self.low, self.high = _at_share(ordered, share + spread), _at_share(ordered, share - spread)
-        self.above = self.held = 0
-        self.inside = empty_like(sample, (min(total, 1024 + int(1.5 * spread * total)),))
-
-    def hold(self, above: int, part: Tensor) -> None:
-        """Count values above, and keep those inside in one buffer: a list of small arrays splits the heap for good."""
-        self.above += above
-        wanted = self.held + part.numel()
-        if wanted > self.inside.numel() or self.inside.device != part.device:
-            larger = empty_like(part, (max(wanted, 2 * self.held, self.inside.numel()),))
-            larger[: self.held] = self.inside[: self.held]
-            self.inside = larger
-        here = self.inside[self.held : wanted]
-        here.copy_(part) if part.is_cuda else np.copyto(
-            here.numpy(), part.numpy()
-        )  # torch takes ten times as long for few
-        self.held = wanted
-
-    def hit(self) -> bool:
-        """Whether the k-th largest is inside."""
-        return self.above < self.k <= self.above + self.held
-
-    def exact(self) -> Tensor:
-        """The k-th largest, once hit."""
-        return _kth(self.inside[: self.held], self.k - self.above)
-
-    def wider(self) -> _Bracket:
-        """Another try; a bracket of everything misses only where values are not finite."""
-        if self.low == 0 and self.high == math.inf:
-            raise RunError("the deltas hold NaN or infinity: products of their factors overflow float32")
-        return _Bracket(self.sample, self.total, self.k, 4 * self.widening)
-
-
-class _Counting:
-    """One pass over the values of all groups that still have a bracket; blocks come from several threads."""
-
-    def __init__(self, brackets: Mapping[int, _Bracket], groups: int) -> None:
-        self.brackets, self.lock = brackets, threading.Lock()
-        self.loops = loops_for(sum(b.total for b in brackets.values()))
-        # Groups without one have an empty bracket beyond everything.
-        self.low = np.array([brackets[g].low if g in brackets else math.inf for g in range(groups)])
-        self.high = np.array([brackets[g].high if g in brackets else math.inf for g in range(groups)])
-
-    def take(self, first: int, blocks: Float[Tensor, "k ..."], spare: Spare) -> None:
-        """Count what lies above each bracket, and hand it what lies inside."""
-        if blocks.is_cuda:
-            for g, block in enumerate(blocks, first):
-                if b := self.brackets.get(g):
-                    block = block.abs()
-                    with self.lock:
-                        b.hold(int(torch.count_nonzero(block > b.high)), block[(block >= b.low) & (block <= b.high)])
-            return
-        array = blocks.numpy().reshape(len(blocks), -1)
-        if self.loops and array.dtype == np.float32:
-            inside = spare.tensor("inside", array.shape[1:], blocks.dtype, blocks.device)
-            for g, values in enumerate(array, first):
-                if b := self.brackets.get(g):
-                    above, held = self.loops.count(values, np.float32(b.low), np.float32(b.high), inside.numpy())
-                    with self.lock:
-                        b.hold(above, inside[:held])
-            return
-        higher, within = (spare.tensor(n, array.shape, torch.bool, blocks.device).numpy() for n in ("higher", "within"))
-        low, high = (bounds[first : first + len(blocks), None].astype(array.dtype) for bounds in (self.low, self.high))
-        # NumPy's boolean kernels are several times faster than torch's. Infinity lies inside a bracket without an upper end.
-        np.abs(array, out=array)
-        np.greater(array, high, out=higher)
-        np.not_equal(np.greater_equal(array, low, out=within), higher, out=within)
-        parts = [
-            (int(np.count_nonzero(h)), torch.from_numpy(v[w])) for v, h, w in zip(array, higher, within, strict=True)
-        ]
-        with self.lock:
-            for g, (above, part) in enumerate(parts, first):
-                if b := self.brackets.get(g):
-                    b.hold(above, part)
-
-
-def _kth(values: Float[Tensor, "... n"], k: int) -> Tensor:
-    """NumPy's selection takes a seventh of torch's time on a CPU; NaN counts as largest with either."""
-    n = values.shape[-1] - k
-    if values.is_cuda:
-        return values.kthvalue(n + 1).values.cpu()
-    return torch.from_numpy(np.partition(values.numpy(), n)[..., n : n + 1])[..., 0]
-
-
-def _at_share(ordered: Float[Tensor, " n"], share: float) -> float:
-    """Value with this share of an ascending sample at or above it: 0 beyond one end, infinity beyond the other."""
-    if share >= 1:
-        return 0.0
-    return math.inf if share <= 0 else float(ordered[min(len(ordered) - 1, int((1 - share) * len(ordered)))])
-
-
 def _samples(modules: Sequence[MergeInputs], totals: Sequence[int], space: str) -> list[Float[Tensor, " n"]]:
     """Magnitudes of random entries of each task's parts, from each module in proportion to its size."""
 
@@ -262,14 +174,17 @@ def _samples(modules: Sequence[MergeInputs], totals: Sequence[int], space: str) 
         x = modules[place]
         lefts, rights = pairs_of(x, space) if x.total_rank else ((), ())
         ranks, found = x.ranks, []
+        places: dict[int, tuple[Tensor, Tensor]] = {}  # by their number: those of one task are as good for the others
         for task, (rank, total) in enumerate(zip(ranks, totals, strict=True)):
             part = torch.zeros(0, dtype=torch.float32)
             if rank and total > _SMALL:
                 rows, columns = lefts[task].shape[0], rights[task].shape[1]
                 n = _wanted(total) * rows * columns // total
-                generator = torch.Generator().manual_seed(seed_of(x.module, "quantile"))
-                i = torch.randint(rows, (n,), generator=generator).to(x.device)
-                j = torch.randint(columns, (n,), generator=generator).to(x.device)
+                if n not in places:
+                    generator = torch.Generator().manual_seed(seed_of(x.module, "quantile"))
+                    i, j = (torch.randint(size, (n,), generator=generator).to(x.device) for size in (rows, columns))
+                    places[n] = i, j
+                i, j = places[n]
                 columns_of = rights[task].T.contiguous()  # one of them lies in one place
                 part = (lefts[task][i] * columns_of[j]).sum(1).abs().cpu()
             found.append(part)

@@ -15,7 +15,7 @@ from plait.merging.dense import entries_together, row_blocks, rows_together
 # has: 64 rows of 512 columns take half the time of 8 rows of 4096. More rows gain nothing.
 _ROWS = 64
 # Most tasks whose blocks are made, and looked at, by one call: all of them stay in a core's cache until they are used.
-_TOGETHER = 8
+TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,13 @@ class Products:
         """Tiles of these products; see `tiles`."""
         return tiles(self.shape, self.device, whole_rows=whole_rows, start=start, stop=stop)
 
+    def few(self) -> Iterator[Products]:
+        """The products of as many tasks as are computed together, and of those that follow: their entries are the same to the bit."""
+        for first in range(0, len(self.lefts), TOGETHER):
+            those = slice(first, first + TOGETHER)
+            stacked = None if self.stacked is None else (self.stacked[0][those], self.stacked[1][those])
+            yield Products(self.lefts[those], self.rights[those], stacked)
+
     def parts(self, tile: Tile, spare: Spare) -> Iterator[Float[Tensor, "rows columns"]]:
         """One tile of every task, each free to be changed in place, and all of them valid until the next tile.
 
@@ -151,8 +158,8 @@ class Products:
                 yield task, (left[rows] @ right[:, columns])[None]
             return
         like, count = self.lefts[0], len(self.lefts)
-        for first in range(0, count, _TOGETHER):
-            those = slice(first, min(first + _TOGETHER, count))
+        for first in range(0, count, TOGETHER):
+            those = slice(first, min(first + TOGETHER, count))
             name = f"parts{first}" if apart else "parts"
             out = spare.tensor(name, (those.stop - first, *tile.shape), like.dtype, like.device)
             if self.stacked is not None:

@@ -59,7 +59,8 @@ def core_space(
             merged = trim((b @ a for b, a in zip(B, A, strict=True)), Place("core"))
         else:
             products = Products.of(B, A)
-            merged = in_blocks(products, trimmed(thresholds_of(products, density), x.weights), "core").dense()
+            trim = trimmed(thresholds_of(products, density), x.weights)
+            merged = in_blocks(products, trim, "core", alike=x.modules).dense()
     elif rule == "sum":
         merged = weighted_sum(core.parts(), x.weights)
     else:
