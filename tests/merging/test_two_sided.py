@@ -41,13 +41,27 @@ def files(tmp_path):
     return folders, whole, plain
 
 
+def moved(adapter, statistics):
+    """The sum over modules of tr(G D M D^T)."""
+    total = 0.0
+    for module in MODULES:
+        D = adapter.modules[module].delta()
+        G, M = statistics.output_gradients_for(module).dense(), statistics.moments_for(module).dense()
+        total += float((G @ D @ M @ D.T).trace())
+    return total
+
+
 def test_files_with_output_gradients_are_read(files, tmp_path):
     folders, whole, _ = files
     done = merge_folders(folders, tmp_path / "out", method="mats", statistics=whole)
     adapters = [read_adapter(f) for f in folders]
     known = {t: read_statistics(p) for t, p in whole.items()}
     merged, even = (merge(adapters, m, statistics=known) for m in ("mats", "regmean"))
-    assert done.record.scale == merged.record.scale and "from their statistics" in merged.record.scale_reason
+    assert done.record.scale == merged.record.scale and "task's predictions" in merged.record.scale_reason
+    plain = merge(adapters, "mats", statistics=known, scale=1.0).adapter
+    ratios = [moved(plain, known[a.name]) / moved(a, known[a.name]) for a in adapters]
+    # 1.3 times what moves predictions as far as the tasks' own adapters do
+    assert merged.record.scale == pytest.approx(1.3 * (sum(ratios) / 2) ** -0.5, rel=0.006)
     for module, factors in read_adapter(tmp_path / "out").modules.items():
         assert factors.rank == 4
         torch.testing.assert_close(factors.delta(), merged.adapter.modules[module].delta(), rtol=1e-5, atol=1e-6)

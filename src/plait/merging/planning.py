@@ -178,7 +178,8 @@ def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
     if not asked or len(counted) < 2 or (plan.method.name in SUMS and weighted):
         return plan
     merged = replace(plan, scale=1.0).run("merged").adapter.modules
-    scale = scale_by_moments(counted, merged, statistics, reach_of(plan.method.name, plan.spec.calibrate))
+    reach, two_sided = reach_of(plan.method.name, plan.spec.calibrate), "output_gradients" in plan.method.needs
+    scale = scale_by_moments(counted, merged, statistics, reach, two_sided=two_sided)
     return plan if scale is None else replace(plan, scale=scale.value, scale_reason=scale.reason)
 
 

@@ -44,7 +44,10 @@ BY_RULE = ("iso_c",)  # for this the rule was nearer to the best scale than what
 # which that was another number. RegMean's best scale is about 1.9 on encoders and 1.2 on a decoder of 1.5 B, for as many adapters: no rule
 # by their number serves both, and this does (docs/results/scales.md).
 REACH = 1.1
-REACHES: Mapping[str, float] = {"regmean": 1.3}
+REACHES: Mapping[str, float] = {
+    "regmean": 1.3,
+    "mats": 1.3,
+}  # mats: RegMean's, whose least squares it shares; one seed agrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,8 @@ def scale_by_moments(
     merged: Mapping[str, LoraFactors],
     statistics: Mapping[str, Any],
     reach: float = REACH,
+    *,
+    two_sided: bool = False,
 ) -> Scale | None:
     """Choose the scale at which the merge moves every task's outputs about as far as the task's own adapter does.
 
@@ -127,6 +132,8 @@ def scale_by_moments(
         merged: Module -> its merge at scale 1.
         statistics: Adapter -> its second moments (`Statistics`).
         reach: How much further than its own adapter the merge moves a task's outputs; see `reach_of`.
+        two_sided: Count shifts by what they do to predictions, tr(G_t D m_t D^T) with the output gradients' second moment G_t and no
+            denominator: of a merge that leaves free what no prediction depends on.
 
     Returns:
         The scale; None where an adapter has no statistics of any of its modules, or changes nothing on them.
@@ -142,10 +149,14 @@ def scale_by_moments(
         for module, factors in adapter.modules.items():
             moments = stats.moments_for(module)
             energy = stats.modules[stats.relative(module)].output_energy if moments is not None else 0.0
+            outputs = stats.output_gradients_for(module) if two_sided and moments is not None else None
+            if moments is not None and outputs is not None:
+                energy = float(moments.count * outputs.count)
             if moments is None or not energy > 0 or module not in merged:
                 continue
-            own += _shift(factors, moments.project) / energy
-            whole += _shift(merged[module], moments.project) / energy
+            sides = moments.project, outputs and outputs.project
+            own += _shift(factors, *sides) / energy
+            whole += _shift(merged[module], *sides) / energy
         if not own > 0:
             return None
         ratios.append(whole / own)
@@ -154,13 +165,16 @@ def scale_by_moments(
         return None
     value = float(f"{reach * mean**-0.5:.3g}")
     return Scale(
-        value, f"{reach:g} times what moves each task's outputs as far as its own adapter does, from their statistics"
+        value,
+        f"{reach:g} times what moves each task's {'predictions' if two_sided else 'outputs'} as far as its own adapter does, "
+        "from their statistics",
     )
 
 
-def _shift(factors: LoraFactors, project: Callable[[Any], Any]) -> float:
-    """tr(D S D^T) of one module, from the factors."""
+def _shift(factors: LoraFactors, inputs: Callable[[Any], Any], outputs: Callable[[Any], Any] | None) -> float:
+    """tr(G D S D^T) of one module, from the factors; G is the identity where there is no projection of outputs."""
     folded = factors.folded()
-    inner = project(folded.A).double()  # A S A^T
+    inner = inputs(folded.A).double()  # A S A^T
     B = folded.B.double()
-    return float(((B.T @ B) * inner).sum())
+    outer = B.T @ B if outputs is None else outputs(B.T)
+    return float((outer * inner).sum())

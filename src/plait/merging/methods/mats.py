@@ -45,6 +45,9 @@ def mats(
     are solved for, and so on in turn. No turn makes the sum larger; where R reaches the outputs the first is exact, where it
     reaches the inputs the second.
 
+    No better than RegMean where it was measured: of five adapters of MiniLM (one seed, 120 rows a task) it keeps 0.83 of the gains
+    at its best scale, RegMean 0.85 at its default one.
+
     Args:
         x: The module, with moments of inputs and of output gradients.
         alpha: What remains of the off-diagonal entries of G_t and M_t.
