@@ -144,6 +144,23 @@ def test_answers_are_written_once(asked, monkeypatch):
     assert rows_of(few, few.parts[0]) == before[2:4]
 
 
+def test_advice_has_every_answer_written_once(asked, monkeypatch):
+    """Of what the choice reads, too, which is a part of what is asked at first."""
+    from plait.fidelity import own_answers
+    from plait.fidelity.advise import AdviceSettings, advise
+
+    panel, prompts = asked(texts=5, new_tokens=3, chat=False), []
+
+    def counting(model, pad, asked_now, *more):
+        prompts.extend(map(tuple, asked_now))
+        return write_ids(model, pad, asked_now, *more)
+
+    monkeypatch.setattr(own_answers, "write_ids", counting)
+    settings = AdviceSettings(repair=0, refine=0, max_length=24, answers=True, chat=False, new_tokens=3)
+    advise(adapters_of(panel), panel.base, panel.texts, settings=settings)
+    assert len(prompts) == 2 * 5
+
+
 def test_a_repair_learns_at_the_own_answers(asked):
     panel = asked(texts=4)
     panel = replace(

@@ -207,7 +207,7 @@ def _measured(
     )  # fmt: skip
     merged = merge_auto(
         adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, announce=False,
-        on_progress=on_progress,
+        known=panel, on_progress=on_progress,
     )  # fmt: skip
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     merges = {R: merged.adapter}

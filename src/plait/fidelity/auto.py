@@ -117,6 +117,7 @@ def merge_auto(
     settings: AutoSettings | None = None,
     base_id: str | None = None,
     announce: bool = True,
+    known: Panel | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> AutoMerge:
     """Merge adapters by the method, weights and scale that keep most of each, chosen without labels.
@@ -132,6 +133,7 @@ def merge_auto(
         settings: See `AutoSettings`.
         base_id: Base id of the result where the adapters name one base by different names.
         announce: Whether to say first how long it will take with texts, which is timed on a few of them.
+        known: Panel whose answers are taken over, see `ready_panel`.
         on_progress: Called with what is being done.
 
     Raises:
@@ -161,7 +163,7 @@ def merge_auto(
     if chosen.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
     panel, chat = ready_panel(
-        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy,
+        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy, known=known,
         new_tokens=chosen.new_tokens, batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))

@@ -28,6 +28,7 @@ def ready_panel(
     new_tokens: int = 64,
     batch_size: int = 32,
     max_length: int = 128,
+    known: Panel | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> tuple[Panel, Chat]:
     """Make the panel that adapters are asked on.
@@ -43,6 +44,7 @@ def ready_panel(
         new_tokens: Tokens of an adapter's own answer, at most.
         batch_size: Texts a pass, where a model is asked alone.
         max_length: Tokens a text.
+        known: Panel of the same base and adapters, asked in the same way: what was written and answered there is not computed again.
         on_progress: Called with what a person should know, and with what is being done.
 
     Returns:
@@ -59,6 +61,8 @@ def ready_panel(
     if on_policy and any(part.task.kind != "causal" for part in parts):
         raise UsageError("on policy a merge writes, and these adapters are not causal", hint="leave --on-policy out")
     panel = Panel(base, parts, usable, general, batch_size, max_length, new_tokens=new_tokens)
+    if known is not None:
+        panel = replace(panel, answers=known.answers, known=known.known)
     prompting = chat_of(chat, answers, adapters, panel.tokenizer, new_tokens)
     for note in prompting.notes:
         on_progress(note)
