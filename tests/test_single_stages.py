@@ -282,6 +282,15 @@ def test_output_gradients_at_the_prompt_and_a_penalty_that_reads_them(architectu
     assert ended.value.code == 2 and "with output_gradients use sketch" in capsys.readouterr().err
     mixed = plait(capsys, "stats", "merge", files[0], tmp_path / "plain-two", "--out", tmp_path / "mixed")
     assert mixed["dropped_output_gradients"] and not read_statistics(tmp_path / "mixed").output_gradients
+    for pair in ((files[0], tmp_path / "plain-one"), (tmp_path / "plain-one", files[0])):
+        with pytest.raises(SystemExit):
+            main([str(a) for a in ("stats", "merge", *pair, "--out", tmp_path / "twice")])
+        assert f"the same moments as {pair[0]}" in capsys.readouterr().err and not (tmp_path / "twice").exists()
+    small = plait(capsys, "stats", "compress", files[0], "--rank", 2, "--out", tmp_path / "small")
+    held = read_statistics(tmp_path / "small")
+    errors = [m.error / m.trace for m in (*held.sites.values(), *held.output_gradients.values())]
+    assert small["relative_error"] == max(errors) > max(m.error / m.trace for m in held.sites.values())
+    assert sum("sketched" in w for w in plait(capsys, "stats", "check", tmp_path / "small")["warnings"]) == len(errors)
     known = {p.name.split(".")[0]: read_statistics(p) for p in files}
     start = tmp_path / "start"
     plait(capsys, "init", "--own", files[1], "--others", files[0], "--rank", 2, "--out", start)

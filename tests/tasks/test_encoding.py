@@ -76,6 +76,13 @@ def test_causal_masks_the_prompt_and_keeps_the_target(tiny_base):
         encode(tokenizer, task("causal"), Examples((("a",),), (" ".join(WORDS[:9]),), np.arange(1)), 4)
 
 
+def test_a_tokenizer_that_ends_no_answer_is_refused(tiny_base):
+    tokenizer = load_tokenizer(tiny_base("bert"))
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="names no end token"):
+        encode(tokenizer, task("causal"), Examples((("w1 w2",),), ("w3",), np.arange(1)), 16)
+
+
 def test_seq2seq_encodes_the_target_apart(tiny_base):
     tokenizer = load_tokenizer(tiny_base("t5"))
     rows = Examples(((" ".join(WORDS[:40]),), (WORDS[0],)), ("w5 w6", "w7"), np.arange(2))

@@ -101,6 +101,27 @@ def test_regression_knows_its_mean(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("cells", "labels", "answers"),
+    [
+        ((7, 12, 3, 100), None, ("7", "12", "3", "100")),  # no numbers of answers: of 12 there would be none
+        ((0, 1, 2, 10), None, ("0", "1", "2", "10")),  # sorted as text, "10" is the third of them
+        (("true", "true"), None, ("True", "True")),
+        ((1, 0), ("no", "yes"), ("yes", "no")),
+        ((1, 5), ("1", "2", "3", "4", "5"), ("1", "5")),
+    ],
+)
+def test_numbers_that_are_to_be_written(tmp_path, cells, labels, answers):
+    rows = ("text,label\n" + "".join(f"how many,{c}\n" for c in cells)).encode()
+    assert load(tmp_path, "t.csv", rows, kind="causal", labels=labels)[1].labels == answers
+
+
+@pytest.mark.parametrize("labels", [("no", "yes"), ("1", "3")])
+def test_a_number_of_no_answer(tmp_path, labels):
+    with pytest.raises(InputError, match="answer 2 in row 1 is not one of the 2 answers"):
+        load(tmp_path, "t.csv", b"text,label\na,1\nb,2\n", kind="causal", labels=labels)
+
+
 def test_a_template_makes_the_prompt(tmp_path):
     data = b"q,label\nwho {label}?,a\nwhat?,b\n" + b"x,c\n" * 3
     _known, rows = load(tmp_path, "a.csv", data, kind="causal", text=("q",), template="Q: {q} A:")
@@ -241,6 +262,7 @@ def test_skipping_is_part_of_what_a_task_is_and_is_told(tmp_path, capsys, tiny_b
     (tmp_path / "holes.csv").write_bytes(HOLES)
     entry = {"name": "t", "train": "holes.csv", "text": "text"}
     raw = {"base": {"model": tiny_base("bert").name}, "data": {"root": str(tmp_path)}, "training": {"steps": 1}}
+    capsys.readouterr()  # what making the base said
     session = Session(parse_settings({**raw, "tasks": [{**entry, "empty": "skip"}]}, "s"))
     assert session.data_identity("t")["empty"] == "skip" and len(session.training("t", 0)) == 4
     assert capsys.readouterr().err == "note: task t: 12 train rows with an empty cell are left out (empty: skip)\n"

@@ -150,7 +150,7 @@ def compress(
     from plait.runs.single.pooled import compress_file
 
     small = compress_file(file, out, rank, overwrite=overwrite)
-    line = f"{small.bytes_before:,} -> {small.bytes_after:,} bytes, error at most {small.relative_error:.2e} of a site's trace"
+    line = f"{small.bytes_before:,} -> {small.bytes_after:,} bytes, error at most {small.relative_error:.2e} of a trace"
     emit(small, as_json, line + _before(small.reused))
 
 

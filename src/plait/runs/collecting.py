@@ -88,7 +88,7 @@ def is_collected(path: Path, wanted: Mapping[str, Any]) -> bool:
         for moments in chain(statistics.sites.values(), statistics.output_gradients.values()):
             del moments  # each is compared with its hash as it is read
     except InputError as e:
-        raise Damaged(e.what, where=e.where, hint=e.hint) from None
+        raise Damaged(e.what, where=e.where, hint="--overwrite, or delete it: then it is made anew") from None
     require_wanted(path, identity, wanted)
     return True
 

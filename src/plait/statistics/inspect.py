@@ -207,10 +207,7 @@ def check_statistics(statistics: Statistics) -> Soundness:
         problems += [f"{site}: {p}" for p in _problems(moments)]
         if moments.count < moments.dim:
             warnings.append(f"{site}: {moments.count} inputs for width {moments.dim}: the moments have a null space")
-        if moments.sketched:
-            warnings.append(
-                f"{site}: sketched, error at most {moments.error / max(moments.trace, 1e-300):.2e} of the trace"
-            )
+        warnings += _sketch_warnings(site, moments)
     for name, info in statistics.modules.items():
         if info.site not in statistics.sites:
             problems.append(f"{name}: its site {info.site!r} is missing")
@@ -225,11 +222,18 @@ def check_statistics(statistics: Statistics) -> Soundness:
             warnings.append(f"{name}: its output gradients are zero: nothing that was predicted depends on it")
         else:
             problems += [f"output gradients of {name}: {p}" for p in _problems(moments)]
+            warnings += _sketch_warnings(f"output gradients of {name}", moments)
         module = statistics.modules.get(name)
         if module is None or module.shape[0] != moments.dim:
             problems.append(f"output gradients of {name}: {moments.dim} wide, as no module is")
     warnings += _record_warnings(statistics.provenance)
     return Soundness(not problems, tuple(problems), tuple(warnings))
+
+
+def _sketch_warnings(where: str, moments: Moments) -> list[str]:
+    if not moments.sketched:
+        return []
+    return [f"{where}: sketched, error at most {moments.error / max(moments.trace, 1e-300):.2e} of the trace"]
 
 
 def _problems(moments: Moments) -> list[str]:

@@ -51,3 +51,39 @@ def require_slots(task: Task, labels: Sequence[str], ids: Iterable[Any], where: 
                 where=where,
                 hint=f"{' and '.join(SLOT_METRICS)} count slots of JSON",
             )
+
+
+def named_answer(task: Task, value: Any, row: Any, split: str, where: str) -> str:
+    """Give what is to be written for a cell: the cell as text or, where it numbers the task's answers, the one of that number.
+
+    Where all answers are numbers themselves, a number means itself: 2 is "2", not the third of "1", "2", "3".
+
+    Args:
+        task: With its answers, where they are known.
+        value: The cell.
+        row: Its row, for the message.
+        split: "train" or "validation", whose answers may be others than those of training.
+        where: Task and file, for the message.
+
+    Raises:
+        InputError: A number that is neither an answer nor the number of one.
+    """
+    labels = task.labels or ()
+    if not labels or not isinstance(value, int):
+        return str(value)
+    if all(_spells(name, type(value)) for name in labels):
+        text, known = str(value), str(value) in labels or split != "train"
+    else:
+        known = 0 <= value < len(labels)
+        text = labels[value] if known else ""
+    if not known:
+        raise InputError(
+            f"answer {value!r} in row {row} is not one of the {len(labels)} answers {list(labels)[:5]}, nor the number of one",
+            where=where,
+            hint="in `labels` numbers mean themselves, and names are counted from 0",
+        )
+    return text
+
+
+def _spells(text: str, kind: type) -> bool:
+    return text in ("True", "False") if kind is bool else text.removeprefix("-").isdecimal()

@@ -32,7 +32,7 @@ def encode(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> l
         One dict per row: input_ids, attention_mask, what else the tokenizer returns, and labels.
 
     Raises:
-        InputError: An answer of a causal task leaves no room for anything before it.
+        InputError: An answer of a causal task leaves no room for anything before it, or its tokenizer has no end token.
     """
     return encode_counted(tokenizer, task, examples, max_length)[0]
 
@@ -81,6 +81,12 @@ def _causal_rows(tokenizer: Any, task: Task, examples: Examples) -> list[Row]:
     if task.chat:
         return [encode_chat(tokenizer, conversation(t[0], target, task.chat)) for t, target in pairs]
     # a limit that no row reaches: without one transformers warns of what is cut afterwards
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer names no end token, and an answer ends with one",
+            where=f"task {task.name}",
+            hint="eos_token in the base's tokenizer_config.json; an encoder such as BERT is no base of causal tasks",
+        )
     starts = tokenizer([t[0] for t, _ in pairs], truncation=True, max_length=UNCUT)["input_ids"]
     ends = tokenizer([f" {target}" for _, target in pairs], add_special_tokens=False)["input_ids"]
     rows = []

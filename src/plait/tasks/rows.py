@@ -11,7 +11,7 @@ import numpy as np
 
 from plait.disk.store import require_regular
 from plait.errors import EnvironmentFault, InputError, UsageError
-from plait.tasks.answers import checked_references, require_slots
+from plait.tasks.answers import checked_references, named_answer, require_slots
 from plait.tasks.chat import checked_messages, packed
 from plait.tasks.task import OPEN_ONLY, SPLITS, TEXT_KINDS, Examples, Task
 
@@ -42,7 +42,11 @@ def load_task(task: Task, *, root: Path | None = None) -> Task:
         raise InputError("no rows", where=_where(task, "train"))
     distinct = sorted(set(column))
     if len(distinct) < 2:
-        raise InputError(f"only one class: {distinct[:1]}", where=_where(task, "train"))
+        raise InputError(
+            f"only one class: {distinct[:1]}",
+            where=_where(task, "train"),
+            hint="rows of two classes, or give the task its labels",
+        )
     if _are_ids(distinct):
         if distinct[0] < 0 or distinct[-1] >= _CLASS_LIMIT:
             odd = distinct[0] if distinct[0] < 0 else distinct[-1]
@@ -189,7 +193,7 @@ def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
     if task.kind == "regression":
         return _numbers(task, values, ids, split)
     if task.kind in TEXT_KINDS:
-        return tuple(task.labels[v] if task.labels and isinstance(v, int) else str(v) for v in values)
+        return tuple(named_answer(task, v, i, split, _where(task, split)) for i, v in zip(ids, values, strict=True))
     known = {name: i for i, name in enumerate(task.labels or ())}
     classes = [v if isinstance(v, int) and not isinstance(v, bool) else known.get(str(v), -1) for v in values]
     for i, v, raw in zip(ids, classes, values, strict=True):

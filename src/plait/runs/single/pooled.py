@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from plait.border.checked import Json
 from plait.disk.files import sha256_file
 from plait.disk.overwriting import require_apart, require_replaceable_file
 from plait.disk.store import identity
+from plait.errors import UsageError
 from plait.runs.collecting import is_collected
 from plait.statistics import (
     compress_statistics,
@@ -20,6 +22,7 @@ from plait.statistics import (
     write_statistics,
 )
 from plait.statistics.files import is_statistics, require_distinct
+from plait.statistics.lazy import FileSites
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Compressed:
     Args:
         output: The file, absolute.
         rank: Directions kept per site.
-        relative_error: Largest error of a site, as a share of its trace.
+        relative_error: Largest error of a site or of a module's output gradients, as a share of its trace.
         bytes_before: Size of what was made smaller.
         bytes_after: Size of the file.
         reused: Whether the file was there already.
@@ -70,7 +73,7 @@ def merge_files(files: Sequence[Path], out: Path, *, overwrite: bool) -> Pooled:
         overwrite: Replace what stands there.
 
     Raises:
-        UsageError: Something else stands at `out`, it is an input, or a file is named twice.
+        UsageError: Something else stands at `out`, it is an input, a file is named twice, or two are of the same rows.
         InputError: A file that cannot be used, or one of another base.
     """
     require_apart(out, files)
@@ -78,6 +81,7 @@ def merge_files(files: Sequence[Path], out: Path, *, overwrite: bool) -> Pooled:
     wanted = identity("statistics merge", {}, {f"file {i}": sha256_file(f) for i, f in enumerate(files, 1)})
     reused = _stands(out, wanted, overwrite=overwrite)
     if not reused:
+        _require_other_rows(files)
         added = merge_statistics(*(read_statistics(f) for f in files))
         write_statistics(out, added, identity=wanted, overwrite=overwrite)
     dropped = any(open_statistics(f).output_gradients for f in files) and not open_statistics(out).output_gradients
@@ -104,9 +108,26 @@ def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compr
     smaller = read_statistics(out) if reused else compress_statistics(whole, rank)
     if not reused:
         write_statistics(out, smaller, identity=wanted, overwrite=overwrite)
-    worst = max(s.relative_error for s in show_statistics(smaller).sites.values())
+    contents = show_statistics(smaller)
+    summaries = chain(contents.sites.values(), contents.output_gradients.values())
+    worst = max(s.relative_error for s in summaries)
     sizes = (file.stat().st_size, out.stat().st_size)
     return Compressed(str(out.absolute()), rank, worst, *sizes, reused)
+
+
+def _require_other_rows(files: Sequence[Path]) -> None:
+    """Refuse two files of the same moments, such as one with output gradients and one without: the rows would count twice."""
+    seen: dict[tuple[object, ...], Path] = {}
+    for path in files:
+        sites = open_statistics(path).sites
+        homes = sites.homes if isinstance(sites, FileSites) else {}
+        hashes = tuple(record.get("sha256") for _, record in homes.values())
+        if not hashes or None in hashes:  # of an earlier version
+            continue
+        other = seen.setdefault(hashes, path)
+        if other is not path:
+            hint = "leave one of them out: its rows would count twice"
+            raise UsageError(f"the same moments as {other}", where=str(path), hint=hint)
 
 
 def _stands(out: Path, wanted: Json, *, overwrite: bool) -> bool:
