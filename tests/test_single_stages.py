@@ -276,6 +276,11 @@ def test_output_gradients_at_the_prompt_and_a_penalty_that_reads_them(architectu
         found = plait(capsys, *given, "--output-gradients", "--out", files[-1])
         assert (plain["output_gradients"], found["output_gradients"], found["reused"]) == (0, 2, False)
         assert plait(capsys, *given, "--output-gradients", "--out", files[-1])["reused"]
+        fewer = (*given, "--set", "statistics.batch_size=4")  # rows a draw of head and answers: other gradients
+        assert plait(capsys, *fewer, "--out", tmp_path / "plain")["reused"]
+        with pytest.raises(SystemExit):
+            main([str(a) for a in (*fewer, "--output-gradients", "--out", files[-1])])
+        assert "batch_size: 16 -> 4" in capsys.readouterr().err
         (tmp_path / "plain").rename(tmp_path / f"plain-{task}")
     with pytest.raises(SystemExit) as ended:
         main([str(a) for a in (*given, "--output-gradients", "--memory", "1GB", "--out", tmp_path / "none")])

@@ -13,8 +13,8 @@ _OPTIONS = {
     INPUTS: """base task recipe root train-file validation-file validation text-column label kind own others background statistics
         stats initial input add remove component stack disjoint samples adapter prompt prompts sets""",
     METHOD: """method set scale scales weights weight rank calibrate alpha row-norm task-type background-weight energy drop
-        target-modules rename drop-bias layout by-difference fleet pool sketch memory output-gradients labels base-4bit tolerate against answers chat tokens
-        private""",
+        target-modules rename drop-bias layout by-difference fleet pool sketch memory output-gradients labels base-4bit tolerate against
+        answers chat tokens private""",
     TEXTS: "text general refine fit heads learn-heads repair on-policy max-shift max-length",
     RESULT: """out to format dtype bake per-task rank-curve for verify overwrite json quiet about page dry-run""",
     RUNNING: "device seed executor workers scorers seconds offline debug",
