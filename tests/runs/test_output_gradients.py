@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 from plait.model.base import head_modules
+from plait.runs.layout import Layout
 from plait.runs.output_gradients import with_curvature
 from plait.runs.session import Session
+from plait.runs.units import STATISTICS, TRAIN
+from plait.runs.waves import waves
 from plait.statistics import collect_statistics
 from plait.tasks import batches
 from plait.tasks.encoding import encode
@@ -36,3 +39,25 @@ def test_curvature_stands_beside_statistics_and_heads_come_back(tiny_recipe):
     grade = curved["grade"].output_gradients
     assert any(not torch.allclose(G.dense(), grade[m].dense()) for m, G in curved["topic"].output_gradients.items())
     assert with_curvature(curved, session, 1) == curved  # what is there already is not taken again
+
+
+def test_units_are_of_a_batch_size_where_answers_are_drawn_by_batches(tiny_recipe, tmp_path):
+    """Sums of inputs are the same for any batch size; output gradients, and a penalty that reads them, are not."""
+    curved = {"name": "curved", "subspace": "contrastive"}
+    curved["training"] = {"constraint": "penalised", "constraint_options": {"curvature": True}}
+
+    def keys(batch_size, **statistics):
+        recipe = tiny_recipe(
+            "bert",
+            tasks=["topic", "grade"],
+            arms=["contrastive", curved],
+            statistics={"samples": 8, "pool": "token", "batch_size": batch_size, **statistics},
+        )
+        layout = Layout(recipe, tmp_path / "run")
+        units = {(u.stage, u.arm): u for _, wave in waves(layout) for u in wave if u.stage in (STATISTICS, TRAIN)}
+        return {name: layout.key(u) for name, u in units.items()}
+
+    plain, other, two, four = keys(4), keys(8), keys(4, output_gradients=True), keys(8, output_gradients=True)
+    assert {n for n in plain if plain[n] != other[n]} == {(TRAIN, "curved")}
+    assert {n for n in two if two[n] != four[n]} == set(two)
+    assert {n for n in plain if plain[n] != two[n]} == set(plain)

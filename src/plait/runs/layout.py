@@ -226,6 +226,7 @@ class Layout:
             options["memory"] = recipe.statistics.memory
         if recipe.statistics.output_gradients:
             options["output_gradients"] = True
+            options["batch_size"] = recipe.statistics.batch_size  # heads and answers are drawn by batches
         return options, {}
 
     def _background_identity(self, spec: Any) -> Json:
@@ -242,6 +243,8 @@ class Layout:
         lora = recipe.lora.model_dump(exclude_none=True) | ({"rank": arm.rank} if arm.rank else {})
         options: Json = {"start": start, "lora": lora, "training": training, "data": self.data}
         options |= {"rows": recipe.data.train_rows, "dtype": recipe.base.dtype, "base": self.base_sha256}
+        if settings.constraint_options.get("curvature"):
+            options["statistics_batch_size"] = recipe.statistics.batch_size  # heads and answers are drawn by batches
         if settings.evaluate_every:
             options["selection"] = recipe.data.selection_rows
         measured = bool(find_subspace_method(arm.method).needs) or settings.constraint not in ("free", "frozen")
