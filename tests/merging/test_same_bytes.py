@@ -44,21 +44,27 @@ def saved(folder: Path, seed: int, *, width: int, modules: int) -> Path:
 def measured(folder: Path, method: str, seed: int, *, width: int, modules: int) -> Path | None:
     """The statistics that a method needs of the adapter in a folder, beside it; None where it needs none."""
     needs = merge_methods()[method].needs
-    return written_statistics(folder, seed, fisher="fisher" in needs, width=width, modules=modules) if needs else None
+    kinds = {"fisher": "fisher" in needs, "two_sided": "output_gradients" in needs}
+    return written_statistics(folder, seed, **kinds, width=width, modules=modules) if needs else None
 
 
-def written_statistics(folder: Path, seed: int, *, fisher: bool = False, width: int, modules: int) -> Path:
-    """Moments, or a Fisher diagonal, of all modules of what `saved` makes."""
+def written_statistics(
+    folder: Path, seed: int, *, fisher: bool = False, two_sided: bool = False, width: int, modules: int
+) -> Path:
+    """Moments, with those of output gradients or without, or a Fisher diagonal, of all modules of what `saved` makes."""
     g = torch.Generator().manual_seed(50 + seed)
     path, names = folder.with_suffix(".stats.safetensors"), [f"layers.{i}.q" for i in range(modules)]
     if fisher:
         write_fisher(path, FisherDiagonal.held({m: torch.rand(width, width, generator=g) for m in names}, 8))
         return path
-    sites = {}
-    for m in names:
+
+    def moments() -> Moments:
         H = torch.randn(2 * width, width, generator=g)
-        sites[m] = Moments(len(H), H.sum(0), H.T @ H)
-    write_statistics(path, Statistics(sites, {m: ModuleInfo(m, (width, width), 1.0) for m in names}))
+        return Moments(len(H), H.sum(0), H.T @ H)
+
+    sites, gradients = ({m: moments() for m in names} if wanted else {} for wanted in (True, two_sided))
+    modules_read = {m: ModuleInfo(m, (width, width), 1.0) for m in names}
+    write_statistics(path, Statistics(sites, modules_read, output_gradients=gradients))
     return path
 
 
