@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.speed.measuring import compared
@@ -50,7 +51,7 @@ for name in chosen.sets.split(","):
                 f"{last.what}: {last.seconds:.2f} s, {last.cpu:.2f} CPU s, {last.peak_mb:.0f} MB, wrote {last.written_mb:.0f} MB{ratio}",
                 flush=True,
             )
-versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "safetensors"))
+versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "safetensors", *(["numba"] if find_spec("numba") else [])))
 threads = os.environ.get("OMP_NUM_THREADS", "default")
 write(
     chosen.out,
