@@ -51,7 +51,9 @@ for name in chosen.sets.split(","):
                 f"{last.what}: {last.seconds:.2f} s, {last.cpu:.2f} CPU s, {last.peak_mb:.0f} MB, wrote {last.written_mb:.0f} MB{ratio}",
                 flush=True,
             )
-versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "safetensors", *(["numba"] if find_spec("numba") else [])))
+versions = ", ".join(
+    f"{p} {version(p)}" for p in ("torch", "numpy", "safetensors", *(["numba"] if find_spec("numba") else []))
+)
 threads = os.environ.get("OMP_NUM_THREADS", "default")
 write(
     chosen.out,
