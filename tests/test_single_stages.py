@@ -287,11 +287,21 @@ def test_output_gradients_at_the_prompt_and_a_penalty_that_reads_them(architectu
     assert ended.value.code == 2 and "with output_gradients use sketch" in capsys.readouterr().err
     mixed = plait(capsys, "stats", "merge", files[0], tmp_path / "plain-two", "--out", tmp_path / "mixed")
     assert mixed["dropped_output_gradients"] and not read_statistics(tmp_path / "mixed").output_gradients
-    for pair in ((files[0], tmp_path / "plain-one"), (tmp_path / "plain-one", files[0])):
+    small = plait(capsys, "stats", "compress", files[0], "--rank", 2, "--out", tmp_path / "small")
+    plain = [tmp_path / f"plain-{task}" for task in ("one", "two")]
+    both, other = tmp_path / "both", tmp_path / "other"
+    plait(capsys, "stats", "merge", *plain, "--out", both)
+    plait(capsys, "stats", "merge", plain[0], files[1], "--out", other)
+    twice = [(plain[0], plain[0]), (files[0], plain[0]), (plain[0], files[0]), (files[0], tmp_path / "small")]
+    twice += [
+        (both, plain[1]),
+        (plain[0], both),
+        (both, other),
+    ]  # two-sided, compressed, a sum and a part, sums that share one
+    for pair in twice:
         with pytest.raises(SystemExit):
             main([str(a) for a in ("stats", "merge", *pair, "--out", tmp_path / "twice")])
-        assert f"the same moments as {pair[0]}" in capsys.readouterr().err and not (tmp_path / "twice").exists()
-    small = plait(capsys, "stats", "compress", files[0], "--rank", 2, "--out", tmp_path / "small")
+        assert f"the same rows as in {pair[0]}" in capsys.readouterr().err and not (tmp_path / "twice").exists()
     held = read_statistics(tmp_path / "small")
     errors = [m.error / m.trace for m in (*held.sites.values(), *held.output_gradients.values())]
     assert small["relative_error"] == max(errors) > max(m.error / m.trace for m in held.sites.values())

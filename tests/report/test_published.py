@@ -260,7 +260,7 @@ ON_FINDINGS += [
         ],
     ),
     (
-        "with the penalty keeps {} and {} there, hardly more than PEFT's default ({}, {}).",
+        "with the penalty keeps {} and {} there, where PEFT's default has {} and {}.",
         lambda: [again(s, a, "label_free") for a in (BOTH, PLAIN) for s in (MPNET, ELEVEN)],
     ),
     ("or TSV-M ({}, {})", lambda: [again(s, BOTH, "label_free", "tsv") for s in (MPNET, ELEVEN)]),

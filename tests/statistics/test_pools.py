@@ -124,7 +124,7 @@ def test_a_pool_in_one_file(pool, tmp_path, capsys):
     assert stats(capsys, "merge", pool["one"], pool["two"], "--out", merged)[1]["reused"] is False
     with pytest.raises(SystemExit):
         main(["stats", "merge", str(pool["one"]), str(pool["one"]), "--out", str(tmp_path / "twice")])
-    assert "the same statistics as" in capsys.readouterr().err and not (tmp_path / "twice").exists()
+    assert "the same rows as in" in capsys.readouterr().err and not (tmp_path / "twice").exists()
     assert init(capsys, "--own", pool["mine"], "--others", merged, "--out", tmp_path / "a")["others"] == ["pool"]
     with pytest.raises(UsageError, match="merged from files of 'one' too"):
         initialise_from_files(pool["one"], [merged], InitialSettings(rank=2), tmp_path / "b")

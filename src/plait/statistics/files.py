@@ -15,8 +15,8 @@ from plait.adapters.memory import bytes_of
 from plait.adapters.tensor_file import joined_tensors, write_tensors
 from plait.adapters.tensors import read_metadata, read_tensors
 from plait.border.checked import parsed_json, shown
-from plait.disk.store import canonical_json, require_regular, sha256_file, sha256_json, staged_file
-from plait.errors import Damaged, InputError, UsageError
+from plait.disk.store import canonical_json, sha256_json, staged_file
+from plait.errors import Damaged, InputError
 from plait.statistics.moments import DENSE, Moments, Statistics, packed, unpacked
 from plait.statistics.records import GRADIENTS, LARGEST_RECORD, PARTS, SiteRecord, file_record
 
@@ -149,20 +149,6 @@ def read_statistics(path: str | Path) -> Statistics:
     sites = {site: moments_of(site, facts, tensors, path) for site, facts in record.sites.items()}
     gradients = {n: moments_of(GRADIENTS + n, facts, tensors, path) for n, facts in record.gradients.items()}
     return Statistics(sites, record.modules, record.provenance, digest, gradients)
-
-
-def require_distinct(files: Sequence[Path]) -> None:
-    """Refuse to count rows twice.
-
-    Raises:
-        UsageError: Two of the files have the same bytes.
-    """
-    seen: dict[str, Path] = {}
-    for path in files:
-        require_regular(path)
-        other = seen.setdefault(sha256_file(path), path)
-        if other is not path:
-            raise UsageError(f"the same statistics as {other}", where=str(path), hint="name every file once")
 
 
 def read_identity(path: str | Path) -> Mapping[str, object] | None:

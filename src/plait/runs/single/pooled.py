@@ -10,7 +10,7 @@ from pathlib import Path
 from plait.border.checked import Json
 from plait.disk.files import sha256_file
 from plait.disk.overwriting import require_apart, require_replaceable_file
-from plait.disk.store import identity
+from plait.disk.store import identity, require_regular
 from plait.errors import UsageError
 from plait.runs.collecting import is_collected
 from plait.statistics import (
@@ -21,8 +21,10 @@ from plait.statistics import (
     show_statistics,
     write_statistics,
 )
-from plait.statistics.files import is_statistics, require_distinct
+from plait.statistics.files import is_statistics, read_identity
 from plait.statistics.lazy import FileSites
+
+_MERGED, _COMPRESSED = "statistics merge", "statistics compress"  # stages, as the files' identities name them
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +75,14 @@ def merge_files(files: Sequence[Path], out: Path, *, overwrite: bool) -> Pooled:
         overwrite: Replace what stands there.
 
     Raises:
-        UsageError: Something else stands at `out`, it is an input, a file is named twice, or two are of the same rows.
+        UsageError: Something else stands at `out`, it is an input, or two files hold the same rows.
         InputError: A file that cannot be used, or one of another base.
     """
     require_apart(out, files)
-    require_distinct(files)
-    wanted = identity("statistics merge", {}, {f"file {i}": sha256_file(f) for i, f in enumerate(files, 1)})
+    _require_other_rows(files)
+    wanted = identity(_MERGED, {}, {f"file {i}": sha256_file(f) for i, f in enumerate(files, 1)})
     reused = _stands(out, wanted, overwrite=overwrite)
     if not reused:
-        _require_other_rows(files)
         added = merge_statistics(*(read_statistics(f) for f in files))
         write_statistics(out, added, identity=wanted, overwrite=overwrite)
     dropped = any(open_statistics(f).output_gradients for f in files) and not open_statistics(out).output_gradients
@@ -103,7 +104,7 @@ def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compr
     """
     require_apart(out, [file])
     whole = read_statistics(file)
-    wanted = identity("statistics compress", {"rank": rank}, {"file": whole.sha256})
+    wanted = identity(_COMPRESSED, {"rank": rank}, {"file": whole.sha256})
     reused = _stands(out, wanted, overwrite=overwrite)
     smaller = read_statistics(out) if reused else compress_statistics(whole, rank)
     if not reused:
@@ -116,18 +117,29 @@ def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compr
 
 
 def _require_other_rows(files: Sequence[Path]) -> None:
-    """Refuse two files of the same moments, such as one with output gradients and one without: the rows would count twice."""
-    seen: dict[tuple[object, ...], Path] = {}
+    """Refuse to count rows twice: a file beside itself, its two-sided or compressed copy, or a sum that it, or part of it, is in.
+
+    A sum knows the files it was made of, not what those were made of.
+    """
+    seen: dict[object, Path] = {}
     for path in files:
-        sites = open_statistics(path).sites
-        homes = sites.homes if isinstance(sites, FileSites) else {}
-        hashes = tuple(record.get("sha256") for _, record in homes.values())
-        if not hashes or None in hashes:  # of an earlier version
-            continue
-        other = seen.setdefault(hashes, path)
-        if other is not path:
-            hint = "leave one of them out: its rows would count twice"
-            raise UsageError(f"the same moments as {other}", where=str(path), hint=hint)
+        require_regular(path)
+        for rows in _rows_of(path):
+            other = seen.setdefault(rows, path)
+            if other is not path:
+                hint = "leave one of them out: its rows would count twice"
+                raise UsageError(f"the same rows as in {other}", where=str(path), hint=hint)
+
+
+def _rows_of(path: Path) -> set[object]:
+    """What tells whose rows a file holds: its own hash, those of the files it was made of, and those of its moments together."""
+    made = read_identity(path) or {}
+    inputs = made.get("inputs") if made.get("stage") in (_MERGED, _COMPRESSED) else {}
+    sites = open_statistics(path).sites
+    homes = sites.homes if isinstance(sites, FileSites) else {}
+    moments = tuple(record.get("sha256") for _, record in homes.values())
+    told = {moments} if moments and None not in moments else set()  # files of earlier versions say none
+    return {sha256_file(path), *(inputs.values() if isinstance(inputs, dict) else ()), *told}
 
 
 def _stands(out: Path, wanted: Json, *, overwrite: bool) -> bool:
