@@ -152,19 +152,18 @@ def read_statistics(path: str | Path) -> Statistics:
 
 
 def read_identity(path: str | Path) -> Mapping[str, object] | None:
-    """Read the identity a file was written with, without reading its tensors; None where there is no file or identity."""
-    from safetensors import SafetensorError, safe_open
+    """Read the identity a file was written with, without reading its tensors; None where there is no file or identity.
 
+    Raises:
+        InputError: No whole statistics file.
+        Damaged: Its identity is not the one that was written.
+    """
     path = Path(path)
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        text = metadata.get("identity")
-        identity = None if text is None else parsed_json(text, str(path), "its identity", LARGEST_RECORD)
-    except SafetensorError as e:
-        raise InputError(f"not a whole statistics file: {e}", where=str(path)) from None
+    metadata = read_metadata(path)
+    text = metadata.get("identity")
+    identity = None if text is None else parsed_json(text, str(path), "its identity", LARGEST_RECORD)
     written = record_of(metadata, path).get("identity_sha256")  # absent from files of earlier versions
     if written is not None and written != hashlib.sha256((text or "").encode()).hexdigest():  # its text is canonical
         raise Damaged("its identity is not the one that was written", where=str(path), hint="collect them again")
