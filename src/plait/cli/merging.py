@@ -31,7 +31,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes."
 Method = Annotated[
     str | None,
     typer.Option(
-        "--method", "-m", help="See `plait ls merges`; by default tsv; with --weights, and for LoRA files, the sum."
+        "--method",
+        "-m",
+        help="See `plait ls merges`; by default tsv, for language models with --stats regmean; with --weights, and for LoRA "
+        "files, the sum.",
     ),
 ]
 Strength = Annotated[
@@ -130,8 +133,9 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
 
-    Without --method it is TSV-M, which keeps most of what needs neither texts nor statistics (with --weights the weighted sum);
-    without --scale the scale follows from the method and the number of adapters, or from --stats.
+    Without --method it is TSV-M, which keeps most of what needs neither texts nor statistics; for language models with --stats of
+    every adapter RegMean; with --weights the weighted sum.
+    Without --scale the scale follows from the method and the number of adapters, or from --stats.
     The plain sum: --method task_arithmetic --scale 1.
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.
     `plait merge BASE ADAPTER... --method featcal --text TASK=FILE` (or regmean_pp, adamerging) runs the base on the texts.

@@ -48,6 +48,7 @@ class Plan(Terms):
         device: Where it is computed.
         metric: In which it is cut to rank; None for that of the weights.
         cut_reason: How it is cut, for a reader; "" where there is nothing to say.
+        method_reason: Why it is this method, where statistics decided.
         answers: What the method computed over all modules, so that verification does not compute it again.
     """
 
@@ -57,6 +58,7 @@ class Plan(Terms):
     device: torch.device
     metric: InputMetric | None = None
     cut_reason: str = ""
+    method_reason: str = ""
     answers: dict[Hashable, Any] = field(default_factory=dict)
 
     def run(self, name: str, took: Rounding | None = None) -> Merged:
@@ -78,6 +80,7 @@ class Plan(Terms):
         }
         modules = {m: pairs[m][0] for m in self.common.modules}
         record = self.record(modules, {m: pairs[m][1] for m in modules})
+        record = replace(record, method_reason=self.method_reason or None)
         record = record if took is None else took.noted(record)
         return Merged(assembled(name, self.common, self.adapters, modules), record)
 

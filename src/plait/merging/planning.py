@@ -16,7 +16,7 @@ from plait.merging.module_weights import weights_of_modules
 from plait.merging.plan import NEEDS, Plan
 from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod, find_method
-from plait.merging.scales import SUMS, asks_moments, default_method, reach_of, scale_by_moments
+from plait.merging.scales import SUMS, asks_moments, default_method, default_with_statistics, reach_of, scale_by_moments
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.terms import scale_of, weights_of
 from plait.model.base import device_named
@@ -87,7 +87,12 @@ def plan_merge(
 ) -> Plan:
     """Check everything about a merge; arguments as `merge` has them. Only a scale chosen by moments is computed here."""
     spec = MergeSpec.of(method, settings)
-    found = find_method(spec.method or default_method(len(adapters), weighted=spec.is_weighted))
+    chosen, why = (
+        (spec.method, "")
+        if spec.method
+        else default_with_statistics(adapters, statistics or {}, weighted=spec.is_weighted)
+    )
+    found = find_method(chosen)
     options = checked_options(found, spec.options)
     if found.cuts_by and spec.rank is not None and options[found.cuts_by] is None:
         options[found.cuts_by] = spec.rank
@@ -125,6 +130,7 @@ def plan_merge(
         given=given,
         metric=metric,
         cut_reason=how,
+        method_reason=why,
     )
     return _scaled_by_moments(plan, statistics) if spec.scale is None and statistics else plan
 
@@ -167,7 +173,8 @@ def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: in
     cut = (cuts or spec.rank is not None) and not find_method(method).cuts_by
     if statistics and not scaled and not cut and not find_method(method).needs:
         why = "takes no statistics" + ("" if spec.scale is None else ", and the scale is given")
-        raise UsageError(f"{method} {why}", hint="leave --stats out")
+        named = "" if spec.method else ", or name a method that does: --method regmean"
+        raise UsageError(f"{method} {why}", hint=f"leave --stats out{named}")
 
 
 def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:

@@ -88,7 +88,7 @@ class MergeRecord:
     """Say how a merge came to be.
 
     Args:
-        method: Name of the method.
+        method, method_reason: Name of the method, and why it was chosen where statistics decided.
         options: All its settings, defaults included; what it learnt, where it learns weights.
         weights: One per adapter, in the order in which they were given.
         module_weights: Weights by module pattern, where there are any.
@@ -116,6 +116,7 @@ class MergeRecord:
     """
 
     method: str = ""
+    method_reason: str | None = optional()
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
     module_weights: ModuleWeights | None = optional()

@@ -15,7 +15,7 @@ class MergeSpec:
     """Say how to merge; what is merged comes beside it.
 
     Args:
-        method: A name in `merge_methods()`; None chooses (`plait.merging.scales.default_method`).
+        method: A name in `merge_methods()`; None chooses (`plait.merging.scales`).
         options: Settings of the method, by name; None or a missing one is the method's default.
         weights: One per adapter in their order, any sign; None is 1 each.
         module_weights: Adapter -> module pattern -> weight, in place of `weights`; see `plait.merging.module_weights`.

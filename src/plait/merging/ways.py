@@ -19,7 +19,7 @@ from plait.merging.per_task import merge_per_task
 from plait.merging.planning import plan_merge, require_use
 from plait.merging.record import MergeRecord
 from plait.merging.request import MergeRequest
-from plait.merging.scales import default_method
+from plait.merging.scales import default_with_statistics
 from plait.merging.stack import composed, in_order, layers_of
 from plait.model.files import base_place
 
@@ -97,7 +97,8 @@ def _per_task(request: MergeRequest, out: Path) -> Written[MergeRecord]:
 def _curve(request: MergeRequest) -> RankCurve:
     if request.spec.rank is not None:
         raise UsageError("--rank-curve tries ranks by itself", hint="leave --rank out")
-    statistics = read_statistics_files(request.statistics)
-    method = request.spec.method or default_method(len(request.folders), weighted=request.spec.is_weighted)
-    rows = rank_curve(list(request.folders), replace(request.spec, method=method), statistics=statistics)
+    statistics, adapters = read_statistics_files(request.statistics), read_all(request.folders)
+    weighted = request.spec.is_weighted
+    method = request.spec.method or default_with_statistics(adapters, statistics or {}, weighted=weighted)[0]
+    rows = rank_curve(adapters, replace(request.spec, method=method), statistics=statistics)
     return RankCurve(method, tuple(rows))

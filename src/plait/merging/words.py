@@ -61,6 +61,8 @@ def rounding_line(dtype: str | None, error: float) -> str:
 def _notes(record: MergeRecord) -> list[str]:
     """Say where alphas and the scale come from, and what ranks and masks cost."""
     lines = [f"{adapter.name}: {note}" for adapter in record.adapters for note in alpha_notes(adapter.facts)]
+    if record.method_reason:
+        lines.append(f"{record.method}: {record.method_reason}")
     if record.scale_reason:
         lines.append(f"scale {record.scale:g}: {record.scale_reason}")
     if record.rank:
