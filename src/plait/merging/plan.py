@@ -48,7 +48,7 @@ class Plan(Terms):
         device: Where it is computed.
         metric: In which it is cut to rank; None for that of the weights.
         cut_reason: How it is cut, for a reader; "" where there is nothing to say.
-        method_reason: Why it is this method, where statistics decided.
+        method_reason: Why it is this method, where nobody named one.
         answers: What the method computed over all modules, so that verification does not compute it again.
     """
 

@@ -88,7 +88,7 @@ class MergeRecord:
     """Say how a merge came to be.
 
     Args:
-        method, method_reason: Name of the method, and why it was chosen where statistics decided.
+        method, method_reason: Name of the method, and why it was chosen where nobody named one.
         options: All its settings, defaults included; what it learnt, where it learns weights.
         weights: One per adapter, in the order in which they were given.
         module_weights: Weights by module pattern, where there are any.

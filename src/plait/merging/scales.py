@@ -93,14 +93,14 @@ def default_with_statistics(
         weighted: Whether weights were given.
 
     Returns:
-        The method, and a phrase; "" where it is that of `default_method`.
+        The method, and a phrase; "" for a sum, of which the scale's reason says all.
     """
     method = default_method(len(adapters), weighted=weighted)
-    if method != DEFAULT_METHOD or any(
-        a.task_type != _WRITES or not _covers(statistics.get(a.name), a) for a in adapters
-    ):
+    if method != DEFAULT_METHOD:
         return method, ""
-    return _OF_WRITERS, "first on language models where every adapter has statistics"
+    if all(a.task_type == _WRITES and _covers(statistics.get(a.name), a) for a in adapters):
+        return _OF_WRITERS, "first on language models where every adapter has statistics"
+    return method, "keeps most of what needs the adapters alone"
 
 
 def _covers(statistics: Any, adapter: Adapter) -> bool:
