@@ -7,7 +7,8 @@ The second packs what `benchmarks/scales_measure.py` measured into RESULTS/scale
 RESULTS/*.tar.xz, and writes RESULTS/scales.json (`rows` of {source, base, tasks, arm, method, default, best, lost, recovered}; what
 two archives hold alike stands there once, with the second's name in `also`) and RESULTS/scales.md (`scales_page.py`). The best scale
 is chosen on one half of the validation rows; it and the default are both read on the other half, halves swapped and averaged, the
-default between two scored scales by linear interpolation over log scale. `lost` is in points of recovered, of the study's
+default between two scored scales by linear interpolation over log scale; `by_length` of {method, rows, bases, number, length}
+(`scales_length.py`). `lost` is in points of recovered, of the study's
 reference; it can be negative, where the labels of one half chose worse for the other than the rule. `length` is the Frobenius norm
 of an adapter's update over all its modules, where the archive holds it.
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import scales_page
+from scales_length import by_length
 from scales_page import OWN
 
 from plait.evaluation.splits import HALVES
@@ -179,9 +181,12 @@ def main() -> None:
     if a.pack:
         file.write_text(json.dumps(packed(a.pack)) + "\n")
     written = [c for f in sorted(a.results.glob("scales-text-*.json")) for c in curves_of_text(f)]
-    rows = rows_of([*curves_of_archives(a.results), *curves_measured(file), *written])
-    (a.results / "scales.json").write_text(json.dumps({"reach": REACH, "rows": rows}, indent=1) + "\n")
-    text = scales_page.page(rows)
+    archived = list(curves_of_archives(a.results))
+    rows, tried = rows_of([*archived, *curves_measured(file), *written]), by_length(archived)
+    (a.results / "scales.json").write_text(
+        json.dumps({"reach": REACH, "rows": rows, "by_length": tried}, indent=1) + "\n"
+    )
+    text = scales_page.page(rows, tried)
     (a.results / "scales.md").write_text(text)
     print(text)
 
