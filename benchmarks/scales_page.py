@@ -173,9 +173,9 @@ def _by_length(tried: Sequence[dict[str, Any]]) -> list[str]:
         "## Would it help to know how long the updates are?",
         "",
         "Not on a base that a rule was not fitted on. c T^p with the rule's p, and c T^p L^q with L the length of an adapter's update: "
-        f"c and q fitted on the other bases of the archives ({max(r['bases'] for r in tried)} in all) by points lost, tried on the one left "
-        f"out. With the length {worse} of {len(tried)} methods lose at least half a point more, and less: {better or 'none'}, whose scale "
-        "is read off its statistics anyway. Lengths of one base say little of another's.",
+        f"c and q fitted on the other bases of the archives ({max(r['bases'] for r in tried)} in all) by points lost, tried on the one "
+        f"left out. With the length {worse} of {len(tried)} methods lose at least half a point more, and less: {better or 'none'}, whose "
+        "scale is read off its statistics anyway. Lengths of one base say little of another's.",
         "",
         "| method | rows | lost by c T^p | lost by c T^p L^q |",
         "|---|---|---|---|",

@@ -33,8 +33,9 @@ def test_existing_says_what_its_seeds_say(script, name):
 
 
 def test_scales_are_the_rows_and_count_once(script):
-    rows = json.loads((RESULTS / "scales.json").read_text())["rows"]
-    assert (RESULTS / "scales.md").read_text() == script("scales_page").page(rows)
+    report = json.loads((RESULTS / "scales.json").read_text())
+    rows = report["rows"]
+    assert (RESULTS / "scales.md").read_text() == script("scales_page").page(rows, report["by_length"])
     of_what = [tuple(v for k, v in r.items() if k not in ("source", "also")) for r in rows]
     assert len(set(of_what)) == len(rows)
 
