@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,12 @@ def test_statistics_that_lack_a_task_leave_the_rule():
     adapters = trio()
     merged = merge(adapters, "tsv", scale=1.0).adapter.modules
     assert scale_by_moments(adapters, merged, {"a": moments(1)}) is None
-    assert merge(adapters, "tsv", statistics={"a": moments(1)}).record.scale == 0.7
+    record = merge(adapters, "tsv", statistics={"a": moments(1)}).record
+    assert record.scale == 0.7
+    assert record.scale_reason.endswith("whatever their number (statistics say no scale: there are none for b, c)")
+    elsewhere = replace(moments(1), modules={"l.9.q": moments(1).modules["l.0.q"]})
+    record = merge(adapters, "tsv", statistics=dict.fromkeys("abc", elsewhere)).record
+    assert record.scale == 0.7 and record.scale_reason.endswith("they are of other modules, or see no change)")
 
 
 def saved(folder: Path, one: Adapter) -> Path:

@@ -187,7 +187,11 @@ def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
     merged = replace(plan, scale=1.0).run("merged").adapter.modules
     reach, two_sided = reach_of(plan.method.name, plan.spec.calibrate), "output_gradients" in plan.method.needs
     scale = scale_by_moments(counted, merged, statistics, reach, two_sided=two_sided)
-    return plan if scale is None else replace(plan, scale=scale.value, scale_reason=scale.reason)
+    if scale is None:  # said, since somebody gave statistics
+        lacking = [a.name for a in counted if not hasattr(statistics.get(a.name), "moments_for")]
+        why = f"there are none for {', '.join(lacking)}" if lacking else "they are of other modules, or see no change"
+        return replace(plan, scale_reason=f"{plan.scale_reason} (statistics say no scale: {why})")
+    return replace(plan, scale=scale.value, scale_reason=scale.reason)
 
 
 def _statistics(
