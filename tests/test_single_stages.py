@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter
 from plait.cli import main
-from plait.statistics import read_statistics
+from plait.statistics import read_statistics, write_statistics
 from plait.statistics.fisher import read_fisher, write_fisher
 from plait.training import TrainingSettings, prepare_constraint
 from tests.conftest import tiny_rows, write_rows
@@ -284,7 +285,24 @@ def test_output_gradients_at_the_prompt_and_a_penalty_that_reads_them(architectu
         (tmp_path / "plain").rename(tmp_path / f"plain-{task}")
     with pytest.raises(SystemExit) as ended:
         main([str(a) for a in (*given, "--output-gradients", "--memory", "1GB", "--out", tmp_path / "none")])
-    assert ended.value.code == 2 and "with output_gradients use sketch" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "--memory and --output-gradients exclude each other" in said, said
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                str(a)
+                for a in (*given, "--output-gradients", "--set", "statistics.memory=1GB", "--out", tmp_path / "none")
+            ]
+        )
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "statistics: memory is for moments of inputs alone" in said, said
+    assert "Value error" not in said and "found" not in said, said
+    unlike = plait(capsys, "stats", "diff", files[0], tmp_path / "plain-two")
+    assert unlike["compatible"] and unlike["drops_output_gradients"]
+    assert not plait(capsys, "stats", "diff", *files)["drops_output_gradients"]
+    with pytest.raises(SystemExit):
+        main(["stats", "diff", str(files[0]), str(tmp_path / "plain-two")])
+    assert "can be mixed, without output gradients: only one of them holds any" in capsys.readouterr().out
     mixed = plait(capsys, "stats", "merge", files[0], tmp_path / "plain-two", "--out", tmp_path / "mixed")
     assert mixed["dropped_output_gradients"] and not read_statistics(tmp_path / "mixed").output_gradients
     small = plait(capsys, "stats", "compress", files[0], "--rank", 2, "--out", tmp_path / "small")
@@ -293,11 +311,18 @@ def test_output_gradients_at_the_prompt_and_a_penalty_that_reads_them(architectu
     plait(capsys, "stats", "merge", *plain, "--out", both)
     plait(capsys, "stats", "merge", plain[0], files[1], "--out", other)
     twice = [(plain[0], plain[0]), (files[0], plain[0]), (plain[0], files[0]), (files[0], tmp_path / "small")]
-    twice += [
-        (both, plain[1]),
-        (plain[0], both),
-        (both, other),
-    ]  # two-sided, compressed, a sum and a part, sums that share one
+    twice += [(both, plain[1]), (plain[0], both), (both, other), (files[0], both), (both, files[1])]
+    third, deep, deeper, pressed = (tmp_path / n for n in ("third", "deep", "deeper", "pressed"))
+    revised = read_statistics(plain[0])
+    for place, part in ((third, 2), (tmp_path / "fourth", 3)):  # rows of others
+        sites = {s: replace(m, total=m.total * part) for s, m in revised.sites.items()}
+        write_statistics(place, replace(revised, sites=sites), overwrite=True)
+    plait(capsys, "stats", "merge", both, third, "--out", deep)
+    plait(capsys, "stats", "merge", deep, tmp_path / "fourth", "--out", deeper)
+    plait(capsys, "stats", "compress", deeper, "--rank", 2, "--out", pressed)
+    assert plait(capsys, "stats", "merge", deep, tmp_path / "fourth", "--out", deeper)["reused"]
+    twice += [(s, f) for s in (deep, deeper, pressed) for f in (plain[0], files[1], both, third)]
+    # two-sided, compressed, a sum and a part, sums that share one, sums of sums at any depth
     for pair in twice:
         with pytest.raises(SystemExit):
             main([str(a) for a in ("stats", "merge", *pair, "--out", tmp_path / "twice")])

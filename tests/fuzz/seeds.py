@@ -59,7 +59,7 @@ tasks:
 - {name: asks, train: "hub:some/rows:plain:train", text: [q, p], kind: causal, template: "{q} {p}",
    chat: prompt, stop: "\\n", extract: "(\\\\d+)", compare: number, references: answers}
 lora: {r: 2, lora_alpha: 4.0, target_modules: ".*(q|v)_proj", exclude_modules: [lm_head], layers_to_transform: [0, 1]}
-statistics: {samples: 16, pool: mean, batch_size: 4, sketch: 8, memory: 2GB}
+statistics: {samples: 16, pool: mean, batch_size: 4, memory: 2GB}
 arms:
 - kaiming
 - {name: mine, subspace: contrastive, row_norm: 2.0, options: {rho: 0.1}, pool: token, samples: 9,

@@ -72,6 +72,12 @@ def collect(
 
     if out is None:
         raise UsageError("where to?", hint="--out TASK.stats.safetensors")
+    if memory is not None and output_gradients:
+        hint = "--memory is for moments of inputs alone; --sketch K makes both smaller"
+        raise UsageError("--memory and --output-gradients exclude each other", hint=hint)
+    if memory is not None and sketch is not None:
+        hint = "--memory chooses the form itself; leave out --sketch, or give it alone"
+        raise UsageError("--memory and --sketch exclude each other", hint=hint)
     extra = [f"statistics.samples={samples}"] if samples else []
     extra += [f"statistics.pool={pool}"] if pool else []
     extra += [f"statistics.sketch={sketch}"] if sketch else []
@@ -133,6 +139,9 @@ def diff(a: File, b: File, as_json: Json = False) -> None:
         return [name, f"{s.overlap:.4f}", f"{s.mean_cosine:.4f}", f"{s.relative_difference:.4f}"]
 
     verdict = "can be mixed" if difference.compatible else f"cannot be mixed: {difference.reason}"
+    if difference.compatible and difference.drops_output_gradients:
+        one = "they hold those of different modules" if difference.output_gradients else "only one of them holds any"
+        verdict += f", without output gradients: {one}"
     header = ["site", "overlap", "cosine of means", "relative difference"]
     parts = [verdict, facts, table(header, [row(*s) for s in difference.sites.items()])]
     if difference.output_gradients:

@@ -29,6 +29,7 @@ from plait.statistics import (
 )
 from plait.statistics.budget import bytes_of
 from plait.statistics.distributed import own_share
+from plait.statistics.files import HOLDS
 from plait.tasks import Task, batches, require_positions
 from plait.tasks.encoding import encode_counted
 from plait.tasks.lengths import Cut
@@ -89,7 +90,8 @@ def is_collected(path: Path, wanted: Mapping[str, Any]) -> bool:
             del moments  # each is compared with its hash as it is read
     except InputError as e:
         raise Damaged(e.what, where=e.where, hint="--overwrite, or delete it: then it is made anew") from None
-    require_wanted(path, identity, wanted)
+    known = None if identity is None else {k: v for k, v in identity.items() if k != HOLDS}
+    require_wanted(path, known, wanted)
     return True
 
 

@@ -86,8 +86,12 @@ def _problem(error: Mapping[str, Any], whole: type[PydanticModel]) -> str:
         other = suggestion(place[-1])
         advice = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""
         return f"unknown key {printable('.'.join(place), 80)!r}" + (f", here it is {other}" if other else advice)
-    found = printable(shown(error.get("input")), 60)
-    return f"{printable('.'.join(place), 80) or 'recipe'}: {error['msg']}" + (f" (found {found})" if place else "")
+    own = error["type"] == "value_error"  # a check of plait's, in its own words
+    told = error["ctx"]["error"] if own else error["msg"]
+    # What is wrong in a whole section is how its keys go together: all of it is no answer to what was found.
+    shows = place and not (own and isinstance(error.get("input"), Mapping))
+    found = f" (found {printable(shown(error.get('input')), 60)})" if shows else ""
+    return f"{printable('.'.join(place), 80) or 'recipe'}: {told}{found}"
 
 
 def _is_of_pydantic(part: str) -> bool:

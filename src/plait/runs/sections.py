@@ -146,6 +146,8 @@ class StatisticsSpec(Strict):
     def _held_whole(self) -> StatisticsSpec:
         if self.output_gradients and self.memory is not None:
             raise ValueError("memory is for moments of inputs alone; with output_gradients use sketch")
+        if self.sketch is not None and self.memory is not None:
+            raise ValueError("memory chooses the form itself; leave out sketch, or give sketch alone")
         return self
 
 

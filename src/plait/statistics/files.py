@@ -23,6 +23,7 @@ from plait.statistics.records import GRADIENTS, LARGEST_RECORD, PARTS, SiteRecor
 # What is written: without output gradients as it always was, so that earlier versions read it.
 SCHEMA, WITH_GRADIENTS = 1, 2
 KIND = "plait.statistics"
+HOLDS = "holds"  # what a file made of files remembers beside its identity: hashes that tell whose rows are in it
 
 
 def write_statistics(
@@ -36,7 +37,8 @@ def write_statistics(
     Args:
         path: The file, usually ``<task>.stats.safetensors``.
         statistics: What to write.
-        identity: What the file is to a pipeline (`plait.disk.store.identity`); read back by `read_identity`.
+        identity: What the file is to a pipeline (`plait.disk.store.identity`), and what it holds (`HOLDS`); read back by
+            `read_identity`.
         overwrite: Replace a file that is there.
     """
     whole = (("", statistics.sites), (GRADIENTS, statistics.output_gradients))

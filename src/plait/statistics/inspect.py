@@ -142,6 +142,8 @@ class Difference:
         provenance: Key -> its two values, where they differ.
         sites: Site of both -> difference.
         output_gradients: Module whose output gradients both hold -> difference.
+        drops_output_gradients: Whether their sum is without output gradients though one of them holds some: they are not of the
+            same modules.
     """
 
     compatible: bool
@@ -149,6 +151,7 @@ class Difference:
     provenance: Mapping[str, tuple[Any, Any]]
     sites: Mapping[str, SiteDifference]
     output_gradients: Mapping[str, SiteDifference]
+    drops_output_gradients: bool = False
 
 
 def diff_statistics(a: Statistics, b: Statistics) -> Difference:
@@ -165,6 +168,7 @@ def diff_statistics(a: Statistics, b: Statistics) -> Difference:
         {k: (x, y) for k, (x, y) in pairs.items() if x != y},
         _shared(a.sites, b.sites),
         _shared(a.output_gradients, b.output_gradients),
+        set(a.output_gradients) != set(b.output_gradients),
     )
 
 

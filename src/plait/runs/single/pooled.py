@@ -10,7 +10,7 @@ from pathlib import Path
 from plait.border.checked import Json
 from plait.disk.files import sha256_file
 from plait.disk.overwriting import require_apart, require_replaceable_file
-from plait.disk.store import identity, require_regular
+from plait.disk.store import identity, require_regular, sha256_json
 from plait.errors import UsageError
 from plait.runs.collecting import is_collected
 from plait.statistics import (
@@ -21,7 +21,7 @@ from plait.statistics import (
     show_statistics,
     write_statistics,
 )
-from plait.statistics.files import is_statistics, read_identity
+from plait.statistics.files import HOLDS, is_statistics, read_identity
 from plait.statistics.lazy import FileSites
 
 _MERGED, _COMPRESSED = "statistics merge", "statistics compress"  # stages, as the files' identities name them
@@ -79,12 +79,12 @@ def merge_files(files: Sequence[Path], out: Path, *, overwrite: bool) -> Pooled:
         InputError: A file that cannot be used, or one of another base.
     """
     require_apart(out, files)
-    _require_other_rows(files)
+    rows = _require_other_rows(files)
     wanted = identity(_MERGED, {}, {f"file {i}": sha256_file(f) for i, f in enumerate(files, 1)})
     reused = _stands(out, wanted, overwrite=overwrite)
     if not reused:
         added = merge_statistics(*(read_statistics(f) for f in files))
-        write_statistics(out, added, identity=wanted, overwrite=overwrite)
+        write_statistics(out, added, identity={**wanted, HOLDS: rows}, overwrite=overwrite)
     dropped = any(open_statistics(f).output_gradients for f in files) and not open_statistics(out).output_gradients
     return Pooled(str(out.absolute()), tuple(str(f) for f in files), reused, dropped)
 
@@ -108,7 +108,7 @@ def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compr
     reused = _stands(out, wanted, overwrite=overwrite)
     smaller = read_statistics(out) if reused else compress_statistics(whole, rank)
     if not reused:
-        write_statistics(out, smaller, identity=wanted, overwrite=overwrite)
+        write_statistics(out, smaller, identity={**wanted, HOLDS: sorted(_rows_of(file))}, overwrite=overwrite)
     contents = show_statistics(smaller)
     summaries = chain(contents.sites.values(), contents.output_gradients.values())
     worst = max(s.relative_error for s in summaries)
@@ -116,12 +116,13 @@ def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compr
     return Compressed(str(out.absolute()), rank, worst, *sizes, reused)
 
 
-def _require_other_rows(files: Sequence[Path]) -> None:
+def _require_other_rows(files: Sequence[Path]) -> list[str]:
     """Refuse to count rows twice: a file beside itself, its two-sided or compressed copy, or a sum that it, or part of it, is in.
 
-    A sum knows the files it was made of, not what those were made of.
+    Returns:
+        What tells whose rows the files hold, all of it: what their sum is to remember.
     """
-    seen: dict[object, Path] = {}
+    seen: dict[str, Path] = {}
     for path in files:
         require_regular(path)
         for rows in _rows_of(path):
@@ -129,17 +130,24 @@ def _require_other_rows(files: Sequence[Path]) -> None:
             if other is not path:
                 hint = "leave one of them out: its rows would count twice"
                 raise UsageError(f"the same rows as in {other}", where=str(path), hint=hint)
+    return sorted(seen)
 
 
-def _rows_of(path: Path) -> set[object]:
-    """What tells whose rows a file holds: its own hash, those of the files it was made of, and those of its moments together."""
+def _rows_of(path: Path) -> set[str]:
+    """What tells whose rows a file holds: its own hash, that of its moments together, and both of all that it was made of.
+
+    A file made of files remembers what each of them held, at any depth. One of an earlier version remembers their hashes alone,
+    and one that was collected by such a version has no hash of its moments.
+    """
     made = read_identity(path) or {}
     inputs = made.get("inputs") if made.get("stage") in (_MERGED, _COMPRESSED) else {}
+    direct = inputs.values() if isinstance(inputs, dict) else ()
+    holds = made.get(HOLDS)
     sites = open_statistics(path).sites
     homes = sites.homes if isinstance(sites, FileSites) else {}
-    moments = tuple(record.get("sha256") for _, record in homes.values())
-    told = {moments} if moments and None not in moments else set()  # files of earlier versions say none
-    return {sha256_file(path), *(inputs.values() if isinstance(inputs, dict) else ()), *told}
+    moments = [record.get("sha256") for _, record in homes.values()]
+    told = {sha256_json(moments)} if moments and None not in moments else set()
+    return {sha256_file(path), *direct, *(holds if isinstance(holds, list) else ()), *told}
 
 
 def _stands(out: Path, wanted: Json, *, overwrite: bool) -> bool:
