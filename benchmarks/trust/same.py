@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--only-texts", action="store_true", help="merges that run a base alone")
+    parser.add_argument("--base", type=Path, help="BERT that is run on texts, in place of a random one of 192 columns")
+    parser.add_argument("--methods", nargs="*", default=list(BY_TEXTS), help="of those that run a base")
     parser.add_argument("--width", type=int, default=384, help="of the modules: torch splits products of this size")
     chosen = parser.parse_args()
     os.environ.setdefault(*SAME_PRODUCTS)  # as the command does it; read at the first product
@@ -57,21 +59,21 @@ def main() -> None:
     if not chosen.only_texts:
         rows += [repeated(m, chosen.runs, chosen.width) for m in METHODS]
         rows += [repeated(m, chosen.runs, chosen.width, rank=_RANK) for m in ("tsv", "ties")]
-    rows += [by_texts(what, words, chosen.runs) for what, words in BY_TEXTS.items()]
+    rows += [by_texts(what, BY_TEXTS[what], chosen.runs, chosen.base) for what in chosen.methods]
     for r in rows:
         print(f"{r.what}: {r.held} of {r.tried}", file=sys.stderr)
     write_part(chosen.to, "same", rows, " ".join(["python -P -m benchmarks.trust.same", *sys.argv[1:]]))
 
 
-def by_texts(what: str, words: Sequence[str], runs: int) -> Row:
-    """A merge that runs a base on texts, of 192 columns and two layers: each run against the first, the adapters in one order.
+def by_texts(what: str, words: Sequence[str], runs: int, folder: Path | None = None) -> Row:
+    """A merge that runs a base on texts, each run against the first, the adapters in one order; without a folder a small random base.
 
     What is fitted front to back depends on the order in which rows are added up, so the order is a part of its identity.
     """
     with tempfile.TemporaryDirectory() as scratch:
         root, texts = Path(scratch), Path(scratch) / "texts.txt"
         texts.write_text("".join(f"w{i} w{(7 * i) % 50} w{(3 * i) % 50}\n" for i in range(40)), encoding="utf-8")
-        base = BaseModel(str(save_model(root / "base", "bert", **_WIDE)), device="cpu")
+        base = BaseModel(str(folder or save_model(root / "base", "bert", **_WIDE)), device="cpu")
         pair = [write(root / n, random_adapter(base, "bert", n, "classification", i)) for i, n in enumerate("ab")]
         told = [part for f in pair for part in ("--text", f"{f.name}={texts}")]
         kind, more = (words[:1], words[1:]) if words[0] == "auto" else ((), words)
@@ -86,7 +88,8 @@ def by_texts(what: str, words: Sequence[str], runs: int) -> Row:
             other = sorted(n for n in {*first, *result} if first.get(n) != result.get(n))
             said = f"run {i} with {1 + i % 2} threads: other bytes in {', '.join(other)}" if other else ""
             outcomes.append(said if result else "nothing was written")
-    return row(f"{what}: runs with 1 and 2 threads: the same bytes", outcomes)
+    on = f" on {folder.name}" if folder else ""
+    return row(f"{what}{on}: runs with 1 and 2 threads: the same bytes", outcomes)
 
 
 def repeated(method: str, runs: int, width: int, rank: int | None = None) -> Row:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.store import read_json
@@ -107,6 +108,20 @@ def test_trained_embedding_at_full_rank_is_exact(tiny_base, tmp_path):
         torch.testing.assert_close(got[key], delta, rtol=1e-4, atol=2e-6)
     error = convert(folder, tmp_path / "short", means=Means(base=base)).record.conversions[0].relative_error
     assert 0.5 < error < 1.0  # white noise in 32 dimensions, two kept
+
+
+def test_targets_stay_as_they_are_named_where_no_module_comes_or_goes(tiny_base, tmp_path):
+    base, _, folder = trained(tiny_base, "llama", tmp_path / "e", modules_to_save=["embed_tokens"])
+    convert(folder, tmp_path / "more", means=Means(base=base))
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (embedding,) = (k for k in tensors if "embed_tokens" in k)
+    tensors[embedding] = load_file(base / "model.safetensors")["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    convert(folder, tmp_path / "same", means=Means(base=base))  # trained whole, and not changed: left out
+    named = {n: read_json(tmp_path / n / "adapter_config.json")["target_modules"] for n in ("more", "same")}
+    assert named["same"] == sorted(TARGETS["llama"])
+    assert all("." in module for module in named["more"]) and len(named["more"]) > 2
 
 
 def test_trained_tokens_are_exact(tiny_base, tmp_path):

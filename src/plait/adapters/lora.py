@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.heads import HeadFacts
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -226,9 +227,9 @@ def truncated(factors: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
     if rank >= factors.rank:
         return factors, 0.0
     f = factors.folded(torch.float32 if factors.A.dtype != torch.float64 else torch.float64)
-    Qb, Rb = torch.linalg.qr(f.B)
-    Qa, Ra = torch.linalg.qr(f.A.T)
-    U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    Qb, Rb = in_one_thread(torch.linalg.qr, f.B)
+    Qa, Ra = in_one_thread(torch.linalg.qr, f.A.T)
+    U, S, Vt = in_one_thread(torch.linalg.svd, Rb @ Ra.T, full_matrices=False)
     total = float(S.double().square().sum())
     lost = float(S[rank:].double().square().sum()) / total if total > 0 else 0.0
     root = S[:rank].sqrt()

@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 
 from plait.adapters.lora import Adapter
+from plait.adapters.one_thread import in_one_thread
 from plait.fidelity.answers import Answers
 from plait.fidelity.candidates import Recipe, merged_by
 from plait.fidelity.distil import distil
@@ -148,7 +149,7 @@ def _solved(side: int) -> None:
     """What a fit does with a layer of this width, of rank 8."""
     system = torch.eye(side, dtype=torch.float64) + torch.full((side, side), 0.01, dtype=torch.float64)
     right = torch.sin(torch.arange(side * side, dtype=torch.float64)).view(side, side)
-    solution = torch.cholesky_solve(right.T, torch.linalg.cholesky(system)).T
+    solution = torch.cholesky_solve(right.T, in_one_thread(torch.linalg.cholesky, system)).T
     cut_solution(solution, right, 8)
 
 

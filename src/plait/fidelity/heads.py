@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
+from plait.adapters.one_thread import in_one_thread
 from plait.fidelity.choose import FEWEST, HELD_OUT
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel, Part
@@ -47,7 +48,7 @@ class Last:
         gram = Z @ Z.T
         level = strength * float(gram.trace()) / Z.shape[1]
         rest = self.wanted[rows] - Z @ self.weights.T
-        moved: Tensor = torch.linalg.solve(gram + level * torch.eye(len(Z), dtype=Z.dtype), Z)
+        moved: Tensor = in_one_thread(torch.linalg.solve, gram + level * torch.eye(len(Z), dtype=Z.dtype), Z)
         return self.weights + rest.T @ moved
 
     def loss(self, kind: str, weights: Float[Tensor, "c d"], rows: Int[Tensor, " m"]) -> float:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
+from plait.adapters.one_thread import in_one_thread
 
 
 def cut_solution(D: Float[Tensor, "out in"], DS: Float[Tensor, "out in"], rank: int) -> tuple[LoraFactors, float]:
@@ -44,10 +45,10 @@ def cut_dense(D: Float[Tensor, "out in"], S: Float[Tensor, "in in"], rank: int) 
     """
     if D.shape[0] <= D.shape[1]:
         return cut_solution(D, D @ S, rank)
-    values, vectors = torch.linalg.eigh(S)
+    values, vectors = in_one_thread(torch.linalg.eigh, S)
     seen = D @ (vectors * values.clamp(min=0.0).sqrt())
     V, lost = _leading(seen.T @ seen, rank)
-    U = torch.linalg.qr(seen @ V)[0]
+    U = in_one_thread(torch.linalg.qr, seen @ V)[0]
     return _balanced(U.T @ D, U), lost
 
 
@@ -67,7 +68,7 @@ def cut_factors(factors: LoraFactors, S: Float[Tensor, "in in"], rank: int) -> t
     f = factors.folded(torch.float64)
     if rank >= f.rank:
         return LoraFactors(f.A.float(), f.B.float(), 1.0, f.kind), 0.0
-    Q, T = torch.linalg.qr(f.B)
+    Q, T = in_one_thread(torch.linalg.qr, f.B)
     seen = f.A @ S.to(f.A) @ f.A.T
     gram = T @ seen @ T.T
     U, lost = _leading((gram + gram.T) / 2, rank)
@@ -75,7 +76,7 @@ def cut_factors(factors: LoraFactors, S: Float[Tensor, "in in"], rank: int) -> t
 
 
 def _leading(gram: Float[Tensor, "n n"], rank: int) -> tuple[Float[Tensor, "n k"], float]:
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = in_one_thread(torch.linalg.eigh, gram)
     values = values.clamp(min=0.0)
     total = float(values.sum())
     lost = float(values[: max(0, len(values) - rank)].sum()) / total if total > 0 else 0.0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import torch
 
+from plait.adapters.one_thread import alone
 from plait.merging.threads import in_threads
 
 S = TypeVar("S")
@@ -30,7 +30,7 @@ def side_by_side(function: Callable[[S], T], items: Sequence[S], device: torch.d
     count = min(torch.get_num_threads(), len(items), _MOST)
     if count <= 1:  # not by torch's threads either, which would add up in another order
         return one_by_one(function, items)
-    with _alone():
+    with alone():
         return in_threads(function, items, count, partial(torch.set_num_threads, 1))
 
 
@@ -40,16 +40,5 @@ def one_by_one(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
     For what is soon done: every copy of a few hundred kilobytes leaves Python's lock, and two threads that hand it to and fro
     take longer than one. The bits are those of `side_by_side`.
     """
-    with _alone():
+    with alone():
         return [function(item) for item in items]
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Have torch compute in the calling thread alone; the setting, which holds for the process, is put back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError
 
 DENSE, FACTOR = "dense", "factor"
@@ -178,7 +179,7 @@ def rotated(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k d"]:
     """
     if rows.shape[0] == 0:
         return rows
-    R: Tensor = torch.linalg.qr(rows, mode="r").R
+    R: Tensor = in_one_thread(torch.linalg.qr, rows, mode="r").R
     signs = 1 - 2 * (R.diagonal() < 0).to(R.dtype)
     return signs[:, None] * R
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import UsageError
 from plait.statistics.moments import FACTOR, Moments, Statistics, packed
 
@@ -39,7 +40,7 @@ def compress(moments: Moments, rank: int, *, tail: bool = True) -> Moments:
         return moments
     S = moments.dense().double()
     spread = S.diagonal().clamp_min(0).sqrt()
-    values, vectors = torch.linalg.eigh(S / _outer(spread))
+    values, vectors = in_one_thread(torch.linalg.eigh, S / _outer(spread))
     kept = values[-rank:].clamp_min(0) if rank else values[:0]
     factor = ((kept.sqrt() * vectors[:, S.shape[0] - rank :]) * spread[:, None]).T.flip(0).to(moments.second.dtype)
     rest = S - factor.T.double() @ factor.double()
@@ -54,7 +55,7 @@ def compress(moments: Moments, rank: int, *, tail: bool = True) -> Moments:
     if tail:
         codes, step = _coded(rest)
         small = replace(small, tail=codes, step=step)
-    lost = torch.linalg.eigvalsh(S - small.dense().double()).abs().max()
+    lost = in_one_thread(torch.linalg.eigvalsh, S - small.dense().double()).abs().max()
     return replace(small, error=moments.error + float(lost))
 
 
@@ -67,7 +68,7 @@ def _coded(rest: Float[Tensor, "d d"]) -> tuple[Tensor, float]:
         return packed(correlations.to(torch.int8)), 0.0
     codes = (correlations.sign() * (correlations.abs() / largest).sqrt() * TAIL_LEVELS).round()
     step = largest / TAIL_LEVELS**2
-    lowest = float(torch.linalg.eigvalsh(codes * codes.abs() * step)[0])
+    lowest = float(in_one_thread(torch.linalg.eigvalsh, codes * codes.abs() * step)[0])
     return packed(codes.to(torch.int8)), step / max(1.0, -lowest)
 
 
@@ -124,7 +125,7 @@ class FrequentDirections:
         return self.buffer, residual, self.subtracted
 
     def _shrink(self, keep: int) -> None:
-        _, values, right = torch.linalg.svd(self.buffer, full_matrices=False)
+        _, values, right = in_one_thread(torch.linalg.svd, self.buffer, full_matrices=False)
         squared = values.square()
         cut = float(squared[keep]) if squared.shape[0] > keep else 0.0
         self.subtracted += cut
@@ -132,6 +133,6 @@ class FrequentDirections:
 
     def _truncate(self) -> None:
         """At the end the rows beyond k are dropped, not shrunk: the residual takes their diagonal, the bound their norm."""
-        _, values, right = torch.linalg.svd(self.buffer, full_matrices=False)
+        _, values, right = in_one_thread(torch.linalg.svd, self.buffer, full_matrices=False)
         self.subtracted += float(values[self.rank].square()) if values.shape[0] > self.rank else 0.0
         self.buffer = values[: self.rank, None] * right[: self.rank]

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError
 from plait.options import Positive, Range
 from plait.seeds import named_seed
@@ -105,7 +106,7 @@ def inverse_factor(R: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     Raises:
         InputError: R is not positive definite.
     """
-    L, info = torch.linalg.cholesky_ex(R)
+    L, info = in_one_thread(torch.linalg.cholesky_ex, R)
     if int(info) != 0:
         raise InputError("the moments are not positive semidefinite", hint="a damaged file? plait stats check")
     eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
@@ -131,10 +132,10 @@ def _solved_thin(x: SiteInputs, task: str, whitener: Tensor, c: float) -> Basis:
     if len(F) < x.rank:
         raise _too_few(x, task)
     G = F @ whitener.T
-    values, vectors = torch.linalg.eigh((G @ G.T).cpu())
+    values, vectors = in_one_thread(torch.linalg.eigh, (G @ G.T).cpu())
     mu, vectors = values.flip(0)[: x.rank], vectors.flip(1)[:, : x.rank]
     rows = orthonormal_rows((whitener.T @ (G.T @ vectors.to(x.device))).cpu())
-    weakest = float(torch.linalg.svdvals(F.cpu() @ rows.T)[-1]) ** 2
+    weakest = float(in_one_thread(torch.linalg.svdvals, F.cpu() @ rows.T)[-1]) ** 2
     if weakest <= x.resolution([task]):
         raise _too_few(x, task)
     return Basis(rows, _energies(mu, c), {"solver": "thin", "steps": 0, "residual": 0.0})
@@ -168,7 +169,7 @@ def _solved(x: SiteInputs, tasks: Sequence[str], whitener: Tensor, c: float) -> 
     # The thin rest is quicker on the CPU than in many small steps of a GPU.
     rows = [orthonormal_rows(z) for z in (whitener.T @ pairs.vectors[..., : x.rank]).cpu()]
     placed = torch.stack(rows).to(x.device)
-    weakest = torch.linalg.eigvalsh((placed @ own @ placed.mT).cpu())[:, 0].tolist()
+    weakest = in_one_thread(torch.linalg.eigvalsh, (placed @ own @ placed.mT).cpu())[:, 0].tolist()
     energies = _energies(pairs.values[:, : x.rank].cpu(), c)
     for task, energy in zip(tasks, weakest, strict=True):
         if energy <= x.resolution([task]):

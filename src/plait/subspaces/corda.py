@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError, UsageError
 from plait.options import Positive
 from plait.subspaces.inputs import Basis, SiteInputs
@@ -53,6 +54,6 @@ def corda(x: SiteInputs, *, damp: Positive = 0.01) -> Mapping[str, Basis]:
 
 def _corda_one(W: Float[Tensor, "out d"], C: Float[Tensor, "d d"], rank: int, damp: float) -> Basis:
     C.diagonal().add_(damp * float(C.diagonal().mean()))
-    _, S, Vt = torch.linalg.svd(W @ C, full_matrices=False)
-    smallest = torch.linalg.solve(C, Vt[-rank:].flip(0).T)  # C is symmetric: (v^T C^-1)^T = C^-1 v
+    _, S, Vt = in_one_thread(torch.linalg.svd, W @ C, full_matrices=False)
+    smallest = in_one_thread(torch.linalg.solve, C, Vt[-rank:].flip(0).T)  # C is symmetric: (v^T C^-1)^T = C^-1 v
     return Basis(orthonormal_rows(smallest), S[-rank:].flip(0), {"solver": "svd"})

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError
 from plait.options import Fraction
 from plait.subspaces.contrastive import largest_pairs, solver_record
@@ -70,7 +71,7 @@ def leading(m: Float[Tensor, "d d"], threshold: float) -> Float[Tensor, "d k"]:
     >>> leading(torch.diag(torch.tensor([1.0, 6.0, 3.0])), 0.9).abs().tolist()
     [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     """
-    values, vectors = torch.linalg.eigh(m)
+    values, vectors = in_one_thread(torch.linalg.eigh, m)
     shares = values.flip(0).clamp_min(0).cumsum(0)
     count = 1 + int((shares[:-1] < threshold * shares[-1]).sum())
     largest: Tensor = vectors.flip(1)[:, :count]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError
 from plait.seeds import named_seed
 from plait.subspaces.inputs import Basis, SiteInputs
@@ -65,12 +66,12 @@ def _by_inverse_iteration(x: SiteInputs, M: Tensor, tolerance: float) -> Basis |
     """The smallest eigenvectors as the largest of (M + shift)^-1; None where they are tied or do not settle."""
     shifted = M.clone()
     shifted.diagonal().add_(tolerance)
-    L, info = torch.linalg.cholesky_ex(shifted)
+    L, info = in_one_thread(torch.linalg.cholesky_ex, shifted)
     if int(info) != 0:
         return None
     generator = torch.Generator().manual_seed(named_seed(0, x.name))
     start = torch.randn(1, x.dim, x.rank + EXTRA_COLUMNS, generator=generator, dtype=torch.float64).to(x.device)
-    inverse = torch.cholesky_inverse(L)
+    inverse = in_one_thread(torch.cholesky_inverse, L)
     pairs = top_eigenpairs(lambda Y, _: inverse @ Y, start, x.rank)
     values = 1 / pairs.values[0] - tolerance
     if not pairs.converged or float(values[x.rank] - values[x.rank - 1]) <= tolerance:
@@ -84,7 +85,7 @@ def _by_inverse_iteration(x: SiteInputs, M: Tensor, tolerance: float) -> Basis |
 
 def _with_ties(x: SiteInputs, task: str, M: Tensor, tolerance: float) -> Basis:
     """By a full decomposition; the eigenvalues within `tolerance` of the r-th smallest are one tied space."""
-    values, vectors = torch.linalg.eigh(M)
+    values, vectors = in_one_thread(torch.linalg.eigh, M)
     edge = float(values[x.rank - 1])
     below = int((values < edge - tolerance).sum())
     tied = int((values <= edge + tolerance).sum()) - below
@@ -120,7 +121,7 @@ def _next_smallest(
 
 def _reached(x: SiteInputs, task: str, own: Tensor, space: Float[Tensor, "d k"]) -> Float[Tensor, "d n"]:
     """The directions of a space in which the own inputs have energy, the most first."""
-    energies, directions = torch.linalg.eigh(space.T @ own @ space)
+    energies, directions = in_one_thread(torch.linalg.eigh, space.T @ own @ space)
     count = int((energies > x.resolution([task])).sum())
     basis: Tensor = space @ directions.flip(1)[:, :count]
     return basis
@@ -131,7 +132,7 @@ def _in_null_space(x: SiteInputs, task: str, factor: Float[Tensor, "k d"], resol
 
     None where the null space, or what the own inputs reach of it, is too small.
     """
-    _, s, Vt = torch.linalg.svd(factor, full_matrices=False)
+    _, s, Vt = in_one_thread(torch.linalg.svd, factor, full_matrices=False)
     Q = Vt[s.square() > resolution * s.square().sum()]
     tied = x.dim - Q.shape[0]
     if tied < x.rank:
@@ -140,13 +141,13 @@ def _in_null_space(x: SiteInputs, task: str, factor: Float[Tensor, "k d"], resol
     if moments.form == "factor" and moments.residual is None:
         own = moments.second.double() / moments.trace**0.5
         inside = own - (own @ Q.T) @ Q
-        _, s, directions = torch.linalg.svd(inside - (inside @ Q.T) @ Q, full_matrices=False)
+        _, s, directions = in_one_thread(torch.linalg.svd, inside - (inside @ Q.T) @ Q, full_matrices=False)
         energies, rows = s.square(), directions
     else:
         m = x.own(task)
         m = m - Q.T @ (Q @ m)
         m = m - (m @ Q.T) @ Q
-        values, vectors = torch.linalg.eigh(0.5 * (m + m.T))
+        values, vectors = in_one_thread(torch.linalg.eigh, 0.5 * (m + m.T))
         energies, rows = values.flip(0), vectors.flip(1).T
     if int((energies > x.resolution([task])).sum()) < x.rank:
         return None
@@ -155,7 +156,7 @@ def _in_null_space(x: SiteInputs, task: str, factor: Float[Tensor, "k d"], resol
 
 
 def _require_span(x: SiteInputs, task: str, own: Tensor) -> None:
-    if int((torch.linalg.eigvalsh(own) > x.resolution([task])).sum()) < x.rank:
+    if int((in_one_thread(torch.linalg.eigvalsh, own) > x.resolution([task])).sum()) < x.rank:
         raise _too_few(x, task)
 
 
@@ -186,7 +187,7 @@ def osrm_released(x: SiteInputs) -> Mapping[str, Basis]:
         if len(names) > x.dim - x.rank:
             raise InputError(f"{len(names)} other tasks leave no {x.rank} directions of width {x.dim}", where=x.name)
         H = torch.stack([_padded_mean(x, name) for name in names])
-        Vt = torch.linalg.svd(H, full_matrices=True).Vh
+        Vt = in_one_thread(torch.linalg.svd, H, full_matrices=True).Vh
         rows = Vt[-x.rank :]
         bases[task] = Basis(rows, (H @ rows.T).square().sum(0), {"solver": "svd", "tied": x.dim - len(names)})
     return bases

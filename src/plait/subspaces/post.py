@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError, UsageError
 from plait.statistics.moments import Moments, Statistics
 from plait.subspaces.compute import Subspace
@@ -76,7 +77,7 @@ def refit(
     else:
         joint = moments.project(torch.cat([f.A, X]))
         own, cross, gram = joint[: f.rank, : f.rank], joint[: f.rank, f.rank :], joint[f.rank :, f.rank :]
-    coefficients = cross @ torch.linalg.pinv(gram, hermitian=True)
+    coefficients = cross @ in_one_thread(torch.linalg.pinv, gram, hermitian=True)
     squared = f.B.T @ f.B
     total = float((squared * own).sum())
     explained = float((squared * (coefficients @ cross.T)).sum())

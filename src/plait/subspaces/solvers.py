@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.adapters.one_thread import in_one_thread
+
 # Up to this width, or this many times the block, the dense solver is as quick as the iteration (one core: level at widths 768
 # and 1536 with blocks of 72 and 136; at six blocks the Krylov space would be the whole one).
 DENSE_LIMIT = 256
@@ -75,7 +77,7 @@ class Eigenpairs:
 
 def dense_eigenpairs(matrices: Float[Tensor, "t d d"], count: int) -> Eigenpairs:
     """Find the largest eigenpairs by a full decomposition. Cost: d^3 each."""
-    values, vectors = torch.linalg.eigh(matrices)
+    values, vectors = in_one_thread(torch.linalg.eigh, matrices)
     values, vectors, turned = values.flip(-1), vectors.flip(-1), torch.zeros(len(matrices), dtype=values.dtype)
     return Eigenpairs(values[:, :count], vectors[..., :count], 0.0, True, 0, turned)
 
@@ -162,7 +164,7 @@ def _ritz(
     LAPACK is quicker than a GPU at this size.
     """
     H = V.mT @ images
-    values, Y = torch.linalg.eigh((0.5 * (H + H.mT)).cpu())
+    values, Y = in_one_thread(torch.linalg.eigh, (0.5 * (H + H.mT)).cpu())
     values, Y = values.flip(-1), Y.flip(-1)[..., : _KEPT * block].to(V.device)
     vectors = V @ Y[..., :block]
     wanted = values[:, :count].to(V.device)
@@ -210,7 +212,7 @@ def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | Non
         if bool(dependent | vanished.any()):  # the one wait for the GPU
             generator = torch.Generator().manual_seed(_ROUNDS * (0 if against is None else against.shape[-1]) + turn)
             drawn = torch.randn(W.shape[-2:], generator=generator, dtype=W.dtype).to(W.device)
-            W, clean = torch.linalg.qr(torch.where(vanished, drawn, W)).Q, 0
+            W, clean = in_one_thread(torch.linalg.qr, torch.where(vanished, drawn, W)).Q, 0
             continue
         W, clean = Q, clean + 1
         if clean == 2:
@@ -221,7 +223,7 @@ def orthonormal(W: Float[Tensor, "t d b"], against: Float[Tensor, "t d m"] | Non
 def _cholesky_q(W: Tensor) -> tuple[Tensor, Tensor]:
     """Q of a thin QR by Cholesky of the Gram matrix, batched on a GPU; and whether columns were too dependent for it."""
     W = W / torch.linalg.vector_norm(W, dim=-2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-    L, info = torch.linalg.cholesky_ex(W.mT @ W)
+    L, info = in_one_thread(torch.linalg.cholesky_ex, W.mT @ W)
     dependent = (info != 0).any() | ~(L.diagonal(dim1=-2, dim2=-1).amin() > DEPENDENT_BELOW)
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     inverse: Tensor = torch.linalg.solve_triangular(L, eye, upper=False)
@@ -240,4 +242,4 @@ def fixed_signs(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
 
 def orthonormal_rows(columns: Float[Tensor, "d r"]) -> Float[Tensor, "r d"]:
     """Gram-Schmidt of the columns in their order, as rows with fixed signs."""
-    return fixed_signs(torch.linalg.qr(columns).Q.T)
+    return fixed_signs(in_one_thread(torch.linalg.qr, columns).Q.T)

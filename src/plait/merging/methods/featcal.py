@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError, RunError, UsageError
 from plait.merging.align import assembled
 from plait.merging.methods.linear import importances
@@ -251,7 +252,7 @@ def _solved(
         raise UsageError("no adapters")
     system = sums.second.clone()
     system.diagonal().add_(pull)
-    factor, failed = torch.linalg.cholesky_ex(system)
+    factor, failed = in_one_thread(torch.linalg.cholesky_ex, system)
     if bool(failed):
         raise RunError("the second moment is not positive", where=next(iter(sums.targets)), hint="a larger pull")
     found = {}

@@ -15,6 +15,7 @@ from plait.errors import UsageError
 from plait.merging.align import assembled
 from plait.merging.planning import plan_merge
 from plait.merging.record import Merged
+from plait.merging.workers import one_by_one
 from plait.model.applied import update_of
 from plait.model.hooks import Change, hooked, modules_named
 from plait.model.running import real_rows
@@ -94,7 +95,7 @@ def regmean_pp(
             changes = {m: update_of(f.folded(), m) for m, f in (merged | own).items()}
             found = _gather(modules, block, changes, lambda b, a=adapter: forward(a.name, b), batches[adapter.name])  # type: ignore[misc]
             gathered[adapter.name].moments |= found
-        merged |= {m: plan.merged(m)[0] for m in block}
+        merged |= dict(zip(block, one_by_one(lambda m: plan.merged(m)[0], block), strict=True))
     ordered = {m: merged[m] for m in plan.common.modules}
     record = replace(plan.record(ordered, dict.fromkeys(ordered, 0.0)), method="regmean_pp")
     return Merged(assembled(name, plan.common, adapters, ordered), record)
