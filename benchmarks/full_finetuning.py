@@ -8,8 +8,8 @@ they are). `full` trains each weight itself: D, where LoRA has B A. `full_penali
 in its dense form; `kaiming` and `contrastive_penalised` are LoRA of the study's rank. An arm is NAME@RATE; give rates at which the
 scores alone agree. One loop trains them all: AdamW, the study's schedule, clipping before the penalty joins. Merged by task
 arithmetic, RegMean (base moments) and TSV-M (dense updates are cut to the width over the number of tasks first, as published); the
-scale of each is chosen on one half of the validation rows and reported on the other. What lies in RUN/records is not made again.
-Writes full-finetuning.json and full-finetuning.md.
+scale of each is chosen on one half of the validation rows and reported on the other. What lies in RUN/records is not made again;
+`--page-only` makes nothing at all. Writes full-finetuning.json and full-finetuning.md.
 """
 
 from __future__ import annotations
@@ -275,19 +275,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--arms", default="full@5e-5,full_penalised@5e-5,kaiming@1e-3,contrastive_penalised@1e-3")
     p.add_argument("--to", type=Path, help="where the page goes; by default nowhere")
+    p.add_argument("--page-only", action="store_true", help="make nothing: the page of what RUN/records holds")
     a = p.parse_args(arguments)
     recipe = read_recipe(a.study, a.set)
     session = Session(recipe)
-    records = [
-        kept(a.out / "records" / f"{arm}@{rate}-{seed}.json", partial(record_of, session, arm, float(rate), seed))
+    places = [
+        (a.out / "records" / f"{arm}@{rate}-{seed}.json", partial(record_of, session, arm, float(rate), seed))
         for seed in recipe.seeds
         for arm, _, rate in (x.partition("@") for x in a.arms.split(","))
     ]
+    records = [kept(place, make) for place, make in places if place.exists() or not a.page_only]
     rows = rows_of(records)
     steps = f"{recipe.training.get('steps')} steps of {recipe.training.get('batch_size')} rows"
+    seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in records}))
     about = (
         f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks ({', '.join(recipe.task_names)}), {steps}, seeds "
-        f"{', '.join(map(str, recipe.seeds))}. Every linear module of the backbone is trained: `full*` the weight itself, the others "
+        f"{seeds}. Every linear module of the backbone is trained: `full*` the weight itself, the others "
         f"LoRA of rank {recipe.lora.rank}. The floor is the bare base with the heads that were trained. Each scale is chosen on one "
         "half, reported on the other.\n\n    python -P benchmarks/full_finetuning.py --study STUDY --set base.model=BASE "
         f"--set data.root=DATA --out RUN --arms {a.arms} --to docs/results"

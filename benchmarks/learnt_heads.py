@@ -44,7 +44,8 @@ def one_seed(base: BaseModel, folder: Path, names: list[str], a: argparse.Namesp
     adapters = [replace(read_adapter(folder / n, name=n), base=a.base) for n in names]
     tasks = {n: task_of(n, root) for n in names}
     texts = {n: load_examples(t, "train", root=root).take(np.arange(a.texts)).texts for n, t in tasks.items()}
-    rows = {n: load_examples(t, "validation", root=root).take(np.arange(a.rows)) for n, t in tasks.items()}
+    validation = {n: load_examples(t, "validation", root=root) for n, t in tasks.items()}
+    rows = {n: e.take(np.arange(min(a.rows, len(e)))) for n, e in validation.items()}  # RTE has 277
     panel = Panel(base, parts_of(adapters), texts, max_length=a.length)
     merged = merge(adapters, "tsv").adapter
     started = time.process_time()

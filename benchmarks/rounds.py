@@ -8,7 +8,7 @@ Takes base, tasks, rows, rank, rate, steps and seeds from a study. `kaiming` and
 from there with new factors, four times; what is scored is the sum of the merges, at scale 1. `refreshed` trains half of the steps, takes
 every task's moments with its adapter on, and trains on with these in the penalty; `restarted` is interrupted alike and keeps the old
 ones. Every part begins with a new AdamW and goes on in the one schedule. No label has a say in a merge. What lies in RUN/records is
-not made again. Writes rounds.json and rounds.md.
+not made again; `--page-only` makes nothing at all. Writes rounds.json and rounds.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from full_finetuning import kept, trained
+from intervals import t_interval
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.evaluation.protocol import Scorer
@@ -69,6 +70,9 @@ ARMS: Mapping[str, Way] = {
     "restarted": Way("contrastive", True, 2),
     "refreshed": Way("contrastive", True, 2, refreshes=True),
 }
+
+# What is changed, beside what it is changed from.
+PAIRS = (("rounds", "kaiming"), ("rounds_penalised", "penalised"), ("refreshed", "restarted"))
 
 
 def moments(session: Session, seed: int, adapters: Mapping[str, Adapter] | None = None) -> dict[str, Statistics]:
@@ -168,7 +172,24 @@ def page(records: Sequence[Mapping[str, Any]], about: str) -> str:
         )
         share = 100 * (merged - floor) / (alone - floor) if alone != floor else float("nan")
         lines.append(f"| `{arm}` | {len(group)} | {alone:.1f} | {merged:.1f} | {floor:.1f} | {share:.0f} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_differences(records)]) + "\n"
+
+
+def _differences(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a change of the training adds to the merged scores: t over tasks, each the mean over the seeds that both arms have."""
+    lines = []
+    for arm, against in PAIRS:
+        merged = {(r["arm"], r["seed"]): r["merged"] for r in records}
+        seeds = [s for a, s in merged if a == arm and (against, s) in merged]
+        tasks = merged[arm, seeds[0]] if seeds else ()
+        off = [np.mean([merged[arm, s][t] - merged[against, s][t] for s in seeds]) for t in tasks]
+        if len(off) > 1:
+            d = t_interval(off)
+            lines.append(
+                f"| `{arm}` - `{against}` | {len(seeds)} | {d.mean:+.1f} | {d.low:+.1f} to {d.high:+.1f} | {d.p:.3f} |"
+            )
+    head = ["", "| merged, points | seeds | difference | 95 % (t over tasks) | p |", "|---" * 5 + "|"]
+    return [*head, *lines] if lines else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -178,17 +199,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--arms", default=",".join(ARMS))
     p.add_argument("--to", type=Path, help="where the page goes; by default nowhere")
+    p.add_argument("--page-only", action="store_true", help="make nothing: the page of what RUN/records holds")
     a = p.parse_args(arguments)
     recipe = read_recipe(a.study, a.set)
     session = Session(recipe)
-    records = [
-        kept(a.out / "records" / f"{arm}-{seed}.json", partial(record_of, session, arm, seed))
+    places = [
+        (a.out / "records" / f"{arm}-{seed}.json", partial(record_of, session, arm, seed))
         for seed in recipe.seeds
         for arm in a.arms.split(",")
     ]
+    records = [kept(place, make) for place, make in places if place.exists() or not a.page_only]
+    seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in records}))
     about = (
         f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks, {recipe.training.get('steps')} steps in all, seeds "
-        f"{', '.join(map(str, recipe.seeds))}; merged by task arithmetic at the rule's scale, so no label has a say.\n\n"
+        f"{seeds}; merged by task arithmetic at the rule's scale, so no label has a say.\n\n"
         "    PYTHONPATH=src:benchmarks python -P benchmarks/rounds.py --study STUDY --set base.model=BASE --set data.root=DATA "
         "--out RUN --to docs/results"
     )

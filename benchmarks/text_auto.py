@@ -3,12 +3,12 @@ r"""What `merge auto` makes of a language model's adapters, step by step, where 
     python benchmarks/text_auto.py --study recipes/studies/text-qwen15.yaml --set base.model=MODEL --set data.root=TASKS --out RUN \
         --general DATA/glue/mrpc/train.parquet:sentence1 --seed 1
 
-RUN holds the arm's adapters (benchmarks/text_arms.py, `train:SEED:ARM`). Of each task --texts prompts are taken from the training rows; the
-task's own adapter writes an answer to each, and merges are compared with that adapter at the tokens of the answer (`--positions all`: at
-those of prompt and answer, as the first run did). Steps: chosen by fidelity; weights per adapter and module learnt; fitted front to
-back; repaired. Each is scored on the rows of `fixed` of text_arms.py, beside the adapters alone, and its KL to the base is taken on the
-general texts. RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written anew after every step: what is there is not lost when
-time is up.
+RUN holds the arm's adapters (benchmarks/text_arms.py, `train:SEED:ARM`). Of each task --texts prompts are taken from the training rows;
+the task's own adapter writes an answer to each, and merges are compared with that adapter at the tokens of the answer (`--positions all`:
+at those of prompt and answer, as the first run did). Steps: no text (TSV-M at its default scale); chosen by fidelity; weights per adapter
+and module learnt; fitted front to back; repaired. Each is scored on the rows of `fixed` of text_arms.py, beside the adapters alone and
+the bare base, and its KL to the base is taken on the general texts. RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written
+anew after every step: what is there is not lost when time is up.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, read_place
+from plait.merging import merge
 from plait.model.stacked import stacked_factors
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import read_recipe
@@ -91,6 +92,13 @@ class Record:
         self.found: dict[str, Any] = {"tasks": list(merger.adapters), "steps": {}, "positions": panel.positions}
         self.started = time.time()
 
+    def ends(self) -> None:
+        """Score every adapter alone on its task, and the bare base."""
+        adapters = self.merger.adapters
+        table = scored(self.run, lambda t: [(adapters[t], 1.0), (None, 0.0)], self.rows, f"auto_{self.name}-ends")
+        self.found |= {"alone": table[0].round(3).tolist(), "floor": table[1].round(3).tolist()}
+        self._write()
+
     def step(self, name: str, merge: Adapter, **more: Any) -> None:
         """Score a merge, its scale folded in, and write what there is."""
         seconds = time.time() - self.started
@@ -101,10 +109,13 @@ class Record:
             "scores": table[0].round(3).tolist(), "general_kl": shift, "fidelity": fidelity.score,
             "seconds_until": round(seconds, 1), **more,
         }  # fmt: skip
+        self._write()
+        say(f"{name}: mean {table[0].mean():.2f}, fidelity {fidelity.score:.3f}, KL elsewhere {shift:.3f}")
+
+    def _write(self) -> None:
         file = self.run.out / "records" / f"auto_{self.name}.json"
         file.with_suffix(".part").write_text(json.dumps(self.found) + "\n")
         file.with_suffix(".part").rename(file)
-        say(f"{name}: mean {table[0].mean():.2f}, fidelity {fidelity.score:.3f}, KL elsewhere {shift:.3f}")
 
 
 def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
@@ -122,6 +133,9 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
         texts = written(run, merger.adapters, seed, a.texts, a.new_tokens)
     panel = Panel(session.base, parts_of(adapters), texts, (), a.batch, session.recipe.data.max_length, **own)
     record = Record(run, merger, panel, f"{a.positions}-{seed}-{arm}")
+    patiently(record.ends)
+    without = merge(adapters, "tsv", device=run.device, verify=False)
+    record.step("no text", without.adapter, recipe="tsv")
     choice = patiently(
         lambda: choose(panel, adapters, methods=METHODS, scales=a.scales, refine=0, fit=False, on_progress=say)
     )
@@ -131,12 +145,17 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
     best = refined if held["refined"] > held["chosen"] else choice.adapter
     record.step("weights learnt", refined, held_out=held)
     fit, score = patiently(lambda: best_fit(panel, adapters, choice.adapter, HELD_OUT, on_progress=say))
-    merge = patiently(lambda: fitted(panel, adapters, choice.adapter, fit))
-    record.step("fitted", merge, fit=[fit.pull, fit.reach, fit.scale], held_out=score)
-    best = merge if score > max(held.values()) else best
+    whole = patiently(lambda: fitted(panel, adapters, choice.adapter, fit))
+    record.step("fitted", whole, fit=[fit.pull, fit.reach, fit.scale], held_out=score)
+    best = whole if score > max(held.values()) else best
     say("repair")
     done, repair = patiently(lambda: repaired(panel, best, a.steps))
-    record.step("repaired", done, held_out=dict(repair.held_out), of="fitted" if best is merge else "weights learnt")
+    record.step("repaired", done, held_out=dict(repair.held_out), of=_name_of(best, whole, refined))
+
+
+def _name_of(best: Adapter, whole: Adapter, refined: Adapter) -> str:
+    """What a repair began at."""
+    return "fitted" if best is whole else "weights learnt" if best is refined else "chosen"
 
 
 def main() -> None:

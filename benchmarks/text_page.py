@@ -28,6 +28,13 @@ SHOWN = ("individual", "scale", "merged", "recovered", "share_of_means", "genera
 PLAIN, JOINT = "kaiming", "joint"  # what people have; one adapter trained on all tasks: a reference
 CONDITIONS = {"told": "each task's instruction and cue", "bare": "no instruction, one cue for all tasks"}
 DEVELOPED = ("snli", "banking77", "clinc_domain")  # used while plait was developed; the other tasks never
+STEPS = {
+    "no_text": "no text",
+    "chosen": "chosen",
+    "weights": "weights learnt",
+    "fitted": "fitted",
+    "repaired": "repaired",
+}  # of text_auto.py
 REGISTERED = (("contrastive", "kaiming"), ("contrastive_penalised", "contrastive"))
 DESCRIBED = (("kaiming_penalised", "kaiming"), ("osrm_mean", "kaiming"), ("contrastive_penalised", "kaiming"))
 
@@ -95,17 +102,19 @@ def test_of(differences: Sequence[float]) -> dict[str, float]:
 
 
 def references_of(records: dict[str, dict[str, Any]], condition: str = "told") -> list[dict[str, Any]]:
-    """One adapter trained on all tasks together, beside the plain arm's own adapters of that seed."""
+    """One adapter trained on all tasks together, beside the plain arm's own adapters of that seed; `joint_STEPS` trained for so many."""
     rows = []
-    for key in (k for k in records if k.startswith("fixed-") and k.endswith(f"-{JOINT}")):
-        seed = key.split("-")[1]
-        plain, scores = records[f"fixed-{seed}-kaiming"], np.array(records[key]["alone"]).mean(0)
+    for key in (k for k in records if k.startswith("fixed-") and k.split("-", 2)[2].startswith(JOINT)):
+        _, seed, name = key.split("-", 2)
+        plain, scores = records.get(f"fixed-{seed}-{PLAIN}"), np.array(records[key]["alone"]).mean(0)
+        if plain is None:
+            continue
         floor, own = (np.array(plain[k]).mean(0) for k in ("floor", "alone"))
         counted = own - floor >= LEAST
         share = ((scores - floor) / (own - floor))[counted].mean()
         tasks = dict(zip(plain["tasks"], scores.tolist(), strict=True))
         rows.append({
-            "condition": condition, "reference": JOINT, "seed": int(seed), "score": scores.mean(), "recovered": share, "tasks": tasks,
+            "condition": condition, "reference": name, "seed": int(seed), "score": scores.mean(), "recovered": share, "tasks": tasks,
         })  # fmt: skip
     return [_rounded(r) for r in rows]
 
@@ -177,7 +186,8 @@ def existing_of(records: dict[str, dict[str, Any]], condition: str) -> list[dict
     found = []
     for key in (k for k in records if k.startswith("auto_")):
         kind, seed, arm = key.split("-", 2)
-        own, plain = records[f"fixed-{seed}-{arm}"], records[f"fixed-{seed}-{PLAIN}"]
+        own = records[key] if "alone" in records[key] else records[f"fixed-{seed}-{arm}"]
+        plain = own if arm == PLAIN else records[f"fixed-{seed}-{PLAIN}"]
         alone, floor, learnt = (np.array(x).mean(0) for x in (own["alone"], plain["floor"], plain["alone"]))
         counted = learnt - floor >= LEAST
         for step, r in records[key]["steps"].items():
@@ -191,6 +201,20 @@ def existing_of(records: dict[str, dict[str, Any]], condition: str) -> list[dict
                 "shares": dict(zip(records[key]["tasks"], shares.tolist(), strict=True)),
             })  # fmt: skip
     return [_rounded(r) for r in found]
+
+
+def summary_of(existing: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the steps of a merge without labels keep and move outside, as keys: means over seeds, merges compared at written answers.
+
+    >>> summary_of([{"positions": "written", "step": "no text", "recovered": 0.5, "general_kl": 0.1}])
+    {'recovered_no_text': 0.5, 'general_kl_no_text': 0.1}
+    """
+    found = {}
+    for key, step in STEPS.items():
+        rows = [r for r in existing if r["step"] == step and r["positions"] == "written"]
+        for what in ("recovered", "general_kl") if rows else ():
+            found[f"{what}_{key}"] = round(float(np.mean([r[what] for r in rows])), 4)
+    return found
 
 
 def singles_of(records: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -314,8 +338,8 @@ def page(
         text += ["### Task by task, primary merge", "", _tasks(mine), ""]
         for r in (r for r in references if r["condition"] == condition):
             text += [
-                f"One adapter trained on all nine tasks together, seed {r['seed']}: {r['score']:.1f}, "
-                f"{100 * r['recovered']:.0f} % of what `kaiming`'s own adapters gain. {OF_JOINT}", "",
+                f"One adapter trained on all nine tasks together{_steps_of(r['reference'])}, seed {r['seed']}: {r['score']:.1f}, "
+                f"{100 * r['recovered']:.0f} % of what `kaiming`'s own adapters gain.{OF_JOINT * (r['reference'] == JOINT)}", "",
             ]  # fmt: skip
         singles = [(v, k) for k, v in singles_of(records).items() if k.startswith("adapter")]
         if singles:
@@ -350,13 +374,20 @@ def page(
     return "\n".join(text)
 
 
-OF_JOINT = """It takes as many steps as one adapter, each of 16 rows of every task, at the same rate: too few for the 77 intents
+OF_JOINT = """ It takes as many steps as one adapter, each of 16 rows of every task, at the same rate: too few for the 77 intents
 of BANKING77, so that it is no upper bound."""
-EXISTING = """`benchmarks/text_auto.py`: 100 training prompts of each task, each answered by the task's own adapter; merges are compared
-with the adapters at the positions named, and no label is read. *Chosen* is the merge of the highest fidelity among
-four methods with and without pico and two scales, which grow at the edge; *weights learnt* multiplies its parts by numbers per adapter
-and module, found in 100 steps. At all positions the choice by itself is not shown: by a fault of the script, mended since, it was
-scored at its scale squared. Seconds on one H200 that scored other arms at the same time, writing the answers left out."""
+EXISTING = """\
+`benchmarks/text_auto.py`: 100 training prompts of each task, each answered by the task's own adapter; merges are compared with the
+adapters at the positions named, and no label is read. *No text* is TSV-M at its default scale; *chosen* is the merge of the highest
+fidelity among four methods with and without pico, over scales that grow at the edge; *weights learnt* multiplies its parts by
+numbers per adapter and module, found in 100 steps. At all positions the choice by itself is not shown: by a fault of the script,
+mended since, it was scored at its scale squared. Seconds on one H200 that scored other arms at the same time, writing the answers
+left out."""
+
+
+def _steps_of(reference: str) -> str:
+    """The steps that a reference's name ends in, in words."""
+    return f" for {reference.rpartition('_')[2]} steps" if "_" in reference else ""
 
 
 def _expected(found: Sequence[dict[str, Any]]) -> str:
@@ -476,10 +507,10 @@ def main() -> None:
     tested = [int(s) for s in a.tested.split(",") if s]
     tests = tests_of(rows, tested, registered_study=a.study == MAIN)
     told = next(iter(runs.values()))
+    existing = [r for c, records in runs.items() for r in existing_of(records, c)]
     whole = {
         "rows": rows, "tested": tested, "tests": tests, "expected": expected_of(rows, tested) if tested else [],
-        "existing": [r for c, records in runs.items() for r in existing_of(records, c)],
-        "references": references, "singles": singles_of(told),
+        "existing": existing, "existing_summary": summary_of(existing), "references": references, "singles": singles_of(told),
     }  # fmt: skip
     (a.to / f"{a.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     if curves := packed(told):

@@ -79,3 +79,26 @@ def test_the_small_version_runs_to_its_page(script, tiny_base, tmp_path):
     rows = json.loads((tmp_path / "rounds.json").read_text())["rows"]
     assert [r["arm"] for r in rows] == arms.split(",") and set(rows[0]["merged"]) == {"topic", "grade"}
     assert "| `rounds_penalised` | 1 |" in (tmp_path / "rounds.md").read_text()
+
+
+def test_differences_are_over_tasks_of_the_seeds_that_both_arms_have(script):
+    def record(arm, seed, *merged):
+        ends = {k: {"a": 10.0 * i, "b": 5.0} for i, k in ((9, "alone"), (0, "floor"))}
+        return {"arm": arm, "seed": seed, **ends, "merged": dict(zip("ab", merged, strict=True))}
+
+    records = [record("kaiming", 0, 40.0, 50.0), record("kaiming", 1, 0.0, 0.0), record("rounds", 0, 42.0, 51.0)]
+    text = script.page(records, "")
+    assert "| `rounds` - `kaiming` | 1 | +1.5 | -4.9 to +7.9 |" in text and "`refreshed`" not in text
+
+
+def test_a_page_of_what_is_there_trains_nothing(script, tiny_base, tmp_path):
+    raw = tiny_raw(tiny_base("bert"), "bert", tmp_path / "data", ["topic", "grade"])
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(raw | {"tuning_rows": 2, "grid_rows": 4, "seeds": [0, 1]}))
+    place = tmp_path / "run" / "records" / "kaiming-1.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(
+        json.dumps({"arm": "kaiming", "seed": 1, **{k: {"topic": 50.0} for k in ("alone", "merged", "floor")}})
+    )
+    script.main(["--study", str(study), "--out", str(tmp_path / "run"), "--page-only", "--to", str(tmp_path)])
+    assert "seeds 1;" in (tmp_path / "rounds.md").read_text() and len(list(place.parent.iterdir())) == 1

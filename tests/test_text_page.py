@@ -105,6 +105,33 @@ def test_merges_without_labels_are_shares_of_own_adapters(page):
     assert row["recovered"] == pytest.approx((0.5 + 1.0) / 2)  # the third task is not learnt alone
 
 
+def test_a_merge_without_labels_is_measured_against_the_ends_scored_with_it(page):
+    """Adapters trained anew are not those of the fixed record; what the steps keep stands as keys."""
+    record_ = {
+        "tasks": ["snli", "a"], "alone": [[50.0, 60.0]] * 2, "floor": [[10.0, 40.0]] * 2,
+        "steps": {
+            "no text": {"scores": [[30.0, 50.0]] * 2, "general_kl": 0.2, "fidelity": 0.5, "seconds_until": 9.0},
+            "repaired": {"scores": [[50.0, 55.0]] * 2, "general_kl": 0.1, "fidelity": 0.9, "seconds_until": 99.0},
+        },
+    }  # fmt: skip
+    rows = page.existing_of({"auto_written-1-kaiming": record_}, "told")
+    assert [r["recovered"] for r in rows] == [0.5, 0.875]
+    assert page.summary_of(rows) == {
+        "recovered_no_text": 0.5, "general_kl_no_text": 0.2, "recovered_repaired": 0.875, "general_kl_repaired": 0.1,
+    }  # fmt: skip
+    assert page.summary_of([{**rows[0], "positions": "all"}]) == {}
+
+
+def test_joint_training_for_longer_is_a_reference_of_its_own(page):
+    plain = record([50.0, 60.0, 12.0], [40.0, 35.0, 12.0], [10.0, 10.0, 10.0])
+    longer = {**record([50.0, 60.0, 50.0], [0.0, 0.0, 0.0]), "merges": {}}
+    rows = page.references_of({"fixed-1-kaiming": plain, "fixed-1-joint": longer, "fixed-1-joint_360": longer})
+    assert [r["reference"] for r in rows] == ["joint", "joint_360"] and rows[1]["recovered"] == 1.0
+    text = page.page("some", {"told": {"fixed-1-kaiming": plain}}, page.rows_of({"fixed-1-kaiming": plain}), [], rows)
+    assert "all nine tasks together for 360 steps, seed 1: 53.3, 100 %" in text and text.count("no upper bound") == 1
+    assert page.references_of({"fixed-1-joint": longer}) == []  # without the plain arm there is no share
+
+
 def test_what_was_expected_stands_beside_what_came(page):
     def row(arm, method, condition, seed, recovered):
         return {"arm": arm, "method": method, "condition": condition, "seed": seed, "recovered": recovered}
