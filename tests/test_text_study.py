@@ -88,10 +88,18 @@ def test_the_study_runs_whole(study):
     assert set(records) == {"fixed-1-kaiming", "fixed-1-contrastive", "curves-1-kaiming", "auto_written-1-kaiming"}
     assert records["fixed-1-kaiming"]["tasks"] == ["one", "two"] and records["fixed-1-kaiming"]["floor"] is not None
     assert {"task_arithmetic", "iso_c"} <= set(records["fixed-1-kaiming"]["merges"])
-    assert set(records["auto_written-1-kaiming"]["steps"]) == {"chosen", "weights learnt", "fitted", "repaired"}
+    assert set(records["auto_written-1-kaiming"]["steps"]) == {
+        "no text",
+        "chosen",
+        "weights learnt",
+        "fitted",
+        "repaired",
+    }
     assert all(
         len(s["scores"]) == 2 and len(s["scores"][0]) == 2 for s in records["auto_written-1-kaiming"]["steps"].values()
     )
+    ends = records["auto_written-1-kaiming"]
+    assert all(len(ends[k]) == 2 and len(ends[k][0]) == 2 for k in ("alone", "floor"))
     chosen = records["auto_written-1-kaiming"]["steps"]["chosen"]
     assert chosen["scale"] > 0 and chosen["recipe"]  # recorded, and folded in once
     before = {f: f.stat().st_mtime_ns for f in (study / "run" / "records").glob("*.json")}
