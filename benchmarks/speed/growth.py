@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ from plait.fidelity.candidates import METHODS as TRIED
 from plait.fidelity.factors_only import choose_by_factors
 from plait.merging.planning import plan_merge
 
+_BOTTOM = (
+    "torch {torch}, one thread, load average {load} on {cores} cores. On a shared machine CPU seconds are longer, since others use its "
+    "caches too; exponents less so. `ties` and `dare_ties` run loops that Numba compiled from 2^29 entries of all tasks, and passes "
+    "of torch, two to three times as slow, below: where a step crosses that, its exponent is too small."
+)
 MODULES = 4
 METHODS = ("linear", "svd", "tsv", "iso_c", "core_space", "knots", "ties", "dare_ties", "pico", "advise")
 # Axis -> its values, and (adapters, rank, width) at each.
@@ -63,7 +69,9 @@ def seconds(method: str, inputs: Sequence[Adapter], rank: int, repeats: int = 2)
 
 
 def exponent(points: Sequence[tuple[int, float]]) -> float:
-    """Of the last step: 1 where twice as much takes twice as long."""
+    """Of the last step: 1 where twice as much takes twice as long; NaN where there is no step."""
+    if len(points) < 2:
+        return math.nan
     (x, a), (y, b) = points[-2:]
     return math.log(b / a) / math.log(y / x)
 
@@ -89,15 +97,17 @@ def main() -> None:
             for m in METHODS:
                 curves[axis][m].append((value, seconds(m, inputs, rank)))
                 print(f"{axis} {value}, {m}: {curves[axis][m][-1][1]:.3f} CPU s", flush=True)
-    write(a.out, curves)
+            write(a.out, curves)  # what there is so far, should nobody wait for the rest
 
 
 def write(out: Path, curves: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
     """The numbers, the page, the curves."""
-    out.with_suffix(".json").write_text(json.dumps({"torch": torch.__version__, "curves": curves}, indent=1) + "\n")
+    machine = {"torch": torch.__version__, "threads": 1, "cores": os.cpu_count(), "load": round(os.getloadavg()[2], 1)}
+    out.with_suffix(".json").write_text(json.dumps({"machine": machine, "curves": curves}, indent=1) + "\n")
     lines = ["# How merging grows", "", *(__doc__ or "").strip().splitlines()[2:], "", f"![curves]({out.name}.svg)"]
-    figure, places = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 4), layout="constrained")
-    for place, (axis, by_method) in zip(places, curves.items(), strict=True):
+    figure, places = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 4.2), layout="constrained", squeeze=False)
+    measured = {axis: by_method for axis, by_method in curves.items() if any(by_method.values())}
+    for place, (axis, by_method) in zip(places[0], measured.items(), strict=False):
         for method, points in by_method.items():
             place.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=method)
         place.set(xlabel=axis, ylabel="CPU seconds")
@@ -106,8 +116,10 @@ def write(out: Path, curves: dict[str, dict[str, list[tuple[int, float]]]]) -> N
         lines += ["", f"## By {axis}", "", head, "|---" * (len(values) + 2) + "|"]
         for method, points in by_method.items():
             lines.append(f"| {method} | {' | '.join(f'{s:.3f}' for _, s in points)} | {exponent(points):.1f} |")
-    places[0].legend(fontsize=7)
+    places[0][0].legend(fontsize=7)
+    lines += ["", _BOTTOM.format(**machine)]
     figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 

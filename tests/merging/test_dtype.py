@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from plait.disk.store import read_manifest
 from plait.errors import RunError, UsageError
 from plait.formats.reading import read_any
 from plait.merging import Change, edit, merge_folders, merge_per_task, plan_merge
+from plait.merging.exponents import Moves
 from plait.merging.folders import read_all
 from plait.merging.sums import is_beside, probes_of, rounded_sum, rounding, stored_sum, sum_error
 from plait.merging.verify import FAILED
@@ -201,6 +203,30 @@ def test_a_written_lora_file_that_is_not_the_merge_is_refused(tmp_path, monkeypa
     with pytest.raises(RunError, match="differs from the merge"):
         merge_folders(files, tmp_path / "out.safetensors", method)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("weights", [(0.5, -2.0, 4.0), (1.0, 1.0, 1.0), (-1.0, 1.0, 1.0), (1.0, 2.0, 512.0)])
+@pytest.mark.parametrize("smallest", [1.0, 0.0, 1e-38, 1e38], ids=["normal", "zeros", "tiny", "huge"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sum_by_moved_exponents_has_the_bits_of_multiplied_floats(dtype, smallest, weights, monkeypatch):
+    g = torch.Generator().manual_seed(5)
+    kind, parts = getattr(torch, dtype), []
+    for weight, rank in zip(weights, (11, 7, 9), strict=True):
+        B = torch.randn(9001, rank, generator=g)
+        B[17::1000] *= smallest if dtype == "bfloat16" else min(smallest, 1.0)
+        parts.append((weight, LoraFactors(torch.randn(rank, 70, generator=g).to(kind), B.to(kind), 1.0)))
+    probes = probes_of(70, 0)
+    moved = rounded_sum(parts, dtype, probes)
+    checked = is_beside(parts, moved.factors)
+    monkeypatch.setattr(Moves, "of", lambda parts, dtype: None)
+    multiplied = rounded_sum(parts, dtype, probes)
+    assert moved.factors.A.data.tobytes() == multiplied.factors.A.data.tobytes()
+    assert moved.factors.B.data.tobytes() == multiplied.factors.B.data.tobytes()
+    assert (moved.finite, moved.fits) == (multiplied.finite, multiplied.fits)
+    assert checked == is_beside(parts, moved.factors)
+    error, size = moved.taken
+    assert error == multiplied.taken[0] or not math.isfinite(multiplied.taken[1])
+    assert (size() if callable(size) else size) == pytest.approx(multiplied.taken[1], rel=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float32])

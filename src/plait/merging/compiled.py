@@ -27,15 +27,17 @@ class Loops:
     """The compiled loops, each of arrays of float32 and without Python's lock.
 
     Args:
-        drop: (part, draws, level): zero in place where the draw is not below the level; both (rows, columns).
-        vote: (parts (k, n), bounds (k,), weights (k,), total, mass, votes, turnout): of what lies outside [-bound, bound], times
-            its weight, add the values, their magnitudes, their signs by weight, and their number by |weight| to four sums of (n,).
+        keep: (states (k, 4), level, words, out (n,)): draw 16 random bits an entry from k of NumPy's SFC64 streams, whose states
+            move on, and set bit t of an entry where those of stream t are below the level; `words`, of uint64, are for use meanwhile.
+        vote: (parts (k, rows, columns), kept, bounds (k,), weights (k,), total, mass, votes, turnout): of what lies outside
+            [-bound, bound], times its weight, add the values, their magnitudes, their signs by weight, and their number by |weight|
+            to four sums of (rows, columns). `kept` is None, or says by bit t of every entry whether part t's stays, or is zero.
         elect: (total, mass, votes, turnout, mean, out): the sum, or mean, of what has the elected sign, into out (rows, columns).
         count: (values (k, n), low (k,), high (k,), inside (k, n), above (k,), held (k,)): per row, how many magnitudes lie above,
             and how many within [low, high], which begin the row of `inside`.
     """
 
-    drop: Callable[..., None]
+    keep: Callable[..., None]
     vote: Callable[..., None]
     elect: Callable[..., None]
     count: Callable[..., None]
@@ -54,39 +56,67 @@ def _loops() -> Loops | None:
         return None
     # Without fastmath: sums keep their order, and no product is joined with a sum.
     compiled: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
-    return Loops(drop=compiled(_drop), vote=compiled(_vote), elect=compiled(_elect), count=compiled(_count))
+    return Loops(keep=compiled(_keep), vote=compiled(_vote), elect=compiled(_elect), count=compiled(_count))
 
 
-def _drop(part: Any, draws: Any, level: Any) -> None:
-    for row in range(part.shape[0]):
-        p, d = part[row], draws[row]
-        for i in range(p.size):
-            p[i] *= _ONE if d[i] < level else _ZERO
+def _keep(states: Any, level: Any, words: Any, out: Any) -> None:
+    shorts, one = words.view(np.uint16), np.uint64(1)
+    for start in range(0, out.size, shorts.size):
+        part = out[start : start + shorts.size]
+        for i in range(part.size):
+            part[i] = 0
+        for task in range(states.shape[0]):
+            a, b, c, n = states[task, 0], states[task, 1], states[task, 2], states[task, 3]
+            for i in range((part.size + 3) // 4):
+                word = a + b + n
+                n += one
+                a = b ^ (b >> np.uint64(11))
+                b = c + (c << np.uint64(3))
+                c = ((c << np.uint64(24)) | (c >> np.uint64(40))) + word
+                words[i] = word
+            states[task, 0], states[task, 1], states[task, 2], states[task, 3] = a, b, c, n
+            bit = np.uint8(1 << task)
+            for i in range(part.size):
+                part[i] |= bit if shorts[i] < level else np.uint8(0)
 
 
-def _vote(parts: Any, bounds: Any, weights: Any, total: Any, mass: Any, votes: Any, turnout: Any) -> None:
-    for start in range(0, total.size, _CHUNK):
-        stop = min(total.size, start + _CHUNK)
-        t, m, v, n = total[start:stop], mass[start:stop], votes[start:stop], turnout[start:stop]
-        for task in range(parts.shape[0]):
-            p, bound, weight = parts[task, start:stop], bounds[task], weights[task]
-            size = abs(weight)
-            for i in range(p.size):
-                x = p[i]
-                kept = _ZERO if (x >= -bound) & (x <= bound) else x
-                v[i] += (weight if kept > _ZERO else _ZERO) - (weight if kept < _ZERO else _ZERO)
-                n[i] += size if kept != _ZERO else _ZERO
-                kept = kept * weight
-                t[i] += kept
-                m[i] += abs(kept)
+def _vote(parts: Any, kept: Any, bounds: Any, weights: Any, total: Any, mass: Any, votes: Any, turnout: Any) -> None:
+    tasks, rows, columns = parts.shape
+    for row in range(rows):
+        for start in range(0, columns, _CHUNK):
+            stop = min(columns, start + _CHUNK)
+            t, m, v, n = total[row, start:stop], mass[row, start:stop], votes[row, start:stop], turnout[row, start:stop]
+            if kept is not None:
+                k = kept[row, start:stop]
+                for task in range(tasks):
+                    p, bit = parts[task, row, start:stop], np.uint8(1 << task)
+                    for i in range(p.size):
+                        p[i] *= _ONE if (k[i] & bit) == bit else _ZERO
+            for task in range(0, tasks, 2):  # two at a time: the sums are read and written half as often
+                other = min(task + 1, tasks - 1)
+                p, q = parts[task, row, start:stop], parts[other, row, start:stop]
+                below, beneath, weight = bounds[task], bounds[other], weights[task]
+                further = weights[other] if other > task else _ZERO
+                size, width = abs(weight), abs(further)
+                for i in range(p.size):
+                    x, y = p[i], q[i]
+                    x = _ZERO if abs(x) <= below else x
+                    y = _ZERO if abs(y) <= beneath else y
+                    there, here = x != _ZERO, y != _ZERO
+                    x *= weight
+                    y *= further
+                    v[i] = (v[i] + (np.copysign(size, x) if there else _ZERO)) + (
+                        np.copysign(width, y) if here else _ZERO
+                    )
+                    n[i] = (n[i] + (size if there else _ZERO)) + (width if here else _ZERO)
+                    t[i] = (t[i] + x) + y
+                    m[i] = (m[i] + abs(x)) + abs(y)
 
 
 def _elect(total: Any, mass: Any, votes: Any, turnout: Any, mean: Any, out: Any) -> None:
     least = np.float32(1.1754943508222875e-38)
-    columns = out.shape[1]
     for row in range(out.shape[0]):
-        start, stop = row * columns, (row + 1) * columns
-        t, m, v, n, o = total[start:stop], mass[start:stop], votes[start:stop], turnout[start:stop], out[row]
+        t, m, v, n, o = total[row], mass[row], votes[row], turnout[row], out[row]
         for i in range(o.size):
             sign = np.copysign(_ONE, t[i])
             chosen = (t[i] + m[i] * sign) * _HALF

@@ -48,13 +48,11 @@ class Election:
         drops, mean = self.drops, self.agreeing == "mean"
 
         def take(groups: Iterable[tuple[int, Tensor]], place: Place, out: Tensor) -> None:
-            sums = place.spare.tensor("sums", (4, out.numel()), out.dtype, out.device).zero_().numpy()
+            sums = place.spare.tensor("sums", (4, *out.shape), out.dtype, out.device).zero_().numpy()
             for first, group in groups:
-                array, those = group.numpy(), slice(first, first + len(group))
-                for task, part in enumerate(array, first) if drops else ():
-                    if drops and drops.acts_on(task):
-                        loops.drop(part, drops.draws(task, place, part.shape), drops.level)
-                loops.vote(array.reshape(len(group), -1), below[those], weights[those], *sums)
+                those = slice(first, first + len(group))
+                kept = drops.bits(those, place, (out.shape[0], out.shape[1]), loops) if drops and drops.acts else None
+                loops.vote(group.numpy(), kept, below[those], weights[those], *sums)
             loops.elect(*sums, mean, out.numpy())
             self._scaled(out)
 

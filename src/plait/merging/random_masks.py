@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.merging.compiled import Loops
 from plait.merging.dense import rows_together
 from plait.merging.inputs import MergeInputs
 from plait.merging.tiles import Spare
@@ -22,6 +23,7 @@ from plait.seeds import seed_of
 # Keeping is decided by 16 random bits an entry, several times cheaper than a float; the rescaling uses the probability
 # that 16 bits express, so the expectation is exact.
 LEVELS = 1 << 16
+_WORDS = 1 << 10  # numbers of 64 bits that are drawn before they are looked at, in a core's nearest cache
 
 
 Draws: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]"
@@ -81,10 +83,13 @@ def _of_blocks(place: Place, task: int, shape: tuple[int, ...], make: Callable[[
 
 
 def _drawn(x: MergeInputs, task: int, name: str, shape: tuple[int, ...]) -> Draws:
-    stream = np.random.SFC64(seed_of(x.seed, x.module, name, x.contents[task]))
     count = math.prod(shape)
-    words: Draws = stream.random_raw(-(-count // 4)).view(np.uint16)
+    words: Draws = _stream(x, task, name).random_raw(-(-count // 4)).view(np.uint16)
     return words[:count].reshape(shape)
+
+
+def _stream(x: MergeInputs, task: int, name: str) -> np.random.SFC64:
+    return np.random.SFC64(seed_of(x.seed, x.module, name, x.contents[task]))
 
 
 def ones_where(mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], like: Tensor) -> Float[Tensor, ...]:
@@ -102,13 +107,26 @@ class Drops:
         self.x, self.ranks, self.level = x, x.ranks, max(1, round(density * LEVELS))
         self.scale = LEVELS / self.level if self.level < LEVELS else 1.0
 
+    @property
+    def acts(self) -> bool:
+        """Whether anything is dropped."""
+        return self.level < LEVELS
+
     def acts_on(self, task: int) -> bool:
         """Whether anything of a task is dropped."""
-        return self.level < LEVELS and self.ranks[task] > 0
+        return self.acts and self.ranks[task] > 0
 
-    def draws(self, task: int, place: Place, shape: tuple[int, int]) -> Draws:
-        """Give the draws of a task's entries, of which those below `level` are kept."""
-        return draw(self.x, task, place, shape)
+    def bits(self, tasks: slice, place: Place, shape: tuple[int, int], loops: Loops) -> Drawn:
+        """Give of eight tasks at most which entries are kept: a bit for each, the lowest of the first."""
+
+        def of_block(name: str, rows: int, width: int) -> Drawn:
+            streams = [_stream(self.x, task, name) for task in range(tasks.start, tasks.stop)]
+            states = np.stack([stream.state["state"]["state"] for stream in streams])
+            kept = np.empty(rows * width, np.uint8)
+            loops.keep(states, np.uint16(self.level), np.empty(_WORDS, np.uint64), kept)
+            return kept.reshape(rows, width)
+
+        return _of_blocks(place, tasks.start, shape, of_block)
 
     def drop(self, task: int, part: Tensor, place: Place) -> Tensor:
         """Zero the entries of a task's part that are not kept, in place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ class Rounding:
     def __init__(self, dtype: str, widths: Iterable[int], seed: int) -> None:
         self.dtype = dtype
         self._probes: Mapping[int, Probes] = probes_by_width(widths, seed) if self.rounds else {}
-        self._parts: dict[str, tuple[float, float]] = {}
+        self._parts: dict[str, tuple[float, float | Callable[[], float]]] = {}
 
     @property
     def rounds(self) -> bool:
@@ -93,14 +93,19 @@ class Rounding:
         """Give the directions on which what rounding takes from a module of this width is measured."""
         return self._probes[width]
 
-    def note_taken(self, module: str, taken: tuple[float, float]) -> None:
-        """Take note of what `plait.merging.sums.rounding` says of one module."""
+    def note_taken(self, module: str, taken: tuple[float, float | Callable[[], float]]) -> None:
+        """Take note of what `plait.merging.sums.rounded_sum` says of one module."""
         self._parts[module] = taken
 
     @property
     def error(self) -> float | None:
         """|D' - D| / |D| of the whole model, on random inputs; None where nothing is rounded."""
-        return taken([self._parts[m] for m in sorted(self._parts)]) if self.rounds else None
+        if not self.rounds:
+            return None
+        parts = [self._parts[m] for m in sorted(self._parts)]
+        if not any(error for error, _ in parts):
+            return 0.0
+        return taken([(error, size() if callable(size) else size) for error, size in parts])
 
     @property
     def identity(self) -> dict[str, str]:

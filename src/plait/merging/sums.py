@@ -7,7 +7,7 @@ second wherever that number is a power of two; else B is rounded once, and the r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ import numpy as np
 from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, Kind, all_finite, array_of, floats, rounded
 from plait.adapters.lora import LoraFactors
 from plait.errors import RunError
+from plait.merging.exponents import Moves
 from plait.seeds import seed_of
 
 Part = tuple[float, LoraFactors]  # a coefficient, the scale of the merge in it, and the factors that it multiplies
@@ -70,13 +71,13 @@ class RoundedSum:
         factors: As they are stored.
         finite: Whether every number of B is finite in float32.
         fits: Whether every number is finite in the type.
-        taken: What `rounding` says of it.
+        taken: What `rounding` says of it; the second is asked for where nothing was taken, and may not be needed.
     """
 
     factors: LoraFactors
     finite: bool
     fits: bool
-    taken: tuple[float, float]
+    taken: tuple[float, float | Callable[[], float]]
 
 
 def rounded_sum(parts: Sequence[Part], dtype: str, probes: Probes) -> RoundedSum:
@@ -90,6 +91,8 @@ def rounded_sum(parts: Sequence[Part], dtype: str, probes: Probes) -> RoundedSum
         probes: X, transposed.
     """
     exact_A = _stacked(parts, dtype)
+    if exact_A.dtype.name == dtype and (copied := _copied_sum(parts, exact_A, probes)) is not None:
+        return copied
     A = exact_A if exact_A.dtype.name == dtype else rounded(floats(exact_A), dtype)
     inner = _times_rows(probes, exact_A)
     stored_inner = inner if A is exact_A else _times_rows(probes, A)
@@ -109,6 +112,22 @@ def rounded_sum(parts: Sequence[Part], dtype: str, probes: Probes) -> RoundedSum
         taken = float(np.vdot(stored, stored)), float(np.vdot(wanted, wanted))
     factors = LoraFactors(A, Array(B, Kind(dtype)), 1.0, parts[0][1].kind)  # type: ignore[arg-type]
     return RoundedSum(factors, finite, fits, taken)
+
+
+def _copied_sum(parts: Sequence[Part], A: Array, probes: Probes) -> RoundedSum | None:
+    """A sum in which no number is rounded, from the bits of its inputs; None where one may have to be."""
+    dtype = A.dtype.name
+    moves = Moves.of(parts, dtype)
+    B = moves and moves.whole()
+    if moves is None or B is None:
+        return None
+
+    def size() -> float:  # from the inputs: what was made of them is not held until then
+        with np.errstate(over="ignore", invalid="ignore"):
+            inner, whole = _times_rows(probes, _stacked(parts, dtype)), moves.whole()
+            return float(np.square(_times_rows(inner, whole)).sum()) if whole else 0.0
+
+    return RoundedSum(LoraFactors(A, B, 1.0, parts[0][1].kind), True, True, (0.0, size))  # type: ignore[arg-type]
 
 
 def _stacked(parts: Sequence[Part], dtype: str) -> Array:
@@ -211,19 +230,22 @@ def is_beside(parts: Sequence[Part], merged: LoraFactors) -> bool:
     for _, f in parts:
         own = array_of(f.A)
         own = own if own.dtype.name == dtype else rounded(floats(own), dtype)
-        if not _same_bits(A.data[start : start + f.rank], own):
+        if not _same_bits(A.data[start : start + f.rank], own.data):
             return False
         start += f.rank
-    rows = max(1, _ALONE // max(1, B.shape[1]))
-    return all(
-        _same_bits(B.data[i : i + rows], rounded(_beside(parts, i, min(len(B.data), i + rows)), dtype))
-        for i in range(0, len(B.data), rows)
-    )
+    moves = Moves.of(parts, dtype)
+    rows = moves.rows_together if moves else max(1, _ALONE // max(1, B.shape[1]))
+    for i in range(0, len(B.data), rows):
+        bits = moves.rows(i, i + rows) if moves else None
+        wanted = rounded(_beside(parts, i, min(len(B.data), i + rows)), dtype).data if bits is None else bits
+        if not _same_bits(B.data[i : i + rows], wanted):
+            return False
+    return True
 
 
 def _same_bits(data: Floats, wanted: Any) -> bool:
     numbers = f"u{data.itemsize}"
-    return data.shape == wanted.shape and bool((data.view(numbers) == wanted.data.view(numbers)).all())
+    return data.shape == wanted.shape and bool((data.view(numbers) == wanted.view(numbers)).all())
 
 
 def _applied(
