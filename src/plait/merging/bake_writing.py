@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.adapters.tensor_file import set_aside
 from plait.disk.files import HASHED_BYTES_AT_ONCE
 from plait.errors import RunError
 from plait.merging.bake_sites import Site
@@ -46,6 +47,7 @@ def copied(path: Path, target: Path, holes: Sequence[tuple[int, int]] = ()) -> s
     """
     digest, piece, place = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES_AT_ONCE)), 0
     with path.open("rb", buffering=0) as source, target.open("wb", buffering=0) as out:
+        set_aside(out.fileno(), path.stat().st_size)
         while count := source.readinto(piece):
             for start, stop in _outside(place, place + count, holes):
                 rest = piece[start - place : stop - place]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class StoredTensor:
         return _DTYPES[self.dtype]
 
     def _span(self, start: int, stop: int) -> tuple[int, int]:
-        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.torch_dtype.itemsize
+        row = math.prod(self.shape[1:]) * self.torch_dtype.itemsize
         return self.start + start * row, (stop - start) * row
 
     @property
