@@ -23,11 +23,9 @@ from plait.fidelity.candidates import METHODS as TRIED
 from plait.fidelity.factors_only import choose_by_factors
 from plait.merging.planning import plan_merge
 
-_BOTTOM = (
-    "torch {torch}, one thread, load average {load} on {cores} cores. On a shared machine CPU seconds are longer, since others use its "
-    "caches too; exponents less so. `ties` and `dare_ties` run loops that Numba compiled from 2^29 entries of all tasks, and passes "
-    "of torch, two to three times as slow, below: where a step crosses that, its exponent is too small."
-)
+_BOTTOM = """torch {torch}, one thread, load average {load} on {cores} cores. A load above the cores is other work on the machine: CPU
+seconds are then longer, since others use its caches too, and exponents less so. `ties` and `dare_ties` run loops that Numba compiles
+where all tasks together have 2^29 entries or more, and passes of torch below: an exponent of a step that crosses that is too small."""
 MODULES = 4
 METHODS = ("linear", "svd", "tsv", "iso_c", "core_space", "knots", "ties", "dare_ties", "pico", "advise")
 # Axis -> its values, and (adapters, rank, width) at each.
