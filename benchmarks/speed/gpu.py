@@ -113,7 +113,7 @@ def one(method: str, targets: str, a: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from plait.adapters.peft_format import write_adapter
-    from plait.merging.folders import read_all, rounded_merge, rounding_of
+    from plait.merging.folders import read_all, rounding_of
     from plait.merging.planning import plan_merge
 
     imported = time.perf_counter()
@@ -128,13 +128,13 @@ def one(method: str, targets: str, a: argparse.Namespace) -> dict[str, Any]:
         widths = {m: f.shape[1] for m, f in adapters[0].modules.items()}
         statistics = {x.name: Moments(i, widths, a.device) for i, x in enumerate(adapters)}
     plan = plan_merge(adapters, scale=0.5, device=a.device, statistics=statistics, **METHODS[method])
-    result = plan.run("merged")
+    result = plan.run("merged", rounding_of(plan, "keep"))
     _wait(a.device)
     merged = time.perf_counter()
     folder = a.work / "merged"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    write_adapter(folder, rounded_merge(result, rounding_of(plan, "keep")).adapter)
+    write_adapter(folder, result.adapter)
     file = folder / "adapter_model.safetensors"
     with file.open("rb") as f:
         os.fsync(f.fileno())
@@ -206,6 +206,8 @@ def main() -> None:
             rows.append(what | {"error": f"not finished in the {left:.0f} s that were left"})
         print(json.dumps(rows[-1]), flush=True)
         a.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    if fallen := [r["what"] for r in rows if "Error" in r.get("error", "")]:
+        sys.exit(f"ended in an error: {'; '.join(fallen)}")
 
 
 if __name__ == "__main__":
