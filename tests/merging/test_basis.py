@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.reference import merging as twin
 
-from plait.merging import basis, merge_methods, small_svd
-from plait.merging.basis import orthonormal, principal
+from plait.merging import basis, merge_methods, small_svd, sum_svd
+from plait.merging.basis import gram_of, orthonormal, principal
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import smallest_kept
 from plait.merging.small_svd import thin_svd
+from plait.merging.sum_svd import svd_of_sum
 
 
 def with_condition(n: int, m: int, condition: float, seed: int = 0) -> torch.Tensor:
@@ -175,3 +177,46 @@ def test_copies_of_one_a_that_moved_a_little_are_told_apart(method, apart):
     x = MergeInputs("m", ("a", "b", "c"), (1.0, 1.0, 1.0), tuple(A), tuple(B))
     merged = merge_methods()[method].function(x).delta(torch.float64)
     assert float((merged - wanted).norm()) < 2e-6 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (2, 300, 257)])
+def test_a_gram_matrix_in_blocks_is_symmetric_and_the_whole_one(shape):
+    M = torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+    gram, whole = gram_of(M), M.double().mT @ M.double()
+    assert torch.equal(gram, gram.mT)
+    assert torch.allclose(gram, whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+
+
+def tasks(n: int, r: int, weights: tuple[float, ...], seed: int = 0) -> MergeInputs:
+    """Random factors of (n, n + 3) for as many tasks as there are weights."""
+    g = torch.Generator().manual_seed(seed)
+    A = tuple(torch.randn(r, n + 3, generator=g) for _ in weights)
+    B = tuple(torch.randn(n, r, generator=g) for _ in weights)
+    return MergeInputs("m", tuple(map(str, range(len(weights)))), weights, A, B)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.3, -2.0, 1.0)])
+def test_the_svd_of_a_sum_by_gram_matrices(weights):
+    x = tasks(60, 4, weights)
+    assert sum_svd._by_gram(x) is not None
+    U, S, V = svd_of_sum(x)
+    whole = sum(w * b.double() @ a.double() for w, a, b in zip(weights, x.A, x.B, strict=True))
+    assert torch.allclose(S, torch.linalg.svdvals(whole)[: len(S)], rtol=1e-6)
+    U, V = U.columns().double(), V.columns().double()
+    assert float((U * S @ V.T - whole).norm() / whole.norm()) < 1e-5
+    for Q in (U, V):
+        assert float((Q.T @ Q - torch.eye(len(S), dtype=torch.float64)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "weights, shared, r",
+    [((1.0, 0.0, 1.0), False, 4), ((1.0, 1.0, 1.0), True, 4), ((1.0, 1.0, 1.0), False, 25)],
+    ids=["no weight", "one A", "more columns than rows"],
+)
+def test_the_svd_of_a_sum_falls_back_where_it_is_not_to_be_trusted(weights, shared, r):
+    x = tasks(60, r, weights)
+    x = replace(x, A=(x.A[0],) * 3) if shared else x
+    assert sum_svd._by_gram(x) is None
+    U, S, V = svd_of_sum(x)
+    whole = sum(w * b.double() @ a.double() for w, a, b in zip(weights, x.A, x.B, strict=True))
+    assert float((U.columns().double() * S @ V.columns().double().T - whole).norm() / whole.norm()) < 1e-5

@@ -143,3 +143,20 @@ def test_without_numba_passes_do_it(monkeypatch):
         assert compiled.loops_for(1 << 40) is None
     finally:
         compiled._loops.cache_clear()
+
+
+def test_loops_are_compiled_where_no_cache_can_be_written(monkeypatch):
+    numba = pytest.importorskip("numba")
+    njit = numba.njit
+
+    def without_place(**options: object) -> object:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", without_place)
+    compiled._loops.cache_clear()
+    try:
+        assert compiled.loops_for(1 << 40) is not None
+    finally:
+        compiled._loops.cache_clear()

@@ -55,7 +55,14 @@ def _loops() -> Loops | None:
     except ImportError:
         return None
     # Without fastmath: sums keep their order, and no product is joined with a sum.
-    compiled: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+
+    def compiled(function: Callable[..., None]) -> Any:
+        try:  # kept for the next process where Python keeps its own, else in the user's cache
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # neither can be written
+            return numba.njit(**options)(function)
+
     return Loops(keep=compiled(_keep), vote=compiled(_vote), elect=compiled(_elect), count=compiled(_count))
 
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
 from plait.merging.core import polar, significant
+from plait.merging.factors import factors_of
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
 from plait.merging.small_svd import thin_svd
+from plait.merging.sum_svd import svd_of_sum
 from plait.options import Fraction
 
 
@@ -17,17 +19,20 @@ from plait.options import Fraction
 def iso_c(x: MergeInputs) -> LoraFactors:
     """The weighted sum U S V^T with every singular value replaced by their mean.
 
-    Cost: one SVD of (R, R) in the lossless core.
+    Cost: one eigendecomposition of (R, R), see `svd_of_sum`.
     Source: Marczak et al., ICML 2025, algorithm 1.
     **Deviates**: the mean is over the sum's nonzero singular values (at most R), and only their directions get it. The
     authors average over all min(out, in), most of which are zero for a LoRA, and give that value to the vectors of the
     zeros too, which are arbitrary. On the sum's own span theirs is this result times R / min(out, in).
     """
-    U, S, Vt = thin_svd(x.core.combination(x.weights))
+    if x.total_rank == 0:
+        return x.zero()
+    U, S, V = svd_of_sum(x)
     k = significant(S)
     if k == 0:
         return x.zero()
-    return _with_one_value(x, U[..., :k], Vt[..., :k, :].mT, S[..., :k])
+    root = S[..., :k].mean(-1, keepdim=True).sqrt()
+    return factors_of(V.first(k).columns(root).mT, U.first(k).columns(root), x.kind)
 
 
 @merge_method("iso_cts", paper="arXiv:2502.04959")
