@@ -322,7 +322,10 @@ def test_output_gradients_at_the_prompt_and_a_penalty_that_reads_them(architectu
     plait(capsys, "stats", "compress", deeper, "--rank", 2, "--out", pressed)
     assert plait(capsys, "stats", "merge", deep, tmp_path / "fourth", "--out", deeper)["reused"]
     twice += [(s, f) for s in (deep, deeper, pressed) for f in (plain[0], files[1], both, third)]
-    # two-sided, compressed, a sum and a part, sums that share one, sums of sums at any depth
+    sketch = tmp_path / "sketch"
+    plait(capsys, *given, "--sketch", 2, "--out", sketch)
+    twice += [(s, sketch) for s in (plain[1], files[1], both, deep, pressed)]
+    # two-sided, compressed, a sum and a part, sums that share one, sums of sums at any depth, sketches
     for pair in twice:
         with pytest.raises(SystemExit):
             main([str(a) for a in ("stats", "merge", *pair, "--out", tmp_path / "twice")])

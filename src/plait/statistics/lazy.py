@@ -74,18 +74,36 @@ def read_own_and_others(own: str | Path, others: Sequence[str | Path]) -> tuple[
             continue
         other = open_statistics(path)
         name = task_recorded(other, path)
-        if task in other.provenance.get("tasks", ()):
-            raise UsageError(
-                f"the pool was merged from files of {task!r} too",
-                where=str(path),
-                hint="pass the other files one by one",
-            )
+        _require_without(task, other, path)
         if name in statistics:
             raise UsageError(
                 f"two statistics files of task {name!r}", where=str(path), hint="a task is not another of itself"
             )
         statistics[name] = other
     return task, statistics
+
+
+def open_background(task: str, paths: Sequence[str | Path]) -> list[Statistics]:
+    """Open statistics of public text that stand for tasks nobody knows yet.
+
+    Raises:
+        UsageError: One of them holds the task's own rows, which are no background to themselves.
+    """
+    pools = []
+    for path in map(Path, paths):
+        pools.append(open_statistics(path))
+        if pools[-1].provenance.get("task") == task:
+            raise UsageError(
+                f"statistics of {task!r} itself", where=str(path), hint="a task is no background of itself"
+            )
+        _require_without(task, pools[-1], path)
+    return pools
+
+
+def _require_without(task: str, pool: Statistics, path: Path) -> None:
+    if task in pool.provenance.get("tasks", ()):
+        what = f"the pool was merged from files of {task!r} too"
+        raise UsageError(what, where=str(path), hint="pass the other files one by one")
 
 
 def task_recorded(statistics: Statistics, path: Path) -> str:

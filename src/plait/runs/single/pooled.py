@@ -117,7 +117,7 @@ def compress_file(file: Path, out: Path, rank: int, *, overwrite: bool) -> Compr
 
 
 def _require_other_rows(files: Sequence[Path]) -> list[str]:
-    """Refuse to count rows twice: a file beside itself, its two-sided or compressed copy, or a sum that it, or part of it, is in.
+    """Refuse to count rows twice: a file beside itself, a copy of it in another form, or a sum that it, or part of it, is in.
 
     Returns:
         What tells whose rows the files hold, all of it: what their sum is to remember.
@@ -134,7 +134,7 @@ def _require_other_rows(files: Sequence[Path]) -> list[str]:
 
 
 def _rows_of(path: Path) -> set[str]:
-    """What tells whose rows a file holds: its own hash, that of its moments together, and both of all that it was made of.
+    """What tells whose rows a file holds: hashes of itself, its moments, what it was collected from, and of all that it was made of.
 
     A file made of files remembers what each of them held, at any depth. One of an earlier version remembers their hashes alone,
     and one that was collected by such a version has no hash of its moments.
@@ -147,6 +147,10 @@ def _rows_of(path: Path) -> set[str]:
     homes = sites.homes if isinstance(sites, FileSites) else {}
     moments = [record.get("sha256") for _, record in homes.values()]
     told = {sha256_json(moments)} if moments and None not in moments else set()
+    if made.get("stage") == "statistics" and isinstance(
+        options := made.get("options"), dict
+    ):  # a sketch has other moments
+        told.add(sha256_json({"seed": made.get("seed"), **{k: options.get(k) for k in ("data", "samples")}}))
     return {sha256_file(path), *direct, *(holds if isinstance(holds, list) else ()), *told}
 
 

@@ -14,7 +14,7 @@ from plait.disk.store import identity, is_done, read_manifest, sha256_file, stag
 from plait.model.base import BaseModel, device_named
 from plait.progress import Progress
 from plait.runs.base_weights import base_weights
-from plait.statistics.lazy import open_statistics, read_own_and_others
+from plait.statistics.lazy import open_background, read_own_and_others
 from plait.statistics.moments import Statistics
 from plait.subspaces import compute_subspaces
 from plait.subspaces.post import move_into
@@ -104,7 +104,7 @@ def initialise_from_files(
     settings = replace(settings, task_type=settings.task_type or task_type_of(mine))
     if trainer is not None:
         require_trainer(trainer, settings.task_type)
-    pools = [open_statistics(p) for p in background]
+    pools = open_background(task, background)
     inputs = _hashes(own, others, background)
     wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
@@ -167,6 +167,7 @@ def move_from_files(
     require_apart(out, [folder, own, *others, *background])
     adapter = read_adapter(folder)
     task, statistics = read_own_and_others(own, others)
+    pools = open_background(task, background)
     options: dict[str, Any] = {"method": settings.method, "rank": settings.rank, "options": dict(settings.options)}
     if background:
         options["background_weight"] = settings.background_weight
@@ -182,7 +183,7 @@ def move_from_files(
         rank=settings.rank,
         options=settings.options,
         seed=seed,
-        background=[open_statistics(p) for p in background] or None,
+        background=pools or None,
         background_weight=settings.background_weight,
         device=where,
         weights=base_weights(_base_of(statistics[task]), statistics[task]),
