@@ -52,6 +52,19 @@ def test_the_rule_by_number_of_adapters(method, calibration):
     assert scale_by_rule(method, calibration, (1.0, 0.0)).value == 1.0  # one adapter stays as it is
 
 
+def test_a_sum_whose_weights_were_given_is_what_they_say():
+    for weights in ((1.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.999), (0.5, 0.0, 0.0), (0.0, 0.0, 0.0)):
+        done = merge(trio(), "task_arithmetic", weights=weights)
+        assert (done.record.scale, done.record.scale_reason) == (1.0, "the weights say how much of each is added")
+    assert (
+        merge(trio(), "task_arithmetic").record.scale == scale_by_rule("task_arithmetic", None, (1.0,) * 3).value != 1.0
+    )
+    assert (
+        "stays as it is"
+        not in scale_by_rule("tsv", None, (-1.0, 0.0)).reason + scale_by_rule("tsv", None, (0.0,)).reason
+    )
+
+
 def test_rules_are_for_methods_that_exist():
     assert {m for m, _ in RULES} <= set(merge_methods())
 

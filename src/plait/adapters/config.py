@@ -165,7 +165,11 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
                 step = step.replace("plait convert", f"plait convert {shlex.quote(str(Path(where).parent))}", 1)
             raise InputError(f"{key}: {why}", where=where, hint=step)
     if raw.get("bias", "none") != "none":
-        raise InputError(f"bias={shown(raw['bias'])}: trained biases are outside the LoRA factors", where=where)
+        raise InputError(
+            f"bias={shown(raw['bias'])}: trained biases are outside the LoRA factors",
+            where=where,
+            hint="serve it as it is, or train with bias='none'; PEFT's merge_and_unload puts it into a model",
+        )
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise InputError(

@@ -119,4 +119,6 @@ def _signed(value: float | None) -> str:
 
 def _percent(value: float | None, chance: float | None = None) -> str:
     text = "–" if value is None else f"{100 * value:.0f} %"
-    return text + (f" ({100 * chance:.1g} %)" if chance is not None else "")
+    if chance is None:
+        return text
+    return f"{text} ({100 * chance:{'.0f' if chance >= 0.01 else '.1g'}} %)"

@@ -105,7 +105,9 @@ def without_whole(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ada
         module = key.removesuffix(".weight")[cut:]
         if tensor.ndim != 2 or not key.endswith(".weight") or module in modules:
             raise InputError(
-                f"{key!r} was trained whole and is no weight of a linear or embedding module", where=str(work.folder)
+                f"{key!r} was trained whole and is no weight of a linear or embedding module",
+                where=str(work.folder),
+                hint="no low-rank update holds it: a sum at a weight of 1 carries it, or PEFT's merge_and_unload puts it into a model",
             )
         embedding = is_embedding(module)
         shape = (tensor.shape[1], tensor.shape[0]) if embedding else (tensor.shape[0], tensor.shape[1])

@@ -181,8 +181,7 @@ def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:
     """The plan at the scale that the adapters' moments say, where they say one; merged once at scale 1 for it."""
     asked = asks_moments(plan.method.name, plan.spec.calibrate)
     counted = [a for a, w in zip(plan.adapters, plan.weights, strict=True) if w]
-    weighted = bool(plan.by_module) or any(w not in (0.0, 1.0) for w in plan.weights)
-    if not asked or len(counted) < 2 or (plan.method.name in SUMS and weighted):
+    if not asked or len(counted) < 2 or (plan.method.name in SUMS and plan.spec.is_weighted):
         return plan
     merged = replace(plan, scale=1.0).run("merged").adapter.modules
     reach, two_sided = reach_of(plan.method.name, plan.spec.calibrate), "output_gradients" in plan.method.needs

@@ -131,8 +131,11 @@ def scale_by_rule(method: str, calibration: str | None, weights: Sequence[float]
         each is added), for exact sums, and for methods that nobody has measured.
     """
     count = sum(w != 0.0 for w in weights)
-    if count <= 1:
-        return Scale(1.0, "one adapter stays as it is")
+    if count == 0:
+        return Scale(1.0, "all weights are 0, and nothing is left")
+    if count == 1:
+        whole = 1.0 in weights
+        return Scale(1.0, "one adapter stays as it is" if whole else "one adapter, as much of it as its weight says")
     if method in SUMS and any(w not in (0.0, 1.0) for w in weights):
         return Scale(1.0, "the weights say how much of each is added")
     if method in EXACT_SUMS and calibration is None:
