@@ -128,6 +128,9 @@ def test_a_pool_in_one_file(pool, tmp_path, capsys):
     assert init(capsys, "--own", pool["mine"], "--others", merged, "--out", tmp_path / "a")["others"] == ["pool"]
     with pytest.raises(UsageError, match="merged from files of 'one' too"):
         initialise_from_files(pool["one"], [merged], InitialSettings(rank=2), tmp_path / "b")
+    for background, why in ((merged, "merged from files of 'one' too"), (pool["one"], "statistics of 'one' itself")):
+        with pytest.raises(UsageError, match=why):
+            initialise_from_files(pool["one"], [], InitialSettings(rank=2), tmp_path / "b", background=[background])
     with pytest.raises(InputError, match="no such file"):
         initialise_from_files(pool["one"], [], InitialSettings(), tmp_path / "b", background=[tmp_path / "none"])
     assert not (tmp_path / "b").exists()
