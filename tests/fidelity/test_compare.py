@@ -187,7 +187,7 @@ def test_adapters_that_no_merge_takes_together_are_refused(tmp_path):
 
 
 def test_a_share_by_chance_is_printed_as_a_number():
-    from plait.cli.comparing import _percent
+    from plait.cli.comparing import percent
 
-    assert [_percent(1.0, c) for c in (1.0, 0.125, 0.0042)] == ["100 % (100 %)", "100 % (12 %)", "100 % (0.4 %)"]
-    assert (_percent(None), _percent(0.5)) == ("–", "50 %")
+    assert [percent(1.0, c) for c in (1.0, 0.125, 0.0042)] == ["100 % (100 %)", "100 % (12 %)", "100 % (0.4 %)"]
+    assert (percent(None), percent(0.5)) == ("–", "50 %")

@@ -59,8 +59,8 @@ def comparison_text(comparison: Comparison) -> str:
         [a.name, f"{a.norm:.4g}", f"{100 * a.share:.0f} %", str(a.modules), str(a.rank)] for a in comparison.adapters
     ]
     pairs = [
-        [f"{p.a}, {p.b}", _signed(p.cosine), _percent(p.overlap_in, p.chance_in), _percent(p.overlap_out),
-         _percent(p.opposite), _percent(p.cancelled), str(p.modules)]
+        [f"{p.a}, {p.b}", _signed(p.cosine), percent(p.overlap_in, p.chance_in), percent(p.overlap_out),
+         percent(p.opposite), percent(p.cancelled), str(p.modules)]
         for p in comparison.pairs
     ]  # fmt: skip
     blocks = [
@@ -107,9 +107,9 @@ def _furthest(layer: Layer) -> list[str]:
     pairs = layer.pairs
     return [
         _signed(most((p.cosine for p in pairs), 0)),
-        _percent(most((p.overlap_in for p in pairs), 0)),
-        _percent(most((p.overlap_out for p in pairs), 0)),
-        _percent(most((p.opposite for p in pairs), 0.5)),
+        percent(most((p.overlap_in for p in pairs), 0)),
+        percent(most((p.overlap_out for p in pairs), 0)),
+        percent(most((p.opposite for p in pairs), 0.5)),
     ]
 
 
@@ -117,7 +117,8 @@ def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"
 
 
-def _percent(value: float | None, chance: float | None = None) -> str:
+def percent(value: float | None, chance: float | None = None) -> str:
+    """Print a share in percent, in brackets what chance gives; a dash where there is none."""
     text = "–" if value is None else f"{100 * value:.0f} %"
     if chance is None:
         return text
