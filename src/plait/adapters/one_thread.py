@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
-import torch
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -33,6 +31,8 @@ def in_one_thread(function: Callable[P, T], *arguments: P.args, **options: P.kwa
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Have torch compute in the calling thread alone; the setting, which holds for the process, is put back."""
+    import torch  # here: sums of folders read adapters without it
+
     threads = torch.get_num_threads()
     if threads == 1:  # so too in a worker, whose setting is its own
         yield
