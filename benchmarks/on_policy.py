@@ -40,7 +40,7 @@ from plait.model.applied import applied
 from plait.model.base import BaseModel, backbone_of, load_task_model
 from plait.tasks import Examples, Source, Task
 from plait.tasks.metrics import rouge_l
-from plait.tasks.rows import read_table
+from plait.tasks.tables import read_table
 from plait.training.settings import TrainingSettings
 from plait.training.train import train_adapter
 

@@ -15,6 +15,7 @@ from plait.runs.single.start import initialise_from_files
 from plait.statistics import collect_statistics, merge_statistics, read_statistics, write_statistics
 from plait.subspaces import compute_subspaces
 from plait.subspaces.start import InitialSettings
+from plait.tasks import Source, Task, load_task
 from tests.conftest import tiny_rows, write_rows
 from tests.statistics.models import batches, build
 
@@ -88,6 +89,59 @@ def test_from_files_only_with_and_without_background(pool, tmp_path, capsys):
     starts = [a.modules[first].A for a in made.values()]
     for i, x in enumerate(starts):
         assert not any(torch.allclose(x, y, atol=1e-4) for y in starts[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("bert", "classification"), ("bert", "regression"), ("llama", "causal")]
+)
+def test_text_alone_has_statistics_too(architecture, kind, tiny_base, tmp_path, capsys):
+    base, target = tiny_base(architecture).name, "query" if architecture == "bert" else "q_proj"
+    rows = tiny_rows(2, 40, seed=3)
+    bare = write_rows(tmp_path / "bare.csv", [{"text": r["text"]} for r in rows])
+    labelled = write_rows(tmp_path / "labelled.csv", rows)
+    command = ["--base", base, "--task", "public", "--text", "text", "--samples", "30"]
+    command += ["--kind", kind, "--target-modules", target]
+    command += ["--train-file", bare, "--out", tmp_path / "bare"]
+    code, made = stats(capsys, *command)
+    assert (code, made["samples"]) == (0, 30), made
+    code, again = stats(capsys, *command)
+    assert (code, again["reused"]) == (0, True)
+    with pytest.raises(SystemExit):
+        main(["stats", *map(str, command), "--overwrite"])
+    assert "no column 'label': its texts are read alone" in capsys.readouterr().err
+    code, refused = stats(capsys, *command, "--label", "label", "--overwrite")
+    assert code == 3 and "no column 'label'" in str(refused["error"])
+    code, of_heads = stats(capsys, *command, "--output-gradients", "--overwrite")
+    if kind == "classification":
+        assert code == 2 and "how many classes" in str(of_heads["error"])
+    else:
+        assert code == 0 and of_heads["output_gradients"] == 2
+    if kind == "classification":  # whose layers never see a label: the same moments with and without
+        assert stats(capsys, *command[:-4], "--train-file", labelled, "--out", tmp_path / "labelled")[0] == 0
+        one, other = (read_statistics(tmp_path / n).sites for n in ("bare", "labelled"))
+        assert all(torch.equal(one[s].second, other[s].second) for s in one)
+
+
+def test_text_alone_is_no_task_to_train(tiny_base, tmp_path, capsys):
+    bare = tmp_path / "bare.csv"
+    bare.write_text("text\n" + "".join(f"w{i} w{i + 1}\n" for i in range(20)))
+    told = [
+        "--base",
+        tiny_base("llama").name,
+        "--task",
+        "public",
+        "--train-file",
+        bare,
+        "--text",
+        "text",
+        "--kind",
+        "causal",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "none", *map(str, told), "--label", "", "--out", str(tmp_path / "none")])
+    assert ended.value.code in (2, 3) and not (tmp_path / "none").exists()
+    with pytest.raises(InputError, match="no column 'label'"):
+        load_task(Task("public", "causal", Source(str(bare)), ("text",)))
 
 
 def stats(capsys, *arguments):

@@ -9,7 +9,7 @@ from pathlib import Path
 from plait.disk.store import require_regular
 from plait.errors import InputError, UsageError
 from plait.tasks.chat import packed_prompt
-from plait.tasks.rows import read_table
+from plait.tasks.tables import read_table
 
 Texts = tuple[tuple[str, ...], ...]
 _NAMES = ("text", "sentence", "prompt", "messages", "content")  # the first of these is read where no column is named

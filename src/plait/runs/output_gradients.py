@@ -20,6 +20,7 @@ from plait.statistics.output_gradients import with_output_gradients
 from plait.tasks import Task, batches, to_device
 from plait.tasks.encoding import encode
 from plait.tasks.task import TEXT_KINDS
+from plait.tasks.text_alone import UNKNOWN
 
 
 def with_curvature(statistics: Mapping[str, Statistics], session: Session, seed: int) -> dict[str, Statistics]:
@@ -58,13 +59,19 @@ def beside(
         first: Place of the first row among the task's, where these are a shard.
 
     Raises:
-        UsageError: A task of a model that reads and writes apart (seq2seq).
+        UsageError: A task of a model that reads and writes apart (seq2seq), or one whose number of classes nobody says.
     """
     if task.kind == "seq2seq":
         raise UsageError(
             "output gradients are of models that classify, or that write on from what they read; this is seq2seq",
             where=f"task {task.name}",
             hint="leave output_gradients (or curvature) out",
+        )
+    if task.kind == "classification" and not task.label_column and task.labels == UNKNOWN:
+        raise UsageError(
+            "output gradients are those of a head, and rows without labels do not say how many classes it has",
+            where=f"task {task.name}",
+            hint=f"--label COLUMN, or --set tasks.{task.name}.labels=[...]",
         )
     evaluator, device = session.evaluator, session.base.torch_device
     model = evaluator.task_model(task.name)

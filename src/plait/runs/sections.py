@@ -83,7 +83,7 @@ class TaskSpec(Strict):
     train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
     validation: str | None = Field(None, description="held-out rows; every fifth training row without it")
     text: OneOrMore = Field(description="columns of the text: one, two for a pair, more for a template")
-    label: str = Field("label", description="column of the label or the answer")
+    label: str = Field("label", min_length=1, description="column of the label or the answer")
     kind: Literal["classification", "regression", "causal", "seq2seq"] = Field(
         "classification", description="a head that classifies or measures, or a model that answers in words"
     )

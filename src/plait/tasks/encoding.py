@@ -40,8 +40,10 @@ def encode(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> l
 def encode_counted(tokenizer: Any, task: Task, examples: Examples, max_length: int) -> tuple[list[Row], Cut]:
     """Tokenise rows as `encode` does, and count those that were cut."""
     if task.kind == "causal":
-        rows = _causal_rows(tokenizer, task, examples)
-        _require_answers(task, rows, examples, max_length)
+        answered = task.label_column or task.chat == "messages"
+        rows = _causal_rows(tokenizer, task, examples) if answered else _plain_rows(tokenizer, examples)
+        if answered:
+            _require_answers(task, rows, examples, max_length)
         cut = cut_of(tokenizer, _lengths(rows, "input_ids"), max_length)
         return [_end_of(r, max_length) for r in rows], cut
     if task.kind == "seq2seq":
@@ -73,6 +75,12 @@ def _seq2seq_rows(tokenizer: Any, examples: Examples, targets: list[str], max_le
         {"input_ids": ids, "attention_mask": mask, "labels": target}
         for ids, mask, target in zip(prompts["input_ids"], prompts["attention_mask"], labels, strict=True)
     ]
+
+
+def _plain_rows(tokenizer: Any, examples: Examples) -> list[Row]:
+    """Texts without answers as they are, whatever their length; every token but the first is foretold from those before it."""
+    each = tokenizer([t[0] for t in examples.texts], truncation=True, max_length=UNCUT)["input_ids"]
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED, *ids[1:]]} for ids in each]
 
 
 def _causal_rows(tokenizer: Any, task: Task, examples: Examples) -> list[Row]:

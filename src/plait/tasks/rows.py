@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plait.disk.store import require_regular
-from plait.errors import EnvironmentFault, InputError, UsageError
+from plait.errors import InputError, UsageError
 from plait.tasks.answers import checked_references, named_answer, require_slots
 from plait.tasks.chat import checked_messages, packed
+from plait.tasks.tables import hub_table, read_table
 from plait.tasks.task import OPEN_ONLY, SPLITS, TEXT_KINDS, Examples, Task
+from plait.tasks.text_alone import no_labels, without_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_LINE_LIMIT = 64 << 20  # bytes of one json or csv row that pyarrow may buffer
 MAX_ANSWERS = 200  # text tasks with at most so many distinct answers choose among them; with more the answers are open
 _CLASS_LIMIT = 100_000  # larger numbers are identifiers of something else
 _LARGEST = float(np.finfo(np.float32).max)
@@ -27,6 +27,8 @@ HELD_OUT_EVERY = 5  # without a validation file, every fifth row is held out
 
 def load_task(task: Task, *, root: Path | None = None) -> Task:
     """Complete a task by what its training rows tell: class names or answers (where none are given), the mean of targets."""
+    if not task.label_column:
+        return without_labels(task)
     if task.kind == "regression":
         targets = np.asarray(load_examples(task, "train", root=root).labels)
         return replace(task, target_mean=float(targets.mean()))
@@ -188,6 +190,8 @@ def _fill(task: Task, fields: dict[str, str]) -> str:
 
 
 def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
+    if not task.label_column:
+        return no_labels(task, len(ids))
     values = table[task.label_column].to_pylist()
     _require_filled(values, ids, task, split)
     if task.kind == "regression":
@@ -214,11 +218,11 @@ def _numbers(task: Task, values: list[Any], ids: Any, split: str) -> Any:
 
 def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     place = task.source.train if split == "train" else task.source.validation or task.source.train
-    wanted = [*task.text_columns, *([] if task.chat == "messages" else [task.label_column])]
+    wanted = [*task.text_columns, *([] if task.chat == "messages" or not task.label_column else [task.label_column])]
     plain = wanted if task.chat != "messages" else []  # conversations are checked one by one
     if task.references is not None and split == "validation":
         wanted = [*wanted, task.references]
-    table = _hub_table(place, task) if place.startswith("hub:") else _local_table(Path(root or ".") / place, task)
+    table = _source_table(task, place, root)
     missing = [c for c in wanted if c not in table.column_names]
     if missing:
         raise InputError(
@@ -230,7 +234,16 @@ def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     return table.select(wanted)
 
 
-def _local_table(path: Path, task: Task) -> pa.Table:
+def columns_of(task: Task, *, root: Path | None = None) -> list[str]:
+    """Names of the columns of a task's training rows."""
+    names: list[str] = _source_table(task, task.source.train, root).column_names
+    return names
+
+
+def _source_table(task: Task, place: str, root: Path | None) -> pa.Table:
+    if place.startswith("hub:"):
+        return hub_table(place, f"task {task.name}")
+    path = Path(root or ".") / place
     if not path.exists():
         hint = "files of tasks lie under data.root: --set data.root=DIR"
         raise InputError("no such file", where=str(path), hint=hint)
@@ -249,45 +262,3 @@ def _require_plain(table: pa.Table, name: str, task: Task, split: str) -> None:
         table[name].validate(full=True)
     except pa.ArrowInvalid:
         raise InputError(f"column {name!r} is not UTF-8", where=_where(task, split), hint="save it as UTF-8") from None
-
-
-def read_table(path: Path, text_columns: Sequence[str] = ()) -> pa.Table:
-    """Read a csv, tsv, jsonl or parquet file, whole; in csv and tsv the text columns are read as text whatever they hold.
-
-    Raises:
-        InputError: No such file, another kind of file, or a damaged one.
-    """
-    import pyarrow as pa
-    from pyarrow import csv, json, parquet
-
-    require_regular(path)
-    kind = path.suffix.lower()
-    try:
-        if kind == ".parquet":
-            return parquet.read_table(path)
-        if kind in (".jsonl", ".json"):
-            return json.read_json(path, read_options=json.ReadOptions(block_size=_LINE_LIMIT))
-        if kind in (".csv", ".tsv"):
-            delimiter = "\t" if kind == ".tsv" else ","
-            strings = csv.ConvertOptions(column_types={c: pa.string() for c in text_columns}, strings_can_be_null=False)
-            parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-            return csv.read_csv(path, csv.ReadOptions(block_size=_LINE_LIMIT), parse, strings)
-    except (pa.ArrowException, OSError) as e:
-        raise InputError(
-            f"cannot be read: {str(e).splitlines()[0]}", where=str(path), hint="UTF-8, one row a line"
-        ) from None
-    raise InputError(f"unknown kind of file {kind!r}", where=str(path), hint="csv, tsv, jsonl or parquet")
-
-
-def _hub_table(place: str, task: Task) -> pa.Table:
-    from datasets import load_dataset
-
-    name, config, split, *_ = [*place.removeprefix("hub:").split(":"), "", ""]
-    try:
-        data = load_dataset(name, config or None, split=split or "train")
-    except Exception as e:  # the hub client raises many unrelated types
-        first = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise EnvironmentFault(
-            f"cannot load {place}: {first}", where=f"task {task.name}", hint="offline? name local files instead"
-        ) from e
-    return data.with_format("arrow")[:]

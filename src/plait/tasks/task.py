@@ -46,7 +46,8 @@ class Task:
         kind: "classification", "regression", "causal" (a decoder writes the label) or "seq2seq".
         source: Where its rows are.
         text_columns: One column, or two for a pair of texts.
-        label_column: Class ids or names, numbers for regression, text for causal and seq2seq.
+        label_column: Class ids or names, numbers for regression, text for causal and seq2seq; "" for rows of text alone, of which
+            statistics can be taken.
         labels: Class names in order of their ids.
         metrics: Names in `plait.tasks.metrics`; the score is their mean.
         target_mean: Mean of the training targets (regression): where a fresh head starts, so that the first steps are not

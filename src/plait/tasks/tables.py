@@ -1,0 +1,66 @@
+"""Tables as they lie in files and on the hub, before anything is known of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plait.disk.store import require_regular
+from plait.errors import EnvironmentFault, InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_LINE_LIMIT = 64 << 20  # bytes of one json or csv row that pyarrow may buffer
+
+
+def read_table(path: Path, text_columns: Sequence[str] = ()) -> pa.Table:
+    """Read a csv, tsv, jsonl or parquet file, whole; in csv and tsv the text columns are read as text whatever they hold.
+
+    Raises:
+        InputError: No such file, another kind of file, or a damaged one.
+    """
+    import pyarrow as pa
+    from pyarrow import csv, json, parquet
+
+    require_regular(path)
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            return parquet.read_table(path)
+        if kind in (".jsonl", ".json"):
+            return json.read_json(path, read_options=json.ReadOptions(block_size=_LINE_LIMIT))
+        if kind in (".csv", ".tsv"):
+            delimiter = "\t" if kind == ".tsv" else ","
+            strings = csv.ConvertOptions(column_types={c: pa.string() for c in text_columns}, strings_can_be_null=False)
+            parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+            return csv.read_csv(path, csv.ReadOptions(block_size=_LINE_LIMIT), parse, strings)
+    except (pa.ArrowException, OSError) as e:
+        raise InputError(
+            f"cannot be read: {str(e).splitlines()[0]}", where=str(path), hint="UTF-8, one row a line"
+        ) from None
+    raise InputError(f"unknown kind of file {kind!r}", where=str(path), hint="csv, tsv, jsonl or parquet")
+
+
+def hub_table(place: str, where: str) -> pa.Table:
+    """Load a data set of the hub, whole.
+
+    Args:
+        place: "hub:NAME[:CONFIG[:SPLIT]]"; the split is "train" where none is named.
+        where: What an error names.
+
+    Raises:
+        EnvironmentFault: It cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    name, config, split, *_ = [*place.removeprefix("hub:").split(":"), "", ""]
+    try:
+        data = load_dataset(name, config or None, split=split or "train")
+    except Exception as e:  # the hub client raises many unrelated types
+        first = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise EnvironmentFault(
+            f"cannot load {place}: {first}", where=where, hint="offline? name local files instead"
+        ) from e
+    return data.with_format("arrow")[:]
