@@ -34,7 +34,7 @@ from plait.entry import SAME_PRODUCTS
 from plait.model.base import BaseModel
 
 _RANK = 5
-_WIDE = {"hidden_size": 192, "intermediate_size": 384}  # products of this size are split over threads
+_COLUMNS = 192  # of the base that is run; products of this size are split over threads
 BY_TEXTS: Mapping[str, Sequence[str]] = {
     "featcal": ("--method", "featcal"),
     "regmean_pp": ("--method", "regmean_pp"),
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--only-texts", action="store_true", help="merges that run a base alone")
-    parser.add_argument("--base", type=Path, help="BERT that is run on texts, in place of a random one of 192 columns")
+    parser.add_argument("--base", type=Path, help="BERT that is run on texts, in place of a random one")
+    parser.add_argument("--columns", type=int, default=_COLUMNS, help="of that random one")
     parser.add_argument("--methods", nargs="*", default=list(BY_TEXTS), help="of those that run a base")
     parser.add_argument("--width", type=int, default=384, help="of the modules: torch splits products of this size")
     chosen = parser.parse_args()
@@ -59,21 +60,28 @@ def main() -> None:
     if not chosen.only_texts:
         rows += [repeated(m, chosen.runs, chosen.width) for m in METHODS]
         rows += [repeated(m, chosen.runs, chosen.width, rank=_RANK) for m in ("tsv", "ties")]
-    rows += [by_texts(what, BY_TEXTS[what], chosen.runs, chosen.base) for what in chosen.methods]
+    rows += [by_texts(what, BY_TEXTS[what], chosen.runs, chosen.base or chosen.columns) for what in chosen.methods]
     for r in rows:
         print(f"{r.what}: {r.held} of {r.tried}", file=sys.stderr)
     write_part(chosen.to, "same", rows, " ".join(["python -P -m benchmarks.trust.same", *sys.argv[1:]]))
 
 
-def by_texts(what: str, words: Sequence[str], runs: int, folder: Path | None = None) -> Row:
-    """A merge that runs a base on texts, each run against the first, the adapters in one order; without a folder a small random base.
+def by_texts(what: str, words: Sequence[str], runs: int, run: Path | int = _COLUMNS) -> Row:
+    """A merge that runs a base on texts, each run against the first, the adapters in one order.
+
+    The base is a BERT's folder, or a number of columns: then a random one of two layers.
 
     What is fitted front to back depends on the order in which rows are added up, so the order is a part of its identity.
     """
     with tempfile.TemporaryDirectory() as scratch:
         root, texts = Path(scratch), Path(scratch) / "texts.txt"
         texts.write_text("".join(f"w{i} w{(7 * i) % 50} w{(3 * i) % 50}\n" for i in range(40)), encoding="utf-8")
-        base = BaseModel(str(folder or save_model(root / "base", "bert", **_WIDE)), device="cpu")
+        folder = (
+            run
+            if isinstance(run, Path)
+            else save_model(root / "base", "bert", hidden_size=run, intermediate_size=2 * run)
+        )
+        base = BaseModel(str(folder), device="cpu")
         pair = [write(root / n, random_adapter(base, "bert", n, "classification", i)) for i, n in enumerate("ab")]
         told = [part for f in pair for part in ("--text", f"{f.name}={texts}")]
         kind, more = (words[:1], words[1:]) if words[0] == "auto" else ((), words)
@@ -88,7 +96,7 @@ def by_texts(what: str, words: Sequence[str], runs: int, folder: Path | None = N
             other = sorted(n for n in {*first, *result} if first.get(n) != result.get(n))
             said = f"run {i} with {1 + i % 2} threads: other bytes in {', '.join(other)}" if other else ""
             outcomes.append(said if result else "nothing was written")
-    on = f" on {folder.name}" if folder else ""
+    on = f" on {run.name}" if isinstance(run, Path) else "" if run == _COLUMNS else f" on {run} columns"
     return row(f"{what}{on}: runs with 1 and 2 threads: the same bytes", outcomes)
 
 
