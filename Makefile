@@ -68,9 +68,11 @@ trust: $(VENV)/.test
 	$(TRUST_RUN).mutants --to $(TRUST) --count $(TRUST_MUTANTS)
 	$(TRUST_RUN) $(TRUST) --out docs/results/trust
 
-# Whole commands beside what they are measured against, into docs/results/speed.json and speed.md: some minutes, 12 GB in .bench.
+# Whole commands beside what they are measured against, into docs/results/speed.json and speed.md, and how
+# merging grows, into growth.json, .md and .svg: a quarter of an hour, 12 GB in .bench.
 bench: $(VENV)/.test
 	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed --work .bench --out docs/results/speed
+	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed.growth --out docs/results/growth
 	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed.growth --out docs/results/growth
 
 # The same code with the oldest versions that pyproject.toml allows, and with the newest there are.

@@ -83,10 +83,18 @@ def main() -> None:
         default=1 << 30,
         help="leave out points of more numbers in all factors, to try the script",
     )
+    p.add_argument(
+        "--axes", default=",".join(AXES), help="what is measured now; the others stay as an earlier run wrote them"
+    )
     a = p.parse_args()
     torch.set_num_threads(1)
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    earlier = a.out.with_suffix(".json")
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {axis: {} for axis in AXES}
+    if earlier.exists():
+        curves |= json.loads(earlier.read_text())["curves"]
     for axis, values in AXES.items():
+        if axis not in a.axes.split(","):
+            continue
         curves[axis] = {m: [] for m in METHODS}
         for value, (count, rank, width) in values:
             if count * rank * width > a.largest:
@@ -103,9 +111,11 @@ def write(out: Path, curves: dict[str, dict[str, list[tuple[int, float]]]]) -> N
     machine = {"torch": torch.__version__, "threads": 1, "cores": os.cpu_count(), "load": round(os.getloadavg()[2], 1)}
     out.with_suffix(".json").write_text(json.dumps({"machine": machine, "curves": curves}, indent=1) + "\n")
     lines = ["# How merging grows", "", *(__doc__ or "").strip().splitlines()[2:], "", f"![curves]({out.name}.svg)"]
-    figure, places = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 4.2), layout="constrained", squeeze=False)
     measured = {axis: by_method for axis, by_method in curves.items() if any(by_method.values())}
-    for place, (axis, by_method) in zip(places[0], measured.items(), strict=False):
+    figure, places = plt.subplots(
+        1, len(measured), figsize=(4.5 * len(measured), 4.2), layout="constrained", squeeze=False
+    )
+    for place, (axis, by_method) in zip(places[0], measured.items(), strict=True):
         for method, points in by_method.items():
             place.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=method)
         place.set(xlabel=axis, ylabel="CPU seconds")

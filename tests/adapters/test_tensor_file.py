@@ -201,3 +201,12 @@ def test_a_header_alone_is_checked_too(tmp_path):
     seen = []
     shapes, _, digest = begin_shapes(tmp_path / "x.safetensors", None, check=seen.append)
     assert seen == [{"a": (2, 3)}] and shapes["a"].shape == (2, 3) and digest() == ""
+
+
+@pytest.mark.parametrize("answer", [None, lambda fd, mode, start, size: -1], ids=["no such call", "refused"])
+def test_a_disk_that_sets_no_place_aside_gets_the_same_bytes(answer, tmp_path, monkeypatch):
+    tensors = {"a": torch.arange(1 << 21, dtype=torch.float32), "b": torch.ones(3)}
+    write_tensors(tmp_path / "aside", tensors)
+    monkeypatch.setattr(tensor_file, "_fallocate", answer)
+    write_tensors(tmp_path / "plain", tensors)
+    assert (tmp_path / "aside").read_bytes() == (tmp_path / "plain").read_bytes()
