@@ -25,7 +25,10 @@ from plait.merging.planning import plan_merge
 
 _BOTTOM = """torch {torch}, one thread, load average {load} on {cores} cores. A load above the cores is other work on the machine: CPU
 seconds are then longer, since others use its caches too, and exponents less so. `ties` and `dare_ties` run loops that Numba compiles
-where all tasks together have 2^29 entries or more, and passes of torch below: an exponent of a step that crosses that is too small."""
+where all tasks together have 2^29 entries or more, and passes of torch below: an exponent of a step that crosses that is too small.
+
+At rank 128 the ranks of eight adapters add up to the width. There `ties` and `dare_ties` write their result as it is, where they
+otherwise cut it, and take less; `tsv`, `iso_c` and `core_space` decompose a square matrix and take several times more than twice."""
 MODULES = 4
 METHODS = ("linear", "svd", "tsv", "iso_c", "core_space", "knots", "ties", "dare_ties", "pico", "advise")
 # Axis -> its values, and (adapters, rank, width) at each.
@@ -123,7 +126,8 @@ def write(out: Path, curves: dict[str, dict[str, list[tuple[int, float]]]]) -> N
         head = f"| {axis} | {' | '.join(map(str, values))} | exponent of the last step |"
         lines += ["", f"## By {axis}", "", head, "|---" * (len(values) + 2) + "|"]
         for method, points in by_method.items():
-            lines.append(f"| {method} | {' | '.join(f'{s:.3f}' for _, s in points)} | {exponent(points):.1f} |")
+            cells = [f"{dict(points)[value]:.3f}" if value in dict(points) else "not run" for value in values]
+            lines.append(f"| {method} | {' | '.join(cells)} | {exponent(points):.1f} |")
     places[0][0].legend(fontsize=7)
     lines += ["", _BOTTOM.format(**machine)]
     figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
