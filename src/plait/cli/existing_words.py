@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 # What the tables say, below them.
 _PICO = "pico: directions of B that the adapters share were shrunk first."
-_WORDS = f"followed: agreement and probability, beyond chance, mean over adapters (docs/existing.md). {_PICO}"
+_WORDS = (
+    f"followed: the probability given to their answers, beyond chance, mean over adapters (docs/existing.md). {_PICO}"
+)
 _FIDELITY_WORDS = (
     "agreement: how often the merge predicts what the adapter predicts on its own texts (a correlation for a regression);\n"
     "KL: how far its probabilities are from the adapter's; base's: the same of the bare base; shift: 1 is the base's distance."
