@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -111,3 +112,14 @@ def test_it_is_told_before_the_first_round(make_panel):
     said.clear()
     merge_auto(*asked, settings=settings, announce=False, on_progress=said.append)
     assert not any(line.startswith("about ") for line in said)
+
+
+def test_merges_are_timed_on_modules_that_all_adapters_have(make_panel):
+    one, two = (p.adapter for p in make_panel(texts=4).parts[:2])
+    first, *others = one.modules
+    two = replace(two, modules={m: two.modules[m] for m in others})
+    sampled, share = duration._sampled([one, two])
+    assert [list(a.modules) for a in sampled] == [others[: duration._SAMPLED]] * 2
+    assert share == min(duration._SAMPLED, len(others)) / len(one.modules)
+    apart = replace(two, modules={others[0]: two.modules[others[0]]}), replace(one, modules={first: one.modules[first]})
+    assert duration._sampled(apart) == ([*apart], 1.0)

@@ -11,18 +11,19 @@ import torch
 from plait.adapters.lora import Adapter
 from plait.adapters.one_thread import in_one_thread
 from plait.fidelity.answers import Answers
-from plait.fidelity.candidates import Recipe, merged_by
+from plait.fidelity.candidates import METHODS, merged_by, recipes
 from plait.fidelity.distil import distil
 from plait.fidelity.losses import loss_of
-from plait.fidelity.moments import moments_of
+from plait.fidelity.moments import collect_moments, merged_kinds, moments_of
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts
 from plait.fidelity.tokens import rows_of
 from plait.merging.metric import cut_solution
 
-# Texts of each adapter that are timed, short and long ones; scales of one adapter that read them together; steps; the side of a system.
-_FEW, _TOGETHER, _STEPS, _SIDE = 8, 8, 2, 512
+# Texts of each adapter that are timed, short and long ones; scales of one adapter that read them together; steps; the side of a system;
+# modules that are merged.
+_FEW, _TOGETHER, _STEPS, _SIDE, _SAMPLED = 8, 8, 2, 512, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,8 @@ class Pace:
 def pace_of(panel: Panel, adapters: Sequence[Adapter], clock: Callable[[], float] = time.perf_counter) -> Pace:
     """Time on a few texts of each adapter what a choice is made of.
 
-    A fit runs a text twice through the model, a block at a time, and multiplies what each layer reads by itself: `_FIT` readings. A merge
-    by a costlier method takes longer than the one that is timed, a step that moves factors a little longer than one of weights.
+    A fit runs a text twice through the model, a block at a time, and multiplies what each layer reads by itself: `_FIT` readings. Merges
+    are timed on a few modules, by every method; a step that moves factors takes a little longer than one of weights.
 
     Args:
         panel: Base, adapters and texts.
@@ -98,18 +99,30 @@ def pace_of(panel: Panel, adapters: Sequence[Adapter], clock: Callable[[], float
     part = few.parts[0]
     for _ in range(2):
         moments = timed(lambda: moments_of(alike, part, None)) / _tokens(alike, 0)
-    merge = timed(lambda: merged_by(Recipe("tsv"), adapters, {}))
+    known = collect_moments(alike)
+    tried, (sampled, share) = list(recipes(merged_kinds(known), METHODS)), _sampled(adapters)
+    for _ in range(2):
+        merge = timed(lambda: [merged_by(recipe, sampled, known) for recipe in tried]) / (len(tried) * share)
     solve = timed(lambda: _solved(_SIDE)) / _SIDE**3
     sizes = [max(f.shape) for f in first.modules.values()]
     return Pace(
         Work(
-            read, moments, _MERGE * merge, step, _REPAIR * step, _FIT * read,
+            read, moments, merge, step, _REPAIR * step, _FIT * read,
             solve * sum(n**3 for n in sizes) / len(sizes),
         )
     )  # fmt: skip
 
 
-_FIT, _MERGE, _REPAIR = 3.5, 1.5, 1.3
+_FIT, _REPAIR = 3.5, 1.3
+
+
+def _sampled(adapters: Sequence[Adapter]) -> tuple[list[Adapter], float]:
+    """Keep a few modules that all adapters have, and the share they are of all; everything where there are none."""
+    modules = {m for a in adapters for m in a.modules}
+    shared = [m for m in adapters[0].modules if all(m in a.modules for a in adapters)][:_SAMPLED]
+    if not shared:
+        return list(adapters), 1.0
+    return [replace(a, modules={m: a.modules[m] for m in shared}) for a in adapters], len(shared) / len(modules)
 
 
 def told(panel: Panel, adapters: Sequence[Adapter], work: Work) -> str:
