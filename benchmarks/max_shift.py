@@ -157,9 +157,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--texts", type=int, default=32)
     p.add_argument("--general-texts", type=int, default=40)
     p.add_argument("--methods", type=lambda t: tuple(t.split(",")), default=("tsv", "regmean"))
-    p.add_argument(
-        "--limits", type=limits_of, default=[None, 0.03, 0.01], help="none first, for the page"
-    )
+    p.add_argument("--limits", type=limits_of, default=[None, 0.03, 0.01], help="none first, for the page")
     p.add_argument("--work", required=True, type=Path, help="where the merges are kept")
     p.add_argument("--resamples", type=int, default=1000)
     return p.parse_args(arguments)
