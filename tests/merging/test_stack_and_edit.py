@@ -118,6 +118,29 @@ def test_an_ordinary_merge_points_to_the_stack(tmp_path):
 # --- edits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", None])
+def test_a_scale_that_nobody_gave_is_chosen_anew_where_adapters_come_or_go(tmp_path, adapters, method):
+    a, b, c, d = (str(adapters[n]) for n in "abcd")
+    for folders, name in (([a, b, c], "abc"), ([a, b], "ab"), ([a, b, c, d], "abcd")):
+        merge_folders(folders, tmp_path / name, method)
+    weights = "adapter_model.safetensors"
+    for change, wanted in ((Change(remove=["c"]), "ab"), (Change(add=[d]), "abcd")):
+        done = edit(tmp_path / "abc", change, tmp_path / f"now-{wanted}")
+        assert done.record.scale_reason.startswith(f"the rule for {len(wanted)} adapters by ")
+        assert (tmp_path / f"now-{wanted}" / weights).read_bytes() == (tmp_path / wanted / weights).read_bytes()
+
+
+def test_a_scale_that_was_given_stays_and_so_does_what_weights_say(tmp_path, adapters):
+    abc = [str(adapters[n]) for n in "abc"]
+    merge_folders(abc, tmp_path / "given", "task_arithmetic", scale=0.4)
+    assert edit(tmp_path / "given", Change(remove=["c"]), tmp_path / "given-ab").record.scale == 0.4
+    merge_folders(abc, tmp_path / "sum", "task_arithmetic", weights=[1.0, 1.0, 1.0])
+    assert edit(tmp_path / "sum", Change(remove=["c"]), tmp_path / "sum-ab").record.scale == 1.0
+    merge_folders(abc, tmp_path / "ruled", "task_arithmetic")
+    ruled = edit(tmp_path / "ruled", Change(weights={"c": 0.5}), tmp_path / "ruled-c").record
+    assert ruled.scale == merge_folders(abc, tmp_path / "x", "task_arithmetic").record.scale
+
+
 @pytest.mark.parametrize(("method", "options"), [("tsv", {}), ("ties", {"density": 0.5}), ("linear", {})])
 def test_edited_is_what_merging_anew_gives(tmp_path, adapters, method, options):
     abc = [str(adapters[n]) for n in "abc"]

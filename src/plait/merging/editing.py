@@ -23,6 +23,7 @@ from plait.merging.planning import require_use
 from plait.merging.record import MergeRecord, input_of, labels_of
 from plait.merging.registry import Combination, find_method
 from plait.merging.rounding import in_dtype
+from plait.merging.scales import WEIGHTS_SAY
 
 # A linear merge at full rank loses nothing when what was taken out leaves; more than this means it was not one.
 _LOST = 1e-9
@@ -59,11 +60,12 @@ def edit(
     places = {**located(recipe, list(weights), change.inputs), **added}
     before = recipe.spec
     table = _changed_table(before.module_weights, weights, change)
+    anew = _asks_anew(recipe, change, weights)
     spec = replace(
         before,
-        weights=list(weights.values()) if table is None else None,
+        weights=None if table is not None or anew else list(weights.values()),
         module_weights=table,
-        scale=before.scale if change.scale is None else change.scale,
+        scale=None if anew else before.scale if change.scale is None else change.scale,
         device=device,
         disjoint=before.disjoint or not change.add,
     )
@@ -77,6 +79,13 @@ def edit(
         dtype=str(recipe.options.get("dtype", FLOAT32)),
         overwrite=overwrite,
     )
+
+
+def _asks_anew(recipe: Recorded, change: Change, weights: Mapping[str, float]) -> bool:
+    """Whether the scale is chosen anew: nobody gave it, nor any weight, and now there are other adapters."""
+    given = change.scale is not None or change.weights or recipe.spec.module_weights is not None
+    chosen = recipe.record.scale_reason not in ("", WEIGHTS_SAY)
+    return bool((change.add or change.remove) and not given and chosen and all(w == 1.0 for w in weights.values()))
 
 
 def _changed_table(table: ModuleWeights | None, weights: Mapping[str, float], change: Change) -> ModuleWeights | None:

@@ -19,6 +19,7 @@ _OF_WRITERS, _WRITES = "regmean", "CAUSAL_LM"  # where there are statistics, for
 EXACT_SUMS = ("linear", "cat")  # weighted sums that stay what their weights say
 SUMS = ("task_arithmetic", "svd", "dare_linear")  # sums too, of which the rule is for weights of 1
 _PICO = "pico"
+WEIGHTS_SAY = "the weights say how much of each is added"
 
 # (method, calibration) -> c and p of the scale c * T ** p for T adapters.
 RULES: Mapping[tuple[str, str | None], tuple[float, float]] = {
@@ -137,7 +138,7 @@ def scale_by_rule(method: str, calibration: str | None, weights: Sequence[float]
         whole = 1.0 in weights
         return Scale(1.0, "one adapter stays as it is" if whole else "one adapter, as much of it as its weight says")
     if method in SUMS and any(w not in (0.0, 1.0) for w in weights):
-        return Scale(1.0, "the weights say how much of each is added")
+        return Scale(1.0, WEIGHTS_SAY)
     if method in EXACT_SUMS and calibration is None:
         return Scale(1.0, f"{method} is an exact sum")
     if (method, calibration) not in RULES:

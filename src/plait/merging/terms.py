@@ -13,7 +13,7 @@ from plait.errors import UsageError
 from plait.merging.align import Alignment
 from plait.merging.combinations import Combination
 from plait.merging.record import MergeRecord, as_given, input_of, labels_of, loss_of
-from plait.merging.scales import SUMS, Scale, scale_by_rule
+from plait.merging.scales import SUMS, WEIGHTS_SAY, Scale, scale_by_rule
 from plait.merging.spec import MergeSpec
 
 
@@ -137,7 +137,7 @@ def scale_of(method: str, spec: MergeSpec, weights: Sequence[float], *, by_modul
     if spec.scale is not None:
         return Scale(_finite(spec.scale, "scale"), "")
     if (by_module or spec.is_weighted) and method in SUMS:
-        return Scale(1.0, "the weights say how much of each is added")
+        return Scale(1.0, WEIGHTS_SAY)
     return scale_by_rule(method, spec.calibrate, weights)
 
 
