@@ -121,7 +121,8 @@ def page(report: Mapping[str, Any]) -> str:
         f"and {general} sentences of MRPC. Measured on {about['rows']} "
         f"validation rows a task and {general} further sentences: *share kept*, the mean gain over the base with the adapter's head, over "
         "that of the adapters alone; *KL outside*, base to merge, mean over the heads. 95 % intervals over rows and sentences; *lost*: "
-        "against no limit, on the same draws. One set of adapters: the intervals say nothing of other trainings.",
+        "against no limit, on the same draws. One set of adapters: the intervals say nothing of other trainings. "
+        f"{about.get('limits', '')}".rstrip(),
         "",
         "| limit, nats | merge | KL outside | share kept, % | lost, points | CPU s |",
         "|---|---|---|---|---|---|",
@@ -158,6 +159,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--general-texts", type=int, default=40)
     p.add_argument("--methods", type=lambda t: tuple(t.split(",")), default=("tsv", "regmean"))
     p.add_argument("--limits", type=limits_of, default=[None, 0.03, 0.01], help="none first, for the page")
+    p.add_argument("--about-limits", default="", help="a sentence for the page: how they were chosen")
     p.add_argument("--work", required=True, type=Path, help="where the merges are kept")
     p.add_argument("--resamples", type=int, default=1000)
     return p.parse_args(arguments)
@@ -190,6 +192,7 @@ def report_of(
         }  # fmt: skip
     about = {
         "base": "all-MiniLM-L6-v2", "tasks": list(tasks), "methods": list(a.methods), "texts": a.texts, "general": a.general_texts,
+        "limits": a.about_limits,
     }  # fmt: skip
     rows = [numbers.get(limit, {"limit": limit}) for limit, _, _ in made]
     return {

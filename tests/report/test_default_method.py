@@ -48,7 +48,10 @@ ALL = {"a": moments(2), "b": moments(3)}
 
 
 def shares_on_decoders() -> dict[tuple[str, str], dict[str, float]]:
-    """(table, arm) -> method -> share kept at the scale that no label chose; of 1.5 B on the seeds that tested it."""
+    """(table, arm) -> method -> share kept at the scale that no label chose; of 1.5 B on the seeds that tested it.
+
+    The tables of the penalty's strength hold some arms of the table with one template again: those count once.
+    """
     cells: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in json.loads((RESULTS / "second-protocol.json").read_text())["rows"]:
         if row["base"].startswith("SmolLM2"):
@@ -56,6 +59,8 @@ def shares_on_decoders() -> dict[tuple[str, str], dict[str, float]]:
     for row in json.loads((RESULTS / "text-qwen15.json").read_text())["rows"]:
         if row["seed"] in (1, 2):
             cells[row["condition"], row["arm"]][row["method"]].append(row["recovered"])
+    shared = {arm for table, arm in cells if table == "text3-smollm2-one-template"}
+    cells = {key: by for key, by in cells.items() if key[0] != "text3-smollm2-beta" or key[1] not in shared}
     return {key: {m: mean(v) for m, v in by.items()} for key, by in cells.items()}
 
 
@@ -73,7 +78,7 @@ def test_regmean_keeps_more_than_tsv_on_decoders_as_the_rule_says():
         key: by["regmean"] - by["tsv"] for key, by in shares_on_decoders().items() if {"regmean", "tsv"} <= by.keys()
     }
     less = [gain for gain in gains.values() if gain < 0]
-    assert len(gains) > 50 and {"told", "bare", "text3-smollm2"} <= {table for table, _ in gains}
+    assert len(gains) == 49 and {"told", "bare", "text3-smollm2"} <= {table for table, _ in gains}
     assert len(less) == 4 and min(less) > -0.035
     assert all(gain > 0.15 for (_, arm), gain in gains.items() if arm == "kaiming")
 

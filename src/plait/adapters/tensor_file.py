@@ -140,17 +140,20 @@ def _write_at(fd: int, data: memoryview, offset: int) -> int:
     return offset
 
 
-def _allocation() -> Callable[[int, int, int, int], int] | None:
-    """Linux's fallocate; None elsewhere, where a file grows as it is written. Python's own writes zeros where a disk has no such call."""
+def _of_linux(name: str, *arguments: Any) -> Callable[..., int] | None:
+    """A call of Linux that Python has no name for; None elsewhere."""
     try:
-        found = ctypes.CDLL(None).fallocate
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
-    found.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    found.argtypes = list(arguments)  # type: ignore[attr-defined]
     return found
 
 
-_fallocate = _allocation()
+# Elsewhere a file grows as it is written, and the disk begins when it is flushed. Python's own posix_fallocate writes zeros where a disk
+# cannot set a place aside.
+_fallocate = _of_linux("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range = _of_linux("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def set_aside(fd: int, size: int) -> None:
@@ -160,19 +163,6 @@ def set_aside(fd: int, size: int) -> None:
     """
     if _fallocate is not None and size > _STRIDE:
         _fallocate(fd, 0, 0, size)
-
-
-def _writeback() -> Callable[[int, int, int, int], int] | None:
-    """Linux's sync_file_range; None elsewhere, where the disk begins when the file is flushed."""
-    try:
-        found = ctypes.CDLL(None).sync_file_range
-    except (AttributeError, OSError, TypeError):
-        return None
-    found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return found
-
-
-_sync_file_range = _writeback()
 
 
 def _begin_writeback(fd: int) -> None:

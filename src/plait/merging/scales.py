@@ -86,7 +86,7 @@ def default_with_statistics(
 
     RegMean where every adapter is of a language model and has second moments of all that it changes: in the tables of decoders it keeps
     more than TSV-M of all starts but four, which keep at most 3 points less; of PEFT's default at least 15 more. On encoders neither is
-    ahead throughout (docs/study/findings.md, tests/report/test_default_method.py).
+    ahead throughout (docs/study/defaults.md).
 
     Args:
         adapters: What is merged.

@@ -147,9 +147,8 @@ def _rows_of(path: Path) -> set[str]:
     homes = sites.homes if isinstance(sites, FileSites) else {}
     moments = [record.get("sha256") for _, record in homes.values()]
     told = {sha256_json(moments)} if moments and None not in moments else set()
-    if made.get("stage") == "statistics" and isinstance(
-        options := made.get("options"), dict
-    ):  # a sketch has other moments
+    options = made.get("options")
+    if made.get("stage") == "statistics" and isinstance(options, dict):  # a sketch of the same rows has other moments
         told.add(sha256_json({"seed": made.get("seed"), **{k: options.get(k) for k in ("data", "samples")}}))
     return {sha256_file(path), *direct, *(holds if isinstance(holds, list) else ()), *told}
 
