@@ -13,6 +13,7 @@
 # in WORK/done is not done again, and lanes that still run are left alone. A step that fails is tried once more where memory ran out,
 # and stops nothing else; after UNTIL seconds of the first start nothing new begins. `collect` waits SECONDS at most (less where all
 # is done) and leaves records.tgz (everything but answers) and answers.tgz.* of 15 MB in OUT: at most eight files.
+# LANES="small_1" EARLY=1 starts some lanes alone and without their waiting, while the decoder is not there yet; `start` later adds the rest.
 # DRY=1: two steps of a few rows on the CPU, for models as small as tests/half_hour.py makes them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -24,10 +25,12 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 # MPNet from earlier studies by the number of trainings. Rounds and full fine-tuning were never timed: they come after what is sure.
 BIG_0="q16_train:4 q16_fixed:5 wide_train:6 wide_kaiming+wide_contrastive_penalised:5 speed:5"
 BIG_1="q15_train:3 q15_auto:13 joint_train:5 joint_fixed:2"
-SMALL_0="rounds_0+rounds_1+rounds_2:12 full_0:10 full_1:10 full_2:10"
+SMALL_0="rounds_0+rounds_1+rounds_2+full_0:14 full_1:10 full_2:10"
 SMALL_1="arms:8 arms_page:1 fresh:3 fitted+heads:6"
-lanes() {
-  if [ "${GPUS:-1}" -gt 1 ]; then
+lanes() { # all, or those of LANES
+  if [ "${LANES:-}" ]; then
+    echo "$LANES"
+  elif [ "${GPUS:-1}" -gt 1 ]; then
     echo big_0 big_1 small_0 small_1
   else
     echo big_all small_all
@@ -127,7 +130,7 @@ lane() { # LANE
   [ "$gpu" = all ] && gpu=0
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-  case $1 in
+  case ${EARLY:-$1} in
     small_0) until [ -e "$WORK/ended/q16_train" ]; do sleep 1; done ;; # a training of 1.5 B plans with the memory that is free
     small_1 | small_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
   esac
@@ -241,5 +244,5 @@ plan() {
 
 case ${1:-} in
   start | status | collect | pages | plan | lane | work) "$@" ;;
-  *) sed -n '2,18p' "$0" && exit 2 ;;
+  *) sed -n '2,19p' "$0" && exit 2 ;;
 esac
