@@ -76,6 +76,11 @@ def test_every_room_has_its_share():
     assert {found.count(room) for room in ROOMS} == {5}
 
 
+def test_a_file_is_a_room_of_its_own():
+    found = drawn(PACKAGE, ["runs/single/pooled.py", "merging/exponents.py"], 8, 0)
+    assert [(room, file) for room, file, _ in found] == [(f, f) for f in ("runs/single/pooled.py", "merging/exponents.py")] * 4
+
+
 def test_tests_that_reach_the_line_and_those_beside_them():
     lines = {"a.py": {1: ["t/x.py::one", "t/x.py::slow", "t/x.py::broken"], 2: ["t/x.py::one"], 3: []}}
     reach = Reach(lines, {"t/x.py::one": 0.2, "t/x.py::slow": 9.0, "t/x.py::far": 0.1, "t/y.py::z": 0.1})

@@ -1,7 +1,7 @@
 """Mutants of the source, and whether the tests notice: ``PYTHONPATH=src:. python -P -m benchmarks.trust.mutants --to FOLDER``.
 
 A sample of small faults is drawn over the rooms in `ROOMS`, the same number from each ("readers" are files of several rooms, which
-their own room may draw as well). The tests of a room run once under
+their own room may draw as well), or over files that are named (``--only merging/exponents.py``). The tests run once under
 coverage, which says which tests reach which line. Then each fault is put into a copy of the source, and the tests that reach
 its statement run against it, quickest first, in a forked child, until one fails: killed. A fault that they let pass is given
 to all tests of the files that touch the module: survived, if those pass too. A child that does not end in its time is counted
@@ -49,6 +49,9 @@ ROOMS = {
     "adapters": ("adapters/*.py",),
     "merging": ("merging/*.py", "merging/methods/*.py"),
     "statistics": ("statistics/*.py",),
+    "fidelity": ("fidelity/*.py",),
+    "tasks": ("tasks/*.py",),
+    "single stages": ("runs/single/*.py",),
 }  # fmt: skip
 TESTS = (
     "adapters", "cases", "evaluation", "extraction", "fidelity", "formats", "laws", "loading", "merging", "reference", "report",
@@ -148,7 +151,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="nothing is begun after so long")
-    parser.add_argument("--only", nargs="*", default=list(ROOMS), help="rooms")
+    parser.add_argument("--only", nargs="*", default=list(ROOMS), help="rooms, or files below src/plait")
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="below tests/")
     parser.add_argument("--map", type=Path, help="file that keeps which tests reach which line, for further samples")
     parser.add_argument("--quick", action="store_true", help="tests that reach a statement alone, but where none does")
@@ -176,10 +179,13 @@ def main() -> None:
 
 
 def drawn(package: Path, rooms: Sequence[str], count: int, seed: int) -> list[tuple[str, str, Mutant]]:
-    """A sample: (room, file below the package, mutant), the rooms in turn, each with as many."""
+    """A sample: (room, file below the package, mutant), the rooms in turn, each with as many.
+
+    A file in place of a room is a room of its own.
+    """
     by_room = {}
     for room in rooms:
-        files = sorted({f for pattern in ROOMS[room] for f in package.glob(pattern)})
+        files = sorted({f for pattern in ROOMS.get(room, (room,)) for f in package.glob(pattern)})
         every = [(room, f.relative_to(package).as_posix(), m) for f in files for m in mutants(f.read_text("utf-8"))]
         by_room[room] = random.Random(f"{seed} {room}").sample(every, min(len(every), -(-count // len(rooms))))
     turns = [one for turn in range(count) for found in by_room.values() for one in found[turn : turn + 1]]
