@@ -78,7 +78,9 @@ def test_every_room_has_its_share():
 
 def test_a_file_is_a_room_of_its_own():
     found = drawn(PACKAGE, ["runs/single/pooled.py", "merging/exponents.py"], 8, 0)
-    assert [(room, file) for room, file, _ in found] == [(f, f) for f in ("runs/single/pooled.py", "merging/exponents.py")] * 4
+    assert [(room, file) for room, file, _ in found] == [
+        (f, f) for f in ("runs/single/pooled.py", "merging/exponents.py")
+    ] * 4
 
 
 def test_tests_that_reach_the_line_and_those_beside_them():

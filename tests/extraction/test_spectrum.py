@@ -7,6 +7,7 @@ import torch
 
 from plait.extraction import spectrum
 from plait.extraction.spectrum import extracted, loss_of
+from tests.merging.test_same_bytes import threads
 
 
 def matrix(out: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -77,3 +78,24 @@ def test_large_matrices_by_power_iterations(monkeypatch, with_moments):
 def test_all_the_energy_is_the_rank():
     D = matrix(30, 20)[:, :4] @ torch.ones(4, 20)
     assert extracted(D, energy=1.0).factors.rank == 1
+
+
+def level(out: int, width: int) -> torch.Tensor:
+    """A matrix whose singular values are the same but for rounding: last bits decide which directions come first."""
+    wide = torch.linalg.qr(torch.randn(max(out, width), min(out, width), generator=torch.Generator().manual_seed(4)))[0]
+    return wide if out >= width else wide.T.contiguous()
+
+
+@pytest.mark.parametrize("shape", [(384, 512), (512, 384)])  # sizes at which LAPACK, left to itself, splits its work
+@pytest.mark.parametrize("asked", [{"rank": 8}, {"energy": 0.2}, {"rank": 8, "metric": True}])
+@pytest.mark.parametrize("whole", [2048, 300])  # decomposed whole, or by power iterations
+def test_the_bits_do_not_hang_on_the_number_of_threads(monkeypatch, shape, asked, whole):
+    monkeypatch.setattr(spectrum, "_WHOLE", whole)
+    options = {k: v for k, v in asked.items() if k != "metric"} | {
+        "moments": moments(shape[1]) if "metric" in asked else None
+    }
+    D, cuts = level(*shape), []
+    for count in (1, 2):
+        with threads(count):
+            cuts.append(extracted(D, **options, seed=3).factors)
+    assert torch.equal(cuts[0].A, cuts[1].A) and torch.equal(cuts[0].B, cuts[1].B)

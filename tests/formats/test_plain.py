@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.store import read_json
 from plait.errors import InputError
+from plait.formats import lowrank
 from plait.formats.convert import convert
 from plait.formats.lowrank import best_rank
 from plait.formats.plain import Means
+from tests.merging.test_same_bytes import threads
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
 
@@ -202,3 +204,17 @@ def test_plain_adapters_pass_unchanged(tiny_base, tmp_path):
         assert f.scaling == after.modules[module].scaling
     (tmp_path / "again").mkdir()
     write_adapter(tmp_path / "again", after)
+
+
+@pytest.mark.parametrize("whole", [2048, 300])  # decomposed whole, or by power iterations
+def test_the_bits_of_a_cut_do_not_hang_on_the_number_of_threads(monkeypatch, whole):
+    monkeypatch.setattr(lowrank, "_WHOLE", whole)
+    noise = torch.randn(512, 384, generator=torch.Generator().manual_seed(0))
+    delta, cuts = (
+        torch.linalg.qr(noise)[0],
+        [],
+    )  # singular values alike but for rounding: last bits decide which come first
+    for count in (1, 2):
+        with threads(count):
+            cuts.append(best_rank(delta, 24).factors)
+    assert torch.equal(cuts[0].A, cuts[1].A) and torch.equal(cuts[0].B, cuts[1].B)

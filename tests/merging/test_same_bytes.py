@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import plait
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.disk.store import read_manifest
@@ -145,3 +147,23 @@ def test_the_same_set_in_another_order_is_the_same_result(tmp_path):
     turned = merge_folders(trio[::-1], tmp_path / "other", weights=[1.0, 2.0, 3.0])
     assert turned.record.tasks == NAMES[::-1] and turned.record.weights == (1.0, 2.0, 3.0)
     assert files_of(tmp_path / "other") != files_of(tmp_path / "out")
+
+
+_DECOMPOSED = {
+    "svd", "svdvals", "qr", "eigh", "eigvalsh", "cholesky", "cholesky_ex", "solve", "inv", "pinv", "lstsq", "cholesky_inverse",
+}  # fmt: skip
+
+
+def test_decompositions_outside_of_merging_are_made_in_one_thread():
+    """Modules are merged in threads of which each computes alone; everywhere else a call has to say so."""
+    package, bare = Path(plait.__file__).parent, []
+    for path in sorted(package.rglob("*.py")):
+        where = path.relative_to(package).as_posix()
+        if (
+            where.startswith("merging/") or where == "subspaces/stream.py"
+        ):  # the latter starts the library up, for no result
+            continue
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        named = [c.func for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr in _DECOMPOSED]
+        bare += [f"{where}:{f.lineno}" for f in named if ast.unparse(f.value) in ("torch", "torch.linalg")]
+    assert not bare

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
+from plait.adapters.one_thread import in_one_thread
 from plait.evaluation.interference import predicted_shifts
 from plait.merging.core import gram
 from plait.statistics import Statistics
@@ -67,7 +68,7 @@ def _overlap(adapters: list[Adapter]) -> Matrix:
     total = np.zeros((len(adapters), len(adapters)))
     modules = list(adapters[0].modules)
     for module in modules:
-        spans: list[Tensor] = [torch.linalg.qr(a.modules[module].A.double().T)[0] for a in adapters]
+        spans: list[Tensor] = [in_one_thread(torch.linalg.qr, a.modules[module].A.double().T)[0] for a in adapters]
         for i, p in enumerate(spans):
             for j, q in enumerate(spans):
                 total[i, j] += float((p.T @ q).square().sum()) / min(p.shape[1], q.shape[1])

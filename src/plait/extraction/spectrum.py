@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
+from plait.adapters.one_thread import in_one_thread
 
 # Up to this many rows or columns, the smaller number, the Gram matrix is decomposed whole; beyond, as far as is needed.
 _WHOLE = 2048
@@ -61,7 +62,9 @@ def extracted(
     """
     exact = D.double()
     seen = exact if moments is None else exact @ _root(moments)
-    total = float(seen.square().sum())
+    total = float(
+        in_one_thread(torch.sum, seen.square())
+    )  # an energy is cut by it, so its last bits are not to follow the threads
     U, values = _left(seen, rank, energy, total, seed)
     k = _kept(values, total, rank, energy)
     U = U[:, :k]
@@ -84,7 +87,7 @@ def loss_of(
 
 def _root(moments: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """L with L L^T = M; eigenvalues below zero are rounding."""
-    values, vectors = torch.linalg.eigh(moments.double())
+    values, vectors = in_one_thread(torch.linalg.eigh, moments.double())
     root: Tensor = vectors * values.clamp(min=0).sqrt()
     return root
 
@@ -107,23 +110,23 @@ def _left(
 
 def _all(X: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"]]:
     tall = X.shape[0] > X.shape[1]
-    values, vectors = torch.linalg.eigh(X.T @ X if tall else X @ X.T)
+    values, vectors = in_one_thread(torch.linalg.eigh, X.T @ X if tall else X @ X.T)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if not tall:
         return vectors, values
     sizes = values.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     kept = max(1, int((values > values[:1] * 1e-14).sum()))  # below, directions are rounding and not orthonormal
-    return torch.linalg.qr((X @ vectors[:, :kept]) / sizes[:kept])[0], values[:kept]
+    return in_one_thread(torch.linalg.qr, (X @ vectors[:, :kept]) / sizes[:kept])[0], values[:kept]
 
 
 def _block(X: Float[Tensor, "out in"], width: int, seed: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"]]:
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(X.shape[1], width, dtype=X.dtype, generator=generator)
-    Q = torch.linalg.qr(X @ start)[0]
+    Q = in_one_thread(torch.linalg.qr, X @ start)[0]
     for _ in range(_ITERATIONS):
-        Q = torch.linalg.qr(X @ torch.linalg.qr(X.T @ Q)[0])[0]
+        Q = in_one_thread(torch.linalg.qr, X @ in_one_thread(torch.linalg.qr, X.T @ Q)[0])[0]
     inner = Q.T @ X
-    values, turn = torch.linalg.eigh(inner @ inner.T)
+    values, turn = in_one_thread(torch.linalg.eigh, inner @ inner.T)
     return Q @ turn.flip(1), values.flip(0).clamp(min=0)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import UsageError
 from plait.evaluation.interference import predicted_shifts
 from plait.fidelity.comparison import AdapterLength, Comparison, Layer, Pair
@@ -185,7 +186,7 @@ def _module(module: str, shape: tuple[int, int], factors: Sequence[LoraFactors |
 
 def _whitened(G: Float[Tensor, "r r"]) -> Float[Tensor, "r k"]:
     """W with W^T G W = I, noise left out: the rows whose Gram matrix is G, made orthonormal by W."""
-    values, vectors = torch.linalg.eigh(G)
+    values, vectors = in_one_thread(torch.linalg.eigh, G)
     keep = values > _NOISE * values[-1]
     white: Tensor = vectors[:, keep] / values[keep].sqrt()
     return white

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
+from plait.adapters.one_thread import in_one_thread
 
 # Up to this many columns the Gram matrix is decomposed whole (a second or so); beyond, only as much as the rank needs.
 _WHOLE = 2048
@@ -55,7 +56,7 @@ def best_rank(delta: Float[Tensor, "out in"], rank: int, kind: str = LINEAR) -> 
     gram = D.T @ D
     energy = float(gram.trace())
     if width <= _WHOLE:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = in_one_thread(torch.linalg.eigh, gram)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     else:
         vectors = _subspace(gram, min(width, max(_MORE) * k + 8))
@@ -70,9 +71,10 @@ def best_rank(delta: Float[Tensor, "out in"], rank: int, kind: str = LINEAR) -> 
 
 def _subspace(gram: Float[Tensor, "n n"], width: int) -> Float[Tensor, "n k"]:
     generator = torch.Generator().manual_seed(0)
-    Q = torch.linalg.qr(torch.randn(gram.shape[0], width, dtype=gram.dtype, generator=generator))[0]
+    start = torch.randn(gram.shape[0], width, dtype=gram.dtype, generator=generator)
+    Q = in_one_thread(torch.linalg.qr, start)[0]
     for _ in range(8):
-        Q = torch.linalg.qr(gram @ Q)[0]
-    values, rotation = torch.linalg.eigh(Q.T @ gram @ Q)
+        Q = in_one_thread(torch.linalg.qr, gram @ Q)[0]
+    values, rotation = in_one_thread(torch.linalg.eigh, Q.T @ gram @ Q)
     turned: Tensor = Q @ rotation[:, values.argsort(descending=True)]
     return turned

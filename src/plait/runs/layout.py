@@ -26,6 +26,7 @@ from plait.runs.recipe_file import variant_of
 from plait.runs.sections import ArmSpec
 from plait.runs.session import Session, task_of
 from plait.runs.units import FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, Unit
+from plait.runs.unlabelled import lending_alone
 from plait.tasks import Task
 from plait.training.settings import TrainingSettings, identity_of
 
@@ -67,8 +68,8 @@ class Layout:
 
     @functools.cached_property
     def background(self) -> Session:
-        """The same of the tasks that only lend their statistics."""
-        return Session(self.recipe.model_copy(update={"tasks": self.recipe.background}))
+        """The same of the tasks that only lend their statistics, whose rows need no labels."""
+        return Session(lending_alone(self.recipe))
 
     def of(self, unit: Unit) -> Layout:
         """The layout of a unit's variant, which shares the base and rows loaded here where they are the same."""
@@ -230,7 +231,7 @@ class Layout:
         return options, {}
 
     def _background_identity(self, spec: Any) -> Json:
-        name = task_of(spec, self.background.root).name
+        name = task_of(spec, self.session.root).name
         return self.recorded.background[name] if self.recorded else self.background.data_identity(name)
 
     def _train(self, unit: Unit) -> tuple[Json, dict[str, str]]:

@@ -109,7 +109,9 @@ class Recipe(Settings):
     tuning_merges: list[Name] | None = Field(None, description="merges by whose best an arm's rate is chosen")
     tuning_rows: Count = Field(250, description="validation rows a task that only the sweep sees, a fifth at most")
     grid_rows: Count = Field(400, description="rows a half from which scales are chosen")
-    background: list[TaskSpec] = Field([], description="tasks that only lend their statistics")
+    background: list[TaskSpec] = Field(
+        [], description="tasks that only lend their statistics; their rows need no labels"
+    )
     repair: Repair | None = Field(None, description="a merge trained further on all tasks: a reference")
     variants: list[Variant] = Field([], description="ablations")
 

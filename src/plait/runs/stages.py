@@ -119,9 +119,11 @@ def parts_of(unit: Unit, layout: Layout) -> Path:
 def _collect(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
     """The statistics of every task, and of the background, one file each."""
     sessions = [(layout.session, "")] + ([(layout.background, BACKGROUND)] if layout.recipe.background else [])
-    spec = layout.recipe.statistics.model_copy(update={"pool": unit.pool, "samples": unit.samples})
+    own = layout.recipe.statistics.model_copy(update={"pool": unit.pool, "samples": unit.samples})
+    lent = own.model_copy(update={"output_gradients": False})  # starts read inputs alone
     wanted = layout.wanted(unit)
     for whole, prefix in sessions:
+        spec = lent if prefix else own
         session = Session(whole.recipe.model_copy(update={"statistics": spec}), whole)
         for name in session.tasks:
             finished = parts_of(unit, layout) / f"{prefix}{name}.stats.safetensors"

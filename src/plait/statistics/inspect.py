@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from plait.adapters.one_thread import in_one_thread
 from plait.errors import InputError
 from plait.statistics.agreement import require_compatible
 from plait.statistics.moments import Moments, Statistics
@@ -111,9 +112,9 @@ def summary(moments: Moments) -> SiteSummary:
 def spectrum(moments: Moments) -> torch.Tensor:
     """Eigenvalues of S, largest first, clamped at zero."""
     if moments.form == "factor" and moments.residual is None:
-        singular: torch.Tensor = torch.linalg.svdvals(moments.second.double())
+        singular: torch.Tensor = in_one_thread(torch.linalg.svdvals, moments.second.double())
         return singular.square()
-    values: torch.Tensor = torch.linalg.eigvalsh(moments.dense().double())
+    values: torch.Tensor = in_one_thread(torch.linalg.eigvalsh, moments.dense().double())
     return values.flip(0).clamp_min(0)
 
 
@@ -253,7 +254,7 @@ def _problems(moments: Moments) -> list[str]:
         problems.append("a negative residual")
     if not moments.trace > 0:
         return [*problems, "its second moment is zero"]
-    values = torch.linalg.eigvalsh(moments.dense().double())
+    values = in_one_thread(torch.linalg.eigvalsh, moments.dense().double())
     if float(values[0]) < -NEGATIVE_BY_ROUNDING * float(values[-1]):
         problems.append(
             f"not positive semidefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}"

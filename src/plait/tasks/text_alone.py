@@ -23,7 +23,7 @@ def without_labels(task: Task) -> Task:
         raise UsageError(
             "a seq2seq model's decoder reads the answers, and these rows have none",
             where=f"task {task.name}",
-            hint="--label COLUMN",
+            hint="--label COLUMN, in a recipe label: COLUMN",
         )
     return replace(task, labels=task.labels or UNKNOWN) if task.kind == "classification" else task
 

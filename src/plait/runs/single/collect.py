@@ -14,15 +14,13 @@ from plait.disk.store import identity
 from plait.errors import InputError, UsageError
 from plait.model.ranks import is_writer
 from plait.options import require_known
-from plait.progress import note
 from plait.runs.collecting import collect_file, is_collected
 from plait.runs.lengths import say_of_rows
 from plait.runs.recipe import Settings
-from plait.runs.sections import TaskSpec
-from plait.runs.session import Session, task_of
+from plait.runs.session import Session
+from plait.runs.unlabelled import text_alone_where_unlabelled
 from plait.statistics import open_statistics
 from plait.statistics.files import is_statistics
-from plait.tasks.rows import columns_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrit
         What was collected; None in every process but torchrun's first.
     """
     require_known(task, settings.task_names, "task")
-    session = Session(_text_alone_where_unlabelled(settings, task))
+    session = Session(text_alone_where_unlabelled(settings, task))
     wanted = identity("statistics", _measured(session, task), seed=seed)
     if overwrite:
         require_replaceable_file(out, is_statistics)
@@ -81,20 +79,6 @@ def collect_one(settings: Settings, task: str, out: Path, *, seed: int, overwrit
     known = {key: statistics.provenance.get(key) for key in ("samples", "tokens", "memory", "cut")}
     sites, gradients = len(statistics.sites), len(statistics.output_gradients)
     return Collected(str(out.absolute()), task, sites=sites, output_gradients=gradients, reused=reused, **known)
-
-
-def _text_alone_where_unlabelled(settings: Settings, task: str) -> Settings:
-    """The settings with text alone where no label column is named and the rows have none of the usual name; it is said."""
-    spec = next((t for t in settings.tasks if isinstance(t, TaskSpec) and t.name == task), None)
-    if spec is None or "label" in spec.model_fields_set or spec.chat == "messages":
-        return settings
-    root = Session(settings).root
-    if spec.label in columns_of(task_of(spec, root), root=root):
-        return settings
-    if is_writer():
-        note(f"task {task}: no column {spec.label!r}: its texts are read alone (--label COLUMN says otherwise)")
-    tasks = [t.model_copy(update={"label": ""}) if t is spec else t for t in settings.tasks]
-    return settings.model_copy(update={"tasks": tasks})
 
 
 def _measured(session: Session, task: str) -> Json:
