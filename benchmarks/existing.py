@@ -72,10 +72,10 @@ def _mean(values) -> float:
 # Ways to put adapters' fidelities together, larger is better; "score" is the one that chooses.
 AGGREGATES = {
     "score": aggregate,
-    "mean followed": lambda tasks: _mean([t.followed for t in tasks]),
+    "mean of both beyond chance": lambda tasks: _mean([0.5 * (t.beyond_chance + t.followed) for t in tasks]),
     "mean agreement": lambda tasks: _mean([t.agreement for t in tasks]),
     "mean beyond chance": lambda tasks: _mean([t.beyond_chance for t in tasks]),
-    "mean probability beyond chance": lambda tasks: _mean([t.probability_beyond_chance for t in tasks]),
+    "mean probability beyond chance": lambda tasks: _mean([t.followed for t in tasks]),
     "mean kept agreement": lambda tasks: _mean([t.kept_agreement for t in tasks]),
     "worst kept agreement": lambda tasks: min(t.kept_agreement for t in tasks),
     "mean kept (KL over the base's)": lambda tasks: _mean([t.kept for t in tasks]),

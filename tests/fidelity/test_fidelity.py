@@ -11,7 +11,7 @@ import torch
 
 from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, UsageError
-from plait.fidelity.measure import Closeness, closeness, task_fidelity
+from plait.fidelity.measure import Closeness, Fidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
@@ -106,13 +106,16 @@ def test_probabilities_tell_merges_apart_that_choose_alike():
         for x in (own * 0.3, own * 3.0, rng.standard_normal((50, 3)))
     )
     assert faint.beyond_chance == firm.beyond_chance == 1.0
-    assert 0 < faint.probability_beyond_chance < firm.probability_beyond_chance < 1
-    assert abs(random.probability_beyond_chance) < 0.2
+    assert 0 < faint.followed < firm.followed < 1
+    assert abs(random.followed) < 0.2
     q = np.exp(own * 0.3) / np.exp(own * 0.3).sum(1, keepdims=True)
     top = own.argmax(1)
     assert faint.probability == pytest.approx(q[range(50), top].mean())
     assert faint.probability_chance == pytest.approx(np.mean([q[:, c].mean() for c in top]))
-    assert faint.followed == pytest.approx((1 + faint.probability_beyond_chance) / 2)
+    assert faint.followed == pytest.approx(
+        (faint.probability - faint.probability_chance) / (1 - faint.probability_chance)
+    )
+    assert Fidelity.of([faint, firm]).score == pytest.approx((faint.followed + firm.followed) / 2)
 
 
 def of_classes(own, found):

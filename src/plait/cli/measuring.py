@@ -67,5 +67,5 @@ def measured_text(measured: Measured) -> str:
 
 
 def _cells(record: FidelityRecord) -> list[str]:
-    worst = min((t.fidelity for t in record.tasks), key=lambda t: t.probability_beyond_chance)
+    worst = min((t.fidelity for t in record.tasks), key=lambda t: t.followed)
     return [f"{record.score:.3f}", worst.task, f"{worst.agreement:.3f}"]

@@ -63,18 +63,13 @@ class TaskFidelity:
         return _beyond(self.agreement, self.chance)
 
     @property
-    def probability_beyond_chance(self) -> float:
-        """The probability beyond chance, as `beyond_chance` is of the agreement.
+    def followed(self) -> float:
+        """How far a merge follows the adapter: the probability beyond chance, as `beyond_chance` is of the agreement.
 
         It still tells merges apart that choose alike, by how far they are from choosing otherwise; a row near the border
         moves it little.
         """
         return _beyond(self.probability, self.probability_chance)
-
-    @property
-    def followed(self) -> float:
-        """The mean of both: what is said of one adapter."""
-        return 0.5 * (self.beyond_chance + self.probability_beyond_chance)
 
     @property
     def kept(self) -> float:
@@ -111,7 +106,7 @@ class Fidelity:
 
     @property
     def score(self) -> float:
-        """What candidates are ranked by; see `plait.fidelity.measure.aggregate`."""
+        """How far the adapters are followed on average: what candidates are ranked by; see `plait.fidelity.measure.aggregate`."""
         return aggregate(self.tasks)
 
     @property
@@ -131,7 +126,7 @@ class Fidelity:
 
 
 def aggregate(tasks: Sequence[TaskFidelity]) -> float:
-    """Average over adapters the probability that a merge gives to their answers, beyond chance.
+    """Average over adapters how far a merge follows them: the probability that it gives to their answers, beyond chance.
 
     Its rank correlation with true scores was higher than that of agreement in all comparisons of
     docs/results/existing*.md (0.965 to 0.989), and what it chose was as good or better in all of them: a probability tells merges that
@@ -146,7 +141,7 @@ def aggregate(tasks: Sequence[TaskFidelity]) -> float:
     >>> math.isnan(aggregate([]))
     True
     """
-    return _mean([t.probability_beyond_chance for t in tasks])
+    return _mean([t.followed for t in tasks])
 
 
 def _beyond(value: float, chance: float) -> float:

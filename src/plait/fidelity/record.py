@@ -48,7 +48,7 @@ class FidelityRecord:
     """What one merge keeps of every adapter.
 
     Args:
-        score: What candidates are ranked by.
+        score: How far they are followed on average: what candidates are ranked by.
         general_kl: KL(base || merged) on general text; None where there was none.
         tasks: Adapters, the worst first.
     """
