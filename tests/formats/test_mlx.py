@@ -123,6 +123,19 @@ def test_merges(tmp_path, format):
         torch.testing.assert_close(x @ f.delta(torch.float64).T, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_merge_takes_the_method_and_scale_that_peft_folders_of_the_same_adapters_take(tmp_path):
+    for name, seed in (("fr", 1), ("de", 2)):
+        written(tmp_path / name, seed)
+        convert(tmp_path / name, tmp_path / "peft" / name, to="peft")
+    mlx = merge_folders([str(tmp_path / n) for n in ("fr", "de")], tmp_path / "m").record
+    peft = merge_folders([str(tmp_path / "peft" / n) for n in ("fr", "de")], tmp_path / "p").record
+    assert (mlx.method, mlx.scale, mlx.scale_reason) == (peft.method, peft.scale, peft.scale_reason)
+    assert mlx.method == "tsv"
+    wanted = read_any(tmp_path / "p").modules
+    for name, f in read_any(tmp_path / "m").modules.items():
+        torch.testing.assert_close(f.delta(), wanted[name].delta(), rtol=1e-5, atol=1e-5)
+
+
 M = "model.layers.2.self_attn.q_proj"
 REFUSED = [
     ({"changed": {"fine_tune_type": "dora"}}, "dora"),

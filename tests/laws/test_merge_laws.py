@@ -336,6 +336,20 @@ def test_missing_modules_are_zero(method):
     assert all(torch.isfinite(d).all() for d in dense(done).values())
 
 
+@pytest.mark.parametrize("calibrate", [None, "pico"])
+def test_a_weight_of_zero_leaves_the_adapter_out(method, trio, calibrate):
+    weights = [1.0, 0.5, 2.0][: len(trio)]
+    idle = adapter("idle", 7, rank=3)
+    if LAWS[method].tasks < 3:  # an arc has two ends
+        close(run(method, [trio[0], idle], weights=[1.0, 0.0]), dense(run("linear", trio[:1])))
+        return
+    alone = run(method, trio, weights=weights, calibrate=calibrate)
+    beside = run(method, [*trio, idle], weights=[*weights, 0.0], calibrate=calibrate)
+    close(beside, alone)
+    assert beside.record.rank == alone.record.rank
+    assert beside.record.weights == (*weights, 0.0)
+
+
 def test_different_ranks(method):
     done = run(method, [adapter(f"t{i}", i, rank=1 + 2 * i) for i in range(LAWS[method].tasks)])
     assert done.record.verification_error < 1e-5

@@ -14,6 +14,9 @@ from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.cli import main
 from plait.errors import UsageError
 from plait.merging import merge, merge_folders, merge_methods
+from plait.merging.changes import Change
+from plait.merging.editing import edit
+from plait.merging.record import IN_THE_METRIC
 from plait.merging.scales import REACH, RULES, scale_by_moments, scale_by_rule
 from plait.statistics.files import write_statistics
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
@@ -55,7 +58,8 @@ def test_the_rule_by_number_of_adapters(method, calibration):
 def test_a_sum_whose_weights_were_given_is_what_they_say():
     for weights in ((1.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.999), (0.5, 0.0, 0.0), (0.0, 0.0, 0.0)):
         done = merge(trio(), "task_arithmetic", weights=weights)
-        assert (done.record.scale, done.record.scale_reason) == (1.0, "the weights say how much of each is added")
+        said = "the weights say how much of each is added" if any(weights) else "all weights are 0, and nothing is left"
+        assert (done.record.scale, done.record.scale_reason) == (1.0, said)
     assert (
         merge(trio(), "task_arithmetic").record.scale == scale_by_rule("task_arithmetic", None, (1.0,) * 3).value != 1.0
     )
@@ -193,6 +197,35 @@ def test_statistics_that_nothing_reads_are_refused(tmp_path):
     write_statistics(file, moments(0))
     with pytest.raises(UsageError, match="takes no statistics, and the scale is given"):
         answer(MergeRequest(folders, tmp_path / "m", MergeSpec("tsv", scale=0.5), statistics={"a": file}))
+    with pytest.raises(UsageError, match="takes no statistics, and the weights say how much"):
+        answer(MergeRequest(folders, tmp_path / "m", MergeSpec(weights=[1.0, 0.5, 1.0]), statistics={"a": file}))
+
+
+def test_an_edit_asks_again_for_statistics_that_chose_the_scale_or_the_cut(tmp_path):
+    folders = [str(saved(tmp_path / a.name, a)) for a in [*trio(), adapter("d", 5)]]
+    files = {name: tmp_path / f"{name}.stats.safetensors" for name in "abcd"}
+    for i, file in enumerate(files.values()):
+        write_statistics(file, moments(i))
+    of_three = {n: files[n] for n in "abc"}
+    out, weights = tmp_path / "out", "adapter_model.safetensors"
+    for method in ("tsv", "task_arithmetic"):
+        whole = tmp_path / method
+        first = merge_folders(folders[:3], whole, method, statistics=of_three).record
+        with pytest.raises(UsageError, match="statistics chose its scale"):
+            edit(whole, Change(remove=["c"]), out)
+        edit(whole, Change(add=folders[3:], statistics=files), tmp_path / f"{method}-more")
+        merge_folders(folders, tmp_path / f"{method}-anew", method, statistics=files)
+        assert (tmp_path / f"{method}-more" / weights).read_bytes() == (
+            tmp_path / f"{method}-anew" / weights
+        ).read_bytes()
+        softer = edit(whole, Change(weights={"c": 0.5}), tmp_path / f"{method}-softer").record
+        assert (softer.scale, softer.scale_reason) == (first.scale, first.scale_reason)
+    cut = tmp_path / "cut"
+    merge_folders(folders[:3], cut, "task_arithmetic", statistics=of_three, rank=2)
+    with pytest.raises(UsageError, match="statistics decided what its cut to rank keeps"):
+        edit(cut, Change(weights={"c": 0.5}), out)
+    again = edit(cut, Change(weights={"c": 0.5}, statistics=of_three), tmp_path / "cut-again").record
+    assert again.cut == IN_THE_METRIC and not out.exists()
 
 
 def test_the_published_table_is_of_these_rules():

@@ -136,9 +136,34 @@ def test_a_scale_that_was_given_stays_and_so_does_what_weights_say(tmp_path, ada
     assert edit(tmp_path / "given", Change(remove=["c"]), tmp_path / "given-ab").record.scale == 0.4
     merge_folders(abc, tmp_path / "sum", "task_arithmetic", weights=[1.0, 1.0, 1.0])
     assert edit(tmp_path / "sum", Change(remove=["c"]), tmp_path / "sum-ab").record.scale == 1.0
-    merge_folders(abc, tmp_path / "ruled", "task_arithmetic")
-    ruled = edit(tmp_path / "ruled", Change(weights={"c": 0.5}), tmp_path / "ruled-c").record
-    assert ruled.scale == merge_folders(abc, tmp_path / "x", "task_arithmetic").record.scale
+
+
+@pytest.mark.parametrize("by_difference", [False, True])
+def test_a_new_weight_leaves_a_chosen_scale_alone_and_later_edits_still_choose_it(tmp_path, adapters, by_difference):
+    """0.635 of three, 0.778 of two and 0.55 of four, whatever the weights; all of it against the dense sum."""
+    deltas = {n: update(adapters[n]) for n in "abcd"}
+    merge_folders([str(adapters[n]) for n in "abc"], tmp_path / "now", "task_arithmetic")
+    steps = (
+        (Change(weights={"c": 0.5}), 0.635, "the rule for 3", {"a": 1.0, "b": 1.0, "c": 0.5}),
+        (Change(add=[str(adapters["d"])]), 0.55, "the rule for 4", {"a": 1.0, "b": 1.0, "c": 0.5, "d": 1.0}),
+        (Change(weights={"d": 0.0}), 0.635, "the rule for 3", {"a": 1.0, "b": 1.0, "c": 0.5, "d": 0.0}),
+        (Change(remove=["c", "d"]), 0.778, "the rule for 2", {"a": 1.0, "b": 1.0}),
+        (Change(add=[str(adapters["c"])]), 0.635, "the rule for 3", {"a": 1.0, "b": 1.0, "c": 1.0}),
+        (Change(remove=["a", "b"]), 1.0, "one adapter", {"c": 1.0}),
+    )
+    for i, (change, scale, reason, weights) in enumerate(steps):
+        before, now = tmp_path / ("now" if i == 0 else f"now{i}"), tmp_path / f"now{i + 1}"
+        record = edit(before, change, now, by_difference=by_difference).record
+        assert record.scale == scale and record.scale_reason.startswith(reason), i
+        assert dict(zip(record.tasks, record.weights, strict=True)) == weights
+        wanted = {m: scale * sum(w * deltas[n][m] for n, w in weights.items()) for m in MODULES}
+        close(update(now), wanted)
+
+
+def test_a_scale_given_in_an_edit_stays_afterwards(tmp_path, adapters):
+    merge_folders([str(adapters[n]) for n in "ab"], tmp_path / "m", None)
+    edit(tmp_path / "m", Change(scale=0.4), tmp_path / "set")
+    assert edit(tmp_path / "set", Change(add=[str(adapters["c"])]), tmp_path / "more").record.scale == 0.4
 
 
 @pytest.mark.parametrize(("method", "options"), [("tsv", {}), ("ties", {"density": 0.5}), ("linear", {})])

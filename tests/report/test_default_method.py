@@ -112,6 +112,14 @@ def test_weights_and_one_adapter_are_sums_with_statistics_too():
     assert merge(pair()[:1], statistics=ALL).record.method == "task_arithmetic"
 
 
+def test_where_statistics_do_not_reach_all_modules_the_reason_names_one():
+    lacking = merge(pair(), statistics={"a": ALL["a"]}).record
+    assert lacking.method == "tsv" and lacking.method_reason.endswith("(regmean is for statistics of all: b has none)")
+    more = [replace(a, modules={**a.modules, "l.9.q": next(iter(a.modules.values()))}) for a in pair()]
+    assert merge(more, statistics=ALL).record.method_reason.endswith("a has none of l.9.q)")
+    assert merge(pair()).record.method_reason == "keeps most of what needs the adapters alone"
+
+
 def test_a_rank_curve_is_of_that_method():
     assert rank_curve(pair(), statistics=ALL, ranks=[2]) == rank_curve(pair(), "regmean", statistics=ALL, ranks=[2])
 

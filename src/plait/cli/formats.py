@@ -107,7 +107,7 @@ def edit(
     remove: Annotated[list[str] | None, typer.Option("--remove", help="Name of one of its adapters.")] = None,
     weight: Annotated[list[str] | None, typer.Option("--weight", metavar="NAME=W", help="A new weight.")] = None,
     moved: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=PATH", help="Where an input is now.")] = None,
-    scale: Annotated[float | None, typer.Option("--scale", help="New scale of the merge; the old one by default.")] = None,
+    scale: Annotated[float | None, typer.Option("--scale", help="New scale; by default as it was given, or chosen anew.")] = None,
     stats: Stats = None,
     by_difference: Annotated[bool, typer.Option("--by-difference", help="Linear methods: only what changes is read.")] = False,
     device: Device = "cpu",

@@ -100,7 +100,9 @@ def alpha_notes(source: Mapping[str, Any]) -> list[str]:
     if places := source.get("alpha_from"):
         found.append(f"alpha comes from {' and '.join(places)}")
     if count := source.get("without_alpha"):
-        found.append(f"{count} modules came without an alpha: taken as equal to the rank, as their loaders do")
+        found.append(
+            f"{count} module{'s' if count > 1 else ''} came without an alpha: taken as equal to the rank, as their loaders do"
+        )
     return found
 
 

@@ -230,11 +230,16 @@ def named_weights(recipe: Recorded, change: Change) -> tuple[dict[str, float], d
 
 
 def check_statistics(recipe: Recorded, statistics: Mapping[str, Path | str] | None) -> None:
-    """Refuse statistics of tasks in the merge that are not those it was made with.
+    """Refuse statistics of tasks in the merge that are not those it was made with, and a cut without those that it was made by.
 
     Raises:
         InputError: Others.
+        UsageError: It was cut in the metric of the inputs, and there are none.
     """
+    if recipe.options.get("cut") == "inputs" and not statistics:
+        raise UsageError(
+            "statistics decided what its cut to rank keeps", where=str(recipe.path), hint="--stats TASK=FILE again"
+        )
     for task, path in (statistics or {}).items():
         before = recipe.inputs.get(f"statistics:{task}")
         if before and store.sha256_file(Path(path)) != before:

@@ -22,8 +22,9 @@ from plait.merging.module_weights import DEFAULT, ModuleWeights
 from plait.merging.planning import require_use
 from plait.merging.record import MergeRecord, input_of, labels_of
 from plait.merging.registry import Combination, find_method
+from plait.merging.rescaling import scale_anew
 from plait.merging.rounding import in_dtype
-from plait.merging.scales import WEIGHTS_SAY
+from plait.merging.scales import scale_by_rule
 
 # A linear merge at full rank loses nothing when what was taken out leaves; more than this means it was not one.
 _LOST = 1e-9
@@ -60,12 +61,14 @@ def edit(
     places = {**located(recipe, list(weights), change.inputs), **added}
     before = recipe.spec
     table = _changed_table(before.module_weights, weights, change)
-    anew = _asks_anew(recipe, change, weights)
+    scale = scale_anew(recipe, change, weights)
+    unweighted = table is not None or (scale is None and all(w == 1.0 for w in weights.values()))
     spec = replace(
         before,
-        weights=None if table is not None or anew else list(weights.values()),
+        weights=None if unweighted else list(weights.values()),
         module_weights=table,
-        scale=None if anew else before.scale if change.scale is None else change.scale,
+        scale=None if scale is None else scale.value,
+        scale_reason="" if scale is None else scale.reason,
         device=device,
         disjoint=before.disjoint or not change.add,
     )
@@ -81,13 +84,6 @@ def edit(
     )
 
 
-def _asks_anew(recipe: Recorded, change: Change, weights: Mapping[str, float]) -> bool:
-    """Whether the scale is chosen anew: nobody gave it, nor any weight, and now there are other adapters."""
-    given = change.scale is not None or change.weights or recipe.spec.module_weights is not None
-    chosen = recipe.record.scale_reason not in ("", WEIGHTS_SAY)
-    return bool((change.add or change.remove) and not given and chosen and all(w == 1.0 for w in weights.values()))
-
-
 def _changed_table(table: ModuleWeights | None, weights: Mapping[str, float], change: Change) -> ModuleWeights | None:
     """Weights by module of the adapters that are left; a new weight of an adapter takes the place of all of its own."""
     if table is None:
@@ -97,10 +93,10 @@ def _changed_table(table: ModuleWeights | None, weights: Mapping[str, float], ch
 
 
 def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite: bool = False) -> Written[MergeRecord]:
-    """Compute M' = rho M + scale * sum_t (c'_t - rho c_t) D_t over the adapters that come, go or change weight.
+    """Compute M' = rho M + sum_t (c'_t - rho c_t) D_t over the adapters that come, go or change weight.
 
-    c and c' are the method's coefficients before and after, rho the ratio they keep for all the others (1 for a plain
-    sum; for a mean, the weights' sums before and after). Exact to the rounding of the merged factors.
+    c and c' are the method's coefficients times the scale, before and after; rho is the ratio they keep for all the others (of a plain
+    sum whose scale stays 1; for a mean, the weights' sums before and after). Exact to the rounding of the merged factors.
 
     Raises:
         UsageError: A method that is no weighted sum, or one whose result was cut: then the inputs are needed.
@@ -115,11 +111,14 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     new = dict(zip(weights, combination(list(weights.values())), strict=True))
     changing = [n for n in before if n not in weights or n in change.weights]
     others = [n for n in before if n not in changing]
-    ratio = next((new[n] / old[n] for n in others if old[n]), 1.0)
     scale = float(recipe.options.get("scale", 1.0))
+    anew = scale_anew(recipe, change, weights) or scale_by_rule(
+        str(recipe.options["method"]), None, list(weights.values())
+    )
+    ratio = next((new[n] / old[n] for n in others if old[n]), 1.0) * (anew.value / scale if scale else 1.0)
     places = {**located(recipe, changing, change.inputs), **{n: Path(p) for n, p in added.items()}}
     touched = {n: read_any(p, name=n) for n, p in places.items()}
-    shares = {n: scale * (new.get(n, 0.0) - ratio * old.get(n, 0.0)) for n in touched}
+    shares = {n: anew.value * new.get(n, 0.0) - ratio * scale * old.get(n, 0.0) for n in touched}
     merged = read_any(recipe.path, name=recipe.path.name)
     if whole := next((k for a in (merged, *touched.values()) for k in a.extras), None):
         raise UsageError(
@@ -130,7 +129,7 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     modules = _summed(merged, touched, ratio, shares, ranks, _ROUNDED.get(dtype, _LOST))
     removed_heads = [t for n, a in touched.items() if n not in weights for t in a.heads]
     heads = {**without_heads(merged, removed_heads), **{t: h for n in added for t, h in touched[n].heads.items()}}
-    record = _record(recipe, weights, touched, modules, merged)
+    record = replace(_record(recipe, weights, touched, modules, merged), scale=anew.value, scale_reason=anew.reason)
     labels = labels_of([merged, *touched.values()])
     record = replace(record, labels={head: names for head, names in labels.items() if head in heads})
     facts = {t: a.facts_of(t) for a in (merged, *touched.values()) for t in a.heads if t in heads}
@@ -140,7 +139,7 @@ def edit_by_difference(recipe: Recorded, change: Change, out: Path, *, overwrite
     target = format_of(merged)
     inputs = {f"adapter:{n}": str(a.source["sha256"]) for n, a in touched.items()}
     inputs["merged"] = str(merged.source["sha256"])
-    options = {**recipe.options, "order": list(weights), "weights": list(weights.values())}
+    options = {**recipe.options, "order": list(weights), "weights": list(weights.values()), "scale": anew.value}
     wanted = store.identity("merge-difference", options, inputs, recipe.seed)
     if out.absolute() != recipe.path.absolute() and (found := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, found, MergeRecord)
@@ -185,6 +184,10 @@ def _summed(
         before = merged.modules[module].rank if module in merged.modules else 0
         rank = max(1, before + sum(ranks[n] * f.rank for n, f in there.items()))
         shorter, lost = truncated(whole, rank)
+        if lost > allowed and before >= min(whole.shape) > rank:
+            shorter, lost = truncated(
+                whole, before
+            )  # it was cut to what a matrix of its shape has, not to the sum of ranks
         if lost > allowed:
             raise RunError(
                 f"taking adapters out leaves {lost:.2g} of the update beyond the rank of those that stay",

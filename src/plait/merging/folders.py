@@ -22,7 +22,7 @@ from plait.disk.space import require_space
 from plait.disk.written import Written, reused, standing
 from plait.errors import RunError, UsageError
 from plait.formats.convert import read_back, written_error
-from plait.formats.keys import PEFT
+from plait.formats.keys import MLX, PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.light_files import sum_of_files
@@ -248,8 +248,11 @@ def _verified(plan: Plan, stage: Path, result: dict[str, Any]) -> float:
 
 
 def spec_for(adapters: Sequence[Adapter], spec: MergeSpec) -> MergeSpec:
-    """Give what a spec means for LoRA files, where there are any; see `MergeSpec.for_files`."""
-    return spec.for_files() if any(format_of(a) != PEFT for a in adapters) else spec
+    """Give what a spec means for LoRA files of image models, where there are any; see `MergeSpec.for_files`.
+
+    Folders of mlx-lm are adapters of language models, and mean what the same adapters mean as PEFT folders.
+    """
+    return spec.for_files() if any(format_of(a) not in (PEFT, MLX) for a in adapters) else spec
 
 
 def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:

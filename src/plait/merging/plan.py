@@ -95,7 +95,7 @@ class Plan(Terms):
 
         def kind_of(module: str) -> tuple[str, Hashable, int]:
             shape, kind = self.common.modules[module]
-            ranks = tuple(a.modules[module].rank if module in a.modules else 0 for a in self.adapters)
+            ranks = tuple(f.rank for f in self.taking_part(module))
             return module, (shape, kind, ranks), most_together(shape, ranks)
 
         return grouped(map(kind_of, self.common.modules))
@@ -172,11 +172,21 @@ class Plan(Terms):
         parts = self.parts(module) or [(1.0, zero_factors(shape, 1, kind))]
         return concatenated([f for _, f in parts], [c for c, _ in parts], device=self.device)
 
-    def view(self, module: str) -> MergeInputs:
-        """Give one module of all tasks, calibrated; factors are moved and folded here and released with the view."""
+    def taking_part(self, module: str) -> list[LoraFactors]:
+        """Each adapter's factors in one module; of rank 0 where it does not adapt it, or weighs nothing there.
+
+        A weight of 0 leaves an adapter out: its directions would otherwise shape what is made of the others (a polar factor, a threshold
+        over all), and the rank would be counted with it.
+        """
         shape, kind = self.common.modules[module]
         absent = zero_factors(shape, 0, kind)
-        raw = [a.modules.get(module, absent) for a in self.adapters]
+        pairs = zip(self.adapters, self.weights_in(module), strict=True)
+        return [a.modules.get(module, absent) if weight else absent for a, weight in pairs]
+
+    def view(self, module: str) -> MergeInputs:
+        """Give one module of all tasks, calibrated; factors are moved and folded here and released with the view."""
+        kind = self.common.modules[module][1]
+        raw = self.taking_part(module)
         folded = [f.folded(torch.float32, self.device) for f in raw]
         x = MergeInputs(
             module=module,

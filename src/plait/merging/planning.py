@@ -16,7 +16,15 @@ from plait.merging.module_weights import weights_of_modules
 from plait.merging.plan import NEEDS, Plan
 from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod, find_method
-from plait.merging.scales import SUMS, asks_moments, default_method, default_with_statistics, reach_of, scale_by_moments
+from plait.merging.scales import (
+    SUMS,
+    WEIGHTS_SAY,
+    asks_moments,
+    default_method,
+    default_with_statistics,
+    reach_of,
+    scale_by_moments,
+)
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.terms import scale_of, weights_of
 from plait.model.base import device_named
@@ -169,10 +177,12 @@ def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: in
         UsageError: Names the method.
     """
     method = spec.method or default_method(count, weighted=spec.is_weighted)
-    scaled = spec.scale is None and asks_moments(method, spec.calibrate)
+    said = method in SUMS and spec.is_weighted
+    scaled = spec.scale is None and asks_moments(method, spec.calibrate) and not said
     cut = (cuts or spec.rank is not None) and not find_method(method).cuts_by
     if statistics and not scaled and not cut and not find_method(method).needs:
-        why = "takes no statistics" + ("" if spec.scale is None else ", and the scale is given")
+        what = "the scale is given" if spec.scale is not None else WEIGHTS_SAY if said else ""
+        why = "takes no statistics" + (f", and {what}" if what else "")
         named = "" if spec.method else ", or name a method that does: --method regmean"
         raise UsageError(f"{method} {why}", hint=f"leave --stats out{named}")
 

@@ -20,6 +20,7 @@ EXACT_SUMS = ("linear", "cat")  # weighted sums that stay what their weights say
 SUMS = ("task_arithmetic", "svd", "dare_linear")  # sums too, of which the rule is for weights of 1
 _PICO = "pico"
 WEIGHTS_SAY = "the weights say how much of each is added"
+OF_STATISTICS = "from their statistics"  # how the reason of a scale ends that moments chose
 
 # (method, calibration) -> c and p of the scale c * T ** p for T adapters.
 RULES: Mapping[tuple[str, str | None], tuple[float, float]] = {
@@ -99,14 +100,21 @@ def default_with_statistics(
     method = default_method(len(adapters), weighted=weighted)
     if method != DEFAULT_METHOD:
         return method, ""
-    if all(a.task_type == _WRITES and _covers(statistics.get(a.name), a) for a in adapters):
+    alone = "keeps most of what needs the adapters alone"
+    if not all(a.task_type == _WRITES for a in adapters):
+        return method, alone
+    lacking = [(a.name, m) for a in adapters if (m := _uncovered(statistics.get(a.name), a)) is not None]
+    if not lacking:
         return _OF_WRITERS, "first on language models where every adapter has statistics"
-    return method, "keeps most of what needs the adapters alone"
+    name, module = lacking[0]
+    where = f" of {module}" if hasattr(statistics.get(name), "moments_for") else ""
+    return method, alone + (f" ({_OF_WRITERS} is for statistics of all: {name} has none{where})" if statistics else "")
 
 
-def _covers(statistics: Any, adapter: Adapter) -> bool:
-    """Whether they hold second moments of every module that the adapter changes."""
-    return hasattr(statistics, "moments_for") and all(statistics.moments_for(m) is not None for m in adapter.modules)
+def _uncovered(statistics: Any, adapter: Adapter) -> str | None:
+    """The first module that the adapter changes and that they hold no second moments of; None where there is no such module."""
+    known = hasattr(statistics, "moments_for")
+    return next((m for m in adapter.modules if not known or statistics.moments_for(m) is None), None)
 
 
 def asks_moments(method: str, calibration: str | None) -> bool:
@@ -202,7 +210,7 @@ def scale_by_moments(
     return Scale(
         value,
         f"{reach:g} times what moves each task's {'predictions' if two_sided else 'outputs'} as far as its own adapter does, "
-        "from their statistics",
+        f"{OF_STATISTICS}",
     )
 
 

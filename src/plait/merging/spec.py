@@ -20,6 +20,7 @@ class MergeSpec:
         weights: One per adapter in their order, any sign; None is 1 each.
         module_weights: Adapter -> module pattern -> weight, in place of `weights`; see `plait.merging.module_weights`.
         scale: Factor of the merged delta, whatever the method; None chooses one without labels (`plait.merging.scales`).
+        scale_reason: Where a scale that is given here comes from, for the record; "" where the user gave it.
         rank: Largest rank of a merged module; None keeps exact results exact (rank R = sum of ranks) and cuts dense ones to R.
         calibrate: "pico" shrinks first what the B of adapters share, "svc" afterwards the directions that several adapters added to; None
             does neither.
@@ -34,6 +35,7 @@ class MergeSpec:
     weights: Sequence[float] | None = None
     module_weights: ModuleWeights | None = None
     scale: float | None = None
+    scale_reason: str = ""
     rank: int | None = None
     calibrate: str | None = None
     seed: int = 0

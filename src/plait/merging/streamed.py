@@ -53,8 +53,8 @@ def _of_sum(plan: Plan, module: str, dtype: str) -> LoraFactors:
 
 
 def _of_cut(plan: Plan, module: str, dtype: str) -> LoraFactors:
-    """What `cut_to_rank` is asked for, as far as the matrix has it; a task of weight 0 has rank all the same."""
-    total = sum(a.modules[module].rank for a in plan.adapters if module in a.modules)
+    """What `cut_to_rank` is asked for, as far as the matrix has it."""
+    total = sum(f.rank for f in plan.taking_part(module))
     return _shape(plan, module, min(plan.rank or max(1, total), *plan.common.modules[module][0]), dtype)
 
 

@@ -135,8 +135,8 @@ class Terms:
 def scale_of(method: str, spec: MergeSpec, weights: Sequence[float], *, by_module: bool) -> Scale:
     """Take the scale that was given, or what the rule says; a sum whose weights were given, if only as 1 each, is what they say."""
     if spec.scale is not None:
-        return Scale(_finite(spec.scale, "scale"), "")
-    if (by_module or spec.is_weighted) and method in SUMS:
+        return Scale(_finite(spec.scale, "scale"), spec.scale_reason)
+    if (by_module or (spec.is_weighted and any(weights))) and method in SUMS:
         return Scale(1.0, WEIGHTS_SAY)
     return scale_by_rule(method, spec.calibrate, weights)
 

@@ -45,7 +45,9 @@ def sce(
     entry. Given weights multiply the deltas. With one task every variance is zero: it comes back unchanged.
     """
     as_mergekit = details == "mergekit"
-    present = [t for t, rank in enumerate(x.ranks) if rank]
+    present = [t for t, rank in enumerate(x.ranks) if rank and x.weights[t]]
+    if not any(x.weights):
+        return x.zero()
     if len(present) < 2 and not as_mergekit:
         return x.combination(x.weights)
 
@@ -60,7 +62,7 @@ def sce(
         bound = float(nth_largest(variances, lambda total: chosen, 1)[0]) if density < 1 else 0.0
     else:
         bound = float(nth_largest(variances, lambda total: math.ceil(density * total), 1)[0])
-    energy = torch.zeros(len(x.tasks), dtype=torch.float64)
+    energy = torch.zeros(sum(w != 0.0 for w in x.weights), dtype=torch.float64)
     for parts in _weighted_parts(x, space):
         kept = _selected(parts, bound)
         energy += torch.tensor([float(part.double().square().sum()) for part in kept], dtype=torch.float64)
@@ -71,7 +73,7 @@ def sce(
     shares: Sequence[float] = (energy / energy.sum()).tolist()
 
     def rule(parts: Iterable[Tensor], place: Place) -> Tensor:
-        scaled = [part.mul_(w) if w != 1.0 else part for part, w in zip(parts, x.weights, strict=True)]
+        scaled = _weighted(parts, x.weights)
         chosen = _selected(scaled, bound)
         return _mean_of_agreeing(chosen, shares) if as_mergekit else signed_mean(iter(chosen), shares)
 
@@ -94,7 +96,12 @@ def _weighted_parts(x: MergeInputs, space: str) -> Iterator[list[Tensor]]:
     """Every task's entries times its weight, place by place as `in_space` goes through them."""
     products, spare = Products.of(*pairs_of(x, space)), Spare()
     for tile in products.tiles(whole_rows=False):
-        yield [part.mul_(w) for part, w in zip(products.parts(tile, spare), x.weights, strict=True)]
+        yield _weighted(products.parts(tile, spare), x.weights)
+
+
+def _weighted(parts: Iterable[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """Entries times weights; a task of weight 0 has no part in means and variances."""
+    return [part.mul_(w) if w != 1.0 else part for part, w in zip(parts, weights, strict=True) if w]
 
 
 def _variance(parts: Sequence[Tensor]) -> Tensor:

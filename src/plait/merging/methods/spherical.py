@@ -113,6 +113,7 @@ def _spherical_mean(x: MergeInputs, steps: int, tolerance: float, *, projected: 
     if not bool(inner.any()):
         return x.zero()
     norms = inner.diagonal().sqrt().cpu()
+    norms[norms == 0] = 1.0  # of those that take no part
     values, vectors = torch.linalg.eigh(_units(x, inner))
     kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
     roots, vectors = values[kept].sqrt(), vectors[:, kept]
@@ -148,8 +149,10 @@ def _on_sphere(point: Tensor, x: MergeInputs) -> Tensor:
 def _units(x: MergeInputs, inner: Tensor) -> Tensor:
     """Cosines between the deltas, on the CPU."""
     norms = inner.diagonal().sqrt()
-    for task, norm in zip(x.tasks, norms.tolist(), strict=True):
-        if norm == 0:
+    for t, (task, norm) in enumerate(zip(x.tasks, norms.tolist(), strict=True)):
+        if norm == 0 and not x.weights[t]:
+            norms[t] = 1.0  # it takes no part, and needs no direction
+        elif norm == 0:
             raise InputError(
                 f"the delta of {task!r} is zero here and has no direction",
                 where=x.module,

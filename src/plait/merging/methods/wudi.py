@@ -57,7 +57,8 @@ def swudi(x: MergeInputs, *, time: Positive | None = None, share: Density | None
     have no energy at all. Weights are relative to their mean in the sum as well.
     """
     core = x.core
-    weights = [w * len(x.weights) / sum(x.weights) for w in importances(x.weights)]
+    count = sum(w != 0.0 for w in x.weights)
+    weights = [w * count / sum(x.weights) for w in importances(x.weights)]
     left, values, vectors = _equations(x, weights)
     values = values.clamp(min=0.0)
     if not bool((values > 0).any()):
