@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from plait.adapters.arrays import all_finite
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.cli.merging import merge_text
@@ -17,7 +19,8 @@ from plait.formats.reading import read_any
 from plait.merging import Change, edit, merge_folders, merge_per_task, plan_merge
 from plait.merging.exponents import Moves
 from plait.merging.folders import read_all
-from plait.merging.sums import is_beside, probes_of, rounded_sum, rounding, stored_sum, sum_error
+from plait.merging.rounded_sums import rounded_sum
+from plait.merging.sums import is_beside, probes_of, rounding, stored_sum, sum_error
 from plait.merging.verify import FAILED
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -227,6 +230,27 @@ def test_a_sum_by_moved_exponents_has_the_bits_of_multiplied_floats(dtype, small
     error, size = moved.taken
     assert error == multiplied.taken[0] or not math.isfinite(multiplied.taken[1])
     assert (size() if callable(size) else size) == pytest.approx(multiplied.taken[1], rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "factors", [(0.778,), (1.5,), (-0.0,), (3e-39, 1e20), (0.7, 1.5, -1 / 3), tuple(np.linspace(0.1, 1, 9))]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_number_is_multiplied_and_rounded_as_whole_factors_are(dtype, factors):
+    """Halves between two numbers (1.5 gives some), signed zeros, numbers below the normal ones, overflow; few factors, and many."""
+    kind, every = getattr(torch, dtype), torch.arange(1 << 16).to(torch.uint16).view(getattr(torch, dtype))
+    B = every[every.isfinite()].reshape(-1, 8)
+    order = torch.randperm(len(B), generator=torch.Generator().manual_seed(1))
+    A = torch.ones(8, 20, dtype=kind)
+    parts = [(float(c), LoraFactors(A, torch.roll(B[order], i), 1.0)) for i, c in enumerate(factors)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact, stored = stored_sum(parts, dtype)
+    total = rounded_sum(parts, dtype, probes_of(20, 0))
+    assert np.array_equal(total.factors.B.data.view(np.uint16), stored.B.data.view(np.uint16))
+    assert (total.finite, total.fits) == (all_finite(exact.B), all_finite(stored.B))
+    assert is_beside(parts, total.factors)
+    total.factors.B.data.view(np.uint16)[1000, -1] ^= 1
+    assert not is_beside(parts, total.factors)
 
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float32])

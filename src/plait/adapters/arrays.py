@@ -6,6 +6,7 @@ no bfloat16: its numbers are kept as their 16 bits, the upper half of a float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ KEEP = "keep"  # what is asked for where a result has the type of its inputs
 # Of the types with which NumPy computes, the bytes of one number: the name in a file's header, and the one that torch has for it.
 _STORED = {"F64": "float64", "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 _ITEMSIZES = {name: ITEMSIZES[code] for code, name in TORCH_NAMES.items()}
+_LOOKED_UP = 1 << 15  # numbers of float16 from which a table of all of them is worth making
 _HELD: dict[str, type[np.generic]] = {
     "float64": np.float64, FLOAT32: np.float32, FLOAT16: np.float16, BFLOAT16: np.uint16,
 }  # fmt: skip
@@ -145,7 +147,15 @@ def floats(array: Array, kind: Any = np.float32) -> Floats:
         bits <<= np.uint32(16)
         wide: Floats = bits.view(np.float32)
         return wide.astype(kind, copy=False)
+    if array.dtype.name == FLOAT16 and array.data.size > _LOOKED_UP:
+        return halves().take(array.data.view(np.uint16).astype(np.intp), mode="clip").astype(kind, copy=False)
     return array.data.astype(kind, copy=False)
+
+
+@functools.cache
+def halves() -> Floats:
+    """Every number of float16, by its bits, in float32: looked up it takes half the time of NumPy's conversion."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 def rounded(numbers: Floats, name: str) -> Array:

@@ -94,7 +94,7 @@ class Rounding:
         return self._probes[width]
 
     def note_taken(self, module: str, taken: tuple[float, float | Callable[[], float]]) -> None:
-        """Take note of what `plait.merging.sums.rounded_sum` says of one module."""
+        """Take note of what `plait.merging.rounded_sums.rounded_sum` says of one module."""
         self._parts[module] = taken
 
     @property

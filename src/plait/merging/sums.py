@@ -7,24 +7,27 @@ second wherever that number is a power of two; else B is rounded once, and the r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, Kind, all_finite, array_of, floats, rounded
+from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, array_of, floats, rounded
 from plait.adapters.lora import LoraFactors
 from plait.errors import RunError
-from plait.merging.exponents import Moves
+from plait.merging.short_rows import rows_in
 from plait.seeds import seed_of
 
 Part = tuple[float, LoraFactors]  # a coefficient, the scale of the merge in it, and the factors that it multiplies
 Probes: TypeAlias = Floats  # (k, in), float32
 _PROBES = 4
-_ALONE = (
-    1 << 18
-)  # multiplications up to which OpenBLAS starts no threads (65536 times its GEMM_MULTITHREAD_THRESHOLD of 4)
+# Multiplications up to which OpenBLAS starts no threads (65536 times its GEMM_MULTITHREAD_THRESHOLD of 4).
+_ALONE = 1 << 18
+# Entries that are gone through together, which stay in a core's cache.
+_TOGETHER = 1 << 17
+# Up to this width a matrix times few columns is several times faster than few rows times its transpose, which BLAS packs; from a few
+# thousand on slower.
+_NARROW = 512
 # A sum is first compared in float32; an error above this is looked at again in float64, for sums that nearly cancel.
 _DOUBTFUL = 1e-5
 # Above this the written adapter is not the merge that was asked for; float32 factors reach about 1e-6.
@@ -59,95 +62,16 @@ def stored_sum(parts: Sequence[Part], dtype: str) -> tuple[LoraFactors, LoraFact
         `plait.adapters.lora.concatenated`.
     """
     B = rounded(np.concatenate([_scaled(f, c).data for c, f in parts], axis=1), FLOAT32)
-    exact = LoraFactors(_stacked(parts, dtype), B, 1.0, parts[0][1].kind)  # type: ignore[arg-type]
+    exact = LoraFactors(stacked(parts, dtype), B, 1.0, parts[0][1].kind)  # type: ignore[arg-type]
     return exact, (exact if dtype == FLOAT32 else in_type(exact, dtype))
 
 
-@dataclass(frozen=True, slots=True)
-class RoundedSum:
-    """A sum in a type of 16 bits, and what became of it on the way.
-
-    Args:
-        factors: As they are stored.
-        finite: Whether every number of B is finite in float32.
-        fits: Whether every number is finite in the type.
-        taken: What `rounding` says of it; the second is asked for where nothing was taken, and may not be needed.
-    """
-
-    factors: LoraFactors
-    finite: bool
-    fits: bool
-    taken: tuple[float, float | Callable[[], float]]
-
-
-def rounded_sum(parts: Sequence[Part], dtype: str, probes: Probes) -> RoundedSum:
-    """Put factors beside each other as they are stored, and measure what rounding takes: the bits of `stored_sum` and `rounding`.
-
-    A block of rows goes through all steps while it lies in a core's cache: larger arrays cost more in memory than in arithmetic.
-
-    Args:
-        parts: At least one; all of one (out, in).
-        dtype: "float16" or "bfloat16".
-        probes: X, transposed.
-    """
-    exact_A = _stacked(parts, dtype)
-    if exact_A.dtype.name == dtype and (copied := _copied_sum(parts, exact_A, probes)) is not None:
-        return copied
-    A = exact_A if exact_A.dtype.name == dtype else rounded(floats(exact_A), dtype)
-    inner = _times_rows(probes, exact_A)
-    stored_inner = inner if A is exact_A else _times_rows(probes, A)
-    B = np.empty((parts[0][1].shape[0], A.shape[0]), np.uint16 if dtype == BFLOAT16 else np.float16)
-    wanted, stored = np.empty((2, len(probes), len(B)), np.float32)
-    finite, fits = True, A is exact_A or all_finite(A)  # A that is as it was read was looked at then
-    for start, stop in _pieces(inner, len(B)):
-        exact = _beside(parts, start, stop)
-        short = rounded(exact, dtype)
-        finite, fits = finite and all_finite(Array(exact, Kind(FLOAT32))), fits and all_finite(short)
-        B[start:stop] = short.data
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.matmul(inner, exact.T, out=wanted[:, start:stop])
-            np.matmul(stored_inner, floats(short).T, out=stored[:, start:stop])
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored -= wanted
-        taken = float(np.vdot(stored, stored)), float(np.vdot(wanted, wanted))
-    factors = LoraFactors(A, Array(B, Kind(dtype)), 1.0, parts[0][1].kind)  # type: ignore[arg-type]
-    return RoundedSum(factors, finite, fits, taken)
-
-
-def _copied_sum(parts: Sequence[Part], A: Array, probes: Probes) -> RoundedSum | None:
-    """A sum in which no number is rounded, from the bits of its inputs; None where one may have to be."""
-    dtype = A.dtype.name
-    moves = Moves.of(parts, dtype)
-    B = moves and moves.whole()
-    if moves is None or B is None:
-        return None
-
-    def size() -> float:  # from the inputs: what was made of them is not held until then
-        with np.errstate(over="ignore", invalid="ignore"):
-            inner, whole = _times_rows(probes, _stacked(parts, dtype)), moves.whole()
-            return float(np.square(_times_rows(inner, whole)).sum()) if whole else 0.0
-
-    return RoundedSum(LoraFactors(A, B, 1.0, parts[0][1].kind), True, True, (0.0, size))  # type: ignore[arg-type]
-
-
-def _stacked(parts: Sequence[Part], dtype: str) -> Array:
-    """A of every part, one under another: as they are where all are of a type, else in float32."""
+def stacked(parts: Sequence[Part], dtype: str) -> Array:
+    """Put A of every part one under another: as they are where all are of a type, else in float32."""
     stacked = [array_of(f.A) for _, f in parts]
     if all(a.dtype.name == dtype for a in stacked):
         return Array(np.concatenate([a.data for a in stacked]), stacked[0].dtype)
     return rounded(np.concatenate([floats(a) for a in stacked]), FLOAT32)
-
-
-def _beside(parts: Sequence[Part], start: int, stop: int) -> Floats:
-    """Rows of B of every part times what multiplies it, one beside another, in float32."""
-    arrays, ranks = [array_of(f.B) for _, f in parts], [f.rank for _, f in parts]
-    if len({B.dtype.name for B in arrays}) == 1:  # rows of one adapter are too short to be worth a pass each
-        block = floats(Array(np.concatenate([B.data[start:stop] for B in arrays], axis=1), arrays[0].dtype))
-    else:
-        block = np.concatenate([floats(Array(B.data[start:stop], B.dtype)) for B in arrays], axis=1)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinity is for the caller to see
-        block *= np.repeat(np.array([c * f.scaling for c, f in parts], np.float32), ranks)
-    return block
 
 
 def in_type(factors: LoraFactors, dtype: str) -> LoraFactors:
@@ -177,11 +101,11 @@ def rounding(exact: LoraFactors, stored: LoraFactors, probes: Probes) -> tuple[f
         stored: The same, rounded.
         probes: X, transposed.
     """
-    inner = _times_rows(probes, array_of(exact.A))
-    wanted = _times_rows(inner, array_of(exact.B))
+    inner = times_rows(probes, array_of(exact.A))
+    wanted = times_rows(inner, array_of(exact.B))
     if stored.A is not exact.A:
-        inner = _times_rows(probes, array_of(stored.A))
-    off = _times_rows(inner, array_of(stored.B)) - wanted
+        inner = times_rows(probes, array_of(stored.A))
+    off = times_rows(inner, array_of(stored.B)) - wanted
     return float(np.vdot(off, off)), float(np.vdot(wanted, wanted))
 
 
@@ -233,12 +157,11 @@ def is_beside(parts: Sequence[Part], merged: LoraFactors) -> bool:
         if not _same_bits(A.data[start : start + f.rank], own.data):
             return False
         start += f.rank
-    moves = Moves.of(parts, dtype)
-    rows = moves.rows_together if moves else max(1, _ALONE // max(1, B.shape[1]))
-    for i in range(0, len(B.data), rows):
-        bits = moves.rows(i, i + rows) if moves else None
-        wanted = rounded(_beside(parts, i, min(len(B.data), i + rows)), dtype).data if bits is None else bits
-        if not _same_bits(B.data[i : i + rows], wanted):
+    together = max(1, _TOGETHER // max(1, B.shape[1]))
+    rows = rows_in(parts, dtype, min(together, len(B.data)))
+    for i in range(0, len(B.data), together):
+        j = min(len(B.data), i + together)
+        if not _same_bits(B.data[i:j], rows(i, j)):
             return False
     return True
 
@@ -262,25 +185,30 @@ def _applied(
         A = A if A.dtype.name == dtype else rounded(floats(A), dtype)
         B = B if B.dtype.name == dtype and factor == 1.0 else rounded(_times(floats(B), factor), dtype)
         factor = 1.0
-    inner = _times_rows(probes.astype(kind, copy=False), A)
-    return _times_rows(inner if factor == 1.0 else inner * kind(factor), B)
+    inner = times_rows(probes.astype(kind, copy=False), A)
+    return times_rows(inner if factor == 1.0 else inner * kind(factor), B)
 
 
-def _times_rows(X: Floats, M: Array) -> Floats:
+def times_rows(X: Floats, M: Array) -> Floats:
     """X M^T in the type of X, for X (k, m) and M (n, m), in pieces that OpenBLAS multiplies in the calling thread.
 
     Products as thin as these are no faster on more cores, and its threads spin while they wait: beside our own, and on a busy
     machine, they took several times as long as everything else.
     """
     result: Floats = np.empty((len(X), len(M.data)), X.dtype)
-    for start, stop in _pieces(X, len(M.data)):
-        piece = floats(Array(M.data[start:stop], M.dtype), X.dtype)
-        np.matmul(X, piece.T, out=result[:, start:stop])
+    for start, stop in pieces(X, len(M.data)):
+        result[:, start:stop] = product(X, floats(Array(M.data[start:stop], M.dtype), X.dtype))
     return result
 
 
-def _pieces(X: Floats, count: int) -> Iterator[tuple[int, int]]:
-    """Ranges of so many rows by which X is multiplied together."""
+def product(X: Floats, M: Floats) -> Floats:
+    """X M^T of one piece."""
+    short: Floats = (M @ np.ascontiguousarray(X.T)).T if X.shape[1] <= _NARROW else X @ M.T
+    return short
+
+
+def pieces(X: Floats, count: int) -> Iterator[tuple[int, int]]:
+    """Give ranges of so many rows by which X is multiplied together."""
     rows = max(1, _ALONE // max(1, X.size))
     for start in range(0, count, rows):
         yield start, min(start + rows, count)
