@@ -269,6 +269,10 @@ def reported(full: Judge, panel: Panel, arms, entries, by_label, labelled) -> di
     }  # fmt: skip
 
 
+# How fidelities are put together where `merge auto` chooses.
+CHOOSES = "mean probability beyond chance"
+
+
 def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     """The figures over all seeds."""
 
@@ -291,7 +295,7 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     return {
         **figures,
         "share_of_oracle": figures["recovered_100_texts"] / labelled if labelled else None,
-        "rank_correlation": ranks["score"],
+        "rank_correlation": ranks.get(CHOOSES, ranks["score"]),
         "intervals": {k: interval(v) for k, v in each.items()},
         "rank_correlations": ranks,
         "recovered": recovered,

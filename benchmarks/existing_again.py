@@ -4,7 +4,9 @@
 
 Where a study did not measure one of the figures, it is taken from another study of the same base, tasks and kind of adapters, and said
 so under `elsewhere`: the default at the prompt from existing-fresh.json and existing-fitted-search.json (of eleven tasks from
-scales-mpnet.json), joint training (one adapter of rank 8) from glue8-mpnet.json. What nothing holds stays null.
+scales-mpnet.json), joint training (one adapter of rank 8) from glue8-mpnet.json. What nothing holds stays null. What `merge auto` gives
+since it fits and lets heads follow is in existing-fitted.json, of other seeds; it takes the place of existing.json's own figures, which
+stay under `earlier`.
 """
 
 from __future__ import annotations
@@ -65,6 +67,18 @@ def joint(results: Path) -> dict[str, Any]:
     return figure(seeds, f"[glue8-mpnet](glue8-mpnet.md), seeds {', '.join(seeds)}")
 
 
+def today(results: Path) -> dict[str, Any]:
+    """What the default and `merge auto` give of eight plain adapters, the second without a repair and with one."""
+    seeds = json.loads((results / "existing-fitted.json").read_text())["seeds"]
+    steps = {
+        "recovered_no_text": "no text",
+        "recovered_100_texts": "fitted, heads",
+        "recovered_repaired": "fitted, repaired, heads",
+    }
+    of = f"[existing-fitted](existing-fitted.md), seeds {', '.join(seeds)}"
+    return {k: figure({s: r["rows"][step]["recovered"] for s, r in seeds.items()}, of) for k, step in steps.items()}
+
+
 def main() -> None:
     """Write the files and their pages anew."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,8 +93,15 @@ def main() -> None:
         else:
             others = {"default_at_prompt": at_the_prompt_of_eleven(a.results, arm)}
         others = {k: v for k, v in others.items() if figures[k] is None}
-        rest = {k: v for k, v in report.items() if k not in figures and k != "elsewhere"}
-        report = {**figures, **{k: v["value"] for k, v in others.items()}, "elsewhere": others, **rest}
+        if name == "existing.json":
+            others |= today(a.results)
+        earlier = {
+            k: {"value": figures[k], "interval": figures["intervals"][k]} for k in others if figures[k] is not None
+        }
+        figures["intervals"] = {k: v for k, v in figures["intervals"].items() if k not in earlier}
+        rest = {k: v for k, v in report.items() if k not in figures and k not in ("elsewhere", "earlier")}
+        values = {k: v["value"] for k, v in others.items()}
+        report = {**figures, **values, "elsewhere": others, **({"earlier": earlier} if earlier else {}), **rest}
         file.write_text(json.dumps(report, indent=1) + "\n")
         (a.results / f"{file.stem}.md").write_text(existing_page.page(report, name))
         print(name, {k: report[k] for k in (*KEYS, "share_of_oracle", "rank_correlation")})

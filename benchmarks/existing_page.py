@@ -90,7 +90,15 @@ def _headline(report: Mapping[str, Any]) -> str:
         "",
         "`default_at_prompt` is `plait merge` without any option; `recovered_joint` one adapter trained on all tasks together.",
     ]
-    if not later(report["seeds"]):
+    if earlier := report.get("earlier"):
+        was = ", ".join(
+            f"`{k}` {v['value']:.3f} ({v['interval'][0]:.2f} to {v['interval'][1]:.2f})" for k, v in earlier.items()
+        )
+        told.append(
+            f"What `merge auto` gave on these seeds before it fitted what it chose and let heads follow: {was}. `share_of_oracle` is of "
+            "then; the choice by labels had no fit and no new heads to choose from."
+        )
+    elif not later(report["seeds"]):
         told.append(
             "`recovered_100_texts` is here what `merge auto` was when this was measured, a choice with weights learnt; fits and heads that "
             "follow came later, and what they add is in [existing-fitted.md](existing-fitted.md)."
@@ -124,7 +132,12 @@ def _ranks(report: Mapping[str, Any]) -> str:
     n = len(next(iter(report["seeds"].values()))["candidates"])
     lines = [
         f"Spearman's rank correlation between fidelity and the mean true score over {n} candidates, mean over seeds, by how the "
-        "adapters' fidelities are put together (`score` is what chooses):",
+        "adapters' fidelities are put together"
+        + (
+            ". `score` chose the merges below; `mean probability beyond chance` chooses since, and is `rank_correlation` above:"
+            if "mean probability beyond chance" in report["rank_correlations"]
+            else " (`score` is what chose):"
+        ),
         "",
         "| aggregate | rank correlation |",
         "|---|---|",

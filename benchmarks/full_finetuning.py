@@ -251,8 +251,8 @@ def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def page(rows: Sequence[Mapping[str, Any]], about: str) -> str:
-    """The table, a line for each arm, rate and merge: means over seeds."""
+def page(rows: Sequence[Mapping[str, Any]], about: str, asked: Sequence[tuple[str, float]] = ()) -> str:
+    """The table, a line for each arm, rate and merge: means over seeds; and which of the (arm, rate) that were asked for have none."""
     groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
     for r in rows:
         groups.setdefault((r["arm"], r["rate"], r["method"]), []).append(r)
@@ -265,6 +265,10 @@ def page(rows: Sequence[Mapping[str, Any]], about: str) -> str:
             f"| `{arm}` | {rate:g} | {len(group)} | {mean['individual']:.1f} | {mean['norm']:.2f} | {method} | {scale:.2f} | "
             f"{mean['merged']:.1f} | {100 * mean['recovered']:.0f} |"
         )
+    if missing := [
+        f"`{arm}@{rate:g}`" for arm, rate in asked if (arm, rate) not in {(r["arm"], r["rate"]) for r in rows}
+    ]:
+        lines += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -284,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in recipe.seeds
         for arm, _, rate in (x.partition("@") for x in a.arms.split(","))
     ]
+    asked = [(arm, float(rate)) for arm, _, rate in (x.partition("@") for x in a.arms.split(","))]
     records = [kept(place, make) for place, make in places if place.exists() or not a.page_only]
     rows = rows_of(records)
     steps = f"{recipe.training.get('steps')} steps of {recipe.training.get('batch_size')} rows"
@@ -297,8 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if a.to:
         (a.to / "full-finetuning.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        (a.to / "full-finetuning.md").write_text(page(rows, about))
-    print(page(rows, about))
+        (a.to / "full-finetuning.md").write_text(page(rows, about, asked))
+    print(page(rows, about, asked))
 
 
 if __name__ == "__main__":

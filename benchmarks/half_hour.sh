@@ -212,7 +212,7 @@ pages() {
   done
   for name in q15:text-qwen15:--tested=1,2 q16:text-qwen15-16: wide:text-qwen15-wide:; do
     at=${name%%:*} name=${name#*:}
-    [ -d "$home/new/$at/told" ] || continue
+    ls "$home/new/$at/told/records"/*.json > /dev/null 2>&1 || continue # nothing of it was scored
     mkdir -p "$home/$at/told" && [ -e "docs/results/${name%:*}-run.tar.gz" ] && tar xzf "docs/results/${name%:*}-run.tar.gz" -C "$home/$at"
     cp -rn "$home/new/$at/told" "$home/$at/" # what is published stays
     $PY -P benchmarks/text_page.py $(cd "$home/$at" && for c in told bare; do [ -d $c ] && echo "$c=$home/$at/$c"; done) \

@@ -72,7 +72,13 @@ ARMS: Mapping[str, Way] = {
 }
 
 # What is changed, beside what it is changed from.
-PAIRS = (("rounds", "kaiming"), ("rounds_penalised", "penalised"), ("refreshed", "restarted"))
+PAIRS = (
+    ("rounds", "kaiming"),
+    ("rounds", "penalised"),
+    ("penalised", "kaiming"),
+    ("rounds_penalised", "penalised"),
+    ("refreshed", "restarted"),
+)
 
 
 def moments(session: Session, seed: int, adapters: Mapping[str, Adapter] | None = None) -> dict[str, Statistics]:
@@ -162,7 +168,7 @@ def record_of(session: Session, arm: str, seed: int) -> dict[str, Any]:
 
 
 def page(records: Sequence[Mapping[str, Any]], about: str) -> str:
-    """A line for each arm: means over tasks and seeds."""
+    """A line for each arm: means over tasks and seeds, and what has no line."""
     lines = ["# Rounds, and moments refreshed halfway", "", about, ""]
     lines += ["| arm | seeds | alone | merged | floor | of own gain, % |", "|---" * 6 + "|"]
     for arm in dict.fromkeys(r["arm"] for r in records):
@@ -172,6 +178,8 @@ def page(records: Sequence[Mapping[str, Any]], about: str) -> str:
         )
         share = 100 * (merged - floor) / (alone - floor) if alone != floor else float("nan")
         lines.append(f"| `{arm}` | {len(group)} | {alone:.1f} | {merged:.1f} | {floor:.1f} | {share:.0f} |")
+    if missing := [f"`{arm}`" for arm in ARMS if arm not in {r["arm"] for r in records}]:
+        lines += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join([*lines, *_differences(records)]) + "\n"
 
 
@@ -212,7 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in records}))
     about = (
         f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks, {recipe.training.get('steps')} steps in all, seeds "
-        f"{seeds}; merged by task arithmetic at the rule's scale, so no label has a say.\n\n"
+        f"{seeds}; merged by task arithmetic at the rule's scale, so no label has a say. `kaiming` is PEFT's default start, `penalised` "
+        "starts at `contrastive` and holds the others' outputs in place; `rounds` is `kaiming` in four parts of a quarter of the steps, "
+        "after each of which all tasks' factors are merged into the base. *Alone*: each task's own adapter, of `rounds` on the base that "
+        "holds the first three merges. *Floor*: the bare base with the heads as trained.\n\n"
         "    PYTHONPATH=src:benchmarks python -P benchmarks/rounds.py --study STUDY --set base.model=BASE --set data.root=DATA "
         "--out RUN --to docs/results"
     )

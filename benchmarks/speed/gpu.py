@@ -34,6 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "iso_c": {"method": "iso_c"}, "core_space": {"method": "core_space"}, "knots": {"method": "knots"}, "regmean": {"method": "regmean"},
     "ties": {"method": "ties"}, "dare_ties": {"method": "dare_ties"},
 }  # fmt: skip
+ABOUT = """
+Eight random adapters in the shape of Llama-3-8B, rank 16, bfloat16, made there. Each method is a process of its own. *Merging* goes from
+factors in the memory of the CPU to merged factors there, device and all; nothing is verified. Results are written flushed. RegMean's second
+moments are random and made on the device, module by module, where files would hold 40 GB a task. Importing torch and starting the device
+take each process"""
 ORDER = [(m, "all") for m in METHODS if "ties" not in m] + [
     (m, s) for s in ("qv", "all") for m in ("ties", "dare_ties")
 ]
@@ -153,6 +158,42 @@ def one(method: str, targets: str, a: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def page(report: dict[str, Any], command: str) -> str:
+    """The page beside OUT: a line for each method."""
+    head = [
+        "what",
+        "merging, s",
+        "reading and writing, s",
+        "ratio",
+        "making moments (not in it), s",
+        "memory of the device, MB",
+        "of the CPU, MB",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for r in report["rows"]:
+        if "error" in r:
+            lines.append(f"| {r['what']} | {r['error'].splitlines()[-1]} |" + " |" * 5)
+            continue
+        device = f"{r['device_mb']:.0f}" if r["device_mb"] is not None else ""
+        beside, moments = r["reading"] + r["writing"], f"{r['moments']:.1f}" if r["moments"] else ""
+        cells = [
+            r["what"],
+            f"{r['seconds']:.1f}",
+            f"{beside:.1f}",
+            f"{r['ratio']:.1f}",
+            moments,
+            device,
+            f"{r['peak_mb']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    started = [r["importing"] + r["starting"] for r in report["rows"] if "error" not in r]
+    machine = f"{report['device']}, torch {report['torch']}, {report['cores']} cores."
+    about = f"{machine} {' '.join(ABOUT.split())} {min(started):.1f} to {max(started):.1f} s."
+    return (
+        "\n".join(["# Merging adapters of an 8 B model on a GPU", "", about, "", f"    {command}", "", *lines]) + "\n"
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", required=True, type=Path)
@@ -205,7 +246,11 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             rows.append(what | {"error": f"not finished in the {left:.0f} s that were left"})
         print(json.dumps(rows[-1]), flush=True)
-        a.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        report = about | {"rows": rows}
+        a.out.write_text(json.dumps(report, indent=1) + "\n")
+        options = f" --device {a.device}" if a.device != "cuda" else ""
+        command = f"PYTHONPATH=src python -P benchmarks/speed/gpu.py --work DIR --out {a.out.name} --limit {a.limit:g}{options}"
+        a.out.with_suffix(".md").write_text(page(report, command))
     if fallen := [r["what"] for r in rows if "Error" in r.get("error", "")]:
         sys.exit(f"ended in an error: {'; '.join(fallen)}")
 
