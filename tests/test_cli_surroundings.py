@@ -32,6 +32,22 @@ def test_odd_surroundings(surroundings):
     assert ended.returncode == 0 and "sst2" in ended.stdout and ended.stderr == ""
 
 
+@pytest.mark.parametrize(("options", "shown"), [([], False), (["-W", "default"], True)])
+def test_what_a_library_will_change_is_said_to_those_who_ask(options, shown):
+    code = """
+import sys, warnings
+import plait.cli
+from plait.entry import main
+plait.cli.main = lambda **_: warnings.warn("`past_key_values` will be another", FutureWarning, stacklevel=2)
+sys.argv = ["plait", "try"]
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0 and ("past_key_values" in ended.stderr) == shown, ended.stderr
+
+
 def test_products_do_not_depend_on_the_number_of_threads():
     """MKL splits a long sum over threads where there are few rows, unless the command tells it not to before the first product."""
     code = """

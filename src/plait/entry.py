@@ -80,6 +80,11 @@ def main() -> None:
 
         if (code := inspected(sys.argv[2:])) is not None:
             sys.exit(code)
+    if not sys.warnoptions:
+        import warnings
+
+        # What a library will change is for those who write against it; python -W default shows it.
+        warnings.simplefilter("ignore", FutureWarning)
     from plait.cli import main as run
 
     run(begin=raise_again, end=leave_at_once)

@@ -108,7 +108,14 @@ def test_a_class_and_its_probability_are_pefts(classifiers, tmp_path, capsys):
             assert answer["text"] == f"LABEL_{int(chances.argmax())}"
             assert abs(answer["probability"] - float(chances.max())) < 1e-5
     code, said, _ = plait(capsys, "try", merged, "--prompt", PROMPTS[0], "--device", "cpu")
-    assert code == 0 and "the bare base" in said and "its adapter" in said and "mood:" in said
+    assert code == 0 and "the bare base" in said and "its adapter" in said
+    assert said.count(PROMPTS[0]) == 1  # once, whatever the number of tasks
+    lines = [line.split()[0] for line in said.splitlines() if "the bare base  " in line]
+    assert lines == ["mood", "topic"], said
+    page = tmp_path / "classes.html"
+    assert plait(capsys, "try", merged, "--prompt", PROMPTS[0], "--device", "cpu", "--out", page)[0] == 0
+    html = page.read_text()
+    assert html.count(f"<h2>{PROMPTS[0]}</h2>") == 1 and "<h3>mood</h3>" in html and "1 prompt to" in html
 
 
 def test_adapters_that_are_gone_or_changed_are_named_and_the_rest_is_tried(writers, tmp_path, capsys):
@@ -124,6 +131,9 @@ def test_adapters_that_are_gone_or_changed_are_named_and_the_rest_is_tried(write
     assert "is gone" in why["one"] and "has changed since" in why["two"] and "--adapter NAME=PATH" in why["one"]
     found = answers(capsys, *command, "--adapter", f"one={moved}")
     assert found["columns"] == ["the bare base", "one", "the merge"]
+    found = answers(capsys, *command, "--adapter", f"one={pair[1]}")  # another one under its name
+    assert found["columns"] == ["the bare base", "the merge"]
+    assert "is not what was merged" in {m["name"]: m["why"] for m in found["missing"]}["one"]
     code, _, err = plait(capsys, "try", *command, "--adapter", f"three={moved}")
     assert code == 2 and "no adapter 'three' in this merge" in err and "one, two" in err
     code, said, _ = plait(capsys, "try", *command)

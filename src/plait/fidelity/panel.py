@@ -156,9 +156,7 @@ class Panel:
             if task not in names:
                 raise UsageError(f"texts for {task!r}, and no adapter of that name", hint=did_you_mean(task, names))
         if lacking := [n for n in names if not self.texts.get(n)]:
-            raise UsageError(
-                f"no texts for {', '.join(lacking)}", hint="--text TASK=FILE for every adapter, or for none"
-            )
+            raise UsageError(f"no texts for {', '.join(lacking)}", hint="--text TASK=FILE for every adapter")
 
     @property
     def is_text(self) -> bool:

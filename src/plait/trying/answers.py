@@ -64,7 +64,8 @@ class Tried:
         merge: What was tried.
         base: The base.
         columns: Who answers: the base, each adapter, the merge; of classifiers the base, the task's adapter, the merge.
-        rows: Prompts in their order; of classifiers task by task.
+        rows: Prompts in their order. Of classifiers, each prompt for everybody with the answers of one task after another, then the
+            prompts of single tasks.
         missing: Adapters of the merge that were not found, and why.
         notes: What a reader has to know, such as whether the chat template was used.
     """
@@ -133,7 +134,8 @@ def _written(trial: Trial, kind: str, prompts: Texts, settings: TrySettings, on_
     model, tokenizer = models.of(task), models.tokenizer
     chat, notes = _chat(trial, settings, tokenizer, kind)
     ids = [_ids(tokenizer, text, chat=chat, longest=_longest(model, settings, kind)) for text in prompts]
-    on_progress(f"{len(members)} models write after {len(ids)} prompts, up to {settings.tokens} tokens each")
+    many = "1 prompt" if len(ids) == 1 else f"{len(ids)} prompts"
+    on_progress(f"{len(members)} models write after {many}, up to {settings.tokens} tokens each")
     texts = _texts(model, tokenizer, kind, ids, [active for _, active in members], settings.tokens)
     rows = tuple(Asked("\n".join(prompt), tuple(Answer(own[i]) for own in texts)) for i, prompt in enumerate(prompts))
     return Tried(trial.merge.name, trial.base.name, tuple(n for n, _ in members), rows, trial.missing, tuple(notes))
@@ -238,10 +240,12 @@ def _classified(
         settings.batch_size, settings.max_length,
     )  # fmt: skip
     own = {task: a for a in trial.adapters for task in a.heads}
-    rows: list[Asked] = []
+    of_parts: list[list[Asked]] = []
     for part in asked:
         on_progress(f"{part.name}: {len(texts[part.name])} texts")
-        rows += _of_part(evaluator, part, own.get(part.name), texts[part.name], trial)
+        of_parts.append(_of_part(evaluator, part, own.get(part.name), texts[part.name], trial))
+    rows = [part[i] for i in range(len(prompts)) for part in of_parts]
+    rows += [row for part in of_parts for row in part[len(prompts) :]]
     columns = (BASE, ALONE, MERGE) if trial.is_merge else (BASE, trial.merge.name)
     notes = ["the bare base answers with the task's head, which was trained on an adapter's features"]
     return Tried(trial.merge.name, trial.base.name, columns, tuple(rows), trial.missing, tuple(notes))

@@ -132,7 +132,10 @@ def _found(
 
 def _adapter(name: str, recorded: MergedInput | None, given: str | None, folder: Path) -> Adapter:
     if given is not None:
-        return read_any(adapter_place(given), name=name)
+        adapter = read_any(adapter_place(given), name=name)
+        if recorded is not None and adapter.source.get("sha256") != recorded.sha256:
+            raise InputError(f"({given}) is not what was merged under this name")
+        return adapter
     if recorded is None:
         raise InputError("the merge's record does not say where it is")
     place, why = whereabouts(recorded, folder)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 from base64 import b64encode
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from plait.disk.card_contents import base_names
@@ -50,7 +49,7 @@ def render(tried: Tried) -> str:
     css = (Path(__file__).parent / "templates" / "try.css").read_text(encoding="utf-8")
     return environment.get_template("try.html.j2").render(
         tried=tried,
-        groups=[(task, list(rows)) for task, rows in groupby(tried.rows, lambda row: row.task or "")],
+        prompts=by_prompt(tried.rows),
         base=base_names(tried.base)[1],
         css=css,
         css_hash=b64encode(hashlib.sha256(css.encode()).digest()).decode(),
@@ -60,6 +59,23 @@ def render(tried: Tried) -> str:
         ),
         alike=alike,
     )
+
+
+def by_prompt(rows: Sequence[Asked]) -> list[list[Asked]]:
+    """Put together what the heads of several tasks answer to one prompt; every other row stays alone.
+
+    >>> rows = [Asked("dull", (), "mood"), Asked("dull", (), "topic"), Asked("dull", (), "topic")]
+    >>> [[row.task for row in group] for group in by_prompt(rows)]
+    [['mood', 'topic'], ['topic']]
+    """
+    groups: list[list[Asked]] = []
+    for row in rows:
+        same = bool(groups) and groups[-1][0].prompt == row.prompt
+        if same and row.task is not None and row.task not in [other.task for other in groups[-1]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def alike(row: Asked, columns: tuple[str, ...], place: int) -> list[str]:
@@ -84,14 +100,13 @@ def text_of(tried: Tried, width: int) -> str:
     lines = [f"{tried.merge} on {tried.base}", *(f"- {note}" for note in tried.notes)]
     lines += [f"- {m.name} is not tried: {m.why}" for m in tried.missing]
     names = max(map(len, tried.columns))
-    task = None
-    for number, row in enumerate(tried.rows, 1):
-        if row.task != task:
-            task = row.task
-            lines += ["", f"{task}:"]
-        lines += ["", *_wrapped(f"{number}. ", row.prompt, width)]
-        for name, answer in zip(tried.columns, row.answers, strict=True):
-            lines += _wrapped(f"   {name.ljust(names)}  ", _shown(answer), width)
+    tasks = max((len(row.task) + 2 for row in tried.rows if row.task), default=0)
+    for number, group in enumerate(by_prompt(tried.rows), 1):
+        lines += ["", *_wrapped(f"{number}. ", group[0].prompt, width)]
+        for row in group:
+            for i, (name, answer) in enumerate(zip(tried.columns, row.answers, strict=True)):
+                task = (row.task or "" if i == 0 else "").ljust(tasks)
+                lines += _wrapped(f"   {task}{name.ljust(names)}  ", _shown(answer), width)
     return "\n".join(lines)
 
 
