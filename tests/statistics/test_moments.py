@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plait.entry import SAME_PRODUCTS
 from plait.errors import InputError, UsageError
-from plait.statistics.accumulate import SiteSums
+from plait.statistics.accumulate import WIDE_BLOCK, SiteSums, add_gram, mirror
 from plait.statistics.agreement import merge_statistics
 from plait.statistics.masks import Positions
 from plait.statistics.moments import FACTOR, ModuleInfo, Moments, Statistics, rotated
@@ -153,12 +158,12 @@ def test_frequent_directions_keep_their_bound(rank, pieces, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("dim", [70, 768, 900])
+@pytest.mark.parametrize("dim", [70, 400, 768, 900, 1100])
 def test_sums_of_wide_inputs_are_whole(dim, dtype):
     """Wide ones are summed from the diagonal on and filled in at the end."""
-    rows = torch.randn(2, 500, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = torch.randn(2, 600, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     sums = SiteSums(dim, dtype, torch.device("cpu"), pool="token", sketch=None)
-    every = Positions.of(torch.ones(1, 500, dtype=torch.bool), torch.device("cpu"))
+    every = Positions.of(torch.ones(1, 600, dtype=torch.bool), torch.device("cpu"))
     for part in rows:
         sums.add(part[None], every)
     found = sums.finish()
@@ -166,3 +171,33 @@ def test_sums_of_wide_inputs_are_whole(dim, dtype):
     assert found.form == "dense" and found.second.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(found.second.double(), H.T @ H, rtol=1e-5, atol=1e-3)
     assert (found.second - found.second.T).abs().max() <= 1e-6 * found.second.abs().max()
+
+
+@pytest.mark.parametrize("dim", [383, 384, 500, 1024])
+def test_blocks_agree_with_the_whole(dim):
+    rows = torch.randn(300, dim, generator=torch.Generator().manual_seed(0))
+    S, whole = torch.zeros(dim, dim), torch.zeros(dim, dim).addmm_(rows.T, rows)
+    add_gram(S, rows)
+    left_out = float(S.tril(-WIDE_BLOCK).abs().sum())
+    mirror(S)
+    assert (left_out == 0.0) == (dim >= 384)  # below three blocks nothing is left out
+    torch.testing.assert_close(S, whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="what the command tells MKL")
+def test_sums_are_the_same_bytes_with_any_number_of_threads():
+    code = """
+import torch
+from plait.statistics.accumulate import add_gram, mirror
+for rows in (130, 700):
+    for dim in (384, 1100):
+        H, sums = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)), []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            sums.append(torch.zeros(dim, dim))
+            add_gram(sums[-1], H)
+            mirror(sums[-1])
+        assert torch.equal(*sums), (rows, dim)
+"""
+    told = os.environ | dict([SAME_PRODUCTS])
+    subprocess.run([sys.executable, "-c", code], env=told, check=True, timeout=120)
