@@ -14,7 +14,7 @@ import pytest
 
 from plait.cli.output import foreseen
 from plait.disk.locks import locked, writing_to
-from plait.entry import SAME_PRODUCTS
+from plait.entry import SAME_PRODUCTS, SELDOM
 from plait.errors import EnvironmentFault
 from plait.progress import Progress, duration
 from plait.training.checkpoints import open_root
@@ -71,6 +71,22 @@ assert torch.equal(*products)
             [sys.executable, "-c", check if not told else check.replace("assert torch.equal(*products)", "")],
             env=surroundings | told, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_cycles_are_looked_for_seldom():
+    """In the command alone: what a library sets would hold for everybody's process."""
+    for begin, expected in (("import plait.merging", "before"), ("main()", repr(SELDOM))):
+        code = f"""
+import contextlib, gc, sys
+before = gc.get_threshold()
+from plait.entry import main
+sys.argv = ["plait", "--version"]
+with contextlib.suppress(SystemExit):
+    {begin}
+assert gc.isenabled() and gc.get_threshold() == {expected}, gc.get_threshold()
+"""
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert ended.returncode == 0, ended.stderr
 
 
