@@ -303,3 +303,14 @@ def test_a_limit_on_what_general_text_is_moved_by_holds_for_all_that_is_done(mak
         merge_auto(adapters, panel.base, panel.texts, general=general, settings=replace(settings, max_shift=1e-12))
     with pytest.raises(UsageError, match="general"):
         merge_auto(adapters, panel.base, panel.texts, settings=replace(settings, max_shift=1.0))
+
+
+def test_where_every_fit_is_beyond_the_limit_the_choice_stays_and_is_recorded(make_panel, monkeypatch):
+    from plait.fidelity import fitting
+
+    panel = make_panel(texts=16)
+    monkeypatch.setattr(fitting, "general_shift", lambda panel, merges: [9.0] * len(merges))
+    settings = AutoSettings(methods=("task_arithmetic",), scales=(0.3,), refine=0, heads=False, max_shift=5.0)
+    done = merge_auto(adapters_of(panel), panel.base, panel.texts, general=texts_of(8, 7), settings=settings)
+    assert done.record.chosen.fit is None and set(done.record.held_out) == {"chosen"}
+    json.dumps(to_json(done.record), allow_nan=False)

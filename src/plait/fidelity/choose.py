@@ -138,9 +138,10 @@ def with_fit(
     before = max(held_out.values())
     if rank is not None and rank < choice.adapter.rank:
         before = held_out["cut"] = _on_rest(panel, cut_adapter(choice.adapter, rank, choice.metric)[0])
-    settings, score = best_fit(
-        panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress
-    )
+    best = best_fit(panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress)
+    if best is None:
+        return replace(choice, held_out=held_out, unfitted=choice)
+    settings, score = best
     tried = replace(choice, held_out={**held_out, "fitted": score}, unfitted=choice)
     if score <= before:
         return tried

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +48,8 @@ def best_fit(
     rank: int | None = None,
     max_shift: float | None = None,
     on_progress: OnProgress = lambda _: None,
-) -> tuple[Fit, float]:
-    """Find the fit that is closest to the adapters on texts that were held out, and its score there.
+) -> tuple[Fit, float] | None:
+    """Find the fit that is closest to the adapters on texts that were held out, and its score there; None where no fit is within the limit.
 
     Args:
         panel: Base, adapters and texts.
@@ -58,7 +57,7 @@ def best_fit(
         start: The merge.
         every: Every such text is held out.
         rank: Rank of the result; that of the sum by default.
-        max_shift: Most KL to the base on the panel's general texts, in nats: a fit beyond it scores minus infinity.
+        max_shift: Most KL to the base on the panel's general texts, in nats: a fit beyond it is none.
         on_progress: Called before each fit.
 
     Cost: two fits, and as many passes over the texts held out as there are scales for each.
@@ -72,10 +71,13 @@ def best_fit(
         merge = fitted(seen, adapters, start, fit, rank=rank)
         tried += [(Fit(fit.pull, fit.reach, scale), merge) for scale in SCALES]
     scores = [f.score for f in fidelities(judged, [(merge, fit.scale) for fit, merge in tried])]
+    near = list(range(len(tried)))
     if max_shift is not None:
         shifts = general_shift(panel, [(merge, fit.scale) for fit, merge in tried])
-        scores = [s if shift <= max_shift else -math.inf for s, shift in zip(scores, shifts, strict=True)]
-    best = max(range(len(tried)), key=lambda i: scores[i])
+        near = [i for i in near if shifts[i] <= max_shift]
+    if not near:
+        return None
+    best = max(near, key=lambda i: scores[i])
     return tried[best][0], scores[best]
 
 
