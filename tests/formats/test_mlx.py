@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter
 from plait.errors import InputError, UsageError
+from plait.fidelity.advise import advise
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
@@ -131,6 +132,8 @@ def test_a_merge_takes_the_method_and_scale_that_peft_folders_of_the_same_adapte
     peft = merge_folders([str(tmp_path / "peft" / n) for n in ("fr", "de")], tmp_path / "p").record
     assert (mlx.method, mlx.scale, mlx.scale_reason) == (peft.method, peft.scale, peft.scale_reason)
     assert mlx.method == "tsv"
+    advice = advise([read_any(tmp_path / n) for n in ("fr", "de")])
+    assert not any("pictures" in text for text in (advice.advice, *advice.unknown))
     wanted = read_any(tmp_path / "p").modules
     for name, f in read_any(tmp_path / "m").modules.items():
         torch.testing.assert_close(f.delta(), wanted[name].delta(), rtol=1e-5, atol=1e-5)

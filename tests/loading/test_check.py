@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -186,3 +187,20 @@ def test_what_a_base_is_not_asked_about(capsys, bases, tmp_path):
     folder = save_adapter(tmp_path / "a", causal(), **LLM, use_dora=True)
     code, _, err = call(capsys, "check", folder, "--base", bases / "causal")
     assert code == 3 and "use_dora" in err
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("single", [False, True])
+def test_numbers_that_are_none_are_found_where_no_manifest_tells(capsys, adapters, tmp_path, kind, single):
+    place = tmp_path / "copy"
+    shutil.copytree(adapters / "one", place)
+    tensors = load_file(place / "adapter_model.safetensors")
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[-1] = float(kind)
+    save_file(tensors, place / "adapter_model.safetensors")
+    if single:
+        place = shutil.copyfile(place / "adapter_model.safetensors", tmp_path / "alone.safetensors")
+    code, out, err = call(capsys, "check", place)
+    assert code == 3 and f"{name} holds NaN or infinity" in out and f"{name} holds NaN or infinity" in err
+    found = json.loads(call(capsys, "check", place, "--json")[1])
+    assert not found["ok"] and len(found["damaged"]) == 1

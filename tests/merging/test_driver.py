@@ -1,6 +1,7 @@
 """merge(): alignment, weights, scale, rank, record."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,28 @@ def test_other_base_and_shape_are_refused_by_name():
         merge([adapter("a", 0), adapter("b", 1, width=11)], method="task_arithmetic", scale=1.0)
 
 
+def test_names_that_lead_to_one_folder_are_one_base(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    monkeypatch.chdir(tmp_path)
+    names = ("base", "./base/", str(tmp_path / "base"), "other/../base", "link")
+    adapters = [adapter(f"t{i}", i, base=name) for i, name in enumerate(names)]
+    assert merge(adapters, "task_arithmetic").adapter.base == "base"
+    for name in ("other", "/absent/base", "org/base", ""):
+        with pytest.raises(InputError, match="'t0' was trained on 'base'"):
+            merge([adapters[0], adapter("x", 1, base=name)], "task_arithmetic")
+
+
+def test_an_adapter_that_changes_nothing_is_named():
+    still = adapter("still", 1)
+    still = replace(still, modules={m: replace(f, B=torch.zeros_like(f.B)) for m, f in still.modules.items()})
+    said = ("still changes nothing: its update is zero (not trained yet?)",)
+    for method in ("tsv", "task_arithmetic"):
+        assert merge([adapter("a", 0), still], method).record.beside == said
+    assert merge([adapter("a", 0), adapter("b", 1)]).record.beside == ()
+
+
 UNLIKE = {
     "'a' was trained on 'base' at revision 'v1' and 'b' on 'base' at revision 'v2'": (
         {"revision": "v1"},
@@ -121,6 +144,10 @@ UNLIKE = {
     "task types CAUSAL_LM, SEQ_CLS are models of different shapes": (
         {"task_type": "SEQ_CLS"},
         {"task_type": "CAUSAL_LM"},
+    ),
+    "task types CAUSAL_LM, SEQ_CLS are models": (
+        {"task_type": "SEQ_CLS", "modules": ("layers.0.q",), "prefix": "model"},  # one module, seen from its backbone
+        {"task_type": "CAUSAL_LM", "modules": ("model.layers.0.q",)},
     ),
     "'a' and 'b' both trained 'norm.weight' whole and it differs": (
         {"extras": {"norm.weight": torch.ones(2)}, "modules_to_save": ("norm",)},

@@ -120,7 +120,13 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.exists():
-        raise InputError(f"no {CONFIG}", where=str(folder), hint=inside(folder) or "expected a PEFT adapter folder")
+        whole = (folder / "config.json").is_file()
+        hint = (
+            "a whole model? plait extract makes a LoRA of a full fine-tune"
+            if whole
+            else "expected a PEFT adapter folder"
+        )
+        raise InputError(f"no {CONFIG}", where=str(folder), hint=inside(folder) or hint)
     raw = read_json(path, limit=LARGEST_CONFIG)
     return dict(Record.of(raw, str(path), hint="expected a PEFT adapter folder").values)
 

@@ -30,6 +30,17 @@ def _leads_elsewhere(place: Path, folder: Path) -> bool:
         return False
 
 
+def is_one_base(one: str, other: str) -> bool:
+    """Whether two names of bases are one name, or lead to one folder on this machine (`base`, `./base/`, `/models/base`)."""
+    if one == other or not one or not other:
+        return one == other
+    places = Path(one).expanduser(), Path(other).expanduser()
+    try:
+        return all(place.is_dir() for place in places) and places[0].samefile(places[1])
+    except OSError:
+        return False
+
+
 def is_baked(folder: Path) -> bool:
     """Whether a folder holds a model that plait baked an adapter into."""
     return (folder / MANIFEST).is_file() and (read_manifest(folder) or {}).get("stage") == "bake"

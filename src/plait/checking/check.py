@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plait.adapters.sealed import SEAL, SEALED, is_sealed, read_sealed
 from plait.adapters.tensors import read_metadata
+from plait.checking.finite import not_finite
 from plait.checking.on_base import Comparison, compare_on_base
 from plait.disk.hub import adapter_place
 from plait.disk.manifest import MANIFEST, compare_with_manifest
@@ -49,6 +50,7 @@ class Checked:
         accounts: One for each loader that opens it.
         asked: The loader whose faults count; None where those of the format's own do.
         base: What PEFT made of it on its base, where that was asked.
+        damaged: Tensors that hold NaN or infinity, "file what".
     """
 
     path: Path
@@ -57,6 +59,7 @@ class Checked:
     accounts: tuple[Account, ...]
     asked: str | None = None
     base: Comparison | None = None
+    damaged: tuple[str, ...] = ()
 
     def counts(self, account: Account) -> bool:
         """Whether an account's faults make the check fail."""
@@ -64,15 +67,17 @@ class Checked:
 
     @property
     def failed(self) -> bool:
-        """Whether a file was changed, or a loader that counts would load something else than what was meant."""
+        """Whether a file was changed or holds NaN, or a loader that counts would load something else than what was meant."""
         lost = self.base is not None and bool(self.base.faults)
-        return lost or bool(self.changed) or any(a.faults and self.counts(a) for a in self.accounts)
+        return (
+            lost or bool(self.changed) or bool(self.damaged) or any(a.faults and self.counts(a) for a in self.accounts)
+        )
 
     @property
     def why(self) -> str:
         """The first thing that is wrong, in one line; "" where nothing is."""
-        if self.changed:
-            return self.changed[0]
+        if wrong := (*self.changed, *self.damaged):
+            return wrong[0]
         for account in self.accounts:
             if account.faults and self.counts(account):
                 first = account.faults[0]
@@ -92,6 +97,7 @@ class Checked:
             "ok": not self.failed,
             "listed": self.listed,
             "changed": list(self.changed),
+            "damaged": list(self.damaged),
             "accounts": [{**asdict(self.verdict_of(a)), **asdict(a)} for a in self.accounts],
             "base": None if self.base is None else asdict(self.base),
         }
@@ -134,7 +140,8 @@ def _checked_file(path: Path, asked: str | None, base: str | None) -> Checked:
     own = own_file(path)
     changed = tuple(f"{path.name} {problem}" for problem in own.problems)
     loaded = accounts(path, [asked] if asked else None) if own.loadable else ()
-    return Checked(path, own.listed, changed, loaded, asked, compare_on_base(path, base) if base else None)
+    damaged = not_finite(path) if own.loadable and path.suffix == ".safetensors" else ()
+    return Checked(path, own.listed, changed, loaded, asked, compare_on_base(path, base) if base else None, damaged)
 
 
 def _checked_folder(path: Path, asked: str | None, base: str | None) -> Checked:
@@ -146,7 +153,8 @@ def _checked_folder(path: Path, asked: str | None, base: str | None) -> Checked:
         if not listed:
             raise
         loaded = ()  # statistics, scores: only their files can be checked; a file that is damaged is told above
-    return Checked(path, listed, changed, loaded, asked, compare_on_base(path, base) if base else None)
+    compared = compare_on_base(path, base) if base else None
+    return Checked(path, listed, changed, loaded, asked, compared, not_finite(path))
 
 
 def _results(path: Path) -> Iterator[Path]:

@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def check(path: Target, loader: For = None, base: Base = None, as_json: Json = False) -> None:
-    """Hold a result against its manifest and its loaders.
+    """Hold a result against its manifest and its loaders, and look for NaN.
 
     Every tensor is accounted for by name and kind: which parameter it becomes, what is dropped, what overwrites a weight of
     the base, what needs a flag. Faults of the format's own loader, or of the one that --for names, end with exit code 3.
@@ -60,6 +60,7 @@ def check_text(checked: Checked, *, short: bool = False) -> str:
     """Print files, then a line for each loader, then what is wrong and what to know; `short`: only the first and the faults."""
     lines = [f"{checked.path}: {_listed(checked) if not checked.changed else 'changed since it was written'}"]
     lines += [f"changed: {c}" for c in checked.changed]
+    lines += [f"damaged: {d}" for d in checked.damaged[:_SHOWN]]
     verdicts = [(a, checked.verdict_of(a)) for a in checked.accounts]
     rows = [[_name(a), a.version, *(str(v.effects.get(e, "")) for e in _EFFECTS), v.verdict] for a, v in verdicts]
     if rows and not short:

@@ -12,6 +12,7 @@ from plait.fidelity import notes
 from plait.fidelity.auto import AutoMerge
 from plait.fidelity.panel import parts_of
 from plait.fidelity.proxy import mean_error, terms
+from plait.formats.recognised import of_images
 from plait.merging.stack import in_order
 from plait.model.base import BaseModel
 
@@ -24,7 +25,7 @@ def no_size(base: str) -> str:
 
 def unknown(adapters: Sequence[Adapter], base: BaseModel | None, texts: bool) -> list[str]:
     """Say what is not known, with the reason."""
-    if notes.pictures(adapters):
+    if of_images(adapters):
         return ["what a merge keeps of each adapter: for that pictures have to be made and looked at, with equal seeds"]
     unknowns = ["what a merge keeps of each adapter: nobody can say without a few of its inputs"]
     if texts and base is None:
@@ -44,7 +45,7 @@ def without_texts(adapters: Sequence[Adapter], merged: AutoMerge, base: BaseMode
         f"serve separately until it is measured. On inputs assumed from the factors alone the best merge is off by "
         f"{100 * error**0.5:.0f} % of an adapter's own update (most for {worst}){stand_in}; what that does to "
     )
-    if notes.pictures(adapters):
+    if of_images(adapters):
         return f"{distance}pictures is not known. plait merge auto writes that merge: try it with seeds you know."
     try:
         parts_of(adapters)

@@ -13,8 +13,7 @@ from plait.fidelity import costs
 from plait.fidelity.chat import Chat
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.proxy import cosines
-from plait.formats.keys import PEFT
-from plait.formats.reading import format_of
+from plait.formats.recognised import of_images
 from plait.loading.vllm import VERSION
 from plait.model.base import BaseModel
 
@@ -58,7 +57,7 @@ def _low_rank(adapter: Adapter) -> str:
 
 def serving(adapters: Sequence[Adapter]) -> list[str]:
     """Say what serving these adapters side by side asks for."""
-    if pictures(adapters):
+    if of_images(adapters):
         return [
             "diffusers keeps several of them on one pipeline: load_lora_weights for each, then set_adapters with weights"
         ]
@@ -68,11 +67,6 @@ def serving(adapters: Sequence[Adapter]) -> list[str]:
             f"vLLM {VERSION} refuses modules_to_save other than classifier and score: plait convert --base first"
         )
     return notes
-
-
-def pictures(adapters: Sequence[Adapter]) -> bool:
-    """Whether they are LoRA files of image models, which are not asked here."""
-    return any(format_of(a) != PEFT for a in adapters)
 
 
 def other_base(adapters: Sequence[Adapter], base: BaseModel | None) -> list[str]:

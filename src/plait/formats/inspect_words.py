@@ -31,7 +31,15 @@ def _facts_text(facts: AdapterFacts, inside: Sequence[str] = ()) -> str:
     lines += [f"  inside     {place}: an adapter of its own" for place in inside]
     if facts.problem:
         lines.append(f"  problem    {facts.problem}")
-    return "\n".join([*lines, *(f"  can        {c}" for c in facts.can or ["nothing here: serve it as it is"])])
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"  can        {c}"
+                for c in facts.can or ["nothing here (plait check says what other programs load of it)"]
+            ),
+        ]
+    )
 
 
 def _figures(figures: Figures) -> list[str]:

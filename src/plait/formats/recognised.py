@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from plait.adapters.config import CONFIG, LARGEST_CONFIG
 from plait.adapters.lora import Adapter
 from plait.border.checked import LARGEST_MANIFEST, Record, parsed_json
 from plait.disk.files import read_json
-from plait.formats.keys import PEFT
+from plait.formats.keys import DIFFUSERS, KOHYA, ORIGINAL, PEFT
 from plait.formats.names import COMPONENTS
 
 MLX_FILE = "adapters.safetensors"
@@ -32,6 +32,11 @@ def component_folders(source: Path) -> dict[str, Path]:
         return {}
     found = {p.name: p for p in sorted(source.iterdir()) if (p / CONFIG).is_file()}
     return found if found.keys() & {*COMPONENTS.values()} else {}
+
+
+def of_images(adapters: Sequence[Adapter]) -> bool:
+    """Whether one of them is a LoRA file of an image model, by its format; folders of PEFT and of mlx-lm are of language models."""
+    return any(format_of(a) in (KOHYA, DIFFUSERS, ORIGINAL) for a in adapters)
 
 
 def format_of(adapter: Adapter) -> str:

@@ -15,7 +15,7 @@ from plait.adapters.carried import Carried, carried
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import same_experts
 from plait.adapters.heads import HeadFacts
-from plait.adapters.lineage import base_adapter
+from plait.adapters.lineage import base_adapter, is_one_base
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.adapters.naming import distinct_names
 from plait.errors import InputError, UsageError
@@ -76,9 +76,9 @@ def align(adapters: Sequence[Adapter], base: str | None = None, *, disjoint: boo
     absent = {a.name: [m for m in modules if m not in a.modules] for a in adapters}
     if base is None:
         _require_one_model(adapters)
+    task_type, prefix = _task_type(adapters)
     if not disjoint and (base is None or any(a.base for a in adapters)):
         require_shared(adapters)
-    task_type, prefix = _task_type(adapters)
     _check_heads(adapters)
     prefixes = sorted({a.prefix or str(a.source.get("backbone_prefix", "")) for a in adapters} - {""})
     return Alignment(
@@ -144,7 +144,7 @@ def _base(adapters: Sequence[Adapter]) -> str:
     known = [a for a in adapters if a.base or "format" not in a.source]
     first, *others = known or adapters
     for other in others:
-        if (other.base, revision_of(other)) != (first.base, revision_of(first)):
+        if not is_one_base(first.base, other.base) or revision_of(other) != revision_of(first):
             raise InputError(
                 f"{first.name!r} was trained on {_named(first)} and {other.name!r} on {_named(other)}",
                 where=other.name,
@@ -163,6 +163,8 @@ def revision_of(adapter: Adapter) -> str:
 
 
 def _named(adapter: Adapter) -> str:
+    if not adapter.base:
+        return "a base that it does not name"
     return repr(adapter.base) + (f" at revision {adapter.revision!r}" if adapter.revision else "")
 
 
@@ -222,6 +224,7 @@ def _task_type(adapters: Sequence[Adapter]) -> tuple[str | None, str]:
         raise InputError(
             f"task types {', '.join(sorted(map(str, types)))} are models of different shapes",
             where=", ".join(f"{a.name} (of {a.base})" if a.base else a.name for a in adapters),
+            hint="those of one type merge: a classifier and a text model of one base stay two adapters",
         )
     prefix = next((a.prefix for a in adapters if a.prefix), "")
     return next((a.task_type for a in adapters if a.task_type), None), prefix

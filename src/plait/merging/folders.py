@@ -22,8 +22,9 @@ from plait.disk.space import require_space
 from plait.disk.written import Written, reused, standing
 from plait.errors import RunError, UsageError
 from plait.formats.convert import read_back, written_error
-from plait.formats.keys import MLX, PEFT
+from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
+from plait.formats.recognised import of_images
 from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.light_files import sum_of_files
 from plait.merging.plan import Plan
@@ -252,7 +253,7 @@ def spec_for(adapters: Sequence[Adapter], spec: MergeSpec) -> MergeSpec:
 
     Folders of mlx-lm are adapters of language models, and mean what the same adapters mean as PEFT folders.
     """
-    return spec.for_files() if any(format_of(a) not in (PEFT, MLX) for a in adapters) else spec
+    return spec.for_files() if of_images(adapters) else spec
 
 
 def identity_of(plan: Plan, statistics: Mapping[str, Path | str] | None = None) -> dict[str, Any]:

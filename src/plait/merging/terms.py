@@ -125,11 +125,17 @@ class Terms:
             task_type=self.common.task_type,
             tasks=tuple(a.name for a, _ in inputs),
             extras=dict(self.common.carried.whole_from),
-            beside=tuple(lines(self.common.carried)),
+            beside=(*lines(self.common.carried), *_unmoved(self.adapters)),
             labels=labels_of(self.adapters) or None,
             adapters=tuple(input_of(a, w) for a, w in inputs),
             **{asked: getattr(self.spec, asked) for asked in ("seed", "calibrate", "module_weights")},
         )
+
+
+def _unmoved(adapters: Sequence[Adapter]) -> list[str]:
+    """Name adapters that change nothing; of others one module is enough to know."""
+    still = (a.name for a in adapters if not any(f.norm_squared() for f in a.modules.values()))
+    return [f"{name} changes nothing: its update is zero (not trained yet?)" for name in still]
 
 
 def scale_of(method: str, spec: MergeSpec, weights: Sequence[float], *, by_module: bool) -> Scale:
