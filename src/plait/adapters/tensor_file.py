@@ -135,8 +135,7 @@ def _write_at(fd: int, data: memoryview, offset: int) -> int:
     while data.nbytes:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
-    if start // _STRIDE != offset // _STRIDE:
-        _begin_writeback(fd)
+    begin_writing_out(fd, start, offset)
     return offset
 
 
@@ -165,9 +164,12 @@ def set_aside(fd: int, size: int) -> None:
         _fallocate(fd, 0, 0, size)
 
 
-def _begin_writeback(fd: int) -> None:
-    """A hint: whether it is heeded or not, the file is flushed before it takes its place (`store.staged_folder`)."""
-    if _sync_file_range is not None:
+def begin_writing_out(fd: int, start: int, stop: int) -> None:
+    """Have the disk begin with what a file has got so far, once bytes [start, stop) end in another stride than they began.
+
+    A hint: whether it is heeded or not, the file is flushed before it takes its place (`store.staged_folder`).
+    """
+    if _sync_file_range is not None and start // _STRIDE != stop // _STRIDE:
         # 0 bytes: up to the end, of which only what was not begun yet costs anything.
         _sync_file_range(fd, 0, 0, _WRITE)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,13 @@ class Site:
     is_output: bool
 
 
-def deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, Callable[[], DenseDelta]]]:
-    """Give an adapter, and each module's delta when asked; of a merge its names alone, and dense deltas."""
-    if isinstance(source, Plan):
-        plan = source
-        return shell(plan), {m: (lambda m=m: merged_delta(plan, m)) for m in plan.common.modules}  # type: ignore[misc]
-    return source, {m: (lambda f=f: as_dense(f)) for m, f in source.modules.items()}  # type: ignore[misc]
+def deltas_of(source: Adapter | Plan) -> tuple[Adapter, dict[str, DenseDelta]]:
+    """Give an adapter, and each module's delta; of a merge its names alone, and dense deltas, its modules side by side."""
+    if not isinstance(source, Plan):
+        return source, {m: as_dense(f) for m, f in source.modules.items()}
+    source.prepare()
+    names = list(source.common.modules)
+    return shell(source), dict(zip(names, source.each(lambda m: merged_delta(source, m), names), strict=True))
 
 
 def shell(plan: Plan) -> Adapter:
@@ -70,12 +71,15 @@ def merged_delta(plan: Plan, module: str) -> DenseDelta:
     scale = plan.scale
     if plan.calibration:
         scale *= plan.calibration.after(x, dense.energy() ** 0.5)
+    if (f := dense.factors) is not None:  # whose product nobody else holds
+        product = lambda start, stop: (f.B[start:stop] @ f.A).mul_(scale).cpu()  # noqa: E731
+        return DenseDelta(dense.shape, product, factors=replace(f, scaling=scale))
     return DenseDelta(dense.shape, lambda start, stop: (dense.rows(start, stop) * scale).cpu())
 
 
 def sites_of(
     adapter: Adapter,
-    deltas: Mapping[str, Callable[[], DenseDelta]],
+    deltas: Mapping[str, DenseDelta],
     tensors: Mapping[str, StoredTensor],
     config: Mapping[str, Any],
     layout: Mapping[str, StoredParameter],
@@ -84,8 +88,7 @@ def sites_of(
     found: list[Site] = []
     tied = is_tied(config)
     conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
-    for module, delta in deltas.items():
-        dense = delta()
+    for module, dense in deltas.items():
         if module in adapter.modules and adapter.modules[module].kind == EXPERT:
             parts = expert_parts(module, adapter.prefix, dense, layout, tensors)
             found += [Site(module, p.tensor, p.stored, p.delta, p.transposed, False, False) for p in parts]

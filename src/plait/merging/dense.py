@@ -51,11 +51,13 @@ class DenseDelta:
         shape: (out, in).
         rows: (start, stop) of any range -> (stop - start, in) float32; the same bits whenever called with it.
         entries: How many are computed together.
+        factors: What the rows are the product of, but for rounding, where they are one.
     """
 
     shape: tuple[int, int]
     rows: Callable[[int, int], Float[Tensor, "n in"]]
     entries: int = BLOCK
+    factors: LoraFactors | None = None
 
     def blocks(self) -> Iterator[tuple[int, int, Float[Tensor, "n in"]]]:
         """Every block, in order, with its range."""
@@ -114,7 +116,7 @@ MergedDelta = LoraFactors | DenseDelta | Truncated
 def as_dense(delta: LoraFactors | Truncated) -> DenseDelta:
     """Low-rank factors as rows made block by block."""
     f = (delta.factors if isinstance(delta, Truncated) else delta).folded(torch.float32)
-    return DenseDelta(f.shape, lambda start, stop: f.B[start:stop] @ f.A)
+    return DenseDelta(f.shape, lambda start, stop: f.B[start:stop] @ f.A, factors=f)
 
 
 def cut_to_rank(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.adapters.file_bytes import read_layout
 from plait.adapters.memory import bytes_of
+from plait.adapters.tensor_file import begin_writing_out
 from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.model.files import weight_files
@@ -79,13 +80,14 @@ class StoredTensor:
                 rest = rest[count:]
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Overwrite rows from `start`."""
-        offset, _ = self._span(start, start + len(rows))
+        """Overwrite rows from `start`; the disk begins with them."""
+        offset, size = self._span(start, start + len(rows))
         rest = bytes_of(rows.to(self.torch_dtype).contiguous())
         with self.file.open("r+b", buffering=0) as f:
             f.seek(offset)
             while rest.nbytes:
                 rest = rest[f.write(rest) or 0 :]
+            begin_writing_out(f.fileno(), offset, offset + size)
 
 
 QUANTISED = (
