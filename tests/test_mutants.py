@@ -12,6 +12,8 @@ from benchmarks.trust.mutations import mutants
 PACKAGE = Path(__file__).parents[1] / "src/plait"
 SOURCE = '''
 """Text with 1 number."""
+if TYPE_CHECKING:
+    LIMIT = 4
 LIMIT: int = 5
 
 

@@ -102,14 +102,19 @@ def _says_only(node: ast.AST, name: str) -> bool:
         return True
     if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Assert)):
         return True
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+    if _is_for_types(node):
         return True
     targets = [ast.unparse(t) for t in node.targets] if isinstance(node, ast.Assign) else []
     return bool(targets) and name == "value" and targets[0] == "__all__"
 
 
+def _is_for_types(node: ast.AST) -> bool:
+    """Whether a statement holds imports that nothing runs."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
 def _of_statement(node: ast.stmt, places: _Places, lines: tuple[int, ...]) -> Iterator[Mutant]:
-    if isinstance(node, (ast.If, ast.While)):
+    if isinstance(node, (ast.If, ast.While)) and not _is_for_types(node):
         for value in ("True", "False"):
             if isinstance(node, ast.If) or value == "False":
                 yield places.mutant("condition", node.test, value, lines)

@@ -12,6 +12,8 @@ from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.counting import advising, choosing, fitting, judging, making, measuring, repairing, seen_and_judged
 from plait.fidelity.duration import Pace, Work, pace_of, tokens_of
+from plait.fidelity.fitting import SCALES as FITTED_AT
+from plait.fidelity.fitting import TRIED
 from plait.fidelity.score import fidelities
 from plait.fidelity.tournament import SCREEN
 from plait.model.base import backbone_of
@@ -33,6 +35,13 @@ def test_every_stage_is_counted_and_more_of_it_takes_longer(make_panel):
     fitted = choosing(panel, METHODS, SCALES, held_out=HELD_OUT, fit=True)
     assert fitted.fitted == pytest.approx(2.5 * every)  # two on three quarters, one on all
     assert fitted.reads == pytest.approx(work.reads + fitting(panel, HELD_OUT).reads)
+    looks = len(TRIED) * len(FITTED_AT) + 1  # each fit at each scale, and what there was before, on the texts held out
+    assert fitting(panel, HELD_OUT).reads == pytest.approx(looks * every / HELD_OUT)
+    most, looks = (
+        every * (1 - 1 / HELD_OUT),
+        2,
+    )  # four readings of most of the texts; the rest before and after seven steps
+    assert repairing(panel, 7, HELD_OUT).reads == pytest.approx(4 * most + looks * every / HELD_OUT)
     assert repairing(panel, 7, HELD_OUT).repaired == 7 and repairing(panel, 0, HELD_OUT) == Work()
     general = panel.with_texts(panel.texts)
     general.general = panel.texts["one"][:5]

@@ -13,7 +13,7 @@ from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, UsageError
 from plait.fidelity.measure import Closeness, Fidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.score import fidelities
+from plait.fidelity.score import fidelities, general_shift
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.tokens import encoded, require_room
 from plait.model.applied import applied
@@ -36,6 +36,28 @@ def damaged(adapter, size, seed=0):
         for m, f in adapter.modules.items()
     }
     return replace(adapter, modules=modules)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_whatever_is_asked_first(make_panel):
+    panel = make_panel(general=texts_of(6, 9))
+    adapter = panel.parts[0].adapter
+    name, f = next(iter(adapter.modules.items()))
+    wide = replace(adapter, modules={name: replace(f, A=torch.cat([f.A, f.A], 1))})
+    other = Panel(
+        panel.base, [replace(panel.parts[0], adapter=wide)], {"one": panel.texts["one"]}, general=panel.general
+    )
+    for asked in (general_shift, fidelities):
+        with pytest.raises(InputError, match="is this adapter of another base"):
+            asked(other, [(None, 1.0)])
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal")])
+def test_general_texts_are_asked_with_the_heads_in_place_whatever_was_asked_before(make_panel, architecture, kind):
+    panel = make_panel(architecture, kind, general=texts_of(6, 9))
+    merges = [(None, 1.0), (damaged(panel.parts[0].adapter, 1.6), 1.0)]
+    first = general_shift(panel, merges)
+    assert first[0] == pytest.approx(0, abs=1e-6) and first[1] > 1e-5
+    assert [f.general_kl for f in fidelities(panel, merges)] == pytest.approx(list(first), rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(("architecture", "kind"), MODELS)

@@ -137,6 +137,10 @@ UNLIKE = {
         {"modules": ("layers.0.q",)},
         {"modules": ("model.layers.0.q",)},
     ),
+    r"'backbone.layers.0.q' that .* seems to call 'layers.0.q'|'layers.0.q' that .* seems to call 'backbone.layers.0.q'": (
+        {"modules": ("layers.0.q", "layers.1.q")},  # no wrapper that is known: told where nothing is shared
+        {"modules": ("backbone.layers.0.q", "backbone.layers.1.q")},
+    ),
     "no module in common, and neither names its base": (
         {"modules": ("down.0.q",), "base": ""},
         {"modules": ("layers.0.q",), "base": ""},

@@ -270,3 +270,21 @@ def test_skipping_is_part_of_what_a_task_is_and_is_told(tmp_path, capsys, tiny_b
     assert "empty" not in Session(parse_settings({**raw, "tasks": [entry]}, "s")).data_identity("t")
     with pytest.raises(UsageError, match="expected skip"):
         task("holes.csv", empty="drop")
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"), [("classification", [0] * 8), ("regression", [0.0] * 8), ("causal", ("",) * 8)]
+)
+def test_rows_of_text_alone_have_labels_that_say_nothing(tmp_path, kind, labels):
+    known, rows = load(tmp_path, "x.csv", b"text\n" + b"a b\nc d\n" * 5, kind=kind, label_column="")
+    assert set(rows.texts) == {("a b",), ("c d",)} and list(rows.labels) == list(labels)
+    assert isinstance(rows.labels, tuple) == (kind == "causal")
+    assert kind == "causal" or rows.labels.dtype == (np.int64 if kind == "classification" else np.float32)
+    assert known.labels == (("?", "??") if kind == "classification" else None)
+    if kind == "classification":  # names that are known stay
+        assert load(tmp_path, "x.csv", b"text\na b\n", label_column="", labels=("no", "yes"))[0].labels == ("no", "yes")
+
+
+def test_a_model_that_reads_and_writes_apart_needs_answers(tmp_path):
+    with pytest.raises(UsageError, match="decoder reads the answers"):
+        load(tmp_path, "x.csv", b"text\na b\n", kind="seq2seq", label_column="")
