@@ -174,6 +174,9 @@ def test_hidden_states_shift_from_nothing_to_the_base(make_panel, architecture, 
     assert max(same) < 1e-4
     assert all(0 < h < 1 for h in half)
     assert none == pytest.approx([1.0] * len(none), rel=1e-4)
+    moved = {m: replace(f, B=f.B * 0) for m, f in part.adapter.modules.items()}
+    still = replace(part, adapter=replace(part.adapter, modules=moved))  # nothing that a shift would be measured in
+    assert set(hidden_shift(panel, still, part.adapter)) == {0.0}
 
 
 def test_what_cannot_be_compared_is_named(tiny_base):

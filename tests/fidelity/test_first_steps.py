@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from plait.adapters.lineage import same_name
 from plait.adapters.lora import EMBEDDING, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import InputError
 from plait.fidelity.arguments import recorded_base, split_base
-from plait.fidelity.notes import same_name
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from tests.fidelity.conftest import random_adapter, texts_of

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from plait.adapters.lineage import of_another_base
 from plait.adapters.peft_format import read_adapter
 from plait.disk.store import sha256_file
 from plait.errors import InputError
@@ -81,6 +82,20 @@ def test_sharded_llama_equals_base_plus_adapter(tmp_path):
     assert done.record.rounding_error < 1e-5 and done.record.verification_error < 1e-6 and done.record.dtype == ("F32",)
     assert {p.name for p in base.iterdir()} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert bake(read_adapter(adapter), base, tmp_path / "out").reused
+
+
+def test_a_base_of_another_name_is_noted_and_the_same_one_elsewhere_is_not(tmp_path):
+    base = llama(tmp_path / "base")
+    adapter = read_adapter(lora(base, tmp_path / "a", ["q_proj"]))
+    said = "right where both are the same weights"
+    for named, place, noted in ((str(base), "base", False), ("org/Base", "base", False), ("org/other", "base", True)):
+        done = bake(replace(adapter, base=named), tmp_path / place, tmp_path / f"out-{named.replace('/', '-')}")
+        assert any(said in line for line in done.record.beside) == noted, named
+    for name, noted in (("base", False), ("other", True)):
+        shutil.copytree(base, tmp_path / "elsewhere" / name)
+        where = tmp_path / "elsewhere" / name
+        assert bool(of_another_base("org/base", where)) == noted
+    assert of_another_base("", tmp_path) == []
 
 
 @pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings=True")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from plait.adapters.config import CONFIG, read_raw_config
+from plait.disk.hub import hub_facts
 from plait.disk.store import MANIFEST, read_manifest
 
 
@@ -39,6 +41,27 @@ def is_one_base(one: str, other: str) -> bool:
         return all(place.is_dir() for place in places) and places[0].samefile(places[1])
     except OSError:
         return False
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names of a base can mean one: the last parts agree but for case and punctuation, or the folder is one.
+
+    >>> same_name("BAAI/bge-small", "some/folder/BGE_small"), same_name("bert-base", "bert-large")
+    (True, False)
+    """
+    a, b = Path(one).expanduser(), Path(other).expanduser()
+    if a.is_dir() and b.is_dir():
+        return a.resolve() == b.resolve()
+    bare = [re.sub(r"[^a-z0-9]", "", n.rstrip("/").rpartition("/")[2].lower()) for n in (one, other)]
+    return bare[0] == bare[1]
+
+
+def of_another_base(named: str, given: Path) -> list[str]:
+    """Note that the base whose weights were used is called otherwise than the one that an adapter names; a name is all that can be seen."""
+    name = hub_facts(given).get("hub", str(given)).partition("@")[0]
+    if not named or same_name(named, name):
+        return []
+    return [f"trained on {named}, as its config says, and {name} was given: right where both are the same weights"]
 
 
 def is_baked(folder: Path) -> bool:

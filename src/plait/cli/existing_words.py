@@ -9,6 +9,7 @@ from plait.cli.output import table
 
 if TYPE_CHECKING:
     from plait.disk.written import Written
+    from plait.fidelity.measure import TaskFidelity
     from plait.fidelity.record import Advice, AutoRecord, Evidence, FidelityRecord, Repair
 
 # What the tables say, below them.
@@ -94,12 +95,19 @@ def repair_text(repair: Repair) -> str:
     return f"{done}: followed {before:.3f} -> {after:.3f} on held-out texts"
 
 
+def _shift(fidelity: TaskFidelity) -> str:
+    """The last layer's shift; a dash where the adapter moves nothing, in units of which it would be."""
+    if not fidelity.shift:
+        return ""
+    return f"{fidelity.shift[-1]:.2f}" if fidelity.kl_base else "–"
+
+
 def fidelity_table(fidelity: FidelityRecord) -> str:
     """Print a line per adapter, the worst first."""
     measured = [kept.fidelity for kept in fidelity.tasks]
     rows = [
         [t.task, f"{t.agreement:.3f}", f"{t.agreement_base:.3f}", f"{t.kl:.4f}", f"{t.kl_base:.4f}",
-         f"{t.shift[-1]:.2f}" if t.shift else "", str(t.n)]
+         _shift(t), str(t.n)]
         for t in measured
     ]  # fmt: skip
     names = ["adapter", "agreement", "base's", "KL", "base's", "last layer's shift", "n"]

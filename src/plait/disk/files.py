@@ -17,7 +17,12 @@ _TEXT_LIMIT = 1 << 20
 
 
 def sha256_file(path: Path) -> str:
-    """Hash a file's bytes."""
+    """Hash a file's bytes.
+
+    Raises:
+        InputError: No regular file is there, or one that may not be read.
+    """
+    require_regular(path)
     digest, piece = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES_AT_ONCE))
     with path.open("rb", buffering=0) as f:
         while count := f.readinto(piece):

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plait.adapters.config import CONFIG, read_config
+from plait.adapters.lineage import same_name
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import split_name
 from plait.adapters.places import inside
 from plait.disk.hub import adapter_place, cached_folder, split_revision
 from plait.errors import InputError, UsageError
-from plait.fidelity.notes import same_name
 from plait.model.base import BaseModel
 
 
@@ -36,7 +36,7 @@ def split_base(
     first, rest = (arguments[0], list(arguments[1:])) if arguments else ("", [])
     if not arguments or (not rest and not is_adapter(first)):
         what = "no adapters" if not arguments or Path(first).is_dir() else f"no adapters: {first} is none"
-        raise UsageError(what, hint=inside(Path(first)) or "plait advise BASE ADAPTER ADAPTER")
+        raise UsageError(what, hint=inside(Path(first)) or "first the base, then adapters: BASE ADAPTER ADAPTER")
     base, folders = (None, list(arguments)) if is_adapter(first) else (first, rest)
     for folder in folders:
         if not is_adapter(folder):

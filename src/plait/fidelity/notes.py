@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from plait.adapters.beside import no_matrix
+from plait.adapters.lineage import same_name
 from plait.adapters.lora import Adapter
 from plait.fidelity import costs
 from plait.fidelity.chat import Chat
@@ -78,19 +78,6 @@ def other_base(adapters: Sequence[Adapter], base: BaseModel | None) -> list[str]
         f"the adapters name {', '.join(named)} as their base, and {base.name} was given: what is measured holds where "
         "both are the same weights"
     ]
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two names of a base can mean one: the last parts agree but for case and punctuation, or the folder is one.
-
-    >>> same_name("BAAI/bge-small", "some/folder/BGE_small"), same_name("bert-base", "bert-large")
-    (True, False)
-    """
-    a, b = Path(one).expanduser(), Path(other).expanduser()
-    if a.is_dir() and b.is_dir():
-        return a.resolve() == b.resolve()
-    bare = [re.sub(r"[^a-z0-9]", "", n.rstrip("/").rpartition("/")[2].lower()) for n in (one, other)]
-    return bare[0] == bare[1]
 
 
 def alike(fidelities: Sequence[Fidelity]) -> list[str]:

@@ -27,7 +27,7 @@ def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float =
 
     Returns:
         One number a layer (the decoder's after the encoder's, where there are two): 0 for the adapter itself, 1 for the
-        bare base; 0 where the adapter has not yet moved anything.
+        bare base; 0 where the adapter has not yet moved anything, and nothing can be measured by that.
 
     Cost: three passes over the texts.
     """
@@ -45,7 +45,8 @@ def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float =
         own, bare, merged = states
         off.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, merged, strict=True)]))
         room.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, bare, strict=True)]))
-    ratio = torch.stack(off).sum(0) / torch.stack(room).sum(0).clamp_min(1e-30)
+    apart, moved = torch.stack(off).sum(0), torch.stack(room).sum(0)
+    ratio = torch.where(moved > 0, apart / moved.clamp_min(torch.finfo(moved.dtype).tiny), 0.0)
     return tuple(ratio.sqrt().tolist())
 
 

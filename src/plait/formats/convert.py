@@ -11,6 +11,7 @@ import torch
 
 from plait.adapters.carried import carried, lines, verify_carried
 from plait.adapters.config import CONFIG
+from plait.adapters.lineage import of_another_base
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
@@ -123,7 +124,7 @@ def convert(
         folded=ready.source["folded"],
         rounding_error=rounding,
         conversions=tuple(steps),
-        notes=tuple(_notes(ready, target)),
+        notes=(*_notes(ready, target), *(of_another_base(adapter.base, means.base) if means.base else ())),
     )
     result = to_json(record)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from plait.adapters.beside import no_matrix
+from plait.adapters.lineage import of_another_base
 from plait.adapters.lora import Adapter
 from plait.adapters.tensor_file import write_tensors
 from plait.border.records import to_json
@@ -75,7 +76,7 @@ def bake(
     layout = layout_for(base, adapter, tensors)
     sites = sites_of(adapter, deltas, known_names(tensors, layout), config, layout)
     copies = source.common.carried.copies if isinstance(source, Plan) else source.copies
-    beside = compared_copies(copies, adapter, tensors, is_tied(config))
+    beside = [*compared_copies(copies, adapter, tensors, is_tied(config)), *of_another_base(adapter.base, base)]
     inputs = {"adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules))}
     if stands := out.exists() or out.is_symlink():  # else the base is hashed while it is copied
         inputs["base"] = store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.adapters.config import CONFIG
 from plait.adapters.file_bytes import read_layout
 from plait.adapters.memory import bytes_of
 from plait.adapters.tensor_file import begin_writing_out
@@ -126,6 +127,8 @@ def require_unquantised(folder: Path) -> Mapping[str, Any]:
     Raises:
         InputError: Missing, or of a quantised model, with the alternatives.
     """
+    if (folder / CONFIG).is_file() and not (folder / "config.json").exists():
+        raise InputError("an adapter, and a whole model is asked for", where=str(folder))
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError("not a JSON object", where=str(folder / "config.json"))
