@@ -10,11 +10,11 @@ import torch
 from tests.reference import merging as twin
 
 from plait.merging import basis, merge_methods, small_svd, sum_svd
-from plait.merging.basis import gram_of, orthonormal, principal
+from plait.merging.basis import orthonormal, principal
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import smallest_kept
-from plait.merging.small_svd import thin_svd
+from plait.merging.small_svd import gram_of, significant_svd, thin_svd
 from plait.merging.sum_svd import svd_of_sum
 
 
@@ -96,8 +96,14 @@ def test_a_principal_basis_of_degenerate_columns(shape, kind):
     gram = T @ T.mT
     assert float((gram - gram.diagonal().diag()).norm()) <= 1e-12 * max(1.0, float(gram.norm()))
     assert bool((gram.diagonal().diff() <= 1e-12).all())
-    with pytest.raises(PartingError):
-        principal(torch.stack([M, with_condition(*shape, 2.0).float()]))
+    stack = torch.stack([M, with_condition(*shape, 2.0).float()])
+    if shape[0] > shape[1]:
+        with pytest.raises(PartingError):
+            principal(stack)
+    else:  # in the width there is nothing to fall back from
+        both, coordinates = principal(stack)
+        torch.testing.assert_close(coordinates[0].abs(), T.abs(), atol=1e-7, rtol=0)
+        torch.testing.assert_close(both.times(coordinates), stack, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(1e-12, 1.0), (1.0, 1e8), (1e-15, 1e10)])
@@ -150,6 +156,37 @@ def test_singular_values_that_are_zero_or_noise_come_from_lapack():
         for found, wanted in zip(thin_svd(M), torch.linalg.svd(M, full_matrices=False), strict=True):
             assert torch.equal(found, wanted)
     assert 1 / math.sqrt(small_svd._TRUSTED) == pytest.approx(1e4)
+
+
+@pytest.mark.parametrize("shape", [(300, 24), (24, 300), (300, 300), (1, 5)])
+@pytest.mark.parametrize("condition", [2.0, 1e3, 1e5, 9e5])
+def test_a_polar_factor_by_gram_is_that_of_lapack(shape, condition):
+    M = with_condition(*shape, condition)
+    U, S, Vt = significant_svd(M, 1e-6)
+    left, values, right = torch.linalg.svd(M, full_matrices=False)
+    k, kappa = min(shape), float(values[0] / values[-1])
+    assert len(S) == k and bool((S.diff() <= 0).all())
+    lost = max(1e-9, 1e-32 * kappa**4 * k)
+    torch.testing.assert_close(S, values, atol=1e-16 * kappa * k + 1e-15, rtol=1e-8)
+    assert float((U @ Vt - left @ right).abs().max()) < lost
+    torch.testing.assert_close(U.T @ U, torch.eye(k, dtype=torch.float64), atol=lost, rtol=0)
+    torch.testing.assert_close(Vt @ Vt.T, torch.eye(k, dtype=torch.float64), atol=lost, rtol=0)
+    assert float((U * S @ Vt - M).norm()) < max(1e-9, 1e-15 * kappa)
+
+
+def test_a_polar_factor_leaves_noise_out():
+    """Rank 5 of 40, with noise as float32 leaves it: LAPACK's factor on the span of what is significant, and none of zero."""
+    M = (with_condition(40, 5, 100.0) @ with_condition(5, 60, 3.0)).float().double()
+    U, S, Vt = significant_svd(M, 1e-6)
+    left, _, right = torch.linalg.svd(M, full_matrices=False)
+    assert len(S) == 5 and float((U @ Vt - left[:, :5] @ right[:5]).abs().max()) < 1e-9
+    assert significant_svd(M * 0, 1e-6)[1].numel() == 0
+    with pytest.raises(PartingError):
+        significant_svd(torch.stack([M, M * 0]), 1e-6)
+    finer = with_condition(40, 20, 1e11)  # smaller values than squares tell
+    assert len(significant_svd(finer, 1e-12)[1]) == 20
+    with pytest.raises(PartingError):
+        significant_svd(torch.stack([finer, finer]), 1e-12)
 
 
 def test_infinity_raises():

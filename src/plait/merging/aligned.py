@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.basis import gram_of
+from plait.merging.small_svd import gram_of
 
 # Singular values above this share of the largest count.
 _SHARE = 1e-5

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from plait.merging.factors import PartingError
-from plait.merging.small_svd import roots_of, thin_svd
+from plait.merging.small_svd import gram_of, roots_of, thin_svd
 
 # The largest |D R^-1| for which the Gram matrix is trusted; see `orthonormal`. Of the stacked factors of public adapters it
 # is 4 to 900, of random ones about the root of their number of columns, of linearly dependent ones infinite.
 _TRUSTED = 1e3
-# Columns of a Gram matrix that are made together; of fewer than two such blocks nothing is gained.
-_TOGETHER = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +23,14 @@ class Basis:
     Of a stack of matrices too, with its dimension in front.
 
     Args:
-        tall: M, (n, R), in the dtype of what it was made from.
+        tall: M, (n, R), in the dtype of what it was made from; None for the identity, where Q is C.
         inner: C, (R, k), float64, k <= n.
+        dtype: Of what is made with an identity.
     """
 
-    tall: Float[Tensor, "... n R"]
+    tall: Float[Tensor, "... n R"] | None
     inner: Float[Tensor, "... R k"]
+    dtype: torch.dtype = torch.float32
 
     @property
     def width(self) -> int:
@@ -39,24 +39,27 @@ class Basis:
 
     def columns(self, sizes: Float[Tensor, "... k"] | None = None) -> Float[Tensor, "n k"]:
         """Q itself, or with every column multiplied by a size, in the dtype of M."""
-        inner = self.inner if sizes is None else self.inner * sizes[..., None, :]
-        return self.tall @ inner.to(self.tall.dtype)
+        return self._lifted(self.inner if sizes is None else self.inner * sizes[..., None, :])
 
     def times(self, X: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
         """Q X, in the dtype of M."""
-        return self.tall @ (self.inner @ X).to(self.tall.dtype)
+        return self._lifted(self.inner @ X)
 
     def rows(self, X: Float[Tensor, "m k"]) -> Float[Tensor, "m n"]:
         """X Q^T, in the dtype of M."""
-        return (X @ self.inner.mT).to(self.tall.dtype) @ self.tall.mT
+        inner = X @ self.inner.mT
+        return inner.to(self.dtype) if self.tall is None else inner.to(self.tall.dtype) @ self.tall.mT
+
+    def _lifted(self, inner: Float[Tensor, "R k"]) -> Float[Tensor, "n k"]:
+        return inner.to(self.dtype) if self.tall is None else self.tall @ inner.to(self.tall.dtype)
 
     def turned(self, U: Float[Tensor, "k j"]) -> Basis:
         """The basis Q U; U has orthonormal columns."""
-        return Basis(self.tall, self.inner @ U)
+        return replace(self, inner=self.inner @ U)
 
     def first(self, k: int) -> Basis:
         """The first k columns."""
-        return Basis(self.tall, self.inner[..., :k])
+        return replace(self, inner=self.inner[..., :k])
 
 
 def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]]:
@@ -70,8 +73,9 @@ def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... 
     exact to 1e-16 kappa^2. What float32 rounds in Q X is 6e-8 kappa |X| at most. Householder's QR in float32 has no less: its
     Q stays orthonormal, but turns from M's columns by as much (measured for kappa from 1 to 1e6, two to four times as much).
 
-    **Fallback**: where kappa exceeds 1e3, where M has zero or dependent columns or more columns than rows, Householder's QR in
-    float64: T then tells columns apart that differ by 1e-5 of their length (copies of one A that were trained on), which float32
+    **In the width**: of as many columns as rows, or more, Q is the identity and T is M: no basis has to be found.
+
+    **Fallback**: where kappa exceeds 1e3, where M has zero or dependent columns, Householder's QR in float64: T then tells columns apart that differ by 1e-5 of their length (copies of one A that were trained on), which float32
     lost among its rounding. What lies below the rounding of M's own entries is noise, and for the caller to cut.
 
     Args:
@@ -83,6 +87,10 @@ def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... 
     Cost: n R^2 multiplications in float64.
     Source: the error of Cholesky's method does not see D: Demmel, LAPACK working note 14, 1989.
     """
+    n, R = M.shape[-2:]
+    if R >= n:
+        axes = torch.eye(n, dtype=torch.float64, device=M.device).expand(*M.shape[:-2], n, n)
+        return Basis(None, axes, M.dtype), M.double()
     found = _by_gram(M)
     if found is None and M.ndim > 2:
         raise PartingError
@@ -92,7 +100,8 @@ def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... 
 def principal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k R"]]:
     """M = Q T as in `orthonormal`, with M's left singular vectors in Q: of M = U S V^T, Q = U and T = S V^T, largest first.
 
-    M^T M = V S^2 V^T gives both, and Q = M (V S^-1): neither a basis nor an SVD comes before.
+    M^T M = V S^2 V^T gives both, and Q = M (V S^-1): neither a basis nor an SVD comes before. Of as many columns as rows, or more,
+    M M^T = U S^2 U^T gives Q = U, orthonormal whatever the singular values, and T = U^T M.
 
     **Fallback**: `orthonormal` and `thin_svd` of its coordinates, where the Gram matrix is not to be trusted with the small
     singular values, or where float32 is not with Q (S^-1 V^T stands for T^-1 in `orthonormal`, and kappa is the same).
@@ -106,6 +115,11 @@ def principal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k 
 
     Cost: n R^2 multiplications and an eigendecomposition of (R, R), float64.
     """
+    n, R = M.shape[-2:]
+    if n and R >= n:
+        wide = M.double()
+        U = torch.linalg.eigh(gram_of(wide.mT))[1].flip(-1)
+        return Basis(None, U, M.dtype), U.mT @ wide
     if (found := _by_eigenvectors(M)) is not None:
         return found
     if M.ndim > 2:
@@ -139,23 +153,6 @@ def _by_eigenvectors(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, 
     S, V = pair
     inverse = V / S[..., None, :]
     return (Basis(M, inverse), S[..., None] * V.mT) if is_trusted(gram, inverse) else None
-
-
-def gram_of(M: Float[Tensor, "... n R"]) -> Float[Tensor, "... R R"]:
-    """M^T M, float64.
-
-    It is symmetric: on a CPU the blocks from the diagonal on are multiplied, the others copied, in 0.6 of the time at R = 512.
-    """
-    wide = M.double()
-    R = wide.shape[-1]
-    if wide.device.type != "cpu" or R < 2 * _TOGETHER:
-        return wide.mT @ wide
-    gram = wide.new_empty(*wide.shape[:-2], R, R)
-    for i in range(0, R, _TOGETHER):
-        j = min(i + _TOGETHER, R)
-        gram[..., i:j, i:] = wide[..., i:j].mT @ wide[..., i:]
-        gram[..., j:, i:j] = gram[..., i:j, j:].mT
-    return gram
 
 
 def is_trusted(gram: Float[Tensor, "... R R"], inner: Float[Tensor, "... R k"]) -> bool:

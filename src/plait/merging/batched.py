@@ -50,6 +50,6 @@ def grouped(modules: Iterable[tuple[str, Hashable, int]]) -> list[list[str]]:
 def most_together(shape: tuple[int, int], ranks: Sequence[int]) -> int:
     """Say how many modules of one shape, and of these ranks task by task, one stack may hold."""
     total = sum(ranks)
-    if not 0 < total <= min(shape):  # no basis of so many columns is found by `orthonormal`'s first way
+    if not 0 < total < min(shape):  # from there on modules have arithmetic enough of their own
         return 1
     return min(MOST_MODULES, max(1, MOST_NUMBERS // (total * sum(shape))))

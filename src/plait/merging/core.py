@@ -16,7 +16,7 @@ from torch import Tensor
 from plait.adapters.lora import LINEAR, LoraFactors
 from plait.merging.basis import Basis, orthonormal, principal
 from plait.merging.factors import common_count, factors_of
-from plait.merging.small_svd import thin_svd
+from plait.merging.small_svd import significant_svd
 
 # Singular values below this share of the largest are rounding noise of float32 factors, such as those that a second copy
 # of a shared A leaves behind.
@@ -137,9 +137,8 @@ def significant(S: Float[Tensor, "... k"], share: float = NOISE) -> int:
 
 def polar(M: Float[Tensor, "... n k"]) -> Float[Tensor, "... n k"]:
     """The nearest (partial) isometry U V^T of M = U S V^T: directions whose singular value is noise are left out."""
-    U, S, Vt = thin_svd(M)
-    k = significant(S)
-    return U[..., :k] @ Vt[..., :k, :]
+    U, _, Vt = significant_svd(M, NOISE)
+    return U @ Vt
 
 
 def gram(A: Sequence[Tensor], B: Sequence[Tensor]) -> Float[Tensor, "T T"]:

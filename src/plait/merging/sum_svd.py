@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.basis import Basis, gram_of, is_trusted
+from plait.merging.basis import Basis, is_trusted
+from plait.merging.core import NOISE
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.small_svd import roots_of, thin_svd
+from plait.merging.small_svd import gram_of, roots_of, significant_svd
 
 
 def svd_of_sum(x: MergeInputs) -> tuple[Basis, Float[Tensor, "... k"], Basis]:
@@ -21,8 +22,8 @@ def svd_of_sum(x: MergeInputs) -> tuple[Basis, Float[Tensor, "... k"], Basis]:
 
     **Error**: as by way of the core. L^-T X is T^-1 of `orthonormal` but for a rotation, and so is W L X S^-1 on the side of B,
     so kappa is the same for both; S is as exact as that of `thin_svd`, which squares the core.
-    **Fallback**: `thin_svd` in the lossless core, where either is not to be trusted: dependent factors, weights of zero, singular
-    values that are zero or noise.
+    **Fallback**: `significant_svd` in the lossless core, where either is not to be trusted (dependent factors, weights of zero, singular
+    values that are zero or noise, which are left out), and where the ranks add up to the width, so that the core is the sum itself.
 
     Args:
         x: One module, or a stack.
@@ -37,13 +38,13 @@ def svd_of_sum(x: MergeInputs) -> tuple[Basis, Float[Tensor, "... k"], Basis]:
         return answer
     if x.members:
         raise PartingError
-    U, S, Vt = thin_svd(x.core.combination(x.weights))
+    U, S, Vt = significant_svd(x.core.combination(x.weights), NOISE)
     return x.core.left.turned(U), S, x.core.right.turned(Vt.mT)
 
 
 def _by_gram(x: MergeInputs) -> tuple[Basis, Float[Tensor, "... R"], Basis] | None:
     """None where a module, or any of a stack, is not to be trusted."""
-    if not 0 < x.total_rank <= min(x.shape) or 0.0 in x.weights:
+    if not 0 < x.total_rank < min(x.shape) or 0.0 in x.weights:
         return None
     A, B = x.side_by_side
     # A first: it is A that tasks share where a stack has to be taken apart, and that is then known at half the cost.

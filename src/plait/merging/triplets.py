@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.basis import Basis, gram_of, is_trusted
+from plait.merging.basis import Basis, is_trusted
 from plait.merging.core import NOISE, polar, significant
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.small_svd import roots_of
+from plait.merging.small_svd import gram_of, roots_of
 
 # Per task, its top singular triplets: K with U_t = B_t K (or V_t = A_t^T K), (r_t, k) each, and S_t, (k,).
 _Triplets = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -53,7 +53,7 @@ def orthogonal_triplets(x: MergeInputs, most: int | None = None) -> tuple[Basis,
 
 def _by_gram(x: MergeInputs, most: int | None) -> tuple[Basis, tuple[Tensor, ...], Basis] | None:
     """None where a module, or any of a stack, is not to be trusted."""
-    if not 0 < x.total_rank <= min(x.shape):
+    if not 0 < x.total_rank < min(x.shape):  # from there on the core is the deltas themselves
         return None
     A, B = x.side_by_side
     left, right = gram_of(B), gram_of(A.mT)

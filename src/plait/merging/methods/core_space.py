@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.core import significant
+from plait.merging.core import NOISE
 from plait.merging.elementwise import in_blocks, signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.ties import trimmed
 from plait.merging.quantile import smallest_kept, thresholds_of
 from plait.merging.random_masks import Place, kept_at_random
 from plait.merging.registry import merge_method
-from plait.merging.small_svd import thin_svd
+from plait.merging.small_svd import significant_svd
 from plait.merging.tiles import Products
 from plait.options import Density
 
@@ -71,6 +71,5 @@ def core_space(
 
 
 def _flattened(core: Tensor) -> Tensor:
-    U, S, Vt = thin_svd(core)
-    k = significant(S)
-    return (U[..., :k] @ Vt[..., :k, :]) * S[..., :k].mean(-1)[..., None, None] if k else core
+    U, S, Vt = significant_svd(core, NOISE)
+    return (U @ Vt) * S.mean(-1)[..., None, None] if S.numel() else core
