@@ -14,7 +14,14 @@ from plait.merging.basis import orthonormal, principal
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import smallest_kept
-from plait.merging.small_svd import gram_of, significant_svd, thin_svd
+from plait.merging.small_svd import (
+    gram_of,
+    seen_from,
+    significant_svd,
+    symmetric_product,
+    thin_svd,
+    triangular_product,
+)
 from plait.merging.sum_svd import svd_of_sum
 
 
@@ -222,6 +229,17 @@ def test_a_gram_matrix_in_blocks_is_symmetric_and_the_whole_one(shape):
     gram, whole = gram_of(M), M.double().mT @ M.double()
     assert torch.equal(gram, gram.mT)
     assert torch.allclose(gram, whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (2, 257, 257), (40, 40)])
+def test_products_of_triangles_in_blocks(shape):
+    g = torch.Generator().manual_seed(6)
+    L, X = torch.randn(*shape, generator=g).double().tril(), torch.randn(*shape, generator=g).double()
+    gram = gram_of(X)
+    torch.testing.assert_close(triangular_product(L, X), L @ X, rtol=0, atol=1e-12)
+    product = seen_from(L, gram)
+    torch.testing.assert_close(product, L.mT @ gram @ L, rtol=0, atol=1e-12 * float(product.abs().max()))
+    torch.testing.assert_close(symmetric_product(gram, gram), gram @ gram, rtol=1e-12, atol=1e-9)
 
 
 def tasks(n: int, r: int, weights: tuple[float, ...], seed: int = 0) -> MergeInputs:

@@ -75,8 +75,9 @@ def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... 
 
     **In the width**: of as many columns as rows, or more, Q is the identity and T is M: no basis has to be found.
 
-    **Fallback**: where kappa exceeds 1e3, where M has zero or dependent columns, Householder's QR in float64: T then tells columns apart that differ by 1e-5 of their length (copies of one A that were trained on), which float32
-    lost among its rounding. What lies below the rounding of M's own entries is noise, and for the caller to cut.
+    **Fallback**: where kappa exceeds 1e3, or M has zero or dependent columns, Householder's QR in float64: T then tells columns
+    apart that differ by 1e-5 of their length (copies of one A that were trained on), which float32 lost among its rounding. What lies
+    below the rounding of M's own entries is noise, and for the caller to cut.
 
     Args:
         M: Of any float dtype that LAPACK knows; any strides; one matrix or a stack.
@@ -88,7 +89,7 @@ def orthonormal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... 
     Source: the error of Cholesky's method does not see D: Demmel, LAPACK working note 14, 1989.
     """
     n, R = M.shape[-2:]
-    if R >= n:
+    if n <= R:
         axes = torch.eye(n, dtype=torch.float64, device=M.device).expand(*M.shape[:-2], n, n)
         return Basis(None, axes, M.dtype), M.double()
     found = _by_gram(M)
@@ -116,7 +117,7 @@ def principal(M: Float[Tensor, "... n R"]) -> tuple[Basis, Float[Tensor, "... k 
     Cost: n R^2 multiplications and an eigendecomposition of (R, R), float64.
     """
     n, R = M.shape[-2:]
-    if n and R >= n:
+    if n and n <= R:
         wide = M.double()
         U = torch.linalg.eigh(gram_of(wide.mT))[1].flip(-1)
         return Basis(None, U, M.dtype), U.mT @ wide

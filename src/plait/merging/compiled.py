@@ -135,17 +135,23 @@ def _count(values: Any, lows: Any, highs: Any, inside: Any, above: Any, held: An
     for group in range(values.shape[0]):
         v, low, high, out = values[group], lows[group], highs[group], inside[group]
         higher = n = 0
-        for start in range(0, v.size, _FEW):
-            few = v[start : start + _FEW]
+        whole = v.size - v.size % _FEW
+        for start in range(0, whole, _FEW):
             over = reached = np.int32(0)
-            for i in range(few.size):
-                magnitude = abs(few[i])
+            for i in range(start, start + _FEW):
+                magnitude = abs(v[i])
                 over += np.int32(magnitude > high)
                 reached += np.int32(magnitude >= low)
             higher += int(over)
             if reached != over:  # some inside: written without a branch each, one over another until one counts
-                for i in range(few.size):
-                    magnitude = abs(few[i])
+                for i in range(start, start + _FEW):
+                    magnitude = abs(v[i])
                     out[n] = magnitude
                     n += int((magnitude >= low) & (magnitude <= high))
+        for i in range(whole, v.size):
+            magnitude = abs(v[i])
+            higher += int(magnitude > high)
+            if (magnitude >= low) & (magnitude <= high):
+                out[n] = magnitude
+                n += 1
         above[group], held[group] = higher, n

@@ -10,7 +10,7 @@ from plait.merging.basis import Basis, is_trusted
 from plait.merging.core import NOISE
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.small_svd import gram_of, roots_of, significant_svd
+from plait.merging.small_svd import gram_of, roots_of, seen_from, significant_svd, triangular_product
 
 
 def svd_of_sum(x: MergeInputs) -> tuple[Basis, Float[Tensor, "... k"], Basis]:
@@ -55,10 +55,10 @@ def _by_gram(x: MergeInputs) -> tuple[Basis, Float[Tensor, "... R"], Basis] | No
     weights = [w for w, rank in zip(x.weights, x.ranks, strict=True) for _ in range(rank)]
     weighted = L * torch.tensor(weights, dtype=L.dtype, device=L.device)[:, None]
     outside = gram_of(B)
-    if (pair := roots_of(weighted.mT @ outside @ weighted)) is None:
+    if (pair := roots_of(seen_from(weighted, outside))) is None:
         return None
     S, X = pair
-    right, left = torch.linalg.solve_triangular(L.mT, X, upper=True), weighted @ X / S[..., None, :]
+    right, left = torch.linalg.solve_triangular(L.mT, X, upper=True), triangular_product(weighted, X) / S[..., None, :]
     if not is_trusted(inside, right) or not is_trusted(outside, left):
         return None
     return Basis(B, left), S, Basis(A.mT, right)

@@ -12,7 +12,7 @@ from plait.merging.basis import Basis, is_trusted
 from plait.merging.core import NOISE, polar, significant
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.small_svd import gram_of, roots_of
+from plait.merging.small_svd import gram_of, roots_of, symmetric_product
 
 # Per task, its top singular triplets: K with U_t = B_t K (or V_t = A_t^T K), (r_t, k) each, and S_t, (k,).
 _Triplets = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -108,6 +108,6 @@ def _polar(
     if (pair := roots_of(whole)) is None:
         return None
     S, V = pair
-    root = (V / S[..., None, :]) @ V.mT
+    root = symmetric_product(V / S[..., None, :], V.mT)
     inner = torch.cat([k @ rows for k, rows in zip(K, torch.split(root, sizes, dim=-2), strict=True)], dim=-2)
     return Basis(M, inner) if is_trusted(gram, inner) else None
