@@ -27,18 +27,20 @@ def multiplied(parts, dtype: torch.dtype) -> bytes:
     return whole.view(torch.int16).numpy().tobytes()
 
 
+@pytest.mark.parametrize("ranks", [(3, 4), (4, 4)])  # of one width, rows are copied as one number each
 @pytest.mark.parametrize("together", [1 << 16, 12, 1])  # all rows at once, a few, one by one
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0), (-1.0, 1.0), (256.0, 2.0**-9), (4.0,)])
-def test_bits_are_those_of_the_product(weights, together, monkeypatch):
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (0.5, -2.0), (2.0, 1.0), (-1.0, 1.0), (256.0, 2.0**-9), (4.0,)])
+def test_bits_are_those_of_the_product(weights, together, ranks, monkeypatch):
     monkeypatch.setattr(exponents, "_TOGETHER", together)
-    parts = [part(w, rank, scaling=2.0 if i else 1.0) for i, (w, rank) in enumerate(zip(weights, (3, 4), strict=False))]
+    parts = [part(w, rank, scaling=2.0 if i else 1.0) for i, (w, rank) in enumerate(zip(weights, ranks, strict=False))]
     parts[0][1].B[7:9], parts[0][1].B[9] = 0, -0.0
     moves = Moves.of(parts, "bfloat16")
-    assert moves.rows_together == max(1, together // sum(f.rank for _, f in parts))
     whole = moves.whole()
     assert (whole.dtype.name, whole.data.dtype) == ("bfloat16", np.uint16)
     assert whole.data.tobytes() == multiplied(parts, torch.bfloat16)
-    assert moves.rows(5, 11).tobytes() == whole.data[5:11].tobytes() and moves.rows(40, 40).size == 0
+    some = np.empty((6, whole.data.shape[1]), np.uint16)
+    assert moves.rows(5, 11, some) and some.tobytes() == whole.data[5:11].tobytes()
+    assert moves.rows(40, 40, some[:0])
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (-1.0, 1.0), (1.0,)])
