@@ -18,7 +18,7 @@ from plait.adapters import file_bytes, hashing, tensor_file
 from plait.adapters.file_bytes import begin_arrays
 from plait.adapters.hashing import Hashing
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.adapters.memory import bytes_of, let_go, own_copy, own_memory
+from plait.adapters.memory import again_like, bytes_of, give_back, let_go, own_copy, own_memory
 from plait.adapters.peft_format import WEIGHTS, write_adapter
 from plait.adapters.shapes import begin_shapes
 from plait.adapters.tensor_file import fill_tensors, write_tensors
@@ -210,3 +210,19 @@ def test_a_disk_that_sets_no_place_aside_gets_the_same_bytes(answer, tmp_path, m
     monkeypatch.setattr(tensor_file, "_fallocate", answer)
     write_tensors(tmp_path / "plain", tensors)
     assert (tmp_path / "aside").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_memory_is_used_again_once_nobody_holds_it():
+    like = torch.empty(0)
+    first = again_like("here", like, (30, 70)).fill_(1.0)
+    part, place = first[3:], first.data_ptr()
+    del first
+    other = again_like("here", like, (30, 70)).fill_(2.0)
+    assert other.data_ptr() != place and bool((part == 1).all())
+    place = other.data_ptr()
+    del other
+    assert again_like("here", like, (3, 7)).data_ptr() == place
+    assert again_like("there", like, (3, 7)).data_ptr() != place
+    assert again_like("here", like.double(), (0, 7)).shape == (0, 7)
+    give_back()
+    assert bool((part == 1).all())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from plait.merging import compiled, dense, quantile, tiles
+from plait.merging.brackets import Bracket, Counting
 from plait.merging.dense import DenseDelta
 from plait.merging.inputs import MergeInputs
 from plait.merging.quantile import thresholds_of
@@ -104,6 +105,7 @@ def test_results_lie_in_memory_of_their_own_and_do_not_depend_on_the_tiles(metho
     torch.testing.assert_close(again.dense(), whole, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [11, 5])
 @pytest.mark.parametrize("weights", [(1.0,) * 11, tuple(0.5 + 0.3 * t * (-1) ** t for t in range(11))])
 @pytest.mark.parametrize(
     ("method", "options"),
@@ -116,15 +118,16 @@ def test_results_lie_in_memory_of_their_own_and_do_not_depend_on_the_tiles(metho
         ("dare_ties", {"density": 1.0}),
     ],
 )
-def test_compiled_loops_give_the_same_bits(method, options, weights, monkeypatch):
-    """Of two groups of tasks, one of which does not adapt the module; entries that cancel exactly and zeros among them."""
+def test_compiled_loops_give_the_same_bits(method, options, weights, count, monkeypatch):
+    """Of two groups of tasks or one, one of which does not adapt the module; entries that cancel exactly and zeros among them."""
     pytest.importorskip("numba")
-    x = module((130, 700), (3,) * 4 + (0,) + (3,) * 6)
+    weights = weights[:count]
+    x = module((130, 700) if count > 8 else (3, 33000), ((3,) * 4 + (0,) + (3,) * 6)[:count])
     B = list(x.B)
-    B[1], B[2] = B[0] * -weights[0] / weights[1], B[2] * (torch.arange(130)[:, None] % 2)
+    B[1], B[2] = B[0] * -weights[0] / weights[1], B[2] * (torch.arange(len(B[2]))[:, None] % 2)
     A = list(x.A)
     A[1] = A[0]
-    x = replace(x, tasks=tuple("abcdefghijk"), weights=weights, A=tuple(A), B=tuple(B))
+    x = replace(x, tasks=tuple("abcdefghijk"[:count]), weights=weights, A=tuple(A), B=tuple(B))
 
     def merged() -> torch.Tensor:
         delta = merge_methods()[method].function(replace(x), **options)
@@ -134,6 +137,23 @@ def test_compiled_loops_give_the_same_bits(method, options, weights, monkeypatch
     monkeypatch.setattr(compiled, "_REPAID", 0)
     assert compiled.loops_for(1) is not None
     assert torch.equal(merged().view(torch.int32), passes.view(torch.int32))
+
+
+def test_what_threads_hold_back_is_handed_over(monkeypatch):
+    """Brackets that hold everything: what waits is more than there is a place for, and the rest is asked for."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "_REPAID", 0)
+    blocks = torch.randn(7, 2, 33, 41, generator=torch.Generator().manual_seed(2))
+    brackets = {g: Bracket(torch.rand(100), 7 * 33 * 41, 50, widening=1e3) for g in (3, 4)}
+    counting = Counting(brackets, 5)
+    for block in blocks:
+        counting.take(3, block.clone(), Spare())
+    assert brackets[3].held == 6 * 33 * 41
+    counting.rest()
+    for g, bracket in brackets.items():
+        assert bracket.above == 0 and bracket.held == 7 * 33 * 41
+        wanted = blocks[:, g - 3].abs().flatten().sort().values
+        assert torch.equal(torch.from_numpy(bracket.inside[: bracket.held]).sort().values, wanted)
 
 
 def test_without_numba_passes_do_it(monkeypatch):

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import math
 import mmap
+import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,13 +43,37 @@ def empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return own_memory(math.prod(shape) * tensor.itemsize).view(tensor.dtype).view(shape)
 
 
+_again = threading.local()
+
+
+def again_like(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As `empty_like`, in memory that this thread had before under a name, once nobody holds that any more.
+
+    Of large results that follow each other: the system clears every page that it gives, which takes as long as a pass over them.
+    """
+    size = math.prod(shape) * tensor.itemsize
+    if tensor.device.type != "cpu" or not size:
+        return empty_like(tensor, shape)
+    from torch import frombuffer
+
+    block: mmap.mmap | None = getattr(_again, name, None)
+    if block is None or len(block) < size or sys.getrefcount(block) > 2 + 1:  # held by us twice, and by the call
+        block = own_block(size)
+        setattr(_again, name, block)
+    return frombuffer(block, dtype=tensor.dtype, count=math.prod(shape)).view(shape)
+
+
 def own_copy(tensor: Tensor) -> Tensor:
     """A copy in memory of its own: what outlives the temporaries around it must not keep malloc from giving them back."""
     return empty_like(tensor, tuple(tensor.shape)).copy_(tensor)
 
 
 def give_back() -> None:
-    """Have malloc give unused pages back to the system: each thread's heap keeps what it once needed (glibc; else nothing)."""
+    """Have malloc give unused pages back to the system: each thread's heap keeps what it once needed (glibc; else nothing).
+
+    What `again_like` keeps for this thread goes too.
+    """
+    _again.__dict__.clear()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

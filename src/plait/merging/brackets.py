@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,12 +67,13 @@ class Counting:
     def __init__(self, brackets: Mapping[int, Bracket], groups: int) -> None:
         self.brackets, self.lock = brackets, threading.Lock()
         self.loops = loops_for(sum(b.total for b in brackets.values()))
+        self.waiting: dict[tuple[int, int], _Waiting] = {}  # by thread and first group
         # Groups without one have an empty bracket beyond everything.
         self.low = np.array([brackets[g].low if g in brackets else math.inf for g in range(groups)])
         self.high = np.array([brackets[g].high if g in brackets else math.inf for g in range(groups)])
 
     def take(self, first: int, blocks: Float[Tensor, "k ..."], spare: Spare) -> None:
-        """Count what lies above each bracket, and hand it what lies inside."""
+        """Count what lies above each bracket, and hand it what lies inside: now, or when `rest` is called."""
         if blocks.is_cuda:
             for g, block in enumerate(blocks, first):
                 if b := self.brackets.get(g):
@@ -83,23 +85,58 @@ class Counting:
         array = blocks.numpy().reshape(len(blocks), -1)
         low, high = (bounds[first : first + len(blocks)].astype(array.dtype) for bounds in (self.low, self.high))
         if self.loops and array.dtype == np.float32:
-            found = spare.tensor("inside", array.shape, blocks.dtype, blocks.device).numpy()
-            above, held = np.empty((2, len(array)), np.int64)
-            self.loops.count(array, low, high, found, above, held)
-            parts = [(int(a), row[:n]) for a, row, n in zip(above, found, held, strict=True)]
-        else:
-            higher, within = (
-                spare.tensor(n, array.shape, torch.bool, blocks.device).numpy() for n in ("higher", "within")
-            )
-            # NumPy's boolean kernels are several times faster than torch's. Infinity lies inside a bracket without an upper end.
-            np.abs(array, out=array)
-            np.greater(array, high[:, None], out=higher)
-            np.not_equal(np.greater_equal(array, low[:, None], out=within), higher, out=within)
-            parts = [(int(np.count_nonzero(h)), v[w]) for v, h, w in zip(array, higher, within, strict=True)]
+            key = threading.get_ident(), first
+            waiting = self.waiting.get(key)
+            if waiting is None or waiting.inside.shape[1] < 2 * array.shape[1]:
+                self._hold(first, waiting)
+                waiting = self.waiting[key] = _Waiting.of(len(array), array.shape[1])
+            self.loops.count(array, low, high, waiting.inside, waiting.above, waiting.held)
+            if int(waiting.held.max()) + array.shape[1] > waiting.inside.shape[1]:
+                self._hold(first, waiting)
+            return
+        higher, within = (spare.tensor(n, array.shape, torch.bool, blocks.device).numpy() for n in ("higher", "within"))
+        # NumPy's boolean kernels are several times faster than torch's. Infinity lies inside a bracket without an upper end.
+        np.abs(array, out=array)
+        np.greater(array, high[:, None], out=higher)
+        np.not_equal(np.greater_equal(array, low[:, None], out=within), higher, out=within)
+        parts = [(int(np.count_nonzero(h)), v[w]) for v, h, w in zip(array, higher, within, strict=True)]
+        self._add(first, parts)
+
+    def rest(self) -> None:
+        """Hand over what the threads that have ended left."""
+        for (_, first), waiting in self.waiting.items():
+            self._hold(first, waiting)
+        self.waiting.clear()
+
+    def _hold(self, first: int, waiting: _Waiting | None) -> None:
+        if waiting is not None:
+            lists = waiting.above.tolist(), waiting.inside, waiting.held.tolist()
+            self._add(first, [(over, row[:n]) for over, row, n in zip(*lists, strict=True)])
+            waiting.above[:] = waiting.held[:] = 0
+
+    def _add(self, first: int, parts: Sequence[tuple[int, _Values]]) -> None:
         with self.lock:
             for g, (over, part) in enumerate(parts, first):
                 if b := self.brackets.get(g):
                     b.hold(over, part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """What one thread found in several blocks, to be handed over together.
+
+    Args:
+        inside: (k, N), which have a place for those of one block more.
+        above, held: (k,): how many were above, and are inside.
+    """
+
+    inside: Any
+    above: Any
+    held: Any
+
+    @classmethod
+    def of(cls, groups: int, size: int) -> _Waiting:
+        return cls(np.empty((groups, 2 * size), np.float32), np.zeros(groups, np.int64), np.zeros(groups, np.int64))
 
 
 def kth_largest(values: Float[Tensor, "... n"], k: int) -> Tensor:

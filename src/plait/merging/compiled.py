@@ -15,9 +15,9 @@ import numpy as np
 # Entries from which importing and compiling, about a second and a half, are repaid; passes take two to three nanoseconds more an entry.
 _REPAID = 1 << 29
 # Numbers of each array that are gone through together: a core's nearest cache holds them all.
-_CHUNK = 1024
-# Values of which it is found out together whether one is wanted: few of so many are.
-_FEW = 32
+CHUNK = 1024
+# Values of which it is found out together whether one is wanted, and where one is, of those in each part of them: few of so many are.
+_FEW, _FEWER = 32, 8
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
@@ -29,16 +29,16 @@ class Loops:
     Args:
         keep: (states (k, 4), level, words, out (n,)): draw 16 random bits an entry from k of NumPy's SFC64 streams, whose states
             move on, and set bit t of an entry where those of stream t are below the level; `words`, of uint64, are for use meanwhile.
-        vote: (parts (k, rows, columns), kept, bounds (k,), weights (k,), total, mass, votes, turnout): of what lies outside
+        elect: (parts (k, rows, columns), kept, bounds (k,), weights (k,), sums, first, last, mean, out): of what lies outside
             [-bound, bound], times its weight, add the values, their magnitudes, their signs by weight, and their number by |weight|
-            to four sums of (rows, columns). `kept` is None, or says by bit t of every entry whether part t's stays, or is zero.
-        elect: (total, mass, votes, turnout, mean, out): the sum, or mean, of what has the elected sign, into out (rows, columns).
-        count: (values (k, n), low (k,), high (k,), inside (k, n), above (k,), held (k,)): per row, how many magnitudes lie above,
-            and how many within [low, high], which begin the row of `inside`.
+            to four sums, which begin at zero with the first parts; with the last, the sum, or mean, of what has the elected sign goes
+            into out (rows, columns). `kept` is None, or says by bit t of every entry whether part t's stays, or is zero. `sums` is
+            (4, rows, columns), or (4, 1, `CHUNK`) where the first parts are the last, which stays in a core's nearest cache.
+        count: (values (k, n), low (k,), high (k,), inside (k, N), above (k,), held (k,)): per row, add the number of magnitudes
+            above to `above`, and of those within [low, high] to `held`, in whose place in the row of `inside` they are put.
     """
 
     keep: Callable[..., None]
-    vote: Callable[..., None]
     elect: Callable[..., None]
     count: Callable[..., None]
 
@@ -63,7 +63,7 @@ def _loops() -> Loops | None:
         except RuntimeError:  # neither can be written
             return numba.njit(**options)(function)
 
-    return Loops(keep=compiled(_keep), vote=compiled(_vote), elect=compiled(_elect), count=compiled(_count))
+    return Loops(keep=compiled(_keep), elect=compiled(_elect), count=compiled(_count))
 
 
 def _keep(states: Any, level: Any, words: Any, out: Any) -> None:
@@ -87,12 +87,25 @@ def _keep(states: Any, level: Any, words: Any, out: Any) -> None:
                 part[i] |= bit if shorts[i] < level else np.uint8(0)
 
 
-def _vote(parts: Any, kept: Any, bounds: Any, weights: Any, total: Any, mass: Any, votes: Any, turnout: Any) -> None:
+def _elect(
+    parts: Any, kept: Any, bounds: Any, weights: Any, sums: Any, first: Any, last: Any, mean: Any, out: Any
+) -> None:
+    least = np.float32(1.1754943508222875e-38)
     tasks, rows, columns = parts.shape
     for row in range(rows):
-        for start in range(0, columns, _CHUNK):
-            stop = min(columns, start + _CHUNK)
-            t, m, v, n = total[row, start:stop], mass[row, start:stop], votes[row, start:stop], turnout[row, start:stop]
+        for start in range(0, columns, CHUNK):
+            stop = min(columns, start + CHUNK)
+            line, begin = (row, start) if sums.shape[1] == rows and sums.shape[2] == columns else (0, 0)
+            end = begin + stop - start
+            t, m, v, n = (
+                sums[0, line, begin:end],
+                sums[1, line, begin:end],
+                sums[2, line, begin:end],
+                sums[3, line, begin:end],
+            )
+            if first:
+                for i in range(t.size):
+                    t[i] = m[i] = v[i] = n[i] = _ZERO
             if kept is not None:
                 k = kept[row, start:stop]
                 for task in range(tasks):
@@ -118,40 +131,45 @@ def _vote(parts: Any, kept: Any, bounds: Any, weights: Any, total: Any, mass: An
                     n[i] = (n[i] + (size if there else _ZERO)) + (width if here else _ZERO)
                     t[i] = (t[i] + x) + y
                     m[i] = (m[i] + abs(x)) + abs(y)
-
-
-def _elect(total: Any, mass: Any, votes: Any, turnout: Any, mean: Any, out: Any) -> None:
-    least = np.float32(1.1754943508222875e-38)
-    for row in range(out.shape[0]):
-        t, m, v, n, o = total[row], mass[row], votes[row], turnout[row], out[row]
-        for i in range(o.size):
-            sign = np.copysign(_ONE, t[i])
-            chosen = (t[i] + m[i] * sign) * _HALF
-            agreed = (n[i] + v[i] * sign) * _HALF
-            o[i] = chosen / (agreed if agreed > least else least) if mean else chosen
+            if last:
+                o = out[row, start:stop]
+                for i in range(o.size):
+                    sign = np.copysign(_ONE, t[i])
+                    chosen = (t[i] + m[i] * sign) * _HALF
+                    agreed = (n[i] + v[i] * sign) * _HALF
+                    o[i] = chosen / (agreed if agreed > least else least) if mean else chosen
 
 
 def _count(values: Any, lows: Any, highs: Any, inside: Any, above: Any, held: Any) -> None:
     for group in range(values.shape[0]):
         v, low, high, out = values[group], lows[group], highs[group], inside[group]
-        higher = n = 0
-        whole = v.size - v.size % _FEW
+        higher, n = 0, held[group]
+        whole = v.size // _FEW * _FEW
         for start in range(0, whole, _FEW):
             over = reached = np.int32(0)
-            for i in range(start, start + _FEW):
-                magnitude = abs(v[i])
+            for i in range(_FEW):
+                magnitude = abs(v[start + i])
                 over += np.int32(magnitude > high)
                 reached += np.int32(magnitude >= low)
             higher += int(over)
-            if reached != over:  # some inside: written without a branch each, one over another until one counts
-                for i in range(start, start + _FEW):
-                    magnitude = abs(v[i])
-                    out[n] = magnitude
-                    n += int((magnitude >= low) & (magnitude <= high))
+            if reached == over:
+                continue
+            for fewer in range(start, start + _FEW, _FEWER):
+                some = False
+                for i in range(_FEWER):
+                    magnitude = abs(v[fewer + i])
+                    some |= (magnitude >= low) & (magnitude <= high)
+                if some:  # written without a branch each, one over another until one counts
+                    for i in range(fewer, fewer + _FEWER):
+                        magnitude = abs(v[i])
+                        out[n] = magnitude
+                        n += int((magnitude >= low) & (magnitude <= high))
         for i in range(whole, v.size):
             magnitude = abs(v[i])
-            higher += int(magnitude > high)
-            if (magnitude >= low) & (magnitude <= high):
+            if magnitude > high:
+                higher += 1
+            elif magnitude >= low:
                 out[n] = magnitude
                 n += 1
-        above[group], held[group] = higher, n
+        above[group] += higher
+        held[group] = n

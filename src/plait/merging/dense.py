@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
-from plait.adapters.memory import empty_like, own_copy
+from plait.adapters.memory import again_like, own_copy
 from plait.merging.small_svd import thin_svd
 
 # Entries of a block for which random draws are made together: results depend on it.
@@ -70,7 +70,7 @@ class DenseDelta:
         for start, stop, block in self.blocks():
             if len(block) == self.shape[0]:
                 return block
-            whole = empty_like(block, self.shape) if whole is None else whole
+            whole = again_like("whole", block, self.shape) if whole is None else whole
             whole[start:stop] = block
         return torch.empty(self.shape, dtype=torch.float32) if whole is None else whole
 

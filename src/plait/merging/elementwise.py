@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.adapters.memory import empty_like
-from plait.merging.compiled import Loops, loops_for
+from plait.adapters.memory import again_like
+from plait.merging.compiled import CHUNK, Loops, loops_for
 from plait.merging.dense import AT_ONCE, DenseDelta, MergedDelta
 from plait.merging.inputs import MergeInputs
 from plait.merging.random_masks import Drops, Place
-from plait.merging.tiles import Products, Spare
+from plait.merging.tiles import TOGETHER, Products, Spare
 
 # (one part per task, their place for random draws) -> the merged part. A rule may change the parts in place.
 Rule = Callable[[Iterable[Tensor], Place], Tensor]
@@ -48,12 +48,14 @@ class Election:
         drops, mean = self.drops, self.agreeing == "mean"
 
         def take(groups: Iterable[tuple[int, Tensor]], place: Place, out: Tensor) -> None:
-            sums = place.spare.tensor("sums", (4, *out.shape), out.dtype, out.device).zero_().numpy()
+            shape, count = (out.shape[0], out.shape[1]), len(weights)
+            of_sums = (4, 1, CHUNK) if count <= TOGETHER else (4, *shape)
+            sums, result = place.spare.tensor("sums", of_sums, out.dtype, out.device).numpy(), out.numpy()
             for first, group in groups:
-                those = slice(first, first + len(group))
-                kept = drops.bits(those, place, (out.shape[0], out.shape[1]), loops) if drops and drops.acts else None
-                loops.vote(group.numpy(), kept, below[those], weights[those], *sums)
-            loops.elect(*sums, mean, out.numpy())
+                stop = first + len(group)
+                kept = drops.bits(slice(first, stop), place, shape, loops) if drops and drops.acts else None
+                rule = below[first:stop], weights[first:stop]
+                loops.elect(group.numpy(), kept, *rule, sums, first == 0, stop == count, mean, result)
             self._scaled(out)
 
         return take
@@ -104,7 +106,7 @@ def in_blocks(products: Products, rule: Rule, space: str, *, whole_rows: bool = 
     compiled = rule.compiled(loops) if loops and isinstance(rule, Election) else None
 
     def rows(start: int, stop: int) -> Tensor:
-        merged = empty_like(products.lefts[0], (stop - start, shape[1]))
+        merged = again_like("rows", products.lefts[0], (stop - start, shape[1]))
         spare = Spare()
         for tile in products.tiles(whole_rows=whole_rows, start=start, stop=stop):
             place = replace(drawn, start=tile.top, left=tile.left, spare=spare)

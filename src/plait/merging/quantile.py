@@ -153,7 +153,9 @@ def _nth_largest(
             found[g] = kth_largest(torch.cat(held[g]), rank(totals[g]))
     brackets = {g: Bracket(samples[g], n, rank(n)) for g, n in enumerate(totals) if n > _SMALL}
     while brackets:
-        values(Counting(brackets, len(totals)).take)
+        counting = Counting(brackets, len(totals))
+        values(counting.take)
+        counting.rest()
         found = [brackets[g].exact() if g in brackets and brackets[g].hit() else v for g, v in enumerate(found)]
         brackets = {g: b.wider() for g, b in brackets.items() if not b.hit()}
     return found
