@@ -81,6 +81,8 @@ def _how(record: MergeRecord | BakeRecord) -> str:
     """Name the method, its scale, and weights where they are not 1 each."""
     listed = [f"{w:g}" for w in record.weights or () if any(w != 1 for w in record.weights or ())]
     by_module = isinstance(record, MergeRecord) and record.module_weights
-    said = {"task_arithmetic": f" (the {'weighted' if listed else 'plain'} sum)"}.get(record.method or "", "")
+    said = {"task_arithmetic": f" (the {'weighted' if listed or by_module else 'plain'} sum)"}.get(
+        record.method or "", ""
+    )
     said += " with weights by module" if by_module else ""
     return f"{record.method}{said} at scale {record.scale:g}" + (f", weights {', '.join(listed)}," if listed else "")
