@@ -40,8 +40,9 @@ def register(app: typer.Typer) -> None:
 def check(path: Target, loader: For = None, base: Base = None, as_json: Json = False) -> None:
     """Hold a result against its manifest and its loaders.
 
-    NaN and infinity are looked for. Every tensor is accounted for by name and kind: which parameter it becomes, what is dropped, what overwrites a weight of
-    the base, what needs a flag. Faults of the format's own loader, or of the one that --for names, end with exit code 3.
+    NaN and infinity are looked for. Every tensor is accounted for by name and kind: which parameter it becomes, what is
+    dropped, what overwrites a weight of the base, what needs a flag. Faults of the format's own loader, or of the one that
+    --for names, end with exit code 3.
     """
     from plait.checking.check import check_path
 
