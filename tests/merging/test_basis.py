@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests.reference import merging as twin
@@ -275,3 +276,23 @@ def test_the_svd_of_a_sum_falls_back_where_it_is_not_to_be_trusted(weights, shar
     U, S, V = svd_of_sum(x)
     whole = sum(w * b.double() @ a.double() for w, a, b in zip(weights, x.A, x.B, strict=True))
     assert float((U.columns().double() * S @ V.columns().double().T - whole).norm() / whole.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "core_space"])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 23), (20, 40), (40, 20), (16, 12)], ids=str)
+def test_ranks_that_add_up_to_the_width_or_more(method, shape):
+    """24 in all, in one side's width or in both: against dense float64 twins, no basis is looked for where there is nothing to find."""
+    g = torch.Generator().manual_seed(3)
+    A = tuple(torch.randn(8, shape[1], generator=g) for _ in range(3))
+    B = tuple(torch.randn(shape[0], 8, generator=g) for _ in range(3))
+    weights = (1.0, 0.5, 2.0)
+    x = MergeInputs("m", ("a", "b", "c"), weights, A, B)
+    wide_A, wide_B = ([part.double().numpy() for part in parts] for parts in (A, B))
+    if method == "core_space":
+        wanted = twin.core_space(wide_A, wide_B, weights, 0.3)
+    else:
+        wanted = getattr(twin, method)([b @ a for a, b in zip(wide_A, wide_B, strict=True)], weights)
+    merged = merge_methods()[method].function(x).delta(torch.float64)
+    assert float((merged - torch.from_numpy(wanted)).norm()) < 2e-6 * float(np.linalg.norm(wanted))
+    for side, factors in ((0, torch.cat(B, dim=1)), (1, torch.cat(A).mT)):
+        assert (orthonormal(factors)[0].tall is None) == (shape[side] <= 24)
