@@ -68,41 +68,45 @@ def train_fleet(
     members = list(members)
     if len({str(Path(m.out).absolute()) for m in members}) < len(members):
         raise UsageError("two members write the same folder")
-    todo = [m for m in members if not is_done(m.out, m.identity, overwrite=overwrite)]
-    ties = {m.settings.tied for m in todo} - {None}
-    todo = [m for m in members if m.settings.tied in ties or any(m is t for t in todo)]  # one adapter is trained whole
+    todo = _unfinished(members, overwrite)
+    _require_trainable(members, todo)
+    meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
+    lost: dict[str, str] = {}
+
+    begun = interrupted(members, todo)
+    for group in begun:
+        lost |= _train_stack(group, base, overwrite, meter, begun=True)
+    resumed = {id(m) for group in begun for m in group}
+    rest = [m for m in todo if id(m) not in resumed]
+    for group in _groups([m for m in rest if stackable(m)]):
+        lost |= _train_stack(group, base, overwrite, meter, limit=limit)
+    for member in (m for m in rest if not stackable(m)):
+        lost |= _train_alone(member, base, overwrite, meter)
+
+    if lost:
+        raise Diverged(
+            f"the loss of {len(lost)} of {len(members)} adapters became NaN or infinite: {', '.join(list(lost)[:5])}",
+            hint="lower their learning rate; the others are written",
+            lost=lost,
+        )
+    return [read_adapter(m.out) for m in members]
+
+
+def _unfinished(members: Sequence[Member], overwrite: bool) -> list[Member]:
+    """Members without a finished folder, and all that are tied to one of them: one adapter is trained whole."""
+    unfinished = {id(m): m.settings.tied for m in members if not is_done(m.out, m.identity, overwrite=overwrite)}
+    ties = set(unfinished.values()) - {None}
+    return [m for m in members if id(m) in unfinished or m.settings.tied in ties]
+
+
+def _require_trainable(members: Sequence[Member], todo: Sequence[Member]) -> None:
+    """Refuse members that cannot be trained before any is: tied ones that do not go together, no rows, no room on the disk."""
     _require_alike(members)
     for m in todo:
         if len(m.examples) == 0:
             raise InputError("no training rows", where=f"task {m.task.name}")
     if todo:
         require_space(Path(todo[0].out), sum(bytes_of_training(m.initial, m.settings, begins=False) for m in todo))
-    meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
-    failed: dict[str, str] = {}
-    for group in interrupted(members, todo):
-        shared = Shared(group, base)
-        failed |= _train_group(list(range(len(group))), shared, overwrite, meter)
-        shared.release()
-        todo = [m for m in todo if not any(m is other for other in group)]
-    for group in _groups([m for m in todo if stackable(m)]):
-        shared = Shared(group, base)
-        size = len(group) if group[0].settings.tied else min(limit or len(group), members_at_once(shared))
-        order = shared.by_length()
-        for start in range(0, len(group), size):
-            failed |= _train_group(order[start : start + size], shared, overwrite, meter)
-        shared.release()
-    for m in (m for m in todo if not stackable(m)):
-        try:
-            _train_alone(m, base, overwrite, meter)
-        except Diverged as e:
-            failed[str(m.out)] = e.what
-    if failed:
-        raise Diverged(
-            f"the loss of {len(failed)} of {len(members)} adapters became NaN or infinite: {', '.join(list(failed)[:5])}",
-            hint="lower their learning rate; the others are written",
-            lost=failed,
-        )
-    return [read_adapter(m.out) for m in members]
 
 
 def stackable(member: Member) -> bool:
@@ -139,6 +143,38 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
         key = (s.tied or "", text, s.batch_size, s.precision, s.max_length, s.total_steps(len(m.examples)))
         groups.setdefault(key, []).append(m)
     return [g for _, g in sorted(groups.items())]
+
+
+def _train_stack(
+    group: Sequence[Member],
+    base: BaseModel,
+    overwrite: bool,
+    meter: _Meter,
+    *,
+    begun: bool = False,
+    limit: int | None = None,
+) -> dict[str, str]:
+    """Train members that can be stepped together; returns folder -> reason of those that failed.
+
+    Args:
+        group: The members.
+        base: The base model.
+        overwrite: Train even where a folder holds something.
+        meter: Counts their steps.
+        begun: Whether just these were trained together when a run ended: then they go on so, since rounding depends on who is together.
+        limit: At most so many at once, where they are neither begun nor tied.
+    """
+    shared = Shared(group, base)
+    order, size = list(range(len(group))), len(group)
+    if not begun:
+        order = shared.by_length()
+        if not group[0].settings.tied:
+            size = min(limit or size, members_at_once(shared))
+    lost: dict[str, str] = {}
+    for start in range(0, len(group), size):
+        lost |= _train_group(order[start : start + size], shared, overwrite, meter)
+    shared.release()
+    return lost
 
 
 def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Meter) -> dict[str, str]:
@@ -194,11 +230,13 @@ def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwri
             write_adapter(folder, snapshot)
 
 
-def _train_alone(m: Member, base: BaseModel, overwrite: bool, meter: _Meter) -> None:
-    def one(step: int, total: int, loss: float | None) -> None:
-        meter(1, loss)
-
-    train_member(m, base, overwrite=overwrite, progress=one)
+def _train_alone(m: Member, base: BaseModel, overwrite: bool, meter: _Meter) -> dict[str, str]:
+    """Train a member that cannot be stacked; returns folder -> reason where it failed."""
+    try:
+        train_member(m, base, overwrite=overwrite, progress=lambda step, total, loss: meter(1, loss))
+    except Diverged as e:
+        return {str(m.out): e.what}
+    return {}
 
 
 def train_member(m: Member, base: BaseModel, *, overwrite: bool = False, progress: Progress | None = None) -> Adapter:
