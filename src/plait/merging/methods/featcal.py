@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -92,36 +93,44 @@ def featcal(
     if (own and not 0 < own <= 1) or pull <= 0:
         raise UsageError(f"own is {own:g} and pull {pull:g}, expected a number in [0, 1] and one above 0")
     plan = plan_merge(adapters, anchor, weights=weights, base=base)
-    importances(plan.weights)
-    held = start or plan.run(name).adapter
-    adapters, count = plan.adapters, sum(w != 0.0 for w in plan.weights)
-    if lacking := [a.name for a in adapters if not batches.get(a.name)]:
-        raise UsageError(f"no batches for {', '.join(lacking)}")
-    if odd := next((m for m, (_, kind) in plan.common.modules.items() if kind != LINEAR), None):
-        raise InputError("featcal fits linear layers only", where=odd)
-    reach, scale = (count**p if given is None else given for given, p in ((reach, _REACH), (scale, _SCALE)))
+    _require_fit(plan, batches)
+    adapters, tasks = plan.adapters, sum(w != 0.0 for w in plan.weights)
+    reach = tasks**_REACH if reach is None else reach
+    scale = tasks**_SCALE if scale is None else scale
+    anchored = start or plan.run(name).adapter
     modules = modules or modules_named(model, list(plan.common.modules))
+
+    # Front to back: what a stage reads is put out by the stages below it, as they have been fitted.
+    passes = _Passes(Resuming.of(model, modules), Resuming.of(model, modules))
     fitted: dict[str, LoraFactors] = {}
     lost: dict[str, float] = {}
-    passes = _Passes(Resuming.of(model, modules), Resuming.of(model, modules))
     for stage in stages_of(modules, lambda: forward(adapters[0].name, batches[adapters[0].name][0])):
-        total = None
-        for adapter, weight in zip(adapters, plan.weights, strict=True):
-            teacher = _Teacher(adapter, stage, modules, fitted, own, passes)
-            sums = teacher.sums(lambda b, t=adapter.name: forward(t, b), batches[adapter.name])  # type: ignore[misc]
-            total = sums.added_to(total, weight)
-        for module, (factors, gone) in _solved(total, plan, held, pull, reach, rank).items():
+        teachers = [_Teacher(adapter, stage, modules, fitted, own, passes) for adapter in adapters]
+        sums = (
+            t.sums(partial(forward, t.adapter.name), batches[t.adapter.name]) for t in teachers
+        )  # one is held at a time
+        total = reduce(_Sums.__add__, (one.normalised(w) for one, w in zip(sums, plan.weights, strict=True)))
+        for module, (factors, gone) in _solved(total, plan, anchored, pull, reach, rank).items():
             fitted[module], lost[module] = factors, gone
-    options = {"anchor": anchor if start is None else start.name, "own": own, "pull": pull, "reach": reach}
-    ordered = {m: replace(fitted[m], B=fitted[m].B * scale) for m in plan.common.modules}
+
+    scaled = {m: replace(fitted[m], B=fitted[m].B * scale) for m in plan.common.modules}
     record = replace(
-        plan.record(ordered, {m: lost[m] for m in ordered}),
+        plan.record(scaled, {m: lost[m] for m in scaled}),
         method="featcal",
-        options=options,
+        options={"anchor": anchor if start is None else start.name, "own": own, "pull": pull, "reach": reach},
         scale=scale,
         scale_reason="",
     )
-    return Merged(assembled(name, plan.common, adapters, ordered), record)
+    return Merged(assembled(name, plan.common, adapters, scaled), record)
+
+
+def _require_fit(plan: Plan, batches: Mapping[str, Sequence[Batch]]) -> None:
+    """Refuse weights below zero, adapters without batches, and updates of other than linear layers."""
+    importances(plan.weights)
+    if lacking := [a.name for a in plan.adapters if not batches.get(a.name)]:
+        raise UsageError(f"no batches for {', '.join(lacking)}")
+    if odd := next((m for m, (_, kind) in plan.common.modules.items() if kind != LINEAR), None):
+        raise InputError("featcal fits linear layers only", where=odd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +145,15 @@ class _Sums:
     second: Float[Tensor, "d d"]
     targets: Mapping[str, Float[Tensor, "out d"]]
 
-    def added_to(self, total: _Sums | None, weight: float) -> _Sums:
-        """The total with these, divided by the Frobenius norm of their second moment, times the weight."""
+    def normalised(self, weight: float) -> _Sums:
+        """Divide by the Frobenius norm of the second moment, times a weight."""
         size = float(self.second.norm())
         factor = weight / size if size > 0 else 0.0
-        second = self.second * factor
-        targets = {m: y * factor for m, y in self.targets.items()}
-        if total is None:
-            return _Sums(second, targets)
-        return _Sums(total.second + second, {m: y + total.targets[m] for m, y in targets.items()})
+        return _Sums(self.second * factor, {m: y * factor for m, y in self.targets.items()})
+
+    def __add__(self, other: _Sums) -> _Sums:
+        """Add up two."""
+        return _Sums(self.second + other.second, {m: y + other.targets[m] for m, y in self.targets.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,15 +197,15 @@ class _Teacher:
             key = (self.adapter.name, n)
             told = self._rows(theirs, theirs, forward, batch, self.passes.told, key) if self.own else {}
             seen = self._rows(below, {}, forward, batch, self.passes.seen, key)
-            for i, m in enumerate(self.stage.modules):
-                for j, (x, bare) in enumerate(seen[m]):
+            for x in (x for x, _ in seen[self.stage.modules[0]]):  # which all layers of the stage read
+                gram = (x.T @ x).double()
+                second = gram if second is None else second + gram
+            for m in self.stage.modules:
+                for call, (x, bare) in enumerate(seen[m]):
                     y = (x @ mine[m].A.T) @ mine[m].B.T if m in mine else torch.zeros_like(bare)
                     if self.own:
-                        y = y + self.own * (told[m][j][1] - bare - y)
+                        y = y + self.own * (told[m][call][1] - bare - y)
                     targets[m] = targets.get(m, 0.0) + (y.T @ x).double()
-                    if i == 0:
-                        gram = (x.T @ x).double()
-                        second = gram if second is None else second + gram
         if second is None or not bool(torch.isfinite(second).all()):
             raise RunError("the layer's inputs are not finite", where=f"{self.adapter.name}: {self.stage.modules[0]}")
         return _Sums(second, targets)
@@ -245,21 +254,19 @@ def _inputs(rows: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[Tensor]
 
 
 def _solved(
-    sums: _Sums | None, plan: Plan, held: Adapter, pull: float, reach: float, rank: int | None
+    sums: _Sums, plan: Plan, anchored: Adapter, pull: float, reach: float, rank: int | None
 ) -> dict[str, tuple[LoraFactors, float]]:
     """The stage's layers: the regression, pulled to the anchor, cut to rank; and what the cut took."""
-    if sums is None:
-        raise UsageError("no adapters")
     system = sums.second.clone()
     system.diagonal().add_(pull)
     factor, failed = in_one_thread(torch.linalg.cholesky_ex, system)
     if bool(failed):
         raise RunError("the second moment is not positive", where=next(iter(sums.targets)), hint="a larger pull")
-    found = {}
+    solved = {}
     for module, target in sums.targets.items():
-        anchor = held.modules[module].folded(torch.float64, system.device)
+        anchor = anchored.modules[module].folded(torch.float64, system.device)
         right = target + pull * reach * (anchor.B @ anchor.A)
         solution = torch.cholesky_solve(right.T, factor).T
         most = sum(a.modules[module].rank for a in plan.adapters if module in a.modules)
-        found[module] = cut_solution(solution, right, rank or max(1, min(most, *solution.shape)))
-    return found
+        solved[module] = cut_solution(solution, right, rank or max(1, min(most, *solution.shape)))
+    return solved
