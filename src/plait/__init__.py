@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from plait.adapters.peft_format import write_adapter as write_adapter
     from plait.errors import PlaitError as PlaitError
     from plait.fidelity.advise import advise as advise
-    from plait.fidelity.auto import AutoSettings as AutoSettings
     from plait.fidelity.auto import merge_auto as merge_auto
+    from plait.fidelity.auto_settings import AutoSettings as AutoSettings
     from plait.merging import merge as merge
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods

@@ -125,8 +125,8 @@ class AutoChoice(NamedTuple):
 def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) -> None:
     """What `plait merge auto BASE ADAPTER...` does."""
     from plait.fidelity.arguments import split_base
-    from plait.fidelity.auto import AutoSettings
     from plait.fidelity.auto_folders import merge_auto_folders
+    from plait.fidelity.auto_settings import AutoSettings
     from plait.fidelity.texts import LIMIT, LIMIT_OF_REPAIR, parse_files, read_place
 
     if out is None:

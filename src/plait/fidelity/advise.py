@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
 from plait.fidelity import advice_without_texts, costs, notes
+from plait.fidelity.advice_options import SEPARATELY, SINGLE, merged_name, options_of
 from plait.fidelity.arguments import recorded_base, split_base
-from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
+from plait.fidelity.auto import AutoMerge, at_rank, merge_auto
+from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.choose import HELD_OUT, can_learn
 from plait.fidelity.counting import advising, seen_and_judged
 from plait.fidelity.duration import told
@@ -25,8 +27,6 @@ from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder
 from plait.progress import OnProgress
-
-_MB = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,42 +103,51 @@ def advise(
     chosen = settings or AdviceSettings()
     sizes = _base_sizes(base)
     if composed := advice_without_texts.stacked(adapters):
-        options = [
-            replace(o, option=o.option.replace("merged", "composed"), kept=1.0, worst=1.0)
-            for o in _options(adapters, sizes, {})[1:3]
-        ]
+        merged = options_of(adapters, sizes, {})[1:3]
+        options = [replace(o, option=o.option.replace("merged", "composed"), kept=1.0, worst=1.0) for o in merged]
         return _advice(adapters, options, composed, "compose")
     if reason := _obstacle(adapters, base_id):
-        options = _options(adapters, sizes, {})[:1]
-        return _advice(adapters, options, f"serve separately: {reason}", SEPARATELY)
+        return _advice(adapters, options_of(adapters, sizes, {})[:1], f"serve separately: {reason}", SEPARATELY)
     unknown = [] if sizes else [advice_without_texts.no_size(align(adapters, base_id).base)]
     if not texts or base is None:
         unknown += advice_without_texts.unknown(adapters, base, bool(texts))
-        factors = [replace(a, extras={}, modules_to_save=()) for a in adapters]  # what lies beside them is said below
-        merged = merge_auto(factors, settings=AutoSettings(seed=chosen.seed), base_id=base_id)
-        options = _options(adapters, sizes, {})
-        advice, name = advice_without_texts.without_texts(adapters, merged, base), "measure first"
-        found = _Findings({}, merged.record, akin=merged.akin)
-        said = _advice(adapters, options, advice, name, unknown, found)
-    else:
-        panel, chat = ready_panel(  # the held-out texts too, which are read last, are looked at here
-            base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
-            max_length=chosen.max_length, on_progress=on_progress,
-        )  # fmt: skip
-        found = _measured(panel, adapters, chosen, base_id, on_progress)
-        unknown += notes.alike(list(found.kept.values()))
-        if min(map(len, panel.texts.values())) < HELD_OUT:
-            unknown.append(
-                f"how figures hold on other texts: with fewer than {HELD_OUT} of an adapter none could be held out"
-            )
-        options = _options(adapters, sizes, found.kept)
-        advice, name = recommend(options, chosen)
-        said = replace(
-            _advice(adapters, options, advice, name, unknown, found, [*notes.other_base(adapters, base), *chat.notes]),
-            next=notes.that_merge(adapters, base, name, chosen.repair, chat=chat),
-            then=notes.that_model(base, name),
+        return _without_texts(adapters, base, chosen, base_id, unknown)
+    panel, chat = ready_panel(  # the held-out texts too, which are read last, are looked at here
+        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
+        max_length=chosen.max_length, on_progress=on_progress,
+    )  # fmt: skip
+    findings = _measured(panel, adapters, chosen, base_id, on_progress)
+    unknown += notes.alike(list(findings.kept.values()))
+    if min(map(len, panel.texts.values())) < HELD_OUT:
+        unknown.append(
+            f"how figures hold on other texts: with fewer than {HELD_OUT} of an adapter none could be held out"
         )
-    return said
+    options = options_of(adapters, sizes, findings.kept)
+    advice, name = recommend(options, chosen)
+    remarks = [*notes.other_base(adapters, base), *chat.notes]
+    return replace(
+        _advice(adapters, options, advice, name, unknown, findings, remarks),
+        next=notes.that_merge(adapters, base, name, chosen.repair, chat=chat),
+        then=notes.that_model(base, name),
+    )
+
+
+def _without_texts(
+    adapters: Sequence[Adapter],
+    base: BaseModel | None,
+    settings: AdviceSettings,
+    base_id: str | None,
+    unknown: Sequence[str],
+) -> Advice:
+    """Advise by the factors alone: what the options take, and that it should be measured what they keep."""
+    factors = [
+        replace(a, extras={}, modules_to_save=()) for a in adapters
+    ]  # what lies beside them is said in the notes
+    merged = merge_auto(factors, settings=AutoSettings(seed=settings.seed), base_id=base_id)
+    advice = advice_without_texts.without_texts(adapters, merged, base)
+    findings = _Findings({}, merged.record, akin=merged.akin)
+    options = options_of(adapters, _base_sizes(base), {})
+    return _advice(adapters, options, advice, "measure first", unknown, findings)
 
 
 def _obstacle(adapters: Sequence[Adapter], base_id: str | None) -> str | None:
@@ -168,12 +177,12 @@ def _advice(
     advice: str,
     recommended: str,
     unknown: Sequence[str] = (),
-    found: _Findings | None = None,
-    said: Sequence[str] = (),
+    findings: _Findings | None = None,
+    remarks: Sequence[str] = (),
 ) -> Advice:
-    said = [*said, *notes.beside(adapters), *notes.serving(adapters)]
+    said = [*remarks, *notes.beside(adapters), *notes.serving(adapters)]
     if recommended not in (SEPARATELY, "compose") or len({a.base for a in adapters}) == 1:
-        said = [*notes.kinship(notes.kin(adapters) if found is None else found.akin), *said]
+        said = [*notes.kinship(notes.kin(adapters) if findings is None else findings.akin), *said]
     return Advice(
         tasks=tuple(a.name for a in adapters),
         base=adapters[0].base,
@@ -182,13 +191,10 @@ def _advice(
         unknown=tuple(unknown),
         advice=advice,
         recommended=recommended,
-        chosen=found.merge.chosen if found else None,
-        evidence=found.merge.evidence if found else (),
-        repair=found.repair if found else None,
+        chosen=findings.merge.chosen if findings else None,
+        evidence=findings.merge.evidence if findings else (),
+        repair=findings.repair if findings else None,
     )
-
-
-SEPARATELY, SINGLE = "serve separately", "the best single adapter"
 
 
 def _measured(
@@ -209,64 +215,41 @@ def _measured(
         adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, announce=False,
         known=panel, on_progress=on_progress,
     )  # fmt: skip
+    arms, repair = _arms(merged, seen, adapters, settings, base_id, on_progress)
+    singles = {f"{a.name} alone": a for a in adapters}
+    scored = fidelities(judged, [(a, 1.0) for a in (*arms.values(), *singles.values())])
+    by_name = dict(zip((*arms, *singles), scored, strict=True))
+    best = max(singles, key=lambda name: by_name[name].score)
+    kept = {name: by_name[name] for name in arms} | {f"{SINGLE} ({best.removesuffix(' alone')})": by_name[best]}
+    return _Findings(kept, merged.record, repair, merged.akin)
+
+
+def _arms(
+    merged: AutoMerge,
+    seen: Panel,
+    adapters: Sequence[Adapter],
+    settings: AdviceSettings,
+    base_id: str | None,
+    on_progress: OnProgress,
+) -> tuple[dict[str, Adapter], Repair | None]:
+    """What could be served in place of the adapters: the merge at its rank and at one adapter's, each repaired too, with heads that follow.
+
+    Returns:
+        Name -> merge, and what the repair at the smallest rank did.
+    """
     r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
     merges = {R: merged.adapter}
     if r < R and merged.choice is not None:
         on_progress(f"the same at rank {r}")
         merges[r] = at_rank(merged.choice, seen, adapters, r, base_id=base_id, on_progress=on_progress)
-    arms = {_merged_name(rank, R): merge for rank, merge in merges.items()}
+    arms = {merged_name(rank, R): merge for rank, merge in merges.items()}
     repair = None
     if settings.repair:
         on_progress(f"repair at {'two ranks' if len(merges) > 1 else 'its rank'}, at most {settings.repair} steps each")
         for rank, merge in sorted(merges.items()):
             better, done = repaired(seen, merge, settings.repair, settings.seed, on_progress=on_progress)
             arms[f"merged and repaired, rank {rank}"], repair = better, repair or done
-    arms = {name: with_heads(seen, a)[0] for name, a in arms.items()}
-    singles = {f"{a.name} alone": a for a in adapters}
-    scored = fidelities(judged, [(a, 1.0) for a in (*arms.values(), *singles.values())])
-    named = dict(zip((*arms, *singles), scored, strict=True))
-    best = max(singles, key=lambda n: named[n].score)
-    kept = {n: f for n, f in named.items() if n in arms}
-    return _Findings(
-        {**kept, f"{SINGLE} ({best.removesuffix(' alone')})": named[best]}, merged.record, repair, merged.akin
-    )
-
-
-def _merged_name(rank: int, whole: int) -> str:
-    return f"merged, rank {rank}" if rank == whole else f"merged, cut to rank {rank}"
-
-
-def _options(adapters: Sequence[Adapter], sizes: tuple[int, int] | None, kept: Mapping[str, Fidelity]) -> list[Option]:
-    r, R = max(a.rank for a in adapters), costs.total_rank(adapters)
-    heads = costs.head_bytes(adapters)
-    every = sum(map(costs.adapter_bytes, adapters))
-    rows = [_option(SEPARATELY, every, max(costs.added_flops([a], a.rank) for a in adapters), sizes)]
-    rows[0] = replace(rows[0], kept=1.0, worst=1.0)
-    names = [*kept] or list(dict.fromkeys(_merged_name(rank, R) for rank in (R, r)))  # where r is R there is no cut
-    for name in names:
-        single = name.startswith(SINGLE)
-        rank = r if single or f"rank {r}" == name.rpartition(", ")[2].removeprefix("cut to ") else R
-        size = costs.factors_at(adapters, rank, costs.merged_itemsize(adapters)) + heads
-        rows.append(_kept(_option(name, size, costs.added_flops(adapters, rank), sizes), kept.get(name)))
-        if name == f"merged, rank {R}":
-            rows.append(_kept(_option("merged, baked into the base", heads, 0, sizes), kept.get(name)))
-    return rows
-
-
-def _option(name: str, size: int, flops: int, sizes: tuple[int, int] | None) -> Option:
-    beside = f"{size / _MB:{'.1f' if size >= _MB else '.2g'}} MB" if size else ""
-    if sizes is None:
-        return Option(name, f"base + {beside}" if beside else "base", size, f"+{flops / 1e6:.2f} Mflop")
-    # Not their sum: beside a large base adapters of very different sizes would look the same.
-    memory = f"{sizes[0] / _MB:.1f}{' + ' if beside else ' '}{beside or 'MB'}"
-    return Option(name, memory, size + sizes[0], f"+{100 * flops / max(1, sizes[1]):.1f} %")
-
-
-def _kept(option: Option, fidelity: Fidelity | None) -> Option:
-    if fidelity is None:
-        return option
-    worst = min(fidelity.tasks, key=lambda t: t.kept_agreement)
-    return replace(option, kept=fidelity.kept_agreement, worst=worst.kept_agreement, worst_task=worst.task)
+    return {name: with_heads(seen, a)[0] for name, a in arms.items()}, repair
 
 
 def _base_sizes(base: BaseModel | None) -> tuple[int, int] | None:

@@ -7,86 +7,27 @@ from dataclasses import asdict, dataclass, replace
 
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
-from plait.errors import RunError, UsageError
-from plait.fidelity.candidates import METHODS, SCALES, groups_of
-from plait.fidelity.choose import Choice, choose, with_fit, within
+from plait.errors import UsageError
+from plait.fidelity.auto_settings import AutoSettings as AutoSettings
+from plait.fidelity.candidates import groups_of
+from plait.fidelity.choose import Choice, choose, with_fit
 from plait.fidelity.counting import making
 from plait.fidelity.duration import told
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.head_learning import STEPS, Groups, with_learnt_heads
-from plait.fidelity.heads import with_heads
+from plait.fidelity.finishing import finished, measured
+from plait.fidelity.head_learning import STEPS, Groups
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import beside, kin, kinship, other_base
 from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import OWN_SHARE
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
-from plait.fidelity.repair import repaired
-from plait.fidelity.score import fidelities
-from plait.fidelity.shift import hidden_shift
-from plait.fidelity.texts import LIMIT, Texts, first_of
+from plait.fidelity.texts import Texts, first_of
 from plait.merging.align import align
 from plait.merging.metric_cut import InputMetric, cut_adapter
 from plait.merging.record import IN_THE_METRIC, input_of, labels_of, loss_of
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
-
-
-@dataclass(frozen=True, slots=True)
-class AutoSettings:
-    """What `merge_auto` may be told.
-
-    Args:
-        methods, scales: What is tried.
-        refine: Steps in which the winner's weights per adapter and module are learnt from the texts; 0 for none.
-        fit: Whether the winner is also fitted to the adapters' outputs on the texts, front to back.
-        repair: Steps at most in which all adapters are distilled into the winner's factors, after the cut to rank; 0 for none.
-        on_policy: Whether the merge writes after the prompts and the adapters judge it while it is repaired; causal adapters only.
-        texts: Texts of each adapter that the choice reads; a repair, heads and what is measured at the end read all.
-        heads: Whether the last layer of every classifier's head is fitted to the merged model, where that is closer.
-        learn_heads: Whether copies of the heads are learnt together with the merge's weights, and taken where that is closer still.
-        max_shift: Most KL to the base on the general texts, in nats: whatever moves the model further is left out.
-        answers: Whether texts are prompts and adapters are followed in their own answers; None where they are if the adapters are causal.
-        chat: Whether prompts go through the tokenizer's chat template, which means answers; None where tokenizer and adapters decide
-            (`plait.fidelity.chat.chat_of`).
-        new_tokens: Tokens of such an answer, at most.
-        rank: Cut the result to this rank.
-        max_length: Tokens a text.
-        batch_size: Texts a pass, where a model is asked alone.
-        seed: Seed of the order of the texts.
-    """
-
-    methods: tuple[str, ...] = METHODS
-    scales: tuple[float, ...] = SCALES
-    refine: int = 100
-    fit: bool = True
-    repair: int = 0
-    on_policy: bool = False
-    texts: int = LIMIT
-    heads: bool = True
-    learn_heads: bool = False
-    max_shift: float | None = None
-    answers: bool | None = False
-    chat: bool | None = None
-    new_tokens: int = 64
-    rank: int | None = None
-    max_length: int = 128
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.methods or not self.scales:
-            raise UsageError("nothing to try: methods and scales must not be empty")
-        if any(not 0 < s < 100 for s in self.scales):
-            raise UsageError(f"scales {list(self.scales)}, expected numbers above 0")
-        if self.max_shift is not None and not self.max_shift > 0:
-            raise UsageError(f"max_shift is {self.max_shift:g}, expected nats above 0")
-        if self.on_policy and not self.repair:
-            raise UsageError("on_policy is a way to repair, and no repair is asked for", hint="--repair auto")
-        if min(self.texts, self.new_tokens) < 1:
-            raise UsageError("texts and new_tokens are at least 1")
-        if min(self.refine, self.repair) < 0 or (self.rank is not None and self.rank < 1):
-            raise UsageError("steps must not be negative, and a rank is at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +109,7 @@ def merge_auto(
     )  # fmt: skip
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
     if len(adapters) == 1:
-        return _measured(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
+        return _with_fidelity(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
         on_progress(told(panel, adapters, making(
@@ -178,16 +119,11 @@ def merge_auto(
         read, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
         rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,
     )  # fmt: skip
-    record = replace(
-        record,
-        chosen=_chosen(choice),
-        held_out=dict(choice.held_out),
-        texts={t: len(x) for t, x in panel.texts.items()},
-        evidence=tuple(s.evidence for s in choice.scored),
-    )
-    merged = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
-    done = _finished(merged, panel, chosen, _parts_apart(merged.adapter, choice, adapters), on_progress)
-    return replace(done, akin=tuple(akin), choice=choice)
+    record = _with_evidence(record, choice, panel)
+    cut = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
+    apart = _parts_apart(cut.adapter, choice, adapters)
+    adapter, record, fidelity = finished(cut.adapter, cut.record, panel, chosen, apart, on_progress)
+    return AutoMerge(adapter, fidelity, record, tuple(akin), choice)
 
 
 def at_rank(
@@ -224,39 +160,6 @@ def _parts_apart(merge: Adapter, choice: Choice, adapters: Sequence[Adapter]) ->
     return {m: apart[m] for m, f in merge.modules.items() if m in apart and sum(apart[m]) == f.rank}
 
 
-def _finished(
-    merged: AutoMerge, panel: Panel, chosen: AutoSettings, groups: Groups, on_progress: OnProgress
-) -> AutoMerge:
-    """A merge after its cut: repaired, with heads that follow, within the limit on general text, and measured."""
-    if chosen.repair:  # after the cut, so that it makes good what the cut loses; `advise` measures it in this order
-        on_progress(f"repair: distilling all adapters into it, at most {chosen.repair} steps")
-        adapter, done = repaired(
-            panel, merged.adapter, chosen.repair, chosen.seed, on_policy=chosen.on_policy, on_progress=on_progress
-        )
-        if not within(panel, adapter, chosen.max_shift):
-            adapter, done = merged.adapter, replace(done, kept=False)
-        merged = AutoMerge(adapter, None, replace(merged.record, repair=done))
-    learnt = None
-    if chosen.learn_heads:
-        on_progress("heads and weights together")
-        apart = {} if merged.record.repair and merged.record.repair.kept else groups
-        adapter, learnt = with_learnt_heads(panel, merged.adapter, apart, seed=chosen.seed)
-        if learnt and not within(panel, adapter, chosen.max_shift):
-            adapter, learnt = merged.adapter, replace(learnt, kept=False)
-        merged = AutoMerge(adapter, None, replace(merged.record, learnt_heads=learnt))
-    if chosen.heads and not (learnt and learnt.kept):
-        on_progress("heads")
-        adapter, heads = with_heads(panel, merged.adapter)
-        if not within(panel, adapter, chosen.max_shift):
-            adapter, heads = merged.adapter, tuple(replace(h, kept=False) for h in heads)
-        merged = AutoMerge(adapter, None, replace(merged.record, heads=heads))
-    measured = _measured(merged, panel)
-    shift = measured.fidelity.general_kl if measured.fidelity else None
-    if chosen.max_shift is not None and shift is not None and shift > chosen.max_shift:
-        raise RunError(f"cut to rank {chosen.rank} it moves general text by {shift:.3g} nats", hint="a larger --rank")
-    return measured
-
-
 def _without_texts(
     adapters: Sequence[Adapter],
     settings: AutoSettings,
@@ -271,6 +174,16 @@ def _without_texts(
     return _cut(AutoMerge(choice.adapter, None, record), settings.rank)
 
 
+def _with_evidence(record: AutoRecord, choice: Choice, panel: Panel) -> AutoRecord:
+    return replace(
+        record,
+        chosen=_chosen(choice),
+        held_out=dict(choice.held_out),
+        texts={t: len(x) for t, x in panel.texts.items()},
+        evidence=tuple(s.evidence for s in choice.scored),
+    )
+
+
 def _chosen(choice: Choice) -> Chosen:
     recipe = choice.recipe
     weights = {m: list(w) for m, w in choice.weights.items()}
@@ -278,13 +191,9 @@ def _chosen(choice: Choice) -> Chosen:
     return Chosen(recipe.label, choice.scale, recipe.method, recipe.calibrate, recipe.moments, weights, fit=fit)
 
 
-def _measured(merge: AutoMerge, panel: Panel) -> AutoMerge:
-    """The same with its fidelity on all texts, layer by layer."""
-    fidelity = fidelities(panel, [(merge.adapter, 1.0)])[0]
-    parts = {p.name: p for p in panel.parts}
-    tasks = [replace(t, shift=hidden_shift(panel, parts[t.task], merge.adapter)) for t in fidelity.tasks]
-    whole = Fidelity(tuple(tasks), fidelity.general_kl)
-    return AutoMerge(merge.adapter, whole, replace(merge.record, fidelity=FidelityRecord.of(whole)))
+def _with_fidelity(merge: AutoMerge, panel: Panel) -> AutoMerge:
+    fidelity = measured(panel, merge.adapter)
+    return replace(merge, fidelity=fidelity, record=replace(merge.record, fidelity=FidelityRecord.of(fidelity)))
 
 
 def _cut(merge: AutoMerge, rank: int | None, metric: InputMetric | None = None) -> AutoMerge:

@@ -16,7 +16,8 @@ from plait.disk.space import require_space
 from plait.disk.written import Written, reused
 from plait.errors import RunError
 from plait.fidelity.arguments import recorded_base
-from plait.fidelity.auto import AutoSettings, merge_auto
+from plait.fidelity.auto import merge_auto
+from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.record import AutoRecord
 from plait.fidelity.texts import Texts
 from plait.formats.keys import PEFT
@@ -70,23 +71,8 @@ def merge_auto_folders(
     require_apart(out, places(adapters))
     if texts and base is None and (base := recorded_base(adapters, device, four_bits=four_bits)) is not None:
         on_progress(f"base: {base.name}, as the adapters name it")
-    options = {
-        "methods": list(chosen.methods), "scales": list(chosen.scales), "refine": chosen.refine, "fit": chosen.fit,
-        "heads": chosen.heads, "max_shift": chosen.max_shift, "repair": chosen.repair,
-        "rank": chosen.rank, "max_length": chosen.max_length, "base": base_id,
-        **({"learn_heads": True} if chosen.learn_heads else {}),
-    }  # fmt: skip
-    if texts and (chosen.chat or chosen.answers is not False):
-        options |= {"chat": chosen.chat, "answers": chosen.answers, "new_tokens": chosen.new_tokens}
-    options |= {"on_policy": True, "new_tokens": chosen.new_tokens} if chosen.on_policy else {}
-    kind = dtype_for(dtype, adapters)
-    options |= {} if kind == FLOAT32 else {"dtype": kind}
-    options |= {"cut": "inputs"} if chosen.rank and texts else {}
-    inputs = input_hashes(adapters)
-    inputs |= {f"texts:{t}": store.sha256_json(rows) for t, rows in (texts or {}).items()}
-    inputs |= {"general": store.sha256_json(general)} if general else {}
-    inputs |= {"base": held_fingerprint(base)} if base is not None and texts else {}
-    wanted = store.identity("merge-auto", options, inputs, chosen.seed)
+    options = _options(chosen, base_id, dtype_for(dtype, adapters), bool(texts))
+    wanted = store.identity("merge-auto", options, _inputs(adapters, base, texts or {}, general), chosen.seed)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, before, AutoRecord)
     if chosen.rank is None:
@@ -95,18 +81,60 @@ def merge_auto_folders(
         adapters, base, texts, general=general, settings=chosen, base_id=base_id, on_progress=on_progress
     )
     merged = replace(merge.adapter, name=out.name) if len(adapters) > 1 else merge.adapter
-    merged, took = in_dtype(merged, dtype, adapters)
-    record = replace(merge.record, dtype=took.dtype, rounding_error=took.error) if took.rounds else merge.record
+    merged, rounding = in_dtype(merged, dtype, adapters)
+    record = merge.record
+    if rounding.rounds:
+        record = replace(record, dtype=rounding.dtype, rounding_error=rounding.error)
+    result = _write(out, merged, record, wanted, overwrite=overwrite, target=format_of(adapters[0]))
+    return Written(result, str(out))
+
+
+def _options(settings: AutoSettings, base_id: str | None, dtype: str, with_texts: bool) -> dict[str, object]:
+    """What the result depends on beside its inputs; what came later is named only where it is asked for, so that older folders stay."""
+    options: dict[str, object] = {
+        "methods": list(settings.methods), "scales": list(settings.scales), "refine": settings.refine, "fit": settings.fit,
+        "heads": settings.heads, "max_shift": settings.max_shift, "repair": settings.repair,
+        "rank": settings.rank, "max_length": settings.max_length, "base": base_id,
+    }  # fmt: skip
+    if settings.learn_heads:
+        options["learn_heads"] = True
+    if with_texts and (settings.chat or settings.answers is not False):
+        options |= {"chat": settings.chat, "answers": settings.answers, "new_tokens": settings.new_tokens}
+    if settings.on_policy:
+        options |= {"on_policy": True, "new_tokens": settings.new_tokens}
+    if dtype != FLOAT32:
+        options["dtype"] = dtype
+    if settings.rank and with_texts:
+        options["cut"] = "inputs"
+    return options
+
+
+def _inputs(
+    adapters: Sequence[Adapter], base: BaseModel | None, texts: Mapping[str, Texts], general: Texts
+) -> dict[str, str]:
+    """Hashes of all that is read."""
+    inputs = dict(input_hashes(adapters))
+    inputs |= {f"texts:{task}": store.sha256_json(rows) for task, rows in texts.items()}
+    if general:
+        inputs["general"] = store.sha256_json(general)
+    if base is not None and texts:
+        inputs["base"] = held_fingerprint(base)
+    return inputs
+
+
+def _write(
+    out: Path, merge: Adapter, record: AutoRecord, identity: Mapping[str, object], *, overwrite: bool, target: str
+) -> AutoRecord:
+    """Write a merge in a format, read it again, and return the record with the difference."""
     result = to_json(record)
-    target = format_of(adapters[0])
 
     def check(written: Path) -> None:
         read = read_adapter if target == PEFT else read_lora_file
-        result["verification_error"] = _difference(read(written, name="written"), merged)
+        result["verification_error"] = _difference(read(written, name="written"), merge)
 
-    ready = merged if target == PEFT else in_format(merged, target)
-    write_any(out, ready, target, wanted, result, overwrite=overwrite, check=check)
-    return Written(from_json(AutoRecord, result), str(out))
+    ready = merge if target == PEFT else in_format(merge, target)
+    write_any(out, ready, target, identity, result, overwrite=overwrite, check=check)
+    return from_json(AutoRecord, result)
 
 
 def _difference(written: Adapter, meant: Adapter) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from plait.disk.written import Written
 from plait.errors import InputError, UsageError
-from plait.fidelity.auto import AutoSettings
 from plait.fidelity.auto_folders import merge_auto_folders
+from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.record import AutoRecord
 from plait.merging.changes import Change, Recorded, located, named_weights
 

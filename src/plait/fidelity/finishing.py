@@ -1,0 +1,117 @@
+"""A chosen merge is finished: repaired, its heads made to follow, all within a limit on general text, and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from plait.adapters.lora import Adapter
+from plait.errors import RunError
+from plait.fidelity.auto_settings import AutoSettings
+from plait.fidelity.choose import within
+from plait.fidelity.head_learning import Groups, with_learnt_heads
+from plait.fidelity.heads import with_heads
+from plait.fidelity.measure import Fidelity
+from plait.fidelity.panel import Panel
+from plait.fidelity.record import AutoRecord, FidelityRecord
+from plait.fidelity.repair import repaired
+from plait.fidelity.score import fidelities
+from plait.fidelity.shift import hidden_shift
+from plait.progress import OnProgress
+
+
+def finished(
+    merge: Adapter,
+    record: AutoRecord,
+    panel: Panel,
+    settings: AutoSettings,
+    groups: Groups,
+    on_progress: OnProgress = lambda _: None,
+) -> tuple[Adapter, AutoRecord, Fidelity]:
+    """Finish a merge after its cut, so that a repair makes good what the cut lost; `advise` measures it in this order.
+
+    Args:
+        merge: What was chosen, cut to its rank.
+        record: What is known of it.
+        panel: Base, adapters and all texts.
+        settings: What is asked for; what it does not ask for is left out.
+        groups: Module -> which of the merge's ranks are one adapter's, where they still are.
+        on_progress: Called with what is being done.
+
+    Returns:
+        The merge, the record of all that was done, and its fidelity on all texts.
+
+    Raises:
+        RunError: The cut itself moves general text beyond the limit.
+    """
+    finishing = _Finishing(panel, settings, on_progress)
+    merge, record = finishing.repair(merge, record)
+    merge, record = finishing.learn_heads(merge, record, groups)
+    merge, record = finishing.refit_heads(merge, record)
+    fidelity = measured(panel, merge)
+    limit, shift = settings.max_shift, fidelity.general_kl
+    if limit is not None and shift is not None and shift > limit:
+        raise RunError(f"cut to rank {settings.rank} it moves general text by {shift:.3g} nats", hint="a larger --rank")
+    return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
+
+
+def measured(panel: Panel, merge: Adapter) -> Fidelity:
+    """Measure a merge's fidelity on all texts, layer by layer."""
+    fidelity = fidelities(panel, [(merge, 1.0)])[0]
+    parts = {p.name: p for p in panel.parts}
+    tasks = [replace(t, shift=hidden_shift(panel, parts[t.task], merge)) for t in fidelity.tasks]
+    return Fidelity(tuple(tasks), fidelity.general_kl)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finishing:
+    """The steps, each from a merge and its record to those after it.
+
+    What moves general text beyond the limit is undone, and recorded as not kept.
+    """
+
+    panel: Panel
+    settings: AutoSettings
+    on_progress: OnProgress
+
+    def repair(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
+        """Distil all adapters into it."""
+        steps = self.settings.repair
+        if not steps:
+            return merge, record
+        self.on_progress(f"repair: distilling all adapters into it, at most {steps} steps")
+        better, done = repaired(
+            self.panel,
+            merge,
+            steps,
+            self.settings.seed,
+            on_policy=self.settings.on_policy,
+            on_progress=self.on_progress,
+        )
+        if not self._may_be(better):
+            better, done = merge, replace(done, kept=False)
+        return better, replace(record, repair=done)
+
+    def learn_heads(self, merge: Adapter, record: AutoRecord, groups: Groups) -> tuple[Adapter, AutoRecord]:
+        """Learn copies of the heads together with the weights of its parts; a repair that was kept has mixed the parts."""
+        if not self.settings.learn_heads:
+            return merge, record
+        self.on_progress("heads and weights together")
+        apart = {} if record.repair and record.repair.kept else groups
+        better, learnt = with_learnt_heads(self.panel, merge, apart, seed=self.settings.seed)
+        if learnt and not self._may_be(better):
+            better, learnt = merge, replace(learnt, kept=False)
+        return better, replace(record, learnt_heads=learnt)
+
+    def refit_heads(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
+        """Let the heads follow it, where learnt ones were not kept."""
+        learnt = record.learnt_heads
+        if not self.settings.heads or (learnt and learnt.kept):
+            return merge, record
+        self.on_progress("heads")
+        better, heads = with_heads(self.panel, merge)
+        if not self._may_be(better):
+            better, heads = merge, tuple(replace(h, kept=False) for h in heads)
+        return better, replace(record, heads=heads)
+
+    def _may_be(self, merge: Adapter) -> bool:
+        return within(self.panel, merge, self.settings.max_shift)
