@@ -211,7 +211,7 @@ def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
     assert manifest["result"]["chosen"] == json.loads(json.dumps(to_json(found)["chosen"]))
     assert {"task", "kl", "shift", "kept", "followed"} <= set(manifest["result"]["fidelity"]["tasks"][0])
     assert len(manifest["result"]["evidence"]) >= 32
-    assert {r["texts"] for r in manifest["result"]["evidence"]} == {32, 40}
+    assert {r["texts"] for r in manifest["result"]["evidence"]} == {16, 32, 40}
     assert manifest["result"]["fidelity"]["general_kl"] > 0
     assert set(manifest["result"]["held_out"]) == {"chosen", "refined", "fitted"}
     written = read_adapter(tmp_path / "out")
@@ -283,6 +283,33 @@ def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch
     best = choosing.tournament(panel, tried, (0.5, 1.0, 2.0))[0]
     assert asked[:3] == [0.5, 1.0, 2.0] and max(asked) > 5.0 and best.scale == pytest.approx(2.0 * choosing.STEP**3)
     assert min(asked) == 0.5  # only that edge on which the best lay
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "rounds"),
+    [("bert", "classification", [16, 32, 64, 70]), ("llama", "causal", [32, 70])],
+)
+def test_ever_fewer_merges_read_ever_more_texts(architecture, kind, rounds, make_panel, monkeypatch):
+    from plait.fidelity import tournament as choosing
+
+    panel = make_panel(architecture, kind, texts=70)
+    tried = [Tried(Recipe(f"{i}"), panel.parts[0].adapter) for i in range(10)]
+    asked: list[tuple[int, list[float]]] = []
+
+    def better_where_larger(read, merges, on_progress=None, keep=False):
+        asked.append((max(map(len, read.texts.values())), [s for _, s in merges]))
+        return [SimpleNamespace(score=s, general_kl=None) for _, s in merges]
+
+    monkeypatch.setattr(choosing, "fidelities", better_where_larger)
+    monkeypatch.setattr(choosing, "_beyond", lambda *_: ())
+    scales = tuple(1.0 + 0.1 * i for i in range(7))
+    scored = choosing.tournament(panel, tried, scales)
+    assert [n for n, _ in asked] == rounds
+    counts = [len(merges) for _, merges in asked]
+    assert counts == [30, *(choosing.number_going(10, 7, share) for _, share in choosing.rounds_of(panel)[:-1])]
+    assert counts == sorted(counts, reverse=True) and [len(x) for x in (asked[-1][1], scored)] == [counts[-1], 30]
+    assert [s.n for s in scored] == sorted((s.n for s in scored), reverse=True)  # each says how many it has read
+    assert [s.scale for s in scored[: counts[-1]]] == sorted(asked[0][1])[: -counts[-1] - 1 : -1]
 
 
 def test_a_limit_on_what_general_text_is_moved_by_holds_for_all_that_is_done(make_panel):

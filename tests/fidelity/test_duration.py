@@ -15,7 +15,7 @@ from plait.fidelity.duration import Pace, Work, pace_of, tokens_of
 from plait.fidelity.fitting import SCALES as FITTED_AT
 from plait.fidelity.fitting import TRIED
 from plait.fidelity.score import fidelities
-from plait.fidelity.tournament import SCREEN
+from plait.fidelity.tournament import ROUNDS
 from plait.model.base import backbone_of
 
 METHODS, SCALES = ("task_arithmetic", "tsv", "regmean"), (0.2, 0.4, 0.6, 0.8)
@@ -79,17 +79,17 @@ def test_heads_that_are_learnt_are_counted(make_panel):
 
 def test_texts_of_a_second_round_are_not_read_again(make_panel):
     """What is counted of a second round of a classifier is what its model is really given."""
-    panel = make_panel(texts=SCREEN + 8)
+    panel = make_panel(texts=ROUNDS[0][0] + 8)
     read: list[int] = []
     handle = backbone_of(panel.model(panel.parts[0]))[0].register_forward_pre_hook(
         lambda _, args, options: read.append((args[0] if args else options["input_ids"]).shape[0]), with_kwargs=True
     )
     part = panel.parts[0]
     merge = panel.parts[1].adapter  # of the panel itself: always kept
-    few = panel.with_texts({t: rows[:SCREEN] for t, rows in panel.texts.items()})
+    few = panel.with_texts({t: rows[: ROUNDS[0][0]] for t, rows in panel.texts.items()})
     first = fidelities(few, [(part.adapter, 0.7)], keep=True)[0]
     before = sum(read)
-    assert before == 2 * 3 * SCREEN
+    assert before == 2 * 3 * ROUNDS[0][0]
     whole = fidelities(panel, [(part.adapter, 0.7)], keep=True)[0]
     assert sum(read) - before == 2 * 3 * 8
     assert fidelities(panel, [(part.adapter, 0.7)], keep=True)[0] == whole and sum(read) - before == 2 * 3 * 8

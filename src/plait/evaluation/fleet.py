@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from plait.tasks.task import TEXT_KINDS
 
 # Tokens a pass is worth having at once; more only takes memory.
 TOKENS_PER_PASS = {"cuda": 131_072, "cpu": 2_048}
+# Tokens from which on a pass takes no longer a token than one with more: it ends there where the rows that follow are shorter.
+ENOUGH_TOKENS = {"cuda": 131_072, "cpu": 256}
 # Rows of like length in such a pass: on a CPU few, so that hardly any pads are computed; the candidates fill it.
 ROWS_PER_PASS = {"cuda": 32, "cpu": 4}
 MAX_TOGETHER = 64  # candidates that write together, or go through a CPU together
@@ -177,22 +179,33 @@ def _predict(
     heads = {k: torch.stack([c.head[k] for c in candidates]).to(like) for k in candidates[0].head}
     order = np.argsort(bank.lengths, kind="stable")[::-1].copy()
     places = torch.from_numpy(order).to(like.device)
-    parts, start = [], 0
-    budget = TOKENS_PER_PASS.get(like.device.type, TOKENS_PER_PASS["cuda"])
+    parts = []
+    lengths = bank.lengths[order] + (len(tree) if tree else 0)
     with fused_attention(ends.backbone), stacked_updates(ends.backbone, updates):
-        while start < len(order):
-            length = int(bank.lengths[order[start]])
-            tokens = length + (len(tree) if tree else 0)
-            stop = start + max(1, budget // (tokens * len(candidates)))
+        for some in _alike(lengths, len(candidates), like.device.type):
+            length = int(bank.lengths[order[some.start]])
             if tree is None:
-                parts.append(_pass(ends, bank, places[start:stop], length, heads, len(candidates)))
+                parts.append(_pass(ends, bank, places[some], length, heads, len(candidates)))
             else:
-                parts.append(_tree_pass(ends, bank, places[start:stop], length, tree, len(candidates)))
-            start = stop
+                parts.append(_tree_pass(ends, bank, places[some], length, tree, len(candidates)))
     joined = torch.cat(parts, 1).float().cpu().numpy()
     in_order = np.empty_like(joined)
     in_order[:, order] = joined
     return list(in_order)
+
+
+def _alike(lengths: npt.NDArray[np.int64], candidates: int, device: str) -> Iterator[slice]:
+    """Cut rows, the longest first, into passes that fill the device and of which as little as possible is pads."""
+    most, enough = (d.get(device, d["cuda"]) for d in (TOKENS_PER_PASS, ENOUGH_TOKENS))
+    start = 0
+    for stop in range(1, len(lengths) + 1):
+        row = int(lengths[start]) * candidates
+        tokens = (stop - start) * row
+        more = stop < len(lengths) and tokens + row <= most
+        if more and (tokens < enough or lengths[stop] == lengths[start]):
+            continue
+        yield slice(start, stop)
+        start = stop
 
 
 def _pass(

@@ -14,7 +14,7 @@ from plait.fidelity.fitting import TRIED as FITS
 from plait.fidelity.fitting import can_fit
 from plait.fidelity.panel import Panel
 from plait.fidelity.texts import split_off
-from plait.fidelity.tournament import SCREEN, longest_of, number_going, screen_of
+from plait.fidelity.tournament import number_going, read_in, rounds_of
 from plait.merging.registry import find_method
 
 # Scales that a merge is tried at, on average, where there are more than three.
@@ -45,14 +45,17 @@ def choosing(
         max_shift: Limit on what general text is moved by.
     """
     merges = len(list(recipes(("base", "own") if any(find_method(m).needs for m in methods) else (), methods)))
-    every, screen = tokens_of(panel), tokens_of(screen_of(panel))
-    tried = merges * min(SCALES_TRIED, len(scales))
-    work = Work(merges=merges, moments=2 * every) + _read(panel, screen, tried) + _read(panel, 0, 0, both=every)
-    second = longest_of(panel) > SCREEN
-    going = number_going(merges, len(scales)) if second else 0
-    if second:  # of classifiers only the texts that the first round has not read
-        work += _read(panel, every if panel.is_text else every - screen, going)
-    work += general(panel, tried if max_shift is not None or not second else going)
+    every, tried = tokens_of(panel), merges * min(SCALES_TRIED, len(scales))
+    work = Work(merges=merges, moments=2 * every) + _read(panel, 0, 0, both=every)
+    rounds = rounds_of(panel)
+    known, going, asked = 0, tried, 0.0
+    for i, (texts, _) in enumerate(rounds):
+        if i:
+            going = min(going, number_going(merges, len(scales), rounds[i - 1][1]))
+        tokens = tokens_of(read_in(panel, texts))
+        work += _read(panel, tokens if panel.is_text else tokens - known, going)
+        known, asked = tokens, asked + going
+    work += general(panel, going if max_shift is None else asked)
     if refine:
         work += Work(learnt=refine) + _read(panel, every / held_out, 2)
     return work + fitting(panel, held_out, max_shift) if fit and can_fit(panel) else work

@@ -1,20 +1,25 @@
-"""A tournament of merges: every one at the scales around its best, on a part of the texts; the best of them on all."""
+"""A tournament of merges: every one at the scales around its best on a few texts; the fewer are left, the more they read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from plait.fidelity.candidates import Tried
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Evidence, FidelityRecord
 from plait.fidelity.score import fidelities
+from plait.fidelity.texts import first_of
 from plait.progress import OnProgress
 
-# Texts of each adapter in the first round, in which everything is tried; and the share of all merges and scales that goes on.
-SCREEN, GOES_ON = 32, 8
+# Texts of each adapter that a round reads, and the part of merges x scales that goes on from it: half as many read twice the texts
+# (successive halving: Karnin et al., ICML 2013). On the same texts merges differ by much less than texts do, so few tell them apart.
+ROUNDS = ((16, 4), (32, 8), (64, 16))
+# Where answers are not kept a round reads its texts from the first one on, so there is one before the last.
+ROUNDS_READ_AGAIN = ((32, 8),)
 # Beyond the scales that are given: by this factor, so often at most.
 STEP, GROWTH = 2**0.5, 6
 
@@ -63,52 +68,55 @@ def tournament(
     on_progress: OnProgress = lambda _: None,
     max_shift: float | None = None,
 ) -> list[Scored]:
-    """Score all merges on a part of the texts, the best of them on all; best first, later rounds before earlier ones.
+    """Score all merges on a few texts, fewer and fewer of them on more, the best on all; best first, later rounds before earlier ones.
 
     A merge begins at the scale nearest to where its factors alone would have it (`Tried.near`) and at both scales beside that.
     While its best lies on the edge of those it was tried at, it is tried a step further, along `scales` and then beyond
     them, so that its best lies within: where a merge has one hill over the scales, that is the best of all of them.
     Merges that move general text further than `max_shift` come last, the least first.
 
-    Cost: four to five scales a merge, on at most 32 texts of each adapter; as many as an eighth of merges x scales on the others.
+    Cost: four to five scales a merge on the texts of the first round; then what `number_going` says of merges x scales, on those that a
+    round adds, or on all of a round's where answers are not kept.
     """
 
     def place(one: Scored) -> tuple[bool, float]:
         over = not one.within(max_shift)
         return over, (one.fidelity.general_kl or 0.0) if over else -one.fidelity.score
 
-    longest, screen = longest_of(panel), screen_of(panel, max_shift)
+    rounds = rounds_of(panel)
+    screen = read_in(panel, rounds[0][0], max_shift)
     entries = [(t, s) for t in tried for s in beginning(t, scales)]
-    first: list[Scored] = []
+    scored: list[Scored] = []
     while entries:
         on_progress(f"{len(entries)} merges, by fidelity")
-        first += _scored(screen, entries, min(SCREEN, longest), on_progress)
-        entries = list(_beyond(first, place, scales)) if len(scales) > 1 else []
-    first.sort(key=place)
-    if longest <= SCREEN:
-        panel.known.forget_others(p.adapter for p in panel.parts)
-        return first
-    going = first[: number_going(len(tried), len(scales))]
-    on_progress(f"the best {len(going)} of them, on all texts")
-    last = _scored(panel, [(s.tried, s.scale) for s in going], longest, on_progress)
+        scored += _scored(screen, entries, rounds[0][0], on_progress)
+        entries = list(_beyond(scored, place, scales)) if len(scales) > 1 else []
+    scored.sort(key=place)
+    for (_, share), (texts, _) in pairwise(rounds):
+        going = scored[: number_going(len(tried), len(scales), share)]
+        on_progress(f"the best {len(going)} of them, on {'all texts' if texts == rounds[-1][0] else f'{texts} texts'}")
+        again = _scored(read_in(panel, texts, max_shift), [(s.tried, s.scale) for s in going], texts, on_progress)
+        scored = sorted(again, key=place) + scored[len(going) :]
     panel.known.forget_others(p.adapter for p in panel.parts)
-    return sorted(last, key=place) + first[len(going) :]
+    return scored
 
 
-def longest_of(panel: Panel) -> int:
-    """Count the texts of the adapter that has most."""
-    return max(len(rows) for rows in panel.texts.values())
+def rounds_of(panel: Panel) -> list[tuple[int, int]]:
+    """List the rounds: texts of each adapter that it reads, at most, and the part of merges x scales that goes on; the last reads all."""
+    longest = max(len(rows) for rows in panel.texts.values())
+    before = ROUNDS_READ_AGAIN if panel.is_text else ROUNDS
+    return [*(r for r in before if r[0] < longest), (longest, 0)]
 
 
-def screen_of(panel: Panel, max_shift: float | None = None) -> Panel:
-    """Give the texts of the first round; the general ones too where there is no second, or they decide."""
-    few = {t: rows[:SCREEN] for t, rows in panel.texts.items()}
-    return panel.with_texts(few, general=longest_of(panel) <= SCREEN or max_shift is not None)
+def read_in(panel: Panel, texts: int, max_shift: float | None = None) -> Panel:
+    """Give what a round reads: so many texts of each adapter; the general ones too where it is the last, or they decide."""
+    last = texts >= rounds_of(panel)[-1][0]
+    return panel.with_texts(first_of(panel.texts, texts), general=last or max_shift is not None)
 
 
-def number_going(merges: int, scales: int) -> int:
-    """Count the merges at scales that go on to all texts."""
-    return max(2, merges * scales // GOES_ON)
+def number_going(merges: int, scales: int, share: int) -> int:
+    """Count the merges at scales that go on from a round: one of `share`, and two at least."""
+    return max(2, merges * scales // share)
 
 
 def beginning(tried: Tried, scales: Sequence[float]) -> list[float]:
