@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -73,6 +75,12 @@ def test_curve_of_a_sum(folders):
     assert [r.rank for r in rows] == [2, 4]
     assert rows[0].discarded_energy > 0.0
     assert rows[1].discarded_energy == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_collector_goes_on_and_keeps_no_garbage_of_who_calls(folders, tmp_path):
+    frozen = gc.get_freeze_count()
+    answer(MergeRequest(folders, tmp_path / "out", MergeSpec(method="ties")))
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
 
 
 def test_mergekit_recipe(folders, tmp_path):

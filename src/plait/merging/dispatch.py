@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,12 @@ def answer(request: MergeRequest) -> Written[MergeRecord] | Written[BakeRecord] 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Import without the collector, which goes through all that is imported again and again: a sixth of the time that torch takes."""
-    was = gc.isenabled()
+    was, first = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # modules are not looked at later either
+        if first:  # later there may be garbage among what is kept
+            gc.freeze()  # modules are not looked at later either
         if was:
             gc.enable()
