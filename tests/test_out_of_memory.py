@@ -16,6 +16,7 @@ from plait.disk.space import require_space
 from plait.errors import EnvironmentFault
 from plait.evaluation.evaluate import forward_logits
 from plait.evaluation.text import choices, likelihoods, token_likelihoods, write_texts
+from plait.merging import merge_folders
 from plait.model.base import load_task_model, load_tokenizer
 from plait.model.out_of_memory import by_parts, split
 from plait.statistics import collect_statistics
@@ -209,6 +210,15 @@ def test_nothing_is_begun_that_does_not_fit(tiny_base, tmp_path, monkeypatch, ca
     assert ended.value.code == 4 and "0.0 MB are free" in said, said
     assert not (tmp_path / "out").exists()
     assert not list(Path(tmp_path).glob(".out*"))
+
+
+def test_a_cut_that_fits_is_made_where_the_whole_would_not(tiny_base, tmp_path, monkeypatch):
+    base = tiny_base("bert")
+    folders = [write(tmp_path / n, random_adapter(base, "bert", n, "classification", s)) for s, n in enumerate("ab")]
+    full(monkeypatch, 100)
+    with pytest.raises(EnvironmentFault, match=r"0\.0 MB are free"):
+        merge_folders(folders, tmp_path / "out", method="svd")
+    assert merge_folders(folders, tmp_path / "out", method="svd", rank=1).record.rank == 1
 
 
 @pytest.mark.parametrize("how", ["convert", "export", "train"])

@@ -161,7 +161,7 @@ def write_merge(
     wanted["options"]["format"] = target
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, before, MergeRecord)
-    require_space(out, sum(a.nbytes for a in plan.adapters))
+    _require_space(out, plan)
     merged = plan.run(out.name.removesuffix(".safetensors"), took)
     ready = in_format(merged.adapter, target)
     record = replace(merged.record, format=target, stack=stack)
@@ -198,13 +198,19 @@ def rounding_of(plan: Plan, dtype: str) -> Rounding:
     return Rounding(kind, {width for (_, width), _ in plan.common.modules.values()}, plan.seed)
 
 
+def _require_space(out: Path, plan: Plan) -> None:
+    """Refuse to begin what will not fit; what a cut to a rank leaves is less than the adapters hold, and not known yet."""
+    if plan.rank is None:
+        require_space(out, sum(a.nbytes for a in plan.adapters))
+
+
 def _write_folder(
     plan: Plan, out: Path, wanted: Mapping[str, Any], took: Rounding, *, verify: bool, overwrite: bool
 ) -> Written[MergeRecord]:
     """Write a PEFT folder from PEFT folders, module by module where shapes are known before."""
     if (before := standing(out, wanted, MergeRecord, overwrite=overwrite)) is not None:
         return before
-    require_space(out, sum(a.nbytes for a in plan.adapters))
+    _require_space(out, plan)
     result: dict[str, Any] = {}
     verifying: list[float] = []
     check = (lambda stage: verifying.append(_verified(plan, stage, result))) if verify else None
