@@ -12,10 +12,12 @@ from plait.statistics import files, merge_statistics, open_statistics, read_stat
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 
 
-def collected(path, seed, **identity):
-    """A task's statistics as they are collected, of rows that the seed names."""
+def collected(path, seed, curved=False, **identity):
+    """A task's statistics as they are collected, of rows that the seed names; with output gradients or without."""
     H = torch.randn(30, 6, generator=torch.Generator().manual_seed(seed))
-    own = Statistics({"q": Moments(len(H), H.sum(0), H.T @ H)}, {"q": ModuleInfo("q", (6, 6), 1.0)})
+    moments = Moments(len(H), H.sum(0), H.T @ H)
+    modules = {"q": ModuleInfo("q", (6, 6), 1.0)}
+    own = Statistics({"q": moments}, modules, output_gradients={"q": moments} if curved else {})
     options = {"data": {"train": f"{seed}.csv"}, "samples": 30}
     write_statistics(
         path, own, identity={"stage": "statistics", "options": options, "seed": 0, "inputs": {}, **identity}
@@ -79,3 +81,11 @@ def test_somebodys_file_is_refused_before_anything_is_computed(tmp_path, monkeyp
         else:
             compress_file(one, mine, 2, overwrite=True)
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("curved", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_sum_says_where_it_leaves_output_gradients_out(tmp_path, curved):
+    parts = [collected(tmp_path / f"{i}.stats.safetensors", i, c) for i, c in enumerate(curved)]
+    for _ in range(2):  # made, and there already
+        assert merge_files(parts, tmp_path / "out", overwrite=False).dropped_output_gradients == (len(set(curved)) == 2)
+    assert bool(open_statistics(tmp_path / "out").output_gradients) == all(curved)
