@@ -152,7 +152,7 @@ def test_it_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypatch, be
     adapters = adapters_of(panel)
     merges = [merge(adapters, "task_arithmetic", scale=s).adapter for s in (0.5, 30.0)]
     rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()}, general=False)
-    scores = [f.score for f in fidelities(rest, [(m, 1.0) for m in merges])]
+    scores = [f.kept for f in fidelities(rest, [(m, 1.0) for m in merges])]
     near, far = merges[scores.index(max(scores))], merges[scores.index(min(scores))]
     start, end = (far, near) if better else (near, far)
     learnt_from = []
@@ -174,6 +174,23 @@ def test_it_is_kept_only_where_texts_held_out_say_so(make_panel, monkeypatch, be
     )
 
 
+def test_a_repair_is_judged_by_the_divergence_that_it_learns_from(make_panel, monkeypatch):
+    """A merge that is too sure of itself gives more probability to an adapter's answers than one that is closer to the adapter."""
+    panel = make_panel(texts=16)
+    adapters, scales = adapters_of(panel), (0.3, 0.6, 1.0, 1.5, 2.0, 4.0)
+    merges = [merge(adapters, m, scale=s).adapter for m in ("task_arithmetic", "tsv", "ties", "iso_c") for s in scales]
+    rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()}, general=False)
+    seen = [(f.kept, f.score, m) for f, m in zip(fidelities(rest, [(m, 1.0) for m in merges]), merges, strict=True)]
+    start, end = next((a[2], b[2]) for a in seen for b in seen if a[0] < b[0] and a[1] > b[1])
+
+    def pretend(*_, stopping, **options):
+        return Distilled(end, 1.0, 0.5, {}, 5, (Look(5, stopping.score(end)),))
+
+    monkeypatch.setattr(repair, "distil", pretend)
+    done, record = repair.repaired(panel, start, 20)
+    assert done is end and record.kept
+
+
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])
 def test_it_comes_closer_and_says_how_far(make_panel, architecture, kind):
     """Random adapters have nothing that carries over to other texts: every text is there four times."""
@@ -186,6 +203,6 @@ def test_it_comes_closer_and_says_how_far(make_panel, architecture, kind):
     assert record.kept and record.last_loss < record.first_loss
     rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()}, general=False)
     before, after = fidelities(rest, [(start, 1.0), (done, 1.0)])
-    assert before.score == pytest.approx(record.held_out["merge"], abs=1e-6)
-    assert after.score == pytest.approx(record.held_out["repaired"], abs=1e-6) and after.score > before.score
+    assert before.kept == pytest.approx(record.held_out["merge"], abs=1e-6)
+    assert after.kept == pytest.approx(record.held_out["repaired"], abs=1e-6) and after.kept > before.kept
     assert same(done, repair.repaired(panel, start, 40, rate=1e-2)[0])

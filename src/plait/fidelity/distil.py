@@ -125,7 +125,7 @@ def distil(
     few = max(1, len(seen) // 10)
     weights = {m: p.learnt() for m, p in learning.students.items()} if learns == "weights" else {}
     first, last = (float(np.mean(part)) if part else float("nan") for part in (seen[:few], seen[-few:]))
-    best = max(learning.looks, key=lambda look: look.followed, default=Look(len(seen), 0.0))
+    best = max(learning.looks, key=lambda look: look.kept, default=Look(len(seen), 0.0))
     adapter = merge if not seen else learning.best or learning.now()
     return Distilled(adapter, first, last, weights, best.step, tuple(learning.looks))
 
@@ -190,11 +190,11 @@ class Learning:
         """Look at the texts held out, keep the merge where it is the best so far; whether it is time to stop."""
         adapter = self.now()
         look = Look(step, stopping.score(adapter))
-        if not self.looks or look.followed > max(x.followed for x in self.looks):
+        if not self.looks or look.kept > max(x.kept for x in self.looks):
             self.best = adapter
         self.looks.append(look)
         stopping.on_look(look)
-        highest = max(range(len(self.looks)), key=lambda i: self.looks[i].followed)
+        highest = max(range(len(self.looks)), key=lambda i: self.looks[i].kept)
         return len(self.looks) - 1 - highest >= stopping.patience
 
 

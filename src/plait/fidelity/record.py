@@ -119,11 +119,11 @@ class Look:
 
     Args:
         step: Steps taken by then.
-        followed: How far the adapters were followed (`Fidelity.score`).
+        kept: Mean over adapters of 1 - KL(adapter || merge) / KL(adapter || base) (`Fidelity.kept`).
     """
 
     step: int
-    followed: float
+    kept: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ class Repair:
 
     Args:
         steps: After how many the merge is what it is.
-        held_out: "merge" and "repaired" -> how far the adapters are followed on the texts held out; {} where none were.
-        kept: Whether they are followed further, and so the repaired merge was taken.
+        held_out: "merge" and "repaired" -> 1 - KL / KL of the bare base on the texts held out (`Fidelity.kept`); {} where none were.
+        kept: Whether the repaired merge is closer by that, and so was taken.
         first_loss, last_loss: Mean over the first and last tenth of the steps.
         method: What it is called elsewhere.
         most: Steps that it was allowed.

@@ -36,8 +36,10 @@ def repaired(
     """Repair a merge by distilling all adapters into its factors, without labels, and say what that did.
 
     It learns from three quarters of the texts, and the fourth is looked at every few steps: it stops where that says for a while that
-    the adapters are *followed* no better (`Fidelity.score`), and the best merge that was seen is the result; the merge itself, where
-    none was better. With fewer than 12 texts of an adapter nothing is held out, and all steps are taken.
+    the merge comes no closer to the adapters, and the best merge that was seen is the result; the merge itself, where none was
+    better. Closeness is 1 - KL(adapter || merge) / KL(adapter || base) there (`Fidelity.kept`), the divergence that it learns from:
+    *followed*, which candidates are ranked by, falls while a repair makes a merge less sure of itself, though it answers more like
+    its adapters (docs/results/existing-fitted.md). With fewer than 12 texts of an adapter nothing is held out, and all steps are taken.
 
     Args:
         panel: Base, adapters and texts.
@@ -63,23 +65,23 @@ def repaired(
     most, rest = split_off(panel.texts, HELD_OUT)
     judged = panel.with_texts(rest)
 
-    def followed(adapter: Adapter) -> float:
-        return fidelities(judged, [(adapter, 1.0)])[0].score
+    def closeness(adapter: Adapter) -> float:
+        return fidelities(judged, [(adapter, 1.0)])[0].kept
 
-    before = followed(merge)
+    before = closeness(merge)
     learning = panel.with_texts(most)
     begun = time.perf_counter()
 
     def tell(look: Look) -> None:
         left = (time.perf_counter() - begun) * (steps - look.step) / look.step
         more = f", at most {in_words(left)} left" if look.step < steps else ""
-        on_progress(f"  {look.step} of at most {steps} steps: followed {before:.3f} -> {look.followed:.3f}{more}")
+        on_progress(f"  {look.step} of at most {steps} steps: kept {before:.3f} -> {look.kept:.3f}{more}")
 
     done = distil(
         learning, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed,
-        loss=_loss(learning, layers, on_policy, seed), stopping=Stopping(followed, on_look=tell),
+        loss=_loss(learning, layers, on_policy, seed), stopping=Stopping(closeness, on_look=tell),
     )  # fmt: skip
-    after = max(look.followed for look in done.looks)
+    after = max(look.kept for look in done.looks)
     record = Repair(
         done.steps, {"merge": before, "repaired": after}, after > before, done.first_loss, done.last_loss,
         most=steps, on_policy=on_policy, looks=(Look(0, before), *done.looks),
