@@ -25,8 +25,14 @@ def test_existing_says_what_its_seeds_say(script, name):
     assert {k: v for k, v in made.items() if k in report["intervals"]} == pytest.approx(
         {k: report[k] for k in made if k in report["intervals"]}
     )
+    earlier = report.get("earlier", {})
     for key, span in made["intervals"].items():
-        assert span == pytest.approx(report["intervals"][key])
+        now = key not in earlier
+        assert span == pytest.approx(report["intervals"][key] if now else earlier[key]["interval"])
+        assert made[key] == pytest.approx(report[key] if now else earlier[key]["value"])
+    today = script("existing_again").today(RESULTS)
+    assert {k: report["elsewhere"][k] for k in earlier} == {k: today[k] for k in earlier}
+    assert all(report[k] == report["elsewhere"][k]["value"] for k in earlier)
     missing = [k for k in script("existing").KEYS if made[k] is None]
     assert all(report[k] == report["elsewhere"].get(k, {}).get("value") for k in missing)
     assert (RESULTS / f"{name}.md").read_text() == script("existing_page").page(report, f"{name}.json")
@@ -40,10 +46,10 @@ def test_scales_are_the_rows_and_count_once(script):
     assert len(set(of_what)) == len(rows)
 
 
-def test_what_a_fit_adds_is_the_searchs(script):
-    report, search = (json.loads((RESULTS / f"existing-fitted{end}.json").read_text()) for end in ("", "-search"))
+def test_what_a_fit_adds_is_the_seeds(script):
+    report = json.loads((RESULTS / "existing-fitted.json").read_text())
     text = (RESULTS / "existing-fitted.md").read_text()
-    assert text == script("fitted").page(report, search)
+    assert text == script("fitted").page(report)
     assert "What each step adds" in text
 
 

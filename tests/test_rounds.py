@@ -88,7 +88,8 @@ def test_differences_are_over_tasks_of_the_seeds_that_both_arms_have(script):
 
     records = [record("kaiming", 0, 40.0, 50.0), record("kaiming", 1, 0.0, 0.0), record("rounds", 0, 42.0, 51.0)]
     text = script.page(records, "")
-    assert "| `rounds` - `kaiming` | 1 | +1.5 | -4.9 to +7.9 |" in text and "`refreshed`" not in text
+    assert "| `rounds` - `kaiming` | 1 | +1.5 | -4.9 to +7.9 |" in text and "| `refreshed`" not in text
+    assert "Not run: `penalised`, `rounds_penalised`, `restarted`, `refreshed`." in text
 
 
 def test_a_page_of_what_is_there_trains_nothing(script, tiny_base, tmp_path):

@@ -37,8 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
 ABOUT = """
 Eight random adapters in the shape of Llama-3-8B, rank 16, bfloat16, made there. Each method is a process of its own. *Merging* goes from
 factors in the memory of the CPU to merged factors there, device and all; nothing is verified. Results are written flushed. RegMean's second
-moments are random and made on the device, module by module, where files would hold 40 GB a task. Importing torch and starting the device
-take each process"""
+moments are random and made on the device, module by module, where files would hold 40 GB a task. DARE draws its masks on the CPU, so that
+they are the same on every device. Importing torch and starting the device take each process"""
 ORDER = [(m, "all") for m in METHODS if "ties" not in m] + [
     (m, s) for s in ("qv", "all") for m in ("ties", "dare_ties")
 ]
