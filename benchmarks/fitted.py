@@ -155,8 +155,8 @@ def added(seeds: Mapping[str, Any]) -> list[str]:
         "## What each step adds, with its interval",
         "",
         f"Differences of recovered, means over {len(seeds)} seeds with the 95 % t interval over them ({len(seeds) - 1} degrees of freedom: "
-        "wide). A repair is kept where texts held out are followed better with it: after the weights on "
-        f"{_repairs(seeds, 'weights learnt', 'repaired')} seeds, after the fit on {_repairs(seeds, 'fitted', 'fitted, repaired')}.",
+        f"wide). A repair was kept after the weights on {_repairs(seeds, 'weights learnt', 'repaired')} seeds, after the fit on "
+        f"{_repairs(seeds, 'fitted', 'fitted, repaired')}, by two measures (below).",
         "",
         "| step | added | 95 % interval | seconds |",
         "|---|---|---|---|",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter
+from plait.cli.existing_words import repair_text
 from plait.fidelity import repair
 from plait.fidelity.distil import Distilled, Stopping, distil
 from plait.fidelity.layers import spread, watched
@@ -189,6 +190,9 @@ def test_a_repair_is_judged_by_the_divergence_that_it_learns_from(make_panel, mo
     monkeypatch.setattr(repair, "distil", pretend)
     done, record = repair.repaired(panel, start, 20)
     assert done is end and record.kept
+    before, after = (record.held_out[k] for k in ("merge", "repaired"))
+    assert f"kept {before:.3f} -> {after:.3f} on held-out texts" in repair_text(record)
+    assert f"kept {before:.3f} -> {after:.3f}" in repair_text(replace(record, kept=False))
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])

@@ -200,7 +200,7 @@ ON_WHICH = [
     ("merged by task arithmetic | statistics | **{}** | **{}** |", lambda: both_conditions(BOTH, "task_arithmetic")),
     ("it kept {} % of nine", lambda: [written(PLAIN, "task_arithmetic at 1")]),
     (
-        "On three other seeds that kept {} %, where the weights alone kept {}, a repair of these {} and the default",
+        "On three other seeds that kept {} %, where the weights alone kept {}, a repair of these {} (kept on one seed of three,",
         lambda: [fitted(step) for step in ("fitted, heads", "weights learnt", "repaired")],
     ),
     ("(TSV-M at its measured scale 0.7) {} (", lambda: [fitted("no text")]),

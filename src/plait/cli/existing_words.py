@@ -91,8 +91,8 @@ def repair_text(repair: Repair) -> str:
         return f"{done}: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}; too few texts to hold any out"
     before, after = repair.held_out["merge"], repair.held_out["repaired"]
     if not repair.kept:
-        return f"not {done}: followed {before:.3f} -> {after:.3f} on held-out texts, so the merge stays as it was"
-    return f"{done}: followed {before:.3f} -> {after:.3f} on held-out texts"
+        return f"not {done}: kept {before:.3f} -> {after:.3f} on held-out texts, so the merge stays as it was"
+    return f"{done}: kept {before:.3f} -> {after:.3f} on held-out texts"
 
 
 def _shift(fidelity: TaskFidelity) -> str:
