@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from plait.adapters.arrays import require_left
 from plait.adapters.carried import carried, lines, verify_carried
 from plait.adapters.config import CONFIG
 from plait.adapters.lineage import of_another_base
@@ -202,7 +203,9 @@ def _cast(adapter: Adapter, dtype: str) -> tuple[Adapter, float]:
         modules[module] = short
         error += concatenated([short, f], [1.0, -1.0], torch.float64).norm_squared()
         size += f.norm_squared()
-    return replace(adapter, modules=modules), max(0.0, error / size) ** 0.5 if size > 0 else 0.0
+    took = max(0.0, error / size) ** 0.5 if size > 0 else 0.0
+    require_left(dtype, took, adapter.name)
+    return replace(adapter, modules=modules), took
 
 
 def _notes(adapter: Adapter, target: str) -> list[str]:

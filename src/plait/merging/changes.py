@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import split_name
 from plait.adapters.sealed import read_sealed
+from plait.border.multipliers import checked_multiplier
 from plait.border.records import from_json
 from plait.disk import store
 from plait.disk.hub import adapter_place, cached_folder, split_revision
@@ -206,7 +207,7 @@ def named_weights(recipe: Recorded, change: Change) -> tuple[dict[str, float], d
     """Give name -> new weight in the merge's order, kept ones first; and name -> path of each that is added.
 
     Raises:
-        UsageError: An unknown name, one that is there already, or nothing left.
+        UsageError: An unknown name, one that is there already, a weight out of range, or nothing left.
     """
     kept = {a.name: float(a.weight) for a in recipe.adapters}
     known = ", ".join(kept)
@@ -226,7 +227,8 @@ def named_weights(recipe: Recorded, change: Change) -> tuple[dict[str, float], d
         raise UsageError(f"no adapter {unknown[0]!r} in the result", hint=f"it has {', '.join(weights)}")
     if not weights:
         raise UsageError("no adapter is left", where=str(recipe.path))
-    return {n: float(change.weights.get(n, w)) for n, w in weights.items()}, added
+    asked = {n: checked_multiplier(w, f"the weight of {n!r}") for n, w in change.weights.items()}
+    return {n: asked.get(n, w) for n, w in weights.items()}, added
 
 
 def check_statistics(recipe: Recorded, statistics: Mapping[str, Path | str] | None) -> None:

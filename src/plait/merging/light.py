@@ -39,7 +39,7 @@ from plait.merging.rounded_sums import rounded_sum
 from plait.merging.rounding import Rounding, dtype_for, overflow
 from plait.merging.scales import default_method
 from plait.merging.sums import Part, probes_by_width, require_verified, stored_sum, sum_error
-from plait.merging.terms import Terms, scale_of, weights_of
+from plait.merging.terms import Terms, require_multipliers, scale_of, weights_of
 from plait.merging.threads import cores, in_threads
 
 T = TypeVar("T")
@@ -115,6 +115,7 @@ def terms_of(request: MergeRequest, method: Sum, adapters: Sequence[Adapter]) ->
     adapters, weights = [adapters[i] for i in order], tuple(weights[i] for i in order)
     common = align(adapters, spec.base, disjoint=spec.disjoint)
     ruled = scale_of(method.name, spec, weights, by_module=False)
+    require_multipliers(adapters, weights, {}, ruled.value, method.combination)
     require_exact(adapters, [c * ruled.value for c in method.combination(weights)], method.name)
     return Terms(spec, method, {}, common, tuple(adapters), weights, ruled.value, ruled.reason, {}, given)
 

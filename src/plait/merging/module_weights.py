@@ -8,6 +8,7 @@ from typing import Any
 
 from plait.adapters.lora import Adapter
 from plait.border.checked import Record
+from plait.border.multipliers import checked_multiplier
 from plait.border.patterns import first_hits
 from plait.disk.files import read_json, text_of
 from plait.errors import InputError, UsageError
@@ -95,7 +96,7 @@ def weights_of_modules(
         modules: Of the merge, as it names them.
 
     Raises:
-        UsageError: An adapter that is not in the merge, or a pattern that no module of its adapter follows.
+        UsageError: An adapter that is not in the merge, a pattern that no module of its adapter follows, or a weight out of range.
         InputError: A pattern that is no regex, or takes too long.
     """
     names = [a.name for a in adapters]
@@ -118,5 +119,8 @@ def weights_of_modules(
             )
         default = table.get(DEFAULT, 1.0)
         columns.append({m: table[hits[called[m]]] if called.get(m) in hits else default for m in modules})
+    for name, table in given.items():
+        for key, value in table.items():
+            checked_multiplier(value, f"the weight of {name!r}" + ("" if key == DEFAULT else f" in {key!r}"))
     defaults = tuple(given.get(name, {}).get(DEFAULT, 1.0) for name in names)
     return defaults, {m: tuple(column[m] for column in columns) for m in modules}

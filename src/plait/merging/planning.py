@@ -26,7 +26,7 @@ from plait.merging.scales import (
     scale_by_moments,
 )
 from plait.merging.spec import MergeSettings, MergeSpec
-from plait.merging.terms import scale_of, weights_of
+from plait.merging.terms import require_multipliers, scale_of, weights_of
 from plait.model.base import device_named
 from plait.model.records import same_weights
 from plait.options import checked_options
@@ -119,6 +119,7 @@ def plan_merge(
             )
         weights, by_module = weights_of_modules(spec.module_weights, adapters, list(common.modules))
     ruled = scale_of(found.name, spec, weights, by_module=bool(by_module))
+    require_multipliers(adapters, weights, by_module, ruled.value, found.combination)
     summed = found.combination(weights) if found.combination and spec.calibrate is None and not by_module else None
     require_exact(adapters, None if summed is None else [c * ruled.value for c in summed], found.name)
     metric, how = _metric(spec, found, adapters, weights, statistics, list(common.modules))

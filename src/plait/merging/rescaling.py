@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from plait.border.multipliers import checked_multiplier
 from plait.errors import UsageError
 from plait.merging.changes import Change, Recorded
 from plait.merging.scales import OF_STATISTICS, SUMS, WEIGHTS_SAY, Scale, scale_by_rule
@@ -29,7 +30,7 @@ def scale_anew(recipe: Recorded, change: Change, weights: Mapping[str, float]) -
     record, method = recipe.record, str(recipe.options["method"])
     before = float(recipe.options.get("scale", 1.0))
     if change.scale is not None:
-        return Scale(change.scale, "")
+        return Scale(checked_multiplier(change.scale, "scale"), "")
     if record.scale_reason in (None, "", WEIGHTS_SAY):
         return Scale(before, record.scale_reason or "")
     weighted = method in SUMS and any(w != 1.0 for w in weights.values())

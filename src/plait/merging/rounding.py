@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, KEEP, all_finite, array_of
+from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, KEEP, all_finite, array_of, require_left
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import RunError
 from plait.merging.sums import Probes, probes_by_width, rounding, taken
@@ -113,8 +113,16 @@ class Rounding:
         return {"dtype": self.dtype} if self.rounds else {}
 
     def noted(self, record: MergeRecord) -> MergeRecord:
-        """A record with the type and what rounding took."""
-        return replace(record, dtype=self.dtype, rounding_error=self.error) if self.rounds else record
+        """A record with the type and what rounding took.
+
+        Raises:
+            RunError: It took the greater part of the update.
+        """
+        if not self.rounds:
+            return record
+        error = self.error
+        require_left(self.dtype, error or 0.0)
+        return replace(record, dtype=self.dtype, rounding_error=error)
 
 
 def overflow(dtype: str, module: str) -> RunError:

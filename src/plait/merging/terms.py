@@ -8,13 +8,17 @@ from typing import Any, Protocol
 
 from plait.adapters.carried import lines
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.border.checked import LARGEST_NUMBER, shown
-from plait.errors import UsageError
+from plait.border.multipliers import LARGEST, checked_multiplier
+from plait.errors import InputError, UsageError
 from plait.merging.align import Alignment
 from plait.merging.combinations import Combination
 from plait.merging.record import MergeRecord, as_given, input_of, labels_of, loss_of
 from plait.merging.scales import SUMS, WEIGHTS_SAY, Scale, scale_by_rule
 from plait.merging.spec import MergeSpec
+
+# From this factor on a merge says by what an update is multiplied.
+_FAR = 100.0
+_AT_MOST = f"expected at most {LARGEST:g} in size"
 
 
 class Method(Protocol):
@@ -125,7 +129,7 @@ class Terms:
             task_type=self.common.task_type,
             tasks=tuple(a.name for a, _ in inputs),
             extras=dict(self.common.carried.whole_from),
-            beside=(*lines(self.common.carried), *_unmoved(self.adapters)),
+            beside=(*lines(self.common.carried), *_unmoved(self.adapters), *_far(self)),
             labels=labels_of(self.adapters) or None,
             adapters=tuple(input_of(a, w) for a, w in inputs),
             **{asked: getattr(self.spec, asked) for asked in ("seed", "calibrate", "module_weights")},
@@ -138,10 +142,19 @@ def _unmoved(adapters: Sequence[Adapter]) -> list[str]:
     return [f"{name} changes nothing: its update is zero (not trained yet?)" for name in still]
 
 
+def _far(terms: Terms) -> list[str]:
+    """Say what is multiplied by so much that a number may have been mistyped: no measured merge needs a tenth of that."""
+    if terms.method.combination is None:
+        return [f"the scale is {terms.scale:g}: is that meant?"] if abs(terms.scale) >= _FAR else []
+    tables = [terms.method.combination(t) for t in {terms.weights, *terms.by_module.values()}]
+    most = {a.name: max((c[i] * terms.scale for c in tables), key=abs) for i, a in enumerate(terms.adapters)}
+    return [f"{name}'s update is multiplied by {m:g}: is that meant?" for name, m in most.items() if abs(m) >= _FAR]
+
+
 def scale_of(method: str, spec: MergeSpec, weights: Sequence[float], *, by_module: bool) -> Scale:
     """Take the scale that was given, or what the rule says; a sum whose weights were given, if only as 1 each, is what they say."""
     if spec.scale is not None:
-        return Scale(_finite(spec.scale, "scale"), spec.scale_reason)
+        return Scale(checked_multiplier(spec.scale, "scale"), spec.scale_reason)
     if (by_module or (spec.is_weighted and any(weights))) and method in SUMS:
         return Scale(1.0, WEIGHTS_SAY)
     return scale_by_rule(method, spec.calibrate, weights)
@@ -151,7 +164,7 @@ def weights_of(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> 
     """One weight per adapter, 1 each where none were given.
 
     Raises:
-        UsageError: Another number of them, or one that is not finite.
+        UsageError: Another number of them, or one out of range.
     """
     if weights is None:
         return (1.0,) * len(adapters)
@@ -159,10 +172,37 @@ def weights_of(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> 
         raise UsageError(
             f"{len(weights)} weights for {len(adapters)} adapters", hint="one weight per adapter, in their order"
         )
-    return tuple(_finite(w, "weight") for w in weights)
+    return tuple(checked_multiplier(w, f"the weight of {a.name!r}") for a, w in zip(adapters, weights, strict=True))
 
 
-def _finite(value: float, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
-        raise UsageError(f"{what} is {shown(value)}, expected a finite number")
-    return float(value)
+def require_multipliers(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    by_module: Mapping[str, Sequence[float]],
+    scale: float,
+    combination: Combination | None,
+) -> None:
+    """Refuse an alpha that is too large, and weights, a scale and alphas that are so together.
+
+    Args:
+        adapters: Of the merge.
+        weights: One each.
+        by_module: Module -> weights, where they differ by module.
+        scale: Factor of the merged delta.
+        combination: Weights -> the factor of each delta, of a weighted sum; None of others, whose weights are taken as they are.
+
+    Raises:
+        InputError: An alpha, by itself.
+        UsageError: The product.
+    """
+    tables = {tuple(weights), *map(tuple, by_module.values())}
+    factors = [combination(table) if combination else table for table in tables]
+    for i, adapter in enumerate(adapters):
+        scalings = {f.scaling for f in adapter.modules.values() if f.rank}
+        largest = max(scalings, key=abs, default=0.0)
+        if abs(largest) > LARGEST:
+            raise InputError(f"alpha / rank is {largest:g}, {_AT_MOST}", where=adapter.name)
+        product = max((c[i] * scale * largest for c in factors), key=abs)
+        if abs(product) > LARGEST:
+            what = "weight times scale times alpha / rank" if scale != 1.0 else "weight times alpha / rank"
+            raise UsageError(f"{what} of {adapter.name!r} is {product:g}, {_AT_MOST}")

@@ -9,11 +9,13 @@ from pydantic import BaseModel as PydanticModel
 
 from plait.adapters.naming import checked_name
 from plait.border.checked import Json
+from plait.border.multipliers import LARGEST, SMALLEST
 
 if TYPE_CHECKING:
     from plait.merging.spec import MergeSpec as Spec
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Multiplier = Annotated[float, Field(ge=SMALLEST, le=LARGEST, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Index = Annotated[int, Field(ge=0, le=10**6)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -42,7 +44,7 @@ OneOrMore = Annotated[Once, BeforeValidator(lambda value: [value] if isinstance(
 Name = Annotated[str, AfterValidator(checked_name)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seeds = Annotated[list[Seed], Field(min_length=1)]
-Scales = Annotated[list[Positive], Field(min_length=1, max_length=200), AfterValidator(_distinct)]
+Scales = Annotated[list[Multiplier], Field(min_length=1, max_length=200), AfterValidator(_distinct)]
 
 
 PLAIN_ARMS = ("kaiming", "gaussian")  # the starts people use today: what "alone" means to somebody who has no plait
@@ -110,7 +112,7 @@ class LoraSpec(Strict):
     """The shape of every adapter."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="rows of A (PEFT's r)")
-    alpha: Positive = Field(16.0, description="the update is alpha / rank * B A (PEFT's lora_alpha)")
+    alpha: Multiplier = Field(16.0, description="the update is alpha / rank * B A (PEFT's lora_alpha)")
     target_modules: list[str] | str = Field(description="as PEFT's: suffixes, a regex over whole names, or all-linear")
     exclude_modules: list[str] | str | None = Field(None, description="as PEFT's")
     layers_to_transform: list[Index] | Index | None = Field(None, description="as PEFT's: numbers of layers, from 0")

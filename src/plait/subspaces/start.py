@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.border.multipliers import LARGEST, SMALLEST, is_multiplier
 from plait.errors import InputError, UsageError
 from plait.options import did_you_mean
 from plait.statistics.moments import ModuleInfo, Statistics
@@ -47,8 +47,7 @@ class InitialSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError, before anything is read, for what no adapter can be."""
-        if not 0 < self.alpha < math.inf:
-            raise UsageError(f"alpha {self.alpha!r}, expected a finite number above 0")
+        _require_alpha(self.alpha)
         checked_row_norm(self.row_norm)
         if self.task_type is not None and self.task_type not in PEFT_TASKS:
             raise UsageError(
@@ -156,11 +155,10 @@ def initial_adapter(
         source: Provenance.
 
     Raises:
-        UsageError: alpha is not a finite number above 0.
+        UsageError: alpha is out of range, or not above 0.
         InputError: A subspace of a module that `modules` lacks, or of another width.
     """
-    if not 0 < alpha < float("inf"):
-        raise UsageError(f"alpha {alpha!r}, expected a finite number above 0")
+    _require_alpha(alpha)
     if not subspaces:
         raise InputError("no subspaces to start from")
     factors: dict[str, LoraFactors] = {}
@@ -206,3 +204,8 @@ def completion_note(task: str, rows: Mapping[str, int]) -> str:
         f"{task}: in {len(rows)} modules the others leave too few tied directions that the task's inputs reach; up to"
         f" {max(rows.values())} rows are the others' next smallest (more samples may help)"
     )
+
+
+def _require_alpha(alpha: float) -> None:
+    if not (is_multiplier(alpha) and alpha > 0):
+        raise UsageError(f"alpha is {alpha!r}, expected a finite number above 0, from {SMALLEST:g} to {LARGEST:g}")

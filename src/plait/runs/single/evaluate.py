@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.adapters.config import read_config
 from plait.adapters.lora import Adapter
+from plait.border.multipliers import checked_multiplier
 from plait.border.records import optional
 from plait.disk.hub import cached_folder, split_revision
 from plait.disk.overwriting import require_apart, require_place
@@ -104,6 +105,8 @@ def evaluate_folders(
         named = dict(zip(settings.task_names, settings.tasks, strict=True))
         require_known(task, list(named), "task")
         settings = settings.model_copy(update={"tasks": [named[task]]})
+    for scale in scales or ():
+        checked_multiplier(scale, "a scale")
     session = Session(settings)
     evaluated: list[Evaluated] = []
     rows: list[Score] = []
