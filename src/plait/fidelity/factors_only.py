@@ -49,7 +49,7 @@ def choose_by_factors(
     """Choose the method of the best record, at the scale of its record.
 
     The record is of adapters that were trained apart: TSV-M at the scale that `plait.merging.scales` measured. Where two point the
-    same way (`plait.fidelity.notes.KIN`), or TSV-M is not among the methods, the least error on assumed inputs decides, at the
+    same way (`plait.merging.kinship.KIN`), or TSV-M is not among the methods, the least error on assumed inputs decides, at the
     scale s* = sum_t c_t / sum_t q_t that brings a merge nearest to every adapter there (`plait.fidelity.proxy`). On seeds on
     which nothing was chosen (docs/results/existing-fresh.md) it recovers 0.68 of eight plain adapters; s* recovered 0.60 to 0.61.
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from plait.fidelity.comparison import Comparison
-from plait.fidelity.notes import KIN
 from plait.fidelity.track_record import RECORDS, TABLES, told
+from plait.merging.kinship import KIN
 
 LONG = 3.0  # times the shortest: of two, the longer then holds 90 % of the squared length of their sum
 

@@ -15,10 +15,8 @@ from plait.fidelity.measure import Fidelity
 from plait.fidelity.proxy import cosines
 from plait.formats.recognised import of_images
 from plait.loading.vllm import VERSION
+from plait.merging.kinship import KIN, kin_sentence
 from plait.model.base import BaseModel
-
-# Task vectors of adapters that were trained apart have a cosine near 0.
-KIN = 0.5
 
 
 def kin(adapters: Sequence[Adapter]) -> list[tuple[str, str, float]]:
@@ -32,11 +30,7 @@ def kin(adapters: Sequence[Adapter]) -> list[tuple[str, str, float]]:
 
 def kinship(akin: Sequence[tuple[str, str, float]]) -> list[str]:
     """Say which adapters point the same way, of what `kin` gave."""
-    return [
-        f"{a} and {b} point much the same way (cosine {c:.2f}): one may have been trained on from the other, and then "
-        "the later one does both"
-        for a, b, c in akin
-    ]
+    return [kin_sentence(a, b, c) for a, b, c in akin]
 
 
 def beside(adapters: Sequence[Adapter]) -> list[str]:

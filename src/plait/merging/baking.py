@@ -30,6 +30,7 @@ from plait.errors import InputError
 from plait.merging.bake_sites import Site, deltas_of, is_tied, sites_of
 from plait.merging.bake_writing import Added, add_to_files, copied
 from plait.merging.expert_parts import known_names, layout_for
+from plait.merging.kinship import kin_lines
 from plait.merging.outcomes import BakeRecord
 from plait.merging.plan import Plan
 from plait.merging.record import as_given, input_hashes, labels_of
@@ -77,6 +78,7 @@ def bake(
     sites = sites_of(adapter, deltas, known_names(tensors, layout), config, layout)
     copies = source.common.carried.copies if isinstance(source, Plan) else source.copies
     beside = [*compared_copies(copies, adapter, tensors, is_tied(config)), *of_another_base(adapter.base, base)]
+    beside += kin_lines(source.adapters, source.weights) if isinstance(source, Plan) else []
     inputs = {"adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules))}
     if stands := out.exists() or out.is_symlink():  # else the base is hashed while it is copied
         inputs["base"] = store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)})

@@ -26,6 +26,7 @@ from plait.formats.keys import PEFT
 from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.formats.recognised import of_images
 from plait.formats.writing import checked_format, finished, in_format, write_any
+from plait.merging.kinship import with_kin
 from plait.merging.light_files import sum_of_files
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
@@ -164,7 +165,7 @@ def write_merge(
     _require_space(out, plan)
     merged = plan.run(out.name.removesuffix(".safetensors"), took)
     ready = in_format(merged.adapter, target)
-    record = replace(merged.record, format=target, stack=stack)
+    record = replace(with_kin(merged.record, plan), format=target, stack=stack)
     result = to_json(record)
 
     def check(written: Path) -> None:
@@ -235,10 +236,11 @@ def _streamed(
         digests |= write_adapter(stage, shapes, lambda put: energies.update(stream_to(plan, put, took)), hashing)
         give_back()
         lost = {m: lost for m, (_, lost) in energies.items()}
-        return took.noted(plan.record(shapes.modules, lost, {m: kept for m, (kept, _) in energies.items()}))
+        record = plan.record(shapes.modules, lost, {m: kept for m, (kept, _) in energies.items()})
+        return took.noted(with_kin(record, plan))
     merged = plan.run(name, took)
     digests |= write_adapter(stage, merged.adapter, hashing=hashing)
-    record = merged.record
+    record = with_kin(merged.record, plan)
     del merged
     give_back()
     return record

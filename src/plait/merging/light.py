@@ -33,6 +33,7 @@ from plait.disk.written import Written, standing
 from plait.errors import RunError
 from plait.merging.align import align, assembled
 from plait.merging.combinations import Combination, as_given, normalised
+from plait.merging.kinship import with_kin
 from plait.merging.record import MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
 from plait.merging.rounded_sums import rounded_sum
@@ -146,7 +147,8 @@ def _write(terms: Terms, request: MergeRequest, out: Path, mapped: Mapped | None
         ) as stage,
     ):
         digests |= write_adapter(stage, shapes, lambda put: sum_to(terms, put, took, mapped), hashing)
-        record = took.noted(terms.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0)))
+        record = terms.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0))
+        record = took.noted(with_kin(record, terms))
         result |= to_json(record)
     record = replace(record, verification_error=result["verification_error"])
     return Written(record, str(out), seconds_verify=sum(verifying))

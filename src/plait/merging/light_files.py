@@ -27,6 +27,7 @@ from plait.formats.reading import with_one_prefix
 from plait.formats.recognised import format_of, is_mlx
 from plait.formats.single_file import begin_lora_file, stream_lora_file
 from plait.formats.writing import finished, has_record
+from plait.merging.kinship import with_kin
 from plait.merging.light import largest_error, rounding_for, shapes_of, sum_of, sum_of_folders, sum_to, terms_of
 from plait.merging.record import MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
@@ -97,7 +98,8 @@ def _write(terms: Terms, request: MergeRequest, out: Path, format: str, mapped: 
         return reused(out, before, MergeRecord)
     require_space(out, sum(a.nbytes for a in terms.adapters))
     shapes = shapes_of(terms, out.name.removesuffix(".safetensors"), took.dtype)
-    record = replace(terms.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0)), format=format)
+    record = terms.record(shapes.modules, dict.fromkeys(shapes.modules, 0.0))
+    record = replace(with_kin(record, terms), format=format)
     errors: list[tuple[float, float]] = []
 
     def said(record: MergeRecord) -> Any:
