@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from plait.fidelity.measure import TaskFidelity
     from plait.fidelity.record import Advice, AutoRecord, Evidence, FidelityRecord, Repair
 
+SHOWN = 3  # candidates
 # What the tables say, below them.
 _PICO = "pico: directions of B that the adapters share were shrunk first."
-_WORDS = (
-    f"followed: the probability given to their answers, beyond chance, mean over adapters (docs/existing.md). {_PICO}"
-)
+_WORDS = "followed: the probability given to their answers, beyond chance, mean over adapters (docs/existing.md)."
 _FIDELITY_WORDS = (
     "agreement: how often the merge predicts what the adapter predicts on its own texts (a correlation for a regression);\n"
     "KL: how far its probabilities are from the adapter's; base's: the same of the bare base; shift: 1 is the base's distance."
@@ -73,7 +72,10 @@ def auto_text(written: Written[AutoRecord]) -> str:
     if fidelity:
         lines += ["", fidelity_table(fidelity), "", _FIDELITY_WORDS + (_CHAT_WORDS if record.chat else "")]
     if record.evidence:
-        lines += ["", evidence_table(record.evidence), "", _WORDS if fidelity else _PICO]
+        lines += ["", evidence_table(record.evidence)]
+        pico = [_PICO] if any(e.calibrate for e in record.evidence[:SHOWN]) else []
+        if words := " ".join([*([_WORDS] if fidelity else []), *pico]):
+            lines += ["", words]
     if record.notes:
         lines += ["", *(f"- {n}" for n in record.notes)]
     if record.evidence and not fidelity:
@@ -120,7 +122,7 @@ def fidelity_table(fidelity: FidelityRecord) -> str:
     return text
 
 
-def evidence_table(evidence: Sequence[Evidence], most: int = 3) -> str:
+def evidence_table(evidence: Sequence[Evidence], most: int = SHOWN) -> str:
     """Print the best candidates, each with the adapter it keeps least of."""
     best = evidence[:most]
     if evidence[0].score is None:

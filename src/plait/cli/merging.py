@@ -92,6 +92,8 @@ _ONLY_AUTO = (
     "tokens",
     "length",
 )
+# What is done on texts; --repair, --answers and --chat say so themselves.
+_OF_TEXTS = (*(n for n in _ONLY_AUTO if n not in ("text", "repair", "answers", "chat")), "four_bits")
 _FORWARD = ("featcal", "regmean_pp", "adamerging")
 _OF_FORWARD = {
     "quiet", "method", "sets", "weights", "text", "length", "out", "base", "dtype", "four_bits", "overwrite",
@@ -141,7 +143,7 @@ def merge(
     `plait merge BASE ADAPTER... --method featcal --text TASK=FILE` (or regmean_pp, adamerging) runs the base on the texts.
     """
     if folders[0] == "auto":
-        only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
+        _require_auto(context, texts=bool(text))
         chosen = existing.AutoChoice(
             text, general, refine, fit, heads, max_shift, repair, on_policy, answers, chat, tokens, length, rank, base, dtype, device,
             four_bits, learn_heads, seed, overwrite, quiet,
@@ -173,6 +175,13 @@ def merge(
     )  # fmt: skip
     result = answer(request)
     emit(result, as_json, merge_text(result))
+
+
+def _require_auto(context: typer.Context, *, texts: bool) -> None:
+    """Refuse options that `merge auto` would pass over."""
+    only(context, "merge auto", _AUTO, hint="it chooses method, weights and scale by itself")
+    if not texts:
+        without(context, "merge auto without --text", _OF_TEXTS, hint="--text TASK=FILE for every adapter")
 
 
 def _require_meaning(context: typer.Context, folders: list[str], *, per_task: bool, curve: bool, bake: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import typer
 
@@ -11,9 +12,15 @@ from plait.errors import UsageError
 
 def typed(context: typer.Context) -> dict[str, str]:
     """Parameter -> option, of those that stand on the command line."""
-    named = {p.name: next((o for o in p.opts if o.startswith("--")), "") for p in context.command.params if p.name}
+    named = {p.name: _written(p, context.params.get(p.name)) for p in context.command.params if p.name}
     sources = {name: context.get_parameter_source(name) for name in named}
     return {n: option for n, option in named.items() if option and getattr(sources[n], "name", "") == "COMMANDLINE"}
+
+
+def _written(parameter: Any, value: object) -> str:
+    """An option as it was typed: of a pair such as --fit and --no-fit the second where it is off; "" for an argument."""
+    second = value is False and any(o.startswith("--") for o in parameter.secondary_opts)
+    return next((o for o in (parameter.secondary_opts if second else parameter.opts) if o.startswith("--")), "")
 
 
 def only(context: typer.Context, what: str, allowed: Iterable[str], *, hint: str = "") -> None:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
-from plait.errors import InputError
+from plait.errors import InputError, UsageError
 from plait.fidelity import advice_without_texts, costs, notes
 from plait.fidelity.advice_options import SEPARATELY, SINGLE, merged_name, options_of
 from plait.fidelity.arguments import recorded_base, split_base
-from plait.fidelity.auto import AutoMerge, at_rank, merge_auto
+from plait.fidelity.auto import GENERAL_ALONE, AutoMerge, at_rank, merge_auto
 from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.choose import HELD_OUT, can_learn
+from plait.fidelity.choose import FEWEST, HELD_OUT, can_learn
 from plait.fidelity.counting import advising, seen_and_judged
 from plait.fidelity.duration import told
 from plait.fidelity.heads import with_heads
@@ -101,6 +101,8 @@ def advise(
     Adapters that cannot be merged (other bases, other shapes) are told to be served separately, with the reason.
     """
     chosen = settings or AdviceSettings()
+    if general and not texts:
+        raise UsageError(GENERAL_ALONE, hint="--text TASK=FILE for every adapter")
     sizes = _base_sizes(base)
     if composed := advice_without_texts.stacked(adapters):
         merged = options_of(adapters, sizes, {})[1:3]
@@ -124,7 +126,8 @@ def advise(
         )
     options = options_of(adapters, sizes, findings.kept)
     advice, name = recommend(options, chosen)
-    remarks = [*notes.other_base(adapters, base), *chat.notes]
+    few = notes.few(seen_and_judged(panel, HELD_OUT)[0], FEWEST, refine=chosen.refine > 0)
+    remarks = [*notes.other_base(adapters, base), *chat.notes, *few]
     return replace(
         _advice(adapters, options, advice, name, unknown, findings, remarks),
         next=notes.that_merge(adapters, base, name, chosen.repair, chat=chat),

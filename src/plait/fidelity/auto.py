@@ -10,14 +10,14 @@ from plait.adapters.lora import Adapter
 from plait.errors import UsageError
 from plait.fidelity.auto_settings import AutoSettings as AutoSettings
 from plait.fidelity.candidates import groups_of
-from plait.fidelity.choose import Choice, choose, with_fit
+from plait.fidelity.choose import FEWEST, Choice, choose, with_fit
 from plait.fidelity.counting import making
 from plait.fidelity.duration import told
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.finishing import finished, measured
+from plait.fidelity.finishing import finished, measured, require_within
 from plait.fidelity.head_learning import STEPS, Groups
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.notes import beside, kin, kinship, other_base
+from plait.fidelity.notes import alike, beside, few, kin, kinship, other_base
 from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import OWN_SHARE
 from plait.fidelity.ready_panel import ready_panel
@@ -28,6 +28,8 @@ from plait.merging.metric_cut import InputMetric, cut_adapter
 from plait.merging.record import IN_THE_METRIC, input_of, labels_of, loss_of
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
+
+GENERAL_ALONE = "how far general texts are moved is measured beside the adapters' own texts, and there are none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,10 @@ def merge_auto(
         on_progress: Called with what is being done.
 
     Raises:
-        UsageError: Texts without a base, for some adapters only, or for none of them; a repair without texts.
+        UsageError: Texts without a base, for some adapters only, or for none of them; what is done on texts (a repair, heads that are
+            learnt, a limit on general texts) without any; a repair of one adapter alone, or its head learnt; heads of text models.
         InputError: Adapters of different bases; one that makes no predictions.
+        RunError: Nothing is within `max_shift`.
     """
     chosen = settings or AutoSettings()
     common = align(adapters, base_id)
@@ -96,8 +100,7 @@ def merge_auto(
         chosen=Chosen("the only adapter", 1.0),
     )
     if not texts:
-        if chosen.repair:
-            raise UsageError("a repair distils on texts, and there are none", hint="--text TASK=FILE for every adapter")
+        _require_no_texts_needed(chosen, general)
         return replace(_without_texts(adapters, chosen, base_id, record, akin), akin=tuple(akin))
     if base is None:
         raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
@@ -108,8 +111,12 @@ def merge_auto(
         new_tokens=chosen.new_tokens, batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
+    if chosen.learn_heads and panel.is_text:
+        raise UsageError(
+            "heads are learnt of classifiers, and these adapters write text", hint="leave --learn-heads out"
+        )
     if len(adapters) == 1:
-        return _with_fidelity(_cut(AutoMerge(adapters[0], None, record), chosen.rank), panel)
+        return _alone(adapters[0], panel, chosen, record)
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
         on_progress(told(panel, adapters, making(
@@ -123,6 +130,7 @@ def merge_auto(
     cut = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
     apart = _parts_apart(cut.adapter, choice, adapters)
     adapter, record, fidelity = finished(cut.adapter, cut.record, panel, chosen, apart, on_progress)
+    record = replace(record, notes=(*record.notes, *_of_texts(panel, chosen, fidelity)))
     return AutoMerge(adapter, fidelity, record, tuple(akin), choice)
 
 
@@ -152,6 +160,23 @@ def at_rank(
     if choice.unfitted is not None:
         choice = with_fit(choice.unfitted, panel, adapters, rank=rank, base=base_id, on_progress=on_progress)
     return cut_adapter(choice.adapter, rank, choice.metric)[0]
+
+
+def _of_texts(panel: Panel, settings: AutoSettings, fidelity: Fidelity) -> list[str]:
+    """What should be known of the texts: where they are too few, and where they tell nothing."""
+    lacking = few(panel, FEWEST, refine=settings.refine > 0, fit=settings.fit, heads=settings.heads)
+    return [*lacking, *(f"not known: {n}" for n in alike([fidelity]))]
+
+
+def _require_no_texts_needed(settings: AutoSettings, general: Texts) -> None:
+    """Refuse what is done on texts where there are none: passed over, a limit would not be one."""
+    hint = "--text TASK=FILE for every adapter"
+    if settings.repair:
+        raise UsageError("a repair distils on texts, and there are none", hint=hint)
+    if settings.learn_heads:
+        raise UsageError("heads are learnt on texts, and there are none", hint=hint)
+    if general or settings.max_shift is not None:
+        raise UsageError(GENERAL_ALONE, hint=hint)
 
 
 def _parts_apart(merge: Adapter, choice: Choice, adapters: Sequence[Adapter]) -> Groups:
@@ -191,8 +216,15 @@ def _chosen(choice: Choice) -> Chosen:
     return Chosen(recipe.label, choice.scale, recipe.method, recipe.calibrate, recipe.moments, weights, fit=fit)
 
 
-def _with_fidelity(merge: AutoMerge, panel: Panel) -> AutoMerge:
+def _alone(adapter: Adapter, panel: Panel, settings: AutoSettings, record: AutoRecord) -> AutoMerge:
+    """One adapter, cut where a rank is asked for, and measured."""
+    if settings.repair or settings.learn_heads:
+        raise UsageError(
+            "one adapter alone stays as it is: there is nothing to repair and no head to learn", hint="leave that out"
+        )
+    merge = _cut(AutoMerge(adapter, None, record), settings.rank)
     fidelity = measured(panel, merge.adapter)
+    require_within(fidelity, settings.max_shift, f"{adapter.name} by itself", "a larger --max-shift")
     return replace(merge, fidelity=fidelity, record=replace(merge.record, fidelity=FidelityRecord.of(fidelity)))
 
 

@@ -48,10 +48,19 @@ def finished(
     merge, record = finishing.learn_heads(merge, record, groups)
     merge, record = finishing.refit_heads(merge, record)
     fidelity = measured(panel, merge)
-    limit, shift = settings.max_shift, fidelity.general_kl
-    if limit is not None and shift is not None and shift > limit:
-        raise RunError(f"cut to rank {settings.rank} it moves general text by {shift:.3g} nats", hint="a larger --rank")
+    require_within(fidelity, settings.max_shift, f"cut to rank {settings.rank} it", "a larger --rank")
     return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
+
+
+def require_within(fidelity: Fidelity | None, limit: float | None, what: str, hint: str) -> None:
+    """Check a measured merge against the limit on general text, where there is one.
+
+    Raises:
+        RunError: It moves general text further; says what does, and by how much.
+    """
+    shift = fidelity.general_kl if fidelity else None
+    if limit is not None and shift is not None and shift > limit:
+        raise RunError(f"{what} moves general text by {shift:.3g} nats, and at most {limit:g} was asked for", hint=hint)
 
 
 def measured(panel: Panel, merge: Adapter) -> Fidelity:

@@ -11,7 +11,9 @@ from plait.adapters.lineage import same_name
 from plait.adapters.lora import Adapter
 from plait.fidelity import costs
 from plait.fidelity.chat import Chat
+from plait.fidelity.fitting import can_fit
 from plait.fidelity.measure import Fidelity
+from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import cosines
 from plait.formats.recognised import of_images
 from plait.loading.vllm import VERSION
@@ -78,9 +80,35 @@ def alike(fidelities: Sequence[Fidelity]) -> list[str]:
     """Adapters that choose on every text what the base chooses: nothing can be told about them there."""
     names = sorted({t.task for f in fidelities for t in f.tasks if t.agreement_base == 1.0})
     return [
-        f"how well {n} is kept: on these texts it chooses everywhere what the bare base chooses, so that no merge could do "
-        "worse; give texts on which it matters"
+        f"how well {n} is kept: on these texts it chooses everywhere what the bare base chooses, so that they cannot tell a merge "
+        "that keeps it from one that does not; give texts on which it matters"
         for n in names
+    ]
+
+
+def few(panel: Panel, fewest: int, *, refine: bool = True, fit: bool = True, heads: bool = True) -> list[str]:
+    """Say what is left out because some adapter has too few texts to hold any out.
+
+    Args:
+        panel: Base, adapters and texts.
+        fewest: With fewer texts than this of an adapter none are held out.
+        refine: Whether weights are to be learnt.
+        fit: Whether a fit is asked for.
+        heads: Whether heads are to follow.
+    """
+    name, texts = min(panel.texts.items(), key=lambda pair: len(pair[1]))
+    asked = {
+        "no weights are learnt": refine,
+        "nothing is fitted": fit and can_fit(panel),
+        "heads stay as they are": heads and not panel.is_text,
+    }
+    left_out = [what for what, wanted in asked.items() if wanted]
+    if len(texts) >= fewest or not left_out:
+        return []
+    first = f"{', '.join(left_out[:-1])} and " if left_out[1:] else ""
+    return [
+        f"{len(texts)} text{'s' * (len(texts) != 1)} of {name} to choose by: with fewer than {fewest} of every adapter none can be "
+        f"held out, so {first}{left_out[-1]}"
     ]
 
 

@@ -1,0 +1,100 @@
+"""What `merge auto` does not do is said or refused, never passed over; so is what its texts cannot tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from plait.cli.existing_words import auto_text
+from plait.disk.written import Written
+from plait.errors import RunError, UsageError
+from plait.fidelity.auto import AutoSettings, merge_auto
+from plait.fidelity.score import general_shift
+from tests.fidelity.conftest import texts_of
+from tests.test_hub import plait, write
+
+QUICK = AutoSettings(methods=("task_arithmetic",), scales=(0.3, 0.7), refine=0, fit=False, max_length=24)
+
+
+def adapters_of(panel):
+    return [p.adapter for p in panel.parts]
+
+
+@pytest.mark.parametrize("asked", [{"max_shift": 0.5}, {"learn_heads": True}, {"repair": 3}])
+def test_what_is_done_on_texts_is_refused_without_any(asked, make_panel):
+    with pytest.raises(UsageError, match="there are none"):
+        merge_auto(adapters_of(make_panel()), settings=replace(QUICK, **asked))
+    with pytest.raises(UsageError, match="there are none"):
+        merge_auto(adapters_of(make_panel()), general=texts_of(3))
+
+
+@pytest.mark.parametrize(
+    "option", [["--max-shift", "0.5"], ["--general", "FILE"], ["--no-fit"], ["--refine", "3"], ["--learn-heads"], ["--no-heads"]]
+)  # fmt: skip
+def test_options_of_texts_are_refused_without_any(option, make_panel, tmp_path, capsys):
+    (tmp_path / "general.txt").write_text("one\ntwo\n")
+    folders = [write(tmp_path / a.name, a) for a in adapters_of(make_panel())]
+    words = [str(tmp_path / "general.txt") if w == "FILE" else w for w in option]
+    code, _, err = plait(capsys, "merge", "auto", *map(str, folders), "--out", str(tmp_path / "out"), *words)
+    assert code == 2
+    assert f"takes no {option[0].split('/')[0]}" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_adapter_is_held_to_the_limit_and_is_not_repaired(make_panel):
+    panel = make_panel()
+    one, texts, general = panel.parts[0].adapter, {"one": panel.texts["one"]}, texts_of(6, 9)
+    alone = replace(panel, parts=panel.parts[:1], texts=texts, general=general)
+    shift = float(general_shift(alone, [(one, 1.0)])[0])
+    within = merge_auto([one], panel.base, texts, general=general, settings=replace(QUICK, max_shift=shift * 1.01))
+    assert within.fidelity.general_kl == pytest.approx(shift)
+    with pytest.raises(RunError, match="one by itself moves general text"):
+        merge_auto([one], panel.base, texts, general=general, settings=replace(QUICK, max_shift=shift * 0.99))
+    for asked in ({"repair": 3}, {"learn_heads": True}):
+        with pytest.raises(UsageError, match="one adapter alone"):
+            merge_auto([one], panel.base, texts, settings=replace(QUICK, **asked))
+
+
+def test_heads_of_text_models_are_not_learnt(make_panel):
+    panel = make_panel("llama", "causal", texts=3)
+    with pytest.raises(UsageError, match="write text"):
+        merge_auto(adapters_of(panel), panel.base, panel.texts, settings=replace(QUICK, learn_heads=True))
+
+
+def test_too_few_texts_are_told_with_what_they_leave_out(make_panel):
+    panel = make_panel(texts=12)
+    adapters = adapters_of(panel)
+    fewer = {**panel.texts, "two": panel.texts["two"][:11]}
+    asked = replace(QUICK, refine=2, fit=True)
+    told = merge_auto(adapters, panel.base, fewer, settings=asked).record
+    assert any(
+        n.startswith("11 texts of two") and n.endswith("so no weights are learnt, nothing is fitted and heads stay as they are")
+        for n in told.notes
+    )  # fmt: skip
+    assert not told.heads and not told.held_out
+    enough = merge_auto(adapters, panel.base, panel.texts, settings=asked).record
+    assert enough.heads and enough.held_out and not any("to choose by" in n for n in enough.notes)
+    nothing_asked = merge_auto(adapters, panel.base, fewer, settings=replace(QUICK, heads=False)).record
+    assert not any("to choose by" in n for n in nothing_asked.notes)
+
+
+def test_texts_on_which_an_adapter_is_the_bare_base_are_told(make_panel):
+    panel = make_panel()
+    one, two = adapters_of(panel)
+    idle = replace(one, modules={m: replace(f, B=torch.full_like(f.B, 1e-9)) for m, f in one.modules.items()})
+    told = merge_auto([idle, two], panel.base, panel.texts, settings=QUICK).record.notes
+    assert any(n.startswith("not known: how well one is kept") for n in told)
+    panel = make_panel("bert", "regression")
+    told = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=QUICK).record
+    assert all(t.fidelity.agreement_base < 1 for t in told.fidelity.tasks)
+    assert not any("not known" in n for n in told.notes)
+
+
+def test_pico_is_explained_where_it_is_shown(make_panel):
+    record = merge_auto(adapters_of(make_panel())).record
+    for label, calibrate in (("tsv", None), ("tsv + pico", "pico")):
+        rows = tuple(replace(e, candidate=label, calibrate=calibrate) for e in record.evidence)
+        text = auto_text(Written(replace(record, evidence=rows), "out"))
+        assert ("pico: directions of B" in text) == (calibrate is not None)
