@@ -25,7 +25,7 @@ from plait.fidelity.heads import with_heads
 from plait.fidelity.notes import that_merge, that_model
 from plait.fidelity.proxy import cosines
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import parse_texts, read_texts, split_off
+from plait.fidelity.texts import LIMIT, parse_texts, read_place, read_texts, split_off, spread_over
 from plait.model.base import BaseModel
 from tests.fidelity.conftest import random_adapter
 from tests.tiny import save_model
@@ -307,6 +307,41 @@ def test_texts_are_read_from_lines_and_tables(tmp_path):
     lines.write_text("a\n")
     with pytest.raises(UsageError, match="twice"):
         parse_texts([f"t={lines}", f"t={lines}"])
+
+
+def test_texts_of_a_sorted_file_are_of_all_its_kinds(tmp_path):
+    """A file that is sorted by label: what is read has both in the same share as the file, and so has every beginning of it."""
+    rows = [f"bad {i}" for i in range(600)] + [f"good {i}" for i in range(200)]
+    (tmp_path / "sorted.txt").write_text("\n".join(rows) + "\n")
+    table = "".join(json.dumps({"text": r}) + "\n" for r in rows)
+    (tmp_path / "sorted.jsonl").write_text(table)
+    of_lines, of_table = (parse_texts([f"t={tmp_path / f'sorted.{kind}'}"])["t"] for kind in ("txt", "jsonl"))
+    assert of_lines == of_table and len(set(of_lines)) == LIMIT and {r for (r,) in of_lines} <= set(rows)
+    for n in (16, 32, 64, 100):
+        assert sum(r.startswith("good") for (r,) in of_lines[:n]) == pytest.approx(n / 4, abs=2)
+    (tmp_path / "few.txt").write_text("\n".join(rows[:LIMIT]))
+    assert parse_texts([f"t={tmp_path / 'few.txt'}"])["t"] == tuple((r,) for r in rows[:LIMIT])
+    assert read_place(str(tmp_path / "sorted.txt"), 3) == (
+        ("bad 0",),
+        ("bad 1",),
+        ("bad 2",),
+    )  # prompts that are shown stay in order
+
+
+def test_a_row_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path):
+    rows = [{"text": f"text {i}"} for i in range(300)]
+    chosen = spread_over(300, LIMIT)[7]
+    rows[chosen]["text"] = " "
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(InputError, match=f"text {chosen} is empty"):
+        parse_texts([f"t={tmp_path / 'rows.jsonl'}"])
+
+
+def test_a_line_ends_at_its_end_alone(tmp_path):
+    file = tmp_path / "a.txt"
+    whole = ["one\u2028still one", "two\x0cstill two", "three\x85still three"]
+    file.write_bytes("\r\n".join(whole).encode())
+    assert read_texts(file) == tuple((line,) for line in whole)
 
 
 def test_notes_of_a_server(tiny_base):

@@ -86,9 +86,10 @@ def advise(
     settings = AdviceSettings(
         tolerate, steps_of(repair), refine, length, seed, answers_wanted(answers, chat, files), chat, tokens
     )
+    of_no_task = read_place(general, spread=True) if general else ()
     advice = advise_folders(
-        given, {t: f.texts for t, f in files.items()}, read_place(general) if general else (), settings, base_id=base_id, device=device,
-        four_bits=four_bits, on_progress=_reporter(quiet),
+        given, {t: f.texts for t, f in files.items()}, of_no_task, settings, base_id=base_id, device=device, four_bits=four_bits,
+        on_progress=_reporter(quiet),
     )  # fmt: skip
     if advice.next:
         texts = [f"--text {shlex.quote(t)}" for t in text or []] + ([f"--base-4bit {four_bits}"] if four_bits else [])
@@ -151,7 +152,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     )
     written = merge_auto_folders(
         folders, out, base=base, texts={t: f.texts for t, f in files.items()},
-        general=read_place(chosen.general) if chosen.general else (), settings=settings, base_id=chosen.base_id,
+        general=read_place(chosen.general, spread=True) if chosen.general else (), settings=settings, base_id=chosen.base_id,
         dtype=chosen.dtype, device=chosen.device, four_bits=chosen.four_bits, overwrite=chosen.overwrite,
         on_progress=_reporter(chosen.quiet),
     )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from plait.disk.store import require_regular
 from plait.errors import InputError, UsageError
@@ -13,6 +15,7 @@ from plait.tasks.tables import read_table
 
 Texts = tuple[tuple[str, ...], ...]
 _NAMES = ("text", "sentence", "prompt", "messages", "content")  # the first of these is read where no column is named
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 LIMIT, LIMIT_OF_REPAIR = 100, 500  # texts of a file that a choice reads, and a repair
 
 
@@ -35,7 +38,7 @@ def parse_texts(given: Iterable[str], limit: int = LIMIT) -> dict[str, Texts]:
 
 
 def parse_files(given: Iterable[str], limit: int = LIMIT) -> dict[str, TextFile]:
-    """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read.
+    """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read; from all over a file that holds more texts than the limit.
 
     Raises:
         UsageError: Not of that form, or a task twice.
@@ -47,21 +50,45 @@ def parse_files(given: Iterable[str], limit: int = LIMIT) -> dict[str, TextFile]
             raise UsageError(f"--text {item!r} is not TASK=FILE", hint="the task is the adapter's name")
         if task in texts:
             raise UsageError(f"--text names {task!r} twice")
-        texts[task] = read_file(place, limit)
+        texts[task] = read_file(place, limit, spread=True)
     return texts
 
 
-def read_place(place: str, limit: int = LIMIT) -> Texts:
+def read_place(place: str, limit: int = LIMIT, *, spread: bool = False) -> Texts:
     """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``."""
-    return read_file(place, limit).texts
+    return read_file(place, limit, spread=spread).texts
 
 
-def read_file(place: str, limit: int = LIMIT) -> TextFile:
-    """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``, and the columns that were read."""
+def read_file(place: str, limit: int = LIMIT, *, spread: bool = False) -> TextFile:
+    """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``, and the columns that were read.
+
+    Args:
+        place: The file, and its columns.
+        limit: How many texts at most.
+        spread: Whether they come from all over the file (`spread_over`), not from its beginning.
+    """
     path, colon, columns = place.rpartition(":")
     if colon and not Path(place).exists():
-        return _read(Path(path), tuple(columns.split(",")), limit)
-    return _read(Path(place), (), limit)
+        return _read(Path(path), tuple(columns.split(",")), limit, spread=spread)
+    return _read(Path(place), (), limit, spread=spread)
+
+
+def spread_over(count: int, most: int) -> list[int]:
+    """Choose places all over a file, in an order of which every beginning is spread too; all in their order where there are few.
+
+    Many files are sorted by label or by source, and their first hundred rows are of one kind. Places are taken by the fractional part
+    of place times golden ratio, the least first: those below any bound lie at three distances at most (the three-gap theorem).
+
+    >>> spread_over(1000, 4), spread_over(3, 4)
+    ([0, 610, 233, 843], [0, 1, 2])
+
+    Args:
+        count: How many there are.
+        most: How many are wanted.
+    """
+    if count <= most:
+        return list(range(count))
+    return heapq.nsmallest(most, range(count), key=lambda i: i * _GOLDEN % (1 << 64))
 
 
 def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) -> Texts:
@@ -79,48 +106,62 @@ def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) ->
     return _read(path, columns, limit).texts
 
 
-def _read(path: Path, columns: tuple[str, ...], limit: int) -> TextFile:
+def _read(path: Path, columns: tuple[str, ...], limit: int, *, spread: bool = False) -> TextFile:
     require_regular(path)
     chosen: tuple[str, ...] = ()
     if path.suffix.lower() == ".txt":
         try:
-            lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+            # Not `splitlines`, for which a form feed or U+2028 inside a text ends it too.
+            lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
         except UnicodeDecodeError as e:
             raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
-        rows = [tuple(line.split("\t", 1)) for line in lines[:limit]]
+        places = spread_over(len(lines), limit) if spread else range(min(limit, len(lines)))
+        rows = [tuple(lines[i].split("\t", 1)) for i in places]
     else:
-        rows, chosen = _of_table(path, columns, limit)
+        table = read_table(path, columns or _NAMES)
+        chosen = _columns(path, columns, table.column_names)
+        places = spread_over(table.num_rows, limit) if spread else range(min(limit, table.num_rows))
+        cells = (_cells(table[c], places, path) for c in chosen)
+        rows = list(zip(*cells, strict=True))
     if not rows:
         raise InputError("no texts", where=str(path))
-    return TextFile(checked(tuple(rows), str(path)), chosen)
+    return TextFile(checked(tuple(rows), str(path), places), chosen)
 
 
-def _of_table(path: Path, columns: tuple[str, ...], limit: int) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    table = read_table(path, columns or _NAMES)
-    chosen = columns or next(((name,) for name in _NAMES if name in table.column_names), ())
-    missing = [c for c in chosen if c not in table.column_names]
+def _cells(column: Any, places: Sequence[int], path: Path) -> list[Any]:
+    """Cells of a column; messages packed."""
+    cells = column.take(list(places)).to_pylist() if places else []
+    return [
+        packed_prompt(x, f"{path}, row {i}") if isinstance(x, list) else x for i, x in zip(places, cells, strict=True)
+    ]
+
+
+def _columns(path: Path, columns: tuple[str, ...], there: Sequence[str]) -> tuple[str, ...]:
+    """The columns to read: those that are named, else the first of the usual ones."""
+    chosen = columns or next(((name,) for name in _NAMES if name in there), ())
+    missing = [c for c in chosen if c not in there]
     if missing or not chosen:
         raise InputError(
-            f"no column {missing[0] if missing else 'text'!r}; there are {', '.join(map(repr, table.column_names[:12]))}",
+            f"no column {missing[0] if missing else 'text'!r}; there are {', '.join(map(repr, there[:12]))}",
             where=str(path),
             hint="--text TASK=FILE:COLUMN, or FILE:COLUMN,COLUMN for pairs",
         )
-    cells = (table[c].slice(0, limit).to_pylist() for c in chosen)
-    read = [
-        [packed_prompt(x, f"{path}, row {i}") if isinstance(x, list) else x for i, x in enumerate(column)]
-        for column in cells
-    ]
-    return list(zip(*read, strict=True)), chosen
+    return chosen
 
 
-def checked(texts: Texts, where: str) -> Texts:
+def checked(texts: Texts, where: str, places: Sequence[int] | None = None) -> Texts:
     """Check that every text is one or two strings that are not blank.
+
+    Args:
+        texts: The texts.
+        where: What an error names.
+        places: Where each stands among those of its file; in their order by default.
 
     Raises:
         InputError: Otherwise; names the row.
     """
     width = len(texts[0]) if texts else 0
-    for i, row in enumerate(texts):
+    for i, row in zip(range(len(texts)) if places is None else places, texts, strict=True):
         if len(row) != width or width not in (1, 2):
             raise InputError(
                 f"text {i} has {len(row)} parts, the first has {width}", where=where, hint="pairs or single texts"
