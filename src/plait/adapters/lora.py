@@ -140,6 +140,21 @@ class Adapter:
         own = self.task_type if self.task_type in CLASSIFICATION_TYPES else None
         return known.otherwise(HeadFacts(tuple(labels) if labels else None, None, own, self.prefix))
 
+    def require_of_texts(self, head: str) -> None:
+        """Check that a head answers once for a whole text: in another class of model its tensors may fit, and its answers mean nothing.
+
+        Raises:
+            InputError: It is of a model that answers for every token, or points at tokens.
+        """
+        kind = self.facts_of(head).task_type
+        if kind not in (None, "SEQ_CLS"):
+            raise InputError(
+                f"its head {head!r} is of a {kind} model, which does not answer for a whole text; what such heads predict cannot be "
+                "looked at here",
+                where=self.name,
+                hint="it can be merged without texts, and scored by your own evaluation",
+            )
+
     def classes_of(self, head: str) -> list[str] | None:
         """The names of a head's classes in the order of its outputs, as its file or record has them; None where none has.
 

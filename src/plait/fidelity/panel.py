@@ -106,6 +106,7 @@ def _called(kind: str) -> str:
 
 def _headed(adapter: Adapter, name: str, head: Mapping[str, Tensor]) -> Task:
     """The task of a head: its outputs are the rows of its narrowest matrix; with one output it is a regression."""
+    adapter.require_of_texts(name)
     rows = [t.shape[0] for t in head.values() if t.ndim == 2]
     if not rows:
         raise InputError("the head has no matrix", where=f"{adapter.name}: head {name}")

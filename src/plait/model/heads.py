@@ -13,6 +13,13 @@ from plait.adapters.heads import HeadFacts, num_outputs
 from plait.adapters.peft_format import read_adapter
 from plait.errors import InputError
 
+# PEFT's task type -> ending of the classes of transformers that such heads belong in.
+CLASS_OF = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+
 
 def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> HeadFacts:
     """Put a task's head into a classifier, and the names of its classes into the classifier's config.
@@ -28,7 +35,7 @@ def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> 
 
     Raises:
         UsageError: The folder has no such head; those that it has are named.
-        InputError: The head is of another model, or of another number of outputs.
+        InputError: The head is of another model or class of model, or of another number of outputs.
     """
     adapter = read_adapter(folder)
     name = chosen_head(adapter, task, str(folder))
@@ -43,11 +50,21 @@ def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> 
             where=str(folder),
             hint=f"from_pretrained(..., num_labels={outputs})",
         )
+    _require_class(type(own).__name__, facts, name, str(folder))
     _put(own, head)
     if config is not None and outputs is not None:
         for key, value in config_values(facts, outputs).items():
             setattr(config, key, value)
     return facts
+
+
+def _require_class(given: str, facts: HeadFacts, name: str, folder: str) -> None:
+    """Refuse a class of transformers for another task: a token classifier's head has the shapes of a text classifier's."""
+    wanted = CLASS_OF.get(facts.task_type or "", "")
+    if wanted and not given.endswith(wanted) and given.endswith(tuple(CLASS_OF.values())):
+        raise InputError(
+            f"the head {name!r} is for a model {wanted}, this is {given}", where=folder, hint=f"AutoModel{wanted}"
+        )
 
 
 def _put(own: Any, head: Mapping[str, Tensor]) -> None:

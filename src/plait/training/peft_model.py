@@ -35,6 +35,7 @@ def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
     of a text adapter are named on disk as in the whole model; here all names are relative to the backbone.
     """
     if task.name in initial.heads:
+        initial.require_of_texts(task.name)
         require_same_classes(task, initial.classes_of(task.name), initial.name)
         load_head(model, initial.heads[task.name])
     head = head_state(model) if TASK_TYPES[task.kind] == "SEQ_CLS" else {}

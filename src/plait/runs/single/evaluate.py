@@ -141,6 +141,8 @@ def _evaluate(
             hint="NAME=DIR",
         )
     for t in tasks:
+        if t in adapter.heads:
+            adapter.require_of_texts(t)
         require_same_classes(session.tasks[t], adapter.classes_of(t), adapter.name)
     for t in (t for t in tasks if t not in cuts):
         cuts[t] = say_of_rows(session, t, session.validation(t), split="validation")

@@ -123,10 +123,11 @@ def _ready(adapter: Adapter, model: Any, task: str, kind: str) -> Adapter:
     if odd := [m for m, f in adapter.modules.items() if f.kind != LINEAR]:
         raise InputError("Fisher diagonals are of linear layers", where=f"{adapter.name}: {odd[0]}")
     if kind == "classification":
-        head = adapter.heads.get(task) or (next(iter(adapter.heads.values())) if len(adapter.heads) == 1 else None)
-        if head is None:
+        name = task if task in adapter.heads or len(adapter.heads) != 1 else next(iter(adapter.heads))
+        if name not in adapter.heads:
             raise InputError(f"it carries no head of task {task!r}", where=adapter.name, hint="the trained folder")
-        load_head(model, head)
+        adapter.require_of_texts(name)
+        load_head(model, adapter.heads[name])
     return in_backbone(model, adapter)
 
 

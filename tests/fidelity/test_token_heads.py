@@ -1,0 +1,97 @@
+"""Heads that answer for every token: their tensors fit a text classifier's model, where their answers mean nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import plait
+from plait.adapters.peft_format import read_adapter
+from plait.errors import InputError
+from plait.fidelity.auto import merge_auto
+from plait.fidelity.auto_folders import merge_auto_folders
+from plait.fidelity.panel import parts_of
+from plait.merging import merge_folders
+from plait.model.base import BaseModel
+from plait.runs.single import evaluate
+from plait.training.peft_model import for_task
+from plait.trying.answers import TrySettings, tried
+from plait.trying.inputs import trial_of
+from tests.classifiers import classifier, quiet, saved_base, saved_classifier
+from tests.fidelity.conftest import texts_of
+from tests.training.conftest import make_task
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+REFUSED = "'tags' is of a TOKEN_CLS model"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
+    """(base, a token classifier, a text classifier, their merge), the first two as PEFT saves them."""
+    root = tmp_path_factory.mktemp("tokens")
+    base = saved_base(root / "base", "bert")
+    tags = saved_classifier(root / "tags", base, "bert", 3, task_type="TOKEN_CLS")
+    texts = saved_classifier(root / "texts", base, "bert", 3, seed=1)
+    merge_folders([tags, texts], root / "merged", method="task_arithmetic", scale=1.0)
+    return base, tags, texts, root / "merged"
+
+
+def test_where_predictions_are_asked_for_they_are_refused_by_name(folders):
+    base, tags, texts, merged = folders
+    given = {"tags": texts_of(3), "texts": texts_of(3)}
+    with pytest.raises(InputError, match=REFUSED):
+        merge_auto([read_adapter(tags), read_adapter(texts)], BaseModel(str(base)), given)
+    with pytest.raises(InputError, match=REFUSED):
+        parts_of([read_adapter(merged)])  # a merge says of each head what it is of
+    with pytest.raises(InputError, match=REFUSED):
+        tried(trial_of(str(merged), str(base), []), texts_of(1), {}, TrySettings())
+    with pytest.raises(InputError, match=REFUSED):
+        for_task(read_adapter(tags), make_task("tags", "classification", 3), classifier(base, 3))
+
+
+def test_scores_are_refused_and_those_of_its_neighbour_are_not(folders):
+    def rows(task):
+        raise LookupError(task)
+
+    tasks = {name: make_task(name, "classification", 3) for name in ("tags", "texts")}
+    merged = read_adapter(folders[3])
+    with pytest.raises(InputError, match=REFUSED):
+        evaluate._evaluate(merged, SimpleNamespace(tasks=tasks, validation=rows), None, None, {})
+    one = {"texts": tasks["texts"]}
+    with pytest.raises(LookupError, match="texts"):
+        evaluate._evaluate(merged, SimpleNamespace(tasks=one, validation=rows), None, None, {})
+
+
+def test_without_texts_they_are_merged(folders, tmp_path):
+    _, tags, texts, _ = folders
+    merge_auto_folders([str(tags), str(texts)], tmp_path / "merged")
+    assert set(read_adapter(tmp_path / "merged").heads) == {"tags", "texts"}
+
+
+def test_a_head_goes_into_its_own_class_of_model_alone(folders):
+    import transformers as hf
+
+    base, tags, _, merged = folders
+    with quiet():
+        tokens = hf.AutoModelForTokenClassification.from_pretrained(base, num_labels=3)
+    plait.load_head(tokens, merged, "tags")
+    head = read_adapter(tags).heads["tags"]["classifier.weight"]
+    np.testing.assert_array_equal(tokens.classifier.weight.detach(), head)
+    sequence = classifier(base, 3)
+    before = {k: v.clone() for k, v in sequence.state_dict().items()}
+    with pytest.raises(InputError, match="for a model ForTokenClassification, this is BertForSequenceClassification"):
+        plait.load_head(sequence, merged, "tags")
+    assert all(torch.equal(v, before[k]) for k, v in sequence.state_dict().items())
+    plait.load_head(sequence, merged, "texts")
+    with pytest.raises(InputError, match="for a model ForSequenceClassification"):
+        plait.load_head(tokens, merged, "texts")
+
+
+def test_a_head_of_which_nobody_said_what_it_is_is_a_text_classifiers(folders):
+    unknown = replace(read_adapter(folders[2]), task_type=None, head_facts={})
+    assert [p.task.kind for p in parts_of([unknown])] == ["classification"]
