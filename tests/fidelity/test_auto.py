@@ -14,7 +14,9 @@ import torch
 from plait.adapters.lora import LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import to_json
+from plait.cli.existing_words import auto_text
 from plait.disk.store import read_manifest
+from plait.disk.written import Written
 from plait.errors import InputError, RunError, UsageError
 from plait.fidelity import factors_only
 from plait.fidelity.auto import AutoSettings, merge_auto
@@ -22,6 +24,7 @@ from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.candidates import Recipe, Tried, groups_of
 from plait.fidelity.choose import choose, scaled
 from plait.fidelity.distil import distil
+from plait.fidelity.limit import Limit
 from plait.fidelity.losses import loss_of
 from plait.fidelity.proxy import best_scale, mean_error, terms
 from plait.fidelity.repair import LAYERS
@@ -326,6 +329,17 @@ def test_a_limit_on_what_general_text_is_moved_by_holds_for_all_that_is_done(mak
     assert first.general_kl <= limit and first.candidate == held.record.chosen.candidate
     rest = [e for e in held.record.evidence if e.general_kl <= limit]
     assert first.score == max(e.score for e in rest)
+    rows = {(e.candidate, e.scale): (e.score, e.general_kl) for e in held.record.evidence}
+    told, over = held.record.limit, {key for key, (_, kl) in rows.items() if kl > limit}
+    assert (told.most, told.tried, free.record.limit) == (limit, len(rows), None) and over
+    assert {(x.candidate, x.scale): (x.score, x.general_kl) for x in told.left_out} == {key: rows[key] for key in over}
+    assert [x.score for x in told.left_out] == sorted((x.score for x in told.left_out), reverse=True)
+    (line,) = [x for x in auto_text(Written(held.record, "out")).splitlines() if x.startswith("general text: moved by")]
+    assert (
+        f"at most {limit:g}; beyond that: {len(over)} of {len(rows)} merges, of which {told.left_out[0].candidate} at scale"
+        in line
+    )
+    assert "general text: moved" not in auto_text(Written(free.record, "out"))
     with pytest.raises(RunError, match="no candidate moves general text by 1e-12"):
         merge_auto(adapters, panel.base, panel.texts, general=general, settings=replace(settings, max_shift=1e-12))
     with pytest.raises(UsageError, match="general"):
@@ -340,4 +354,6 @@ def test_where_every_fit_is_beyond_the_limit_the_choice_stays_and_is_recorded(ma
     settings = AutoSettings(methods=("task_arithmetic",), scales=(0.3,), refine=0, heads=False, max_shift=5.0)
     done = merge_auto(adapters_of(panel), panel.base, panel.texts, general=texts_of(8, 7), settings=settings)
     assert done.record.chosen.fit is None and set(done.record.held_out) == {"chosen"}
+    assert done.record.limit == Limit(5.0, len(done.record.evidence), (), ("the fit",))
+    assert ", at most 5; beyond that: the fit" in auto_text(Written(done.record, "out"))
     json.dumps(to_json(done.record), allow_nan=False)

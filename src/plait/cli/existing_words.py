@@ -9,6 +9,7 @@ from plait.cli.output import table
 
 if TYPE_CHECKING:
     from plait.disk.written import Written
+    from plait.fidelity.limit import Limit
     from plait.fidelity.measure import TaskFidelity
     from plait.fidelity.record import Advice, AutoRecord, Evidence, FidelityRecord, Repair
 
@@ -63,6 +64,8 @@ def auto_text(written: Written[AutoRecord]) -> str:
     if repair:
         lines.append(repair_text(repair))
     lines += _heads_text(record)
+    if record.limit and fidelity and fidelity.general_kl is not None:
+        lines.append(limit_text(record.limit, fidelity.general_kl))
     if record.discarded_energy:
         lines.append(lost_in_cut(f"the cut to rank {record.rank}", record.discarded_energy, record.cut))
     if record.rounding_error is not None:
@@ -83,6 +86,19 @@ def auto_text(written: Written[AutoRecord]) -> str:
         if not written.output.endswith(".safetensors"):
             lines[-1] += " With the base and --text TASK=FILE for each the choice is measured."
     return "\n".join(lines)
+
+
+def limit_text(limit: Limit, shift: float) -> str:
+    """Say how far a merge moves general text, the limit on that, and what is beyond it."""
+    text = f"general text: moved by {shift:.3g} nats, at most {limit.most:g}; beyond that: "
+    beyond = []
+    if limit.left_out:
+        best = limit.left_out[0]
+        beyond.append(
+            f"{len(limit.left_out)} of {limit.tried} merges, of which {best.candidate} at scale {best.scale:g} follows its adapters best "
+            f"({best.score:.3f}, {best.general_kl:.3g} nats)"
+        )
+    return text + ("; ".join([*beyond, *limit.steps]) or f"none of {limit.tried} merges")
 
 
 def repair_text(repair: Repair) -> str:

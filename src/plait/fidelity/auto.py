@@ -16,6 +16,7 @@ from plait.fidelity.duration import told
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.finishing import finished, measured, require_within
 from plait.fidelity.head_learning import STEPS, Groups
+from plait.fidelity.limit import LeftOut, Limit
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import alike, beside, few, kin, kinship, other_base
 from plait.fidelity.panel import Panel
@@ -126,7 +127,7 @@ def merge_auto(
         read, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
         rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,
     )  # fmt: skip
-    record = _with_evidence(record, choice, panel)
+    record = replace(_with_evidence(record, choice, panel), limit=_limit(choice, chosen.max_shift))
     cut = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
     apart = _parts_apart(cut.adapter, choice, adapters)
     adapter, record, fidelity = finished(cut.adapter, cut.record, panel, chosen, apart, on_progress)
@@ -207,6 +208,15 @@ def _with_evidence(record: AutoRecord, choice: Choice, panel: Panel) -> AutoReco
         texts={t: len(x) for t, x in panel.texts.items()},
         evidence=tuple(s.evidence for s in choice.scored),
     )
+
+
+def _limit(choice: Choice, most: float | None) -> Limit | None:
+    """Record what a limit on general text left out, where there is one."""
+    if most is None:
+        return None
+    beyond = sorted((s for s in choice.scored if not s.within(most)), key=lambda s: -s.fidelity.score)
+    left_out = [LeftOut(s.tried.recipe.label, s.scale, s.fidelity.score, s.fidelity.general_kl or 0.0) for s in beyond]
+    return Limit(most, len(choice.scored), tuple(left_out), choice.beyond)
 
 
 def _chosen(choice: Choice) -> Chosen:

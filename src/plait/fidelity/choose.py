@@ -22,6 +22,7 @@ from plait.progress import OnProgress
 
 # Every fourth text is held out when weights are learnt; with fewer texts than this none are learnt.
 HELD_OUT, FEWEST = 4, 12
+LEARNT_WEIGHTS, THE_FIT = "learnt weights", "the fit"  # what a limit may leave out, in the record
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Choice:
         scored: Everything that was tried, best first.
         fit: How the merge was fitted front to back; None where it was not.
         unfitted: The choice before a fit was tried; None where none was. It is fitted at another rank by `with_fit`.
+        beyond: What was closer to the adapters and is left out, as it moves general text beyond the limit: "learnt weights", "the fit".
         metric: The adapters' own inputs on the texts, in whose metric it is cut to a rank; None where some module has none.
     """
 
@@ -49,6 +51,7 @@ class Choice:
     fit: Fit | None = None
     unfitted: Choice | None = None
     metric: InputMetric | None = None
+    beyond: tuple[str, ...] = ()
 
 
 def choose(
@@ -105,13 +108,19 @@ def choose(
     adapter = scaled(best.tried.adapter, best.scale)
     weights: Mapping[str, tuple[float, ...]] = {}
     held_out: dict[str, float] = {}
+    beyond: tuple[str, ...] = ()
     if refine and enough:
         on_progress(f"weights per adapter and module, {refine} steps")
         refined, learnt, held_out = refined_weights(panel, adapters, best, refine, seed)
-        if held_out["refined"] > held_out["chosen"] and within(panel, refined, max_shift):
-            adapter, weights = refined, learnt
+        if held_out["refined"] > held_out["chosen"]:
+            if within(panel, refined, max_shift):
+                adapter, weights = refined, learnt
+            else:
+                beyond = (LEARNT_WEIGHTS,)
     metric, _ = input_metric(adapters, [1.0] * len(adapters), moments[OWN_MOMENTS], list(adapter.modules))
-    choice = Choice(adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), metric=metric)
+    choice = Choice(
+        adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), metric=metric, beyond=beyond
+    )
     if not (fit and enough and can_fit(panel)):
         return choice
     return with_fit(choice, panel, adapters, rank=rank, max_shift=max_shift, base=base, on_progress=on_progress)
@@ -140,14 +149,16 @@ def with_fit(
         before = held_out["cut"] = _on_rest(panel, cut_adapter(choice.adapter, rank, choice.metric)[0])
     best = best_fit(panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress)
     if best is None:
-        return replace(choice, held_out=held_out, unfitted=choice)
+        return replace(choice, held_out=held_out, unfitted=choice, beyond=(*choice.beyond, THE_FIT))
     settings, score = best
     tried = replace(choice, held_out={**held_out, "fitted": score}, unfitted=choice)
     if score <= before:
         return tried
     on_progress("fitting it to all texts")
     merge = fitted(panel, adapters, start, settings, rank=rank, base=base)
-    return replace(tried, adapter=merge, weights={}, fit=settings) if within(panel, merge, max_shift) else tried
+    if not within(panel, merge, max_shift):
+        return replace(tried, beyond=(*choice.beyond, THE_FIT))
+    return replace(tried, adapter=merge, weights={}, fit=settings)
 
 
 def within(panel: Panel, merge: Adapter, max_shift: float | None) -> bool:

@@ -97,7 +97,7 @@ class _Finishing:
             on_progress=self.on_progress,
         )
         if not self._may_be(better):
-            better, done = merge, replace(done, kept=False)
+            better, done, record = merge, replace(done, kept=False), _without(record, "the repair")
         return better, replace(record, repair=done)
 
     def learn_heads(self, merge: Adapter, record: AutoRecord, groups: Groups) -> tuple[Adapter, AutoRecord]:
@@ -108,7 +108,7 @@ class _Finishing:
         apart = {} if record.repair and record.repair.kept else groups
         better, learnt = with_learnt_heads(self.panel, merge, apart, seed=self.settings.seed)
         if learnt and not self._may_be(better):
-            better, learnt = merge, replace(learnt, kept=False)
+            better, learnt, record = merge, replace(learnt, kept=False), _without(record, "learnt heads")
         return better, replace(record, learnt_heads=learnt)
 
     def refit_heads(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
@@ -120,7 +120,14 @@ class _Finishing:
         better, heads = with_heads(self.panel, merge)
         if not self._may_be(better):
             better, heads = merge, tuple(replace(h, kept=False) for h in heads)
+            record = _without(record, "the heads that follow it")
         return better, replace(record, heads=heads)
 
     def _may_be(self, merge: Adapter) -> bool:
         return within(self.panel, merge, self.settings.max_shift)
+
+
+def _without(record: AutoRecord, step: str) -> AutoRecord:
+    """Record a step that was taken back since it moves general text beyond the limit."""
+    limit = record.limit
+    return record if limit is None else replace(record, limit=replace(limit, steps=(*limit.steps, step)))

@@ -10,6 +10,7 @@ from typing import Any
 from plait.border.records import inline, nested, optional
 from plait.fidelity.head_records import HeadRefit as HeadRefit
 from plait.fidelity.head_records import HeadsLearnt as HeadsLearnt
+from plait.fidelity.limit import Limit
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.merging.record import Loss, MergedInput
 
@@ -194,6 +195,7 @@ class AutoRecord:
         verification_error: Largest relative difference of the written adapter from the chosen one.
         loss, cut: What a cut to a rank took, and how it was made, as `MergeRecord` has them.
         dtype, rounding_error: Of the written factors, as `MergeRecord` has them.
+        limit: What a limit on general text left out; None without one.
     """
 
     tasks: tuple[str, ...]
@@ -218,6 +220,7 @@ class AutoRecord:
     cut: str | None = optional()
     dtype: str | None = optional()
     rounding_error: float | None = optional()
+    limit: Limit | None = optional(kind=Limit)
 
     @property
     def discarded_energy(self) -> float:
