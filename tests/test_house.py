@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,7 +184,7 @@ def test_the_lower_layer_imports_little(path):
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "loading").rglob("*.py")), ids=name_of)
 def test_the_account_of_loading_stands_on_its_own(path):
-    """What verifies the writers must not read by their rules: of plait only errors and options, and no tensor library."""
+    """What verifies the writers must not read by their rules: of plait only errors, options and counts in words, no tensor library."""
     tree = parsed(path)
     ours = {
         node.module
@@ -190,7 +192,11 @@ def test_the_account_of_loading_stands_on_its_own(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("plait")
     }
     ours |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name.startswith("plait")}
-    assert not {m for m in ours if not m.startswith("plait.loading") and m not in ("plait.errors", "plait.options")}
+    assert not {
+        m
+        for m in ours
+        if not m.startswith("plait.loading") and m not in ("plait.errors", "plait.options", "plait.border.counts")
+    }
     assert set(imports(tree, top_level=True)) <= {"plait"} | set(sys.stdlib_module_names)
 
 
@@ -311,3 +317,42 @@ def test_no_tensor_follows_the_default_dtype(path):
 def test_the_rule_about_the_default_dtype(text, follows):
     calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
     assert any(map(follows_the_default_dtype, calls)) == follows
+
+
+# Where a plural stands behind a count that is never one there, and limits, which are large.
+NEVER_ONE = {
+    ("adapters/header.py", "len(name)"),
+    ("adapters/tensor_file.py", "len(last) - len(head)"),
+    ("border/checked.py", "len(text)"),
+    ("border/checked.py", "len(value)"),
+    ("border/patterns.py", "len(key)"),
+    ("cli/checking.py", "len(found)"),
+    ("cli/comparing.py", "len(adapters)"),
+    ("cli/recipes.py", "len(folders)"),
+    ("model/hooks.py", "len(hits)"),
+    ("model/stored_names.py", "len(endings)"),
+    ("runs/problems.py", "len(told)"),
+    ("runs/single/train.py", "len(arms)"),
+    ("statistics/fisher.py", "len(hits)"),
+    ("tasks/answers.py", "len(labels)"),
+    ("tasks/rows.py", "len(known)"),
+}
+VERBS = {"is", "has", "was", "needs", "takes", "holds", "does", "lacks", "differs", "folders"}
+
+
+def counts_with_plurals(tree: ast.AST) -> Iterator[str]:
+    """Expressions with a `len` in them that an f-string writes right before a plural: of one thing it would read "1 adapters"."""
+    for text in (node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)):
+        for count, rest in itertools.pairwise(text.values):
+            after = isinstance(rest, ast.Constant) and re.match(r" (?:[a-z-]+ ){0,2}?([a-z]+s)\b", str(rest.value))
+            shown = ast.unparse(count.value) if isinstance(count, ast.FormattedValue) else ""
+            if after and after[1] not in VERBS and shown.startswith("len("):
+                yield shown
+
+
+def test_counts_agree_with_their_nouns():
+    """`plait.border.counts.plural` writes a count and its noun."""
+    seen = {(name_of(f), shown) for f in FILES for shown in counts_with_plurals(parsed(f))}
+    assert not seen - NEVER_ONE, "plural() writes a count and its noun"
+    assert not NEVER_ONE - seen, "gone: strike it from the list"
+    assert [*counts_with_plurals(ast.parse("f'{len(x)} merged adapters'"))] == ["len(x)"]

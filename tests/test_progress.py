@@ -123,7 +123,7 @@ def test_eval_and_init_show_what_they_do_and_can_be_quiet(capsys, recipe_file, t
     code, _, _ = call(capsys, "train", "start", "--recipe", recipe_file, "--task", "topic", "--out", "topic", "--quiet")
     assert code == 0
     code, out, err = call(capsys, "eval", "topic", "--recipe", recipe_file, "--task", "topic")
-    assert code == 0 and "[1/1] topic" in err and "1 adapters scored" in err and "accuracy" in out
+    assert code == 0 and "[1/1] topic" in err and "1 adapter scored" in err and "accuracy" in out
     assert call(capsys, "eval", "topic", "--recipe", recipe_file, "--task", "topic", "--quiet")[2] == ""
 
 

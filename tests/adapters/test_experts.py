@@ -50,7 +50,7 @@ def test_a_bare_name_is_of_a_module_that_target_modules_does_not_have():
         (BOTH, ["experts.down_proj"], "factors of 2 parameters, and target_parameters names down_proj of it"),
         (BOTH, [], "names none of it"),
         (BOTH, ["experts.one", "experts.two"], "depends on the model's class"),
-        (BOTH[1:], ["experts.down_proj"], "factors of 1 parameters"),  # nested in nothing
+        (BOTH[1:], ["experts.down_proj"], "factors of 1 parameter"),  # nested in nothing
     ],
 )
 def test_what_cannot_be_told_is_refused(names, targets, said):

@@ -130,7 +130,7 @@ def test_a_file_without_factors_says_what_it_holds(plait, tmp_path):
     code, _, err = plait("inspect in/full.safetensors --json")
     assert code == 0
     code, _, err = plait("merge in/full.safetensors --out m.safetensors")
-    assert code == 3 and "1 tensors, none of them called lora_A" in err and "'blocks.0.attn.weight'" in err
+    assert code == 3 and "1 tensor, none of them called lora_A" in err and "'blocks.0.attn.weight'" in err
 
 
 # --- one module under two names ---------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_the_command_says_what_it_kept(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*given, "--energy", "0.5", "--drop"])
     said = capsys.readouterr().out
-    assert stopped.value.code == 0 and "of the squared change" in said and "left out: 1 tensors" in said
+    assert stopped.value.code == 0 and "of the squared change" in said and "left out: 1 tensor" in said
     with pytest.raises(SystemExit) as stopped:
         main([*given, "--rank", "4", "--energy", "0.5"])
     assert stopped.value.code == 2

@@ -293,7 +293,7 @@ def test_texts_are_read_from_lines_and_tables(tmp_path):
         with pytest.raises(InputError, match=message):
             parse_texts([f"t={tmp_path / place}"])
     lines.write_text("a\tb\nc\n")
-    with pytest.raises(InputError, match="parts"):
+    with pytest.raises(InputError, match="has 1 part, the first has 2"):
         read_texts(lines)
     lines.write_text("\n")
     with pytest.raises(InputError, match="no texts"):

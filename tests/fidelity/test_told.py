@@ -11,6 +11,7 @@ from plait.cli.existing_words import auto_text
 from plait.disk.written import Written
 from plait.errors import RunError, UsageError
 from plait.fidelity.auto import AutoSettings, merge_auto
+from plait.fidelity.limit import Limit
 from plait.fidelity.score import general_shift
 from tests.fidelity.conftest import texts_of
 from tests.test_hub import plait, write
@@ -50,6 +51,7 @@ def test_one_adapter_is_held_to_the_limit_and_is_not_repaired(make_panel):
     shift = float(general_shift(alone, [(one, 1.0)])[0])
     within = merge_auto([one], panel.base, texts, general=general, settings=replace(QUICK, max_shift=shift * 1.01))
     assert within.fidelity.general_kl == pytest.approx(shift)
+    assert within.record.limit == Limit(shift * 1.01, 1)
     with pytest.raises(RunError, match="one by itself moves general text"):
         merge_auto([one], panel.base, texts, general=general, settings=replace(QUICK, max_shift=shift * 0.99))
     for asked in ({"repair": 3}, {"learn_heads": True}):

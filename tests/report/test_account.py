@@ -159,7 +159,7 @@ def test_a_score_that_is_missing_is_said_and_done_again_without_the_sweep(study_
     for room in ("train", "statistics"):
         shutil.rmtree(study_copy.out / room)
     shutil.rmtree(study_copy.path(next(u for u in all_units(study_copy) if u.stage == MERGE and u.split == FOLDS)))
-    with pytest.raises(RunError, match="not finished: 1 units of wave 'scores'"):
+    with pytest.raises(RunError, match="not finished: 1 unit of wave 'scores'"):
         account_of(Layout(study_copy.recipe, study_copy.out))
     layout = finished(study_copy.recipe, study_copy.out)
     assert (

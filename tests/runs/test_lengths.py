@@ -112,7 +112,7 @@ def test_single_stages_say_it_too(text_recipe, tmp_path, capsys):
     assert (
         found["adapters"][0]["tasks"]["said"]["cut"]["cut"] == 1 and "cut" not in found["adapters"][0]["tasks"]["short"]
     )
-    assert err.count("1 of 4 prompts of said are cut") == 1
+    assert err.count("1 of 4 prompts of said is cut") == 1
     found, _ = call("stats", "--task", "short", "--out", str(tmp_path / "short.stats.safetensors"))
     assert "cut" not in found
 
@@ -140,7 +140,7 @@ def test_what_is_cut_of_every_kind(tiny_base):
     rows = Examples(((LONG,), (SHORT,)), np.arange(2))
     encoded, cut = encode_counted(tokenizer, one, rows, 16)
     assert cut == Cut(2, 1, 16, 32) and [len(r["input_ids"]) for r in encoded] == [16, 6]
-    assert cut.said(one) == "1 of 2 texts of t are cut at 16 tokens; data.max_length: 32 would hold all"
+    assert cut.said(one) == "1 of 2 texts of t is cut at 16 tokens; data.max_length: 32 would hold all"
     tokenizer.model_max_length = 24
     cut = encode_counted(tokenizer, one, rows, 16)[1]
     assert cut.said(one).endswith("; the longest has 32, and the base reads 24")

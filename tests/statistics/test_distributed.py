@@ -58,7 +58,7 @@ def test_world_sizes_agree(world, tmp_path):
         torch.testing.assert_close(moments.total, found.sites[site].total, rtol=1e-5, atol=1e-5)
         assert moments.padded_count == found.sites[site].padded_count
     parted = read_statistics(tmp_path / f"grouped-{world}")
-    assert parted.provenance["memory"]["chosen"] == "exact, 1 layers at a time"
+    assert parted.provenance["memory"]["chosen"] == "exact, 1 layer at a time"
     assert relative_difference(alone, parted) < 1e-6
     assert [parted.provenance[k] for k in ("samples", "tokens")] == [alone.provenance[k] for k in ("samples", "tokens")]
     for name, info in alone.modules.items():

@@ -65,7 +65,7 @@ def test_layer_groups_change_nothing(architecture, tmp_path, monkeypatch):
     # In a model this small the hidden states that groups keep outweigh the sums, so groups are imposed.
     monkeypatch.setattr("plait.statistics.grouped.plan_memory", lambda n, *_, **__: MemoryPlan("layers", n, n, 1))
     found = collect_statistics(model, given, "all-linear", memory=1, spool=tmp_path / "parts")
-    assert found.provenance["memory"]["chosen"] == "exact, 1 layers at a time"
+    assert found.provenance["memory"]["chosen"] == "exact, 1 layer at a time"
     assert isinstance(found.sites, FileSites) and list(found.modules) == list(plain.modules)
     assert {n: i.site for n, i in found.modules.items()} == {n: i.site for n, i in plain.modules.items()}
     assert relative_difference(plain, found) < 1e-6

@@ -70,7 +70,7 @@ def test_only_the_assistant_is_learnt_and_its_end(chat_base):
     inside = learnt[2]  # within an earlier answer: nothing stands before its first token that is left
     begun = encode(tokenizer, talk_task(), examples, len(row["input_ids"]) - inside)[0]
     assert row["labels"][inside] != -100 and begun["labels"] == [-100, *row["labels"][inside + 1 :]]
-    with pytest.raises(InputError, match="1 of 1 answers do not fit max_length 4: the longest has 4 tokens") as raised:
+    with pytest.raises(InputError, match="1 of 1 answer does not fit max_length 4: the longest has 4 tokens") as raised:
         encode(tokenizer, talk_task(), examples, 4)
     assert raised.value.where == "task talk" and "data.max_length: 32" in str(raised.value.hint)
     with pytest.raises(InputError, match="nothing stands before"):

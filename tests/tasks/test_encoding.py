@@ -72,7 +72,7 @@ def test_causal_masks_the_prompt_and_keeps_the_target(tiny_base):
         assert torch.equal(batch["labels"][kept], batch["input_ids"][kept]) and bool(
             (batch["attention_mask"][kept] == 1).all()
         )
-    with pytest.raises(InputError, match="do not fit max_length 4"):
+    with pytest.raises(InputError, match="does not fit max_length 4"):
         encode(tokenizer, task("causal"), Examples((("a",),), (" ".join(WORDS[:9]),), np.arange(1)), 4)
 
 

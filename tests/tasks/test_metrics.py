@@ -55,7 +55,7 @@ def test_exact_match_and_the_score_of_a_task():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("metric", [m for m in METRICS if m != "exact_match"])
 def test_predictions_that_are_no_numbers(metric, value):
-    with pytest.raises(RunError, match="1 predictions are NaN or infinite"):
+    with pytest.raises(RunError, match="1 prediction is NaN or infinite"):
         score(metric, np.array([[0.0], [value]]), np.array([0, 1]))
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
+from plait.border.counts import plural
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def parameter_names(
             continue
         if sorted(levels) != list(range(len(levels))) or len(known) != len(levels):
             raise InputError(
-                f"{owner!r} has factors of {len(levels)} parameters, and target_parameters names "
+                f"{owner!r} has factors of {plural(len(levels), 'parameter')}, and target_parameters names "
                 f"{', '.join(known) or 'none'} of it",
                 where=where,
                 hint="the config must list the parameters that were trained, as PEFT writes it",
@@ -291,5 +292,5 @@ def same_experts(one: Mapping[str, LoraFactors], other: Mapping[str, LoraFactors
     mine, theirs = stacks_of(one), stacks_of(other)
     for parameter in mine.keys() & theirs.keys():
         if len(mine[parameter]) != len(theirs[parameter]):
-            return f"{parameter!r} has {len(mine[parameter])} experts and {len(theirs[parameter])}"
+            return f"{parameter!r} has {plural(len(mine[parameter]), 'expert')} and {len(theirs[parameter])}"
     return None

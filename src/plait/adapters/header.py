@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.border.checked import DuplicateKey, distinct_keys, encodable, shown
+from plait.border.counts import plural
 from plait.errors import InputError
 
 # 18,000 modules of a mixture of experts, each with two factors, take 6 MB; a hundred times the text in Python's objects.
@@ -67,9 +68,15 @@ def read_header(f: FileIO, path: Path, length: int) -> tuple[dict[str, Any], byt
             raise InputError(f"{what}, not safetensors", where=str(path), hint=ADVICE)
     size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if len(start) < 8 or size > length - 8:
-        raise InputError(f"{length} bytes do not hold a safetensors header", where=str(path), hint=ADVICE)
+        raise InputError(
+            f"{plural(length, 'byte', 'does', 'do')} not hold a safetensors header",
+            where=str(path),
+            hint=ADVICE,
+        )
     if size > LARGEST_HEADER:
-        raise InputError(f"a header of {size} bytes, at most {LARGEST_HEADER} are read", where=str(path), hint=ADVICE)
+        raise InputError(
+            f"a header of {plural(size, 'byte')}, at most {LARGEST_HEADER} are read", where=str(path), hint=ADVICE
+        )
     f.seek(0)
     head = f.read(8 + size)
     if head.count(b"{") + head.count(b"[") > size // _DENSITY + 16:
@@ -109,7 +116,7 @@ def _require_layout(entries: Mapping[str, Any], length: int, path: Path) -> None
         end = stop
     if end != length:
         raise InputError(
-            f"not a whole safetensors file: its header speaks of {end} bytes, and {length} follow",
+            f"not a whole safetensors file: its header speaks of {plural(end, 'byte')}, and {length} follow",
             where=str(path),
             hint=ADVICE,
         )
@@ -132,7 +139,7 @@ def _wrong_in(name: str, entry: Any) -> str:
         return "ends before it begins"
     size = ITEMSIZES.get(kind)
     if size is not None and math.prod(shape) * size != offsets[1] - offsets[0]:
-        return f"of shape {shape} does not fill its {offsets[1] - offsets[0]} bytes"
+        return f"of shape {shape} does not fill its {plural(offsets[1] - offsets[0], 'byte')}"
     return ""
 
 

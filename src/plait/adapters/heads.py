@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plait.border.counts import plural
 from plait.border.head_shapes import output_layer
 from plait.errors import InputError
 
@@ -92,7 +93,9 @@ def checked_facts(raw: Mapping[str, Any], outputs: int | None, where: str) -> He
     if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
         raise InputError(f"labels of its head are {labels!r:.80}, expected a list of names", where=where)
     if labels and outputs is not None and len(labels) != outputs:
-        raise InputError(f"its head has {outputs} outputs and {len(labels)} names of classes", where=where)
+        raise InputError(
+            f"its head has {plural(outputs, 'output')} and {plural(len(labels), 'name')} of classes", where=where
+        )
     for key in ("problem_type", "task_type", "prefix"):
         if not isinstance(raw.get(key, ""), str):
             raise InputError(f"{key} of its head is {raw[key]!r:.80}, expected a string", where=where)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from plait.border.counts import plural
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def kinds_of_names(names: Iterable[str]) -> str:
     known = list(names)
     shown = ", ".join(repr(n) for n in known[:3])
     return (
-        f"{len(known)} tensors, none of them called lora_A, lora_B, lora_down or lora_up: {shown}"
+        f"{plural(len(known), 'tensor')}, none of them called lora_A, lora_B, lora_down or lora_up: {shown}"
         if known
         else "nothing"
     )

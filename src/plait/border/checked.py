@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plait.border.counts import plural
 from plait.errors import InputError, PlaitError
 
 Json = dict[str, Any]  # a JSON object: what stands in a file, or is hashed as an identity
@@ -126,7 +127,7 @@ class Record:
         value = self._found(key, _REQUIRED)
         whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         if not whole or len(value) != length or not all(low <= v <= high for v in value):
-            raise self.wrong(key, value, f"a list of {length} integers from {low} to {high}")
+            raise self.wrong(key, value, f"a list of {plural(length, 'integer')} from {low} to {high}")
         return tuple(value)
 
     def record(self, key: str, *, optional: bool = False) -> Record:

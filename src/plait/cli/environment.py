@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.border.counts import plural
 from plait.cli.options import Json
 from plait.cli.output import emit
 from plait.options import require_known
@@ -78,7 +79,7 @@ def doctor_text(installation: Installation) -> str:
         ["plait", i.plait],
         ["Python", i.python],
         ["system", i.system],
-        ["CPU", f"{i.cores} cores{memory}{disk}"],
+        ["CPU", f"{plural(i.cores, 'core')}{memory}{disk}"],
         ["GPU", f"{gpus}; torch {f'for CUDA {i.cuda}' if i.cuda else 'without CUDA'}"],
         *([name, version or "missing"] for name, version in i.packages.items()),
         *([name, value] for name, value in i.environment.items()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from plait.border.counts import plural
 from plait.cli.output import table
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def auto_text(written: Written[AutoRecord]) -> str:
     if repair:
         lines.append(repair_text(repair))
     lines += _heads_text(record)
-    if record.limit and fidelity and fidelity.general_kl is not None:
-        lines.append(limit_text(record.limit, fidelity.general_kl))
+    lines += [limit_text(record.limit, fidelity.general_kl or 0.0)] if record.limit and fidelity else []
     if record.discarded_energy:
         lines.append(lost_in_cut(f"the cut to rank {record.rank}", record.discarded_energy, record.cut))
     if record.rounding_error is not None:
@@ -95,16 +95,16 @@ def limit_text(limit: Limit, shift: float) -> str:
     if limit.left_out:
         best = limit.left_out[0]
         beyond.append(
-            f"{len(limit.left_out)} of {limit.tried} merges, of which {best.candidate} at scale {best.scale:g} follows its adapters best "
-            f"({best.score:.3f}, {best.general_kl:.3g} nats)"
+            f"{len(limit.left_out)} of {plural(limit.tried, 'merge')}, of which {best.candidate} at scale {best.scale:g} follows its "
+            f"adapters best ({best.score:.3f}, {best.general_kl:.3g} nats)"
         )
-    return text + ("; ".join([*beyond, *limit.steps]) or f"none of {limit.tried} merges")
+    return text + ("; ".join([*beyond, *limit.steps]) or f"none of {plural(limit.tried, 'merge')}")
 
 
 def repair_text(repair: Repair) -> str:
     """Say what distilling the adapters into a merge did."""
     how = f"{repair.method}, on policy" if repair.on_policy else repair.method
-    done = f"repaired ({how}), {repair.steps} of at most {max(repair.most, repair.steps)} steps"
+    done = f"repaired ({how}), {repair.steps} of at most {plural(max(repair.most, repair.steps), 'step')}"
     if not repair.held_out:
         return f"{done}: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}; too few texts to hold any out"
     before, after = repair.held_out["merge"], repair.held_out["repaired"]

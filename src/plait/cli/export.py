@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.border.counts import plural
 from plait.cli.options import Json, Out, Overwrite
 from plait.cli.output import emit
 
@@ -39,7 +40,7 @@ def export_text(written: Written[ExportRecord]) -> str:
     """Say what was written, what rounding took, and which lines load it."""
     record = written.record
     head = f" with the head of {record.task}" if record.task else ""
-    lines = [f"{record.modules} modules, rank {record.rank}{head}, for {record.loader} -> {written.output}"]
+    lines = [f"{plural(record.modules, 'module')}, rank {record.rank}{head}, for {record.loader} -> {written.output}"]
     if written.reused:
         lines[0] += " (was there already)"
     if record.rounding_error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.border.counts import agreed, plural
 from plait.cli.merging import merge_text, named_files
 from plait.cli.options import Device, Json, Out, Overwrite
 from plait.cli.output import emit
@@ -156,7 +157,7 @@ def _number(text: str, name: str) -> float:
 def conversion_text(written: Written[ConversionRecord]) -> str:
     """Say what a conversion did, and at what price."""
     record = written.record
-    lines = [f"{record.origin} -> {record.to}, {record.modules} modules -> {written.output}"]
+    lines = [f"{record.origin} -> {record.to}, {plural(record.modules, 'module')} -> {written.output}"]
     if written.reused:
         return lines[0] + " (was there already)"
     for step in record.conversions:
@@ -168,7 +169,9 @@ def conversion_text(written: Written[ConversionRecord]) -> str:
             worst = f"{step.worst.module} ({step.worst.relative_error:.3g})"
             lines.append(f"  a higher --rank would leave {more}; worst here {worst}")
     if record.folded:
-        lines.append(f"scalings of {record.folded} modules multiplied into B: {record.to} cannot express them")
+        lines.append(
+            f"scalings of {plural(record.folded, 'module')} multiplied into B: {record.to} cannot express them"
+        )
     if record.rounding_error is not None:
         lines.append(f"rounding took {100 * record.rounding_error:.2g} % of the update")
     return "\n".join([*lines, *record.notes, f"verified: read again, largest error {record.verification_error:.1e}"])
@@ -181,22 +184,25 @@ def extraction_text(written: Written[ExtractionRecord]) -> str:
     said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     worst = record.worst_module
     lines = [
-        f"{record.modules} modules at {said} -> {written.output}",
+        f"{plural(record.modules, 'module')} at {said} -> {written.output}",
         f"keeps {record.energy_kept:.4%} of the squared change (relative error {record.relative_error:.3g}); "
         f"least {worst.energy_kept:.4%}, of {worst.name}",
     ]
     if record.metric_kept is not None:
         lines.append(f"in the metric of the inputs {record.metric_kept:.4%}")
     if record.unchanged:
-        lines.append(f"{record.unchanged} modules did not change")
+        lines.append(f"{plural(record.unchanged, 'module')} did not change")
     if record.heads:
         lines.append("the head is kept whole")
     if dropped := record.dropped:
         lines.append(
-            f"left out: {len(dropped)} tensors that changed and are not covered, {', '.join(list(dropped)[:3])} ..."
+            f"left out: {plural(len(dropped), 'tensor')} that changed and {agreed(len(dropped), 'is', 'are')} not covered, "
+            f"{', '.join(list(dropped)[:3])}{' ...' if len(dropped) > 3 else ''}"
         )
     if record.without_statistics:
-        lines.append(f"cut without the metric, having no statistics: {len(record.without_statistics)} modules")
+        lines.append(
+            f"cut without the metric, having no statistics: {plural(len(record.without_statistics), 'module')}"
+        )
     if record.verification_error is not None:
         lines.append(f"verified: read again, loses what was stated to {record.verification_error:.1e}")
     return "\n".join(lines)

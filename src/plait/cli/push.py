@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.border.counts import plural
 from plait.cli.options import Json
 from plait.cli.output import emit, table
 
@@ -55,10 +56,13 @@ def push_text(pushed: Pushed, dry_run: bool) -> str:
     total = sum(f.bytes for f in pushed.files)
     where = f"{pushed.repo}{' (private)' if pushed.private else ''}"
     if dry_run:
-        lines += ["", f"{len(rows)} files, {total:,} bytes, would go to {where}; nothing was sent"]
+        lines += ["", f"{plural(len(rows), 'file')}, {plural(total, 'byte')}, would go to {where}; nothing was sent"]
     elif not pushed.sent:
         lines += ["", f"{where} holds all of it already: {pushed.url}"]
     else:
-        lines += ["", f"{len(rows)} files, {total:,} bytes -> {pushed.url}{' (private)' if pushed.private else ''}"]
+        lines += [
+            "",
+            f"{plural(len(rows), 'file')}, {plural(total, 'byte')} -> {pushed.url}{' (private)' if pushed.private else ''}",
+        ]
     lines.append(f"base: {pushed.base}" if pushed.base else "a whole model")
     return "\n".join(lines)

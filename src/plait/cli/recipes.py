@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from plait.border.counts import plural
 from plait.cli.execution import ExecutorName, Scorers, Workers, execute
 from plait.cli.options import Json, Out, Overwrite, Quiet, RecipeArg, Set
 from plait.cli.output import emit, table
@@ -38,8 +39,9 @@ def demo(
     found, floors = run_demo(out, overwrite=overwrite, quiet=quiet)
     seconds = sum(os.times()[:4])  # of this process and its children; of what stood there already, nothing
     result = {**found, "frozen_base": {f.task: f.frozen for f in floors}, "cpu_seconds": round(seconds, 1)}
+    reused = int(found["reused"])
     took = f"This took {seconds:.0f} CPU seconds" + (
-        f"; {found['reused']} results were there already." if found["reused"] else "."
+        f"; {plural(reused, 'result', 'was', 'were')} there already." if reused else "."
     )
     emit(result, as_json, "\n\n".join([result_text(found), floors_text(floors), took, next_step(out)]))
 
@@ -76,9 +78,7 @@ def plan(
 
     forecast = describe(read(recipe, sets), out, measure=measure)
     rows = [[stage, str(n.units), str(n.reused)] for stage, n in forecast.stages.items()]
-    tail = (
-        f"\n{forecast.adapters} adapters; {forecast.forward_rows:,} rows through the base, training counted 3.5 times"
-    )
+    tail = f"\n{plural(forecast.adapters, 'adapter')}; {plural(forecast.forward_rows, 'row')} through the base, training counted 3.5 times"
     if forecast.seconds is not None and forecast.seconds_per_row is not None:
         pace = f"{1000 * forecast.seconds_per_row:.3g} ms a row, as it was just timed"
         tail += f"\nabout {duration(forecast.seconds)} on this machine ({pace}); loading and merging come on top"

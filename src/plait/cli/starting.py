@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from plait.border.counts import plural
 from plait.cli.options import Json, Overwrite
 from plait.cli.output import emit
 from plait.errors import UsageError
@@ -51,7 +52,7 @@ def new(
         raise UsageError(f"--validation {wrong[0]!r} is no task with a file", hint="--validation NAME=FILE")
     tasks = [replace(t, validation=held.get(t.name)) for t in tasks]
     written = new_recipe(recipe, base, tasks, kind=kind, overwrite=overwrite)
-    described = ", ".join(f"{t} ({k}, {written.rows.get(t, '?')} rows)" for t, k in written.tasks.items())
+    described = ", ".join(f"{t} ({k}, {_rows(written.rows.get(t))})" for t, k in written.tasks.items())
     place = shlex.quote(str(recipe))
     lines = [f"{recipe}: {described}; adapts {', '.join(written.target_modules)}, {written.max_length} tokens a row"]
     lines += [f"next: plait plan {place}", f"      plait run {place} --out {shlex.quote(recipe.stem + '-run')}"]
@@ -77,3 +78,7 @@ def schema(
         emit({"output": str(out.absolute())}, as_json, str(out))
         return
     emit({"recipe": recipe_schema()}, as_json, text)
+
+
+def _rows(count: int | None) -> str:
+    return "? rows" if count is None else plural(count, "row")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.border.counts import plural
 from plait.cli.options import Device, FourBits, Json, Overwrite, Root, Seed, Set
 from plait.cli.output import emit, table
 from plait.cli.source import (
@@ -92,9 +93,10 @@ def collect(
         return
     if collected.memory:
         way, needed, allowed = (collected.memory[k] for k in ("chosen", "needed", "allowed"))
-        typer.echo(f"memory: {way}, {needed:,} of {allowed:,} bytes", err=True)
-    more = f", output gradients of {collected.output_gradients} modules" if collected.output_gradients else ""
-    line = f"{task}: {collected.samples} rows, {collected.tokens} tokens, {collected.sites} sites{more} -> {out}"
+        typer.echo(f"memory: {way}, {needed:,} of {plural(allowed, 'byte')}", err=True)
+    more = f", output gradients of {plural(collected.output_gradients, 'module')}" if collected.output_gradients else ""
+    counts = [(collected.samples, "row"), (collected.tokens, "token"), (collected.sites, "site")]
+    line = f"{task}: {', '.join(plural(n or 0, what) for n, what in counts)}{more} -> {out}"
     emit(collected, as_json, line + _before(collected.reused))
 
 
@@ -125,7 +127,7 @@ def merge(files: Files, out: NewFile, overwrite: Overwrite = False, as_json: Jso
     pooled = merge_files(files, out, overwrite=overwrite)
     if pooled.dropped_output_gradients:
         typer.echo("note: without output gradients, which not all files hold of the same modules", err=True)
-    emit(pooled, as_json, f"{len(files)} files -> {out}" + _before(pooled.reused))
+    emit(pooled, as_json, f"{plural(len(files), 'file')} -> {out}" + _before(pooled.reused))
 
 
 def diff(a: File, b: File, as_json: Json = False) -> None:
@@ -159,7 +161,7 @@ def compress(
     from plait.runs.single.pooled import compress_file
 
     small = compress_file(file, out, rank, overwrite=overwrite)
-    line = f"{small.bytes_before:,} -> {small.bytes_after:,} bytes, error at most {small.relative_error:.2e} of a trace"
+    line = f"{small.bytes_before:,} -> {plural(small.bytes_after, 'byte')}, error at most {small.relative_error:.2e} of a trace"
     emit(small, as_json, line + _before(small.reused))
 
 
@@ -192,7 +194,7 @@ def fisher(
     if labels not in ("sampled", "given"):
         raise UsageError(f"--labels {labels!r}, expected sampled or given")
     file = fisher_of_folder(chosen, adapter, task, out, labels=labels, seed=seed, overwrite=overwrite)  # type: ignore[arg-type]
-    line = f"{task}: {file.examples} rows, {file.modules} modules, {file.bytes:,} bytes -> {out}"
+    line = f"{task}: {plural(file.examples, 'row')}, {plural(file.modules, 'module')}, {plural(file.bytes, 'byte')} -> {out}"
     emit(file, as_json, line + _before(file.reused))
 
 

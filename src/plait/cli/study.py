@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from plait.border.counts import plural
 from plait.cli.execution import ExecutorName, Scorers, Seconds, Workers, execute
 from plait.cli.options import Json, Out, Quiet, Set
 from plait.cli.output import emit
@@ -39,7 +40,11 @@ def run(
     _, outcome = execute(
         read_recipe(find_study(study), sets or []), out, executor, workers, scorers, seconds=seconds, quiet=quiet
     )
-    said = "finished" if outcome.finished else f"not finished: {outcome.left} units of wave {outcome.wave!r} left"
+    said = (
+        "finished"
+        if outcome.finished
+        else f"not finished: {plural(outcome.left, 'unit')} of wave {outcome.wave!r} left"
+    )
     emit(outcome, as_json, f"{said}, {outcome.seconds:.0f} s")
 
 
@@ -80,7 +85,7 @@ def archive(
     from plait.runs.folder import layout_of_folder
 
     packed = write_archive(layout_of_folder(folder, sets or []), to, base=base, data=data, overwrite=overwrite)
-    emit(packed, as_json, f"{packed.units} results, {packed.bytes / 1e6:.1f} MB -> {to}")
+    emit(packed, as_json, f"{plural(packed.units, 'result')}, {packed.bytes / 1e6:.1f} MB -> {to}")
 
 
 def list_batches(
@@ -108,4 +113,4 @@ def run_job(
 
     batch = read_batch(job)
     done = run_batch(batch, report=Shown(Progress(len(batch["units"]), len(batch["units"]), quiet)))
-    emit({"done": done}, as_json, f"{done} units")
+    emit({"done": done}, as_json, plural(done, "unit"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from plait.border.counts import plural
 from plait.border.own_paths import without_paths
 from plait.errors import printable
 
@@ -83,9 +84,10 @@ def _merged(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]
 
 def _chosen(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     choice, texts = result.get("chosen", {}), result.get("texts") or {}
+    tried = len(result.get("evidence", ()))
     how = (
-        f"by how closely {len(result.get('evidence', ()))} candidates follow every adapter on "
-        + ", ".join(f"{n} texts of {_code(t)}" for t, n in sorted(texts.items()))
+        f"by how closely {plural(tried, 'candidate', 'follows', 'follow')} every adapter on "
+        + ", ".join(f"{_several(n, 'text')} of {_code(t)}" for t, n in sorted(texts.items()))
         if texts
         else "from the adapters' factors alone, nothing was run"
     )
@@ -93,7 +95,9 @@ def _chosen(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]
         f"`plait merge auto` chose {_text(choice.get('candidate'))} at scale {choice.get('scale', 1.0):g}, {how}."
     )
     repair = result.get("repair") or {}
-    repaired = [f"Then {repair['steps']} steps of distilling the adapters into it."] if repair.get("kept") else []
+    repaired = (
+        [f"Then {_several(repair['steps'], 'step')} of distilling the adapters into it."] if repair.get("kept") else []
+    )
     return [sentence, *repaired, _inputs(result.get("adapters") or (), False), *_checks(result)]
 
 
@@ -108,7 +112,10 @@ def _baked(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
         if rounding
         else ""
     )
-    return [f"{of}, added to the base's weights: {result.get('modules')} modules changed.{loss}", *_checks(result)]
+    return [
+        f"{of}, added to the base's weights: {_several(result.get('modules'), 'module')} changed.{loss}",
+        *_checks(result),
+    ]
 
 
 def _best(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -130,8 +137,9 @@ def _exported(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
 
 def _extracted(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     sentence = (
-        f"Cut out of a full fine-tune: the LoRA nearest to its difference from the base in {result.get('modules')} modules, rank "
-        f"{result.get('rank')}, keeps {100 * result.get('energy_kept', 0.0):.2f} % of the difference's energy."
+        "Cut out of a full fine-tune: the LoRA nearest to its difference from the base in "
+        f"{_several(result.get('modules'), 'module')}, rank {result.get('rank')}, keeps "
+        f"{100 * result.get('energy_kept', 0.0):.2f} % of the difference's energy."
     )
     dropped = result.get("dropped") or {}
     return [sentence, *([f"Changes left out: {_listed(sorted(dropped))}."] if dropped else []), *_checks(result)]
@@ -148,9 +156,7 @@ def _converted(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[s
 
 def _trained(result: Mapping[str, Any]) -> list[str]:
     losses = result.get("losses") or result
-    sentence = (
-        f"Trained on {_code(result['task'])} ({_text(result.get('kind', ''))}) for {result['steps']} steps by plait."
-    )
+    sentence = f"Trained on {_code(result['task'])} ({_text(result.get('kind', ''))}) for {_several(result['steps'], 'step')} by plait."
     last = losses.get("last") if isinstance(losses, Mapping) else None
     return [sentence + (f" The loss ended at {last:.4g}." if _is_number(last) else "")]
 
@@ -246,3 +252,8 @@ def _text(value: object) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _several(count: Any, noun: str) -> str:
+    """A count out of somebody's record, with its noun."""
+    return plural(count, noun) if isinstance(count, int) else f"{_text(count)} {noun}s"

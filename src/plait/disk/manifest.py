@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from plait.border.checked import LARGEST_MANIFEST
+from plait.border.counts import plural
 from plait.disk.files import read_json, sha256_file, sha256_json
 from plait.disk.locks import require_readable
 from plait.errors import Damaged, InputError, UsageError
@@ -238,7 +239,7 @@ def _changed(path: Path, digest: str, size: int | None, read: bool, known: str |
         return "may not be read by this user"
     length = path.stat().st_size
     if size is not None and length != size:
-        return f"has {length} bytes, {size} were written"
+        return f"has {plural(length, 'byte')}, {size} were written"
     if known is None and not read:
         return ""
     same = (known or sha256_file(path)) == digest

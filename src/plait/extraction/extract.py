@@ -12,6 +12,7 @@ from plait.adapters.experts import member_of
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.counts import plural
 from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.hub import split_revision
@@ -144,7 +145,7 @@ def _changes(pair: Pair, ask: Extraction) -> Found:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         said = ", ".join(f"{p} ({found.dropped[p]:.2g} of its norm)" for p in names[:_NAMED])
         raise InputError(
-            f"training changed {len(names)} tensors that the LoRA does not cover: {said}{more}",
+            f"training changed {plural(len(names), 'tensor')} that the LoRA does not cover: {said}{more}",
             where=str(ask.finetuned),
             hint="--drop leaves them as the base has them; --target-modules covers embeddings and output layers by name",
         )

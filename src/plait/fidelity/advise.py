@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.errors import InputError, UsageError
 from plait.fidelity import advice_without_texts, costs, notes
 from plait.fidelity.advice_options import SEPARATELY, SINGLE, merged_name, options_of
@@ -248,7 +249,9 @@ def _arms(
     arms = {merged_name(rank, R): merge for rank, merge in merges.items()}
     repair = None
     if settings.repair:
-        on_progress(f"repair at {'two ranks' if len(merges) > 1 else 'its rank'}, at most {settings.repair} steps each")
+        on_progress(
+            f"repair at {'two ranks' if len(merges) > 1 else 'its rank'}, at most {plural(settings.repair, 'step')} each"
+        )
         for rank, merge in sorted(merges.items()):
             better, done = repaired(seen, merge, settings.repair, settings.seed, on_progress=on_progress)
             arms[f"merged and repaired, rank {rank}"], repair = better, repair or done

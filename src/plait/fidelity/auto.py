@@ -235,7 +235,10 @@ def _alone(adapter: Adapter, panel: Panel, settings: AutoSettings, record: AutoR
     merge = _cut(AutoMerge(adapter, None, record), settings.rank)
     fidelity = measured(panel, merge.adapter)
     require_within(fidelity, settings.max_shift, f"{adapter.name} by itself", "a larger --max-shift")
-    return replace(merge, fidelity=fidelity, record=replace(merge.record, fidelity=FidelityRecord.of(fidelity)))
+    limit = None if settings.max_shift is None else Limit(settings.max_shift, 1)
+    return replace(
+        merge, fidelity=fidelity, record=replace(merge.record, fidelity=FidelityRecord.of(fidelity), limit=limit)
+    )
 
 
 def _cut(merge: AutoMerge, rank: int | None, metric: InputMetric | None = None) -> AutoMerge:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.disk.store import read_manifest, sha256_json
 from plait.errors import UsageError
 from plait.fidelity.record import ChatRecord
@@ -67,7 +68,7 @@ def chat_of(
     used = bool(asked) or (asked is None and bool(template) and not plain)
     detected = answers is None and not asked
     why = " (the files hold prompts; --no-answers reads them as plain texts)" if detected else ""
-    said = f"adapters are followed in their own answers, up to {new_tokens} tokens each{why}"
+    said = f"adapters are followed in their own answers, up to {plural(new_tokens, 'token')} each{why}"
     if used:
         how = "as asked for" if asked else "the tokenizer has one (--no-chat leaves it out)"
         said = f"prompts go through the tokenizer's chat template: {how}; {said}"

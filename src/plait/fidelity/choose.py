@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.errors import RunError
 from plait.fidelity.candidates import METHODS, OWN_MOMENTS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
 from plait.fidelity.distil import distil
@@ -110,7 +111,7 @@ def choose(
     held_out: dict[str, float] = {}
     beyond: tuple[str, ...] = ()
     if refine and enough:
-        on_progress(f"weights per adapter and module, {refine} steps")
+        on_progress(f"weights per adapter and module, {plural(refine, 'step')}")
         refined, learnt, held_out = refined_weights(panel, adapters, best, refine, seed)
         if held_out["refined"] > held_out["chosen"]:
             if within(panel, refined, max_shift):

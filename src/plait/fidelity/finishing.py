@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.errors import RunError
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.choose import within
@@ -87,7 +88,7 @@ class _Finishing:
         steps = self.settings.repair
         if not steps:
             return merge, record
-        self.on_progress(f"repair: distilling all adapters into it, at most {steps} steps")
+        self.on_progress(f"repair: distilling all adapters into it, at most {plural(steps, 'step')}")
         better, done = repaired(
             self.panel,
             merge,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.adapters.arrays import FLOAT32, KEEP
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.overwriting import require_apart
@@ -180,7 +181,9 @@ def _panel(
     for adapter in adapters:
         mine = [p for p in parts if p.adapter is adapter]
         if len(mine) != 1:
-            raise InputError(f"{len(mine)} heads, and {method} takes adapters of one task", where=adapter.name)
+            raise InputError(
+                f"{plural(len(mine), 'head')}, and {method} takes adapters of one task", where=adapter.name
+            )
         if mine[0].task.kind == "seq2seq":
             raise InputError(
                 "of an encoder-decoder model, whose two kinds of padding are not told apart", where=adapter.name

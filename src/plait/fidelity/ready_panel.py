@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.errors import UsageError
 from plait.fidelity.chat import Chat, chat_of
 from plait.fidelity.own_answers import cut_prompts
@@ -70,11 +71,11 @@ def ready_panel(
         panel = replace(panel, chat=prompting.used)
         if cut := cut_prompts(panel):
             counts = ", ".join(f"{n} of {len(usable[t])} of {t}" for t, n in cut.items())
-            note = f"prompts longer than {max_length} tokens, cut from the left: {counts} (--max-length)"
+            note = f"prompts longer than {plural(max_length, 'token')}, cut from the left: {counts} (--max-length)"
             on_progress(note)
             prompting = replace(prompting, record=replace(prompting.record, cut=cut), notes=(*prompting.notes, note))
     if prompting.answered or on_policy:
         panel = replace(panel, positions=WRITTEN)
-        on_progress(f"each adapter writes after its prompts, up to {new_tokens} tokens")
+        on_progress(f"each adapter writes after its prompts, up to {plural(new_tokens, 'token')}")
     require_room(panel)
     return panel, prompting

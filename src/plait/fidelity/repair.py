@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.fidelity.choose import FEWEST, HELD_OUT
 from plait.fidelity.distil import Stopping, distil
 from plait.fidelity.duration import in_words
@@ -75,7 +76,7 @@ def repaired(
     def tell(look: Look) -> None:
         left = (time.perf_counter() - begun) * (steps - look.step) / look.step
         more = f", at most {in_words(left)} left" if look.step < steps else ""
-        on_progress(f"  {look.step} of at most {steps} steps: kept {before:.3f} -> {look.kept:.3f}{more}")
+        on_progress(f"  {look.step} of at most {plural(steps, 'step')}: kept {before:.3f} -> {look.kept:.3f}{more}")
 
     done = distil(
         learning, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed,

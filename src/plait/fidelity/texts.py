@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.border.counts import plural
 from plait.disk.store import require_regular
 from plait.errors import InputError, UsageError
 from plait.tasks.chat import packed_prompt
@@ -164,7 +165,9 @@ def checked(texts: Texts, where: str, places: Sequence[int] | None = None) -> Te
     for i, row in zip(range(len(texts)) if places is None else places, texts, strict=True):
         if len(row) != width or width not in (1, 2):
             raise InputError(
-                f"text {i} has {len(row)} parts, the first has {width}", where=where, hint="pairs or single texts"
+                f"text {i} has {plural(len(row), 'part')}, the first has {width}",
+                where=where,
+                hint="pairs or single texts",
             )
         if any(not isinstance(part, str) or not part.strip() for part in row):
             raise InputError(f"text {i} is empty or no text", where=where)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from plait.border.counts import plural
 from plait.fidelity.candidates import Tried
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
@@ -88,13 +89,15 @@ def tournament(
     entries = [(t, s) for t in tried for s in beginning(t, scales)]
     scored: list[Scored] = []
     while entries:
-        on_progress(f"{len(entries)} merges, by fidelity")
+        on_progress(f"{plural(len(entries), 'merge')}, by fidelity")
         scored += _scored(screen, entries, rounds[0][0], on_progress)
         entries = list(_beyond(scored, place, scales)) if len(scales) > 1 else []
     scored.sort(key=place)
     for (_, share), (texts, _) in pairwise(rounds):
         going = scored[: number_going(len(tried), len(scales), share)]
-        on_progress(f"the best {len(going)} of them, on {'all texts' if texts == rounds[-1][0] else f'{texts} texts'}")
+        on_progress(
+            f"the best {len(going)} of them, on {'all texts' if texts == rounds[-1][0] else plural(texts, 'text')}"
+        )
         again = _scored(read_in(panel, texts, max_shift), [(s.tried, s.scale) for s in going], texts, on_progress)
         scored = sorted(again, key=place) + scored[len(going) :]
     panel.known.forget_others(p.adapter for p in panel.parts)

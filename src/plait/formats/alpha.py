@@ -14,6 +14,7 @@ from plait.adapters.arrays import array_of, floats
 from plait.adapters.config import CONFIG, LARGEST_CONFIG, AdapterConfig, checked_config
 from plait.adapters.weights import WEIGHTS
 from plait.border.checked import Record, parsed_json
+from plait.border.counts import agreed, plural
 from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, KOHYA, Parsed
@@ -101,7 +102,7 @@ def alpha_notes(source: Mapping[str, Any]) -> list[str]:
         found.append(f"alpha comes from {' and '.join(places)}")
     if count := source.get("without_alpha"):
         found.append(
-            f"{count} module{'s' if count > 1 else ''} came without an alpha: taken as equal to the rank, as their loaders do"
+            f"{plural(count, 'module')} came without an alpha: taken as equal to the rank, as {agreed(count, 'its', 'their')} loaders do"
         )
     return found
 

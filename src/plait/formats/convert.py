@@ -16,6 +16,7 @@ from plait.adapters.lineage import of_another_base
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
+from plait.border.counts import agreed, plural
 from plait.border.records import keyed, nested, to_json
 from plait.disk import store
 from plait.disk.hub import adapter_place, name_of
@@ -219,12 +220,18 @@ def _notes(adapter: Adapter, target: str) -> list[str]:
     if fused := adapter.source.get("fused"):
         found.append(f"in the original layout of {fused['layout']}, whose projections are fused (--layout)")
         if fused["stacked"]:
-            found.append(f"{fused['stacked']} fused layers add up their parts' ranks: each part had an A of its own")
+            found.append(
+                f"{plural(fused['stacked'], 'fused layer', 'adds up its', 'add up their')} parts' ranks: each part had an A of its own"
+            )
         if fused["absent"]:
-            found.append(f"{fused['absent']} parts of fused layers were not adapted: their rows are 0")
+            found.append(
+                f"{plural(fused['absent'], 'part')} of fused layers {agreed(fused['absent'], 'was', 'were')} not adapted: the rows are 0"
+            )
     found += lines(carried([adapter]))
     if adapter.source.get("tucker"):
-        found.append(f"{adapter.source['tucker']} convolutions came with a middle (Tucker) factor: multiplied into A")
+        found.append(
+            f"{plural(adapter.source['tucker'], 'convolution')} came with a middle (Tucker) factor: multiplied into A"
+        )
     return found + alpha_notes(adapter.source)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.border.counts import plural
 from plait.errors import EnvironmentFault, InputError
 
 MISSING = "pip install 'plait[gguf]'"
@@ -148,5 +149,5 @@ def restored(rows: Float[Tensor, "out k"], heads: int) -> Float[Tensor, "out k"]
 def _half(rows: Tensor, heads: int) -> int:
     half, rest = divmod(rows.shape[0], 2 * heads)
     if rest:
-        raise ValueError(f"{rows.shape[0]} rows are no {heads} heads of even size")
+        raise ValueError(f"{plural(rows.shape[0], 'row', 'is', 'are')} no {plural(heads, 'head')} of even size")
     return half

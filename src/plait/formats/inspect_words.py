@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from plait.border.counts import agreed, plural
 from plait.formats.inspect import AdapterFacts, Figures, Inspection, Inspections
 
 
@@ -51,11 +52,12 @@ def _figures(figures: Figures) -> list[str]:
     lines.append(f"  alpha      {_counts(figures.alphas)}")
     if figures.without_alpha:
         lines.append(
-            f"             {figures.without_alpha} modules came without: alpha = rank, as their loaders take it"
+            f"             {plural(figures.without_alpha, 'module')} came without: alpha = rank, as "
+            f"{agreed(figures.without_alpha, 'its', 'their')} loaders take it"
         )
     if figures.alpha_from:
         lines.append(f"             from {' and '.join(figures.alpha_from)}")
-    zero = f", zero in {figures.zero_modules} modules" if figures.zero_modules else ""
+    zero = f", zero in {plural(figures.zero_modules, 'module')}" if figures.zero_modules else ""
     length = "not read, nor was NaN looked for: --full does" if (n := figures.update_norm) is None else f"{n:.4g}{zero}"
     lines.append(f"  |update|   {length}")
     if figures.heads:

@@ -15,6 +15,7 @@ from plait.adapters.peft_format import adapter_of
 from plait.adapters.peft_tensors import require_sides
 from plait.adapters.tensors import widened
 from plait.adapters.weights import read_weights
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.formats.base_weights import BaseWeights
 from plait.formats.lowrank import Cut, best_rank
@@ -88,7 +89,7 @@ def _without_magnitudes(work: Work, adapter: Adapter, base: BaseWeights | None) 
         changed = W + f.delta(torch.float64)
         if magnitude.numel() != f.shape[0] or not bool(torch.isfinite(magnitude).all()):
             raise InputError(
-                f"the magnitudes of {module!r} are not {f.shape[0]} finite numbers", where=str(work.folder)
+                f"the magnitudes of {module!r} are not {plural(f.shape[0], 'finite number')}", where=str(work.folder)
             )
         gain = magnitude.double().reshape(-1) / changed.norm(dim=1)
         cuts[module] = best_rank(gain[:, None] * changed - W, work.means.rank or f.rank, f.kind)

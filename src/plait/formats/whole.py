@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.adapters.beside import EMBEDDING_NAMES, OUTPUT_NAMES, undeclared
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.formats.base_weights import OUTPUT, BaseWeights
 from plait.formats.lowrank import Cut, best_rank
@@ -44,7 +45,9 @@ def _indices(given: Any, module: str, count: int, work: Work) -> Tensor:
         given = next((v for k, v in given.items() if module == k or module.endswith(f".{k}")), None)
     known = isinstance(given, list) and all(isinstance(i, int) and i >= 0 for i in given)
     if not known or not len(given) == len(set(given)) == count:
-        raise InputError(f"trainable_token_indices do not name the {count} rows of {module!r}", where=str(work.folder))
+        raise InputError(
+            f"trainable_token_indices do not name the {plural(count, 'row')} of {module!r}", where=str(work.folder)
+        )
     return torch.tensor(given, dtype=torch.int64)
 
 
@@ -86,7 +89,9 @@ def without_tokens(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ad
                     f"{OUTPUT!r} has factors, and by its tie to {module!r} trained rows as well", where=str(work.folder)
                 )
             modules[OUTPUT] = by_output
-        work.steps.append(Step(f"{len(indices)} trained tokens of {inside} as rank {len(indices)}", exact=True))
+        work.steps.append(
+            Step(f"{plural(len(indices), 'trained token')} of {inside} as rank {len(indices)}", exact=True)
+        )
     return replace(adapter, modules=dict(sorted(modules.items())), target_modules=_targets(adapter, modules))
 
 

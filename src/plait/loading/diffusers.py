@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from plait.border.counts import agreed, plural
 from plait.loading.account import Account, Fault, Placement
 from plait.loading.contents import LoraFile
 from plait.loading.header import Stored
@@ -113,7 +114,8 @@ def _notes(file: LoraFile, modules: Mapping[str, Mapping[str, str]]) -> Iterator
     if without and "lora_adapter_metadata" in file.header.metadata:
         yield "scalings stand in the header (lora_adapter_metadata), which diffusers reads from 0.34 on"
     elif without:
-        yield f"{without} of {len(modules)} modules have no alpha: their scaling is 1"
+        verb, whose = agreed(without, "has", "have"), agreed(without, "its", "their")
+        yield f"{without} of {plural(len(modules), 'module')} {verb} no alpha: {whose} scaling is 1"
     if any(m.startswith(_AUTHORS) or ("." in m and not m.startswith(COMPONENTS)) for m in modules):
         yield (
             "without a component of diffusers' before its names: pipelines turn the names of authors that they know, and "

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.loading import tensor_names as names
 from plait.loading.account import Account, Effect, Fault, Placement
@@ -104,7 +105,9 @@ def _factor(tensor: str, name: Named, settings: Settings) -> tuple[Placement, Fa
     what = ""
     if parameters := settings.parameters_in(container):
         if depth >= len(parameters) and not (depth == 0 and target):
-            what = f"the config names {len(parameters)} parameters of {container!r}, and this would be one more"
+            what = (
+                f"the config names {plural(len(parameters), 'parameter')} of {container!r}, and this would be one more"
+            )
     elif not target:
         what = f"by target_modules {module!r} gets no factors"
     elif kind in (names.EMBEDDING_A, names.EMBEDDING_B) and names.is_looked_up(module) is False:

@@ -8,6 +8,7 @@ from typing import Any
 
 from plait.adapters.lora import Adapter
 from plait.border.checked import Record
+from plait.border.counts import plural
 from plait.border.multipliers import checked_multiplier
 from plait.border.patterns import first_hits
 from plait.disk.files import read_json, text_of
@@ -75,7 +76,7 @@ def _learnt(record: Record) -> dict[str, dict[str, float]]:
     modules = chosen.record("weights", optional=True)
     for module, values in modules.values.items():
         if not isinstance(values, list) or len(values) != len(tasks):
-            raise modules.wrong(module, values, f"a list of {len(tasks)} numbers")
+            raise modules.wrong(module, values, f"a list of {plural(len(tasks), 'number')}")
         numbers = Record.of(dict(zip(tasks, values, strict=True)), record.where, inside=f"weights of {module!r}")
         for task in tasks:
             found[task][module] = share * numbers.number(task)

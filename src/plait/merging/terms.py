@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from plait.adapters.carried import lines
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.border.counts import plural
 from plait.border.multipliers import LARGEST, checked_multiplier
 from plait.errors import InputError, UsageError
 from plait.merging.align import Alignment
@@ -170,7 +171,8 @@ def weights_of(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> 
         return (1.0,) * len(adapters)
     if len(weights) != len(adapters):
         raise UsageError(
-            f"{len(weights)} weights for {len(adapters)} adapters", hint="one weight per adapter, in their order"
+            f"{plural(len(weights), 'weight')} for {plural(len(adapters), 'adapter')}",
+            hint="one weight per adapter, in their order",
         )
     return tuple(checked_multiplier(w, f"the weight of {a.name!r}") for a, w in zip(adapters, weights, strict=True))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plait.adapters.tensors import read_layout, read_some, read_tensors, type_of
 from plait.border.checked import LARGEST_INTEGER, Record, parsed_json
+from plait.border.counts import plural
 from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.model.files import CONFIG, weight_files, weight_layout
@@ -159,14 +160,16 @@ def _unpacked(name: str, tensors: Mapping[str, Tensor], state: str, where: str) 
         tensor = tensors.get(f"{name}.{what}")
         if tensor is None or tensor.numel() != size or (dtype is not None and tensor.dtype != dtype):
             is_ = "absent" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
-            raise InputError(f"{name}.{what} is {is_}, expected {size} numbers", where=where, hint=_HINT)
+            raise InputError(f"{name}.{what} is {is_}, expected {plural(size, 'number')}", where=where, hint=_HINT)
         return tensor.flatten()
 
     entries = math.prod(shape)
     blocks = -(-entries // block)
     packed = tensors[name].flatten().view(torch.uint8)
     if len(packed) != -(-entries // 2):
-        raise InputError(f"{name} is {len(packed)} bytes, expected {-(-entries // 2)}", where=where, hint=_HINT)
+        raise InputError(
+            f"{name} is {plural(len(packed), 'byte')}, expected {-(-entries // 2)}", where=where, hint=_HINT
+        )
     if facts.has("nested_offset"):
         outer = facts.integer("nested_blocksize", 1, LARGEST_INTEGER, OUTER)
         of_sizes = InBlocks(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from plait.adapters.head_config import chosen_head, config_values
 from plait.adapters.heads import HeadFacts, num_outputs
 from plait.adapters.peft_format import read_adapter
+from plait.border.counts import plural
 from plait.errors import InputError
 
 # PEFT's task type -> ending of the classes of transformers that such heads belong in.
@@ -46,7 +47,7 @@ def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> 
     config = getattr(own, "config", None)
     if outputs is not None and config is not None and getattr(config, "num_labels", outputs) != outputs:
         raise InputError(
-            f"the head {name!r} has {outputs} outputs, the model {config.num_labels}",
+            f"the head {name!r} has {plural(outputs, 'output')}, the model {config.num_labels}",
             where=str(folder),
             hint=f"from_pretrained(..., num_labels={outputs})",
         )

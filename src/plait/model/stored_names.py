@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from plait.adapters.arrays import equal
 from plait.adapters.beside import COPY, EMBEDDING_NAMES, OUTPUT_NAMES
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def _nearest(module: str, tensors: Mapping[str, StoredTensor]) -> str:
         if near := sorted(t for t in tensors if f".{t}".find(f".{start}") >= 0 or end in f".{t}"):
             more = f" and {len(near) - 3} more" if len(near) > 3 else ""
             return f"nearest in its files: {', '.join(near[:3])}{more}"
-    return f"its {len(tensors)} tensors have other names altogether, {next(iter(sorted(tensors)), 'none')!r} the first"
+    first = next(iter(sorted(tensors)), "none")
+    return f"its {plural(len(tensors), 'tensor', 'has', 'have')} other names altogether, {first!r} the first"
 
 
 def compared_copies(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from plait.border.counts import agreed, plural
 from plait.errors import InputError
 from plait.model.files import CONFIG, read_base_config, weight_layout
 from plait.model.ranks import is_writer
@@ -82,7 +83,7 @@ def require_plausible(folder: Path, where: str) -> None:
             value = fields.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most):
                 raise InputError(
-                    f"{key} is {value!r}, and by the {len(layout)} tensors of the weights at most {most} makes sense",
+                    f"{key} is {value!r}, and by the {plural(len(layout), 'tensor')} of the weights at most {most} makes sense",
                     where=f"{where}: {CONFIG}",
                     hint="config and weights are not of one model, or damaged: download both again",
                 )
@@ -136,7 +137,7 @@ def require_whole(
     if absent := [n for n in lacking if n.rpartition(".")[0] not in new]:
         total = len(model.state_dict())
         raise InputError(
-            f"{len(absent)} of {total} tensors are missing: {_some(absent)}",
+            f"{len(absent)} of {plural(total, 'tensor')} {agreed(len(absent), 'is', 'are')} missing: {_some(absent)}",
             where=where,
             hint=_cause(model, absent, report.unexpected),
         )
@@ -146,7 +147,7 @@ def require_whole(
     unused = [n for n in unknown if _is_of_a_head(model, n)]
     if foreign := [n for n in unknown if n not in set(unused)]:
         raise InputError(
-            f"holds {len(foreign)} tensors that the model has no place for: {_some(foreign)}",
+            f"holds {plural(len(foreign), 'tensor')} that the model has no place for: {_some(foreign)}",
             where=where,
             hint="config and weights are not of one model: download both again",
         )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.adapters.tensors import read_tensors
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.evaluation.bootstrap import Floats, weighted_score
 from plait.evaluation.evaluate import is_open
@@ -60,7 +61,7 @@ class KeptAnswers:
         about, labels = self.layout.tasks[task], self.layout.labels(task)[self.parts[task].halves[half]]
         if len(answers) != len(labels):
             raise InputError(
-                f"task {task!r}: {len(labels)} labels of a half whose answers are {len(answers)}",
+                f"task {task!r}: {plural(len(labels), 'label')} of a half whose answers are {len(answers)}",
                 where=str(self.layout.out / INPUTS_FILE if self.layout.recorded else self.layout.out),
                 hint="restore the run's folder as it was written",
             )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plait.border.counts import plural
 from plait.disk.store import staged_file, versions
 from plait.report.colours import slots_of
 from plait.report.comparison import Change, TwoRuns, compare_runs
@@ -68,7 +69,7 @@ def comparison_document(compared: TwoRuns) -> Document:
     ]
     return Document(
         title=f"{a} and {b}",
-        lead=[f"A: `{a}`, B: `{b}`; {len(compared.tasks)} tasks in common."],
+        lead=[f"A: `{a}`, B: `{b}`; {plural(len(compared.tasks), 'task')} in common."],
         verdict=verdict_on(compared),
         sections=[s for s in sections if any(t.rows for t in s.tables)],
         about=[_drawn(compared), "page made with: " + ", ".join(f"{k} {v}" for k, v in versions().items())],

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 
+from plait.border.counts import plural
 from plait.report.account import Account, TaskRow
 from plait.report.table import Row, mean
 from plait.report.words import NONE, Cell, Table, percent
@@ -45,7 +46,7 @@ def grid_table(account: Account) -> Table:
         Cell("of own", "%"),
         Cell("mean", "score"),
     ]
-    scored = {t: f"{' + '.join(m.metrics)}, {m.rows:,} rows" for t, m in account.measured.items()}
+    scored = {t: f"{' + '.join(m.metrics)}, {plural(m.rows, 'row')}" for t, m in account.measured.items()}
     wide = len(tasks) > _ROOMY  # then what a score is stands below
     named = [Cell(t, "" if wide else what) for t, what in scored.items()]
     rows: list[Sequence[str | Cell]] = []

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from plait.border.counts import plural
 from plait.disk.store import staged_file
 from plait.evaluation.scores import write_parquet
 from plait.report.account import Account, account_of
@@ -18,7 +19,7 @@ from plait.report.render import Document, render_html, render_markdown
 from plait.report.scores import long_table
 from plait.report.sections import about_lines, sections_of
 from plait.report.verdict import verdict_of
-from plait.report.words import duration, plural
+from plait.report.words import duration
 from plait.runs.folder import published
 from plait.runs.layout import Layout
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from plait.border.counts import plural
 from plait.report.account import BEST, Account
 from plait.report.best import Best
 from plait.report.table import LEARNED, mean
-from plait.report.words import NONE, Verdict, percent, plural, signed
+from plait.report.words import NONE, Verdict, percent, signed
 from plait.runs.folder import published
 from plait.runs.sections import PLAIN_ARMS
 

@@ -15,7 +15,6 @@ __all__ = [
     "between",
     "duration",
     "percent",
-    "plural",
     "points",
     "signed",
 ]
@@ -130,15 +129,6 @@ def signed(value: float) -> str:
 def between(low: float | None, high: float | None) -> str:
     """Write an interval of shares, in points with signs."""
     return NONE if low is None else f"{percent(low, '+.1f')} to {percent(high, '+.1f')}"
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a count with its noun.
-
-    >>> plural(1, "seed"), plural(1200, "row")
-    ('1 seed', '1,200 rows')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.counts import plural
 from plait.border.records import to_json
 from plait.disk.manifest import MANIFEST
 from plait.disk.store import identity, read_manifest, staged_folder
@@ -96,7 +97,8 @@ def _scores(layout: Layout, unit: Unit) -> dict[str, object]:
         "scores": {t: float(np.mean([halves[h]["score"][t] for h in HALVES])) for t in layout.tasks},
         "scores_alone": {t: float(np.mean([alone[h]["alone"][t] for h in HALVES])) for t in layout.tasks},
         "metrics": {t: ", ".join(task.metrics) for t, task in layout.tasks.items()},
-        "scored_on": f"In percent, on {rows} validation rows of {len(layout.tasks)} tasks; each half of them is scored at the scale "
+        "scored_on": f"In percent, on {plural(rows, 'validation row')} of {plural(len(layout.tasks), 'task')}; "
+        "each half of them is scored at the scale "
         "that the other half chose.",
     }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plait.border.checked import Json
+from plait.border.counts import agreed
 from plait.disk.store import discard
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
 from plait.runs.folder import is_begun
@@ -248,7 +249,7 @@ class RayCluster:
                 ray.get(ready)
             except ray.exceptions.RayError as e:
                 raise RunError(f"a batch failed: {str(e).strip().splitlines()[-1]}") from e
-            report.begin(f"{len(waiting)} batches left", 0.0, 0)
+            report.begin(f"{len(waiting)} {agreed(len(waiting), 'batch', 'batches')} left", 0.0, 0)
 
     def close(self) -> None:
         """The cluster is not ours to stop."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.border.checked import Json, Record
+from plait.border.counts import plural
 from plait.disk.durable import absent_above, flush_above, flush_folder
 from plait.disk.files import require_regular
 from plait.disk.locks import system_errors
@@ -104,7 +105,7 @@ def about_runs(out: Path) -> dict[str, str]:
     begun = Counter(r["begun"] for r in noted if r is not None and "begun" in r)
     cut = (begun - Counter(r["started"] for r in runs)).total()  # killed, or still at work
     if not runs:
-        return {"seconds": f"unknown: {lost} lines of {JOURNAL} cannot be read"} if lost else {}
+        return {"seconds": f"unknown: {plural(lost, 'line')} of {JOURNAL} cannot be read"} if lost else {}
     runs = [r for r in runs if r["seconds"] >= 1] or runs  # a look at a finished study is no run
     seconds = sum(r["seconds"] for r in runs)
     dates = sorted(r["started"][:10] for r in runs if r["started"])
@@ -114,7 +115,7 @@ def about_runs(out: Path) -> dict[str, str]:
         **({"command": commands[-1]} if commands else {}),
         "hardware": _each([r["hardware"] for r in runs]),
         "executor": _each([f"{r['executor']} ({r['workers']} training, {r['scorers']} scoring)" for r in runs]),
-        "seconds": f"{seconds:.0f} in {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        "seconds": f"{seconds:.0f} in {plural(len(runs), 'run')}"
         + (f", {cut} more did not come to an end" if cut else "")
         + (f", {lost} more cannot be read" if lost else ""),
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.border.counts import agreed, plural
 from plait.disk.locks import locked
 from plait.disk.overwriting import require_replaceable
 from plait.disk.store import staged_file
@@ -114,7 +115,7 @@ def run(
     if not left:
         write_best(layout)
     spent = time.monotonic() - started
-    progress.close(f"{done} units done, {reused} reused, {duration(spent)}")
+    progress.close(f"{plural(done, 'unit')} done, {reused} reused, {duration(spent)}")
     return Outcome(not left, name, len(left), done, reused, round(spent, 2))
 
 
@@ -133,7 +134,9 @@ def _work(layout: Layout, executor: Executor, report: Shown, until: float | None
         left = len(pending(layout, todo))
         done += len(todo) - left
         if left and (until is None or time.monotonic() < until):
-            raise RunError(f"{left} units of wave {name!r} were not done", where=str(layout.out))
+            raise RunError(
+                f"{plural(left, 'unit')} of wave {name!r} {agreed(left, 'was', 'were')} not done", where=str(layout.out)
+            )
     return done
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from plait.border.checked import Json
+from plait.border.counts import agreed, plural
 from plait.disk.hub import split_revision
 from plait.disk.store import sha256_file
 from plait.errors import UsageError
@@ -91,7 +92,8 @@ class Session:
         found = [task_of(t, self.root) for t in self.recipe.tasks]
         for task in found:
             for split, count in skipped_rows(task, root=self.root).items():
-                note(f"task {task.name}: {count} {split} rows with an empty cell are left out (empty: skip)")
+                left = f"with an empty cell {agreed(count, 'is', 'are')} left out"
+                note(f"task {task.name}: {plural(count, f'{split} row')} {left} (empty: skip)")
         return {t.name: load_task(t, root=self.root) for t in found}
 
     @functools.cached_property
@@ -127,7 +129,7 @@ class Session:
         kept = data.selection_rows or 0
         if kept >= len(whole):
             raise UsageError(
-                f"selection_rows {kept} leaves nothing of {len(whole)} training rows", where=f"task {task}"
+                f"selection_rows {kept} leaves nothing of {plural(len(whole), 'training row')}", where=f"task {task}"
             )
         order = np.random.default_rng([seed, 0x53454C]).permutation(len(whole))  # "SEL": apart from other draws
         trained = order[kept:] if data.train_rows is None else order[kept:][: data.train_rows]

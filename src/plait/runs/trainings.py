@@ -8,6 +8,7 @@ from typing import Any
 
 from plait.adapters.lora import Adapter
 from plait.border.checked import Json
+from plait.border.counts import plural
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
 from plait.runs.base_weights import base_weights
@@ -70,7 +71,7 @@ def _train(members: Sequence[Member], layout: Layout, report: Report, cost: floa
         ties = {m.settings.tied for m in todo} - {None}
         members = [m for m in members if m.settings.tied in ties or any(m is one for one in todo)]
     if layout.trains_together or any(m.settings.tied for m in members):
-        report.begin(f"training {len(members)} adapters together", cost, units)
+        report.begin(f"training {plural(len(members), 'adapter')} together", cost, units)
         train_fleet(members, layout.session.base, overwrite=layout.overwrite, progress=report.within)
         return
     for i, member in enumerate(members):

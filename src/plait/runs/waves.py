@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from plait.border.checked import Json
+from plait.border.counts import agreed, plural
 from plait.disk.manifest import MANIFEST
 from plait.disk.store import read_manifest
 from plait.errors import RunError
@@ -52,7 +53,7 @@ def all_units(layout: Layout) -> list[Unit]:
     run_units: list[Unit] = []
     for name, units in waves(layout):
         if todo := [u for u in pending(layout, units) if u.stage in (ALONE, MERGE, REPAIRED)]:
-            text = f"the run is not finished: {len(todo)} units of wave {name!r} are open"
+            text = f"the run is not finished: {plural(len(todo), 'unit')} of wave {name!r} {agreed(len(todo), 'is', 'are')} open"
             raise RunError(text, where=str(layout.out))
         run_units += units
     return run_units

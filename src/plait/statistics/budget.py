@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from plait.border.counts import plural
 from plait.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -34,7 +35,11 @@ class MemoryPlan:
 
     def record(self) -> dict[str, int | str]:
         """Describe the plan for the provenance."""
-        chosen = {"exact": "exact", "layers": f"exact, {self.layers} layers at a time", "sketch": "sketch"}[self.form]
+        chosen = {
+            "exact": "exact",
+            "layers": f"exact, {plural(self.layers or 0, 'layer')} at a time",
+            "sketch": "sketch",
+        }[self.form]
         return {"allowed": self.allowed, "needed": self.needed, "chosen": chosen}
 
 
@@ -94,7 +99,7 @@ def plan_memory(
         one = max(exact, default=0) + spare + state_bytes
         smallest = min(least, one) if groups else least
         raise UsageError(
-            f"{allowed:,} bytes do not hold the sums of {len(widths)} sites",
+            f"{allowed:,} bytes do not hold the sums of {plural(len(widths), 'site')}",
             where="memory",
             hint=f"at least {smallest:,}, or fewer target modules",
         )

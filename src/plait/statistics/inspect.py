@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from plait.adapters.one_thread import in_one_thread
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.statistics.agreement import require_compatible
 from plait.statistics.moments import Moments, Statistics
@@ -211,7 +212,9 @@ def check_statistics(statistics: Statistics) -> Soundness:
     for site, moments in statistics.sites.items():
         problems += [f"{site}: {p}" for p in _problems(moments)]
         if moments.count < moments.dim:
-            warnings.append(f"{site}: {moments.count} inputs for width {moments.dim}: the moments have a null space")
+            warnings.append(
+                f"{site}: {plural(moments.count, 'input')} for width {moments.dim}: the moments have a null space"
+            )
         warnings += _sketch_warnings(site, moments)
     for name, info in statistics.modules.items():
         if info.site not in statistics.sites:
@@ -247,7 +250,7 @@ def _problems(moments: Moments) -> list[str]:
         return ["holds NaN or infinity"]
     problems = []
     if moments.count < 1 or moments.padded_count < 0:
-        problems.append(f"counts {moments.count} inputs")
+        problems.append(f"counts {plural(moments.count, 'input')}")
     if moments.residual is not None and bool(
         (moments.residual < -NEGATIVE_BY_ROUNDING * moments.residual.abs().max()).any()
     ):

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
 from plait.adapters.one_thread import in_one_thread
+from plait.border.counts import plural
 from plait.errors import InputError
 
 DENSE, FACTOR = "dense", "factor"
@@ -96,7 +97,9 @@ class Moments:
         """
         trace = self.trace
         if not trace > 0:
-            raise InputError(f"the second moment of {self.count} inputs is zero", hint="a dead layer, or no data")
+            raise InputError(
+                f"the second moment of {plural(self.count, 'input')} is zero", hint="a dead layer, or no data"
+            )
         S = self.dense()
         return S.to(dtype or S.dtype) / trace
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.one_thread import in_one_thread
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.options import Positive, Range
 from plait.seeds import named_seed
@@ -149,7 +150,9 @@ def _energies(mu: Tensor, c: float) -> Tensor:
 
 def _too_few(x: SiteInputs, task: str) -> InputError:
     return InputError(
-        f"the inputs of task {task!r} span fewer than {x.rank} directions", where=x.name, hint="collect more samples"
+        f"the inputs of task {task!r} span fewer than {plural(x.rank, 'direction')}",
+        where=x.name,
+        hint="collect more samples",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.subspaces.inputs import Basis, SiteInputs
 from plait.subspaces.registry import subspace_method
@@ -52,7 +53,7 @@ def orthonormal_disjoint(x: SiteInputs) -> Mapping[str, Basis]:
     """
     names = sorted(x.moments) or sorted(x.tasks)
     if len(names) * x.rank > x.dim:
-        raise InputError(f"{len(names)} tasks of rank {x.rank} at a module of width {x.dim}", where=x.name)
+        raise InputError(f"{plural(len(names), 'task')} of rank {x.rank} at a module of width {x.dim}", where=x.name)
     drawn = torch.randn(x.dim, x.rank * len(names), generator=x.generator(), dtype=torch.float64)
     rows = orthonormal_rows(drawn)
     bases = {name: rows[i * x.rank : (i + 1) * x.rank] for i, name in enumerate(names)}

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.one_thread import in_one_thread
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.options import Fraction
 from plait.subspaces.contrastive import largest_pairs, solver_record
@@ -58,7 +59,7 @@ def _inflora_one(x: SiteInputs, task: str, threshold: float) -> Basis:
     energies = ((rows @ own) * rows).sum(1)
     if float(energies.min()) <= x.resolution([task]):
         raise InputError(
-            f"the inputs of task {task!r} reach fewer than {x.rank} directions outside the {M.shape[1]} of the others",
+            f"the inputs of task {task!r} reach fewer than {plural(x.rank, 'direction')} outside the {M.shape[1]} of the others",
             where=x.name,
             hint="a lower threshold, a lower rank, or more samples",
         )

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.one_thread import in_one_thread
+from plait.border.counts import plural
 from plait.errors import InputError
 from plait.seeds import named_seed
 from plait.subspaces.inputs import Basis, SiteInputs
@@ -162,7 +163,7 @@ def _require_span(x: SiteInputs, task: str, own: Tensor) -> None:
 
 def _too_few(x: SiteInputs, task: str) -> InputError:
     return InputError(
-        f"the inputs of task {task!r} span fewer than {x.rank} directions",
+        f"the inputs of task {task!r} span fewer than {plural(x.rank, 'direction')}",
         where=x.name,
         hint="collect more samples, or a lower rank: any other basis would be arbitrary",
     )
@@ -185,7 +186,10 @@ def osrm_released(x: SiteInputs) -> Mapping[str, Basis]:
     for task in x.tasks:
         names = x.other_tasks(task)
         if len(names) > x.dim - x.rank:
-            raise InputError(f"{len(names)} other tasks leave no {x.rank} directions of width {x.dim}", where=x.name)
+            raise InputError(
+                f"{plural(len(names), 'other task', 'leaves', 'leave')} no {plural(x.rank, 'direction')} of width {x.dim}",
+                where=x.name,
+            )
         H = torch.stack([_padded_mean(x, name) for name in names])
         Vt = in_one_thread(torch.linalg.svd, H, full_matrices=True).Vh
         rows = Vt[-x.rank :]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.border.counts import plural
 from plait.border.multipliers import LARGEST, SMALLEST, is_multiplier
 from plait.errors import InputError, UsageError
 from plait.options import did_you_mean
@@ -200,9 +201,10 @@ def task_type_of(statistics: Statistics) -> str:
 
 def completion_note(task: str, rows: Mapping[str, int]) -> str:
     """Write a sentence about rows of A that were completed; `rows` is module -> how many."""
+    most = max(rows.values())
     return (
-        f"{task}: in {len(rows)} modules the others leave too few tied directions that the task's inputs reach; up to"
-        f" {max(rows.values())} rows are the others' next smallest (more samples may help)"
+        f"{task}: in {plural(len(rows), 'module')} the others leave too few tied directions that the task's inputs reach; up to"
+        f" {plural(most, 'row', 'is', 'are')} the others' next smallest (more samples may help)"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.border.counts import agreed, plural
 from plait.errors import InputError
 from plait.tasks.chat import conversation, encode_chat
 from plait.tasks.lengths import UNCUT, Cut, cut_of, whole_length
@@ -122,8 +123,8 @@ def _require_answers(task: Task, rows: Sequence[Row], examples: Examples, max_le
     row = f", row {examples.ids[long[0]]}" if len(examples.ids) == len(rows) else ""
     held = whole_length(max(len(r["input_ids"]) for r in rows))
     raise InputError(
-        f"{len(long):,} of {len(rows):,} answers do not fit max_length {max_length}: the longest has {longest} tokens, its end "
-        "included, and a part of the prompt has to stand before it",
+        f"{len(long):,} of {plural(len(rows), 'answer')} {agreed(len(long), 'does', 'do')} not fit max_length {max_length}: the longest "
+        f"has {plural(longest, 'token')}, its end included, and a part of the prompt has to stand before it",
         where=f"task {task.name}{row}",
         hint=f"data.max_length: {held} holds prompts and answers (--set data.max_length={held}), or leave such rows out",
     )
@@ -147,7 +148,7 @@ def require_positions(model: Any, lengths: Iterable[int], where: str) -> None:
     longest = max(lengths, default=0)
     if room is not None and longest > room:
         raise InputError(
-            f"a row of {longest} tokens, and the base has {room} positions",
+            f"a row of {plural(longest, 'token')}, and the base has {plural(room, 'position')}",
             where=where,
             hint=f"cut rows to that: --max-length {room}, or --set data.max_length={room}",
         )

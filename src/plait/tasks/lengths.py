@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plait.border.counts import agreed, plural
 from plait.border.records import optional
 from plait.tasks.task import TEXT_KINDS, Task
 
@@ -56,9 +57,8 @@ class Cut:
         cure = f"data.max_length: {held} would hold all" + ("" if self.total is None else " of these")
         if self.room is not None and held > self.room:
             cure = f"the longest has {self.longest}, and the base reads {self.room}"
-        return (
-            f"{self.cut:,} of {self.rows:,} {what} of {task.name}{drawn} are cut at {self.limit} tokens{some}; {cure}"
-        )
+        cut = f"{agreed(self.cut, 'is', 'are')} cut at {plural(self.limit, 'token')}"
+        return f"{self.cut:,} of {self.rows:,} {what} of {task.name}{drawn} {cut}{some}; {cure}"
 
 
 def whole_length(tokens: int) -> int:

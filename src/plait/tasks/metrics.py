@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from plait.border.counts import plural
 from plait.errors import RunError, UsageError
 from plait.tasks.task import SLOT_METRICS
 
@@ -50,14 +51,14 @@ def score(
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(METRICS)}")
     if len(predictions) != len(labels) or len(labels) == 0:
-        raise RunError(f"{len(predictions)} predictions for {len(labels)} labels")
+        raise RunError(f"{plural(len(predictions), 'prediction')} for {plural(len(labels), 'label')}")
     if not isinstance(predictions, np.ndarray) and metric == "rouge_l":
         return float(np.mean([rouge_l(p, str(y)) for p, y in zip(predictions, labels, strict=True)]))
     if not isinstance(predictions, np.ndarray) and metric == "exact_match":
         return 100.0 * float(np.mean([p.strip() == g.strip() for p, g in zip(predictions, labels, strict=True)]))
     values = np.asarray(predictions)
-    if not np.isfinite(values).all():
-        raise RunError(f"{int((~np.isfinite(values)).sum())} predictions are NaN or infinite")
+    if bad := int((~np.isfinite(values)).sum()):
+        raise RunError(f"{plural(bad, 'prediction', 'is', 'are')} NaN or infinite")
     if metric in TEXT_METRICS and np.all(np.asarray(labels) == OPEN):
         return float(open_score(metric, values, np.ones((1, len(values))))[0])
     if metric in VALUE_METRICS:

@@ -13,6 +13,7 @@ import torch
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.border.counts import plural
 from plait.border.records import to_json
 from plait.disk.space import require_space
 from plait.disk.store import is_done, staged_folder
@@ -85,7 +86,7 @@ def train_fleet(
 
     if lost:
         raise Diverged(
-            f"the loss of {len(lost)} of {len(members)} adapters became NaN or infinite: {', '.join(list(lost)[:5])}",
+            f"the loss of {len(lost)} of {plural(len(members), 'adapter')} became NaN or infinite: {', '.join(list(lost)[:5])}",
             hint="lower their learning rate; the others are written",
             lost=lost,
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.errors import UsageError
 from plait.model.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
 from plait.model.ends import Ends
@@ -184,7 +185,7 @@ class Outcome:
         losses = self.losses[:, place]
         lost = np.flatnonzero(~np.isfinite(losses))
         if len(lost) == 0:
-            return f"the weights became NaN or infinite in the last of {len(losses)} steps"
+            return f"the weights became NaN or infinite in the last of {plural(len(losses), 'step')}"
         return f"the loss became {losses[lost[0]]} at step {lost[0] + 1} of {len(losses)}"
 
     def forget(self) -> None:

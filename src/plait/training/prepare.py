@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.errors import InputError, UsageError
 from plait.statistics.agreement import require_compatible
 from plait.statistics.moments import Statistics
@@ -104,7 +105,7 @@ def _require_usable(statistics: Mapping[str, Statistics], adapter: Adapter, task
         wide = own.modules[own.relative(module)].shape[1]
         if factors.shape[1] != wide:
             raise InputError(
-                f"{module} reads {factors.shape[1]} numbers, its statistics are of {wide}",
+                f"{module} reads {plural(factors.shape[1], 'number')}, its statistics are of {wide}",
                 where=f"task {task}",
                 hint="they are of another base",
             )

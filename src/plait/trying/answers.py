@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.border.records import nested, optional
 from plait.errors import InputError, UsageError
 from plait.evaluation.evaluate import Evaluator
@@ -134,8 +135,10 @@ def _written(trial: Trial, kind: str, prompts: Texts, settings: TrySettings, on_
     model, tokenizer = models.of(task), models.tokenizer
     chat, notes = _chat(trial, settings, tokenizer, kind)
     ids = [_ids(tokenizer, text, chat=chat, longest=_longest(model, settings, kind)) for text in prompts]
-    many = "1 prompt" if len(ids) == 1 else f"{len(ids)} prompts"
-    on_progress(f"{len(members)} models write after {many}, up to {settings.tokens} tokens each")
+    on_progress(
+        f"{plural(len(members), 'model', 'writes', 'write')} after {plural(len(ids), 'prompt')}, up to "
+        f"{plural(settings.tokens, 'token')} each"
+    )
     texts = _texts(model, tokenizer, kind, ids, [active for _, active in members], settings.tokens)
     rows = tuple(Asked("\n".join(prompt), tuple(Answer(own[i]) for own in texts)) for i, prompt in enumerate(prompts))
     return Tried(trial.merge.name, trial.base.name, tuple(n for n, _ in members), rows, trial.missing, tuple(notes))
@@ -171,7 +174,8 @@ def _longest(model: Any, settings: TrySettings, kind: str) -> int:
         return settings.max_length
     if room <= settings.tokens:
         raise UsageError(
-            f"{settings.tokens} new tokens leave no room in a context of {room}", hint="a smaller --tokens"
+            f"{plural(settings.tokens, 'new token', 'leaves', 'leave')} no room in a context of {room}",
+            hint="a smaller --tokens",
         )
     return min(settings.max_length, room - settings.tokens)
 
@@ -188,7 +192,9 @@ def _ids(tokenizer: Any, text: tuple[str, ...], *, chat: bool, longest: int) -> 
         raise InputError("the tokenizer makes nothing of it", where=f"prompt {whole!r:.60}")
     if len(ids) > longest:
         raise InputError(
-            f"{len(ids)} tokens, at most {longest} fit", where=f"prompt {whole!r:.60}", hint="--max-length, --tokens"
+            f"{plural(len(ids), 'token')}, at most {longest} fit",
+            where=f"prompt {whole!r:.60}",
+            hint="--max-length, --tokens",
         )
     return ids
 
@@ -242,7 +248,7 @@ def _classified(
     own = {task: a for a in trial.adapters for task in a.heads}
     of_parts: list[list[Asked]] = []
     for part in asked:
-        on_progress(f"{part.name}: {len(texts[part.name])} texts")
+        on_progress(f"{part.name}: {plural(len(texts[part.name]), 'text')}")
         of_parts.append(_of_part(evaluator, part, own.get(part.name), texts[part.name], trial))
     rows = [part[i] for i in range(len(prompts)) for part in of_parts]
     rows += [row for part in of_parts for row in part[len(prompts) :]]

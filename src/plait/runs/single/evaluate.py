@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.adapters.config import read_config
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.border.multipliers import checked_multiplier
 from plait.border.records import optional
 from plait.disk.hub import cached_folder, split_revision
@@ -122,7 +123,7 @@ def evaluate_folders(
         left = () if task else tuple(sorted(set(adapter.heads) - set(session.tasks)))
         evaluated.append(replace(summary, without_task=left))
         rows += scored
-    progress.close(f"{len(evaluated)} adapters scored")
+    progress.close(f"{plural(len(evaluated), 'adapter')} scored")
     if out is not None:
         with staged_file(out, overwrite=overwrite, ours=are_scores) as stage:
             write_scores(stage, rows)
@@ -156,7 +157,9 @@ def _evaluate(
     def score(kind: str, scale: float, split: str) -> None:
         nonlocal done
         for t in tasks:
-            progress.within(done / passes, f"on {t}, pass {done + 1} of {passes}, {len(parts[t][split])} rows")
+            progress.within(
+                done / passes, f"on {t}, pass {done + 1} of {passes}, {plural(len(parts[t][split]), 'row')}"
+            )
             done += 1
             part: Any = parts[t][split]
             logits = evaluator.predict(t, adapter.heads.get(t, {}), adapter if kind == ALONE else None, scale, part)

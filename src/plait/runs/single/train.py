@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter
+from plait.border.counts import plural
 from plait.border.records import inline, optional
 from plait.disk.hub import adapter_place, name_of
 from plait.disk.store import identity, read_manifest, sha256_file
@@ -153,14 +154,14 @@ def train_many(
     for one in {m.task.name: m for m in members.values()}.values():
         say_of_rows(session, one.task.name, one.examples, split="train")
     progress = Progress(1.0, len(members), quiet)
-    progress.start(f"{len(members)} adapters together", 1.0, len(members))
+    progress.start(f"{plural(len(members), 'adapter')} together", 1.0, len(members))
     train_fleet(
         list(members.values()),
         session.base,
         overwrite=overwrite,
         progress=lambda step, steps, loss: progress.within(step / max(1, steps), f"step {step} of {steps}"),
     )
-    progress.close(f"trained {len(members)} adapters")
+    progress.close(f"trained {plural(len(members), 'adapter')}")
     return [Trained.of(m, name) for name, m in members.items()]
 
 
