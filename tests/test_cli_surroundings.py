@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import write_adapter
 from plait.cli.output import foreseen
 from plait.disk.locks import locked, writing_to
 from plait.entry import SAME_PRODUCTS, SELDOM
@@ -88,6 +91,30 @@ assert gc.isenabled() and gc.get_threshold() == {expected}, gc.get_threshold()
 """
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("words", [["--version"], ["merge", "a", "b", "--method", "ties", "--out", "out"]])
+def test_what_a_command_made_is_not_looked_through_at_its_end(words, tmp_path):
+    """That takes a third of a second where torch is loaded; and a merge in somebody's own process keeps none of his garbage."""
+    for seed, name in enumerate("ab"):
+        g = torch.Generator().manual_seed(seed)
+        factors = LoraFactors(torch.randn(2, 8, generator=g), torch.randn(6, 2, generator=g))
+        (tmp_path / name).mkdir()
+        write_adapter(tmp_path / name, Adapter(name, "base", {"layers.0.q": factors}))
+    library = "from plait.merging import *; answer(MergeRequest(['a', 'b'], Path('own'), MergeSpec('ties')))"
+    for begin, frozen in ((f"sys.argv[1:] = {words!r}; main()", True), (library, False)):
+        code = f"""
+import atexit, gc, sys
+from pathlib import Path
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))  # what is registered first runs last
+from plait.entry import main
+{begin}
+"""
+        ended = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.splitlines()[-1] == f"frozen {frozen}"
 
 
 @pytest.mark.parametrize(

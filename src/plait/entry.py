@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal as signal  # type: ignore[import-not-found]  # built in; signal itself imports enum first, which takes longer
+import atexit
 import gc
 import os
 import sys
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # MKL, with which torch multiplies, adds up a product of few rows in another order with another number of threads unless it is told not to.
 SAME_PRODUCTS = ("MKL_CBWR", "AUTO,STRICT")
-# New objects after which Python looks for cycles among the young ones, and how often among all: by default after 700, so that importing
-# torch, whose million objects all stay, takes a quarter longer, and reading many adapters after it half as long again.
+# New objects after which Python looks for cycles among the young ones, and how often among all: by default after 700, so that it looks
+# 400 times while torch is imported, whose million objects all stay, and reading many adapters after it takes half as long again.
 SELDOM = (20_000, 50, 100)
 LINE = "interrupted; run the same command again to go on"
 _ERROR = '{"kind": "KeyboardInterrupt", "what": "interrupted", "where": null, "hint": null, "exit_code": 130}'
@@ -69,6 +70,8 @@ def main() -> None:
     """Run the command line."""
     leave_at_once()
     gc.set_threshold(*SELDOM)
+    # At its end Python goes through all objects twice more, for a third of a second with torch; the process takes them with it anyway.
+    atexit.register(gc.freeze)
     os.environ.setdefault(*SAME_PRODUCTS)
     if sys.argv[1:2] in (["merge"], ["inspect"]):
         # NumPy multiplies narrow matrices here, for which its threads wait for each other longer than they compute.

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from plait.disk.written import Written
@@ -26,21 +22,6 @@ def answer(request: MergeRequest) -> Written[MergeRecord] | Written[BakeRecord] 
 
     if (done := sum_without_torch(request)) is not None:
         return done
-    with _uncollected():
-        from plait.merging.ways import answer_by_torch
+    from plait.merging.ways import answer_by_torch
 
     return answer_by_torch(request)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Import without the collector, which goes through all that is imported again and again: a sixth of the time that torch takes."""
-    was, first = gc.isenabled(), "torch" not in sys.modules
-    gc.disable()
-    try:
-        yield
-    finally:
-        if first:  # later there may be garbage among what is kept
-            gc.freeze()  # modules are not looked at later either
-        if was:
-            gc.enable()
