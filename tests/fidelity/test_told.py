@@ -7,11 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plait.cli.existing_words import auto_text
+from plait.cli.existing_words import auto_text, repair_text
 from plait.disk.written import Written
 from plait.errors import RunError, UsageError
+from plait.fidelity import choose, finishing
 from plait.fidelity.auto import AutoSettings, merge_auto
+from plait.fidelity.choose import LEARNT_WEIGHTS, THE_FIT
+from plait.fidelity.fitting import Fit
 from plait.fidelity.limit import Limit
+from plait.fidelity.record import HeadRefit, Repair
 from plait.fidelity.score import general_shift
 from tests.fidelity.conftest import texts_of
 from tests.test_hub import plait, write
@@ -100,3 +104,50 @@ def test_pico_is_explained_where_it_is_shown(make_panel):
         rows = tuple(replace(e, candidate=label, calibrate=calibrate) for e in record.evidence)
         text = auto_text(Written(replace(record, evidence=rows), "out"))
         assert ("pico: directions of B" in text) == (calibrate is not None)
+
+
+def test_a_fit_need_not_be_closer_than_weights_that_are_beyond_the_limit(make_panel, monkeypatch):
+    panel = make_panel()
+    one, two = adapters_of(panel)
+    weighted, front_to_back = replace(one, name="weighted"), replace(two, name="fitted")
+    beyond = [weighted]
+    monkeypatch.setattr(
+        choose, "refined_weights", lambda *_: (weighted, {"m": (1.0,)}, {"chosen": 0.1, "refined": 0.9})
+    )
+    monkeypatch.setattr(choose, "within", lambda panel, merge, limit: not any(merge is b for b in beyond))
+    monkeypatch.setattr(choose, "best_fit", lambda *_, **__: (Fit(0.05, 1.0, 1.0), 0.5))
+    monkeypatch.setattr(choose, "fitted", lambda *_, **__: front_to_back)
+    asked = replace(QUICK, refine=2, fit=True, heads=False, max_shift=50.0)
+    done = merge_auto([one, two], panel.base, panel.texts, general=texts_of(3), settings=asked)
+    assert done.record.chosen.fit and done.record.held_out == {"chosen": 0.1, "fitted": 0.5}
+    assert done.adapter.modules == front_to_back.modules
+    assert done.record.limit.steps == (LEARNT_WEIGHTS,)
+    assert "0.100 -> 0.500 on held-out texts" in auto_text(Written(done.record, "out"))
+    beyond.append(front_to_back)
+    done = merge_auto([one, two], panel.base, panel.texts, general=texts_of(3), settings=asked)
+    assert done.record.chosen.fit is None and not done.record.chosen.weights
+    assert done.record.limit.steps == (LEARNT_WEIGHTS, THE_FIT)
+
+
+def test_what_was_closer_and_is_beyond_the_limit_is_told_so(make_panel, monkeypatch):
+    panel = make_panel()
+    kept = HeadRefit("one", 0.5, 0.2, True, 1.0)
+    monkeypatch.setattr(finishing, "with_heads", lambda panel, merge: (replace(merge, name="moved"), (kept,)))
+    done_repair = Repair(4, {"merge": 0.4, "repaired": 0.6}, True, 1.0, 0.5, most=4)
+    monkeypatch.setattr(
+        finishing, "repaired", lambda panel, merge, *_, **__: (replace(merge, name="moved"), done_repair)
+    )
+    monkeypatch.setattr(finishing, "within", lambda panel, merge, limit: merge.name != "moved")
+    done = merge_auto(
+        adapters_of(panel),
+        panel.base,
+        panel.texts,
+        general=texts_of(3),
+        settings=replace(QUICK, repair=4, max_shift=50.0),
+    )
+    assert done.adapter.name != "moved" and not done.record.repair.kept and not done.record.heads[0].kept
+    assert "kept 0.400 -> 0.600 on held-out texts, but general text moves beyond --max-shift" in repair_text(
+        done.record.repair
+    )
+    worse = replace(done_repair, held_out={"merge": 0.4, "repaired": 0.3}, kept=False)
+    assert repair_text(worse).endswith("kept 0.400 -> 0.300 on held-out texts, so the merge stays as it was")

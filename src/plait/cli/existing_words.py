@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from plait.fidelity.record import Advice, AutoRecord, Evidence, FidelityRecord, Repair
 
 SHOWN = 3  # candidates
+_BEYOND = "general text moves beyond --max-shift with it"
 # What the tables say, below them.
 _PICO = "pico: directions of B that the adapters share were shrunk first."
 _WORDS = "followed: the probability given to their answers, beyond chance, mean over adapters (docs/existing.md)."
@@ -38,7 +39,7 @@ def _heads_text(record: AutoRecord) -> list[str]:
     lines = []
     if learnt := record.learnt_heads:
         before, after = max(learnt.held_out["merge"], learnt.held_out["fitted"]), learnt.held_out["learnt"]
-        how = "" if learnt.kept else " (not taken)"
+        how = "" if learnt.kept else f" (not taken{f': {_BEYOND}' if learnt.closer else ''})"
         lines.append(f"heads and weights learnt together: kept {before:.3f} -> {after:.3f} on held-out texts{how}")
     if followed := [h.task for h in record.heads if h.kept]:
         lines.append(f"heads that follow the merge, closer on held-out texts: {', '.join(followed)}")
@@ -105,11 +106,14 @@ def repair_text(repair: Repair) -> str:
     """Say what distilling the adapters into a merge did."""
     how = f"{repair.method}, on policy" if repair.on_policy else repair.method
     done = f"repaired ({how}), {repair.steps} of at most {plural(max(repair.most, repair.steps), 'step')}"
+    if not repair.held_out and not repair.kept:
+        return f"not {done}: {_BEYOND}"
     if not repair.held_out:
         return f"{done}: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}; too few texts to hold any out"
     before, after = repair.held_out["merge"], repair.held_out["repaired"]
     if not repair.kept:
-        return f"not {done}: kept {before:.3f} -> {after:.3f} on held-out texts, so the merge stays as it was"
+        why = f"but {_BEYOND}" if repair.closer else "so the merge stays as it was"
+        return f"not {done}: kept {before:.3f} -> {after:.3f} on held-out texts, {why}"
     return f"{done}: kept {before:.3f} -> {after:.3f} on held-out texts"
 
 

@@ -116,8 +116,8 @@ def choose(
         if held_out["refined"] > held_out["chosen"]:
             if within(panel, refined, max_shift):
                 adapter, weights = refined, learnt
-            else:
-                beyond = (LEARNT_WEIGHTS,)
+            else:  # no fit has to be closer than what may not be taken
+                beyond, held_out = (LEARNT_WEIGHTS,), {"chosen": held_out["chosen"]}
     metric, _ = input_metric(adapters, [1.0] * len(adapters), moments[OWN_MOMENTS], list(adapter.modules))
     choice = Choice(
         adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), metric=metric, beyond=beyond

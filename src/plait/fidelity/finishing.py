@@ -115,7 +115,7 @@ class _Finishing:
     def refit_heads(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
         """Let the heads follow it, where learnt ones were not kept."""
         learnt = record.learnt_heads
-        if not self.settings.heads or (learnt and learnt.kept):
+        if not self.settings.heads or self.panel.is_text or (learnt and learnt.kept):
             return merge, record
         self.on_progress("heads")
         better, heads = with_heads(self.panel, merge)

@@ -13,7 +13,7 @@ class HeadRefit:
     Args:
         task: Name of the head.
         before, after: KL from the adapter's answers on the texts held out, with the head as it was and fitted.
-        kept: Whether the fitted one is closer, and so was taken.
+        kept: Whether the fitted one is closer, and within the limit on general text, and so was taken.
         strength: How strongly it was held where it was.
     """
 
@@ -31,9 +31,14 @@ class HeadsLearnt:
     Args:
         steps: How many.
         held_out: "merge", "fitted" (with heads fitted in closed form) and "learnt" -> what each keeps on the texts held out.
-        kept: Whether the learnt ones were the closest there, and so were taken.
+        kept: Whether the learnt ones were the closest there, and within the limit on general text, and so were taken.
     """
 
     steps: int
     held_out: Mapping[str, float]
     kept: bool
+
+    @property
+    def closer(self) -> bool:
+        """Whether the learnt ones were the closest on the texts held out."""
+        return self.held_out["learnt"] > max(self.held_out["merge"], self.held_out["fitted"])

@@ -134,7 +134,7 @@ class Repair:
     Args:
         steps: After how many the merge is what it is.
         held_out: "merge" and "repaired" -> 1 - KL / KL of the bare base on the texts held out (`Fidelity.kept`); {} where none were.
-        kept: Whether the repaired merge is closer by that, and so was taken.
+        kept: Whether the repaired merge is closer by that, and within the limit on general text, and so was taken.
         first_loss, last_loss: Mean over the first and last tenth of the steps.
         method: What it is called elsewhere.
         most: Steps that it was allowed.
@@ -151,6 +151,11 @@ class Repair:
     most: int = 0
     on_policy: bool = False
     looks: tuple[Look, ...] = nested(Look, ())
+
+    @property
+    def closer(self) -> bool:
+        """Whether the repaired merge is closer on the texts held out; also where none were, and nothing says otherwise."""
+        return not self.held_out or self.held_out["repaired"] > self.held_out["merge"]
 
 
 @dataclass(frozen=True, slots=True)
