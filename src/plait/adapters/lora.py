@@ -141,18 +141,28 @@ class Adapter:
         return known.otherwise(HeadFacts(tuple(labels) if labels else None, None, own, self.prefix))
 
     def require_of_texts(self, head: str) -> None:
-        """Check that a head answers once for a whole text: in another class of model its tensors may fit, and its answers mean nothing.
+        """Check that a head's predictions can be repeated here: it answers once for a whole text, on the backbone as it is.
+
+        In a model of another class its tensors may fit, and its answers mean nothing.
 
         Raises:
-            InputError: It is of a model that answers for every token, or points at tokens.
+            InputError: It is of a model that answers for every token, or points at tokens; or layers of the backbone (a pooler) were
+                trained whole beside it.
         """
-        kind = self.facts_of(head).task_type
-        if kind not in (None, "SEQ_CLS"):
+        facts = self.facts_of(head)
+        if facts.task_type not in (None, "SEQ_CLS"):
             raise InputError(
-                f"its head {head!r} is of a {kind} model, which does not answer for a whole text; what such heads predict cannot be "
-                "looked at here",
+                f"its head {head!r} is of a {facts.task_type} model, which does not answer for a whole text; what such heads predict "
+                "cannot be looked at here",
                 where=self.name,
                 hint="it can be merged without texts, and scored by your own evaluation",
+            )
+        if inside := next((k for k in self.heads[head] if of_backbone(facts.prefix, k)), None):
+            raise InputError(
+                f"beside its head {head!r} it trained {inside.rpartition('.')[0]} of the backbone whole, and predictions with that "
+                "cannot be looked at here",
+                where=self.name,
+                hint="it can be merged without texts; plait.load_head puts that into a model of yours, with the head",
             )
 
     def classes_of(self, head: str) -> list[str] | None:
@@ -175,6 +185,11 @@ class Adapter:
     def full_name(self, module: str) -> str:
         """A module's name in the task's model, as on disk."""
         return f"{self.prefix}.{module}" if self.prefix else module
+
+
+def of_backbone(prefix: str, key: str) -> bool:
+    """Whether a tensor that lies beside the factors belongs to a layer of the backbone, whose attribute is the prefix."""
+    return bool(prefix) and key.startswith(f"{prefix}.")
 
 
 def zero_factors(shape: tuple[int, int], rank: int, kind: str = LINEAR) -> LoraFactors:

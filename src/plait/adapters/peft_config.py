@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import is_parameter, keeps_targets, parameters_of, stacks_of
-from plait.adapters.lora import EXPERT, Adapter
+from plait.adapters.lora import EXPERT, Adapter, of_backbone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         "rank_pattern": {k: entries[k].rank for k in longest_first if entries[k].rank != rank},
         "alpha_pattern": {k: whole[k] for k in longest_first if whole[k] != alpha},
         "target_modules": _targets(adapter),
-        "modules_to_save": sorted({k.partition(".")[0] for k in head or {}} | {*adapter.modules_to_save}) or None,
+        "modules_to_save": sorted({_saved(k, adapter.prefix) for k in head or {}} | {*adapter.modules_to_save}) or None,
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -71,6 +71,11 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         kept = keeps_targets(adapter) and not named_in_full(adapter)
         config["target_parameters"] = sorted(adapter.target_parameters if kept else map(adapter.full_name, parameters))
     return config, fold
+
+
+def _saved(key: str, prefix: str) -> str:
+    """The module of a head's tensor that PEFT is to put back whole: the top one, and of the backbone (a pooler) the layer alone."""
+    return key.rpartition(".")[0] if of_backbone(prefix, key) else key.partition(".")[0]
 
 
 def named_in_full(adapter: Adapter) -> bool:

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from plait.adapters.head_config import chosen_head, config_values
 from plait.adapters.heads import HeadFacts, num_outputs
+from plait.adapters.lora import of_backbone
 from plait.adapters.peft_format import read_adapter
 from plait.border.counts import plural
 from plait.errors import InputError
 
+_BEFORE = "_plait_before"  # attribute of a model: what stood in its backbone before a head brought layers of its own
 # PEFT's task type -> ending of the classes of transformers that such heads belong in.
 CLASS_OF = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -24,6 +27,8 @@ CLASS_OF = {
 
 def load_head(model: nn.Module, folder: str | Path, task: str | None = None) -> HeadFacts:
     """Put a task's head into a classifier, and the names of its classes into the classifier's config.
+
+    Layers of the backbone that the adapter trained whole beside its head (a pooler) go in with it, and out again with the next head.
 
     Args:
         model: From ``AutoModelForSequenceClassification.from_pretrained(base, num_labels=...)``, with as many outputs as the
@@ -70,8 +75,11 @@ def _require_class(given: str, facts: HeadFacts, name: str, folder: str) -> None
 
 def _put(own: Any, head: Mapping[str, Tensor]) -> None:
     """Put a head where a classifier runs it: in its own module, or in PEFT's copies of it (`modules_to_save`)."""
-    from plait.model.base import head_modules, load_head
+    from plait.model.base import backbone_of, head_modules, load_head
 
+    prefix = backbone_of(own)[1]
+    _put_inside(own, {k: t for k, t in head.items() if of_backbone(prefix, k)})
+    head = {k: t for k, t in head.items() if not of_backbone(prefix, k)}
     wrappers = {n: m for n in head_modules(own) if hasattr(m := own.get_submodule(n), "modules_to_save")}
     adapters = {a for m in wrappers.values() for a in m.modules_to_save}
     try:
@@ -82,3 +90,32 @@ def _put(own: Any, head: Mapping[str, Tensor]) -> None:
     finally:
         for name, wrapper in wrappers.items():
             setattr(own, name, wrapper)
+
+
+def _put_inside(own: Any, whole: Mapping[str, Tensor]) -> None:
+    """Put layers of the backbone that were trained whole beside a head, a pooler, where they run; those of another head go out first.
+
+    Raises:
+        InputError: The model has no such layer, or one of another shape.
+    """
+    before: dict[str, tuple[Tensor, Tensor]] = own.__dict__.setdefault(_BEFORE, {})
+    places: dict[str, Tensor] = {}
+    for key, tensor in whole.items():
+        name, _, last = key.rpartition(".")
+        try:
+            module: Any = own.get_submodule(name)
+            copies = list(getattr(module, "modules_to_save", {}).values()) or [module]
+            places[key] = getattr(copies[0], last)
+        except AttributeError:
+            raise InputError("no such layer in the model, whose head was trained with it", where=key) from None
+        if places[key].shape != tensor.shape:
+            raise InputError(
+                f"head tensor is {tuple(tensor.shape)}, the model expects {tuple(places[key].shape)}", where=key
+            )
+    with torch.no_grad():
+        for place, value in before.values():
+            place.copy_(value)
+        before.clear()
+        for key, place in places.items():
+            before[key] = place, place.detach().clone()
+            place.copy_(whole[key])
