@@ -15,6 +15,11 @@ from plait.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.is_file()]
+# In sentences: a command between backticks, over two lines at most.
+MENTION = re.compile(r"(?<!`)`(plait [^`\n]+(?:\n[^`\n]+)?)`(?!`)")
+# What it may leave open, by the parser's exceptions: an operand, a number behind a placeholder, an option's value, a group's command.
+UNSAID = ("MissingParameter", "BadParameter", "BadOptionUsage", "NoArgsIsHelpError")
+SAID_BESIDE = ("plait stats fisher adapters/support",)  # "with the same options"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -25,19 +30,55 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands() -> list[str]:
-    lines = [line for _, text in blocks("bash") for line in text.replace("\\\n", " ").splitlines()]
+    texts = [text for kind in ("bash", "console") for _, text in blocks(kind)]
+    lines = [line.removeprefix("$ ") for text in texts for line in text.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line.startswith("plait ")]
 
 
-@pytest.mark.parametrize("line", commands())
-def test_commands_parse(line):
+def mentions() -> list[tuple[str, str]]:
+    """Page -> what stands between backticks in its sentences and begins with plait."""
+    spans = [(p.name, m) for p in PAGES[1:] for m in MENTION.findall(BLOCK.sub("", p.read_text("utf-8")))]
+    return sorted({(page, " ".join(m.split())) for page, m in spans if "..." not in m})
+
+
+def parse(line: str) -> None:
+    """Have the program understand a line, but run nothing."""
     command = typer.main.get_command(app)
-    words = shlex.split(line, comments=True)[1:]
-    context = command.make_context("plait", list(words))
+    context = command.make_context("plait", shlex.split(line, comments=True)[1:])
     while hasattr(command, "resolve_command") and (rest := [*context._protected_args, *context.args]):
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)
     assert not context.args
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line):
+    parse(line)
+
+
+@pytest.mark.parametrize(("page", "line"), mentions())
+def test_what_sentences_mention_is_there(page, line):
+    """Its command and its options; where it names what the command is given, it is whole. FILE and N may stand for anything."""
+    try:
+        parse(line)
+    except Exception as e:
+        assert type(e).__name__ in UNSAID, e
+        if type(e).__name__ == "MissingParameter":
+            assert not operands(e.ctx, line) or line in SAID_BESIDE, e
+
+
+def operands(context: typer.Context, line: str) -> list[object]:
+    """What a line gives a command beside options."""
+    words = shlex.split(line)[len(context.command_path.split()) :]
+    given, _, order = context.command.make_parser(context).parse_args(words)
+    return [given[p.name] for p in order if p.param_type_name == "argument" and given.get(p.name)]
+
+
+def test_mentions_of_what_is_not_there_are_seen():
+    assert len(mentions()) > 50
+    for wrong in ("plait bake", "plait merge --mehtod x", "plait push merged user/merged"):
+        with pytest.raises(AssertionError):
+            test_what_sentences_mention_is_there("", wrong)
 
 
 def test_there_are_commands():
