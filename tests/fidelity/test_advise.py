@@ -22,7 +22,8 @@ from plait.fidelity.arguments import split_base
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
 from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.heads import with_heads
-from plait.fidelity.notes import that_merge, that_model
+from plait.fidelity.measure import Fidelity, TaskFidelity
+from plait.fidelity.notes import coarse, that_merge, that_model
 from plait.fidelity.proxy import cosines
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import LIMIT, parse_texts, read_place, read_texts, split_off, spread_over
@@ -66,7 +67,7 @@ def test_with_texts_everything_is_measured(make_panel):
     assert "merged, baked into the base" in names and "merged and repaired, rank 3" in names
     assert sum(n.startswith("the best single adapter") for n in names) == 1
     assert all(o.kept is not None and o.worst <= o.kept + 1e-9 for o in found.options)
-    assert all("the bare base chooses" in u for u in found.unknown)  # what the few held-out texts do not tell
+    assert all("the bare base" in u for u in found.unknown)  # what the few held-out texts do not tell
     size = {o.option: o.bytes for o in found.options}
     assert size["merged, baked into the base"] < size["merged, cut to rank 3"] < size["merged, rank 6"]
     assert size["merged, rank 6"] == costs.base_size(Path(panel.base.name))[0] + costs.factors_at(
@@ -75,6 +76,23 @@ def test_with_texts_everything_is_measured(make_panel):
     good = [o.option for o in found.options if o.worst >= 0.9]
     assert found.recommended in good
     assert found.recommended != SEPARATELY or good == [SEPARATELY]
+
+
+@pytest.mark.parametrize(
+    ("apart", "n", "said"), [(2, 6, "50 %"), (1, 6, "100 %"), (19, 25, "5 %"), (20, 25, None), (0, 6, None)]
+)
+def test_what_one_text_is_worth_is_told_where_there_are_few(apart, n, said):
+    """By changing one answer: what is kept moves by as much."""
+    one = TaskFidelity("one", 0.1, 1.0, 0.5, 0.9, 0.5, 0.3, 1 - apart / n, n)
+    other = replace(one, task="grade", agreement_base=0.9)  # a regression, whose agreement is a correlation
+    notes = coarse(Fidelity.of([one, other]), ["one"])
+    assert bool(notes) == (said is not None)
+    if said:
+        moved = one.kept_agreement - replace(one, agreement=1 - 1 / n).kept_agreement
+        assert f"{100 * moved:.0f} %" == said
+        assert notes[0].endswith(
+            f"on {apart} of the {n} texts that they are of, so that one text is {said} of what is kept of it"
+        )
 
 
 def test_the_row_of_a_cut_measures_what_merge_auto_makes_at_that_rank(make_panel):

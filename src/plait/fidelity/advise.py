@@ -120,7 +120,11 @@ def advise(
         max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
     findings = _measured(panel, adapters, chosen, base_id, on_progress)
-    unknown += notes.alike(list(findings.kept.values()))
+    measured = list(findings.kept.values())
+    unknown += [
+        *notes.alike(measured),
+        *notes.coarse(measured[0], [p.name for p in panel.parts if p.task.kind == "classification"]),
+    ]
     if min(map(len, panel.texts.values())) < HELD_OUT:
         unknown.append(
             f"how figures hold on other texts: with fewer than {HELD_OUT} of an adapter none could be held out"

@@ -9,6 +9,7 @@ from pathlib import Path
 from plait.adapters.beside import no_matrix
 from plait.adapters.lineage import same_name
 from plait.adapters.lora import Adapter
+from plait.border.counts import plural
 from plait.fidelity import costs
 from plait.fidelity.chat import Chat
 from plait.fidelity.fitting import can_fit
@@ -19,6 +20,9 @@ from plait.formats.recognised import of_images
 from plait.loading.vllm import VERSION
 from plait.merging.kinship import KIN, kin_sentence
 from plait.model.base import BaseModel
+
+# Where one text is more than five percent of what is kept of an adapter, that is said.
+ENOUGH = 20
 
 
 def kin(adapters: Sequence[Adapter]) -> list[tuple[str, str, float]]:
@@ -83,6 +87,27 @@ def alike(fidelities: Sequence[Fidelity]) -> list[str]:
         f"how well {n} is kept: on these texts it chooses everywhere what the bare base chooses, so that they cannot tell a merge "
         "that keeps it from one that does not; give texts on which it matters"
         for n in names
+    ]
+
+
+def coarse(fidelity: Fidelity, classifiers: Sequence[str]) -> list[str]:
+    """Say how much one text is worth, where what is kept of an adapter is told by few.
+
+    The share that is kept is of the texts on which an adapter chooses otherwise than the bare base, and one of k such texts is 100 / k
+    percent of it.
+
+    Args:
+        fidelity: Of any merge on the texts that it was judged on.
+        classifiers: Names of the tasks that answer with a class.
+    """
+    others = {t.task: (round((1.0 - t.agreement_base) * t.n), t.n) for t in fidelity.tasks if t.task in classifiers}
+    told = {task: pair for task, pair in others.items() if 0 < pair[0] < ENOUGH}
+    if not told:
+        return []
+    name, (apart, n) = min(told.items(), key=lambda pair: pair[1])
+    return [
+        f"how exact the shares are: {name} chooses otherwise than the bare base on {apart} of the {plural(n, 'text')} that they are of, "
+        f"so that one text is {100 / apart:.0f} % of what is kept of it"
     ]
 
 
