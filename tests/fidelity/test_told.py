@@ -15,6 +15,7 @@ from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import LEARNT_WEIGHTS, THE_FIT
 from plait.fidelity.fitting import Fit
 from plait.fidelity.limit import Limit
+from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import HeadRefit, Repair
 from plait.fidelity.score import general_shift
 from tests.fidelity.conftest import texts_of
@@ -151,3 +152,23 @@ def test_what_was_closer_and_is_beyond_the_limit_is_told_so(make_panel, monkeypa
     )
     worse = replace(done_repair, held_out={"merge": 0.4, "repaired": 0.3}, kept=False)
     assert repair_text(worse).endswith("kept 0.400 -> 0.300 on held-out texts, so the merge stays as it was")
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])
+def test_texts_that_are_read_in_part_are_told(architecture, kind, make_panel):
+    """Counted with the tokenizer alone, one text at a time."""
+    panel = make_panel(architecture, kind, texts=5)
+    long = tuple((f"{text} {text} {text}",) for (text,) in panel.texts["one"][:2])
+    texts = {"one": (*long, *panel.texts["one"]), "two": panel.texts["two"]}
+    lengths = {name: [len(panel.tokenizer(t)["input_ids"]) for (t,) in rows] for name, rows in texts.items()}
+    longest = max(map(max, lengths.values()))
+    limit = max(lengths["two"])
+    told, _ = ready_panel(panel.base, adapters_of(panel), texts, max_length=limit, on_progress=(said := []).append)
+    cut = sum(n > limit for n in lengths["one"])
+    assert cut >= 1 and told.max_length == limit
+    assert said == [
+        f"texts longer than {limit} tokens are read up to there: {cut} of 7 of one (--max-length {-(-longest // 8) * 8} would hold all)"
+    ]
+    record = ready_panel(panel.base, adapters_of(panel), texts, max_length=limit)[1]
+    assert list(record.notes) == said
+    assert ready_panel(panel.base, adapters_of(panel), texts, max_length=longest)[1].notes == ()

@@ -12,7 +12,7 @@ from plait.fidelity.chat import Chat, chat_of
 from plait.fidelity.own_answers import cut_prompts
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.texts import Texts, checked
-from plait.fidelity.tokens import require_room
+from plait.fidelity.tokens import cut_notes, require_room
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
 
@@ -74,6 +74,9 @@ def ready_panel(
             note = f"prompts longer than {plural(max_length, 'token')}, cut from the left: {counts} (--max-length)"
             on_progress(note)
             prompting = replace(prompting, record=replace(prompting.record, cut=cut), notes=(*prompting.notes, note))
+    elif cut_off := cut_notes(panel):
+        on_progress(cut_off[0])
+        prompting = replace(prompting, notes=(*prompting.notes, *cut_off))
     if prompting.answered or on_policy:
         panel = replace(panel, positions=WRITTEN)
         on_progress(f"each adapter writes after its prompts, up to {plural(new_tokens, 'token')}")

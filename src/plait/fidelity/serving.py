@@ -16,7 +16,7 @@ from plait.fidelity.panel import Panel, Part, parts_of
 from plait.fidelity.record import FidelityRecord
 from plait.fidelity.score import outputs
 from plait.fidelity.texts import Texts, checked
-from plait.fidelity.tokens import encoded, require_room
+from plait.fidelity.tokens import cut_notes, encoded, require_room
 from plait.model.attention import fused_attention
 from plait.model.base import BaseModel, base_folder
 from plait.model.four_bits import is_in_four_bits
@@ -123,6 +123,8 @@ def measure(
     panel = Panel(
         replace(base, four_bits=None), parts_of(adapters), known, batch_size=batch_size, max_length=max_length
     )
+    for note in cut_notes(panel):
+        on_progress(note)
     require_room(panel)
     named = [replace(a, name=f"{i}") for i, a in enumerate([*adapters, *([merge] if merge else [])])]
     own = {id(a): n for a, n in zip(adapters, named, strict=False)}

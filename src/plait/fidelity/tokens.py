@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from plait.border.counts import plural
 from plait.fidelity.own_answers import answer_rows
 from plait.fidelity.panel import WRITTEN, Panel, Part, unlabelled
 from plait.fidelity.texts import Texts
 from plait.tasks import encode, require_positions
+from plait.tasks.lengths import UNCUT, Cut, cut_of, whole_length
 
 # Tokens of decoder input taken from the text itself, where a text has no second part to be written.
 MAX_DECODED_TOKENS = 32
@@ -41,6 +43,41 @@ def encoded(panel: Panel, kind: str, texts: Texts) -> list[dict[str, Any]]:
             )
             rows.append({k: source[k] for k in ("input_ids", "attention_mask")} | {"labels": target["input_ids"]})
     return rows
+
+
+def cut_notes(panel: Panel) -> list[str]:
+    """Say how many texts are longer than the panel's length, and so are read up to there; [] where none is.
+
+    Cost: every text is tokenised.
+    """
+    cuts = {f"of {part.name}": _cut(panel, part.task.kind, panel.texts[part.name]) for part in panel.parts}
+    if panel.general:
+        cuts["general ones"] = _cut(panel, panel.parts[0].task.kind, panel.general)
+    cuts = {name: cut for name, cut in cuts.items() if cut.cut}
+    if not cuts:
+        return []
+    counts = ", ".join(f"{cut.cut} of {cut.rows} {name}" for name, cut in cuts.items())
+    longest = max(cut.longest for cut in cuts.values())
+    held, room = whole_length(longest), next(iter(cuts.values())).room
+    cure = f"--max-length {held} would hold all"
+    if room is not None and held > room:
+        cure = f"the longest has {longest}, and the base reads {room}"
+    return [f"texts longer than {plural(panel.max_length, 'token')} are read up to there: {counts} ({cure})"]
+
+
+def _cut(panel: Panel, kind: str, texts: Texts) -> Cut:
+    """What the panel's length takes from some texts."""
+    given: dict[str, Any] = {"truncation": True, "max_length": UNCUT}
+    targets: list[str] = []
+    if kind == "causal":
+        read = panel.tokenizer(["\n".join(text) for text in texts], **given)
+    elif kind == "seq2seq":
+        read = panel.tokenizer([text[0] for text in texts], **given)
+        targets = [text[1] for text in texts if len(text) > 1]  # of a single text a beginning is meant
+    else:
+        read = panel.tokenizer([t[0] for t in texts], [t[1] for t in texts] if len(texts[0]) > 1 else None, **given)
+    answers = [len(ids) for ids in panel.tokenizer(text_target=targets, **given)["input_ids"]] if targets else []
+    return cut_of(panel.tokenizer, [len(ids) for ids in read["input_ids"]], panel.max_length, answers)
 
 
 def require_room(panel: Panel) -> None:
