@@ -1,6 +1,6 @@
 """What fitting a chosen merge front to back adds, and heads that follow it, step by step; without labels.
 
-    python benchmarks/fitted.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 8,9 --out docs/results
+    python benchmarks/fitted.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 8,9 --out docs/results [--labels 300]
 
 `--adapters` holds seed-S/TASK folders as `plait run` writes them. Everything is chosen on --texts training texts of each task without
 their labels; the shares of what the adapters gain are of validation rows that nothing else reads. A seed that
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from intervals import t_interval
 from judging import GLUE, Judge, task_of
+from scipy.stats import spearmanr
 
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
 from plait.disk.store import versions
-from plait.fidelity.choose import HELD_OUT, choose, refined_weights
-from plait.fidelity.fitting import best_fit, fitted
+from plait.fidelity.choose import HELD_OUT, Choice, choose, refined_weights
+from plait.fidelity.fitting import SCALES, TRIED, Fit, best_fit, fitted
 from plait.fidelity.heads import refit_heads
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.repair import repaired
@@ -71,8 +72,10 @@ class Clock:
         return result
 
 
-def steps_of(panel: Panel, adapters: list[Adapter], steps: int = 100) -> tuple[dict[str, Adapter], dict[str, Any]]:
-    """Make every step's merge, weights and repairs in so many steps; and what was chosen on the way."""
+def steps_of(
+    panel: Panel, adapters: list[Adapter], steps: int = 100
+) -> tuple[dict[str, Adapter], dict[str, Any], list[tuple[str, Adapter, float]]]:
+    """Make every step's merge, weights and repairs in so many steps; what was chosen on the way; and all that was looked at."""
     clock = Clock()
     arms = {"no text": merge(adapters, "tsv", verify=False).adapter}
     choice = clock.timed("chosen", lambda: choose(panel, adapters, refine=0, fit=False))
@@ -111,7 +114,50 @@ def steps_of(panel: Panel, adapters: list[Adapter], steps: int = 100) -> tuple[d
         ),
         "seconds": clock.seconds,
     }
-    return arms, facts
+    return arms, facts, looked_at(panel, adapters, choice, refined)
+
+
+def looked_at(
+    panel: Panel, adapters: list[Adapter], choice: Choice, refined: Adapter
+) -> list[tuple[str, Adapter, float]]:
+    """What a choice is made from, by name, with its scale: merges, the weights learnt, and every fit, to all texts."""
+    candidates = [(s.tried.recipe.label, s.tried.adapter, s.scale) for s in choice.scored]
+    candidates.append(("weights learnt", refined, 1.0))
+    for pull, power in TRIED:
+        fit = Fit(pull, float(f"{len(adapters) ** power:.3g}"), 1.0)
+        whole = fitted(panel, adapters, choice.adapter, fit)
+        candidates += [(f"fitted, pull {pull:g}", whole, scale) for scale in SCALES]
+    return candidates
+
+
+def by_labels(
+    judge: Judge, panel: Panel, candidates: Sequence[tuple[str, Adapter, float]], chosen: Adapter
+) -> dict[str, Any]:
+    """How fidelity ranks what was looked at, and what labels of one half would have chosen, scored on the other.
+
+    Args:
+        judge: Scores by labels.
+        panel: What fidelity is taken on.
+        candidates: From `looked_at`.
+        chosen: What was chosen without labels; the adapters' own heads answer.
+    """
+    worn = [(adapter, scale) for _, adapter, scale in candidates]
+    alone = {p.name: (p.adapter, 1.0) for p in judge.panel.parts}
+    means = judge.scores([alone, (None, 1.0), (replace(chosen, heads={}), 1.0), *worn]).mean(2)  # (merges, halves)
+    top, floor, ours, table = means[0], means[1], means[2], means[3:]
+    best = [int(np.argmax(table[:, half])) for half in (0, 1)]
+    oracle = np.mean([(table[best[h], 1 - h] - floor[1 - h]) / (top[1 - h] - floor[1 - h]) for h in (0, 1)])
+    choice = np.mean((ours - floor) / (top - floor))
+    fidelity = [f.score for f in fidelities(panel, worn)]
+    return {
+        "rank_correlation": float(spearmanr(fidelity, table.mean(1)).statistic),
+        "oracle": float(oracle), "choice": float(choice), "share_of_oracle": float(choice / oracle),
+        "chosen_by_labels": [[candidates[i][0], round(candidates[i][2], 4)] for i in best],
+        "candidates": [
+            [name, round(scale, 4), round(f, 4), *t.round(2).tolist()]
+            for (name, _, scale), f, t in zip(candidates, fidelity, table, strict=True)
+        ],
+    }  # fmt: skip
 
 
 def judged(judge: Judge, arms: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -156,7 +202,7 @@ def added(seeds: Mapping[str, Any]) -> list[str]:
         "",
         f"Differences of recovered, means over {len(seeds)} seeds with the 95 % t interval over them ({len(seeds) - 1} degrees of freedom: "
         f"wide). A repair was kept after the weights on {_repairs(seeds, 'weights learnt', 'repaired')} seeds, after the fit on "
-        f"{_repairs(seeds, 'fitted', 'fitted, repaired')}, by two measures (below).",
+        f"{_repairs(seeds, 'fitted', 'fitted, repaired')}.",
         "",
         "| step | added | 95 % interval | seconds |",
         "|---|---|---|---|",
@@ -207,7 +253,33 @@ def page(report: Mapping[str, Any]) -> str:
         fit = ", ".join(f"{v:g}" for v in (s["fit"] or {}).values()) or "not kept"
         held = ", ".join(f"{s['held_out'][k]:.3f}" for k in ("chosen", "refined", "fitted"))
         lines.append(f"| {seed} | {s['chosen'][0]} at {s['chosen'][1]:.3g} | {fit} | {held} |")
-    return "\n".join([*lines, "", *(added(seeds) if len(seeds) > 1 else ()), *report["after"], ""])
+    lines += ["", *(added(seeds) if len(seeds) > 1 else ()), *labels_say(seeds), *report["after"], ""]
+    return "\n".join(lines)
+
+
+def labels_say(seeds: Mapping[str, Any]) -> list[str]:
+    """How what was looked at ranks by fidelity and by labels, where that was measured."""
+    seeds = {s: r["labels"] for s, r in seeds.items() if "labels" in r}
+    if not seeds:
+        return []
+    lines = [
+        "## What labels would have chosen",
+        "",
+        "Every merge at every scale that it was tried at, the weights learnt and every fit at every scale, scored by labels; with the "
+        "adapters' own heads. *By labels*: the best on one half of the validation rows, reported on the other, halves swapped and averaged.",
+        "",
+        "| seed | candidates | rank correlation of fidelity with the true score | recovered, by labels | without labels | share | labels choose |",
+        "|---" * 7 + "|",
+    ]
+    for seed, r in seeds.items():
+        best = "; ".join(f"{name} at {scale:.3g}" for name, scale in r["chosen_by_labels"])
+        lines.append(
+            f"| {seed} | {len(r['candidates'])} | {r['rank_correlation']:.3f} | {r['oracle']:.3f} | {r['choice']:.3f} | "
+            f"{r['share_of_oracle']:.3f} | {best} |"
+        )
+    mean = {k: np.mean([r[k] for r in seeds.values()]) for k in ("rank_correlation", "oracle", "choice", "share_of_oracle")}
+    cells = " | ".join(f"**{v:.3f}**" for v in mean.values())
+    return [*lines, f"| mean | | {cells} | |", ""]
 
 
 def parsed() -> argparse.Namespace:
@@ -220,6 +292,8 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--device", default="auto")
     p.add_argument("--texts", type=int, default=100)
     p.add_argument("--rows", type=int, default=1000)
+    p.add_argument("--labels", type=int, default=0, help="rows of each half by which all that was looked at is scored")
+    p.add_argument("--name", default="existing-fitted", help="of the files that are written")
     return p.parse_args()
 
 
@@ -230,8 +304,11 @@ def measured(base: BaseModel, a: argparse.Namespace, seed: str, tasks: Mapping[s
     texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + int(seed)).texts for n in names}
     validation = {n: load_examples(tasks[n], "validation", root=root) for n in names}
     panel = Panel(base, parts_of(adapters), texts)
-    arms, facts = steps_of(panel, adapters)
-    return {**judged(Judge(panel, tasks, validation, a.rows), arms), **facts}
+    arms, facts, candidates = steps_of(panel, adapters)
+    found = {**judged(Judge(panel, tasks, validation, a.rows), arms), **facts}
+    if a.labels:
+        found["labels"] = by_labels(Judge(panel, tasks, validation, a.labels), panel, candidates, arms["fitted"])
+    return found
 
 
 def main() -> None:
@@ -241,7 +318,7 @@ def main() -> None:
     tasks = {n: task_of(n, Path(a.data).absolute()) for n in names}
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "existing-fitted.json"
+    file = out / f"{a.name}.json"
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"about": [], "after": [], "seeds": {}}
     settings = {"tasks": a.tasks, "texts": a.texts, "rows": a.rows, "dtype": a.dtype, "base": Path(a.base).name}
     if report.get("settings", settings) != settings:
@@ -254,7 +331,7 @@ def main() -> None:
             report |= {"settings": settings, "device": device, "versions": versions()}
             file.write_text(json.dumps(report, indent=1) + "\n")
     text = page(report)
-    (out / "existing-fitted.md").write_text(text)
+    file.with_suffix(".md").write_text(text)
     print(text)
 
 

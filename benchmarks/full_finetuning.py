@@ -235,6 +235,19 @@ def kept(place: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     return json.loads(place.read_text())
 
 
+def joined(rows: Sequence[Mapping[str, Any]], published: Path | None, by: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Rows, and before them those that a page already has and these do not.
+
+    Args:
+        rows: New rows.
+        published: NAME.json with "rows", where there is one.
+        by: What tells rows apart.
+    """
+    there = json.loads(published.read_text())["rows"] if published and published.exists() else []
+    new = {tuple(r[k] for k in by) for r in rows}
+    return [*(r for r in there if tuple(r[k] for k in by) not in new), *rows]
+
+
 def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each record and merge: (merged - floor) / (alone - floor) of the means over tasks."""
     rows = []
@@ -290,9 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     asked = [(arm, float(rate)) for arm, _, rate in (x.partition("@") for x in a.arms.split(","))]
     records = [kept(place, make) for place, make in places if place.exists() or not a.page_only]
-    rows = rows_of(records)
+    by = ("arm", "rate", "seed", "method")
+    rows = joined(rows_of(records), a.to / "full-finetuning.json" if a.to else None, by)
     steps = f"{recipe.training.get('steps')} steps of {recipe.training.get('batch_size')} rows"
-    seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in records}))
+    seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in rows}))
     about = (
         f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks ({', '.join(recipe.task_names)}), {steps}, seeds "
         f"{seeds}. Every linear module of the backbone is trained: `full*` the weight itself, the others "

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # What issues of science still want of GPUs, as one queue for a machine that is there for half an hour: two GPUs, or one.
 #
-#   MODEL=DIR TASKS=DIR GLUE=DIR MPNET=DIR GENERAL=FILE:COLUMN [WORK=/tmp/half] [GPUS=2] benchmarks/half_hour.sh start
+#   MODEL=DIR TASKS=DIR GLUE=DIR MPNET=DIR TOKENIZER=DIR GENERAL=FILE:COLUMN [WORK=/tmp/half] [GPUS=2] benchmarks/half_hour.sh start
 #   benchmarks/half_hour.sh status          # what ended when, what runs, the last line of each log
 #   OUT=DIR benchmarks/half_hour.sh collect [SECONDS]
 #   FROM=DIR TO=docs/results benchmarks/half_hour.sh pages    # at home: what `collect` brought, beside what is published, as pages
 #   benchmarks/half_hour.sh plan            # the queue with its minutes, nothing started
 #
-# MODEL is the 1.5 B decoder, TASKS what benchmarks/text_tasks.py makes, GLUE and MPNET the folders of gpus.sh; where MPNET is not there the
+# MODEL is the 1.5 B decoder, TASKS what benchmarks/text_tasks.py makes, GLUE (with its three open tasks) and MPNET the folders of gpus.sh, TOKENIZER
+# the decoder's; where MPNET is not there the
 # steps of MPNet are left out, and where MODEL is not there those of the decoder. `start` copies the code to WORK, starts every lane under
 # setsid and comes back at once: what a call leaves in the background without it ends with the call. Started again, it goes on: what is
 # in WORK/done is not done again, and lanes that still run are left alone. A step that fails is tried once more where memory ran out,
@@ -21,26 +22,32 @@ WORK=${WORK:-/tmp/half} PY=${PY:-python3} UNTIL=${UNTIL:-1500} DRY=${DRY:-}
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 
 # Lanes: what follows each other on one GPU; steps joined by + run side by side. Names end in the GPU. Minutes are of an H200 that others
-# share: trainings of 1.5 B measured (64 adapters 614 s, nine tasks' moments 55 s), the rest of it from the logs of earlier runs; of
-# MPNet from earlier studies by the number of trainings. Rounds and full fine-tuning were never timed: they come after what is sure.
-BIG_0="q16_train:4 q16_fixed:5 wide_train:6 wide_kaiming+wide_contrastive_penalised:5 speed:5"
-BIG_1="q15_train:3 q15_auto:13 joint_train:5 joint_fixed:2"
-SMALL_0="rounds_0+rounds_1+rounds_2+full_0:14 full_1:10 full_2:10"
-SMALL_1="arms:8 arms_page:1 fresh:3 fitted+heads:6"
+# share: trainings of 1.5 B measured (64 adapters 614 s, nine tasks' moments 55 s), wide ones guessed from it; of MPNet from earlier runs.
+EIGHT_0="init_8b:2 fleet_8b:3"
+BIG_0="wide_train:7 wide_kaiming+wide_contrastive_penalised:6 joint_train:5 joint_fixed:2"
+BIG_1="q15_train:6 q15_auto+q15_orthonormal_shared_penalised+q15_contrastive_curved+q15_kaiming_drawn:13"
+SMALL_0="full_penalised:12 full_kaiming+full_contrastive_penalised:8"
+SMALL_1="fresh:3 fitted+fitted_eleven+fitted_penalised:10"
+TINY_1="rounds_0+rounds_1+rounds_2:12"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
   elif [ "${GPUS:-1}" -gt 1 ]; then
-    echo big_0 big_1 small_0 small_1
+    echo eight_0 big_0 big_1 small_0 small_1 tiny_1
   else
-    echo big_all small_all
+    echo eight_all big_all small_all
   fi
 }
 steps_of() { # LANE
   case $1 in
-    big_0) echo "$BIG_0" ;; big_1) echo "$BIG_1" ;; small_0) echo "$SMALL_0" ;; small_1) echo "$SMALL_1" ;;
-    big_all) echo "q16_train:4 q16_fixed:5 q15_train:3 q15_auto:13 ${BIG_0#* * } ${BIG_1#* * }" ;; # in order of worth
-    small_all) echo "$SMALL_1 $SMALL_0" ;;
+    eight_*) echo "$EIGHT_0" ;;
+    big_0) echo "$BIG_0" ;;
+    big_1) echo "$BIG_1" ;;
+    small_0) echo "$SMALL_0" ;;
+    small_1) echo "$SMALL_1" ;;
+    tiny_1) echo "$TINY_1" ;;
+    big_all) echo "$BIG_1 $BIG_0" ;; # in order of worth
+    small_all) echo "$SMALL_1 $TINY_1 $SMALL_0" ;;
   esac
 }
 
@@ -50,21 +57,25 @@ if [ "$DRY" ]; then
     --set "statistics={samples: 4, pool: token, batch_size: 4}" --set tuning_rows=4 --set grid_rows=4
     --set "training={steps: 2, batch_size: 2, lr: 1.0e-3}")
   TINY_GLUE=(--set "data={root: $GLUE, train_rows: 16, validation_rows: 24, max_length: 24}" "${TINY[@]:2}")
-  AUTO=(--texts 12 --new-tokens 3 --steps 2 --scales 0.6 --batch 12)
-  ARMS_SET=(--set "seeds=[0]" --set "arms=[kaiming, {name: contrastive_curved, subspace: contrastive, like: kaiming, training: {constraint: penalised,
-    constraint_options: {curvature: true}}}, {name: kaiming_drawn, subspace: kaiming, like: kaiming, training: {scale_from: 0.5}}]"
-    --set "merges=[{name: task_arithmetic, scales: [0.3, 0.6]}]")
+  AUTO=(--texts 12 --new-tokens 3 --steps 2 --scales 0.6,0.9 --batch 12 --candidates 4)
   FRESH=(--set "training={steps: 2, batch_size: 4, lr: 1.0e-3}" --set "data={root: $GLUE, train_rows: 16, max_length: 24}" --set lora.rank=2
     --set "statistics={samples: 4, pool: token}" --set base.dtype=float32)
-  FITTED=(--texts 12 --rows 8 --device cpu) HEADS=(--texts 12 --rows 8 --length 24 --steps 2 --device cpu)
-  SPEED=(--device cpu --adapters 2 --layers 1 --width 0.02 --limit 100 --only linear:all,regmean:all,ties:qv)
-  JOINT=() THREADS=1 SCORERS=1 FRESH_SEEDS=9
+  FITTED=(--texts 12 --rows 8 --device cpu --labels 4)
+  INIT=(--tiny) FLEET=(--device cpu --layers 1 --width 0.03 --adapters 2 --batch 2 --length 16)
+  JOINT=() THREADS=1 FRESH_SEEDS=11 ROUNDS=rounds_penalised,refreshed
 else
-  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=() ARMS_SET=()
-  FRESH=(--set "data.root=${GLUE:-}" --set base.dtype=bfloat16 --set training.precision=bf16)
-  FITTED=(--dtype bfloat16) HEADS=(--length 128 --rows 1000 --device cuda) SPEED=(--limit 300)
-  JOINT=(--set training.steps=360) THREADS=6 SCORERS=6 FRESH_SEEDS=9,10
+  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 30)
+  FRESH=(--set "data.root=${GLUE:-}" --set data.train_rows=6000 --set data.validation_rows=200 --set base.dtype=bfloat16 --set training.precision=bf16
+    --set training.epochs=null --set training.steps=400)
+  FITTED=(--dtype bfloat16 --labels 200) INIT=(--parts qv,all) FLEET=()
+  JOINT=(--set training.steps=360) THREADS=6 FRESH_SEEDS=11,12,13 ROUNDS=rounds_penalised,restarted,refreshed
 fi
+TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
+  {name: snli, kind: classification, train: snli/train.parquet, validation: snli/validation.parquet, text: [premise, hypothesis]},
+  {name: banking77, kind: classification, train: banking77/train.parquet, validation: banking77/test.parquet, text: [sentence]},
+  {name: clinc_domain, kind: classification, train: clinc_domain/train.parquet, validation: clinc_domain/validation.parquet, text: [sentence]}]'
+GLUE8=cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte
+NEW_ARMS=orthonormal_shared_penalised,contrastive_curved,kaiming_drawn
 
 text() { # STUDY FOLDER SCRIPT ARGUMENT...
   local study=$1 folder=$2 script=$3
@@ -78,29 +89,35 @@ of_mpnet() { # SCRIPT ARGUMENT...
   $PY -P "benchmarks/$script" --study recipes/studies/arms-mpnet.yaml --set base.model="$MPNET" "${TINY_GLUE[@]}" "$@"
 }
 
+fit_of() { # ARM TASKS NAME
+  $PY -P benchmarks/fitted.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/fresh/adapters/$1" --tasks "$2" --seeds "$FRESH_SEEDS" \
+    --out "$WORK/fitted" --name "$3" "${FITTED[@]}"
+}
+full() { # ARM@RATE
+  of_mpnet full_finetuning.py --set "seeds=[0]" --arms "$1" --out "$WORK/full"
+}
+
 work() { # STEP
+  local seed
   case $1 in
-    q16_train) text text-qwen15-16 q16 text_arms.py --do train:0:kaiming ;;
-    q16_fixed) text text-qwen15-16 q16 text_arms.py --do fixed:0:kaiming ;;
-    q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
+    init_8b) $PY -P benchmarks/init.py gpu "${INIT[@]}" --json "$WORK/init-8b.json" ;;
+    fleet_8b) $PY -P benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root="$TASKS" --tokenizer "$TOKENIZER" \
+      --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
+    q15_train) text text-qwen15 q15 text_arms.py --do "train:1:kaiming,$NEW_ARMS" ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
+    q15_*) text text-qwen15 q15 text_arms.py --do "fixed:1:${1#q15_}" ;;
     wide_train) text text-qwen15-wide wide text_arms.py --do train:0:kaiming,contrastive_penalised ;;
     wide_*) text text-qwen15-wide wide text_arms.py --do "fixed:0:${1#wide_}" ;;
     joint_*) text text-qwen15 joint text_arms.py "${JOINT[@]}" --do "${1#joint_}:1:joint" ;;
-    rounds_*) of_mpnet rounds.py --set "seeds=[${1#rounds_}]" --out "$WORK/rounds" ;;
-    full_*) of_mpnet full_finetuning.py --set "seeds=[${1#full_}]" --out "$WORK/full" ;;
-    arms) $PY -P -m plait study run recipes/studies/arms-mpnet.yaml --out "$WORK/arms" --set base.model="$MPNET" "${TINY_GLUE[@]}" \
-      --executor processes --workers 1 --scorers "$SCORERS" "${ARMS_SET[@]}" ;;
-    arms_page) mkdir -p "$WORK/arms-page" && $PY -P -m plait study table "$WORK/arms" --to "$WORK/arms-page" \
-      --about "hardware=one NVIDIA H200, shared" && $PY -P -m plait study archive "$WORK/arms" --to "$WORK/arms-page/arms-mpnet.tar.xz" \
-      --overwrite --base all-mpnet-base-v2 --data GLUE ;;
-    fresh) $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$WORK/fresh" --set base.model="$MPNET" "${FRESH[@]}" --set "arms=[kaiming]" \
-      --set "seeds=[$FRESH_SEEDS]" --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" ;;
-    fitted) $PY -P benchmarks/fitted.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/fresh/adapters/kaiming" --seeds "$FRESH_SEEDS" \
-      --out "$WORK/fitted" "${FITTED[@]}" ;;
-    heads) mkdir -p "$WORK/heads" && $PY -P benchmarks/learnt_heads.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/fresh/adapters/kaiming" \
-      --seeds "$FRESH_SEEDS" --tasks cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte --name existing-heads-mpnet --out "$WORK/heads" "${HEADS[@]}" ;;
-    speed) $PY -P benchmarks/speed/gpu.py --work "$WORK/8b" --out "$WORK/speed-gpu.json" "${SPEED[@]}" ;;
+    rounds_*) of_mpnet rounds.py --set "seeds=[${1#rounds_}]" --arms "$ROUNDS" --out "$WORK/rounds" ;;
+    full_penalised) full full_penalised@5e-5 ;;
+    full_*) full "${1#full_}@1e-3" ;;
+    fresh) $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$WORK/fresh" --set base.model="$MPNET" --set "tasks=$TASKS11" "${FRESH[@]}" \
+      --set "seeds=[$FRESH_SEEDS]" --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" --set "arms=[kaiming,
+      {name: contrastive_penalised, subspace: contrastive, options: {rho: 0.001}, training: {constraint: penalised, constraint_options: {beta: 1.0}}}]" ;;
+    fitted) fit_of kaiming $GLUE8 existing-fitted-again ;;
+    fitted_eleven) fit_of kaiming $GLUE8,snli,banking77,clinc_domain existing-fitted-eleven ;;
+    fitted_penalised) fit_of contrastive_penalised $GLUE8 existing-fitted-penalised ;;
     *) echo "no step $1" >&2 && return 2 ;;
   esac
 }
@@ -130,9 +147,10 @@ lane() { # LANE
   [ "$gpu" = all ] && gpu=0
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-  case ${EARLY:-$1} in
-    small_0) until [ -e "$WORK/ended/q16_train" ]; do sleep 1; done ;; # a training of 1.5 B plans with the memory that is free
-    small_1 | small_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
+  case ${EARLY:-$1} in # a training of 1.5 B plans with the memory that is free
+    big_0 | big_all) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
+    small_0) until [ -e "$WORK/ended/wide_train" ]; do sleep 1; done ;;
+    small_1 | tiny_1 | small_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
     for one in $(tr + ' ' <<< "${entry%:*}"); do
@@ -150,19 +168,18 @@ lane() { # LANE
 wanted() { # STEP: whether what it needs is there
   case $1 in
     q1* | wide* | joint*) [ -e "${MODEL:-}/config.json" ] ;;
-    speed) true ;;
+    *_8b) true ;;
     *) [ -e "${MPNET:-}/model.safetensors" ] ;;
   esac
 }
 
 start() {
-  : "${MODEL:?}" "${TASKS:?}" "${GLUE:?}" "${MPNET:?}" "${GENERAL:?}"
+  : "${MODEL:?}" "${TASKS:?}" "${GLUE:?}" "${MPNET:?}" "${GENERAL:?}" "${TOKENIZER:?}"
   mkdir -p "$WORK/done" "$WORK/log" "$WORK/ended" "$WORK/lanes" "$WORK/fitted"
-  rm -f "$WORK"/ended/*
+  running || rm -f "$WORK"/ended/*
   [ -e "$WORK/started" ] || date +%s > "$WORK/started"
   running || { rm -rf "$WORK/code" && mkdir "$WORK/code" && cp -r src benchmarks recipes "$WORK/code/"; }
-  [ "$DRY" ] || [ -e "$WORK/fitted/existing-fitted.json" ] || cp docs/results/existing-fitted*.json "$WORK/fitted/" 2>/dev/null
-  export WORK GPUS UNTIL DRY PY MODEL TASKS GLUE MPNET GENERAL
+  export WORK GPUS UNTIL DRY PY MODEL TASKS GLUE MPNET GENERAL TOKENIZER
   export PYTHONPATH="$WORK/code/src:$WORK/code/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
   export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
   local name
@@ -193,7 +210,7 @@ collect() { # [SECONDS]
   while [ $SECONDS -lt $end ] && running; do sleep 2; done
   mkdir -p "$OUT"
   (cd "$WORK" && tar czf "$OUT/records.tgz" --warning=no-file-changed \
-    $(ls -d steps log */told/records rounds/records full/records arms-page fitted heads speed-gpu.json 2>/dev/null))
+    $(ls -d steps log */told/records rounds/records full/records fitted *-8b.json 2>/dev/null))
   (cd "$WORK" && part=$(ls -d */told/answers 2>/dev/null) && [ "$part" ] && tar cz $part | split -b 15000000 -d - "$OUT/answers.tgz.")
   if [ "$(find "$OUT" -name 'answers.tgz.*' | wc -l)" -gt 7 ]; then echo "more answers than seven files: those after are not taken" && rm -f "$OUT"/answers.tgz.0[7-9] "$OUT"/answers.tgz.[1-9]*; fi
   status
@@ -224,7 +241,7 @@ pages() {
     [ -d "$home/new/${name%:*}/records" ] && $PY -P "benchmarks/${name#*:}.py" --study recipes/studies/arms-mpnet.yaml \
       --out "$home/new/${name%:*}" --page-only --to "$TO" > "$home/log" 2>&1 && echo "${name#*:}.md" | tr _ -
   done
-  for at in arms-page fitted heads speed-gpu.json; do
+  for at in fitted init-8b.json training-8b.json; do
     [ -e "$home/new/$at" ] && find "$home/new/$at" -type f ! -name '*.html' -exec cp {} "$TO/" \; -printf '%f\n'
   done
   rm -rf "$home"

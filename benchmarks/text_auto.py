@@ -7,7 +7,8 @@ RUN holds the arm's adapters (benchmarks/text_arms.py, `train:SEED:ARM`). Of eac
 the task's own adapter writes an answer to each, and merges are compared with that adapter at the tokens of the answer (`--positions all`:
 at those of prompt and answer, as the first run did). Steps: no text (TSV-M at its default scale); chosen by fidelity; weights per adapter
 and module learnt; fitted front to back; repaired. Each is scored on the rows of `fixed` of text_arms.py, beside the adapters alone and
-the bare base, and its KL to the base is taken on the general texts. RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written
+the bare base, and its KL to the base is taken on the general texts. At last, `--candidates N` scores all merges that were looked at, each
+at its best scale and at the one furthest from it, on N rows of each half: how fidelity ranks them where answers are written. RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written
 anew after every step: what is there is not lost when time is up.
 """
 
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from scipy.stats import spearmanr
 from text_arms import Merger, Run, general_shift, say, scored
 
 from plait.adapters.lora import Adapter
@@ -34,6 +37,7 @@ from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, read_place
+from plait.fidelity.tournament import Scored
 from plait.merging import merge
 from plait.model.stacked import stacked_factors
 from plait.runs.layout import Layout
@@ -112,6 +116,28 @@ class Record:
         self._write()
         say(f"{name}: mean {table[0].mean():.2f}, fidelity {fidelity.score:.3f}, KL elsewhere {shift:.3f}")
 
+    def candidates(self, scored_by: Sequence[Scored], rows: int) -> None:
+        """Score merges that were looked at: each at its best scale, and at the one furthest from that."""
+        merges: dict[str, list[Scored]] = {}
+        for one in scored_by:
+            merges.setdefault(one.tried.recipe.label, []).append(one)
+        picked = [
+            s for ones in merges.values() for s in (ones[0], max(ones[1:], key=lambda o: abs(math.log(o.scale / ones[0].scale))))
+        ]  # fmt: skip
+        worn = [(s.tried.adapter, s.scale) for s in picked]
+        few = {t: {h: r[:rows] for h, r in halves.items()} for t, halves in self.rows.items()}
+        table = scored(self.run, lambda _: worn, few, f"auto_{self.name}-candidates")
+        fidelity = [f.score for f in fidelities(self.panel, worn)]
+        self.found["candidates"] = {
+            "rank_correlation": float(spearmanr(fidelity, table.mean((1, 2))).statistic), "rows": rows,
+            "merges": [
+                {"recipe": s.tried.recipe.label, "scale": s.scale, "fidelity": f, "scores": t.round(3).tolist()}
+                for s, f, t in zip(picked, fidelity, table, strict=True)
+            ],
+        }  # fmt: skip
+        self._write()
+        say(f"{len(picked)} candidates: rank correlation {self.found['candidates']['rank_correlation']:.3f}")
+
     def _write(self) -> None:
         file = self.run.out / "records" / f"auto_{self.name}.json"
         file.with_suffix(".part").write_text(json.dumps(self.found) + "\n")
@@ -151,6 +177,8 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
     say("repair")
     done, repair = patiently(lambda: repaired(panel, best, a.steps))
     record.step("repaired", done, held_out=dict(repair.held_out), of=_name_of(best, whole, refined))
+    if a.candidates:
+        patiently(lambda: record.candidates(choice.scored, a.candidates))
 
 
 def _name_of(best: Adapter, whole: Adapter, refined: Adapter) -> str:
@@ -172,6 +200,7 @@ def main() -> None:
     p.add_argument("--new-tokens", type=int, default=128, help="tokens an adapter writes after a prompt at most")
     p.add_argument("--steps", type=int, default=100, help="of weights and of the repair")
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=(0.4, 0.6, 0.9, 1.3))
+    p.add_argument("--candidates", type=int, default=0, help="rows of each half by which all merges looked at are scored")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--rows", type=int, default=120)
     p.add_argument("--general", required=True, help="FILE:COLUMN")

@@ -21,7 +21,10 @@ import numpy as np
 import yaml
 from intervals import t_interval
 
-ARMS = ("kaiming", "kaiming_penalised", "osrm_mean", "contrastive", "contrastive_penalised")
+ARMS = (
+    "kaiming", "kaiming_penalised", "osrm_mean", "contrastive", "contrastive_penalised",
+    "orthonormal_shared_penalised", "contrastive_curved", "kaiming_drawn",
+)  # fmt: skip
 MAIN, STUDIES = "text-qwen15", Path(__file__).parents[1] / "recipes" / "studies"
 PRIMARY, LEAST = "task_arithmetic", 4.0
 SHOWN = ("individual", "scale", "merged", "recovered", "share_of_means", "general_kl", "general_kl_alone")

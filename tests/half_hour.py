@@ -1,6 +1,6 @@
-"""Inputs of benchmarks/half_hour.sh as small as they can be: two models of random weights, sixteen written tasks, GLUE's eight.
+"""Inputs of benchmarks/half_hour.sh as small as they can be: two models of random weights, sixteen written tasks, GLUE's eight and three more.
 
-python -m tests.half_hour DIR     # then MODEL=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet GENERAL=DIR/general.parquet:text
+python -m tests.half_hour DIR     # then MODEL=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet TOKENIZER=DIR/model GENERAL=DIR/general.parquet:text
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def glue(root: Path) -> None:
             }
             values = rng.uniform(0, 5, ROWS) if task.kind == "regression" else np.arange(ROWS) % classes
             write(root / Path(str(source)).relative_to(root), {**rows, task.label_column: values.tolist()})
+    for name, columns, split in (
+        ("snli", ("premise", "hypothesis"), "validation"), ("banking77", ("sentence",), "test"), ("clinc_domain", ("sentence",), "validation"),
+    ):  # fmt: skip
+        for part in ("train", split):
+            texts: dict[str, list[object]] = {c: [f"w{n % 60} w{n % 7}" for n in range(ROWS)] for c in columns}
+            write(root / name / f"{part}.parquet", {**texts, "label": (np.arange(ROWS) % 3).tolist()})
 
 
 def make(root: Path) -> dict[str, str]:
@@ -69,7 +75,7 @@ def make(root: Path) -> dict[str, str]:
     glue(root / "glue")
     write(root / "general.parquet", {"text": ["w5 w6 w7", "w7 w8", "w9 w10 w11"]})
     named = {k: str(root / k.lower()) for k in ("MODEL", "TASKS", "GLUE", "MPNET")}
-    return {**named, "GENERAL": f"{root / 'general.parquet'}:text"}
+    return {**named, "TOKENIZER": named["MODEL"], "GENERAL": f"{root / 'general.parquet'}:text"}
 
 
 if __name__ == "__main__":
