@@ -25,7 +25,7 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 # share: trainings of 1.5 B measured (64 adapters 614 s, nine tasks' moments 55 s), wide ones guessed from it; of MPNet from earlier runs.
 EIGHT_0="init_8b:2 fleet_8b:3"
 BIG_0="wide_train:7 wide_kaiming+wide_contrastive_penalised:6 joint_train:5 joint_fixed:2"
-BIG_1="q15_train:6 q15_auto+q15_orthonormal_shared_penalised+q15_contrastive_curved+q15_kaiming_drawn:13"
+BIG_1="q15_train:6 q15_auto+q15_orthonormal_shared_penalised+q15_kaiming_drawn+q15_contrastive_curved:13"
 SMALL_0="full_penalised:12 full_kaiming+full_contrastive_penalised:8"
 SMALL_1="fresh:3 fitted+fitted_eleven+fitted_penalised:10"
 TINY_1="rounds_0+rounds_1+rounds_2:12"
@@ -75,7 +75,6 @@ TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
   {name: banking77, kind: classification, train: banking77/train.parquet, validation: banking77/test.parquet, text: [sentence]},
   {name: clinc_domain, kind: classification, train: clinc_domain/train.parquet, validation: clinc_domain/validation.parquet, text: [sentence]}]'
 GLUE8=cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte
-NEW_ARMS=orthonormal_shared_penalised,contrastive_curved,kaiming_drawn
 
 text() { # STUDY FOLDER SCRIPT ARGUMENT...
   local study=$1 folder=$2 script=$3
@@ -103,7 +102,8 @@ work() { # STEP
     init_8b) $PY -P benchmarks/init.py gpu "${INIT[@]}" --json "$WORK/init-8b.json" ;;
     fleet_8b) $PY -P benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root="$TASKS" --tokenizer "$TOKENIZER" \
       --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
-    q15_train) text text-qwen15 q15 text_arms.py --do "train:1:kaiming,$NEW_ARMS" ;;
+    q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming,orthonormal_shared_penalised,kaiming_drawn ;;
+    q15_contrastive_curved) text text-qwen15 q15 text_arms.py --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
     q15_*) text text-qwen15 q15 text_arms.py --do "fixed:1:${1#q15_}" ;;
     wide_train) text text-qwen15-wide wide text_arms.py --do train:0:kaiming,contrastive_penalised ;;
