@@ -5,7 +5,7 @@
 Where a study did not measure one of the figures, it is taken from another study of the same base, tasks and kind of adapters, and said
 so under `elsewhere`: the default at the prompt from existing-fresh.json and existing-fitted-search.json (of eleven tasks from
 scales-mpnet.json), joint training (one adapter of rank 8) from glue8-mpnet.json. What nothing holds stays null. What `merge auto` gives
-since it fits and lets heads follow is in existing-fitted.json, of other seeds; it takes the place of existing.json's own figures, which
+since it fits and lets heads follow is in existing-fitted*.json, of other seeds; it takes the place of the files' own figures, which
 stay under `earlier`.
 """
 
@@ -67,16 +67,43 @@ def joint(results: Path) -> dict[str, Any]:
     return figure(seeds, f"[glue8-mpnet](glue8-mpnet.md), seeds {', '.join(seeds)}")
 
 
-def today(results: Path) -> dict[str, Any]:
-    """What the default and `merge auto` give of eight plain adapters, the second without a repair and with one."""
-    seeds = json.loads((results / "existing-fitted.json").read_text())["seeds"]
-    steps = {
-        "recovered_no_text": "no text",
-        "recovered_100_texts": "fitted, heads",
-        "recovered_repaired": "fitted, repaired, heads",
-    }
-    of = f"[existing-fitted](existing-fitted.md), seeds {', '.join(seeds)}"
-    return {k: figure({s: r["rows"][step]["recovered"] for s, r in seeds.items()}, of) for k, step in steps.items()}
+# What `merge auto` gives since it fits and lets heads follow: the files of benchmarks/fitted.py that hold it, and those whose repairs were
+# all kept by the measure that decides now.
+FITTED = {
+    "existing.json": ("existing-fitted", "existing-fitted-again"),
+    "existing-eleven.json": ("existing-fitted-eleven",),
+    "existing-penalised.json": ("existing-fitted-penalised",),
+}
+UNLIKE = "existing-fitted"  # its repairs were kept by two measures
+STEPS = {
+    "recovered_no_text": "no text",
+    "recovered_100_texts": "fitted, heads",
+    "recovered_repaired": "fitted, repaired, heads",
+}
+BY_LABELS = ("share_of_oracle", "rank_correlation")
+
+
+def today(results: Path, name: str = "existing.json") -> dict[str, Any]:
+    """What the default and `merge auto` give now of the adapters that a file is about, without a repair and with one; and its choice beside labels'."""
+    files = {f: json.loads((results / f"{f}.json").read_text())["seeds"] for f in FITTED.get(name, ())}
+    found = {}
+    for key, step in STEPS.items():
+        mine = {f: seeds for f, seeds in files.items() if key != "recovered_repaired" or f != UNLIKE}
+        by_seed = {s: r["rows"][step]["recovered"] for seeds in mine.values() for s, r in seeds.items()}
+        found[key] = figure(by_seed, _of(mine)) if by_seed else None
+    for key in BY_LABELS:
+        mine = {f: {s: r for s, r in seeds.items() if "labels" in r} for f, seeds in files.items()}
+        by_seed = {s: r["labels"][key] for seeds in mine.values() for s, r in seeds.items()}
+        found[key] = figure(by_seed, _of({f: seeds for f, seeds in mine.items() if seeds})) if by_seed else None
+    if (
+        name != "existing.json" and files
+    ):  # the default at the prompt is TSV-M at its scale; of eight plain adapters there are more seeds
+        found["default_at_prompt"] = found["recovered_no_text"]
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _of(files: dict[str, Any]) -> str:
+    return "; ".join(f"[{f}]({f}.md), seeds {', '.join(seeds)}" for f, seeds in files.items())
 
 
 def main() -> None:
@@ -93,10 +120,11 @@ def main() -> None:
         else:
             others = {"default_at_prompt": at_the_prompt_of_eleven(a.results, arm)}
         others = {k: v for k, v in others.items() if figures[k] is None}
-        if name == "existing.json":
-            others |= today(a.results)
+        others |= today(a.results, name)
         earlier = {
-            k: {"value": figures[k], "interval": figures["intervals"][k]} for k in others if figures[k] is not None
+            k: {"value": figures[k], "interval": figures["intervals"].get(k)}
+            for k in others
+            if figures.get(k) is not None
         }
         figures["intervals"] = {k: v for k, v in figures["intervals"].items() if k not in earlier}
         rest = {k: v for k, v in report.items() if k not in figures and k not in ("elsewhere", "earlier")}

@@ -92,11 +92,14 @@ def _headline(report: Mapping[str, Any]) -> str:
     ]
     if earlier := report.get("earlier"):
         was = ", ".join(
-            f"`{k}` {v['value']:.3f} ({v['interval'][0]:.2f} to {v['interval'][1]:.2f})" for k, v in earlier.items()
+            f"`{k}` {v['value']:.3f}"
+            + (f" ({v['interval'][0]:.2f} to {v['interval'][1]:.2f})" if v["interval"] else "")
+            for k, v in earlier.items()
         )
         told.append(
-            f"What `merge auto` gave on these seeds before it fitted what it chose and let heads follow: {was}. `share_of_oracle` is of "
-            "then; the choice by labels had no fit and no new heads to choose from."
+            f"What `merge auto` gave on these seeds before it fitted what it chose and let heads follow: {was}. `share_of_oracle` and "
+            "`rank_correlation` were then of merges over a grid of all scales. Now they are of what the choice looks at: merges around their "
+            "best scales, learnt weights, fits, of which many are about as good; heads are the adapters' own in both."
         )
     elif not later(report["seeds"]):
         told.append(

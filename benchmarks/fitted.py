@@ -277,7 +277,9 @@ def labels_say(seeds: Mapping[str, Any]) -> list[str]:
             f"| {seed} | {len(r['candidates'])} | {r['rank_correlation']:.3f} | {r['oracle']:.3f} | {r['choice']:.3f} | "
             f"{r['share_of_oracle']:.3f} | {best} |"
         )
-    mean = {k: np.mean([r[k] for r in seeds.values()]) for k in ("rank_correlation", "oracle", "choice", "share_of_oracle")}
+    mean = {
+        k: np.mean([r[k] for r in seeds.values()]) for k in ("rank_correlation", "oracle", "choice", "share_of_oracle")
+    }
     cells = " | ".join(f"**{v:.3f}**" for v in mean.values())
     return [*lines, f"| mean | | {cells} | |", ""]
 

@@ -61,7 +61,7 @@ if [ "$DRY" ]; then
   FRESH=(--set "training={steps: 2, batch_size: 4, lr: 1.0e-3}" --set "data={root: $GLUE, train_rows: 16, max_length: 24}" --set lora.rank=2
     --set "statistics={samples: 4, pool: token}" --set base.dtype=float32)
   FITTED=(--texts 12 --rows 8 --device cpu --labels 4)
-  INIT=(--tiny) FLEET=(--device cpu --layers 1 --width 0.03 --adapters 2 --batch 2 --length 16)
+  INIT=(--tiny) FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
   JOINT=() THREADS=1 FRESH_SEEDS=11 ROUNDS=rounds_penalised,refreshed
 else
   ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 30)
@@ -227,7 +227,8 @@ pages() {
   [ -d "$home/new/joint/told" ] && mkdir -p "$home/new/q15" && for at in records/fixed-1-joint.json answers/fixed-1-joint.npz; do
     mkdir -p "$home/new/q15/told/${at%/*}" && cp "$home/new/joint/told/$at" "$home/new/q15/told/${at/joint/joint_360}" 2>/dev/null
   done
-  for name in q15:text-qwen15:--tested=1,2 q16:text-qwen15-16: wide:text-qwen15-wide:; do
+  [ -e docs/results/text-qwen15-run.tar.gz ] && mkdir "$home/main" && tar xzf docs/results/text-qwen15-run.tar.gz -C "$home/main"
+  for name in q15:text-qwen15:--tested=1,2 q16:text-qwen15-16: "wide:text-qwen15-wide:--floor told=$home/main/told"; do
     at=${name%%:*} name=${name#*:}
     ls "$home/new/$at/told/records"/*.json > /dev/null 2>&1 || continue # nothing of it was scored
     mkdir -p "$home/$at/told" && [ -e "docs/results/${name%:*}-run.tar.gz" ] && tar xzf "docs/results/${name%:*}-run.tar.gz" -C "$home/$at"

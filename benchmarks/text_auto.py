@@ -200,7 +200,9 @@ def main() -> None:
     p.add_argument("--new-tokens", type=int, default=128, help="tokens an adapter writes after a prompt at most")
     p.add_argument("--steps", type=int, default=100, help="of weights and of the repair")
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=(0.4, 0.6, 0.9, 1.3))
-    p.add_argument("--candidates", type=int, default=0, help="rows of each half by which all merges looked at are scored")
+    p.add_argument(
+        "--candidates", type=int, default=0, help="rows of each half by which all merges looked at are scored"
+    )
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--rows", type=int, default=120)
     p.add_argument("--general", required=True, help="FILE:COLUMN")

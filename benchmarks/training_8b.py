@@ -59,14 +59,14 @@ def base_in(folder: Path, tokenizer: str, layers: int, width: float, device: str
     words.save_pretrained(folder)
 
 
-def starts(session: Session, targets: Sequence[str], rank: int, count: int) -> list[Adapter]:
-    """Plain adapters, B zero, one for each of the first tasks."""
+def starts(session: Session, targets: Sequence[str], rank: int, tasks: Sequence[str]) -> list[Adapter]:
+    """Plain adapters, B zero, one for each task."""
     with torch.device("meta"):
         config = LlamaConfig.from_pretrained(session.base.name)
         backbone, prefix = backbone_of(AutoModelForCausalLM.from_config(config))
     shapes = {n: m.weight.shape for n, m in backbone.named_modules() if n.endswith(tuple(targets))}
     made = []
-    for i, task in enumerate(list(session.tasks)[:count]):
+    for i, task in enumerate(tasks):
         g = torch.Generator().manual_seed(i)
         factors = {
             n: LoraFactors(torch.randn(rank, s[1], generator=g) / s[1] ** 0.5, torch.zeros(s[0], rank), 2.0)
@@ -88,7 +88,7 @@ def measured(session: Session, targets: str, a: argparse.Namespace) -> dict[str,
                 s, session.tasks[s.name], session.training(s.name, 0), settings, 0, Path(folder) / s.name,
                 identity("train", {"bench": s.name}),
             )
-            for s in starts(session, TARGETS[targets], a.rank, a.adapters)
+            for s in starts(session, TARGETS[targets], a.rank, a.tasks.split(","))
         ]  # fmt: skip
         if cuda:
             torch.cuda.empty_cache()
@@ -117,7 +117,11 @@ def main() -> None:
     p.add_argument("--device", default="cuda")
     p.add_argument("--layers", type=int, default=32)
     p.add_argument("--width", type=float, default=1.0)
-    p.add_argument("--adapters", type=int, default=4)
+    p.add_argument(
+        "--tasks",
+        default="snli,banking77,clinc_domain,wikisql",
+        help="an adapter each; their answers fit into --length",
+    )
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--length", type=int, default=128)

@@ -6,7 +6,9 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -29,8 +31,8 @@ def test_existing_says_what_its_seeds_say(script, name):
     for key, span in made["intervals"].items():
         now = key not in earlier
         assert span == pytest.approx(report["intervals"][key] if now else earlier[key]["interval"])
-        assert made[key] == pytest.approx(report[key] if now else earlier[key]["value"])
-    today = script("existing_again").today(RESULTS)
+    assert all(made[k] == pytest.approx(v["value"]) for k, v in earlier.items())
+    today = script("existing_again").today(RESULTS, f"{name}.json")
     assert {k: report["elsewhere"][k] for k in earlier} == {k: today[k] for k in earlier}
     assert all(report[k] == report["elsewhere"][k]["value"] for k in earlier)
     missing = [k for k in script("existing").KEYS if made[k] is None]
@@ -46,11 +48,18 @@ def test_scales_are_the_rows_and_count_once(script):
     assert len(set(of_what)) == len(rows)
 
 
-def test_what_a_fit_adds_is_the_seeds(script):
-    report = json.loads((RESULTS / "existing-fitted.json").read_text())
-    text = (RESULTS / "existing-fitted.md").read_text()
+@pytest.mark.parametrize(
+    "name", ["existing-fitted", *(f"existing-fitted-{n}" for n in ("again", "eleven", "penalised"))]
+)
+def test_what_a_fit_adds_is_the_seeds(script, name):
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    text = (RESULTS / f"{name}.md").read_text()
     assert text == script("fitted").page(report)
     assert "What each step adds" in text
+    for labels in (s["labels"] for s in report["seeds"].values() if "labels" in s):
+        fidelity, *halves = zip(*(c[2:] for c in labels["candidates"]), strict=True)
+        assert labels["rank_correlation"] == pytest.approx(spearmanr(fidelity, np.mean(halves, 0)).statistic, abs=2e-3)
+        assert labels["share_of_oracle"] == pytest.approx(labels["choice"] / labels["oracle"])
 
 
 def test_four_bits_are_what_the_seeds_say(script):
