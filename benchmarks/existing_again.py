@@ -84,7 +84,7 @@ BY_LABELS = ("share_of_oracle", "rank_correlation")
 
 
 def today(results: Path, name: str = "existing.json") -> dict[str, Any]:
-    """What the default and `merge auto` give now of the adapters that a file is about, without a repair and with one; and its choice beside labels'."""
+    """What the default and `merge auto` give now of a file's kind of adapters, without a repair and with one; its choice beside labels'."""
     files = {f: json.loads((results / f"{f}.json").read_text())["seeds"] for f in FITTED.get(name, ())}
     found = {}
     for key, step in STEPS.items():

@@ -98,8 +98,8 @@ def _headline(report: Mapping[str, Any]) -> str:
         )
         told.append(
             f"What `merge auto` gave on these seeds before it fitted what it chose and let heads follow: {was}. `share_of_oracle` and "
-            "`rank_correlation` were then of merges over a grid of all scales. Now they are of what the choice looks at: merges around their "
-            "best scales, learnt weights, fits, of which many are about as good; heads are the adapters' own in both."
+            "`rank_correlation` were then of merges over a grid of all scales. Now they are of what the choice looks at: merges around "
+            "their best scales, learnt weights, fits, of which many are about as good; heads are the adapters' own in both."
         )
     elif not later(report["seeds"]):
         told.append(

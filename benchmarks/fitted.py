@@ -265,10 +265,12 @@ def labels_say(seeds: Mapping[str, Any]) -> list[str]:
     lines = [
         "## What labels would have chosen",
         "",
-        "Every merge at every scale that it was tried at, the weights learnt and every fit at every scale, scored by labels; with the "
-        "adapters' own heads. *By labels*: the best on one half of the validation rows, reported on the other, halves swapped and averaged.",
+        "Every merge at every scale that it was tried at, the weights learnt and every fit at every scale, scored by labels; with "
+        "the adapters' own heads. *By labels*: the best on one half of the validation rows, reported on the other, halves swapped "
+        "and averaged.",
         "",
-        "| seed | candidates | rank correlation of fidelity with the true score | recovered, by labels | without labels | share | labels choose |",
+        "| seed | candidates | rank correlation of fidelity with the true score | recovered, by labels | without labels | share | "
+        "labels choose |",
         "|---" * 7 + "|",
     ]
     for seed, r in seeds.items():

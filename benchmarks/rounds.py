@@ -223,9 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks, {recipe.training.get('steps')} steps in all, seeds "
         f"{seeds}; merged by task arithmetic at the rule's scale, so no label has a say. `kaiming` is PEFT's default start, `penalised` "
         "starts at `contrastive` and holds the others' outputs in place; `rounds` is `kaiming` in four parts of a quarter of the steps, "
-        "after each of which all tasks' factors are merged into the base, `rounds_penalised` is `penalised` so. `restarted` is `penalised` with "
-        "a new AdamW after half of the steps; `refreshed` also takes all moments anew there, with each task's adapter on. *Alone*: each task's own adapter, of `rounds` on the base that "
-        "holds the first three merges. *Floor*: the bare base with the heads as trained.\n\n"
+        "after each of which all tasks' factors are merged into the base, `rounds_penalised` is `penalised` so. `restarted` is `penalised` "
+        "with a new AdamW after half of the steps; `refreshed` also takes all moments anew there, with each task's adapter on. "
+        "*Alone*: each task's own adapter, of `rounds` on the base that holds the first three merges. *Floor*: the bare base with the "
+        "heads as trained.\n\n"
         "    PYTHONPATH=src:benchmarks python -P benchmarks/rounds.py --study STUDY --set base.model=BASE --set data.root=DATA "
         "--out RUN --to docs/results"
     )

@@ -8,8 +8,8 @@ the task's own adapter writes an answer to each, and merges are compared with th
 at those of prompt and answer, as the first run did). Steps: no text (TSV-M at its default scale); chosen by fidelity; weights per adapter
 and module learnt; fitted front to back; repaired. Each is scored on the rows of `fixed` of text_arms.py, beside the adapters alone and
 the bare base, and its KL to the base is taken on the general texts. At last, `--candidates N` scores all merges that were looked at, each
-at its best scale and at the one furthest from it, on N rows of each half: how fidelity ranks them where answers are written. RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written
-anew after every step: what is there is not lost when time is up.
+at its best scale and at the one furthest from it, on N rows of each half: how fidelity ranks them where answers are written.
+RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written anew after every step: what is there is not lost when time is up.
 """
 
 from __future__ import annotations

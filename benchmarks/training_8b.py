@@ -1,6 +1,7 @@
-"""A fleet of adapters on a base of Llama-3-8B's geometry: seconds a step and peak memory.
+r"""A fleet of adapters on a base of Llama-3-8B's geometry: seconds a step and peak memory.
 
-    python benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root=TASKS --tokenizer DIR --work DIR --out FILE.json
+    python benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root=TASKS --tokenizer DIR \
+        --work DIR --out FILE.json
 
 The base has random weights in bfloat16 (speed does not depend on them) and the vocabulary of the tokenizer; it is written into --work and
 read from there like any other. Adapters are of rank 16, plain, each on its own task of the study, batches of 16 rows of at most
@@ -101,8 +102,8 @@ def measured(session: Session, targets: str, a: argparse.Namespace) -> dict[str,
     step = (end - start) / (last - first) * len(members)
     return {
         "targets": targets, "adapters": len(members), "rank": a.rank, "rows": a.batch, "length": a.length, "steps": a.steps,
-        "seconds_a_step": round(step, 4), "rows_a_second": round(len(members) * a.batch / step, 1), "counted_steps": (last - first) // len(members),
-        "whole_seconds": round(whole, 1), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
+        "seconds_a_step": round(step, 4), "rows_a_second": round(len(members) * a.batch / step, 1),
+        "counted_steps": (last - first) // len(members), "whole_seconds": round(whole, 1), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""Inputs of benchmarks/half_hour.sh as small as they can be: two models of random weights, sixteen written tasks, GLUE's eight and three more.
+r"""Inputs of benchmarks/half_hour.sh as small as they can be: two models of random weights, sixteen written tasks, eleven others.
 
-python -m tests.half_hour DIR     # then MODEL=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet TOKENIZER=DIR/model GENERAL=DIR/general.parquet:text
+python -m tests.half_hour DIR     # prints MODEL=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet TOKENIZER=DIR/model \
+                                  # GENERAL=DIR/general.parquet:text
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def glue(root: Path) -> None:
             values = rng.uniform(0, 5, ROWS) if task.kind == "regression" else np.arange(ROWS) % classes
             write(root / Path(str(source)).relative_to(root), {**rows, task.label_column: values.tolist()})
     for name, columns, split in (
-        ("snli", ("premise", "hypothesis"), "validation"), ("banking77", ("sentence",), "test"), ("clinc_domain", ("sentence",), "validation"),
+        ("snli", ("premise", "hypothesis"), "validation"),
+        ("banking77", ("sentence",), "test"),
+        ("clinc_domain", ("sentence",), "validation"),
     ):  # fmt: skip
         for part in ("train", split):
             texts: dict[str, list[object]] = {c: [f"w{n % 60} w{n % 7}" for n in range(ROWS)] for c in columns}
