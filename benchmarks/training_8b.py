@@ -103,7 +103,8 @@ def measured(session: Session, targets: str, a: argparse.Namespace) -> dict[str,
     return {
         "targets": targets, "adapters": len(members), "rank": a.rank, "rows": a.batch, "length": a.length, "steps": a.steps,
         "seconds_a_step": round(step, 4), "rows_a_second": round(len(members) * a.batch / step, 1),
-        "counted_steps": (last - first) // len(members), "whole_seconds": round(whole, 1), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
+        "counted_steps": (last - first) // len(members), "whole_seconds": round(whole, 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
     }  # fmt: skip
 
 

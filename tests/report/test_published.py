@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from plait.cli import main
 
@@ -68,9 +69,9 @@ def existing(key):
     return f"{100 * tables('existing')['recovered'][key]:.0f}"
 
 
-def fitted(step):
+def fitted(step, *names):
     """Recovered after a step of `merge auto` on eight plain adapters, mean over seeds."""
-    seeds = tables("existing-fitted")["seeds"].values()
+    seeds = [s for n in (names or ("existing-fitted", "existing-fitted-again")) for s in tables(n)["seeds"].values()]
     return f"{100 * np.mean([s['rows'][step]['recovered'] for s in seeds]):.0f}"
 
 
@@ -160,7 +161,7 @@ QUOTED = [
     ),
     ("trained on all data at once reaches {} on the eight tasks of MPNet", lambda: [joint("glue8-mpnet")]),
     ("| `merge auto` | the base, 100 inputs a task | | | {} |", lambda: [fitted("fitted, heads")]),
-    ("on three other seeds, where the default kept {}.", lambda: [fitted("no text")]),
+    ("on six other seeds, where the default kept {}.", lambda: [fitted("no text")]),
     ("| `tsv` (default) | adapters alone | {} | {} | {} |", lambda: default_scale("tsv")),
     ("| `regmean` | statistics of each task's inputs | {} | {} | {} |", lambda: default_scale("regmean")),
     *(
@@ -200,10 +201,14 @@ ON_WHICH = [
     ("merged by task arithmetic | statistics | **{}** | **{}** |", lambda: both_conditions(BOTH, "task_arithmetic")),
     ("it kept {} % of nine", lambda: [written(PLAIN, "task_arithmetic at 1")]),
     (
-        "On three other seeds that kept {} %, where the weights alone kept {}, a repair of these {} (kept on one seed of three,",
-        lambda: [fitted(step) for step in ("fitted, heads", "weights learnt", "repaired")],
+        "On six other seeds that kept {} %, where the weights alone kept {} and",
+        lambda: [fitted(step) for step in ("fitted, heads", "weights learnt")],
     ),
     ("(TSV-M at its measured scale 0.7) {} (", lambda: [fitted("no text")]),
+    (
+        "Of eleven tasks it keeps {} % (the default {},",
+        lambda: [fitted(step, "existing-fitted-eleven") for step in ("fitted, heads", "no text")],
+    ),
 ]  # fmt: skip
 
 
@@ -221,6 +226,57 @@ def of_full():
 
 
 ARMS_OF_SIXTEEN = (BOTH, START, "osrm_mean", PLAIN)
+SUM = "task_arithmetic"
+
+
+def of_seed(seed, arm, method, name="text-qwen15"):
+    """Share kept of one seed's adapters with each task's instruction."""
+    (row,) = [
+        r
+        for r in tables(name)["rows"]
+        if (r["seed"], r["arm"], r["method"], r["condition"]) == (seed, arm, method, "told")
+    ]
+    return f"{100 * row['recovered']:.0f}"
+
+
+def controls(method):
+    return [of_seed(1, a, method) for a in ("orthonormal_shared_penalised", "kaiming_penalised", BOTH)]
+
+
+def wide():
+    """Alone, and the shares kept of adapters of rank 64 on six modules, with the sum's two scales."""
+    rows = {r["method"]: r for r in tables("text-qwen15-wide")["rows"] if r["arm"] == BOTH}
+    kept = {m: f"{100 * r['recovered']:.0f}" for m, r in rows.items()}
+    rule = f"{SUM}, by rule"
+    scales = [f"{rows[m]['scale']:.2f}" for m in (SUM, rule)]
+    return [
+        f"{rows[SUM]['individual']:.1f}", kept["tsv"], kept["regmean"], kept[SUM], scales[0], kept[rule], scales[1],
+    ]  # fmt: skip
+
+
+def joint_of_360():
+    (row,) = [r for r in tables("text-qwen15")["references"] if r["reference"] == "joint_360"]
+    return [f"{row['score']:.1f}", f"{100 * row['recovered']:.0f}"]
+
+
+def over_rounds(arm, against):
+    """What an arm of docs/results/rounds.md adds to another's merged score, mean and ends over tasks."""
+    rows = {(r["arm"], r["seed"]): r["merged"] for r in tables("rounds")["rows"]}
+    seeds = [s for a, s in rows if a == arm]
+    tasks = rows[arm, seeds[0]]
+    off = [np.mean([rows[arm, s][t] - rows[against, s][t] for s in seeds]) for t in tasks]
+    half = stats.t.ppf(0.975, len(off) - 1) * np.std(off, ddof=1) / len(off) ** 0.5
+    return [f"{v:+.1f}" for v in (np.mean(off), np.mean(off) - half, np.mean(off) + half)]
+
+
+def rounds_with_penalty():
+    rows = [r for r in tables("rounds")["rows"] if r["arm"] == "rounds_penalised"]
+    mean = {k: np.mean([list(r[k].values()) for r in rows]) for k in ("alone", "merged", "floor")}
+    kept = 100 * (mean["merged"] - mean["floor"]) / (mean["alone"] - mean["floor"])
+    more = mean["merged"] - float(merged_of("rounds"))
+    return [f"{mean['merged']:.1f}", *over_rounds("rounds_penalised", "penalised"), f"{more:.1f}", f"{kept:.0f}"]
+
+
 ON_FINDINGS = [
     (
         "the sum keeps **{} %** of what `contrastive_penalised`'s own adapters gain, {} of `contrastive`'s, {} of the paper's start's, "
@@ -243,7 +299,39 @@ ON_FINDINGS = [
         lambda: [merged_of(a) for a in ("rounds", "kaiming", "penalised")],
     ),
     ("scores {} alone, and keeps {} % under task arithmetic, {} under TSV-M, {} under RegMean", of_full),
-    ("A fit front to back ({}) and a repair ({}) add", lambda: [answered("fitted"), answered("repaired")]),
+    (
+        "A fit front to back ({}, {}) adds nothing",
+        lambda: [answered("fitted"), answered("fitted", "again")],
+    ),
+    (
+        "Of the same seed trained once more it keeps {} and {}, fitted {}.",
+        lambda: [answered(step, "again") for step in ("chosen", "weights learnt", "fitted")],
+    ),
+    (
+        "(told, seed 1) keep {} % under the sum, PEFT's default with it {}, `contrastive` with it {};",
+        lambda: controls(SUM),
+    ),
+    ("under TSV-M ({}, {}, {}) and", lambda: controls("tsv")),
+    ("RegMean ({}, {}, {}) it makes no", lambda: controls("regmean")),
+    (
+        "here either ({} % under the sum, without it {} on that seed; RegMean {} and {}).",
+        lambda: [of_seed(1, a, m) for m in (SUM, "regmean") for a in ("kaiming_drawn", PLAIN)],
+    ),
+    (
+        "score {} alone, of which TSV-M keeps {} %, RegMean {}, the sum {} at the scale that the moments say ({}) and {} at the "
+        "rule's ({}).",
+        wide,
+    ),
+    ("Rank 16 on q and v keeps {} under the sum on that seed.", lambda: [of_seed(0, BOTH, SUM)]),
+    ("it scores {} and keeps **{} %** of what PEFT's default adapters gain:", joint_of_360),
+    (
+        "With the penalty rounds score {} ({} over one merge with it, {} to {}, p 0.03; {} over plain rounds) and keep {} %",
+        rounds_with_penalty,
+    ),
+    (
+        "add nothing**: {} points beside the same training interrupted alike ({} to {})",
+        lambda: over_rounds("refreshed", "restarted"),
+    ),
 ]
 
 
