@@ -3,9 +3,9 @@
     python benchmarks/defaults.py --results docs/results --to docs/study
 
 Reads RESULTS/second-protocol.json (the older studies), RESULTS/text-qwen15.json (the seeds that tested it), RESULTS/text-qwen15-16.json and
-RESULTS/text-qwen15-wide.json; writes TO/defaults.md and RESULTS/defaults.json (`rows` of {base, tasks, setting, seeds, arm, method, share}). Of each study one table of
-arms: where a later one has more seeds, that one. A merge stands at the scale that second moments say where they were measured, else at
-that of the rule.
+RESULTS/text-qwen15-wide.json; writes TO/defaults.md and RESULTS/defaults.json (`rows` of {base, tasks, setting, seeds, arm, method,
+share}). Of each study one table of arms: where a later one has more seeds, that one. A merge stands at the scale that second moments say
+where they were measured, else at that of the rule.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ TAIL = """
 The first three rows are what `plait merge` does when no method is named (`plait.merging.scales`), start and penalty what `plait init`
 and `plait train` do with statistics. At the scale that statistics say TSV-M keeps 65 of PEFT's eight and 50 of eleven on MPNet, 80 and 76
 with start and penalty ([rows](../results/second-protocol.md)). [Sixteen written tasks](../results/text-qwen15-16.md) and
-[wide adapters](../results/text-qwen15-wide.md) have one seed; of the wide ones PEFT's default is missing, and in the one row that is there TSV-M is
-ahead of RegMean by ten points: whether the second row of this table holds for wide adapters is open.
+[wide adapters](../results/text-qwen15-wide.md) have one seed; of the wide ones PEFT's default is missing, and in the one row
+that is there TSV-M is ahead of RegMean by ten points: whether the second row of this table holds for wide adapters is open.
 
 Start and penalty were chosen on SmolLM2, MPNet and MiniLM, and confirmed on tasks and seeds kept back, on Qwen alone. That RegMean is
 the default for language models with statistics, and the advice for what plait trained, were read off these tables afterwards: nothing
