@@ -186,7 +186,7 @@ def tick(clock: dict[str, float], name: str) -> None:
 def label_free(panel, adapters, a) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is made without labels: at the prompt, from factors alone, and from the texts step by step."""
     blind = choose_by_factors(adapters, METHODS, a.scales)
-    steps, facts = steps_of(panel, adapters, steps=a.steps)
+    steps, facts, _ = steps_of(panel, adapters, steps=a.steps)
     arms = {"default at the prompt": (merge(adapters, verify=False).adapter, 1.0), "no text": (blind.adapter, 1.0)}
     for name, step in FROM_TEXTS.items():
         arms[name] = (steps[step], 1.0)

@@ -73,9 +73,15 @@ class Clock:
 
 
 def steps_of(
-    panel: Panel, adapters: list[Adapter], steps: int = 100
+    panel: Panel, adapters: list[Adapter], steps: int = 100, whole: Panel | None = None, repairs: int | None = None
 ) -> tuple[dict[str, Adapter], dict[str, Any], list[tuple[str, Adapter, float]]]:
-    """Make every step's merge, weights and repairs in so many steps; what was chosen on the way; and all that was looked at."""
+    """Make every step's merge; what was chosen on the way; and all that was looked at.
+
+    Weights are learnt in so many steps, and repairs take as many at most, or `repairs`.
+
+    Repairs and heads read `whole`, as `merge auto` does with files of more texts than its choice reads; the panel by default.
+    """
+    whole, repairs = whole or panel, repairs or steps
     clock = Clock()
     arms = {"no text": merge(adapters, "tsv", verify=False).adapter}
     choice = clock.timed("chosen", lambda: choose(panel, adapters, refine=0, fit=False))
@@ -89,12 +95,12 @@ def steps_of(
     if kept := held["fitted"] > max(held["refined"], held["chosen"]):
         best = clock.timed("fitted", lambda: fitted(panel, adapters, plain, fit))
     arms |= {"chosen": plain, "weights learnt": learnt, "fitted": best}
-    arms["repaired"], _ = clock.timed("repaired", lambda: repaired(panel, learnt, steps))
-    arms["fitted, repaired"], repair = clock.timed("fitted, repaired", lambda: repaired(panel, best, steps))
+    arms["repaired"], _ = clock.timed("repaired", lambda: repaired(whole, learnt, repairs))
+    arms["fitted, repaired"], repair = clock.timed("fitted, repaired", lambda: repaired(whole, best, repairs))
     refits = {}
     for name in ("chosen", "fitted", "fitted, repaired"):
         arms[f"{name}, heads"], refits[name] = clock.timed(
-            f"{name}, heads", lambda n=name: refit_heads(panel, arms[n], HELD_OUT)
+            f"{name}, heads", lambda n=name: refit_heads(whole, arms[n], HELD_OUT)
         )
     rank = max(a.rank for a in adapters)
     if kept:
@@ -295,6 +301,10 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="auto")
     p.add_argument("--texts", type=int, default=100)
+    p.add_argument(
+        "--all-texts", type=int, default=0, help="texts of each task that repairs and heads read; --texts by default"
+    )
+    p.add_argument("--repairs", type=int, default=100, help="steps of a repair at most")
     p.add_argument("--rows", type=int, default=1000)
     p.add_argument("--labels", type=int, default=0, help="rows of each half by which all that was looked at is scored")
     p.add_argument("--name", default="existing-fitted", help="of the files that are written")
@@ -305,10 +315,12 @@ def measured(base: BaseModel, a: argparse.Namespace, seed: str, tasks: Mapping[s
     """Everything about one seed."""
     root = Path(a.data).absolute()
     adapters = [read_adapter(Path(a.adapters) / f"seed-{seed}" / n, name=n) for n in names]
-    texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + int(seed)).texts for n in names}
+    most = max(a.texts, a.all_texts)
+    texts = {n: load_examples(tasks[n], "train", root=root, rows=most, seed=1000 + int(seed)).texts for n in names}
     validation = {n: load_examples(tasks[n], "validation", root=root) for n in names}
-    panel = Panel(base, parts_of(adapters), texts)
-    arms, facts, candidates = steps_of(panel, adapters)
+    whole = Panel(base, parts_of(adapters), texts)
+    panel = whole.with_texts({n: rows[: a.texts] for n, rows in texts.items()})
+    arms, facts, candidates = steps_of(panel, adapters, whole=whole, repairs=a.repairs)
     found = {**judged(Judge(panel, tasks, validation, a.rows), arms), **facts}
     if a.labels:
         found["labels"] = by_labels(Judge(panel, tasks, validation, a.labels), panel, candidates, arms["fitted"])
@@ -325,6 +337,7 @@ def main() -> None:
     file = out / f"{a.name}.json"
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"about": [], "after": [], "seeds": {}}
     settings = {"tasks": a.tasks, "texts": a.texts, "rows": a.rows, "dtype": a.dtype, "base": Path(a.base).name}
+    settings |= {"all_texts": a.all_texts, "repairs": a.repairs} if a.all_texts else {}
     if report.get("settings", settings) != settings:
         raise SystemExit(f"{file} holds results of other settings; choose another --out")
     for seed in a.seeds.split(","):

@@ -23,17 +23,16 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 
 # Lanes: what follows each other on one GPU; steps joined by + run side by side. Names end in the GPU. Minutes are of an H200 that others
 # share: trainings of 1.5 B measured (64 adapters 614 s, nine tasks' moments 55 s), wide ones guessed from it; of MPNet from earlier runs.
-EIGHT_0="init_8b:2 fleet_8b:3"
-BIG_0="wide_train:7 wide_kaiming+wide_contrastive_penalised:6 joint_train:5 joint_fixed:2"
-BIG_1="q15_train:6 q15_auto+q15_orthonormal_shared_penalised+q15_kaiming_drawn+q15_contrastive_curved:13"
-SMALL_0="full_penalised:12 full_kaiming+full_contrastive_penalised:8"
-SMALL_1="fresh:3 fitted+fitted_eleven+fitted_penalised:10"
-TINY_1="rounds_0+rounds_1+rounds_2:12"
+EIGHT_0="fleet_8b:3"
+BIG_0="wide_train:5 wide_kaiming:5 q15_contrastive_curved:8"
+BIG_1="q15_train:4 q15_auto:13"
+SMALL_0="full_penalised:12"
+SMALL_1="fresh:5 fitted+fitted_penalised+fitted_eleven:14 full_kaiming+full_contrastive_penalised:8"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
   elif [ "${GPUS:-1}" -gt 1 ]; then
-    echo eight_0 big_0 big_1 small_0 small_1 tiny_1
+    echo eight_0 big_0 big_1 small_0 small_1
   else
     echo eight_all big_all small_all
   fi
@@ -45,9 +44,8 @@ steps_of() { # LANE
     big_1) echo "$BIG_1" ;;
     small_0) echo "$SMALL_0" ;;
     small_1) echo "$SMALL_1" ;;
-    tiny_1) echo "$TINY_1" ;;
     big_all) echo "$BIG_1 $BIG_0" ;; # in order of worth
-    small_all) echo "$SMALL_1 $TINY_1 $SMALL_0" ;;
+    small_all) echo "$SMALL_1 $SMALL_0" ;;
   esac
 }
 
@@ -60,15 +58,15 @@ if [ "$DRY" ]; then
   AUTO=(--texts 12 --new-tokens 3 --steps 2 --scales 0.6,0.9 --batch 12 --candidates 4)
   FRESH=(--set "training={steps: 2, batch_size: 4, lr: 1.0e-3}" --set "data={root: $GLUE, train_rows: 16, max_length: 24}" --set lora.rank=2
     --set "statistics={samples: 4, pool: token}" --set base.dtype=float32)
-  FITTED=(--texts 12 --rows 8 --device cpu --labels 4)
-  INIT=(--tiny) FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
-  JOINT=() THREADS=1 FRESH_SEEDS=11 ROUNDS=rounds_penalised,refreshed
+  FITTED=(--texts 12 --rows 8 --device cpu --labels 4 --all-texts 16 --repairs 2)
+  FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
+  THREADS=1 FRESH_SEEDS=14
 else
   ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 30)
   FRESH=(--set "data.root=${GLUE:-}" --set data.train_rows=6000 --set data.validation_rows=200 --set base.dtype=bfloat16 --set training.precision=bf16
     --set training.epochs=null --set training.steps=400)
-  FITTED=(--dtype bfloat16 --labels 200) INIT=(--parts qv,all) FLEET=()
-  JOINT=(--set training.steps=360) THREADS=6 FRESH_SEEDS=11,12,13 ROUNDS=rounds_penalised,restarted,refreshed
+  FITTED=(--dtype bfloat16 --labels 200 --all-texts 500 --repairs 400) FLEET=()
+  THREADS=6 FRESH_SEEDS=14,15,16
 fi
 TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
   {name: snli, kind: classification, train: snli/train.parquet, validation: snli/validation.parquet, text: [premise, hypothesis]},
@@ -99,25 +97,22 @@ full() { # ARM@RATE
 work() { # STEP
   local seed
   case $1 in
-    init_8b) $PY -P benchmarks/init.py gpu "${INIT[@]}" --json "$WORK/init-8b.json" ;;
     fleet_8b) $PY -P benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root="$TASKS" --tokenizer "$TOKENIZER" \
       --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
-    q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming,orthonormal_shared_penalised,kaiming_drawn ;;
+    q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
     q15_contrastive_curved) text text-qwen15 q15 text_arms.py --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
     q15_*) text text-qwen15 q15 text_arms.py --do "fixed:1:${1#q15_}" ;;
-    wide_train) text text-qwen15-wide wide text_arms.py --do train:0:kaiming,contrastive_penalised ;;
-    wide_*) text text-qwen15-wide wide text_arms.py --do "fixed:0:${1#wide_}" ;;
-    joint_*) text text-qwen15 joint text_arms.py "${JOINT[@]}" --do "${1#joint_}:1:joint" ;;
-    rounds_*) of_mpnet rounds.py --set "seeds=[${1#rounds_}]" --arms "$ROUNDS" --out "$WORK/rounds" ;;
+    wide_train) text text-qwen15-wide wide text_arms.py --do train:0:kaiming ;;
+    wide_*) text text-qwen15-wide wide text_arms.py --few --do "fixed:0:${1#wide_}" ;;
     full_penalised) full full_penalised@5e-5 ;;
     full_*) full "${1#full_}@1e-3" ;;
     fresh) $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$WORK/fresh" --set base.model="$MPNET" --set "tasks=$TASKS11" "${FRESH[@]}" \
       --set "seeds=[$FRESH_SEEDS]" --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" --set "arms=[kaiming,
       {name: contrastive_penalised, subspace: contrastive, options: {rho: 0.001}, training: {constraint: penalised, constraint_options: {beta: 1.0}}}]" ;;
-    fitted) fit_of kaiming $GLUE8 existing-fitted-again ;;
-    fitted_eleven) fit_of kaiming $GLUE8,snli,banking77,clinc_domain existing-fitted-eleven ;;
-    fitted_penalised) fit_of contrastive_penalised $GLUE8 existing-fitted-penalised ;;
+    fitted) fit_of kaiming $GLUE8 existing-fitted-500 ;;
+    fitted_eleven) fit_of kaiming $GLUE8,snli,banking77,clinc_domain existing-fitted-500-eleven ;;
+    fitted_penalised) fit_of contrastive_penalised $GLUE8 existing-fitted-500-penalised ;;
     *) echo "no step $1" >&2 && return 2 ;;
   esac
 }
@@ -150,7 +145,7 @@ lane() { # LANE
   case ${EARLY:-$1} in # a training of 1.5 B plans with the memory that is free
     big_0 | big_all) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
     small_0) until [ -e "$WORK/ended/wide_train" ]; do sleep 1; done ;;
-    small_1 | tiny_1 | small_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
+    small_1 | small_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
     for one in $(tr + ' ' <<< "${entry%:*}"); do
@@ -167,7 +162,7 @@ lane() { # LANE
 
 wanted() { # STEP: whether what it needs is there
   case $1 in
-    q1* | wide* | joint*) [ -e "${MODEL:-}/config.json" ] ;;
+    q1* | wide*) [ -e "${MODEL:-}/config.json" ] ;;
     *_8b) true ;;
     *) [ -e "${MPNET:-}/model.safetensors" ] ;;
   esac
@@ -210,7 +205,7 @@ collect() { # [SECONDS]
   while [ $SECONDS -lt $end ] && running; do sleep 2; done
   mkdir -p "$OUT"
   (cd "$WORK" && tar czf "$OUT/records.tgz" --warning=no-file-changed \
-    $(ls -d steps log */told/records rounds/records full/records fitted *-8b.json 2>/dev/null))
+    $(ls -d steps log */told/records full/records fitted *-8b.json 2>/dev/null))
   (cd "$WORK" && part=$(ls -d */told/answers 2>/dev/null) && [ "$part" ] && tar cz $part | split -b 15000000 -d - "$OUT/answers.tgz.")
   if [ "$(find "$OUT" -name 'answers.tgz.*' | wc -l)" -gt 7 ]; then echo "more answers than seven files: those after are not taken" && rm -f "$OUT"/answers.tgz.0[7-9] "$OUT"/answers.tgz.[1-9]*; fi
   status
@@ -224,9 +219,6 @@ pages() {
   export PYTHONPATH="src:benchmarks${PYTHONPATH:+:$PYTHONPATH}"
   mkdir "$home/new" && tar xzf "$FROM/records.tgz" -C "$home/new" || return 1
   ls "$FROM"/answers.tgz.* > /dev/null 2>&1 && cat "$FROM"/answers.tgz.* | tar xz -C "$home/new"
-  [ -d "$home/new/joint/told" ] && mkdir -p "$home/new/q15" && for at in records/fixed-1-joint.json answers/fixed-1-joint.npz; do
-    mkdir -p "$home/new/q15/told/${at%/*}" && cp "$home/new/joint/told/$at" "$home/new/q15/told/${at/joint/joint_360}" 2>/dev/null
-  done
   [ -e docs/results/text-qwen15-run.tar.gz ] && mkdir "$home/main" && tar xzf docs/results/text-qwen15-run.tar.gz -C "$home/main"
   for name in q15:text-qwen15:--tested=1,2 q16:text-qwen15-16: "wide:text-qwen15-wide:--floor told=$home/main/told"; do
     at=${name%%:*} name=${name#*:}
@@ -238,11 +230,11 @@ pages() {
     (cd "$home/$at" && tar czf "$home/$at.tgz" */records */answers) && mv "$home/$at.tgz" "$TO/${name%:*}-run.tar.gz"
     echo "${name%:*}.md"
   done
-  for name in rounds:rounds full:full_finetuning; do
+  for name in full:full_finetuning; do
     [ -d "$home/new/${name%:*}/records" ] && $PY -P "benchmarks/${name#*:}.py" --study recipes/studies/arms-mpnet.yaml \
       --out "$home/new/${name%:*}" --page-only --to "$TO" > "$home/log" 2>&1 && echo "${name#*:}.md" | tr _ -
   done
-  for at in fitted init-8b.json training-8b.json; do
+  for at in fitted training-8b.json; do
     [ -e "$home/new/$at" ] && find "$home/new/$at" -type f ! -name '*.html' -exec cp {} "$TO/" \; -printf '%f\n'
   done
   rm -rf "$home"

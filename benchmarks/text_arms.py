@@ -81,6 +81,7 @@ class Run:
         rows: Reported rows of each half.
         general: Texts of no task.
         device: Where merges are computed.
+        few: Whether the plain arm too has the merges of `FIXED` alone.
     """
 
     layout: Layout
@@ -88,6 +89,7 @@ class Run:
     rows: int
     general: Sequence[tuple[str, ...]]
     device: str
+    few: bool = False
 
 
 def label(method: str, calibration: str | None) -> str:
@@ -195,7 +197,7 @@ def scored(
 
 def fixed(run: Run, seed: int, arm: str) -> dict[str, Any]:
     """Each adapter alone, the bare base, and the merges fixed beforehand."""
-    merger, which = Merger(run, seed, arm), {**FIXED, **(FIXED_OF_PLAIN if arm == PLAIN else {})}
+    merger, which = Merger(run, seed, arm), {**FIXED, **(FIXED_OF_PLAIN if arm == PLAIN and not run.few else {})}
     if run.layout.recipe.arm(arm).joint:
         which = {}
     scales = {n: merger.scale(m, c, how) for n, (m, c, how) in which.items()}
@@ -280,6 +282,11 @@ def main() -> None:
     p.add_argument("--general", required=True, help="FILE:COLUMN")
     p.add_argument("--general-rows", type=int, default=200)
     p.add_argument("--tokens", type=int, default=350_000, help="keys and values held at once on a GPU")
+    p.add_argument(
+        "--few",
+        action="store_true",
+        help="of the plain arm too only the merges that every arm has: wide adapters take long",
+    )
     p.add_argument("--seconds", type=float, default=float("inf"))
     a = p.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -288,7 +295,7 @@ def main() -> None:
     names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
     recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
     a.out.mkdir(parents=True, exist_ok=True)
-    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device)
+    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device, a.few)
     (a.out / "records").mkdir(exist_ok=True)
     for kind, seed, *only in (part.split(":") for part in a.do.split()):
         arms = only[0].split(",") if only else [s.name for s in recipe.arm_specs if int(seed) in arm_seeds(run, s.name)]

@@ -41,7 +41,7 @@ def planned(gpus: int) -> list[tuple[str, int, str, int]]:
 
 def test_what_matters_most_ends_in_time_and_one_gpu_does_the_same_steps():
     ends = {n: begin + minutes for _, begin, names, minutes in planned(2) for n in names.split("+")}
-    for step in ("fleet_8b", "q15_auto", "wide_kaiming", "fitted", "fitted_eleven", "rounds_0", "rounds_1", "rounds_2"):
+    for step in ("fleet_8b", "q15_auto", "wide_kaiming", "fitted", "fitted_eleven", "q15_contrastive_curved"):
         assert ends[step] * 60 <= 1400, step
     assert {n for _, _, names, _ in planned(1) for n in names.split("+")} == set(ends)
 
@@ -90,7 +90,7 @@ def test_every_step_is_called_with_arguments_that_it_knows(dry, tmp_path, monkey
         if recipe := next((c for c in call if c.endswith(".yaml")), None):
             read_recipe(ROOT / recipe, settings)  # names and values are what a recipe has
     assert scripts == {
-        "text_arms.py", "text_auto.py", "rounds.py", "full_finetuning.py", "fitted.py", "init.py", "training_8b.py",
+        "text_arms.py", "text_auto.py", "full_finetuning.py", "fitted.py", "training_8b.py",
     }  # fmt: skip
 
 
@@ -113,6 +113,6 @@ def test_the_whole_queue_runs_small_to_its_pages(tmp_path):
     bash("pages", FROM=str(tmp_path / "out"), TO=str(tmp_path / "pages"), **work)
     made = {f.name for f in (tmp_path / "pages").iterdir()}
     assert {f"{n}.md" for n in (
-        "text-qwen15", "text-qwen15-wide", "rounds", "full-finetuning", "existing-fitted-again", "existing-fitted-eleven",
-        "existing-fitted-penalised",
-    )} | {"init-8b.json", "training-8b.json"} <= made  # fmt: skip
+        "text-qwen15", "text-qwen15-wide", "full-finetuning", "existing-fitted-500", "existing-fitted-500-eleven",
+        "existing-fitted-500-penalised",
+    )} | {"training-8b.json"} <= made  # fmt: skip
