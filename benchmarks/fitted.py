@@ -28,6 +28,7 @@ from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
 from plait.disk.store import versions
 from plait.fidelity.choose import HELD_OUT, Choice, choose, refined_weights
+from plait.fidelity.finishing import judged_with_heads
 from plait.fidelity.fitting import SCALES, TRIED, Fit, best_fit, fitted
 from plait.fidelity.heads import refit_heads
 from plait.fidelity.panel import Panel, parts_of
@@ -97,10 +98,16 @@ def steps_of(
     arms |= {"chosen": plain, "weights learnt": learnt, "fitted": best}
     arms["repaired"], _ = clock.timed("repaired", lambda: repaired(whole, learnt, repairs))
     arms["fitted, repaired"], repair = clock.timed("fitted, repaired", lambda: repaired(whole, best, repairs))
+    starts = {n: arms[n] for n in ("chosen", "fitted", "fitted, repaired")}
+    if repair.kept:
+        repair = clock.timed(
+            "judged with heads", lambda: judged_with_heads(whole, best, starts["fitted, repaired"], repair)
+        )
+        starts["fitted, repaired"] = starts["fitted, repaired"] if repair.kept else best
     refits = {}
-    for name in ("chosen", "fitted", "fitted, repaired"):
+    for name, start in starts.items():
         arms[f"{name}, heads"], refits[name] = clock.timed(
-            f"{name}, heads", lambda n=name: refit_heads(whole, arms[n], HELD_OUT)
+            f"{name}, heads", lambda m=start: refit_heads(whole, m, HELD_OUT)
         )
     rank = max(a.rank for a in adapters)
     if kept:

@@ -10,11 +10,13 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.cli.existing_words import repair_text
-from plait.fidelity import repair
+from plait.fidelity import finishing, repair
+from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.distil import Distilled, Stopping, distil
+from plait.fidelity.heads import refit_heads
 from plait.fidelity.layers import spread, watched
 from plait.fidelity.losses import loss_of
-from plait.fidelity.record import Look
+from plait.fidelity.record import AutoRecord, Look, Repair
 from plait.fidelity.score import fidelities
 from plait.fidelity.targets import TopTargets
 from plait.fidelity.text_teachers import TextLoss
@@ -193,6 +195,30 @@ def test_a_repair_is_judged_by_the_divergence_that_it_learns_from(make_panel, mo
     before, after = (record.held_out[k] for k in ("merge", "repaired"))
     assert f"kept {before:.3f} -> {after:.3f} on held-out texts" in repair_text(record)
     assert f"kept {before:.3f} -> {after:.3f}" in repair_text(replace(record, kept=False))
+
+
+def test_a_repair_is_judged_with_the_heads_that_follow(make_panel, monkeypatch):
+    panel = make_panel(texts=16)
+    merges = [merge(adapters_of(panel), "task_arithmetic", scale=s).adapter for s in (0.3, 3.0)]
+    rest = {t: rows[3::4] for t, rows in panel.texts.items()}
+    most = {t: tuple(r for i, r in enumerate(rows) if i % 4 != 3) for t, rows in panel.texts.items()}
+    with_heads = [refit_heads(panel.with_texts(most, general=False), m, 4)[0] for m in merges]
+    scores = [f.kept for f in fidelities(panel.with_texts(rest, general=False), [(m, 1.0) for m in with_heads])]
+    near, far = merges[scores.index(max(scores))], merges[scores.index(min(scores))]
+    claimed = Repair(5, {"merge": 0.1, "repaired": 0.2}, kept=True, first_loss=1.0, last_loss=0.5)
+
+    for start, end in ((near, far), (far, near)):
+        monkeypatch.setattr(finishing, "repaired", lambda *_, end=end, **__: (end, claimed))
+        done, record, _ = finishing.finished(start, AutoRecord((), "base"), panel, AutoSettings(repair=5), {})
+        held_out = record.repair.held_out
+        assert (held_out["merge, heads"], held_out["repaired, heads"]) == pytest.approx(
+            (max(scores), min(scores)) if end is far else (min(scores), max(scores)), abs=1e-6
+        )
+        assert record.repair.kept == record.repair.closer == (end is near)
+        assert same(replace(done, heads={}), replace(near, heads={}))
+        assert f"with heads that follow {held_out['merge, heads']:.3f} -> " in repair_text(record.repair)
+        plain = finishing.finished(start, AutoRecord((), "base"), panel, AutoSettings(repair=5, heads=False), {})
+        assert plain[1].repair == claimed and same(plain[0], end)
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])

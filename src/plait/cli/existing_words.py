@@ -110,11 +110,13 @@ def repair_text(repair: Repair) -> str:
         return f"not {done}: {_BEYOND}"
     if not repair.held_out:
         return f"{done}: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}; too few texts to hold any out"
-    before, after = repair.held_out["merge"], repair.held_out["repaired"]
+    said = f"kept {repair.held_out['merge']:.3f} -> {repair.held_out['repaired']:.3f} on held-out texts"
+    if "merge, heads" in repair.held_out:
+        said += f", with heads that follow {repair.held_out['merge, heads']:.3f} -> {repair.held_out['repaired, heads']:.3f}"
     if not repair.kept:
         why = f"but {_BEYOND}" if repair.closer else "so the merge stays as it was"
-        return f"not {done}: kept {before:.3f} -> {after:.3f} on held-out texts, {why}"
-    return f"{done}: kept {before:.3f} -> {after:.3f} on held-out texts"
+        return f"not {done}: {said}, {why}"
+    return f"{done}: {said}"
 
 
 def _shift(fidelity: TaskFidelity) -> str:

@@ -8,15 +8,16 @@ from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.errors import RunError
 from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.choose import within
+from plait.fidelity.choose import HELD_OUT, within
 from plait.fidelity.head_learning import Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
-from plait.fidelity.record import AutoRecord, FidelityRecord
+from plait.fidelity.record import AutoRecord, FidelityRecord, Repair
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
+from plait.fidelity.texts import split_off
 from plait.progress import OnProgress
 
 
@@ -72,6 +73,29 @@ def measured(panel: Panel, merge: Adapter) -> Fidelity:
     return Fidelity(tuple(tasks), fidelity.general_kl)
 
 
+def judged_with_heads(panel: Panel, merge: Adapter, better: Adapter, repair: Repair) -> Repair:
+    """Judge a repair that was kept once more, with the heads that will follow: what is compared is what comes out.
+
+    A repair learns through the heads as they were. Heads that follow the merge from before may do as much, and do it in closed form.
+
+    Args:
+        panel: Base, adapters and texts.
+        merge: Before the repair.
+        better: After it.
+        repair: What it did with the heads as they were.
+
+    Returns:
+        The same, kept only where texts that neither the repair nor heads have learnt from are closer with heads too; unchanged where
+        too few were there to hold any out.
+    """
+    if not repair.held_out:
+        return repair
+    most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts, HELD_OUT))
+    before, after = (f.kept for f in fidelities(rest, [(with_heads(most, m)[0], 1.0) for m in (merge, better)]))
+    held_out = {**repair.held_out, "merge, heads": before, "repaired, heads": after}
+    return replace(repair, held_out=held_out, kept=after > before)
+
+
 @dataclass(frozen=True, slots=True)
 class _Finishing:
     """The steps, each from a merge and its record to those after it.
@@ -97,6 +121,9 @@ class _Finishing:
             on_policy=self.settings.on_policy,
             on_progress=self.on_progress,
         )
+        if done.kept and self.settings.heads and not self.panel.is_text:
+            done = judged_with_heads(self.panel, merge, better, done)
+            better = better if done.kept else merge
         if not self._may_be(better):
             better, done, record = merge, replace(done, kept=False), _without(record, "the repair")
         return better, replace(record, repair=done)

@@ -134,6 +134,7 @@ class Repair:
     Args:
         steps: After how many the merge is what it is.
         held_out: "merge" and "repaired" -> 1 - KL / KL of the bare base on the texts held out (`Fidelity.kept`); {} where none were.
+            Where heads follow and the repair was closer, "merge, heads" and "repaired, heads" too: the same with such heads.
         kept: Whether the repaired merge is closer by that, and within the limit on general text, and so was taken.
         first_loss, last_loss: Mean over the first and last tenth of the steps.
         method: What it is called elsewhere.
@@ -155,7 +156,10 @@ class Repair:
     @property
     def closer(self) -> bool:
         """Whether the repaired merge is closer on the texts held out; also where none were, and nothing says otherwise."""
-        return not self.held_out or self.held_out["repaired"] > self.held_out["merge"]
+        if not self.held_out:
+            return True
+        with_heads = self.held_out.get("repaired, heads", 1.0) > self.held_out.get("merge, heads", 0.0)
+        return self.held_out["repaired"] > self.held_out["merge"] and with_heads
 
 
 @dataclass(frozen=True, slots=True)
