@@ -3,7 +3,7 @@
     python benchmarks/existing_again.py --results docs/results
 
 Where a study did not measure one of the figures, it is taken from another study of the same base, tasks and kind of adapters, and said
-so under `elsewhere`: the default at the prompt from existing-fresh.json and existing-fitted-search.json (of eleven tasks from
+so under `elsewhere`: the default at the prompt from existing-fresh.json and existing-fitted*.json (of eleven penalised adapters from
 scales-mpnet.json), joint training (one adapter of rank 8) from glue8-mpnet.json. What nothing holds stays null. What `merge auto` gives
 since it fits and lets heads follow is in existing-fitted*.json, of other seeds; it takes the place of the files' own figures, which
 stay under `earlier`.
@@ -43,9 +43,9 @@ def at_the_prompt(results: Path, arm: str) -> dict[str, Any]:
         if row["arm"] == arm:
             seeds[str(row["seed"])].append(row["no_text"])
     if arm == "kaiming":
-        search = json.loads((results / "existing-fitted-search.json").read_text())
-        for seed in ("8", "9", "10"):
-            seeds[seed].append(search[f"seed {seed}"]["rows"]["tsv@0.7"])
+        for name in FITTED["existing.json"]:
+            for seed, r in json.loads((results / f"{name}.json").read_text())["seeds"].items():
+                seeds[seed].append(r["rows"]["no text"]["recovered"])
     return figure({s: float(np.mean(v)) for s, v in seeds.items()}, f"seeds {', '.join(seeds)}")
 
 

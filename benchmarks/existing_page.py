@@ -11,8 +11,8 @@ def page(report: Mapping[str, Any], file: str = "existing.json") -> str:
     settings, seeds = report["settings"], report["seeds"]
     parts = [
         "# Merging adapters that already exist: what was measured",
-        f"Everything here was written from `{file}`, which this command made ({report['device']}, torch "
-        f"{report['versions'].get('torch')}):",
+        f"Written from `{file}`, which this command made ({report['device']}, torch "
+        f"{report['versions'].get('torch')}); a figure of another file or of other seeds names them:",
         _command(settings),
         _protocol(settings, seeds),
         *([report["note"]] if report.get("note") else []),
@@ -88,7 +88,8 @@ def _headline(report: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     told = [
         "",
-        "`default_at_prompt` is `plait merge` without any option; `recovered_joint` one adapter trained on all tasks together.",
+        "`default_at_prompt` is `plait merge` without any option, on all seeds that it was measured on; since it is TSV-M at 0.7, what is "
+        "made without texts is the same merge. `recovered_joint` is one adapter trained on all tasks together, on other seeds.",
     ]
     if earlier := report.get("earlier"):
         was = ", ".join(

@@ -136,7 +136,7 @@ def default_scale(method):
 START, BOTH, PLAIN = "contrastive", "contrastive_penalised", "kaiming"
 TEN, MPNET, ELEVEN, MINILM = "text3-smollm2-finalists", "glue8-mpnet-finalists", "tasks11-mpnet", "glue8-minilm"
 QUOTED = [
-    ("10 seeds | {} | {} | **{}** | yes,", lambda: [best(TEN, a) for a in (PLAIN, "osrm_mean", BOTH)]),
+    ("10 seeds | {} | {} | **{}** | p 0.006, of three tasks", lambda: [best(TEN, a) for a in (PLAIN, "osrm_mean", BOTH)]),
     ("11 tasks, 3 seeds | {} | | **{}** |", lambda: [best(ELEVEN, a) for a in (PLAIN, BOTH)]),
     ("8 GLUE tasks, 10 seeds | {} | {} | **{}** | no", lambda: [best(MPNET, a) for a in (PLAIN, "osrm", BOTH)]),
     ("8 GLUE tasks, 3 seeds | {} | {} | **{}** | no", lambda: [best(MINILM, a) for a in (PLAIN, "osrm", BOTH)]),
@@ -152,7 +152,8 @@ QUOTED = [
         lambda: [written(PLAIN, "regmean"), sixteen(PLAIN, "regmean"), written(PLAIN, "regmean", "bare")],
     ),
     (
-        "and nine tasks it keeps {} (one seed), RegMean {}, the default {}.",
+        "and nine tasks its choice among four methods, with learnt weights, keeps {} (one seed), RegMean {} and the default {} "
+        "(two others).",
         lambda: [answered(), written(PLAIN, "regmean"), written(PLAIN, "tsv")],
     ),
     (
