@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(_http.time, "sleep", lambda _: None)  # between its own tries
+        monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [])  # an earlier test's stderr is closed
         monkeypatch.setenv("HF_TOKEN", GOOD)
         yield server
 
