@@ -138,6 +138,7 @@ def test_what_was_closer_and_is_beyond_the_limit_is_told_so(make_panel, monkeypa
     monkeypatch.setattr(
         finishing, "repaired", lambda panel, merge, *_, **__: (replace(merge, name="moved"), done_repair)
     )
+    monkeypatch.setattr(finishing, "judged_with_heads", lambda panel, merge, better, repair: repair)
     monkeypatch.setattr(finishing, "within", lambda panel, merge, limit: merge.name != "moved")
     done = merge_auto(
         adapters_of(panel),

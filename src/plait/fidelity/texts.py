@@ -39,7 +39,7 @@ def parse_texts(given: Iterable[str], limit: int = LIMIT) -> dict[str, Texts]:
 
 
 def parse_files(given: Iterable[str], limit: int = LIMIT) -> dict[str, TextFile]:
-    """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read; from all over a file that holds more texts than the limit.
+    """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read from all over the file (`spread_over`).
 
     Raises:
         UsageError: Not of that form, or a task twice.
@@ -75,20 +75,18 @@ def read_file(place: str, limit: int = LIMIT, *, spread: bool = False) -> TextFi
 
 
 def spread_over(count: int, most: int) -> list[int]:
-    """Choose places all over a file, in an order of which every beginning is spread too; all in their order where there are few.
+    """Choose places all over a file, in an order of which every beginning is spread too: the first texts decide what reads more of them.
 
     Many files are sorted by label or by source, and their first hundred rows are of one kind. Places are taken by the fractional part
     of place times golden ratio, the least first: those below any bound lie at three distances at most (the three-gap theorem).
 
-    >>> spread_over(1000, 4), spread_over(3, 4)
-    ([0, 610, 233, 843], [0, 1, 2])
+    >>> spread_over(1000, 4), spread_over(5, 8)
+    ([0, 610, 233, 843], [0, 2, 4, 1, 3])
 
     Args:
         count: How many there are.
         most: How many are wanted.
     """
-    if count <= most:
-        return list(range(count))
     return heapq.nsmallest(most, range(count), key=lambda i: i * _GOLDEN % (1 << 64))
 
 
