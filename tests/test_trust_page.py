@@ -123,7 +123,7 @@ def test_lines_of_the_journal_that_are_none_are_counted(tmp_path, line):
         file.write(line + b"\n")
     assert "cannot be read" in about_runs(tmp_path)["seconds"]
     (tmp_path / JOURNAL).write_bytes(line)
-    assert about_runs(tmp_path) == {"seconds": f"unknown: 1 lines of {JOURNAL} cannot be read"}
+    assert about_runs(tmp_path) == {"seconds": f"unknown: 1 line of {JOURNAL} cannot be read"}
 
 
 def test_what_the_fuzzer_reaches_is_counted_in_functions_that_read():
