@@ -100,7 +100,7 @@ work() { # STEP
     fleet_8b) $PY -P benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root="$TASKS" --tokenizer "$TOKENIZER" \
       --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
     q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
-    q15_contrastive_curved) text text-qwen15 q15 text_arms.py --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
+    q15_contrastive_curved) text text-qwen15 q15 text_arms.py --memory 0.4 --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
     q15_*) text text-qwen15 q15 text_arms.py --do "fixed:1:${1#q15_}" ;;
     wide_train) text text-qwen15-wide wide text_arms.py --do train:0:kaiming ;;

@@ -287,11 +287,19 @@ def main() -> None:
         action="store_true",
         help="of the plain arm too only the merges that every arm has: wide adapters take long",
     )
+    p.add_argument(
+        "--memory",
+        type=float,
+        default=1.0,
+        help="share of the GPU's memory that may be taken: others are at work on it",
+    )
     p.add_argument("--seconds", type=float, default=float("inf"))
     a = p.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     writing.TOKENS_HELD["cuda"] = a.tokens
     started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(a.memory)
     names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
     recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
     a.out.mkdir(parents=True, exist_ok=True)

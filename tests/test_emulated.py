@@ -7,6 +7,7 @@ import torch
 
 from plait.errors import EnvironmentFault, UsageError
 from plait.model.base import BaseModel, device_named, emulated
+from plait.model.devices import free_memory
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,13 @@ def test_51_devices_that_are_not_there(monkeypatch, name, error):
     with pytest.raises(error) as raised:
         device_named(name)
     assert "cpu" in raised.value.hint and name in str(raised.value)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 120), (0.4, 70), (0.04, 0)])
+def test_free_memory_lies_within_the_share_of_this_process(monkeypatch, share, expected):
+    numbers = {"memory_reserved": 30, "memory_allocated": 10, "get_per_process_memory_fraction": share}
+    for name, value in {**numbers, "mem_get_info": (100, 200)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert (
+        free_memory(torch.device("cuda")) == expected
+    )  # what is free or held for later; or the share less what is used

@@ -15,6 +15,7 @@ from plait.errors import RunError
 from plait.evaluation.text import WRITTEN, fill_compared, left_padded, longest_answer, prompts_of, unmeasured
 from plait.model.attention import fused_attention
 from plait.model.base import backbone_of
+from plait.model.devices import free_memory
 from plait.model.stacked import StackedFactors, by_member, stacked_updates
 from plait.tasks.task import Examples, Task
 
@@ -166,8 +167,7 @@ def _room(model: Any, device: torch.device) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = 2 * config.num_hidden_layers * heads * width * next(model.parameters()).element_size()
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(wanted, int(MEMORY_SHARE * free / size))
+    return min(wanted, int(MEMORY_SHARE * free_memory(device) / size))
 
 
 def _decoded(

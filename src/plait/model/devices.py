@@ -31,3 +31,15 @@ def _own_gpu(device: torch.device) -> torch.device:
     """Under torchrun, the GPU of this process, where none is named."""
     rank = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(rank)) if device.type == "cuda" and device.index is None and rank else device
+
+
+def free_memory(device: torch.device) -> int:
+    """Count the bytes of a GPU that this process may still take: what is free, within the share of it that torch was given.
+
+    Who uses a GPU with others gives a share by `torch.cuda.set_per_process_memory_fraction`, or by PYTORCH_ALLOC_CONF. What torch
+    holds and does not use counts as free.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    share_of = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+    return max(0, min(free + held - used, int(share_of(device) * total) - used))

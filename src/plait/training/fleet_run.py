@@ -18,6 +18,7 @@ from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.errors import UsageError
 from plait.model.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
+from plait.model.devices import free_memory
 from plait.model.ends import Ends
 from plait.model.rowbank import Prices, RowBank, cheapest_cuts, row_bank, sorted_by_length, step_plan
 from plait.model.stacked import common_shapes
@@ -267,8 +268,7 @@ def _token_cap(shared: Shared) -> int:
     step()
     used = torch.cuda.max_memory_allocated(shared.device) - before
     tokens = rows.size * int(plan.passes[0][-1].length)
-    free = torch.cuda.mem_get_info(shared.device)[0]
-    return max(1, int(USABLE_SHARE_OF_MEMORY * free * tokens / max(used, 1)))
+    return max(1, int(USABLE_SHARE_OF_MEMORY * free_memory(shared.device) * tokens / max(used, 1)))
 
 
 def _waiting_floor(shared: Shared) -> int:
