@@ -112,7 +112,7 @@ def repair_text(repair: Repair) -> str:
         return f"{done}: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}; too few texts to hold any out"
     said = f"kept {repair.held_out['merge']:.3f} -> {repair.held_out['repaired']:.3f} on held-out texts"
     if "merge, heads" in repair.held_out:
-        said += f", with heads that follow {repair.held_out['merge, heads']:.3f} -> {repair.held_out['repaired, heads']:.3f}"
+        said += f", followed with new heads {repair.held_out['merge, heads']:.3f} -> {repair.held_out['repaired, heads']:.3f}"
     if not repair.kept:
         why = f"but {_BEYOND}" if repair.closer else "so the merge stays as it was"
         return f"not {done}: {said}, {why}"

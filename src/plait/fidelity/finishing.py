@@ -76,7 +76,9 @@ def measured(panel: Panel, merge: Adapter) -> Fidelity:
 def judged_with_heads(panel: Panel, merge: Adapter, better: Adapter, repair: Repair) -> Repair:
     """Judge a repair that was kept once more, with the heads that will follow: what is compared is what comes out.
 
-    A repair learns through the heads as they were. Heads that follow the merge from before may do as much, and do it in closed form.
+    A repair learns through the heads as they were. Heads that follow the merge from before may do as much, and do it in closed form. They
+    also make up what a divergence sees, so that it no longer tells the two apart (docs/results/existing-fitted.md): what decides here
+    is how far the adapters are followed, by which merges are chosen.
 
     Args:
         panel: Base, adapters and texts.
@@ -85,13 +87,13 @@ def judged_with_heads(panel: Panel, merge: Adapter, better: Adapter, repair: Rep
         repair: What it did with the heads as they were.
 
     Returns:
-        The same, kept only where texts that neither the repair nor heads have learnt from are closer with heads too; unchanged where
+        The same, kept only where texts that neither the repair nor heads have learnt from are followed further with heads; unchanged where
         too few were there to hold any out.
     """
     if not repair.held_out:
         return repair
     most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts, HELD_OUT))
-    before, after = (f.kept for f in fidelities(rest, [(with_heads(most, m)[0], 1.0) for m in (merge, better)]))
+    before, after = (f.score for f in fidelities(rest, [(with_heads(most, m)[0], 1.0) for m in (merge, better)]))
     held_out = {**repair.held_out, "merge, heads": before, "repaired, heads": after}
     return replace(repair, held_out=held_out, kept=after > before)
 

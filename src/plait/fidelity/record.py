@@ -134,7 +134,8 @@ class Repair:
     Args:
         steps: After how many the merge is what it is.
         held_out: "merge" and "repaired" -> 1 - KL / KL of the bare base on the texts held out (`Fidelity.kept`); {} where none were.
-            Where heads follow and the repair was closer, "merge, heads" and "repaired, heads" too: the same with such heads.
+            Where heads follow and the repair was closer, "merge, heads" and "repaired, heads" too: how far the adapters are followed
+            there with such heads (`Fidelity.score`).
         kept: Whether the repaired merge is closer by that, and within the limit on general text, and so was taken.
         first_loss, last_loss: Mean over the first and last tenth of the steps.
         method: What it is called elsewhere.
