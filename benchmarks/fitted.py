@@ -3,8 +3,9 @@
     python benchmarks/fitted.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 8,9 --out docs/results [--labels 300]
 
 `--adapters` holds seed-S/TASK folders as `plait run` writes them. Everything is chosen on --texts training texts of each task without
-their labels; the shares of what the adapters gain are of validation rows that nothing else reads. A seed that
---out/existing-fitted.json already holds is not done again.
+their labels; the shares of what the adapters gain are of validation rows that nothing else reads. `--labels N` scores all that the choice
+looked at by the labels of N rows of each half of each validation set: how fidelity ranks it, and what labels would have chosen.
+`--all-texts` gives repairs and heads more texts than the choice reads. A seed that --out/NAME.json already holds is not done again.
 """
 
 from __future__ import annotations
@@ -78,9 +79,8 @@ def steps_of(
 ) -> tuple[dict[str, Adapter], dict[str, Any], list[tuple[str, Adapter, float]]]:
     """Make every step's merge; what was chosen on the way; and all that was looked at.
 
-    Weights are learnt in so many steps, and repairs take as many at most, or `repairs`.
-
-    Repairs and heads read `whole`, as `merge auto` does with files of more texts than its choice reads; the panel by default.
+    Weights are learnt in so many steps, and repairs take as many at most, or `repairs`. Repairs and heads read `whole`, as `merge auto`
+    does with files of more texts than its choice reads; the panel by default.
     """
     whole, repairs = whole or panel, repairs or steps
     clock = Clock()

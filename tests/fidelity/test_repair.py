@@ -225,6 +225,8 @@ def test_a_repair_is_judged_with_the_heads_that_follow(make_panel, monkeypatch):
         assert f"followed with new heads {held_out['merge, heads']:.3f} -> " in repair_text(record.repair)
         plain = finishing.finished(start, AutoRecord((), "base"), panel, AutoSettings(repair=5, heads=False), {})
         assert plain[1].repair == claimed and same(plain[0], end)
+    none_held_out = replace(claimed, held_out={})
+    assert finishing.judged_with_heads(panel, near, far, none_held_out) == none_held_out  # nothing to judge by
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])

@@ -76,9 +76,9 @@ def measured(panel: Panel, merge: Adapter) -> Fidelity:
 def judged_with_heads(panel: Panel, merge: Adapter, better: Adapter, repair: Repair) -> Repair:
     """Judge a repair that was kept once more, with the heads that will follow: what is compared is what comes out.
 
-    A repair learns through the heads as they were. Heads that follow the merge from before may do as much, and do it in closed form. They
-    also make up what a divergence sees, so that it no longer tells the two apart (docs/results/existing-fitted.md): what decides here
-    is how far the adapters are followed, by which merges are chosen.
+    A repair learns through the heads as they were. Heads that follow the merge from before may do as much, and do it in closed form. The
+    divergence that a repair learns from calls it closer even then, where it keeps less (docs/results/existing-fitted.md). So what
+    decides here is how far the adapters are followed, by which merges are chosen.
 
     Args:
         panel: Base, adapters and texts.

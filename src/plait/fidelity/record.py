@@ -136,7 +136,7 @@ class Repair:
         held_out: "merge" and "repaired" -> 1 - KL / KL of the bare base on the texts held out (`Fidelity.kept`); {} where none were.
             Where heads follow and the repair was closer, "merge, heads" and "repaired, heads" too: how far the adapters are followed
             there with such heads (`Fidelity.score`).
-        kept: Whether the repaired merge is closer by that, and within the limit on general text, and so was taken.
+        kept: Whether the repaired merge was taken: closer by all of that, and within the limit on general text.
         first_loss, last_loss: Mean over the first and last tenth of the steps.
         method: What it is called elsewhere.
         most: Steps that it was allowed.
@@ -156,11 +156,9 @@ class Repair:
 
     @property
     def closer(self) -> bool:
-        """Whether the repaired merge is closer on the texts held out; also where none were, and nothing says otherwise."""
-        if not self.held_out:
-            return True
-        with_heads = self.held_out.get("repaired, heads", 1.0) > self.held_out.get("merge, heads", 0.0)
-        return self.held_out["repaired"] > self.held_out["merge"] and with_heads
+        """Whether the repaired merge is closer on the texts held out, by all that was measured; also where nothing was."""
+        pairs = (("merge", "repaired"), ("merge, heads", "repaired, heads"))
+        return all(self.held_out[after] > self.held_out[before] for before, after in pairs if before in self.held_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ def _own_gpu(device: torch.device) -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Count the bytes of a GPU that this process may still take: what is free, within the share of it that torch was given.
 
-    Who uses a GPU with others gives a share by `torch.cuda.set_per_process_memory_fraction`, or by PYTORCH_ALLOC_CONF. What torch
-    holds and does not use counts as free.
+    Who uses a GPU with others gives a share by `torch.cuda.set_per_process_memory_fraction`. What torch holds and does not use
+    counts as free.
     """
     free, total = torch.cuda.mem_get_info(device)
     held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
