@@ -26,8 +26,9 @@ from plait.runs.inputs import INPUTS_FILE
 from plait.runs.layout import Layout
 from plait.runs.recipe_file import parse_recipe
 from plait.runs.stages import ANSWERS_FILE
-from plait.trying.answers import TrySettings, tried
+from plait.trying.answers import tried
 from plait.trying.inputs import trial_of
+from plait.trying.records import Prompts, TrySettings
 from tests.tiny import ARCHITECTURES
 
 FAST = {"arms": ["osrm"], "merges": ["task_arithmetic"]}
@@ -69,7 +70,7 @@ def test_every_architecture_walks_the_line(architecture, tiny_recipe, tmp_path):
     assert set(best.heads) == {"topic", "pairs", "grade"} and best.modules
     card = (out / "best/README.md").read_text()
     assert "| `grade` |" in card and "this merge | its adapter alone" in card and str(tmp_path) not in card
-    asked = tried(trial_of(str(out / "best"), None, [], "cpu"), (("w1 w2", "w3"),), {}, TrySettings())
+    asked = tried(trial_of(str(out / "best"), None, [], "cpu"), Prompts((("w1 w2", "w3"),)), TrySettings())
     assert [r.task for r in asked.rows] == ["grade", "pairs", "topic"] and asked.missing == ()
     assert str(tmp_path) not in (out / "best/plait.json").read_text()
     again = run(tiny_recipe(architecture), out, quiet=True)

@@ -368,6 +368,10 @@ def test_fisher_merging_at_the_prompt(tiny_base, tmp_path, capsys, monkeypatch):
         commands.append(["stats", "fisher", adapters[-1], *source, "--samples", "10", "--out", files[-1]])
         found = plait(capsys, *commands[-1])
         assert (found["examples"], found["modules"], found["reused"]) == (10, 2, False)
+        assert "cut" not in found
+    short = ["--set", "data.max_length=4", "--out", tmp_path / "short.fisher.safetensors"]
+    cut = plait(capsys, *commands[0][:-2], *short)["cut"]
+    assert cut["rows"] == 10 and cut["limit"] == 4 and 0 < cut["cut"] <= 10
     merged = plait(capsys, "merge", *adapters, "--method", "fisher", "--stats", *files, "--out", tmp_path / "m")
     F = [read_fisher(p) for p in files]
     module = next(iter(F[0].modules))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from plait.adapters.peft_format import read_adapter
@@ -13,6 +14,7 @@ from plait.cli import app
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.fidelity.forward import merge_by_forward
+from plait.merging.words import words_of
 from tests.fidelity.conftest import random_adapter, texts_of
 
 
@@ -147,3 +149,28 @@ def test_from_the_command_line(pair, tmp_path):
     assert json.loads(done.stdout)["method"] == "regmean_pp"
     refused = CliRunner().invoke(app, [*arguments, "--rank", "4", "--device", "cuda"])
     assert isinstance(refused.exception, UsageError) and "--rank and no --device" in str(refused.exception)
+
+
+def test_texts_that_are_read_in_part_are_told_before_and_kept(pair, tmp_path):
+    """By every method, with the number that the tokenizer alone counts; nothing where all are read whole."""
+    base, folders, texts = pair
+    long = tuple((f"{text} {text} {text}",) for (text,) in texts["one"][:3])
+    texts = {"one": (*long, *texts["one"][3:]), "two": texts["two"]}
+    tokenizer = AutoTokenizer.from_pretrained(base.name)
+    lengths = {name: [len(tokenizer(t)["input_ids"]) for (t,) in rows] for name, rows in texts.items()}
+    limit, longest = max(lengths["two"]), max(lengths["one"])
+    cut = sum(n > limit for n in lengths["one"])
+    held = -(-longest // 8) * 8
+    told = f"texts longer than {limit} tokens are read up to there: {cut} of 12 of one (--max-length {held} would hold all)"
+    assert cut
+    quick = {"adamerging": {"steps": 1}, "featcal": {"anchor": "task_arithmetic"}, "regmean_pp": {}}
+    for method, options in quick.items():
+        said: list[str] = []
+        done = merge_by_forward(
+            folders, tmp_path / method, method, base=base, texts=texts, options=options, max_length=limit, on_progress=said.append
+        )  # fmt: skip
+        assert said == [told] and done.record.notes == (told,)
+        assert read_manifest(tmp_path / method)["result"]["notes"] == [told]
+        assert told in words_of(done).splitlines()
+    whole = merge_by_forward(folders, tmp_path / "whole", "regmean_pp", base=base, texts=texts, max_length=longest)
+    assert whole.record.notes == () and "notes" not in read_manifest(tmp_path / "whole")["result"]

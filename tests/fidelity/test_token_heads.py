@@ -12,16 +12,20 @@ import torch
 
 import plait
 from plait.adapters.peft_format import read_adapter
+from plait.cli.measuring import measured_text
 from plait.errors import InputError
 from plait.fidelity.auto import merge_auto
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.panel import parts_of
+from plait.fidelity.serving import measure
 from plait.merging import merge_folders
 from plait.model.base import BaseModel
 from plait.runs.single import evaluate
 from plait.training.peft_model import for_task
-from plait.trying.answers import TrySettings, tried
+from plait.trying.answers import tried
 from plait.trying.inputs import trial_of
+from plait.trying.page import text_of
+from plait.trying.records import Prompts, TrySettings
 from tests.classifiers import classifier, quiet, saved_base, saved_classifier
 from tests.fidelity.conftest import texts_of
 from tests.training.conftest import make_task
@@ -49,9 +53,33 @@ def test_where_predictions_are_asked_for_they_are_refused_by_name(folders):
     with pytest.raises(InputError, match=REFUSED):
         parts_of([read_adapter(merged)])  # a merge says of each head what it is of
     with pytest.raises(InputError, match=REFUSED):
-        tried(trial_of(str(merged), str(base), []), texts_of(1), {}, TrySettings())
+        tried(trial_of(str(tags), str(base), []), Prompts(texts_of(1)), TrySettings())
+    with pytest.raises(InputError, match=REFUSED):
+        measure([read_adapter(tags)], None, BaseModel(str(base)), {"tags": texts_of(3)})
     with pytest.raises(InputError, match=REFUSED):
         for_task(read_adapter(tags), make_task("tags", "classification", 3), classifier(base, 3))
+
+
+def test_in_a_mixed_merge_the_others_are_tried_and_measured_and_it_is_refused_by_name(folders):
+    """What is said of its neighbour is what is said of it beside nobody."""
+    base, tags, texts, merged = folders
+    rows = {"tags": texts_of(3), "texts": texts_of(3)}
+    asked = Prompts(texts_of(1), {"tags": texts_of(2)})
+    answers = tried(trial_of(str(merged), str(base), []), asked, TrySettings())
+    assert [row.task for row in answers.rows] == ["texts"] and len(answers.rows[0].answers) == 3
+    assert [m.name for m in answers.missing] == ["tags"] and REFUSED in answers.missing[0].why
+    assert f"- tags is not tried: its head {REFUSED}" in text_of(answers, 200)
+    with pytest.raises(InputError, match=REFUSED):  # nobody else is asked
+        tried(trial_of(str(merged), str(base), []), Prompts((), {"tags": texts_of(2)}), TrySettings())
+
+    both, merge, of = [read_adapter(tags), read_adapter(texts)], read_adapter(merged), BaseModel(str(base))
+    found = measure(both, merge, of, rows, on_progress=(said := []).append)
+    alone = measure(both[1:], merge, of, {"texts": rows["texts"]})
+    assert found.tasks == ("texts",) and [r.task for r in found.refused] == ["tags"] and not alone.refused
+    assert found.ways == alone.ways and found.ways[0].merged.tasks[0].fidelity.kl > 0
+    assert any(line.startswith("tags is not measured") and REFUSED in line for line in said)
+    assert "- tags is not measured: " in measured_text(found) and "tags" not in measured_text(alone)
+    assert measure(both, merge, of, {"texts": rows["texts"]}).ways == alone.ways  # texts of it need not be there
 
 
 def test_scores_are_refused_and_those_of_its_neighbour_are_not(folders):

@@ -7,9 +7,9 @@ import importlib.util
 import pytest
 from benchmarks.browser import SCHEMES, WIDTHS, chromium, started
 
-from plait.trying.answers import ALONE, BASE, MERGE, Answer, Asked, Tried
 from plait.trying.inputs import Missing
 from plait.trying.page import render
+from plait.trying.records import ALONE, BASE, MERGE, Answer, Asked, Tried
 
 pytestmark = pytest.mark.skipif(
     chromium() is None or importlib.util.find_spec("playwright") is None,

@@ -14,6 +14,7 @@ from plait.cli import main
 from plait.disk.store import identity, staged_folder
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.merging import merge_folders
+from plait.trying.prompts import read_prompts
 from tests.classifiers import expected_logits, quiet, saved_base, saved_classifier
 from tests.merging.test_bake import llama, lora
 from tests.tiny import WORDS, save_tokenizer
@@ -116,6 +117,63 @@ def test_a_class_and_its_probability_are_pefts(classifiers, tmp_path, capsys):
     assert plait(capsys, "try", merged, "--prompt", PROMPTS[0], "--device", "cpu", "--out", page)[0] == 0
     html = page.read_text()
     assert html.count(f"<h2>{PROMPTS[0]}</h2>") == 1 and "<h3>mood</h3>" in html and "1 prompt to" in html
+
+
+def test_rows_that_name_a_task_are_asked_of_it_alone(classifiers, writers, tmp_path, capsys):
+    """Each answer is the one that its task gives when it is asked by itself; a row that names none goes to everybody."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,task\n" + "".join(f"{p},{t}\n" for p, t in zip(PROMPTS, ("topic", "", "mood"), strict=True)))
+    command = (classifiers[2], "--device", "cpu")
+    found = answers(capsys, *command, "--prompts", f"{rows}:text")
+    wanted = [("mood", PROMPTS[1]), ("topic", PROMPTS[1]), ("mood", PROMPTS[2]), ("topic", PROMPTS[0])]
+    assert [(r["task"], r["prompt"]) for r in found["rows"]] == wanted
+    for row in found["rows"]:
+        (tmp_path / "one.txt").write_text(row["prompt"])
+        alone = answers(capsys, *command, "--prompts", f"{row['task']}={tmp_path / 'one.txt'}")
+        for here, there in zip(row["answers"], alone["rows"][0]["answers"], strict=True):
+            assert here["text"] == there["text"] and here["probability"] == pytest.approx(there["probability"])
+        assert [r["task"] for r in alone["rows"]] == [row["task"]]
+        assert not any("every head answers" in note for note in alone["notes"])
+    assert any(n.startswith("every head answers 1 prompt, whatever") for n in found["notes"])
+
+    rows.write_text(f"prompt,task\n{PROMPTS[0]},two\n{PROMPTS[1]},\n")
+    command = (writers[2], "--tokens", "5", "--device", "cpu")
+    found = answers(capsys, *command, "--prompts", rows)
+    everybody = answers(capsys, *command, "--prompt", PROMPTS[1], "--prompt", PROMPTS[0])
+    assert found["rows"][0] == everybody["rows"][0] and found["rows"][0]["task"] is None
+    assert found["rows"][1]["task"] == "two" and found["rows"][1]["columns"] == ["the bare base", "two", "the merge"]
+    base, _, *others = everybody["rows"][1]["answers"]
+    assert found["rows"][1]["answers"] == [base, *others]
+    page = tmp_path / "rows.html"
+    code, said, _ = plait(capsys, "try", *command, "--prompts", rows, "--out", page)
+    assert (
+        code == 0
+        and said.count("the bare base  ") == 2
+        and sum("   two  the bare base" in x for x in said.splitlines()) == 1
+    )
+    assert page.read_text().count("<dt>one</dt>") == 1 and page.read_text().count("<dt>two</dt>") == 2
+
+
+def test_a_column_of_other_tasks_and_rows_that_are_not_asked_are_told(classifiers, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,task\n" + "w1 w2,summarise\n" * 120)
+    asked = read_prompts([str(rows)], [], ["mood", "topic"])
+    assert len(asked.for_all) == 100 and not asked.of_tasks
+    assert asked.notes == (
+        "rows.csv: column 'task' names no task of this merge (summarise), so its rows are for everybody",
+        "rows.csv: the first 100 of each task of 120 rows are asked",
+    )
+    rows.write_text("text,task\n" + "w1 w2,mood\n" * 120 + "w3,topic\n")
+    asked = read_prompts([str(rows)], [], ["mood", "topic"])
+    assert {t: len(x) for t, x in asked.of_tasks.items()} == {"mood": 100, "topic": 1}  # a task that comes last too
+    assert asked.notes == ("rows.csv: the first 100 of each task of 121 rows are asked",)
+    (tmp_path / "long.txt").write_text("w1 " * 30 + "\nw1\n")
+    found = answers(
+        capsys, classifiers[2], "--prompts", f"mood={tmp_path / 'long.txt'}", "--max-length", "8", "--device", "cpu"
+    )
+    assert any(
+        n.startswith("texts longer than 8 tokens are read up to there: 1 of 2 of mood (") for n in found["notes"]
+    )
 
 
 def test_adapters_that_are_gone_or_changed_are_named_and_the_rest_is_tried(writers, tmp_path, capsys):
@@ -268,7 +326,9 @@ def test_the_page_is_whole_names_no_folder_and_escapes_what_it_shows(writers, tm
         ([], 2, "nothing to ask"),
         (["--prompts", "absent.txt"], 3, "no such file"),
         (["--prompt", " "], 3, "is empty"),
-        (["--prompts", "nobody=p.txt"], 2, "TASK=FILE is for classifiers"),
+        (["--prompts", "nobody=p.txt"], 2, "no task of that name"),
+        (["--prompts", "one=p.txt", "--prompts", "one=p.txt"], 2, "names 'one' twice"),
+        (["--prompts", "mixed.csv"], 2, "column 'task' names 'three'"),
         (["--prompt", "w1 " * 60, "--max-length", "8"], 3, "at most 8 fit"),
         (["--prompt", "w1", "--tokens", "4000"], 2, "leave no room"),
         (["--prompt", "w1", "--base", "/absent"], 3, "no such folder"),
@@ -277,6 +337,7 @@ def test_the_page_is_whole_names_no_folder_and_escapes_what_it_shows(writers, tm
 def test_what_cannot_be_asked_is_one_line(writers, tmp_path, monkeypatch, capsys, arguments, code, said):
     monkeypatch.chdir(tmp_path)
     Path("p.txt").write_text("w1\n")
+    Path("mixed.csv").write_text("text,task\nw1,one\nw2,three\n")
     answer, _, err = plait(capsys, "try", writers[2], *arguments, "--device", "cpu")
     assert answer == code and said in err and len(err.strip().splitlines()) <= 2, err
 

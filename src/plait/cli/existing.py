@@ -197,6 +197,7 @@ class ForwardChoice(NamedTuple):
     dtype: str
     four_bits: str | None
     overwrite: bool
+    quiet: bool
 
 
 def by_forward(
@@ -213,7 +214,7 @@ def by_forward(
     return merge_by_forward(
         folders, out, method, base=base, texts=parse_texts(chosen.text or []), options=options, weights=weights,
         base_id=chosen.base_id, max_length=chosen.length, dtype=chosen.dtype, four_bits=chosen.four_bits,
-        overwrite=chosen.overwrite,
+        overwrite=chosen.overwrite, on_progress=_reporter(chosen.quiet),
     )  # fmt: skip
 
 

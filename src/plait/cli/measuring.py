@@ -63,7 +63,8 @@ def measured_text(measured: Measured) -> str:
     names = ["followed", "worst", "agreement there"]
     header = ["served", *([f"merge {names[0]}", *names[1:]] if merged else []), f"alone {names[0]}", *names[1:]]
     rows = [[s.way, *(_cells(s.merged) if s.merged else []), *_cells(s.alone)] for s in measured.ways]
-    return "\n\n".join([table(header, rows), _WORDS])
+    refused = [f"- {one.task} is not measured: {one.why}" for one in measured.refused]
+    return "\n\n".join([table(header, rows), _WORDS, *(["\n".join(refused)] if refused else [])])
 
 
 def _cells(record: FidelityRecord) -> list[str]:

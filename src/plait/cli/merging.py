@@ -152,7 +152,7 @@ def merge(
         return
     if method in _FORWARD:
         only(context, f"--method {method}", _OF_FORWARD, hint="it runs the base on the texts, on the CPU")
-        forward = existing.ForwardChoice(text, length, base, dtype, four_bits, overwrite)
+        forward = existing.ForwardChoice(text, length, base, dtype, four_bits, overwrite, quiet)
         written = existing.by_forward(folders, out, method, settings(sets), numbers(weights, "--weights"), forward)
         emit(written, as_json, merge_text(written))
         return

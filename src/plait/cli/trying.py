@@ -5,22 +5,21 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from plait.cli.options import Device, Json, Overwrite
 from plait.cli.output import emit
-from plait.errors import UsageError, printable
+from plait.errors import UsageError
 from plait.progress import note
-
-if TYPE_CHECKING:
-    from plait.fidelity.texts import Texts
 
 Files = Annotated[
     list[str] | None,
     typer.Option(
-        "--prompts", metavar="FILE", help="A prompt a line, or a table's FILE:COLUMN[,COLUMN]; TASK=FILE for one head."
+        "--prompts",
+        metavar="[TASK=]FILE",
+        help="A prompt a line, or a table's FILE:COLUMN[,COLUMN]; TASK=FILE, or a column task in the table, asks each task its own.",
     ),
 ]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="One prompt; may be repeated.")]
@@ -57,36 +56,20 @@ def try_(
     where they still are. Prompts go in as they were in training: with the template that was put around them then.
     """
     from plait.disk.overwriting import require_place
-    from plait.trying.answers import TrySettings, tried
+    from plait.trying.answers import tried
     from plait.trying.inputs import trial_of
     from plait.trying.page import is_page, text_of, write_page
+    from plait.trying.prompts import read_prompts, tasks_of
+    from plait.trying.records import TrySettings
 
     if out is not None:
         require_place(out, is_page, overwrite=overwrite)
-
-    for_all, of_tasks = _prompts(prompts or [], prompt or [])
+    if not (prompts or prompt):
+        raise UsageError("nothing to ask", hint="--prompts FILE, or --prompt TEXT")
     trial = trial_of(merged, base, adapter or [], device)
-    answers = tried(trial, for_all, of_tasks, TrySettings(tokens, chat, length), on_progress=note)
+    asked = read_prompts(prompts or [], prompt or [], tasks_of(trial))
+    answers = tried(trial, asked, TrySettings(tokens, chat, length), on_progress=note)
     page = write_page(answers, out, overwrite=overwrite) if out is not None else None
     text = text_of(answers, shutil.get_terminal_size((100, 24)).columns)
     result = {**asdict(answers), "output": str(page.absolute())} if page else asdict(answers)
     emit(result, as_json, f"{text}\n\nsame as a page: {page}" if page else text)
-
-
-def _prompts(files: list[str], texts: list[str]) -> tuple[Texts, dict[str, Texts]]:
-    """Prompts for everybody, and those of one head."""
-    from plait.fidelity.texts import checked, read_place
-
-    for_all: list[tuple[str, ...]] = [(text,) for text in texts]
-    of_tasks: dict[str, Texts] = {}
-    for place in files:
-        task, equals, file = place.partition("=")
-        if equals and not Path(place).exists():
-            if task in of_tasks:
-                raise UsageError(f"--prompts names {printable(task)!r} twice")
-            of_tasks[task] = read_place(file)
-        else:
-            for_all += read_place(place)
-    if not for_all and not of_tasks:
-        raise UsageError("nothing to ask", hint="--prompts FILE, or --prompt TEXT")
-    return checked(tuple(for_all), "the prompts") if for_all else (), of_tasks

@@ -21,7 +21,7 @@ from plait.errors import InputError, UsageError
 from plait.fidelity.arguments import recorded_base
 from plait.fidelity.panel import Panel, Part, parts_of
 from plait.fidelity.texts import Texts, checked
-from plait.fidelity.tokens import require_room, rows_of
+from plait.fidelity.tokens import cut_notes, require_room, rows_of
 from plait.formats.convert import written_error
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
@@ -35,6 +35,7 @@ from plait.merging.rounding import dtype_for, in_dtype
 from plait.model.base import BaseModel
 from plait.model.identity import held_fingerprint
 from plait.options import Fraction, Option, Positive, Range, checked_options, options_of
+from plait.progress import OnProgress
 from plait.tasks import batches
 
 
@@ -102,6 +103,7 @@ def merge_by_forward(
     dtype: str = KEEP,
     four_bits: str | None = None,
     overwrite: bool = False,
+    on_progress: OnProgress = lambda _: None,
 ) -> Written[MergeRecord]:
     """Merge PEFT folders by a method that runs the base on unlabelled texts, on the CPU.
 
@@ -119,6 +121,7 @@ def merge_by_forward(
         dtype: Type of the written factors, see `plait.merging.folders.merge_folders`.
         four_bits: How a base is held that was not given, see `BaseModel`.
         overwrite: Replace what stands at `out`.
+        on_progress: Called with what a person should know before the base runs.
 
     Returns:
         The record of the merge, and where it was written.
@@ -147,12 +150,15 @@ def merge_by_forward(
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
         return reused(out, before, MergeRecord)
     more = {} if method == "adamerging" else {"weights": weights}
+    notes = tuple(cut_notes(panel))
+    for note in notes:
+        on_progress(note)
     require_room(panel)
     if "rank" not in chosen or chosen["rank"] is None:
         require_space(out, max(a.nbytes for a in adapters))
     done = _run(found.function, panel, adapters, **chosen, **more, base=base_id, name=out.name)
     adapter, took = in_dtype(done.adapter, kind, adapters)
-    record = replace(took.noted(done.record), texts={t: len(rows) for t, rows in panel.texts.items()})
+    record = replace(took.noted(done.record), texts={t: len(rows) for t, rows in panel.texts.items()}, notes=notes)
     result = to_json(record)
 
     def check(written: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,14 @@ class Part:
         return self.task.kind in TEXT_KINDS
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A head whose predictions cannot be looked at, and why."""
+
+    task: str
+    why: str
+
+
 def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
     """Say what the adapters predict: a part for each head, or one for an adapter of a text model.
 
@@ -61,19 +69,55 @@ def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
         UsageError: Two parts of one name.
     """
     parts: list[Part] = []
+    for _, part in _answering(adapters):
+        if isinstance(part, InputError):
+            raise part
+        parts.append(part)
+    return _comparable(parts)
+
+
+def parts_and_refused(adapters: Sequence[Adapter]) -> tuple[list[Part], tuple[Refused, ...]]:
+    """Say what the adapters predict, as `parts_of` does, and which heads cannot be looked at where there are others.
+
+    Raises:
+        InputError: No head can be looked at; else as `parts_of` has it.
+        UsageError: Two parts of one name.
+    """
+    answering = list(_answering(adapters))
+    parts = [part for _, part in answering if isinstance(part, Part)]
+    errors = [(name, e) for name, e in answering if isinstance(e, InputError)]
+    if errors and not parts:
+        raise errors[0][1]
+    return _comparable(parts), tuple(Refused(name, e.what) for name, e in errors)
+
+
+def _answering(adapters: Sequence[Adapter]) -> Iterator[tuple[str, Part | InputError]]:
+    """Each head's or text model's name, and its part, or why its predictions cannot be looked at."""
     for adapter in adapters:
         _require_linear(adapter)
+        for task, head in adapter.heads.items():
+            try:
+                yield task, Part(_headed(adapter, task, head), adapter, head)
+            except InputError as e:
+                yield task, e
         if adapter.heads:
-            parts += [Part(_headed(adapter, task, head), adapter, head) for task, head in adapter.heads.items()]
-        elif adapter.task_type in _OF_TYPE:
-            task = Task(adapter.name, _OF_TYPE[adapter.task_type], Source("none"), ("text",))
-            parts.append(Part(task, adapter, {}))
+            continue
+        if adapter.task_type in _OF_TYPE:
+            text = Task(adapter.name, _OF_TYPE[adapter.task_type], Source("none"), ("text",))
+            yield adapter.name, Part(text, adapter, {})
         else:
-            raise InputError(
-                f"its task type is {adapter.task_type!r} and it carries no head: it makes no predictions to compare",
-                where=adapter.name,
-                hint="without texts it can still be merged",
+            yield (
+                adapter.name,
+                InputError(
+                    f"its task type is {adapter.task_type!r} and it carries no head: it makes no predictions to compare",
+                    where=adapter.name,
+                    hint="without texts it can still be merged",
+                ),
             )
+
+
+def _comparable(parts: list[Part]) -> list[Part]:
+    """The parts, where their names differ and all are of one form."""
     names = [p.name for p in parts]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UsageError(f"two adapters bring a task {twice[0]!r}", hint="NAME=DIR gives a folder another name")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from plait.adapters.lora import Adapter
-from plait.border.records import nested
+from plait.border.records import nested, optional
 from plait.evaluation.evaluate import Logits
 from plait.fidelity.language import Own, Sums, log_probabilities, positions, text_batches
 from plait.fidelity.measure import Closeness, Fidelity, TaskFidelity, closeness, task_fidelity
-from plait.fidelity.panel import Panel, Part, parts_of
+from plait.fidelity.panel import Panel, Part, Refused, parts_and_refused
 from plait.fidelity.record import FidelityRecord
 from plait.fidelity.score import outputs
 from plait.fidelity.texts import Texts, checked
@@ -75,12 +75,14 @@ class Measured:
             bits; None for full precision.
         tasks: Names of the tasks.
         ways: What each leaves, compared with each adapter alone on the base that it was trained on.
+        refused: Heads that are not measured, and why: those of tokens, beside others.
     """
 
     base: str
     four_bits: str | None
     tasks: tuple[str, ...]
     ways: tuple[Served, ...] = nested(Served, ())
+    refused: tuple[Refused, ...] = optional((), kind=Refused)
 
 
 def ways_of(base: BaseModel) -> tuple[Way, ...]:
@@ -113,16 +115,19 @@ def measure(
         on_progress: Called with what is being done.
 
     Raises:
-        InputError: Adapters that do not fit the base, or whose modules cannot be baked.
+        InputError: Adapters that do not fit the base, or whose modules cannot be baked; no head whose predictions can be looked at.
         UsageError: Texts of no adapter, or none of some.
 
     Cost: the linear layers' weights four times in memory; for each way, a pass over the texts for the adapters and one for
         the merge (of text models twice as many), and a quantisation of the weights for each of them where it ends in four bits.
     """
-    known = {t: checked(x, f"texts of {t}") for t, x in texts.items()}
-    panel = Panel(
-        replace(base, four_bits=None), parts_of(adapters), known, batch_size=batch_size, max_length=max_length
-    )
+    parts, refused = parts_and_refused(adapters)
+    for one in refused:
+        on_progress(f"{one.task} is not measured: {one.why}")
+    passed_over = {one.task for one in refused}
+    known = {t: checked(x, f"texts of {t}") for t, x in texts.items() if t not in passed_over}
+    panel = Panel(replace(base, four_bits=None), parts, known, batch_size=batch_size, max_length=max_length)
+    adapters = [a for a in adapters if any(p.adapter is a for p in parts)]
     for note in cut_notes(panel):
         on_progress(note)
     require_room(panel)
@@ -149,7 +154,7 @@ def measure(
             Served(way.name, FidelityRecord.of(Fidelity.of(alone)), FidelityRecord.of(merged) if merged else None)
         )
     how = "stored" if packed else base.four_bits
-    return Measured(base.written, how, tuple(panel.names), tuple(served))
+    return Measured(base.written, how, tuple(panel.names), tuple(served), refused)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,15 @@ class TextFile:
 
     Args:
         texts: The texts.
-        columns: The table's columns; () of a .txt file.
+        columns: The table's columns that they were read from; () of a .txt file.
+        owners: What another column says of each, "" where its cell is empty; () where nobody asked for one, or the file has none.
+        total: Texts that the file holds.
     """
 
     texts: Texts
     columns: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
+    total: int = 0
 
 
 def parse_texts(given: Iterable[str], limit: int = LIMIT) -> dict[str, Texts]:
@@ -60,18 +65,19 @@ def read_place(place: str, limit: int = LIMIT, *, spread: bool = False) -> Texts
     return read_file(place, limit, spread=spread).texts
 
 
-def read_file(place: str, limit: int = LIMIT, *, spread: bool = False) -> TextFile:
+def read_file(place: str, limit: int = LIMIT, *, spread: bool = False, by: str = "") -> TextFile:
     """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``, and the columns that were read.
 
     Args:
         place: The file, and its columns.
-        limit: How many texts at most.
+        limit: How many texts at most; of each owner, where there are owners.
         spread: Whether they come from all over the file (`spread_over`), not from its beginning.
+        by: Column that says whose a text is, if the file has it; "" for none.
     """
     path, colon, columns = place.rpartition(":")
     if colon and not Path(place).exists():
-        return _read(Path(path), tuple(columns.split(",")), limit, spread=spread)
-    return _read(Path(place), (), limit, spread=spread)
+        return _read(Path(path), tuple(columns.split(",")), limit, spread=spread, by=by)
+    return _read(Path(place), (), limit, spread=spread, by=by)
 
 
 def spread_over(count: int, most: int) -> list[int]:
@@ -105,26 +111,47 @@ def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) ->
     return _read(path, columns, limit).texts
 
 
-def _read(path: Path, columns: tuple[str, ...], limit: int, *, spread: bool = False) -> TextFile:
+def _read(path: Path, columns: tuple[str, ...], limit: int, *, spread: bool = False, by: str = "") -> TextFile:
     require_regular(path)
     chosen: tuple[str, ...] = ()
+    owners: list[str] = []
     if path.suffix.lower() == ".txt":
         try:
             # Not `splitlines`, for which a form feed or U+2028 inside a text ends it too.
             lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
         except UnicodeDecodeError as e:
             raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
-        places = spread_over(len(lines), limit) if spread else range(min(limit, len(lines)))
+        total = len(lines)
+        places: Sequence[int] = spread_over(total, limit) if spread else range(min(limit, total))
         rows = [tuple(lines[i].split("\t", 1)) for i in places]
     else:
-        table = read_table(path, columns or _NAMES)
-        chosen = _columns(path, columns, table.column_names)
-        places = spread_over(table.num_rows, limit) if spread else range(min(limit, table.num_rows))
+        table = read_table(path, (*(columns or _NAMES), *filter(None, (by,))))
+        chosen, total = _columns(path, columns, table.column_names), table.num_rows
+        places = spread_over(total, limit) if spread else range(min(limit, total))
+        if by in table.column_names and by not in chosen:
+            whose = ["" if x is None else str(x).strip() for x in table[by].to_pylist()]
+            places = _first_of_each(whose, limit)
+            owners = [whose[i] for i in places]
         cells = (_cells(table[c], places, path) for c in chosen)
         rows = list(zip(*cells, strict=True))
     if not rows:
         raise InputError("no texts", where=str(path))
-    return TextFile(checked(tuple(rows), str(path), places), chosen)
+    return TextFile(checked(tuple(rows), str(path), places), chosen, tuple(owners), total)
+
+
+def _first_of_each(names: Sequence[str], limit: int) -> list[int]:
+    """Places of the first few of each name, in their order.
+
+    >>> _first_of_each(["a", "b", "a", "a", "b"], 2)
+    [0, 1, 2, 4]
+    """
+    counts: Counter[str] = Counter()
+    places = []
+    for i, name in enumerate(names):
+        counts[name] += 1
+        if counts[name] <= limit:
+            places.append(i)
+    return places
 
 
 def _cells(column: Any, places: Sequence[int], path: Path) -> list[Any]:

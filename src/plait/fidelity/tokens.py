@@ -53,6 +53,16 @@ def cut_notes(panel: Panel) -> list[str]:
     cuts = {f"of {part.name}": _cut(panel, part.task.kind, panel.texts[part.name]) for part in panel.parts}
     if panel.general:
         cuts["general ones"] = _cut(panel, panel.parts[0].task.kind, panel.general)
+    return cut_said(cuts, panel.max_length)
+
+
+def cut_said(cuts: Mapping[str, Cut], limit: int) -> list[str]:
+    """Say in a line what a length takes from texts; [] where it takes nothing.
+
+    Args:
+        cuts: Whose texts, such as "of sst2" -> what is cut of them.
+        limit: Tokens of a text that are read.
+    """
     cuts = {name: cut for name, cut in cuts.items() if cut.cut}
     if not cuts:
         return []
@@ -62,7 +72,7 @@ def cut_notes(panel: Panel) -> list[str]:
     cure = f"--max-length {held} would hold all"
     if room is not None and held > room:
         cure = f"the longest has {longest}, and the base reads {room}"
-    return [f"texts longer than {plural(panel.max_length, 'token')} are read up to there: {counts} ({cure})"]
+    return [f"texts longer than {plural(limit, 'token')} are read up to there: {counts} ({cure})"]
 
 
 def _cut(panel: Panel, kind: str, texts: Texts) -> Cut:

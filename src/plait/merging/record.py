@@ -113,6 +113,7 @@ class MergeRecord:
         dtype: Type of the written factors where that is not float32.
         rounding_error: |D' - D| / |D| over all modules on random inputs, what rounding to that type took.
         texts: Task -> how many of its texts were read.
+        notes: What a person should know, such as how many texts were read in part.
     """
 
     method: str = ""
@@ -148,6 +149,7 @@ class MergeRecord:
     rounding_error: float | None = optional()
     cut: str | None = optional()
     texts: Mapping[str, int] | None = optional()
+    notes: tuple[str, ...] = optional(())
 
 
 @dataclass(frozen=True, slots=True)

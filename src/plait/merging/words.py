@@ -74,7 +74,7 @@ def _notes(record: MergeRecord) -> list[str]:
     if record.relative_error:
         far = ", ".join(f"{t} {100 * e:.1f} %" for t, e in record.relative_error.items())
         lines.append(f"each task with its mask is off by: {far}")
-    return lines
+    return [*lines, *record.notes]
 
 
 def _how(record: MergeRecord | BakeRecord) -> str:

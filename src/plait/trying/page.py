@@ -10,7 +10,7 @@ from pathlib import Path
 
 from plait.disk.card_contents import base_names
 from plait.disk.store import staged_file
-from plait.trying.answers import Answer, Asked, Tried
+from plait.trying.records import Answer, Asked, Tried
 
 _MARK = b'<meta name="generator" content="plait try">'
 _NOBODY = "(not here)"
@@ -99,12 +99,12 @@ def text_of(tried: Tried, width: int) -> str:
     """
     lines = [f"{tried.merge} on {tried.base}", *(f"- {note}" for note in tried.notes)]
     lines += [f"- {m.name} is not tried: {m.why}" for m in tried.missing]
-    names = max(map(len, tried.columns))
+    names = max(len(name) for row in tried.rows for name in row.columns or tried.columns)
     tasks = max((len(row.task) + 2 for row in tried.rows if row.task), default=0)
     for number, group in enumerate(by_prompt(tried.rows), 1):
         lines += ["", *_wrapped(f"{number}. ", group[0].prompt, width)]
         for row in group:
-            for i, (name, answer) in enumerate(zip(tried.columns, row.answers, strict=True)):
+            for i, (name, answer) in enumerate(zip(row.columns or tried.columns, row.answers, strict=True)):
                 task = (row.task or "" if i == 0 else "").ljust(tasks)
                 lines += _wrapped(f"   {task}{name.ljust(names)}  ", _shown(answer), width)
     return "\n".join(lines)

@@ -10,16 +10,19 @@ import torch
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.border.checked import Json
+from plait.border.records import optional
 from plait.disk.overwriting import require_apart, require_replaceable_file
 from plait.disk.store import identity
 from plait.errors import InputError, UsageError
 from plait.model.applied import applied, in_backbone
 from plait.model.base import load_head
 from plait.model.identity import base_facts
+from plait.runs.lengths import say_of_rows
 from plait.runs.recipe import Settings
 from plait.runs.session import Session
 from plait.statistics.fisher import collect_fisher, is_fisher, is_wanted_fisher, read_fisher, write_fisher
 from plait.tasks import batches, encode, require_positions, to_device
+from plait.tasks.lengths import Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class FisherFile:
         modules: How many modules it is of.
         bytes: Size of the file.
         reused: Whether the file was there already.
+        cut: What `data.max_length` took from the rows; None where it took nothing, or the file was there already.
     """
 
     output: str
@@ -41,6 +45,7 @@ class FisherFile:
     modules: int
     bytes: int
     reused: bool = False
+    cut: Cut | None = optional(kind=Cut)
 
 
 def fisher_of_folder(
@@ -92,7 +97,9 @@ def fisher_of_folder(
     evaluator = session.evaluator
     model = evaluator.task_model(task)
     adapter = _ready(given, model, task, kind)
-    rows = encode(evaluator.tokenizer, session.tasks[task], session.sample(task, seed), settings.data.max_length)
+    examples = session.sample(task, seed)
+    cut = say_of_rows(session, task, examples, split="train")
+    rows = encode(evaluator.tokenizer, session.tasks[task], examples, settings.data.max_length)
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task}")
     device = session.base.torch_device
     parts = (to_device(b, device) for b in batches(evaluator.tokenizer, rows, settings.statistics.batch_size))
@@ -102,7 +109,8 @@ def fisher_of_folder(
         )
     facts = {**diagonal.provenance, **_facts(session, task, adapter)}
     write_fisher(out, replace(diagonal, provenance=facts), identity=wanted, overwrite=overwrite)
-    return FisherFile(str(out.absolute()), task, diagonal.examples, len(diagonal.modules), out.stat().st_size)
+    size, cut_off = out.stat().st_size, cut if cut.cut else None
+    return FisherFile(str(out.absolute()), task, diagonal.examples, len(diagonal.modules), size, cut=cut_off)
 
 
 def _measured(session: Session, task: str, labels: str) -> Json:
