@@ -58,6 +58,33 @@ def test_rows_of_text_alone_lend_what_labelled_ones_do(lent, tmp_path, capfd):
         assert torch.equal(moments.dense(), labelled.sites[site].dense())
 
 
+@pytest.mark.parametrize(
+    ("label", "named"),
+    [
+        (lambda i: 0, {}),  # one class
+        (lambda i: i % 2 if i else None, {}),
+        (lambda i: -1, {"label": "y"}),
+        (lambda i: i, {"labels": ["0", "1"]}),
+        (lambda i: "high", {"kind": "regression"}),
+    ],
+)
+def test_labels_that_cannot_be_read_do_not_keep_texts_from_lending(lent, tmp_path, capfd, label, named):
+    _, alone = collected(lent(TEXTS), tmp_path / "alone")
+    column = named.get("label", "label")
+    rows = [{**row, column: label(i)} for i, row in enumerate(TEXTS)]
+    capfd.readouterr()
+    _, odd = collected(lent(rows, **named), tmp_path / "odd")
+    assert "task public: its texts are read alone, since its labels cannot be: " in capfd.readouterr().err
+    for site, moments in alone.sites.items():
+        assert torch.equal(moments.dense(), odd.sites[site].dense())
+
+
+def test_texts_that_cannot_be_read_are_refused_whatever_the_labels_are(lent, tmp_path):
+    rows = [{"text": row["text"] if i % 2 else "", "label": 0} for i, row in enumerate(TEXTS)]
+    with pytest.raises(InputError, match="column 'text' has an empty cell"):
+        collected(lent(rows), tmp_path / "out")
+
+
 def test_a_label_column_that_is_named_has_to_be_there(lent, tmp_path):
     with pytest.raises(InputError, match="answer"):
         collected(lent(TEXTS, label="answer"), tmp_path / "out")

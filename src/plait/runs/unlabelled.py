@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from plait.errors import InputError
 from plait.model.ranks import is_writer
 from plait.progress import note
 from plait.runs.recipe import Recipe, Settings
 from plait.runs.sections import TaskSpec
 from plait.runs.session import Session, task_of
-from plait.tasks.rows import columns_of
+from plait.tasks.rows import columns_of, load_examples, load_task
+from plait.tasks.task import SPLITS, TEXT_KINDS
 
 S = TypeVar("S", bound=Settings)
 
@@ -35,14 +37,31 @@ def text_alone_where_unlabelled(settings: S, task: str) -> S:
 def lending_alone(recipe: Recipe) -> Recipe:
     """The recipe with its background tasks in place of its own, the texts of those without labels alone.
 
-    A column of the usual name counts as none that was named: in a run's folder the recipe says it of every task.
+    So are texts whose labels are no classes or values: one class for all, empty cells. Nothing looks at a head's labels here; those of
+    text models are the end of what is read. A column of the usual name counts as none that was named: in a run's folder the recipe says
+    it of every task.
 
     Raises:
-        InputError: Rows that cannot be read.
+        InputError: Rows that cannot be read; no column of the name that was given.
     """
     root, usual = Session(recipe).root, TaskSpec.model_fields["label"].default
     tasks = [_seen(spec, root) if spec.label == usual else spec for spec in recipe.background]
-    return recipe.model_copy(update={"tasks": tasks})
+    return recipe.model_copy(update={"tasks": [_usable(spec, root) for spec in tasks]})
+
+
+def _usable(spec: TaskSpec, root: Path | None) -> TaskSpec:
+    """The task, its texts alone where it has a head and its labels cannot be read; those that can name statistics as they did."""
+    if not spec.label or spec.kind in TEXT_KINDS or spec.label not in columns_of(task_of(spec, root), root=root):
+        return spec
+    try:
+        task = load_task(task_of(spec, root), root=root)
+        for split in SPLITS:
+            load_examples(task, split, root=root)
+    except InputError as e:
+        if is_writer():
+            note(f"task {spec.name}: its texts are read alone, since its labels cannot be: {e.what}")
+        return spec.model_copy(update={"label": ""})
+    return spec
 
 
 def _seen(spec: TaskSpec, root: Path | None) -> TaskSpec:
