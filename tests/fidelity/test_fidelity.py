@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
+from plait.border.records import from_json, to_json
 from plait.errors import InputError, UsageError
 from plait.fidelity.measure import Closeness, Fidelity, closeness, task_fidelity
 from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.record import FidelityRecord
 from plait.fidelity.score import fidelities, general_shift
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.tokens import encoded, require_room
@@ -203,3 +205,23 @@ def test_a_part_has_its_head_whoever_asked_for_the_model_first(make_panel):
         found = head_state(panel.model(part))
         assert found.keys() == part.head.keys()
         assert all(torch.equal(found[k].cpu(), v) for k, v in part.head.items())
+
+
+def test_a_record_of_an_earlier_version_says_what_the_names_mean_now(make_panel):
+    """Of one adapter `followed` was the mean of two things once; before that some of what it is made of was not there."""
+    panel = make_panel()
+    other = panel.parts[1].adapter
+    now = FidelityRecord.of(fidelities(panel, [(other, 0.5)])[0])
+    written = to_json(now)
+    assert to_json(from_json(FidelityRecord, written)) == written
+    for task in written["tasks"]:
+        task["followed"], task["kept"] = 0.123, 0.456
+    assert to_json(from_json(FidelityRecord, written)) == to_json(now)
+    assert now.score == pytest.approx(np.mean([t.followed for t in now.tasks]))
+    written["tasks"][0] |= {"of_later_versions": 1}
+    assert from_json(FidelityRecord, written).tasks[0].fidelity == now.tasks[0].fidelity
+    del written["tasks"][0]["probability"]
+    early = from_json(FidelityRecord, written).tasks[0]
+    assert early.followed == 0.123
+    with pytest.raises(InputError, match="says nothing of its probability"):
+        _ = early.fidelity

@@ -193,8 +193,8 @@ def test_a_repair_is_judged_by_the_divergence_that_it_learns_from(make_panel, mo
     done, record = repair.repaired(panel, start, 20)
     assert done is end and record.kept
     before, after = (record.held_out[k] for k in ("merge", "repaired"))
-    assert f"kept {before:.3f} -> {after:.3f} on held-out texts" in repair_text(record)
-    assert f"kept {before:.3f} -> {after:.3f}" in repair_text(replace(record, kept=False))
+    assert f"closeness {before:.3f} -> {after:.3f} on held-out texts" in repair_text(record)
+    assert f"closeness {before:.3f} -> {after:.3f}" in repair_text(replace(record, kept=False))
 
 
 def test_a_repair_is_judged_with_the_heads_that_follow(make_panel, monkeypatch):

@@ -148,11 +148,11 @@ def test_what_was_closer_and_is_beyond_the_limit_is_told_so(make_panel, monkeypa
         settings=replace(QUICK, repair=4, max_shift=50.0),
     )
     assert done.adapter.name != "moved" and not done.record.repair.kept and not done.record.heads[0].kept
-    assert "kept 0.400 -> 0.600 on held-out texts, but general text moves beyond --max-shift" in repair_text(
+    assert "closeness 0.400 -> 0.600 on held-out texts, but general text moves beyond --max-shift" in repair_text(
         done.record.repair
     )
     worse = replace(done_repair, held_out={"merge": 0.4, "repaired": 0.3}, kept=False)
-    assert repair_text(worse).endswith("kept 0.400 -> 0.300 on held-out texts, so the merge stays as it was")
+    assert repair_text(worse).endswith("closeness 0.400 -> 0.300 on held-out texts, so the merge stays as it was")
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])

@@ -23,6 +23,7 @@ _FIDELITY_WORDS = (
     "agreement: how often the merge predicts what the adapter predicts on its own texts (a correlation for a regression);\n"
     "KL: how far its probabilities are from the adapter's; base's: the same of the bare base; shift: 1 is the base's distance."
 )
+_CLOSENESS = "\ncloseness: 1 - KL / the bare base's KL, mean over adapters: what is trained is judged by it."
 _CHAT_WORDS = (
     "\nAll of it at the tokens of the adapter's own greedy answers, given the same beginning; word for word: the share of answers that\n"
     "the merge would write exactly as the adapter does."
@@ -40,7 +41,7 @@ def _heads_text(record: AutoRecord) -> list[str]:
     if learnt := record.learnt_heads:
         before, after = max(learnt.held_out["merge"], learnt.held_out["fitted"]), learnt.held_out["learnt"]
         how = "" if learnt.kept else f" (not taken{f': {_BEYOND}' if learnt.closer else ''})"
-        lines.append(f"heads and weights learnt together: kept {before:.3f} -> {after:.3f} on held-out texts{how}")
+        lines.append(f"heads and weights learnt together: closeness {before:.3f} -> {after:.3f} on held-out texts{how}")
     if followed := [h.task for h in record.heads if h.kept]:
         lines.append(f"heads that follow the merge, closer on held-out texts: {', '.join(followed)}")
     return lines
@@ -74,7 +75,8 @@ def auto_text(written: Written[AutoRecord]) -> str:
             f"in {record.dtype}: rounding took {100 * record.rounding_error:.2g} % of the update (--dtype float32 keeps all)"
         )
     if fidelity:
-        lines += ["", fidelity_table(fidelity), "", _FIDELITY_WORDS + (_CHAT_WORDS if record.chat else "")]
+        words = _FIDELITY_WORDS + (_CHAT_WORDS if record.chat else "")
+        lines += ["", fidelity_table(fidelity), "", words + (_CLOSENESS if repair or record.learnt_heads else "")]
     if record.evidence:
         lines += ["", evidence_table(record.evidence)]
         pico = [_PICO] if any(e.calibrate for e in record.evidence[:SHOWN]) else []
@@ -110,7 +112,7 @@ def repair_text(repair: Repair) -> str:
         return f"not {done}: {_BEYOND}"
     if not repair.held_out:
         return f"{done}: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}; too few texts to hold any out"
-    said = f"kept {repair.held_out['merge']:.3f} -> {repair.held_out['repaired']:.3f} on held-out texts"
+    said = f"closeness {repair.held_out['merge']:.3f} -> {repair.held_out['repaired']:.3f} on held-out texts"
     if "merge, heads" in repair.held_out:
         said += f", followed with new heads {repair.held_out['merge, heads']:.3f} -> {repair.held_out['repaired, heads']:.3f}"
     if not repair.kept:

@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from plait.border.records import inline, nested, optional
 from plait.fidelity.head_records import HeadRefit as HeadRefit
 from plait.fidelity.head_records import HeadsLearnt as HeadsLearnt
 from plait.fidelity.limit import Limit
-from plait.fidelity.measure import Fidelity, TaskFidelity
+from plait.fidelity.measured_record import FidelityRecord as FidelityRecord
+from plait.fidelity.measured_record import KeptOfTask as KeptOfTask
 from plait.merging.record import Loss, MergedInput
-
-
-@dataclass(frozen=True, slots=True)
-class KeptOfTask:
-    """What one merge keeps of one adapter, as tables and files have it.
-
-    Args:
-        task: Name of the adapter's task.
-        assumed_error: Relative squared error on assumed inputs, where nothing was measured.
-        measured: Its fidelity, where texts were read.
-        kept, followed: What `TaskFidelity` makes of it.
-    """
-
-    task: str = ""
-    assumed_error: float | None = optional()
-    measured: Mapping[str, Any] = inline()
-    kept: float | None = optional()
-    followed: float | None = optional()
-
-    @classmethod
-    def of(cls, t: TaskFidelity) -> KeptOfTask:
-        """Record a measured fidelity."""
-        return cls(t.task, None, t.fields(), t.kept, t.followed)
-
-    @property
-    def fidelity(self) -> TaskFidelity:
-        """What was measured."""
-        values: dict[str, Any] = {k: tuple(v) if k == "shift" else v for k, v in self.measured.items()}
-        return TaskFidelity(self.task, **values)
-
-
-@dataclass(frozen=True, slots=True)
-class FidelityRecord:
-    """What one merge keeps of every adapter.
-
-    Args:
-        score: How far they are followed on average: what candidates are ranked by.
-        general_kl: KL(base || merged) on general text; None where there was none.
-        tasks: Adapters, the worst first.
-    """
-
-    score: float = math.nan
-    general_kl: float | None = None
-    tasks: tuple[KeptOfTask, ...] = nested(KeptOfTask, ())
-
-    @classmethod
-    def of(cls, fidelity: Fidelity) -> FidelityRecord:
-        """Record a measured fidelity."""
-        return cls(fidelity.score, fidelity.general_kl, tuple(map(KeptOfTask.of, fidelity.tasks)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,9 @@ def repaired(
     def tell(look: Look) -> None:
         left = (time.perf_counter() - begun) * (steps - look.step) / look.step
         more = f", at most {in_words(left)} left" if look.step < steps else ""
-        on_progress(f"  {look.step} of at most {plural(steps, 'step')}: kept {before:.3f} -> {look.kept:.3f}{more}")
+        on_progress(
+            f"  {look.step} of at most {plural(steps, 'step')}: closeness {before:.3f} -> {look.kept:.3f}{more}"
+        )
 
     done = distil(
         learning, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed,
