@@ -10,9 +10,11 @@ from plait.border.counts import plural
 from plait.errors import InputError, UsageError
 from plait.fidelity import advice_without_texts, costs, notes
 from plait.fidelity.advice_options import SEPARATELY, SINGLE, merged_name, options_of
+from plait.fidelity.advice_settings import AdviceSettings as AdviceSettings
 from plait.fidelity.arguments import recorded_base, split_base
 from plait.fidelity.auto import GENERAL_ALONE, AutoMerge, at_rank, merge_auto
 from plait.fidelity.auto_settings import AutoSettings
+from plait.fidelity.chat import Chat
 from plait.fidelity.choose import FEWEST, HELD_OUT, can_learn
 from plait.fidelity.counting import advising, seen_and_judged
 from plait.fidelity.duration import told
@@ -28,29 +30,6 @@ from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder
 from plait.progress import OnProgress
-
-
-@dataclass(frozen=True, slots=True)
-class AdviceSettings:
-    """What advice is asked for.
-
-    Args:
-        tolerate: Share of what an adapter does beyond the base that may be lost, in [0, 1].
-        repair: Steps at most of the repair that is tried.
-        refine: Steps of learning the merge's weights.
-        max_length: Tokens a text.
-        seed: Seed of the order of the texts.
-        answers, chat, new_tokens: How prompts are put, as `AutoSettings` has them.
-    """
-
-    tolerate: float = 0.1
-    repair: int = 100
-    refine: int = 100
-    max_length: int = 128
-    seed: int = 0
-    answers: bool | None = False
-    chat: bool | None = None
-    new_tokens: int = 64
 
 
 def advise_folders(
@@ -114,35 +93,52 @@ def advise(
     unknown = [] if sizes else [advice_without_texts.no_size(align(adapters, base_id).base)]
     if not texts or base is None:
         unknown += advice_without_texts.unknown(adapters, base, bool(texts))
-        return _without_texts(adapters, base, chosen, base_id, unknown)
+        return _without_texts(adapters, base, sizes, chosen, base_id, unknown)
     panel, chat = ready_panel(  # the held-out texts too, which are read last, are looked at here
         base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
         max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
     findings = _measured(panel, adapters, chosen, base_id, on_progress)
+    return _with_texts(adapters, panel, chat, findings, sizes, chosen, unknown)
+
+
+def _with_texts(
+    adapters: Sequence[Adapter],
+    panel: Panel,
+    chat: Chat,
+    findings: _Findings,
+    sizes: tuple[int, int] | None,
+    settings: AdviceSettings,
+    unknown: Sequence[str],
+) -> Advice:
+    """Advise by what was measured: the cheapest option that keeps enough, what these texts cannot tell, and the next command."""
+    options = options_of(adapters, sizes, findings.kept)
+    advice, name = recommend(options, settings)
+    few = notes.few(seen_and_judged(panel, HELD_OUT)[0], FEWEST, refine=settings.refine > 0)
+    remarks = [*notes.other_base(adapters, panel.base), *chat.notes, *few]
+    return replace(
+        _advice(adapters, options, advice, name, [*unknown, *_untold(panel, findings)], findings, remarks),
+        next=notes.that_merge(adapters, panel.base, name, settings.repair, chat=chat),
+        then=notes.that_model(panel.base, name),
+    )
+
+
+def _untold(panel: Panel, findings: _Findings) -> list[str]:
+    """Say what these texts cannot tell."""
     measured = list(findings.kept.values())
-    unknown += [
-        *notes.alike(measured),
-        *notes.coarse(measured[0], [p.name for p in panel.parts if p.task.kind == "classification"]),
-    ]
+    classifiers = [p.name for p in panel.parts if p.task.kind == "classification"]
+    untold = [*notes.alike(measured), *notes.coarse(measured[0], classifiers)]
     if min(map(len, panel.texts.values())) < HELD_OUT:
-        unknown.append(
+        untold.append(
             f"how figures hold on other texts: with fewer than {HELD_OUT} of an adapter none could be held out"
         )
-    options = options_of(adapters, sizes, findings.kept)
-    advice, name = recommend(options, chosen)
-    few = notes.few(seen_and_judged(panel, HELD_OUT)[0], FEWEST, refine=chosen.refine > 0)
-    remarks = [*notes.other_base(adapters, base), *chat.notes, *few]
-    return replace(
-        _advice(adapters, options, advice, name, unknown, findings, remarks),
-        next=notes.that_merge(adapters, base, name, chosen.repair, chat=chat),
-        then=notes.that_model(base, name),
-    )
+    return untold
 
 
 def _without_texts(
     adapters: Sequence[Adapter],
     base: BaseModel | None,
+    sizes: tuple[int, int] | None,
     settings: AdviceSettings,
     base_id: str | None,
     unknown: Sequence[str],
@@ -154,7 +150,7 @@ def _without_texts(
     merged = merge_auto(factors, settings=AutoSettings(seed=settings.seed), base_id=base_id)
     advice = advice_without_texts.without_texts(adapters, merged, base)
     findings = _Findings({}, merged.record, akin=merged.akin)
-    options = options_of(adapters, _base_sizes(base), {})
+    options = options_of(adapters, sizes, {})
     return _advice(adapters, options, advice, "measure first", unknown, findings)
 
 

@@ -202,13 +202,23 @@ class _Teacher:
                 second = gram if second is None else second + gram
             for m in self.stage.modules:
                 for call, (x, bare) in enumerate(seen[m]):
-                    y = (x @ mine[m].A.T) @ mine[m].B.T if m in mine else torch.zeros_like(bare)
-                    if self.own:
-                        y = y + self.own * (told[m][call][1] - bare - y)
+                    y = self._target(mine.get(m), x, bare, told[m][call][1] if self.own else None)
                     targets[m] = targets.get(m, 0.0) + (y.T @ x).double()
         if second is None or not bool(torch.isfinite(second).all()):
             raise RunError("the layer's inputs are not finite", where=f"{self.adapter.name}: {self.stage.modules[0]}")
         return _Sums(second, targets)
+
+    def _target(self, update: LoraFactors | None, x: Tensor, bare: Tensor, told: Tensor | None) -> Tensor:
+        """y_t of `featcal`: what the layer is to put out beyond the base's on x, an interpolation of two answers of the adapter.
+
+        Args:
+            update: The adapter's own, scaling folded in; None where it does not adapt the layer.
+            x: (n, in), the layer's inputs in the model that is being fitted.
+            bare: (n, out), what the base's layer puts out on them.
+            told: (n, out), what the adapter's own model puts out there; None where `own` is 0.
+        """
+        here = torch.zeros_like(bare) if update is None else (x @ update.A.T) @ update.B.T
+        return here if told is None else here + self.own * (told - bare - here)
 
     def _checked(self, below: Mapping[str, Change], forward: Callable[[Batch], Any], batch: Batch) -> None:
         """Run one example from the start too: where that gives other inputs, blocks do not simply follow one another."""
