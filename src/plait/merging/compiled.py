@@ -29,11 +29,12 @@ class Loops:
     Args:
         keep: (states (k, 4), level, words, out (n,)): draw 16 random bits an entry from k of NumPy's SFC64 streams, whose states
             move on, and set bit t of an entry where those of stream t are below the level; `words`, of uint64, are for use meanwhile.
-        elect: (parts (k, rows, columns), kept, bounds (k,), weights (k,), sums, first, last, mean, out): of what lies outside
+        elect: (parts (k, rows, columns), kept, bounds (k,), weights (k,), sums, first, last, mean, scale, out): of what lies outside
             [-bound, bound], times its weight, add the values, their magnitudes, their signs by weight, and their number by |weight|
             to four sums, which begin at zero with the first parts; with the last, the sum, or mean, of what has the elected sign goes
-            into out (rows, columns). `kept` is None, or says by bit t of every entry whether part t's stays, or is zero. `sums` is
-            (4, rows, columns), or (4, 1, `CHUNK`) where the first parts are the last, which stays in a core's nearest cache.
+            into out (rows, columns), times the scale. `kept` is None, or says by bit t of every entry whether part t's stays, or is
+            zero. `sums` is (4, rows, columns), or (4, 1, `CHUNK`) where the first parts are the last, which stays in a core's nearest
+            cache.
         count: (values (k, n), low (k,), high (k,), inside (k, N), above (k,), held (k,)): per row, add the number of magnitudes
             above to `above`, and of those within [low, high] to `held`, in whose place in the row of `inside` they are put.
     """
@@ -88,7 +89,7 @@ def _keep(states: Any, level: Any, words: Any, out: Any) -> None:
 
 
 def _elect(
-    parts: Any, kept: Any, bounds: Any, weights: Any, sums: Any, first: Any, last: Any, mean: Any, out: Any
+    parts: Any, kept: Any, bounds: Any, weights: Any, sums: Any, first: Any, last: Any, mean: Any, scale: Any, out: Any
 ) -> None:
     least = np.float32(1.1754943508222875e-38)
     tasks, rows, columns = parts.shape
@@ -137,7 +138,7 @@ def _elect(
                     sign = np.copysign(_ONE, t[i])
                     chosen = (t[i] + m[i] * sign) * _HALF
                     agreed = (n[i] + v[i] * sign) * _HALF
-                    o[i] = chosen / (agreed if agreed > least else least) if mean else chosen
+                    o[i] = (chosen / (agreed if agreed > least else least) if mean else chosen) * scale
 
 
 def _count(values: Any, lows: Any, highs: Any, inside: Any, above: Any, held: Any) -> None:

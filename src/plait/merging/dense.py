@@ -24,6 +24,7 @@ AT_ONCE = 1 << 24
 # in every pass. 64 Mi entries are 256 MB, enough for every linear layer of an 8 B model.
 _HELD = 1 << 26
 _OVERSAMPLED = 10
+_ROWS = 512  # of a dense delta that are added up at once
 
 
 def rows_together(width: int, entries: int = BLOCK) -> int:
@@ -96,10 +97,13 @@ class DenseDelta:
 
     def transposed_times(self, Y: Float[Tensor, "out k"]) -> Float[Tensor, "in k"]:
         """D^T Y."""
-        total = torch.zeros(self.shape[1], Y.shape[1], dtype=Y.dtype, device=Y.device)
+        total = torch.zeros(Y.shape[1], self.shape[1], dtype=Y.dtype, device=Y.device)
         for start, stop, block in self.blocks():
-            total += (Y[start:stop].T @ block).T  # a third faster than the transpose of the large factor
-        return total
+            # A third faster than the transpose of the large factor, and on a CPU a fifth faster by few rows at a time.
+            rows = _ROWS if block.device.type == "cpu" else max(1, len(block))
+            for i in range(0, stop - start, rows):
+                total.addmm_(Y[start + i : min(stop, start + i + rows)].T, block[i : i + rows])
+        return total.T
 
 
 @dataclass(frozen=True, slots=True)

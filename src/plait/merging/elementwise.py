@@ -46,17 +46,22 @@ class Election:
         weights = np.array(self.weights, np.float32)
         below = np.array([_below(float(b), np.float32) for b in self.bounds] or [-1.0] * len(weights), np.float32)
         drops, mean = self.drops, self.agreeing == "mean"
+        scale = np.float32(drops.scale if drops else 1.0)
 
         def take(groups: Iterable[tuple[int, Tensor]], place: Place, out: Tensor) -> None:
             shape, count = (out.shape[0], out.shape[1]), len(weights)
             of_sums = (4, 1, CHUNK) if count <= TOGETHER else (4, *shape)
-            sums, result = place.spare.tensor("sums", of_sums, out.dtype, out.device).numpy(), out.numpy()
+            sums = place.spare.tensor("sums", of_sums, out.dtype, out.device).numpy()
+            whole = place.spare.like(
+                "elected", out
+            )  # in one piece: a loop whose numbers lie apart takes them one by one
+            result = whole.numpy()
             for first, group in groups:
                 stop = first + len(group)
                 kept = drops.bits(slice(first, stop), place, shape, loops) if drops and drops.acts else None
                 rule = below[first:stop], weights[first:stop]
-                loops.elect(group.numpy(), kept, *rule, sums, first == 0, stop == count, mean, result)
-            self._scaled(out)
+                loops.elect(group.numpy(), kept, *rule, sums, first == 0, stop == count, mean, scale, result)
+            out.copy_(whole)
 
         return take
 

@@ -13,7 +13,7 @@ from plait.errors import UsageError
 from plait.merging.dense import MergedDelta
 from plait.merging.elementwise import in_space, signed_mean
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import LEVELS, Place, draw, ones_where
+from plait.merging.random_masks import LEVELS, Place, draw, draw_for, ones_where
 from plait.merging.registry import merge_method
 from plait.options import Density, Fraction, Space
 
@@ -56,16 +56,29 @@ def mag_prune(
 ) -> Tensor:
     """Drop entries of one task's rows, small ones more often; what stays is `divided` by its probability."""
     n = part.shape[1]
-    order = ascending(part.abs().cpu().numpy())
     ramp = np.linspace(density - epsilon / 2, density + epsilon / 2, n) if n > 1 else np.array([density])
-    levels = np.empty(part.shape, dtype=np.int32)
-    np.put_along_axis(
-        levels, order, np.broadcast_to(np.maximum(1, np.rint(ramp * LEVELS)).astype(np.int32), part.shape), axis=1
-    )
-    part *= ones_where(draw(x, task, place, tuple(part.shape)) < levels, part)
-    if not divided:
-        return part
-    return part.mul_(LEVELS).div_(torch.from_numpy(levels).to(part.device).to(part.dtype))
+    steps = np.maximum(1, np.rint(ramp * LEVELS)).astype(np.int32)
+    if part.is_cuda:
+        levels = levels_of(part, torch.from_numpy(steps).to(part.device))
+        part.mul_(draw_for(x, task, place, part) < levels)
+    else:
+        order = ascending(part.abs().numpy())
+        by_entry = np.empty(part.shape, dtype=np.int32)
+        np.put_along_axis(by_entry, order, np.broadcast_to(steps, part.shape), axis=1)
+        part *= ones_where(draw(x, task, place, tuple(part.shape)) < by_entry, part)
+        levels = torch.from_numpy(by_entry)
+    return part.mul_(LEVELS).div_(levels.to(part.dtype)) if divided else part
+
+
+def levels_of(part: Tensor, steps: Tensor) -> Tensor:
+    """The step of every entry by the rank of its magnitude in its row, as `ascending` ranks them, where the part is.
+
+    Args:
+        part: (rows, n).
+        steps: (n,), of the smallest magnitude first.
+    """
+    order = part.abs().sort(dim=1, stable=True).indices
+    return torch.empty(part.shape, dtype=steps.dtype, device=part.device).scatter_(1, order, steps.expand(part.shape))
 
 
 def ascending(

@@ -16,7 +16,7 @@ from plait.merging.elementwise import in_space, keep_from
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.della import mag_prune
 from plait.merging.quantile import magnitudes_at
-from plait.merging.random_masks import LEVELS, Place, draw, ones_where
+from plait.merging.random_masks import Drops, Place
 from plait.merging.registry import merge_method
 from plait.merging.tiles import Products, Spare
 from plait.options import Density, Fraction
@@ -107,8 +107,7 @@ def _kept(x: MergeInputs, drop: str, density: float, gamma: float, epsilon: floa
     if drop == "outliers":
         return _between(x, density, gamma)
     if drop == "random":
-        level = max(1, round(density * LEVELS))
-        return lambda task, part, place: part.mul_(ones_where(draw(x, task, place, tuple(part.shape)) < level, part))
+        return Drops(x, density).drop
     if not epsilon < min(density, 1 - density):
         raise UsageError(
             f"entries would be kept with probability {density - epsilon:g} to {density + epsilon:g}, outside (0, 1)",
