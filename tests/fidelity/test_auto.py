@@ -272,17 +272,18 @@ def test_texts_beyond_the_table_of_positions_are_refused_before_anything_is_comp
 
 
 def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch):
+    from plait.fidelity import asking
     from plait.fidelity import tournament as choosing
 
     panel = make_panel(texts=4)
     tried = [Tried(Recipe("tsv"), merge(adapters_of(panel), "tsv", scale=1.0).adapter)]
     asked: list[float] = []
 
-    def peaked(screen, merges, on_progress=None, keep=False):
+    def peaked(screen, merges, *_, **__):
         asked.extend(s for _, s in merges)
         return [SimpleNamespace(score=-abs(math.log(s / 5.0))) for _, s in merges]
 
-    monkeypatch.setattr(choosing, "fidelities", peaked)
+    monkeypatch.setattr(asking, "fidelities", peaked)
     best = choosing.tournament(panel, tried, (0.5, 1.0, 2.0))[0]
     assert asked[:3] == [0.5, 1.0, 2.0] and max(asked) > 5.0 and best.scale == pytest.approx(2.0 * choosing.STEP**3)
     assert min(asked) == 0.5  # only that edge on which the best lay
@@ -293,17 +294,18 @@ def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch
     [("bert", "classification", [16, 32, 64, 70]), ("llama", "causal", [32, 70])],
 )
 def test_ever_fewer_merges_read_ever_more_texts(architecture, kind, rounds, make_panel, monkeypatch):
+    from plait.fidelity import asking
     from plait.fidelity import tournament as choosing
 
     panel = make_panel(architecture, kind, texts=70)
     tried = [Tried(Recipe(f"{i}"), panel.parts[0].adapter) for i in range(10)]
     asked: list[tuple[int, list[float]]] = []
 
-    def better_where_larger(read, merges, on_progress=None, keep=False):
+    def better_where_larger(read, merges, *_, **__):
         asked.append((max(map(len, read.texts.values())), [s for _, s in merges]))
         return [SimpleNamespace(score=s, general_kl=None) for _, s in merges]
 
-    monkeypatch.setattr(choosing, "fidelities", better_where_larger)
+    monkeypatch.setattr(asking, "fidelities", better_where_larger)
     monkeypatch.setattr(choosing, "_beyond", lambda *_: ())
     scales = tuple(1.0 + 0.1 * i for i in range(7))
     scored = choosing.tournament(panel, tried, scales)

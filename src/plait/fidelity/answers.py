@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,11 @@ class Answers:
         """Give what is known of one adapter (None for the bare base) on a task; what is added to it stays."""
         # With the adapter itself, so that no other takes its id.
         return self._rows.setdefault((task, id(adapter), scale), (adapter, {}))[1]
+
+    def entries(self) -> Iterator[tuple[str, Adapter | None, float, Rows]]:
+        """List task, adapter (None for the bare base), scale and what it answered."""
+        for (task, _, scale), (adapter, rows) in self._rows.items():
+            yield task, adapter, scale, rows
 
     def forget_others(self, adapters: Iterable[Adapter]) -> None:
         """Let go of all but the bare base and these adapters."""

@@ -10,11 +10,12 @@ from plait.adapters.lora import Adapter
 from plait.errors import UsageError
 from plait.fidelity.auto_settings import AutoSettings as AutoSettings
 from plait.fidelity.candidates import groups_of
+from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.fidelity.choose import FEWEST, Choice, choose, with_fit
-from plait.fidelity.counting import making
+from plait.fidelity.counting import Behind, making
 from plait.fidelity.duration import told
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.finishing import finished, measured, require_within
+from plait.fidelity.finishing import Midway, finished, measured, require_within
 from plait.fidelity.head_learning import STEPS, Groups
 from plait.fidelity.limit import LeftOut, Limit
 from plait.fidelity.measure import Fidelity
@@ -42,7 +43,7 @@ class AutoMerge:
         fidelity: Fidelity of the result on all texts, with hidden-state shifts; None without texts.
         record: What was chosen, the evidence, the inputs.
         akin: Pairs of adapters that point the same way, with the cosine.
-        choice: What was chosen with texts, before cut, repair and heads; None without.
+        choice: What was chosen with texts, before cut, repair and heads; None without, and where that was done by an earlier run.
     """
 
     adapter: Adapter
@@ -62,6 +63,7 @@ def merge_auto(
     base_id: str | None = None,
     announce: bool = True,
     known: Panel | None = None,
+    checkpoints: Checkpoints = NOTHING_KEPT,
     on_progress: OnProgress = lambda _: None,
 ) -> AutoMerge:
     """Merge adapters by the method, weights and scale that keep most of each, chosen without labels.
@@ -78,6 +80,7 @@ def merge_auto(
         base_id: Base id of the result where the adapters name one base by different names.
         announce: Whether to say first how long it will take with texts, which is timed on a few of them.
         known: Panel whose answers are taken over, see `ready_panel`.
+        checkpoints: With texts, where it goes on from and is checkpoints, see `merge_auto_folders`.
         on_progress: Called with what is being done.
 
     Raises:
@@ -91,15 +94,12 @@ def merge_auto(
     if len(adapters) > 1:
         require_exact(adapters, None, "what is chosen here")
     akin = kin(adapters)
+    notes = (*kinship(akin), *beside(adapters), *(other_base(adapters, base) if texts else ()))
     record = AutoRecord(
-        tasks=tuple(a.name for a in adapters),
-        base=common.base,
-        backbone_prefix=common.backbone_prefix,
-        adapters=tuple(input_of(a, 1.0) for a in adapters),
-        labels=labels_of(adapters) or None,
-        notes=(*kinship(akin), *beside(adapters), *(other_base(adapters, base) if texts else ())),
+        tasks=tuple(a.name for a in adapters), base=common.base, backbone_prefix=common.backbone_prefix,
+        adapters=tuple(input_of(a, 1.0) for a in adapters), labels=labels_of(adapters) or None, notes=notes,
         chosen=Chosen("the only adapter", 1.0),
-    )
+    )  # fmt: skip
     if not texts:
         _require_no_texts_needed(chosen, general)
         return replace(_without_texts(adapters, chosen, base_id, record, akin), akin=tuple(akin))
@@ -108,7 +108,8 @@ def merge_auto(
     if chosen.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
     panel, chat = ready_panel(
-        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy, known=known,
+        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy,
+        known=known or checkpoints.known(base, adapters, texts), on_written=checkpoints.watch_writing,
         new_tokens=chosen.new_tokens, batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
@@ -118,21 +119,43 @@ def merge_auto(
         )
     if len(adapters) == 1:
         return _alone(adapters[0], panel, chosen, record)
+    checkpoints.watch(panel)
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
         on_progress(told(panel, adapters, making(
             panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=chosen.repair,
-            head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift)))  # fmt: skip
-    choice = choose(
-        read, adapters, methods=chosen.methods, scales=chosen.scales, refine=chosen.refine, fit=chosen.fit,
-        rank=chosen.rank, max_shift=chosen.max_shift, seed=chosen.seed, base=base_id, on_progress=on_progress,
-    )  # fmt: skip
-    record = replace(_with_evidence(record, choice, panel), limit=_limit(choice, chosen.max_shift))
-    cut = _cut(AutoMerge(choice.adapter, None, record), chosen.rank, choice.metric)
-    apart = _parts_apart(cut.adapter, choice, adapters)
-    adapter, record, fidelity = finished(cut.adapter, cut.record, panel, chosen, apart, on_progress)
+            head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
+            behind=Behind.of(checkpoints))))  # fmt: skip
+    choice, begun = None, Midway.of(checkpoints)
+    if begun is None:
+        choice, begun = _choose(read, panel, adapters, chosen, record, base_id, checkpoints, on_progress)
+    adapter, record, fidelity = finished(
+        begun.merge, begun.record, panel, chosen, begun.groups, on_progress, begun.after, checkpoints
+    )
     record = replace(record, notes=(*record.notes, *_of_texts(panel, chosen, fidelity)))
     return AutoMerge(adapter, fidelity, record, tuple(akin), choice)
+
+
+def _choose(
+    read: Panel,
+    panel: Panel,
+    adapters: Sequence[Adapter],
+    settings: AutoSettings,
+    record: AutoRecord,
+    base_id: str | None,
+    checkpoints: Checkpoints,
+    on_progress: OnProgress,
+) -> tuple[Choice, Midway]:
+    """Choose on the texts that the choice reads, and cut what was chosen."""
+    choice = choose(
+        read, adapters, methods=settings.methods, scales=settings.scales, refine=settings.refine, fit=settings.fit,
+        rank=settings.rank, max_shift=settings.max_shift, seed=settings.seed, base=base_id,
+        on_progress=on_progress, checkpoints=checkpoints,
+    )  # fmt: skip
+    record = replace(_with_evidence(record, choice, panel), limit=_limit(choice, settings.max_shift))
+    cut = _cut(AutoMerge(choice.adapter, None, record), settings.rank, choice.metric)
+    begun = Midway(cut.adapter, cut.record, _parts_apart(cut.adapter, choice, adapters))
+    return choice, begun.kept_in(checkpoints)
 
 
 def at_rank(

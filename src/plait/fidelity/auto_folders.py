@@ -14,10 +14,11 @@ from plait.disk import store
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, reused
-from plait.errors import RunError
+from plait.errors import EnvironmentFault, PlaitError, RunError
 from plait.fidelity.arguments import recorded_base
-from plait.fidelity.auto import merge_auto
+from plait.fidelity.auto import AutoMerge, merge_auto
 from plait.fidelity.auto_settings import AutoSettings
+from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints, remove_beside, state_of
 from plait.fidelity.record import AutoRecord
 from plait.fidelity.texts import Texts
 from plait.formats.keys import PEFT
@@ -49,6 +50,10 @@ def merge_auto_folders(
 ) -> Written[AutoRecord]:
     """`merge_auto` of PEFT folders into a PEFT folder whose manifest holds the evidence.
 
+    With texts, what is done lies beside `out` in ``.NAME.checkpoints`` until the result is written: killed at any moment and started
+    again, it goes on from there, on the CPU to the same bits. What lies there of other inputs, settings or versions is let go, and
+    that is said. Nothing stays where the result is refused, since it would be refused again.
+
     Args:
         folders: ``DIR`` or ``NAME=DIR`` each.
         out: The folder to write; a finished one of the same identity is kept.
@@ -74,12 +79,48 @@ def merge_auto_folders(
     options = _options(chosen, base_id, dtype_for(dtype, adapters), bool(texts))
     wanted = store.identity("merge-auto", options, _inputs(adapters, base, texts or {}, general), chosen.seed)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
+        remove_beside(out, wanted)
         return reused(out, before, AutoRecord)
     if chosen.rank is None:
         require_space(out, max(a.nbytes for a in adapters))
-    merge = merge_auto(
-        adapters, base, texts, general=general, settings=chosen, base_id=base_id, on_progress=on_progress
-    )
+    checkpoints = NOTHING_KEPT
+    if texts and len(adapters) > 1:
+        others = {"texts": chosen.texts, "batch_size": chosen.batch_size}
+        checkpoints = Checkpoints.beside(
+            out, state_of(wanted, base, others), sum(a.nbytes for a in adapters), on_progress
+        )
+    with checkpoints.held():
+        try:
+            merge = merge_auto(
+                adapters,
+                base,
+                texts,
+                general=general,
+                settings=chosen,
+                base_id=base_id,
+                checkpoints=checkpoints,
+                on_progress=on_progress,
+            )
+        except EnvironmentFault:
+            raise
+        except PlaitError:
+            checkpoints.remove()
+            raise
+        written = _written(merge, out, adapters, dtype, wanted, overwrite=overwrite)
+        checkpoints.remove()
+    return written
+
+
+def _written(
+    merge: AutoMerge,
+    out: Path,
+    adapters: Sequence[Adapter],
+    dtype: str,
+    wanted: Mapping[str, object],
+    *,
+    overwrite: bool,
+) -> Written[AutoRecord]:
+    """Write what was chosen, in the type that is asked for."""
     merged = replace(merge.adapter, name=out.name) if len(adapters) > 1 else merge.adapter
     merged, rounding = in_dtype(merged, dtype, adapters)
     record = merge.record

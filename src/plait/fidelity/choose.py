@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.errors import RunError
 from plait.fidelity.candidates import METHODS, OWN_MOMENTS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
+from plait.fidelity.checkpoint_files import Piece, settled
+from plait.fidelity.checkpoints import FIT, NOTHING_KEPT, WEIGHTS, Checkpoints
 from plait.fidelity.distil import distil
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
 from plait.fidelity.moments import collect_moments, merged_kinds
@@ -68,6 +70,7 @@ def choose(
     seed: int = 0,
     base: str | None = None,
     on_progress: OnProgress = lambda _: None,
+    checkpoints: Checkpoints = NOTHING_KEPT,
 ) -> Choice:
     """Choose the merge that stays closest to all adapters on their own texts.
 
@@ -84,6 +87,7 @@ def choose(
         seed: Seed of the order of the texts.
         base: Base id of the result where the adapters name one base by different names.
         on_progress: Called with what is being done.
+        checkpoints: Where it goes on from, and is kept; moments and merges are computed again.
 
     Raises:
         InputError: A text beyond the base's table of positions; nothing has been computed then.
@@ -99,7 +103,7 @@ def choose(
     made = [(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
     tried = [Tried(recipe, merge, best_scale(terms(merge, adapters))) for recipe, merge in made]
     enough = can_learn(panel)
-    scored = tournament(panel, tried, scales, on_progress, max_shift)
+    scored = tournament(panel, tried, scales, on_progress, max_shift, checkpoints)
     best = scored[0]
     if not best.within(max_shift):
         raise RunError(
@@ -111,8 +115,7 @@ def choose(
     held_out: dict[str, float] = {}
     beyond: tuple[str, ...] = ()
     if refine and enough:
-        on_progress(f"weights per adapter and module, {plural(refine, 'step')}")
-        refined, learnt, held_out = refined_weights(panel, adapters, best, refine, seed)
+        refined, learnt, held_out = _weights(panel, adapters, best, refine, seed, checkpoints, on_progress)
         if held_out["refined"] > held_out["chosen"]:
             if within(panel, refined, max_shift):
                 adapter, weights = refined, learnt
@@ -124,7 +127,16 @@ def choose(
     )
     if not (fit and enough and can_fit(panel)):
         return choice
-    return with_fit(choice, panel, adapters, rank=rank, max_shift=max_shift, base=base, on_progress=on_progress)
+    return with_fit(
+        choice,
+        panel,
+        adapters,
+        rank=rank,
+        max_shift=max_shift,
+        base=base,
+        on_progress=on_progress,
+        checkpoints=checkpoints,
+    )
 
 
 def can_learn(panel: Panel) -> bool:
@@ -141,6 +153,7 @@ def with_fit(
     max_shift: float | None = None,
     base: str | None = None,
     on_progress: OnProgress = lambda _: None,
+    checkpoints: Checkpoints = NOTHING_KEPT,
 ) -> Choice:
     """Fit a choice, made of the same texts without a fit, front to back at a rank; keep it where held-out texts say that it is closer."""
     start = scaled(choice.scored[0].tried.adapter, choice.scale)
@@ -148,7 +161,7 @@ def with_fit(
     before = max(held_out.values())
     if rank is not None and rank < choice.adapter.rank:
         before = held_out["cut"] = _on_rest(panel, cut_adapter(choice.adapter, rank, choice.metric)[0])
-    best = best_fit(panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress)
+    best = _fits(panel, adapters, start, rank, max_shift, checkpoints, on_progress)
     if best is None:
         return replace(choice, held_out=held_out, unfitted=choice, beyond=(*choice.beyond, THE_FIT))
     settings, score = best
@@ -160,6 +173,44 @@ def with_fit(
     if not within(panel, merge, max_shift):
         return replace(tried, beyond=(*choice.beyond, THE_FIT))
     return replace(tried, adapter=merge, weights={}, fit=settings)
+
+
+def _weights(
+    panel: Panel,
+    adapters: Sequence[Adapter],
+    best: Scored,
+    steps: int,
+    seed: int,
+    checkpoints: Checkpoints,
+    on_progress: OnProgress,
+) -> tuple[Adapter, Mapping[str, tuple[float, ...]], dict[str, float]]:
+    """`refined_weights`, or what it gave before."""
+    if (piece := checkpoints.piece(WEIGHTS)) is not None:
+        weights = {m: tuple(w) for m, w in piece.values["weights"].items()}
+        return piece.adapters["refined"], weights, dict(piece.values["held_out"])
+    on_progress(f"weights per adapter and module, {plural(steps, 'step')}")
+    refined, learnt, held_out = refined_weights(panel, adapters, best, steps, seed)
+    checkpoints.keep(
+        WEIGHTS, lambda: Piece({"weights": dict(learnt), "held_out": held_out}, adapters={"refined": refined})
+    )
+    return refined, learnt, held_out
+
+
+def _fits(
+    panel: Panel,
+    adapters: Sequence[Adapter],
+    start: Adapter,
+    rank: int | None,
+    max_shift: float | None,
+    checkpoints: Checkpoints,
+    on_progress: OnProgress,
+) -> tuple[Fit, float] | None:
+    """`best_fit`, or what it gave before."""
+    if (piece := checkpoints.piece(FIT)) is not None:
+        return (Fit(**piece.values["fit"]), piece.values["score"]) if piece.values else None
+    best = best_fit(panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress)
+    checkpoints.keep(FIT, lambda: Piece({"fit": asdict(best[0]), "score": best[1]} if best else {}))
+    return best
 
 
 def within(panel: Panel, merge: Adapter, max_shift: float | None) -> bool:
@@ -190,8 +241,9 @@ def refined_weights(
         steps=steps,
         seed=seed,
     )
-    before, after = fidelities(panel.with_texts(rest, general=False), [(start, 1.0), (learnt.adapter, 1.0)])
-    return learnt.adapter, learnt.weights, {"chosen": before.score, "refined": after.score}
+    refined = settled(learnt.adapter)
+    before, after = fidelities(panel.with_texts(rest, general=False), [(start, 1.0), (refined, 1.0)])
+    return refined, learnt.weights, {"chosen": before.score, "refined": after.score}
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from plait.adapters.lora import Adapter
 from plait.fidelity.candidates import METHODS, SCALES, recipes
+from plait.fidelity.checkpoints import (
+    FIT,
+    LEARNT_HEADS,
+    MERGE,
+    REPAIR,
+    SCORES,
+    THE_HEADS,
+    THE_REPAIR,
+    WEIGHTS,
+    Checkpoints,
+)
 from plait.fidelity.choose import HELD_OUT, can_learn
 from plait.fidelity.costs import total_rank
 from plait.fidelity.duration import Work, tokens_of
@@ -14,6 +26,7 @@ from plait.fidelity.fitting import TRIED as FITS
 from plait.fidelity.fitting import can_fit
 from plait.fidelity.panel import Panel
 from plait.fidelity.texts import split_off
+from plait.fidelity.tokens import encoded
 from plait.fidelity.tournament import number_going, read_in, rounds_of
 from plait.merging.registry import find_method
 
@@ -21,6 +34,41 @@ from plait.merging.registry import find_method
 SCALES_TRIED = 3.8
 # Steps of a repair between looks at the texts held out (`plait.fidelity.distil.Stopping`).
 _EVERY = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What of a choice is done already.
+
+    Args:
+        scored: Texts that a round reads -> merges at scales that were scored on them.
+        stages: Names of what is done: pieces of a checkpoint, and what was done to the choice afterwards.
+        repaired: Steps of a repair that were taken.
+    """
+
+    scored: Mapping[int, int] = field(default_factory=dict)
+    stages: tuple[str, ...] = ()
+    repaired: int = 0
+
+    @classmethod
+    def of(cls, checkpoints: Checkpoints) -> Behind:
+        """Say what is kept."""
+        pieces = {name: p.values for name in (SCORES, WEIGHTS, FIT, MERGE, REPAIR) if (p := checkpoints.piece(name))}
+        scored: dict[int, int] = {}
+        for call in pieces.get(SCORES, {}).get(
+            "calls", ()
+        ):  # one that is not answered by all adapters is counted whole
+            scored[call["texts"]] = scored.get(call["texts"], 0) + len(call["asked"])
+        after = pieces.get(MERGE, {}).get("after", ())
+        return cls(scored, (*pieces, *after), pieces.get(REPAIR, {}).get("step", 0))
+
+    def left(self, texts: int, going: float) -> float:
+        """Count those of a round's merges at scales that are still to be scored."""
+        begun = max(self.scored, default=0)
+        return 0.0 if texts < begun else max(0.0, going - self.scored.get(texts, 0))
+
+
+NOTHING_BEHIND = Behind()
 
 
 def choosing(
@@ -32,6 +80,7 @@ def choosing(
     refine: int = 0,
     fit: bool = False,
     max_shift: float | None = None,
+    behind: Behind = NOTHING_BEHIND,
 ) -> Work:
     """Count what `choose` does.
 
@@ -43,28 +92,32 @@ def choosing(
         refine: Steps in which weights are learnt; 0 where none are.
         fit: Whether the winner is fitted.
         max_shift: Limit on what general text is moved by.
+        behind: What is done already; moments and merges are made again.
     """
     merges = len(list(recipes(("base", "own") if any(find_method(m).needs for m in methods) else (), methods)))
     every, tried = tokens_of(panel), merges * min(SCALES_TRIED, len(scales))
-    work = Work(merges=merges, moments=2 * every) + _read(panel, 0, 0, both=every)
     rounds = rounds_of(panel)
+    answered = tokens_of(read_in(panel, max(behind.scored))) if behind.scored else 0
+    work = Work(merges=merges, moments=2 * every) + _read(panel, 0, 0, both=every - answered)
     known, going, asked = 0, tried, 0.0
     for i, (texts, _) in enumerate(rounds):
         if i:
             going = min(going, number_going(merges, len(scales), rounds[i - 1][1]))
-        tokens = tokens_of(read_in(panel, texts))
-        work += _read(panel, tokens if panel.is_text else tokens - known, going)
-        known, asked = tokens, asked + going
-    work += general(panel, going if max_shift is None else asked)
-    if refine:
+        tokens, left = tokens_of(read_in(panel, texts)), behind.left(texts, going)
+        work += _read(panel, tokens if panel.is_text else tokens - known, left)
+        known, asked = tokens, asked + left
+    work += general(panel, left if max_shift is None else asked)
+    if refine and WEIGHTS not in behind.stages:
         work += Work(learnt=refine) + _read(panel, every / held_out, 2)
-    return work + fitting(panel, held_out, max_shift) if fit and can_fit(panel) else work
+    return work + fitting(panel, held_out, max_shift, FIT in behind.stages) if fit and can_fit(panel) else work
 
 
-def fitting(panel: Panel, held_out: int, max_shift: float | None = None) -> Work:
-    """Count two fits on most of the texts, their scales on the rest, and one on all."""
+def fitting(panel: Panel, held_out: int, max_shift: float | None = None, is_found: bool = False) -> Work:
+    """Count two fits on most of the texts, their scales on the rest, and one on all; the last alone where the best is found."""
     fits = len(FITS) * (1 - 1 / held_out) + 1
     layers = len({m for p in panel.parts for m in p.adapter.modules})
+    if is_found:
+        return Work(fitted=tokens_of(panel), solved=layers) + general(panel, 1 if max_shift is not None else 0)
     work = Work(fitted=fits * tokens_of(panel), solved=(len(FITS) + 1) * layers)
     work += _read(panel, tokens_of(panel) / held_out, len(FITS) * len(FIT_SCALES) + 1)
     return work + general(panel, len(FITS) * len(FIT_SCALES) + 1 if max_shift is not None else 0)
@@ -101,9 +154,11 @@ def general(panel: Panel, merges: float) -> Work:
     """Count the readings of general texts by merges and the base, for every head."""
     if not panel.general or not merges:
         return Work()
-    rows = dict.fromkeys(panel.texts, panel.general)
-    tokens = tokens_of(panel.with_texts(rows, general=False))
-    return Work(reads=(merges + 1) * (tokens / len(panel.parts) if panel.is_text else tokens))
+    if panel.is_text:  # read as they are by all of them, where own texts may be prompts that are answered
+        tokens = sum(len(row["input_ids"]) for row in encoded(panel, panel.parts[0].task.kind, panel.general))
+    else:
+        tokens = tokens_of(panel.with_texts(dict.fromkeys(panel.texts, panel.general), general=False))
+    return Work(reads=(merges + 1) * tokens)
 
 
 def making(
@@ -117,6 +172,7 @@ def making(
     repair: int,
     head_steps: int = 0,
     max_shift: float | None = None,
+    behind: Behind = NOTHING_BEHIND,
 ) -> Work:
     """Count all that `merge auto` does with texts, heads included.
 
@@ -130,13 +186,26 @@ def making(
         repair: Steps of the repair.
         head_steps: Steps in which heads and weights are learnt together, each of two times.
         max_shift: Limit on what general text is moved by.
+        behind: What is done already.
     """
     learns, many = can_learn(read), can_learn(panel)
-    work = choosing(
-        read, methods, scales, held_out=HELD_OUT, refine=refine * learns, fit=fit and learns, max_shift=max_shift
-    )
-    work += repairing(panel, repair, HELD_OUT) + learning_heads(panel, head_steps * many)
-    return work + (heads(panel) if many else Work()) + measuring(panel)
+    work = measuring(panel)
+    if MERGE not in behind.stages:
+        work += choosing(
+            read,
+            methods,
+            scales,
+            held_out=HELD_OUT,
+            refine=refine * learns,
+            fit=fit and learns,
+            max_shift=max_shift,
+            behind=behind,
+        )
+    if THE_REPAIR not in behind.stages:
+        work += repairing(panel, repair - behind.repaired, HELD_OUT)
+    if LEARNT_HEADS not in behind.stages:
+        work += learning_heads(panel, head_steps * many)
+    return work + (heads(panel) if many and THE_HEADS not in behind.stages else Work())
 
 
 def advising(

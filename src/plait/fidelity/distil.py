@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,18 @@ class Stopping:
     on_look: Callable[[Look], None] = lambda _: None
 
 
+class Keeping(Protocol):
+    """Where learning is kept between its steps, so that it can go on from there."""
+
+    def go_on(self, learning: Learning, loss: DistillationLoss) -> int:
+        """Put both where they were after so many steps; 0 where they begin."""
+        ...
+
+    def keep(self, learning: Learning, loss: DistillationLoss, step: int) -> None:
+        """Keep both as they are after a step, where no text of a later one is prepared yet."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Distilled:
     """What distilling gave.
@@ -79,6 +91,7 @@ def distil(
     loss: DistillationLoss | None = None,
     stopping: Stopping | None = None,
     beside: tuple[Sequence[Tensor], float] = ((), 0.0),
+    keeping: Keeping | None = None,
 ) -> Distilled:
     """Move a merge towards every adapter's predictions on that adapter's own texts; no labels.
 
@@ -97,6 +110,7 @@ def distil(
         loss: What is made small; by default the distance from the adapters' predictions.
         stopping: When to stop before that; None to take all steps.
         beside: Tensors of the loss that move too, such as heads, and the rate of Adam for them at the start.
+        keeping: Where it goes on from, and is kept.
 
     Raises:
         RunError: A loss that is not finite.
@@ -109,14 +123,22 @@ def distil(
     loss = loss or loss_of(panel)
     orders = [_endless(len(panel.texts[p.name]), batch, generator) for p in panel.parts]
     frozen = _frozen(learning.model)
+    done = keeping.go_on(learning, loss) if keeping else 0
     try:
         for step in range(1, steps + 1):
-            if step % AHEAD == 1:
+            if (
+                step % AHEAD == 1
+            ):  # the texts of steps that were taken before are drawn too: those that follow hang on them
                 coming = [[next(o) for o in orders] for _ in range(min(AHEAD, steps + 1 - step))]
-                loss.prepare(coming, learning.applying)
+                if step > done:
+                    loss.prepare(coming, learning.applying)
+            if step <= done:
+                continue
             learning.step(loss, coming[(step - 1) % AHEAD])
             if stopping and (step % stopping.every == 0 or step == steps) and learning.looked(stopping, step):
                 break
+            if keeping and step % AHEAD == 0:
+                keeping.keep(learning, loss, step)
     finally:
         _thaw(frozen)
     seen = torch.stack(learning.losses).float().cpu().tolist() if learning.losses else []
@@ -166,13 +188,17 @@ class Learning:
         changes = [(resolve(model, m, merge.prefix), student.change) for m, student in students.items()]
         return cls(merge, model, students, optimiser, schedule, changes, beside=beside[0])
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that moves, in order."""
+        return [*(p for student in self.students.values() for p in student.parameters), *self.beside]
+
     def step(self, loss: DistillationLoss, rows: Sequence[Sequence[int]]) -> None:
         """Take one step on these texts."""
         value = loss(rows, self.applying)
-        parameters = [*(p for student in self.students.values() for p in student.parameters), *self.beside]
         self.optimiser.zero_grad()
-        value.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        value.backward(inputs=self.parameters)  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.schedule.step()
         self.losses.append(value.detach())

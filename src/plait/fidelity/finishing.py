@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
+from plait.border.records import from_json, to_json
 from plait.errors import RunError
 from plait.fidelity.auto_settings import AutoSettings
+from plait.fidelity.checkpoint_files import Piece, settled
+from plait.fidelity.checkpoints import (
+    FIT,
+    LEARNT_HEADS,
+    MERGE,
+    NOTHING_KEPT,
+    REPAIR,
+    SCORES,
+    THE_HEADS,
+    THE_REPAIR,
+    WEIGHTS,
+    Checkpoints,
+)
 from plait.fidelity.choose import HELD_OUT, within
 from plait.fidelity.head_learning import Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
+from plait.fidelity.learning_state import KeptLearning
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import AutoRecord, FidelityRecord, Repair
@@ -21,6 +38,39 @@ from plait.fidelity.texts import split_off
 from plait.progress import OnProgress
 
 
+@dataclass(frozen=True, slots=True)
+class Midway:
+    """A chosen merge on its way.
+
+    Args:
+        merge: What was chosen, cut to its rank.
+        record: What is known of it.
+        groups: Module -> which of the merge's ranks are one adapter's, where they still are.
+        after: What was done to it since, as a person reads it.
+    """
+
+    merge: Adapter
+    record: AutoRecord
+    groups: Groups
+    after: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, checkpoints: Checkpoints) -> Midway | None:
+        """Take it from where it is kept; None where nothing is chosen yet."""
+        if (piece := checkpoints.piece(MERGE)) is None:
+            return None
+        values = piece.values
+        return cls(piece.adapters[MERGE], from_json(AutoRecord, values["record"]), values["groups"], values["after"])
+
+    def kept_in(self, checkpoints: Checkpoints) -> Midway:
+        """Keep it, in place of all that led to it, and give what goes on from there."""
+        merge = settled(self.merge)
+        values = {"record": to_json(self.record), "groups": dict(self.groups), "after": list(self.after)}
+        gone = (SCORES, WEIGHTS, FIT, REPAIR)
+        checkpoints.keep(MERGE, lambda: Piece(values, adapters={MERGE: merge}), instead_of=gone)
+        return replace(self, merge=merge)
+
+
 def finished(
     merge: Adapter,
     record: AutoRecord,
@@ -28,6 +78,8 @@ def finished(
     settings: AutoSettings,
     groups: Groups,
     on_progress: OnProgress = lambda _: None,
+    after: Sequence[str] = (),
+    checkpoints: Checkpoints = NOTHING_KEPT,
 ) -> tuple[Adapter, AutoRecord, Fidelity]:
     """Finish a merge after its cut, so that a repair makes good what the cut lost; `advise` measures it in this order.
 
@@ -38,6 +90,8 @@ def finished(
         settings: What is asked for; what it does not ask for is left out.
         groups: Module -> which of the merge's ranks are one adapter's, where they still are.
         on_progress: Called with what is being done.
+        after: What was done to it already (`Midway`).
+        checkpoints: Where it goes on from, and is kept after each step.
 
     Returns:
         The merge, the record of all that was done, and its fidelity on all texts.
@@ -45,10 +99,19 @@ def finished(
     Raises:
         RunError: The cut itself moves general text beyond the limit.
     """
-    finishing = _Finishing(panel, settings, on_progress)
-    merge, record = finishing.repair(merge, record)
-    merge, record = finishing.learn_heads(merge, record, groups)
-    merge, record = finishing.refit_heads(merge, record)
+    finishing = _Finishing(panel, settings, on_progress, checkpoints)
+    steps: dict[str, Callable[[Adapter, AutoRecord], tuple[Adapter, AutoRecord]]] = {
+        THE_REPAIR: finishing.repair,
+        LEARNT_HEADS: partial(finishing.learn_heads, groups=groups),
+        THE_HEADS: finishing.refit_heads,
+    }
+    for name, step in steps.items():
+        before = record
+        if name not in after:
+            merge, record = step(merge, record)
+        if record is not before:
+            after = (*after, name)
+            merge = Midway(merge, record, groups, after).kept_in(checkpoints).merge
     fidelity = measured(panel, merge)
     require_within(fidelity, settings.max_shift, f"cut to rank {settings.rank} it", "a larger --rank")
     return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
@@ -108,6 +171,7 @@ class _Finishing:
     panel: Panel
     settings: AutoSettings
     on_progress: OnProgress
+    checkpoints: Checkpoints
 
     def repair(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
         """Distil all adapters into it."""
@@ -121,6 +185,7 @@ class _Finishing:
             steps,
             self.settings.seed,
             on_policy=self.settings.on_policy,
+            keeping=KeptLearning(self.checkpoints, REPAIR),
             on_progress=self.on_progress,
         )
         if done.kept and self.settings.heads and not self.panel.is_text:

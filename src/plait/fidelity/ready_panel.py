@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from plait.adapters.lora import Adapter
@@ -30,6 +30,7 @@ def ready_panel(
     batch_size: int = 32,
     max_length: int = 128,
     known: Panel | None = None,
+    on_written: Callable[[Panel], None] = lambda _: None,
     on_progress: OnProgress = lambda _: None,
 ) -> tuple[Panel, Chat]:
     """Make the panel that adapters are asked on.
@@ -46,6 +47,7 @@ def ready_panel(
         batch_size: Texts a pass, where a model is asked alone.
         max_length: Tokens a text.
         known: Panel of the same base and adapters, asked in the same way: what was written and answered there is not computed again.
+        on_written: Called with the panel after each adapter has written.
         on_progress: Called with what a person should know, and with what is being done.
 
     Returns:
@@ -80,5 +82,5 @@ def ready_panel(
     if prompting.answered or on_policy:
         panel = replace(panel, positions=WRITTEN)
         on_progress(f"each adapter writes after its prompts, up to {plural(new_tokens, 'token')}")
-    require_room(panel)
+    require_room(panel, on_written)
     return panel, prompting

@@ -9,6 +9,7 @@ from plait.border.counts import plural
 from plait.fidelity.choose import FEWEST, HELD_OUT
 from plait.fidelity.distil import Stopping, distil
 from plait.fidelity.duration import in_words
+from plait.fidelity.learning_state import KeptLearning
 from plait.fidelity.losses import loss_of
 from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.panel import Panel
@@ -32,6 +33,7 @@ def repaired(
     layers: float = LAYERS,
     on_policy: bool = False,
     rate: float | None = None,
+    keeping: KeptLearning | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> tuple[Adapter, Repair]:
     """Repair a merge by distilling all adapters into its factors, without labels, and say what that did.
@@ -51,6 +53,7 @@ def repaired(
         on_policy: Whether the merge writes after the prompts and each text's adapter judges its tokens (`OnPolicyLoss`), in place of
             showing it what the adapters say; causal adapters only.
         rate: Rate of Adam at the start; see `plait.fidelity.distil.RATES`.
+        keeping: Where it goes on from, and is kept between its steps.
         on_progress: Called with what is being done.
 
     Cost: at most `steps` forward and backward passes on adapters x 8 texts, two passes over all texts before, and one over a quarter
@@ -59,7 +62,9 @@ def repaired(
     panel = panel.with_texts(panel.texts, general=False)
     if steps == 0 or min(len(rows) for rows in panel.texts.values()) < FEWEST:
         loss = _loss(panel, layers, on_policy, seed) if steps else None
-        done = distil(panel, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed, loss=loss)
+        done = distil(
+            panel, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed, loss=loss, keeping=keeping
+        )
         return done.adapter, Repair(
             steps, {}, steps > 0, done.first_loss, done.last_loss, most=steps, on_policy=on_policy
         )
@@ -71,10 +76,10 @@ def repaired(
 
     before = closeness(merge)
     learning = panel.with_texts(most)
-    begun = time.perf_counter()
+    begun, taken = time.perf_counter(), keeping.steps if keeping else 0
 
     def tell(look: Look) -> None:
-        left = (time.perf_counter() - begun) * (steps - look.step) / look.step
+        left = (time.perf_counter() - begun) * (steps - look.step) / (look.step - taken)
         more = f", at most {in_words(left)} left" if look.step < steps else ""
         on_progress(
             f"  {look.step} of at most {plural(steps, 'step')}: closeness {before:.3f} -> {look.kept:.3f}{more}"
@@ -82,7 +87,7 @@ def repaired(
 
     done = distil(
         learning, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed,
-        loss=_loss(learning, layers, on_policy, seed), stopping=Stopping(closeness, on_look=tell),
+        loss=_loss(learning, layers, on_policy, seed), stopping=Stopping(closeness, on_look=tell), keeping=keeping,
     )  # fmt: skip
     after = max(look.kept for look in done.looks)
     record = Repair(

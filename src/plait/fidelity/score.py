@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,12 @@ _BARE: Active = (None, 1.0)
 
 
 def fidelities(
-    panel: Panel, merges: Sequence[Active], on_progress: OnProgress = lambda _: None, *, keep: bool = False
+    panel: Panel,
+    merges: Sequence[Active],
+    on_progress: OnProgress = lambda _: None,
+    *,
+    keep: bool = False,
+    by_part: MutableMapping[str, list[TaskFidelity]] | None = None,
 ) -> list[Fidelity]:
     """Fidelity of each merge at its scale, in their order.
 
@@ -30,6 +35,7 @@ def fidelities(
         merges: What is compared with every adapter.
         on_progress: Called after each adapter's texts, with the number done.
         keep: Whether what heads answer with these merges is kept in `panel.known`, because more texts will be asked about.
+        by_part: Part -> what was measured on its texts already; completed part by part.
 
     Returns:
         KL and agreement per adapter, worst first; with `panel.general`, the mean KL(base || merged) on it.
@@ -40,12 +46,11 @@ def fidelities(
     Cost: a pass over the texts for every merge, and once for every adapter and for the base, shared by as many as the device works
     well on. Of classifiers, texts of which the answers are kept are not read again.
     """
-    if panel.is_text:
-        from plait.fidelity.language import text_closeness
-
-        by_task = [text_closeness(panel, part, merges) for part in _reported(panel.parts, on_progress)]
-    else:
-        by_task = [_classified(panel, part, merges, keep) for part in _reported(panel.parts, on_progress)]
+    done = {} if by_part is None else by_part
+    for part in _reported(panel.parts, on_progress):
+        if part.name not in done:
+            done[part.name] = _of_part(panel, part, merges, keep)
+    by_task = [done[part.name] for part in panel.parts]
     general = general_shift(panel, merges) if panel.general else None
     return [
         Fidelity.of([tasks[i] for tasks in by_task], float(general[i]) if general is not None else None)
@@ -69,6 +74,14 @@ def _reported(parts: Sequence[Part], on_progress: OnProgress) -> Iterator[Part]:
         left = (time.monotonic() - started) * (len(parts) - done) / done
         said = f", about {duration(left)} left of these" if done < len(parts) else ""
         on_progress(f"  texts of {part.name} ({done} of {len(parts)}){said}")
+
+
+def _of_part(panel: Panel, part: Part, merges: Sequence[Active], keep: bool) -> list[TaskFidelity]:
+    if panel.is_text:
+        from plait.fidelity.language import text_closeness
+
+        return text_closeness(panel, part, merges)
+    return _classified(panel, part, merges, keep)
 
 
 def _classified(panel: Panel, part: Part, merges: Sequence[Active], keep: bool) -> list[TaskFidelity]:

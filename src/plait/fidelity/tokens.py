@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plait.border.counts import plural
@@ -90,8 +90,12 @@ def _cut(panel: Panel, kind: str, texts: Texts) -> Cut:
     return cut_of(panel.tokenizer, [len(ids) for ids in read["input_ids"]], panel.max_length, answers)
 
 
-def require_room(panel: Panel) -> None:
+def require_room(panel: Panel, on_written: Callable[[Panel], None] = lambda _: None) -> None:
     """Refuse texts beyond the base's table of positions: all of them are looked at, before anything long begins.
+
+    Args:
+        panel: Base, adapters and texts.
+        on_written: Called with the panel after each part where prompts are answered.
 
     Raises:
         InputError: Names the task, or the general texts.
@@ -101,7 +105,10 @@ def require_room(panel: Panel) -> None:
     if panel.general:
         _require(panel, _general_rows(panel), "general texts")
     for part in panel.parts:
+        written = len(panel.answers)
         _require(panel, rows_of(panel, part), f"task {part.name}")
+        if len(panel.answers) > written:
+            on_written(panel)
 
 
 def _general_rows(panel: Panel) -> list[dict[str, Any]]:

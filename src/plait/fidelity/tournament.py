@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from plait.border.counts import plural
+from plait.fidelity.asking import Asking
 from plait.fidelity.candidates import Tried
+from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Evidence, FidelityRecord
-from plait.fidelity.score import fidelities
 from plait.fidelity.texts import first_of
 from plait.progress import OnProgress
 
@@ -68,13 +69,14 @@ def tournament(
     scales: Sequence[float],
     on_progress: OnProgress = lambda _: None,
     max_shift: float | None = None,
+    checkpoints: Checkpoints = NOTHING_KEPT,
 ) -> list[Scored]:
     """Score all merges on a few texts, fewer and fewer of them on more, the best on all; best first, later rounds before earlier ones.
 
     A merge begins at the scale nearest to where its factors alone would have it (`Tried.near`) and at both scales beside that.
     While its best lies on the edge of those it was tried at, it is tried a step further, along `scales` and then beyond
     them, so that its best lies within: where a merge has one hill over the scales, that is the best of all of them.
-    Merges that move general text further than `max_shift` come last, the least first.
+    Merges that move general text further than `max_shift` come last, the least first. Scores that are kept are taken from there.
 
     Cost: four to five scales a merge on the texts of the first round; then what `number_going` says of merges x scales, on those that a
     round adds, or on all of a round's where answers are not kept.
@@ -88,19 +90,23 @@ def tournament(
     screen = read_in(panel, rounds[0][0], max_shift)
     entries = [(t, s) for t in tried for s in beginning(t, scales)]
     scored: list[Scored] = []
+    asking = Asking.of(tried, checkpoints, on_progress)
+
+    def asked(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, said: str) -> list[Scored]:
+        scores = asking.scores(panel, entries, n, said)
+        return [Scored(t, s, f, n) for (t, s), f in zip(entries, scores, strict=True)]
+
     while entries:
-        on_progress(f"{plural(len(entries), 'merge')}, by fidelity")
-        scored += _scored(screen, entries, rounds[0][0], on_progress)
+        scored += asked(screen, entries, rounds[0][0], f"{plural(len(entries), 'merge')}, by fidelity")
         entries = list(_beyond(scored, place, scales)) if len(scales) > 1 else []
     scored.sort(key=place)
     for (_, share), (texts, _) in pairwise(rounds):
         going = scored[: number_going(len(tried), len(scales), share)]
-        on_progress(
-            f"the best {len(going)} of them, on {'all texts' if texts == rounds[-1][0] else plural(texts, 'text')}"
-        )
-        again = _scored(read_in(panel, texts, max_shift), [(s.tried, s.scale) for s in going], texts, on_progress)
+        said = f"the best {len(going)} of them, on {'all texts' if texts == rounds[-1][0] else plural(texts, 'text')}"
+        again = asked(read_in(panel, texts, max_shift), [(s.tried, s.scale) for s in going], texts, said)
         scored = sorted(again, key=place) + scored[len(going) :]
     panel.known.forget_others(p.adapter for p in panel.parts)
+    checkpoints.watch_merges(())
     return scored
 
 
@@ -155,8 +161,3 @@ def _beyond(
             continue
         if min(scales) / STEP**GROWTH < further * 1.001 and further < max(scales) * STEP**GROWTH * 1.001:
             yield ones[0].tried, further
-
-
-def _scored(panel: Panel, entries: Sequence[tuple[Tried, float]], n: int, on_progress: OnProgress) -> list[Scored]:
-    scores = fidelities(panel, [(t.adapter, s) for t, s in entries], on_progress, keep=True)
-    return [Scored(t, s, f, n) for (t, s), f in zip(entries, scores, strict=True)]

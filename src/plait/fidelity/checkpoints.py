@@ -1,0 +1,245 @@
+"""What a choice has done so far, kept beside its output until that is written: the same command goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.lora import Adapter
+from plait.disk import store
+from plait.disk.locks import locked, system_errors
+from plait.disk.space import require_space
+from plait.errors import EnvironmentFault, InputError
+from plait.fidelity.checkpoint_files import Answered, Piece, State, read_state, write_state
+from plait.fidelity.panel import Panel, parts_of
+from plait.fidelity.texts import Texts
+from plait.model.base import BaseModel
+from plait.progress import OnProgress
+from plait.training.checkpoints import checkpoint_root, latest_whole, open_root, recorded_identity, seal
+
+# Version of what a checkpoint holds; raised with every change of it, or of the order in which a choice does what it does.
+FORMAT = 1
+# What may be computed again keeps at most this share of the time busy with writing.
+SHARE = 0.05
+
+ANSWERS, SCORES, WEIGHTS, FIT, MERGE, REPAIR = "answers", "scores", "weights", "fit", "merge", "repair"
+# What is done to a choice afterwards.
+THE_REPAIR, LEARNT_HEADS, THE_HEADS = "the repair", "learnt heads", "the heads"
+_BASE = "base"
+_SAID = {
+    ANSWERS: "what the adapters write",
+    SCORES: "scores of merges",
+    WEIGHTS: "learnt weights",
+    FIT: "the fits",
+    MERGE: "the choice",
+}
+
+
+def state_of(wanted: Mapping[str, Any], base: BaseModel | None, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Say what a state belongs to: the result's identity, and what else decides its last bits.
+
+    Args:
+        wanted: Identity of the result (`plait.disk.store.identity`).
+        base: The base as it is held.
+        settings: Settings that are no part of that identity.
+    """
+    held = {"device": base.torch_device.type, "dtype": base.dtype} if base else {}
+    return {**wanted, "state": {**settings, **held, **store.versions(), "format": FORMAT}}
+
+
+def remove_beside(out: Path, wanted: Mapping[str, Any]) -> None:
+    """Remove what is left of a run that was ended after its result was written.
+
+    Args:
+        out: The result.
+        wanted: Its identity; what lies there of another result stays.
+    """
+    root = checkpoint_root(out)
+    if root.exists() and not store.differences(
+        {k: v for k, v in recorded_identity(root).items() if k != "state"}, wanted
+    ):
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@dataclass(slots=True)
+class Checkpoints:
+    """What is done already, and where it is kept.
+
+    Args:
+        root: Folder of the checkpoints; None where nothing is kept.
+        identity: What the state belongs to (`state_of`).
+        room: Bytes that the result will take, which are left free.
+        on_progress: Told what a person should know.
+    """
+
+    root: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    room: int = 0
+    on_progress: OnProgress = lambda _: None
+    _state: State = field(default_factory=State)
+    _pieces: dict[str, Piece] = field(default_factory=dict)
+    _panel: Panel | None = None
+    _merges: Sequence[Adapter] = ()
+    _number: int = 0
+    _kept_at: float = 0.0
+    _seconds: float = 0.0
+
+    @classmethod
+    def beside(
+        cls, out: Path, identity: Mapping[str, Any], room: int, on_progress: OnProgress = lambda _: None
+    ) -> Checkpoints:
+        """Go on from what lies beside an output, where it is of the same identity; what is not is removed, and said."""
+        root = checkpoint_root(out)
+        checkpoints = cls(root, identity, room, on_progress)
+        if not root.exists():
+            return checkpoints
+        recorded = recorded_identity(root)
+        if recorded != identity:
+            differing = store.differences(recorded, identity) or ["it does not say what it was made from"]
+            on_progress(f"{root} is of another run ({differing[0]}): begun anew")
+            shutil.rmtree(root)
+            return checkpoints
+        checkpoint = latest_whole(root)
+        if checkpoint is None:
+            return checkpoints
+        try:
+            checkpoints._state = read_state(checkpoint)
+        except InputError as e:
+            on_progress(f"{e}: begun anew")
+            return checkpoints
+        checkpoints._number = int(checkpoint.name.rpartition("-")[2])
+        checkpoints._pieces = dict(checkpoints._state.pieces)
+        if said := checkpoints._description():
+            on_progress(f"going on from {root}: {said} {'are' if ' and ' in said or said[-1] == 's' else 'is'} there")
+        return checkpoints
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a second run of the same output out."""
+        with locked(self.root) if self.root else contextlib.nullcontext():
+            yield
+
+    def remove(self) -> None:
+        """Let all of it go."""
+        if self.root is not None:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def piece(self, name: str) -> Piece | None:
+        """Give what was computed under a name; None where it was not."""
+        return self._pieces.get(name)
+
+    def known(self, base: BaseModel, adapters: Sequence[Adapter], texts: Mapping[str, Texts]) -> Panel | None:
+        """Make a panel that knows what adapters have answered and written; None where nothing is known."""
+        if not (self._state.answered or self._state.written):
+            return None
+        panel = Panel(base, parts_of(adapters), texts)
+        for task, rows in self._state.written.items():
+            panel.answers.update({(task, texts[task][place]): ids for place, ids in rows.items()})
+        self._answer(panel, {_BASE: None, **_named("adapter", _own(panel))})
+        return panel
+
+    def watch(self, panel: Panel) -> None:
+        """Keep, from now on, what is answered and written on a panel, with every checkpoint."""
+        self._panel = panel
+
+    def watch_writing(self, panel: Panel) -> None:
+        """Keep what adapters have written after their prompts so far."""
+        if MERGE not in self._pieces:
+            self.watch(panel)
+            self.keep(ANSWERS, Piece, later=True)
+
+    def watch_merges(self, merges: Sequence[Adapter]) -> None:
+        """Keep what these merges answer too, and have them know what they did."""
+        self._merges = merges
+        if self._panel is not None:
+            self._answer(self._panel, _named("merge", merges))
+
+    def keep(
+        self, name: str, piece: Callable[[], Piece], *, instead_of: Sequence[str] = (), later: bool = False
+    ) -> None:
+        """Write a checkpoint with one piece more.
+
+        Args:
+            name: Name of the piece.
+            piece: Gives it.
+            instead_of: Names of pieces that nobody needs any more.
+            later: Whether this may be left out while the last checkpoint is young: what is lost is little.
+        """
+        if self.root is None:
+            return
+        begun = time.monotonic()
+        if later and self._kept_at and begun - self._kept_at < self._seconds / SHARE:
+            return
+        self._pieces = {n: p for n, p in self._pieces.items() if n not in instead_of} | {name: piece()}
+        self._write(self.root)
+        self._kept_at = time.monotonic()
+        self._seconds = self._kept_at - begun
+
+    def _write(self, root: Path) -> None:
+        state = self._now()
+        try:
+            require_space(root, state.nbytes + self.room)
+            with system_errors(root):
+                open_root(root, self.identity)
+                stage = root / "staging"
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir()
+                write_state(stage, state)
+                self._number += 1
+                seal(stage, root / f"checkpoint-{self._number}")
+        except EnvironmentFault as e:  # the result may have room all the same
+            shutil.rmtree(root / "staging", ignore_errors=True)
+            self.on_progress(f"what is done is not kept: {e}")
+
+    def _now(self) -> State:
+        panel = self._panel
+        if panel is None:
+            return State(self._pieces)
+        places = {task: {text: i for i, text in enumerate(rows)} for task, rows in panel.texts.items()}
+        names = {id(None): _BASE}
+        for kind, some in (("adapter", _own(panel)), ("merge", self._merges)):
+            names |= {id(a): name for name, a in _named(kind, some).items()}
+        answered = [
+            Answered.of(task, names[id(adapter)], scale, rows, places[task])
+            for task, adapter, scale, rows in panel.known.entries()
+            if rows and id(adapter) in names
+        ]
+        written: dict[str, dict[int, tuple[int, ...]]] = {}
+        for (task, text), ids in panel.answers.items():
+            if text in places[task]:
+                written.setdefault(task, {})[places[task][text]] = ids
+        return State(self._pieces, tuple(answered), written)
+
+    def _answer(self, panel: Panel, names: Mapping[str, Adapter | None]) -> None:
+        """Have adapters or merges know what they answered."""
+        for a in self._state.answered:
+            if a.who in names:
+                texts, logits = panel.texts[a.task], a.logits.numpy()
+                rows = panel.known.of(a.task, names[a.who], a.scale)
+                rows.update((texts[place], row) for place, row in zip(a.places, logits, strict=True))
+
+    def _description(self) -> str:
+        """What is there, in words."""
+        words = [_SAID[name] for name in _SAID if name in self._pieces]
+        if (merge := self._pieces.get(MERGE)) is not None:
+            words = [_SAID[MERGE], *merge.values["after"]]
+        if (repair := self._pieces.get(REPAIR)) is not None:
+            words.append(f"the first {repair.values['step']} steps of the repair")
+        return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+NOTHING_KEPT = Checkpoints()
+
+
+def _own(panel: Panel) -> list[Adapter]:
+    """The panel's adapters, each once."""
+    return list({id(p.adapter): p.adapter for p in panel.parts}.values())
+
+
+def _named(kind: str, adapters: Sequence[Adapter]) -> dict[str, Adapter | None]:
+    return {f"{kind} {i}": a for i, a in enumerate(adapters)}

@@ -1,0 +1,300 @@
+"""A choice that is ended at any moment and started again goes on where it was, and gives the bits of one that was not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plait.adapters.heads import HeadFacts
+from plait.adapters.peft_format import write_adapter
+from plait.disk.locks import locked
+from plait.errors import EnvironmentFault, RunError
+from plait.fidelity import asking, auto, checkpoints, choose
+from plait.fidelity.auto_folders import merge_auto_folders
+from plait.fidelity.auto_settings import AutoSettings
+from plait.fidelity.checkpoint_files import Answered, Piece, State, read_state, write_state
+from plait.fidelity.checkpoints import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHTS, Checkpoints
+from plait.fidelity.counting import Behind, making
+from plait.model.base import BaseModel
+from plait.training.checkpoints import checkpoint_root
+from tests.fidelity.conftest import texts_of
+
+HEADS = AutoSettings(
+    methods=("tsv",), scales=(0.4,), refine=3, repair=9, learn_heads=True, max_length=24
+)  # fmt: skip
+WRITING = AutoSettings(
+    methods=("task_arithmetic",), scales=(0.3, 0.6), refine=3, repair=24, on_policy=True, new_tokens=3, max_length=24
+)
+CUT = AutoSettings(methods=("tsv",), scales=(0.4,), refine=3, repair=5, rank=2, max_shift=50.0, max_length=24)
+
+
+class Killed(BaseException):
+    """As if the process had ended here."""
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """What may be computed again is kept after every step that can be kept."""
+    monkeypatch.setattr(checkpoints, "SHARE", float("inf"))
+    monkeypatch.setattr(auto, "told", lambda *_: "about a moment")
+
+
+def folders_of(panel, root: Path) -> list[str]:
+    folders = [root / p.adapter.name for p in panel.parts]
+    for folder, part in zip(folders, panel.parts, strict=True):
+        folder.mkdir()
+        write_adapter(folder, part.adapter)
+    return [str(folder) for folder in folders]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def killed_after(monkeypatch, writes: int):
+    """End the run once so many checkpoints more are written."""
+    write, left = Checkpoints._write, [writes]
+
+    def ending(self, root):
+        write(self, root)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoints, "_write", ending)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "texts", "settings", "stages"),
+    [
+        ("bert", "classification", 33, HEADS, ["scores of merges", "learnt weights", "the fits", "of the repair", "learnt heads are"]),
+        ("llama", "causal", 16, WRITING, ["what the adapters write", "the fits", "steps of the repair", "the repair are"]),
+        ("bert", "classification", 16, CUT, ["the choice is there", "the repair are there", "and the heads are there"]),
+    ],
+)  # fmt: skip
+def test_ended_after_every_checkpoint(
+    make_panel, tmp_path, monkeypatch, every_step, architecture, kind, texts, settings, stages
+):
+    panel = make_panel(architecture, kind, texts=texts)
+    folders = folders_of(panel, tmp_path)
+    said: list[str] = []
+
+    def run(name: str) -> None:
+        asked = {"base": panel.base, "texts": dict(panel.texts), "general": texts_of(5, 7), "settings": settings}
+        merge_auto_folders(folders, tmp_path / name / "out", **asked, on_progress=said.append)
+
+    run("straight")
+    assert not any(line.startswith("going on") for line in said)
+    for _ in range(60):
+        with monkeypatch.context() as once:
+            killed_after(once, 1)
+            try:
+                run("ended")
+            except Killed:
+                continue
+        break
+    going_on = [line for line in said if line.startswith("going on from")]
+    assert len(going_on) >= 8
+    for stage in stages:
+        assert any(stage in line for line in going_on), (stage, going_on)
+    assert contents(tmp_path / "ended" / "out") == contents(tmp_path / "straight" / "out")
+    assert not list(tmp_path.glob("*/.*"))
+
+
+@pytest.fixture
+def begun(make_panel, tmp_path, monkeypatch):
+    """A run that was ended when its weights were learnt: called, it goes on with other settings, if any, and says what it does."""
+    panel = make_panel(texts=18)
+    folders = folders_of(panel, tmp_path)
+    few = AutoSettings(methods=("tsv",), scales=(0.4,), refine=2, fit=False, max_length=24)
+
+    def run(name: str = "out", general=(), **settings) -> list[str]:
+        said: list[str] = []
+        merge_auto_folders(
+            folders, tmp_path / name, base=panel.base, texts=dict(panel.texts), general=general,
+            settings=replace(few, **settings), on_progress=said.append,
+        )  # fmt: skip
+        return said
+
+    with monkeypatch.context() as once:
+        once.setattr(checkpoints, "SHARE", 1e-9)  # the first adapter's texts, both rounds, the weights
+        killed_after(once, 4)
+        with pytest.raises(Killed):
+            run()
+    run.root, run.folders, run.panel = checkpoint_root(tmp_path / "out"), folders, panel
+    return run
+
+
+def test_what_is_done_is_not_done_again_and_not_counted(begun, monkeypatch):
+    counted = []
+    monkeypatch.setattr(auto, "told", lambda panel, adapters, work: counted.append(work) or "about a moment")
+    with monkeypatch.context() as once:
+        once.setattr(asking, "fidelities", lambda *_, **__: pytest.fail("scored again"))
+        once.setattr(choose, "refined_weights", lambda *_, **__: pytest.fail("learnt again"))
+        said = begun()
+    assert said[0] == f"going on from {begun.root}: scores of merges and learnt weights are there"
+    assert not begun.root.exists()
+    begun("whole")
+    left, whole = counted
+    assert (left.learnt, whole.learnt) == (0, 2)
+    assert 0 < left.reads < whole.reads and (left.merges, left.moments) == (whole.merges, whole.moments)
+
+
+@pytest.mark.parametrize(
+    ("done", "less"),
+    [
+        (Behind({16: 4}), {"reads"}),
+        (Behind({16: 8, 20: 2}), {"reads"}),
+        (Behind({16: 8, 20: 2}, (WEIGHTS, FIT)), {"reads", "learnt", "fitted", "solved"}),
+        (Behind(stages=(MERGE, REPAIR), repaired=30), {"reads", "learnt", "fitted", "solved", "merges", "moments", "repaired"}),
+        (Behind(stages=(MERGE, THE_REPAIR, LEARNT_HEADS)), {"reads", "learnt", "fitted", "solved", "merges", "moments", "repaired"}),
+    ],
+)  # fmt: skip
+def test_only_what_is_left_is_counted(make_panel, done, less):
+    panel = make_panel(texts=20)
+    asked = {"refine": 5, "fit": True, "repair": 50, "head_steps": 7}
+    whole, left = (making(panel, panel, ("tsv",), (0.2, 0.4, 0.6, 0.8), behind=b, **asked) for b in (Behind(), done))
+    assert {k for k, v in asdict(left).items() if v < asdict(whole)[k]} == less
+    assert not {k for k, v in asdict(left).items() if v > asdict(whole)[k]}
+    if done.repaired:
+        assert left.repaired == 20
+
+
+def test_what_is_of_another_run_is_let_go_and_said(begun, tmp_path):
+    said = begun(refine=3)
+    assert said[0] == f"{begun.root} is of another run (options.refine: 2 -> 3): begun anew"
+    assert not any(line.startswith("going on") for line in said) and not begun.root.exists()
+    begun("straight", refine=3)
+    assert (
+        contents(tmp_path / "out")["adapter_model.safetensors"]
+        == contents(tmp_path / "straight")["adapter_model.safetensors"]
+    )
+
+
+def test_a_result_that_is_refused_leaves_nothing(begun):
+    with pytest.raises(RunError, match="no candidate moves general text"):
+        begun(general=texts_of(5, 7), max_shift=1e-9)
+    assert not begun.root.exists()
+
+
+def test_a_fault_of_the_machine_leaves_what_is_done(begun, monkeypatch):
+    with monkeypatch.context() as once:
+        once.setattr(auto, "finished", lambda *_: (_ for _ in ()).throw(EnvironmentFault("no memory")))
+        with pytest.raises(EnvironmentFault, match="no memory"):
+            begun()
+    assert begun()[0] == f"going on from {begun.root}: the choice is there"
+
+
+def test_a_damaged_checkpoint_is_passed_over(begun):
+    newest = sorted(begun.root.glob("checkpoint-*"))[-1]
+    (newest / "state.json").write_text("{}")
+    assert begun()[0] == f"going on from {begun.root}: scores of merges are there"
+
+
+def test_where_there_is_no_room_nothing_is_kept_and_that_is_said(begun, monkeypatch):
+    shutil.rmtree(begun.root)
+    largest = max(p.adapter.nbytes for p in begun.panel.parts)  # what the result needs at least
+    monkeypatch.setattr("plait.disk.space.shutil.disk_usage", lambda _: SimpleNamespace(free=largest))
+    said = begun()
+    assert sum(line.startswith("what is done is not kept: ") for line in said) >= 3
+    assert not begun.root.exists()
+
+
+def test_a_second_run_of_one_output_is_kept_out(begun):
+    with locked(begun.root), pytest.raises(EnvironmentFault, match="another process"):
+        begun()
+
+
+def test_what_a_finished_run_left_is_removed(begun, tmp_path):
+    shutil.copytree(begun.root, tmp_path / "aside")
+    begun()
+    shutil.copytree(tmp_path / "aside", begun.root)
+    begun()
+    assert not begun.root.exists()
+
+
+def test_an_adapter_is_read_as_it_was(make_panel, tmp_path):
+    """To the bit, with all that lies beside its factors, and with numbers that are none."""
+    one = make_panel().parts[0].adapter
+    modules = {m: replace(f, scaling=0.1 + i, A=f.A.to(torch.bfloat16)) for i, (m, f) in enumerate(one.modules.items())}
+    one = replace(
+        one, modules=modules, extras={"norm.weight": torch.tensor([float("inf"), -0.0])}, copies={"x": torch.ones(1, 2)},
+        modules_to_save=("norm",), target_modules=("query", "value"), revision="abc", source={"labels": {"one": ["a", "b"]}, "layouts": {}},
+        head_facts={"one": HeadFacts(("a", "b"), "regression", None, "bert")},
+    )  # fmt: skip
+    logits = torch.tensor([[1.0, float("nan")]])
+    state = State(
+        {"x": Piece({"n": 1}, {"t": torch.tensor(2.5)}, {"a": one})},
+        (Answered("one", "base", 0.3, (4,), logits),),
+        {"one": {3: (1, 2)}},
+    )
+    write_state(tmp_path, state)
+    found = read_state(tmp_path)
+    again = found.pieces["x"].adapters["a"]
+    assert list(again.modules) == list(one.modules)
+    for m, f in one.modules.items():
+        g = again.modules[m]
+        assert (
+            torch.equal(g.A, f.A)
+            and torch.equal(g.B, f.B)
+            and (g.A.dtype, g.scaling, g.kind) == (f.A.dtype, f.scaling, f.kind)
+        )
+    for name in ("heads", "extras", "copies"):
+        a, b = (torch.utils._pytree.tree_flatten(getattr(x, name)) for x in (again, one))
+        assert a[1] == b[1] and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    rest = {"modules": {}, "heads": {}, "extras": {}, "copies": {}}
+    assert replace(again, **rest) == replace(one, **rest)
+    assert found.written == state.written and found.pieces["x"].values == {"n": 1}
+    assert torch.equal(found.pieces["x"].tensors["t"], torch.tensor(2.5))
+    (a,) = found.answered
+    assert (a.task, a.who, a.scale, a.places) == ("one", "base", 0.3, (4,)) and torch.equal(
+        a.logits.isnan(), logits.isnan()
+    )
+
+
+# --- a process that is killed -----------------------------------------------------------------------------------------
+
+
+def start(folder: str, folders: list[str], texts, out: str) -> None:
+    """One start of a choice with a repair, in a process of its own."""
+    torch.set_num_threads(1)
+    checkpoints.SHARE = float("inf")
+    settings = AutoSettings(methods=("tsv",), scales=(0.2, 0.4, 0.6), refine=2, fit=False, repair=60, max_length=24)
+    merge_auto_folders(folders, Path(out), base=BaseModel(folder, device="cpu"), texts=texts, settings=settings)
+
+
+def test_a_process_that_is_killed_goes_on(make_panel, tmp_path):
+    panel = make_panel(texts=36)
+    folders = folders_of(panel, tmp_path)
+    context = multiprocessing.get_context("forkserver")
+    bert = "transformers.models.bert.modeling_bert"
+    context.set_forkserver_preload(["tests.fidelity.test_checkpoints", "transformers.models.auto.modeling_auto", bert])
+
+    def begin(name: str) -> multiprocessing.Process:
+        given = (panel.base.name, folders, dict(panel.texts), str(tmp_path / name / "out"))
+        process = context.Process(target=start, args=given)
+        process.start()
+        return process
+
+    killed = begin("killed")
+    root = checkpoint_root(tmp_path / "killed" / "out")
+    wanted, waited = 7, time.monotonic() + 120  # in the midst of the repair
+    while killed.is_alive() and not (root / f"checkpoint-{wanted}").exists() and time.monotonic() < waited:
+        time.sleep(0.002)
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and root.exists()
+    for name in ("killed", "straight"):
+        process = begin(name)
+        process.join(120)
+        assert process.exitcode == 0
+    assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "straight" / "out")
+    assert not root.exists()
