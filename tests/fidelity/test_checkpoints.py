@@ -21,14 +21,14 @@ from plait.fidelity import asking, auto, checkpoints, choose
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.checkpoint_files import Answered, Piece, State, read_state, write_state
-from plait.fidelity.checkpoints import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHTS, Checkpoints
+from plait.fidelity.checkpoints import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHING, WEIGHTS, Checkpoints
 from plait.fidelity.counting import Behind, making
 from plait.model.base import BaseModel
-from plait.training.checkpoints import checkpoint_root
+from plait.training.checkpoints import checkpoint_root, seal
 from tests.fidelity.conftest import texts_of
 
 HEADS = AutoSettings(
-    methods=("tsv",), scales=(0.4,), refine=3, repair=9, learn_heads=True, max_length=24
+    methods=("tsv",), scales=(0.4,), refine=9, repair=9, learn_heads=True, max_length=24
 )  # fmt: skip
 WRITING = AutoSettings(
     methods=("task_arithmetic",), scales=(0.3, 0.6), refine=3, repair=24, on_policy=True, new_tokens=3, max_length=24
@@ -75,7 +75,9 @@ def killed_after(monkeypatch, writes: int):
 @pytest.mark.parametrize(
     ("architecture", "kind", "texts", "settings", "stages"),
     [
-        ("bert", "classification", 33, HEADS, ["scores of merges", "learnt weights", "the fits", "of the repair", "learnt heads are"]),
+        ("bert", "classification", 18, HEADS, [
+            "scores of merges", "of learning weights", "learnt weights", "the fits", "of the repair", "learnt heads are",
+        ]),
         ("llama", "causal", 16, WRITING, ["what the adapters write", "the fits", "steps of the repair", "the repair are"]),
         ("bert", "classification", 16, CUT, ["the choice is there", "the repair are there", "and the heads are there"]),
     ],
@@ -154,6 +156,7 @@ def test_what_is_done_is_not_done_again_and_not_counted(begun, monkeypatch):
         (Behind({16: 4}), {"reads"}),
         (Behind({16: 8, 20: 2}), {"reads"}),
         (Behind({16: 8, 20: 2}, (WEIGHTS, FIT)), {"reads", "learnt", "fitted", "solved"}),
+        (Behind({16: 8, 20: 2}, (WEIGHING,), learnt=4), {"reads", "learnt"}),
         (Behind(stages=(MERGE, REPAIR), repaired=30), {"reads", "learnt", "fitted", "solved", "merges", "moments", "repaired"}),
         (Behind(stages=(MERGE, THE_REPAIR, LEARNT_HEADS)), {"reads", "learnt", "fitted", "solved", "merges", "moments", "repaired"}),
     ],
@@ -199,6 +202,15 @@ def test_a_damaged_checkpoint_is_passed_over(begun):
     assert begun()[0] == f"going on from {begun.root}: scores of merges are there"
 
 
+def test_what_this_version_does_not_read_is_begun_anew(begun):
+    for checkpoint in begun.root.glob("checkpoint-*"):
+        (checkpoint / "state.json").write_text('{"pieces": {"scores": 3}, "answered": [], "written": {}}')
+        seal(checkpoint.rename(begun.root / "staging"), checkpoint)
+    said = begun()
+    assert "not a state of a choice" in said[0] and said[0].endswith(": begun anew")
+    assert not any(line.startswith("going on") for line in said) and not begun.root.exists()
+
+
 def test_where_there_is_no_room_nothing_is_kept_and_that_is_said(begun, monkeypatch):
     shutil.rmtree(begun.root)
     largest = max(p.adapter.nbytes for p in begun.panel.parts)  # what the result needs at least
@@ -208,9 +220,13 @@ def test_where_there_is_no_room_nothing_is_kept_and_that_is_said(begun, monkeypa
     assert not begun.root.exists()
 
 
-def test_a_second_run_of_one_output_is_kept_out(begun):
+@pytest.mark.parametrize("settings", [{}, {"refine": 3}])
+def test_a_second_run_of_one_output_is_kept_out_and_leaves_what_is_there(begun, settings):
+    before = contents(begun.root)
     with locked(begun.root), pytest.raises(EnvironmentFault, match="another process"):
-        begun()
+        begun(**settings)
+    assert contents(begun.root) == before
+    assert begun()[0].startswith("going on")
 
 
 def test_what_a_finished_run_left_is_removed(begun, tmp_path):
@@ -267,7 +283,7 @@ def start(folder: str, folders: list[str], texts, out: str) -> None:
     """One start of a choice with a repair, in a process of its own."""
     torch.set_num_threads(1)
     checkpoints.SHARE = float("inf")
-    settings = AutoSettings(methods=("tsv",), scales=(0.2, 0.4, 0.6), refine=2, fit=False, repair=60, max_length=24)
+    settings = AutoSettings(methods=("tsv",), scales=(0.4,), refine=2, fit=False, repair=40, max_length=24)
     merge_auto_folders(folders, Path(out), base=BaseModel(folder, device="cpu"), texts=texts, settings=settings)
 
 
@@ -286,7 +302,7 @@ def test_a_process_that_is_killed_goes_on(make_panel, tmp_path):
 
     killed = begin("killed")
     root = checkpoint_root(tmp_path / "killed" / "out")
-    wanted, waited = 7, time.monotonic() + 120  # in the midst of the repair
+    wanted, waited = 8, time.monotonic() + 120  # in the midst of the repair
     while killed.is_alive() and not (root / f"checkpoint-{wanted}").exists() and time.monotonic() < waited:
         time.sleep(0.002)
     killed.kill()

@@ -10,13 +10,26 @@ import pytest
 from plait.fidelity import duration
 from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.choose import HELD_OUT
-from plait.fidelity.counting import advising, choosing, fitting, judging, making, measuring, repairing, seen_and_judged
+from plait.fidelity.counting import (
+    advising,
+    choosing,
+    fitting,
+    general,
+    judging,
+    making,
+    measuring,
+    repairing,
+    seen_and_judged,
+)
 from plait.fidelity.duration import Pace, Work, pace_of, tokens_of
 from plait.fidelity.fitting import SCALES as FITTED_AT
 from plait.fidelity.fitting import TRIED
+from plait.fidelity.panel import WRITTEN
 from plait.fidelity.score import fidelities
+from plait.fidelity.tokens import encoded
 from plait.fidelity.tournament import ROUNDS
 from plait.model.base import backbone_of
+from tests.fidelity.conftest import texts_of
 
 METHODS, SCALES = ("task_arithmetic", "tsv", "regmean"), (0.2, 0.4, 0.6, 0.8)
 
@@ -43,11 +56,11 @@ def test_every_stage_is_counted_and_more_of_it_takes_longer(make_panel):
     )  # four readings of most of the texts; the rest before and after seven steps
     assert repairing(panel, 7, HELD_OUT).reads == pytest.approx(4 * most + looks * every / HELD_OUT)
     assert repairing(panel, 7, HELD_OUT).repaired == 7 and repairing(panel, 0, HELD_OUT) == Work()
-    general = panel.with_texts(panel.texts)
-    general.general = panel.texts["one"][:5]
+    beside = panel.with_texts(panel.texts)
+    beside.general = panel.texts["one"][:5]
     for stage in (measuring, lambda p: judging(p, 3), lambda p: fitting(p, HELD_OUT, 0.5)):
-        assert stage(general).reads > stage(panel).reads
-    assert fitting(general, HELD_OUT) == fitting(panel, HELD_OUT)  # no limit: nobody asks for general text
+        assert stage(beside).reads > stage(panel).reads
+    assert fitting(beside, HELD_OUT) == fitting(panel, HELD_OUT)  # no limit: nobody asks for general text
 
 
 def test_an_advice_counts_its_own_fits_and_repairs(make_panel):
@@ -75,6 +88,14 @@ def test_heads_that_are_learnt_are_counted(make_panel):
     assert counted(text, 7) == counted(text, 0)
     few = make_panel(texts=4)
     assert counted(few, 7) == counted(few, 0)  # nothing could be held out, and nothing is learnt
+
+
+def test_general_texts_beside_prompts_are_counted_as_they_are_read(make_panel):
+    """By the base and every merge, whoever's prompts the others are; nobody writes after them for that."""
+    panel = make_panel("llama", "causal", texts=6, general=texts_of(5, 9), new_tokens=3)
+    panel.positions = WRITTEN
+    tokens = sum(len(row["input_ids"]) for row in encoded(panel, "causal", panel.general))
+    assert general(panel, 3).reads == 4 * tokens and not panel.answers
 
 
 def test_texts_of_a_second_round_are_not_read_again(make_panel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from plait.errors import EnvironmentFault, PlaitError, RunError
 from plait.fidelity.arguments import recorded_base
 from plait.fidelity.auto import AutoMerge, merge_auto
 from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints, remove_beside, state_of
+from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints, checkpoints_beside, remove_beside, state_of
 from plait.fidelity.record import AutoRecord
 from plait.fidelity.texts import Texts
 from plait.formats.keys import PEFT
@@ -83,13 +84,11 @@ def merge_auto_folders(
         return reused(out, before, AutoRecord)
     if chosen.rank is None:
         require_space(out, max(a.nbytes for a in adapters))
-    checkpoints = NOTHING_KEPT
+    keeping: AbstractContextManager[Checkpoints] = nullcontext(NOTHING_KEPT)
     if texts and len(adapters) > 1:
-        others = {"texts": chosen.texts, "batch_size": chosen.batch_size}
-        checkpoints = Checkpoints.beside(
-            out, state_of(wanted, base, others), sum(a.nbytes for a in adapters), on_progress
-        )
-    with checkpoints.held():
+        identity = state_of(wanted, base, {"texts": chosen.texts, "batch_size": chosen.batch_size})
+        keeping = checkpoints_beside(out, identity, sum(a.nbytes for a in adapters), on_progress)
+    with keeping as checkpoints:
         try:
             merge = merge_auto(
                 adapters,

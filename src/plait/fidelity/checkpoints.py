@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,15 @@ FORMAT = 1
 # What may be computed again keeps at most this share of the time busy with writing.
 SHARE = 0.05
 
-ANSWERS, SCORES, WEIGHTS, FIT, MERGE, REPAIR = "answers", "scores", "weights", "fit", "merge", "repair"
+ANSWERS, SCORES, WEIGHING, WEIGHTS, FIT, MERGE, REPAIR = (
+    "answers",
+    "scores",
+    "weighing",
+    "weights",
+    "fit",
+    "merge",
+    "repair",
+)
 # What is done to a choice afterwards.
 THE_REPAIR, LEARNT_HEADS, THE_HEADS = "the repair", "learnt heads", "the heads"
 _BASE = "base"
@@ -60,10 +68,25 @@ def remove_beside(out: Path, wanted: Mapping[str, Any]) -> None:
         wanted: Its identity; what lies there of another result stays.
     """
     root = checkpoint_root(out)
-    if root.exists() and not store.differences(
-        {k: v for k, v in recorded_identity(root).items() if k != "state"}, wanted
-    ):
-        shutil.rmtree(root, ignore_errors=True)
+    recorded = {k: v for k, v in recorded_identity(root).items() if k != "state"} if root.exists() else {}
+    if recorded and not store.differences(recorded, wanted):
+        with contextlib.suppress(EnvironmentFault), locked(root):  # somebody may be making it again
+            shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def checkpoints_beside(
+    out: Path, identity: Mapping[str, Any], room: int, on_progress: OnProgress = lambda _: None
+) -> Iterator[Checkpoints]:
+    """Go on from what lies beside an output, and keep a second run of it out meanwhile; arguments as `Checkpoints` has them.
+
+    Raises:
+        EnvironmentFault: Another process is at it.
+    """
+    checkpoints = Checkpoints(checkpoint_root(out), identity, room, on_progress)
+    with locked(checkpoint_root(out)):  # before anything there is looked at, or let go
+        checkpoints.go_on()
+        yield checkpoints
 
 
 @dataclass(slots=True)
@@ -89,40 +112,28 @@ class Checkpoints:
     _kept_at: float = 0.0
     _seconds: float = 0.0
 
-    @classmethod
-    def beside(
-        cls, out: Path, identity: Mapping[str, Any], room: int, on_progress: OnProgress = lambda _: None
-    ) -> Checkpoints:
-        """Go on from what lies beside an output, where it is of the same identity; what is not is removed, and said."""
-        root = checkpoint_root(out)
-        checkpoints = cls(root, identity, room, on_progress)
-        if not root.exists():
-            return checkpoints
+    def go_on(self) -> None:
+        """Take over what is there, where it is of the same identity; what is not is removed, and said."""
+        root = self.root
+        if root is None or not root.exists():
+            return
         recorded = recorded_identity(root)
-        if recorded != identity:
-            differing = store.differences(recorded, identity) or ["it does not say what it was made from"]
-            on_progress(f"{root} is of another run ({differing[0]}): begun anew")
+        if recorded != self.identity:
+            differing = store.differences(recorded, self.identity) or ["it does not say what it was made from"]
+            self.on_progress(f"{root} is of another run ({differing[0]}): begun anew")
             shutil.rmtree(root)
-            return checkpoints
-        checkpoint = latest_whole(root)
-        if checkpoint is None:
-            return checkpoints
-        try:
-            checkpoints._state = read_state(checkpoint)
-        except InputError as e:
-            on_progress(f"{e}: begun anew")
-            return checkpoints
-        checkpoints._number = int(checkpoint.name.rpartition("-")[2])
-        checkpoints._pieces = dict(checkpoints._state.pieces)
-        if said := checkpoints._description():
-            on_progress(f"going on from {root}: {said} {'are' if ' and ' in said or said[-1] == 's' else 'is'} there")
-        return checkpoints
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep a second run of the same output out."""
-        with locked(self.root) if self.root else contextlib.nullcontext():
-            yield
+        elif (checkpoint := latest_whole(root)) is not None:
+            try:
+                state = read_state(checkpoint)
+            except InputError as e:
+                self.on_progress(f"{e}: begun anew")
+                shutil.rmtree(root)
+                return
+            self._number, self._pieces = int(checkpoint.name.rpartition("-")[2]), dict(state.pieces)
+            self._state = replace(state, pieces={})
+            if said := self._description():
+                several = " and " in said or said.endswith("s")
+                self.on_progress(f"going on from {root}: {said} {'are' if several else 'is'} there")
 
     def remove(self) -> None:
         """Let all of it go."""
@@ -228,8 +239,9 @@ class Checkpoints:
         words = [_SAID[name] for name in _SAID if name in self._pieces]
         if (merge := self._pieces.get(MERGE)) is not None:
             words = [_SAID[MERGE], *merge.values["after"]]
-        if (repair := self._pieces.get(REPAIR)) is not None:
-            words.append(f"the first {repair.values['step']} steps of the repair")
+        for name, what in ((WEIGHING, "learning weights"), (REPAIR, "the repair")):
+            if (piece := self._pieces.get(name)) is not None:
+                words.append(f"the first {piece.values['step']} steps of {what}")
         return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 

@@ -10,9 +10,10 @@ from plait.border.counts import plural
 from plait.errors import RunError
 from plait.fidelity.candidates import METHODS, OWN_MOMENTS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
 from plait.fidelity.checkpoint_files import Piece, settled
-from plait.fidelity.checkpoints import FIT, NOTHING_KEPT, WEIGHTS, Checkpoints
-from plait.fidelity.distil import distil
+from plait.fidelity.checkpoints import FIT, NOTHING_KEPT, WEIGHING, WEIGHTS, Checkpoints
+from plait.fidelity.distil import Keeping, distil
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
+from plait.fidelity.learning_state import KeptLearning
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import best_scale, terms
@@ -189,10 +190,10 @@ def _weights(
         weights = {m: tuple(w) for m, w in piece.values["weights"].items()}
         return piece.adapters["refined"], weights, dict(piece.values["held_out"])
     on_progress(f"weights per adapter and module, {plural(steps, 'step')}")
-    refined, learnt, held_out = refined_weights(panel, adapters, best, steps, seed)
-    checkpoints.keep(
-        WEIGHTS, lambda: Piece({"weights": dict(learnt), "held_out": held_out}, adapters={"refined": refined})
-    )
+    keeping = KeptLearning(checkpoints, WEIGHING)
+    refined, learnt, held_out = refined_weights(panel, adapters, best, steps, seed, keeping)
+    values = {"weights": dict(learnt), "held_out": held_out}
+    checkpoints.keep(WEIGHTS, lambda: Piece(values, adapters={"refined": refined}), instead_of=(WEIGHING,))
     return refined, learnt, held_out
 
 
@@ -229,6 +230,7 @@ def refined_weights(
     best: Scored,
     steps: int,
     seed: int,
+    keeping: Keeping | None = None,
 ) -> tuple[Adapter, Mapping[str, tuple[float, ...]], dict[str, float]]:
     """Weights per adapter and module, learnt on three quarters of the texts; scores of both on the fourth."""
     most, rest = split_off(panel.texts, HELD_OUT)
@@ -240,6 +242,7 @@ def refined_weights(
         groups=groups_of(best.tried, adapters),
         steps=steps,
         seed=seed,
+        keeping=keeping,
     )
     refined = settled(learnt.adapter)
     before, after = fidelities(panel.with_texts(rest, general=False), [(start, 1.0), (refined, 1.0)])

@@ -15,6 +15,7 @@ from plait.fidelity.checkpoints import (
     SCORES,
     THE_HEADS,
     THE_REPAIR,
+    WEIGHING,
     WEIGHTS,
     Checkpoints,
 )
@@ -43,24 +44,29 @@ class Behind:
     Args:
         scored: Texts that a round reads -> merges at scales that were scored on them.
         stages: Names of what is done: pieces of a checkpoint, and what was done to the choice afterwards.
+        learnt: Steps in which weights were learnt.
         repaired: Steps of a repair that were taken.
     """
 
     scored: Mapping[int, int] = field(default_factory=dict)
     stages: tuple[str, ...] = ()
+    learnt: int = 0
     repaired: int = 0
 
     @classmethod
     def of(cls, checkpoints: Checkpoints) -> Behind:
         """Say what is kept."""
-        pieces = {name: p.values for name in (SCORES, WEIGHTS, FIT, MERGE, REPAIR) if (p := checkpoints.piece(name))}
+        pieces = {
+            name: p.values for name in (SCORES, WEIGHING, WEIGHTS, FIT, MERGE, REPAIR) if (p := checkpoints.piece(name))
+        }
         scored: dict[int, int] = {}
         for call in pieces.get(SCORES, {}).get(
             "calls", ()
         ):  # one that is not answered by all adapters is counted whole
             scored[call["texts"]] = scored.get(call["texts"], 0) + len(call["asked"])
         after = pieces.get(MERGE, {}).get("after", ())
-        return cls(scored, (*pieces, *after), pieces.get(REPAIR, {}).get("step", 0))
+        learnt, repaired = (pieces.get(name, {}).get("step", 0) for name in (WEIGHING, REPAIR))
+        return cls(scored, (*pieces, *after), learnt, repaired)
 
     def left(self, texts: int, going: float) -> float:
         """Count those of a round's merges at scales that are still to be scored."""
@@ -108,7 +114,7 @@ def choosing(
         known, asked = tokens, asked + left
     work += general(panel, left if max_shift is None else asked)
     if refine and WEIGHTS not in behind.stages:
-        work += Work(learnt=refine) + _read(panel, every / held_out, 2)
+        work += Work(learnt=refine - behind.learnt) + _read(panel, every / held_out, 2)
     return work + fitting(panel, held_out, max_shift, FIT in behind.stages) if fit and can_fit(panel) else work
 
 
