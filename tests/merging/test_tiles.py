@@ -14,6 +14,7 @@ from plait.merging import compiled, dense, quantile, tiles
 from plait.merging.brackets import Bracket, Counting
 from plait.merging.dense import DenseDelta
 from plait.merging.inputs import MergeInputs
+from plait.merging.largest_elected import largest_elected
 from plait.merging.quantile import thresholds_of
 from plait.merging.random_masks import Place, draw
 from plait.merging.registry import merge_methods
@@ -76,7 +77,7 @@ def test_draws_are_those_of_whole_rows(small_tiles, monkeypatch):
 @pytest.mark.parametrize("tasks", [3, 9])
 @pytest.mark.parametrize("most", [1 << 25, 0], ids=["of whole parts", "by a bracket"])
 def test_thresholds_are_those_of_a_sort(shape, density, tasks, most, monkeypatch):
-    monkeypatch.setattr(quantile, "_WHOLE", most)
+    monkeypatch.setattr(quantile, "WHOLE", most)
     x = module(shape, (3,) * tasks)
     products, spare = Products.of(x.B, x.A), Spare()
     whole = torch.zeros(tasks, *shape)
@@ -137,6 +138,21 @@ def test_compiled_loops_give_the_same_bits(method, options, weights, count, monk
     monkeypatch.setattr(compiled, "_REPAID", 0)
     assert compiled.loops_for(1) is not None
     assert torch.equal(merged().view(torch.int32), passes.view(torch.int32))
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("count", [3, 9], ids=["of one group", "of two"])
+def test_parts_made_once_give_the_bits_of_two_passes(count, density, monkeypatch):
+    pytest.importorskip("numba")
+    x = module((130, 700), (3,) * count)
+    weights = tuple(0.5 - t for t in range(len(x.A)))
+    products = Products.of(x.B, x.A)
+    passes = largest_elected(products, density, weights, 1)
+    monkeypatch.setattr(compiled, "_REPAID", 0)
+    tiled = largest_elected(replace(products, stacked=None), density, weights, 1)
+    once = largest_elected(products, density, weights, 1)
+    assert bool(once.any()) and (density == 1 or not bool(once.all()))
+    assert torch.equal(once, tiled) and torch.equal(once, passes)
 
 
 def test_what_threads_hold_back_is_handed_over(monkeypatch):

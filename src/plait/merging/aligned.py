@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.small_svd import gram_of
+from plait.merging.small_svd import eigen, gram_of
 
 # Singular values above this share of the largest count.
 _SHARE = 1e-5
@@ -43,7 +43,7 @@ class Aligned:
         roots, inverses = _roots(A)
         W = torch.cat([b.double() @ root for b, root in zip(B, roots, strict=True)], dim=1)
         tall = W.shape[1] <= W.shape[0]
-        values, vectors = torch.linalg.eigh(gram_of(W if tall else W.mT))
+        values, vectors = eigen(gram_of(W if tall else W.mT))
         k = max(1, int((values > values[-1:] * _SHARE**2).sum()))
         S, X = values.flip(0)[:k].clamp_min(0).sqrt(), vectors.flip(1)[:, :k]
         U = W @ (X / torch.where(S > 0, S, 1.0)) if tall else X

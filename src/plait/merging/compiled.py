@@ -144,16 +144,16 @@ def _elect(
 def _count(values: Any, lows: Any, highs: Any, inside: Any, above: Any, held: Any) -> None:
     for group in range(values.shape[0]):
         v, low, high, out = values[group], lows[group], highs[group], inside[group]
-        higher, n = 0, held[group]
+        # A count for each place among the few: one for all of them would be added up across every time.
+        over, higher, n = np.zeros(_FEW, np.int32), 0, held[group]
         whole = v.size // _FEW * _FEW
         for start in range(0, whole, _FEW):
-            over = reached = np.int32(0)
+            part, some = v[start : start + _FEW], False
             for i in range(_FEW):
-                magnitude = abs(v[start + i])
-                over += np.int32(magnitude > high)
-                reached += np.int32(magnitude >= low)
-            higher += int(over)
-            if reached == over:
+                magnitude = abs(part[i])
+                over[i] += np.int32(magnitude > high)
+                some |= (magnitude >= low) & (magnitude <= high)
+            if not some:
                 continue
             for fewer in range(start, start + _FEW, _FEWER):
                 some = False
@@ -165,6 +165,8 @@ def _count(values: Any, lows: Any, highs: Any, inside: Any, above: Any, held: An
                         magnitude = abs(v[i])
                         out[n] = magnitude
                         n += int((magnitude >= low) & (magnitude <= high))
+        for i in range(_FEW):
+            higher += int(over[i])
         for i in range(whole, v.size):
             magnitude = abs(v[i])
             if magnitude > high:

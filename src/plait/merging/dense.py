@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
 from plait.adapters.memory import again_like, own_copy
+from plait.merging.basis import spanning
 from plait.merging.small_svd import thin_svd
 
 # Entries of a block for which random draws are made together: results depend on it.
@@ -148,8 +149,8 @@ def cut_to_rank(
         return _exactly(delta), 0.0
     width = min(rank + _OVERSAMPLED, short)
     test = torch.randn(delta.shape[1], width, generator=generator, dtype=torch.float32).to(device)
-    Q = torch.linalg.qr(delta.times(test))[0]
-    Z = torch.linalg.qr(delta.transposed_times(Q))[0]
+    Q = spanning(delta.times(test))
+    Z = spanning(delta.transposed_times(Q))
     Q = torch.linalg.qr(delta.times(Z))[0]
     U, S, Vt = (part.to(Q.dtype) for part in thin_svd(delta.transposed_times(Q).T.double()))
     total = delta.energy()

@@ -44,7 +44,9 @@ class Election:
     def compiled(self, loops: Loops) -> Callable[[Iterable[tuple[int, Tensor]], Place, Tensor], None]:
         """Give what takes `Products.groups` of a CPU, in float32, and where the result goes: the same bits in one pass."""
         weights = np.array(self.weights, np.float32)
-        below = np.array([_below(float(b), np.float32) for b in self.bounds] or [-1.0] * len(weights), np.float32)
+        below = np.array(
+            [largest_below(float(b), np.float32) for b in self.bounds] or [-1.0] * len(weights), np.float32
+        )
         drops, mean = self.drops, self.agreeing == "mean"
         scale = np.float32(drops.scale if drops else 1.0)
 
@@ -159,10 +161,12 @@ def keep_from(part: Tensor, bound: float | Tensor) -> Tensor:
         return part
     if bound <= 0:
         return part
-    return torch.hardshrink(part, _below(bound, np.float64 if part.dtype == torch.float64 else np.float32), out=part)
+    return torch.hardshrink(
+        part, largest_below(bound, np.float64 if part.dtype == torch.float64 else np.float32), out=part
+    )
 
 
-def _below(bound: float, kind: type[np.float32 | np.float64]) -> float:
+def largest_below(bound: float, kind: type[np.float32 | np.float64]) -> float:
     """The largest magnitude below a bound; -1, which none has, where the bound is not positive."""
     return float(np.nextafter(kind(bound), kind(0))) if bound > 0 else -1.0
 

@@ -27,7 +27,7 @@ Pass = Callable[[Take], None]
 # Values up to which a group is simply selected from in memory; beyond it a bracket is faster.
 _SMALL = 1 << 16
 # Most entries of the parts that are held whole to be selected from, 128 MB of float32.
-_WHOLE = 1 << 25
+WHOLE = 1 << 25
 # One value in this many is looked at where nothing better is known about how to sample; prime, so as not to follow columns.
 _STRIDE = 61
 
@@ -59,7 +59,7 @@ def thresholds_of(products: Products, density: float) -> list[Tensor]:
     if density >= 1:
         return [torch.zeros((), dtype=torch.float32) for _ in products.lefts]
     (n, m), spare = products.shape, Spare()
-    if min(len(products.lefts), TOGETHER) * n * m > _WHOLE:
+    if min(len(products.lefts), TOGETHER) * n * m > WHOLE:
 
         def values() -> Iterator[tuple[int, Tensor]]:
             for tile in products.tiles(whole_rows=False):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
 from plait.merging.core import NOISE
-from plait.merging.elementwise import in_blocks, signed_mean, weighted_sum
+from plait.merging.elementwise import signed_mean, weighted_sum
 from plait.merging.inputs import MergeInputs
+from plait.merging.largest_elected import largest_elected
 from plait.merging.methods.ties import trimmed
-from plait.merging.quantile import smallest_kept, thresholds_of
+from plait.merging.quantile import smallest_kept
 from plait.merging.random_masks import Place, kept_at_random
 from plait.merging.registry import merge_method
 from plait.merging.small_svd import significant_svd
@@ -58,9 +59,7 @@ def core_space(
             trim = trimmed([smallest_kept(part, density) for part in parts], x.weights)
             merged = trim((b @ a for b, a in zip(B, A, strict=True)), Place("core"))
         else:
-            products = Products.of(B, A)
-            trim = trimmed(thresholds_of(products, density), x.weights)
-            merged = in_blocks(products, trim, "core", alike=x.modules).dense()
+            merged = largest_elected(Products.of(B, A), density, x.weights, x.modules)
     elif rule == "sum":
         merged = weighted_sum(core.parts(), x.weights)
     else:
