@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plait.merging import compiled, random_masks
-from plait.merging.inputs import MergeInputs
+from plait.merging.inputs import MergeInputs, digest_of, digests_of
 from plait.merging.methods.della import ascending, levels_of, mag_prune
 from plait.merging.methods.sparse_arithmetic import sparse_arithmetic
 from plait.merging.random_masks import Drops, Place, bit_of, draw, fill_draws
@@ -95,6 +95,14 @@ def test_ranks_and_masks_of_a_gpu_are_those_of_a_cpu(divided, no_gpu_memory):
     steps = torch.arange(SHAPE[1], dtype=torch.int32)
     levels, order = levels_of(part, steps).numpy(), ascending(part.abs().numpy())
     assert np.array_equal(np.take_along_axis(levels, order, axis=1), np.broadcast_to(steps.numpy(), part.shape))
+
+
+def test_factors_on_a_gpu_have_the_hashes_of_those_on_a_cpu():
+    x = module(4)
+    A, B = ([part.double().as_subclass(OnGpu) for part in parts] for parts in (x.A, x.B))
+    B[2] = torch.stack([B[2], B[2]], dim=2)[..., 0].as_subclass(OnGpu)  # whose numbers do not lie side by side
+    assert digests_of(A, B) == tuple(digest_of(a, b) for a, b in zip(x.A, x.B, strict=True)) == x.contents
+    assert len(set(x.contents)) == 4
 
 
 def test_random_drops_of_mergekits_methods_are_those_of_dare():

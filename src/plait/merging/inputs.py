@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors, concatenated
 from plait.merging.factors import factors_of
+from plait.merging.threads import cores, in_threads
 from plait.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class MergeInputs:
     @computed
     def contents(self) -> tuple[str, ...]:
         """Per task, the hash of its factors, so that draws follow the adapter and neither its name nor its place."""
-        return self.digests or tuple(digest_of(a, b) for a, b in zip(self.A, self.B, strict=True))
+        return self.digests or digests_of(self.A, self.B)
 
     def over_model(self, function: Callable[Concatenate[Sequence[MergeInputs], P], T], *settings: P.args) -> T:  # type: ignore[valid-type]
         """Compute something over all modules of the merge, once for all of them; over this one where it stands alone.
@@ -184,6 +185,17 @@ class MergeInputs:
         like = self.A[0]
         before = like.shape[:-2]
         return factors_of(like.new_zeros(*before, 1, width), like.new_zeros(*before, out, 1), self.kind)
+
+
+def digests_of(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[str, ...]:
+    """Hash each pair of factors as `digest_of` does; what lies on a GPU arrives in one piece and is hashed side by side."""
+    if not A[0].is_cuda:
+        return tuple(digest_of(a, b) for a, b in zip(A, B, strict=True))
+    parts = [part.detach().to(torch.float32) for pair in zip(A, B, strict=True) for part in pair]
+    whole = torch.split(torch.cat([part.flatten() for part in parts]).cpu(), [part.numel() for part in parts])
+    here = [flat.view(part.shape) for flat, part in zip(whole, parts, strict=True)]
+    pairs = list(zip(here[::2], here[1::2], strict=True))
+    return tuple(in_threads(lambda pair: digest_of(*pair), pairs, cores(len(pairs)), lambda: None))
 
 
 def digest_of(A: Tensor, B: Tensor) -> str:
