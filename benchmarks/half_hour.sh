@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
 # What issues of science still want of GPUs, as one queue for a machine that is there for half an hour: two GPUs, or one.
 #
-#   MODEL=DIR TASKS=DIR GLUE=DIR MPNET=DIR TOKENIZER=DIR GENERAL=FILE:COLUMN [WORK=/tmp/half] [GPUS=2] benchmarks/half_hour.sh start
+#   MODEL=DIR SMALLER=DIR TASKS=DIR GLUE=DIR MPNET=DIR TOKENIZER=DIR GENERAL=FILE:COLUMN [WORK=/tmp/half] [GPUS=2] benchmarks/half_hour.sh start
 #   benchmarks/half_hour.sh status          # what ended when, what runs, the last line of each log
 #   OUT=DIR benchmarks/half_hour.sh collect [SECONDS]
 #   FROM=DIR TO=docs/results benchmarks/half_hour.sh pages    # at home: what `collect` brought, beside what is published, as pages
 #   benchmarks/half_hour.sh plan            # the queue with its minutes, nothing started
 #
-# MODEL is the 1.5 B decoder, TASKS what benchmarks/text_tasks.py makes, GLUE (with its three open tasks) and MPNET the folders of gpus.sh, TOKENIZER
-# the decoder's; where MPNET is not there the
-# steps of MPNet are left out, and where MODEL is not there those of the decoder. `start` copies the code to WORK, starts every lane under
-# setsid and comes back at once: what a call leaves in the background without it ends with the call. Started again, it goes on: what is
-# in WORK/done is not done again, and lanes that still run are left alone. A step that fails is tried once more where memory ran out,
+# MODEL is the 1.5 B decoder and SMALLER the one of 0.5 B, TASKS what benchmarks/text_tasks.py makes, GLUE (with its three open tasks) and MPNET the
+# folders of gpus.sh, TOKENIZER the decoders'; steps whose model is not there are left out. `start` copies the code to WORK, starts every lane
+# under setsid and comes back at once: what a call leaves in the background without it ends with the call. Started again, it goes on: what
+# is in WORK/done is not done again, and lanes that still run are left alone. A step that fails is tried once more where memory ran out,
 # and stops nothing else; after UNTIL seconds of the first start nothing new begins. `collect` waits SECONDS at most (less where all
 # is done) and leaves records.tgz (everything but answers) and answers.tgz.* of 15 MB in OUT: at most eight files.
 # LANES="small_1" EARLY=1 starts some lanes alone and without their waiting, while the decoder is not there yet; `start` later adds the rest.
@@ -22,19 +21,21 @@ WORK=${WORK:-/tmp/half} PY=${PY:-python3} UNTIL=${UNTIL:-1500} DRY=${DRY:-}
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 
 # Lanes: what follows each other on one GPU; steps joined by + run side by side. Names end in the GPU. Minutes are of an H200 that others
-# share: trainings of 1.5 B measured (64 adapters 614 s, nine tasks' moments 55 s), wide ones guessed from it; of MPNet from earlier runs.
+# share: trainings of 1.5 B measured (64 adapters 614 s, nine tasks' moments 55 s), wide ones and those of MPNet from earlier runs.
 EIGHT_0="fleet_8b:3"
-BIG_0="wide_train:5 wide_kaiming:5 q15_contrastive_curved:8"
-BIG_1="q15_train:4 q15_auto:13"
-SMALL_0="full_penalised:12"
-SMALL_1="fresh:5 fitted+fitted_penalised+fitted_eleven:14 full_kaiming+full_contrastive_penalised:8"
+BIG_0="wide_train:4 wide_kaiming:8"
+CURVED_0="q15_contrastive_curved:9"
+SMALL_0="fresh_penalised:4 texts_penalised:9"
+SMALL_1="fresh:4 texts+texts_eleven:13"
+MID_1="q05_0:8 q05_1:8"
+BIG_1="q15_train:3 q15_auto:14"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
   elif [ "${GPUS:-1}" -gt 1 ]; then
-    echo eight_0 big_0 big_1 small_0 small_1
+    echo eight_0 small_1 mid_1 small_0 big_0 curved_0 big_1
   else
-    echo eight_all big_all small_all
+    echo eight_all small_all big_all mid_all
   fi
 }
 steps_of() { # LANE
@@ -42,9 +43,11 @@ steps_of() { # LANE
     eight_*) echo "$EIGHT_0" ;;
     big_0) echo "$BIG_0" ;;
     big_1) echo "$BIG_1" ;;
+    curved_0) echo "$CURVED_0" ;;
+    mid_*) echo "$MID_1" ;;
     small_0) echo "$SMALL_0" ;;
     small_1) echo "$SMALL_1" ;;
-    big_all) echo "$BIG_1 $BIG_0" ;; # in order of worth
+    big_all) echo "$BIG_1 $BIG_0 $CURVED_0" ;; # in order of worth
     small_all) echo "$SMALL_1 $SMALL_0" ;;
   esac
 }
@@ -55,19 +58,20 @@ if [ "$DRY" ]; then
     --set "statistics={samples: 4, pool: token, batch_size: 4}" --set tuning_rows=4 --set grid_rows=4
     --set "training={steps: 2, batch_size: 2, lr: 1.0e-3}")
   TINY_GLUE=(--set "data={root: $GLUE, train_rows: 16, validation_rows: 24, max_length: 24}" "${TINY[@]:2}")
-  AUTO=(--texts 12 --new-tokens 3 --steps 2 --scales 0.6,0.9 --batch 12 --candidates 4)
+  AUTO=(--texts 12 --all-texts 16 --new-tokens 3 --steps 2 --repairs 3 --scales 0.6,0.9 --batch 12 --candidates 4)
   FRESH=(--set "training={steps: 2, batch_size: 4, lr: 1.0e-3}" --set "data={root: $GLUE, train_rows: 16, max_length: 24}" --set lora.rank=2
     --set "statistics={samples: 4, pool: token}" --set base.dtype=float32)
-  FITTED=(--texts 12 --rows 8 --device cpu --labels 4 --all-texts 16 --repairs 2)
+  MORE=(--texts 12 --rows 8 --device cpu --all-texts 16 --repairs 2)
   FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
   THREADS=1 FRESH_SEEDS=14
 else
-  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 30)
+  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 20 --all-texts 250 --repairs 160)
   FRESH=(--set "data.root=${GLUE:-}" --set data.train_rows=6000 --set data.validation_rows=200 --set base.dtype=bfloat16 --set training.precision=bf16
     --set training.epochs=null --set training.steps=400)
-  FITTED=(--dtype bfloat16 --labels 200 --all-texts 500 --repairs 400) FLEET=()
+  MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=()
   THREADS=6 FRESH_SEEDS=14,15,16
 fi
+TASKS8='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte]'
 TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
   {name: snli, kind: classification, train: snli/train.parquet, validation: snli/validation.parquet, text: [premise, hypothesis]},
   {name: banking77, kind: classification, train: banking77/train.parquet, validation: banking77/test.parquet, text: [sentence]},
@@ -80,18 +84,15 @@ text() { # STUDY FOLDER SCRIPT ARGUMENT...
   OMP_NUM_THREADS=$THREADS $PY -P "benchmarks/$script" --study "recipes/studies/$study.yaml" \
     --set base.model="$MODEL" "${TINY[@]}" "${ROWS[@]}" --general "$GENERAL" --out "$WORK/$folder/told" "$@"
 }
-of_mpnet() { # SCRIPT ARGUMENT...
-  local script=$1
-  shift
-  $PY -P "benchmarks/$script" --study recipes/studies/arms-mpnet.yaml --set base.model="$MPNET" "${TINY_GLUE[@]}" "$@"
+fresh() { # TASKS ARM FOLDER
+  $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$WORK/$3" --set base.model="$MPNET" --set "tasks=$1" "${FRESH[@]}" \
+    --set "seeds=[$FRESH_SEEDS]" --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" --set "arms=[$2]"
 }
-
-fit_of() { # ARM TASKS NAME
-  $PY -P benchmarks/fitted.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/fresh/adapters/$1" --tasks "$2" --seeds "$FRESH_SEEDS" \
-    --out "$WORK/fitted" --name "$3" "${FITTED[@]}"
-}
-full() { # ARM@RATE
-  of_mpnet full_finetuning.py --set "seeds=[0]" --arms "$1" --out "$WORK/full"
+more() { # FOLDER TASKS NAME ARGUMENT...
+  local from=$1 tasks=$2 name=$3
+  shift 3
+  $PY -P benchmarks/more_texts.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/$from" --tasks "$tasks" --seeds "$FRESH_SEEDS" \
+    --out "$WORK/texts" --name "$name" "${MORE[@]}" "$@"
 }
 
 work() { # STEP
@@ -99,20 +100,18 @@ work() { # STEP
   case $1 in
     fleet_8b) $PY -P benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root="$TASKS" --tokenizer "$TOKENIZER" \
       --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
+    q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --few --memory 0.25 --do "train:${1#q05_} fixed:${1#q05_}" ;;
     q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
     q15_contrastive_curved) text text-qwen15 q15 text_arms.py --memory 0.4 --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
-    q15_*) text text-qwen15 q15 text_arms.py --do "fixed:1:${1#q15_}" ;;
     wide_train) text text-qwen15-wide wide text_arms.py --do train:0:kaiming ;;
     wide_*) text text-qwen15-wide wide text_arms.py --few --do "fixed:0:${1#wide_}" ;;
-    full_penalised) full full_penalised@5e-5 ;;
-    full_*) full "${1#full_}@1e-3" ;;
-    fresh) $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$WORK/fresh" --set base.model="$MPNET" --set "tasks=$TASKS11" "${FRESH[@]}" \
-      --set "seeds=[$FRESH_SEEDS]" --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" --set "arms=[kaiming,
-      {name: contrastive_penalised, subspace: contrastive, options: {rho: 0.001}, training: {constraint: penalised, constraint_options: {beta: 1.0}}}]" ;;
-    fitted) fit_of kaiming $GLUE8 existing-fitted-500 ;;
-    fitted_eleven) fit_of kaiming $GLUE8,snli,banking77,clinc_domain existing-fitted-500-eleven ;;
-    fitted_penalised) fit_of contrastive_penalised $GLUE8 existing-fitted-500-penalised ;;
+    fresh) fresh "$TASKS11" kaiming fresh ;;
+    fresh_penalised) fresh "$TASKS8" "{name: contrastive_penalised, subspace: contrastive, options: {rho: 0.001},
+      training: {constraint: penalised, constraint_options: {beta: 1.0}}}" fresh_penalised ;;
+    texts) more fresh/adapters/kaiming $GLUE8 existing-texts ;;
+    texts_eleven) more fresh/adapters/kaiming $GLUE8,snli,banking77,clinc_domain existing-texts-eleven --shorter ;;
+    texts_penalised) more fresh_penalised/adapters/contrastive_penalised $GLUE8 existing-texts-penalised --shorter ;;
     *) echo "no step $1" >&2 && return 2 ;;
   esac
 }
@@ -143,9 +142,9 @@ lane() { # LANE
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   case ${EARLY:-$1} in # a training of 1.5 B plans with the memory that is free
-    big_0 | big_all) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
-    small_0) until [ -e "$WORK/ended/wide_train" ]; do sleep 1; done ;;
-    small_1 | small_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
+    big_0 | big_all | small_0) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
+    curved_0) until [ -e "$WORK/ended/wide_train" ]; do sleep 1; done ;;
+    small_all | mid_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
     for one in $(tr + ' ' <<< "${entry%:*}"); do
@@ -162,6 +161,7 @@ lane() { # LANE
 
 wanted() { # STEP: whether what it needs is there
   case $1 in
+    q05*) [ -e "${SMALLER:-}/config.json" ] ;;
     q1* | wide*) [ -e "${MODEL:-}/config.json" ] ;;
     *_8b) true ;;
     *) [ -e "${MPNET:-}/model.safetensors" ] ;;
@@ -169,12 +169,12 @@ wanted() { # STEP: whether what it needs is there
 }
 
 start() {
-  : "${MODEL:?}" "${TASKS:?}" "${GLUE:?}" "${MPNET:?}" "${GENERAL:?}" "${TOKENIZER:?}"
-  mkdir -p "$WORK/done" "$WORK/log" "$WORK/ended" "$WORK/lanes" "$WORK/fitted"
+  : "${MODEL:?}" "${SMALLER:?}" "${TASKS:?}" "${GLUE:?}" "${MPNET:?}" "${GENERAL:?}" "${TOKENIZER:?}"
+  mkdir -p "$WORK/done" "$WORK/log" "$WORK/ended" "$WORK/lanes" "$WORK/texts"
   running || rm -f "$WORK"/ended/*
   [ -e "$WORK/started" ] || date +%s > "$WORK/started"
   running || { rm -rf "$WORK/code" && mkdir "$WORK/code" && cp -r src benchmarks recipes "$WORK/code/"; }
-  export WORK GPUS UNTIL DRY PY MODEL TASKS GLUE MPNET GENERAL TOKENIZER
+  export WORK GPUS UNTIL DRY PY MODEL SMALLER TASKS GLUE MPNET GENERAL TOKENIZER
   export PYTHONPATH="$WORK/code/src:$WORK/code/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
   export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
   local name
@@ -205,7 +205,7 @@ collect() { # [SECONDS]
   while [ $SECONDS -lt $end ] && running; do sleep 2; done
   mkdir -p "$OUT"
   (cd "$WORK" && tar czf "$OUT/records.tgz" --warning=no-file-changed \
-    $(ls -d steps log */told/records full/records fitted *-8b.json 2>/dev/null))
+    $(ls -d steps log */told/records texts *-8b.json 2>/dev/null))
   (cd "$WORK" && part=$(ls -d */told/answers 2>/dev/null) && [ "$part" ] && tar cz $part | split -b 15000000 -d - "$OUT/answers.tgz.")
   if [ "$(find "$OUT" -name 'answers.tgz.*' | wc -l)" -gt 7 ]; then echo "more answers than seven files: those after are not taken" && rm -f "$OUT"/answers.tgz.0[7-9] "$OUT"/answers.tgz.[1-9]*; fi
   status
@@ -220,7 +220,7 @@ pages() {
   mkdir "$home/new" && tar xzf "$FROM/records.tgz" -C "$home/new" || return 1
   ls "$FROM"/answers.tgz.* > /dev/null 2>&1 && cat "$FROM"/answers.tgz.* | tar xz -C "$home/new"
   [ -e docs/results/text-qwen15-run.tar.gz ] && mkdir "$home/main" && tar xzf docs/results/text-qwen15-run.tar.gz -C "$home/main"
-  for name in q15:text-qwen15:--tested=1,2 q16:text-qwen15-16: "wide:text-qwen15-wide:--floor told=$home/main/told"; do
+  for name in q15:text-qwen15:--tested=1,2 q05:text-qwen05: "wide:text-qwen15-wide:--floor told=$home/main/told"; do
     at=${name%%:*} name=${name#*:}
     ls "$home/new/$at/told/records"/*.json > /dev/null 2>&1 || continue # nothing of it was scored
     mkdir -p "$home/$at/told" && [ -e "docs/results/${name%:*}-run.tar.gz" ] && tar xzf "docs/results/${name%:*}-run.tar.gz" -C "$home/$at"
@@ -230,11 +230,7 @@ pages() {
     (cd "$home/$at" && tar czf "$home/$at.tgz" */records */answers) && mv "$home/$at.tgz" "$TO/${name%:*}-run.tar.gz"
     echo "${name%:*}.md"
   done
-  for name in full:full_finetuning; do
-    [ -d "$home/new/${name%:*}/records" ] && $PY -P "benchmarks/${name#*:}.py" --study recipes/studies/arms-mpnet.yaml \
-      --out "$home/new/${name%:*}" --page-only --to "$TO" > "$home/log" 2>&1 && echo "${name#*:}.md" | tr _ -
-  done
-  for at in fitted training-8b.json; do
+  for at in texts training-8b.json; do
     [ -e "$home/new/$at" ] && find "$home/new/$at" -type f ! -name '*.html' -exec cp {} "$TO/" \; -printf '%f\n'
   done
   rm -rf "$home"
@@ -244,7 +240,7 @@ plan() {
   local name entry minutes
   for name in $(lanes); do
     minutes=0
-    case $name in small_0) minutes=4 ;; small_1) minutes=3 ;; small_all) minutes=12 ;; esac # they wait for a training
+    case $name in big_0 | small_0) minutes=3 ;; curved_0) minutes=7 ;; small_all | mid_all) minutes=6 ;; esac # they wait for others
     for entry in $(steps_of "$name"); do
       printf '%-8s from minute %2d: %s, %d min\n' "$name" "$minutes" "${entry%:*}" "${entry#*:}"
       minutes=$((minutes + ${entry#*:}))

@@ -6,9 +6,10 @@ r"""What `merge auto` makes of a language model's adapters, step by step, where 
 RUN holds the arm's adapters (benchmarks/text_arms.py, `train:SEED:ARM`). Of each task --texts prompts are taken from the training rows;
 the task's own adapter writes an answer to each, and merges are compared with that adapter at the tokens of the answer (`--positions all`:
 at those of prompt and answer, as the first run did). Steps: no text (TSV-M at its default scale); chosen by fidelity; weights per adapter
-and module learnt; fitted front to back; repaired. Each is scored on the rows of `fixed` of text_arms.py, beside the adapters alone and
-the bare base, and its KL to the base is taken on the general texts. At last, `--candidates N` scores all merges that were looked at, each
-at its best scale and at the one furthest from it, on N rows of each half: how fidelity ranks them where answers are written.
+and module learnt; fitted front to back; repaired, on --all-texts prompts of each task. Each is scored on the rows of `fixed` of
+text_arms.py, beside the adapters alone and the bare base, and its KL to the base is taken on the general texts. `--candidates N` scores all
+merges that were looked at, each at its best scale and at the one furthest from it, on N rows of each half: how fidelity ranks them where
+answers are written.
 RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written anew after every step: what is there is not lost when time is up.
 """
 
@@ -28,6 +29,7 @@ from scipy.stats import spearmanr
 from text_arms import Merger, Run, general_shift, say, scored
 
 from plait.adapters.lora import Adapter
+from plait.border.records import to_json
 from plait.evaluation import writing
 from plait.evaluation.text import prompts_of
 from plait.evaluation.writing import endings, write_many
@@ -36,7 +38,7 @@ from plait.fidelity.fitting import best_fit, fitted
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import Texts, read_place
+from plait.fidelity.texts import Texts, first_of, read_place
 from plait.fidelity.tournament import Scored
 from plait.merging import merge
 from plait.model.stacked import stacked_factors
@@ -154,10 +156,11 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
         "positions": WRITTEN if a.positions == WRITTEN else "all",
     }
     if a.positions == WRITTEN:
-        texts = {n: session.training(n, seed).texts[: a.texts] for n in merger.adapters}
+        texts = {n: session.training(n, seed).texts[: max(a.texts, a.all_texts)] for n in merger.adapters}
     else:
-        texts = written(run, merger.adapters, seed, a.texts, a.new_tokens)
-    panel = Panel(session.base, parts_of(adapters), texts, (), a.batch, session.recipe.data.max_length, **own)
+        texts = written(run, merger.adapters, seed, max(a.texts, a.all_texts), a.new_tokens)
+    whole = Panel(session.base, parts_of(adapters), texts, (), a.batch, session.recipe.data.max_length, **own)
+    panel = whole.with_texts(first_of(texts, a.texts))
     record = Record(run, merger, panel, f"{a.positions}-{seed}-{arm}")
     patiently(record.ends)
     without = merge(adapters, "tsv", device=run.device, verify=False)
@@ -171,19 +174,20 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
     best = refined if held["refined"] > held["chosen"] else choice.adapter
     record.step("weights learnt", refined, held_out=held)
     fit, score = patiently(lambda: best_fit(panel, adapters, choice.adapter, HELD_OUT, on_progress=say))
-    whole = patiently(lambda: fitted(panel, adapters, choice.adapter, fit))
-    record.step("fitted", whole, fit=[fit.pull, fit.reach, fit.scale], held_out=score)
-    best = whole if score > max(held.values()) else best
-    say("repair")
-    done, repair = patiently(lambda: repaired(panel, best, a.steps))
-    record.step("repaired", done, held_out=dict(repair.held_out), of=_name_of(best, whole, refined))
+    front_to_back = patiently(lambda: fitted(panel, adapters, choice.adapter, fit))
+    record.step("fitted", front_to_back, fit=[fit.pull, fit.reach, fit.scale], held_out=score)
+    best = front_to_back if score > max(held.values()) else best
     if a.candidates:
         patiently(lambda: record.candidates(choice.scored, a.candidates))
+    say(f"repair: {len(next(iter(whole.texts.values())))} texts of each task, at most {a.repairs or a.steps} steps")
+    done, repair = patiently(lambda: repaired(whole, best, a.repairs or a.steps, on_progress=say))
+    of = _name_of(best, front_to_back, refined)
+    record.step("repaired", done, repair=to_json(repair), held_out=dict(repair.held_out), of=of)
 
 
-def _name_of(best: Adapter, whole: Adapter, refined: Adapter) -> str:
+def _name_of(best: Adapter, front_to_back: Adapter, refined: Adapter) -> str:
     """What a repair began at."""
-    return "fitted" if best is whole else "weights learnt" if best is refined else "chosen"
+    return "fitted" if best is front_to_back else "weights learnt" if best is refined else "chosen"
 
 
 def main() -> None:
@@ -199,6 +203,10 @@ def main() -> None:
     p.add_argument("--positions", choices=[WRITTEN, "all"], default=WRITTEN)
     p.add_argument("--new-tokens", type=int, default=128, help="tokens an adapter writes after a prompt at most")
     p.add_argument("--steps", type=int, default=100, help="of weights and of the repair")
+    p.add_argument(
+        "--all-texts", type=int, default=0, help="prompts of each task that a repair reads; --texts by default"
+    )
+    p.add_argument("--repairs", type=int, default=0, help="steps of a repair at most; --steps by default")
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=(0.4, 0.6, 0.9, 1.3))
     p.add_argument(
         "--candidates", type=int, default=0, help="rows of each half by which all merges looked at are scored"

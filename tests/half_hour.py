@@ -1,7 +1,7 @@
 r"""Inputs of benchmarks/half_hour.sh as small as they can be: two models of random weights, sixteen written tasks, eleven others.
 
-python -m tests.half_hour DIR     # prints MODEL=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet TOKENIZER=DIR/model \
-                                  # GENERAL=DIR/general.parquet:text
+python -m tests.half_hour DIR     # prints MODEL=DIR/model SMALLER=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet \
+                                  # TOKENIZER=DIR/model GENERAL=DIR/general.parquet:text
 """
 
 from __future__ import annotations
@@ -78,7 +78,12 @@ def make(root: Path) -> dict[str, str]:
     glue(root / "glue")
     write(root / "general.parquet", {"text": ["w5 w6 w7", "w7 w8", "w9 w10 w11"]})
     named = {k: str(root / k.lower()) for k in ("MODEL", "TASKS", "GLUE", "MPNET")}
-    return {**named, "TOKENIZER": named["MODEL"], "GENERAL": f"{root / 'general.parquet'}:text"}
+    return {
+        **named,
+        "TOKENIZER": named["MODEL"],
+        "SMALLER": named["MODEL"],
+        "GENERAL": f"{root / 'general.parquet'}:text",
+    }
 
 
 if __name__ == "__main__":

@@ -208,23 +208,30 @@ def test_a_repair_is_judged_with_the_heads_that_follow(make_panel, monkeypatch):
     rest = {t: rows[3::4] for t, rows in panel.texts.items()}
     most = {t: tuple(r for i, r in enumerate(rows) if i % 4 != 3) for t, rows in panel.texts.items()}
     with_heads = [refit_heads(panel.with_texts(most, general=False), m, 4)[0] for m in merges]
-    scores = [f.score for f in fidelities(panel.with_texts(rest, general=False), [(m, 1.0) for m in with_heads])]
-    near, far = merges[scores.index(max(scores))], merges[scores.index(min(scores))]
-    assert max(scores) > min(scores)
+    seen = fidelities(panel.with_texts(rest, general=False), [(m, 1.0) for m in with_heads])
+    judged = [(f.kept, f.beyond_chance) for f in seen]
+    pairs = [(a, b) for a in range(len(merges)) for b in range(len(merges))]
+    better = next((a, b) for a, b in pairs if all(y > x for x, y in zip(judged[a], judged[b], strict=True)))
+    surer = next((a, b) for a, b in pairs if judged[a][0] < judged[b][0] and judged[a][1] >= judged[b][1])
     claimed = Repair(5, {"merge": 0.1, "repaired": 0.2}, kept=True, first_loss=1.0, last_loss=0.5)
 
-    for start, end in ((near, far), (far, near)):
-        monkeypatch.setattr(finishing, "repaired", lambda *_, end=end, **__: (end, claimed))
-        done, record, _ = finishing.finished(start, AutoRecord((), "base"), panel, AutoSettings(repair=5), {})
+    for start, end in (better, better[::-1], surer):
+        monkeypatch.setattr(finishing, "repaired", lambda *_, end=end, **__: (merges[end], claimed))
+        done, record, _ = finishing.finished(merges[start], AutoRecord((), "base"), panel, AutoSettings(repair=5), {})
         held_out = record.repair.held_out
-        assert (held_out["merge, heads"], held_out["repaired, heads"]) == pytest.approx(
-            (max(scores), min(scores)) if end is far else (min(scores), max(scores)), abs=1e-6
+        assert [held_out[f"{which}, heads"] for which in ("merge", "repaired")] == pytest.approx(
+            [judged[start][0], judged[end][0]], abs=1e-6
         )
-        assert record.repair.kept == record.repair.closer == (end is near)
-        assert same(replace(done, heads={}), replace(near, heads={}))
-        assert f"followed with new heads {held_out['merge, heads']:.3f} -> " in repair_text(record.repair)
-        plain = finishing.finished(start, AutoRecord((), "base"), panel, AutoSettings(repair=5, heads=False), {})
-        assert plain[1].repair == claimed and same(plain[0], end)
+        assert [held_out[f"{which}, heads: agreement"] for which in ("merge", "repaired")] == pytest.approx(
+            [judged[start][1], judged[end][1]], abs=1e-6
+        )
+        assert record.repair.kept == record.repair.closer == ((start, end) == better)
+        assert same(replace(done, heads={}), replace(merges[end if record.repair.kept else start], heads={}))
+        assert f", agreement beyond chance {held_out['merge, heads: agreement']:.3f} -> " in repair_text(record.repair)
+        settings = AutoSettings(repair=5, heads=False)
+        plain = finishing.finished(merges[start], AutoRecord((), "base"), panel, settings, {})
+        assert plain[1].repair == claimed and same(plain[0], merges[end])
+    near, far = merges[better[1]], merges[better[0]]
     none_held_out = replace(claimed, held_out={})
     assert finishing.judged_with_heads(panel, near, far, none_held_out) == none_held_out  # nothing to judge by
 

@@ -113,8 +113,9 @@ def repair_text(repair: Repair) -> str:
     if not repair.held_out:
         return f"{done}: loss {repair.first_loss:.3f} -> {repair.last_loss:.3f}; too few texts to hold any out"
     said = f"closeness {repair.held_out['merge']:.3f} -> {repair.held_out['repaired']:.3f} on held-out texts"
-    if "merge, heads" in repair.held_out:
-        said += f", followed with new heads {repair.held_out['merge, heads']:.3f} -> {repair.held_out['repaired, heads']:.3f}"
+    if "merge, heads: agreement" in repair.held_out:
+        for what, of in (("with new heads", "heads"), ("agreement beyond chance", "heads: agreement")):
+            said += f", {what} {repair.held_out[f'merge, {of}']:.3f} -> {repair.held_out[f'repaired, {of}']:.3f}"
     if not repair.kept:
         why = f"but {_BEYOND}" if repair.closer else "so the merge stays as it was"
         return f"not {done}: {said}, {why}"

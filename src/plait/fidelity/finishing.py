@@ -140,8 +140,9 @@ def judged_with_heads(panel: Panel, merge: Adapter, better: Adapter, repair: Rep
     """Judge a repair that was kept once more, with the heads that will follow: what is compared is what comes out.
 
     A repair learns through the heads as they were. Heads that follow the merge from before may do as much, and do it in closed form. The
-    divergence that a repair learns from calls it closer even then, where it keeps less (docs/results/existing-fitted.md). So what
-    decides here is how far the adapters are followed, by which merges are chosen.
+    divergence that a repair learns from may call it closer even then, where it keeps less (docs/results/existing-fitted.md). So it
+    must also answer like its adapters more often. How far they are followed is no judge here: it rewards sureness, of which a repair
+    takes some from a merge that was too sure.
 
     Args:
         panel: Base, adapters and texts.
@@ -150,15 +151,22 @@ def judged_with_heads(panel: Panel, merge: Adapter, better: Adapter, repair: Rep
         repair: What it did with the heads as they were.
 
     Returns:
-        The same, kept only where texts that neither the repair nor heads have learnt from are followed further with heads; unchanged where
-        too few were there to hold any out.
+        The same, kept only where on texts that neither the repair nor heads have learnt from it is closer with heads by the divergence, and
+        agrees with its adapters more often beyond chance; unchanged where too few were there to hold any out.
     """
     if not repair.held_out:
         return repair
     most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts, HELD_OUT))
-    before, after = (f.score for f in fidelities(rest, [(with_heads(most, m)[0], 1.0) for m in (merge, better)]))
-    held_out = {**repair.held_out, "merge, heads": before, "repaired, heads": after}
-    return replace(repair, held_out=held_out, kept=after > before)
+    before, after = fidelities(rest, [(with_heads(most, m)[0], 1.0) for m in (merge, better)])
+    held_out = {
+        **repair.held_out,
+        "merge, heads": before.kept,
+        "repaired, heads": after.kept,
+        "merge, heads: agreement": before.beyond_chance,
+        "repaired, heads: agreement": after.beyond_chance,
+    }
+    kept = after.kept > before.kept and after.beyond_chance > before.beyond_chance
+    return replace(repair, held_out=held_out, kept=kept)
 
 
 @dataclass(frozen=True, slots=True)

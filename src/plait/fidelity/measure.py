@@ -120,6 +120,11 @@ class Fidelity:
         return _mean([t.kept_agreement for t in self.tasks])
 
     @property
+    def beyond_chance(self) -> float:
+        """Mean over adapters of the agreement beyond chance: what decides over a repair beside the divergence that it learns from."""
+        return _mean([t.beyond_chance for t in self.tasks])
+
+    @property
     def worst(self) -> TaskFidelity:
         """The adapter that the merge keeps least of."""
         return self.tasks[0]

@@ -84,8 +84,9 @@ class Repair:
     Args:
         steps: After how many the merge is what it is.
         held_out: "merge" and "repaired" -> 1 - KL / KL of the bare base on the texts held out (`Fidelity.kept`); {} where none were.
-            Where heads follow and the repair was closer, "merge, heads" and "repaired, heads" too: how far the adapters are followed
-            there with such heads (`Fidelity.score`).
+            Where heads follow and the repair was closer, "merge, heads" and "repaired, heads" too, the same with such heads, and
+            "merge, heads: agreement" and "repaired, heads: agreement", how often both answer alike beyond chance
+            (`Fidelity.beyond_chance`).
         kept: Whether the repaired merge was taken: closer by all of that, and within the limit on general text.
         first_loss, last_loss: Mean over the first and last tenth of the steps.
         method: What it is called elsewhere.
@@ -107,7 +108,9 @@ class Repair:
     @property
     def closer(self) -> bool:
         """Whether the repaired merge is closer on the texts held out, by all that was measured; also where nothing was."""
-        pairs = (("merge", "repaired"), ("merge, heads", "repaired, heads"))
+        pairs = [
+            (f"merge{with_heads}", f"repaired{with_heads}") for with_heads in ("", ", heads", ", heads: agreement")
+        ]
         return all(self.held_out[after] > self.held_out[before] for before, after in pairs if before in self.held_out)
 
 
