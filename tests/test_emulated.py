@@ -38,9 +38,16 @@ def test_51_devices_that_are_not_there(monkeypatch, name, error):
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 120), (0.4, 70), (0.04, 0)])
 def test_free_memory_lies_within_the_share_of_this_process(monkeypatch, share, expected):
-    numbers = {"memory_reserved": 30, "memory_allocated": 10, "get_per_process_memory_fraction": share}
+    numbers = {"memory_reserved": 30, "memory_allocated": 10}
     for name, value in {**numbers, "mem_get_info": (100, 200)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert (
-        free_memory(torch.device("cuda")) == expected
-    )  # what is free or held for later; or the share less what is used
+
+    def share_of(device):
+        """As torch has it: a GPU without a number is refused, though all its neighbours take one."""
+        assert (device if isinstance(device, int) else device.index) == 1
+        return share
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share_of)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device in ("cuda", "cuda:1"):  # what is free or held for later; or the share less what is used
+        assert free_memory(torch.device(device)) == expected

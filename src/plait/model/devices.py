@@ -42,4 +42,5 @@ def free_memory(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     share_of = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
-    return max(0, min(free + held - used, int(share_of(device) * total) - used))
+    number = torch.cuda.current_device() if device.index is None else device.index  # this one takes no device without
+    return max(0, min(free + held - used, int(share_of(number) * total) - used))
