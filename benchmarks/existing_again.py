@@ -3,10 +3,10 @@
     python benchmarks/existing_again.py --results docs/results
 
 Where a study did not measure one of the figures, it is taken from another study of the same base, tasks and kind of adapters, and said
-so under `elsewhere`: the default at the prompt from existing-fresh.json and existing-fitted*.json (of eleven penalised adapters from
+so under `elsewhere`: the default at the prompt from existing-fresh.json, existing-fitted*.json and existing-texts*.json (of eleven penalised adapters from
 scales-mpnet.json), joint training (one adapter of rank 8) from glue8-mpnet.json. What nothing holds stays null. What `merge auto` gives
-since it fits and lets heads follow is in existing-fitted*.json, of other seeds; it takes the place of the files' own figures, which
-stay under `earlier`.
+since it fits and lets heads follow is in existing-fitted*.json and existing-texts*.json, of other seeds; it takes the place of the
+files' own figures, which stay under `earlier`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def at_the_prompt(results: Path, arm: str) -> dict[str, Any]:
         if row["arm"] == arm:
             seeds[str(row["seed"])].append(row["no_text"])
     if arm == "kaiming":
-        for name in FITTED["existing.json"]:
+        for name in (*FITTED["existing.json"], TEXTS["existing.json"]):
             for seed, r in json.loads((results / f"{name}.json").read_text())["seeds"].items():
                 seeds[seed].append(r["rows"]["no text"]["recovered"])
     return figure({s: float(np.mean(v)) for s, v in seeds.items()}, f"seeds {', '.join(seeds)}")
@@ -75,10 +75,19 @@ FITTED = {
     "existing-penalised.json": ("existing-fitted-penalised",),
 }
 UNLIKE = "existing-fitted"  # its repairs were kept by two measures
+# The files of benchmarks/more_texts.py: heads and repairs that read 500 texts a task, beside those that read 100.
+TEXTS = {
+    "existing.json": "existing-texts",
+    "existing-eleven.json": "existing-texts-eleven",
+    "existing-penalised.json": "existing-texts-penalised",
+}
+# Key -> its step in the files of `FITTED` and in those of `TEXTS`, where it was measured there. A repair on 100 texts: kept by the divergence.
 STEPS = {
-    "recovered_no_text": "no text",
-    "recovered_100_texts": "fitted, heads",
-    "recovered_repaired": "fitted, repaired, heads",
+    "recovered_no_text": ("no text", "no text"),
+    "recovered_100_texts": ("fitted, heads", "fitted, heads: few texts"),
+    "recovered_500_texts": (None, "fitted, heads"),
+    "recovered_repaired_100_texts": ("fitted, repaired, heads", "repaired, heads: few texts, kept or not"),
+    "recovered_repaired": (None, "repaired, heads"),
 }
 BY_LABELS = ("share_of_oracle", "rank_correlation")
 
@@ -87,10 +96,16 @@ def today(results: Path, name: str = "existing.json") -> dict[str, Any]:
     """What the default and `merge auto` give now of a file's kind of adapters, without a repair and with one; its choice beside labels'."""
     files = {f: json.loads((results / f"{f}.json").read_text())["seeds"] for f in FITTED.get(name, ())}
     found = {}
-    for key, step in STEPS.items():
-        mine = {f: seeds for f, seeds in files.items() if key != "recovered_repaired" or f != UNLIKE}
-        by_seed = {s: r["rows"][step]["recovered"] for seeds in mine.values() for s, r in seeds.items()}
-        found[key] = figure(by_seed, _of(mine)) if by_seed else None
+    texts = {f: json.loads((results / f"{f}.json").read_text())["seeds"] for f in [TEXTS[name]]} if files else {}
+    for key, steps in STEPS.items():
+        mine = [
+            (f, seeds, step)
+            for step, several in zip(steps, (files, texts), strict=True)
+            for f, seeds in several.items()
+            if step is not None and (key != "recovered_repaired_100_texts" or f != UNLIKE)
+        ]
+        by_seed = {s: r["rows"][step]["recovered"] for _, seeds, step in mine for s, r in seeds.items()}
+        found[key] = figure(by_seed, _of({f: seeds for f, seeds, _ in mine})) if by_seed else None
     for key in BY_LABELS:
         mine = {f: {s: r for s, r in seeds.items() if "labels" in r} for f, seeds in files.items()}
         by_seed = {s: r["labels"][key] for seeds in mine.values() for s, r in seeds.items()}

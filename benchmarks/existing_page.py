@@ -70,12 +70,12 @@ def _protocol(settings: Mapping[str, Any], seeds: Mapping[str, Any]) -> str:
 
 def _headline(report: Mapping[str, Any]) -> str:
     keys = (
-        "default_at_prompt", "recovered_no_text", "recovered_100_texts", "recovered_repaired", "recovered_oracle", "recovered_joint",
-        "share_of_oracle", "rank_correlation",
+        "default_at_prompt", "recovered_no_text", "recovered_100_texts", "recovered_500_texts", "recovered_repaired_100_texts",
+        "recovered_repaired", "recovered_oracle", "recovered_joint", "share_of_oracle", "rank_correlation",
     )  # fmt: skip
     intervals, others = report.get("intervals", {}), report.get("elsewhere", {})
     lines = ["| figure | value | 95 % interval over seeds | of |", "|---|---|---|---|"]
-    for key in keys:
+    for key in (k for k in keys if k in report):
         span = intervals.get(key) or others.get(key, {}).get("interval")
         where = others.get(key, {}).get("of", "these seeds")
         value = _number(report[key])
@@ -91,6 +91,12 @@ def _headline(report: Mapping[str, Any]) -> str:
         "`default_at_prompt` is `plait merge` without any option, on all seeds that it was measured on; since it is TSV-M at 0.7, what is "
         "made without texts is the same merge. `recovered_joint` is one adapter trained on all tasks together, on other seeds.",
     ]
+    if "recovered_500_texts" in report:
+        told.append(
+            "`recovered_100_texts` is `merge auto` with 100 texts a task, `recovered_500_texts` with 500, of which the choice and the fit "
+            "read 100 and the heads all; `recovered_repaired` is `--repair auto` with 500, and `recovered_repaired_100_texts` a repair of "
+            "100 texts, kept where it is closer by the divergence (which plait no longer trusts: [existing-texts](existing-texts.md))."
+        )
     if earlier := report.get("earlier"):
         was = ", ".join(
             f"`{k}` {v['value']:.3f}"

@@ -3,9 +3,9 @@
     python benchmarks/more_texts.py --base MODEL --data GLUE --adapters RUN/adapters/kaiming --seeds 14,15,16 --out docs/results
 
 `--adapters` holds seed-S/TASK folders as `plait run` writes them. A merge is chosen and fitted on --texts training texts of each task
-without their labels, as `merge auto` does; then heads follow it, or it is repaired and they follow that, on those texts or on --all-texts of
-each task. The shares of what the adapters gain are of validation rows that nothing else reads. Every repair is scored whether the texts held
-out kept it or not, so that it can be seen what should decide. A seed that --out/NAME.json already holds is not done again.
+without their labels, as `merge auto` does; then heads follow it, or it is repaired and they follow that, on those texts or on --all-texts
+of each task. The shares of what the adapters gain are of validation rows that nothing else reads. Every repair is scored whether the texts
+held out kept it or not, so that it can be seen what should decide. A seed that --out/NAME.json already holds is not done again.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def _repairs(seeds: Mapping[str, Any]) -> list[str]:
         "## What the texts held out say of each repair, and what came of it",
         "",
         "With heads that follow both, on the texts held out, before and after; *recovered* is of validation rows. plait keeps a repair "
-        "that is closer by the divergence that it learns from, with the heads as they were and with new ones, and agrees more often beyond chance.",
+        "that is closer by the divergence that it learns from, with the heads as they were and with new ones, and agrees more often beyond "
+        "chance.",
         "",
         "| seed | repair | steps, seconds | kept (divergence) | agreement beyond chance | followed | recovered | plait |",
         "|---" * 8 + "|",

@@ -48,6 +48,24 @@ def test_scales_are_the_rows_and_count_once(script):
     assert len(set(of_what)) == len(rows)
 
 
+@pytest.mark.parametrize("name", ["existing-texts", "existing-texts-eleven", "existing-texts-penalised"])
+def test_what_more_texts_give_is_the_seeds(script, name):
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    assert (RESULTS / f"{name}.md").read_text() == script("more_texts").page(report)
+    for seed in report["seeds"].values():
+        alone, floor = seed["alone"], seed["floor"]
+        for row in seed["rows"].values():
+            assert row["recovered"] == pytest.approx(
+                (np.mean(list(row["tasks"].values())) - floor) / (alone - floor), abs=1e-3
+            )
+        for step, r in seed["repairs"].items():
+            before, after = r["held_out_with_heads"]
+            closer = r["by_the_divergence"] and all(after[k] > before[k] for k in ("kept", "beyond_chance"))
+            assert r["kept"] == closer  # as it was said beforehand
+            kept_or_not = seed["rows"][f"{step}, kept or not"]
+            assert not r["kept"] or seed["rows"][step] == kept_or_not
+
+
 @pytest.mark.parametrize(
     "name", ["existing-fitted", *(f"existing-fitted-{n}" for n in ("again", "eleven", "penalised"))]
 )

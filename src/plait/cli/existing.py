@@ -32,7 +32,7 @@ Given = Annotated[
 ]
 Text = Annotated[
     list[str] | None,
-    typer.Option("--text", metavar="TASK=FILE", help="Unlabelled texts (100; to repair 500): .txt, or a table's FILE:COLUMN[,COLUMN]."),
+    typer.Option("--text", metavar="TASK=FILE", help="Unlabelled texts: .txt, or a table's FILE:COLUMN[,COLUMN]."),
 ]  # fmt: skip
 General = Annotated[
     str | None, typer.Option("--general", metavar="FILE", help="Texts of no task, for the KL to the base.")
@@ -128,13 +128,14 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     from plait.fidelity.arguments import split_base
     from plait.fidelity.auto_folders import merge_auto_folders
     from plait.fidelity.auto_settings import AutoSettings
-    from plait.fidelity.texts import LIMIT, LIMIT_OF_REPAIR, parse_files, read_place
+    from plait.fidelity.repair import ENOUGH
+    from plait.fidelity.texts import LIMIT_OF_REST, parse_files, read_place
 
     if out is None:
         raise UsageError("where to?", hint="--out DIR")
     repair = steps_of(chosen.repair)
     base, folders = split_base(given, chosen.device, four_bits=chosen.four_bits)
-    files = parse_files(chosen.text or [], LIMIT_OF_REPAIR if repair else LIMIT)
+    files = parse_files(chosen.text or [], LIMIT_OF_REST)
     settings = AutoSettings(
         refine=chosen.refine,
         fit=chosen.fit,
@@ -142,6 +143,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         learn_heads=chosen.learn_heads,
         max_shift=chosen.max_shift,
         repair=repair,
+        repair_from=ENOUGH if chosen.repair == "auto" else 0,
         on_policy=chosen.on_policy,
         answers=answers_wanted(chosen.answers, chosen.chat, files),
         chat=chosen.chat,

@@ -19,8 +19,8 @@ from plait.fidelity.finishing import Midway, finished, measured, require_within
 from plait.fidelity.head_learning import STEPS, Groups
 from plait.fidelity.limit import LeftOut, Limit
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.notes import alike, beside, few, kin, kinship, other_base
-from plait.fidelity.panel import Panel
+from plait.fidelity.notes import alike, beside, few, kin, kinship, other_base, worth_a_repair
+from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import OWN_SHARE
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
@@ -107,6 +107,8 @@ def merge_auto(
         raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
     if chosen.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
+    if parts_of(adapters)[0].is_text and not chosen.repair:  # nothing reads more of them
+        texts = first_of(texts, chosen.texts)
     panel, chat = ready_panel(
         base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy,
         known=known or checkpoints.known(base, adapters, texts), on_written=checkpoints.watch_writing,
@@ -189,7 +191,8 @@ def at_rank(
 def _of_texts(panel: Panel, settings: AutoSettings, fidelity: Fidelity) -> list[str]:
     """What should be known of the texts: where they are too few, and where they tell nothing."""
     lacking = few(panel, FEWEST, refine=settings.refine > 0, fit=settings.fit, heads=settings.heads)
-    return [*lacking, *(f"not known: {n}" for n in alike([fidelity]))]
+    more = [] if settings.repair else worth_a_repair(panel)
+    return [*lacking, *(f"not known: {n}" for n in alike([fidelity])), *more]
 
 
 def _require_no_texts_needed(settings: AutoSettings, general: Texts) -> None:

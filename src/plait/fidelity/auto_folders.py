@@ -21,7 +21,7 @@ from plait.fidelity.auto import AutoMerge, merge_auto
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints, checkpoints_beside, remove_beside, state_of
 from plait.fidelity.record import AutoRecord
-from plait.fidelity.texts import Texts
+from plait.fidelity.texts import LIMIT, Texts
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.single_file import read_lora_file
@@ -138,6 +138,10 @@ def _options(settings: AutoSettings, base_id: str | None, dtype: str, with_texts
     }  # fmt: skip
     if settings.learn_heads:
         options["learn_heads"] = True
+    if settings.repair_from:
+        options["repair_from"] = settings.repair_from
+    if settings.texts != LIMIT:
+        options["texts"] = settings.texts
     if with_texts and (settings.chat or settings.answers is not False):
         options |= {"chat": settings.chat, "answers": settings.answers, "new_tokens": settings.new_tokens}
     if settings.on_policy:

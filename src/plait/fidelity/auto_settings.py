@@ -18,8 +18,10 @@ class AutoSettings:
         refine: Steps in which the winner's weights per adapter and module are learnt from the texts; 0 for none.
         fit: Whether the winner is also fitted to the adapters' outputs on the texts, front to back.
         repair: Steps at most in which all adapters are distilled into the winner's factors, after the cut to rank; 0 for none.
+        repair_from: Texts of every adapter below which a repair of classifiers is not tried.
         on_policy: Whether the merge writes after the prompts and the adapters judge it while it is repaired; causal adapters only.
-        texts: Texts of each adapter that the choice reads; a repair, heads and what is measured at the end read all.
+        texts: Texts of each adapter that the choice reads; a repair, heads and what is measured at the end read all. Of text models
+            without a repair nothing reads more.
         heads: Whether the last layer of every classifier's head is fitted to the merged model, where that is closer.
         learn_heads: Whether copies of the heads are learnt together with the merge's weights, and taken where that is closer still.
         max_shift: Most KL to the base on the general texts, in nats: whatever moves the model further is left out.
@@ -38,6 +40,7 @@ class AutoSettings:
     refine: int = 100
     fit: bool = True
     repair: int = 0
+    repair_from: int = 0
     on_policy: bool = False
     texts: int = LIMIT
     heads: bool = True
@@ -62,5 +65,5 @@ class AutoSettings:
             raise UsageError("on_policy is a way to repair, and no repair is asked for", hint="--repair auto")
         if min(self.texts, self.new_tokens) < 1:
             raise UsageError("texts and new_tokens are at least 1")
-        if min(self.refine, self.repair) < 0 or (self.rank is not None and self.rank < 1):
+        if min(self.refine, self.repair, self.repair_from) < 0 or (self.rank is not None and self.rank < 1):
             raise UsageError("steps must not be negative, and a rank is at least 1")

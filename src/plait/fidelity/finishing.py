@@ -29,6 +29,7 @@ from plait.fidelity.head_learning import Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
 from plait.fidelity.learning_state import KeptLearning
 from plait.fidelity.measure import Fidelity
+from plait.fidelity.notes import too_few_to_repair
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import AutoRecord, FidelityRecord, Repair
 from plait.fidelity.repair import repaired
@@ -183,9 +184,13 @@ class _Finishing:
 
     def repair(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
         """Distil all adapters into it."""
-        steps = self.settings.repair
+        steps, few = self.settings.repair, too_few_to_repair(self.panel)
         if not steps:
             return merge, record
+        if few and min(map(len, self.panel.texts.values())) < self.settings.repair_from:
+            return merge, replace(record, notes=(*record.notes, f"no repair is tried: {few}"))
+        if few:
+            record = replace(record, notes=(*record.notes, f"a repair is tried as asked: {few}"))
         self.on_progress(f"repair: distilling all adapters into it, at most {plural(steps, 'step')}")
         better, done = repaired(
             self.panel,

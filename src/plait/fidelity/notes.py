@@ -16,6 +16,7 @@ from plait.fidelity.fitting import can_fit
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import cosines
+from plait.fidelity.repair import ENOUGH
 from plait.formats.recognised import of_images
 from plait.loading.vllm import VERSION
 from plait.merging.kinship import KIN, kin_sentence
@@ -134,6 +135,24 @@ def few(panel: Panel, fewest: int, *, refine: bool = True, fit: bool = True, hea
     return [
         f"{len(texts)} text{'s' * (len(texts) != 1)} of {name} to choose by: with fewer than {fewest} of every adapter none can be "
         f"held out, so {first}{left_out[-1]}"
+    ]
+
+
+def too_few_to_repair(panel: Panel) -> str | None:
+    """Say of classifiers that they have too few texts for a repair, naming the fewest; None where they have enough, and of text models."""
+    name, texts = min(panel.texts.items(), key=lambda pair: len(pair[1]))
+    if panel.is_text or len(texts) >= ENOUGH:
+        return None
+    return f"{plural(len(texts), 'text')} of {name}; with 100 of each classifier a repair took more than it gave, with 400 and more it gave"
+
+
+def worth_a_repair(panel: Panel) -> list[str]:
+    """Say of classifiers that their texts are enough for a repair, which nobody asked for."""
+    if panel.is_text or too_few_to_repair(panel):
+        return []
+    fewest = min(map(len, panel.texts.values()))
+    return [
+        f"not tried: a repair, for which {fewest} texts of each adapter are enough (--repair auto); it has mostly kept more"
     ]
 
 

@@ -19,6 +19,9 @@ from plait.fidelity.teachers import DistillationLoss
 from plait.fidelity.texts import split_off
 from plait.progress import OnProgress
 
+# Texts of each adapter from which a repair of classifiers is worth it. With 100 of each (75 to learn from) it took more than it gave, also
+# where the texts held out said otherwise; with 400 and 500 it gave every time (docs/results/existing-texts.md). Between, nobody measured.
+ENOUGH = 300
 # Weight of the layers' outputs beside the answers.
 LAYERS = 0.1
 BATCH = 8
