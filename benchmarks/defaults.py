@@ -3,9 +3,9 @@
     python benchmarks/defaults.py --results docs/results --to docs/study
 
 Reads RESULTS/second-protocol.json (the older studies), RESULTS/text-qwen15.json (the seeds that tested it), RESULTS/text-qwen15-16.json,
-RESULTS/text-qwen15-wide.json and RESULTS/text-qwen05.json; writes TO/defaults.md and RESULTS/defaults.json (`rows` of {base, tasks, setting, seeds, arm, method,
-share}). Of each study one table of arms: where a later one has more seeds, that one. A merge stands at the scale that second moments say
-where they were measured, else at that of the rule.
+RESULTS/text-qwen15-wide.json and RESULTS/text-qwen05.json; writes TO/defaults.md and RESULTS/defaults.json (`rows` of {base, tasks,
+setting, seeds, arm, method, share}). Of each study one table of arms: where a later one has more seeds, that one. A merge stands at the
+scale that second moments say where they were measured, else at that of the rule.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TAIL = """
 | adapters of a language model, and statistics of each | | RegMean | the last column of the decoder's rows |
 | adapters of an encoder, and statistics of each | | TSV-M, its scale by them | the encoder's rows; RegMean only with eleven tasks |
 | texts of each, no labels | | `plait merge auto` | [encoders](../results/existing-fitted.md), [a decoder](../results/text-qwen15.md) |
-| data to train with, a decoder of 0.5 or 1.5 B | `contrastive`, penalty, rank 16 on q and v | the sum with pico | 98, 94 and 96 of nine, 97 of sixteen |
+| data to train with, a decoder of 0.5 or 1.5 B | `contrastive`, penalty (rank 16, q, v) | the sum with pico | 98, 94, 96; 97 of sixteen |
 | the same, wide adapters | `contrastive`, penalty | TSV-M | 86, the sum 53; one seed |
 | the same, of 135 M | `contrastive`, penalty | RegMean | the last row of its blocks; the sums stand at the rule's scale |
 | data to train with, an encoder | `contrastive`, penalty | TSV-M | the last row of its blocks; RegMean with eleven tasks |
@@ -75,9 +75,9 @@ TAIL = """
 The first three rows are what `plait merge` does when no method is named (`plait.merging.scales`), start and penalty what `plait init`
 and `plait train` do with statistics. At the scale that statistics say TSV-M keeps 65 of PEFT's eight and 50 of eleven on MPNet, 80 and 76
 with start and penalty ([rows](../results/second-protocol.md)). [Sixteen written tasks](../results/text-qwen15-16.md),
-[wide adapters](../results/text-qwen15-wide.md) and the [base of 0.5 B](../results/text-qwen05.md) have one seed. Of wide adapters RegMean is
-ahead of TSV-M by thirty points where they were trained plainly, as the second row of this table says, and behind it by ten where start and
-penalty are plait's: there TSV-M is the better default, and the sum loses half.
+[wide adapters](../results/text-qwen15-wide.md) and the [base of 0.5 B](../results/text-qwen05.md) have one seed. Of wide adapters RegMean
+is ahead of TSV-M by thirty points where they were trained plainly, as the second row of this table says, and behind it by ten where start
+and penalty are plait's: there TSV-M is the better default, and the sum loses half.
 
 Start and penalty were chosen on SmolLM2, MPNet and MiniLM, and confirmed on tasks and seeds kept back, on Qwen alone. That RegMean is
 the default for language models with statistics, and the advice for what plait trained, were read off these tables afterwards: nothing

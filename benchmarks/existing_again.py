@@ -3,10 +3,10 @@
     python benchmarks/existing_again.py --results docs/results
 
 Where a study did not measure one of the figures, it is taken from another study of the same base, tasks and kind of adapters, and said
-so under `elsewhere`: the default at the prompt from existing-fresh.json, existing-fitted*.json and existing-texts*.json (of eleven penalised adapters from
-scales-mpnet.json), joint training (one adapter of rank 8) from glue8-mpnet.json. What nothing holds stays null. What `merge auto` gives
-since it fits and lets heads follow is in existing-fitted*.json and existing-texts*.json, of other seeds; it takes the place of the
-files' own figures, which stay under `earlier`.
+so under `elsewhere`: the default at the prompt from existing-fresh.json, existing-fitted*.json and existing-texts*.json (of eleven
+penalised adapters from scales-mpnet.json), joint training (one adapter of rank 8) from glue8-mpnet.json. What nothing holds stays
+null. What `merge auto` gives since it fits and lets heads follow is in existing-fitted*.json and existing-texts*.json, of other seeds;
+it takes the place of the files' own figures, which stay under `earlier`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ TEXTS = {
     "existing-eleven.json": "existing-texts-eleven",
     "existing-penalised.json": "existing-texts-penalised",
 }
-# Key -> its step in the files of `FITTED` and in those of `TEXTS`, where it was measured there. A repair on 100 texts: kept by the divergence.
+# Key -> its step in the files of `FITTED` and in those of `TEXTS`, where it was measured. A repair on 100 texts: kept by the divergence.
 STEPS = {
     "recovered_no_text": ("no text", "no text"),
     "recovered_100_texts": ("fitted, heads", "fitted, heads: few texts"),

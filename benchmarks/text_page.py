@@ -363,7 +363,8 @@ def page(
     then = REGMEAN_THEN if study == MAIN and 0 in conditions.get("told", []) else ""
     text = [
         INTRODUCTION.format(
-            name=name, base=base_of(study), extent_of_study=extent_of(study), extent=extent, commands=commands, regmean=then, measure=measure,
+            name=name, base=base_of(study), extent_of_study=extent_of(study),
+            extent=extent, commands=commands, regmean=then, measure=measure,
             curves=", 100 for the curves" * curves, conditions=folders,
         )
     ]  # fmt: skip
@@ -566,7 +567,8 @@ def main() -> None:
     existing = [r for c, records in runs.items() for r in existing_of(records, c)]
     whole = {
         "rows": rows, "tested": tested, "tests": tests, "expected": expected_of(rows, tested) if tested else [],
-        "existing": existing, "existing_summary": summary_of(existing), "candidates": candidates_of(told), "references": references, "singles": singles_of(told),
+        "existing": existing, "existing_summary": summary_of(existing), "candidates": candidates_of(told),
+        "references": references, "singles": singles_of(told),
     }  # fmt: skip
     (a.to / f"{a.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     if curves := packed(told):

@@ -232,6 +232,20 @@ def test_folders_to_a_folder_with_the_evidence(make_panel, tmp_path):
     assert cut.record.rank == 2 and 0 < cut.record.discarded_energy < 1
 
 
+@pytest.mark.parametrize(("architecture", "kind", "read"), [("bert", "classification", 20), ("llama", "causal", 12)])
+def test_a_choice_reads_some_texts_and_heads_and_the_measure_all(make_panel, architecture, kind, read):
+    """Of text models nothing reads more than the choice, where no repair is asked for."""
+    panel = make_panel(architecture, kind, texts=20)
+    settings = replace(FEW, texts=12)
+    merged = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=settings)
+    record = merged.record
+    assert max(e.texts for e in record.evidence) == 12
+    assert set(record.texts.values()) == {read}
+    assert kind == "causal" or {t.n for t in merged.fidelity.tasks} == {20}
+    repaired = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=replace(settings, repair=1)).record
+    assert set(repaired.texts.values()) == {20}
+
+
 def test_bad_inputs_are_named(make_panel):
     panel = make_panel()
     adapters = adapters_of(panel)

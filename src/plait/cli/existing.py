@@ -128,7 +128,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     from plait.fidelity.arguments import split_base
     from plait.fidelity.auto_folders import merge_auto_folders
     from plait.fidelity.auto_settings import AutoSettings
-    from plait.fidelity.repair import ENOUGH
+    from plait.fidelity.repair import TEXTS_TO_REPAIR
     from plait.fidelity.texts import LIMIT_OF_REST, parse_files, read_place
 
     if out is None:
@@ -143,7 +143,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         learn_heads=chosen.learn_heads,
         max_shift=chosen.max_shift,
         repair=repair,
-        repair_from=ENOUGH if chosen.repair == "auto" else 0,
+        repair_from=TEXTS_TO_REPAIR if chosen.repair == "auto" else 0,
         on_policy=chosen.on_policy,
         answers=answers_wanted(chosen.answers, chosen.chat, files),
         chat=chosen.chat,

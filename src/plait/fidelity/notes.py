@@ -16,7 +16,7 @@ from plait.fidelity.fitting import can_fit
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import cosines
-from plait.fidelity.repair import ENOUGH
+from plait.fidelity.repair import TEXTS_TO_REPAIR
 from plait.formats.recognised import of_images
 from plait.loading.vllm import VERSION
 from plait.merging.kinship import KIN, kin_sentence
@@ -141,7 +141,7 @@ def few(panel: Panel, fewest: int, *, refine: bool = True, fit: bool = True, hea
 def too_few_to_repair(panel: Panel) -> str | None:
     """Say of classifiers that they have too few texts for a repair, naming the fewest; None where they have enough, and of text models."""
     name, texts = min(panel.texts.items(), key=lambda pair: len(pair[1]))
-    if panel.is_text or len(texts) >= ENOUGH:
+    if panel.is_text or len(texts) >= TEXTS_TO_REPAIR:
         return None
     return f"{plural(len(texts), 'text')} of {name}; with 100 of each classifier a repair took more than it gave, with 400 and more it gave"
 

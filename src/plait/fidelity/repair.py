@@ -21,7 +21,7 @@ from plait.progress import OnProgress
 
 # Texts of each adapter from which a repair of classifiers is worth it. With 100 of each (75 to learn from) it took more than it gave, also
 # where the texts held out said otherwise; with 400 and 500 it gave every time (docs/results/existing-texts.md). Between, nobody measured.
-ENOUGH = 300
+TEXTS_TO_REPAIR = 300
 # Weight of the layers' outputs beside the answers.
 LAYERS = 0.1
 BATCH = 8
