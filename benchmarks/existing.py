@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from plait.fidelity.candidates import METHODS, SCALES, Tried, groups_of, merged_
 from plait.fidelity.choose import scaled
 from plait.fidelity.distil import distil
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.measure import aggregate
+from plait.fidelity.measure import TaskFidelity, aggregate
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import mean_error, terms_over
@@ -69,13 +70,18 @@ def _mean(values) -> float:
     return float(np.mean(values))
 
 
+def _probability(one: TaskFidelity) -> float:
+    """The probability beyond chance, also where the merge is surer than the adapter; `followed` counts no more than the adapter's own."""
+    return replace(one, capped=None).followed
+
+
 # Ways to put adapters' fidelities together, larger is better; "score" is the one that chooses.
 AGGREGATES = {
     "score": aggregate,
-    "mean of both beyond chance": lambda tasks: _mean([0.5 * (t.beyond_chance + t.followed) for t in tasks]),
+    "mean of both beyond chance": lambda tasks: _mean([0.5 * (t.beyond_chance + _probability(t)) for t in tasks]),
     "mean agreement": lambda tasks: _mean([t.agreement for t in tasks]),
     "mean beyond chance": lambda tasks: _mean([t.beyond_chance for t in tasks]),
-    "mean probability beyond chance": lambda tasks: _mean([t.followed for t in tasks]),
+    "mean probability beyond chance": lambda tasks: _mean([_probability(t) for t in tasks]),
     "mean kept agreement": lambda tasks: _mean([t.kept_agreement for t in tasks]),
     "worst kept agreement": lambda tasks: min(t.kept_agreement for t in tasks),
     "mean kept (KL over the base's)": lambda tasks: _mean([t.kept for t in tasks]),
@@ -129,7 +135,17 @@ def one_seed(
 
 def raw(names: Sequence[str], entries, fidelity, by_label) -> dict[str, Any]:
     """Every candidate's fidelity to every adapter, and its true scores: what any other measure can be tried on."""
-    fields = ("kl", "agreement", "chance", "probability", "probability_chance", "kl_base", "agreement_base", "n")
+    fields = (
+        "kl",
+        "agreement",
+        "chance",
+        "probability",
+        "probability_chance",
+        "capped",
+        "kl_base",
+        "agreement_base",
+        "n",
+    )
     found = [{t.task: t for t in f.tasks} for f in fidelity]
     return {
         "tasks": list(names),

@@ -90,7 +90,7 @@ def test_text_is_compared_at_every_real_position(make_panel, architecture):
     one, two = panel.parts
     model, rows = panel.model(one), encoded(panel, "causal", panel.texts["one"])
     kl, agree, n = 0.0, 0, 0
-    mine, theirs, given, spread = Counter(), Counter(), 0.0, 0.0
+    mine, theirs, given, capped, spread = Counter(), Counter(), 0.0, 0.0, 0.0
     for row in rows:
         batch = collate(panel.tokenizer, [row])
         logs = []
@@ -102,12 +102,15 @@ def test_text_is_compared_at_every_real_position(make_panel, architecture):
         n += len(row["input_ids"])
         mine.update(logs[0].argmax(-1).tolist())
         theirs.update(logs[1].argmax(-1).tolist())
-        given += float(logs[1].exp().gather(1, logs[0].argmax(-1, keepdim=True)).sum())
+        chosen = logs[1].exp().gather(1, logs[0].argmax(-1, keepdim=True))
+        capped += float(chosen.minimum(logs[0].exp().amax(-1, keepdim=True)).sum())
+        given += float(chosen.sum())
         spread = spread + logs[1].exp().sum(0)
     found = of_task(fidelities(panel, [(two.adapter, 0.7)])[0], "one")
     assert found.n == n
     assert found.chance == pytest.approx(sum(mine[t] * theirs[t] for t in mine) / n**2, abs=1e-6)
     assert found.probability == pytest.approx(given / n, rel=1e-4)
+    assert found.capped == pytest.approx(capped / n, rel=1e-4) and found.capped < found.probability
     assert found.probability_chance == pytest.approx(float(sum(mine[t] * spread[t] for t in mine)) / n**2, rel=1e-4)
     assert found.kl == pytest.approx(kl / n, rel=1e-3)
     assert found.agreement == pytest.approx(agree / n, abs=1e-6)
@@ -115,7 +118,7 @@ def test_text_is_compared_at_every_real_position(make_panel, architecture):
 
 def test_regressions_are_compared_by_difference_and_correlation():
     own = np.array([[1.0], [2.0], [3.0], [4.0]])
-    assert closeness("regression", own, own) == Closeness(0.0, 1.0, 0.0, 1.0, 0.0)
+    assert closeness("regression", own, own) == Closeness(0.0, 1.0, 0.0, 1.0, 0.0, capped=1.0)
     twice = closeness("regression", own, own * 2)
     assert twice.agreement == pytest.approx(1.0) and twice.kl == pytest.approx(0.5 * 7.5 / 1.25)
     assert closeness("regression", own, -own).agreement == 0.0
@@ -125,21 +128,45 @@ def test_probabilities_tell_merges_apart_that_choose_alike():
     rng = np.random.default_rng(1)
     own = rng.standard_normal((50, 3))
     base = Closeness(1.0, 0.0, 0.0, 0.0, 0.0)
-    faint, firm, random = (
+    faint, same, firm, random = (
         task_fidelity("x", closeness("classification", own, x), base, 50)
-        for x in (own * 0.3, own * 3.0, rng.standard_normal((50, 3)))
+        for x in (own * 0.3, own, own * 3.0, rng.standard_normal((50, 3)))
     )
     assert faint.beyond_chance == firm.beyond_chance == 1.0
-    assert 0 < faint.followed < firm.followed < 1
+    assert 0 < faint.followed < same.followed < 1
+    # Nobody follows an adapter further than it does itself, however sure of its answers.
+    assert firm.probability > same.probability == same.capped == pytest.approx(firm.capped)
+    assert faint.followed < firm.followed < same.followed
     assert abs(random.followed) < 0.2
-    q = np.exp(own * 0.3) / np.exp(own * 0.3).sum(1, keepdims=True)
+    q = softmax(own * 0.3)
     top = own.argmax(1)
     assert faint.probability == pytest.approx(q[range(50), top].mean())
     assert faint.probability_chance == pytest.approx(np.mean([q[:, c].mean() for c in top]))
-    assert faint.followed == pytest.approx(
-        (faint.probability - faint.probability_chance) / (1 - faint.probability_chance)
+    assert faint.capped == pytest.approx(np.minimum(q[range(50), top], softmax(own)[range(50), top]).mean())
+    assert faint.followed == pytest.approx((faint.capped - faint.probability_chance) / (1 - faint.probability_chance))
+    earlier = replace(firm, capped=None)
+    assert earlier.followed == pytest.approx(
+        (firm.probability - firm.probability_chance) / (1 - firm.probability_chance)
     )
     assert Fidelity.of([faint, firm]).score == pytest.approx((faint.followed + firm.followed) / 2)
+
+
+def test_a_merge_that_exaggerates_is_not_closer_than_one_that_repeats():
+    """An unsure adapter, a merge near it, and one that is thrice as sure and answers a fifth of the rows otherwise."""
+    rng = np.random.default_rng(4)
+    own = rng.standard_normal((200, 8)) * 0.7
+    near = own + rng.standard_normal(own.shape) * 0.1
+    loud = own * 3.0
+    loud[:40] = rng.standard_normal((40, 8)) * 2.1
+    base = Closeness(1.0, 0.0, 0.0, 0.0, 0.0)
+    repeats, exaggerates = (task_fidelity("x", closeness("classification", own, x), base, 200) for x in (near, loud))
+    assert repeats.kl < exaggerates.kl and repeats.agreement > exaggerates.agreement
+    assert repeats.probability < exaggerates.probability
+    assert repeats.followed > exaggerates.followed
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
 
 def of_classes(own, found):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _WORDS = (
     "Each is compared with the adapter alone, on the base that it was trained on. followed: the probability given to its answers,\n"
-    "beyond chance, mean over adapters; agreement: how often the likeliest answer is the same (a correlation for a regression)."
+    "no more than its own, beyond chance, mean over adapters; agreement: how often the likeliest answer is the same (a correlation\n"
+    "for a regression)."
 )
 
 

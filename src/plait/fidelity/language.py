@@ -93,6 +93,7 @@ class Sums:
     kl: Tensor | float = 0.0
     agree: Tensor | float = 0.0
     given: Tensor | float = 0.0
+    capped: Tensor | float = 0.0
     tops: Tensor | int = 0
     probabilities: Tensor | int = 0
     verbatim: Tensor | None = None
@@ -108,18 +109,21 @@ class Sums:
         self.agree = self.agree + (theirs == own.top).sum(dtype=torch.float64)
         self.tops = self.tops + torch.bincount(theirs, minlength=other.shape[-1])
         given = other.exp_()
-        self.given = self.given + given.gather(1, own.top[:, None]).sum(dtype=torch.float64)
+        chosen = given.gather(1, own.top[:, None])
+        self.given = self.given + chosen.sum(dtype=torch.float64)
+        most = own.probabilities.gather(1, own.top[:, None])
+        self.capped = self.capped + torch.minimum(chosen, most).sum(dtype=torch.float64)
         self.probabilities = self.probabilities + given.sum(0).double()
 
     def closeness(self, own_tops: Tensor | int, n: int, texts: int = 1) -> Closeness:
         """Means over n positions, and over texts."""
-        kl, agree, given = (float(x) / max(n, 1) for x in (self.kl, self.agree, self.given))
+        kl, agree, given, capped = (float(x) / max(n, 1) for x in (self.kl, self.agree, self.given, self.capped))
         chances = (
             float((own_tops * x).sum()) if isinstance(x, Tensor) else 0.0 for x in (self.tops, self.probabilities)
         )
         by_top, by_probability = (c / max(n, 1) ** 2 for c in chances)
         verbatim = None if self.verbatim is None else float(self.verbatim) / texts
-        return Closeness(kl, agree, by_top, given, by_probability, verbatim)
+        return Closeness(kl, agree, by_top, given, by_probability, verbatim, capped)
 
 
 def positions(

@@ -33,6 +33,8 @@ class TaskFidelity:
         probability_chance: Probability that a merge gives it whose probabilities are on every row what they are on average.
         kl_base, agreement_base: KL and agreement with the bare base in the merge's place: what keeping nothing would score.
         n: Rows, or positions of text.
+        capped: Mean of that probability or the adapter's own for the class, whichever is smaller; a regression's correlation. None in
+            records of earlier versions.
         verbatim: Of answers that adapters wrote, the share that the merge would write word for word: at every position the adapter's
             token is its likeliest too; None where texts were only read.
         shift: Per layer, |h_merged - h_adapter| / |h_base - h_adapter| of the hidden states; () where not measured.
@@ -49,6 +51,7 @@ class TaskFidelity:
     n: int
     shift: tuple[float, ...] = ()
     verbatim: float | None = None
+    capped: float | None = None
 
     @property
     def beyond_chance(self) -> float:
@@ -64,12 +67,13 @@ class TaskFidelity:
 
     @property
     def followed(self) -> float:
-        """How far a merge follows the adapter: the probability beyond chance, as `beyond_chance` is of the agreement.
+        """How far a merge follows the adapter: the capped probability beyond chance, as `beyond_chance` is of the agreement.
 
         It still tells merges apart that choose alike, by how far they are from choosing otherwise; a row near the border
-        moves it little.
+        moves it little. What a merge is surer of than the adapter itself counts no further: of adapters that say much the same, a merge
+        that exaggerates would be called closer than the one that repeats them.
         """
-        return _beyond(self.probability, self.probability_chance)
+        return _beyond(self.probability if self.capped is None else self.capped, self.probability_chance)
 
     @property
     def kept(self) -> float:
@@ -131,11 +135,12 @@ class Fidelity:
 
 
 def aggregate(tasks: Sequence[TaskFidelity]) -> float:
-    """Average over adapters how far a merge follows them: the probability that it gives to their answers, beyond chance.
+    """Average over adapters how far a merge follows them: the probability of their answers, no more than their own, beyond chance.
 
-    Its rank correlation with true scores was higher than that of agreement in all comparisons of
+    The probability's rank correlation with true scores was higher than that of agreement in all comparisons of
     docs/results/existing*.md (0.965 to 0.989), and what it chose was as good or better in all of them: a probability tells merges that
-    answer alike apart.
+    answer alike apart. Those pages have it without a cap; with it what is chosen was as good or better where both were tried
+    (`benchmarks/sureness.py`, docs/existing.md).
 
     Why not of what is kept beyond the base: dividing by the room that the base leaves an adapter turns the noise of a task on
     which both answer nearly alike into most of the mean. Why not of plain agreement: it counts a merge that has collapsed
@@ -168,6 +173,7 @@ class Closeness:
     probability: float
     probability_chance: float
     verbatim: float | None = None
+    capped: float | None = None
 
 
 def task_fidelity(task: str, merge: Closeness, base: Closeness, n: int) -> TaskFidelity:
@@ -192,17 +198,20 @@ def closeness(kind: str, own: npt.NDArray[Any], merged: npt.NDArray[Any]) -> Clo
         a, b = a.reshape(len(a)), b.reshape(len(b))
         spread = max(float(a.var()), 1e-12)
         r = max(0.0, _correlation(a, b))
-        return Closeness(0.5 * float(((a - b) ** 2).mean()) / spread, r, 0.0, r, 0.0)
+        return Closeness(0.5 * float(((a - b) ** 2).mean()) / spread, r, 0.0, r, 0.0, capped=r)
     p, q = _log_softmax(a), _log_softmax(b)
     kl = float((np.exp(p) * (p - q)).sum(-1).mean())
     mine, theirs, given = a.argmax(-1), b.argmax(-1), np.exp(q)
+    rows = np.arange(len(mine))
+    chosen = given[rows, mine]
     shares = [np.bincount(top, minlength=a.shape[-1]) / len(a) for top in (mine, theirs)]
     return Closeness(
         kl,
         float((mine == theirs).mean()),
         float(shares[0] @ shares[1]),
-        float(given[np.arange(len(mine)), mine].mean()),
+        float(chosen.mean()),
         float(shares[0] @ given.mean(0)),
+        capped=float(np.minimum(chosen, np.exp(p[rows, mine])).mean()),
     )
 
 
