@@ -132,7 +132,7 @@ def test_a_choice_tells_how_long_these_texts_take(monkeypatch, clock):
 
     said: list[str] = []
     monkeypatch.setattr(score.time, "monotonic", lambda: clock[0])
-    for _ in score._reported([type("P", (), {"name": n})() for n in "abc"], said.append):
+    for _ in score._reported([type("P", (), {"name": n})() for n in "abc"], 3, said.append):
         clock[0] += 30
     assert said == [
         "  texts of a (1 of 3), about 1 min 0 s left of these",

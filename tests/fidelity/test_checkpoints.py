@@ -16,7 +16,7 @@ import torch
 from plait.adapters.heads import HeadFacts
 from plait.adapters.peft_format import write_adapter
 from plait.disk.locks import locked
-from plait.errors import EnvironmentFault, RunError
+from plait.errors import EnvironmentFault, RunError, UsageError
 from plait.fidelity import asking, auto, checkpoints, choose
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.auto_settings import AutoSettings
@@ -24,7 +24,7 @@ from plait.fidelity.checkpoint_files import Answered, Piece, State, read_state, 
 from plait.fidelity.checkpoints import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHING, WEIGHTS, Checkpoints
 from plait.fidelity.counting import Behind, making
 from plait.model.base import BaseModel
-from plait.training.checkpoints import checkpoint_root, seal
+from plait.training.checkpoints import checkpoint_root, open_root, seal
 from tests.fidelity.conftest import texts_of
 
 HEADS = AutoSettings(
@@ -211,12 +211,45 @@ def test_what_this_version_does_not_read_is_begun_anew(begun):
     assert not any(line.startswith("going on") for line in said) and not begun.root.exists()
 
 
+def test_a_folder_that_says_nothing_of_its_run_is_begun_anew(begun):
+    (begun.root / "identity.json").write_text("{")
+    assert begun()[0] == f"{begun.root} is of another run (it does not say what it was made from): begun anew"
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        (lambda root, mine: root.symlink_to(mine), "a link"),
+        (lambda root, mine: root.write_text("hers"), "a file"),
+        (lambda root, mine: shutil.copytree(mine, root), "a folder of something else"),
+    ],
+)
+def test_what_is_none_of_plaits_stays(begun, tmp_path, made, what):
+    shutil.rmtree(begun.root)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("hers")
+    made(begun.root, tmp_path / "mine")
+    with pytest.raises(UsageError, match=f"{what} stands where checkpoints are kept"):
+        begun()
+    assert (begun.root if begun.root.is_file() else begun.root / "x").read_text() == "hers"
+    with pytest.raises(UsageError, match=what):  # so do trainings
+        open_root(begun.root, {})
+
+
+def test_a_run_that_was_ended_before_its_mark_goes_on(begun):
+    shutil.rmtree(begun.root)
+    begun.root.mkdir()
+    (begun.root / "identity.partial").write_text("{")
+    begun()
+    assert not begun.root.exists()
+
+
 def test_where_there_is_no_room_nothing_is_kept_and_that_is_said(begun, monkeypatch):
     shutil.rmtree(begun.root)
     largest = max(p.adapter.nbytes for p in begun.panel.parts)  # what the result needs at least
     monkeypatch.setattr("plait.disk.space.shutil.disk_usage", lambda _: SimpleNamespace(free=largest))
     said = begun()
-    assert sum(line.startswith("what is done is not kept: ") for line in said) >= 3
+    assert sum(" is not kept: " in line for line in said) == 1  # of three checkpoints and more
     assert not begun.root.exists()
 
 

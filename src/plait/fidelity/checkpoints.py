@@ -20,12 +20,14 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.texts import Texts
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
-from plait.training.checkpoints import checkpoint_root, latest_whole, open_root, recorded_identity, seal
+from plait.training.checkpoints import checkpoint_root, latest_whole, open_root, recorded_identity, require_ours, seal
 
 # Version of what a checkpoint holds; raised with every change of it, or of the order in which a choice does what it does.
 FORMAT = 1
 # What may be computed again keeps at most this share of the time busy with writing.
 SHARE = 0.05
+# Bytes left free for what is written beside tensors: the JSON of a checkpoint, and the record of the result.
+BESIDE = 1 << 20
 
 ANSWERS, SCORES, WEIGHING, WEIGHTS, FIT, MERGE, REPAIR = (
     "answers",
@@ -111,15 +113,24 @@ class Checkpoints:
     _number: int = 0
     _kept_at: float = 0.0
     _seconds: float = 0.0
+    _lacks_room: bool = False
 
     def go_on(self) -> None:
-        """Take over what is there, where it is of the same identity; what is not is removed, and said."""
+        """Take over what is there, where it is of the same identity; what is not is removed, and said.
+
+        Raises:
+            UsageError: It is none of plait's.
+        """
         root = self.root
-        if root is None or not root.exists():
+        if root is None:
+            return
+        require_ours(root)
+        if not root.exists():
             return
         recorded = recorded_identity(root)
         if recorded != self.identity:
-            differing = store.differences(recorded, self.identity) or ["it does not say what it was made from"]
+            unknown = ["it does not say what it was made from"]
+            differing = (store.differences(recorded, self.identity) if recorded else []) or unknown
             self.on_progress(f"{root} is of another run ({differing[0]}): begun anew")
             shutil.rmtree(root)
         elif (checkpoint := latest_whole(root)) is not None:
@@ -194,7 +205,7 @@ class Checkpoints:
     def _write(self, root: Path) -> None:
         state = self._now()
         try:
-            require_space(root, state.nbytes + self.room)
+            require_space(root, state.nbytes + self.room + BESIDE)
             with system_errors(root):
                 open_root(root, self.identity)
                 stage = root / "staging"
@@ -203,9 +214,12 @@ class Checkpoints:
                 write_state(stage, state)
                 self._number += 1
                 seal(stage, root / f"checkpoint-{self._number}")
+            self._lacks_room = False
         except EnvironmentFault as e:  # the result may have room all the same
             shutil.rmtree(root / "staging", ignore_errors=True)
-            self.on_progress(f"what is done is not kept: {e}")
+            if not self._lacks_room:  # once: a long repair would say it every few steps
+                self.on_progress(f"what is done from here on is not kept: {e}")
+            self._lacks_room = True
 
     def _now(self) -> State:
         panel = self._panel

@@ -47,9 +47,9 @@ def fidelities(
     well on. Of classifiers, texts of which the answers are kept are not read again.
     """
     done = {} if by_part is None else by_part
-    for part in _reported(panel.parts, on_progress):
-        if part.name not in done:
-            done[part.name] = _of_part(panel, part, merges, keep)
+    lacking = [part for part in panel.parts if part.name not in done]
+    for part in _reported(lacking, len(panel.parts), on_progress):
+        done[part.name] = _of_part(panel, part, merges, keep)
     by_task = [done[part.name] for part in panel.parts]
     general = general_shift(panel, merges) if panel.general else None
     return [
@@ -67,13 +67,14 @@ def general_shift(panel: Panel, merges: Sequence[Active]) -> npt.NDArray[np.floa
     return _general(panel, merges)
 
 
-def _reported(parts: Sequence[Part], on_progress: OnProgress) -> Iterator[Part]:
+def _reported(lacking: Sequence[Part], of: int, on_progress: OnProgress) -> Iterator[Part]:
+    """Give the parts that are not measured yet, and say of each when it is; those before them took no time, and tell nothing of it."""
     started = time.monotonic()
-    for done, part in enumerate(parts, 1):
+    for done, part in enumerate(lacking, 1):
         yield part
-        left = (time.monotonic() - started) * (len(parts) - done) / done
-        said = f", about {duration(left)} left of these" if done < len(parts) else ""
-        on_progress(f"  texts of {part.name} ({done} of {len(parts)}){said}")
+        left = (time.monotonic() - started) * (len(lacking) - done) / done
+        said = f", about {duration(left)} left of these" if done < len(lacking) else ""
+        on_progress(f"  texts of {part.name} ({of - len(lacking) + done} of {of}){said}")
 
 
 def _of_part(panel: Panel, part: Part, merges: Sequence[Active], keep: bool) -> list[TaskFidelity]:

@@ -13,11 +13,11 @@ from plait.adapters.lora import Adapter
 from plait.disk.durable import make_above
 from plait.disk.locks import writing_to
 from plait.disk.store import canonical_json, read_json, sha256_file
-from plait.errors import PlaitError
+from plait.errors import PlaitError, UsageError
 from plait.training.settings import TrainingSettings
 
 SEAL = "complete.json"
-_IDENTITY = "identity.json"
+_IDENTITY, _PARTIAL = "identity.json", "identity.partial"
 KEPT_CHECKPOINTS = 2  # the newest, and the one before it for the day the newest turns out damaged
 
 
@@ -48,15 +48,40 @@ def bytes_of_training(initial: Adapter, settings: TrainingSettings, *, begins: b
     return initial.nbytes * (adapters + (3 if begins and settings.checkpoint_every is not None else 0))
 
 
+def require_ours(root: Path) -> None:
+    """Refuse what stands where checkpoints go and is none of plait's; nothing, and a folder that was only just made, pass.
+
+    Args:
+        root: Folder of the checkpoints, which may be removed afterwards.
+
+    Raises:
+        UsageError: A link, a file, or a folder without the mark of a run that holds what no run puts there.
+    """
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        what = "a link" if root.is_symlink() else "a file"
+    elif root.is_dir() and not (root / _IDENTITY).is_file() and not {p.name for p in root.iterdir()} <= {_PARTIAL}:
+        what = "a folder of something else"
+    else:
+        return
+    raise UsageError(
+        f"{what} stands where checkpoints are kept", where=str(root), hint="remove it yourself, or choose another --out"
+    )
+
+
 def open_root(root: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder ready for a run, removing checkpoints of a run with other settings."""
+    """Make the folder ready for a run, removing checkpoints of a run with other settings.
+
+    Raises:
+        UsageError: Something else stands there (`require_ours`).
+    """
+    require_ours(root)
     mark = root / _IDENTITY
     if root.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == canonical_json(identity)):
         shutil.rmtree(root)
     with writing_to(root):
         make_above(root)
         root.mkdir(exist_ok=True)
-        partial = mark.with_suffix(".partial")
+        partial = root / _PARTIAL
         partial.write_text(canonical_json(identity), encoding="utf-8")
         partial.replace(mark)
 
