@@ -16,6 +16,7 @@ benchmarks/text_page.py makes the page, benchmarks/scales.py the table of scales
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -254,11 +255,10 @@ def general_shift(run: Run, adapters: Mapping[str, Adapter], worn: Sequence[Worn
     parts = parts_of(list(adapters.values()))
     panel = Panel(session.base, parts, texts, tuple(run.general), 16, 96, _own=session.evaluator)
     for _ in range(6):
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):  # others are at work on the device
             return [float(x) for x in text_general(panel, worn)]
-        except torch.OutOfMemoryError:  # others are at work on the device
-            torch.cuda.empty_cache()
-            time.sleep(5)
+        torch.cuda.empty_cache()
+        time.sleep(5)
     return [float("nan")] * len(worn)
 
 

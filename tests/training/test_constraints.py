@@ -16,7 +16,7 @@ from plait.statistics.moments import Moments
 from plait.statistics.output_gradients import with_output_gradients
 from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, attach_constraint, prepare_constraint, train_adapter, train_fleet
-from plait.training.constraints import Cell, Constraint, Enforcer, Rule, penalty_gradients
+from plait.training.constraints import Cell, Constraint, Enforcer, Rule, penalty_gradients, stacked_bytes
 from plait.training.peft_model import attach, detach, for_task
 from tests.tiny import TARGETS
 from tests.training.conftest import make_adapter, make_examples, make_task
@@ -135,6 +135,18 @@ def test_cells_that_share_inputs_and_outputs_are_each_penalised_right(uneven):
             assert torch.allclose(x, y, rtol=1e-4, atol=1e-3)
         expected += float(value.detach())
     assert enforcer.penalty() == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_the_matrices_take_on_the_device_is_known_beforehand():
+    g = torch.Generator().manual_seed(0)
+    M1, M2, G1, G2 = (torch.randn(d, d, generator=g) for d in (8, 8, 5, 5))
+    rules = [{"q": Rule(M1, 0.1, G1), "v": Rule(M1, 0.1, G1)}, {"q": Rule(M2, 0.1, G2), "v": Rule(M2, 0.1, G2)}]
+    A, B = torch.zeros(2, 8), torch.zeros(5, 2)
+    cells = [Cell(A, B, A.clone(), B.clone(), 1.0, rule) for one in rules for rule in one.values()]
+    (batch,) = Enforcer(cells)._penalised
+    held = sum(4 * stack.matrices.numel() for stack in (batch.inputs, batch.outputs))
+    assert stacked_bytes(Constraint("penalised", one) for one in rules) == held == 4 * (2 * 64 + 2 * 25)
+    assert stacked_bytes([Constraint("free", {})]) == 0
 
 
 def test_an_even_curvature_is_the_penalty_without_it(tiny_base, statistics):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from plait.adapters.peft_format import read_adapter
 from plait.disk.store import MANIFEST, identity
-from plait.errors import Diverged, UsageError
+from plait.errors import Diverged, EnvironmentFault, UsageError
 from plait.training import Member, TrainingSettings, fleet, fleet_run, rates_sweep, train_adapter, train_fleet
 from tests.tiny import ARCHITECTURES
 from tests.training.conftest import make_adapter, make_examples, make_task
@@ -200,11 +201,14 @@ def test_an_interrupted_fleet_goes_on_to_the_same_bits(tiny_base, tmp_path, monk
 def test_memory_that_runs_out_splits_the_fleet_and_loses_nobody(tiny_base, tmp_path, monkeypatch):
     base = tiny_base("bert")
     expected = train_fleet([member(base, "bert", tmp_path / "a" / str(s), seed=s) for s in range(5)], base)
-    real, sizes = fleet_run.BatchedAdapters._sums, []
+    real, sizes, failed = fleet_run.BatchedAdapters._sums, [], []
 
     def small(self, part, bank, rows):
+        # What did not fit is let go of before less is tried: an error at hand holds its frames, and they the tensors.
+        assert all(other() in (None, self) for other in failed)
         sizes.append(len(self.prepared) * (part.last - part.first) * part.length)
         if sizes[-1] > 60:
+            failed.append(weakref.ref(self))
             raise torch.OutOfMemoryError("no")
         return real(self, part, bank, rows)
 
@@ -215,6 +219,17 @@ def test_memory_that_runs_out_splits_the_fleet_and_loses_nobody(tiny_base, tmp_p
     assert max(sizes) > 60
     assert all(distance(a, b) < 1e-4 for a, b in zip(expected, found, strict=True))
     assert steps[-1][:2] == (100, 100)
+
+
+def test_a_row_that_does_not_fit_is_said(tiny_base, tmp_path, monkeypatch):
+    def never(self, part, bank, rows):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(fleet_run.BatchedAdapters, "_sums", never)
+    base = tiny_base("bert")
+    with pytest.raises(EnvironmentFault, match="one row of one adapter") as raised:
+        train_fleet([member(base, "bert", tmp_path / str(s), seed=s) for s in range(2)], base)
+    assert "max_length" in raised.value.hint and not list(tmp_path.iterdir())
 
 
 def test_a_member_that_leaves_the_numbers_takes_nobody_along(tiny_base, tmp_path):

@@ -9,7 +9,7 @@ second moment of gradients there, its mean eigenvalue 1: then shifts count by wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,13 @@ class Enforcer:
     def penalty(self) -> float:
         """Sum the penalties at present."""
         return float(sum(float(batch.penalty()[0].sum()) for batch in self._penalised))
+
+
+def stacked_bytes(constraints: Iterable[Constraint]) -> int:
+    """Bytes that an `Enforcer` of these constraints holds on its device: each of their matrices once, in float32."""
+    rules = [rule for constraint in constraints for rule in constraint.rules.values()]
+    held = {id(m): m for rule in rules for m in (rule.matrix, rule.outputs) if m is not None}
+    return sum(4 * m.numel() for m in held.values())
 
 
 class _Stack:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +19,14 @@ from plait.border.counts import plural
 from plait.border.records import to_json
 from plait.disk.space import require_space
 from plait.disk.store import is_done, staged_folder
-from plait.errors import Diverged, InputError, UsageError
+from plait.errors import Diverged, EnvironmentFault, InputError, UsageError
 from plait.model.base import BaseModel
 from plait.model.identity import base_facts
 from plait.training.checkpoints import bytes_of_training
-from plait.training.fleet_run import Outcome, Shared, members_at_once, run_batched
+from plait.training.fleet_run import Shared, members_at_once, run_batched
 from plait.training.fleet_state import interrupted
 from plait.training.member import Member
+from plait.training.outcome import Outcome
 from plait.training.record import TrainRecord
 from plait.training.train import train_adapter
 
@@ -182,18 +185,17 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
     """Train members of a group, splitting them where memory runs out; returns folder -> reason of those that failed."""
     started = time.monotonic()
     done = meter.done
-    try:
-        outcome = run_batched(shared, chosen, meter)
-    except torch.OutOfMemoryError:
+    outcome = _where_memory_lasts(shared, chosen, meter)
+    if outcome is None:
         whole = len(chosen) == 1 or shared.members[0].settings.tied
         if whole and not shared.smaller_passes():
-            raise
-        torch.cuda.empty_cache()
+            raise EnvironmentFault(
+                "out of memory with one row of one adapter at a time",
+                hint="shorter rows (data.max_length), or --device cpu",
+            )
         meter.done = done
-        if whole:
-            return _train_group(chosen, shared, overwrite, meter)
         half = len(chosen) // 2
-        parts = [part for part in (chosen[:half], chosen[half:]) if part]
+        parts = [chosen] if whole else [chosen[:half], chosen[half:]]
         failures = [_train_group(part, shared, overwrite, meter) for part in parts]
         return {out: why for one in failures for out, why in one.items()}
     seconds = time.monotonic() - started
@@ -210,6 +212,16 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
     outcome.forget()
     lost = [place for place, failed in enumerate(outcome.failed) if failed]
     return {str(shared.members[outcome.order[place]].out): outcome.why(place) for place in lost}
+
+
+def _where_memory_lasts(shared: Shared, chosen: list[int], meter: _Meter) -> Outcome | None:
+    """Step some members to their end; None where memory ran out, and what the failed steps held is let go of."""
+    with contextlib.suppress(torch.OutOfMemoryError):  # its frames hold the members' tensors as long as it is at hand
+        return run_batched(shared, chosen, meter)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def _write(member: Member, outcome: Outcome, place: int, shared: Shared, overwrite: bool, seconds: float) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plait.adapters.lora import Adapter
-from plait.border.counts import plural
 from plait.errors import UsageError
 from plait.model.base import BaseModel, backbone_of, draw_head, load_task_model, load_tokenizer
 from plait.model.devices import free_memory
@@ -27,8 +22,10 @@ from plait.tasks import require_positions
 from plait.tasks.encoding import encode_counted
 from plait.tasks.lengths import Cut
 from plait.training.batched import BatchedAdapters, Prepared, step_items
+from plait.training.constraints import stacked_bytes
 from plait.training.fleet_state import restore_state, root_of, save_state
 from plait.training.member import Member
+from plait.training.outcome import Outcome
 from plait.training.peft_model import for_task
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import row_order
@@ -154,47 +151,6 @@ def _matrices(backbone: nn.Module) -> list[nn.Module]:
     return [m for m in backbone.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What the members of a batch end with.
-
-    Args:
-        order: Members, by their number in the group, as they stand in the batch.
-        adapters: One for each.
-        losses: (steps, members).
-        failed: Whether a member's loss left the numbers.
-        snapshots: Place -> step -> adapter.
-        root: Where its checkpoints are.
-    """
-
-    order: list[int]
-    adapters: list[Adapter]
-    losses: np.ndarray[Any, np.dtype[np.float32]]
-    failed: list[bool]
-    snapshots: dict[int, dict[int, Adapter]] = field(default_factory=dict)
-    root: Path | None = None
-
-    def curve(self, place: int) -> list[tuple[int, float]]:
-        """Summarise the losses: about twenty of (step, mean loss since the one before)."""
-        every = max(1, len(self.losses) // 20)
-        ends = sorted({1, *range(every, len(self.losses) + 1, every), len(self.losses)})
-        starts = [0, *ends[:-1]]
-        return [(e, float(self.losses[s:e, place].mean())) for s, e in zip(starts, ends, strict=True)]
-
-    def why(self, place: int) -> str:
-        """Say what happened to a member that failed."""
-        losses = self.losses[:, place]
-        lost = np.flatnonzero(~np.isfinite(losses))
-        if len(lost) == 0:
-            return f"the weights became NaN or infinite in the last of {plural(len(losses), 'step')}"
-        return f"the loss became {losses[lost[0]]} at step {lost[0] + 1} of {len(losses)}"
-
-    def forget(self) -> None:
-        """Remove the checkpoints, once the members are written."""
-        if self.root is not None:
-            shutil.rmtree(self.root, ignore_errors=True)
-
-
 def run_batched(shared: Shared, chosen: Sequence[int], meter: Callable[[int, float | None], None]) -> Outcome:
     """Step some members of a group to their end, going on from a whole checkpoint of the same members."""
     batched, order = shared.batched(chosen)
@@ -268,7 +224,8 @@ def _token_cap(shared: Shared) -> int:
     step()
     used = torch.cuda.max_memory_allocated(shared.device) - before
     tokens = rows.size * int(plan.passes[0][-1].length)
-    return max(1, int(USABLE_SHARE_OF_MEMORY * free_memory(shared.device) * tokens / max(used, 1)))
+    room = free_memory(shared.device) - stacked_bytes(t.constraint for t in shared._prepared)
+    return max(1, int(USABLE_SHARE_OF_MEMORY * room * tokens / max(used, 1)))
 
 
 def _waiting_floor(shared: Shared) -> int:
