@@ -21,19 +21,18 @@ WORK=${WORK:-/tmp/half} PY=${PY:-python3} UNTIL=${UNTIL:-1500} DRY=${DRY:-}
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 
 # Lanes: what follows each other on one GPU; steps joined by + run side by side. Names end in the GPU. Minutes are of an H200 that others
-# share: trainings of 1.5 B measured (64 adapters 614 s, nine tasks' moments 55 s), wide ones and those of MPNet from earlier runs.
-EIGHT_0="fleet_8b:3"
-BIG_0="wide_train:4 wide_kaiming:8"
+# share, measured: nine adapters of 1.5 B with their moments 126 s, 33 of MPNet 230 s, one seed of more_texts.py on eight tasks 230 s.
+EIGHT_0="fleet_8b:2"
 CURVED_0="q15_contrastive_curved:9"
-SMALL_0="fresh_penalised:4 texts_penalised:9"
-SMALL_1="fresh:4 texts+texts_eleven:13"
-MID_1="q05_0:8 q05_1:8"
-BIG_1="q15_train:3 q15_auto:14"
+MID_0="q05_1:5 q05_2:5"
+SMALL_0="full_penalised:15"
+SMALL_1="fresh:5 eleven_17+eleven_18+eleven_19:13"
+BIG_1="q15_train:3 q15_auto:15"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
   elif [ "${GPUS:-1}" -gt 1 ]; then
-    echo eight_0 small_1 mid_1 small_0 big_0 curved_0 big_1
+    echo eight_0 small_1 mid_0 small_0 curved_0 big_1
   else
     echo eight_all small_all big_all mid_all
   fi
@@ -41,13 +40,12 @@ lanes() { # all, or those of LANES
 steps_of() { # LANE
   case $1 in
     eight_*) echo "$EIGHT_0" ;;
-    big_0) echo "$BIG_0" ;;
     big_1) echo "$BIG_1" ;;
     curved_0) echo "$CURVED_0" ;;
-    mid_*) echo "$MID_1" ;;
+    mid_*) echo "$MID_0" ;;
     small_0) echo "$SMALL_0" ;;
     small_1) echo "$SMALL_1" ;;
-    big_all) echo "$BIG_1 $BIG_0 $CURVED_0" ;; # in order of worth
+    big_all) echo "$BIG_1 $CURVED_0" ;; # in order of worth
     small_all) echo "$SMALL_1 $SMALL_0" ;;
   esac
 }
@@ -58,25 +56,26 @@ if [ "$DRY" ]; then
     --set "statistics={samples: 4, pool: token, batch_size: 4}" --set tuning_rows=4 --set grid_rows=4
     --set "training={steps: 2, batch_size: 2, lr: 1.0e-3}")
   TINY_GLUE=(--set "data={root: $GLUE, train_rows: 16, validation_rows: 24, max_length: 24}" "${TINY[@]:2}")
-  AUTO=(--texts 12 --all-texts 16 --new-tokens 3 --steps 2 --repairs 3 --scales 0.6,0.9 --batch 12 --candidates 4)
+  AUTO=(--texts 12 --all-texts 16 --new-tokens 3 --steps 2 --repairs 3 --rates 1e-3,1e-4 --scales 0.6,0.9 --batch 12 --candidates 4)
   FRESH=(--set "training={steps: 2, batch_size: 4, lr: 1.0e-3}" --set "data={root: $GLUE, train_rows: 16, max_length: 24}" --set lora.rank=2
     --set "statistics={samples: 4, pool: token}" --set base.dtype=float32)
   MORE=(--texts 12 --rows 8 --device cpu --all-texts 16 --repairs 2)
   FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
-  THREADS=1 FRESH_SEEDS=14
+  THREADS=1 FRESH_SEEDS=17,18,19
 else
-  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 20 --all-texts 250 --repairs 160)
+  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 20 --all-texts 250 --repairs 160 --rates 2e-4,5e-5)
   FRESH=(--set "data.root=${GLUE:-}" --set data.train_rows=6000 --set data.validation_rows=200 --set base.dtype=bfloat16 --set training.precision=bf16
     --set training.epochs=null --set training.steps=400)
   MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=()
-  THREADS=6 FRESH_SEEDS=14,15,16
+  THREADS=6 FRESH_SEEDS=17,18,19
 fi
-TASKS8='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte]'
 TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
   {name: snli, kind: classification, train: snli/train.parquet, validation: snli/validation.parquet, text: [premise, hypothesis]},
   {name: banking77, kind: classification, train: banking77/train.parquet, validation: banking77/test.parquet, text: [sentence]},
   {name: clinc_domain, kind: classification, train: clinc_domain/train.parquet, validation: clinc_domain/validation.parquet, text: [sentence]}]'
-GLUE8=cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte
+ELEVEN=cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,snli,banking77,clinc_domain
+[ "$DRY" ] && ELEVEN=cola,stsb,snli && TASKS11="[cola, stsb, ${TASKS11#*rte,}"
+[ "$DRY" ] && TASKS11="${TASKS11%%\{name: banking77*}]"
 
 text() { # STUDY FOLDER SCRIPT ARGUMENT...
   local study=$1 folder=$2 script=$3
@@ -88,11 +87,9 @@ fresh() { # TASKS ARM FOLDER
   $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$WORK/$3" --set base.model="$MPNET" --set "tasks=$1" "${FRESH[@]}" \
     --set "seeds=[$FRESH_SEEDS]" --set "merges=[task_arithmetic]" --set "evaluation.scales=[0.3]" --set "arms=[$2]"
 }
-more() { # FOLDER TASKS NAME ARGUMENT...
-  local from=$1 tasks=$2 name=$3
-  shift 3
-  $PY -P benchmarks/more_texts.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/$from" --tasks "$tasks" --seeds "$FRESH_SEEDS" \
-    --out "$WORK/texts" --name "$name" "${MORE[@]}" "$@"
+more() { # FOLDER TASKS NAME SEED
+  $PY -P benchmarks/more_texts.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/$1" --tasks "$2" --seeds "$4" \
+    --out "$WORK/texts/$4" --name "$3" "${MORE[@]}"
 }
 
 work() { # STEP
@@ -104,14 +101,10 @@ work() { # STEP
     q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
     q15_contrastive_curved) text text-qwen15 q15 text_arms.py --memory 0.4 --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
-    wide_train) text text-qwen15-wide wide text_arms.py --do train:0:kaiming ;;
-    wide_*) text text-qwen15-wide wide text_arms.py --few --do "fixed:0:${1#wide_}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;
-    fresh_penalised) fresh "$TASKS8" "{name: contrastive_penalised, subspace: contrastive, options: {rho: 0.001},
-      training: {constraint: penalised, constraint_options: {beta: 1.0}}}" fresh_penalised ;;
-    texts) more fresh/adapters/kaiming $GLUE8 existing-texts ;;
-    texts_eleven) more fresh/adapters/kaiming $GLUE8,snli,banking77,clinc_domain existing-texts-eleven --shorter ;;
-    texts_penalised) more fresh_penalised/adapters/contrastive_penalised $GLUE8 existing-texts-penalised --shorter ;;
+    eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven "${1#eleven_}" ;;
+    full_penalised) OMP_NUM_THREADS=2 $PY -P benchmarks/full_finetuning.py --study recipes/studies/arms-mpnet.yaml --set base.model="$MPNET" \
+      "${TINY_GLUE[@]}" --set "seeds=[0]" --arms full_penalised@5e-5 --out "$WORK/full" ;;
     *) echo "no step $1" >&2 && return 2 ;;
   esac
 }
@@ -142,8 +135,7 @@ lane() { # LANE
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   case ${EARLY:-$1} in # a training of 1.5 B plans with the memory that is free
-    big_0 | big_all | small_0) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
-    curved_0) until [ -e "$WORK/ended/wide_train" ]; do sleep 1; done ;;
+    curved_0 | mid_0 | small_0) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
     small_all | mid_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
@@ -205,7 +197,7 @@ collect() { # [SECONDS]
   while [ $SECONDS -lt $end ] && running; do sleep 2; done
   mkdir -p "$OUT"
   (cd "$WORK" && tar czf "$OUT/records.tgz" --warning=no-file-changed \
-    $(ls -d steps log */told/records texts *-8b.json 2>/dev/null))
+    $(ls -d steps log */told/records full/records texts *-8b.json 2>/dev/null))
   (cd "$WORK" && part=$(ls -d */told/answers 2>/dev/null) && [ "$part" ] && tar cz $part | split -b 15000000 -d - "$OUT/answers.tgz.")
   if [ "$(find "$OUT" -name 'answers.tgz.*' | wc -l)" -gt 7 ]; then echo "more answers than seven files: those after are not taken" && rm -f "$OUT"/answers.tgz.0[7-9] "$OUT"/answers.tgz.[1-9]*; fi
   status
@@ -219,8 +211,7 @@ pages() {
   export PYTHONPATH="src:benchmarks${PYTHONPATH:+:$PYTHONPATH}"
   mkdir "$home/new" && tar xzf "$FROM/records.tgz" -C "$home/new" || return 1
   ls "$FROM"/answers.tgz.* > /dev/null 2>&1 && cat "$FROM"/answers.tgz.* | tar xz -C "$home/new"
-  [ -e docs/results/text-qwen15-run.tar.gz ] && mkdir "$home/main" && tar xzf docs/results/text-qwen15-run.tar.gz -C "$home/main"
-  for name in q15:text-qwen15:--tested=1,2 q05:text-qwen05: "wide:text-qwen15-wide:--floor told=$home/main/told"; do
+  for name in q15:text-qwen15:--tested=1,2 q05:text-qwen05:; do
     at=${name%%:*} name=${name#*:}
     ls "$home/new/$at/told/records"/*.json > /dev/null 2>&1 || continue # nothing of it was scored
     mkdir -p "$home/$at/told" && [ -e "docs/results/${name%:*}-run.tar.gz" ] && tar xzf "docs/results/${name%:*}-run.tar.gz" -C "$home/$at"
@@ -230,9 +221,12 @@ pages() {
     (cd "$home/$at" && tar czf "$home/$at.tgz" */records */answers) && mv "$home/$at.tgz" "$TO/${name%:*}-run.tar.gz"
     echo "${name%:*}.md"
   done
-  for at in texts training-8b.json; do
-    [ -e "$home/new/$at" ] && find "$home/new/$at" -type f ! -name '*.html' -exec cp {} "$TO/" \; -printf '%f\n'
+  for name in $(cd "$home/new/texts" 2>/dev/null && find . -name '*.json' -printf '%f\n' | sort -u); do
+    $PY -P benchmarks/more_texts.py --join "$home/new/texts"/*/"$name" --out "$TO" --name "${name%.json}" && echo "${name%.json}.md"
   done
+  [ -d "$home/new/full/records" ] && $PY -P benchmarks/full_finetuning.py --study recipes/studies/arms-mpnet.yaml \
+    --out "$home/new/full" --page-only --to "$TO" > "$home/log" 2>&1 && echo full-finetuning.md
+  [ -e "$home/new/training-8b.json" ] && cp "$home/new/training-8b.json" "$TO/" && echo training-8b.json
   rm -rf "$home"
 }
 
@@ -240,7 +234,7 @@ plan() {
   local name entry minutes
   for name in $(lanes); do
     minutes=0
-    case $name in big_0 | small_0) minutes=3 ;; curved_0) minutes=7 ;; small_all | mid_all) minutes=6 ;; esac # they wait for others
+    case $name in curved_0 | mid_0 | small_0) minutes=2 ;; small_all | mid_all) minutes=6 ;; esac # they wait for others
     for entry in $(steps_of "$name"); do
       printf '%-8s from minute %2d: %s, %d min\n' "$name" "$minutes" "${entry%:*}" "${entry#*:}"
       minutes=$((minutes + ${entry#*:}))

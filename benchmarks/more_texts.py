@@ -5,13 +5,15 @@
 `--adapters` holds seed-S/TASK folders as `plait run` writes them. A merge is chosen and fitted on --texts training texts of each task
 without their labels, as `merge auto` does; then heads follow it, or it is repaired and they follow that, on those texts or on --all-texts
 of each task. The shares of what the adapters gain are of validation rows that nothing else reads. Every repair is scored whether the texts
-held out kept it or not, so that it can be seen what should decide. A seed that --out/NAME.json already holds is not done again.
+held out kept it or not, so that it can be seen what should decide. `--join FILE ...` takes the seeds of other files of the same settings
+into --out/NAME.json, which may be there, and measures nothing. A seed that --out/NAME.json already holds is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -200,8 +202,11 @@ def _repairs(seeds: Mapping[str, Any]) -> list[str]:
 def parsed() -> argparse.Namespace:
     """The arguments."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("base", "data", "adapters", "out", "seeds"):
-        p.add_argument(f"--{name}", required=True)
+    p.add_argument("--out", required=True)
+    p.add_argument("--join", nargs="+", default=[], metavar="FILE", help="files of which only the seeds are taken")
+    needed = not any(word == "--join" or word.startswith("--join=") for word in sys.argv)
+    for name in ("base", "data", "adapters", "seeds"):
+        p.add_argument(f"--{name}", required=needed)
     p.add_argument("--tasks", default=GLUE)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="auto")
@@ -214,9 +219,23 @@ def parsed() -> argparse.Namespace:
     return p.parse_args()
 
 
+def joined(a: argparse.Namespace) -> None:
+    """Take the seeds of other files of the same settings, and write the page."""
+    file = Path(a.out) / f"{a.name}.json"
+    parts = [json.loads(Path(f).read_text()) for f in (*([file] if file.exists() else []), *a.join)]
+    if any(part["settings"] != parts[0]["settings"] for part in parts):
+        raise SystemExit("not of the same settings")
+    seeds = {s: r for part in reversed(parts) for s, r in part["seeds"].items()}  # what stood there stays
+    whole = {**parts[0], "seeds": dict(sorted(seeds.items(), key=lambda pair: int(pair[0])))}
+    file.write_text(json.dumps(whole, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(whole))
+
+
 def main() -> None:
     """Measure the seeds that are missing, and write the page."""
     a = parsed()
+    if a.join:
+        return joined(a)
     base = BaseModel(a.base, dtype=a.dtype, device=a.device)
     tasks = {n: task_of(n, Path(a.data).absolute()) for n in a.tasks.split(",")}
     out = Path(a.out)
@@ -237,7 +256,7 @@ def main() -> None:
             file.write_text(json.dumps(report, indent=1) + "\n")
     text = page(report)
     file.with_suffix(".md").write_text(text)
-    print(text)
+    return print(text)
 
 
 if __name__ == "__main__":

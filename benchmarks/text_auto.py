@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from scipy.stats import spearmanr
@@ -34,6 +35,7 @@ from plait.evaluation import writing
 from plait.evaluation.text import prompts_of
 from plait.evaluation.writing import endings, write_many
 from plait.fidelity.choose import HELD_OUT, choose, refined_weights
+from plait.fidelity.distil import RATES
 from plait.fidelity.fitting import best_fit, fitted
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.repair import repaired
@@ -129,12 +131,20 @@ class Record:
         worn = [(s.tried.adapter, s.scale) for s in picked]
         few = {t: {h: r[:rows] for h, r in halves.items()} for t, halves in self.rows.items()}
         table = scored(self.run, lambda _: worn, few, f"auto_{self.name}-candidates")
-        fidelity = [f.score for f in fidelities(self.panel, worn)]
+        seen = [
+            {
+                "fidelity": f.score, "closeness": f.kept, "agreement": f.beyond_chance,
+                "verbatim": float(np.mean([t.verbatim or 0.0 for t in f.tasks])),
+            }
+            for f in fidelities(self.panel, worn)
+        ]  # fmt: skip
+        means = table.mean((1, 2))
+        by = {k: float(spearmanr([one[k] for one in seen], means).statistic) for k in seen[0]}
         self.found["candidates"] = {
-            "rank_correlation": float(spearmanr(fidelity, table.mean((1, 2))).statistic), "rows": rows,
+            "rank_correlation": by["fidelity"], "rank_correlations": by, "rows": rows,
             "merges": [
-                {"recipe": s.tried.recipe.label, "scale": s.scale, "fidelity": f, "scores": t.round(3).tolist()}
-                for s, f, t in zip(picked, fidelity, table, strict=True)
+                {"recipe": s.tried.recipe.label, "scale": s.scale, **one, "scores": t.round(3).tolist()}
+                for s, one, t in zip(picked, seen, table, strict=True)
             ],
         }  # fmt: skip
         self._write()
@@ -180,9 +190,11 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
     if a.candidates:
         patiently(lambda: record.candidates(choice.scored, a.candidates))
     say(f"repair: {len(next(iter(whole.texts.values())))} texts of each task, at most {a.repairs or a.steps} steps")
-    done, repair = patiently(lambda: repaired(whole, best, a.repairs or a.steps, on_progress=say))
-    of = _name_of(best, front_to_back, refined)
-    record.step("repaired", done, repair=to_json(repair), held_out=dict(repair.held_out), of=of)
+    of, most = _name_of(best, front_to_back, refined), a.repairs or a.steps
+    for rate in a.rates:
+        done, repair = patiently(lambda r=rate: repaired(whole, best, most, rate=r, on_progress=say))
+        name = "repaired" if rate == a.rates[0] else f"repaired at {rate:g}"
+        record.step(name, done, repair=to_json(repair), held_out=dict(repair.held_out), of=of, rate=rate)
 
 
 def _name_of(best: Adapter, front_to_back: Adapter, refined: Adapter) -> str:
@@ -205,6 +217,9 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=100, help="of weights and of the repair")
     p.add_argument(
         "--all-texts", type=int, default=0, help="prompts of each task that a repair reads; --texts by default"
+    )
+    p.add_argument(
+        "--rates", type=lambda t: tuple(map(float, t.split(","))), default=(RATES["factors"],), help="of repairs"
     )
     p.add_argument("--repairs", type=int, default=0, help="steps of a repair at most; --steps by default")
     p.add_argument("--scales", type=lambda t: tuple(map(float, t.split(","))), default=(0.4, 0.6, 0.9, 1.3))

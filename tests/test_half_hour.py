@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -41,7 +42,7 @@ def planned(gpus: int) -> list[tuple[str, int, str, int]]:
 
 def test_what_matters_most_ends_in_time_and_one_gpu_does_the_same_steps():
     ends = {n: begin + minutes for _, begin, names, minutes in planned(2) for n in names.split("+")}
-    for step in ("fleet_8b", "q15_auto", "wide_kaiming", "texts", "texts_eleven", "texts_penalised", "q05_0"):
+    for step in ("fleet_8b", "q15_auto", "full_penalised", "eleven_17", "q05_2", "q15_contrastive_curved"):
         assert ends[step] * 60 <= 1400, step
     assert {n for _, _, names, _ in planned(1) for n in names.split("+")} == set(ends)
 
@@ -89,7 +90,7 @@ def test_every_step_is_called_with_arguments_that_it_knows(dry, tmp_path, monkey
         settings = [v for k, v in itertools.pairwise(call) if k == "--set"]
         if recipe := next((c for c in call if c.endswith(".yaml")), None):
             read_recipe(ROOT / recipe, settings)  # names and values are what a recipe has
-    assert scripts == {"text_arms.py", "text_auto.py", "more_texts.py", "training_8b.py"}
+    assert scripts == {"text_arms.py", "text_auto.py", "more_texts.py", "training_8b.py", "full_finetuning.py"}
 
 
 @pytest.mark.slow
@@ -110,6 +111,7 @@ def test_the_whole_queue_runs_small_to_its_pages(tmp_path):
     (tmp_path / "pages").mkdir()
     bash("pages", FROM=str(tmp_path / "out"), TO=str(tmp_path / "pages"), **work)
     made = {f.name for f in (tmp_path / "pages").iterdir()}
-    assert {f"{n}.md" for n in (
-        "text-qwen15", "text-qwen15-wide", "text-qwen05", "existing-texts", "existing-texts-eleven", "existing-texts-penalised",
-    )} | {"training-8b.json"} <= made  # fmt: skip
+    pages = ("text-qwen15", "text-qwen05", "full-finetuning", "existing-texts-eleven")
+    assert {f"{n}.md" for n in pages} | {"training-8b.json"} <= made
+    whole = json.loads((tmp_path / "pages" / "existing-texts-eleven.json").read_text())
+    assert list(whole["seeds"]) == ["17", "18", "19"]
