@@ -134,7 +134,7 @@ def page(report: Mapping[str, Any]) -> str:
     seeds, settings = report["seeds"], report["settings"]
     words = {"few": settings["texts"], "all": settings["all_texts"], "steps": settings["repairs"]}
     lines = [
-        "# What more texts give",
+        f"# {report.get('title', 'What more texts give')}",
         "",
         *report["about"],
         "",
