@@ -117,11 +117,9 @@ def both_conditions(arm, method):
     return [written(arm, method, c) for c in ("told", "bare")]
 
 
-def written_chance():
+def written_chance(name="text-qwen15"):
     """The bound that p over the nine written tasks of both against PEFT's default lies below."""
-    (row,) = [
-        t for t in tables("text-qwen15")["tests"] if (t["arm"], t["against"], t["tasks"]) == (BOTH, "kaiming", "all")
-    ]
+    (row,) = [t for t in tables(name)["tests"] if (t["arm"], t["against"], t["tasks"]) == (BOTH, "kaiming", "all")]
     return "0.001" if row["p"] < 0.001 else f"not {row['p']}"
 
 
@@ -157,6 +155,16 @@ QUOTED = [
     ),
     ("over such tasks, p < {} |", lambda: [written_chance()]),
     ("16 written tasks, 1 seed | {} | {} | **{}** |", lambda: [sixteen(a) for a in (PLAIN, "osrm_mean", BOTH)]),
+    (
+        "the nine tasks, 1 seed | {} | {} | **{}** | over such tasks, p < {} |",
+        lambda: [
+            *(of_seed(0, a, SUM, "text-qwen05") for a in (PLAIN, "osrm_mean", BOTH)), written_chance("text-qwen05"),
+        ],
+    ),
+    (
+        "rank 64 on six modules keep {} under the sum (PEFT's default {}) and need TSV-M ({}, PEFT's default {});",
+        lambda: [of_seed(0, a, m, "text-qwen15-wide") for m in (SUM, "tsv") for a in (BOTH, PLAIN)],
+    ),
     (
         "merged by RegMean, PEFT's default keeps {} of nine tasks and {} of sixteen with instructions ({} of nine without)",
         lambda: [written(PLAIN, "regmean"), sixteen(PLAIN, "regmean"), written(PLAIN, "regmean", "bare")],
