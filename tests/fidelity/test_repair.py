@@ -10,7 +10,7 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.cli.existing_words import repair_text
-from plait.fidelity import finishing, notes, repair
+from plait.fidelity import auto, finishing, notes, repair
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.distil import Distilled, Stopping, distil
 from plait.fidelity.heads import refit_heads
@@ -113,6 +113,23 @@ def test_a_repair_of_classifiers_wants_texts(make_panel, monkeypatch, repair_fro
     assert len(said) == (texts < 20) and all(
         n.startswith("a repair is tried" if tried else "no repair is") for n in said
     )
+
+
+@pytest.mark.parametrize(("repair_from", "steps"), [(repair.TEXTS_TO_REPAIR, 0), (0, 4)])
+def test_the_time_told_beforehand_counts_no_repair_that_is_not_tried(make_panel, monkeypatch, repair_from, steps):
+    class Counted(Exception):
+        """The repair's steps, as they go into the estimate."""
+
+    def count(*_, **options):
+        raise Counted(options["repair"])
+
+    monkeypatch.setattr(auto, "making", count)
+    panel = make_panel()
+    with pytest.raises(Counted) as raised:
+        auto.merge_auto(
+            adapters_of(panel), panel.base, panel.texts, settings=AutoSettings(repair=4, repair_from=repair_from)
+        )
+    assert raised.value.args == (steps,)
 
 
 def test_a_repair_of_text_models_may_have_few_texts(make_panel):

@@ -15,7 +15,7 @@ from plait.fidelity.choose import FEWEST, Choice, choose, with_fit
 from plait.fidelity.counting import Behind, making
 from plait.fidelity.duration import told
 from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.finishing import Midway, finished, measured, require_within
+from plait.fidelity.finishing import Midway, finished, measured, repair_steps, require_within
 from plait.fidelity.head_learning import STEPS, Groups
 from plait.fidelity.limit import LeftOut, Limit
 from plait.fidelity.measure import Fidelity
@@ -125,7 +125,7 @@ def merge_auto(
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
         on_progress(told(panel, adapters, making(
-            panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=chosen.repair,
+            panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=repair_steps(panel, chosen),
             head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
             behind=Behind.of(checkpoints))))  # fmt: skip
     choice, begun = None, Midway.of(checkpoints)

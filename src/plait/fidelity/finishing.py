@@ -118,6 +118,12 @@ def finished(
     return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
 
 
+def repair_steps(panel: Panel, settings: AutoSettings) -> int:
+    """Say how many steps a repair may take: none where `repair_from` wants more texts of classifiers than there are."""
+    few = too_few_to_repair(panel) is not None and min(map(len, panel.texts.values())) < settings.repair_from
+    return 0 if few else settings.repair
+
+
 def require_within(fidelity: Fidelity | None, limit: float | None, what: str, hint: str) -> None:
     """Check a measured merge against the limit on general text, where there is one.
 
@@ -184,10 +190,10 @@ class _Finishing:
 
     def repair(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
         """Distil all adapters into it."""
-        steps, few = self.settings.repair, too_few_to_repair(self.panel)
-        if not steps:
+        steps, few = repair_steps(self.panel, self.settings), too_few_to_repair(self.panel)
+        if not self.settings.repair:
             return merge, record
-        if few and min(map(len, self.panel.texts.values())) < self.settings.repair_from:
+        if not steps:
             return merge, replace(record, notes=(*record.notes, f"no repair is tried: {few}"))
         if few:
             record = replace(record, notes=(*record.notes, f"a repair is tried as asked: {few}"))
