@@ -313,6 +313,11 @@ def test_texts_are_read_from_lines_and_tables(tmp_path):
     lines.write_text("a\tb\nc\n")
     with pytest.raises(InputError, match="has 1 part, the first has 2"):
         read_texts(lines)
+    (tmp_path / "pairs.csv").write_text("a,b\nx,y\nz,\n")
+    with pytest.raises(
+        InputError, match=r"text 1 is empty or no text in its second part \(pairs and single texts go into"
+    ):
+        parse_texts([f"t={tmp_path / 'pairs.csv'}:a,b"])
     lines.write_text("\n")
     with pytest.raises(InputError, match="no texts"):
         read_texts(lines)

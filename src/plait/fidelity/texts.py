@@ -197,8 +197,12 @@ def checked(texts: Texts, where: str, places: Sequence[int] | None = None) -> Te
                 where=where,
                 hint="pairs or single texts",
             )
-        if any(not isinstance(part, str) or not part.strip() for part in row):
-            raise InputError(f"text {i} is empty or no text", where=where)
+        blank = [not isinstance(part, str) or not part.strip() for part in row]
+        if any(blank):
+            pair = width == 2 and not all(blank)
+            which = f" in its {'first' if blank[0] else 'second'} part" if pair else ""
+            hint = "pairs and single texts go into files of their own, TASK=FILE each" if pair else ""
+            raise InputError(f"text {i} is empty or no text{which}", where=where, hint=hint)
     return texts
 
 
