@@ -143,6 +143,7 @@ def test_what_is_done_is_not_done_again_and_not_counted(begun, monkeypatch):
         once.setattr(choose, "refined_weights", lambda *_, **__: pytest.fail("learnt again"))
         said = begun()
     assert said[0] == f"going on from {begun.root}: scores of merges and learnt weights are there"
+    assert said[-1] == "what it keeps, on all texts"  # of many texts that takes a while
     assert not begun.root.exists()
     begun("whole")
     left, whole = counted

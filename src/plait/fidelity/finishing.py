@@ -113,6 +113,7 @@ def finished(
         if record is not before:
             after = (*after, name)
             merge = Midway(merge, record, groups, after).kept_in(checkpoints).merge
+    on_progress("what it keeps, on all texts")
     fidelity = measured(panel, merge)
     require_within(fidelity, settings.max_shift, f"cut to rank {settings.rank} it", "a larger --rank")
     return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
