@@ -32,7 +32,7 @@ Given = Annotated[
 ]
 Text = Annotated[
     list[str] | None,
-    typer.Option("--text", metavar="TASK=FILE", help="Unlabelled texts: .txt, or a table's FILE:COLUMN[,COLUMN]."),
+    typer.Option("--text", metavar="TASK=FILE", help="Unlabelled texts, 500 are read: .txt, or a table's FILE:COLUMN[,COLUMN]."),
 ]  # fmt: skip
 General = Annotated[
     str | None, typer.Option("--general", metavar="FILE", help="Texts of no task, for the KL to the base.")
@@ -67,7 +67,9 @@ def advise(
     text: Text = None,
     general: General = None,
     tolerate: Annotated[float, typer.Option("--tolerate", min=0, max=1, help="Share of an adapter that may be lost.")] = 0.1,
-    repair: Annotated[str, typer.Option("--repair", metavar="N|auto", help="Most steps of the repair that is tried; 0: none.")] = "100",
+    repair: Annotated[
+        str, typer.Option("--repair", metavar="N|auto", help="Most steps of the repair tried; auto: 100, given 400 texts a classifier.")
+    ] = "auto",
     refine: Annotated[int, typer.Option("--refine", min=0, help="Steps of learning the merge's weights.")] = 100,
     base_id: Annotated[str | None, typer.Option("--base", help="Name of the base, where adapters name it differently.")] = None,
     answers: Answers = None, chat: Chat = None, tokens: Tokens = 64, length: Length = 128,
@@ -80,12 +82,14 @@ def advise(
     given.
     """
     from plait.fidelity.advise import AdviceSettings, advise_folders
-    from plait.fidelity.texts import parse_files, read_place
+    from plait.fidelity.texts import LIMIT_OF_REST, parse_files, read_place
 
-    files = parse_files(text or [])
+    files = parse_files(text or [], LIMIT_OF_REST)
     settings = AdviceSettings(
-        tolerate, steps_of(repair), refine, length, seed, answers_wanted(answers, chat, files), chat, tokens
-    )
+        tolerate, refine=refine, max_length=length, seed=seed, answers=answers_wanted(answers, chat, files), chat=chat, new_tokens=tokens
+    )  # fmt: skip
+    if repair != "auto":
+        settings = replace(settings, repair=steps_of(repair), repair_from=0)
     of_no_task = read_place(general, spread=True) if general else ()
     advice = advise_folders(
         given, {t: f.texts for t, f in files.items()}, of_no_task, settings, base_id=base_id, device=device, four_bits=four_bits,

@@ -12,6 +12,7 @@ class AdviceSettings:
     Args:
         tolerate: Share of what an adapter does beyond the base that may be lost, in [0, 1].
         repair: Steps at most of the repair that is tried.
+        repair_from: Texts of every adapter below which a repair of classifiers is not tried (`plait.fidelity.repair.TEXTS_TO_REPAIR`).
         refine: Steps of learning the merge's weights.
         max_length: Tokens a text.
         seed: Seed of the order of the texts.
@@ -20,6 +21,7 @@ class AdviceSettings:
 
     tolerate: float = 0.1
     repair: int = 100
+    repair_from: int = 300
     refine: int = 100
     max_length: int = 128
     seed: int = 0

@@ -18,14 +18,15 @@ from plait.fidelity.chat import Chat
 from plait.fidelity.choose import FEWEST, HELD_OUT, can_learn
 from plait.fidelity.counting import advising, seen_and_judged
 from plait.fidelity.duration import told
+from plait.fidelity.finishing import repair_steps
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.panel import WRITTEN, Panel
+from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import Texts
+from plait.fidelity.texts import LIMIT, Texts, first_of
 from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder
@@ -94,6 +95,8 @@ def advise(
     if not texts or base is None:
         unknown += advice_without_texts.unknown(adapters, base, bool(texts))
         return _without_texts(adapters, base, sizes, chosen, base_id, unknown)
+    if parts_of(adapters)[0].is_text:  # as `merge_auto` reads them
+        texts = first_of(texts, LIMIT)
     panel, chat = ready_panel(  # the held-out texts too, which are read last, are looked at here
         base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
         max_length=chosen.max_length, on_progress=on_progress,
@@ -114,7 +117,12 @@ def _with_texts(
     """Advise by what was measured: the cheapest option that keeps enough, what these texts cannot tell, and the next command."""
     options = options_of(adapters, sizes, findings.kept)
     advice, name = recommend(options, settings)
-    few = notes.few(seen_and_judged(panel, HELD_OUT)[0], FEWEST, refine=settings.refine > 0)
+    seen = seen_and_judged(panel, HELD_OUT)[0]
+    few = notes.few(seen, FEWEST, refine=settings.refine > 0)
+    if settings.repair and not repair_steps(seen, settings):
+        few.append(
+            f"no repair is tried: {notes.too_few_to_repair(seen)} (choice and repair read three quarters of the texts here)"
+        )
     remarks = [*notes.other_base(adapters, panel.base), *chat.notes, *few]
     return replace(
         _advice(adapters, options, advice, name, [*unknown, *_untold(panel, findings)], findings, remarks),
@@ -206,6 +214,7 @@ def _measured(
 ) -> _Findings:
     """Measure the fidelity of every option on held-out texts."""
     seen, judged = seen_and_judged(panel, HELD_OUT)
+    settings = replace(settings, repair=repair_steps(seen, settings))
     work = advising(
         seen, judged, adapters, refine=settings.refine, repair=settings.repair, held_out=HELD_OUT, learns=can_learn(seen)
     )  # fmt: skip

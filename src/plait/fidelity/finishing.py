@@ -10,6 +10,7 @@ from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.border.records import from_json, to_json
 from plait.errors import RunError
+from plait.fidelity.advice_settings import AdviceSettings
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.checkpoint_files import Piece, settled
 from plait.fidelity.checkpoints import (
@@ -119,7 +120,7 @@ def finished(
     return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
 
 
-def repair_steps(panel: Panel, settings: AutoSettings) -> int:
+def repair_steps(panel: Panel, settings: AutoSettings | AdviceSettings) -> int:
     """Say how many steps a repair may take: none where `repair_from` wants more texts of classifiers than there are."""
     few = too_few_to_repair(panel) is not None and min(map(len, panel.texts.values())) < settings.repair_from
     return 0 if few else settings.repair
