@@ -14,7 +14,7 @@ from plait.cli import main
 from plait.disk.store import identity, staged_folder
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.merging import merge_folders
-from plait.trying.prompts import read_prompts
+from plait.trying.prompts import read_files, read_prompts
 from tests.classifiers import expected_logits, quiet, saved_base, saved_classifier
 from tests.merging.test_bake import llama, lora
 from tests.tiny import WORDS, save_tokenizer
@@ -157,14 +157,14 @@ def test_rows_that_name_a_task_are_asked_of_it_alone(classifiers, writers, tmp_p
 def test_a_column_of_other_tasks_and_rows_that_are_not_asked_are_told(classifiers, tmp_path, capsys):
     rows = tmp_path / "rows.csv"
     rows.write_text("text,task\n" + "w1 w2,summarise\n" * 120)
-    asked = read_prompts([str(rows)], [], ["mood", "topic"])
+    asked = read_prompts(read_files([str(rows)]), [], ["mood", "topic"])
     assert len(asked.for_all) == 100 and not asked.of_tasks
     assert asked.notes == (
         "rows.csv: column 'task' names no task of this merge (summarise), so its rows are for everybody",
         "rows.csv: the first 100 of each task of 120 rows are asked",
     )
     rows.write_text("text,task\n" + "w1 w2,mood\n" * 120 + "w3,topic\n")
-    asked = read_prompts([str(rows)], [], ["mood", "topic"])
+    asked = read_prompts(read_files([str(rows)]), [], ["mood", "topic"])
     assert {t: len(x) for t, x in asked.of_tasks.items()} == {"mood": 100, "topic": 1}  # a task that comes last too
     assert asked.notes == ("rows.csv: the first 100 of each task of 121 rows are asked",)
     (tmp_path / "long.txt").write_text("w1 " * 30 + "\nw1\n")

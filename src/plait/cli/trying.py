@@ -59,15 +59,16 @@ def try_(
     from plait.trying.answers import tried
     from plait.trying.inputs import trial_of
     from plait.trying.page import is_page, text_of, write_page
-    from plait.trying.prompts import read_prompts, tasks_of
+    from plait.trying.prompts import read_files, read_prompts, tasks_of
     from plait.trying.records import TrySettings
 
     if out is not None:
         require_place(out, is_page, overwrite=overwrite)
     if not (prompts or prompt):
         raise UsageError("nothing to ask", hint="--prompts FILE, or --prompt TEXT")
+    files = read_files(prompts or [])
     trial = trial_of(merged, base, adapter or [], device)
-    asked = read_prompts(prompts or [], prompt or [], tasks_of(trial))
+    asked = read_prompts(files, prompt or [], tasks_of(trial))
     answers = tried(trial, asked, TrySettings(tokens, chat, length), on_progress=note)
     page = write_page(answers, out, overwrite=overwrite) if out is not None else None
     text = text_of(answers, shutil.get_terminal_size((100, 24)).columns)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from plait.border.counts import plural
 from plait.errors import UsageError, printable
-from plait.fidelity.texts import LIMIT, TextFile, Texts, checked, read_file, read_place
+from plait.fidelity.texts import LIMIT, TextFile, Texts, checked, read_file
 from plait.options import did_you_mean
 from plait.trying.inputs import Trial
 from plait.trying.records import Prompts
@@ -23,37 +24,66 @@ def tasks_of(trial: Trial) -> list[str]:
     return [a.name for a in trial.adapters] + [m.name for m in trial.missing] if trial.is_merge else [trial.merge.name]
 
 
-def read_prompts(places: Sequence[str], texts: Sequence[str], tasks: Sequence[str]) -> Prompts:
-    """Read ``FILE``, ``FILE:COLUMN[,COLUMN]`` or ``TASK=FILE`` each.
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """A file of prompts.
+
+    Args:
+        place: As it was given.
+        task: Whose it is by that; "" where nobody is named.
+        table: What it holds.
+    """
+
+    place: str
+    task: str
+    table: TextFile
+
+
+def read_files(places: Sequence[str]) -> list[PromptFile]:
+    """Read ``FILE``, ``FILE:COLUMN[,COLUMN]`` or ``TASK=FILE`` each: before a model is looked for, since one may be wrong.
+
+    Raises:
+        UsageError: A task twice.
+        InputError: A file that cannot be read.
+    """
+    files: list[PromptFile] = []
+    for place in places:
+        task, equals, file = place.partition("=")
+        if not equals or Path(place).exists():
+            files.append(PromptFile(place, "", read_file(place, by=OF_TASK)))
+            continue
+        if task in [f.task for f in files]:
+            raise UsageError(f"--prompts names {printable(task)!r} twice")
+        files.append(PromptFile(place, task, read_file(file)))
+    return files
+
+
+def read_prompts(files: Sequence[PromptFile], texts: Sequence[str], tasks: Sequence[str]) -> Prompts:
+    """Say who is asked what.
 
     Rows of a table with a column "task" go to the tasks that it names, those with an empty cell to everybody; where it names none of
     this merge's, all go to everybody, which is noted.
 
     Args:
-        places: The files.
+        files: From `read_files`.
         texts: Prompts beside them, for everybody.
         tasks: From `tasks_of`.
 
     Raises:
-        UsageError: Nothing to ask, a task twice, or one that the merge does not have.
-        InputError: A file that cannot be read, an empty prompt, pairs and single texts mixed.
+        UsageError: Nothing to ask, or a task that the merge does not have.
+        InputError: An empty prompt, pairs and single texts mixed.
     """
     for_all: list[tuple[str, ...]] = [(text,) for text in texts]
     of_tasks: dict[str, list[tuple[str, ...]]] = {}
-    named, notes = set[str](), list[str]()
-    for place in places:
-        task, equals, file = place.partition("=")
-        if equals and not Path(place).exists():
-            if task in named:
-                raise UsageError(f"--prompts names {printable(task)!r} twice")
-            named.add(task)
-            rows = read_place(file)
-            _require_known(task, tasks, f"prompts for {printable(task)!r}")
-            of_tasks.setdefault(task, []).extend(rows)
+    notes: list[str] = []
+    for file in files:
+        table = file.table
+        if file.task:
+            _require_known(file.task, tasks, f"prompts for {printable(file.task)!r}")
+            of_tasks.setdefault(file.task, []).extend(table.texts)
             continue
-        table = read_file(place, by=OF_TASK)
-        notes += _notes(table, tasks, place)
-        for text, owner in zip(table.texts, _owners(table, tasks, place), strict=True):
+        notes += _notes(table, tasks, file.place)
+        for text, owner in zip(table.texts, _owners(table, tasks, file.place), strict=True):
             (of_tasks.setdefault(owner, []) if owner else for_all).append(text)
     if not for_all and not of_tasks:
         raise UsageError("nothing to ask", hint="--prompts FILE, or --prompt TEXT")
