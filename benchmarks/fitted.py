@@ -5,7 +5,7 @@
 `--adapters` holds seed-S/TASK folders as `plait run` writes them. Everything is chosen on --texts training texts of each task without
 their labels; the shares of what the adapters gain are of validation rows that nothing else reads. `--labels N` scores all that the choice
 looked at by the labels of N rows of each half of each validation set: how fidelity ranks it, and what labels would have chosen.
-`--all-texts` gives repairs and heads more texts than the choice reads. A seed that --out/NAME.json already holds is not done again.
+A seed that --out/NAME.json already holds is not done again.
 """
 
 from __future__ import annotations
@@ -75,14 +75,12 @@ class Clock:
 
 
 def steps_of(
-    panel: Panel, adapters: list[Adapter], steps: int = 100, whole: Panel | None = None, repairs: int | None = None
+    panel: Panel, adapters: list[Adapter], steps: int = 100
 ) -> tuple[dict[str, Adapter], dict[str, Any], list[tuple[str, Adapter, float]]]:
     """Make every step's merge; what was chosen on the way; and all that was looked at.
 
-    Weights are learnt in so many steps, and repairs take as many at most, or `repairs`. Repairs and heads read `whole`, as `merge auto`
-    does with files of more texts than its choice reads; the panel by default.
+    Weights are learnt in so many steps, and repairs take as many at most.
     """
-    whole, repairs = whole or panel, repairs or steps
     clock = Clock()
     arms = {"no text": merge(adapters, "tsv", verify=False).adapter}
     choice = clock.timed("chosen", lambda: choose(panel, adapters, refine=0, fit=False))
@@ -96,18 +94,18 @@ def steps_of(
     if kept := held["fitted"] > max(held["refined"], held["chosen"]):
         best = clock.timed("fitted", lambda: fitted(panel, adapters, plain, fit))
     arms |= {"chosen": plain, "weights learnt": learnt, "fitted": best}
-    arms["repaired"], _ = clock.timed("repaired", lambda: repaired(whole, learnt, repairs))
-    arms["fitted, repaired"], repair = clock.timed("fitted, repaired", lambda: repaired(whole, best, repairs))
+    arms["repaired"], _ = clock.timed("repaired", lambda: repaired(panel, learnt, steps))
+    arms["fitted, repaired"], repair = clock.timed("fitted, repaired", lambda: repaired(panel, best, steps))
     starts = {n: arms[n] for n in ("chosen", "fitted", "fitted, repaired")}
     if repair.kept:
         repair = clock.timed(
-            "judged with heads", lambda: judged_with_heads(whole, best, starts["fitted, repaired"], repair)
+            "judged with heads", lambda: judged_with_heads(panel, best, starts["fitted, repaired"], repair)
         )
         starts["fitted, repaired"] = starts["fitted, repaired"] if repair.kept else best
     refits = {}
     for name, start in starts.items():
         arms[f"{name}, heads"], refits[name] = clock.timed(
-            f"{name}, heads", lambda m=start: refit_heads(whole, m, HELD_OUT)
+            f"{name}, heads", lambda m=start: refit_heads(panel, m, HELD_OUT)
         )
     rank = max(a.rank for a in adapters)
     if kept:
@@ -308,10 +306,6 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="auto")
     p.add_argument("--texts", type=int, default=100)
-    p.add_argument(
-        "--all-texts", type=int, default=0, help="texts of each task that repairs and heads read; --texts by default"
-    )
-    p.add_argument("--repairs", type=int, default=100, help="steps of a repair at most")
     p.add_argument("--rows", type=int, default=1000)
     p.add_argument("--labels", type=int, default=0, help="rows of each half by which all that was looked at is scored")
     p.add_argument("--name", default="existing-fitted", help="of the files that are written")
@@ -322,12 +316,10 @@ def measured(base: BaseModel, a: argparse.Namespace, seed: str, tasks: Mapping[s
     """Everything about one seed."""
     root = Path(a.data).absolute()
     adapters = [read_adapter(Path(a.adapters) / f"seed-{seed}" / n, name=n) for n in names]
-    most = max(a.texts, a.all_texts)
-    texts = {n: load_examples(tasks[n], "train", root=root, rows=most, seed=1000 + int(seed)).texts for n in names}
+    texts = {n: load_examples(tasks[n], "train", root=root, rows=a.texts, seed=1000 + int(seed)).texts for n in names}
     validation = {n: load_examples(tasks[n], "validation", root=root) for n in names}
-    whole = Panel(base, parts_of(adapters), texts)
-    panel = whole.with_texts({n: rows[: a.texts] for n, rows in texts.items()})
-    arms, facts, candidates = steps_of(panel, adapters, whole=whole, repairs=a.repairs)
+    panel = Panel(base, parts_of(adapters), texts)
+    arms, facts, candidates = steps_of(panel, adapters)
     found = {**judged(Judge(panel, tasks, validation, a.rows), arms), **facts}
     if a.labels:
         found["labels"] = by_labels(Judge(panel, tasks, validation, a.labels), panel, candidates, arms["fitted"])
@@ -344,7 +336,6 @@ def main() -> None:
     file = out / f"{a.name}.json"
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"about": [], "after": [], "seeds": {}}
     settings = {"tasks": a.tasks, "texts": a.texts, "rows": a.rows, "dtype": a.dtype, "base": Path(a.base).name}
-    settings |= {"all_texts": a.all_texts, "repairs": a.repairs} if a.all_texts else {}
     if report.get("settings", settings) != settings:
         raise SystemExit(f"{file} holds results of other settings; choose another --out")
     for seed in a.seeds.split(","):

@@ -16,7 +16,7 @@ from plait.adapters.lora import truncated
 from plait.adapters.peft_format import write_adapter
 from plait.cli import main
 from plait.errors import InputError, UsageError
-from plait.fidelity import costs, notes
+from plait.fidelity import costs
 from plait.fidelity.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
 from plait.fidelity.arguments import split_base
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
@@ -25,7 +25,6 @@ from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.fidelity.notes import coarse, that_merge, that_model
 from plait.fidelity.proxy import cosines
-from plait.fidelity.repair import TEXTS_TO_REPAIR
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import LIMIT, parse_texts, read_place, read_texts, split_off, spread_over
 from plait.model.base import BaseModel
@@ -60,16 +59,14 @@ def said(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("texts", "tried"), [(16, False), (24, True)])
-def test_a_repair_is_tried_where_classifiers_have_texts_enough(make_panel, monkeypatch, texts, tried):
+def test_a_repair_is_tried_where_classifiers_have_texts_enough(make_panel, texts, tried):
     """Three quarters of the texts are what choice and repair read."""
-    monkeypatch.setattr(notes, "TEXTS_TO_REPAIR", 18)
     panel = make_panel(texts=texts)
     settings = AdviceSettings(repair=2, repair_from=18, refine=0, max_length=24)
     found = advise([p.adapter for p in panel.parts], panel.base, panel.texts, settings=settings)
     assert any("repaired" in o.option for o in found.options) == (found.repair is not None) == tried
     said = [n for n in found.notes if n.startswith("no repair is tried: 12 texts of one;")]
     assert len(said) == (not tried)
-    assert AdviceSettings().repair_from == TEXTS_TO_REPAIR
 
 
 def test_with_texts_everything_is_measured(make_panel):

@@ -10,7 +10,7 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.cli.existing_words import repair_text
-from plait.fidelity import auto, finishing, notes, repair
+from plait.fidelity import auto, finishing, repair
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.distil import Distilled, Stopping, distil
 from plait.fidelity.heads import refit_heads
@@ -100,17 +100,19 @@ def test_layers_are_kept_as_far_as_there_is_room_the_last_always(make_panel, mon
     assert len(whole.layers) >= 2 and TextLoss(panel, 1.0).taught[0].layers is None
 
 
-@pytest.mark.parametrize(("repair_from", "texts", "tried"), [(20, 16, False), (20, 20, True), (0, 16, True)])
+@pytest.mark.parametrize(
+    ("repair_from", "texts", "tried"), [(20, 16, False), (20, 20, True), (24, 20, False), (0, 16, True)]
+)
 def test_a_repair_of_classifiers_wants_texts(make_panel, monkeypatch, repair_from, texts, tried):
     """With few texts a repair takes more than it gives (docs/results/existing-texts.md): `auto` tries none, a number is noted."""
-    monkeypatch.setattr(notes, "TEXTS_TO_REPAIR", 20)
+    monkeypatch.setattr(finishing, "TEXTS_TO_REPAIR", 20)
     panel = make_panel(texts=texts)
     start = merge(adapters_of(panel), "tsv").adapter
     settings = AutoSettings(repair=2, repair_from=repair_from)
     record = finishing.finished(start, AutoRecord((), "base"), panel, settings, {})[1]
     assert (record.repair is not None) == tried
     said = [n for n in record.notes if f"{texts} texts of {panel.names[0]}" in n]
-    assert len(said) == (texts < 20) and all(
+    assert len(said) == (texts < max(repair_from, 20)) and all(
         n.startswith("a repair is tried" if tried else "no repair is") for n in said
     )
 

@@ -32,7 +32,7 @@ Given = Annotated[
 ]
 Text = Annotated[
     list[str] | None,
-    typer.Option("--text", metavar="TASK=FILE", help="Unlabelled texts, 500 are read: .txt, or a table's FILE:COLUMN[,COLUMN]."),
+    typer.Option("--text", metavar="TASK=FILE", help="Unlabelled texts, 500 at most: .txt, or a table's FILE:COLUMN[,COLUMN]."),
 ]  # fmt: skip
 General = Annotated[
     str | None, typer.Option("--general", metavar="FILE", help="Texts of no task, for the KL to the base.")

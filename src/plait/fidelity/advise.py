@@ -119,10 +119,8 @@ def _with_texts(
     advice, name = recommend(options, settings)
     seen = seen_and_judged(panel, HELD_OUT)[0]
     few = notes.few(seen, FEWEST, refine=settings.refine > 0)
-    if settings.repair and not repair_steps(seen, settings):
-        few.append(
-            f"no repair is tried: {notes.too_few_to_repair(seen)} (choice and repair read three quarters of the texts here)"
-        )
+    if settings.repair and (why := notes.too_few_to_repair(seen, settings.repair_from)):
+        few.append(f"no repair is tried: {why} (choice and repair read three quarters of the texts here)")
     remarks = [*notes.other_base(adapters, panel.base), *chat.notes, *few]
     return replace(
         _advice(adapters, options, advice, name, [*unknown, *_untold(panel, findings)], findings, remarks),

@@ -80,7 +80,7 @@ def merge_auto(
         base_id: Base id of the result where the adapters name one base by different names.
         announce: Whether to say first how long it will take with texts, which is timed on a few of them.
         known: Panel whose answers are taken over, see `ready_panel`.
-        checkpoints: With texts, where it goes on from and is checkpoints, see `merge_auto_folders`.
+        checkpoints: With texts, where it goes on from, and where what is done is kept, see `merge_auto_folders`.
         on_progress: Called with what is being done.
 
     Raises:

@@ -33,7 +33,7 @@ from plait.fidelity.measure import Fidelity
 from plait.fidelity.notes import too_few_to_repair
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import AutoRecord, FidelityRecord, Repair
-from plait.fidelity.repair import repaired
+from plait.fidelity.repair import TEXTS_TO_REPAIR, repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import split_off
@@ -122,8 +122,7 @@ def finished(
 
 def repair_steps(panel: Panel, settings: AutoSettings | AdviceSettings) -> int:
     """Say how many steps a repair may take: none where `repair_from` wants more texts of classifiers than there are."""
-    few = too_few_to_repair(panel) is not None and min(map(len, panel.texts.values())) < settings.repair_from
-    return 0 if few else settings.repair
+    return 0 if too_few_to_repair(panel, settings.repair_from) else settings.repair
 
 
 def require_within(fidelity: Fidelity | None, limit: float | None, what: str, hint: str) -> None:
@@ -192,12 +191,12 @@ class _Finishing:
 
     def repair(self, merge: Adapter, record: AutoRecord) -> tuple[Adapter, AutoRecord]:
         """Distil all adapters into it."""
-        steps, few = repair_steps(self.panel, self.settings), too_few_to_repair(self.panel)
-        if not self.settings.repair:
-            return merge, record
+        steps = self.settings.repair
         if not steps:
+            return merge, record
+        if few := too_few_to_repair(self.panel, self.settings.repair_from):
             return merge, replace(record, notes=(*record.notes, f"no repair is tried: {few}"))
-        if few:
+        if few := too_few_to_repair(self.panel, TEXTS_TO_REPAIR):
             record = replace(record, notes=(*record.notes, f"a repair is tried as asked: {few}"))
         self.on_progress(f"repair: distilling all adapters into it, at most {plural(steps, 'step')}")
         better, done = repaired(

@@ -138,17 +138,20 @@ def few(panel: Panel, fewest: int, *, refine: bool = True, fit: bool = True, hea
     ]
 
 
-def too_few_to_repair(panel: Panel) -> str | None:
-    """Say of classifiers that they have too few texts for a repair, naming the fewest; None where they have enough, and of text models."""
+def too_few_to_repair(panel: Panel, least: int) -> str | None:
+    """Say of classifiers that they have too few texts for a repair, naming the fewest; None where they have `least`, and of text models."""
     name, texts = min(panel.texts.items(), key=lambda pair: len(pair[1]))
-    if panel.is_text or len(texts) >= TEXTS_TO_REPAIR:
+    if panel.is_text or len(texts) >= least:
         return None
-    return f"{plural(len(texts), 'text')} of {name}; with 100 of each classifier a repair took more than it gave, with 400 and more it gave"
+    count = plural(len(texts), "text")
+    return (
+        f"{count} of {name}; with 100 of each classifier a repair took more than it gave, with 400 and 500 it gave more"
+    )
 
 
 def worth_a_repair(panel: Panel) -> list[str]:
     """Say of classifiers that their texts are enough for a repair, which nobody asked for."""
-    if panel.is_text or too_few_to_repair(panel):
+    if panel.is_text or too_few_to_repair(panel, TEXTS_TO_REPAIR):
         return []
     fewest = min(map(len, panel.texts.values()))
     return [

@@ -18,10 +18,8 @@ from plait.tasks.tables import read_table
 Texts = tuple[tuple[str, ...], ...]
 _NAMES = ("text", "sentence", "prompt", "messages", "content")  # the first of these is read where no column is named
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
-LIMIT, LIMIT_OF_REST = (
-    100,
-    500,
-)  # texts of a file that a choice reads, and what comes after it: a repair, heads, the measure
+# Texts of a file that a choice reads, and those that what comes after it reads: a repair, heads, the measure.
+LIMIT, LIMIT_OF_REST = 100, 500
 
 
 @dataclass(frozen=True, slots=True)
