@@ -4,8 +4,9 @@
 
 A RUN for each condition of the prompts holds records/*.json. Writes NAME.md and NAME.json (`rows` of {condition, arm, method, seed,
 individual, floor, merged, recovered, share_of_means, of_own, tasks}, `tests` over the seeds `tested`, `expected`, `existing`, `references`,
-`singles`); where curves were run, scales-NAME.json for benchmarks/scales.py. `--tested` names the seeds of the comparisons; by default all.
-The plain arm's record holds the floor: without it there is no share kept, and `of_own`, merged over alone, is all the page shows.
+`singles`; of text_rounds.py `rounds` and `rounds_differences`); where curves were run, scales-NAME.json for benchmarks/scales.py.
+`--tested` names the seeds of the comparisons; by default all. The plain arm's record holds the floor: without it there is no share kept,
+and `of_own`, merged over alone, is all the page shows.
 """
 
 from __future__ import annotations
@@ -39,6 +40,19 @@ STEPS = {
     "fitted": "fitted",
     "repaired": "repaired",
 }  # of text_auto.py
+BY_RULE = f"{PRIMARY}, by rule"
+ROUNDS = ("rounds", "rounds_penalised", "restarted", "refreshed")  # of text_rounds.py
+BESIDE_ROUNDS = (PLAIN, "contrastive_penalised")  # what they are changed from
+ROUNDS_PAIRS = (
+    (("rounds", BY_RULE), (PLAIN, BY_RULE)),
+    (("rounds", BY_RULE), ("contrastive_penalised", PRIMARY)),
+    (("rounds_penalised", BY_RULE), ("contrastive_penalised", BY_RULE)),
+    (("rounds_penalised", BY_RULE), ("contrastive_penalised", PRIMARY)),
+    (("rounds_penalised", BY_RULE), ("rounds", BY_RULE)),
+    (("restarted", PRIMARY), ("contrastive_penalised", PRIMARY)),
+    (("refreshed", PRIMARY), ("restarted", PRIMARY)),
+    (("refreshed", BY_RULE), ("restarted", BY_RULE)),
+)  # (arm, merge) beside (arm, merge)
 ANSWERS = ("written", "again", "third")  # trainings of the plain arm whose merges were compared at written answers
 REGISTERED = (("contrastive", "kaiming"), ("contrastive_penalised", "contrastive"))
 DESCRIBED = (("kaiming_penalised", "kaiming"), ("osrm_mean", "kaiming"), ("contrastive_penalised", "kaiming"))
@@ -238,6 +252,50 @@ def candidates_of(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [_rounded(r) for r in found]
 
 
+def rounds_of(records: dict[str, dict[str, Any]], condition: str) -> list[dict[str, Any]]:
+    """Arms of benchmarks/text_rounds.py and what they are changed from, of seeds that have both and the plain arm.
+
+    `recovered` is of the gains of the row's own adapters, `of_plain` of those of the plain arm's: one yardstick for all rows.
+    """
+    found = []
+    for seed in dict.fromkeys(k.split("-")[1] for k in records if k.startswith("rounds-")):
+        plain = records.get(f"fixed-{seed}-{PLAIN}")
+        if plain is None:
+            continue
+        floor, learnt = (np.array(plain[k]).mean(0) for k in ("floor", "alone"))
+        counted = learnt - floor >= LEAST
+        keys = [(a, f"fixed-{seed}-{a}") for a in BESIDE_ROUNDS] + [(a, f"rounds-{seed}-{a}") for a in ROUNDS]
+        for arm, record in ((a, records[k]) for a, k in keys if k in records):
+            own = np.array(record["alone"]).mean(0)
+            for method, merge in ((m, record["merges"][m]) for m in (BY_RULE, PRIMARY) if m in record["merges"]):
+                merged = np.array(merge["scores"]).mean(0)
+                yardstick = (merged - floor) / (learnt - floor)
+                found.append({
+                    "condition": condition, "arm": arm, "seed": int(seed), "method": method, "scale": merge["scale"],
+                    "individual": own.mean(), "merged": merged.mean(), **shares_of(plain, own, merged),
+                    "of_plain": yardstick[counted].mean(),
+                    "of_plain_tasks": {t: float(x) for t, x, c in zip(record["tasks"], yardstick, counted, strict=True) if c},
+                    "general_kl": merge["general_kl"], "general_kl_alone": max(record["general_kl_alone"].values()),
+                    **({"floor_again": float(np.mean(record["floor"]))} if arm in ROUNDS else {}),
+                })  # fmt: skip
+    return [_rounded(r) for r in found]
+
+
+def rounds_differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each change adds to the share of the plain arm's own gains: t over tasks, each the mean over conditions and seeds of both."""
+    by = {((r["arm"], r["method"]), r["condition"], r["seed"]): r["of_plain_tasks"] for r in rows}
+    found = []
+    for one, other in ROUNDS_PAIRS:
+        pairs = [(x, by[other, c, s]) for (which, c, s), x in by.items() if which == one and (other, c, s) in by]
+        off = [
+            float(np.mean([x[t] - y[t] for x, y in pairs if t in x]))
+            for t in dict.fromkeys(t for x, _ in pairs for t in x)
+        ]
+        if len(off) > 1:
+            found.append({"arm": list(one), "against": list(other), "seeds": len(pairs), **test_of(off)})
+    return [_rounded(d) for d in found]
+
+
 def singles_of(records: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Mean score over all tasks of each single adapter of the plain arm, and of each on its own task, on the curves' rows."""
     for r in records.values():
@@ -353,11 +411,13 @@ def page(
     folders = " and ".join(f"{c}/" for c in runs) + (" is the RUN" if len(runs) == 1 else " are the RUNs") + " of"
     todo = " ".join(f"train:{s} fixed:{s}" for s in dict.fromkeys(s for seeds in conditions.values() for s in seeds))
     todo += " curves:0" * curves
+    rounds = [r for c, records in runs.items() for r in rounds_of(records, c)]
     seeds = f" --tested {','.join(map(str, tested))}" if tested else ""
     commands = "\n    ".join((
         "python benchmarks/text_tasks.py --data DATA --to TASKS",
         f'python benchmarks/text_arms.py --study recipes/studies/{study}.yaml [--condition bare] --do "{todo}" ...',
         *(["python benchmarks/text_auto.py --study recipes/studies/text-qwen15.yaml --seed 1 ..."] if study == MAIN else []),
+        *([f"python benchmarks/text_rounds.py --study recipes/studies/{study}.yaml --seed 1 ..."] if rounds else []),
         f"python benchmarks/text_page.py {' '.join(f'{c}=RUN' for c in runs)} --name {name} --to docs/results{seeds}",
     ))  # fmt: skip
     then = REGMEAN_THEN if study == MAIN and 0 in conditions.get("told", []) else ""
@@ -402,6 +462,8 @@ def page(
     if existing := [r for c, records in runs.items() for r in existing_of(records, c)]:
         text += ["## Adapters that exist, merged without labels", "", EXISTING, "", _existing(existing), ""]
         text += [line for records in runs.values() for r in candidates_of(records) for line in (_candidates(r), "")]
+    if rounds:
+        text += ["## Rounds, and moments refreshed halfway", "", _rounds(rounds), ""]
     text += ["## Recovered over scales", ""] if curves else []
     text += [
         f"### {c}\n\n{_curves(records)}\n"
@@ -455,6 +517,58 @@ def _existing(found: Sequence[dict[str, Any]]) -> str:
     ]
     lines += [f"| {r['step']} | " + " | ".join(f"{100 * r['shares'][n]:.0f}" for n in names) + " |" for r in found]
     return "\n".join(lines)
+
+
+ROUNDS_TEXT = """\
+`benchmarks/text_rounds.py`, as many steps in all as every other arm. `rounds` is `kaiming` in four parts of a quarter of the steps, after
+each of which all tasks' adapters are merged by task arithmetic at the rule's scale; the base goes on with the sum of the merges, beside
+new factors. `rounds_penalised` is `contrastive_penalised` so, its moments those of the bare base in every round. *Merged* is the sum of the
+four merges (the scale shown is that of each), *alone* each task's last adapter with the three merges before it. `restarted` is
+`contrastive_penalised` with a new AdamW after half of the steps; `refreshed` goes on from the same half with all moments taken anew, each
+task's with its own adapter on. *Of own gain* is the share kept of the row's own adapters, which in rounds hold other tasks' merges too;
+*of `kaiming`'s gain* measures every row by what `kaiming`'s adapters of that seed gain alone. `kaiming` and `contrastive_penalised` are
+those of the tables above, of the same seeds."""
+
+
+def _rounds(rows: Sequence[dict[str, Any]]) -> str:
+    """What was done, a line for each merge, and what the changes add."""
+    lines = [
+        ROUNDS_TEXT,
+        "",
+        "| arm | seeds | merge | scale | alone | merged | of own gain, % | of means | of `kaiming`'s gain, % | KL | single |",
+        "|---" * 11 + "|",
+    ]
+    for key in dict.fromkeys((r["condition"], r["arm"], r["method"]) for r in rows):
+        group = [r for r in rows if (r["condition"], r["arm"], r["method"]) == key]
+        mean = {k: float(np.mean([r[k] for r in group])) for k in (*SHOWN, "of_plain")}
+        seeds = f"{key[0]}, {', '.join(str(r['seed']) for r in group)}"
+        lines.append(
+            f"| `{key[1]}` | {seeds} | {key[2]} | {mean['scale']:.2f} | {mean['individual']:.1f} | {mean['merged']:.1f} | "
+            f"{100 * mean['recovered']:.0f} | {100 * mean['share_of_means']:.0f} | **{100 * mean['of_plain']:.0f}** | "
+            f"{mean['general_kl']:.3f} | {mean['general_kl_alone']:.3f} |"
+        )
+    again = {(r["condition"], r["arm"], r["seed"]): r["floor_again"] for r in rows if "floor_again" in r}
+    scored = f"and {np.mean(list(again.values())):.1f} where it was scored again beside these arms"
+    lines += ["", f"The bare base scores {np.mean([r['floor'] for r in rows]):.1f}, {scored}."]
+    if missing := [f"`{a}`" for a in ROUNDS if a not in {r["arm"] for r in rows}]:
+        lines[-1] += f" Not run: {', '.join(missing)}."
+    if differences := rounds_differences(rows):
+        lines += [
+            "",
+            "| difference of the share of `kaiming`'s gain | tasks | points | 95 % (t over tasks) | p |",
+            "|---" * 5 + "|",
+        ]
+        lines += [
+            f"| {_of_arm(d['arm'])} - {_of_arm(d['against'])} | {d['n']} | {100 * d['difference']:+.0f} | "
+            f"{100 * d['low']:+.0f} to {100 * d['high']:+.0f} | {d['p']:.3f} |"
+            for d in differences
+        ]
+    return "\n".join(lines)
+
+
+def _of_arm(which: Sequence[str]) -> str:
+    """An arm and the scale of its merge."""
+    return f"`{which[0]}` ({'by rule' if which[1] == BY_RULE else 'by moments'})"
 
 
 def _candidates(r: dict[str, Any]) -> str:
@@ -570,6 +684,8 @@ def main() -> None:
         "existing": existing, "existing_summary": summary_of(existing), "candidates": candidates_of(told),
         "references": references, "singles": singles_of(told),
     }  # fmt: skip
+    if rounds := [r for c, records in runs.items() for r in rounds_of(records, c)]:
+        whole |= {"rounds": rounds, "rounds_differences": rounds_differences(rounds)}
     (a.to / f"{a.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     if curves := packed(told):
         (a.to / f"scales-{a.name}.json").write_text(json.dumps(curves) + "\n")

@@ -186,3 +186,40 @@ def test_without_the_plain_arm_there_is_no_floor_and_the_page_says_so(page):
         and "**75**" in text
     )
     assert "share kept, %" not in text and "floor |" not in text and "Comparisons" not in text and "curves" not in text
+
+
+def test_rounds_are_measured_by_their_own_adapters_and_by_the_plain_arms(page):
+    def of(alone, by_rule, by_moments=None, floor=None):
+        merges = {"task_arithmetic, by rule": by_rule, "task_arithmetic": by_moments}
+        made = {n: {"scale": 0.3, "scores": [x] * 2, "general_kl": 0.1} for n, x in merges.items() if x}
+        return {**record(alone, alone, floor), "merges": made}
+
+    floor = [10.0, 10.0, 10.0]
+    records = {
+        "fixed-1-kaiming": of([50.0, 60.0, 12.0], [30.0, 20.0, 0.0], [34.0, 25.0, 0.0], floor),  # gains 2 points on b
+        "fixed-1-contrastive_penalised": of([50.0, 60.0, 12.0], [30.0, 35.0, 0.0], [46.0, 50.0, 0.0]),
+        "rounds-1-rounds": of([30.0, 35.0, 99.0], [30.0, 30.0, 99.0], None, [11.0, 10.0, 12.0]),
+        "rounds-1-restarted": of([50.0, 60.0, 12.0], [30.0, 35.0, 0.0], [46.0, 50.0, 0.0], floor),
+        "rounds-2-rounds": of([30.0, 35.0, 99.0], [30.0, 30.0, 99.0], None, floor),  # no plain arm of this seed
+    }
+    rows = page.rounds_of(records, "told")
+    plain, _, _, _, ours, *_ = rows
+    assert [(r["arm"], r["seed"]) for r in rows[4:]] == [("rounds", 1), ("restarted", 1), ("restarted", 1)]
+    assert ours["shares"] == {"snli": 1.0, "a": 0.8} and ours["of_plain_tasks"] == {"snli": 0.5, "a": 0.4}
+    assert (ours["recovered"], ours["of_plain"], ours["floor_again"]) == (0.9, 0.45, 11.0)
+    assert (
+        plain["recovered"] == plain["of_plain"] == pytest.approx((0.5 + 0.2) / 2)
+    )  # its own adapters are the yardstick
+    differences = {(d["arm"][0], d["against"][0], d["against"][1]): d for d in page.rounds_differences(rows)}
+    beside = differences["rounds", "kaiming", "task_arithmetic, by rule"]
+    assert beside["difference"] == pytest.approx((0.0 + 0.2) / 2) and (beside["n"], beside["seeds"]) == (2, 1)
+    assert differences["restarted", "contrastive_penalised", "task_arithmetic"]["difference"] == 0.0
+    assert not any(key[0] == "refreshed" for key in differences)
+    text = page.page("some", {"told": records}, page.rows_of(records), [], [])
+    assert "## Rounds, and moments refreshed halfway" in text and "benchmarks/text_rounds.py --study" in text
+    assert "| `rounds` | told, 1 | task_arithmetic, by rule | 0.30 | 54.7 | 53.0 | 90 | 89 | **45** |" in text
+    assert "The bare base scores 10.0, and 10.5 where it was scored again" in text
+    assert "Not run: `rounds_penalised`, `refreshed`." in text
+    assert "| `rounds` (by rule) - `kaiming` (by rule) | 2 | +10 |" in text
+    without = {k: r for k, r in records.items() if k.startswith("fixed-")}
+    assert "Rounds" not in page.page("some", {"told": without}, page.rows_of(without), [], [])

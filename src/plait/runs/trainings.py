@@ -47,7 +47,7 @@ def train(units: Sequence[Unit], layout: Layout, report: Report) -> None:
 
     for unit in sorted(units, key=alike):
         here = layout.of(unit)
-        members += _repairs(unit, here) if unit.stage == REPAIR else _members(unit, here)
+        members += _repairs(unit, here) if unit.stage == REPAIR else members_of(unit, here)
     for name, rows in {f"{m.initial.name}, seed {m.seed}": m.initial.source.get("completed") for m in members}.items():
         if rows:
             report.note(f"warning: {completion_note(name, rows)}")
@@ -83,7 +83,16 @@ def _train(members: Sequence[Member], layout: Layout, report: Report, cost: floa
             train_member(member, layout.session.base, overwrite=layout.overwrite, progress=report.within)
 
 
-def _members(unit: Unit, layout: Layout) -> list[Member]:
+def members_of(unit: Unit, layout: Layout) -> list[Member]:
+    """Give what a training unit trains: for each task where its adapter starts, rows, settings, and the statistics of its constraint.
+
+    Args:
+        unit: A training; its statistics lie in the layout already.
+        layout: Where they lie.
+
+    Returns:
+        One member a task, in the order of the recipe.
+    """
     settings = layout.settings(unit)
     if settings.tied:
         settings = replace(settings, tied=layout.key(unit))

@@ -1,0 +1,268 @@
+r"""Rounds of train and merge, and moments taken anew halfway, where every answer is written: the study of text_arms.py, at equal steps.
+
+    python benchmarks/text_rounds.py --study recipes/studies/text-qwen15.yaml --set base.model=MODEL --set data.root=TASKS --out RUN \
+        --general DATA/glue/mrpc/train.parquet:sentence1 --seed 1
+
+What benchmarks/rounds.py does on an encoder, with the study's starts, rows, rate, penalty and stacked training. `rounds` (PEFT's default
+start) and `rounds_penalised` (contrastive start, beta 1) train a quarter of the steps for all tasks, merge by task arithmetic at the
+rule's scale, and go on from a base that wears the sum of the merges, with the first factors anew, four times; what is scored is the sum of
+the four merges, and as *alone* each task's adapter with the first three. Moments are those of the bare base in every round, as there.
+`refreshed` (contrastive start, beta 1) trains half of the steps, takes every task's moments with its own adapter on, and trains on with
+these in the penalty; `restarted` is interrupted alike and keeps the old ones; both go on from one first half. Every part begins with a new
+AdamW and goes on in the one schedule and order of rows.
+
+The merges that a base wears are not rounded into its weights of 16 bits, where much of them would be lost: they run beside its layers as
+one adapter, in the same arithmetic that scores them later. No label has a say in a merge.
+
+RUN/records/rounds-SEED-ARM.json is written as each arm ends, and what is there is not done again; after --seconds no arm is begun.
+benchmarks/text_page.py makes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rounds import added, by_rule, moments
+from text_arms import MOMENTS, RULE, Run, Worn, general_shift, say, scored, unit_of
+
+from plait.adapters.lora import Adapter
+from plait.border.counts import plural
+from plait.errors import UsageError
+from plait.evaluation import writing
+from plait.fidelity.texts import read_place
+from plait.merging.scales import reach_of, scale_by_moments
+from plait.model.base import BaseModel
+from plait.model.rowbank import step_plan
+from plait.model.stacked import stacked_factors, stacked_updates
+from plait.runs.layout import Layout
+from plait.runs.pending import pending
+from plait.runs.recipe_file import read_recipe
+from plait.runs.stages import do, splits
+from plait.runs.trainings import members_of
+from plait.statistics import Statistics
+from plait.training import Member
+from plait.training.batched import step_items
+from plait.training.fleet_run import Shared, members_at_once
+
+MERGE = "task_arithmetic"
+NAMED = {RULE: f"{MERGE}, by rule", MOMENTS: MERGE}  # as text_arms.py names them
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How an arm is trained.
+
+    Args:
+        arm: Arm of the study whose start and constraint it has.
+        parts: Parts of equal length.
+        merges: Whether what is trained is merged into the base after each part.
+        refreshes: Whether moments are taken anew between parts.
+    """
+
+    arm: str
+    parts: int
+    merges: bool = False
+    refreshes: bool = False
+
+
+ARMS: Mapping[str, Way] = {
+    "rounds": Way("kaiming", 4, merges=True),
+    "rounds_penalised": Way("contrastive_penalised", 4, merges=True),
+    "restarted": Way("contrastive_penalised", 2),
+    "refreshed": Way("contrastive_penalised", 2, refreshes=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What an arm ends with.
+
+    Args:
+        own: Task -> what its adapter computes, with the merges that the base wore.
+        merges: Name -> merge and its scale, as it is scored.
+        scales: Name -> the scale at which adapters were merged.
+    """
+
+    own: Mapping[str, Adapter]
+    merges: Mapping[str, Worn]
+    scales: Mapping[str, float]
+
+
+def part_trained(
+    members: Sequence[Member], base: BaseModel, part: tuple[int, int] = (0, 1), worn: Adapter | None = None
+) -> dict[str, Adapter]:
+    """Train the members through the i-th of n equal parts of their steps, with a new AdamW, in their one schedule and order of rows.
+
+    Args:
+        members: Of one fleet; their settings say all steps, and none draws scales.
+        base: The base model.
+        part: (i, n).
+        worn: What the base wears meanwhile, in the dtype in which answers are scored with it; modules named as in the backbone.
+
+    Returns:
+        Task -> adapter, without what is worn.
+
+    Raises:
+        UsageError: Fewer steps than parts.
+    """
+    steps = members[0].settings.total_steps(len(members[0].examples))
+    if steps < part[1]:
+        raise UsageError(f"{plural(steps, 'step')} in {part[1]} parts", where="training.steps")
+    shared, trained = Shared(members, base), dict[str, Adapter]()
+    order, size = shared.by_length(), members_at_once(shared)
+    updates = stacked_factors(shared.backbone, [(worn, 1.0)]) if worn else {}
+    with stacked_updates(shared.backbone, updates):
+        for start in range(0, len(order), size):
+            while (some := _where_memory_lasts(shared, order[start : start + size], part)) is None:
+                if not shared.smaller_passes():
+                    raise SystemExit("out of memory with one row of each adapter at a time")
+            trained |= some
+    shared.release()
+    return {m.task.name: trained[m.task.name] for m in members}
+
+
+def _where_memory_lasts(shared: Shared, chosen: list[int], part: tuple[int, int]) -> dict[str, Adapter] | None:
+    """Some members after the part; None where memory ran out, and what the steps held is let go of."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return _stepped(shared, chosen, part)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def _stepped(shared: Shared, chosen: list[int], part: tuple[int, int]) -> dict[str, Adapter]:
+    batched, order = shared.batched(chosen)
+    rows = shared.rows_of(order)
+    steps = slice(len(rows) * part[0] // part[1], len(rows) * (part[0] + 1) // part[1])
+    rows, batched.rates = rows[steps], batched.rates[steps]  # AdamW counts from the part's first step
+    plan = step_plan(shared.bank, rows, shared.device, shared.prices, multiple=shared.multiple)
+    items = step_items(shared.bank, rows, shared.kind, shared.device)
+    losses = torch.stack([batched.step(i, shared.bank, plan, items[i]) for i in range(len(rows))])
+    values = batched.parameters.values.cpu()
+    if not (losses.isfinite().all() and values.isfinite().all()):
+        raise SystemExit(f"a loss, or what is trained, left the numbers in part {part[0] + 1} of {part[1]}")
+    return {t.adapter.name: batched.adapter_of(i, values[i]) for i, t in enumerate(batched.prepared)}
+
+
+def run_arm(run: Run, way: Way, seed: int, begun: dict[tuple[str, int], dict[str, Adapter]]) -> Ended:
+    """Train an arm and merge it.
+
+    Args:
+        run: The run.
+        way: How.
+        seed: Of rows and starts.
+        begun: (arm of the study, parts) -> what its first part ended with, for arms that begin alike; filled here.
+    """
+    layout = run.layout
+    session, unit = layout.session, unit_of(run, seed, way.arm)
+    if todo := pending(layout, [layout.statistics_unit(unit)]):
+        do(todo, layout)
+    first = members_of(unit, layout)
+    members, before, carried, adapters = first, None, None, {}
+    scale = float("nan")
+    for part in range(way.parts):
+        started, known = time.time(), begun.get((way.arm, way.parts)) if part == 0 else None
+        adapters = known or part_trained(members, session.base, (part, way.parts), carried)
+        if part == 0:
+            begun[way.arm, way.parts] = adapters
+        say(
+            f"  part {part + 1} of {way.parts}: {time.time() - started:.0f} s"
+            + " (there already)" * (known is not None)
+        )
+        members = [replace(m, initial=adapters[m.task.name]) for m in first]
+        if way.merges:  # new factors on a base that wears the merges so far
+            made, scale = by_rule(adapters, run.device)
+            before, carried, members = carried, added(carried, made, scale), first
+        if way.refreshes and part < way.parts - 1:
+            fresh: Mapping[str, Statistics] = moments(session, seed, adapters)
+            members = [replace(m, statistics=fresh) for m in members]
+            say(f"  moments anew: {time.time() - started:.0f} s since the part began")
+    if carried is not None:
+        own = {t: added(before, a) for t, a in adapters.items()}
+        return Ended(own, {NAMED[RULE]: (carried, 1.0)}, {NAMED[RULE]: scale})
+    made, scale = by_rule(adapters, run.device)
+    known_moments = first[0].statistics
+    assert known_moments is not None  # the arm is penalised
+    by_moments = scale_by_moments(list(adapters.values()), made.modules, known_moments, reach_of(MERGE, None))
+    scales = {NAMED[RULE]: scale} | ({NAMED[MOMENTS]: by_moments.value} if by_moments else {})
+    return Ended(adapters, {n: (made, s) for n, s in scales.items()}, scales)
+
+
+def record_of(run: Run, seed: int, arm: str, begun: dict[tuple[str, int], dict[str, Adapter]]) -> dict[str, Any]:
+    """Train, merge, and score on the rows of `fixed`: own adapters, merges, the bare base."""
+    started = time.time()
+    ended = run_arm(run, ARMS[arm], seed, begun)
+    trained, worn = time.time() - started, list(ended.merges.values())
+    rows = {t: {h: r[: run.rows] for h, r in s.halves.items()} for t, s in splits(run.layout).items()}
+    table = scored(run, lambda t: [(ended.own[t], 1.0), *worn, (None, 0.0)], rows, f"rounds-{seed}-{arm}")
+    shifts = general_shift(run, ended.own, [*((a, 1.0) for a in ended.own.values()), *worn])
+    return {
+        "tasks": list(ended.own),
+        "alone": table[0].round(3).tolist(),
+        "floor": table[-1].round(3).tolist(),
+        "merges": {
+            n: {
+                "scale": ended.scales[n],
+                "scores": table[1 + i].round(3).tolist(),
+                "general_kl": shifts[len(ended.own) + i],
+            }
+            for i, n in enumerate(ended.merges)
+        },
+        "general_kl_alone": dict(zip(ended.own, shifts, strict=False)),
+        "seconds_trained": round(trained, 1),
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--study", required=True, type=Path)
+    p.add_argument("--set", action="append", default=[], help="KEY=VALUE of the study")
+    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--condition", choices=["told", "bare"], default="told")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--arms", default=",".join(ARMS), help="in their order")
+    p.add_argument("--rows", type=int, default=120)
+    p.add_argument("--general", required=True, help="FILE:COLUMN")
+    p.add_argument("--general-rows", type=int, default=200)
+    p.add_argument("--tokens", type=int, default=350_000, help="keys and values held at once on a GPU")
+    p.add_argument("--memory", type=float, default=1.0, help="share of the GPU's memory that may be taken")
+    p.add_argument("--seconds", type=float, default=float("inf"))
+    a = p.parse_args(arguments)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    writing.TOKENS_HELD["cuda"] = a.tokens
+    started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(a.memory)
+    names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
+    recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
+    (a.out / "records").mkdir(parents=True, exist_ok=True)
+    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device)
+    begun: dict[tuple[str, int], dict[str, Adapter]] = {}
+    for arm in a.arms.split(","):
+        file = a.out / "records" / f"rounds-{a.seed}-{arm}.json"
+        if file.exists():
+            continue
+        if time.time() - started > a.seconds:
+            return say(f"time is up before {file.stem}")
+        say(arm)
+        run.layout.session.load()
+        record = record_of(run, a.seed, arm, begun)
+        file.with_suffix(".part").write_text(json.dumps(record) + "\n")
+        file.with_suffix(".part").rename(file)
+        say(f"{file.stem} in {record['seconds']:.0f} s, {record['seconds_trained']:.0f} of them trained")
+    return say("all is done")
+
+
+if __name__ == "__main__":
+    main()
