@@ -51,7 +51,7 @@ from plait.runs.stages import do, splits
 from plait.runs.trainings import members_of
 from plait.statistics import Statistics
 from plait.training import Member
-from plait.training.batched import step_items
+from plait.training.batched import BatchedAdapters, Prepared, step_items
 from plait.training.fleet_run import Shared, members_at_once
 
 MERGE = "task_arithmetic"
@@ -98,60 +98,82 @@ class Ended:
     scales: Mapping[str, float]
 
 
-def part_trained(
-    members: Sequence[Member], base: BaseModel, part: tuple[int, int] = (0, 1), worn: Adapter | None = None
-) -> dict[str, Adapter]:
-    """Train the members through the i-th of n equal parts of their steps, with a new AdamW, in their one schedule and order of rows.
+class Fleet:
+    """Members that are trained together, part by part of their one schedule and order of rows.
 
     Args:
-        members: Of one fleet; their settings say all steps, and none draws scales.
+        members: Their settings say all steps, and none draws scales.
         base: The base model.
-        part: (i, n).
-        worn: What the base wears meanwhile, in the dtype in which answers are scored with it; modules named as in the backbone.
-
-    Returns:
-        Task -> adapter, without what is worn.
+        parts: Equal parts of the steps.
 
     Raises:
         UsageError: Fewer steps than parts.
     """
-    steps = members[0].settings.total_steps(len(members[0].examples))
-    if steps < part[1]:
-        raise UsageError(f"{plural(steps, 'step')} in {part[1]} parts", where="training.steps")
-    shared, trained = Shared(members, base), dict[str, Adapter]()
-    order, size = shared.by_length(), members_at_once(shared)
-    updates = stacked_factors(shared.backbone, [(worn, 1.0)]) if worn else {}
-    with stacked_updates(shared.backbone, updates):
-        for start in range(0, len(order), size):
-            while (some := _where_memory_lasts(shared, order[start : start + size], part)) is None:
-                if not shared.smaller_passes():
-                    raise SystemExit("out of memory with one row of each adapter at a time")
-            trained |= some
-    shared.release()
-    return {m.task.name: trained[m.task.name] for m in members}
 
+    def __init__(self, members: Sequence[Member], base: BaseModel, parts: int) -> None:
+        steps = members[0].settings.total_steps(len(members[0].examples))
+        if steps < parts:
+            raise UsageError(f"{plural(steps, 'step')} in {parts} parts", where="training.steps")
+        self.parts, self.names, self.shared = parts, [m.task.name for m in members], Shared(members, base)
+        order, size = self.shared.by_length(), members_at_once(self.shared)
+        self.groups = [self._prepared(order[start : start + size]) for start in range(0, len(order), size)]
 
-def _where_memory_lasts(shared: Shared, chosen: list[int], part: tuple[int, int]) -> dict[str, Adapter] | None:
-    """Some members after the part; None where memory ran out, and what the steps held is let go of."""
-    with contextlib.suppress(torch.OutOfMemoryError):
-        return _stepped(shared, chosen, part)
-    gc.collect()
-    torch.cuda.empty_cache()
-    return None
+    def _prepared(self, chosen: list[int]) -> tuple[list[int], Sequence[Prepared]]:
+        batched, order = self.shared.batched(chosen)
+        return order, batched.prepared
 
+    def trained(
+        self, part: int, starts: Mapping[str, Adapter] | None = None, worn: Adapter | None = None
+    ) -> dict[str, Adapter]:
+        """Train one part, with a new AdamW.
 
-def _stepped(shared: Shared, chosen: list[int], part: tuple[int, int]) -> dict[str, Adapter]:
-    batched, order = shared.batched(chosen)
-    rows = shared.rows_of(order)
-    steps = slice(len(rows) * part[0] // part[1], len(rows) * (part[0] + 1) // part[1])
-    rows, batched.rates = rows[steps], batched.rates[steps]  # AdamW counts from the part's first step
-    plan = step_plan(shared.bank, rows, shared.device, shared.prices, multiple=shared.multiple)
-    items = step_items(shared.bank, rows, shared.kind, shared.device)
-    losses = torch.stack([batched.step(i, shared.bank, plan, items[i]) for i in range(len(rows))])
-    values = batched.parameters.values.cpu()
-    if not (losses.isfinite().all() and values.isfinite().all()):
-        raise SystemExit(f"a loss, or what is trained, left the numbers in part {part[0] + 1} of {part[1]}")
-    return {t.adapter.name: batched.adapter_of(i, values[i]) for i, t in enumerate(batched.prepared)}
+        Args:
+            part: From 0.
+            starts: Task -> adapter of this method; None for the members' own first factors.
+            worn: What the base wears meanwhile, in the dtype in which answers are scored with it; modules named as in the backbone.
+
+        Returns:
+            Task -> adapter, without what is worn.
+        """
+        trained: dict[str, Adapter] = {}
+        with stacked_updates(
+            self.shared.backbone, stacked_factors(self.shared.backbone, [(worn, 1.0)]) if worn else {}
+        ):
+            for order, first in self.groups:
+                prepared = [replace(t, adapter=starts[t.adapter.name]) for t in first] if starts else first
+                while (some := self._where_memory_lasts(order, prepared, part)) is None:
+                    if not self.shared.smaller_passes():
+                        raise SystemExit("out of memory with one row of each adapter at a time")
+                trained |= some
+        return {name: trained[name] for name in self.names}
+
+    def _where_memory_lasts(
+        self, order: list[int], prepared: Sequence[Prepared], part: int
+    ) -> dict[str, Adapter] | None:
+        """Some members after the part; None where memory ran out, and what the steps held is let go of."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._stepped(order, prepared, part)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
+
+    def _stepped(self, order: list[int], prepared: Sequence[Prepared], part: int) -> dict[str, Adapter]:
+        shared, rows = self.shared, self.shared.rows_of(order)
+        steps = slice(len(rows) * part // self.parts, len(rows) * (part + 1) // self.parts)
+        batched = BatchedAdapters(prepared, shared.backbone, shared.ends, shared.whole, shared.shapes, shared.autocast)
+        rows, batched.rates = rows[steps], batched.rates[steps]  # AdamW counts from the part's first step
+        plan = step_plan(shared.bank, rows, shared.device, shared.prices, multiple=shared.multiple)
+        items = step_items(shared.bank, rows, shared.kind, shared.device)
+        losses = torch.stack([batched.step(i, shared.bank, plan, items[i]) for i in range(len(rows))])
+        values = batched.parameters.values.cpu()
+        if not (losses.isfinite().all() and values.isfinite().all()):
+            raise SystemExit(f"a loss, or what is trained, left the numbers in part {part + 1} of {self.parts}")
+        return {t.adapter.name: batched.adapter_of(i, values[i]) for i, t in enumerate(prepared)}
+
+    def release(self) -> None:
+        """Let the device's memory go."""
+        self.groups = []
+        self.shared.release()
 
 
 def run_arm(run: Run, way: Way, seed: int, begun: dict[tuple[str, int], dict[str, Adapter]]) -> Ended:
@@ -167,33 +189,39 @@ def run_arm(run: Run, way: Way, seed: int, begun: dict[tuple[str, int], dict[str
     session, unit = layout.session, unit_of(run, seed, way.arm)
     if todo := pending(layout, [layout.statistics_unit(unit)]):
         do(todo, layout)
-    first = members_of(unit, layout)
-    members, before, carried, adapters = first, None, None, {}
-    scale = float("nan")
+    members, known, fleet = members_of(unit, layout), begun.get((way.arm, way.parts)), None
+    adapters, starts, before, carried, scale = dict[str, Adapter](), None, None, None, float("nan")
+    first_moments = members[0].statistics
     for part in range(way.parts):
-        started, known = time.time(), begun.get((way.arm, way.parts)) if part == 0 else None
-        adapters = known or part_trained(members, session.base, (part, way.parts), carried)
-        if part == 0:
-            begun[way.arm, way.parts] = adapters
-        say(
-            f"  part {part + 1} of {way.parts}: {time.time() - started:.0f} s"
-            + " (there already)" * (known is not None)
-        )
-        members = [replace(m, initial=adapters[m.task.name]) for m in first]
+        started = time.time()
+        if part == 0 and known:
+            adapters = known
+            say(f"  part 1 of {way.parts} is there")
+        else:
+            fleet = fleet or Fleet(members, session.base, way.parts)
+            adapters = fleet.trained(part, starts, carried)
+            say(f"  part {part + 1} of {way.parts}: {time.time() - started:.0f} s")
+        begun.setdefault((way.arm, way.parts), adapters)
         if way.merges:  # new factors on a base that wears the merges so far
             made, scale = by_rule(adapters, run.device)
-            before, carried, members = carried, added(carried, made, scale), first
+            before, carried = carried, added(carried, made, scale)
+        else:
+            starts = adapters
         if way.refreshes and part < way.parts - 1:
+            if fleet:
+                fleet.release()
+            fleet = None
             fresh: Mapping[str, Statistics] = moments(session, seed, adapters)
             members = [replace(m, statistics=fresh) for m in members]
             say(f"  moments anew: {time.time() - started:.0f} s since the part began")
+    if fleet:
+        fleet.release()
     if carried is not None:
         own = {t: added(before, a) for t, a in adapters.items()}
         return Ended(own, {NAMED[RULE]: (carried, 1.0)}, {NAMED[RULE]: scale})
     made, scale = by_rule(adapters, run.device)
-    known_moments = first[0].statistics
-    assert known_moments is not None  # the arm is penalised
-    by_moments = scale_by_moments(list(adapters.values()), made.modules, known_moments, reach_of(MERGE, None))
+    assert first_moments is not None  # the arm is penalised
+    by_moments = scale_by_moments(list(adapters.values()), made.modules, first_moments, reach_of(MERGE, None))
     scales = {NAMED[RULE]: scale} | ({NAMED[MOMENTS]: by_moments.value} if by_moments else {})
     return Ended(adapters, {n: (made, s) for n, s in scales.items()}, scales)
 
