@@ -1,46 +1,56 @@
 r"""Does the penalty do for full fine-tuning what it does for LoRA? Dense updates and adapters of the same modules, merged alike.
 
-    python -P benchmarks/full_finetuning.py --study recipes/studies/arms-mpnet.yaml --set base.model=MPNET --set data.root=GLUE --out RUN \
-        --arms full@5e-5,full_penalised@5e-5,kaiming@1e-3,contrastive_penalised@1e-3 --to docs/results
+    PYTHONPATH=src:benchmarks python -P benchmarks/full_finetuning.py --study recipes/studies/arms-mpnet.yaml --set base.model=MPNET \
+        --set data.root=GLUE --out RUN --arms full@5e-5,full_penalised@5e-5,kaiming@1e-3,contrastive_penalised@1e-3 --to docs/results
 
-Takes base, tasks, rows, steps and seeds from a study; trains every linear module of the backbone (embeddings, norms and biases stay as
-they are). `full` trains each weight itself: D, where LoRA has B A. `full_penalised` adds beta tr(D m D^T) / tr(W0 m W0^T), the penalty
-in its dense form; `kaiming` and `contrastive_penalised` are LoRA of the study's rank. An arm is NAME@RATE; give rates at which the
-scores alone agree. One loop trains them all: AdamW, the study's schedule, clipping before the penalty joins. Merged by task
+Takes base, tasks, rows, steps and seeds from a study, of classifiers or of a decoder that chooses among answers; trains every linear
+module of the backbone (embeddings, norms, biases and a decoder's output layer stay as they are). `full` trains each weight itself: D,
+where LoRA has B A. `full_penalised` adds beta tr(D m D^T) / tr(W0 m W0^T), the penalty in its dense form; `kaiming` and
+`contrastive_penalised` are LoRA of the study's rank. An arm is NAME@RATE, and may be given at several rates; those compare at which
+the scores alone agree. One loop trains them all: AdamW, the study's schedule, clipping before the penalty joins. Merged by task
 arithmetic, RegMean (base moments) and TSV-M (dense updates are cut to the width over the number of tasks first, as published); the
 scale of each is chosen on one half of the validation rows and reported on the other. What lies in RUN/records is not made again;
-`--page-only` makes nothing at all. Writes full-finetuning.json and full-finetuning.md.
+a task that was trained before an interruption lies in RUN/updates (float32, as large as the base's linear modules) until its arm's
+record is written. `--page-only` makes nothing at all. Writes NAME.json and NAME.md, by default full-finetuning.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from dense_updates import DensePenalty, DenseScorer, as_adapter, norm, trainable
+from dense_updates import merged as merged_dense
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.lora import Adapter
 from plait.evaluation.features import task_vector_norm
 from plait.evaluation.protocol import Scorer, cross_fitted
 from plait.evaluation.splits import HALVES, split_rows
 from plait.merging import merge
 from plait.model.applied import applied
-from plait.model.base import load_task_model
+from plait.model.base import head_state, load_task_model
+from plait.runs.recipe import Recipe
 from plait.runs.recipe_file import read_recipe
 from plait.runs.session import Session
 from plait.statistics import Statistics, collect_statistics
 from plait.subspaces.start import InitialSettings, initial_adapters
 from plait.tasks import batches, collate, to_device
 from plait.tasks.encoding import encode
+from plait.tasks.task import TEXT_KINDS
 from plait.training import TrainingSettings, attach_constraint, prepare_constraint
-from plait.training.constraints import freeze_rows
+from plait.training.constraints import Constraint
 from plait.training.losses import task_loss
 from plait.training.peft_model import TASK_TYPES, attach, detach, for_task, silence_dropout
 from plait.training.settings import row_order
@@ -55,7 +65,9 @@ ARMS: Mapping[str, tuple[bool, str, bool]] = {
     "contrastive_penalised": (False, "contrastive", True),
 }
 MERGES: Mapping[str, tuple[float, float]] = {"task_arithmetic": (0.15, 0.84), "regmean": (0.7, 2.8), "tsv": (0.35, 1.4)}
+NAME = "full-finetuning"  # of the page
 TARGETS = "all-linear"
+LOOK = 50  # steps between looks at the losses
 
 
 def statistics_of(session: Session, seed: int) -> dict[str, Statistics]:
@@ -72,7 +84,7 @@ def statistics_of(session: Session, seed: int) -> dict[str, Statistics]:
 
 
 def starts(session: Session, statistics: Mapping[str, Statistics], arm: str, seed: int) -> dict[str, Adapter]:
-    """What every task starts from; a dense update is an adapter whose A is the identity."""
+    """What every task starts from; of a dense update the modules alone count."""
     dense, method, _ = ARMS[arm]
     lora, kind = session.recipe.lora, next(iter(session.tasks.values())).kind
     settings = InitialSettings(
@@ -81,17 +93,7 @@ def starts(session: Session, statistics: Mapping[str, Statistics], arm: str, see
     made = initial_adapters(
         statistics, settings, base=session.recipe.base.model, seed=seed, device=session.base.torch_device
     )
-    return {t: identity(a) if dense else a for t, (a, _) in made.items()}
-
-
-def identity(adapter: Adapter, deltas: Mapping[str, torch.Tensor] | None = None) -> Adapter:
-    """Dense updates of an adapter's modules as factors: A the identity, B the update, zero where none is given."""
-    modules = {}
-    for name, f in adapter.modules.items():
-        out, width = f.shape
-        D = torch.zeros(out, width, dtype=torch.float32) if deltas is None else deltas[name]
-        modules[name] = LoraFactors(torch.eye(width, dtype=torch.float32), D, 1.0, f.kind)
-    return replace(adapter, modules=modules)
+    return {t: a for t, (a, _) in made.items()}
 
 
 def trained(
@@ -107,91 +109,162 @@ def trained(
         settings: Steps, rate, penalty.
         statistics: Of all tasks.
         seed: Of head and rows.
-        dense: Whether A stays the identity.
+        dense: Whether the weights themselves are trained; the result is then what `dense_updates.as_adapter` makes.
         part: (i, n): the i-th of n equal parts of the steps alone, AdamW starting anew in each.
         carried: An update that the base wears meanwhile.
     """
-    spec, tokenizer = session.tasks[task], session.evaluator.tokenizer
-    examples = session.training(task, seed)
-    rows = encode(tokenizer, spec, examples, settings.max_length)
+    spec, tokenizer, device = session.tasks[task], session.evaluator.tokenizer, session.base.torch_device
+    rows = encode(tokenizer, spec, session.training(task, seed), settings.max_length)
     torch.manual_seed(seed)
     model = load_task_model(session.base, spec, seed=seed)
     silence_dropout(model)
+    given = (session, task, settings, rows, seed, part)
     with applied(model, carried):
-        return _steps(session, task, for_task(start, spec, model), model, rows, settings, statistics, seed, dense, part)
+        started = for_task(start, spec, model)
+        constraint = prepare_constraint(settings, started, statistics, task=task, device=device)
+        if not dense:
+            return as_factors(model, started, constraint, given)
+        with trainable(model, started) as updates:
+            optimizer = adamw(model, settings, list(updates.values()))
+            penalty = DensePenalty(updates, constraint)
+            hook = optimizer.register_step_pre_hook(lambda *_: penalty.add())
+            run_steps(model, optimizer, *given)
+            hook.remove()
+        head = head_state(model) if started.heads else {}
+        made = as_adapter(started, {m: D.detach() for m, D in updates.items()})
+        return replace(made, heads={task: head} if head else {}, source={"task": task})
 
 
-def _steps(
-    session: Session, task: str, started: Adapter, model: Any, rows: Sequence[Any], settings: TrainingSettings,
-    statistics: Mapping[str, Statistics], seed: int, dense: bool, part: tuple[int, int],
-) -> Adapter:  # fmt: skip
-    spec, device, tokenizer = session.tasks[task], session.base.torch_device, session.evaluator.tokenizer
-    constraint = prepare_constraint(settings, started, statistics, task=task, device=device)
-    peft_model = attach(model, started).to(device)
-    if dense:
-        freeze_rows(peft_model)
-    parameters = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+def as_factors(model: Any, started: Adapter, constraint: Constraint, given: tuple[Any, ...]) -> Adapter:
+    """The same for LoRA, in PEFT's layers."""
+    session, task, settings, *_ = given
+    peft_model = attach(model, started).to(session.base.torch_device)
+    optimizer = adamw(peft_model, settings)
     remove = attach_constraint(optimizer, peft_model, constraint)
+    run_steps(peft_model, optimizer, *given)
+    remove()  # its hooks hold the model and the optimiser, which the next task needs the room of
+    return detach(peft_model, started, {"task": task})
+
+
+def adamw(model: Any, settings: TrainingSettings, more: Sequence[torch.nn.Parameter] = ()) -> torch.optim.AdamW:
+    """AdamW of everything in a model that is trainable, and of parameters that stand beside it."""
+    parameters = [*more, *(p for p in model.parameters() if p.requires_grad)]
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+
+
+def run_steps(
+    model: Any, optimizer: torch.optim.AdamW, session: Session, task: str, settings: TrainingSettings,
+    rows: Sequence[Any], seed: int, part: tuple[int, int],
+) -> None:  # fmt: skip
+    spec, device, tokenizer = session.tasks[task], session.base.torch_device, session.evaluator.tokenizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = settings.total_steps(len(rows))
     order = row_order(len(rows), total * settings.batch_size, seed).reshape(total, settings.batch_size)
-    for step in range(total * part[0] // part[1], total * (part[0] + 1) // part[1]):
+    first, last = (total * i // part[1] for i in (part[0], part[0] + 1))
+    losses: list[torch.Tensor] = []
+    for step in range(first, last):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * settings.factor(step, total)
         batch = to_device(collate(tokenizer, [rows[i] for i in order[step]]), device)
         labels = batch.pop("labels")
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            logits = peft_model(**batch).logits
+            logits = model(**batch).logits
         loss = task_loss(spec.kind, logits, labels)
-        if not torch.isfinite(loss):
-            raise SystemExit(f"{task}: the loss is {float(loss)} at step {step}")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    remove()  # its hooks hold the model and the optimiser, which the next task needs the room of
-    return detach(peft_model, started, {"task": task})
+        losses.append(loss.detach())
+        if len(losses) == LOOK or step == last - 1:
+            _require_finite(task, torch.stack(losses), step)
+            losses = []
 
 
-def cut(adapter: Adapter, tasks: int, device: Any) -> Adapter:
-    """The largest singular triplets of each dense update, as many as the width over the number of tasks."""
-    modules = {}
-    for name, f in adapter.modules.items():
-        U, S, Vh = torch.linalg.svd(f.delta().to(device), full_matrices=False)
-        k = max(1, min(f.shape) // tasks)
-        modules[name] = LoraFactors(Vh[:k].cpu().contiguous(), (U[:, :k] * S[:k]).cpu(), 1.0, f.kind)
-    return replace(adapter, modules=modules)
+def _require_finite(task: str, losses: torch.Tensor, step: int) -> None:
+    """Stop where a loss, of those up to a step, is no number: looked at now and then, since to look is to wait for the GPU."""
+    for i, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            raise SystemExit(f"{task}: the loss is {loss} at step {step - len(losses) + 1 + i}")
 
 
-def merged(
-    adapters: Mapping[str, Adapter], method: str, statistics: Mapping[str, Statistics], dense: bool, device: Any
-) -> Adapter:
-    """The merge at scale 1; a dense one as one matrix a module again."""
-    inputs = [cut(a, len(adapters), device) if dense and method == "tsv" else a for a in adapters.values()]
+def merged(adapters: Mapping[str, Adapter], method: str, statistics: Mapping[str, Statistics], device: Any) -> Adapter:
+    """The merge of LoRA at scale 1."""
     known = statistics if method == "regmean" else None
-    made = merge(inputs, method, scale=1.0, statistics=known, device=str(device), verify=False).adapter
-    return identity(made, {m: f.delta() for m, f in made.modules.items()}) if dense else made
+    return merge(list(adapters.values()), method, scale=1.0, statistics=known, device=str(device), verify=False).adapter
 
 
-def record_of(session: Session, arm: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train all tasks of an arm, merge, score."""
+# --- what outlives an interruption ------------------------------------------------------------------------------------
+
+
+def kept_update(
+    place: Path, mark: Mapping[str, Any], like: Callable[[], Adapter], dense: bool, make: Callable[[], Adapter]
+) -> Adapter:
+    """Read a trained update; what is not there, or was made otherwise, is made first, and written whole or not at all.
+
+    Args:
+        place: TASK.safetensors.
+        mark: How it is made, as JSON has it.
+        like: Gives the adapter that it was trained from, as `for_task` prepares it.
+        dense: Whether it is a dense update.
+        make: What is called for a new one.
+    """
+    said = {"made": json.dumps(mark, sort_keys=True)}
+    if place.exists():
+        with safe_open(place, "pt") as file:
+            if file.metadata() == said:
+                return _update_of({k: file.get_tensor(k) for k in file.keys()}, like(), dense)  # noqa: SIM118 (no mapping)
+    made = make()
+    tensors = {f"{m}.B": f.B for m, f in made.modules.items()}
+    tensors |= {} if dense else {f"{m}.A": f.A for m, f in made.modules.items()}
+    tensors |= {f"head {k}": v for head in made.heads.values() for k, v in head.items()}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_suffix(".part")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, said)
+    part.rename(place)
+    return made
+
+
+def _update_of(tensors: Mapping[str, torch.Tensor], like: Adapter, dense: bool) -> Adapter:
+    head = {k.removeprefix("head "): v for k, v in tensors.items() if k.startswith("head ")}
+    like = replace(like, heads={like.name: head} if head else {}, source={"task": like.name})
+    if dense:
+        return as_adapter(like, {m: tensors[f"{m}.B"] for m in like.modules})
+    modules = {m: replace(f, A=tensors[f"{m}.A"], B=tensors[f"{m}.B"]) for m, f in like.modules.items()}
+    return replace(like, modules=modules)
+
+
+def record_of(session: Session, arm: str, rate: float, seed: int, updates: Path) -> dict[str, Any]:
+    """Train all tasks of an arm, merge, score; what is trained lies in a folder meanwhile."""
     started = time.time()
     dense, _, penalised = ARMS[arm]
     recipe, device = session.recipe, session.base.torch_device
+
+    def told(what: str) -> None:
+        print(f"  {arm}@{rate:g} {what}, {time.time() - started:.0f} s", flush=True)
+
     statistics = statistics_of(session, seed)
     constraint: dict[str, Any] = {"constraint": "penalised"} if penalised else {}
     settings = TrainingSettings(**{**recipe.training, **constraint, "lr": rate, "max_length": recipe.data.max_length})
     first = starts(session, statistics, arm, seed)
+    told("statistics and starts")
+    mark = {"settings": asdict(settings), "seed": seed, "lora": recipe.lora.model_dump(mode="json")}
+    mark |= {k: getattr(recipe, k).model_dump(mode="json") for k in ("base", "data", "statistics")}
     adapters = {}
-    for task in session.tasks:
-        adapters[task] = trained(session, task, first[task], settings, statistics, seed, dense)
-        print(f"  {arm}@{rate:g} {task}: trained, {time.time() - started:.0f} s", flush=True)
+    for task, spec in session.tasks.items():
+        adapters[task] = kept_update(
+            updates / f"{task}.safetensors",
+            mark,
+            partial(for_task, first[task], spec, session.evaluator.task_model(task)),
+            dense,
+            partial(trained, session, task, first[task], settings, statistics, seed, dense),
+        )
+        told(f"{task}: trained")
     heads = {t: a.heads.get(t, {}) for t, a in adapters.items()}
     options = {"seed": recipe.evaluation.split_seed, "tuning_rows": recipe.tuning_rows, "grid_rows": recipe.grid_rows}
     splits = {t: split_rows(len(session.validation(t)), **options) for t in session.tasks}
-    scorer = Scorer(
-        session.evaluator, splits, heads
-    )  # one after another: dense updates of all tasks at once are many copies
+    # one after another: dense updates of all tasks at once are many copies
+    scorer = (DenseScorer if dense else Scorer)(session.evaluator, splits, heads)
     ends: dict[str, dict[str, float]] = {"alone": {}, "floor": {}}
     for task, split in splits.items():
         each = [
@@ -199,16 +272,16 @@ def record_of(session: Session, arm: str, rate: float, seed: int) -> dict[str, A
             for rows in (split.halves[h] for h in HALVES)
         ]
         ends["alone"][task], ends["floor"][task] = np.mean(each, 0).tolist()
+    told(f"alone {np.mean(list(ends['alone'].values())):.1f}")
     merges = {}
     for method, scales in MERGES.items():
-        found, _ = cross_fitted(scorer, merged(adapters, method, statistics, dense, device), scales)
+        made = (merged_dense if dense else merged)(adapters, method, statistics, device)
+        told(f"{method}: merged")
+        found, _ = cross_fitted(scorer, made, scales)
         scores = {t: float(np.mean([found.halves[h].score[t] for h in HALVES])) for t in session.tasks}
         merges[method] = {"scales": [found.halves[h].scale for h in HALVES], "tasks": scores}
-        print(
-            f"  {arm}@{rate:g} {method}: {np.mean(list(scores.values())):.1f}, {time.time() - started:.0f} s",
-            flush=True,
-        )
-    norms = {t: task_vector_norm(a) for t, a in adapters.items()}
+        told(f"{method}: {np.mean(list(scores.values())):.1f}")
+    norms = {t: norm(a) if dense else task_vector_norm(a) for t, a in adapters.items()}
     return {
         "arm": arm,
         "rate": rate,
@@ -249,34 +322,37 @@ def joined(rows: Sequence[Mapping[str, Any]], published: Path | None, by: Sequen
 
 
 def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each record and merge: (merged - floor) / (alone - floor) of the means over tasks."""
+    """A row for each record and merge: (merged - floor) / (alone - floor) of the means over tasks, None where nothing was gained alone."""
     rows = []
     for r in records:
         alone, floor = (float(np.mean(list(r[k].values()))) for k in ("alone", "floor"))
+        gain = alone - floor
         for method, merge_ in r["merges"].items():
             score = float(np.mean(list(merge_["tasks"].values())))
             rows.append({
                 "arm": r["arm"], "rate": r["rate"], "seed": r["seed"], "method": method, "individual": round(alone, 3),
-                "floor": round(floor, 3), "merged": round(score, 3), "recovered": round((score - floor) / (alone - floor), 4),
+                "floor": round(floor, 3), "merged": round(score, 3), "recovered": round((score - floor) / gain, 4) if gain else None,
                 "scale": [round(s, 4) for s in merge_["scales"]], "norm": round(float(np.mean(list(r["norms"].values()))), 4),
                 "tasks": {t: round(s, 3) for t, s in merge_["tasks"].items()},
             })  # fmt: skip
     return rows
 
 
-def page(rows: Sequence[Mapping[str, Any]], about: str, asked: Sequence[tuple[str, float]] = ()) -> str:
-    """The table, a line for each arm, rate and merge: means over seeds; and which of the (arm, rate) that were asked for have none."""
+def page(rows: Sequence[Mapping[str, Any]], about: str, asked: Sequence[tuple[str, float]] = (), of: str = "") -> str:
+    """The table, a line for each arm, rate and merge: means over seeds; and which (arm, rate) that were asked for have none."""
     groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
     for r in rows:
         groups.setdefault((r["arm"], r["rate"], r["method"]), []).append(r)
-    lines = ["# Full fine-tuning, and LoRA of the same modules", "", about, ""]
+    lines = [f"# Full fine-tuning{of and f' of {of}'}, and LoRA of the same modules", "", about, ""]
     lines += ["| arm | rate | seeds | alone | norm | merge | scale | merged | of own gain, % |", "|---" * 9 + "|"]
     for (arm, rate, method), group in groups.items():
-        mean = {k: float(np.mean([r[k] for r in group])) for k in ("individual", "norm", "merged", "recovered")}
+        mean = {k: float(np.mean([r[k] for r in group])) for k in ("individual", "norm", "merged")}
+        shares = [r["recovered"] for r in group]
+        share = "-" if None in shares else f"{100 * float(np.mean(shares)):.0f}"
         scale = float(np.mean([s for r in group for s in r["scale"]]))
         lines.append(
             f"| `{arm}` | {rate:g} | {len(group)} | {mean['individual']:.1f} | {mean['norm']:.2f} | {method} | {scale:.2f} | "
-            f"{mean['merged']:.1f} | {100 * mean['recovered']:.0f} |"
+            f"{mean['merged']:.1f} | {share} |"
         )
     if missing := [
         f"`{arm}@{rate:g}`" for arm, rate in asked if (arm, rate) not in {(r["arm"], r["rate"]) for r in rows}
@@ -285,39 +361,61 @@ def page(rows: Sequence[Mapping[str, Any]], about: str, asked: Sequence[tuple[st
     return "\n".join(lines) + "\n"
 
 
+def about_run(recipe: Recipe, rows: Sequence[Mapping[str, Any]], a: argparse.Namespace) -> str:
+    """What a page is of, and the command."""
+    seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in rows}))
+    text = any(not isinstance(t, str) and t.kind in TEXT_KINDS for t in recipe.tasks)
+    what = "the weight itself" + (" (the output layer is not)" if text else "")
+    floor = (
+        "No heads: the floor is the bare base."
+        if text
+        else "The floor is the bare base with the heads that were trained."
+    )
+    named = "" if a.name == NAME else f" --name {a.name}"
+    return (
+        f"{base_name(a.study, recipe)}, {len(recipe.task_names)} tasks ({', '.join(recipe.task_names)}), "
+        f"{recipe.training.get('steps')} steps of {recipe.training.get('batch_size')} rows, seeds {seeds}. Every linear module of the "
+        f"backbone is trained: `full*` {what}, the others LoRA of rank {recipe.lora.rank}. {floor} Each scale is chosen on one half, "
+        "reported on the other.\n\n    PYTHONPATH=src:benchmarks python -P benchmarks/full_finetuning.py --study "
+        f"recipes/studies/{a.study.name} --set base.model=BASE --set data.root=DATA --out RUN --arms {a.arms}{named} --to docs/results"
+    )
+
+
+def base_name(study: Path, recipe: Recipe) -> str:
+    """The base's name as the study has it, whatever the folder is called that it was loaded from."""
+    return Path(read_recipe(study).base.model or recipe.base.model).name
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--study", required=True, type=Path)
     p.add_argument("--set", action="append", default=[], help="KEY=VALUE of the study")
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--arms", default="full@5e-5,full_penalised@5e-5,kaiming@1e-3,contrastive_penalised@1e-3")
+    p.add_argument("--name", default=NAME, help="the page's")
     p.add_argument("--to", type=Path, help="where the page goes; by default nowhere")
     p.add_argument("--page-only", action="store_true", help="make nothing: the page of what RUN/records holds")
     a = p.parse_args(arguments)
     recipe = read_recipe(a.study, a.set)
     session = Session(recipe)
-    places = [
-        (a.out / "records" / f"{arm}@{rate}-{seed}.json", partial(record_of, session, arm, float(rate), seed))
-        for seed in recipe.seeds
-        for arm, _, rate in (x.partition("@") for x in a.arms.split(","))
-    ]
-    asked = [(arm, float(rate)) for arm, _, rate in (x.partition("@") for x in a.arms.split(","))]
-    records = [kept(place, make) for place, make in places if place.exists() or not a.page_only]
-    by = ("arm", "rate", "seed", "method")
-    rows = joined(rows_of(records), a.to / "full-finetuning.json" if a.to else None, by)
-    steps = f"{recipe.training.get('steps')} steps of {recipe.training.get('batch_size')} rows"
-    seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in rows}))
-    about = (
-        f"{Path(recipe.base.model).name}, {len(recipe.task_names)} tasks ({', '.join(recipe.task_names)}), {steps}, seeds "
-        f"{seeds}. Every linear module of the backbone is trained: `full*` the weight itself, the others "
-        f"LoRA of rank {recipe.lora.rank}. The floor is the bare base with the heads that were trained. Each scale is chosen on one "
-        "half, reported on the other.\n\n    python -P benchmarks/full_finetuning.py --study STUDY --set base.model=BASE "
-        f"--set data.root=DATA --out RUN --arms {a.arms} --to docs/results"
+    asked = [(arm, rate) for arm, _, rate in (x.partition("@") for x in a.arms.split(","))]
+    records = []
+    for seed in recipe.seeds:
+        for arm, rate in asked:
+            place, updates = (a.out / k / f"{arm}@{rate}-{seed}" for k in ("records", "updates"))
+            place = place.with_name(f"{place.name}.json")
+            if place.exists() or not a.page_only:
+                records.append(kept(place, partial(record_of, session, arm, float(rate), seed, updates)))
+                shutil.rmtree(updates, ignore_errors=True)
+    rows = joined(rows_of(records), a.to / f"{a.name}.json" if a.to else None, ("arm", "rate", "seed", "method"))
+    about = about_run(recipe, rows, a)
+    told = page(
+        rows, about, [(arm, float(r)) for arm, r in asked], "" if a.name == NAME else base_name(a.study, recipe)
     )
     if a.to:
-        (a.to / "full-finetuning.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        (a.to / "full-finetuning.md").write_text(page(rows, about, asked))
-    print(page(rows, about, asked))
+        (a.to / f"{a.name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        (a.to / f"{a.name}.md").write_text(told)
+    print(told)
 
 
 if __name__ == "__main__":
