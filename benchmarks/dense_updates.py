@@ -18,6 +18,7 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.evaluation.protocol import Answers, Scorer, compact
 from plait.evaluation.splits import Rows
 from plait.merging import merge
+from plait.merging.core import polar, significant
 from plait.model.applied import resolve
 from plait.model.base import head_modules
 from plait.model.hooks import Change, hooked
@@ -146,18 +147,15 @@ def merged(
 ) -> Adapter:
     """The merge of dense updates at scale 1, as dense updates on the device."""
     first = next(iter(adapters.values()))
-    if method == "task_arithmetic":
-        sums = {m: sum(a.modules[m].B.to(device) for a in adapters.values()) for m in first.modules}
-        return as_adapter(first, sums)
-    inputs = [cut(a, len(adapters), device) if method == "tsv" else narrow(a) for a in adapters.values()]
-    known = _on(statistics, device) if method == "regmean" else None
-    made = merge(inputs, method, scale=1.0, statistics=known, device=str(device), verify=False).adapter
-    return as_adapter(made, {m: f.B.to(device) @ f.A.to(device) for m, f in made.modules.items()})
-
-
-def _on(statistics: Mapping[str, Statistics], device: torch.device) -> dict[str, Statistics]:
-    """Statistics on a device: RegMean multiplies by them where they lie."""
-    return {t: replace(s, sites={k: m.to(device) for k, m in s.sites.items()}) for t, s in statistics.items()}
+    if method == "regmean":
+        inputs = [narrow(a) for a in adapters.values()]
+        on_device = {
+            t: replace(s, sites={k: m.to(device) for k, m in s.sites.items()}) for t, s in statistics.items()
+        }  # it multiplies by them where they lie
+        made = merge(inputs, method, scale=1.0, statistics=on_device, device=str(device), verify=False).adapter
+        return as_adapter(made, {m: f.B.to(device) @ f.A.to(device) for m, f in made.modules.items()})
+    one = {"task_arithmetic": sum_of, "tsv": tsv}[method]
+    return as_adapter(first, {m: one([a.modules[m].B.to(device) for a in adapters.values()]) for m in first.modules})
 
 
 def narrow(adapter: Adapter) -> Adapter:
@@ -171,19 +169,33 @@ def narrow(adapter: Adapter) -> Adapter:
     return replace(adapter, modules=modules)
 
 
-def cut(adapter: Adapter, tasks: int, device: torch.device) -> Adapter:
-    """The largest singular triplets of each update, as many as the width over the number of tasks.
+def sum_of(deltas: Sequence[Tensor]) -> Tensor:
+    """Task arithmetic."""
+    return torch.stack(list(deltas)).sum(0)
 
-    By eigenvectors of the smaller Gram matrix in float64: exact in the space of the k largest singular values down to 1e-8 of the first,
-    and a third of an SVD's time or less.
+
+def tsv(deltas: Sequence[Tensor]) -> Tensor:
+    """TSV-M: polar([U_1 ..]) diag(S_1 ..) polar([V_1 ..])^T of each update's largest singular triplets.
+
+    As many as the width over the number of tasks, as published; what `plait.merging` makes of updates that were cut to these, which would
+    be factors whose triplets it had to find again.
     """
-    modules = {}
-    for m, f in adapter.modules.items():
-        D = f.B.to(device)
-        k, wide = max(1, min(f.shape) // tasks), D.double()
-        tall = f.shape[0] > f.shape[1]
-        vectors = torch.linalg.eigh(wide.mT @ wide if tall else wide @ wide.mT)[1]
-        V = vectors[:, -k:].flip(1).float()
-        A, B = (V.mT, D @ V) if tall else (V.mT @ D, V)
-        modules[m] = LoraFactors(A.cpu().contiguous(), B.cpu().contiguous(), 1.0, f.kind)
-    return replace(adapter, modules=modules)
+    U, S, V = zip(*(triplets(D, max(1, min(D.shape) // len(deltas))) for D in deltas), strict=True)
+    if not torch.cat(S).numel():
+        return torch.zeros_like(deltas[0])
+    return ((polar(torch.cat(U, 1)) * torch.cat(S)) @ polar(torch.cat(V, 1)).mT).to(deltas[0].dtype)
+
+
+def triplets(D: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest singular triplets without zeros, U (out, k), S (k,), V (in, k), float64.
+
+    By eigenvectors of the smaller Gram matrix, a third of an SVD's time or less; what is lost lies below 1e-8 of the largest value.
+    """
+    if D.shape[0] < D.shape[1]:
+        V, S, U = triplets(D.mT, k)
+        return U, S, V
+    wide = D.double()
+    squares, vectors = torch.linalg.eigh(wide.mT @ wide)
+    S, V = squares[-k:].flip(0).clamp(min=0).sqrt(), vectors[:, -k:].flip(1)
+    S, V = S[: significant(S)], V[:, : significant(S)]
+    return wide @ V / S, S, V

@@ -6,8 +6,8 @@ r"""Does the penalty do for full fine-tuning what it does for LoRA? Dense update
 Takes base, tasks, rows, steps and seeds from a study, of classifiers or of a decoder that chooses among answers; trains every linear
 module of the backbone (embeddings, norms, biases and a decoder's output layer stay as they are). `full` trains each weight itself: D,
 where LoRA has B A. `full_penalised` adds beta tr(D m D^T) / tr(W0 m W0^T), the penalty in its dense form; `kaiming` and
-`contrastive_penalised` are LoRA of the study's rank. An arm is NAME@RATE, and may be given at several rates; those compare at which
-the scores alone agree. One loop trains them all: AdamW, the study's schedule, clipping before the penalty joins. Merged by task
+`contrastive_penalised` are LoRA of the study's rank. An arm is NAME@RATE, and may be given at several rates; those are compared
+at which the scores alone agree. One loop trains them all: AdamW, the study's schedule, clipping before the penalty joins. Merged by task
 arithmetic, RegMean (base moments) and TSV-M (dense updates are cut to the width over the number of tasks first, as published); the
 scale of each is chosen on one half of the validation rows and reported on the other. What lies in RUN/records is not made again;
 a task that was trained before an interruption lies in RUN/updates (float32, as large as the base's linear modules) until its arm's
@@ -17,6 +17,7 @@ record is written. `--page-only` makes nothing at all. Writes NAME.json and NAME
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -64,6 +65,15 @@ ARMS: Mapping[str, tuple[bool, str, bool]] = {
     "contrastive": (False, "contrastive", False),
     "contrastive_penalised": (False, "contrastive", True),
 }
+# What is compared, at rates at which the scores alone agree.
+PAIRS = (
+    ("full_penalised", "full"),
+    ("kaiming_penalised", "kaiming"),
+    ("contrastive_penalised", "kaiming"),
+    ("full", "kaiming"),
+    ("full_penalised", "contrastive_penalised"),
+)
+AGREE = 1.0  # points
 MERGES: Mapping[str, tuple[float, float]] = {"task_arithmetic": (0.15, 0.84), "regmean": (0.7, 2.8), "tsv": (0.35, 1.4)}
 NAME = "full-finetuning"  # of the page
 TARGETS = "all-linear"
@@ -234,8 +244,10 @@ def _update_of(tensors: Mapping[str, torch.Tensor], like: Adapter, dense: bool) 
     return replace(like, modules=modules)
 
 
-def record_of(session: Session, arm: str, rate: float, seed: int, updates: Path) -> dict[str, Any]:
-    """Train all tasks of an arm, merge, score; what is trained lies in a folder meanwhile."""
+def record_of(
+    session: Session, arm: str, rate: float, seed: int, updates: Path, moments: Callable[[int], dict[str, Statistics]]
+) -> dict[str, Any]:
+    """Train all tasks of an arm, merge, score; what is trained lies in a folder meanwhile, moments are those of a seed."""
     started = time.time()
     dense, _, penalised = ARMS[arm]
     recipe, device = session.recipe, session.base.torch_device
@@ -243,7 +255,7 @@ def record_of(session: Session, arm: str, rate: float, seed: int, updates: Path)
     def told(what: str) -> None:
         print(f"  {arm}@{rate:g} {what}, {time.time() - started:.0f} s", flush=True)
 
-    statistics = statistics_of(session, seed)
+    statistics = moments(seed)
     constraint: dict[str, Any] = {"constraint": "penalised"} if penalised else {}
     settings = TrainingSettings(**{**recipe.training, **constraint, "lr": rate, "max_length": recipe.data.max_length})
     first = starts(session, statistics, arm, seed)
@@ -358,7 +370,44 @@ def page(rows: Sequence[Mapping[str, Any]], about: str, asked: Sequence[tuple[st
         f"`{arm}@{rate:g}`" for arm, rate in asked if (arm, rate) not in {(r["arm"], r["rate"]) for r in rows}
     ]:
         lines += ["", f"Not run: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *compared(groups)]) + "\n"
+
+
+def compared(groups: Mapping[tuple[str, float, str], Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A line for each pair of arms and merge: what the first has more than the second, each at the rate that `agreeing` finds."""
+    lines = []
+    for pair in PAIRS:
+        alone = [{r: _mean(g, "individual") for (a, r, _), g in groups.items() if a == arm} for arm in pair]
+        if not all(alone):
+            continue
+        rates = agreeing(*alone)
+        for method in MERGES:
+            one, other = (groups.get((arm, rate, method)) for arm, rate in zip(pair, rates, strict=True))
+            if one and other and all(r["recovered"] is not None for r in (*one, *other)):
+                more = [_mean(one, k) - _mean(other, k) for k in ("individual", "merged", "recovered")]
+                names = " | ".join(f"`{arm}@{rate:g}`" for arm, rate in zip(pair, rates, strict=True))
+                lines.append(f"| {names} | {more[0]:+.1f} | {method} | {more[1]:+.1f} | {100 * more[2]:+.0f} |")
+    words = (
+        f"At like scores alone: the best rates whose scores alone agree within {AGREE:g} point, else the nearest ones."
+    )
+    head = ["", words, "", "| arm | beside | alone | merge | merged | of own gain, % |", "|---" * 6 + "|"]
+    return [*head, *lines] if lines else []
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(np.mean([r[key] for r in rows]))
+
+
+def agreeing(one: Mapping[float, float], other: Mapping[float, float]) -> tuple[float, float]:
+    """The rates of two arms to compare: of those at which the scores alone agree within a point, the best; else the nearest.
+
+    Args:
+        one: Rate -> score alone.
+        other: The same of the other arm.
+    """
+    pairs = [(abs(x - y), x + y, (r, s)) for r, x in one.items() for s, y in other.items()]
+    close = [p for p in pairs if p[0] <= AGREE]
+    return max(close, key=lambda p: p[1])[2] if close else min(pairs, key=lambda p: p[0])[2]
 
 
 def about_run(recipe: Recipe, rows: Sequence[Mapping[str, Any]], a: argparse.Namespace) -> str:
@@ -398,6 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = p.parse_args(arguments)
     recipe = read_recipe(a.study, a.set)
     session = Session(recipe)
+    moments = functools.cache(partial(statistics_of, session))
     asked = [(arm, rate) for arm, _, rate in (x.partition("@") for x in a.arms.split(","))]
     records = []
     for seed in recipe.seeds:
@@ -405,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             place, updates = (a.out / k / f"{arm}@{rate}-{seed}" for k in ("records", "updates"))
             place = place.with_name(f"{place.name}.json")
             if place.exists() or not a.page_only:
-                records.append(kept(place, partial(record_of, session, arm, float(rate), seed, updates)))
+                records.append(kept(place, partial(record_of, session, arm, float(rate), seed, updates, moments)))
                 shutil.rmtree(updates, ignore_errors=True)
     rows = joined(rows_of(records), a.to / f"{a.name}.json" if a.to else None, ("arm", "rate", "seed", "method"))
     about = about_run(recipe, rows, a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from dataclasses import replace
@@ -218,16 +219,17 @@ def test_what_was_trained_before_an_interruption_is_not_trained_again(script, ti
         return real(session, task, *rest, **more)
 
     monkeypatch.setattr(script, "trained", trained)
+    moments = functools.cache(functools.partial(script.statistics_of, session))
     for arm in ("full", "contrastive_penalised"):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            script.record_of(session, arm, 1e-3, 0, tmp_path / arm)
-        again = script.record_of(session, arm, 1e-3, 0, tmp_path / arm)
+            script.record_of(session, arm, 1e-3, 0, tmp_path / arm, moments)
+        again = script.record_of(session, arm, 1e-3, 0, tmp_path / arm, moments)
         assert calls == ["topic", "grade", "grade"], arm
-        whole = script.record_of(session, arm, 1e-3, 0, tmp_path / "other")
+        whole = script.record_of(session, arm, 1e-3, 0, tmp_path / "other", moments)
         calls.append("grade")
         assert {**again, "seconds": 0} == {**whole, "seconds": 0}
-        script.record_of(session, arm, 2e-3, 0, tmp_path / arm)  # of another rate: what lies there is not it
+        script.record_of(session, arm, 2e-3, 0, tmp_path / arm, moments)  # of another rate: what lies there is not it
         assert calls[-2:] == ["topic", "grade"]
 
 
@@ -275,3 +277,17 @@ def test_a_record_is_there_whole_or_not_at_all(script, tmp_path):
     assert not list(place.parent.iterdir())
     assert script.kept(place, lambda: {"arm": "full"}) == {"arm": "full"}
     assert script.kept(place, interrupted) == {"arm": "full"}  # not made again
+
+
+def test_arms_are_compared_at_rates_whose_scores_alone_agree(script):
+    assert script.agreeing({1e-5: 60.0, 1e-4: 80.0, 1e-3: 70.0}, {1e-4: 79.5, 1e-3: 60.2}) == (1e-4, 1e-4)
+    assert script.agreeing({1e-5: 60.0, 1e-4: 70.0}, {1e-4: 80.0}) == (1e-4, 1e-4)  # the nearest
+
+    def rows(arm, rate, alone, merged):
+        row = {"arm": arm, "rate": rate, "seed": 0, "method": "tsv", "individual": alone, "merged": merged}
+        return row | {"recovered": (merged - 20) / (alone - 20), "scale": [1.0, 1.0], "norm": 1.0}
+
+    given = [rows("full", 1e-5, 60.0, 30.0), rows("full", 1e-4, 80.0, 40.0), rows("full_penalised", 1e-4, 80.0, 50.0)]
+    text = script.page(given, "")
+    assert "| `full_penalised@0.0001` | `full@0.0001` | +0.0 | tsv | +10.0 | +17 |" in text
+    assert "At like scores alone" not in script.page(given[:2], "")
