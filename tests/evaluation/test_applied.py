@@ -129,3 +129,17 @@ def test_predictions_that_are_no_numbers_and_heads_of_another_task(tiny_base):
         one.predict("grade", head)
     with pytest.raises(InputError, match="absent"):
         one.predict("topic", {})
+
+
+def test_a_module_is_found_from_the_backbone_or_from_the_whole_model(tiny_base):
+    model = load_task_model(tiny_base("bert"), TASK, seed=0)
+    query = model.bert.encoder.layer[1].attention.self.query
+    for name, prefix in (
+        ("encoder.layer.1.attention.self.query", "bert"),
+        ("bert.encoder.layer.1.attention.self.query", ""),
+    ):
+        assert resolve(model, name, prefix) is query
+    assert resolve(model, "classifier") is model.classifier
+    for nowhere in ("encoder.layer.1.attention.self.query.weight", "encoder.layer.9", "layer"):
+        with pytest.raises(InputError, match="no such module"):
+            resolve(model, nowhere, "bert")

@@ -124,14 +124,19 @@ def resolve(model: nn.Module, name: str, prefix: str = "") -> nn.Module:
     Raises:
         InputError: No such module.
     """
-    modules: Mapping[str, nn.Module] = dict(backbone_of(model)[0].named_modules())
-    if name in modules:
-        return modules[name]
-    whole: Mapping[str, nn.Module] = dict(model.named_modules())
-    for full in (f"{prefix}.{name}" if prefix else name, name):
-        if full in whole:
-            return whole[full]
+    full = f"{prefix}.{name}" if prefix else name
+    for owner, path in ((backbone_of(model)[0], name), (model, full), (model, name)):
+        if (module := _within(owner, path)) is not None:
+            return module
     raise InputError("no such module in the base model", where=name, hint="is this adapter of another base?")
+
+
+def _within(owner: nn.Module, path: str) -> nn.Module | None:
+    """Follow a dotted path; None where it leads nowhere. A list of all names would be made again for every module asked for."""
+    module: nn.Module | None = owner
+    for part in path.split(".") if path else ():
+        module = module._modules.get(part) if module is not None else None
+    return module
 
 
 def in_backbone(model: nn.Module, adapter: Adapter) -> Adapter:
