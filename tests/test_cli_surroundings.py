@@ -17,7 +17,7 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.cli.output import foreseen
 from plait.disk.locks import locked, writing_to
-from plait.entry import SAME_PRODUCTS, SELDOM
+from plait.entry import SAME_PRODUCTS, SELDOM, SHORT_WAITS
 from plait.errors import EnvironmentFault
 from plait.progress import Progress, duration
 from plait.training.checkpoints import open_root
@@ -75,6 +75,30 @@ assert torch.equal(*products)
             env=surroundings | told, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
+
+
+def test_threads_do_not_wait_awake():
+    """libgomp reads this once, when torch is loaded: it has to be there before, and what somebody says himself stays."""
+    code = """
+import contextlib, os, sys
+from plait.entry import main
+sys.argv = ["plait", "--version"]
+with contextlib.suppress(SystemExit):
+    main()
+assert "torch" not in sys.modules
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    surroundings = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for told, expected in (
+        ({}, SHORT_WAITS[1]),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env=surroundings | told, capture_output=True, text=True, timeout=120, check=False
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.split()[-1] == expected
 
 
 def test_cycles_are_looked_for_seldom():

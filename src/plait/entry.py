@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # MKL, with which torch multiplies, adds up a product of few rows in another order with another number of threads unless it is told not to.
 SAME_PRODUCTS = ("MKL_CBWR", "AUTO,STRICT")
+# How often a thread of OpenMP, with which torch computes, looks for more work before it sleeps: for a fraction of a millisecond. libgomp's
+# own 300,000 times keep a core busy for milliseconds behind every product, and on a machine with other work most of the time.
+SHORT_WAITS = ("GOMP_SPINCOUNT", "5000")
 # New objects after which Python looks for cycles among the young ones, and how often among all: by default after 700, so that it looks
 # 400 times while torch is imported, whose million objects all stay, and reading many adapters after it takes half as long again.
 SELDOM = (20_000, 50, 100)
@@ -73,6 +76,8 @@ def main() -> None:
     # At its end Python goes through all objects twice more, for a third of a second with torch; the process takes them with it anyway.
     atexit.register(gc.freeze)
     os.environ.setdefault(*SAME_PRODUCTS)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(*SHORT_WAITS)
     if sys.argv[1:2] in (["merge"], ["inspect"]):
         # NumPy multiplies narrow matrices here, for which its threads wait for each other longer than they compute.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

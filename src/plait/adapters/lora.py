@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.heads import HeadFacts
-from plait.adapters.one_thread import in_one_thread
+from plait.adapters.one_thread import alone, in_one_thread
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,15 +71,19 @@ class LoraFactors:
         return f.B @ f.A
 
     def norm_squared(self) -> float:
-        """Squared Frobenius norm of the delta, from two (rank, rank) Gram matrices in float64."""
+        """Squared Frobenius norm of the delta, from two (rank, rank) Gram matrices in float64.
+
+        In one thread: torch's others would wait for each other longer than these products take, and a processor spins meanwhile.
+        """
         from plait.adapters.arrays import Array, product_norm_squared
 
         if isinstance(self.A, Array) and isinstance(self.B, Array):
             return self.scaling**2 * product_norm_squared(self.A, self.B)
         import torch
 
-        f = self.folded(torch.float64)
-        return float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum())
+        with alone():
+            f = self.folded(torch.float64)
+            return float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum())
 
 
 @dataclass(frozen=True, slots=True)

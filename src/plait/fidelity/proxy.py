@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.merging.core import gram
+from plait.merging.workers import side_by_side
 
 # How much of the assumed moments is the adapter's own row space, the rest being isotropic. 0 makes eight unrelated
 # adapters share the scale 1/8, 1 lets each keep 1; at 0.05 the closed form gives TSV-M of eight kaiming adapters the scale
@@ -57,12 +58,16 @@ def terms(merge: Adapter, adapters: Sequence[Adapter], share: float = OWN_SHARE)
 def terms_over(merge: Adapter, adapters: Sequence[Adapter], shares: Sequence[float]) -> dict[float, dict[str, Terms]]:
     """`terms` for several shares, the products taken once."""
     parts: dict[str, list[Tensor]] = {a.name: [] for a in adapters}
-    for module, factors in merge.modules.items():
-        present = [a for a in adapters if module in a.modules]
-        if present:
-            both = _terms(factors.folded(torch.float64), [a.modules[module].folded(torch.float64) for a in present])
-            for adapter, one in zip(present, both, strict=True):
-                parts[adapter.name].append(one)
+    present = {m: here for m in merge.modules if (here := [a for a in adapters if m in a.modules])}
+
+    def of(module: str) -> Tensor:
+        own = [a.modules[module].folded(torch.float64) for a in present[module]]
+        return _terms(merge.modules[module].folded(torch.float64), own)
+
+    # Products too small for torch's threads, which would wait for each other longer than they compute.
+    for module, both in zip(present, side_by_side(of, list(present), torch.device("cpu")), strict=True):
+        for adapter, one in zip(present[module], both, strict=True):
+            parts[adapter.name].append(one)
     return {
         s: {name: _summed([s * own + (1 - s) * rest for own, rest in pairs]) for name, pairs in parts.items()}
         for s in shares
@@ -118,12 +123,16 @@ def cosines(adapters: Sequence[Adapter]) -> dict[tuple[str, str], float]:
     """Per pair, the cosine of their task vectors; 0 where one of them is zero."""
     names = [a.name for a in adapters]
     total = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for module in sorted({m for a in adapters for m in a.modules}):
-        places = [i for i, a in enumerate(adapters) if module in a.modules]
-        folded = [adapters[i].modules[module].folded() for i in places]
-        products = gram([f.A for f in folded], [f.B for f in folded])
-        at = torch.tensor(places, dtype=torch.int64)
-        total[at[:, None], at] += products
+    modules = sorted({m for a in adapters for m in a.modules})
+    places = {m: [i for i, a in enumerate(adapters) if m in a.modules] for m in modules}
+
+    def products(module: str) -> Tensor:
+        folded = [adapters[i].modules[module].folded() for i in places[module]]
+        return gram([f.A for f in folded], [f.B for f in folded])
+
+    for module, found in zip(modules, side_by_side(products, modules, torch.device("cpu")), strict=True):
+        at = torch.tensor(places[module], dtype=torch.int64)
+        total[at[:, None], at] += found
     sizes = total.diagonal().clamp_min(0).sqrt()
     norms = sizes[:, None] * sizes
     return {
