@@ -142,16 +142,24 @@ def _write(site: Site, target: StoredTensor, *, verify: bool) -> tuple[Added, Te
     factors = None if site.transposed else site.delta.factors
     for start, stop in _blocks(site):
         written, exact = buffers.read(site.stored, start, stop)
-        more = (site.delta.dense().T if site.transposed else site.delta.rows(start, stop)).to(wide)
-        if verify:
-            wanted.append(probe @ exact.T if factors else probe @ exact.T + probe @ more.T)
-        exact += more
+        if factors and verify:
+            wanted.append(probe @ exact.T)
+        if factors and wide == factors.A.dtype and factors.A.device.type == "cpu":
+            # One product that adds to what is there: its own memory would be written and read three times more.
+            exact.addmm_(factors.B[start:stop], factors.A, alpha=factors.scaling)
+        else:
+            more = (site.delta.dense().T if site.transposed else site.delta.rows(start, stop)).to(wide)
+            if not factors and verify:
+                wanted.append(probe @ exact.T + probe @ more.T)
+            exact += more
+            size += 0.0 if factors else _squares(more)
         written.copy_(exact)  # rounds
         target.write(start, written)
         error += _squares(exact.sub_(written))  # not finite where the type does not hold the sum
-        size += _squares(more)
         if not math.isfinite(error):
             raise RunError(f"base + delta overflows {written.dtype}", where=site.tensor)
+    if factors:
+        size = max(0.0, factors.norm_squared())
     if not verify:
         return Added(error, size), torch.empty(0, dtype=wide)
     whole = torch.cat(wanted, dim=1)
