@@ -259,11 +259,27 @@ def test_a_second_writer_is_told_and_a_dead_one_holds_nothing(tmp_path):
     out = tmp_path / "out"
     with staged_folder(out, OLD) as stage:
         (stage / "a").write_text("a")
-        with pytest.raises(EnvironmentFault, match="another process is writing"):
+        with pytest.raises(EnvironmentFault, match="another process is writing it"):
             make(out, NEW)
     assert is_done(out, OLD)
     (tmp_path / ".out2.lock").write_text("")  # the file of a killed process; nobody holds it
     make(tmp_path / "out2")
+    assert left_over(tmp_path) == []
+
+
+def test_whoever_comes_second_is_told_what_is_made_by_what_in_names_that_people_gave(tmp_path):
+    out, place = tmp_path / "m", tmp_path / ".m.checkpoints"
+
+    def refused() -> EnvironmentFault:
+        with pytest.raises(EnvironmentFault) as raised, locks.locked(place, output=out, doing="a training"):
+            pytest.fail("held twice")
+        return raised.value
+
+    with locks.locked(place, output=out, doing="plait merge auto"):
+        for _ in range(2):  # who is refused leaves the holder's word there
+            assert (refused().where, refused().what) == (str(out), "another process is making it: plait merge auto")
+    with locks.locked(place, output=out):  # nothing is left of the last holder's
+        assert refused().what == "another process is writing it"
     assert left_over(tmp_path) == []
 
 

@@ -257,8 +257,9 @@ def test_where_there_is_no_room_nothing_is_kept_and_that_is_said(begun, monkeypa
 @pytest.mark.parametrize("settings", [{}, {"refine": 3}])
 def test_a_second_run_of_one_output_is_kept_out_and_leaves_what_is_there(begun, settings):
     before = contents(begun.root)
-    with locked(begun.root), pytest.raises(EnvironmentFault, match="another process"):
+    with locked(begun.root, doing="plait merge auto"), pytest.raises(EnvironmentFault) as raised:
         begun(**settings)
+    assert str(raised.value).startswith(f"{begun.root.parent / 'out'}: another process is making it: plait merge auto")
     assert contents(begun.root) == before
     assert begun()[0].startswith("going on")
 

@@ -49,27 +49,48 @@ def require_readable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, output: Path | None = None, doing: str = "") -> Iterator[None]:
     """Hold an output: two processes on one destination is an error, not a race. The lock dies with its holder.
+
+    Args:
+        path: What is held.
+        output: What a person calls it, where `path` is a folder of plait's own beside that.
+        doing: What is done meanwhile, such as "plait merge auto": whoever comes second is told.
 
     Raises:
         EnvironmentFault: Another process holds it, or its folder cannot be written.
     """
-    lock = path.absolute().parent / f".{path.absolute().name}.lock"
+    lock, named = path.absolute().parent / f".{path.absolute().name}.lock", str(output or path)
     with contextlib.ExitStack() as held:
-        with system_errors(path):
+        with system_errors(output or path):
             try:
                 make_above(lock)
-                file = held.enter_context(lock.open("w"))
+                file = held.enter_context(lock.open("a+", encoding="utf-8"))
             except FileNotFoundError:  # /proc and the like, or a folder removed meanwhile
                 raise EnvironmentFault(
-                    "cannot write: nothing can be made there", where=str(path), hint="choose a writable --out"
+                    "cannot write: nothing can be made there", where=named, hint="choose a writable --out"
                 ) from None
             ours = _seize(file.fileno(), lock)
+            if ours:
+                file.truncate(0)
+                file.write(doing)
+                file.flush()
         if not ours:
-            raise EnvironmentFault("another process is writing this output", where=str(path), hint="wait for it")
+            what = (
+                f"another process is making it: {said}" if (said := _holder(lock)) else "another process is writing it"
+            )
+            raise EnvironmentFault(what, where=named, hint="wait for it, or choose another --out")
         held.callback(lock.unlink, missing_ok=True)
         yield
+
+
+def _holder(lock: Path) -> str:
+    """What the holder of a lock says that it does; "" where it says nothing."""
+    try:
+        with lock.open(encoding="utf-8", errors="replace") as file:
+            return file.read(80).strip()
+    except OSError:  # let go of just now
+        return ""
 
 
 def _seize(descriptor: int, lock: Path) -> bool:

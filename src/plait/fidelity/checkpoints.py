@@ -72,7 +72,7 @@ def remove_beside(out: Path, wanted: Mapping[str, Any]) -> None:
     root = checkpoint_root(out)
     recorded = {k: v for k, v in recorded_identity(root).items() if k != "state"} if root.exists() else {}
     if recorded and not store.differences(recorded, wanted):
-        with contextlib.suppress(EnvironmentFault), locked(root):  # somebody may be making it again
+        with contextlib.suppress(EnvironmentFault), locked(root, output=out):  # somebody may be making it again
             shutil.rmtree(root, ignore_errors=True)
 
 
@@ -86,7 +86,9 @@ def checkpoints_beside(
         EnvironmentFault: Another process is at it.
     """
     checkpoints = Checkpoints(checkpoint_root(out), identity, room, on_progress)
-    with locked(checkpoint_root(out)):  # before anything there is looked at, or let go
+    with locked(
+        checkpoint_root(out), output=out, doing="plait merge auto"
+    ):  # before anything there is looked at, or let go
         checkpoints.go_on()
         yield checkpoints
 

@@ -60,7 +60,11 @@ def collect_file(
     examples = session.sample(name, seed)
     own = "" if is_writer() else f".rank-{rank()}"
     parts = path.parent / f".{path.name}.{sha256_json(dict(wanted))[:12]}{own}.parts"
-    with together(session.base.torch_device), locked(parts), system_errors(parts):
+    with (
+        together(session.base.torch_device),
+        locked(parts, output=path, doing="collecting statistics"),
+        system_errors(parts),
+    ):
         try:
             statistics = collect_task(session, task, examples, parts=parts, seed=seed)
             if is_writer():

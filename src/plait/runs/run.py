@@ -106,7 +106,7 @@ def run(
     if todo or not keeps(recipe, out):
         device = layout.session.base.torch_device.type
         names = (type(executor).__name__, executor.workers, executor.scorers)
-        with locked(out), noted(out, device, *names):
+        with locked(out, doing="plait run"), noted(out, device, *names):
             layout.mend = mender(report)
             keep(layout)
             done = _work(layout, executor, report, None if seconds is None else started + seconds)

@@ -101,7 +101,7 @@ def train_adapter(
     require_space(out, bytes_of_training(initial, settings, begins=not root.exists()))
     started = time.monotonic()
     gpus = [base.torch_device] if base.torch_device.type == "cuda" else []
-    with _held(root), _quiet(), torch.random.fork_rng(devices=gpus):
+    with _held(root, out), _quiet(), torch.random.fork_rng(devices=gpus):
         if is_writer():
             open_root(root, identity)
         try:
@@ -213,9 +213,9 @@ def _write_snapshots(root: Path, stage: Path) -> None:
         shutil.copytree(folder, stage / "steps" / folder.name)
 
 
-def _held(root: Path) -> contextlib.AbstractContextManager[None]:
+def _held(root: Path, out: Path) -> contextlib.AbstractContextManager[None]:
     """Two runs must not share checkpoints; of one run's processes the writer holds them."""
-    return locked(root) if is_writer() else contextlib.nullcontext()
+    return locked(root, output=out, doing="a training") if is_writer() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
