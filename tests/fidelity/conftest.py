@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
+from plait.fidelity import auto, checkpoints
+from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.panel import Panel, parts_of
 from plait.model.base import draw_head, head_state, load_task_model
+from tests.fidelity.ended import Begun, Killed, folders_of, killed_after
 from tests.tiny import WORDS
 from tests.training.conftest import make_adapter, make_task
 
@@ -54,3 +57,18 @@ def make_panel(tiny_base):
         return Panel(base, parts_of(adapters), given, max_length=24, **options)
 
     return make
+
+
+@pytest.fixture
+def begun(make_panel, tmp_path, monkeypatch):
+    """A run that was ended when its weights were learnt: called, it goes on with other settings, if any, and says what it does."""
+    panel = make_panel(texts=18)
+    few = AutoSettings(methods=("tsv",), scales=(0.4,), refine=2, fit=False, max_length=24)
+    run = Begun(panel, folders_of(panel, tmp_path), tmp_path, few)
+    monkeypatch.setattr(auto, "told", lambda *_: "about a moment")
+    with monkeypatch.context() as once:
+        once.setattr(checkpoints, "SHARE", 1e-9)  # the first adapter's texts, both rounds, the weights
+        killed_after(once, 4)
+        with pytest.raises(Killed):
+            run()
+    return run

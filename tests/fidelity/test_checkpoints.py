@@ -14,18 +14,18 @@ import pytest
 import torch
 
 from plait.adapters.heads import HeadFacts
-from plait.adapters.peft_format import write_adapter
 from plait.disk.locks import locked
 from plait.errors import EnvironmentFault, RunError, UsageError
 from plait.fidelity import asking, auto, checkpoints, choose
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.checkpoint_files import Answered, Piece, State, read_state, write_state
-from plait.fidelity.checkpoints import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHING, WEIGHTS, Checkpoints
+from plait.fidelity.checkpoint_files import Answered, Piece, State, read_identity, read_state, write_state
+from plait.fidelity.checkpoint_reach import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHING, WEIGHTS
 from plait.fidelity.counting import Behind, making
 from plait.model.base import BaseModel
 from plait.training.checkpoints import checkpoint_root, open_root, seal
 from tests.fidelity.conftest import texts_of
+from tests.fidelity.ended import Killed, contents, folders_of, killed_after
 
 HEADS = AutoSettings(
     methods=("tsv",), scales=(0.4,), refine=9, repair=9, learn_heads=True, max_length=24
@@ -36,40 +36,11 @@ WRITING = AutoSettings(
 CUT = AutoSettings(methods=("tsv",), scales=(0.4,), refine=3, repair=5, rank=2, max_shift=50.0, max_length=24)
 
 
-class Killed(BaseException):
-    """As if the process had ended here."""
-
-
 @pytest.fixture
 def every_step(monkeypatch):
     """What may be computed again is kept after every step that can be kept."""
     monkeypatch.setattr(checkpoints, "SHARE", float("inf"))
     monkeypatch.setattr(auto, "told", lambda *_: "about a moment")
-
-
-def folders_of(panel, root: Path) -> list[str]:
-    folders = [root / p.adapter.name for p in panel.parts]
-    for folder, part in zip(folders, panel.parts, strict=True):
-        folder.mkdir()
-        write_adapter(folder, part.adapter)
-    return [str(folder) for folder in folders]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def killed_after(monkeypatch, writes: int):
-    """End the run once so many checkpoints more are written."""
-    write, left = Checkpoints._write, [writes]
-
-    def ending(self, root):
-        write(self, root)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoints, "_write", ending)
 
 
 @pytest.mark.parametrize(
@@ -111,30 +82,6 @@ def test_ended_after_every_checkpoint(
     assert not list(tmp_path.glob("*/.*"))
 
 
-@pytest.fixture
-def begun(make_panel, tmp_path, monkeypatch):
-    """A run that was ended when its weights were learnt: called, it goes on with other settings, if any, and says what it does."""
-    panel = make_panel(texts=18)
-    folders = folders_of(panel, tmp_path)
-    few = AutoSettings(methods=("tsv",), scales=(0.4,), refine=2, fit=False, max_length=24)
-
-    def run(name: str = "out", general=(), **settings) -> list[str]:
-        said: list[str] = []
-        merge_auto_folders(
-            folders, tmp_path / name, base=panel.base, texts=dict(panel.texts), general=general,
-            settings=replace(few, **settings), on_progress=said.append,
-        )  # fmt: skip
-        return said
-
-    with monkeypatch.context() as once:
-        once.setattr(checkpoints, "SHARE", 1e-9)  # the first adapter's texts, both rounds, the weights
-        killed_after(once, 4)
-        with pytest.raises(Killed):
-            run()
-    run.root, run.folders, run.panel = checkpoint_root(tmp_path / "out"), folders, panel
-    return run
-
-
 def test_what_is_done_is_not_done_again_and_not_counted(begun, monkeypatch):
     counted = []
     monkeypatch.setattr(auto, "told", lambda panel, adapters, work: counted.append(work) or "about a moment")
@@ -142,7 +89,7 @@ def test_what_is_done_is_not_done_again_and_not_counted(begun, monkeypatch):
         once.setattr(asking, "fidelities", lambda *_, **__: pytest.fail("scored again"))
         once.setattr(choose, "refined_weights", lambda *_, **__: pytest.fail("learnt again"))
         said = begun()
-    assert said[0] == f"going on from {begun.root}: scores of merges and learnt weights are there"
+    assert said[1] == f"going on from {begun.root}: scores of merges and learnt weights are there"
     assert said[-1] == "what it keeps, on all texts"  # of many texts that takes a while
     assert not begun.root.exists()
     begun("whole")
@@ -172,20 +119,9 @@ def test_only_what_is_left_is_counted(make_panel, done, less):
         assert left.repaired == 20
 
 
-def test_what_is_of_another_run_is_let_go_and_said(begun, tmp_path):
-    said = begun(refine=3)
-    assert said[0] == f"{begun.root} is of another run (options.refine: 2 -> 3): begun anew"
-    assert not any(line.startswith("going on") for line in said) and not begun.root.exists()
-    begun("straight", refine=3)
-    assert (
-        contents(tmp_path / "out")["adapter_model.safetensors"]
-        == contents(tmp_path / "straight")["adapter_model.safetensors"]
-    )
-
-
 def test_a_result_that_is_refused_leaves_nothing(begun):
     with pytest.raises(RunError, match="no candidate moves general text"):
-        begun(general=texts_of(5, 7), max_shift=1e-9)
+        begun(general=texts_of(5, 7), max_shift=1e-9, overwrite=True)
     assert not begun.root.exists()
 
 
@@ -194,27 +130,24 @@ def test_a_fault_of_the_machine_leaves_what_is_done(begun, monkeypatch):
         once.setattr(auto, "finished", lambda *_: (_ for _ in ()).throw(EnvironmentFault("no memory")))
         with pytest.raises(EnvironmentFault, match="no memory"):
             begun()
-    assert begun()[0] == f"going on from {begun.root}: the choice is there"
+    assert begun()[1] == f"going on from {begun.root}: the choice is there"
 
 
 def test_a_damaged_checkpoint_is_passed_over(begun):
     newest = sorted(begun.root.glob("checkpoint-*"))[-1]
     (newest / "state.json").write_text("{}")
-    assert begun()[0] == f"going on from {begun.root}: scores of merges are there"
+    assert begun()[1] == f"going on from {begun.root}: scores of merges are there"
 
 
 def test_what_this_version_does_not_read_is_begun_anew(begun):
     for checkpoint in begun.root.glob("checkpoint-*"):
         (checkpoint / "state.json").write_text('{"pieces": {"scores": 3}, "answered": [], "written": {}}')
         seal(checkpoint.rename(begun.root / "staging"), checkpoint)
+    for checkpoint in begun.root.glob("checkpoint-*"):
+        assert not read_identity(checkpoint)  # the folder's mark is asked
     said = begun()
-    assert "not a state of a choice" in said[0] and said[0].endswith(": begun anew")
+    assert "not a state of a choice" in said[1] and said[1].endswith(": begun anew")
     assert not any(line.startswith("going on") for line in said) and not begun.root.exists()
-
-
-def test_a_folder_that_says_nothing_of_its_run_is_begun_anew(begun):
-    (begun.root / "identity.json").write_text("{")
-    assert begun()[0] == f"{begun.root} is of another run (it does not say what it was made from): begun anew"
 
 
 @pytest.mark.parametrize(
@@ -254,14 +187,14 @@ def test_where_there_is_no_room_nothing_is_kept_and_that_is_said(begun, monkeypa
     assert not begun.root.exists()
 
 
-@pytest.mark.parametrize("settings", [{}, {"refine": 3}])
+@pytest.mark.parametrize("settings", [{}, {"refine": 3}, {"refine": 3, "overwrite": True}])
 def test_a_second_run_of_one_output_is_kept_out_and_leaves_what_is_there(begun, settings):
     before = contents(begun.root)
     with locked(begun.root, doing="plait merge auto"), pytest.raises(EnvironmentFault) as raised:
         begun(**settings)
     assert str(raised.value).startswith(f"{begun.root.parent / 'out'}: another process is making it: plait merge auto")
     assert contents(begun.root) == before
-    assert begun()[0].startswith("going on")
+    assert begun()[1].startswith("going on")
 
 
 def test_what_a_finished_run_left_is_removed(begun, tmp_path):

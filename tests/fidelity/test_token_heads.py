@@ -14,6 +14,7 @@ import plait
 from plait.adapters.peft_format import read_adapter
 from plait.cli.measuring import measured_text
 from plait.errors import InputError
+from plait.fidelity.advise import advise
 from plait.fidelity.auto import merge_auto
 from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.panel import parts_of
@@ -50,6 +51,14 @@ def test_where_predictions_are_asked_for_they_are_refused_by_name(folders):
     given = {"tags": texts_of(3), "texts": texts_of(3)}
     with pytest.raises(InputError, match=REFUSED):
         merge_auto([read_adapter(tags), read_adapter(texts)], BaseModel(str(base)), given)
+    with pytest.raises(InputError, match=REFUSED) as raised:
+        advise([read_adapter(tags), read_adapter(texts)], BaseModel(str(base)), given)
+    assert "leave it out, with the texts of it; or merge all without --text" in str(raised.value)
+    assert advise([read_adapter(tags), read_adapter(texts)], BaseModel(str(base))).options  # from factors alone
+    with pytest.raises(InputError) as raised:  # the other way round it is refused by the same words
+        parts_of([read_adapter(texts), read_adapter(tags), replace(read_adapter(tags), name="more")])
+    said = str(raised.value)
+    assert said.startswith(f"tags: its head {REFUSED}") and "; nor can more (leave them out" in said
     with pytest.raises(InputError, match=REFUSED):
         parts_of([read_adapter(merged)])  # a merge says of each head what it is of
     with pytest.raises(InputError, match=REFUSED):

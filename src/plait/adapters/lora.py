@@ -159,7 +159,7 @@ class Adapter:
                 f"its head {head!r} is of a {facts.task_type} model, which does not answer for a whole text; what such heads predict "
                 "cannot be looked at here",
                 where=self.name,
-                hint="it can be merged without texts, and scored by your own evaluation",
+                hint="merged without --text it can be, and scored by your own evaluation",
             )
         if inside := next((k for k in self.heads[head] if of_backbone(facts.prefix, k)), None):
             raise InputError(

@@ -81,6 +81,7 @@ def advise(
     Serving separately, merging, the best single adapter and a repair, side by side; measured where the base and --text are
     given.
     """
+    report = _reporter(quiet, text)
     from plait.fidelity.advise import AdviceSettings, advise_folders
     from plait.fidelity.texts import LIMIT_OF_REST, parse_files, read_place
 
@@ -93,7 +94,7 @@ def advise(
     of_no_task = read_place(general, spread=True) if general else ()
     advice = advise_folders(
         given, {t: f.texts for t, f in files.items()}, of_no_task, settings, base_id=base_id, device=device, four_bits=four_bits,
-        on_progress=_reporter(quiet),
+        on_progress=report,
     )  # fmt: skip
     if advice.next:
         texts = [f"--text {shlex.quote(t)}" for t in text or []] + ([f"--base-4bit {four_bits}"] if four_bits else [])
@@ -129,14 +130,15 @@ class AutoChoice(NamedTuple):
 
 def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) -> None:
     """What `plait merge auto BASE ADAPTER...` does."""
+    if out is None:
+        raise UsageError("where to?", hint="--out DIR")
+    report = _reporter(chosen.quiet, chosen.text)
     from plait.fidelity.arguments import split_base
     from plait.fidelity.auto_folders import merge_auto_folders
     from plait.fidelity.auto_settings import AutoSettings
     from plait.fidelity.repair import TEXTS_TO_REPAIR
     from plait.fidelity.texts import LIMIT_OF_REST, parse_files, read_place
 
-    if out is None:
-        raise UsageError("where to?", hint="--out DIR")
     repair = steps_of(chosen.repair)
     base, folders = split_base(given, chosen.device, four_bits=chosen.four_bits)
     files = parse_files(chosen.text or [], LIMIT_OF_REST)
@@ -160,7 +162,7 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
         folders, out, base=base, texts={t: f.texts for t, f in files.items()},
         general=read_place(chosen.general, spread=True) if chosen.general else (), settings=settings, base_id=chosen.base_id,
         dtype=chosen.dtype, device=chosen.device, four_bits=chosen.four_bits, overwrite=chosen.overwrite,
-        on_progress=_reporter(chosen.quiet),
+        on_progress=report,
     )  # fmt: skip
     emit(written, as_json, auto_text(written))
 
@@ -210,22 +212,23 @@ def by_forward(
     given: list[str], out: Path | None, method: str, options: dict[str, Any], weights: list[float] | None, chosen: ForwardChoice
 ) -> Written[MergeRecord]:  # fmt: skip
     """What `plait merge BASE ADAPTER... --method regmean_pp` does."""
+    if out is None:
+        raise UsageError("where to?", hint="--out DIR")
+    report = _reporter(chosen.quiet, chosen.text)
     from plait.fidelity.arguments import split_base
     from plait.fidelity.forward import merge_by_forward
     from plait.fidelity.texts import parse_texts
 
-    if out is None:
-        raise UsageError("where to?", hint="--out DIR")
     base, folders = split_base(given, "cpu", four_bits=chosen.four_bits)
     return merge_by_forward(
         folders, out, method, base=base, texts=parse_texts(chosen.text or []), options=options, weights=weights,
         base_id=chosen.base_id, max_length=chosen.length, dtype=chosen.dtype, four_bits=chosen.four_bits,
-        overwrite=chosen.overwrite, on_progress=_reporter(chosen.quiet),
+        overwrite=chosen.overwrite, on_progress=report,
     )  # fmt: skip
 
 
-def _reporter(quiet: bool) -> Callable[[str], None]:
-    """Says on stderr what is being done, and how many seconds after the start."""
+def _reporter(quiet: bool, texts: list[str] | None) -> Callable[[str], None]:
+    """Says on stderr what is being done, and how many seconds after the start: from the first on, also while libraries are imported."""
     started = time.monotonic()
     if quiet:
         return lambda what: None
@@ -233,5 +236,7 @@ def _reporter(quiet: bool) -> Callable[[str], None]:
     def report(what: str) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed stderr must not end a choice
             sys.stderr.write(f"[{time.monotonic() - started:.0f} s] {printable(what)}\n")
+            sys.stderr.flush()
 
+    report(f"reading adapters{' and texts' if texts else ''}")
     return report

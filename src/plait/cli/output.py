@@ -65,17 +65,17 @@ def guarded(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
         return 0
-    except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to go on")
+    except KeyboardInterrupt as e:
+        _tell("interrupted; run the same command again to go on", *_notes(e))
         return _object(INTERRUPTED, "KeyboardInterrupt", RunError("interrupted"), as_json)
     except Exception as e:
         if debug:
             traceback.print_exception(e)
         if interrupted is not None and interrupted():  # an import that it stopped fails in ways of its own
-            _tell("interrupted; run the same command again to go on")
+            _tell("interrupted; run the same command again to go on", *_notes(e))
             return _object(INTERRUPTED, "KeyboardInterrupt", RunError("interrupted"), as_json)
         error = foreseen(e) or RunError(f"{type(e).__name__}: {e}", hint="unexpected; --debug shows the traceback")
-        _tell(f"error: {error}")
+        _tell(f"error: {error}", *_notes(e))
         return _object(error.exit_code, type(error).__name__, error, as_json)
 
 
@@ -122,9 +122,14 @@ def _object(code: int, kind: str, error: PlaitError, as_json: bool) -> int:
     return code
 
 
-def _tell(text: str) -> None:
+def _tell(*lines: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nor a closed stderr
-        sys.stderr.write(printable(text, 2000) + "\n")
+        sys.stderr.write("".join(printable(line, 2000) + "\n" for line in lines))
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way, such as where that is kept which was done."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def settings(pairs: list[str] | None) -> dict[str, Any]:

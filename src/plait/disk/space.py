@@ -10,6 +10,17 @@ from plait.errors import EnvironmentFault
 _MB = 1e6
 
 
+def in_units(size: float) -> str:
+    """Write a number of bytes as a person reads it.
+
+    >>> in_units(1_234_567_890), in_units(65_400_000), in_units(300)
+    ('1.2 GB', '65.4 MB', '1 kB')
+    """
+    if size >= 1000 * _MB:
+        return f"{size / _MB / 1000:,.1f} GB"
+    return f"{size / _MB:.1f} MB" if size >= _MB else f"{max(1.0, 1000 * size / _MB):.0f} kB"
+
+
 def require_space(path: Path, size: int) -> None:
     """Refuse to begin what will not fit on the disk.
 

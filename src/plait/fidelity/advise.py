@@ -17,7 +17,7 @@ from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.chat import Chat
 from plait.fidelity.choose import FEWEST, HELD_OUT, can_learn
 from plait.fidelity.counting import advising, seen_and_judged
-from plait.fidelity.duration import told
+from plait.fidelity.duration import TIMING, told
 from plait.fidelity.finishing import repair_steps
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
@@ -97,6 +97,7 @@ def advise(
         return _without_texts(adapters, base, sizes, chosen, base_id, unknown)
     if parts_of(adapters)[0].is_text:  # as `merge_auto` reads them
         texts = first_of(texts, LIMIT)
+    on_progress(f"loading the base and cutting texts into tokens: {base.name}")
     panel, chat = ready_panel(  # the held-out texts too, which are read last, are looked at here
         base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
         max_length=chosen.max_length, on_progress=on_progress,
@@ -216,6 +217,7 @@ def _measured(
     work = advising(
         seen, judged, adapters, refine=settings.refine, repair=settings.repair, held_out=HELD_OUT, learns=can_learn(seen)
     )  # fmt: skip
+    on_progress(TIMING)
     on_progress(told(panel, adapters, work))
     # Heads follow each arm by itself, below: after its cut and its repair.
     auto = AutoSettings(

@@ -9,7 +9,8 @@ from typing import Any
 from plait.border.records import from_json, to_json
 from plait.fidelity.candidates import Tried
 from plait.fidelity.checkpoint_files import Piece
-from plait.fidelity.checkpoints import SCORES, Checkpoints
+from plait.fidelity.checkpoint_reach import SCORES
+from plait.fidelity.checkpoints import Checkpoints
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities

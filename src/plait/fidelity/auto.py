@@ -13,7 +13,7 @@ from plait.fidelity.candidates import groups_of
 from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.fidelity.choose import FEWEST, Choice, choose, with_fit
 from plait.fidelity.counting import Behind, making
-from plait.fidelity.duration import told
+from plait.fidelity.duration import TIMING, told
 from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.finishing import Midway, finished, measured, repair_steps, require_within
 from plait.fidelity.head_learning import STEPS, Groups
@@ -78,7 +78,7 @@ def merge_auto(
         general: Texts of no task in particular, for the KL to the base.
         settings: See `AutoSettings`.
         base_id: Base id of the result where the adapters name one base by different names.
-        announce: Whether to say first how long it will take with texts, which is timed on a few of them.
+        announce: Whether to say, with texts, that the base is loaded and how long it will take, which is timed on a few of them.
         known: Panel whose answers are taken over, see `ready_panel`.
         checkpoints: With texts, where it goes on from, and where what is done is kept, see `merge_auto_folders`.
         on_progress: Called with what is being done.
@@ -109,6 +109,8 @@ def merge_auto(
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
     if parts_of(adapters)[0].is_text and not chosen.repair:  # nothing reads more of them
         texts = first_of(texts, chosen.texts)
+    if announce:
+        on_progress(f"loading the base and cutting texts into tokens: {base.name}")
     panel, chat = ready_panel(
         base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy,
         known=known or checkpoints.known(base, adapters, texts), on_written=checkpoints.watch_writing,
@@ -124,11 +126,17 @@ def merge_auto(
     checkpoints.watch(panel)
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
+        on_progress(TIMING)
         on_progress(told(panel, adapters, making(
             panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=repair_steps(panel, chosen),
             head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
             behind=Behind.of(checkpoints))))  # fmt: skip
     choice, begun = None, Midway.of(checkpoints)
+    if (
+        begun is not None and not begun.after
+    ):  # a repair that is asked for since reads more of text models' texts, and notes say so
+        there = {t: len(x) for t, x in panel.texts.items()}
+        begun = replace(begun, record=replace(begun.record, chat=record.chat, notes=record.notes, texts=there))
     if begun is None:
         choice, begun = _choose(read, panel, adapters, chosen, record, base_id, checkpoints, on_progress)
     adapter, record, fidelity = finished(

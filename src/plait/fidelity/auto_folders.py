@@ -77,6 +77,8 @@ def merge_auto_folders(
     require_apart(out, places(adapters))
     if texts and base is None and (base := recorded_base(adapters, device, four_bits=four_bits)) is not None:
         on_progress(f"base: {base.name}, as the adapters name it")
+    if texts and base is not None:
+        on_progress(f"reading the base's files, by which it is known again: {base.name}")
     options = _options(chosen, base_id, dtype_for(dtype, adapters), bool(texts))
     wanted = store.identity("merge-auto", options, _inputs(adapters, base, texts or {}, general), chosen.seed)
     if (before := finished(out, wanted, overwrite=overwrite)) is not None:
@@ -87,7 +89,8 @@ def merge_auto_folders(
     keeping: AbstractContextManager[Checkpoints] = nullcontext(NOTHING_KEPT)
     if texts and len(adapters) > 1:
         identity = state_of(wanted, base, {"texts": chosen.texts, "batch_size": chosen.batch_size})
-        keeping = checkpoints_beside(out, identity, sum(a.nbytes for a in adapters), on_progress)
+        room = sum(a.nbytes for a in adapters)
+        keeping = checkpoints_beside(out, identity, room, on_progress, overwrite=overwrite)
     with keeping as checkpoints:
         try:
             merge = merge_auto(
@@ -103,7 +106,7 @@ def merge_auto_folders(
         except EnvironmentFault:
             raise
         except PlaitError:
-            checkpoints.remove()
+            checkpoints.refused()
             raise
         written = _written(merge, out, adapters, dtype, wanted, overwrite=overwrite)
         checkpoints.remove()

@@ -60,6 +60,11 @@ class Answered:
     places: tuple[int, ...]
     logits: Tensor
 
+    @property
+    def of_merge(self) -> bool:
+        """Whether a merge answered, not an adapter or the base."""
+        return self.who.startswith("merge ")
+
     @classmethod
     def of(cls, task: str, who: str, scale: float, rows: Rows, place: Mapping[tuple[str, ...], int]) -> Answered:
         """Take it from what is known, given every text's place."""
@@ -86,13 +91,19 @@ class State:
         return sum(t.nbytes for t in _tensors_of(self).values())
 
 
-def write_state(folder: Path, state: State) -> None:
+def write_state(folder: Path, state: State, identity: Mapping[str, Any] | None = None) -> None:
     """Write a state into an empty folder.
+
+    Args:
+        folder: The folder.
+        state: The state.
+        identity: What it belongs to.
 
     Raises:
         OSError: The disk is full, or whatever else the system says.
     """
     values = {
+        "identity": dict(identity or {}),
         "pieces": {
             name: {"values": p.values, "tensors": list(p.tensors), "adapters": {a: _facts(x) for a, x in p.adapters.items()}}
             for name, p in state.pieces.items()
@@ -108,6 +119,15 @@ def write_state(folder: Path, state: State) -> None:
             put(name, tensor)
 
     fill_tensors(folder / _TENSORS, tensors, None, fill)  # not `write_tensors`, which refuses infinity
+
+
+def read_identity(folder: Path) -> Mapping[str, Any]:
+    """Read what a state belongs to; {} where it does not say."""
+    try:
+        identity = read_json(folder / _VALUES)["identity"]
+    except (InputError, KeyError, TypeError):
+        return {}
+    return identity if isinstance(identity, dict) else {}
 
 
 def read_state(folder: Path) -> State:

@@ -13,41 +13,24 @@ from typing import Any
 from plait.adapters.lora import Adapter
 from plait.disk import store
 from plait.disk.locks import locked, system_errors
-from plait.disk.space import require_space
+from plait.disk.space import in_units, require_space
 from plait.errors import EnvironmentFault, InputError
-from plait.fidelity.checkpoint_files import Answered, Piece, State, read_state, write_state
+from plait.fidelity.checkpoint_files import Answered, Piece, State, read_identity, read_state, write_state
+from plait.fidelity.checkpoint_reach import ANSWERS, MERGE, SCORES, Change, are_there, begun_otherwise, described
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.texts import Texts
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
-from plait.training.checkpoints import checkpoint_root, latest_whole, open_root, recorded_identity, require_ours, seal
+from plait.training.checkpoints import checkpoint_root, latest_whole, mark_root, recorded_identity, require_ours, seal
 
 # Version of what a checkpoint holds; raised with every change of it, or of the order in which a choice does what it does.
-FORMAT = 1
+FORMAT = 2
 # What may be computed again keeps at most this share of the time busy with writing.
 SHARE = 0.05
 # Bytes left free for what is written beside tensors: the JSON of a checkpoint, and the record of the result.
 BESIDE = 1 << 20
 
-ANSWERS, SCORES, WEIGHING, WEIGHTS, FIT, MERGE, REPAIR = (
-    "answers",
-    "scores",
-    "weighing",
-    "weights",
-    "fit",
-    "merge",
-    "repair",
-)
-# What is done to a choice afterwards.
-THE_REPAIR, LEARNT_HEADS, THE_HEADS = "the repair", "learnt heads", "the heads"
 _BASE = "base"
-_SAID = {
-    ANSWERS: "what the adapters write",
-    SCORES: "scores of merges",
-    WEIGHTS: "learnt weights",
-    FIT: "the fits",
-    MERGE: "the choice",
-}
 
 
 def state_of(wanted: Mapping[str, Any], base: BaseModel | None, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -78,19 +61,39 @@ def remove_beside(out: Path, wanted: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def checkpoints_beside(
-    out: Path, identity: Mapping[str, Any], room: int, on_progress: OnProgress = lambda _: None
+    out: Path,
+    identity: Mapping[str, Any],
+    room: int,
+    on_progress: OnProgress = lambda _: None,
+    *,
+    overwrite: bool = False,
 ) -> Iterator[Checkpoints]:
-    """Go on from what lies beside an output, and keep a second run of it out meanwhile; arguments as `Checkpoints` has them.
+    """Go on from what lies beside an output, and keep a second run of it out meanwhile.
+
+    Whatever ends it before the result is there, refusals apart, has a note added that says where what is done is kept.
+
+    Args:
+        out: The output.
+        identity: What the state belongs to (`state_of`).
+        room: Bytes that the result will take, which are left free.
+        on_progress: Told what a person should know.
+        overwrite: Whether what was done with other settings, and does not hold with these, may be lost.
 
     Raises:
         EnvironmentFault: Another process is at it.
+        UsageError: It would be lost and may not; what stands there is none of plait's.
     """
     checkpoints = Checkpoints(checkpoint_root(out), identity, room, on_progress)
     with locked(
         checkpoint_root(out), output=out, doing="plait merge auto"
     ):  # before anything there is looked at, or let go
-        checkpoints.go_on()
-        yield checkpoints
+        checkpoints.go_on(out, overwrite=overwrite)
+        try:
+            yield checkpoints
+        except BaseException as e:
+            if kept := checkpoints.said_kept():
+                e.add_note(kept)
+            raise
 
 
 @dataclass(slots=True)
@@ -99,9 +102,7 @@ class Checkpoints:
 
     Args:
         root: Folder of the checkpoints; None where nothing is kept.
-        identity: What the state belongs to (`state_of`).
-        room: Bytes that the result will take, which are left free.
-        on_progress: Told what a person should know.
+        identity, room, on_progress: As `checkpoints_beside` has them.
     """
 
     root: Path | None = None
@@ -117,41 +118,70 @@ class Checkpoints:
     _seconds: float = 0.0
     _lacks_room: bool = False
 
-    def go_on(self) -> None:
-        """Take over what is there, where it is of the same identity; what is not is removed, and said.
+    def go_on(self, out: Path, *, overwrite: bool = False) -> None:
+        """Take over what is there and holds for this identity.
+
+        What does not is on the disk until something is written in its place: a mistake in the command loses nothing.
+
+        Args:
+            out: What the output is called.
+            overwrite: Whether what does not hold may be lost.
 
         Raises:
-            UsageError: It is none of plait's.
+            UsageError: It may not, and there is some; or the folder is none of plait's.
         """
         root = self.root
         if root is None:
             return
         require_ours(root)
-        if not root.exists():
+        numbers = (p.name.rpartition("-")[2] for p in root.glob("checkpoint-*"))
+        # Damaged ones count: whatever is written from here on has to be the newest.
+        self._number = max((int(n) for n in numbers if n.isdigit()), default=0)
+        if not root.exists() or (checkpoint := latest_whole(root)) is None:
             return
-        recorded = recorded_identity(root)
-        if recorded != self.identity:
-            unknown = ["it does not say what it was made from"]
-            differing = (store.differences(recorded, self.identity) if recorded else []) or unknown
-            self.on_progress(f"{root} is of another run ({differing[0]}): begun anew")
-            shutil.rmtree(root)
-        elif (checkpoint := latest_whole(root)) is not None:
-            try:
-                state = read_state(checkpoint)
-            except InputError as e:
-                self.on_progress(f"{e}: begun anew")
-                shutil.rmtree(root)
-                return
-            self._number, self._pieces = int(checkpoint.name.rpartition("-")[2]), dict(state.pieces)
-            self._state = replace(state, pieces={})
-            if said := self._description():
-                several = " and " in said or said.endswith("s")
-                self.on_progress(f"going on from {root}: {said} {'are' if several else 'is'} there")
+        change = Change.of(read_identity(checkpoint) or recorded_identity(root), self.identity)
+        otherwise = f", begun otherwise ({'; '.join(change.said)})" if change.said else ""
+        try:
+            state = read_state(checkpoint)
+        except InputError as e:
+            if otherwise and not overwrite:
+                raise begun_otherwise(out, checkpoint, change, "", "") from None
+            self.on_progress(f"{e}: begun anew")
+            return
+        holds = {n: p for n, p in state.pieces.items() if change.holds(n, p.values)}
+        done, lost, stays = (
+            described({n: p.values for n, p in some.items()})
+            for some in (state.pieces, {n: p for n, p in state.pieces.items() if n not in holds}, holds)
+        )
+        if len(holds) < len(state.pieces) and not overwrite:
+            raise begun_otherwise(out, checkpoint, change, done, lost if holds else "")
+        self._pieces = holds
+        self._state = replace(state, pieces={}) if ANSWERS not in change.reached else State()
+        if SCORES not in holds:  # what they answered belongs to the scores
+            self._state = replace(self._state, answered=tuple(a for a in self._state.answered if not a.of_merge))
+        if stays:
+            self.on_progress(f"going on from {root}{otherwise}: {are_there(stays)}")
+        elif done:
+            self.on_progress(f"{root} was{otherwise[1:]}: begun anew")
 
     def remove(self) -> None:
-        """Let all of it go."""
+        """Let all of it go: the result is there."""
         if self.root is not None:
             shutil.rmtree(self.root, ignore_errors=True)
+
+    def refused(self) -> None:
+        """Let what was done go, since it would be refused again; not what was begun otherwise and is still there."""
+        if self.root is not None and recorded_identity(self.root) == self.identity:
+            shutil.rmtree(self.root, ignore_errors=True)
+        self.root = None
+
+    def said_kept(self) -> str:
+        """Say where what is done is kept, and how large that is; "" where nothing is."""
+        root = self.root
+        if root is None or not root.is_dir() or latest_whole(root) is None:
+            return ""
+        size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+        return f"what is done so far is kept in {root} ({in_units(size)}): the same command goes on from there"
 
     def piece(self, name: str) -> Piece | None:
         """Give what was computed under a name; None where it was not."""
@@ -163,7 +193,7 @@ class Checkpoints:
             return None
         panel = Panel(base, parts_of(adapters), texts)
         for task, rows in self._state.written.items():
-            panel.answers.update({(task, texts[task][place]): ids for place, ids in rows.items()})
+            panel.answers.update({(task, texts[task][i]): ids for i, ids in rows.items() if i < len(texts[task])})
         self._answer(panel, {_BASE: None, **_named("adapter", _own(panel))})
         return panel
 
@@ -209,11 +239,11 @@ class Checkpoints:
         try:
             require_space(root, state.nbytes + self.room + BESIDE)
             with system_errors(root):
-                open_root(root, self.identity)
+                mark_root(root, self.identity)
                 stage = root / "staging"
                 shutil.rmtree(stage, ignore_errors=True)
                 stage.mkdir()
-                write_state(stage, state)
+                write_state(stage, state, self.identity)
                 self._number += 1
                 seal(stage, root / f"checkpoint-{self._number}")
             self._lacks_room = False
@@ -248,17 +278,7 @@ class Checkpoints:
             if a.who in names:
                 texts, logits = panel.texts[a.task], a.logits.numpy()
                 rows = panel.known.of(a.task, names[a.who], a.scale)
-                rows.update((texts[place], row) for place, row in zip(a.places, logits, strict=True))
-
-    def _description(self) -> str:
-        """What is there, in words."""
-        words = [_SAID[name] for name in _SAID if name in self._pieces]
-        if (merge := self._pieces.get(MERGE)) is not None:
-            words = [_SAID[MERGE], *merge.values["after"]]
-        for name, what in ((WEIGHING, "learning weights"), (REPAIR, "the repair")):
-            if (piece := self._pieces.get(name)) is not None:
-                words.append(f"the first {piece.values['step']} steps of {what}")
-        return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+                rows.update((texts[i], row) for i, row in zip(a.places, logits, strict=True) if i < len(texts))
 
 
 NOTHING_KEPT = Checkpoints()

@@ -10,7 +10,8 @@ from plait.border.counts import plural
 from plait.errors import RunError
 from plait.fidelity.candidates import METHODS, OWN_MOMENTS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
 from plait.fidelity.checkpoint_files import Piece, settled
-from plait.fidelity.checkpoints import FIT, NOTHING_KEPT, WEIGHING, WEIGHTS, Checkpoints
+from plait.fidelity.checkpoint_reach import FIT, WEIGHING, WEIGHTS
+from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.fidelity.distil import Keeping, distil
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
 from plait.fidelity.learning_state import KeptLearning

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from plait.adapters.lora import Adapter
 from plait.fidelity.candidates import METHODS, SCALES, recipes
-from plait.fidelity.checkpoints import (
+from plait.fidelity.checkpoint_reach import (
+    FINISHING,
     FIT,
     LEARNT_HEADS,
     MERGE,
@@ -17,8 +18,8 @@ from plait.fidelity.checkpoints import (
     THE_REPAIR,
     WEIGHING,
     WEIGHTS,
-    Checkpoints,
 )
+from plait.fidelity.checkpoints import Checkpoints
 from plait.fidelity.choose import HELD_OUT, can_learn
 from plait.fidelity.costs import total_rank
 from plait.fidelity.duration import Work, tokens_of
@@ -56,15 +57,14 @@ class Behind:
     @classmethod
     def of(cls, checkpoints: Checkpoints) -> Behind:
         """Say what is kept."""
-        pieces = {
-            name: p.values for name in (SCORES, WEIGHING, WEIGHTS, FIT, MERGE, REPAIR) if (p := checkpoints.piece(name))
-        }
+        names = (SCORES, WEIGHING, WEIGHTS, FIT, MERGE, REPAIR, FINISHING)
+        pieces = {name: p.values for name in names if (p := checkpoints.piece(name))}
         scored: dict[int, int] = {}
         for call in pieces.get(SCORES, {}).get(
             "calls", ()
         ):  # one that is not answered by all adapters is counted whole
             scored[call["texts"]] = scored.get(call["texts"], 0) + len(call["asked"])
-        after = pieces.get(MERGE, {}).get("after", ())
+        after = pieces.get(FINISHING, {}).get("after", ())
         learnt, repaired = (pieces.get(name, {}).get("step", 0) for name in (WEIGHING, REPAIR))
         return cls(scored, (*pieces, *after), learnt, repaired)
 

@@ -114,6 +114,7 @@ def pace_of(panel: Panel, adapters: Sequence[Adapter], clock: Callable[[], float
 
 
 _FIT, _REPAIR = 3.5, 1.3
+TIMING = "timing a few texts, to say how long it will take"
 
 
 def _sampled(adapters: Sequence[Adapter]) -> tuple[list[Adapter], float]:

@@ -13,18 +13,8 @@ from plait.errors import RunError
 from plait.fidelity.advice_settings import AdviceSettings
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.checkpoint_files import Piece, settled
-from plait.fidelity.checkpoints import (
-    FIT,
-    LEARNT_HEADS,
-    MERGE,
-    NOTHING_KEPT,
-    REPAIR,
-    SCORES,
-    THE_HEADS,
-    THE_REPAIR,
-    WEIGHTS,
-    Checkpoints,
-)
+from plait.fidelity.checkpoint_reach import FINISHING, LEARNT_HEADS, MERGE, REPAIR, THE_HEADS, THE_REPAIR, WEIGHTS
+from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.fidelity.choose import HELD_OUT, within
 from plait.fidelity.head_learning import Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
@@ -59,17 +49,22 @@ class Midway:
     @classmethod
     def of(cls, checkpoints: Checkpoints) -> Midway | None:
         """Take it from where it is kept; None where nothing is chosen yet."""
-        if (piece := checkpoints.piece(MERGE)) is None:
+        piece = checkpoints.piece(FINISHING) or checkpoints.piece(MERGE)
+        if piece is None:
             return None
         values = piece.values
         return cls(piece.adapters[MERGE], from_json(AutoRecord, values["record"]), values["groups"], values["after"])
 
     def kept_in(self, checkpoints: Checkpoints) -> Midway:
-        """Keep it, in place of all that led to it, and give what goes on from there."""
+        """Keep it, and give what goes on from there.
+
+        What was chosen stays beside what was done to it since, and scores and fits stay too, which are small: another option may
+        reach the later ones alone (`plait.fidelity.checkpoint_reach`).
+        """
         merge = settled(self.merge)
         values = {"record": to_json(self.record), "groups": dict(self.groups), "after": list(self.after)}
-        gone = (SCORES, WEIGHTS, FIT, REPAIR)
-        checkpoints.keep(MERGE, lambda: Piece(values, adapters={MERGE: merge}), instead_of=gone)
+        name, gone = (FINISHING, REPAIR) if self.after else (MERGE, WEIGHTS)
+        checkpoints.keep(name, lambda: Piece(values, adapters={MERGE: merge}), instead_of=(gone,))
         return replace(self, merge=merge)
 
 

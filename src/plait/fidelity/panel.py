@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.adapters.beside import no_matrix
 from plait.adapters.lora import EMBEDDING, EXPERT, LINEAR, Adapter
+from plait.border.counts import agreed
 from plait.errors import InputError, UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.fidelity.answers import Answers
@@ -68,12 +69,22 @@ def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
             more than linear modules.
         UsageError: Two parts of one name.
     """
-    parts: list[Part] = []
-    for _, part in _answering(adapters):
-        if isinstance(part, InputError):
-            raise part
-        parts.append(part)
-    return _comparable(parts)
+    answering = list(_answering(adapters))
+    errors = [part for _, part in answering if isinstance(part, InputError)]
+    if errors:
+        raise _beside_others(errors) if len(errors) < len(answering) else errors[0]
+    return _comparable([part for _, part in answering if isinstance(part, Part)])
+
+
+def _beside_others(errors: Sequence[InputError]) -> InputError:
+    """What is said of adapters that cannot be asked among some that can: each by its name, and what can be done with all of them."""
+    names = list(dict.fromkeys(str(e.where).partition(": ")[0] for e in errors))
+    them = agreed(len(names), "it", "them")
+    return InputError(
+        errors[0].what + (f"; nor can {' and '.join(names[1:])}" if len(names) > 1 else ""),
+        where=names[0],
+        hint=f"leave {them} out, with the texts of {them}; or merge all without --text, by their factors alone",
+    )
 
 
 def parts_and_refused(adapters: Sequence[Adapter]) -> tuple[list[Part], tuple[Refused, ...]]:

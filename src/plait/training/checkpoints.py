@@ -78,12 +78,22 @@ def open_root(root: Path, identity: Mapping[str, Any]) -> None:
     mark = root / _IDENTITY
     if root.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == canonical_json(identity)):
         shutil.rmtree(root)
+    mark_root(root, identity)
+
+
+def mark_root(root: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder, where it is not there, and have it say what it belongs to; what lies in it stays.
+
+    Raises:
+        UsageError: Something else stands there (`require_ours`).
+    """
+    require_ours(root)
     with writing_to(root):
         make_above(root)
         root.mkdir(exist_ok=True)
         partial = root / _PARTIAL
         partial.write_text(canonical_json(identity), encoding="utf-8")
-        partial.replace(mark)
+        partial.replace(root / _IDENTITY)
 
 
 def leave_no_empty(root: Path) -> None:
