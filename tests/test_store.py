@@ -85,7 +85,7 @@ def test_what_plait_did_not_finish_is_not_touched(tmp_path):
     link.symlink_to(tmp_path / "nowhere")
     os.mkfifo(pipe)
     for path in (folder, file, link, pipe):
-        with pytest.raises(UsageError, match="not finished by plait"):
+        with pytest.raises(UsageError, match=r"not finished by plait \(choose another --out, or remove it yourself\)"):
             is_done(path, OLD)
         with pytest.raises(UsageError, match="exists"):
             make(path)

@@ -328,9 +328,13 @@ def test_texts_are_read_from_lines_and_tables(tmp_path):
         read_texts(lines)
     (tmp_path / "pairs.csv").write_text("a,b\nx,y\nz,\n")
     with pytest.raises(
-        InputError, match=r"text 1 is empty or no text in its second part \(pairs and single texts go into"
+        InputError, match=r"row 1 is empty or no text in its second part \(pairs and single texts go into"
     ):
         parse_texts([f"t={tmp_path / 'pairs.csv'}:a,b"])
+    (tmp_path / "blank.csv").write_text('sentence\nx\n""\ny\n')
+    with pytest.raises(InputError) as raised:
+        parse_texts([f"t={tmp_path / 'blank.csv'}"])
+    assert str(raised.value).endswith("row 1 is empty or no text (leave that row out; the first is row 0)")
     lines.write_text("\n")
     with pytest.raises(InputError, match="no texts"):
         read_texts(lines)

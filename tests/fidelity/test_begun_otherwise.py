@@ -27,7 +27,7 @@ FORGOTTEN = {  # name, what is asked for then, when the first run ended -> the p
     "repair": ({"repair": 1}, AT_END, {SCORES, FIT, MERGE}),
     "heads": ({"heads": False}, AT_END, {SCORES, FIT, MERGE}),
     "learn_heads": ({"learn_heads": True}, AT_CHOICE, {SCORES, FIT, MERGE}),
-    "dtype": ({"dtype": "float16"}, AT_END, {SCORES, FIT, MERGE, FINISHING}),
+    "dtype": ({"dtype": "bfloat16"}, AT_END, {SCORES, FIT, MERGE, FINISHING}),
 }
 
 

@@ -96,7 +96,7 @@ def test_folders_of_one_name_are_told_how_to_differ(pair, tmp_path, capsys):
     code, _, err = said(capsys, "advise", one, str(tmp_path / "b" / "one"))
     assert code == 2 and f"b-one={tmp_path}/b/one" in err
     code, _, err = said(capsys, "merge", one, one, "--out", str(tmp_path / "no"))
-    assert code == 2 and "given twice" in err
+    assert code == 2 and "given twice (leave one of them out" in err
 
 
 def test_names_of_one_base_need_not_agree_to_the_letter():

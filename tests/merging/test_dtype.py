@@ -20,6 +20,7 @@ from plait.merging import Change, edit, merge_folders, merge_per_task, plan_merg
 from plait.merging.exponents import Moves
 from plait.merging.folders import read_all
 from plait.merging.rounded_sums import rounded_sum
+from plait.merging.rounding import in_dtype
 from plait.merging.sums import is_beside, probes_of, rounding, stored_sum, sum_error
 from plait.merging.verify import FAILED
 
@@ -110,6 +111,16 @@ def test_one_adapter_keeps_its_bits_and_its_scaling_unless_a_type_is_asked_for(t
     assert all(torch.equal(f.B, a.modules[m].B) and f.scaling == 3.0 for m, f in out.modules.items())
     merge_folders([alone], tmp_path / "wide", "cat", dtype="float32")
     assert {f.A.dtype for f in read_adapter(tmp_path / "wide").modules.values()} == {torch.float32}
+
+
+def test_a_scaling_that_no_alpha_says_is_multiplied_in_before_the_one_rounding(tmp_path):
+    one = read_adapter(saved(tmp_path / "a", 0, torch.float32))
+    chosen = replace(one, modules={m: replace(f, scaling=0.7) for m, f in one.modules.items()})
+    short, _ = in_dtype(chosen, "bfloat16", ())
+    (tmp_path / "out").mkdir()
+    write_adapter(tmp_path / "out", short)
+    for m, f in read_adapter(tmp_path / "out").modules.items():
+        assert torch.equal(f.B, (0.7 * one.modules[m].B).to(torch.bfloat16)) and f.scaling == 1.0
 
 
 def test_what_is_too_large_for_the_type_is_an_error_and_leaves_nothing(tmp_path):

@@ -91,8 +91,9 @@ def is_done(
         return False
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
+        way_out = "--overwrite" if unit else "remove it yourself"  # which --overwrite would refuse
         raise Unfinished(
-            "exists and was not finished by plait", where=str(path), hint="choose another --out, or --overwrite"
+            "exists and was not finished by plait", where=str(path), hint=f"choose another --out, or {way_out}"
         )
     require_wanted(path, found, wanted)
     require_whole(path, read=read)

@@ -126,17 +126,8 @@ def merge_auto(
     checkpoints.watch(panel)
     read = panel.with_texts(first_of(panel.texts, chosen.texts))
     if announce:
-        on_progress(TIMING)
-        on_progress(told(panel, adapters, making(
-            panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=repair_steps(panel, chosen),
-            head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift,
-            behind=Behind.of(checkpoints))))  # fmt: skip
-    choice, begun = None, Midway.of(checkpoints)
-    if (
-        begun is not None and not begun.after
-    ):  # a repair that is asked for since reads more of text models' texts, and notes say so
-        there = {t: len(x) for t, x in panel.texts.items()}
-        begun = replace(begun, record=replace(begun.record, chat=record.chat, notes=record.notes, texts=there))
+        _say_how_long(panel, read, adapters, chosen, checkpoints, on_progress)
+    choice, begun = None, Midway.of(checkpoints, record, panel)
     if begun is None:
         choice, begun = _choose(read, panel, adapters, chosen, record, base_id, checkpoints, on_progress)
     adapter, record, fidelity = finished(
@@ -144,6 +135,17 @@ def merge_auto(
     )
     record = replace(record, notes=(*record.notes, *_of_texts(panel, chosen, fidelity)))
     return AutoMerge(adapter, fidelity, record, tuple(akin), choice)
+
+
+def _say_how_long(
+    panel: Panel, read: Panel, adapters: Sequence[Adapter], chosen: AutoSettings, checkpoints: Checkpoints, on_progress: OnProgress
+) -> None:  # fmt: skip
+    on_progress(TIMING)
+    work = making(
+        panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=repair_steps(panel, chosen),
+        head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift, behind=Behind.of(checkpoints),
+    )  # fmt: skip
+    on_progress(told(panel, adapters, work))
 
 
 def _choose(

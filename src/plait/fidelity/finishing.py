@@ -47,13 +47,23 @@ class Midway:
     after: Sequence[str] = ()
 
     @classmethod
-    def of(cls, checkpoints: Checkpoints) -> Midway | None:
-        """Take it from where it is kept; None where nothing is chosen yet."""
+    def of(cls, checkpoints: Checkpoints, record: AutoRecord, panel: Panel) -> Midway | None:
+        """Take it from where it is kept; None where nothing is chosen yet.
+
+        Args:
+            checkpoints: Where it is kept.
+            record: What is known before anything is chosen. A repair that is asked for since reads more of text models' texts.
+            panel: Base, adapters and all texts.
+        """
         piece = checkpoints.piece(FINISHING) or checkpoints.piece(MERGE)
         if piece is None:
             return None
         values = piece.values
-        return cls(piece.adapters[MERGE], from_json(AutoRecord, values["record"]), values["groups"], values["after"])
+        known = from_json(AutoRecord, values["record"])
+        if not values["after"]:
+            texts = {t: len(rows) for t, rows in panel.texts.items()}
+            known = replace(known, chat=record.chat, notes=record.notes, texts=texts)
+        return cls(piece.adapters[MERGE], known, values["groups"], values["after"])
 
     def kept_in(self, checkpoints: Checkpoints) -> Midway:
         """Keep it, and give what goes on from there.

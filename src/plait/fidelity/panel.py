@@ -69,22 +69,17 @@ def parts_of(adapters: Sequence[Adapter]) -> list[Part]:
             more than linear modules.
         UsageError: Two parts of one name.
     """
-    answering = list(_answering(adapters))
-    errors = [part for _, part in answering if isinstance(part, InputError)]
+    answering = [part for _, part in _answering(adapters)]
+    errors = [part for part in answering if isinstance(part, InputError)]
+    if errors and len(errors) < len(answering):  # each by its name, and what can be done with all of them
+        names = list(dict.fromkeys(str(e.where).partition(": ")[0] for e in errors))
+        them = agreed(len(names), "it", "them")
+        what = errors[0].what + (f"; nor can {' and '.join(names[1:])}" if names[1:] else "")
+        hint = f"leave {them} out, with the texts of {them}; or merge all without --text, by their factors alone"
+        raise InputError(what, where=names[0], hint=hint)
     if errors:
-        raise _beside_others(errors) if len(errors) < len(answering) else errors[0]
-    return _comparable([part for _, part in answering if isinstance(part, Part)])
-
-
-def _beside_others(errors: Sequence[InputError]) -> InputError:
-    """What is said of adapters that cannot be asked among some that can: each by its name, and what can be done with all of them."""
-    names = list(dict.fromkeys(str(e.where).partition(": ")[0] for e in errors))
-    them = agreed(len(names), "it", "them")
-    return InputError(
-        errors[0].what + (f"; nor can {' and '.join(names[1:])}" if len(names) > 1 else ""),
-        where=names[0],
-        hint=f"leave {them} out, with the texts of {them}; or merge all without --text, by their factors alone",
-    )
+        raise errors[0]
+    return _comparable([part for part in answering if isinstance(part, Part)])
 
 
 def parts_and_refused(adapters: Sequence[Adapter]) -> tuple[list[Part], tuple[Refused, ...]]:

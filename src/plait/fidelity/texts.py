@@ -191,7 +191,7 @@ def checked(texts: Texts, where: str, places: Sequence[int] | None = None) -> Te
     for i, row in zip(range(len(texts)) if places is None else places, texts, strict=True):
         if len(row) != width or width not in (1, 2):
             raise InputError(
-                f"text {i} has {plural(len(row), 'part')}, the first has {width}",
+                f"row {i} has {plural(len(row), 'part')}, the first has {width}",
                 where=where,
                 hint="pairs or single texts",
             )
@@ -199,8 +199,10 @@ def checked(texts: Texts, where: str, places: Sequence[int] | None = None) -> Te
         if any(blank):
             pair = width == 2 and not all(blank)
             which = f" in its {'first' if blank[0] else 'second'} part" if pair else ""
-            hint = "pairs and single texts go into files of their own, TASK=FILE each" if pair else ""
-            raise InputError(f"text {i} is empty or no text{which}", where=where, hint=hint)
+            hint = "leave that row out; the first is row 0"
+            if pair:
+                hint = "pairs and single texts go into files of their own, TASK=FILE each"
+            raise InputError(f"row {i} is empty or no text{which}", where=where, hint=hint)
     return texts
 
 

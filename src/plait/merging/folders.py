@@ -62,7 +62,10 @@ def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
     if twice := next((n for n in names if names.count(n) > 1), None):
         paths = [Path(str(a.source.get("path", ""))).resolve() for a in adapters if a.name == twice]
         if len(set(paths)) < len(paths):
-            raise UsageError(f"{twice!r} is given twice", hint="an adapter counts double with --weights")
+            raise UsageError(
+                f"{twice!r} is given twice",
+                hint="leave one of them out; in a merge by --method --weights 2,1 counts an adapter double",
+            )
         said = " ".join(_renamed(a) for a in adapters if a.name == twice)
         raise UsageError(f"two adapters are called {twice!r}", hint=f"NAME=DIR names them: {said}")
     return adapters

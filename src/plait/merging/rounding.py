@@ -141,4 +141,11 @@ def in_dtype(adapter: Adapter, asked: str, inputs: Sequence[Adapter], seed: int 
     """
     unchanged = len(inputs) == 1 and all(f is adapter.modules.get(m) for m, f in inputs[0].modules.items())
     took = Rounding(dtype_for(asked, inputs, unchanged=unchanged), {f.shape[1] for f in adapter.modules.values()}, seed)
-    return replace(adapter, modules={m: took.stored(m, f) for m, f in adapter.modules.items()}), took
+    ready = {m: _scaled_first(f) if took.rounds else f for m, f in adapter.modules.items()}
+    return replace(adapter, modules={m: took.stored(m, f) for m, f in ready.items()}), took
+
+
+def _scaled_first(factors: LoraFactors) -> LoraFactors:
+    """A module whose alpha is no whole number with its scaling in B: a file has it there, and would round B a second time."""
+    alpha = factors.scaling * factors.rank
+    return factors if alpha == round(alpha) else factors.folded()
