@@ -146,17 +146,24 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_base, tmp_path):
     same_bits(straight, train(base, "bert", tmp_path / "b", settings))
 
 
-def test_checkpoints_of_other_settings_are_not_continued(tiny_base, tmp_path):
+def test_checkpoints_of_other_settings_are_not_continued_and_lost_only_where_that_is_asked_for(tiny_base, tmp_path):
     base, settings = tiny_base("bert"), dataclasses.replace(SETTINGS, checkpoint_every=3)
 
     def stop(step, total, loss):
         if step == 8:
             raise Stop
 
-    with pytest.raises(Stop):
+    with pytest.raises(Stop) as stopped:
         train(base, "bert", tmp_path / "b", settings, progress=stop)
-    steps = []
-    train(base, "bert", tmp_path / "b", dataclasses.replace(settings, lr=1e-3), progress=lambda *s: steps.append(s[0]))
+    root, steps = checkpoint_root(tmp_path / "b"), []
+    assert stopped.value.__notes__[0].startswith(f"what is done so far is kept in {root} (")
+    other, seen = dataclasses.replace(settings, lr=1e-3), lambda *s: steps.append(s[0])
+    with pytest.raises(
+        UsageError, match=r"begun there with other settings and kept at step 6: options.*lr: 0.*-> 0.001"
+    ):
+        train(base, "bert", tmp_path / "b", other, progress=seen)
+    assert latest_whole(root).name == "checkpoint-6" and not steps
+    train(base, "bert", tmp_path / "b", other, progress=seen, overwrite=True)
     assert steps[0] == 1
 
 

@@ -129,7 +129,7 @@ def begun_otherwise(out: Path, checkpoint: Path, change: Change, done: str, lost
     )
 
 
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(identity: Mapping[str, Any]) -> Mapping[str, Any]:
     """Every part of an identity by the name that the table has for it."""
     found: dict[str, Any] = {}
     for key, value in identity.items():

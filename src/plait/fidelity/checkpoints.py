@@ -13,7 +13,7 @@ from typing import Any
 from plait.adapters.lora import Adapter
 from plait.disk import store
 from plait.disk.locks import locked, system_errors
-from plait.disk.space import in_units, require_space
+from plait.disk.space import require_space
 from plait.errors import EnvironmentFault, InputError
 from plait.fidelity.checkpoint_files import Answered, Piece, State, read_identity, read_state, write_state
 from plait.fidelity.checkpoint_reach import ANSWERS, MERGE, SCORES, Change, are_there, begun_otherwise, described
@@ -21,7 +21,15 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.texts import Texts
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
-from plait.training.checkpoints import checkpoint_root, latest_whole, mark_root, recorded_identity, require_ours, seal
+from plait.training.checkpoints import (
+    checkpoint_root,
+    latest_whole,
+    mark_root,
+    recorded_identity,
+    require_ours,
+    said_kept,
+    seal,
+)
 
 # Version of what a checkpoint holds; raised with every change of it, or of the order in which a choice does what it does.
 FORMAT = 2
@@ -91,7 +99,7 @@ def checkpoints_beside(
         try:
             yield checkpoints
         except BaseException as e:
-            if kept := checkpoints.said_kept():
+            if checkpoints.root is not None and (kept := said_kept(checkpoints.root)):
                 e.add_note(kept)
             raise
 
@@ -174,14 +182,6 @@ class Checkpoints:
         if self.root is not None and recorded_identity(self.root) == self.identity:
             shutil.rmtree(self.root, ignore_errors=True)
         self.root = None
-
-    def said_kept(self) -> str:
-        """Say where what is done is kept, and how large that is; "" where nothing is."""
-        root = self.root
-        if root is None or not root.is_dir() or latest_whole(root) is None:
-            return ""
-        size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
-        return f"what is done so far is kept in {root} ({in_units(size)}): the same command goes on from there"
 
     def piece(self, name: str) -> Piece | None:
         """Give what was computed under a name; None where it was not."""

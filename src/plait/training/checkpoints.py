@@ -12,7 +12,8 @@ from typing import Any
 from plait.adapters.lora import Adapter
 from plait.disk.durable import make_above
 from plait.disk.locks import writing_to
-from plait.disk.store import canonical_json, read_json, sha256_file
+from plait.disk.space import in_units
+from plait.disk.store import canonical_json, differences, read_json, sha256_file
 from plait.errors import PlaitError, UsageError
 from plait.training.settings import TrainingSettings
 
@@ -79,6 +80,39 @@ def open_root(root: Path, identity: Mapping[str, Any]) -> None:
     if root.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == canonical_json(identity)):
         shutil.rmtree(root)
     mark_root(root, identity)
+
+
+def require_begun_alike(out: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to lose the checkpoints of a training that was begun with other settings.
+
+    Args:
+        out: What the training writes.
+        identity: What it is now.
+
+    Raises:
+        UsageError: There are some; says what differs.
+    """
+    root = checkpoint_root(out)
+    require_ours(root)
+    if not root.exists() or (newest := latest_whole(root)) is None:
+        return
+    recorded = recorded_identity(root)
+    differing = differences(recorded, identity) if recorded else ["it does not say what it was made from"]
+    if differing:
+        step = newest.name.rpartition("-")[2]
+        raise UsageError(
+            f"a training was begun there with other settings and kept at step {step}: {'; '.join(differing[:6])}",
+            where=str(out),
+            hint="the settings of before go on from it; choose another --out, or --overwrite to lose it",
+        )
+
+
+def said_kept(root: Path) -> str:
+    """Say where what is done is kept, and how large that is; "" where nothing is."""
+    if not root.is_dir() or latest_whole(root) is None:
+        return ""
+    size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    return f"what is done so far is kept in {root} ({in_units(size)}): the same command goes on from there"
 
 
 def mark_root(root: Path, identity: Mapping[str, Any]) -> None:

@@ -35,7 +35,9 @@ from plait.training.checkpoints import (
     latest_whole,
     leave_no_empty,
     open_root,
+    require_begun_alike,
     run_name,
+    said_kept,
 )
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
 from plait.training.prepare import prepare_constraint
@@ -103,12 +105,20 @@ def train_adapter(
     gpus = [base.torch_device] if base.torch_device.type == "cuda" else []
     with _held(root, out), _quiet(), torch.random.fork_rng(devices=gpus):
         if is_writer():
+            if not overwrite:
+                require_begun_alike(out, identity)
             open_root(root, identity)
         try:
             trained, record = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
-        except PlaitError:
-            if is_writer():
+        except BaseException as e:
+            if is_writer() and isinstance(e, PlaitError):
                 leave_no_empty(root)
+            if (
+                is_writer()
+                and (not isinstance(e, PlaitError) or isinstance(e, EnvironmentFault))
+                and (kept := said_kept(root))
+            ):
+                e.add_note(kept)
             raise
     seconds, completed = round(time.monotonic() - started, 3), initial.source.get("completed")
     record = replace(record, seconds=seconds, base=base_facts(base), completed=completed)
