@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SERVING := $(CURDIR)/.serving
 export OMP_NUM_THREADS ?= 2
+export GOMP_SPINCOUNT ?= 5000
 
 .PHONY: demo browser screenshots test test-all floors newest test-serving lint lists docs audit sbom trust bench clean
 .DELETE_ON_ERROR:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from plait.adapters.arrays import all_finite
+from plait.adapters.arrays import all_finite, array_of
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.cli.merging import merge_text
@@ -288,3 +288,11 @@ def test_a_sum_by_blocks_of_rows_has_the_bits_of_whole_factors(dtype, kept):
     assert not rounded_sum([(1e39, parts[0][1])], dtype, probes).finite
     large = rounded_sum([(1e6, parts[0][1])], dtype, probes)
     assert large.finite and large.fits == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_pattern_of_16_bits_is_told_from_what_is_not_finite(dtype):
+    every = torch.arange(1 << 16).to(torch.uint16).view(dtype)
+    numbers, others = every[every.isfinite()], every[~every.isfinite()]
+    assert all_finite(array_of(numbers)) and all_finite(array_of(numbers[:0]))
+    assert len(others) and not any(all_finite(array_of(torch.stack([numbers[0], one, numbers[-1]]))) for one in others)

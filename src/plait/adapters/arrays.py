@@ -182,10 +182,14 @@ def rounded(numbers: Floats, name: str) -> Array:
 
 
 def all_finite(array: Array) -> bool:
-    """Whether there is neither NaN nor infinity: of 16 bits, by the exponents; else a finite sum proves it at a lower cost."""
+    """Whether there is neither NaN nor infinity: of 16 bits, by the largest on either side of zero; else a finite sum proves it cheaply."""
     if array.dtype.name in (BFLOAT16, FLOAT16):
-        exponent = np.uint16(0x7F80 if array.dtype.name == BFLOAT16 else 0x7C00)
-        return not array.data.size or int((array.data.view(np.uint16) & exponent).max()) < int(exponent)
+        infinity = 0x7F80 if array.dtype.name == BFLOAT16 else 0x7C00
+        if not array.data.size:
+            return True
+        # As integers magnitudes keep their order: with a sign positive numbers are the largest, without one negative numbers are.
+        largest, most_negative = int(array.data.view(np.int16).max()), int(array.data.view(np.uint16).max())
+        return largest < infinity and most_negative < infinity + 0x8000
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(float(array.data.sum())) or bool(np.isfinite(array.data).all())
 
