@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # What issues of science still want of GPUs, as one queue for a machine that is there for half an hour: two GPUs, or one.
 #
-#   MODEL=DIR SMALLER=DIR TASKS=DIR GLUE=DIR MPNET=DIR TOKENIZER=DIR GENERAL=FILE:COLUMN [WORK=/tmp/half] [GPUS=2] benchmarks/half_hour.sh start
+#   MODEL=DIR SMALLER=DIR TASKS=DIR GLUE=DIR MPNET=DIR SMOL=DIR TOKENIZER=DIR GENERAL=FILE:COLUMN [WORK=/tmp/half] [GPUS=2] \
+#     benchmarks/half_hour.sh start
 #   benchmarks/half_hour.sh status          # what ended when, what runs, the last line of each log
 #   OUT=DIR benchmarks/half_hour.sh collect [SECONDS]
 #   FROM=DIR TO=docs/results benchmarks/half_hour.sh pages    # at home: what `collect` brought, beside what is published, as pages
 #   benchmarks/half_hour.sh plan            # the queue with its minutes, nothing started
 #
 # MODEL is the 1.5 B decoder and SMALLER the one of 0.5 B, TASKS what benchmarks/text_tasks.py makes, GLUE (with its three open tasks) and MPNET the
-# folders of gpus.sh, TOKENIZER the decoders'; steps whose model is not there are left out. `start` copies the code to WORK, starts every lane
+# folders of gpus.sh, SMOL a SmolLM2, TOKENIZER the larger decoders'; steps whose model is not there are left out. `start` copies the code to WORK, starts every lane
 # under setsid and comes back at once: what a call leaves in the background without it ends with the call. Started again, it goes on: what
 # is in WORK/done is not done again, and lanes that still run are left alone. A step that fails is tried once more where memory ran out,
 # and stops nothing else; after UNTIL seconds of the first start nothing new begins. `collect` waits SECONDS at most (less where all
@@ -22,17 +23,18 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 
 # Lanes: what follows each other on one GPU; steps joined by + run side by side. Names end in the GPU. Minutes are of an H200 that others
 # share, measured: nine adapters of 1.5 B with their moments 126 s, 33 of MPNet 230 s, one seed of more_texts.py on eight tasks 230 s.
-EIGHT_0="fleet_8b:2"
-CURVED_0="q15_contrastive_curved:9"
-MID_0="q05_1:5 q05_2:5"
+EIGHT_0="fleet_8b:2 masks_8b:2"
+CURVED_0="q15_contrastive_curved:8 q15_rounds:10"
+MID_0="q05_1:6 q05_2:6"
 SMALL_0="full_penalised:15"
+SMOL_0="full_smollm2:10"
 SMALL_1="fresh:5 eleven_17+eleven_18+eleven_19:13"
-BIG_1="q15_train:3 q15_auto:15"
+BIG_1="q15_train:3 q15_auto:18"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
   elif [ "${GPUS:-1}" -gt 1 ]; then
-    echo eight_0 small_1 mid_0 small_0 curved_0 big_1
+    echo eight_0 small_1 mid_0 smol_0 small_0 curved_0 big_1
   else
     echo eight_all small_all big_all mid_all
   fi
@@ -44,9 +46,10 @@ steps_of() { # LANE
     curved_0) echo "$CURVED_0" ;;
     mid_*) echo "$MID_0" ;;
     small_0) echo "$SMALL_0" ;;
+    smol_0) echo "$SMOL_0" ;;
     small_1) echo "$SMALL_1" ;;
     big_all) echo "$BIG_1 $CURVED_0" ;; # in order of worth
-    small_all) echo "$SMALL_1 $SMALL_0" ;;
+    small_all) echo "$SMALL_1 $SMALL_0 $SMOL_0" ;;
   esac
 }
 
@@ -56,17 +59,18 @@ if [ "$DRY" ]; then
     --set "statistics={samples: 4, pool: token, batch_size: 4}" --set tuning_rows=4 --set grid_rows=4
     --set "training={steps: 2, batch_size: 2, lr: 1.0e-3}")
   TINY_GLUE=(--set "data={root: $GLUE, train_rows: 16, validation_rows: 24, max_length: 24}" "${TINY[@]:2}")
-  AUTO=(--texts 12 --all-texts 16 --new-tokens 3 --steps 2 --repairs 3 --rates 1e-3,1e-4 --scales 0.6,0.9 --batch 12 --candidates 4)
+  AUTO=(--texts 12 --all-texts 16 --new-tokens 3 --steps 2 --repairs 3 --rates 3e-2,1e-2 --scales 0.6,0.9 --batch 12 --candidates 4)
   FRESH=(--set "training={steps: 2, batch_size: 4, lr: 1.0e-3}" --set "data={root: $GLUE, train_rows: 16, max_length: 24}" --set lora.rank=2
     --set "statistics={samples: 4, pool: token}" --set base.dtype=float32)
   MORE=(--texts 12 --rows 8 --device cpu --all-texts 16 --repairs 2)
   FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
+  MASKS=(--device cpu --layers 1 --width 0.03 --rank 2)
   THREADS=1 FRESH_SEEDS=17,18,19
 else
-  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 20 --all-texts 250 --repairs 160 --rates 2e-4,5e-5)
+  ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 20 --all-texts 250 --repairs 160 --rates 3e-2,1e-2)
   FRESH=(--set "data.root=${GLUE:-}" --set data.train_rows=6000 --set data.validation_rows=200 --set base.dtype=bfloat16 --set training.precision=bf16
     --set training.epochs=null --set training.steps=400)
-  MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=()
+  MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=() MASKS=()
   THREADS=6 FRESH_SEEDS=17,18,19
 fi
 TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
@@ -89,7 +93,7 @@ fresh() { # TASKS ARM FOLDER
 }
 more() { # FOLDER TASKS NAME SEED
   $PY -P benchmarks/more_texts.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/$1" --tasks "$2" --seeds "$4" \
-    --out "$WORK/texts/$4" --name "$3" "${MORE[@]}"
+    --out "$WORK/texts/$4" --name "$3" --older "${MORE[@]}"
 }
 
 work() { # STEP
@@ -97,12 +101,15 @@ work() { # STEP
   case $1 in
     fleet_8b) $PY -P benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root="$TASKS" --tokenizer "$TOKENIZER" \
       --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
-    q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --few --memory 0.25 --do "train:${1#q05_} fixed:${1#q05_}" ;;
+    masks_8b) $PY -P benchmarks/speed/gpu.py --work "$WORK/masks" --out "$WORK/masks-8b.json" --only ties:qv,dare_ties:qv "${MASKS[@]}" &&
+      rm -rf "$WORK/masks" ;;
+    q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --memory 0.45 --do "train:${1#q05_} fixed:${1#q05_}" ;;
     q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
     q15_contrastive_curved) text text-qwen15 q15 text_arms.py --memory 0.4 --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
+    q15_rounds) text text-qwen15 q15 text_rounds.py --memory 0.4 --seed 1 ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;
-    eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven "${1#eleven_}" ;;
+    eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven-again "${1#eleven_}" ;;
     full_penalised) OMP_NUM_THREADS=2 $PY -P benchmarks/full_finetuning.py --study recipes/studies/arms-mpnet.yaml --set base.model="$MPNET" \
       "${TINY_GLUE[@]}" --set "seeds=[0]" --arms full_penalised@5e-5 --out "$WORK/full" ;;
     *) echo "no step $1" >&2 && return 2 ;;
@@ -135,7 +142,7 @@ lane() { # LANE
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   case ${EARLY:-$1} in # a training of 1.5 B plans with the memory that is free
-    curved_0 | mid_0 | small_0) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
+    curved_0 | mid_0 | small_0 | smol_0) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
     small_all | mid_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
@@ -156,17 +163,18 @@ wanted() { # STEP: whether what it needs is there
     q05*) [ -e "${SMALLER:-}/config.json" ] ;;
     q1* | wide*) [ -e "${MODEL:-}/config.json" ] ;;
     *_8b) true ;;
+    full_smollm2) [ -e "${SMOL:-}/model.safetensors" ] ;;
     *) [ -e "${MPNET:-}/model.safetensors" ] ;;
   esac
 }
 
 start() {
-  : "${MODEL:?}" "${SMALLER:?}" "${TASKS:?}" "${GLUE:?}" "${MPNET:?}" "${GENERAL:?}" "${TOKENIZER:?}"
+  : "${MODEL:?}" "${SMALLER:?}" "${TASKS:?}" "${GLUE:?}" "${MPNET:?}" "${SMOL:?}" "${GENERAL:?}" "${TOKENIZER:?}"
   mkdir -p "$WORK/done" "$WORK/log" "$WORK/ended" "$WORK/lanes" "$WORK/texts"
   running || rm -f "$WORK"/ended/*
   [ -e "$WORK/started" ] || date +%s > "$WORK/started"
   running || { rm -rf "$WORK/code" && mkdir "$WORK/code" && cp -r src benchmarks recipes "$WORK/code/"; }
-  export WORK GPUS UNTIL DRY PY MODEL SMALLER TASKS GLUE MPNET GENERAL TOKENIZER
+  export WORK GPUS UNTIL DRY PY MODEL SMALLER TASKS GLUE MPNET SMOL GENERAL TOKENIZER
   export PYTHONPATH="$WORK/code/src:$WORK/code/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
   export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
   local name
@@ -234,7 +242,7 @@ plan() {
   local name entry minutes
   for name in $(lanes); do
     minutes=0
-    case $name in curved_0 | mid_0 | small_0) minutes=2 ;; small_all | mid_all) minutes=6 ;; esac # they wait for others
+    case $name in curved_0 | mid_0 | small_0 | smol_0) minutes=2 ;; small_all | mid_all) minutes=6 ;; esac # they wait for others
     for entry in $(steps_of "$name"); do
       printf '%-8s from minute %2d: %s, %d min\n' "$name" "$minutes" "${entry%:*}" "${entry#*:}"
       minutes=$((minutes + ${entry#*:}))

@@ -49,6 +49,7 @@ STEPS: Mapping[str, str] = {
     "repaired, heads: few texts": "`merge auto --repair {steps}` with {few} texts",
     "fitted, heads": "`merge auto` with {all} texts, of which the choice and the fit read {few}",
     "repaired, heads": "`merge auto --repair {steps}` with {all} texts",
+    "repaired at one rate, heads": "the same, the rate of Adam 1e-3 for all factors, as before",
     "fitted on all, heads": "the fit too on {all} texts",
     "fitted on all, repaired, heads": "the fit too on {all} texts, and repaired",
 }
@@ -59,6 +60,11 @@ ADDED = (
     ("a repair on {few} texts, as plait decides", FEW, "repaired, heads: few texts"),
     ("a repair on {all} texts, kept or not", "fitted, heads", "repaired, heads" + ANYWAY),
     ("a repair on {all} texts, as plait decides", "fitted, heads", "repaired, heads"),
+    (
+        "rates relative to each factor, rising at first, instead of 1e-3 for all",
+        "repaired at one rate, heads" + ANYWAY,
+        "repaired, heads" + ANYWAY,
+    ),
     ("a fit on {all} texts", "fitted, heads", "fitted on all, heads"),
     ("a fit on {all} texts, both repaired", "repaired, heads" + ANYWAY, "fitted on all, repaired, heads" + ANYWAY),
     ("all of it, from TSV-M at its default scale", NO_TEXT, "fitted on all, repaired, heads"),
@@ -82,10 +88,10 @@ class Steps:
         """Let heads follow a merge."""
         self.arms[name] = self.clock.timed(name, lambda: refit_heads(panel, start, HELD_OUT)[0])
 
-    def repair(self, name: str, panel: Panel, start: Adapter) -> None:
+    def repair(self, name: str, panel: Panel, start: Adapter, **how: Any) -> None:
         """Repair a merge and let heads follow, whether that helped or not, and as `merge auto` decides."""
         most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts, HELD_OUT))
-        better, record = self.clock.timed(f"{name}: repair", lambda: repaired(panel, start, self.steps))
+        better, record = self.clock.timed(f"{name}: repair", lambda: repaired(panel, start, self.steps, **how))
         self.heads(name + ANYWAY, panel, better)
         done = judged_with_heads(panel, start, better, record) if record.kept else record
         if done.kept:
@@ -112,8 +118,11 @@ def measured(base: BaseModel, a: argparse.Namespace, seed: str, tasks: Mapping[s
     best, plain = choice.adapter, choice.unfitted or choice
     steps.heads("fitted, heads", whole, best)
     steps.repair("repaired, heads", whole, best)
+    if a.older:
+        steps.repair("repaired at one rate, heads", whole, best, rate=1e-3, relative=False)
     steps.heads(FEW, few, best)
-    steps.repair("repaired, heads: few texts", few, best)
+    if not a.older:
+        steps.repair("repaired, heads: few texts", few, best)
     if choice.fit and not a.shorter:
         start = scaled(plain.scored[0].tried.adapter, plain.scale)
         on_all = steps.clock.timed("fitted on all", lambda: fitted(whole, adapters, start, choice.fit))
@@ -185,7 +194,7 @@ def _repairs(seeds: Mapping[str, Any]) -> list[str]:
     ]
     before_of = {
         "repaired, heads: few texts": FEW, "repaired, heads": "fitted, heads",
-        "fitted on all, repaired, heads": "fitted on all, heads",
+        "fitted on all, repaired, heads": "fitted on all, heads", "repaired at one rate, heads": "fitted, heads",
     }  # fmt: skip
     for seed, s in seeds.items():
         for name, r in s["repairs"].items():
@@ -215,6 +224,9 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--repairs", type=int, default=400, help="steps of a repair at most")
     p.add_argument("--rows", type=int, default=1000)
     p.add_argument("--shorter", action="store_true", help="without the fit on all texts")
+    p.add_argument(
+        "--older", action="store_true", help="a repair at one rate for all factors, in place of one on few texts"
+    )
     p.add_argument("--name", default="existing-texts", help="of the files that are written")
     return p.parse_args()
 

@@ -6,10 +6,10 @@ r"""What `merge auto` makes of a language model's adapters, step by step, where 
 RUN holds the arm's adapters (benchmarks/text_arms.py, `train:SEED:ARM`). Of each task --texts prompts are taken from the training rows;
 the task's own adapter writes an answer to each, and merges are compared with that adapter at the tokens of the answer (`--positions all`:
 at those of prompt and answer, as the first run did). Steps: no text (TSV-M at its default scale); chosen by fidelity; weights per adapter
-and module learnt; fitted front to back; repaired, on --all-texts prompts of each task. Each is scored on the rows of `fixed` of
-text_arms.py, beside the adapters alone and the bare base, and its KL to the base is taken on the general texts. `--candidates N` scores all
-merges that were looked at, each at its best scale and at the one furthest from it, on N rows of each half: how fidelity ranks them where
-answers are written.
+and module learnt; fitted front to back; repaired, on --all-texts prompts of each task; fitted on all of these. Each is scored on the rows
+of `fixed` of text_arms.py, beside the adapters alone and the bare base, and its KL to the base is taken on the general texts.
+`--candidates N` scores all merges that were looked at, each at its best scale and at the one furthest from it, on N rows of each half: how
+fidelity ranks them where answers are written.
 RUN/records/auto_written-SEED-ARM.json (`auto_all-...`) is written anew after every step: what is there is not lost when time is up.
 """
 
@@ -195,6 +195,8 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
         done, repair = patiently(lambda r=rate: repaired(whole, best, most, rate=r, on_progress=say))
         name = "repaired" if rate == a.rates[0] else f"repaired at {rate:g}"
         record.step(name, done, repair=to_json(repair), held_out=dict(repair.held_out), of=of, rate=rate)
+    if a.all_texts > a.texts:
+        record.step("fitted on all", patiently(lambda: fitted(whole, adapters, choice.adapter, fit)))
 
 
 def _name_of(best: Adapter, front_to_back: Adapter, refined: Adapter) -> str:

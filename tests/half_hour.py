@@ -1,6 +1,6 @@
 r"""Inputs of benchmarks/half_hour.sh as small as they can be: two models of random weights, sixteen written tasks, eleven others.
 
-python -m tests.half_hour DIR     # prints MODEL=DIR/model SMALLER=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet \
+python -m tests.half_hour DIR     # prints MODEL=DIR/model SMALLER=DIR/model SMOL=DIR/model TASKS=DIR/tasks GLUE=DIR/glue MPNET=DIR/mpnet \
                                   # TOKENIZER=DIR/model GENERAL=DIR/general.parquet:text
 """
 
@@ -82,6 +82,7 @@ def make(root: Path) -> dict[str, str]:
         **named,
         "TOKENIZER": named["MODEL"],
         "SMALLER": named["MODEL"],
+        "SMOL": named["MODEL"],
         "GENERAL": f"{root / 'general.parquet'}:text",
     }
 

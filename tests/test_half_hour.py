@@ -23,7 +23,7 @@ from tests import half_hour
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "half_hour.sh"
 PLACES = {
-    **{n: f"/nowhere/{n.lower()}" for n in ("MODEL", "SMALLER", "TASKS", "GLUE", "MPNET", "TOKENIZER")},
+    **{n: f"/nowhere/{n.lower()}" for n in ("MODEL", "SMALLER", "SMOL", "TASKS", "GLUE", "MPNET", "TOKENIZER")},
     "GENERAL": "/nowhere/g.parquet:text",
 }
 
@@ -42,7 +42,16 @@ def planned(gpus: int) -> list[tuple[str, int, str, int]]:
 
 def test_what_matters_most_ends_in_time_and_one_gpu_does_the_same_steps():
     ends = {n: begin + minutes for _, begin, names, minutes in planned(2) for n in names.split("+")}
-    for step in ("fleet_8b", "q15_auto", "full_penalised", "eleven_17", "q05_2", "q15_contrastive_curved"):
+    for step in (
+        "fleet_8b",
+        "q15_auto",
+        "full_penalised",
+        "eleven_17",
+        "q05_2",
+        "q15_contrastive_curved",
+        "full_smollm2",
+        "q15_rounds",
+    ):
         assert ends[step] * 60 <= 1400, step
     assert {n for _, _, names, _ in planned(1) for n in names.split("+")} == set(ends)
 
@@ -111,7 +120,7 @@ def test_the_whole_queue_runs_small_to_its_pages(tmp_path):
     (tmp_path / "pages").mkdir()
     bash("pages", FROM=str(tmp_path / "out"), TO=str(tmp_path / "pages"), **work)
     made = {f.name for f in (tmp_path / "pages").iterdir()}
-    pages = ("text-qwen15", "text-qwen05", "full-finetuning", "existing-texts-eleven")
+    pages = ("text-qwen15", "text-qwen05", "full-finetuning", "existing-texts-eleven-again")
     assert {f"{n}.md" for n in pages} | {"training-8b.json"} <= made
-    whole = json.loads((tmp_path / "pages" / "existing-texts-eleven.json").read_text())
+    whole = json.loads((tmp_path / "pages" / "existing-texts-eleven-again.json").read_text())
     assert list(whole["seeds"]) == ["17", "18", "19"]

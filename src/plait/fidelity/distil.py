@@ -24,8 +24,11 @@ from plait.model.hooks import hooked
 Learns = Literal["weights", "factors"]
 # Steps whose texts are known in advance: a loss that has to write first writes for all of them together.
 AHEAD = 8
-# Learning rates of Adam at the first step; they fall linearly to zero. Weights start at 1, factors where the merge left them.
-RATES: Mapping[str, float] = {"weights": 2e-2, "factors": 1e-3}
+# Rates of Adam: of weights, which start at 1; of factors, which start where the merge left them, relative to the root mean square of each.
+# An absolute one fits one base: 1e-3 is 2 % of a factor of MPNet's merges and a quarter of one of a decoder of 1.5 B.
+RATES: Mapping[str, float] = {"weights": 2e-2, "factors": 3e-2}
+# The part of the steps in which the rate of factors rises; after it, and for weights from the first step, it falls linearly to zero.
+WARM_UP = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ def distil(
     steps: int = 100,
     batch: int = 8,
     rate: float | None = None,
+    relative: bool = True,
     seed: int = 0,
     loss: DistillationLoss | None = None,
     stopping: Stopping | None = None,
@@ -105,7 +109,8 @@ def distil(
         groups: Module -> sizes of the groups of its ranks, such as one per adapter; by default one group a module.
         steps: How many at most, each of one batch of every adapter's texts; none leave the merge as it is.
         batch: Texts of each adapter in a step.
-        rate: Rate of Adam at the start; see `RATES`.
+        rate: Rate of Adam; see `RATES`.
+        relative: Whether a rate of factors is one relative to each factor's root mean square, and rises at first.
         seed: Seed of the order of the texts.
         loss: What is made small; by default the distance from the adapters' predictions.
         stopping: When to stop before that; None to take all steps.
@@ -119,7 +124,8 @@ def distil(
     answers are kept.
     """
     generator = torch.Generator().manual_seed(seed)
-    learning = Learning.of(panel, merge, learns, groups or {}, rate or RATES[learns], steps, beside)
+    relative = relative and learns == "factors"
+    learning = Learning.of(panel, merge, learns, groups or {}, rate or RATES[learns], relative, steps, beside)
     loss = loss or loss_of(panel)
     orders = [_endless(len(panel.texts[p.name]), batch, generator) for p in panel.parts]
     frozen = _frozen(learning.model)
@@ -175,16 +181,20 @@ class Learning:
         learns: str,
         groups: Mapping[str, Sequence[int]],
         rate: float,
+        relative: bool,
         steps: int,
         beside: tuple[Sequence[Tensor], float] = ((), 0.0),
     ) -> Learning:
         """Begin with a merge as it is."""
         device, model = panel.base.torch_device, panel.model(panel.parts[0])
         linear = {m: f for m, f in merge.modules.items() if f.kind == LINEAR}
-        students = {m: _Student.of(f, learns, groups.get(m), device) for m, f in linear.items()}
+        students = {m: _Student.of(f, learns, groups.get(m), device, relative) for m, f in linear.items()}
         kinds = [([p for student in students.values() for p in student.parameters], rate), (list(beside[0]), beside[1])]
         optimiser = torch.optim.AdamW([{"params": p, "lr": r} for p, r in kinds if p], lr=rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(1, steps))
+        warm = WARM_UP * steps if relative else 0.0
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min(1.0, (step + 1) / max(1.0, warm)) * (1 - step / max(1, steps))
+        )
         changes = [(resolve(model, m, merge.prefix), student.change) for m, student in students.items()]
         return cls(merge, model, students, optimiser, schedule, changes, beside=beside[0])
 
@@ -226,39 +236,48 @@ class Learning:
 
 @dataclass(frozen=True, slots=True)
 class _Student:
-    """One module's factors while they learn: B (w * A x), float32."""
+    """One module's factors while they learn: B (w * A x) times two units, float32; A and B are in units of their root mean squares."""
 
     A: Tensor
     B: Tensor
     w: Tensor
     owner: Tensor
+    units: tuple[float, float]
     parameters: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, f: LoraFactors, learns: str, groups: Sequence[int] | None, device: torch.device) -> _Student:
+    def of(
+        cls, f: LoraFactors, learns: str, groups: Sequence[int] | None, device: torch.device, relative: bool
+    ) -> _Student:
         folded = f.folded(device=device)
-        # Copies: the merge itself must not move.
-        A, B = folded.A.clone(), folded.B.clone()
+        units = (_unit(folded.A), _unit(folded.B)) if relative else (1.0, 1.0)
+        A, B = folded.A / units[0], folded.B / units[1]  # copies: the merge itself must not move
         sizes = list(groups or [f.rank])
         owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)).to(device)
         w = torch.ones(len(sizes), dtype=A.dtype, device=device)
         parameters = (w,) if learns == "weights" else (A, B)
         for p in parameters:
             p.requires_grad_(True)
-        return cls(A, B, w, owner, parameters)
+        return cls(A, B, w, owner, units, parameters)
 
     def change(self, x: Tensor, output: Tensor) -> Tensor:
         """Add the update to the module's output."""
-        scaled = (x @ self.A.to(x.dtype).T) * self.w[self.owner].to(x.dtype)
+        scaled = (x @ self.A.to(x.dtype).T) * (self.w[self.owner] * math.prod(self.units)).to(x.dtype)
         return output + scaled @ self.B.to(x.dtype).T
 
     def factors(self) -> LoraFactors:
         """Give the factors as they are now."""
-        return LoraFactors(self.A.detach().cpu(), (self.B * self.w[self.owner]).detach().cpu())
+        A, B = self.A * self.units[0], self.B * (self.w[self.owner] * self.units[1])
+        return LoraFactors(A.detach().cpu(), B.detach().cpu())
 
     def learnt(self) -> tuple[float, ...]:
         """Give the weights as they are now."""
         return tuple(self.w.detach().cpu().tolist())
+
+
+def _unit(factor: Tensor) -> float:
+    """The root mean square of a factor, a power of two near it, so that dividing by it rounds nothing; 1 where all is zero."""
+    return 2.0 ** round(math.log2(size)) if (size := float(factor.square().mean().sqrt())) else 1.0
 
 
 def _endless(rows: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -36,6 +36,7 @@ def repaired(
     layers: float = LAYERS,
     on_policy: bool = False,
     rate: float | None = None,
+    relative: bool = True,
     keeping: KeptLearning | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> tuple[Adapter, Repair]:
@@ -55,7 +56,8 @@ def repaired(
         layers: Weight of the distance of the layers' outputs beside the answers'; 0 to leave them out.
         on_policy: Whether the merge writes after the prompts and each text's adapter judges its tokens (`OnPolicyLoss`), in place of
             showing it what the adapters say; causal adapters only.
-        rate: Rate of Adam at the start; see `plait.fidelity.distil.RATES`.
+        rate: Rate of Adam; see `plait.fidelity.distil.RATES`.
+        relative: Whether it is relative to the root mean square of each factor.
         keeping: Where it goes on from, and is kept between its steps.
         on_progress: Called with what is being done.
 
@@ -66,8 +68,9 @@ def repaired(
     if steps == 0 or min(len(rows) for rows in panel.texts.values()) < FEWEST:
         loss = _loss(panel, layers, on_policy, seed) if steps else None
         done = distil(
-            panel, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed, loss=loss, keeping=keeping
-        )
+            panel, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, relative=relative, seed=seed, loss=loss,
+            keeping=keeping,
+        )  # fmt: skip
         return done.adapter, Repair(
             steps, {}, steps > 0, done.first_loss, done.last_loss, most=steps, on_policy=on_policy
         )
@@ -89,7 +92,7 @@ def repaired(
         )
 
     done = distil(
-        learning, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, seed=seed,
+        learning, merge, learns="factors", steps=steps, batch=BATCH, rate=rate, relative=relative, seed=seed,
         loss=_loss(learning, layers, on_policy, seed), stopping=Stopping(closeness, on_look=tell), keeping=keeping,
     )  # fmt: skip
     after = max(look.kept for look in done.looks)
