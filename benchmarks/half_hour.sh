@@ -25,7 +25,7 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 # share, measured: nine adapters of 1.5 B with their moments 126 s, 33 of MPNet 230 s, one seed of more_texts.py on eight tasks 230 s.
 EIGHT_0="fleet_8b:2 masks_8b:2"
 CURVED_0="q15_contrastive_curved:8 q15_rounds:10"
-MID_0="q05_1:6 q05_2:6"
+MID_0="q05_1:6 q15_refreshed:8 q05_2:6"
 SMALL_0="full_penalised:15"
 SMOL_0="full_smollm2:10"
 SMALL_1="fresh:5 eleven_17+eleven_18+eleven_19:13"
@@ -64,13 +64,13 @@ if [ "$DRY" ]; then
     --set "statistics={samples: 4, pool: token}" --set base.dtype=float32)
   MORE=(--texts 12 --rows 8 --device cpu --all-texts 16 --repairs 2)
   FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
-  MASKS=(--device cpu --layers 1 --width 0.03 --rank 2)
+  MASKS=(--device cpu --layers 1 --width 0.03 --rank 2) ROUNDS=(--set training.steps=4)
   THREADS=1 FRESH_SEEDS=17,18,19
 else
   ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 20 --all-texts 250 --repairs 160 --rates 3e-2,1e-2)
   FRESH=(--set "data.root=${GLUE:-}" --set data.train_rows=6000 --set data.validation_rows=200 --set base.dtype=bfloat16 --set training.precision=bf16
     --set training.epochs=null --set training.steps=400)
-  MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=() MASKS=()
+  MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=() MASKS=() ROUNDS=()
   THREADS=6 FRESH_SEEDS=17,18,19
 fi
 TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
@@ -106,7 +106,8 @@ work() { # STEP
     q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --memory 0.45 --do "train:${1#q05_} fixed:${1#q05_}" ;;
     q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
     q15_contrastive_curved) text text-qwen15 q15 text_arms.py --memory 0.4 --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
-    q15_rounds) text text-qwen15 q15 text_rounds.py --memory 0.4 --seed 1 ;;
+    q15_rounds) text text-qwen15 q15 text_rounds.py --seed 1 --memory 0.4 "${ROUNDS[@]}" --arms rounds,rounds_penalised ;;
+    q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 1 --memory 0.4 "${ROUNDS[@]}" --arms restarted,refreshed ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;
     eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven-again "${1#eleven_}" ;;

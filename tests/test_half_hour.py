@@ -99,7 +99,7 @@ def test_every_step_is_called_with_arguments_that_it_knows(dry, tmp_path, monkey
         settings = [v for k, v in itertools.pairwise(call) if k == "--set"]
         if recipe := next((c for c in call if c.endswith(".yaml")), None):
             read_recipe(ROOT / recipe, settings)  # names and values are what a recipe has
-    assert scripts == {"text_arms.py", "text_auto.py", "more_texts.py", "training_8b.py", "full_finetuning.py"}
+    assert scripts == {"text_arms.py", "text_auto.py", "more_texts.py", "training_8b.py", "full_finetuning.py", "text_rounds.py", "gpu.py"}
 
 
 @pytest.mark.slow
