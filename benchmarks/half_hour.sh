@@ -96,6 +96,13 @@ more() { # FOLDER TASKS NAME SEED
     --out "$WORK/texts/$4" --name "$3" --older "${MORE[@]}"
 }
 
+dense() { # STUDY BASE FOLDER ARMS ARGUMENT...
+  local study=$1 base=$2 folder=$3 arms=$4
+  shift 4
+  OMP_NUM_THREADS=2 $PY -P benchmarks/full_finetuning.py --study "recipes/studies/$study.yaml" --set base.model="$base" "${TINY_GLUE[@]}" \
+    --arms "$arms" --out "$WORK/$folder" "$@"
+}
+
 work() { # STEP
   local seed
   case $1 in
@@ -111,8 +118,9 @@ work() { # STEP
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;
     eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven-again "${1#eleven_}" ;;
-    full_penalised) OMP_NUM_THREADS=2 $PY -P benchmarks/full_finetuning.py --study recipes/studies/arms-mpnet.yaml --set base.model="$MPNET" \
-      "${TINY_GLUE[@]}" --set "seeds=[0]" --arms full_penalised@5e-5 --out "$WORK/full" ;;
+    full_penalised) dense arms-mpnet "$MPNET" full full_penalised@5e-5,full_penalised@1e-4,kaiming@1e-3,contrastive_penalised@1e-3 --set "seeds=[0]" ;;
+    full_smollm2) dense text3-smollm2 "$SMOL" smol full@2e-5,full_penalised@5e-5,full@5e-5,full_penalised@1e-4,kaiming@1e-3,contrastive_penalised@1e-3 \
+      --name full-finetuning-smollm2 --set "seeds=[0]" ;;
     *) echo "no step $1" >&2 && return 2 ;;
   esac
 }
@@ -206,7 +214,7 @@ collect() { # [SECONDS]
   while [ $SECONDS -lt $end ] && running; do sleep 2; done
   mkdir -p "$OUT"
   (cd "$WORK" && tar czf "$OUT/records.tgz" --warning=no-file-changed \
-    $(ls -d steps log */told/records full/records texts *-8b.json 2>/dev/null))
+    $(ls -d steps log */told/records full/records smol/records texts *-8b.json 2>/dev/null))
   (cd "$WORK" && part=$(ls -d */told/answers 2>/dev/null) && [ "$part" ] && tar cz $part | split -b 15000000 -d - "$OUT/answers.tgz.")
   if [ "$(find "$OUT" -name 'answers.tgz.*' | wc -l)" -gt 7 ]; then echo "more answers than seven files: those after are not taken" && rm -f "$OUT"/answers.tgz.0[7-9] "$OUT"/answers.tgz.[1-9]*; fi
   status
@@ -233,8 +241,11 @@ pages() {
   for name in $(cd "$home/new/texts" 2>/dev/null && find . -name '*.json' -printf '%f\n' | sort -u); do
     $PY -P benchmarks/more_texts.py --join "$home/new/texts"/*/"$name" --out "$TO" --name "${name%.json}" && echo "${name%.json}.md"
   done
-  [ -d "$home/new/full/records" ] && $PY -P benchmarks/full_finetuning.py --study recipes/studies/arms-mpnet.yaml \
-    --out "$home/new/full" --page-only --to "$TO" > "$home/log" 2>&1 && echo full-finetuning.md
+  for name in full:arms-mpnet:full-finetuning smol:text3-smollm2:full-finetuning-smollm2; do
+    at=${name%%:*} name=${name#*:}
+    [ -d "$home/new/$at/records" ] && $PY -P benchmarks/full_finetuning.py --study "recipes/studies/${name%:*}.yaml" --name "${name#*:}" \
+      --out "$home/new/$at" --page-only --to "$TO" > "$home/log" 2>&1 && echo "${name#*:}.md"
+  done
   [ -e "$home/new/training-8b.json" ] && cp "$home/new/training-8b.json" "$TO/" && echo training-8b.json
   rm -rf "$home"
 }

@@ -99,7 +99,15 @@ def test_every_step_is_called_with_arguments_that_it_knows(dry, tmp_path, monkey
         settings = [v for k, v in itertools.pairwise(call) if k == "--set"]
         if recipe := next((c for c in call if c.endswith(".yaml")), None):
             read_recipe(ROOT / recipe, settings)  # names and values are what a recipe has
-    assert scripts == {"text_arms.py", "text_auto.py", "more_texts.py", "training_8b.py", "full_finetuning.py", "text_rounds.py", "gpu.py"}
+    assert scripts == {
+        "text_arms.py",
+        "text_auto.py",
+        "more_texts.py",
+        "training_8b.py",
+        "full_finetuning.py",
+        "text_rounds.py",
+        "gpu.py",
+    }
 
 
 @pytest.mark.slow
@@ -120,7 +128,7 @@ def test_the_whole_queue_runs_small_to_its_pages(tmp_path):
     (tmp_path / "pages").mkdir()
     bash("pages", FROM=str(tmp_path / "out"), TO=str(tmp_path / "pages"), **work)
     made = {f.name for f in (tmp_path / "pages").iterdir()}
-    pages = ("text-qwen15", "text-qwen05", "full-finetuning", "existing-texts-eleven-again")
+    pages = ("text-qwen15", "text-qwen05", "full-finetuning", "full-finetuning-smollm2", "existing-texts-eleven-again")
     assert {f"{n}.md" for n in pages} | {"training-8b.json"} <= made
     whole = json.loads((tmp_path / "pages" / "existing-texts-eleven-again.json").read_text())
     assert list(whole["seeds"]) == ["17", "18", "19"]
