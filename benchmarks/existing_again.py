@@ -43,7 +43,7 @@ def at_the_prompt(results: Path, arm: str) -> dict[str, Any]:
         if row["arm"] == arm:
             seeds[str(row["seed"])].append(row["no_text"])
     if arm == "kaiming":
-        for name in (*FITTED["existing.json"], TEXTS["existing.json"]):
+        for name in (*FITTED["existing.json"], *TEXTS["existing.json"]):
             for seed, r in json.loads((results / f"{name}.json").read_text())["seeds"].items():
                 seeds[seed].append(r["rows"]["no text"]["recovered"])
     return figure({s: float(np.mean(v)) for s, v in seeds.items()}, f"seeds {', '.join(seeds)}")
@@ -77,9 +77,9 @@ FITTED = {
 UNLIKE = "existing-fitted"  # its repairs were kept by two measures
 # The files of benchmarks/more_texts.py: heads and repairs that read 500 texts a task, beside those that read 100.
 TEXTS = {
-    "existing.json": "existing-texts",
-    "existing-eleven.json": "existing-texts-eleven",
-    "existing-penalised.json": "existing-texts-penalised",
+    "existing.json": ("existing-texts",),
+    "existing-eleven.json": ("existing-texts-eleven", "existing-texts-eleven-again"),
+    "existing-penalised.json": ("existing-texts-penalised",),
 }
 # Key -> its step in the files of `FITTED` and in those of `TEXTS`, where it was measured. A repair on 100 texts: kept by the divergence.
 STEPS = {
@@ -96,13 +96,14 @@ def today(results: Path, name: str = "existing.json") -> dict[str, Any]:
     """What the default and `merge auto` give now of a file's kind of adapters, without a repair and with one; its choice beside labels'."""
     files = {f: json.loads((results / f"{f}.json").read_text())["seeds"] for f in FITTED.get(name, ())}
     found = {}
-    texts = {f: json.loads((results / f"{f}.json").read_text())["seeds"] for f in [TEXTS[name]]} if files else {}
+    texts = {f: json.loads((results / f"{f}.json").read_text())["seeds"] for f in TEXTS[name]} if files else {}
     for key, steps in STEPS.items():
         mine = [
             (f, seeds, step)
             for step, several in zip(steps, (files, texts), strict=True)
             for f, seeds in several.items()
             if step is not None and (key != "recovered_repaired_100_texts" or f != UNLIKE)
+            if any(step in r["rows"] for r in seeds.values())
         ]
         by_seed = {s: r["rows"][step]["recovered"] for _, seeds, step in mine for s, r in seeds.items()}
         found[key] = figure(by_seed, _of({f: seeds for f, seeds, _ in mine})) if by_seed else None

@@ -111,7 +111,7 @@ def test_a_merge_without_labels_is_measured_against_the_ends_scored_with_it(page
         "tasks": ["snli", "a"], "alone": [[50.0, 60.0]] * 2, "floor": [[10.0, 40.0]] * 2,
         "steps": {
             "no text": {"scores": [[30.0, 50.0]] * 2, "general_kl": 0.2, "fidelity": 0.5, "seconds_until": 9.0},
-            "repaired": {"scores": [[50.0, 55.0]] * 2, "general_kl": 0.1, "fidelity": 0.9, "seconds_until": 99.0},
+            "repaired": {"scores": [[50.0, 55.0]] * 2, "general_kl": 0.1, "fidelity": 0.9, "seconds_until": 99.0, "rate": 0.03},
         },
     }  # fmt: skip
     rows = page.existing_of({"auto_written-1-kaiming": record_}, "told")

@@ -25,7 +25,7 @@ Learns = Literal["weights", "factors"]
 # Steps whose texts are known in advance: a loss that has to write first writes for all of them together.
 AHEAD = 8
 # Rates of Adam: of weights, which start at 1; of factors, which start where the merge left them, relative to the root mean square of each.
-# An absolute one fits one base: 1e-3 is 2 % of a factor of MPNet's merges and a quarter of one of a decoder of 1.5 B.
+# An absolute one fits one base: 1e-3 took merges of encoders closer and that of a 1.5 B decoder away (docs/results/existing-texts-eleven-again.md).
 RATES: Mapping[str, float] = {"weights": 2e-2, "factors": 3e-2}
 # The part of the steps in which the rate of factors rises; after it, and for weights from the first step, it falls linearly to zero.
 WARM_UP = 0.1
