@@ -156,10 +156,8 @@ QUOTED = [
     ("over such tasks, p < {} |", lambda: [written_chance()]),
     ("16 written tasks, 1 seed | {} | {} | **{}** |", lambda: [sixteen(a) for a in (PLAIN, "osrm_mean", BOTH)]),
     (
-        "the nine tasks, 1 seed | {} | {} | **{}** | over such tasks, p < {} |",
-        lambda: [
-            *(of_seed(0, a, SUM, "text-qwen05") for a in (PLAIN, "osrm_mean", BOTH)), written_chance("text-qwen05"),
-        ],
+        "the nine tasks, 3 seeds | {} | {} | **{}** | over such tasks, p < {} |",
+        lambda: [*(at_half(a) for a in (PLAIN, "osrm_mean", BOTH)), written_chance("text-qwen05")],
     ),
     (
         "rank 64 on six modules keep {} under the sum (PEFT's default {}) and need TSV-M ({}, PEFT's default {});",
@@ -170,9 +168,9 @@ QUOTED = [
         lambda: [written(PLAIN, "regmean"), sixteen(PLAIN, "regmean"), written(PLAIN, "regmean", "bare")],
     ),
     (
-        "and nine tasks its choice among four methods, with learnt weights, keeps {} (one seed), RegMean {} and the default {} "
+        "and nine tasks its choice among four methods, with learnt weights, keeps {} and repaired {} (one seed), RegMean {} and TSV-M {} "
         "(two others).",
-        lambda: [answered(), written(PLAIN, "regmean"), written(PLAIN, "tsv")],
+        lambda: [answered(), answered("repaired", "fourth"), written(PLAIN, "regmean"), written(PLAIN, "tsv")],
     ),
     (
         "has {} against {} on eleven tasks and {} against {} on eight",
@@ -246,15 +244,18 @@ def merged_of(arm):
     return f"{np.mean(rows):.1f}"
 
 
-def of_full():
-    """Score alone of full fine-tuning, and what each merge keeps."""
-    rows = {r["method"]: r for r in tables("full-finetuning")["rows"] if r["arm"] == "full"}
+SMOL = "full-finetuning-smollm2"
+
+
+def of_full(arm, rate, name="full-finetuning"):
+    """Score alone of an arm of full fine-tuning, and what each merge keeps."""
+    rows = {r["method"]: r for r in tables(name)["rows"] if (r["arm"], r["rate"]) == (arm, rate)}
     shares = [f"{100 * rows[m]['recovered']:.0f}" for m in ("task_arithmetic", "tsv", "regmean")]
     return [f"{rows['tsv']['individual']:.1f}", *shares]
 
 
 ARMS_OF_SIXTEEN = (BOTH, START, "osrm_mean", PLAIN)
-SUM = "task_arithmetic"
+SUM, BY_RULE = "task_arithmetic", "task_arithmetic, by rule"
 
 
 def of_seed(seed, arm, method, name="text-qwen15"):
@@ -272,15 +273,17 @@ def controls(method):
 
 
 def alone_at_half(arm):
-    """Mean score of an arm's own adapters at 0.5 B."""
-    return f"{next(r['individual'] for r in tables('text-qwen05')['rows'] if r['arm'] == arm):.1f}"
+    """Mean score of an arm's own adapters at 0.5 B, over seeds."""
+    rows = [r for r in tables("text-qwen05")["rows"] if (r["arm"], r["method"]) == (arm, "task_arithmetic")]
+    return f"{np.mean([r['individual'] for r in rows]):.1f}"
 
 
 def ranked():
     """How fidelity ranks the merges that were looked at, where answers are written."""
-    (c,) = tables("text-qwen15")["candidates"]
-    assert c["scores"] == c["best_scores"]
-    return [c["merges"], c["rows"], f"{c['rank_correlation']:.2f}"]
+    found = {c["training"]: c for c in tables("text-qwen15")["candidates"]}
+    assert all(c["scores"] == c["best_scores"] and (c["merges"], c["rows"]) == (24, 20) for c in found.values())
+    ranks = [f"{found[n]['rank_correlation']:.2f}" for n in ("third", "fourth")]
+    return [24, 20, *ranks, f"{found['fourth']['rank_correlations']['closeness']:.3f}"]
 
 
 def wide(arm="contrastive_penalised"):
@@ -292,6 +295,18 @@ def wide(arm="contrastive_penalised"):
     return [
         f"{rows[SUM]['individual']:.1f}", kept["tsv"], kept["regmean"], kept[SUM], scales[0], kept[rule], scales[1],
     ]  # fmt: skip
+
+
+def at_half(arm, method="task_arithmetic"):
+    """Share kept at 0.5 B, mean over seeds."""
+    rows = [r for r in tables("text-qwen05")["rows"] if (r["arm"], r["method"]) == (arm, method)]
+    return f"{100 * np.mean([r['recovered'] for r in rows]):.0f}"
+
+
+def of_rounds(arm, method="task_arithmetic"):
+    """Shares of its own gain and of the plain arm's, of an arm of benchmarks/text_rounds.py."""
+    (row,) = [r for r in tables("text-qwen15")["rounds"] if (r["arm"], r["method"]) == (arm, method)]
+    return [f"{100 * row[k]:.0f}" for k in ("recovered", "of_plain")]
 
 
 def joint_of_360():
@@ -320,8 +335,14 @@ def rounds_with_penalty():
 ON_EXISTING = [
     ("recover {} (0.94 to 0.97, three seeds) where a fit with heads recovers {},", lambda: [
         more_texts(step, points=3) for step in ("repaired, heads", "fitted, heads")]),
-    ("{} and {} (one seed),", lambda: [
+    ("eleven {} and {} ([three seeds]", lambda: [
+        more_texts(step, "existing-texts-eleven-again") for step in ("repaired, heads", "fitted, heads")]),
+    ("(results/existing-texts-eleven.md) {} and {}),", lambda: [
         more_texts(step, "existing-texts-eleven") for step in ("repaired, heads", "fitted, heads")]),
+    ("(results/existing-texts-eleven-again.md) ({} against {})", lambda: [
+        more_texts(step, "existing-texts-eleven-again", 3) for step in ("repaired at one rate, heads", "repaired, heads")]),
+    ("from {} to **{}** (two minutes", lambda: [
+        f"{int(answered(step, 'fourth')) / 100:.2f}" for step in ("weights learnt", "repaired")]),
     ("(results/existing-texts-penalised.md) {} and {}.", lambda: [
         more_texts(step, "existing-texts-penalised") for step in ("repaired, heads", "fitted, heads")]),
 ]  # fmt: skip
@@ -346,7 +367,36 @@ ON_FINDINGS = [
         "scores {} merged, where one merge at the end has {} and start and penalty {},",
         lambda: [merged_of(a) for a in ("rounds", "kaiming", "penalised")],
     ),
-    ("scores {} alone, and keeps {} % under task arithmetic, {} under TSV-M, {} under RegMean", of_full),
+    (
+        "scores {} alone and keeps {} % under task arithmetic, {} under TSV-M, {} under RegMean",
+        lambda: of_full("full", 5e-5),
+    ),
+    ("in its dense form {} alone and {}, {}, {};", lambda: of_full("full_penalised", 5e-5)),
+    ("of the same modules, plain, {} alone and {}, {}, {}.", lambda: of_full(PLAIN, 1e-3)),
+    ("three tasks: plain {} alone and {}, {}, {},", lambda: of_full("full", 5e-5, SMOL)),
+    ("with the penalty {} alone and {}, {}, {};", lambda: of_full("full_penalised", 5e-5, SMOL)),
+    ("plain LoRA {} alone and {}, {}, {},", lambda: of_full(PLAIN, 1e-3, SMOL)),
+    ("with start and penalty {} alone and **{}, {}, {}**", lambda: of_full(BOTH, 1e-3, SMOL)),
+    (
+        "keeps {} % of its own last adapters' gain and {} % of what plain adapters gain alone, where one merge keeps {}.",
+        lambda: [*of_rounds("rounds", BY_RULE), of_rounds(PLAIN)[1]],
+    ),
+    (
+        "Start and penalty in rounds keep {} and {}, merged once at the scale of the moments {} and {}.",
+        lambda: [*of_rounds("rounds_penalised", BY_RULE), *of_rounds(BOTH)],
+    ),
+    (
+        "with its own adapter on, they keep **{}** of their own gain, interrupted without that {}:",
+        lambda: [of_rounds(a)[0] for a in ("refreshed", "restarted")],
+    ),
+    (
+        "keeps {} where the penalty without it keeps {}, alone it scores",
+        lambda: [of_seed(1, a, SUM) for a in ("contrastive_curved", BOTH)],
+    ),
+    (
+        "**A repair on 250 prompts a task keeps {} %** where it began at {} (",
+        lambda: [answered(step, "fourth") for step in ("repaired", "weights learnt")],
+    ),
     (
         "A fit front to back ({}, {}) adds nothing",
         lambda: [answered("fitted"), answered("fitted", "again")],
@@ -376,11 +426,11 @@ ON_FINDINGS = [
         lambda: wide(PLAIN)[:4],
     ),
     (
-        "`contrastive` with the penalty keeps **{} %** of its own adapters' gain ({} with pico), `contrastive` {}, PEFT's default {}, the "
-        "paper's start {}.",
+        "`contrastive` with the penalty keeps **{} %** of its own adapters' gain (92 to 94; {} with pico), `contrastive` {}, "
+        "PEFT's default {}, the paper's start {}.",
         lambda: (
-            [of_seed(0, BOTH, m, "text-qwen05") for m in (SUM, "task_arithmetic + pico")]
-            + [of_seed(0, a, SUM, "text-qwen05") for a in (START, PLAIN, "osrm_mean")]
+            [at_half(BOTH, m) for m in (SUM, "task_arithmetic + pico")]
+            + [at_half(a) for a in (START, PLAIN, "osrm_mean")]
         ),
     ),
     ("Alone it scores {}, PEFT's default {} (one rate", lambda: [alone_at_half(a) for a in (BOTH, PLAIN)]),
@@ -389,7 +439,8 @@ ON_FINDINGS = [
         lambda: [answered(step, "third") for step in ("chosen", "weights learnt", "fitted")],
     ),
     (
-        "{} scored by labels on {} rows of each half, fidelity ranks by {} (at least 0.90 was expected); the one it puts first is the best",
+        "{} each scored by labels on {} rows of each half, fidelity ranks by {} and {} (at least 0.90 was expected); closeness, "
+        "the divergence beside the base's, would have ranked the last ones by {},",
         ranked,
     ),
     ("it scores {} and keeps **{} %** of what PEFT's default adapters gain:", joint_of_360),
@@ -398,7 +449,7 @@ ON_FINDINGS = [
         rounds_with_penalty,
     ),
     (
-        "add nothing**: {} points beside the same training interrupted alike ({} to {})",
+        "add nothing** here: {} points beside the same training interrupted alike ({} to {})",
         lambda: over_rounds("refreshed", "restarted"),
     ),
 ]

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.adapters.lora import LINEAR, Adapter, LoraFactors
+from plait.adapters.lora import LINEAR, Adapter
 from plait.errors import RunError
 from plait.fidelity.losses import loss_of
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Look
+from plait.fidelity.student import Student
 from plait.fidelity.teachers import DistillationLoss
 from plait.model.applied import resolve
 from plait.model.hooks import hooked
@@ -25,7 +26,7 @@ Learns = Literal["weights", "factors"]
 # Steps whose texts are known in advance: a loss that has to write first writes for all of them together.
 AHEAD = 8
 # Rates of Adam: of weights, which start at 1; of factors, which start where the merge left them, relative to the root mean square of each.
-# An absolute one fits one base: 1e-3 took merges of encoders closer and that of a 1.5 B decoder away (docs/results/existing-texts-eleven-again.md).
+# An absolute one fits one base: 1e-3 took merges of encoders closer and that of a 1.5 B decoder away (docs/results/text-qwen15.md).
 RATES: Mapping[str, float] = {"weights": 2e-2, "factors": 3e-2}
 # The part of the steps in which the rate of factors rises; after it, and for weights from the first step, it falls linearly to zero.
 WARM_UP = 0.1
@@ -164,7 +165,7 @@ class Learning:
 
     merge: Adapter
     model: Any
-    students: Mapping[str, _Student]
+    students: Mapping[str, Student]
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     changes: list[tuple[Any, Any]]
@@ -188,7 +189,7 @@ class Learning:
         """Begin with a merge as it is."""
         device, model = panel.base.torch_device, panel.model(panel.parts[0])
         linear = {m: f for m, f in merge.modules.items() if f.kind == LINEAR}
-        students = {m: _Student.of(f, learns, groups.get(m), device, relative) for m, f in linear.items()}
+        students = {m: Student.of(f, learns, groups.get(m), device, relative) for m, f in linear.items()}
         kinds = [([p for student in students.values() for p in student.parameters], rate), (list(beside[0]), beside[1])]
         optimiser = torch.optim.AdamW([{"params": p, "lr": r} for p, r in kinds if p], lr=rate, weight_decay=0.0)
         warm = WARM_UP * steps if relative else 0.0
@@ -232,52 +233,6 @@ class Learning:
         stopping.on_look(look)
         highest = max(range(len(self.looks)), key=lambda i: self.looks[i].kept)
         return len(self.looks) - 1 - highest >= stopping.patience
-
-
-@dataclass(frozen=True, slots=True)
-class _Student:
-    """One module's factors while they learn: B (w * A x) times two units, float32; A and B are in units of their root mean squares."""
-
-    A: Tensor
-    B: Tensor
-    w: Tensor
-    owner: Tensor
-    units: tuple[float, float]
-    parameters: tuple[Tensor, ...]
-
-    @classmethod
-    def of(
-        cls, f: LoraFactors, learns: str, groups: Sequence[int] | None, device: torch.device, relative: bool
-    ) -> _Student:
-        folded = f.folded(device=device)
-        units = (_unit(folded.A), _unit(folded.B)) if relative else (1.0, 1.0)
-        A, B = folded.A / units[0], folded.B / units[1]  # copies: the merge itself must not move
-        sizes = list(groups or [f.rank])
-        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)).to(device)
-        w = torch.ones(len(sizes), dtype=A.dtype, device=device)
-        parameters = (w,) if learns == "weights" else (A, B)
-        for p in parameters:
-            p.requires_grad_(True)
-        return cls(A, B, w, owner, units, parameters)
-
-    def change(self, x: Tensor, output: Tensor) -> Tensor:
-        """Add the update to the module's output."""
-        scaled = (x @ self.A.to(x.dtype).T) * (self.w[self.owner] * math.prod(self.units)).to(x.dtype)
-        return output + scaled @ self.B.to(x.dtype).T
-
-    def factors(self) -> LoraFactors:
-        """Give the factors as they are now."""
-        A, B = self.A * self.units[0], self.B * (self.w[self.owner] * self.units[1])
-        return LoraFactors(A.detach().cpu(), B.detach().cpu())
-
-    def learnt(self) -> tuple[float, ...]:
-        """Give the weights as they are now."""
-        return tuple(self.w.detach().cpu().tolist())
-
-
-def _unit(factor: Tensor) -> float:
-    """The root mean square of a factor, a power of two near it, so that dividing by it rounds nothing; 1 where all is zero."""
-    return 2.0 ** round(math.log2(size)) if (size := float(factor.square().mean().sqrt())) else 1.0
 
 
 def _endless(rows: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]:
