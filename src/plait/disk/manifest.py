@@ -117,14 +117,26 @@ def _is_inside(name: str) -> bool:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two manifests differ, as "key: found -> wanted".
+    """Dotted keys in which two manifests differ, as "key: found -> wanted"; of inputs, which are hashes, that they are others.
 
     >>> differences({"options": {"rank": 8}}, {"options": {"rank": 4, "seed": 0}})
     ['options.rank: 8 -> 4', 'options.seed: absent -> 0']
+    >>> differences(
+    ...     {"inputs": {"texts:sst2": "0a", "adapter:a": "1b"}}, {"inputs": {"texts:sst2": "0c", "general": "2d"}}
+    ... )
+    ['inputs.adapter:a: left out', 'inputs.general: new', 'inputs.texts:sst2: another']
     """
     a, b = dict(_flat(found)), dict(_flat(wanted))
     differing = [k for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
-    return [f"{'.'.join(k)}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in differing]
+    return [f"{'.'.join(k)}: {_difference(k, a, b)}" for k in differing]
+
+
+def _difference(
+    key: tuple[str, ...], found: Mapping[tuple[str, ...], Any], wanted: Mapping[tuple[str, ...], Any]
+) -> str:
+    if key[0] == "inputs" and len(key) > 1:
+        return "new" if key not in found else "another" if key in wanted else "left out"
+    return f"{found.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
 
 
 def require_wanted(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
