@@ -343,7 +343,7 @@ def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             score = float(np.mean(list(merge_["tasks"].values())))
             rows.append({
                 "arm": r["arm"], "rate": r["rate"], "seed": r["seed"], "method": method, "individual": round(alone, 3),
-                "floor": round(floor, 3), "merged": round(score, 3), "recovered": round((score - floor) / gain, 4) if gain else None,
+                "floor": round(floor, 3), "merged": round(score, 3), "recovered": round((score - floor) / gain, 4) if gain > 0 else None,
                 "scale": [round(s, 4) for s in merge_["scales"]], "norm": round(float(np.mean(list(r["norms"].values()))), 4),
                 "tasks": {t: round(s, 3) for t, s in merge_["tasks"].items()},
             })  # fmt: skip

@@ -264,6 +264,9 @@ def test_rows_are_shares_of_own_gain(script):
     record = {"arm": "full", "rate": 1e-4, "seed": 0, "alone": {"a": 60.0, "b": 70.0}, "floor": {"a": 20.0, "b": 30.0}}
     (row,) = script.rows_of([{**record, "merges": merges, "norms": {"a": 1.0, "b": 3.0}}])
     assert (row["recovered"], row["individual"], row["merged"], row["norm"]) == (0.5, 65.0, 45.0, 2.0)
+    for alone in ({"a": 20.0, "b": 30.0}, {"a": 10.0, "b": 30.0}):  # nothing gained, or lost: no share of it
+        (row,) = script.rows_of([{**record, "alone": alone, "merges": merges, "norms": {"a": 1.0}}])
+        assert row["recovered"] is None and "| 45.0 | - |" in script.page([row], "")
 
 
 def test_a_record_is_there_whole_or_not_at_all(script, tmp_path):
