@@ -10,7 +10,7 @@ import torch
 
 from plait.errors import UsageError
 from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.distil import AHEAD, Learning, distil
+from plait.fidelity.distil import AHEAD, RATES, Learning, distil
 from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.panel import WRITTEN
 from plait.fidelity.ready_panel import ready_panel
@@ -99,7 +99,7 @@ def test_one_adapter_that_judges_itself_stays(asked):
     panel = asked()
     part = panel.parts[0]
     alone = replace(panel, parts=[part], texts={part.name: panel.texts[part.name]})
-    done = distil(alone, part.adapter, learns="factors", steps=10, loss=OnPolicyLoss(alone))
+    done = distil(alone, part.adapter, learns="factors", rate=RATES["factors"] / 10, steps=10, loss=OnPolicyLoss(alone))
     assert max(done.first_loss, done.last_loss) < 1e-3
 
 

@@ -126,7 +126,7 @@ def distil(
     """
     generator = torch.Generator().manual_seed(seed)
     relative = relative and learns == "factors"
-    learning = Learning.of(panel, merge, learns, groups or {}, rate or RATES[learns], relative, steps, beside)
+    learning = Learning.of(panel, merge, learns, groups or {}, rate or RATES[learns], steps, beside, relative=relative)
     loss = loss or loss_of(panel)
     orders = [_endless(len(panel.texts[p.name]), batch, generator) for p in panel.parts]
     frozen = _frozen(learning.model)
@@ -182,9 +182,10 @@ class Learning:
         learns: str,
         groups: Mapping[str, Sequence[int]],
         rate: float,
-        relative: bool,
         steps: int,
         beside: tuple[Sequence[Tensor], float] = ((), 0.0),
+        *,
+        relative: bool = False,
     ) -> Learning:
         """Begin with a merge as it is."""
         device, model = panel.base.torch_device, panel.model(panel.parts[0])
