@@ -24,7 +24,7 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 # Lanes: what follows each other on one GPU; steps joined by + run side by side. Names end in the GPU. Minutes are of an H200 that others
 # share, measured: nine adapters of 1.5 B with their moments 126 s, 33 of MPNet 230 s, one seed of more_texts.py on eight tasks 230 s.
 EIGHT_0="fleet_8b:2 masks_8b:2"
-CURVED_0="q15_contrastive_curved:8 q15_rounds:10"
+CURVED_0="q15_price:10"
 MID_0="q05_1:6 q15_refreshed:8 q05_2:6"
 SMALL_0="full_penalised:15"
 SMOL_0="full_smollm2:10"
@@ -73,6 +73,7 @@ else
   MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=() MASKS=() ROUNDS=()
   THREADS=6 FRESH_SEEDS=17,18,19
 fi
+PRICED=kaiming,contrastive_penalised,kaiming_penalised,osrm_mean,contrastive
 TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
   {name: snli, kind: classification, train: snli/train.parquet, validation: snli/validation.parquet, text: [premise, hypothesis]},
   {name: banking77, kind: classification, train: banking77/train.parquet, validation: banking77/test.parquet, text: [sentence]},
@@ -112,8 +113,8 @@ work() { # STEP
       rm -rf "$WORK/masks" ;;
     q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --memory 0.45 --do "train:${1#q05_} fixed:${1#q05_}" ;;
     q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
-    q15_contrastive_curved) text text-qwen15 q15 text_arms.py --memory 0.4 --do "train:1:contrastive_curved fixed:1:contrastive_curved" ;;
-    q15_rounds) text text-qwen15 q15 text_rounds.py --seed 1 --memory 0.4 "${ROUNDS[@]}" --arms rounds,rounds_penalised ;;
+    q15_price) text text-qwen15 q15 text_arms.py --memory 0.45 --elsewhere recipes/studies/text-qwen15-16.yaml:sst2,cola \
+      --do "train:1:$PRICED price:1:$PRICED" ;;
     q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 1 --memory 0.4 "${ROUNDS[@]}" --arms restarted,refreshed ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;

@@ -7,10 +7,11 @@ r"""Arms of a study on tasks whose answers are written, merged as fixed beforeha
 `--condition bare` gives every task the prompts without an instruction, in a RUN of its own. `train:SEED[:ARM,ARM]` trains arms, every one
 at its first rate, as one fleet. `fixed:SEED[:ARM]` scores each adapter alone, the bare base and the merges of `FIXED` (of the plain
 arm also `FIXED_OF_PLAIN`) at scales that no label has chosen, on `--rows` validation rows of each half; of an arm trained on all
-tasks together, its one adapter. `curves:SEED[:ARM]` scores merges over a ladder of scales on the grid rows of each half. Several processes
-may score arms of one RUN at once: writing waits for the host more than for the GPU. What RUN holds is not done again; after
-`--seconds` nothing new is begun. RUN/records/*.json hold the scores, RUN/answers/*.npz what was measured of every answer;
-benchmarks/text_page.py makes the page, benchmarks/scales.py the table of scales.
+tasks together, its one adapter. `price:SEED[:ARM]` scores adapters and merges of `FIXED` on tasks that nobody trained (`--elsewhere
+STUDY.yaml:TASK,TASK`) and takes the perplexity of the general texts (benchmarks/text_price.py). `curves:SEED[:ARM]` scores merges over a
+ladder of scales on the grid rows of each half. Several processes may score arms of one RUN at once: writing waits for the host more than
+for the GPU. What RUN holds is not done again; after `--seconds` nothing new is begun. RUN/records/*.json hold the scores,
+RUN/answers/*.npz what was measured of every answer; benchmarks/text_page.py makes the page, benchmarks/scales.py the table of scales.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from text_price import Elsewhere, elsewhere_of, price
 
 from plait.adapters.lora import Adapter
 from plait.evaluation import writing
@@ -221,6 +223,18 @@ def fixed(run: Run, seed: int, arm: str) -> dict[str, Any]:
     }
 
 
+def priced(run: Run, seed: int, arm: str, elsewhere: Elsewhere) -> dict[str, Any]:
+    """What the adapters and the merges of `FIXED` cost outside their tasks."""
+    merger = Merger(run, seed, arm)
+    merges = {n: (merger.made(m, c), merger.scale(m, c, how)) for n, (m, c, how) in FIXED.items()}
+
+    def other(layout: Layout, worn: Sequence[Worn], rows: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
+        return scored(replace(run, layout=layout), lambda _: worn, rows, f"price-{seed}-{arm}")
+
+    texts = [t[0] for t in run.general]
+    return price(merger.adapters, merges, elsewhere, texts, other, lambda w: general_shift(run, merger.adapters, w))
+
+
 def curves(run: Run, seed: int, arm: str) -> dict[str, Any]:
     """Merges over a ladder of scales; of the plain arm every method, and every adapter on every task."""
     merger, which = Merger(run, seed, arm), CURVES_OF_PLAIN if arm == PLAIN else CURVES
@@ -293,6 +307,7 @@ def main() -> None:
         default=1.0,
         help="share of the GPU's memory that may be taken: others are at work on it",
     )
+    p.add_argument("--elsewhere", default="", help="STUDY.yaml:TASK,TASK: tasks that nobody trained, for price:SEED")
     p.add_argument("--seconds", type=float, default=float("inf"))
     a = p.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -305,6 +320,7 @@ def main() -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device, a.few)
     (a.out / "records").mkdir(exist_ok=True)
+    other = elsewhere_of(a.elsewhere, a.set, recipe.task_names, a.out, a.rows) if a.elsewhere else None
     for kind, seed, *only in (part.split(":") for part in a.do.split()):
         arms = only[0].split(",") if only else [s.name for s in recipe.arm_specs if int(seed) in arm_seeds(run, s.name)]
         if kind == "train":
@@ -318,7 +334,12 @@ def main() -> None:
                 return say(f"time is up before {file.stem}")
             run.layout.session.load()
             begun = time.time()
-            record = {"fixed": fixed, "curves": curves}[kind](run, int(seed), arm)
+            if kind == "price":
+                if other is None:
+                    return say("price needs --elsewhere")
+                record = priced(run, int(seed), arm, other)
+            else:
+                record = {"fixed": fixed, "curves": curves}[kind](run, int(seed), arm)
             file.with_suffix(".part").write_text(
                 json.dumps({**record, "seconds": round(time.time() - begun, 1)}) + "\n"
             )

@@ -48,9 +48,9 @@ def test_what_matters_most_ends_in_time_and_one_gpu_does_the_same_steps():
         "full_penalised",
         "eleven_17",
         "q05_2",
-        "q15_contrastive_curved",
+        "q15_price",
         "full_smollm2",
-        "q15_rounds",
+        "q15_refreshed",
     ):
         assert ends[step] * 60 <= 1400, step
     assert {n for _, _, names, _ in planned(1) for n in names.split("+")} == set(ends)

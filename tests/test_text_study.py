@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import written_study
 
@@ -80,3 +83,30 @@ def test_the_study_runs_whole(study):
     before = {f: f.stat().st_mtime_ns for f in (study / "run" / "records").glob("*.json")}
     call(study, "text_arms.py", "--do", "train:1 fixed:1")  # what is there is not done again
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
+
+
+def test_what_merges_cost_outside_their_tasks(study):
+    """A task that nobody trained, and perplexity of the general texts: of the bare base what it is by itself."""
+    recipe = json.loads((study / "small.yaml").read_text())
+    (study / "other.yaml").write_text(json.dumps({**recipe, "tasks": [{**recipe["tasks"][0], "name": "three"}]}))
+    call(
+        study, "text_arms.py", "--do", "train:1:kaiming price:1:kaiming", "--elsewhere", f"{study / 'other.yaml'}:three"
+    )
+    found = json.loads((study / "run" / "records" / "price-1-kaiming.json").read_text())
+    assert (
+        found["tasks"] == ["three"] and set(found["alone"]) == {"one", "two"} and "task_arithmetic" in found["merges"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(study / "base").eval()
+    tokenizer = AutoTokenizer.from_pretrained(study / "base")
+    loss, count = 0.0, 0
+    for text in ("w5 w6", "w7 w8", "w9 w10"):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            loss += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert (
+        found["base"]["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-3)
+        and found["base"]["general_kl"] == 0.0
+    )
+    assert found["merges"]["task_arithmetic at 1"]["perplexity"] != found["base"]["perplexity"]
+    assert all(r["general_kl"] > 0 for r in found["alone"].values())
