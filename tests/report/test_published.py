@@ -168,9 +168,13 @@ QUOTED = [
         lambda: [written(PLAIN, "regmean"), sixteen(PLAIN, "regmean"), written(PLAIN, "regmean", "bare")],
     ),
     (
-        "and nine tasks its choice among four methods, with learnt weights, keeps {} and repaired {} (one seed), RegMean {} and TSV-M {} "
-        "(two others).",
-        lambda: [answered(), answered("repaired", "fourth"), written(PLAIN, "regmean"), written(PLAIN, "tsv")],
+        "and nine tasks its choice among four methods, with learnt weights, keeps {} and repaired {} (one seed), RegMean {} and the "
+        "default there, Iso-C, {}, where TSV-M keeps {} (two others).",
+        lambda: [
+            answered(),
+            answered("repaired", "fourth"),
+            *(written(PLAIN, m) for m in ("regmean", "iso_c", "tsv")),
+        ],
     ),
     (
         "has {} against {} on eleven tasks and {} against {} on eight",
@@ -211,9 +215,9 @@ ON_WHICH = [
         (f"| {name} | {needs} | {{}} | {{}} |", lambda method=method: both_conditions(PLAIN, method))
         for name, needs, method in (
             ("RegMean", "statistics", "regmean"),
-            ("Iso-C", "nothing", "iso_c"),
+            ("Iso-C, the default", "nothing", "iso_c"),
             ("Core Space", "nothing", "core_space"),
-            ("TSV-M, the default", "nothing", "tsv"),
+            ("TSV-M", "nothing", "tsv"),
             ("KnOTS-TIES", "nothing", "knots"),
             ("task arithmetic", "statistics, for its scale", "task_arithmetic"),
             ("plain sum at scale 1", "nothing", "task_arithmetic at 1"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LINEAR, EMBEDDING, EXPERT = "linear", "embedding", "expert"
+CONSTRAINT = "constraint"  # key of an adapter's `source`: what plait trained it with, where its folder says so
 
 
 @dataclass(frozen=True, slots=True)

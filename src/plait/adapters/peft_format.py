@@ -14,7 +14,7 @@ from plait.adapters.hashing import Digest, Hashing
 from plait.adapters.head_files import HEADS, PREFIX, prefix_of, read_heads
 from plait.adapters.heads import head_metadata, read_facts, recorded_facts
 from plait.adapters.key_names import kinds_of_names, without_adapter_name
-from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.lora import CONSTRAINT, Adapter, LoraFactors
 from plait.adapters.naming import checked_in_file, checked_name
 from plait.adapters.peft_config import peft_config
 from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, require_sides
@@ -146,9 +146,11 @@ def _own_name(manifest: Mapping[str, Any] | None, folder: Path) -> str:
 
 def _kept_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     result = (manifest or {}).get("result", {})
-    return {
-        k: result[k] for k in ("base_sha256", "base_weights_sha256", "backbone_prefix", "labels", "kind") if k in result
-    }
+    known = ("base_sha256", "base_weights_sha256", "backbone_prefix", "labels", "kind")
+    training = (manifest or {}).get("options", {}).get("training")
+    constraint = training.get(CONSTRAINT) if isinstance(training, Mapping) else None
+    trained = {CONSTRAINT: constraint} if isinstance(constraint, str) else {}
+    return {k: result[k] for k in known if k in result} | trained
 
 
 def _pair(

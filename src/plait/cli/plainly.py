@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # The first to try, of those that need the same: by docs/results, and what `plait merge` takes by itself.
-FIRST = {"tsv": "the default", "regmean": "first with statistics"}
+FIRST = {
+    "tsv": "the default",
+    "iso_c": "the default for language models",
+    "regmean": "first with statistics",
+}
 
 MERGES = {
     "task_arithmetic": "Adds the updates up, each times its weight.",

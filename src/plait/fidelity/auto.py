@@ -231,7 +231,7 @@ def _without_texts(
 ) -> AutoMerge:
     if len(adapters) == 1:
         return _cut(AutoMerge(adapters[0], None, record), settings.rank)
-    choice = choose_by_factors(adapters, settings.methods, settings.scales, base_id, akin)
+    choice = choose_by_factors(adapters, settings.methods, settings.scales, base_id, akin, settings.rank)
     record = replace(record, chosen=choice.chosen, assumed={"own_share": OWN_SHARE}, evidence=choice.evidence)
     return _cut(AutoMerge(choice.adapter, None, record), settings.rank)
 

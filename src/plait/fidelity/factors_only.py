@@ -13,12 +13,10 @@ from plait.fidelity.notes import kin
 from plait.fidelity.proxy import Terms, best_scale, mean_error, terms
 from plait.fidelity.record import Chosen, Evidence, KeptOfTask
 from plait.merging.registry import find_method
-from plait.merging.scales import scale_by_rule
+from plait.merging.scales import DEFAULT_METHOD, default_method, scale_by_rule
+from plait.merging.spec import MergeSpec
 from plait.seeds import seed_of
 
-# Without data the method is chosen by its record: TSV-M was the best of the methods that need none in all but one of eight
-# arms of docs/results/glue8-minilm-one-seed.md. The assumed errors of methods differ too little to tell them apart.
-BY_RECORD = "tsv"
 # Modules that stand for all where a candidate cannot be chosen: on two public adapters of 12 modules that moved errors of 0.52 to
 # 0.65 by 0.024 at most, on eight random ones of 48 by 0.001.
 SAMPLED = 8
@@ -45,13 +43,15 @@ def choose_by_factors(
     scales: Sequence[float],
     base_id: str | None = None,
     akin: Sequence[tuple[str, str, float]] | None = None,
+    rank: int | None = None,
 ) -> FactorsChoice:
     """Choose the method of the best record, at the scale of its record.
 
-    The record is of adapters that were trained apart: TSV-M at the scale that `plait.merging.scales` measured. Where two point the
-    same way (`plait.merging.kinship.KIN`), or TSV-M is not among the methods, the least error on assumed inputs decides, at the
+    The record is of adapters that were trained apart: the method that `plait merge` takes of them (`plait.merging.scales`), at the scale
+    that was measured for it; the assumed errors of methods differ too little to tell them apart. Where two point the same way
+    (`plait.merging.kinship.KIN`), or neither that method nor TSV-M is among the methods, the least error on assumed inputs decides, at the
     scale s* = sum_t c_t / sum_t q_t that brings a merge nearest to every adapter there (`plait.fidelity.proxy`). On seeds on
-    which nothing was chosen (docs/results/existing-fresh.md) it recovers 0.68 of eight plain adapters; s* recovered 0.60 to 0.61.
+    which nothing was chosen (docs/results/existing-fresh.md) TSV-M recovers 0.68 of eight plain adapters; s* recovered 0.60 to 0.61.
 
     All methods are in the evidence, with and without pico, at both scales and over the grid. Where the record decides, the others
     cannot be chosen, and `SAMPLED` modules stand for all in the evidence.
@@ -62,6 +62,7 @@ def choose_by_factors(
         scales: Scales of the grid.
         base_id: Base id of the result where the adapters name one base by different names.
         akin: Pairs that point the same way (`plait.fidelity.notes.kin`); None finds them.
+        rank: What the merge is cut to afterwards.
 
     Returns:
         The merge, and why it was chosen.
@@ -73,8 +74,10 @@ def choose_by_factors(
     if not usable:
         raise UsageError(f"{', '.join(methods)} need statistics, and there are no texts", hint="--text TASK=FILE")
     akin = kin(adapters) if akin is None else akin
-    ruled = scale_by_rule(BY_RECORD, None, (1.0,) * len(adapters))
-    by_record = BY_RECORD in usable and not akin
+    default, why = default_method(adapters, MergeSpec(rank=rank))
+    first, why = (default, why) if default in usable else (DEFAULT_METHOD, "")
+    ruled = scale_by_rule(first, None, (1.0,) * len(adapters))
+    by_record = first in usable and not akin
     looked_at = _sampled(adapters) if by_record else list(adapters)
     modules = len({m for a in looked_at for m in a.modules})
     rows: list[Evidence] = []
@@ -83,14 +86,14 @@ def choose_by_factors(
         tried = Tried(recipe, merged_by(recipe, looked_at, {}, base=base_id))
         errors = terms(tried.adapter, looked_at)
         merges |= {} if by_record else {recipe.label: tried.adapter}
-        also = {ruled.value} if recipe.label == BY_RECORD else set()
+        also = {ruled.value} if recipe.label == first else set()
         tried_at = sorted({*scales, round(best_scale(errors), 4), *also} - {0.0})
         rows += [_evidence(tried, s, errors, modules) for s in tried_at]
     rows.sort(key=lambda r: (r.assumed_error, r.candidate, r.scale))
     if by_record:
-        best = next(r for r in rows if (r.candidate, r.scale) == (BY_RECORD, ruled.value))
-        merge = merged_by(Recipe(BY_RECORD), adapters, {}, base=base_id)
-        why = f"{BY_RECORD} by its record without data; {ruled.reason}"
+        best = next(r for r in rows if (r.candidate, r.scale) == (first, ruled.value))
+        merge = merged_by(Recipe(first), adapters, {}, base=base_id)
+        why = f"{first} by its record without data{f': it {why}' if why else ''}; {ruled.reason}"
     else:
         best = rows[0]
         merge = merges[best.candidate]

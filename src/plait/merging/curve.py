@@ -16,6 +16,7 @@ from plait.merging.outcomes import RankRow
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import loss_of
+from plait.merging.scales import default_method
 from plait.merging.spec import MergeSettings, MergeSpec
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def rank_curve(
     read = [a if isinstance(a, Adapter) else read_named(a) for a in adapters]
     files = {t: f for t, f in (statistics or {}).items() if isinstance(f, Path | str)}
     opened: Any = {**(statistics or {}), **(read_statistics_files(files) or {})}
-    plan = plan_merge(read, spec, statistics=opened or None)
+    method = spec.method or default_method(read, spec, opened, cuts=True)[0]
+    plan = plan_merge(read, replace(spec, method=method), statistics=opened or None)
     whole = plan.run("merged")
     largest = max((a.rank for a in read), default=1)
     wanted = {min(n, whole.adapter.rank) for n in ranks or (largest, 2 * largest, 4 * largest, whole.adapter.rank)}

@@ -38,7 +38,7 @@ from plait.merging.record import MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
 from plait.merging.rounded_sums import rounded_sum
 from plait.merging.rounding import Rounding, dtype_for, overflow
-from plait.merging.scales import default_method
+from plait.merging.scales import SUMS, default_is_sum
 from plait.merging.sums import Part, probes_by_width, require_verified, stored_sum, sum_error
 from plait.merging.terms import Terms, require_multipliers, scale_of, weights_of
 from plait.merging.threads import cores, in_threads
@@ -95,7 +95,8 @@ def sum_of_folders(request: MergeRequest) -> Written[MergeRecord] | None:
 def sum_of(request: MergeRequest) -> Sum | None:
     """Give the method of a request that asks for a sum and nothing else; None of others."""
     spec = request.spec
-    name = spec.method or default_method(len(request.folders), weighted=spec.is_weighted)
+    summed = default_is_sum(len(request.folders), weighted=spec.is_weighted)  # all other defaults are no sums
+    name = spec.method or (SUMS[0] if summed else "")
     other = request.bake_into or request.per_task or request.curve or request.stack or request.statistics
     more = spec.options or spec.rank is not None or spec.calibrate or spec.module_weights is not None
     if name not in _METHODS or other or more or spec.device != "cpu":

@@ -17,11 +17,12 @@ from plait.merging.plan import NEEDS, Plan
 from plait.merging.record import Merged
 from plait.merging.registry import MergeMethod, find_method
 from plait.merging.scales import (
+    DEFAULT_METHOD,
     SUMS,
     WEIGHTS_SAY,
     asks_moments,
+    default_is_sum,
     default_method,
-    default_with_statistics,
     reach_of,
     scale_by_moments,
 )
@@ -95,11 +96,7 @@ def plan_merge(
 ) -> Plan:
     """Check everything about a merge; arguments as `merge` has them. Only a scale chosen by moments is computed here."""
     spec = MergeSpec.of(method, settings)
-    chosen, why = (
-        (spec.method, "")
-        if spec.method
-        else default_with_statistics(adapters, statistics or {}, weighted=spec.is_weighted)
-    )
+    chosen, why = (spec.method, "") if spec.method else default_method(adapters, spec, statistics)
     found = find_method(chosen)
     options = checked_options(found, spec.options)
     if found.cuts_by and spec.rank is not None and options[found.cuts_by] is None:
@@ -177,7 +174,7 @@ def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: in
     Raises:
         UsageError: Names the method.
     """
-    method = spec.method or default_method(count, weighted=spec.is_weighted)
+    method = spec.method or (SUMS[0] if default_is_sum(count, weighted=spec.is_weighted) else DEFAULT_METHOD)
     said = method in SUMS and spec.is_weighted
     scaled = spec.scale is None and asks_moments(method, spec.calibrate) and not said
     cut = (cuts or spec.rank is not None) and not find_method(method).cuts_by
@@ -185,7 +182,8 @@ def require_use(spec: MergeSpec, statistics: Mapping[str, Any] | None, count: in
         what = "the scale is given" if spec.scale is not None else WEIGHTS_SAY if said else ""
         why = "takes no statistics" + (f", and {what}" if what else "")
         named = "" if spec.method else ", or name a method that does: --method regmean"
-        raise UsageError(f"{method} {why}", hint=f"leave --stats out{named}")
+        subject = method if spec.method or method in SUMS else "the default method"  # which depends on the adapters
+        raise UsageError(f"{subject} {why}", hint=f"leave --stats out{named}")
 
 
 def _scaled_by_moments(plan: Plan, statistics: Mapping[str, Any]) -> Plan:

@@ -12,10 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.lora import CONSTRAINT, Adapter, LoraFactors
+from plait.merging.spec import MergeSpec
 
 DEFAULT_METHOD = "tsv"
 _OF_WRITERS, _WRITES = "regmean", "CAUSAL_LM"  # where there are statistics, for adapters of such a task type
+_PLAIN_WRITERS = "iso_c"  # where there are none, for the same kind
+_ALONE = "keeps most of what needs the adapters alone"
+_PENALISED = "penalised"  # `plait.training.settings.CONSTRAINTS`
 EXACT_SUMS = ("linear", "cat")  # weighted sums that stay what their weights say
 SUMS = ("task_arithmetic", "svd", "dare_linear")  # sums too, of which the rule is for weights of 1
 _PICO = "pico"
@@ -66,22 +70,18 @@ class Scale:
     reason: str
 
 
-def default_method(count: int, *, weighted: bool) -> str:
-    """Name the method where nobody does, and there are no statistics.
+def default_is_sum(count: int, *, weighted: bool) -> bool:
+    """Whether it is the sum where nobody names a method, which needs no look at the adapters.
 
     Args:
         count: How many adapters.
-        weighted: Whether weights were given.
-
-    Returns:
-        TSV-M, which keeps most of what needs neither texts nor statistics; the sum for one adapter and where weights say how
-        much of each is added.
+        weighted: Whether weights were given, which say how much of each is added.
     """
-    return "task_arithmetic" if count < 2 or weighted else DEFAULT_METHOD
+    return count < 2 or weighted
 
 
-def default_with_statistics(
-    adapters: Sequence[Adapter], statistics: Mapping[str, Any], *, weighted: bool
+def default_method(
+    adapters: Sequence[Adapter], spec: MergeSpec, statistics: Mapping[str, Any] | None = None, *, cuts: bool = False
 ) -> tuple[str, str]:
     """Name the method where nobody does, and why.
 
@@ -89,26 +89,57 @@ def default_with_statistics(
     more than TSV-M of all starts but four, which keep at most 3 points less; of PEFT's default at least 15 more. On encoders neither is
     ahead throughout (docs/study/defaults.md).
 
+    Without statistics Iso-C where every adapter is of a language model, changes the same modules, and does not say that plait trained it
+    with a penalty: of plain ones it keeps more than TSV-M wherever a decoder wrote its answers (docs/study/defaults.md). A cut to a rank, a
+    calibration or options leave TSV-M: Iso-C's directions are all equally strong, so that none is the last, and has neither a rule for
+    its scale after a calibration nor options. TSV-M everywhere else, the sum for one adapter and where weights say how much of each.
+
     Args:
         adapters: What is merged.
+        spec: How it is merged; its method is not looked at.
         statistics: Adapter -> its statistics.
-        weighted: Whether weights were given.
+        cuts: Whether it is cut to ranks that the spec does not say.
 
     Returns:
         The method, and a phrase; "" for a sum, of which the scale's reason says all.
     """
-    method = default_method(len(adapters), weighted=weighted)
-    if method != DEFAULT_METHOD:
-        return method, ""
-    alone = "keeps most of what needs the adapters alone"
-    if not all(a.task_type == _WRITES for a in adapters):
-        return method, alone
-    lacking = [(a.name, m) for a in adapters if (m := _uncovered(statistics.get(a.name), a)) is not None]
-    if not lacking:
+    if default_is_sum(len(adapters), weighted=spec.is_weighted):
+        return SUMS[0], ""
+    writers = [a for a in adapters if a.task_type == _WRITES]
+    lacking = [(a.name, m) for a in adapters if (m := _uncovered((statistics or {}).get(a.name), a)) is not None]
+    if len(writers) == len(adapters) and not lacking:
         return _OF_WRITERS, "first on language models where every adapter has statistics"
+    method, why = _by_adapters_alone(adapters, writers, spec, cuts=cuts)
+    if not statistics or len(writers) < len(adapters):
+        return method, why
     name, module = lacking[0]
     where = f" of {module}" if hasattr(statistics.get(name), "moments_for") else ""
-    return method, alone + (f" ({_OF_WRITERS} is for statistics of all: {name} has none{where})" if statistics else "")
+    return method, why + f" ({_OF_WRITERS} is for statistics of all: {name} has none{where})"
+
+
+def _by_adapters_alone(
+    adapters: Sequence[Adapter], writers: Sequence[Adapter], spec: MergeSpec, *, cuts: bool
+) -> tuple[str, str]:
+    """The method that reads no statistics, and why."""
+    if not writers:
+        return DEFAULT_METHOD, _ALONE
+    penalised = [a.name for a in adapters if a.source.get(CONSTRAINT) == _PENALISED]
+    if len(writers) < len(adapters):
+        other = next(a.name for a in adapters if a.task_type != _WRITES)
+        but = f"is for language models, and {other} names no task type"
+    elif penalised:
+        but = f"keeps less of adapters trained with the penalty, as {penalised[0]} was"
+    elif len({frozenset(a.modules) for a in adapters}) > 1:
+        but = "was measured where all adapters change the same modules"
+    elif spec.rank is not None or cuts:
+        but = "makes all directions equally strong, and a cut needs weak ones"
+    elif spec.calibrate is not None:
+        but = f"has no rule for its scale with {spec.calibrate}"
+    elif spec.options:
+        but = "has no options"
+    else:
+        return _PLAIN_WRITERS, "keeps most of plain adapters of language models where there is nothing but them"
+    return DEFAULT_METHOD, f"{_ALONE} ({_PLAIN_WRITERS} {but})"
 
 
 def _uncovered(statistics: Any, adapter: Adapter) -> str | None:

@@ -19,7 +19,7 @@ from plait.merging.per_task import merge_per_task
 from plait.merging.planning import plan_merge, require_use
 from plait.merging.record import MergeRecord
 from plait.merging.request import MergeRequest
-from plait.merging.scales import default_with_statistics
+from plait.merging.scales import default_method
 from plait.merging.stack import composed, in_order, layers_of
 from plait.model.files import base_place
 
@@ -98,7 +98,6 @@ def _curve(request: MergeRequest) -> RankCurve:
     if request.spec.rank is not None:
         raise UsageError("--rank-curve tries ranks by itself", hint="leave --rank out")
     statistics, adapters = read_statistics_files(request.statistics), read_all(request.folders)
-    weighted = request.spec.is_weighted
-    method = request.spec.method or default_with_statistics(adapters, statistics or {}, weighted=weighted)[0]
+    method = request.spec.method or default_method(adapters, request.spec, statistics, cuts=True)[0]
     rows = rank_curve(adapters, replace(request.spec, method=method), statistics=statistics)
     return RankCurve(method, tuple(rows))
