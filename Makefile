@@ -74,7 +74,6 @@ trust: $(VENV)/.test
 bench: $(VENV)/.test
 	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed --work .bench --out docs/results/speed
 	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed.growth --out docs/results/growth
-	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python -P -m benchmarks.speed.growth --out docs/results/growth
 
 # The same code with the oldest versions that pyproject.toml allows, and with the newest there are.
 OTHERS := tests/adapters tests/formats tests/merging/test_folders.py tests/merging/test_bake.py tests/test_cli.py tests/test_recipe.py tests/test_pipeline.py
