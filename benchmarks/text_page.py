@@ -259,6 +259,21 @@ def candidates_of(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [_rounded(r) for r in found]
 
 
+def prices_of(records: dict[str, dict[str, Any]], condition: str) -> list[dict[str, Any]]:
+    """What `text_arms.py --do price:SEED` saw: a row for the bare base, for each adapter alone and for each merge of an arm."""
+    found = []
+    for key in (k for k in records if k.startswith("price-")):
+        _, seed, arm = key.split("-", 2)
+        r = records[key]
+        named = {"bare base": r["base"], **{f"adapter of {t}": x for t, x in r["alone"].items()}, **r["merges"]}
+        for name, x in named.items():
+            found.append({
+                "condition": condition, "arm": arm, "seed": int(seed), "worn": name, "alone": name.startswith("adapter of "),
+                "tasks": dict(zip(r["tasks"], x["scores"], strict=True)), "perplexity": x["perplexity"], "general_kl": x["general_kl"],
+            })  # fmt: skip
+    return [_rounded(r) for r in found]
+
+
 def rounds_of(records: dict[str, dict[str, Any]], condition: str) -> list[dict[str, Any]]:
     """Arms of benchmarks/text_rounds.py and what they are changed from, of seeds that have both and the plain arm.
 
@@ -469,6 +484,8 @@ def page(
     if existing := [r for c, records in runs.items() for r in existing_of(records, c)]:
         text += ["## Adapters that exist, merged without labels", "", EXISTING, "", _existing(existing), ""]
         text += [line for records in runs.values() for r in candidates_of(records) for line in (_candidates(r), "")]
+    if prices := [r for c, records in runs.items() for r in prices_of(records, c)]:
+        text += ["## What it costs outside the tasks", "", _prices(prices), ""]
     if rounds:
         text += ["## Rounds, and moments refreshed halfway", "", _rounds(rounds), ""]
     text += ["## Recovered over scales", ""] if curves else []
@@ -536,6 +553,35 @@ four merges (the scale shown is that of each), *alone* each task's last adapter 
 task's with its own adapter on. *Of own gain* is the share kept of the row's own adapters, which in rounds hold other tasks' merges too;
 *of `kaiming`'s gain* measures every row by what `kaiming`'s adapters of that seed gain alone. `kaiming` and `contrastive_penalised` are
 those of the tables above, of the same seeds."""
+
+
+PRICES_TEXT = """\
+`text_arms.py --do price:SEED --elsewhere STUDY.yaml:TASKS`: {tasks}, which no adapter here was trained on, told as in their own study,
+and the perplexity of the general sentences. *Alone* is the mean over the arm's adapters, and the worst of them."""
+
+
+def _prices(rows: Sequence[dict[str, Any]]) -> str:
+    """The bare base once, then a line for each arm's adapters and each of its merges."""
+    tasks = list(rows[0]["tasks"])
+    cells = lambda group: [  # noqa: E731
+        *(f"{np.mean([r['tasks'][t] for r in group]):.1f}" for t in tasks), f"{np.mean([r['perplexity'] for r in group]):.2f}",
+        f"{np.mean([r['general_kl'] for r in group]):.3f}",
+    ]  # fmt: skip
+    head = ["arm", "seeds", "", *tasks, "perplexity", "KL"]
+    lines = [PRICES_TEXT.format(tasks=" and ".join(tasks)), "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    bare = [r for r in rows if r["worn"] == "bare base"]
+    lines.append(f"| | | bare base | {' | '.join(cells(bare))} |")
+    for condition, arm in dict.fromkeys((r["condition"], r["arm"]) for r in rows):
+        mine = [r for r in rows if (r["condition"], r["arm"]) == (condition, arm)]
+        seeds = f"{condition}, {', '.join(map(str, sorted({r['seed'] for r in mine})))}"
+        alone = [r for r in mine if r["alone"]]
+        lines.append(f"| `{arm}` | {seeds} | alone | {' | '.join(cells(alone))} |")
+        worst = [f"{min(r['tasks'][t] for r in alone):.1f}" for t in tasks]
+        ends = [f"{max(r['perplexity'] for r in alone):.2f}", f"{max(r['general_kl'] for r in alone):.3f}"]
+        lines.append(f"| | | alone, the worst | {' | '.join([*worst, *ends])} |")
+        for name in dict.fromkeys(r["worn"] for r in mine if r["worn"] != "bare base" and not r["alone"]):
+            lines.append(f"| | | {name} | {' | '.join(cells([r for r in mine if r['worn'] == name]))} |")
+    return "\n".join(lines)
 
 
 def _rounds(rows: Sequence[dict[str, Any]]) -> str:
@@ -693,6 +739,8 @@ def main() -> None:
         "existing": existing, "existing_summary": summary_of(existing), "candidates": candidates_of(told),
         "references": references, "singles": singles_of(told),
     }  # fmt: skip
+    if prices := [r for c, records in runs.items() for r in prices_of(records, c)]:
+        whole["prices"] = prices
     if rounds := [r for c, records in runs.items() for r in rounds_of(records, c)]:
         whole |= {"rounds": rounds, "rounds_differences": rounds_differences(rounds)}
     (a.to / f"{a.name}.json").write_text(json.dumps(whole, indent=1) + "\n")

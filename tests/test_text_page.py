@@ -223,3 +223,25 @@ def test_rounds_are_measured_by_their_own_adapters_and_by_the_plain_arms(page):
     assert "| `rounds` (by rule) - `kaiming` (by rule) | 2 | +10 |" in text
     without = {k: r for k, r in records.items() if k.startswith("fixed-")}
     assert "Rounds" not in page.page("some", {"told": without}, page.rows_of(without), [], [])
+
+
+def test_the_price_outside_stands_beside_the_bare_base(page):
+    def cost(scores, perplexity, kl):
+        return {"scores": scores, "perplexity": perplexity, "general_kl": kl}
+
+    record_ = {
+        "tasks": ["sst2", "cola"], "base": cost([90.0, 70.0], 20.0, 0.0),
+        "alone": {"a": cost([80.0, 60.0], 21.0, 0.1), "b": cost([70.0, 66.0], 25.0, 0.3)},
+        "merges": {"task_arithmetic": cost([88.0, 68.0], 20.5, 0.05)},
+    }  # fmt: skip
+    rows = page.prices_of({"price-1-kaiming": record_, "fixed-1-kaiming": {}}, "told")
+    assert [(r["worn"], r["alone"]) for r in rows] == [
+        ("bare base", False), ("adapter of a", True), ("adapter of b", True), ("task_arithmetic", False),
+    ]  # fmt: skip
+    plain = record([50.0, 60.0, 12.0], [40.0, 35.0, 12.0], [10.0, 10.0, 10.0])
+    runs = {"told": {"fixed-1-kaiming": plain, "price-1-kaiming": record_}}
+    text = page.page("some", runs, page.rows_of(runs["told"]), [], [])
+    assert "| | | bare base | 90.0 | 70.0 | 20.00 | 0.000 |" in text
+    assert "| `kaiming` | told, 1 | alone | 75.0 | 63.0 | 23.00 | 0.200 |" in text
+    assert "| | | alone, the worst | 70.0 | 60.0 | 25.00 | 0.300 |" in text
+    assert "| | | task_arithmetic | 88.0 | 68.0 | 20.50 | 0.050 |" in text
