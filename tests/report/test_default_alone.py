@@ -58,7 +58,7 @@ def test_at_half_a_billion_it_is_ahead_on_the_seeds_that_tested_it():
         (pair(), {}, "iso_c", "language models where there is nothing but them"),
         (pair("SEQ_CLS"), {}, "tsv", "needs the adapters alone"),
         (pair(None), {}, "tsv", "needs the adapters alone"),
-        ([*pair()[:1], adapter("b", 1, None)], {}, "tsv", "(iso_c is for language models, and b names no task type)"),
+        ([*pair()[:1], adapter("b", 1, None)], {}, "tsv", "(iso_c is for language models, and b does not say that it is of one)"),
         (pair(), {"rank": 3}, "tsv", "(iso_c makes all directions equally strong, and a cut needs weak ones)"),
         (pair(), {"calibrate": "pico"}, "tsv", "(iso_c has no rule for its scale with pico)"),
         (pair(), {"options": {"triplets": 2}}, "tsv", "(iso_c has no options)"),

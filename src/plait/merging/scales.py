@@ -126,7 +126,7 @@ def _by_adapters_alone(
     penalised = [a.name for a in adapters if a.source.get(CONSTRAINT) == _PENALISED]
     if len(writers) < len(adapters):
         other = next(a.name for a in adapters if a.task_type != _WRITES)
-        but = f"is for language models, and {other} names no task type"
+        but = f"is for language models, and {other} does not say that it is of one"
     elif penalised:
         but = f"keeps less of adapters trained with the penalty, as {penalised[0]} was"
     elif len({frozenset(a.modules) for a in adapters}) > 1:
