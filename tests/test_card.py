@@ -149,7 +149,7 @@ def test_a_baked_model_has_its_own_card_and_the_bases_licence(writers, tmp_path,
     bake(plan_merge([read_adapter(f) for f in folders]), copy, tmp_path / "baked")
     text, data = card(tmp_path / "baked")
     assert data["license"] == "apache-2.0" and data["library_name"] == "transformers" and "merge" in data["tags"]
-    assert "# The base" not in text and "The merge of `a`, `b` by `iso_c`" in text
+    assert "# The base" not in text and "The merge of `a`, `b` by `tsv`" in text
     assert type(run_lines(tmp_path / "baked", monkeypatch)["model"]).__name__ == "LlamaForCausalLM"
 
 

@@ -375,7 +375,7 @@ def test_a_row_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path):
     chosen = spread_over(300, LIMIT)[7]
     rows[chosen]["text"] = " "
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(InputError, match=f"text {chosen} is empty"):
+    with pytest.raises(InputError, match=f"row {chosen} is empty"):
         parse_texts([f"t={tmp_path / 'rows.jsonl'}"])
 
 

@@ -131,7 +131,7 @@ def test_a_merge_takes_the_method_and_scale_that_peft_folders_of_the_same_adapte
     mlx = merge_folders([str(tmp_path / n) for n in ("fr", "de")], tmp_path / "m").record
     peft = merge_folders([str(tmp_path / "peft" / n) for n in ("fr", "de")], tmp_path / "p").record
     assert (mlx.method, mlx.scale, mlx.scale_reason) == (peft.method, peft.scale, peft.scale_reason)
-    assert mlx.method == "iso_c" and mlx.method_reason == peft.method_reason
+    assert mlx.method == "tsv" and mlx.method_reason == peft.method_reason
     advice = advise([read_any(tmp_path / n) for n in ("fr", "de")])
     assert not any("pictures" in text for text in (advice.advice, *advice.unknown))
     wanted = read_any(tmp_path / "p").modules

@@ -55,7 +55,7 @@ def test_without_a_place(folders):
 
 def test_what_is_printed_says_method_scale_and_weights(folders, tmp_path, capsys):
     for more, wanted in (
-        ([], "iso_c at scale 1.92 of a, b ->"),
+        ([], "tsv at scale 0.7 of a, b ->"),
         (["--method", "task_arithmetic", "--scale", "1"], "task_arithmetic (the plain sum) at scale 1 of a, b ->"),
         (["--weights", "1,-0.5"], "task_arithmetic (the weighted sum) at scale 1, weights 1, -0.5, of a, b ->"),
         (

@@ -17,11 +17,27 @@ from plait.cli import main
 from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
 from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.merging import MergeRequest, MergeSpec, answer, merge, merge_folders, rank_curve
+from plait.merging import MergeRequest, MergeSpec, answer, merge, merge_folders, rank_curve, scales
 from plait.merging.light import sum_of
 from plait.merging.scales import default_method, scale_by_rule
 from plait.training.settings import CONSTRAINTS, TrainingSettings, identity_of
 from tests.report.test_default_method import MODULES, RESULTS, adapter, pair, shares_on_decoders
+
+
+@pytest.fixture(autouse=True)
+def two_are_enough(request, monkeypatch):
+    """Two adapters stand for many, but where their number is what is asked about."""
+    if "count" not in request.fixturenames:
+        monkeypatch.setattr(scales, "FEWEST_WRITERS", 2)
+
+
+@pytest.mark.parametrize(("count", "method"), [(2, "tsv"), (7, "tsv"), (8, "iso_c"), (9, "iso_c")])
+def test_few_writers_are_merged_as_before(count, method):
+    chosen, why = default_method([adapter(str(i), i, "CAUSAL_LM") for i in range(count)], MergeSpec())
+    assert chosen == method and (
+        method == "iso_c" or why.endswith("(iso_c is ahead on 8 adapters of language models and more)")
+    )
+
 
 PENALISED = TrainingSettings(steps=1, constraint="penalised")
 
@@ -58,7 +74,12 @@ def test_at_half_a_billion_it_is_ahead_on_the_seeds_that_tested_it():
         (pair(), {}, "iso_c", "language models where there is nothing but them"),
         (pair("SEQ_CLS"), {}, "tsv", "needs the adapters alone"),
         (pair(None), {}, "tsv", "needs the adapters alone"),
-        ([*pair()[:1], adapter("b", 1, None)], {}, "tsv", "(iso_c is for language models, and b does not say that it is of one)"),
+        (
+            [*pair()[:1], adapter("b", 1, None)],
+            {},
+            "tsv",
+            "(iso_c is for language models, and b does not say that it is of one)",
+        ),
         (pair(), {"rank": 3}, "tsv", "(iso_c makes all directions equally strong, and a cut needs weak ones)"),
         (pair(), {"calibrate": "pico"}, "tsv", "(iso_c has no rule for its scale with pico)"),
         (pair(), {"options": {"triplets": 2}}, "tsv", "(iso_c has no options)"),
