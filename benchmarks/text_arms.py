@@ -281,6 +281,24 @@ def say(text: str) -> None:
     print(f"{time.strftime('%T')} {text}", flush=True)
 
 
+def begin(a: argparse.Namespace) -> Run:
+    """What the scripts of this study begin with: the recipe in its condition, the device, the run's folder.
+
+    Args:
+        a: --study, --set, --condition, --out, --rows, --general, --general-rows, --tokens; where there are, --memory and --few.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    writing.TOKENS_HELD["cuda"] = a.tokens
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(getattr(a, "memory", 1.0))
+    names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
+    recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
+    (a.out / "records").mkdir(parents=True, exist_ok=True)
+    general = read_place(a.general, a.general_rows)
+    return Run(Layout(recipe, a.out), a.out, a.rows, general, device, getattr(a, "few", False))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--study", required=True, type=Path)
@@ -310,19 +328,14 @@ def main() -> None:
     p.add_argument("--elsewhere", default="", help="STUDY.yaml:TASK,TASK: tasks that nobody trained, for price:SEED")
     p.add_argument("--seconds", type=float, default=float("inf"))
     a = p.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    writing.TOKENS_HELD["cuda"] = a.tokens
-    started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(a.memory)
-    names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
-    recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
-    a.out.mkdir(parents=True, exist_ok=True)
-    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device, a.few)
-    (a.out / "records").mkdir(exist_ok=True)
-    other = elsewhere_of(a.elsewhere, a.set, recipe.task_names, a.out, a.rows) if a.elsewhere else None
+    started, run = time.time(), begin(a)
+    other = elsewhere_of(a.elsewhere, a.set, run.layout.recipe.task_names, a.out, a.rows) if a.elsewhere else None
     for kind, seed, *only in (part.split(":") for part in a.do.split()):
-        arms = only[0].split(",") if only else [s.name for s in recipe.arm_specs if int(seed) in arm_seeds(run, s.name)]
+        arms = (
+            only[0].split(",")
+            if only
+            else [s.name for s in run.layout.recipe.arm_specs if int(seed) in arm_seeds(run, s.name)]
+        )
         if kind == "train":
             trained(run, int(seed), arms)
             continue

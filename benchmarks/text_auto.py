@@ -25,13 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from scipy.stats import spearmanr
-from text_arms import Merger, Run, general_shift, say, scored
+from text_arms import Merger, Run, begin, general_shift, say, scored
 
 from plait.adapters.lora import Adapter
 from plait.border.records import to_json
-from plait.evaluation import writing
 from plait.evaluation.text import prompts_of
 from plait.evaluation.writing import endings, write_many
 from plait.fidelity.choose import HELD_OUT, choose, refined_weights
@@ -40,12 +38,10 @@ from plait.fidelity.fitting import best_fit, fitted
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import Texts, first_of, read_place
+from plait.fidelity.texts import Texts, first_of
 from plait.fidelity.tournament import Scored
 from plait.merging import merge
 from plait.model.stacked import stacked_factors
-from plait.runs.layout import Layout
-from plait.runs.recipe_file import read_recipe
 from plait.runs.stages import splits
 from plait.tasks import encode
 
@@ -234,13 +230,7 @@ def main() -> None:
     p.add_argument("--general-rows", type=int, default=200)
     p.add_argument("--tokens", type=int, default=350_000, help="keys and values held at once on a GPU")
     a = p.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    writing.TOKENS_HELD["cuda"] = a.tokens
-    names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
-    recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device)
-    (a.out / "records").mkdir(exist_ok=True)
+    run = begin(a)
     run.layout.session.load()
     steps(run, a.seed, a.arm, a)
 

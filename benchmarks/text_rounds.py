@@ -31,22 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rounds import added, by_rule, moments
-from text_arms import MOMENTS, RULE, Run, Worn, general_shift, say, scored, unit_of
+from text_arms import MOMENTS, RULE, Run, Worn, begin, general_shift, say, scored, unit_of
 
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.errors import UsageError
-from plait.evaluation import writing
-from plait.fidelity.texts import read_place
 from plait.merging.scales import reach_of, scale_by_moments
 from plait.model.base import BaseModel
 from plait.model.rowbank import step_plan
 from plait.model.stacked import stacked_factors, stacked_updates
-from plait.runs.layout import Layout
 from plait.runs.pending import pending
-from plait.runs.recipe_file import read_recipe
 from plait.runs.stages import do, splits
 from plait.runs.trainings import members_of
 from plait.statistics import Statistics
@@ -267,15 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--memory", type=float, default=1.0, help="share of the GPU's memory that may be taken")
     p.add_argument("--seconds", type=float, default=float("inf"))
     a = p.parse_args(arguments)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    writing.TOKENS_HELD["cuda"] = a.tokens
-    started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(a.memory)
-    names = [t["name"] for t in yaml.safe_load(a.study.read_text())["tasks"]] if a.condition != "told" else []
-    recipe = read_recipe(a.study, [*a.set, *(f"tasks.{n}.text=[{a.condition}]" for n in names)])
-    (a.out / "records").mkdir(parents=True, exist_ok=True)
-    run = Run(Layout(recipe, a.out), a.out, a.rows, read_place(a.general, a.general_rows), device)
+    started, run = time.time(), begin(a)
     begun: dict[tuple[str, int], dict[str, Adapter]] = {}
     for arm in a.arms.split(","):
         file = a.out / "records" / f"rounds-{a.seed}-{arm}.json"

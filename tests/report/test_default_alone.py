@@ -35,7 +35,7 @@ def two_are_enough(request, monkeypatch):
 def test_few_writers_are_merged_as_before(count, method):
     chosen, why = default_method([adapter(str(i), i, "CAUSAL_LM") for i in range(count)], MergeSpec())
     assert chosen == method and (
-        method == "iso_c" or why.endswith("(iso_c is ahead on 8 adapters of language models and more)")
+        method == "iso_c" or why.endswith("(iso_c is for 8 adapters of language models or more)")
     )
 
 

@@ -125,7 +125,7 @@ def test_where_statistics_do_not_reach_all_modules_the_reason_names_one():
     more = [replace(a, modules={**a.modules, "l.9.q": next(iter(a.modules.values()))}) for a in pair()]
     assert merge(more, statistics=ALL).record.method_reason.endswith("a has none of l.9.q)")
     assert merge(pair("SEQ_CLS")).record.method_reason == "keeps most of what needs the adapters alone"
-    of_few = "keeps most of what needs the adapters alone (iso_c is ahead on 8 adapters of language models and more)"
+    of_few = "keeps most of what needs the adapters alone (iso_c is for 8 adapters of language models or more)"
     assert merge(pair()).record.method_reason == of_few
 
 

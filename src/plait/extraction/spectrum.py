@@ -101,7 +101,8 @@ def _left(
         return _all(X)
     width = min(short, (rank or 32) + _MORE)
     while True:
-        U, values = _block(X, width, seed)
+        # Its products too: of few rows and long sums they follow the number of threads, on some processors whatever MKL is told.
+        U, values = in_one_thread(_block, X, width, seed)
         enough = rank is not None or float(values[: width - _MORE].sum()) >= (energy or 0.0) * total
         if enough or width == short:
             return (U, values) if width < short else _all(X)
@@ -122,11 +123,11 @@ def _all(X: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out k"], Float[Tens
 def _block(X: Float[Tensor, "out in"], width: int, seed: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"]]:
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(X.shape[1], width, dtype=X.dtype, generator=generator)
-    Q = in_one_thread(torch.linalg.qr, X @ start)[0]
+    Q = torch.linalg.qr(X @ start)[0]
     for _ in range(_ITERATIONS):
-        Q = in_one_thread(torch.linalg.qr, X @ in_one_thread(torch.linalg.qr, X.T @ Q)[0])[0]
+        Q = torch.linalg.qr(X @ torch.linalg.qr(X.T @ Q)[0])[0]
     inner = Q.T @ X
-    values, turn = in_one_thread(torch.linalg.eigh, inner @ inner.T)
+    values, turn = torch.linalg.eigh(inner @ inner.T)
     return Q @ turn.flip(1), values.flip(0).clamp(min=0)
 
 

@@ -23,7 +23,8 @@ def largest_elected(products: Products, density: float, weights: Sequence[float]
     """Keep the `density` largest entries of every task's part, elect the sign of their weighted sum, average those that agree.
 
     Parts that fit in memory are held whole, as many as are looked at together: the entries that a bound was found among are then
-    those that it cuts, and every one is computed once. The bits are those of `thresholds_of` and `in_blocks`, which take the others.
+    those that it cuts, and every one is computed once. The bits are those of `thresholds_of` and `in_blocks`, which take the others,
+    where a product has the same bits alone and as a part of a larger one (on some processors the last bit differs).
 
     Args:
         products: Per task, the factors of its part.

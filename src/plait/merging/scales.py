@@ -131,7 +131,7 @@ def _by_adapters_alone(
         other = next(a.name for a in adapters if a.task_type != _WRITES)
         but = f"is for language models, and {other} does not say that it is of one"
     elif len(adapters) < FEWEST_WRITERS:
-        but = f"is ahead on {FEWEST_WRITERS} adapters of language models and more"
+        but = f"is for {FEWEST_WRITERS} adapters of language models or more"
     elif penalised:
         but = f"keeps less of adapters trained with the penalty, as {penalised[0]} was"
     elif len({frozenset(a.modules) for a in adapters}) > 1:
