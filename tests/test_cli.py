@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from plait.cli import app, main, output
+from plait.entry import Terminated
 from plait.errors import EnvironmentFault, InputError, RunError, UsageError
 
 PLAIT = [sys.executable, "-m", "plait"]
@@ -182,6 +183,7 @@ FAULTS = [
     (ModuleNotFoundError("No module named 'ray'", name="ray"), 4),
     (ValueError("x"), 1),
     (KeyboardInterrupt(), 130),
+    (Terminated(), 143),
 ]
 
 
@@ -197,7 +199,7 @@ def test_exit_codes(capsys, error, code):
     assert said.err.count("\n") == 1 and one_object(said.out)["error"]["exit_code"] == code
     assert output.guarded(fail, debug=True, as_json=False) == code
     said = capsys.readouterr()
-    assert said.out == "" and ("Traceback" in said.err) == (code != 130)
+    assert said.out == "" and ("Traceback" in said.err) == (code not in (130, 143))
 
 
 def test_foreign_text_cannot_write_to_the_terminal(capsys):

@@ -227,8 +227,16 @@ def test_a_name_that_is_no_unicode():
     assert ended.returncode == 3 and b"\x1b" not in ended.stderr and b"no such recipe" in ended.stderr
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_interrupted(recipe_file, tmp_path, times):
+@pytest.mark.parametrize(
+    ("sent", "times", "code", "word"),
+    [
+        (signal.SIGINT, 1, 130, "interrupted"),
+        (signal.SIGINT, 2, 130, "interrupted"),
+        (signal.SIGTERM, 1, 143, "terminated"),
+    ],
+    ids=["once", "twice", "by a scheduler"],
+)
+def test_interrupted(recipe_file, tmp_path, sent, times, code, word):
     out = tmp_path / "out"
     running = subprocess.Popen(
         [*PLAIT, "run", str(recipe_file), "--out", str(out), "--json", "--set", "training.steps=500"],
@@ -240,14 +248,14 @@ def test_interrupted(recipe_file, tmp_path, times):
     while not list(out.rglob("trainer_state.json")) and time.monotonic() < end and running.poll() is None:
         time.sleep(0.02)
     for _ in range(times):
-        running.send_signal(signal.SIGINT)
+        running.send_signal(sent)
         time.sleep(0.05)
     said, err = running.communicate(timeout=60)
-    allowed = (130,) if times == 1 else (130, -signal.SIGINT)
+    allowed = (code,) if times == 1 else (code, -sent)
     assert running.returncode in allowed, (running.returncode, said[-500:], err[-2000:])
     if times == 1:
-        assert one_object(said)["error"]["exit_code"] == 130
-        assert "interrupted; run the same command again" in err and "Traceback" not in err
+        assert one_object(said)["error"]["exit_code"] == code
+        assert f"{word}; run the same command again" in err and "Traceback" not in err
     assert not list(out.rglob("*.staging")) or times == 2
 
 
@@ -326,7 +334,10 @@ def test_durations(seconds, text):
 
 @pytest.mark.slow  # where an interrupt lands is a matter of timing
 @pytest.mark.parametrize("wait", [0.06, 0.1, 0.2, 0.35, 0.6, 1.0])
-def test_an_early_interrupt_is_told_in_one_line(tmp_path, wait):
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_early_interrupt_is_told_in_one_line(tmp_path, wait, sent, code, word):
     running = subprocess.Popen(
         [sys.executable, "-P", "-X", "importtime", "-m", "plait", "inspect", str(tmp_path), "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -336,8 +347,8 @@ def test_an_early_interrupt_is_told_in_one_line(tmp_path, wait):
         if line.rstrip().endswith(" plait.entry"):
             break
     time.sleep(wait)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     said, err = running.communicate(timeout=120)
-    assert "Traceback" not in err and running.returncode in (130, 3, 0), err[-500:]  # 3: it had ended before
-    if running.returncode == 130:
-        assert one_object(said)["error"]["exit_code"] == 130 and "interrupted" in err
+    assert "Traceback" not in err and running.returncode in (code, 3, 0), err[-500:]  # 3: it had ended before
+    if running.returncode == code:
+        assert one_object(said)["error"]["exit_code"] == code and word in err

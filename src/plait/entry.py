@@ -1,4 +1,4 @@
-"""Where the command begins: from here on an interrupt ends it with one line and exit code 130, also while it still imports."""
+"""Where the command begins: from here on Ctrl-C and SIGTERM end it with one line and their exit code, also while it still imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 # MKL, with which torch multiplies, adds up a product of few rows in another order with another number of threads unless it is told not to.
 SAME_PRODUCTS = ("MKL_CBWR", "AUTO,STRICT")
 # How often a thread of OpenMP, with which torch computes, looks for more work before it sleeps: for a fraction of a millisecond. libgomp's
@@ -21,45 +21,51 @@ SHORT_WAITS = ("GOMP_SPINCOUNT", "5000")
 # New objects after which Python looks for cycles among the young ones, and how often among all: by default after 700, so that it looks
 # 400 times while torch is imported, whose million objects all stay, and reading many adapters after it takes half as long again.
 SELDOM = (20_000, 50, 100)
-LINE = "interrupted; run the same command again to go on"
-_ERROR = '{"kind": "KeyboardInterrupt", "what": "interrupted", "where": null, "hint": null, "exit_code": 130}'
+AGAIN = "run the same command again to go on"
 
 
-def leave_at_once(*, silent: bool = False) -> None:
-    """Have an interrupt end the process on the spot: before anything is written, nothing has to be undone.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come, as a scheduler sends it before it kills: what was begun is cleared away as for Ctrl-C."""
 
-    Where interrupts are ignored (a job in the background of a shell) they stay ignored.
 
-    Args:
-        silent: Whether to say nothing, as in a worker whose parent says it.
-    """
+def leave_at_once() -> None:
+    """Have an interrupt end the process on the spot: before anything is written, nothing has to be undone."""
 
     def leave(number: int, frame: object) -> None:
-        if not silent:
-            _write(2, f"{LINE}\n")
-            if "--json" in sys.argv:
-                _write(1, f'{{"schema": 1, "error": {_ERROR}}}\n')
-        os._exit(INTERRUPTED)
+        kind, what, code = ("Terminated", "terminated", TERMINATED)
+        if number == signal.SIGINT:
+            kind, what, code = ("KeyboardInterrupt", "interrupted", INTERRUPTED)
+        _write(2, f"{what}; {AGAIN}\n")
+        if "--json" in sys.argv:
+            error = f'{{"kind": "{kind}", "what": "{what}", "where": null, "hint": null, "exit_code": {code}}}'
+            _write(1, f'{{"schema": 1, "error": {error}}}\n')
+        os._exit(code)
 
-    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL, None):
-        signal.signal(signal.SIGINT, leave)
+    _handle(leave)
 
 
-def raise_again() -> Callable[[], bool]:
-    """Have an interrupt raise `KeyboardInterrupt` again: from here on what was begun is cleared away.
+def raise_again() -> Callable[[], int]:
+    """Have an interrupt raise `KeyboardInterrupt` again, or `Terminated`: from here on what was begun is cleared away.
 
     Returns:
-        Whether an interrupt has come since: imports turn some into errors of their own.
+        Asked, the exit code of the interrupt that has come since, 0 for none: imports turn some into errors of their own.
     """
     seen: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
+        seen.append(INTERRUPTED if number == signal.SIGINT else TERMINATED)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
+    _handle(interrupt)
+    return lambda: seen[-1] if seen else 0
+
+
+def _handle(handler: Callable[[int, object], None]) -> None:
+    """Where signals are ignored (Ctrl-C by a job in the background of a shell) they stay ignored."""
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL, None):
-        signal.signal(signal.SIGINT, interrupt)
-    return lambda: bool(seen)
+        signal.signal(signal.SIGINT, handler)
+    if signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _write(descriptor: int, text: str) -> None:

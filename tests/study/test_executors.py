@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from plait.entry import Terminated
 from plait.errors import EnvironmentFault, UsageError
 from plait.report.table import rows_of
+from plait.runs import executors
 from plait.runs.executors import InProcess, Processes, RayCluster, _gpu, executor_of
 from plait.runs.layout import Layout
+from plait.runs.reporting import Report
 from plait.runs.run import run
 
 
@@ -85,6 +88,34 @@ def test_workers_of_which_one_is_killed_give_the_same_table(small_study, tmp_pat
     assert killed and killed[0].returncode == -signal.SIGKILL
     assert killed[0].stdin.closed and killed[0].stdout.closed
     require_equal(study, tmp_path / "serial", found)
+
+
+def test_workers_end_with_a_run_that_is_told_to_alone(monkeypatch):
+    """A scheduler's signal reaches the run and not its workers, one of which would go on with its batch for hours."""
+    started = []
+
+    def busy(slot):
+        started.append(
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=-1, stdout=-1, text=True)
+        )
+        return started[-1]
+
+    def told(number, frame):
+        raise Terminated
+
+    monkeypatch.setattr(executors, "_start", busy)
+    before = signal.signal(signal.SIGUSR1, told)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    workers, begun = Processes(2), time.monotonic()
+    try:
+        with pytest.raises(Terminated):
+            workers.run([{}, {}, {}], Report())
+        workers.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - begun < 30
+    assert [w.returncode for w in started] == [-signal.SIGTERM] * 2  # and no third: what was lost is not done again
 
 
 @pytest.mark.slow

@@ -87,14 +87,14 @@ def root(
 def main(
     arguments: list[str] | None = None,
     *,
-    begin: Callable[[], Callable[[], bool]] | None = None,
+    begin: Callable[[], Callable[[], int]] | None = None,
     end: Callable[[], None] | None = None,
 ) -> None:
     """Run a command and exit with its code.
 
     Args:
         arguments: By default those of the process.
-        begin: Called once errors are told in one line; gives what tells whether an interrupt has come since.
+        begin: Called once errors are told in one line; gives what tells the exit code of an interrupt that has come since.
         end: Called when nothing is left to be cleared away.
     """
     given = sys.argv[1:] if arguments is None else arguments

@@ -20,9 +20,9 @@ from plait.border.spoken import SCHEMA as SCHEMA
 from plait.border.spoken import jsonable as jsonable
 from plait.border.spoken import spoken
 from plait.disk.locks import STEPS, shut_from
+from plait.entry import AGAIN, INTERRUPTED, TERMINATED, Terminated
 from plait.errors import EnvironmentFault, InputError, PlaitError, RunError, UsageError, printable
 
-INTERRUPTED = 130
 _TORCH_WRITES = (
     "iostream error",
     "PytorchStreamWriter failed",
@@ -52,10 +52,10 @@ def guarded(
     *,
     debug: bool,
     as_json: bool,
-    begin: Callable[[], Callable[[], bool]] | None = None,
+    begin: Callable[[], Callable[[], int]] | None = None,
 ) -> int:
     """Run a command and turn what it raises into one line, one object with `--json`, and an exit code."""
-    interrupted: Callable[[], bool] | None = None
+    interrupted: Callable[[], int] | None = None
     try:
         interrupted = begin() if begin else None
         code = call() or 0
@@ -66,17 +66,23 @@ def guarded(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
         return 0
     except KeyboardInterrupt as e:
-        _tell("interrupted; run the same command again to go on", *_notes(e))
-        return _object(INTERRUPTED, "KeyboardInterrupt", RunError("interrupted"), as_json)
+        return _interrupted(e, as_json, terminated=isinstance(e, Terminated))
     except Exception as e:
         if debug:
             traceback.print_exception(e)
-        if interrupted is not None and interrupted():  # an import that it stopped fails in ways of its own
-            _tell("interrupted; run the same command again to go on", *_notes(e))
-            return _object(INTERRUPTED, "KeyboardInterrupt", RunError("interrupted"), as_json)
+        if interrupted is not None and (code := interrupted()):  # an import that it stopped fails in ways of its own
+            return _interrupted(e, as_json, terminated=code == TERMINATED)
         error = foreseen(e) or RunError(f"{type(e).__name__}: {e}", hint="unexpected; --debug shows the traceback")
         _tell(f"error: {error}", *_notes(e))
         return _object(error.exit_code, type(error).__name__, error, as_json)
+
+
+def _interrupted(error: BaseException, as_json: bool, *, terminated: bool) -> int:
+    kind, what, code = ("Terminated", "terminated", TERMINATED)
+    if not terminated:
+        kind, what, code = ("KeyboardInterrupt", "interrupted", INTERRUPTED)
+    _tell(f"{what}; {AGAIN}", *_notes(error))
+    return _object(code, kind, RunError(what), as_json)
 
 
 def foreseen(error: Exception) -> PlaitError | None:

@@ -128,6 +128,7 @@ class Processes:
         self.workers = workers
         self.scorers = scorers or workers
         self._alive: dict[int, subprocess.Popen[str]] = {}
+        self._leaving = False
 
     def run(self, batches: Sequence[dict[str, Any]], report: Report) -> None:
         """Do all batches, as many at once as there are workers or scorers, whichever are more."""
@@ -136,17 +137,23 @@ class Processes:
             waiting.put(batch)
         slots = min(max(self.workers, self.scorers), len(batches))
         with ThreadPoolExecutor(slots) as pool:
-            for future in [pool.submit(self._serve, slot, waiting, report) for slot in range(slots)]:
-                future.result()
+            try:
+                for future in [pool.submit(self._serve, slot, waiting, report) for slot in range(slots)]:
+                    future.result()
+            except KeyboardInterrupt:  # sent to this process alone, the workers do not hear of it
+                self._leaving = True
+                for worker in list(self._alive.values()):
+                    worker.terminate()
+                raise
 
     def _serve(self, slot: int, waiting: queue.SimpleQueue[dict[str, Any]], report: Report) -> None:
         """Give a worker batches until none is left; a killed worker is replaced, an error is not repeated."""
         with contextlib.suppress(queue.Empty):
-            while True:
+            while not self._leaving:
                 batch = waiting.get_nowait()
                 for attempt in range(RETRIES + 1):
                     code = self._ask(slot, batch)
-                    if code is None:
+                    if code is None or self._leaving:
                         break
                     if code > 0 or attempt == RETRIES:
                         raise RunError(f"a worker ended with code {code}", hint="its message stands above")

@@ -17,14 +17,15 @@ from plait.adapters.lora import LINEAR, Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.counts import plural
 from plait.border.records import to_json
+from plait.disk.locks import locked
 from plait.disk.space import require_space
 from plait.disk.store import is_done, staged_folder
 from plait.errors import Diverged, EnvironmentFault, InputError, UsageError
 from plait.model.base import BaseModel
 from plait.model.identity import base_facts
-from plait.training.checkpoints import bytes_of_training
+from plait.training.checkpoints import bytes_of_training, checkpoint_root
 from plait.training.fleet_run import Shared, members_at_once, run_batched
-from plait.training.fleet_state import interrupted
+from plait.training.fleet_state import interrupted, let_go
 from plait.training.member import Member
 from plait.training.outcome import Outcome
 from plait.training.record import TrainRecord
@@ -54,7 +55,7 @@ def train_fleet(
         overwrite: Train even where a folder holds something.
         progress: Called with steps done, steps to do (over all members) and the mean loss of late.
         limit: At most so many members at once; by default as many as memory and the device's appetite allow. Where
-            memory runs out all the same, the members are split in two and go on from their last checkpoint.
+            memory runs out all the same, the members are split in two, which begin again.
 
     Returns:
         The adapters in the order of the members, as read back from their folders.
@@ -62,6 +63,8 @@ def train_fleet(
     Raises:
         Diverged: The loss of some members became NaN or infinite; the others are finished and written first. Its `lost`
             says which folders are missing, and why.
+        EnvironmentFault: Another process trains one of them.
+        UsageError: Without `overwrite`, what an interrupted fleet kept of some of them would be lost.
 
     Cost:
         Per step about one forward and one backward pass on the stacked rows, the base in the autocast dtype.
@@ -77,14 +80,17 @@ def train_fleet(
     meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
     lost: dict[str, str] = {}
 
-    begun = interrupted(members, todo)
-    for group in begun:
-        lost |= _train_stack(group, base, overwrite, meter, begun=True)
-    resumed = {id(m) for group in begun for m in group}
-    rest = [m for m in todo if id(m) not in resumed]
-    for group in _groups([m for m in rest if stackable(m)]):
-        lost |= _train_stack(group, base, overwrite, meter, limit=limit)
-    for member in (m for m in rest if not stackable(m)):
+    together = [m for m in todo if stackable(m)]
+    with contextlib.ExitStack() as held:
+        for m in together:
+            held.enter_context(locked(checkpoint_root(m.out), output=m.out, doing="a training"))
+        begun = interrupted(members, together, overwrite=overwrite)
+        for group in begun:
+            lost |= _train_stack(group, base, overwrite, meter, begun=True)
+        resumed = {id(m) for group in begun for m in group}
+        for group in _groups([m for m in together if id(m) not in resumed]):
+            lost |= _train_stack(group, base, overwrite, meter, limit=limit)
+    for member in (m for m in todo if not stackable(m)):
         lost |= _train_alone(member, base, overwrite, meter)
 
     if lost:
@@ -196,6 +202,8 @@ def _train_group(chosen: list[int], shared: Shared, overwrite: bool, meter: _Met
         meter.done = done
         half = len(chosen) // 2
         parts = [chosen] if whole else [chosen[:half], chosen[half:]]
+        if not whole:
+            let_go([shared.members[i] for i in shared.in_order(chosen)])
         failures = [_train_group(part, shared, overwrite, meter) for part in parts]
         return {out: why for one in failures for out, why in one.items()}
     seconds = time.monotonic() - started

@@ -23,7 +23,7 @@ from plait.tasks.encoding import encode_counted
 from plait.tasks.lengths import Cut
 from plait.training.batched import BatchedAdapters, Prepared, step_items
 from plait.training.constraints import stacked_bytes
-from plait.training.fleet_state import restore_state, root_of, save_state
+from plait.training.fleet_state import restore_state, root_of, save_state, telling_what_is_kept
 from plait.training.member import Member
 from plait.training.outcome import Outcome
 from plait.training.peft_model import for_task
@@ -121,9 +121,13 @@ class Shared:
         ]
         return sorted(range(len(self.members)), key=lambda i: (typical[i], self.offsets[i]))
 
+    def in_order(self, chosen: Sequence[int]) -> list[int]:
+        """Members in the order in which they stand in a batch: by view, so that heads of one shape stand together."""
+        return sorted(chosen, key=lambda i: self._prepared[i].view)
+
     def batched(self, chosen: Sequence[int]) -> tuple[BatchedAdapters, list[int]]:
-        """Batch some members; their order in the batch is by view, so that heads of one shape stand together."""
-        order = sorted(chosen, key=lambda i: self._prepared[i].view)
+        """Batch some members, in their order (`in_order`)."""
+        order = self.in_order(chosen)
         chosen_members = [self._prepared[i] for i in order]
         return BatchedAdapters(chosen_members, self.backbone, self.ends, self.whole, self.shapes, self.autocast), order
 
@@ -164,16 +168,17 @@ def run_batched(shared: Shared, chosen: Sequence[int], meter: Callable[[int, flo
     snapshots: dict[int, Tensor] = {}
     start = restore_state(root, batched, losses, snapshots) if root else 0
     meter(start * len(order), None)
-    for step in range(start, total):
-        losses[step] = batched.step(step, shared.bank, plan, items[step])
-        done = step + 1
-        if any(done in m.settings.snapshots for m in members):
-            snapshots[done] = batched.parameters.values.to("cpu", copy=True)
-        if root and (done % every == 0 or done == total):
-            save_state(root, done, batched, losses, snapshots)
-        if done % STEPS_BETWEEN_LOOKS == 0 or done == total:
-            since = (step // STEPS_BETWEEN_LOOKS) * STEPS_BETWEEN_LOOKS
-            meter((done - max(since, start)) * len(order), float(losses[since:done].mean()))
+    with telling_what_is_kept(root):
+        for step in range(start, total):
+            losses[step] = batched.step(step, shared.bank, plan, items[step])
+            done = step + 1
+            if any(done in m.settings.snapshots for m in members):
+                snapshots[done] = batched.parameters.values.to("cpu", copy=True)
+            if root and (done % every == 0 or done == total):
+                save_state(root, done, batched, losses, snapshots)
+            if done % STEPS_BETWEEN_LOOKS == 0 or done == total:
+                since = (step // STEPS_BETWEEN_LOOKS) * STEPS_BETWEEN_LOOKS
+                meter((done - max(since, start)) * len(order), float(losses[since:done].mean()))
     values, curve = batched.parameters.values.cpu(), losses.cpu().numpy()
     failed = [not np.isfinite(curve[:, p]).all() or not bool(values[p].isfinite().all()) for p in range(len(order))]
     adapters = [batched.adapter_of(p, values[p]) for p in range(len(order))]
