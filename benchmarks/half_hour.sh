@@ -22,34 +22,28 @@ WORK=${WORK:-/tmp/half} PY=${PY:-python3} UNTIL=${UNTIL:-1500} DRY=${DRY:-}
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 
 # Lanes: what follows each other on one GPU; steps joined by + run side by side. Names end in the GPU. Minutes are of an H200 that others
-# share, measured: nine adapters of 1.5 B with their moments 126 s, 33 of MPNet 230 s, one seed of more_texts.py on eight tasks 230 s.
-EIGHT_0="fleet_8b:2 masks_8b:2"
-CURVED_0="q15_price:10"
-MID_0="q05_1:6 q15_refreshed:8 q05_2:6"
-SMALL_0="full_penalised:15"
-SMOL_0="full_smollm2:10"
-SMALL_1="fresh:5 eleven_17+eleven_18+eleven_19:13"
+# share, measured: nine adapters of 1.5 B with their moments 126 s, 33 of MPNet 230 s, one seed of more_texts.py on eight tasks 230 s. Steps that no lane
+# names ran before, and a lane may name them again.
+EIGHT_0="cuda_tests:1 masks_8b:2"
+PRICE_0="q15_price:10 q15_refreshed:8"
+SMALL_0="full_penalised:5"
 BIG_1="q15_train:3 q15_auto:18"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
   elif [ "${GPUS:-1}" -gt 1 ]; then
-    echo eight_0 small_1 mid_0 smol_0 small_0 curved_0 big_1
+    echo eight_0 small_0 price_0 big_1
   else
-    echo eight_all small_all big_all mid_all
+    echo eight_all small_all big_all
   fi
 }
 steps_of() { # LANE
   case $1 in
     eight_*) echo "$EIGHT_0" ;;
     big_1) echo "$BIG_1" ;;
-    curved_0) echo "$CURVED_0" ;;
-    mid_*) echo "$MID_0" ;;
-    small_0) echo "$SMALL_0" ;;
-    smol_0) echo "$SMOL_0" ;;
-    small_1) echo "$SMALL_1" ;;
-    big_all) echo "$BIG_1 $CURVED_0" ;; # in order of worth
-    small_all) echo "$SMALL_1 $SMALL_0 $SMOL_0" ;;
+    price_0) echo "$PRICE_0" ;;
+    small_*) echo "$SMALL_0" ;;
+    big_all) echo "$PRICE_0 $BIG_1" ;; # in order of worth
   esac
 }
 
@@ -107,19 +101,20 @@ dense() { # STUDY BASE FOLDER ARMS ARGUMENT...
 work() { # STEP
   local seed
   case $1 in
+    cuda_tests) PYTHONPATH="$PWD:${PYTHONPATH:-}" $PY -P -m pytest -q -p no:cacheprovider -o addopts= tests/merging/test_cuda.py ;;
     fleet_8b) $PY -P benchmarks/training_8b.py --study recipes/studies/text-qwen15.yaml --set data.root="$TASKS" --tokenizer "$TOKENIZER" \
       --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
     masks_8b) $PY -P benchmarks/speed/gpu.py --work "$WORK/masks" --out "$WORK/masks-8b.json" --only ties:qv,dare_ties:qv "${MASKS[@]}" &&
       rm -rf "$WORK/masks" ;;
     q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --memory 0.45 --do "train:${1#q05_} fixed:${1#q05_}" ;;
-    q15_train) text text-qwen15 q15 text_arms.py --do train:1:kaiming ;;
+    q15_train) text text-qwen15 q15 text_arms.py --do train:2:kaiming ;;
     q15_price) text text-qwen15 q15 text_arms.py --memory 0.45 --elsewhere recipes/studies/text-qwen15-16.yaml:sst2,cola \
       --do "train:1:$PRICED price:1:$PRICED" ;;
-    q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 1 --memory 0.4 "${ROUNDS[@]}" --arms restarted,refreshed ;;
-    q15_auto) text text-qwen15 q15 text_auto.py --seed 1 --positions written "${AUTO[@]}" ;;
+    q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 2 --memory 0.4 "${ROUNDS[@]}" --arms restarted,refreshed ;;
+    q15_auto) text text-qwen15 q15 text_auto.py --seed 2 --positions written "${AUTO[@]}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;
     eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven-again "${1#eleven_}" ;;
-    full_penalised) dense arms-mpnet "$MPNET" full full_penalised@5e-5,full_penalised@1e-4,kaiming@1e-3,contrastive_penalised@1e-3 --set "seeds=[0]" ;;
+    full_penalised) dense arms-mpnet "$MPNET" full kaiming@1e-3,contrastive_penalised@1e-3 --set "seeds=[0]" ;;
     full_smollm2) dense text3-smollm2 "$SMOL" smol full@2e-5,full_penalised@5e-5,full@5e-5,full_penalised@1e-4,kaiming@1e-3,contrastive_penalised@1e-3 \
       --name full-finetuning-smollm2 --set "seeds=[0]" ;;
     *) echo "no step $1" >&2 && return 2 ;;
@@ -151,10 +146,8 @@ lane() { # LANE
   [ "$gpu" = all ] && gpu=0
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-  case ${EARLY:-$1} in # a training of 1.5 B plans with the memory that is free
-    curved_0) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;; # whose statistics it reads: two may not write them at once
-    mid_0 | small_0 | smol_0) until [ -e "$WORK/ended/fleet_8b" ]; do sleep 1; done ;;
-    small_all | mid_all) until [ -e "$WORK/ended/q15_train" ]; do sleep 1; done ;;
+  case ${EARLY:-$1} in # masks are timed alone; a training of 1.5 B plans with the memory that is free
+    small_0 | price_0 | small_all | big_all) until [ -e "$WORK/ended/masks_8b" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
     for one in $(tr + ' ' <<< "${entry%:*}"); do
@@ -173,7 +166,7 @@ wanted() { # STEP: whether what it needs is there
   case $1 in
     q05*) [ -e "${SMALLER:-}/config.json" ] ;;
     q1* | wide*) [ -e "${MODEL:-}/config.json" ] ;;
-    *_8b) true ;;
+    *_8b | cuda_tests) true ;;
     full_smollm2) [ -e "${SMOL:-}/model.safetensors" ] ;;
     *) [ -e "${MPNET:-}/model.safetensors" ] ;;
   esac
@@ -184,7 +177,7 @@ start() {
   mkdir -p "$WORK/done" "$WORK/log" "$WORK/ended" "$WORK/lanes" "$WORK/texts"
   running || rm -f "$WORK"/ended/*
   [ -e "$WORK/started" ] || date +%s > "$WORK/started"
-  running || { rm -rf "$WORK/code" && mkdir "$WORK/code" && cp -r src benchmarks recipes "$WORK/code/"; }
+  running || { rm -rf "$WORK/code" && mkdir "$WORK/code" && cp -r src benchmarks recipes tests pyproject.toml "$WORK/code/"; }
   export WORK GPUS UNTIL DRY PY MODEL SMALLER TASKS GLUE MPNET SMOL GENERAL TOKENIZER
   export PYTHONPATH="$WORK/code/src:$WORK/code/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
   export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
@@ -256,7 +249,7 @@ plan() {
   local name entry minutes
   for name in $(lanes); do
     minutes=0
-    case $name in mid_0 | small_0 | smol_0) minutes=2 ;; curved_0) minutes=3 ;; small_all | mid_all) minutes=6 ;; esac # they wait for others
+    case $name in small_0 | price_0 | small_all | big_all) minutes=3 ;; esac # they wait for the masks
     for entry in $(steps_of "$name"); do
       printf '%-8s from minute %2d: %s, %d min\n' "$name" "$minutes" "${entry%:*}" "${entry#*:}"
       minutes=$((minutes + ${entry#*:}))

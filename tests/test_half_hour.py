@@ -42,18 +42,13 @@ def planned(gpus: int) -> list[tuple[str, int, str, int]]:
 
 def test_what_matters_most_ends_in_time_and_one_gpu_does_the_same_steps():
     ends = {n: begin + minutes for _, begin, names, minutes in planned(2) for n in names.split("+")}
-    for step in (
-        "fleet_8b",
-        "q15_auto",
-        "full_penalised",
-        "eleven_17",
-        "q05_2",
-        "q15_price",
-        "full_smollm2",
-        "q15_refreshed",
-    ):
+    for step in ("masks_8b", "q15_auto", "full_penalised", "q15_price", "q15_refreshed"):
         assert ends[step] * 60 <= 1400, step
     assert {n for _, _, names, _ in planned(1) for n in names.split("+")} == set(ends)
+
+
+# Steps that no lane names at present, and one may name again.
+RESTING = ("fleet_8b", "q05_1", "fresh", "eleven_17", "full_smollm2")
 
 
 class Understood(Exception):
@@ -66,7 +61,7 @@ def calls(tmp_path: Path, dry: str) -> list[list[str]]:
     fake.write_text(f'#!/bin/bash\nprintf "%s\\x1f" "$@" >> {log}\nprintf "\\n\\x1e" >> {log}\n')
     fake.chmod(0o755)
     environment = {**PLACES, "DRY": dry, "PY": str(fake), "WORK": str(tmp_path / "work")}
-    for step in dict.fromkeys(n for _, _, names, _ in planned(2) for n in names.split("+")):
+    for step in dict.fromkeys([n for _, _, names, _ in planned(2) for n in names.split("+")] + [*RESTING]):
         bash("work", step, **environment)
     return [c.rstrip("\n").split("\x1f")[:-1] for c in log.read_text().split("\x1e") if c]
 
@@ -89,6 +84,8 @@ def test_every_step_is_called_with_arguments_that_it_knows(dry, tmp_path, monkey
             while hasattr(command, "commands"):
                 command = command.commands[words.pop(0)]
             command.make_context("plait", words)
+        elif call[1:3] == ["-m", "pytest"]:
+            assert (ROOT / call[-1]).is_file()
         else:
             script = Path(call[1])
             assert (ROOT / script).is_file()
@@ -128,7 +125,6 @@ def test_the_whole_queue_runs_small_to_its_pages(tmp_path):
     (tmp_path / "pages").mkdir()
     bash("pages", FROM=str(tmp_path / "out"), TO=str(tmp_path / "pages"), **work)
     made = {f.name for f in (tmp_path / "pages").iterdir()}
-    pages = ("text-qwen15", "text-qwen05", "full-finetuning", "full-finetuning-smollm2", "existing-texts-eleven-again")
-    assert {f"{n}.md" for n in pages} | {"training-8b.json"} <= made
-    whole = json.loads((tmp_path / "pages" / "existing-texts-eleven-again.json").read_text())
-    assert list(whole["seeds"]) == ["17", "18", "19"]
+    assert {"text-qwen15.md", "full-finetuning.md"} <= made
+    arms = {r["arm"] for r in json.loads((tmp_path / "pages" / "full-finetuning.json").read_text())["rows"]}
+    assert arms == {"kaiming", "contrastive_penalised"}
