@@ -13,8 +13,7 @@ import pytest
 import typer
 
 from plait.cli import app, main, output
-from plait.entry import Terminated
-from plait.errors import EnvironmentFault, InputError, RunError, UsageError
+from plait.errors import EnvironmentFault, InputError, RunError, Terminated, UsageError
 
 PLAIT = [sys.executable, "-m", "plait"]
 HEAVY = (

@@ -288,5 +288,13 @@ def test_folders_made_for_an_output_are_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(durable, "flush_folder", flushed.append)
     with locks.locked(tmp_path / "a" / "b" / "out"):
         assert set(flushed) == {tmp_path, tmp_path / "a"}
+        (tmp_path / "a" / "b" / "out").touch()
     with locks.locked(tmp_path / "a" / "b" / "out"):
         assert len(flushed) == 2
+
+
+def test_folders_made_for_an_output_that_is_not_written_go_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    with locks.locked(tmp_path / "there" / "a" / "b" / "out"), locks.locked(tmp_path / "there" / "a" / "c"):
+        assert (tmp_path / "there" / "a" / "b").is_dir()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

@@ -8,11 +8,12 @@ import gc
 import os
 import sys
 
+from plait.errors import AGAIN, INTERRUPTED, TERMINATED, Terminated
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-INTERRUPTED, TERMINATED = 130, 143
 # MKL, with which torch multiplies, adds up a product of few rows in another order with another number of threads unless it is told not to.
 SAME_PRODUCTS = ("MKL_CBWR", "AUTO,STRICT")
 # How often a thread of OpenMP, with which torch computes, looks for more work before it sleeps: for a fraction of a millisecond. libgomp's
@@ -21,11 +22,6 @@ SHORT_WAITS = ("GOMP_SPINCOUNT", "5000")
 # New objects after which Python looks for cycles among the young ones, and how often among all: by default after 700, so that it looks
 # 400 times while torch is imported, whose million objects all stay, and reading many adapters after it takes half as long again.
 SELDOM = (20_000, 50, 100)
-AGAIN = "run the same command again to go on"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come, as a scheduler sends it before it kills: what was begun is cleared away as for Ctrl-C."""
 
 
 def leave_at_once() -> None:

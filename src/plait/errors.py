@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+# Exit codes of a command that Ctrl-C and SIGTERM have ended, as shells have them, and what is said then.
+INTERRUPTED, TERMINATED = 130, 143
+AGAIN = "run the same command again to go on"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come, as a scheduler sends it before it kills: what was begun is cleared away as for Ctrl-C."""
+
 
 class PlaitError(Exception):
     """Base of every error plait raises on purpose.

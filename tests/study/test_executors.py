@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from plait.entry import Terminated
-from plait.errors import EnvironmentFault, UsageError
+from plait.errors import EnvironmentFault, Terminated, UsageError
 from plait.report.table import rows_of
 from plait.runs import executors
 from plait.runs.executors import InProcess, Processes, RayCluster, _gpu, executor_of

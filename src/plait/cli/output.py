@@ -20,8 +20,18 @@ from plait.border.spoken import SCHEMA as SCHEMA
 from plait.border.spoken import jsonable as jsonable
 from plait.border.spoken import spoken
 from plait.disk.locks import STEPS, shut_from
-from plait.entry import AGAIN, INTERRUPTED, TERMINATED, Terminated
-from plait.errors import EnvironmentFault, InputError, PlaitError, RunError, UsageError, printable
+from plait.errors import (
+    AGAIN,
+    INTERRUPTED,
+    TERMINATED,
+    EnvironmentFault,
+    InputError,
+    PlaitError,
+    RunError,
+    Terminated,
+    UsageError,
+    printable,
+)
 
 _TORCH_WRITES = (
     "iostream error",

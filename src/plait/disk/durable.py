@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -44,6 +45,13 @@ def make_above(path: Path) -> None:
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     for folder in made:
         flush_folder(folder.parent)
+
+
+def remove_empty(made: list[Path]) -> None:
+    """Remove folders that were made, the innermost first, as far as nothing is in them."""
+    with contextlib.suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def flush_above(path: Path, made: list[Path]) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plait.disk.durable import make_above
+from plait.disk.durable import absent_above, make_above, remove_empty
 from plait.errors import EnvironmentFault, InputError, PlaitError
 
 STEPS = {
@@ -63,6 +63,8 @@ def locked(path: Path, *, output: Path | None = None, doing: str = "") -> Iterat
     lock, named = path.absolute().parent / f".{path.absolute().name}.lock", str(output or path)
     with contextlib.ExitStack() as held:
         with system_errors(output or path):
+            made = absent_above(lock)
+            held.callback(remove_empty, made)  # of a run that was refused before it wrote anything
             try:
                 make_above(lock)
                 file = held.enter_context(lock.open("a+", encoding="utf-8"))
