@@ -1,16 +1,15 @@
-"""The base model: how it is named, loaded for a task, and taken apart into backbone and head."""
+"""The base model: how it is named, and loaded for a task."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from plait.disk.hub import is_hub_name
 from plait.disk.locks import require_readable
@@ -18,15 +17,20 @@ from plait.errors import EnvironmentFault, InputError, PlaitError, UsageError
 from plait.model.devices import device_named as device_named
 from plait.model.files import base_snapshot, read_base_config, require_vocabulary
 from plait.model.four_bits import FOUR_BITS, hold_in_four_bits, is_in_four_bits, say_in_four_bits, unpacked_tensors
+from plait.model.parts import backbone_of as backbone_of
+from plait.model.parts import draw_head as draw_head
+from plait.model.parts import draw_linear as draw_linear
+from plait.model.parts import head_modules as head_modules
+from plait.model.parts import head_state as head_state
+from plait.model.parts import initial_std
+from plait.model.parts import load_head as load_head
 from plait.model.quiet import quiet_transformers as quiet_transformers
 from plait.model.whole import LoadingReport, require_plausible, require_whole
-from plait.seeds import named_seed
 
 if TYPE_CHECKING:
     from plait.tasks.task import Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HEAD_STD = 0.02  # initializer_range of BERT and its kin; configs without the field get the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +84,6 @@ def emulated(base: BaseModel) -> str | None:
     if base.dtype != "bfloat16" or base.torch_device.type != "cpu" or level not in ("AVX2", "NO AVX"):
         return None
     return f"this CPU has no bfloat16 instructions ({level}): --set base.dtype=float32 is several times faster here"
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -141,7 +142,7 @@ def load_task_model(base: BaseModel, task: Task, *, seed: int) -> Any:
     model, info = (_unpacked if packed else _from_pretrained)(cls, base, folder, **options)
     heads = set(head_modules(model)) if new_head else set()
     for name in require_whole(model, LoadingReport.of(info), heads, base.name, poolers=new_head):
-        draw_linear(model.get_submodule(name), 0, name, _std(model))
+        draw_linear(model.get_submodule(name), 0, name, initial_std(model))
     if base.four_bits and not packed:
         hold_in_four_bits(model, backbone_of(model)[0], folder, double=base.four_bits == FOUR_BITS[0])
     if base.four_bits or packed:
@@ -207,85 +208,3 @@ def _loading(base: BaseModel) -> Iterator[None]:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         hint = "is it whole, and of a kind that this version of transformers knows?"
         raise InputError(f"cannot load the base model: {first}", where=base.name, hint=hint) from e
-
-
-# --- backbone and head ------------------------------------------------------------------------------------------------
-
-
-def backbone_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """Find the model without its task head, and the attribute it hangs on ("" where the model is its own backbone).
-
-    >>> backbone_of(nn.Linear(2, 2))
-    (Linear(in_features=2, out_features=2, bias=True), '')
-    """
-    prefix = str(getattr(model, "base_model_prefix", "") or "")
-    backbone = getattr(model, prefix, None) if prefix else None
-    return (backbone, prefix) if isinstance(backbone, nn.Module) else (model, "")
-
-
-def head_modules(model: nn.Module) -> list[str]:
-    """Top-level modules with parameters outside the backbone: PEFT's `modules_to_save` for a fresh head."""
-    _, prefix = backbone_of(model)
-    if not prefix:
-        return []
-    shared = {id(p) for p in getattr(model, prefix).parameters()}
-    return [
-        name
-        for name, child in model.named_children()
-        if name != prefix and any(id(p) not in shared for p in child.parameters())
-    ]
-
-
-def head_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the head's tensors, named as in the task's model, to the CPU."""
-    heads = set(head_modules(model))
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.partition(".")[0] in heads}
-
-
-def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
-    """Put a head's tensors into a task's model.
-
-    Raises:
-        InputError: A tensor is missing, unknown or of another shape: a head of another task or base.
-    """
-    own = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] in set(head_modules(model))}
-    for name in sorted({*own, *head}):
-        if name not in own or name not in head or own[name].shape != head[name].shape:
-            got = tuple(head[name].shape) if name in head else "absent"
-            expected = tuple(own[name].shape) if name in own else "absent"
-            raise InputError(f"head tensor is {got}, the model expects {expected}", where=name)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(head[name])
-
-
-def draw_head(model: nn.Module, seed: int, start: float = 0.0) -> None:
-    """Draw every linear layer of the head anew; each from its own generator, so that order does not matter.
-
-    Args:
-        model: A task's model.
-        seed: Seed of the drawing.
-        start: Bias of the last layer of a head with one output (the mean target of a regression).
-    """
-    std = _std(model)
-    for name in head_modules(model):
-        for inner, module in model.get_submodule(name).named_modules():
-            if isinstance(module, nn.Linear):
-                draw_linear(module, seed, f"{name}.{inner}", std, start if module.out_features == 1 else 0.0)
-
-
-def _std(model: nn.Module) -> float:
-    config: Any = model.config
-    return float(getattr(config, "initializer_range", None) or _HEAD_STD)
-
-
-def draw_linear(module: nn.Module, seed: int, name: str, std: float, bias: float = 0.0) -> None:
-    """Draw a linear layer's weight, normal with deviation `std`, from a generator of its own; its bias is a constant."""
-    if not isinstance(module, nn.Linear):
-        raise InputError("a new layer that is not linear", where=name, hint="a base that holds it")
-    generator = torch.Generator().manual_seed(named_seed(seed, name))
-    drawn = torch.empty(module.weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-    with torch.no_grad():
-        module.weight.copy_(drawn)
-        if module.bias is not None:
-            module.bias.fill_(bias)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from plait.model.base import BaseModel, backbone_of, head_modules, load_task_model, load_tokenizer
+from plait.model.parts import begin_head
 from plait.tasks.task import TEXT_KINDS, Task
 
 
@@ -46,7 +47,10 @@ class TaskModels:
 
 
 def task_view(model: nn.Module, task: Task) -> nn.Module:
-    """Make a model for another task that shares this one's backbone; only its head is new, and holds no values yet."""
+    """Make a model for another task that shares this one's backbone; only its head is new.
+
+    Its linear layers hold no values yet (`draw_head`, `load_head`); its norms have the base's.
+    """
     backbone, prefix = backbone_of(model)
     if not prefix or task.kind in TEXT_KINDS:
         return model
@@ -59,4 +63,5 @@ def task_view(model: nn.Module, task: Task) -> nn.Module:
     like = next(backbone.parameters())
     for name in head_modules(view):
         getattr(view, name).to_empty(device=like.device).to(like.dtype)
+    begin_head(view, model)
     return view.eval()
