@@ -144,6 +144,11 @@ def within(one: Recipe, other: Recipe) -> bool:
     return _read_by(one) == _read_by(other) and all(t in other.tasks for t in one.tasks)
 
 
+def is_read_alike(one: Recipe, other: Recipe) -> bool:
+    """Whether a study holds the base of another and reads its rows at the same length: then one loaded base serves both."""
+    return within(one, other) and (one.base, one.data.max_length) == (other.base, other.data.max_length)
+
+
 def _read_by(recipe: Recipe) -> tuple[Any, ...]:
     base, data = recipe.base, recipe.data
-    return base.model, base.revision, data.root, data.validation_rows, recipe.background
+    return base.model, base.revision, base.four_bits, data.root, data.validation_rows, recipe.background

@@ -18,7 +18,7 @@ from plait.border.checked import Json
 from plait.disk.store import identity, is_done, sha256_json
 from plait.errors import Damaged, InputError, PlaitError, Unfinished, UsageError
 from plait.evaluation.evaluate import scored_labels
-from plait.runs.inputs import Inputs, Labels, within
+from plait.runs.inputs import Inputs, Labels, is_read_alike, within
 from plait.runs.lengths import Cuts, cuts_of
 from plait.runs.names import named
 from plait.runs.recipe import Recipe
@@ -78,7 +78,8 @@ class Layout:
         if unit.variant not in self._variants:
             variant = variant_of(self.recipe, unit.variant)
             recorded = self.recorded.only(variant) if self.recorded and within(variant, self.recipe) else None
-            self._variants[unit.variant] = Layout(variant, self.out, self.session, recorded)
+            shared = self.session if is_read_alike(variant, self.recipe) else None
+            self._variants[unit.variant] = Layout(variant, self.out, shared, recorded)
         here = self._variants[unit.variant]
         here.mend, here.overwrite = self.mend, self.overwrite  # as they are now: both change while a run begins
         return here

@@ -61,8 +61,8 @@ def do(
         train(trainings, layout, report)
     others = _not_diverged([u for u in units if u.stage not in (TRAIN, REPAIR)], layout)
     done = len(units) - len(others)
-    if any(u.stage == MERGE for u in others):  # while it loads, transformers sets the whole process's default dtype
-        layout.session.load()
+    for here in (layout.of(u) for u in others if u.stage == MERGE):
+        here.session.load()  # while it loads, transformers sets the whole process's default dtype
     with ThreadPoolExecutor(1) as ahead:  # the next merge is computed while this one is scored
         merges: dict[int, Future[Merged]] = {}
         for i, unit in enumerate(others):

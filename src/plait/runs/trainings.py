@@ -11,6 +11,7 @@ from plait.border.checked import Json
 from plait.border.counts import plural
 from plait.disk.store import staged_folder
 from plait.errors import Diverged
+from plait.model.base import BaseModel
 from plait.runs.base_weights import base_weights
 from plait.runs.layout import Layout
 from plait.runs.output_gradients import with_curvature
@@ -39,6 +40,15 @@ def train(units: Sequence[Unit], layout: Layout, report: Report) -> None:
     Raises:
         Diverged: A loss that is not of the sweep left the numbers: what is to be reported is missing.
     """
+    by_base: dict[BaseModel, list[Unit]] = {}
+    for unit in units:  # a variant may have a base of its own
+        by_base.setdefault(layout.of(unit).session.base, []).append(unit)
+    for base, own in by_base.items():
+        _train_on(base, own, layout, report)
+
+
+def _train_on(base: BaseModel, units: Sequence[Unit], layout: Layout, report: Report) -> None:
+    """`train` of units of one base."""
     members: list[Member] = []
 
     def alike(unit: Unit) -> tuple[str, str, int]:
@@ -53,7 +63,7 @@ def train(units: Sequence[Unit], layout: Layout, report: Report) -> None:
             report.note(f"warning: {completion_note(name, rows)}")
     members = [m for m in members if not diverged(m.out)]
     try:
-        _train(members, layout, report, sum(cost(u, layout) for u in units), len(units))
+        _train(members, base, layout, report, sum(cost(u, layout) for u in units), len(units))
     except Diverged as e:
         swept = {layout.path(u) for u in sweep_units(layout)}
         lost = [m for m in members if str(m.out) in e.lost]
@@ -64,7 +74,7 @@ def train(units: Sequence[Unit], layout: Layout, report: Report) -> None:
             raise
 
 
-def _train(members: Sequence[Member], layout: Layout, report: Report, cost: float, units: int) -> None:
+def _train(members: Sequence[Member], base: BaseModel, layout: Layout, report: Report, cost: float, units: int) -> None:
     """Train members as a fleet, or one by one where they stand on their own and no fleet is wanted."""
     if layout.overwrite:  # of these, what matches is kept, as everywhere
         todo = [m for m in members if not layout.is_whole(m.out, m.identity)]
@@ -72,7 +82,7 @@ def _train(members: Sequence[Member], layout: Layout, report: Report, cost: floa
         members = [m for m in members if m.settings.tied in ties or any(m is one for one in todo)]
     if layout.trains_together or any(m.settings.tied for m in members):
         report.begin(f"training {plural(len(members), 'adapter')} together", cost, units)
-        train_fleet(members, layout.session.base, overwrite=layout.overwrite, progress=report.within)
+        train_fleet(members, base, overwrite=layout.overwrite, progress=report.within)
         return
     for i, member in enumerate(members):
         if not layout.is_whole(member.out, member.identity):
@@ -80,7 +90,7 @@ def _train(members: Sequence[Member], layout: Layout, report: Report, cost: floa
             report.begin(
                 label, cost / len(members), int((i + 1) * units / len(members)) - int(i * units / len(members))
             )
-            train_member(member, layout.session.base, overwrite=layout.overwrite, progress=report.within)
+            train_member(member, base, overwrite=layout.overwrite, progress=report.within)
 
 
 def members_of(unit: Unit, layout: Layout) -> list[Member]:
