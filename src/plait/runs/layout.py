@@ -247,7 +247,7 @@ class Layout:
         options |= {"rows": recipe.data.train_rows, "dtype": recipe.base.dtype, "base": self.base_sha256}
         if settings.constraint_options.get("curvature"):
             options["statistics_batch_size"] = recipe.statistics.batch_size  # heads and answers are drawn by batches
-        if settings.evaluate_every:
+        if recipe.data.selection_rows is not None:  # they are kept back from all arms
             options["selection"] = recipe.data.selection_rows
         measured = bool(find_subspace_method(arm.method).needs) or settings.constraint not in ("free", "frozen")
         source = self.statistics_unit(unit)

@@ -15,7 +15,7 @@ from plait.errors import UsageError, printable
 from plait.options import Configurable, checked_options, did_you_mean, require_known
 from plait.runs import sections as models
 from plait.runs.other_names import suggestion
-from plait.runs.recipe import Recipe, Settings, at_each_rate
+from plait.runs.recipe import CHOOSING, Recipe, Settings, at_each_rate
 from plait.runs.sections import ArmSpec, MergeSpec, TaskSpec
 
 M = TypeVar("M", bound=PydanticModel)
@@ -147,6 +147,8 @@ def of_settings(settings: Settings, where: str) -> Iterator[UsageError]:
     for task in settings.tasks:
         yield from _of_task(task, where)
     yield from of_training(settings, None, where)
+    if bool(settings.training.get("evaluate_every")) != (settings.data.selection_rows is not None):
+        yield UsageError(CHOOSING, where=where)
 
 
 def _of_task(task: str | TaskSpec, where: str) -> Iterator[UsageError]:

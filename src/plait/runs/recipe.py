@@ -35,6 +35,9 @@ from plait.runs.sections import (
 if TYPE_CHECKING:
     from plait.training.settings import TrainingSettings
 
+# What is wrong where one of the two is given alone.
+CHOOSING = "training.evaluate_every chooses by data.selection_rows, rows that are neither trained on nor reported: give both or neither"
+
 
 class Settings(Strict):
     """What a single stage needs to know."""
@@ -131,10 +134,7 @@ class Recipe(Settings):
             raise ValueError("a seed stands twice")
         choosing = any({**self.training, **a.training}.get("evaluate_every") for a in self.arm_specs)
         if choosing != (self.data.selection_rows is not None):
-            raise ValueError(
-                "training.evaluate_every chooses by data.selection_rows, rows that are neither trained on nor reported: "
-                "give both or neither"
-            )
+            raise ValueError(CHOOSING)
         return self
 
     @model_validator(mode="after")

@@ -114,6 +114,8 @@ class TrainingSettings:
         if not isinstance(self.report_to, tuple) or not all(isinstance(name, str) for name in self.report_to):
             _refuse("report_to", self.report_to, "a list of trackers, such as [tensorboard]")
         self._check_numbers()
+        if self.patience is not None and self.evaluate_every is None:
+            _refuse("patience", self.patience, "none without evaluate_every, whose evaluations it counts")
         if self.batch_size % self.accumulation:
             _refuse("accumulation", self.accumulation, f"a divisor of batch_size {self.batch_size}")
 

@@ -134,8 +134,17 @@ def _base_of(statistics: Statistics) -> BaseModel:
 
 
 def _hashes(own: Path, others: Sequence[Path], background: Sequence[Path]) -> dict[str, str]:
-    found = {"own": sha256_file(own), **{f"other {p.name}": sha256_file(p) for p in others}}
-    return found | {f"background {p.name}": sha256_file(p) for p in background}
+    return {"own": sha256_file(own), **_of_kind("other", others), **_of_kind("background", background)}
+
+
+def _of_kind(kind: str, files: Sequence[Path]) -> dict[str, str]:
+    """Hashes by the files' names, which may lie in folders of their own and be called alike."""
+    found: dict[str, str] = {}
+    for path in files:
+        name = f"{kind} {path.name}"
+        alike = sum(key == name or key.startswith(f"{name} #") for key in found)
+        found[f"{name} #{alike + 1}" if alike else name] = sha256_file(path)
+    return found
 
 
 def move_from_files(

@@ -210,12 +210,14 @@ def _member(
     settings = session.recipe.training_of(arm)
     start = read_adapter(folder, name=task)
     inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
-    options = {
+    options: dict[str, Any] = {
         "training": identity_of(settings),
         "data": session.data_identity(task),
         "rows": session.recipe.data.train_rows,
     }
-    options |= {"selection": session.recipe.data.selection_rows} if settings.evaluate_every else {}
+    base, kept = session.recipe.base, session.recipe.data.selection_rows
+    options |= {"dtype": base.dtype} if base.dtype != "float32" else {}  # older folders of float32 stay what they were
+    options |= {"selection": kept} if kept is not None or settings.evaluate_every else {}
     known, hashes = statistics
     if settings.constraint not in ("free", "frozen"):  # else they have no part in the result
         inputs |= hashes
