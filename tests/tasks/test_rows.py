@@ -106,7 +106,16 @@ def test_regression_knows_its_mean(tmp_path):
     [
         ((7, 12, 3, 100), None, ("7", "12", "3", "100")),  # no numbers of answers: of 12 there would be none
         ((0, 1, 2, 10), None, ("0", "1", "2", "10")),  # sorted as text, "10" is the third of them
-        (("true", "true"), None, ("True", "True")),
+        (("true", "true"), None, ("true", "true")),
+        (
+            ("72", "3.50", "007", "1e3"),
+            None,
+            ("72", "3.50", "007", "1e3"),
+        ),  # as they are spelled, whatever stands beside them
+        ((72, 4), None, ("72", "4")),
+        (("true", "false"), ("no", "yes"), ("yes", "no")),
+        ((1, 2), ("1", "2", "many"), ("1", "2")),
+        (("007", "1"), ("1", "7"), ("7", "1")),
         ((1, 0), ("no", "yes"), ("yes", "no")),
         ((1, 5), ("1", "2", "3", "4", "5"), ("1", "5")),
     ],

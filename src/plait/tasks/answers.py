@@ -9,6 +9,8 @@ from plait.errors import InputError
 from plait.tasks.slots import slots_of
 from plait.tasks.task import SLOT_METRICS, Task
 
+_EXACT = 2**53  # floats from here on are not told apart by one
+
 
 def checked_references(
     cells: Sequence[Any], ids: Iterable[Any], column: str, where: str
@@ -56,11 +58,11 @@ def require_slots(task: Task, labels: Sequence[str], ids: Iterable[Any], where: 
 def named_answer(task: Task, value: Any, row: Any, split: str, where: str) -> str:
     """Give what is to be written for a cell: the cell as text or, where it numbers the task's answers, the one of that number.
 
-    Where all answers are numbers themselves, a number means itself: 2 is "2", not the third of "1", "2", "3".
+    A number that is an answer means itself; so do all numbers where some answer is one: 2 is "2", not the third of "1", "2", "more".
 
     Args:
         task: With its answers, where they are known.
-        value: The cell.
+        value: The cell; a whole number is written as one, also where others of its column are fractions.
         row: Its row, for the message.
         split: "train" or "validation", whose answers may be others than those of training.
         where: Task and file, for the message.
@@ -68,11 +70,12 @@ def named_answer(task: Task, value: Any, row: Any, split: str, where: str) -> st
     Raises:
         InputError: A number that is neither an answer nor the number of one.
     """
-    labels = task.labels or ()
-    if not labels or not isinstance(value, int):
-        return str(value)
-    if all(_spells(name, type(value)) for name in labels):
-        text, known = str(value), str(value) in labels or split != "train"
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+    text, labels = str(int(value) if whole else value), task.labels or ()
+    if not labels or not isinstance(value, int) or text in labels:
+        return text
+    if any(_spells(name, type(value)) for name in labels):
+        known = split != "train"
     else:
         known = 0 <= value < len(labels)
         text = labels[value] if known else ""
@@ -85,5 +88,30 @@ def named_answer(task: Task, value: Any, row: Any, split: str, where: str) -> st
     return text
 
 
+def numbered(cells: Sequence[Any], labels: Sequence[str]) -> Sequence[Any]:
+    """Read a column of text as numbers where it holds nothing else and not all of it is among the answers: it numbers them.
+
+    >>> numbered(["1", "0"], ("no", "yes")), numbered(["1", "0"], ("0", "1"))
+    ([1, 0], ['1', '0'])
+
+    Args:
+        cells: One of each row.
+        labels: The task's answers; without any nothing is numbered.
+    """
+    texts = [c for c in cells if isinstance(c, str)]
+    if not labels or len(texts) < len(cells) or set(texts) <= set(labels):
+        return cells
+    if all(c.removeprefix("-").isdecimal() for c in texts):
+        return [int(c) for c in texts]
+    return [c.lower() == "true" for c in texts] if {c.lower() for c in texts} <= {"true", "false"} else cells
+
+
+def are_numbers(labels: Sequence[str]) -> bool:
+    """Whether all classes are called by whole numbers."""
+    return bool(labels) and all(name.removeprefix("-").isdecimal() for name in labels)
+
+
 def _spells(text: str, kind: type) -> bool:
-    return text in ("True", "False") if kind is bool else text.removeprefix("-").isdecimal()
+    if kind is bool:
+        return text in ("True", "False")
+    return text.removeprefix("-").replace(".", "", 1).isdecimal()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plait.errors import InputError, UsageError
-from plait.tasks.answers import checked_references, named_answer, require_slots
+from plait.tasks.answers import are_numbers, checked_references, named_answer, numbered, require_slots
 from plait.tasks.chat import checked_messages, packed
-from plait.tasks.tables import hub_table, read_table
+from plait.tasks.tables import as_written, hub_table, read_table
 from plait.tasks.task import OPEN_ONLY, SPLITS, TEXT_KINDS, Examples, Task
 from plait.tasks.text_alone import no_labels, without_labels
 
@@ -197,9 +197,13 @@ def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
     if task.kind == "regression":
         return _numbers(task, values, ids, split)
     if task.kind in TEXT_KINDS:
+        values = numbered(values, task.labels or ())
         return tuple(named_answer(task, v, i, split, _where(task, split)) for i, v in zip(ids, values, strict=True))
     known = {name: i for i, name in enumerate(task.labels or ())}
-    classes = [v if isinstance(v, int) and not isinstance(v, bool) else known.get(str(v), -1) for v in values]
+    named = are_numbers(task.labels or ())  # then numbers mean themselves, wherever they stand in the list
+    classes = [
+        v if isinstance(v, int) and not isinstance(v, bool) and not named else known.get(str(v), -1) for v in values
+    ]
     for i, v, raw in zip(ids, classes, values, strict=True):
         if not 0 <= v < len(known):
             raise InputError(
@@ -247,7 +251,8 @@ def _source_table(task: Task, place: str, root: Path | None) -> pa.Table:
     if not path.exists():
         hint = "files of tasks lie under data.root: --set data.root=DIR"
         raise InputError("no such file", where=str(path), hint=hint)
-    return read_table(path, task.text_columns)
+    table = read_table(path, task.text_columns)
+    return as_written(path, table, task.label_column) if task.kind in TEXT_KINDS else table
 
 
 def _require_plain(table: pa.Table, name: str, task: Task, split: str) -> None:

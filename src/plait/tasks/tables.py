@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plait.disk.store import require_regular
 from plait.errors import EnvironmentFault, InputError
@@ -41,6 +41,31 @@ def read_table(path: Path, text_columns: Sequence[str] = ()) -> pa.Table:
             f"cannot be read: {str(e).splitlines()[0]}", where=str(path), hint="UTF-8, one row a line"
         ) from None
     raise InputError(f"unknown kind of file {kind!r}", where=str(path), hint="csv, tsv, jsonl or parquet")
+
+
+def as_written(path: Path, table: pa.Table, column: str) -> pa.Table:
+    """Give a column of numbers, or of true and false, of a csv or tsv file as its cells are spelled; other tables as they are.
+
+    A single 3.5 makes floats of a column, in which 72 would read 72.0, and in another file of the same rows 72.
+
+    Args:
+        path: The file.
+        table: What `read_table` gave of it.
+        column: Name of the column.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    if path.suffix.lower() not in (".csv", ".tsv") or table.column_names.count(column) != 1:
+        return table
+    cells: Any = table[column]
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    if not any(is_kind(cells.type) for is_kind in kinds):
+        return table
+    compute_: Any = compute
+    spelled = compute_.utf8_trim_whitespace(read_table(path, (column,))[column])
+    known = compute_.if_else(compute_.is_valid(cells), spelled, pa.scalar(None, pa.string()))
+    return table.set_column(table.column_names.index(column), column, known)
 
 
 def hub_table(place: str, where: str) -> pa.Table:
