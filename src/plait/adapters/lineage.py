@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from plait.adapters.config import CONFIG, read_raw_config
 from plait.disk.hub import hub_facts
 from plait.disk.store import MANIFEST, read_manifest
+
+
+def trained_rows(folder: Path) -> Mapping[str, Any] | None:
+    """Find what the record of a training says of the task's rows: its columns, template, chat; None where there is no such record.
+
+    Of a training by `plait run` the record holds all tasks of the run by name, and which of them the adapter was trained on.
+    """
+    options = (read_manifest(folder) or {}).get("options", {}) if folder.is_dir() else {}
+    rows = options.get("data")
+    if isinstance(rows, Mapping) and "task" in options:
+        rows = rows.get(options["task"])
+    return rows if isinstance(rows, Mapping) else None
 
 
 def base_adapter(folder: Path) -> Path | None:

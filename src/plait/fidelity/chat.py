@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.adapters.lineage import trained_rows
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
-from plait.disk.store import read_manifest, sha256_json
+from plait.disk.store import sha256_json
 from plait.errors import UsageError
 from plait.fidelity.record import ChatRecord
 from plait.tasks.chat import checked_messages, rendered
@@ -79,10 +80,8 @@ def chat_of(
 
 def _trained_plainly(adapter: Adapter) -> bool:
     """Whether the record of an adapter's training says that no chat template stood around its prompts."""
-    path = Path(str(adapter.source.get("path", "")))
-    options = (read_manifest(path) or {}).get("options", {}) if path.is_dir() else {}
-    data = options.get("data")
-    return isinstance(data, Mapping) and not data.get("chat")
+    rows = trained_rows(Path(str(adapter.source.get("path", ""))))
+    return rows is not None and not rows.get("chat")
 
 
 def conversation_of(text: tuple[str, ...]) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.beside import no_matrix
+from plait.adapters.lineage import trained_rows
 from plait.adapters.lora import Adapter
 from plait.adapters.naming import split_name
 from plait.adapters.peft_format import read_adapter
@@ -156,12 +157,8 @@ def _require_whole_update(adapter: Adapter) -> None:
 
 def _trained(adapter: Adapter) -> Trained:
     """What the manifest of a training says of its rows."""
-    path = Path(str(adapter.source.get("path", "")))
-    options = (read_manifest(path) or {}).get("options", {}) if path.is_dir() else {}
-    data = options.get("data")
-    if not isinstance(data, Mapping):
-        return Trained()
-    chat, template = data.get("chat"), data.get("template")
+    rows = trained_rows(Path(str(adapter.source.get("path", "")))) or {}
+    chat, template = rows.get("chat"), rows.get("template")
     return Trained(chat if isinstance(chat, str) else None, template if isinstance(template, str) else None)
 
 
