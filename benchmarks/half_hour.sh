@@ -27,7 +27,7 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 EIGHT_0="cuda_tests:1 masks_8b:2"
 PRICE_0="q15_price:10 q15_refreshed:8"
 SMALL_0="full_penalised:5"
-BIG_1="q15_train:3 q15_auto:18"
+BIG_1="q15_train:3 q15_nodata:5 q15_auto:15"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
@@ -108,6 +108,7 @@ work() { # STEP
       rm -rf "$WORK/masks" ;;
     q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --memory 0.45 --do "train:${1#q05_} fixed:${1#q05_}" ;;
     q15_train) text text-qwen15 q15 text_arms.py --do train:2:kaiming ;;
+    q15_nodata) text text-qwen15 q15 text_arms.py --do nodata:2:kaiming ;;
     q15_price) text text-qwen15 q15 text_arms.py --memory 0.45 --elsewhere recipes/studies/text-qwen15-16.yaml:sst2,cola \
       --do "train:1:$PRICED price:1:$PRICED" ;;
     q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 2 --memory 0.4 "${ROUNDS[@]}" --arms restarted,refreshed ;;

@@ -72,6 +72,9 @@ CURVES_OF_PLAIN = (
     *CURVES,
     *((m, None) for m in ("ties", "dare_ties", "knots", "iso_c", "core_space", "least_squares")),
 )
+# What needs nothing but the adapters and was not scored at this size, beside the default of eight and more that write.
+NODATA = (("iso_c", None), ("iso_cts", None), ("wudi", None), ("swudi", None), ("core_space, isotropic", None))
+OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"core_space, isotropic": ("core_space", {"isotropic": True})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +145,11 @@ class Merger:
         key = (method, calibration)
         if key not in self._made:
             started = time.time()
+            method, options = OPTIONS.get(method, (method, {}))
             statistics = self.statistics if find_method(method).needs else None
             self._made[key] = merge(
                 list(self.adapters.values()), method, scale=1.0, calibrate=calibration, statistics=statistics,
-                seed=self.seed, device=self.device, verify=False,
+                seed=self.seed, device=self.device, verify=False, options=options,
             ).adapter  # fmt: skip
             say(f"  merged by {label(*key)}: {time.time() - started:.1f} s")
         return self._made[key]
@@ -153,6 +157,7 @@ class Merger:
     def scale(self, method: str, calibration: str | None, how: str | float) -> float:
         """A scale by the rule, by moments, or as it is given."""
         if how == RULE:
+            method = OPTIONS.get(method, (method, {}))[0]
             return scale_by_rule(method, calibration, (1.0,) * len(self.adapters)).value
         if how == MOMENTS:
             modules = self.made(method, calibration).modules
@@ -235,15 +240,23 @@ def priced(run: Run, seed: int, arm: str, elsewhere: Elsewhere) -> dict[str, Any
     return price(merger.adapters, merges, elsewhere, texts, other, lambda w: general_shift(run, merger.adapters, w))
 
 
-def curves(run: Run, seed: int, arm: str) -> dict[str, Any]:
-    """Merges over a ladder of scales; of the plain arm every method, and every adapter on every task."""
-    merger, which = Merger(run, seed, arm), CURVES_OF_PLAIN if arm == PLAIN else CURVES
+def nodata(run: Run, seed: int, arm: str) -> dict[str, Any]:
+    """The ladders of `curves` for merges that need nothing but the adapters."""
+    return curves(run, seed, arm, NODATA, "nodata")
+
+
+def curves(
+    run: Run, seed: int, arm: str, which: Sequence[tuple[str, str | None]] = (), kind: str = "curves"
+) -> dict[str, Any]:
+    """Merges over a ladder of scales; of the plain arm, where none are named, every method, and every adapter on every task."""
+    crossing = arm == PLAIN and not which
+    merger, which = Merger(run, seed, arm), which or (CURVES_OF_PLAIN if arm == PLAIN else CURVES)
     ladders = {w: [merger.scale(*w, RULE) * by for by in LADDER] for w in which}
     merges: list[Worn] = [(merger.made(*w), s) for w, ladder in ladders.items() for s in ladder]
-    crossed: list[Worn] = [(a, 1.0) for a in merger.adapters.values()] if arm == PLAIN else []
+    crossed: list[Worn] = [(a, 1.0) for a in merger.adapters.values()] if crossing else []
     rows = {t: s.grid for t, s in splits(run.layout).items()}
     worn = [*merges, *crossed]
-    table = scored(run, lambda t: [(merger.adapters[t], 1.0), (None, 0.0), *worn], rows, f"curves-{seed}-{arm}")
+    table = scored(run, lambda t: [(merger.adapters[t], 1.0), (None, 0.0), *worn], rows, f"{kind}-{seed}-{arm}")
     n, start = len(LADDER), 2 + len(merges)
     return {
         "tasks": list(merger.adapters),
@@ -305,7 +318,7 @@ def main() -> None:
     p.add_argument("--set", action="append", default=[], help="KEY=VALUE of the study")
     p.add_argument("--out", required=True, type=Path)
     p.add_argument(
-        "--do", required=True, help="train:SEED[:ARMS], fixed:SEED[:ARMS] and curves:SEED[:ARMS], in their order"
+        "--do", required=True, help="train:SEED[:ARMS], fixed:SEED[:ARMS], curves, nodata and price, in their order"
     )
     p.add_argument(
         "--condition", choices=["told", "bare"], default="told", help="with each task's instruction, or without"
@@ -352,7 +365,7 @@ def main() -> None:
                     return say("price needs --elsewhere")
                 record = priced(run, int(seed), arm, other)
             else:
-                record = {"fixed": fixed, "curves": curves}[kind](run, int(seed), arm)
+                record = {"fixed": fixed, "curves": curves, "nodata": nodata}[kind](run, int(seed), arm)
             file.with_suffix(".part").write_text(
                 json.dumps({**record, "seconds": round(time.time() - begun, 1)}) + "\n"
             )

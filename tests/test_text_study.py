@@ -45,7 +45,7 @@ def call(folder: Path, script: str, *arguments: str) -> None:
 
 
 def test_the_study_runs_whole(study):
-    call(study, "text_arms.py", "--do", "train:1 fixed:1 curves:1:kaiming")
+    call(study, "text_arms.py", "--do", "train:1 fixed:1 curves:1:kaiming nodata:1:kaiming")
     call(
         study,
         "text_auto.py",
@@ -63,7 +63,12 @@ def test_the_study_runs_whole(study):
         "12",
     )
     records = {f.stem: json.loads(f.read_text()) for f in (study / "run" / "records").glob("*.json")}
-    assert set(records) == {"fixed-1-kaiming", "fixed-1-contrastive", "curves-1-kaiming", "auto_written-1-kaiming"}
+    assert set(records) == {
+        "fixed-1-kaiming", "fixed-1-contrastive", "curves-1-kaiming", "nodata-1-kaiming", "auto_written-1-kaiming",
+    }  # fmt: skip
+    ladders = records["nodata-1-kaiming"]["methods"]
+    assert {"iso_c", "wudi", "core_space, isotropic"} <= set(ladders)
+    assert len(ladders["wudi"]["scores"]) == 6 and not records["nodata-1-kaiming"]["crossed"]
     assert records["fixed-1-kaiming"]["tasks"] == ["one", "two"] and records["fixed-1-kaiming"]["floor"] is not None
     assert {"task_arithmetic", "iso_c"} <= set(records["fixed-1-kaiming"]["merges"])
     assert set(records["auto_written-1-kaiming"]["steps"]) == {
