@@ -198,6 +198,24 @@ def test_what_peft_saves_is_read(tiny_base, tmp_path, architecture, pattern):
         torch.testing.assert_close(bare(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("ranks", "scalings"), [((2, 2, 2), (1.0, 2.0, 2.0)), ((3, 2, 2), (1.0, 1.0, 1.0))])
+def test_a_name_that_ends_in_another_s_keeps_its_own_rank_and_alpha(tmp_path, ranks, scalings):
+    """PEFT's patterns fit every name that ends in them: what is the default is written too where it would be taken for another."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    names = ("q", "deep.k", "deep.q")
+    modules = {
+        n: LoraFactors(torch.randn(r, 4), torch.randn(4, r), s) for n, r, s in zip(names, ranks, scalings, strict=True)
+    }
+    write_adapter(tmp_path, Adapter("a", "base", modules))
+    config = LoraConfig.from_pretrained(tmp_path)
+    for name, f in read_adapter(tmp_path).modules.items():
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+        assert (rank, alpha / rank) == (f.rank, f.scaling) == (modules[name].rank, modules[name].scaling)
+
+
 # --- the file itself --------------------------------------------------------------------------------------------------
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import is_parameter, keeps_targets, parameters_of, stacks_of
 from plait.adapters.lora import EXPERT, Adapter, of_backbone
+from plait.border.patterns import first_hits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,6 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
     if fold:
         whole = {k: e.rank for k, e in entries.items()}
     alpha = Counter(whole[k] for k, e in entries.items() if e.rank == rank).most_common(1)[0][0]
-    longest_first = sorted(entries, key=lambda k: (-len(k), k))  # PEFT: the first key that is a suffix wins
     config = {
         "peft_type": "LORA",
         "task_type": _task_type(adapter, head),
@@ -56,8 +56,8 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         "revision": adapter.revision,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {k: entries[k].rank for k in longest_first if entries[k].rank != rank},
-        "alpha_pattern": {k: whole[k] for k in longest_first if whole[k] != alpha},
+        "rank_pattern": _pattern({k: e.rank for k, e in entries.items()}, rank),
+        "alpha_pattern": _pattern(whole, alpha),
         "target_modules": _targets(adapter),
         "modules_to_save": sorted({_saved(k, adapter.prefix) for k in head or {}} | {*adapter.modules_to_save}) or None,
         "fan_in_fan_out": adapter.fan_in_fan_out,
@@ -71,6 +71,17 @@ def peft_config(adapter: Adapter, head: Mapping[str, Tensor] | None) -> tuple[di
         kept = keeps_targets(adapter) and not named_in_full(adapter)
         config["target_parameters"] = sorted(adapter.target_parameters if kept else map(adapter.full_name, parameters))
     return config, fold
+
+
+def _pattern(values: Mapping[str, int], default: int) -> dict[str, int]:
+    """PEFT's table of what is no default: the first key that a name ends in holds, so the longest stand first.
+
+    A name that is the default and ends in another's key ("deep.q" beside "q") needs a key of its own.
+    """
+    longest_first = sorted(values, key=lambda k: (-len(k), k))
+    own = {k: values[k] for k in longest_first if values[k] != default}
+    hits = first_hits(own, longest_first, where="", what="pattern") if own else {}
+    return {k: values[k] for k in longest_first if k in own or (k in hits and own[hits[k]] != values[k])}
 
 
 def _saved(key: str, prefix: str) -> str:
