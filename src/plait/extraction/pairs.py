@@ -82,6 +82,8 @@ class Pair:
         tuned, base = self.layouts
         own = str(self.folders[0])
         output = f"{self.name_of(self.model.get_output_embeddings())}.weight" if self.is_tied else None
+        for i in (0, 1) if output else ():
+            self._require_tied(i, str(output))
         wanted = [p for p in self.parameters if p != output]
         self.parameters = wanted
         if gone := [p for p in wanted if p not in tuned]:
@@ -107,6 +109,19 @@ class Pair:
                         where=own,
                         hint="no LoRA resizes a weight; a resized vocabulary has to be cut back, or the base resized alike",
                     )
+
+    def _require_tied(self, which: int, output: str) -> None:
+        """Refuse a checkpoint whose output layer has numbers of its own: transformers keeps both, whatever the config says."""
+        layout, tensors = self.layouts[which], self.tensors[which]
+        embedding = f"{self.name_of(self.model.get_input_embeddings())}.weight"
+        if output not in layout or embedding not in layout:
+            return
+        if not torch.equal(*(read_matrix(layout[p], tensors, None) for p in (output, embedding))):
+            raise InputError(
+                f"{output!r} is other than {embedding!r}, and the config says that they are one",
+                where=str(self.folders[which]),
+                hint='"tie_word_embeddings": false in the config.json of both, and the output layer in both',
+            )
 
     def name_of(self, module: Any) -> str:
         """A module's name in the model."""
