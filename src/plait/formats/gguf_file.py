@@ -22,6 +22,8 @@ from plait.formats.gguf_names import GgufLayout, gguf_layout, gguf_package, reor
 
 RECORD = "plait.record"
 _OUTPUTS = ("lm_head", "embed_out")
+# Model types whose output layer is their embedding where a config does not say: files of transformers 4 do not.
+TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2")
 
 
 def base_config(base: str | Path) -> dict[str, Any]:
@@ -77,7 +79,8 @@ def _require_expressible(adapter: Adapter, config: Mapping[str, Any]) -> None:
         raise InputError(f"{next(iter(adapter.extras))!r} was trained whole: no LoRA update", where=adapter.name)
     if kind := next((f.kind for f in adapter.modules.values() if f.kind not in (LINEAR, EMBEDDING)), None):
         raise InputError(f"{kind} modules have no place in a GGUF adapter", where=adapter.name)
-    if not config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "gemma", "gemma2", "gemma3_text")):
+    said = config.get("tie_word_embeddings")
+    if not (said if said is not None else config.get("model_type") in TIED):
         return
     for module, factors in adapter.modules.items():
         if factors.kind == EMBEDDING or module.rpartition(".")[2] in _OUTPUTS:

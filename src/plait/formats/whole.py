@@ -13,7 +13,7 @@ from plait.adapters.beside import EMBEDDING_NAMES, OUTPUT_NAMES, undeclared
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.border.counts import plural
 from plait.errors import InputError
-from plait.formats.base_weights import OUTPUT, BaseWeights
+from plait.formats.base_weights import BaseWeights
 from plait.formats.lowrank import Cut, best_rank
 from plait.formats.work import Step, Work, require_base, step_of, taken
 from plait.model.stored_names import compared_copies
@@ -83,12 +83,13 @@ def without_tokens(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ad
         by_input = LoraFactors(one_hot, change.T.contiguous(), 1.0, EMBEDDING)
         by_output = LoraFactors(change, one_hot.T.contiguous(), 1.0, LINEAR)
         modules[inside] = by_input if is_embedding(inside) else by_output
-        if base.tied and is_embedding(inside) and OUTPUT not in given:  # PEFT ties the trained rows as well
-            if OUTPUT in modules:
+        output = base.output_of(module) if is_embedding(inside) else None  # PEFT ties the trained rows as well
+        if output and output.rpartition(".")[2] not in given:
+            if output in modules:
                 raise InputError(
-                    f"{OUTPUT!r} has factors, and by its tie to {module!r} trained rows as well", where=str(work.folder)
+                    f"{output!r} has factors, and by its tie to {module!r} trained rows as well", where=str(work.folder)
                 )
-            modules[OUTPUT] = by_output
+            modules[output] = by_output
         work.steps.append(
             Step(f"{plural(len(indices), 'trained token')} of {inside} as rank {len(indices)}", exact=True)
         )
@@ -140,11 +141,12 @@ def _tie(
 ) -> None:
     """Give the tied output layer the update of an embedding that takes the base's place."""
     replaced = [k.removesuffix(".weight") for k in undeclared(adapter.extras, adapter.modules_to_save)]
-    for module in [m for m in replaced if base.tied and m in cuts and is_embedding(m)]:
-        if any(m.rpartition(".")[2] == OUTPUT for m in modules):
-            continue  # it has an update of its own
+    for module in [m for m in replaced if m in cuts and is_embedding(m)]:
+        output = base.output_of(adapter.full_name(module))
+        if output is None or any(m.rpartition(".")[2] == output.rpartition(".")[2] for m in modules):
+            continue  # untied, or it has an update of its own
         f = cuts[module].factors
-        modules[OUTPUT] = LoraFactors(f.B.T.contiguous(), f.A.T.contiguous(), f.scaling, LINEAR)
+        modules[output] = LoraFactors(f.B.T.contiguous(), f.A.T.contiguous(), f.scaling, LINEAR)
 
 
 def without_copies(work: Work, adapter: Adapter, base: BaseWeights | None) -> Adapter:

@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from plait.adapters.beside import OUTPUT_NAMES
 from plait.adapters.lora import EMBEDDING, EXPERT, Adapter, zero_factors
 from plait.errors import InputError
 from plait.merging.align import assembled
 from plait.merging.dense import DenseDelta, as_dense
 from plait.merging.expert_parts import expert_parts
 from plait.merging.plan import Plan
+from plait.model.conv1d import is_turned
 from plait.model.stored import StoredTensor
 from plait.model.stored_names import tensor_of
 
 if TYPE_CHECKING:
     from plait.model.layout import StoredParameter
-
-# Model types whose linear layers are Conv1D, stored (in, out); only square weights leave this to the name.
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}
+    from plait.model.ties import Ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,12 @@ def sites_of(
     tensors: Mapping[str, StoredTensor],
     config: Mapping[str, Any],
     layout: Mapping[str, StoredParameter],
+    ties: Ties,
 ) -> list[Site]:
-    """Find the stored weight that takes each delta."""
+    """Find the stored weight that takes each delta; `ties` are the base's where one is of its embedding or output layer."""
     found: list[Site] = []
-    tied = is_tied(config)
-    conv1d = adapter.fan_in_fan_out or config.get("model_type") in _CONV1D
+    tied = ties.is_one
+    kind = config.get("model_type")
     for module, dense in deltas.items():
         if module in adapter.modules and adapter.modules[module].kind == EXPERT:
             parts = expert_parts(module, adapter.prefix, dense, layout, tensors)
@@ -97,17 +98,20 @@ def sites_of(
         stored = _as_matrix(tensors[name])
         embedding = module in adapter.modules and adapter.modules[module].kind == EMBEDDING
         flipped = (dense.shape[1], dense.shape[0])
-        transposed = embedding or (conv1d and stored.shape == flipped and not is_output)
+        turned = not is_output and is_turned(kind, adapter.fan_in_fan_out, dense.shape, stored.shape)
+        transposed = embedding or turned
         if stored.shape != (flipped if transposed else dense.shape):
             raise InputError(f"{module!r} has a delta {dense.shape} and the base a weight {stored.shape}", where=name)
         _ = stored.torch_dtype
-        found.append(Site(module, name, stored, dense, transposed, tied and (is_output or embedding), is_output))
+        unties = tied and name == ties.embedding
+        found.append(Site(module, name, stored, dense, transposed, unties, is_output))
     return found
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a base's output layer is its embedding."""
-    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+def moves_ends(adapter: Adapter) -> bool:
+    """Whether an adapter changes a base's embedding or output layer."""
+    last = (m.rpartition(".")[2] for m in adapter.modules)
+    return any(f.kind == EMBEDDING for f in adapter.modules.values()) or any(name in OUTPUT_NAMES for name in last)
 
 
 def _as_matrix(stored: StoredTensor) -> StoredTensor:

@@ -27,7 +27,7 @@ from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, standing
 from plait.errors import InputError
-from plait.merging.bake_sites import Site, deltas_of, is_tied, sites_of
+from plait.merging.bake_sites import Site, deltas_of, moves_ends, sites_of
 from plait.merging.bake_writing import Added, add_to_files, copied
 from plait.merging.expert_parts import known_names, layout_for
 from plait.merging.kinship import kin_lines
@@ -38,6 +38,7 @@ from plait.merging.workers import side_by_side
 from plait.model.files import INDEX, SINGLE, weight_files
 from plait.model.stored import StoredTensor, base_tensors, require_unquantised, tensors_in
 from plait.model.stored_names import compared_copies
+from plait.model.ties import Ties, require_one_output, ties_of
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
 _CPU = torch.device("cpu")
@@ -75,9 +76,12 @@ def bake(
     adapter, deltas = deltas_of(source)
     tensors = base_tensors(base)
     layout = layout_for(base, adapter, tensors)
-    sites = sites_of(adapter, deltas, known_names(tensors, layout), config, layout)
     copies = source.common.carried.copies if isinstance(source, Plan) else source.copies
-    beside = [*compared_copies(copies, adapter, tensors, is_tied(config)), *of_another_base(adapter.base, base)]
+    ties = ties_of(base, config, tensors) if copies or moves_ends(adapter) else Ties()
+    sites = sites_of(adapter, deltas, known_names(tensors, layout), config, layout, ties)
+    if any(s.tensor == ties.embedding and not s.is_output for s in sites):
+        require_one_output(ties, adapter.name)
+    beside = [*compared_copies(copies, adapter, tensors, ties.is_one), *of_another_base(adapter.base, base)]
     beside += kin_lines(source.adapters, source.weights) if isinstance(source, Plan) else []
     inputs = {"adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules))}
     if stands := out.exists() or out.is_symlink():  # else the base is hashed while it is copied
@@ -95,7 +99,7 @@ def bake(
     require_space(out, size + sum(math.prod(t.shape) * t.torch_dtype.itemsize for t in untied))
     result: dict[str, Any] = {}
     with store.staged_folder(out, wanted, overwrite=overwrite, result=result) as stage:
-        hashes, was_untied = _copy(base, stage, sites, config)
+        hashes, was_untied = _copy(base, stage, sites, config, ties)
         if not stands:
             wanted["inputs"]["base"] = store.sha256_json(hashes)
         added = _add(sites, stage, verify=verify)
@@ -159,7 +163,9 @@ def _add(sites: Sequence[Site], stage: Path, *, verify: bool) -> list[Added]:
     return add_to_files(pairs, lambda function, items: side_by_side(function, items, _CPU), verify=verify)
 
 
-def _copy(base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
+def _copy(
+    base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any], ties: Ties
+) -> tuple[dict[str, str], bool]:
     """Copy the base's files, side by side; where weights are untied, add the output layer in a shard of its own and say so.
 
     Returns:
@@ -175,18 +181,29 @@ def _copy(base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any])
 
     files = _copied(base)
     hashes = {str(inside): digest for inside, digest in zip(files, side_by_side(one, files, _CPU), strict=True)}
-    if not unties:
-        return hashes, False
-    name = next((f"{s.module}.weight" for s in unties if s.is_output), "lm_head.weight")
-    embedding = unties[0].stored
+    apart = bool(ties.apart) and any(s.tensor in (ties.embedding, ties.apart) for s in sites)
+    if (
+        unties or apart
+    ) and not ties.others:  # whose places need the tie, and transformers leaves out of it what the files hold
+        (stage / "config.json").write_text(
+            json.dumps(_untied(config), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+    if not unties or ties.output is None:
+        return hashes, apart
+    name, embedding = ties.output, unties[0].stored
     write_tensors(stage / _OUTPUT_SHARD, {name: embedding.read(0, embedding.shape[0])})
     homes = {n: _shard_name(t.file, base, True) for n, t in base_tensors(base).items()} | {name: _OUTPUT_SHARD}
     size = sum(p.stat().st_size for p in stage.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
     (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    rewritten = {**config, "tie_word_embeddings": False}
-    (stage / "config.json").write_text(json.dumps(rewritten, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return hashes, True
+
+
+def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config that ties no output layer to its embedding, nor inside it."""
+    text = config.get("text_config")
+    inner = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else {}
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
 def _shard_name(path: Path, base: Path, untied: bool) -> str:
@@ -214,7 +231,7 @@ def _copied(base: Path) -> list[Path]:
 def _target(site: Site, stage: Path) -> StoredTensor:
     """The tensor of the copy that takes the delta."""
     if site.is_output:
-        return tensors_in(stage / _OUTPUT_SHARD)[f"{site.module}.weight"]
+        return next(iter(tensors_in(stage / _OUTPUT_SHARD).values()))
     renamed = stage / _FIRST_SHARD
     file = renamed if renamed.exists() else stage / site.stored.file.name
     return StoredTensor(file, site.stored.shape, site.stored.dtype, site.stored.start)

@@ -52,7 +52,7 @@ def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor]
     if not endings and (older := by_core(tensors).get(f"{without_wrappers(module)}.weight")):
         return older, False
     if tied and module.rpartition(".")[2] in OUTPUT_NAMES:
-        embeddings = [n for n in tensors if "." in n and n.rsplit(".", 2)[-2] in EMBEDDING_NAMES - _POSITIONS]
+        embeddings = embeddings_in(tensors)
         if len(embeddings) == 1:
             return embeddings[0], True
     raise InputError(
@@ -65,6 +65,11 @@ def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor]
 
 
 _POSITIONS = {"wpe", "position_embeddings"}
+
+
+def embeddings_in(tensors: Iterable[str]) -> list[str]:
+    """List the weights that are input embeddings by their names."""
+    return [n for n in tensors if "." in n and n.rsplit(".", 2)[-2] in EMBEDDING_NAMES - _POSITIONS]
 
 
 def _nearest(module: str, tensors: Mapping[str, StoredTensor]) -> str:
