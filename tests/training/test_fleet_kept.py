@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import threading
 
 import pytest
 import torch
@@ -149,3 +150,45 @@ def test_two_processes_do_not_train_one_member(tiny_base, tmp_path):
     process.join(120)
     assert process.exitcode == 0 and not kept_in(tmp_path)
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} == {"0", "1", "other"}
+
+
+def ended_while_it_writes(monkeypatch, members, base, fails):
+    """Train a fleet of which some members cannot be written."""
+    real, written = fleet._write, threading.Event()
+
+    def breaking(one, *rest):
+        if fails(one.out):
+            assert written.wait(60)
+            raise Stop
+        real(one, *rest)
+        written.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet, "_write", breaking)
+        with pytest.raises(Stop):
+            train_fleet(members, base)
+
+
+def test_a_fleet_in_several_folders_that_was_ended_while_it_wrote_is_not_trained_again(
+    tiny_base, tmp_path, monkeypatch
+):
+    base = tiny_base("bert")
+    members = [member(base, "bert", tmp_path / str(s) / "a", seed=s, checkpoint_every=4) for s in range(3)]
+    ended_while_it_writes(monkeypatch, members, base, lambda out: not kept_in(out.parent))
+    written = [m.out for m in members if m.out.is_dir()]
+    assert len(written) == 1 and kept_in(written[0].parent)  # the checkpoints lie beside the one that is written
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet_run.BatchedAdapters, "step", lambda *_: pytest.fail("trained again"))
+        train_fleet(members, base)
+    assert all(m.out.is_dir() and not kept_in(m.out.parent) for m in members)
+
+
+def test_what_a_fleet_did_not_write_is_lost_to_no_other_and_not_in_silence(tiny_base, tmp_path, monkeypatch, capsys):
+    base, folder = tiny_base("bert"), tmp_path / "f"
+    members = [member(base, "bert", folder / str(s), seed=s, checkpoint_every=4) for s in range(3)]
+    ended_while_it_writes(monkeypatch, members, base, lambda out: out.name != "0")
+    assert [m.out.is_dir() for m in members] == [True, False, False]
+    with pytest.raises(UsageError, match=r"together with others and kept at step .*: .*2"):
+        train_fleet([members[1]], base)
+    train_fleet(members[1:], base)
+    assert "trained again" in capsys.readouterr().err and all(m.out.is_dir() for m in members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from plait.adapters.lora import Adapter
@@ -19,10 +20,11 @@ from plait.runs.pending import cost
 from plait.runs.reporting import Report
 from plait.runs.sources import adapters_of, diverged, merged_of, statistics_of
 from plait.runs.units import DIVERGED, MERGE, REPAIR, Unit
-from plait.runs.waves import sweep_units
+from plait.runs.waves import final_units, repair_units, sweep_units
 from plait.statistics import Statistics
 from plait.subspaces.start import InitialSettings, completion_note, initial_adapters
 from plait.training import Member, train_fleet, train_member
+from plait.training.fleet_state import fleets_in
 from plait.training.peft_model import TASK_TYPES
 
 
@@ -41,10 +43,24 @@ def train(units: Sequence[Unit], layout: Layout, report: Report) -> None:
         Diverged: A loss that is not of the sweep left the numbers: what is to be reported is missing.
     """
     by_base: dict[BaseModel, list[Unit]] = {}
-    for unit in units:  # a variant may have a base of its own
+    for unit in [*units, *_written_beside(units, layout)]:  # a variant may have a base of its own
         by_base.setdefault(layout.of(unit).session.base, []).append(unit)
     for base, own in by_base.items():
         _train_on(base, own, layout, report)
+
+
+def _written_beside(units: Sequence[Unit], layout: Layout) -> list[Unit]:
+    """Units that are done, in whose fleet some of these units were, when it was ended while it wrote: it goes on as a whole."""
+    wanted = {layout.of(u).path(u).absolute() for u in units}
+    swept = sweep_units(layout)
+    others = swept if any(u in swept for u in units) else [*final_units(layout), *repair_units(layout)]
+    known = {layout.of(u).path(u).absolute(): u for u in dict.fromkeys(others)}
+    beside: set[Path] = set()
+    for _, recorded in fleets_in({*known, *wanted}):
+        folders = {Path(out).parent for out in recorded}
+        beside |= folders - wanted if folders & wanted else set()
+    found = [known[folder] for folder in sorted(beside & known.keys())]
+    return [u for u in found if layout.of(u).done(u) and layout.of(u).done(layout.of(u).statistics_unit(u))]
 
 
 def _train_on(base: BaseModel, units: Sequence[Unit], layout: Layout, report: Report) -> None:
@@ -63,7 +79,8 @@ def _train_on(base: BaseModel, units: Sequence[Unit], layout: Layout, report: Re
             report.note(f"warning: {completion_note(name, rows)}")
     members = [m for m in members if not diverged(m.out)]
     try:
-        _train(members, base, layout, report, sum(cost(u, layout) for u in units), len(units))
+        todo = [u for u in units if not layout.of(u).done(u)]
+        _train(members, base, layout, report, sum(cost(u, layout) for u in todo), len(todo))
     except Diverged as e:
         swept = {layout.path(u) for u in sweep_units(layout)}
         lost = [m for m in members if str(m.out) in e.lost]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from plait.disk.locks import writing_to
 from plait.disk.manifest import differences, read_manifest
 from plait.disk.store import canonical_json, sha256_json
 from plait.errors import UsageError
+from plait.progress import note
 from plait.training.batched import BatchedAdapters
 from plait.training.checkpoints import latest_whole, open_root, recorded_identity, said_kept, seal
 from plait.training.member import Member
@@ -76,8 +77,7 @@ def interrupted(members: Sequence[Member], todo: Sequence[Member], *, overwrite:
     known = {str(Path(m.out).absolute()): m for m in members}
     wanted = {str(Path(m.out).absolute()) for m in todo}
     groups = []
-    for root in sorted({p for m in todo for p in Path(m.out).absolute().parent.glob(".fleet-*.checkpoints")}):
-        recorded = dict(recorded_identity(root).get("members", []))
+    for root, recorded in fleets_in({Path(m.out).absolute().parent for m in members}):
         group = [known[out] for out in recorded if out in known and _key(known[out])[1] == recorded[out]]
         if recorded and len(group) == len(recorded) and recorded.keys() & wanted:
             groups.append(group)
@@ -91,10 +91,26 @@ def interrupted(members: Sequence[Member], todo: Sequence[Member], *, overwrite:
     return groups
 
 
+def fleets_in(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """List what is kept of fleets: folder of the checkpoints, and the members' outputs with their identities.
+
+    It lies beside the first member of a batch, wherever the others are written.
+    """
+    roots = sorted({root for folder in folders for root in folder.glob(".fleet-*.checkpoints")})
+    return [(root, dict(recorded_identity(root).get("members", []))) for root in roots]
+
+
 def _require_nothing_lost(root: Path, recorded: Mapping[str, Any], known: Mapping[str, Member]) -> None:
     """Refuse to begin anew what a fleet of other settings, or with other members, has steps of."""
+    if (newest := latest_whole(root)) is None:
+        return
     # Where one of its members is written it had come to its end, and was ended while it wrote the others.
-    if (newest := latest_whole(root)) is None or any(_written(Path(out), recorded[out]) for out in recorded):
+    unwritten = [out for out in recorded if not _written(Path(out), recorded[out])]
+    if len(unwritten) < len(recorded) and known.keys() >= set(unwritten):
+        named = ", ".join(sorted(Path(out).name for out in unwritten)[:5])
+        note(
+            f"{root.parent}: trained already, beside others that are written, and not written itself; trained again: {named}"
+        )
         return
     mine = [out for out in recorded if out in known]
     differing = list(dict.fromkeys(d for out in mine for d in differences(recorded[out], _key(known[out])[1])))
