@@ -118,6 +118,7 @@ def test_every_command_explains_itself_and_fails_with_one_object(capsys, tmp_pat
 WRONG = {
     "Did you mean 'run'": ["rnu"],
     "--method": ["merge", "a", "--methd", "x", "--out", "o"],
+    "--set density=VALUE": ["merge", "a", "b", "--method", "ties", "--density", "0.3", "--out", "o"],
     "plait cp demo.yaml .": ["run", "dem.yml"],
     "did you mean 'merges'": ["ls", "merge"],
     "Missing argument": ["run"],

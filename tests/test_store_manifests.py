@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plait.disk import store
+from plait.disk.manifest import require_wanted
 from plait.disk.store import MANIFEST, identity, is_done, read_json, read_manifest
-from plait.errors import InputError
+from plait.errors import InputError, UsageError
 from tests.conftest import resealed
 from tests.test_store import OLD, make
 
@@ -90,3 +92,13 @@ def test_differences_are_none_exactly_between_equals(a, b):
     one, two = identity("s", a), identity("s", b)
     assert store.differences(one, one) == []
     assert bool(store.differences(one, two)) == (one != two)
+
+
+def test_settings_beyond_the_sixth_are_counted():
+    for count, end in ((6, "f: absent -> 0 (choose"), (8, "f: absent -> 0; and 2 more (choose")):
+        with pytest.raises(UsageError) as raised:
+            require_wanted(Path("out"), {"z": 0}, {"z": 0, **dict.fromkeys("abcdefgh"[:count], 0)})
+        assert (
+            f"exists with other settings: a: absent -> 0; b: absent -> 0; c: absent -> 0; d: absent -> 0; e: absent -> 0; {end}"
+            in str(raised.value)
+        )

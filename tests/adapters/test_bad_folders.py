@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import time
@@ -163,8 +164,13 @@ def test_no_weights_or_only_a_pickle(folder):
     assert "safe_serialization" in str(refused(folder, "pickle formats are not read").hint)
     (folder / "adapter_model.bin").unlink()
     refused(folder, f"no {WEIGHTS}")
-    with pytest.raises(InputError, match="no such adapter folder"):
+    with pytest.raises(InputError, match=r"no such adapter folder \(check the path\)"):
         read_adapter(folder / "absent")
+    misspelt = folder.with_name(f"{folder.name}s")
+    with pytest.raises(InputError, match=re.escape(f"no such adapter folder (did you mean {str(folder)!r}?)")):
+        read_adapter(misspelt)
+    with pytest.raises(InputError, match=r"no such adapter folder \(check the path\)"):
+        read_adapter(folder / "absent" / "deeper")
 
 
 def test_14_a_flipped_bit_is_found(folder):

@@ -145,6 +145,10 @@ UNLIKE = {
         {"modules": ("down.0.q",), "base": ""},
         {"modules": ("layers.0.q",), "base": ""},
     ),
+    "'a' was trained on 'one' and 'b' on 'two'": (  # whatever else follows from it
+        {"task_type": "SEQ_CLS", "base": "one", "modules": ("layers.0.q",)},
+        {"task_type": "CAUSAL_LM", "base": "two", "modules": ("down.0.q",)},
+    ),
     "task types CAUSAL_LM, SEQ_CLS are models of different shapes": (
         {"task_type": "SEQ_CLS"},
         {"task_type": "CAUSAL_LM"},

@@ -21,7 +21,7 @@ from plait.adapters.peft_tensors import ROOT, SUFFIXES, all_factors, naming, req
 from plait.adapters.tensor_file import Put, fill_tensors, write_tensors
 from plait.adapters.weights import WEIGHTS, Begin, begin_weights
 from plait.border.checked import Record
-from plait.disk.files import sha256_file, sha256_json
+from plait.disk.files import nearby, sha256_file, sha256_json
 from plait.disk.hub import adapter_place, hub_facts, name_of
 from plait.disk.locks import require_readable
 from plait.disk.manifest import MANIFEST, read_manifest, require_whole
@@ -71,7 +71,7 @@ def begin_adapter(
     folder = adapter_place(folder)
     require_readable(folder)
     if not folder.is_dir():
-        raise InputError("no such adapter folder", where=str(folder))
+        raise InputError("no such adapter folder", where=str(folder), hint=nearby(folder))
     config = read_config(folder)
     tensors, metadata, digests = begin_weights(
         folder, hashing, lambda shapes: require_sides(shapes, folder, config), begin

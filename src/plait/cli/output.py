@@ -101,10 +101,8 @@ def foreseen(error: Exception) -> PlaitError | None:
         return error
     if hasattr(error, "format_message"):  # the argument parser's
         message = " ".join(str(error.format_message()).split())
-        number = re.search(r"No such option: -\d", message)  # a negative weight, given apart from the others
         place = getattr(getattr(error, "ctx", None), "command_path", None) or "plait"
-        hint = "numbers are one list: --weights 1,-1" if number else f"{place} --help"
-        return UsageError(message, hint=hint)
+        return UsageError(message, hint=_way_on(message, place))
     if isinstance(error, ModuleNotFoundError):
         hint = "pip install the extra it belongs to: plait[demo], plait[test]"
         return EnvironmentFault(f"the package {error.name!r} is not installed", hint=hint)
@@ -127,6 +125,19 @@ def foreseen(error: Exception) -> PlaitError | None:
         first = (str(error) or "out of memory").splitlines()[0]
         return EnvironmentFault(first, hint="smaller batches, fewer rows, or --device cpu")
     return None
+
+
+def _way_on(message: str, place: str) -> str:
+    """What to type after a line that the argument parser does not understand."""
+    if re.search(r"No such option: -\d", message):  # a negative weight, given apart from the others
+        return "numbers are one list: --weights 1,-1"
+    if place == "plait merge" and (option := re.search(r"No such option: --([\w-]+)", message)):
+        from plait.merging.listed import merge_list
+
+        name = option[1].replace("-", "_")
+        if any(name in method.options for method in merge_list().values()):
+            return f"it is an option of methods: --set {name}=VALUE; plait ls merges shows which have it"
+    return f"{place} --help"
 
 
 def _object(code: int, kind: str, error: PlaitError, as_json: bool) -> int:

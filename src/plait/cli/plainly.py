@@ -7,7 +7,7 @@ from collections.abc import Sequence
 # The first to try, of those that need the same: by docs/results, and what `plait merge` takes by itself.
 FIRST = {
     "tsv": "the default",
-    "iso_c": "the default for language models",
+    "iso_c": "the default for eight adapters of language models or more",
     "regmean": "first with statistics",
 }
 
@@ -29,7 +29,7 @@ MERGES = {
     "karcher": "The mean on the sphere, of any number.",
     "tsv": "Keeps every adapter's strongest directions and turns them out of each other's way.",
     "iso_c": "The sum with all its directions made equally strong.",
-    "iso_cts": "The same, with directions of single adapters that the sum misses.",
+    "iso_cts": "Iso-C, with directions of single adapters that the sum misses.",
     "knots": "TIES in directions that all adapters share, instead of entries.",
     "core_space": "TIES, or another entry-wise rule, in the small space that the factors span.",
     "wudi": "Disturbs what each adapter's own rows read as little as it can.",

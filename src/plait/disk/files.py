@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -77,10 +78,20 @@ def text_of(path: Path) -> str:
         raise InputError(f"not UTF-8 at byte {e.start}", where=str(path), hint="save it as UTF-8") from None
 
 
+def nearby(path: Path) -> str:
+    """Say what to do about a path where nothing is: the entry beside it whose name is nearest, if one is near."""
+    try:
+        beside = [entry.name for entry in path.absolute().parent.iterdir()]
+    except OSError:  # no folder there either, or one that may not be read
+        return "check the path"
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {str(path.parent / near[0])!r}?" if near else "check the path"
+
+
 def require_regular(path: Path) -> None:
     """Refuse what is not a regular file (a FIFO would block, a device never ends) or may not be read."""
     require_readable(path)
     if not path.exists():
-        raise InputError("no such file", where=str(path))
+        raise InputError("no such file", where=str(path), hint=nearby(path))
     if not path.is_file():
         raise InputError("not a regular file", where=str(path))

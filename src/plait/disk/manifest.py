@@ -152,8 +152,9 @@ def require_wanted(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[
     """
     differing = ["it does not say what it was made from"] if found is None else differences(found, wanted)
     if differing:
+        more = [f"and {len(differing) - 6} more"] if len(differing) > 6 else []
         raise UsageError(
-            f"exists with other settings: {'; '.join(differing[:6])}",
+            f"exists with other settings: {'; '.join([*differing[:6], *more])}",
             where=str(path),
             hint="choose another --out, or --overwrite",
         )

@@ -17,6 +17,7 @@ from plait.adapters.places import folders_inside
 from plait.adapters.shapes import Shape, read_shapes, weight_shapes
 from plait.border.checked import Record
 from plait.border.records import inline, optional
+from plait.disk.files import nearby
 from plait.disk.hub import adapter_place, hub_facts, name_of
 from plait.disk.manifest import MANIFEST, read_manifest
 from plait.errors import InputError
@@ -141,7 +142,7 @@ def inspect(path: Path, *, full: bool = False) -> Inspection | Inspections:
     if parts := component_folders(path):
         return Inspections(str(path), PEFT, components={part: _facts(folder, full) for part, folder in parts.items()})
     if not path.exists():
-        raise InputError("no such file or folder", where=str(path))
+        raise InputError("no such file or folder", where=str(path), hint=nearby(path))
     within = folders_inside(path)
     if within and not (path / CONFIG).exists():
         return Inspections(str(path), PEFT, adapters={str(p.relative_to(path)): _facts(p, full) for p in within})

@@ -70,6 +70,7 @@ def align(adapters: Sequence[Adapter], base: str | None = None, *, disjoint: boo
     for adapter in adapters:
         _require_finite(adapter)
     _check_formats(adapters)
+    base_of_all = _base(adapters) if base is None else base  # before shapes and task types, which follow from it
     modules = _modules(adapters)
     if not modules:
         raise InputError("none of the adapters adapts a module", where=", ".join(a.name for a in adapters))
@@ -82,7 +83,7 @@ def align(adapters: Sequence[Adapter], base: str | None = None, *, disjoint: boo
     _check_heads(adapters)
     prefixes = sorted({a.prefix or str(a.source.get("backbone_prefix", "")) for a in adapters} - {""})
     return Alignment(
-        base=_base(adapters) if base is None else base,
+        base=base_of_all,
         modules=modules,
         missing={name: names for name, names in absent.items() if names},
         task_type=task_type,

@@ -188,8 +188,9 @@ def scale_by_rule(method: str, calibration: str | None, weights: Sequence[float]
     if (method, calibration) not in RULES:
         return Scale(1.0, f"no rule was measured for {method}{f' with {calibration}' if calibration else ''}")
     c, p = RULES[method, calibration]
-    how = f"{c:g}" + (f" * {count} ** {p:g}" if p else ", whatever their number")
-    return Scale(float(f"{c * count**p:.3g}"), f"the rule for {count} adapters by {method}: {how}")
+    if not p:
+        return Scale(c, f"the rule for {method}, the same for any number of adapters")
+    return Scale(float(f"{c * count**p:.3g}"), f"the rule for {count} adapters by {method}: {c:g} * {count} ** {p:g}")
 
 
 def scale_by_moments(
