@@ -8,7 +8,6 @@ type, are addressed by the hash of their identity, so that studies may share a f
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from plait.evaluation.evaluate import scored_labels
 from plait.runs.inputs import Inputs, Labels, is_read_alike, within
 from plait.runs.lengths import Cuts, cuts_of
 from plait.runs.names import named
+from plait.runs.recent import Recent
 from plait.runs.recipe import Recipe
 from plait.runs.recipe_file import variant_of
 from plait.runs.sections import ArmSpec
@@ -33,7 +33,6 @@ from plait.training.settings import TrainingSettings, identity_of
 Mend = Callable[[Path, PlaitError], None]
 T = TypeVar("T")
 NOT_IDENTITY = {"report_to", "checkpoint_every", "shard_base"}  # settings that leave the adapter as it is
-MAX_CACHED = 8  # sets of adapters or statistics kept in memory
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Layout:
     shared: Session | None = None
     recorded: Inputs | None = None
     _variants: dict[str, Layout] = field(default_factory=dict)
-    _read: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    _read: Recent = field(default_factory=Recent)
     _wanted: dict[tuple[Unit, str], dict[str, Any]] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
     mend: Mend | None = None
@@ -86,11 +85,7 @@ class Layout:
 
     def cached(self, key: Any, read: Callable[[], T]) -> T:
         """What `read` gives, kept while it is among the last few asked for; merges are made a little ahead of scores."""
-        value: T = self._read.pop(key) if key in self._read else read()
-        self._read[key] = value
-        while len(self._read) > MAX_CACHED:
-            self._read.popitem(last=False)
-        return value
+        return self._read.get(key, read)
 
     @functools.cached_property
     def base_sha256(self) -> str:
