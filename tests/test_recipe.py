@@ -88,7 +88,7 @@ def test_shipped_studies_are_found_and_valid(tmp_path):
     for path in shipped:
         assert find_recipe(Path("studies") / path.stem) == path
         assert (find_recipe(Path(path.stem)) == path) == (path.name not in {p.name for p in shipped_recipes()})
-        assert read_recipe(path).name == path.stem
+        assert read_recipe(str(path)).name == path.stem
         assert find_study(Path(path.stem)) == find_study(Path("studies") / path.stem) == find_study(path) == path
     assert (
         copy_recipe("studies/glue8-mpnet", tmp_path).read_text() == (shipped[0].parent / "glue8-mpnet.yaml").read_text()

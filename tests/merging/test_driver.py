@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import to_json
 from plait.errors import InputError, RunError, UsageError
-from plait.merging import merge, merge_methods, plan_merge
+from plait.merging import merge, merge_folders, merge_methods, plan_merge
 
 
 def adapter(
@@ -230,3 +232,14 @@ def test_products_that_overflow_are_an_error_and_no_endless_search():
     for method in ("ties", "dare_linear", "sce", "emr"):  # spectral methods hold such deltas as factors
         with pytest.raises(RunError, match="infinity"):
             merge([Adapter("a", "base", huge), Adapter("b", "base", huge)], method, scale=1.0)
+
+
+def test_places_may_be_text_and_a_path_in_an_adapters_stead_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 1)):
+        Path(name).mkdir()
+        write_adapter(name, adapter(name, seed))
+    assert merge_folders(["a", "b"], "out", "tsv").output == "out" and read_adapter("out").modules
+    assert merge_folders(["a", "b"], "out", "tsv").reused
+    with pytest.raises(UsageError, match=r"merge takes adapters, not str \(plait\.read_adapter\(PATH\)"):
+        merge(["a", "b"])

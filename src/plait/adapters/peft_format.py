@@ -192,7 +192,7 @@ def _bare_key(key: str, folder: Path) -> str:
 
 
 def write_adapter(
-    folder: Path,
+    folder: Path | str,
     adapter: Adapter,
     fill: Callable[[PutFactors], None] | None = None,
     hashing: Hashing | None = None,
@@ -219,6 +219,7 @@ def write_adapter(
     Returns:
         Name of a file -> its hash, for those that `hashing` took.
     """
+    folder = Path(folder)
     if adapter.source.get("format", "peft") != "peft":
         raise InputError(
             "named as in its LoRA file, not as PEFT does", where=adapter.name, hint="plait convert --to peft"

@@ -84,7 +84,7 @@ def places(adapters: Sequence[Adapter]) -> list[str]:
 
 def merge_folders(
     folders: Sequence[Path | str],
-    out: Path,
+    out: Path | str,
     method: str | MergeSpec | None = None,
     *,
     statistics: Mapping[str, Path | str] | None = None,
@@ -116,6 +116,7 @@ def merge_folders(
         RunError: What was written is not what was asked for; nothing is left at `out`.
     """
     start = time.perf_counter()
+    out = Path(out)
     spec = MergeSpec.of(method, settings)
     asked = MergeRequest([*map(str, folders)], out, spec, statistics, format, dtype, verify, overwrite)
     if (done := sum_of_files(asked)) is not None:

@@ -95,6 +95,11 @@ def plan_merge(
     **settings: Unpack[MergeSettings],
 ) -> Plan:
     """Check everything about a merge; arguments as `merge` has them. Only a scale chosen by moments is computed here."""
+    if other := next((a for a in adapters if not isinstance(a, Adapter)), None):
+        raise UsageError(
+            f"merge takes adapters, not {type(other).__name__}",
+            hint="plait.read_adapter(PATH) reads one; plait.merge_folders takes paths",
+        )
     spec = MergeSpec.of(method, settings)
     chosen, why = (spec.method, "") if spec.method else default_method(adapters, spec, statistics)
     found = find_method(chosen)

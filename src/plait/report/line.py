@@ -19,7 +19,7 @@ REPORT = PRODUCTS[1]
 
 
 def run(
-    recipe: Recipe, out: Path, *, executor: Executor | None = None, overwrite: bool = False, quiet: bool = False
+    recipe: Recipe, out: Path | str, *, executor: Executor | None = None, overwrite: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Do everything a recipe says, and report on it.
 
@@ -38,6 +38,7 @@ def run(
         UsageError: `out` holds results of other settings; nothing was changed.
         EnvironmentFault: Another process is at work on `out`.
     """
+    out = Path(out)
     layout = executor.layout if isinstance(executor, InProcess) else Layout(recipe, out)
     outcome = run_units(recipe, out, executor=executor, layout=layout, overwrite=overwrite, quiet=quiet)
     counted = {"seconds": outcome.seconds, "units": outcome.done, "reused": outcome.reused}

@@ -24,13 +24,14 @@ from plait.runs.shipped import shipped_recipes as shipped_recipes
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
         path: A YAML file.
         overrides: "dotted.key=value" strings; values are YAML.
     """
+    path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in shipped_recipes()], n=1, cutoff=0.4)
         raise InputError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plait.disk.files import nearby
 from plait.errors import InputError, UsageError
 from plait.tasks.answers import are_numbers, checked_references, named_answer, numbered, require_slots
 from plait.tasks.chat import checked_messages, packed
@@ -249,8 +250,9 @@ def _source_table(task: Task, place: str, root: Path | None) -> pa.Table:
         return hub_table(place, f"task {task.name}")
     path = Path(root or ".") / place
     if not path.exists():
-        hint = "files of tasks lie under data.root: --set data.root=DIR"
-        raise InputError("no such file", where=str(path), hint=hint)
+        raise InputError(
+            "no such file", where=str(path), hint=f"{nearby(path)}; a recipe's files lie under its data.root"
+        )
     table = read_table(path, task.text_columns)
     return as_written(path, table, task.label_column) if task.kind in TEXT_KINDS else table
 

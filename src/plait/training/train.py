@@ -54,7 +54,7 @@ def train_adapter(
     settings: TrainingSettings,
     *,
     seed: int,
-    out: Path,
+    out: Path | str,
     identity: Mapping[str, Any],
     overwrite: bool = False,
     progress: Callable[[int, int, float | None], None] | None = None,
