@@ -18,6 +18,7 @@ from plait.loading.contents import WEIGHTS, PeftFolder
 from plait.loading.factors import Half, factor_faults
 from plait.loading.header import Stored
 from plait.loading.settings import HEADS_OF, KNOWN_FIELDS, Settings
+from plait.loading.single_experts import single_expert_notes
 from plait.loading.tensor_names import ROOT, Named
 
 VERSIONS = "0.18 to 0.21"
@@ -207,6 +208,7 @@ def _notes(folder: PeftFolder, taken: Mapping[str, Named]) -> Iterator[str]:
     ):
         yield f"{', '.join(tied)}: whether the base ties input and output embeddings decides what else this moves (--base tells)"
     yield from uneven(n.module for n in taken.values() if n.kind in names.HALVES)
+    yield from single_expert_notes({n.module for n in taken.values() if n.kind in names.HALVES}, settings)
     if any(t.startswith("heads/") for t in folder.beside):
         yield "heads/ holds plait's heads, one file a task; PEFT does not open them"
 

@@ -203,7 +203,8 @@ def _check_experts(adapters: Sequence[Adapter]) -> None:
         raise InputError(
             f"{single.name!r} adapts experts one by one, as older transformers have them, and {fused.name!r} fused",
             where=single.name,
-            hint="PEFT with transformers 5 loads it fused: PeftModel.from_pretrained(base, DIR).save_pretrained(NEW)",
+            hint="of Mixtral, Qwen3-MoE and their kin PEFT with transformers 5 loads it fused: PeftModel.from_pretrained(base, DIR)"
+            ".save_pretrained(NEW); of others, such as Qwen2-MoE, it drops the experts in silence",
         )
 
 

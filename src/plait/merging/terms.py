@@ -11,6 +11,7 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.border.counts import plural
 from plait.border.multipliers import LARGEST, checked_multiplier
 from plait.errors import InputError, UsageError
+from plait.loading.single_experts import single_expert_notes
 from plait.merging.align import Alignment
 from plait.merging.combinations import Combination
 from plait.merging.record import MergeRecord, as_given, input_of, labels_of, loss_of
@@ -111,6 +112,9 @@ class Terms:
         alone = len(self.adapters) == 1 and self.scale == 1.0 and self.spec.calibrate is None and not self.by_module
         return alone and self.method.combination is not None and tuple(self.method.combination(self.weights)) == (1.0,)
 
+    def _experts(self) -> list[str]:
+        return [*single_expert_notes({a.full_name(m) for a in self.adapters for m in a.modules})]
+
     def record(
         self, modules: Mapping[str, LoraFactors], lost: Mapping[str, float], kept: Mapping[str, float] | None = None
     ) -> MergeRecord:
@@ -130,7 +134,7 @@ class Terms:
             task_type=self.common.task_type,
             tasks=tuple(a.name for a, _ in inputs),
             extras=dict(self.common.carried.whole_from),
-            beside=(*lines(self.common.carried), *_unmoved(self.adapters), *_far(self)),
+            beside=(*lines(self.common.carried), *_unmoved(self.adapters), *_far(self), *self._experts()),
             labels=labels_of(self.adapters) or None,
             adapters=tuple(input_of(a, w) for a, w in inputs),
             **{asked: getattr(self.spec, asked) for asked in ("seed", "calibrate", "module_weights")},
