@@ -168,8 +168,8 @@ QUOTED = [
         lambda: [written(PLAIN, "regmean"), sixteen(PLAIN, "regmean"), written(PLAIN, "regmean", "bare")],
     ),
     (
-        "and nine tasks its choice among four methods, with learnt weights, keeps {} and repaired {} (one seed), RegMean {} and the "
-        "default there, Iso-C, {}, where TSV-M keeps {} (two others).",
+        "`merge auto`, choosing among four methods, keeps {}, and {} with `--repair auto` (one seed); RegMean {}, Iso-C, the default "
+        "there, {}, TSV-M {} (two other seeds).",
         lambda: [
             answered(),
             answered("repaired", "fourth"),
@@ -186,7 +186,7 @@ QUOTED = [
         "| `merge auto --repair auto` | the base, 500 inputs a task, a GPU or patience | | | {} |",
         lambda: [of_existing("recovered_repaired")],
     ),
-    ("on nine other seeds, where the default kept {};", lambda: [of_existing("recovered_no_text")]),
+    ("of nine other seeds, where the default kept {} (", lambda: [of_existing("recovered_no_text")]),
     ("| `tsv` (default) | adapters alone | {} | {} | {} |", lambda: default_scale("tsv")),
     ("| `regmean` | statistics of each task's inputs | {} | {} | {} |", lambda: default_scale("regmean")),
     *(
