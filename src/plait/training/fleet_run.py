@@ -26,7 +26,7 @@ from plait.training.constraints import stacked_bytes
 from plait.training.fleet_state import restore_state, root_of, save_state, telling_what_is_kept
 from plait.training.member import Member
 from plait.training.outcome import Outcome
-from plait.training.peft_model import for_task
+from plait.training.peft_model import for_task, named_for
 from plait.training.prepare import prepare_constraint
 from plait.training.settings import row_order
 
@@ -76,7 +76,7 @@ class Shared:
             number, view = self._views[key]
             if not text:
                 draw_head(view, m.seed, m.task.target_mean)
-            adapter = for_task(m.initial, m.task, view)
+            adapter = for_task(named_for(m.initial, self.base), m.task, view)
             s = m.settings
             rule = (m.task.name, s.constraint, json.dumps(dict(s.constraint_options), sort_keys=True))
             full = (*rule, id(m.statistics), tuple(adapter.modules))

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from plait.adapters.heads import facts_of_task
+from plait.adapters.lineage import same_name
 from plait.adapters.lora import EMBEDDING, EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
 from plait.errors import InputError, UsageError
 from plait.model.applied import in_backbone
-from plait.model.base import backbone_of, head_state, load_head
+from plait.model.base import BaseModel, backbone_of, head_state, load_head
 from plait.model.layers import linear_shape
 from plait.tasks.task import Task, require_same_classes
 
@@ -47,6 +48,16 @@ def for_task(initial: Adapter, task: Task, model: nn.Module) -> Adapter:
         heads={task.name: head} if head else {},
         head_facts={task.name: facts_of_task(task.kind, task.labels)} if head else {},
     )
+
+
+def named_for(adapter: Adapter, base: BaseModel) -> Adapter:
+    """Have an adapter name the base that it is trained on, where it names another: by that name others load and merge it.
+
+    Where both can be one (the last parts of the names agree, as of a hub name and a folder), it keeps the name that it has.
+    """
+    if adapter.base and same_name(adapter.base, base.name):
+        return adapter
+    return replace(adapter, base=base.name, revision=base.revision)
 
 
 def attach(model: Any, adapter: Adapter, *, dropout: float = 0.0) -> Any:

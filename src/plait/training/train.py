@@ -39,7 +39,7 @@ from plait.training.checkpoints import (
     run_name,
     said_kept,
 )
-from plait.training.peft_model import attach, detach, for_task, silence_dropout
+from plait.training.peft_model import attach, detach, for_task, named_for, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.record import TrainRecord
 from plait.training.settings import TrainingSettings, scale_order
@@ -148,7 +148,7 @@ def _run(
     from plait.training.trainer import TaskTrainer, training_arguments
 
     tokenizer, model = load_tokenizer(base), _loaded(base, task, settings, seed)
-    started = for_task(initial, task, model)
+    started = for_task(named_for(initial, base), task, model)
     constraint = prepare_constraint(settings, started, statistics, task=task.name)
     peft_model = attach(model, started, dropout=settings.dropout)
     rows, cut = encode_counted(tokenizer, task, examples, settings.max_length)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.adapters.lineage import same_name
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter
 from plait.border.counts import plural
@@ -15,7 +16,7 @@ from plait.disk.hub import adapter_place, name_of
 from plait.disk.store import identity, read_manifest, sha256_file
 from plait.errors import UsageError
 from plait.model.ranks import is_writer, world_size
-from plait.progress import Progress
+from plait.progress import Progress, note
 from plait.runs.lengths import say_of_rows
 from plait.runs.recipe import Settings, at_each_rate
 from plait.runs.recipe_file import require_known
@@ -209,6 +210,10 @@ def _member(
 
     settings = session.recipe.training_of(arm)
     start = read_adapter(folder, name=task)
+    if start.base and not same_name(start.base, session.base.name) and is_writer():
+        note(
+            f"{folder} names {start.base} as its base; it is trained on {session.base.name}, and names that from here on"
+        )
     inputs = {"initial": start.source["sha256"], "base": session.base_sha256}
     options: dict[str, Any] = {
         "training": identity_of(settings),
