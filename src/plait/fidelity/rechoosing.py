@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from plait.adapters.arrays import FLOAT32
 from plait.disk.written import Written
 from plait.errors import InputError, UsageError
 from plait.fidelity.auto_folders import merge_auto_folders
@@ -49,4 +50,7 @@ def choose_again(recipe: Recorded, change: Change, out: Path, *, overwrite: bool
     settings = AutoSettings(
         tuple(options["methods"]), tuple(options["scales"]), options["refine"], rank=options["rank"], seed=recipe.seed
     )
-    return merge_auto_folders(folders, out, settings=settings, base_id=options.get("base"), overwrite=overwrite)
+    dtype = str(options.get("dtype", FLOAT32))
+    return merge_auto_folders(
+        folders, out, settings=settings, base_id=options.get("base"), dtype=dtype, overwrite=overwrite
+    )
