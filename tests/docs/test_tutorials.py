@@ -76,3 +76,11 @@ def test_the_merge_of_the_tutorial_keeps_what_the_page_says():
     )
     share = round(100 * (merged - floor) / (alone - floor))
     assert f"and {share} % of the other's" in " ".join(text.split())
+
+
+def test_rows_are_made_where_the_other_tutorial_was(tmp_path, monkeypatch):
+    """Its base stands there already."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        runpy.run_path(str(DOCS / "tutorial" / "make_rows.py"), run_name="__main__")
+    assert (tmp_path / "clinc.train.csv").is_file() and (tmp_path / "base" / "config.json").is_file()
