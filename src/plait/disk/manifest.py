@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -122,13 +123,17 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     >>> differences({"options": {"rank": 8}}, {"options": {"rank": 4, "seed": 0}})
     ['options.rank: 8 -> 4', 'options.seed: absent -> 0']
     >>> differences(
+    ...     {"options": {"options": {"density": 0.2}}}, {"options": {"options": {"density": 0.3}}}
+    ... )  # of a method
+    ['options.density: 0.2 -> 0.3']
+    >>> differences(
     ...     {"inputs": {"texts:sst2": "0a", "adapter:a": "1b"}}, {"inputs": {"texts:sst2": "0c", "general": "2d"}}
     ... )
     ['inputs.adapter:a: left out', 'inputs.general: new', 'inputs.texts:sst2: another']
     """
     a, b = dict(_flat(found)), dict(_flat(wanted))
     differing = [k for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
-    return [f"{'.'.join(k)}: {_difference(k, a, b)}" for k in differing]
+    return [f"{'.'.join(key for key, _ in groupby(k))}: {_difference(k, a, b)}" for k in differing]
 
 
 def _difference(
