@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from plait.adapters.lora import Adapter
 from plait.border.checked import Json
 from plait.border.counts import plural
 from plait.disk.store import staged_folder
-from plait.errors import Diverged
+from plait.errors import Diverged, RunError
 from plait.model.base import BaseModel
 from plait.runs.base_weights import base_weights
 from plait.runs.layout import Layout
@@ -53,7 +54,12 @@ def _written_beside(units: Sequence[Unit], layout: Layout) -> list[Unit]:
     """Units that are done, in whose fleet some of these units were, when it was ended while it wrote: it goes on as a whole."""
     wanted = {layout.of(u).path(u).absolute() for u in units}
     swept = sweep_units(layout)
-    others = swept if any(u in swept for u in units) else [*final_units(layout), *repair_units(layout)]
+    others = list(swept)
+    if not any(u in swept for u in units):
+        with contextlib.suppress(
+            RunError
+        ):  # trained at a rate that no sweep has chosen: what else is reported is not known
+            others = [*final_units(layout), *repair_units(layout)]
     known = {layout.of(u).path(u).absolute(): u for u in dict.fromkeys(others)}
     beside: set[Path] = set()
     for _, recorded in fleets_in({*known, *wanted}):
