@@ -33,6 +33,7 @@ from plait.errors import (
     printable,
 )
 
+_NO_SUCH = "No such option:? '?"  # how the parser's releases begin, the older ones with quotes
 _TORCH_WRITES = (
     "iostream error",
     "PytorchStreamWriter failed",
@@ -129,9 +130,9 @@ def foreseen(error: Exception) -> PlaitError | None:
 
 def _way_on(message: str, place: str) -> str:
     """What to type after a line that the argument parser does not understand."""
-    if re.search(r"No such option: -\d", message):  # a negative weight, given apart from the others
+    if re.search(rf"{_NO_SUCH}-\d", message):  # a negative weight, given apart from the others
         return "numbers are one list: --weights 1,-1"
-    if place == "plait merge" and (option := re.search(r"No such option: --([\w-]+)", message)):
+    if place == "plait merge" and (option := re.search(rf"{_NO_SUCH}--([\w-]+)", message)):
         from plait.merging.listed import merge_list
 
         name = option[1].replace("-", "_")
