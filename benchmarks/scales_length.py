@@ -42,7 +42,7 @@ def _rule(method: str) -> tuple[str, str | None]:
     return name, calibration or None
 
 
-def _lost(cell: Sequence[Mapping[str, Any]]) -> Float[NDArray[Any], scales]:
+def _lost(cell: Sequence[Mapping[str, Any]]) -> Float[NDArray[Any], " scales"]:
     """Points lost over `LOG_SCALES`, against the scales that labels of the other half chose; mean over seeds and halves."""
     found = []
     for c in cell:
@@ -72,7 +72,9 @@ def _row(method: str, rows: Sequence[tuple[str, float, float, NDArray[Any]]]) ->
     }
 
 
-def _at(lost: Float[NDArray[Any], "rows scales"], log_scale: Float[NDArray[Any], rows]) -> Float[NDArray[Any], rows]:
+def _at(
+    lost: Float[NDArray[Any], "rows scales"], log_scale: Float[NDArray[Any], " rows"]
+) -> Float[NDArray[Any], " rows"]:
     """Points lost by each row at a scale of its own, between those of the grid."""
     place = np.clip((log_scale - LOG_SCALES[0]) / (LOG_SCALES[1] - LOG_SCALES[0]), 0, len(LOG_SCALES) - 1.001)
     low = place.astype(int)

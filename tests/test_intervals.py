@@ -40,4 +40,4 @@ def test_published_intervals_follow_from_their_records(script):
     summary = script("learnt_heads").summary(whole["seeds"])
     assert {k: whole[k] for k in summary} == summary
     whole = published("text-qwen15")
-    assert script("text_page").tests_of(whole["rows"], whole["tested"]) == whole["tests"]
+    assert script("text_account").tests_of(whole["rows"], whole["tested"]) == whole["tests"]

@@ -211,7 +211,7 @@ def mats(D, B, w, G, M, alpha, ridge, solves):
     ]
     F, b = sum(parts), sum(f @ d.ravel() for f, d in zip(parts, D, strict=True))
     out, width = D[0].shape
-    span = np.linalg.svd(np.hstack(B), full_matrices=False)[0]
+    span, found = np.linalg.svd(np.hstack(B), full_matrices=False)[0], np.zeros((out, width))
     for turn in range(solves):
         if turn:
             U, S, Vt = np.linalg.svd(found, full_matrices=False)

@@ -24,7 +24,7 @@ class TopTargets:
 
     ids: Int[Tensor, "n k"]
     logs: Float[Tensor, "n k"]
-    rest: Float[Tensor, n]
+    rest: Float[Tensor, " n"]
 
     @classmethod
     def of(cls, logits: Float[Tensor, "n vocabulary"], top: int = TOP) -> TopTargets:
@@ -38,7 +38,7 @@ class TopTargets:
         """Take the distributions at these places."""
         return TopTargets(self.ids[places], self.logs[places], self.rest[places])
 
-    def kl(self, logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, n]:
+    def kl(self, logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
         """KL(kept || other), both with the other tokens as one event, in nats.
 
         It is never above the divergence of the whole distributions, since events that are put together hide their differences,
