@@ -46,6 +46,7 @@ class Cache:
         prompts: Text task -> prompts and answers as token ids.
         banks: (task, positions of rows) -> those rows on the device, and the tree of a text task's answers.
         stacks: Candidates -> their factors on the device.
+        longest: Text task -> tokens of its longest right answer.
         endings: Stop string of a task whose answers are written -> the tokens that end an answer.
     """
 
@@ -53,4 +54,5 @@ class Cache:
     prompts: Shelf[tuple[list[list[int]], list[list[int]]]] = field(default_factory=Shelf)
     banks: Shelf[tuple[RowBank, AnswerTree | None]] = field(default_factory=Shelf)
     stacks: Shelf[tuple[dict[str, StackedFactors], list[Active]]] = field(default_factory=lambda: Shelf(MOST_STACKS))
+    longest: Shelf[int] = field(default_factory=Shelf)
     endings: Shelf[Endings] = field(default_factory=Shelf)

@@ -15,7 +15,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import RunError
 from plait.evaluation.cache import Cache
 from plait.evaluation.scores import REPORTED, SELECTION, Score
-from plait.evaluation.text import answer_ids, choices, likelihoods, measured_answers
+from plait.evaluation.text import answer_ids, choices, likelihoods, longest_answer, measured_answers
 from plait.model.applied import applied
 from plait.model.base import BaseModel, load_head
 from plait.model.out_of_memory import by_parts
@@ -104,7 +104,7 @@ class Evaluator:
         """Log-likelihoods of a text task's answers, or what is measured of open ones."""
         if is_open(self.tasks[task]):
             examples = self.examples[task] if rows is None else self.examples[task].take(rows)
-            sizes = {"batch_size": self.batch_size, "max_length": self.max_length}
+            sizes = {"batch_size": self.batch_size, "max_length": self.max_length, "new_tokens": self.new_tokens(task)}
             with applied(model, adapter, scale):
                 return measured_answers(model, self.tokenizer, self.tasks[task], examples, **sizes)
         prompts, ends = self.prompts(task)
@@ -133,6 +133,14 @@ class Evaluator:
             return rows
 
         return self.cache.rows.get(task, encoded)
+
+    def new_tokens(self, task: str) -> int:
+        """Count the tokens that a model may write after a row of a task whose answers are open, the same for all of its rows."""
+
+        def longest() -> int:
+            return longest_answer(self.tokenizer, self.tasks[task], self.encoded(task), self.examples[task])
+
+        return self.cache.longest.get(task, longest)
 
     @property
     def tokenizer(self) -> Any:

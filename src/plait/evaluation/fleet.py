@@ -116,11 +116,12 @@ def _written(
     encoded, examples = evaluator.encoded(task), evaluator.examples[task]
     if rows is not None:
         encoded, examples = [encoded[int(i)] for i in rows], examples.take(rows)
+    longest = evaluator.new_tokens(task)
     ends = evaluator.cache.endings.get(spec.stop, lambda: endings(model, evaluator.tokenizer, spec.stop, device))
 
     def measured(part: Sequence[Candidate]) -> list[Logits]:
         updates = _updates(evaluator, model, part)
-        return measured_many(model, evaluator.tokenizer, spec, encoded, examples, updates, len(part), ends)
+        return measured_many(model, evaluator.tokenizer, spec, encoded, examples, updates, len(part), ends, longest)
 
     parts = [candidates[i : i + size] for i in range(0, len(candidates), size)]
     return [one for part in parts for one in _split_where_full(measured, part)]

@@ -15,7 +15,9 @@ from torch.nn import functional
 
 from plait.errors import UsageError
 from plait.evaluation.answer_tree import answer_tree, shared_ends, takes_trees, tree_scores
+from plait.evaluation.padding import left_padded, masked_right, right_padded
 from plait.model.attention import fused_attention
+from plait.model.greedy import greedy
 from plait.model.out_of_memory import by_parts
 from plait.tasks.encoding import answer_length, collate, encode, length_order, to_device
 from plait.tasks.metrics import MEASURED, OF_SLOTS, rouge_l
@@ -84,8 +86,10 @@ def likelihoods(
     scores = np.empty((len(prompts), len(ends)), np.float32)
 
     def one_by_one(part: Sequence[int]) -> Tensor:
-        score = _causal_scores if kind == "causal" else _seq2seq_scores
-        return score(model, *left_padded([prompts[i] for i in part], pad, device), _targets(ends, device))
+        some, targets = [prompts[i] for i in part], _targets(ends, device)
+        if kind == "causal":
+            return _causal_scores(model, *left_padded(some, pad, device), targets)
+        return _seq2seq_scores(model, *masked_right(some, pad, device), targets)
 
     def run(score: Callable[[Sequence[int]], Tensor]) -> None:
         def fill(part: Sequence[int]) -> None:
@@ -118,33 +122,9 @@ def _targets(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*e, *[IGNORED] * (width - len(e))] for e in ends], dtype=torch.int64, device=device)
 
 
-def right_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad lists on the right: (n, longest) ids and (n,) lengths.
-
-    >>> ids, lengths = right_padded([[5, 6], [7]], 0, torch.device("cpu"))
-    >>> ids.tolist(), lengths.tolist()
-    ([[5, 6], [7, 0]], [2, 1])
-    """
-    width = max(map(len, lists))
-    ids = torch.tensor([[*x, *[pad] * (width - len(x))] for x in lists], dtype=torch.int64, device=device)
-    return ids, torch.tensor([len(x) for x in lists], dtype=torch.int64, device=device)
-
-
 def _answer_length(row: dict[str, Any], task: Task) -> int:
     """Tokens of a row's inputs that belong to its last answer: none where the answer is encoded apart."""
     return answer_length(row) if task.kind == "causal" else 0
-
-
-def left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad rows of token ids on the left, so that all end at one place.
-
-    Returns:
-        (n, longest) ids and their mask.
-    """
-    width = max(map(len, lists))
-    ids = torch.tensor([[*[pad] * (width - len(x)), *x] for x in lists], dtype=torch.int64, device=device)
-    mask = torch.tensor([[*[0] * (width - len(x)), *[1] * len(x)] for x in lists], dtype=torch.int64, device=device)
-    return ids, mask
 
 
 def _causal_scores(model: Any, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
@@ -182,25 +162,21 @@ def _token_scores(logits: Tensor, targets: Tensor) -> Tensor:
 def write_texts(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 16, new_tokens: int = 32
 ) -> list[str]:
-    """Let the model write after each prompt (token ids, see `prompts_of`), greedily, up to its end token."""
+    """Let the model write after each prompt (token ids, see `prompts_of`), greedily (see `greedy`), up to an end token."""
     device, texts = next(model.parameters()).device, [""] * len(prompts)
     decoder_only = not model.config.is_encoder_decoder
+    padded = left_padded if decoder_only else masked_right
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
     def write(part: Sequence[int]) -> None:
-        ids, mask = left_padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
-        tokens = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        ids, mask = padded([prompts[i] for i in part], tokenizer.pad_token_id, device)
+        tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
         new = tokens[:, ids.shape[1] :] if decoder_only else tokens
         for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[i] = text.strip()
 
-    by_parts(write, order, batch_size, "written")
+    with greedy(model, tokenizer):
+        by_parts(write, order, batch_size, "written")
     return texts
 
 
@@ -242,18 +218,18 @@ def perplexity(
 
 
 def measured_answers(
-    model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int, max_length: int
+    model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int, max_length: int, new_tokens: int
 ) -> npt.NDArray[np.float32]:
     """Measure open answers: the columns of `plait.tasks.metrics.MEASURED`, and of `OF_SLOTS` where a metric is one of slots.
 
-    The model writes only where the task's metrics look at what it writes, as many tokens as the longest right answer has.
+    The model writes only where the task's metrics look at what it writes, at most `new_tokens` tokens (see `longest_answer`).
     """
     rows = encode(tokenizer, task, examples, max_length)
     measured = unmeasured(task, len(rows))
     measured[:, 2:4] = token_likelihoods(model, tokenizer, task, rows, batch_size)
     if set(task.metrics) & WRITTEN:
-        prompts, longest = prompts_of(task, rows), longest_answer(task, rows)
-        written = write_texts(model, tokenizer, prompts, batch_size=batch_size, new_tokens=longest)
+        prompts = prompts_of(task, rows)
+        written = write_texts(model, tokenizer, prompts, batch_size=batch_size, new_tokens=new_tokens)
         fill_compared(measured, task, written, examples)
     return measured
 
@@ -286,6 +262,13 @@ def compared(task: Task, written: Sequence[str], examples: Examples) -> npt.NDAr
     )
 
 
-def longest_answer(task: Task, rows: Sequence[dict[str, Any]]) -> int:
-    """Count the tokens of the longest right answer, its end token included: as many a model may write."""
-    return max(_answer_length(r, task) or len(r["labels"]) for r in rows)
+def longest_answer(tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]], examples: Examples) -> int:
+    """Count the tokens of the longest right answer, its end token included: as many a model may write.
+
+    Of all of a task's rows, and not of those that are scored together: else what a row's answer counts would depend on the others.
+    """
+    own = max(_answer_length(r, task) or len(r["labels"]) for r in rows)
+    more = [f" {text}" for texts in examples.references or () for text in texts]
+    return max(
+        [own, *(len(ids) + 1 for ids in (tokenizer(more, add_special_tokens=False)["input_ids"] if more else ()))]
+    )

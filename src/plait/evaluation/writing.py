@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from plait.errors import RunError
-from plait.evaluation.text import WRITTEN, fill_compared, left_padded, longest_answer, prompts_of, unmeasured
+from plait.evaluation.padding import left_padded
+from plait.evaluation.text import WRITTEN, fill_compared, prompts_of, unmeasured
 from plait.model.attention import fused_attention
 from plait.model.base import backbone_of
 from plait.model.devices import free_memory
+from plait.model.greedy import end_tokens
 from plait.model.stacked import StackedFactors, by_member, stacked_updates
 from plait.tasks.task import Examples, Task
 
@@ -50,9 +52,7 @@ def endings(model: Any, tokenizer: Any, stop: str | None, device: torch.device) 
     """
     size = int(model.config.vocab_size)
     flags = torch.zeros(3, size, dtype=torch.bool)
-    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = known if isinstance(known, list) else [known]
-    flags[0, [i for i in (*ends, tokenizer.eos_token_id) if i is not None]] = True
+    flags[0, end_tokens(model, tokenizer)] = True
     if stop is not None:
         pieces = tokenizer.batch_decode([[i] for i in range(min(size, len(tokenizer)))])
         for i, piece in enumerate(pieces):
@@ -72,6 +72,7 @@ def measured_many(
     updates: Mapping[str, StackedFactors],
     members: int,
     ends: Endings,
+    new_tokens: int,
 ) -> list[npt.NDArray[np.float32]]:
     """Measure what every candidate writes: as `plait.evaluation.text.measured_answers`, without likelihoods.
 
@@ -84,13 +85,13 @@ def measured_many(
         updates: Module of the backbone -> factors of all candidates.
         members: How many candidates there are.
         ends: See `endings`.
+        new_tokens: Tokens that are written at most; see `plait.evaluation.text.longest_answer`.
     """
     found = [unmeasured(task, len(rows)) for _ in range(members)]
     if set(task.metrics) & WRITTEN:
-        prompts, longest = prompts_of(task, rows), longest_answer(task, rows)
-        for one, texts in zip(
-            found, write_many(model, tokenizer, prompts, updates, members, longest, ends), strict=True
-        ):
+        prompts = prompts_of(task, rows)
+        written = write_many(model, tokenizer, prompts, updates, members, new_tokens, ends)
+        for one, texts in zip(found, written, strict=True):
             fill_compared(one, task, texts, examples)
     return found
 

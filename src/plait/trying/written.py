@@ -13,6 +13,7 @@ from plait.errors import InputError, UsageError
 from plait.evaluation.writing import endings, write_many
 from plait.fidelity.texts import Texts
 from plait.model.applied import applied
+from plait.model.greedy import greedy
 from plait.model.stacked import Active, stacked_factors
 from plait.model.views import TaskModels
 from plait.tasks import Source, Task
@@ -149,10 +150,7 @@ def _texts(
 @torch.inference_mode()
 def _one(model: Any, tokenizer: Any, kind: str, ids: Sequence[int], active: Active, tokens: int) -> str:
     batch = torch.tensor([ids], dtype=torch.int64, device=next(model.parameters()).device)
-    with applied(model, *active):
-        found = model.generate(
-            input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=tokens, do_sample=False, num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+    with applied(model, *active), greedy(model, tokenizer):
+        found = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=tokens)
     new = found[0, batch.shape[1] :] if kind == "causal" else found[0]
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
