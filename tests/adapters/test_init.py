@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from plait.subspaces.live import initialize_lora_weights, subspace_state_dict
 from plait.subspaces.start import initial_adapter
 from tests.statistics.models import batches, build
 from tests.statistics.test_collect import relative_difference
+from tests.subspaces.pools import pool
 
 TARGETS = {
     "roberta": ["query", "value"],
@@ -95,6 +97,26 @@ def test_three_lines_for_a_peft_script(tmp_path):
         initialize_lora_weights(peft_model, dict(list(state.items())[1:]))
     with pytest.raises(UsageError, match="no LoRA layers"):
         initialize_lora_weights(build("roberta"), state)
+
+
+def test_teams_that_start_from_one_pool_draw_each_their_own(tmp_path):
+    known = {t: replace(s, provenance={**s.provenance, "task": t}) for t, s in pool(3).items()}
+    together = compute_subspaces("orthonormal_disjoint", known, rank=4)
+    for task, own in known.items():
+        others = [s for t, s in known.items() if t != task]
+        by_name = {t: s for t, s in known.items() if t != task}
+        for given in (others, others[::-1], by_name):
+            state = subspace_state_dict("orthonormal_disjoint", own, given, rank=4)
+            assert all(torch.equal(A, together[task][m].A) for m, A in state.items())
+    wrong = compute_subspaces("contrastive_permuted", known, rank=4)["t2"]
+    state = subspace_state_dict("contrastive_permuted", known["t2"], [known["t0"], known["t1"]], rank=4)
+    assert all(torch.equal(A, wrong[m].A) for m, A in state.items())
+    drawn = [subspace_state_dict("kaiming", s, rank=4)["a.q"] for s in known.values()]
+    assert not torch.equal(drawn[0], drawn[1])
+    nameless = list(pool(3).values())
+    state = subspace_state_dict("contrastive", nameless[0], nameless[1:], rank=4)  # which asks for no names
+    expected = compute_subspaces("contrastive", pool(3), rank=4)["t0"]
+    torch.testing.assert_close(state["a.q"], expected["a.q"].A, rtol=1e-4, atol=1e-4)
 
 
 def test_a_published_pool_needs_no_data(tmp_path):

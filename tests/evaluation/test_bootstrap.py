@@ -31,6 +31,14 @@ def test_weights_of_one_give_the_metric(metric, seed, classes, n):
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.parametrize("metric", CLASS_METRICS)
+def test_a_half_of_one_class_that_everybody_answers(metric):
+    answers, labels = np.zeros(3, np.uint8), np.zeros(3, np.int64)
+    found = weighted_score((metric,), np.eye(1)[answers], labels, np.ones((1, 3)))  # as kept answers are scored again
+    assert found[0] == pytest.approx(score(metric, answers, labels), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.parametrize("metric", [*CLASS_METRICS, "pearson"])
 @given(seed=SEEDS, n=st.integers(4, 20))
 def test_whole_weights_are_repeated_rows(metric, seed, n):

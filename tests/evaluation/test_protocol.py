@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from plait.evaluation.protocol import cross_fitted, ladder
+from plait.evaluation.protocol import compact, cross_fitted, ladder
 from plait.evaluation.splits import split_rows
+from plait.tasks import Source, Task
 
 BY_SCALE = {0.25: 20.0, 0.5: 60.0, 1.0: 80.0, 2.0: 50.0, 4.0: 10.0}
 
@@ -47,3 +48,11 @@ def test_what_half_and_twice_the_scale_lose(scales, half, double, edge):
 
 def test_a_grid_goes_from_its_ends_by_the_square_root_of_two():
     assert ladder([2.0, 0.5]) == pytest.approx([0.5, 0.5**0.5, 1.0, 2**0.5, 2.0])
+
+
+@pytest.mark.parametrize("classes", [2, 256, 257, 32_768, 32_769, 70_000])
+def test_the_class_that_is_kept_of_logits_is_the_largest(classes):
+    task = Task("t", "classification", Source("none"), ("text",), labels=tuple(map(str, range(classes))))
+    logits = np.zeros((2, classes), np.float32)
+    logits[0, 1], logits[1, classes - 1] = 1, 1
+    assert compact(logits, task).tolist() == [1, classes - 1]

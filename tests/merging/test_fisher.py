@@ -79,6 +79,47 @@ def test_language_models_sum_over_predicted_tokens():
     assert found.examples == 12 and float(found.diagonal_for("q").rows(0, 5).min()) >= 0
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_pads_on_either_side_foretell_nothing(padding):
+    model = Classifier(language_model=True)
+    ids = torch.randint(3, 11, (1, 5), generator=torch.Generator().manual_seed(3))
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    pads = torch.zeros(1, 2, dtype=torch.long)
+
+    def sides(x, fill):
+        return torch.cat([x, pads + fill] if padding == "right" else [pads + fill, x], 1)
+
+    padded = {k: sides(x, fill) for (k, x), fill in zip(alone.items(), (0, 0, -100), strict=True)}
+    whole, found = (
+        collect_fisher(model, [b], ["q"], labels="given").diagonal_for("q").rows(0, 5) for b in (alone, padded)
+    )
+    torch.testing.assert_close(found, whole)
+
+
+def test_one_number_a_row_is_no_distribution():
+    model = Classifier()
+    model.head = nn.Linear(5, 1)
+    with pytest.raises(UsageError, match="logits of one number"):
+        collect_fisher(model, batches(), ["q"])
+
+
+def test_a_module_that_does_not_tell_examples_apart_is_refused():
+    class Shared(Classifier):
+        """Reads one row for all examples, as relative positions are read, or all tokens beneath each other."""
+
+        def forward(self, input_ids, attention_mask):
+            places = torch.arange(input_ids.shape[1])[None] if self.once else input_ids.flatten()
+            h = torch.tanh(self.q(self.embed(places)))
+            h = h.expand(len(input_ids), -1, -1) if self.once else h.view(*input_ids.shape, -1)
+            return SimpleNamespace(logits=self.head(h.mean(1)))
+
+    for once in (True, False):
+        model = Shared()
+        model.once = once
+        with pytest.raises(RunError, match="for 4 examples, which it does not tell apart"):
+            collect_fisher(model, batches(), ["q"])
+
+
 def test_given_tokens_equal_autograd_example_by_example():
     """The answer's tokens count, token 0 too; those of the prompt (-100) and of the padding do not."""
     model = Classifier(language_model=True)

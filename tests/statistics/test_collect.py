@@ -305,3 +305,11 @@ def test_a_quantised_base_is_labelled():
     assert merge_statistics(found, plain).sites.keys() == plain.sites.keys()
     with pytest.raises(InputError, match="base_sha256"):
         merge_statistics(plain, collect_statistics(model, given, ["q_proj"], provenance={"base_sha256": "c"}))
+
+
+def test_a_mask_of_four_dimensions_does_not_tell_pads():
+    model, batch = build("llama"), padded(text(0))
+    causal = torch.ones(batch["input_ids"].shape[1], batch["input_ids"].shape[1]).tril().bool()
+    wide = (batch["attention_mask"][:, None, None].bool() & causal).float().sub(1).mul(1e9)
+    with pytest.raises(RunError, match=r"the attention_mask is \(8, 1, .*does not tell which tokens are pads"):
+        collect_statistics(model, [{**batch, "attention_mask": wide}], ["q_proj"])

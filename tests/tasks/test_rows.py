@@ -137,6 +137,45 @@ def test_a_template_makes_the_prompt(tmp_path):
     assert rows.texts[0] == ("Q: who {label}? A:",) and list(rows.labels[:2]) == ["a", "b"]
 
 
+def test_what_a_text_says_in_braces_is_no_field(tmp_path):
+    data = b"code,out,label\nprint(f'{out}{code}'),42,yes\n" + b"x,y,no\n" * 4
+    kinds = {"kind": "causal", "text": ("code", "out"), "template": "{code} gives {out}."}
+    _known, rows = load(tmp_path, "a.csv", data, **kinds)
+    assert rows.texts[0] == ("print(f'{out}{code}') gives 42.",)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kind": "causal", "label_column": "text"}, "column 'text' is asked for twice"),
+        ({"kind": "causal", "template": "Q: {txt} A:"}, "the template has no {text}"),
+        ({"kind": "classification", "template": "Q: {text} A:"}, "a template is of prompts, this is a classification"),
+    ],
+)
+def test_a_template_that_nothing_is_put_into_is_refused(tmp_path, changed, message):
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path, "a.csv", b"text,label\na,x\nb,y\n", **changed)
+
+
+@pytest.mark.parametrize(
+    ("data", "changed", "message"),
+    [
+        (b'text,label\na,"x\ny"\nb,"u\nv"\n', {"stop": "\n"}, "'x.ny' holds the stop string"),
+        (b"text,label\na,x\nb,y\n", {"compare": "number"}, "'x' has nothing that `extract` and `compare` look for"),
+        (b'text,label\na,x\nb,"u\nv"\n', {"stop": "\n"}, None),  # one may be right
+        (b'text,label\na,"#### 4\nfor"\n', {"stop": "\n", "extract": "#### (.*)"}, None),
+    ],
+)
+def test_right_answers_none_of_which_would_count_are_refused(tmp_path, data, changed, message):
+    (tmp_path / "a.csv").write_bytes(data)
+    about = Task("t", "causal", Source("a.csv", "a.csv"), ("text",), metrics=("exact_match",), **changed)
+    if message is None:
+        assert len(load_examples(about, "validation", root=tmp_path))
+        return
+    with pytest.raises(InputError, match=message):
+        load_examples(about, "validation", root=tmp_path)
+
+
 # --- what is refused: items 38 to 40 ----------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[bytes | pa.Table, str]] = {

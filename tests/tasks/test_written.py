@@ -40,6 +40,11 @@ def test_cut(text, stop, expected):
         ({"compare": "number"}, "about 1,200 men", "1200.0", True),
         ({"compare": "number"}, "-3", "3", False),
         ({"compare": "number"}, "$.5", "0.50", True),
+        ({"compare": "number"}, "\u22123", "-3", True),  # the minus of typesetting
+        ({"compare": "number"}, "\u22123", "3", False),
+        ({"compare": "number"}, "1.5e3 m", "1500", True),
+        ({"compare": "number"}, "1e3", "1", False),
+        ({"compare": "number"}, "2e", "2", True),
         ({"compare": "number"}, "none", "3", False),
         ({"compare": "number"}, "none", "nothing", False),  # no number in the right answer: no answer is right
         ({"extract": r"####\s*(\S+)", "compare": "number"}, "2 + 2 = 4\n#### 4", "so 1 + 3\n#### 4", True),

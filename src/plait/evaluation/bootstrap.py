@@ -74,7 +74,9 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
         hits: Floats = W @ (predicted == labels).astype(np.float64)
         accuracy: Floats = 100.0 * hits / W.sum(1)  # in this order: in the published tables the last bit breaks ties
         return accuracy
-    classes = np.arange(max(predictions.shape[1], int(labels.max()) + 1))
+    classes = np.arange(
+        max(predictions.shape[1], int(labels.max()) + 1, 2)
+    )  # "f1" is class 1's, also where nobody says it
     hot_p, hot_y = (predicted[:, None] == classes).astype(np.float64), (labels[:, None] == classes).astype(np.float64)
     both, said, true = W @ (hot_p * hot_y), W @ hot_p, W @ hot_y
     if metric == "f1":

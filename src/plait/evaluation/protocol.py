@@ -17,7 +17,7 @@ from plait.evaluation.splits import HALVES, Rows, Split, joined
 from plait.model.stacked import Active
 from plait.tasks import Task, primary, scores
 
-Answers = npt.NDArray[Any]  # class ids (uint8 or int16), float32 values, or the measured columns of open answers
+Answers = npt.NDArray[Any]  # class ids (uint8, int16 or int32), float32 values, or the measured columns of open answers
 STEP = math.sqrt(2.0)
 _WIDEST = 6  # steps that a grid may grow by on either side
 
@@ -61,7 +61,8 @@ def compact(logits: npt.NDArray[np.float32], task: Task) -> Answers:
         return logits
     if task.kind == "regression":
         return logits.reshape(-1).astype(np.float32)
-    classes: Answers = logits.argmax(-1).astype(np.uint8 if logits.shape[1] <= 256 else np.int16)
+    kind = next(k for k in (np.uint8, np.int16, np.int32) if logits.shape[1] - 1 <= np.iinfo(k).max)
+    classes: Answers = logits.argmax(-1).astype(kind)
     return classes
 
 

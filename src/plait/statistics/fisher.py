@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from plait.adapters.sealed import read_sealed, sealed_texts, write_sealed
 from plait.adapters.tensors import read_metadata
 from plait.border.checked import Record, parsed_json
+from plait.border.counts import plural
 from plait.disk.manifest import require_wanted
 from plait.disk.store import canonical_json, require_regular, staged_file
 from plait.errors import InputError, RunError, UsageError
@@ -175,8 +176,9 @@ def collect_fisher(
         generator: Draws labels, on the CPU.
 
     Raises:
-        UsageError: A module that is not in the model, or labels that are not in the batches.
-        RunError: A gradient that is not finite.
+        UsageError: A module that is not in the model, labels that are not in the batches, or logits of one number a row, which are no
+            distribution over classes.
+        RunError: A gradient that is not finite, or a module that reads something else than one row of inputs for each example.
 
     Cost:
         One forward and one backward pass, and out * in multiplications per token and module.
@@ -195,6 +197,12 @@ def collect_fisher(
                 gradients = torch.autograd.grad(log_likelihood.sum(), outputs)
             examples += len(log_likelihood)
             for name, gradient in zip(layers, gradients, strict=True):
+                if len(gradient) != len(log_likelihood):
+                    raise RunError(
+                        f"returns {tuple(gradient.shape)} for {plural(len(log_likelihood), 'example')}, which it does not tell apart",
+                        where=name,
+                        hint="leave it out",
+                    )
                 squares = _squared_per_example(gradient, seen[name][0])
                 if not bool(torch.isfinite(squares).all()):
                     raise RunError("a gradient is not finite", where=name, hint="float32 instead of float16?")
@@ -247,12 +255,14 @@ def _log_likelihood(
     """Per example, log p of its labels; of a language model, summed over the tokens that are predicted."""
     if labels == "given" and "labels" not in batch:
         raise UsageError("the batches hold no labels", hint='labels="sampled" needs none')
+    if logits.shape[-1] == 1:  # its log-softmax is 0 whatever the weights are
+        raise UsageError("logits of one number: Fisher information is of classes or of a decoder's tokens")
     scores = logits.float().log_softmax(-1)
     if scores.ndim == 2:
         chosen = batch["labels"] if labels == "given" else draw(scores, generator)
         return scores.gather(1, chosen[:, None])[:, 0]
     scores = scores[:, :-1]
-    real = batch["attention_mask"][:, 1:].bool()
+    real = batch["attention_mask"][:, 1:].bool() & batch["attention_mask"][:, :-1].bool()
     if labels == "given":
         chosen = batch["labels"][:, 1:]
         real = real & (chosen >= 0)

@@ -63,7 +63,12 @@ class BatchMasks:
         main = batch.get("attention_mask")
         self._known: dict[str, Positions] = {}
         self.device = device
-        if isinstance(main, Tensor) and main.ndim == 2:
+        if isinstance(main, Tensor):
+            if main.ndim != 2:
+                raise RunError(
+                    f"the attention_mask is {tuple(main.shape)}, expected (examples, length): it does not tell which tokens are pads",
+                    hint="batches of single texts with their plain mask",
+                )
             self._known[MAIN] = Positions.of(main.bool().cpu(), device)
         if getattr(config, "is_encoder_decoder", False):
             mask = _decoder_mask(batch, getattr(config, "pad_token_id", None))

@@ -193,5 +193,8 @@ def _drawn_likelihood(logits: Tensor, mask: Tensor | None, generator: torch.Gene
     scores = logits.float().log_softmax(-1)
     if scores.ndim == 2:
         return scores.gather(1, draw(scores, generator)[:, None]).sum()
-    each = scores[:, :-1].flatten(0, 1) if mask is None else scores[:, :-1][mask[:, 1:].bool()]
+    real = (
+        None if mask is None else mask[:, 1:].bool() & mask[:, :-1].bool()
+    )  # pads foretell nothing, on whichever side
+    each = scores[:, :-1].flatten(0, 1) if real is None else scores[:, :-1][real]
     return each.gather(1, draw(each, generator)[:, None]).sum()

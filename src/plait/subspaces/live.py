@@ -33,11 +33,12 @@ def subspace_state_dict(
     Args:
         method: A registered subspace method.
         own: This task's statistics.
-        others: The other tasks', in any order.
+        others: The other tasks', in any order, or by task.
         rank: Rank of the LoRA layers.
         row_norm: See `compute_subspaces`; so are the rest.
         options: Options of the method.
-        seed: For what is drawn.
+        seed: For what is drawn, by the tasks' names: those of `others`, else those that the statistics record. Where some say none,
+            or two the same, tasks are called by their places, and with one seed draw alike.
         background: Statistics of public text.
         background_weight: Its share among the others.
         device: Where to compute.
@@ -46,12 +47,11 @@ def subspace_state_dict(
     Returns:
         Names relative to the backbone -> (r, d) float32, for `initialize_lora_weights`.
     """
-    given = list(others.values()) if isinstance(others, Mapping) else list(others)
-    pool = {f"other{i:04d}": s for i, s in enumerate(given)}
+    mine, pool = _by_name(own, others)
     spaces = compute_subspaces(
         method,
-        {"own": own, **pool},
-        tasks=["own"],
+        {mine: own, **pool},
+        tasks=[mine],
         rank=rank,
         row_norm=row_norm,
         options=options,
@@ -61,7 +61,18 @@ def subspace_state_dict(
         device=device,
         weights=weights,
     )
-    return {module: subspace.A for module, subspace in spaces["own"].items()}
+    return {module: subspace.A for module, subspace in spaces[mine].items()}
+
+
+def _by_name(
+    own: Statistics, others: Sequence[Statistics] | Mapping[str, Statistics]
+) -> tuple[str, dict[str, Statistics]]:
+    """The own task's name and the others' by theirs: each task is called the same by all that start from one pool."""
+    mine, given = own.provenance.get("task"), list(others.values() if isinstance(others, Mapping) else others)
+    names = list(others) if isinstance(others, Mapping) else [s.provenance.get("task") for s in given]
+    if all(isinstance(n, str) for n in (mine, *names)) and len({mine, *names}) == 1 + len(names):
+        return str(mine), dict(zip(map(str, names), given, strict=True))
+    return "own", {f"other{i:04d}": s for i, s in enumerate(given)}
 
 
 def initialize_lora_weights(

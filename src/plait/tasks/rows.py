@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from plait.tasks.chat import checked_messages, packed
 from plait.tasks.tables import as_written, hub_table, read_table
 from plait.tasks.task import OPEN_ONLY, SPLITS, TEXT_KINDS, Examples, Task
 from plait.tasks.text_alone import no_labels, without_labels
+from plait.tasks.written import require_some_right
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -132,11 +134,13 @@ def load_examples(
         seed: Seed of that draw.
 
     Raises:
+        UsageError: A template without one of the text columns, or of a task without prompts.
         InputError: File or column missing, an empty cell, a label that is not one of the task's, no rows; names the
-            file, the column and the row.
+            file, the column and the row. Of answers that are written: none of the right ones would count as right.
     """
     if split not in SPLITS:
         raise UsageError(f"split {split!r}, expected {' or '.join(SPLITS)}", where=f"task {task.name}")
+    _require_template(task)
     table = _table(task, split, root)
     ids = np.arange(table.num_rows, dtype=np.int64)
     if task.source.validation is None:
@@ -160,7 +164,10 @@ def load_examples(
     references = None
     if task.references is not None and task.references in table.column_names:
         references = checked_references(table[task.references].to_pylist(), ids, task.references, _where(task, split))
-    return Examples(texts, labels, ids, references)
+    examples = Examples(texts, labels, ids, references)
+    if split == "validation":
+        require_some_right(task, examples, _where(task, split))
+    return examples
 
 
 def _where(task: Task, split: str) -> str:
@@ -184,10 +191,28 @@ def _texts(task: Task, table: pa.Table, ids: Any, split: str) -> tuple[tuple[str
 
 
 def _fill(task: Task, fields: dict[str, str]) -> str:
-    text = task.template or ""
-    for name, value in fields.items():
-        text = text.replace("{" + name + "}", value)
-    return text
+    """Put a row's texts into the template, all at once: what a text itself says in braces stays as it is."""
+    named = re.compile("|".join(re.escape("{" + name + "}") for name in fields))
+    return named.sub(lambda place: fields[place.group()[1:-1]], task.template or "")
+
+
+def _require_template(task: Task) -> None:
+    """Refuse a template that nothing is put into, or that leaves a column out: a misspelled field says the same of every row.
+
+    Raises:
+        UsageError: Names the column.
+    """
+    if task.template is None:
+        return
+    if task.kind not in TEXT_KINDS or task.chat == "messages":
+        what = "rows of conversations" if task.chat == "messages" else f"a {task.kind} task"
+        raise UsageError(f"a template is of prompts, this is {what}", where=f"task {task.name}", hint="leave it out")
+    if unused := [c for c in task.text_columns if "{" + c + "}" not in task.template]:
+        raise UsageError(
+            f"the template has no {{{unused[0]}}}, which is among the text columns",
+            where=f"task {task.name}",
+            hint=f"put it in, or leave {unused[0]!r} out of `text`",
+        )
 
 
 def _labels(task: Task, table: pa.Table, ids: Any, split: str) -> Any:
@@ -227,6 +252,8 @@ def _table(task: Task, split: str, root: Path | None) -> pa.Table:
     plain = wanted if task.chat != "messages" else []  # conversations are checked one by one
     if task.references is not None and split == "validation":
         wanted = [*wanted, task.references]
+    if twice := [c for c in wanted if wanted.count(c) > 1]:
+        raise UsageError(f"column {twice[0]!r} is asked for twice, as text or as label", where=f"task {task.name}")
     table = _source_table(task, place, root)
     missing = [c for c in wanted if c not in table.column_names]
     if missing:

@@ -7,11 +7,11 @@ import string
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
-from plait.errors import UsageError
-from plait.tasks.task import Task
+from plait.errors import InputError, UsageError
+from plait.tasks.task import Examples, Task
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+")
+_NUMBER = re.compile(r"[-+\u2212]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")  # with the minus of typesetting, too
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -34,6 +34,28 @@ def same_answer(written: str, right: str, task: Task) -> bool:
     """
     expected = _counted(right.strip(), task)
     return expected is not None and _counted(cut(written, task.stop), task) == expected
+
+
+def require_some_right(task: Task, examples: Examples, where: str) -> None:
+    """Refuse right answers of which none would count as right if a model wrote it: every score would be 0.
+
+    So it is where they hold the stop string, and what a model writes ends there, or where `extract` or `compare` find nothing in them.
+
+    Raises:
+        InputError: Names the first of them.
+    """
+    if not task.is_written or "exact_match" not in task.metrics or not task.label_column or not len(examples):
+        return
+    if any(same_answer(y, y, task) for ys in examples.right for y in ys):
+        return
+    first = examples.right[0][0]
+    holds = task.stop is not None and task.stop in first
+    raise InputError(
+        f"no right answer would count as right: {first!r:.60} "
+        + (f"holds the stop string {task.stop!r}" if holds else "has nothing that `extract` and `compare` look for"),
+        where=where,
+        hint="another `stop`, or `extract` the part that is compared" if holds else "see `extract` and `compare`",
+    )
 
 
 def counted_part(text: str, task: Task) -> str | None:
@@ -93,7 +115,7 @@ def _as_number(text: str) -> Decimal | None:
     """The first number in a text, by value: 1,200 is 1200.0; None where there is none."""
     match = _NUMBER.search(text)
     try:
-        return Decimal(match.group().replace(",", "")) if match else None
+        return Decimal(match.group().replace(",", "").replace("\u2212", "-")) if match else None
     except InvalidOperation:
         return None
 

@@ -123,6 +123,8 @@ def _measured(session: Session, task: str, labels: str) -> Json:
         "max_length": settings.data.max_length,
         "samples": settings.statistics.samples,
         "labels": labels,
+        # What is drawn for a row depends on the rows and the pads drawn for before it.
+        **({"batch_size": settings.statistics.batch_size} if labels == "sampled" else {}),
     }
 
 
