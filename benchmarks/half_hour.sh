@@ -27,12 +27,13 @@ GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 EIGHT_0="cuda_tests:1 masks_8b:2"
 PRICE_0="q15_price:10 q15_refreshed:8"
 SMALL_0="full_penalised:5"
+ELEVEN_0="fresh:3 eleven_20:7 eleven_21:7" # seed 21 as far as time goes
 BIG_1="q15_train:3 q15_nodata:5 q15_auto:15"
 lanes() { # all, or those of LANES
   if [ "${LANES:-}" ]; then
     echo "$LANES"
   elif [ "${GPUS:-1}" -gt 1 ]; then
-    echo eight_0 small_0 price_0 big_1
+    echo eight_0 small_0 price_0 eleven_0 big_1
   else
     echo eight_all small_all big_all
   fi
@@ -42,7 +43,9 @@ steps_of() { # LANE
     eight_*) echo "$EIGHT_0" ;;
     big_1) echo "$BIG_1" ;;
     price_0) echo "$PRICE_0" ;;
-    small_*) echo "$SMALL_0" ;;
+    small_0) echo "$SMALL_0" ;;
+    small_all) echo "$SMALL_0 $ELEVEN_0" ;;
+    eleven_*) echo "$ELEVEN_0" ;;
     big_all) echo "$PRICE_0 $BIG_1" ;; # in order of worth
   esac
 }
@@ -59,13 +62,13 @@ if [ "$DRY" ]; then
   MORE=(--texts 12 --rows 8 --device cpu --all-texts 16 --repairs 2)
   FLEET=(--device cpu --layers 1 --width 0.03 --tasks snli,wikisql --batch 2 --length 16)
   MASKS=(--device cpu --layers 1 --width 0.03 --rank 2) ROUNDS=(--set training.steps=4)
-  THREADS=1 FRESH_SEEDS=17,18,19
+  THREADS=1 FRESH_SEEDS=20,21
 else
   ROWS=() TINY=(--set "data.root=${TASKS:-}") TINY_GLUE=(--set "data.root=${GLUE:-}") AUTO=(--candidates 20 --all-texts 250 --repairs 160 --rates 3e-2,1e-2)
   FRESH=(--set "data.root=${GLUE:-}" --set data.train_rows=6000 --set data.validation_rows=200 --set base.dtype=bfloat16 --set training.precision=bf16
     --set training.epochs=null --set training.steps=400)
-  MORE=(--dtype bfloat16 --all-texts 500 --repairs 400) FLEET=() MASKS=() ROUNDS=()
-  THREADS=6 FRESH_SEEDS=17,18,19
+  MORE=(--dtype bfloat16 --all-texts 1000 --repairs 800) FLEET=() MASKS=() ROUNDS=()
+  THREADS=6 FRESH_SEEDS=20,21
 fi
 PRICED=kaiming,contrastive_penalised,kaiming_penalised,osrm_mean,contrastive
 TASKS11='[cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
@@ -88,7 +91,7 @@ fresh() { # TASKS ARM FOLDER
 }
 more() { # FOLDER TASKS NAME SEED
   $PY -P benchmarks/more_texts.py --base "$MPNET" --data "$GLUE" --adapters "$WORK/$1" --tasks "$2" --seeds "$4" \
-    --out "$WORK/texts/$4" --name "$3" --older "${MORE[@]}"
+    --out "$WORK/texts/$4" --name "$3" --alone --shorter "${MORE[@]}"
 }
 
 dense() { # STUDY BASE FOLDER ARMS ARGUMENT...
@@ -114,7 +117,7 @@ work() { # STEP
     q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 2 --memory 0.4 "${ROUNDS[@]}" --arms restarted,refreshed ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 2 --positions written "${AUTO[@]}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;
-    eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven-again "${1#eleven_}" ;;
+    eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven-more "${1#eleven_}" ;;
     full_penalised) dense arms-mpnet "$MPNET" full kaiming@1e-3,contrastive_penalised@1e-3 --set "seeds=[0]" ;;
     full_smollm2) dense text3-smollm2 "$SMOL" smol full@2e-5,full_penalised@5e-5,full@5e-5,full_penalised@1e-4,kaiming@1e-3,contrastive_penalised@1e-3 \
       --name full-finetuning-smollm2 --set "seeds=[0]" ;;
@@ -148,7 +151,7 @@ lane() { # LANE
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   case ${EARLY:-$1} in # masks are timed alone; a training of 1.5 B plans with the memory that is free
-    small_0 | price_0 | small_all | big_all) until [ -e "$WORK/ended/masks_8b" ]; do sleep 1; done ;;
+    small_0 | price_0 | eleven_0 | small_all | big_all) until [ -e "$WORK/ended/masks_8b" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
     for one in $(tr + ' ' <<< "${entry%:*}"); do
@@ -250,7 +253,7 @@ plan() {
   local name entry minutes
   for name in $(lanes); do
     minutes=0
-    case $name in small_0 | price_0 | small_all | big_all) minutes=3 ;; esac # they wait for the masks
+    case $name in small_0 | price_0 | eleven_0 | small_all | big_all) minutes=3 ;; esac # they wait for the masks
     for entry in $(steps_of "$name"); do
       printf '%-8s from minute %2d: %s, %d min\n' "$name" "$minutes" "${entry%:*}" "${entry#*:}"
       minutes=$((minutes + ${entry#*:}))

@@ -121,7 +121,7 @@ def measured(base: BaseModel, a: argparse.Namespace, seed: str, tasks: Mapping[s
     if a.older:
         steps.repair("repaired at one rate, heads", whole, best, rate=1e-3, relative=False)
     steps.heads(FEW, few, best)
-    if not a.older:
+    if not (a.older or a.alone):
         steps.repair("repaired, heads: few texts", few, best)
     if choice.fit and not a.shorter:
         start = scaled(plain.scored[0].tried.adapter, plain.scale)
@@ -227,6 +227,7 @@ def parsed() -> argparse.Namespace:
     p.add_argument(
         "--older", action="store_true", help="a repair at one rate for all factors, in place of one on few texts"
     )
+    p.add_argument("--alone", action="store_true", help="the repair on --all-texts alone, none on few texts beside it")
     p.add_argument("--name", default="existing-texts", help="of the files that are written")
     return p.parse_args()
 

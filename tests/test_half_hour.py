@@ -42,13 +42,13 @@ def planned(gpus: int) -> list[tuple[str, int, str, int]]:
 
 def test_what_matters_most_ends_in_time_and_one_gpu_does_the_same_steps():
     ends = {n: begin + minutes for _, begin, names, minutes in planned(2) for n in names.split("+")}
-    for step in ("masks_8b", "q15_auto", "full_penalised", "q15_price", "q15_refreshed"):
+    for step in ("masks_8b", "q15_auto", "full_penalised", "q15_price", "q15_refreshed", "eleven_20"):
         assert ends[step] * 60 <= 1400, step
     assert {n for _, _, names, _ in planned(1) for n in names.split("+")} == set(ends)
 
 
 # Steps that no lane names at present, and one may name again.
-RESTING = ("fleet_8b", "q05_1", "fresh", "eleven_17", "full_smollm2")
+RESTING = ("fleet_8b", "q05_1", "full_smollm2")
 
 
 class Understood(Exception):
@@ -125,6 +125,6 @@ def test_the_whole_queue_runs_small_to_its_pages(tmp_path):
     (tmp_path / "pages").mkdir()
     bash("pages", FROM=str(tmp_path / "out"), TO=str(tmp_path / "pages"), **work)
     made = {f.name for f in (tmp_path / "pages").iterdir()}
-    assert {"text-qwen15.md", "full-finetuning.md"} <= made
+    assert {"text-qwen15.md", "full-finetuning.md", "existing-texts-eleven-more.md"} <= made
     arms = {r["arm"] for r in json.loads((tmp_path / "pages" / "full-finetuning.json").read_text())["rows"]}
     assert arms == {"kaiming", "contrastive_penalised"}
