@@ -293,3 +293,12 @@ def test_tied_members_train_one_adapter_and_are_refused_alone_or_where_they_diff
     changed = dataclasses.replace(members[1], settings=dataclasses.replace(members[1].settings, lr=1.0))
     with pytest.raises(UsageError, match="differ in their settings"):
         train_fleet([dataclasses.replace(members[0], out=tmp_path / "y"), changed], base, overwrite=True)
+
+
+def test_snapshots_after_the_end_are_refused_alone_and_together(tiny_base, tmp_path):
+    base = tiny_base("bert")
+    late = member(base, "bert", tmp_path / "a", snapshots=(20, 21))
+    for train in (lambda: train_fleet([late], base), lambda: alone(late, base, tmp_path / "b")):
+        with pytest.raises(UsageError, match="snapshot after step 21, and the training has 20"):
+            train()
+    assert not list(tmp_path.iterdir())

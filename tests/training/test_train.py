@@ -241,6 +241,21 @@ def test_the_best_moment_is_kept_and_a_stalled_run_stops(tiny_base, tmp_path):
     assert json.loads((tmp_path / "c" / MANIFEST).read_text())["result"]["selected"] == chosen
 
 
+def test_a_stalled_run_goes_on_to_its_last_snapshot(tiny_base, tmp_path):
+    base, options = tiny_base("bert"), {"selection": make_examples(make_task(), 40, seed=9)}
+    settings = dataclasses.replace(SETTINGS, steps=60, evaluate_every=4, patience=1)
+    plain = train(base, "bert", tmp_path / "a", settings, **options)
+    before = json.loads((tmp_path / "a" / MANIFEST).read_text())["result"]
+    late = before["steps"] + 6  # between two evaluations
+    adapter = train(base, "bert", tmp_path / "b", dataclasses.replace(settings, snapshots=(late,)), **options)
+    result = json.loads((tmp_path / "b" / MANIFEST).read_text())["result"]
+    assert (result["steps"], result["selected"]) == (late, before["selected"])
+    same_bits(plain, adapter)
+    whole = dataclasses.replace(settings, snapshots=(late,), evaluate_every=None, patience=None)
+    train(base, "bert", tmp_path / "c", whole)
+    same_bits(*(read_adapter(tmp_path / w / "steps" / f"{late:06d}", name="topic") for w in "bc"))
+
+
 def test_text_tasks_are_chosen_by_perplexity(tiny_base, tmp_path):
     task = make_task(kind="causal")
     settings = dataclasses.replace(SETTINGS, steps=12, evaluate_every=6)

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,8 @@ def require_sound(layout: Layout) -> None:
     require_one_form(session)
     for arm in (a for a in recipe.arm_specs if a.snapshot):
         for task in session.tasks:
-            total = recipe.training_of(arm).total_steps(len(session.training(task, recipe.seeds[0])))
-            if (arm.snapshot or 0) > total:
-                text = f"snapshot after step {arm.snapshot}, and the training has {total}"
-                raise UsageError(text, where=f"task {task}")
+            settings = replace(recipe.training_of(arm), snapshots=(arm.snapshot or 0,))
+            settings.require_snapshots(len(session.training(task, recipe.seeds[0])), task)
 
 
 @dataclass(frozen=True, slots=True)

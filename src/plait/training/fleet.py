@@ -115,6 +115,7 @@ def _require_trainable(members: Sequence[Member], todo: Sequence[Member]) -> Non
     for m in todo:
         if len(m.examples) == 0:
             raise InputError("no training rows", where=f"task {m.task.name}")
+        m.settings.require_snapshots(len(m.examples), m.task.name)
     if todo:
         require_space(Path(todo[0].out), sum(bytes_of_training(m.initial, m.settings, begins=False) for m in todo))
 

@@ -183,9 +183,7 @@ def run_batched(shared: Shared, chosen: Sequence[int], meter: Callable[[int, flo
     failed = [not np.isfinite(curve[:, p]).all() or not bool(values[p].isfinite().all()) for p in range(len(order))]
     adapters = [batched.adapter_of(p, values[p]) for p in range(len(order))]
     kept = {
-        place: {
-            step: batched.adapter_of(place, snapshots[step][place]) for step in m.settings.snapshots if step <= total
-        }
+        place: {step: batched.adapter_of(place, snapshots[step][place]) for step in m.settings.snapshots}
         for place, m in enumerate(members)
     }
     return Outcome(order, adapters, curve, failed, kept, root)

@@ -54,20 +54,32 @@ class BestAdapter(TrainerCallback):
             self.history = {int(k): float(v) for k, v in json.loads(history.read_text(encoding="utf-8")).items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Score, keep, stop. A resumed run scores its steps again, to the same numbers: the run is deterministic."""
-        every = self.settings.evaluate_every
-        if every is None or (state.global_step % every and state.global_step != state.max_steps):
+        """Score, keep, stop. A resumed run scores its steps again, to the same numbers: the run is deterministic.
+
+        A run that no longer gets better goes on to its last snapshot, without being scored: what is chosen stays as it was.
+        """
+        every, step = self.settings.evaluate_every, state.global_step
+        if every is None:
             return
-        before = [v for k, v in self.history.items() if k < state.global_step]
-        self.history[state.global_step] = score = self._score()
-        if state.is_world_process_zero:
-            if not before or score > max(before):
-                self._keep()
-            (self.root / _HISTORY).write_text(json.dumps(self.history), encoding="utf-8")
-        known = {k: v for k, v in self.history.items() if k <= state.global_step}
-        best = min(k for k, v in known.items() if v == max(known.values()))
-        if self.settings.patience is not None and sum(k > best for k in known) >= self.settings.patience:
+        stalled = self._has_stalled(before=step)
+        if not stalled and (step % every == 0 or step == state.max_steps):
+            earlier = [v for k, v in self.history.items() if k < step]
+            self.history[step] = score = self._score()
+            if state.is_world_process_zero:
+                if not earlier or score > max(earlier):
+                    self._keep()
+                (self.root / _HISTORY).write_text(json.dumps(self.history), encoding="utf-8")
+            stalled = self._has_stalled(before=step + 1)
+        if stalled and step >= max(self.settings.snapshots, default=0):
             control.should_training_stop = True
+
+    def _has_stalled(self, before: int) -> bool:
+        """Whether `patience` evaluations before a step came after the best of them."""
+        known = {k: v for k, v in self.history.items() if k < before}
+        if self.settings.patience is None or not known:
+            return False
+        best = min(k for k, v in known.items() if v == max(known.values()))
+        return sum(k > best for k in known) >= self.settings.patience
 
     def _keep(self) -> None:
         stage = self.root / f".{_BEST}"

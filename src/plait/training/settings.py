@@ -159,6 +159,16 @@ class TrainingSettings:
         """Optimiser steps on this many rows."""
         return self.steps if self.steps is not None else math.ceil((self.epochs or 0.0) * rows / self.batch_size)
 
+    def require_snapshots(self, rows: int, task: str) -> None:
+        """Refuse snapshots after the last step: they would not be taken, and nobody would be told.
+
+        Raises:
+            UsageError: Names the first of them.
+        """
+        total = self.total_steps(rows)
+        if late := [s for s in sorted(self.snapshots) if s > total]:
+            raise UsageError(f"snapshot after step {late[0]}, and the training has {total}", where=f"task {task}")
+
     def factor(self, step: int, total: int) -> float:
         """Learning rate of step `step` (from 0) of `total`, as a fraction of `lr`."""
         warmup = math.ceil(self.warmup_ratio * total)

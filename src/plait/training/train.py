@@ -99,6 +99,7 @@ def train_adapter(
         return read_adapter(out)
     if len(examples) == 0:
         raise InputError("no training rows", where=f"task {task.name}")
+    settings.require_snapshots(len(examples), task.name)
     root = checkpoint_root(out)
     require_space(out, bytes_of_training(initial, settings, begins=not root.exists()))
     started = time.monotonic()
