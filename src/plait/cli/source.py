@@ -18,7 +18,7 @@ Recipe = Annotated[Path | None, typer.Option("--recipe", help="Take base, data, 
 Base = Annotated[str | None, typer.Option("--base", help="Base model: hub name or local folder.")]
 Task = Annotated[str, typer.Option("--task", help="A GLUE task, one of the recipe's, or a name for --train-file.")]
 Train = Annotated[
-    str | None, typer.Option("--train-file", help="csv, tsv, jsonl, parquet or hub:NAME[:CONFIG[:SPLIT]].")
+    str | None, typer.Option("--train-file", help="csv, tsv, jsonl, parquet or hub:NAME[@REVISION][:CONFIG[:SPLIT]].")
 ]
 Validation = Annotated[
     str | None, typer.Option("--validation-file", help="Like --train-file; every fifth row without it.")

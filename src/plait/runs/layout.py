@@ -223,7 +223,8 @@ class Layout:
             options["memory"] = recipe.statistics.memory
         if recipe.statistics.output_gradients:
             options["output_gradients"] = True
-            options["batch_size"] = recipe.statistics.batch_size  # heads and answers are drawn by batches
+        if recipe.statistics.follows_batches:
+            options["batch_size"] = recipe.statistics.batch_size
         return options, {}
 
     def _background_identity(self, spec: Any) -> Json:

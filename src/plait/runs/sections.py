@@ -82,7 +82,7 @@ class TaskSpec(Strict):
     """A task that is not one of GLUE's."""
 
     name: Name = Field(description="what the task, its adapter and its head are called")
-    train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
+    train: str = Field(description="csv, tsv, jsonl or parquet file, or hub:NAME[@REVISION][:CONFIG[:SPLIT]]")
     validation: str | None = Field(None, description="held-out rows; every fifth training row without it")
     text: OneOrMore = Field(description="columns of the text: one, two for a pair, more for a template")
     label: str = Field("label", min_length=1, description="column of the label or the answer")
@@ -143,6 +143,11 @@ class StatisticsSpec(Strict):
     output_gradients: bool = Field(
         False, description="second moments of the gradients at every module's output too: K-FAC's other half"
     )
+
+    @property
+    def follows_batches(self) -> bool:
+        """Whether `batch_size` changes the result: heads and answers are drawn by batches, and a sketch lets go of rows by batches."""
+        return self.output_gradients or self.sketch is not None or self.memory is not None
 
     @model_validator(mode="after")
     def _held_whole(self) -> StatisticsSpec:

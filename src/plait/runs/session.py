@@ -22,6 +22,7 @@ from plait.runs.recipe import Settings
 from plait.runs.sections import TaskSpec
 from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
 from plait.tasks.rows import skipped_rows
+from plait.tasks.tables import hub_table, rows_sha256
 from plait.tasks.task import TEXT_KINDS
 
 DEFAULT_METRICS = {
@@ -148,7 +149,7 @@ class Session:
         return self._cache[key]  # type: ignore[no-any-return]
 
     def data_identity(self, task: str) -> Json:
-        """What a task's rows are: its description, and the hashes of local files."""
+        """What a task's rows are: its description, and the hashes of local files and of what names on the hub stand for."""
         found = asdict(self.tasks[task])
         for later in (
             "chat",
@@ -162,10 +163,17 @@ class Session:
                 del found[later]
         for split in ("train", "validation"):
             place = found["source"][split]
-            if place and not place.startswith("hub:"):
-                path = Path(self.root or ".") / place
-                found["source"][split] = self._file_hash(path)
+            if place and place.startswith("hub:"):
+                found["source"][split] = self._hub_hash(place, task)
+            elif place:
+                found["source"][split] = self._file_hash(Path(self.root or ".") / place)
         return found
+
+    def _hub_hash(self, place: str, task: str) -> str:
+        key = ("sha256", place)
+        if key not in self._cache:
+            self._cache[key] = f"{place}:{rows_sha256(hub_table(place, f'task {task}'))}"
+        return self._cache[key]  # type: ignore[no-any-return]
 
     def _file_hash(self, path: Path) -> str:
         key = ("sha256", path)

@@ -25,7 +25,7 @@ class Source:
     """Where the rows are.
 
     Args:
-        train: A csv, tsv, jsonl or parquet file, or "hub:NAME[:CONFIG[:SPLIT]]"; relative to the run's data root.
+        train: A csv, tsv, jsonl or parquet file, or "hub:NAME[@REVISION][:CONFIG[:SPLIT]]"; relative to the run's data root.
         validation: A file or hub name likewise; None holds out every fifth row of `train`.
     """
 

@@ -85,8 +85,7 @@ def _measured(session: Session, task: str) -> Json:
     """What the statistics of a task depend on, besides the seed."""
     settings = session.recipe
     spec = settings.statistics
-    # A batch shares the head and the generator that its answers are drawn with; sums of inputs are the same for any.
-    unset = (set() if spec.output_gradients else {"batch_size"}) | {
+    unset = (set() if spec.follows_batches else {"batch_size"}) | {
         k for k in ("memory", "output_gradients") if not getattr(spec, k)
     }
     return {
