@@ -53,6 +53,19 @@ def test_whole_weights_are_repeated_rows(metric, seed, n):
 
 
 @pytest.mark.parametrize("metric", VALUE_METRICS)
+@given(seed=SEEDS, n=st.integers(3, 30))
+def test_what_is_constant_among_the_rows_that_are_drawn_correlates_with_nothing(metric, seed, n):
+    rng = np.random.default_rng(seed)
+    x, y = np.round(rng.normal(size=(n, 1)), 1), np.round(rng.normal(size=n), 1)
+    x[: n // 2] = x[0]
+    weights = np.zeros((2, n))
+    weights[0, rng.integers(n)] = n  # one row alone
+    weights[1, : max(1, n // 2)] = 1 + rng.integers(0, 3, max(1, n // 2))  # rows of one prediction
+    if np.ptp(x):
+        assert weighted_score((metric,), x, y, weights).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("metric", VALUE_METRICS)
 def test_values(metric):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 1)), rng.integers(0, 5, 30).astype(float)

@@ -126,6 +126,26 @@ def test_statistics_choose_the_metric(tmp_path, rank):
         assert weighed.record.by_module[name].metric_kept == pytest.approx(1 - loss(factors.delta()), abs=1e-5)
 
 
+def test_statistics_of_another_base_are_refused(tmp_path):
+    from plait.model.base import BaseModel
+    from plait.model.identity import base_facts
+    from plait.statistics import collect_statistics
+    from plait.statistics.files import write_statistics
+
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    llama().save_pretrained(base)
+    changed(llama(), None).save_pretrained(tuned)
+    for name, model in (("own", base), ("other", tuned)):
+        facts = base_facts(BaseModel(str(model), device="cpu"))
+        found = collect_statistics(llama(), [{"input_ids": IDS}], "all-linear", provenance={"task": "t", **facts})
+        write_statistics(tmp_path / f"{name}.stats.safetensors", found)
+    ask = {"finetuned": tuned, "base": base, "rank": 2, "drop": True}
+    extract(Extraction(**ask, statistics=tmp_path / "own.stats.safetensors"), tmp_path / "out")
+    with pytest.raises(InputError, match=r"the statistics were collected on .*, whose files are not those of"):
+        extract(Extraction(**ask, statistics=tmp_path / "other.stats.safetensors"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_statistics_that_lack_a_module_are_refused(tmp_path):
     from plait.statistics import collect_statistics
     from plait.statistics.files import write_statistics

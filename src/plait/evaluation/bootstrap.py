@@ -13,6 +13,7 @@ from plait.errors import UsageError
 from plait.tasks.metrics import OPEN, TEXT_METRICS, open_score
 
 Floats = npt.NDArray[np.float64]
+_CONSTANT = 1e-12  # of a mean square: what subtracting the squared mean leaves of a constant
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +96,19 @@ def _weighted(metric: str, predictions: npt.NDArray[Any], labels: npt.NDArray[An
 
 
 def _correlation(x: Floats, y: Floats, W: Floats) -> Floats:
+    """Weighted correlations; 0 where one of the two is constant among the rows that are drawn, but for rounding."""
     x, y = x - x.mean(), y - y.mean()
     n = W.sum(1)
     mx, my = W @ x / n, W @ y / n
     covariance = W @ (x * y) / n - mx * my
-    return _ratio(covariance, np.sqrt(np.maximum((W @ x**2 / n - mx**2) * (W @ y**2 / n - my**2), 0.0)))
+    spread = np.sqrt(_variance(x, mx, W) * _variance(y, my, W))
+    return np.clip(_ratio(covariance, spread), -1.0, 1.0)
+
+
+def _variance(x: Floats, means: Floats, W: Floats) -> Floats:
+    squares: Floats = W @ x**2 / W.sum(1)
+    left = squares - means**2
+    return np.where(left > _CONSTANT * squares, left, 0.0)
 
 
 def _ratio(a: Floats, b: Floats) -> Floats:

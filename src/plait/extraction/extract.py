@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -23,8 +22,10 @@ from plait.errors import InputError, RunError, UsageError
 from plait.extraction.outcome import ExtractionRecord, Found, adapter_of_cuts, record_of
 from plait.extraction.pairs import Matrix, Pair
 from plait.extraction.spectrum import extracted, loss_of
+from plait.model.base import BaseModel
 from plait.model.files import base_place
 from plait.seeds import seed_of
+from plait.statistics.moments import Statistics
 
 _NAMED = 5  # tensors that an error lists
 # The factors are rounded to float32: what is read again may lose this share of the energy more or less than was stated.
@@ -73,7 +74,8 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> Written[E
         overwrite: Replace what stands there.
 
     Raises:
-        InputError: Nothing differs; shapes or tensors differ that no LoRA can hold; changes outside the LoRA, without `drop`.
+        InputError: Statistics of another base; nothing differs; shapes or tensors differ that no LoRA can hold; changes outside the
+            LoRA, without `drop`.
         RunError: What was written, read again, does not keep what was stated.
     """
     named, revision = split_revision(str(ask.base))
@@ -92,8 +94,9 @@ def extract(ask: Extraction, out: Path, *, overwrite: bool = False) -> Written[E
     wanted = store.identity("extract", options, inputs, ask.seed)
     if (before := standing(out, wanted, ExtractionRecord, overwrite=overwrite)) is not None:
         return before
+    statistics = _statistics(ask, BaseModel(named, revision, device="cpu"))
     pair = Pair(ask.finetuned, ask.base)
-    found = _changes(pair, ask)
+    found = _changes(pair, ask, statistics)
     adapter = replace(adapter_of_cuts(pair, found, named, checked_name(out.name, "adapter")), revision=revision)
     record = record_of(found, adapter)
     result = to_json(record)
@@ -119,23 +122,27 @@ def _hash(folder: Path) -> str:
     return store.sha256_json({p.name: store.sha256_file(p) for p in files})
 
 
-def _moments(ask: Extraction) -> Any:
+def _statistics(ask: Extraction, base: BaseModel) -> Statistics | None:
+    """Read the statistics whose metric the cut is made in, of this base and no other."""
     if ask.statistics is None:
         return None
+    from plait.model.identity import base_facts
+    from plait.statistics.agreement import require_base
     from plait.statistics.files import read_statistics
 
-    return read_statistics(ask.statistics)
+    found = read_statistics(ask.statistics)
+    require_base(found, base.name, base_facts(base))
+    return found
 
 
 # --- what changed -----------------------------------------------------------------------------------------------------
 
 
-def _changes(pair: Pair, ask: Extraction) -> Found:
+def _changes(pair: Pair, ask: Extraction, statistics: Statistics | None) -> Found:
     found = Found()
     matrices = pair.matrices()
     covered = {m.module for m in matrices if _covers(m, pair, ask.target_modules)}
     _require_used(ask.target_modules, matrices)
-    statistics = _moments(ask)
     done = {m.parameter for m in matrices if m.module in covered}
     for p in pair.parameters:
         if p not in done and p not in pair.heads and (change := _relative_change(pair, p, matrices)):
@@ -203,7 +210,7 @@ def _relative_change(pair: Pair, parameter: str, matrices: list[Matrix]) -> floa
     return (change / size) ** 0.5 if size > 0 else float(change > 0)
 
 
-def _metric(statistics: Any, matrix: Matrix, found: Found) -> Tensor | None:
+def _metric(statistics: Statistics | None, matrix: Matrix, found: Found) -> Tensor | None:
     """The inputs' second moment; embeddings and experts have none, and are cut plainly."""
     if statistics is None:
         return None
