@@ -100,6 +100,8 @@ def test_rouge_l():
     assert rouge_l("the cat sat", "The cat, sat!") == 100.0
     assert math.isclose(rouge_l("a b c d", "a c e"), 200 * 2 / 7)
     assert rouge_l("", "a") == 0.0 == rouge_l("x", "y")
+    assert rouge_l("किताब", "कुताब") == 0.0 and rouge_l("น้ำ", "นา") == 0.0  # vowels belong to their word
+    assert rouge_l("İstanbul", "i̇stanbul.") == 100.0 and rouge_l("naïve-bayes", "Naïve Bayes") == 100.0
 
 
 def test_open_answers_and_unknown_ones_are_named():

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from plait.entry import SAME_PRODUCTS
 from plait.errors import InputError, UsageError
+from plait.statistics import collect_statistics
 from plait.statistics.accumulate import WIDE_BLOCK, SiteSums, add_gram, mirror
 from plait.statistics.agreement import merge_statistics
 from plait.statistics.masks import Positions
 from plait.statistics.moments import FACTOR, ModuleInfo, Moments, Statistics, rotated
 from plait.statistics.sketch import FrequentDirections, compress
+from tests.statistics.models import build, inputs_by_hand, padded, text
 
 D = 12
 
@@ -155,6 +157,21 @@ def test_frequent_directions_keep_their_bound(rank, pieces, seed):
     assert factor.shape[0] <= rank
     assert float(torch.linalg.matrix_norm(S - found, 2)) <= error * (1 + 1e-9) + 1e-9
     torch.testing.assert_close(found.diagonal(), S.diagonal())
+
+
+@pytest.mark.parametrize("form", [{}, {"sketch": 16}, {"sketch": 40}, {"sketch": 4}])
+@pytest.mark.parametrize("pool", ["token", "mean"])
+@pytest.mark.parametrize("examples", [1, 8])
+def test_no_row_that_is_kept_is_an_input(form, pool, examples):
+    model, batch = build("llama"), padded(text(0, examples))
+    read = inputs_by_hand(model, model.model.layers[0].self_attn.q_proj, [batch])[0][0]
+    mask = batch["attention_mask"].bool()
+    inputs = read[mask] if pool == "token" else torch.stack([h[m].mean(0) for h, m in zip(read, mask, strict=True)])
+    found = collect_statistics(model, [batch], ["q_proj"], pool=pool, **form).moments_for("layers.0.self_attn.q_proj")
+    if len(inputs) > 1:  # of one, whatever is kept tells it
+        assert float((found.second[:, None] - inputs).abs().amax(-1).min()) > 1e-3
+    if form.get("sketch", 16) >= len(inputs):
+        torch.testing.assert_close(found.dense(), inputs.T @ inputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plait.adapters.one_thread import in_one_thread
 from plait.errors import UsageError
-from plait.statistics.moments import FACTOR, Moments, Statistics, packed
+from plait.statistics.moments import FACTOR, Moments, Statistics, packed, rotated
 
 TAIL_LEVELS = 127  # of an 8-bit tail, to either side of zero
 
@@ -118,9 +118,11 @@ class FrequentDirections:
             self._shrink(2 * self.rank)
 
     def finish(self) -> tuple[Tensor, Tensor, float]:
-        """Factor (k, d), residual (d,), error bound."""
+        """Factor (k, d), residual (d,), error bound; no row of the factor is an input, of however few it is made."""
         if self.buffer.shape[0] > self.rank:
             self._truncate()
+        else:
+            self.buffer = rotated(self.buffer)
         residual = (self.diagonal - self.buffer.square().sum(0)).clamp_min(0)
         return self.buffer, residual, self.subtracted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def rouge_l(written: str, reference: str) -> float:
     >>> rouge_l("the cat sat", "the cat slept")
     66.66666666666667
     """
-    a, b = (re.findall(r"[^\W_]+", text.lower()) for text in (written, reference))
+    a, b = (_words(text.lower()) for text in (written, reference))
     lengths = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
@@ -109,6 +110,13 @@ def rouge_l(written: str, reference: str) -> float:
             lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
             diagonal = above
     return 200.0 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
+
+
+def _words(text: str) -> list[str]:
+    """Split a text into words: letters and digits, and the marks that belong to them (vowels of Hindi or Thai, loose accents)."""
+    if text.isascii():
+        return re.findall(r"[^\W_]+", text)
+    return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
 
 
 def _class_score(metric: str, predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
