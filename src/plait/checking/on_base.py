@@ -16,7 +16,10 @@ from plait.errors import InputError
 from plait.loading import tensor_names as names
 from plait.loading.contents import WEIGHTS, PeftFolder, contents
 from plait.loading.settings import Settings
+from plait.loading.single_experts import single_expert
+from plait.model.layout import layout_in
 
+_HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}  # of a fused gate_up_proj
 _TOKENS, _ROWS, _SEED = 16, 2, 0
 _EQUAL = 1e-4  # of the adapter's own effect: float32 through some dozen layers leaves 1e-6
 # task_type -> transformers' class, as PEFT's own AutoPeftModel classes choose it.
@@ -190,6 +193,7 @@ def _output(model: Any, batch: Mapping[str, Tensor]) -> Any:
 def _add_by_hand(model: Any, tensors: dict[str, Any], settings: Settings) -> list[str]:
     """Add scaling * B A to the base's weights, put in what was kept whole; the tensors that found no place."""
     modules, skipped = dict(model.named_modules(remove_duplicate=False)), []
+    elsewhere: dict[str, tuple[dict[str, Any], float]] = {}
     halves: dict[str, dict[str, Any]] = {}
     for tensor, values in tensors.items():
         name = names.named(tensor)
@@ -202,11 +206,11 @@ def _add_by_hand(model: Any, tensors: dict[str, Any], settings: Settings) -> lis
             else:
                 skipped.append(tensor)
     for module, pair in halves.items():
-        if len(pair) != 2 or not hasattr(modules.get(module), "weight"):
-            skipped.append(module)
-            continue
         rank, alpha = settings.rank_of(module), settings.alpha_of(module)
         scaling = alpha / math.sqrt(rank) if settings.flag("use_rslora") else alpha / rank
+        if len(pair) != 2 or not hasattr(modules.get(module), "weight"):
+            elsewhere[module] = pair, scaling
+            continue
         weight = modules[module].weight
         if names.A in pair:
             delta = (pair[names.B].flatten(1) @ pair[names.A].flatten(1)).reshape(-1, *pair[names.A].shape[1:])
@@ -214,7 +218,40 @@ def _add_by_hand(model: Any, tensors: dict[str, Any], settings: Settings) -> lis
         else:
             delta = (pair[names.EMBEDDING_B] @ pair[names.EMBEDDING_A]).T
         _untied(modules[module], "weight", weight + scaling * delta)
-    return skipped
+    return [*skipped, *_add_where_renamed(model, elsewhere)]
+
+
+def _add_where_renamed(model: Any, updates: Mapping[str, tuple[dict[str, Any], float]]) -> list[str]:
+    """Add updates of modules under transformers 4's names to what those became, such as one of a mixture's experts; the rest."""
+    linear = {m: pair for m, (pair, _) in updates.items() if pair.keys() == {names.A, names.B}}
+    found = {
+        stored.removesuffix(".weight"): parameter
+        for parameter, place in (layout_in(model, [f"{m}.weight" for m in linear]) if linear else {}).items()
+        for part in place.parts
+        for stored in part
+    }
+    for module, pair in linear.items():
+        delta = updates[module][1] * pair[names.B] @ pair[names.A] if pair[names.A].ndim == 2 else None
+        if module not in found or delta is None or not _added(model.get_parameter(found[module]), module, delta):
+            found.pop(module, None)
+    return [m for m in updates if m not in found]
+
+
+def _added(weight: Any, module: str, delta: Any) -> bool:
+    """Add one matrix to the weight that holds it: as a whole, or as an expert's, of whose gate and up projection the gate lies first."""
+    expert = single_expert(module)
+    if expert is None:
+        place = weight
+    elif weight.ndim != 3 or expert.number >= weight.shape[0]:
+        return False
+    else:
+        place = weight[expert.number]
+        if expert.leaf in _HALVES and place.shape[0] == 2 * delta.shape[0]:
+            place = place.chunk(2)[_HALVES[expert.leaf]]
+    if place.shape != delta.shape:
+        return False
+    place += delta
+    return True
 
 
 def _untied(module: Any, leaf: str, values: Any) -> None:

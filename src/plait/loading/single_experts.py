@@ -9,10 +9,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from plait.loading.settings import Settings
 
-_SINGLE = re.compile(r"\.experts\.\d+\.(\w+)$")
+_SINGLE = re.compile(r"\.experts\.(\d+)\.(\w+)$")
+
+
+class SingleExpert(NamedTuple):
+    """Which expert a module's name means, and which of its layers."""
+
+    number: int
+    leaf: str
+
+
+def single_expert(module: str) -> SingleExpert | None:
+    """Tell what a name of one expert's layer means; None for others.
+
+    >>> single_expert("model.layers.1.mlp.experts.3.up_proj")
+    SingleExpert(number=3, leaf='up_proj')
+    """
+    hit = _SINGLE.search(module)
+    return SingleExpert(int(hit[1]), hit[2]) if hit else None
 
 
 def single_expert_notes(modules: Iterable[str], settings: Settings | None = None) -> Iterator[str]:
@@ -23,7 +41,7 @@ def single_expert_notes(modules: Iterable[str], settings: Settings | None = None
         settings: Its config, where there is one.
     """
     names = sorted(modules)
-    leaves = {name: hit[1] for name in names if (hit := _SINGLE.search(name))}
+    leaves = {name: hit.leaf for name in names if (hit := single_expert(name))}
     if not leaves:
         return
     first = next(iter(leaves))
