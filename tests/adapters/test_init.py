@@ -11,7 +11,7 @@ import torch
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.errors import InputError, UsageError
 from plait.evaluation.interference import predicted_shift
-from plait.statistics import collect_statistics, read_statistics, write_statistics
+from plait.statistics import collect_statistics, merge_statistics, read_statistics, write_statistics
 from plait.subspaces import compute_subspaces
 from plait.subspaces.live import initialize_lora_weights, subspace_state_dict
 from plait.subspaces.start import initial_adapter
@@ -117,6 +117,22 @@ def test_teams_that_start_from_one_pool_draw_each_their_own(tmp_path):
     state = subspace_state_dict("contrastive", nameless[0], nameless[1:], rank=4)  # which asks for no names
     expected = compute_subspaces("contrastive", pool(3), rank=4)["t0"]
     torch.testing.assert_close(state["a.q"], expected["a.q"].A, rtol=1e-4, atol=1e-4)
+
+
+def test_a_task_is_not_kept_away_from_itself():
+    known = {t: replace(s, provenance={**s.provenance, "task": t}) for t, s in pool(3).items()}
+    own, everybody = known["t0"], list(known.values())
+    with pytest.raises(UsageError, match="statistics of 't0' among the others"):
+        subspace_state_dict("contrastive", own, everybody, rank=2)
+    whole = merge_statistics(*everybody)
+    for given in ({"others": [whole]}, {"others": [known["t1"]], "background": [whole]}):
+        with pytest.raises(UsageError, match="hold those of 't0' too"):
+            subspace_state_dict("contrastive", own, **given, rank=2)
+    with pytest.raises(UsageError, match="the statistics of 'all' hold those of 't0' too"):
+        compute_subspaces("osrm", {"t0": own, "all": whole}, tasks=["t0"], rank=2)
+    apart = merge_statistics(known["t1"], known["t2"])
+    assert subspace_state_dict("contrastive", own, [apart], rank=2)
+    assert subspace_state_dict("kaiming", own, [whole], rank=2)  # which looks at nobody
 
 
 def test_a_published_pool_needs_no_data(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from plait.report.account import account_of
 from plait.report.best import best_rows
 from plait.report.numbers import headline_of
 from plait.report.table import recovered, reference_unit, rows_of
+from plait.report.verdict import verdict_of
 from plait.runs.folder import layout_of_folder
 from plait.runs.layout import Layout
 from plait.runs.units import ALONE, FEATURES, FOLDS, MERGE, STATISTICS, Unit
@@ -106,6 +108,24 @@ def test_the_headline_is_the_mean_of_the_rows(study_done):
             assert top.individual[arm] == pytest.approx(np.mean([r.individual for r in mine]))
             assert top.worst_task[arm][merge][1] == pytest.approx(min(r.worst_task for r in mine))
             assert 0 < top.merged_standard_error[arm][merge] < 50
+
+
+def test_the_floor_of_the_headline_counts_every_seed_once(study_done):
+    account = account_of(study_done)
+    floors = {r.seed: 10.0 + 10 * r.seed for r in account.rows}
+    rows = [replace(r, floor=floors[r.seed]) for r in account.rows]
+    fewer = [r for r in rows if r.arm == account.main or r.seed == min(floors)]  # an arm of one seed
+    assert headline_of(replace(account, rows=fewer)).floor == pytest.approx(np.mean(list(floors.values())))
+
+
+def test_an_ablation_without_a_share_does_not_take_the_studys_away(study_done):
+    account = account_of(study_done)
+    known = [replace(b, recovered=tuple(0.75 for _ in b.seeds)) for b in account.best]
+    lost = "Seed 0 of ablation rank4: adapters alone reach 50.0, the floor is 50.0."
+    verdict = verdict_of(replace(account, best=known, undefined=[lost]))
+    assert verdict.number == "75 %" and "keeps **75 %**" in verdict.text and lost in verdict.notes
+    verdict = verdict_of(replace(account, best=[replace(b, recovered=(math.nan,)) for b in known], undefined=[lost]))
+    assert verdict.number == "–" and lost in verdict.text
 
 
 def test_predicted_shifts_are_those_of_the_files(study_done):

@@ -53,7 +53,7 @@ def headline_of(account: Account) -> Headline:
 
     return Headline(
         individual={a: mean(r.individual for r in account.plain_rows if r.arm == a) for a in arms},
-        floor=mean(r.floor for r in account.plain_rows),
+        floor=mean({r.seed: r.floor for r in account.plain_rows}.values()),  # an arm may have fewer seeds than others
         merged=table(lambda mine: mean(r.merged for r in mine)),
         merged_standard_error=table(lambda mine: account.spread(mine[0]).merged),
         recovered=table(lambda mine: mean(r.recovered for r in mine)),

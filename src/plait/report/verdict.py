@@ -32,9 +32,10 @@ def verdict_of(account: Account) -> Verdict:
         facts.append(("where it lies", _folder(account)))
     notes = [*_remarks(account), *account.notes]
     code = _code(account)
-    if account.undefined:
+    if not math.isfinite(first.mean_recovered):
         text = f"**Not defined here**: recovered, and what is derived from it, stays empty ({NONE})."
         return Verdict(NONE, "not defined", " ".join([text, *account.undefined]), facts, code, notes)
+    notes += account.undefined  # of ablations: the study itself has its shares
     interval = account.inference.intervals.get(first.arm)
     sure = f" (95 % interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
     whose = "plain adapters gain" if account.reference in PLAIN_ARMS else f"the adapters of `{account.reference}` gain"

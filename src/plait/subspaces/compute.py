@@ -199,6 +199,18 @@ def _require_usable(
     first, *rest = statistics.values()
     for other in [*rest, *([background] if background else [])]:
         require_compatible(first, other)
+    if "others" in method.needs:
+        for task in wanted:
+            _require_apart(task, statistics, background)
     replaced = background is not None and weight > 0 and "moments" in method.needs
     if "others" in method.needs and len(statistics) < 2 and not replaced:
         raise UsageError(f"{method.name} needs other tasks' statistics", hint="pass --others FILE or --background FILE")
+
+
+def _require_apart(task: str, statistics: Mapping[str, Statistics], background: Statistics | None) -> None:
+    """Refuse sums among the others that the task's own rows are in: it would be kept away from itself."""
+    recorded = statistics[task].provenance.get("task", task)
+    others = {f"the statistics of {t!r}": s for t, s in statistics.items() if t != task}
+    for what, other in (others | ({"the background": background} if background else {})).items():
+        if {task, recorded} & set(other.provenance.get("tasks", ())):
+            raise UsageError(f"{what} hold those of {recorded!r} too", hint="pass the other files one by one")

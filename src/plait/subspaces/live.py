@@ -37,8 +37,8 @@ def subspace_state_dict(
         rank: Rank of the LoRA layers.
         row_norm: See `compute_subspaces`; so are the rest.
         options: Options of the method.
-        seed: For what is drawn, by the tasks' names: those of `others`, else those that the statistics record. Where some say none,
-            or two the same, tasks are called by their places, and with one seed draw alike.
+        seed: For what is drawn, by the tasks' names: those of `others`, else those that the statistics record. Tasks whose
+            statistics record none draw alike with one seed.
         background: Statistics of public text.
         background_weight: Its share among the others.
         device: Where to compute.
@@ -46,6 +46,9 @@ def subspace_state_dict(
 
     Returns:
         Names relative to the backbone -> (r, d) float32, for `initialize_lora_weights`.
+
+    Raises:
+        UsageError: Statistics of the own task, or a sum that they are in, among the others or in the background.
     """
     mine, pool = _by_name(own, others)
     spaces = compute_subspaces(
@@ -67,12 +70,22 @@ def subspace_state_dict(
 def _by_name(
     own: Statistics, others: Sequence[Statistics] | Mapping[str, Statistics]
 ) -> tuple[str, dict[str, Statistics]]:
-    """The own task's name and the others' by theirs: each task is called the same by all that start from one pool."""
-    mine, given = own.provenance.get("task"), list(others.values() if isinstance(others, Mapping) else others)
+    """The own task's name and the others' by theirs: each task is called the same by all that start from one pool.
+
+    Raises:
+        UsageError: The own task is among the others.
+    """
+    mine = str(own.provenance.get("task") or "own")
+    given = list(others.values() if isinstance(others, Mapping) else others)
     names = list(others) if isinstance(others, Mapping) else [s.provenance.get("task") for s in given]
-    if all(isinstance(n, str) for n in (mine, *names)) and len({mine, *names}) == 1 + len(names):
-        return str(mine), dict(zip(map(str, names), given, strict=True))
-    return "own", {f"other{i:04d}": s for i, s in enumerate(given)}
+    if mine in names:
+        raise UsageError(
+            f"statistics of {mine!r} among the others", hint="a task is not another of itself: leave them out"
+        )
+    pool: dict[str, Statistics] = {}
+    for i, (name, other) in enumerate(zip(names, given, strict=True)):
+        pool[name if isinstance(name, str) and name not in pool else f"other{i:04d}"] = other
+    return mine, pool
 
 
 def initialize_lora_weights(
