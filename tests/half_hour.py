@@ -36,6 +36,8 @@ def written_tasks(root: Path) -> None:
             answers: list[object] = [words[n % 2] for n in range(ROWS)]
             if "slot_f1" in task.get("metrics", ()):
                 answers = [json.dumps({words[n % 2]: words[0]}) for n in range(ROWS)]
+            if "extract" in task:
+                answers = [f"{words[n % 2]} #### {n % 2}" for n in range(ROWS)]
             bare: list[object] = [f"{words[n % 2]} w{40 + n % 15}" for n in range(ROWS)]
             told: list[object] = [f"w{32 + i % 8} {t}" for t in bare]
             columns = {"told": told, "bare": bare, "answer": answers}
