@@ -108,6 +108,7 @@ def test_every_step_is_called_with_arguments_that_it_knows(dry, tmp_path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_whole_queue_runs_small_to_its_pages(tmp_path):
     places = half_hour.make(tmp_path / "in")
     work = {**places, "WORK": str(tmp_path / "work"), "DRY": "1", "GPUS": "1", "UNTIL": "3000"}
