@@ -29,14 +29,14 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
 from plait.disk.store import versions
-from plait.fidelity.choose import HELD_OUT, choose, scaled
+from plait.fidelity.choose import choose, scaled
 from plait.fidelity.finishing import judged_with_heads
 from plait.fidelity.fitting import fitted
 from plait.fidelity.heads import refit_heads, with_heads
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import split_off
+from plait.fidelity.texts import HELD_OUT, split_off
 from plait.merging import merge
 from plait.model.base import BaseModel
 from plait.tasks import load_examples

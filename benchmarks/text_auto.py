@@ -32,13 +32,13 @@ from plait.adapters.lora import Adapter
 from plait.border.records import to_json
 from plait.evaluation.text import prompts_of
 from plait.evaluation.writing import endings, write_many
-from plait.fidelity.choose import HELD_OUT, choose, refined_weights
+from plait.fidelity.choose import choose, refined_weights
 from plait.fidelity.distil import RATES
 from plait.fidelity.fitting import best_fit, fitted
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import Texts, first_of
+from plait.fidelity.texts import HELD_OUT, Texts, first_of
 from plait.fidelity.tournament import Scored
 from plait.merging import merge
 from plait.model.stacked import stacked_factors

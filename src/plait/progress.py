@@ -117,6 +117,17 @@ def duration(seconds: float) -> str:
     return f"{s // 3600} h {s % 3600 // 60} min"
 
 
+def in_words(seconds: float) -> str:
+    """A length of time that is not known well, as a person says it.
+
+    >>> in_words(41.2), in_words(200.0), in_words(9000.0)
+    ('40 seconds', '3 minutes', '2.5 hours')
+    """
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def note(text: str) -> None:
     """One line on stderr about something to know, where there is a stderr."""
     try:

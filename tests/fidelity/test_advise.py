@@ -20,13 +20,12 @@ from plait.fidelity import costs
 from plait.fidelity.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
 from plait.fidelity.arguments import split_base
 from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
-from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.fidelity.notes import coarse, that_merge, that_model
 from plait.fidelity.proxy import cosines
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import LIMIT, parse_texts, read_place, read_texts, split_off, spread_over
+from plait.fidelity.texts import HELD_OUT, LIMIT, parse_texts, read_place, read_texts, split_off, spread_over
 from plait.model.base import BaseModel
 from tests.fidelity.conftest import random_adapter
 from tests.tiny import save_model

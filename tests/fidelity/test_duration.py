@@ -9,7 +9,6 @@ import pytest
 
 from plait.fidelity import duration
 from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.choose import HELD_OUT
 from plait.fidelity.counting import (
     advising,
     choosing,
@@ -26,6 +25,7 @@ from plait.fidelity.fitting import SCALES as FITTED_AT
 from plait.fidelity.fitting import TRIED
 from plait.fidelity.panel import WRITTEN
 from plait.fidelity.score import fidelities
+from plait.fidelity.texts import HELD_OUT
 from plait.fidelity.tokens import encoded
 from plait.fidelity.tournament import ROUNDS
 from plait.model.base import backbone_of

@@ -15,7 +15,7 @@ from plait.fidelity.arguments import recorded_base, split_base
 from plait.fidelity.auto import GENERAL_ALONE, AutoMerge, at_rank, merge_auto
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.chat import Chat
-from plait.fidelity.choose import FEWEST, HELD_OUT, can_learn
+from plait.fidelity.choose import can_learn
 from plait.fidelity.counting import advising, seen_and_judged
 from plait.fidelity.duration import TIMING, told
 from plait.fidelity.finishing import repair_steps
@@ -26,7 +26,7 @@ from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import LIMIT, Texts, first_of
+from plait.fidelity.texts import FEWEST, HELD_OUT, LIMIT, Texts, first_of
 from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder
@@ -213,7 +213,7 @@ def _measured(
 ) -> _Findings:
     """Measure the fidelity of every option on held-out texts."""
     seen, judged = seen_and_judged(panel, HELD_OUT)
-    settings = replace(settings, repair=repair_steps(seen, settings))
+    settings = replace(settings, repair=repair_steps(seen, settings.repair, settings.repair_from))
     work = advising(
         seen, judged, adapters, refine=settings.refine, repair=settings.repair, held_out=HELD_OUT, learns=can_learn(seen)
     )  # fmt: skip

@@ -11,7 +11,7 @@ from plait.errors import UsageError
 from plait.fidelity.auto_settings import AutoSettings as AutoSettings
 from plait.fidelity.candidates import groups_of
 from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
-from plait.fidelity.choose import FEWEST, Choice, choose, with_fit
+from plait.fidelity.choose import Choice, choose, with_fit
 from plait.fidelity.counting import Behind, making
 from plait.fidelity.duration import TIMING, told
 from plait.fidelity.factors_only import choose_by_factors
@@ -24,7 +24,7 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.proxy import OWN_SHARE
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
-from plait.fidelity.texts import Texts, first_of
+from plait.fidelity.texts import FEWEST, Texts, first_of
 from plait.merging.align import align
 from plait.merging.metric_cut import InputMetric, cut_adapter
 from plait.merging.record import IN_THE_METRIC, input_of, labels_of, loss_of
@@ -141,8 +141,9 @@ def _say_how_long(
     panel: Panel, read: Panel, adapters: Sequence[Adapter], chosen: AutoSettings, checkpoints: Checkpoints, on_progress: OnProgress
 ) -> None:  # fmt: skip
     on_progress(TIMING)
+    repair = repair_steps(panel, chosen.repair, chosen.repair_from)
     work = making(
-        panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=repair_steps(panel, chosen),
+        panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=repair,
         head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift, behind=Behind.of(checkpoints),
     )  # fmt: skip
     on_progress(told(panel, adapters, work))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from plait.adapters.lora import Adapter
+from plait.fidelity.moments import OWN_MOMENTS
 from plait.merging import plan_merge
 from plait.merging.registry import find_method
 from plait.statistics.moments import Statistics
@@ -15,7 +16,6 @@ SCALES = (0.15, 0.25, 0.4, 0.6, 0.9, 1.3, 2.0)
 # Methods whose factors are those of the adapters side by side, each in its own ranks.
 METHODS_WITH_RANKS_APART = ("task_arithmetic", "tsv", "regmean", "least_squares")
 PICO = "pico"
-BASE_MOMENTS, OWN_MOMENTS = "base", "own"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,25 +8,23 @@ from dataclasses import asdict, dataclass, replace
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.errors import RunError
-from plait.fidelity.candidates import METHODS, OWN_MOMENTS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
+from plait.fidelity.candidates import METHODS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
 from plait.fidelity.checkpoint_files import Piece, settled
 from plait.fidelity.checkpoint_reach import FIT, WEIGHING, WEIGHTS
 from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.fidelity.distil import Keeping, distil
 from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
 from plait.fidelity.learning_state import KeptLearning
-from plait.fidelity.moments import collect_moments, merged_kinds
+from plait.fidelity.moments import OWN_MOMENTS, collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
 from plait.fidelity.proxy import best_scale, terms
 from plait.fidelity.score import fidelities, general_shift
-from plait.fidelity.texts import split_off
+from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
 from plait.fidelity.tokens import require_room
 from plait.fidelity.tournament import Scored, tournament
 from plait.merging.metric_cut import InputMetric, cut_adapter, input_metric
 from plait.progress import OnProgress
 
-# Every fourth text is held out when weights are learnt; with fewer texts than this none are learnt.
-HELD_OUT, FEWEST = 4, 12
 LEARNT_WEIGHTS, THE_FIT = "learnt weights", "the fit"  # what a limit may leave out, in the record
 
 

@@ -20,14 +20,14 @@ from plait.fidelity.checkpoint_reach import (
     WEIGHTS,
 )
 from plait.fidelity.checkpoints import Checkpoints
-from plait.fidelity.choose import HELD_OUT, can_learn
+from plait.fidelity.choose import can_learn
 from plait.fidelity.costs import total_rank
 from plait.fidelity.duration import Work, tokens_of
 from plait.fidelity.fitting import SCALES as FIT_SCALES
 from plait.fidelity.fitting import TRIED as FITS
 from plait.fidelity.fitting import can_fit
 from plait.fidelity.panel import Panel
-from plait.fidelity.texts import split_off
+from plait.fidelity.texts import HELD_OUT, split_off
 from plait.fidelity.tokens import encoded
 from plait.fidelity.tournament import number_going, read_in, rounds_of
 from plait.merging.registry import find_method

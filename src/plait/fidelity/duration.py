@@ -20,6 +20,7 @@ from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts
 from plait.fidelity.tokens import rows_of
 from plait.merging.metric import cut_solution
+from plait.progress import in_words
 
 # Texts of each adapter that are timed, short and long ones; scales of one adapter that read them together; steps; the side of a system;
 # modules that are merged.
@@ -165,14 +166,3 @@ def _solved(side: int) -> None:
     right = torch.sin(torch.arange(side * side, dtype=torch.float64)).view(side, side)
     solution = torch.cholesky_solve(right.T, in_one_thread(torch.linalg.cholesky, system)).T
     cut_solution(solution, right, 8)
-
-
-def in_words(seconds: float) -> str:
-    """A length of time as a person says it.
-
-    >>> in_words(41.2), in_words(200.0), in_words(9000.0)
-    ('40 seconds', '3 minutes', '2.5 hours')
-    """
-    if seconds < 90:
-        return f"{max(5, 5 * round(seconds / 5))} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

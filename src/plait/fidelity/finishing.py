@@ -10,12 +10,11 @@ from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.border.records import from_json, to_json
 from plait.errors import RunError
-from plait.fidelity.advice_settings import AdviceSettings
 from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.checkpoint_files import Piece, settled
 from plait.fidelity.checkpoint_reach import FINISHING, LEARNT_HEADS, MERGE, REPAIR, THE_HEADS, THE_REPAIR, WEIGHTS
 from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
-from plait.fidelity.choose import HELD_OUT, within
+from plait.fidelity.choose import within
 from plait.fidelity.head_learning import Groups, with_learnt_heads
 from plait.fidelity.heads import with_heads
 from plait.fidelity.learning_state import KeptLearning
@@ -26,7 +25,7 @@ from plait.fidelity.record import AutoRecord, FidelityRecord, Repair
 from plait.fidelity.repair import TEXTS_TO_REPAIR, repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
-from plait.fidelity.texts import split_off
+from plait.fidelity.texts import HELD_OUT, split_off
 from plait.progress import OnProgress
 
 
@@ -125,9 +124,9 @@ def finished(
     return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
 
 
-def repair_steps(panel: Panel, settings: AutoSettings | AdviceSettings) -> int:
-    """Say how many steps a repair may take: none where `repair_from` wants more texts of classifiers than there are."""
-    return 0 if too_few_to_repair(panel, settings.repair_from) else settings.repair
+def repair_steps(panel: Panel, steps: int, repair_from: int) -> int:
+    """Say how many of the steps asked for a repair may take: none where `repair_from` wants more texts of classifiers than there are."""
+    return 0 if too_few_to_repair(panel, repair_from) else steps
 
 
 def require_within(fidelity: Fidelity | None, limit: float | None, what: str, hint: str) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter
 from plait.adapters.one_thread import in_one_thread
-from plait.fidelity.choose import FEWEST, HELD_OUT
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.record import HeadRefit
 from plait.fidelity.score import outputs
+from plait.fidelity.texts import FEWEST, HELD_OUT
 from plait.model.applied import applied
 from plait.model.base import head_modules, load_head
 from plait.model.hooks import hooked

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from plait.adapters.lora import LINEAR, Adapter
-from plait.fidelity.candidates import BASE_MOMENTS, OWN_MOMENTS
 from plait.fidelity.panel import Panel, Part
 from plait.fidelity.tokens import rows_of
 from plait.model.applied import applied
@@ -13,6 +12,8 @@ from plait.statistics.agreement import merge_statistics
 from plait.statistics.collect import collect_statistics
 from plait.statistics.moments import Statistics
 from plait.tasks import batches
+
+BASE_MOMENTS, OWN_MOMENTS = "base", "own"  # of inputs to the bare base, or to the base with the adapter on
 
 
 def collect_moments(panel: Panel) -> dict[str, dict[str, Statistics]]:

@@ -6,9 +6,7 @@ import time
 
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
-from plait.fidelity.choose import FEWEST, HELD_OUT
 from plait.fidelity.distil import Stopping, distil
-from plait.fidelity.duration import in_words
 from plait.fidelity.learning_state import KeptLearning
 from plait.fidelity.losses import loss_of
 from plait.fidelity.on_policy import OnPolicyLoss
@@ -16,8 +14,8 @@ from plait.fidelity.panel import Panel
 from plait.fidelity.record import Look, Repair
 from plait.fidelity.score import fidelities
 from plait.fidelity.teachers import DistillationLoss
-from plait.fidelity.texts import split_off
-from plait.progress import OnProgress
+from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
+from plait.progress import OnProgress, in_words
 
 # Texts of each adapter from which a repair of classifiers is worth it. With 100 of each (75 to learn from) it took more than it gave, also
 # where the texts held out said otherwise; with 400 and 500 it gave every time (docs/results/existing-texts.md). Between, nobody measured.

@@ -20,6 +20,8 @@ _NAMES = ("text", "sentence", "prompt", "messages", "content")  # the first of t
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 # Texts of a file that a choice reads, and those that what comes after it reads: a repair, heads, the measure.
 LIMIT, LIMIT_OF_REST = 100, 500
+# Every fourth text is held out from what is learnt; with fewer texts than this nothing is learnt.
+HELD_OUT, FEWEST = 4, 12
 
 
 @dataclass(frozen=True, slots=True)
