@@ -103,21 +103,31 @@ def test_one_number_a_row_is_no_distribution():
         collect_fisher(model, batches(), ["q"])
 
 
+class Elsewhere(Classifier):
+    """Reads one row for all examples, as relative positions are read, or all tokens beneath each other."""
+
+    def forward(self, input_ids, attention_mask):
+        places = torch.arange(input_ids.shape[1])[None] if self.once else input_ids.flatten()
+        h = torch.tanh(self.q(self.embed(places)))
+        h = h.expand(len(input_ids), -1, -1) if self.once else h.view(*input_ids.shape, -1)
+        mask = attention_mask[..., None].float()
+        return SimpleNamespace(logits=self.head((h * mask).sum(1) / mask.sum(1)))
+
+
 def test_a_module_that_does_not_tell_examples_apart_is_refused():
-    class Shared(Classifier):
-        """Reads one row for all examples, as relative positions are read, or all tokens beneath each other."""
+    model = Elsewhere()
+    model.once = True
+    with pytest.raises(RunError, match="for 4 examples, which it does not tell apart"):
+        collect_fisher(model, batches(), ["q"])
 
-        def forward(self, input_ids, attention_mask):
-            places = torch.arange(input_ids.shape[1])[None] if self.once else input_ids.flatten()
-            h = torch.tanh(self.q(self.embed(places)))
-            h = h.expand(len(input_ids), -1, -1) if self.once else h.view(*input_ids.shape, -1)
-            return SimpleNamespace(logits=self.head(h.mean(1)))
 
-    for once in (True, False):
-        model = Shared()
-        model.once = once
-        with pytest.raises(RunError, match="for 4 examples, which it does not tell apart"):
-            collect_fisher(model, batches(), ["q"])
+def test_tokens_of_all_examples_beneath_each_other_are_those_of_each():
+    model = Elsewhere()
+    model.once = False
+    found, right = (
+        collect_fisher(m, batches(), ["q"], labels="given").diagonal_for("q").rows(0, 5) for m in (model, Classifier())
+    )
+    torch.testing.assert_close(found, right)
 
 
 def test_given_tokens_equal_autograd_example_by_example():

@@ -6,15 +6,17 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from plait.cli import main
 from plait.errors import UsageError
-from plait.report.comparison import BEST, compare_runs
+from plait.report.comparison import BEST, compare_runs, same_labels
 from plait.report.comparison_page import write_comparison
 from plait.report.table import rows_of
+from plait.tasks import Source, Task
 from tests.report.conftest import Page, finished, small
 from tests.study.conftest import raw_study
 
@@ -38,6 +40,18 @@ def test_a_run_against_itself_has_no_differences(study_done, tmp_path):
     assert {(c.arm, c.merge) for c in compared.changes} == keys | {(BEST, BEST)}
     for c in compared.changes:
         assert c.difference == 0 and c.interval == (0, 0) and set(c.tasks.values()) == {0}
+
+
+def test_rows_of_written_answers_are_the_same_where_their_files_are():
+    def run(digest, answers=None, right=(-1, -1)):  # of an open answer nothing but -1 is kept
+        task = Task("t", "causal", Source("t.csv"), ("text",), labels=answers)
+        source = {"source": {"train": f"t.csv:{digest}", "validation": None}}
+        return SimpleNamespace(tasks={"t": task}, data={"t": source}, labels=lambda _: np.array(right))
+
+    assert same_labels(run("a"), run("a"), "t") and not same_labels(run("a"), run("b"), "t")
+    chosen = run("a", ("no", "yes"), (0, 1))
+    assert same_labels(chosen, run("b", ("no", "yes"), (0, 1)), "t")
+    assert not same_labels(chosen, run("a", ("no", "yes"), (1, 1)), "t")
 
 
 def test_differences_are_those_of_the_rows(study_done, other_done):

@@ -36,6 +36,7 @@ def greedy(model: Any, tokenizer: Any) -> Iterator[None]:
         eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=kept.decoder_start_token_id,
+        forced_bos_token_id=kept.forced_bos_token_id,  # no search, but the language that is written (mBART, NLLB)
     )
     try:
         yield

@@ -11,6 +11,7 @@ import numpy as np
 
 from plait.errors import UsageError
 from plait.evaluation.bootstrap import Floats
+from plait.evaluation.evaluate import is_open
 from plait.evaluation.splits import HALVES
 from plait.report.account import RESAMPLES
 from plait.report.best import Best, best_rows
@@ -137,10 +138,17 @@ def _same_rows(first: Layout, second: Layout) -> bool:
         return False
     parts, others = splits(first), splits(second)
     return all(
-        np.array_equal(parts[t].halves[h], others[t].halves[h]) and np.array_equal(first.labels(t), second.labels(t))
+        np.array_equal(parts[t].halves[h], others[t].halves[h]) and same_labels(first, second, t)
         for t in first.tasks
         for h in HALVES
     )
+
+
+def same_labels(first: Layout, second: Layout, task: str) -> bool:
+    """Whether a task's rows are scored against the same in two runs; of answers that are written, whether the files are the same."""
+    if is_open(first.tasks[task]) or is_open(second.tasks[task]):  # nothing of such answers is kept
+        return bool(first.data[task]["source"] == second.data[task]["source"])
+    return np.array_equal(first.labels(task), second.labels(task))
 
 
 def _change(

@@ -197,13 +197,8 @@ def collect_fisher(
                 gradients = torch.autograd.grad(log_likelihood.sum(), outputs)
             examples += len(log_likelihood)
             for name, gradient in zip(layers, gradients, strict=True):
-                if len(gradient) != len(log_likelihood):
-                    raise RunError(
-                        f"returns {tuple(gradient.shape)} for {plural(len(log_likelihood), 'example')}, which it does not tell apart",
-                        where=name,
-                        hint="leave it out",
-                    )
-                squares = _squared_per_example(gradient, seen[name][0])
+                g, h = (_by_example(t, batch, len(log_likelihood), name) for t in (gradient, seen[name][0]))
+                squares = _squared_per_example(g, h)
                 if not bool(torch.isfinite(squares).all()):
                     raise RunError("a gradient is not finite", where=name, hint="float32 instead of float16?")
                 sums[name] = sums[name] + squares if name in sums else squares
@@ -281,6 +276,17 @@ def draw(scores: Float[Tensor, "n c"], generator: torch.Generator | None) -> Ten
     if not bool(torch.isfinite(chances).all()):
         raise RunError("what the model predicts is not finite", hint="float32 instead of float16?")
     return torch.multinomial(chances, 1, generator=generator)[:, 0].to(scores.device)
+
+
+def _by_example(rows: Tensor, batch: Mapping[str, Tensor], examples: int, name: str) -> Tensor:
+    """Give what a layer reads or returns with the examples first, also where it has all tokens beneath each other (as OPT's)."""
+    mask = batch.get("attention_mask")
+    if mask is not None and rows.ndim == 2 and len(rows) == mask.numel():
+        return rows.view(*mask.shape, -1)
+    if len(rows) != examples:
+        what = f"{tuple(rows.shape)} for {plural(examples, 'example')}, which it does not tell apart"
+        raise RunError(f"reads or returns {what}", where=name, hint="an adapter without this module")
+    return rows
 
 
 def _squared_per_example(gradient: Tensor, inputs: Tensor) -> Float[Tensor, "out in"]:
