@@ -16,7 +16,7 @@ from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.evaluation.writing import endings, write_ids
 from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.chat import chat_of, conversation_of, prompt_ids
+from plait.fidelity.chat import chat_of, conversation_of, prompt_ids, template_used
 from plait.fidelity.own_answers import answer_rows
 from plait.fidelity.panel import WRITTEN
 from plait.fidelity.ready_panel import ready_panel
@@ -207,6 +207,36 @@ def test_adapters_that_were_trained_without_a_template_are_left_as_they_are(make
     found = chat_of(None, None, adapters, panel.tokenizer, 9)
     assert found.answered and not found.used and "one, two trained without the chat template" in found.notes[0]
     assert chat_of(True, False, adapters, panel.tokenizer, 9).used
+
+
+def test_one_rule_for_every_command(make_panel, tmp_path):
+    """Asked for, then the merge's own record, then the trainings', then the tokenizer; and it is always said."""
+    panel = make_panel("llama", "causal")
+    tokenizer, adapters = panel.tokenizer, adapters_of(panel)
+    bare = make_panel("gpt2", "causal").tokenizer
+    tokenizer.chat_template, bare.chat_template = TEMPLATE, None
+    recorded = []
+    for adapter, chat in zip(adapters, ("prompt", None), strict=True):
+        folder = tmp_path / adapter.name
+        folder.mkdir()
+        (folder / "plait.json").write_text(json.dumps({"schema": 1, "options": {"data": {"chat": chat}}, "result": {}}))
+        recorded.append(replace(adapter, source={"path": str(folder)}))
+    for asked, of, before, used, said in (
+        (None, adapters, None, True, "the tokenizer has one"),
+        (None, recorded, None, True, "one trained so, two without it"),
+        (None, recorded[:1], None, True, "one trained so"),
+        (None, recorded[1:], None, False, "two trained without the chat template"),
+        (None, recorded, False, False, "as when the merge was chosen"),
+        (True, recorded[1:], False, True, "as asked for"),
+        (False, recorded[:1], True, False, "as asked for"),
+    ):
+        found, words = template_used(asked, of, tokenizer, before)
+        assert found is used and said in words
+        assert words.startswith(
+            "prompts go through the tokenizer's chat template" if used else "prompts stand as they are"
+        )
+    found, words = template_used(None, recorded, bare, True)
+    assert not found and "one trained with a chat template, and the base's tokenizer has none" in words
 
 
 def test_prompts_that_are_cut_are_counted(make_panel):

@@ -117,6 +117,7 @@ def test_files_that_hold_both_ends_of_a_tie(tmp_path, targets):
     error, said = far("tied llama", base, targets, tmp_path)
     assert error < 1e-5 and said
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert not bake(read_adapter(tmp_path / "a"), base, tmp_path / "out").record.beside
 
 
 def test_an_embedding_of_encoder_and_decoder(tmp_path):
@@ -125,6 +126,9 @@ def test_an_embedding_of_encoder_and_decoder(tmp_path):
     (tmp_path / "shared").mkdir()
     error, said = far("bart", base, ["lm_head", "q_proj"], tmp_path)
     assert error < 1e-5 and said
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    told = bake(read_adapter(tmp_path / "a"), base, tmp_path / "out").record.beside
+    assert any("transformers 4 ties lm_head again, and its update is lost" in line for line in told)
     with pytest.raises(InputError, match=r"one tensor with model\.decoder\.embed_tokens\.weight and model\.encoder"):
         far("bart", base, ["shared"], tmp_path / "shared")
     assert not (tmp_path / "shared" / "out").exists()

@@ -244,6 +244,55 @@ def test_the_chat_template_is_used_when_asked_and_where_adapters_were_trained_so
         capsys, "try", tmp_path / "merged", "--base", base, "--prompt", "x", "--chat", "--device", "cpu"
     )
     assert code == 2 and "no chat template" in err
+    merge_folders(pair, tmp_path / "unknown")
+    found = answers(
+        capsys, tmp_path / "unknown", "--base", talking, "--prompt", PROMPTS[0], "--tokens", "5", "--device", "cpu"
+    )
+    assert "the tokenizer has one (--no-chat" in found["notes"][0]
+    assert found["rows"][0]["answers"][0]["text"] == written_by_transformers(talking, None, "", 5, ids=ids)
+
+
+@pytest.mark.parametrize("chat", [None, False])
+def test_a_merge_is_asked_as_it_was_when_it_was_chosen(writers, tmp_path, monkeypatch, capsys, chat):
+    base, pair, _ = writers
+    talking = Path(shutil.copytree(base, tmp_path / "base"))
+    (talking / "chat_template.jinja").write_text(TEMPLATE)
+    texts = [f"--text={p.name}={tmp_path / p.name}.csv:prompt" for p in pair]
+    for p in pair:
+        (tmp_path / f"{p.name}.csv").write_text("prompt\n" + "".join(f"w{i} w{i + 1}\n" for i in range(20)))
+    more = ["--no-chat"] if chat is False else []
+    code, said, err = plait(
+        capsys, "merge", "auto", talking, *pair, *texts, *more, "--refine", "0", "--no-fit", "--tokens", "3", "--device", "cpu",
+        "--out", tmp_path / "merged",
+    )  # fmt: skip
+    assert code == 0, err
+    sentence = "prompts stand as they are" if more else "prompts go through the tokenizer's chat template"
+    assert sentence in said + err
+    found = answers(
+        capsys, tmp_path / "merged", "--base", talking, "--prompt", PROMPTS[0], "--tokens", "5", "--device", "cpu"
+    )
+    assert found["notes"][0].startswith(f"{sentence}: as when the merge was chosen")
+
+
+def test_an_answer_follows_a_prompt_without_an_end(writers, tmp_path, capsys):
+    """A tokenizer that closes every text would have the model write after an end that training never put there."""
+    from tokenizers import Tokenizer, processors
+
+    base, pair, _ = writers
+    closing = Path(shutil.copytree(base, tmp_path / "base"))
+    import transformers as hf
+
+    plain = hf.AutoTokenizer.from_pretrained(base)
+    backend = Tokenizer.from_file(str(closing / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {plain.eos_token}", special_tokens=[(plain.eos_token, plain.eos_token_id)]
+    )
+    backend.save(str(closing / "tokenizer.json"))
+    ids = plain(PROMPTS[0], add_special_tokens=False)["input_ids"]
+    found = answers(
+        capsys, pair[0], "--base", closing, "--prompt", PROMPTS[0], "--no-chat", "--tokens", "5", "--device", "cpu"
+    )
+    assert found["rows"][0]["answers"][0]["text"] == written_by_transformers(base, None, "", 5, ids=ids)
 
 
 def test_models_whose_updates_do_not_stack_are_asked_one_by_one(tmp_path, capsys):

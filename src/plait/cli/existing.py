@@ -46,7 +46,8 @@ Answers = Annotated[
 Chat = Annotated[
     bool | None,
     typer.Option(
-        "--chat/--no-chat", help="The tokenizer's chat template around prompts; by default where there is one."
+        "--chat/--no-chat",
+        help="The tokenizer's chat template around prompts; by default as adapters were trained, else where there is one.",
     ),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of an adapter's own answer.")]

@@ -32,7 +32,7 @@ Chat = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="The tokenizer's chat template around each prompt; by default where adapters were trained so.",
+        help="The tokenizer's chat template around each prompt; by default as adapters were trained, else where there is one.",
     ),
 ]
 

@@ -46,8 +46,7 @@ def chat_of(
     """Decide whether adapters are looked at in their own answers, and whether prompts go through the chat template.
 
     Args:
-        asked: Whether they go through the template; None where they do if the tokenizer has one and none of the adapters says that
-            it was trained without. True means answers too.
+        asked: Whether they go through the template; None where `template_used` decides. True means answers too.
         answers: Whether texts are prompts, which the adapters answer; None where they are if the adapters are causal.
         adapters: Whose texts they are.
         tokenizer: The base's.
@@ -57,31 +56,60 @@ def chat_of(
         UsageError: A template is asked for that is not there, or answers of adapters that do not write.
     """
     writes = all(a.task_type == "CAUSAL_LM" for a in adapters)
-    template = getattr(tokenizer, "chat_template", None)
     if (asked or answers) and not writes:
         option = "--chat" if asked else "--answers"
         raise UsageError(f"{option} is for causal adapters; one of these does not write", hint="leave it out")
-    if asked and not template:
-        raise UsageError("the base's tokenizer has no chat template", hint="leave --chat out")
     if not asked and (answers is False or not writes):
         return Chat()
-    plain = [a.name for a in adapters if _trained_plainly(a)] if template and asked is None else []
-    used = bool(asked) or (asked is None and bool(template) and not plain)
+    used, how = template_used(asked, adapters, tokenizer)
     detected = answers is None and not asked
     why = " (the files hold prompts; --no-answers reads them as plain texts)" if detected else ""
-    said = f"adapters are followed in their own answers, up to {plural(new_tokens, 'token')} each{why}"
-    if used:
-        how = "as asked for" if asked else "the tokenizer has one (--no-chat leaves it out)"
-        said = f"prompts go through the tokenizer's chat template: {how}; {said}"
-    elif plain:
-        said = f"{', '.join(plain)} trained without the chat template: prompts stand as they are (--chat puts it around them); {said}"
+    said = f"{how}; adapters are followed in their own answers, up to {plural(new_tokens, 'token')} each{why}"
+    template = getattr(tokenizer, "chat_template", None)
     return Chat(used, ChatRecord(sha256_json(str(template)) if used else "", new_tokens, detected), (said,))
 
 
-def _trained_plainly(adapter: Adapter) -> bool:
-    """Whether the record of an adapter's training says that no chat template stood around its prompts."""
-    rows = trained_rows(Path(str(adapter.source.get("path", ""))))
-    return rows is not None and not rows.get("chat")
+def template_used(
+    asked: bool | None, adapters: Sequence[Adapter], tokenizer: Any, before: bool | None = None
+) -> tuple[bool, str]:
+    """Decide whether the tokenizer's chat template is put around prompts: one rule for every command that asks causal adapters.
+
+    What was asked for counts first, then how the merge was asked when it was chosen, then what the adapters' records of their training
+    say (with the template, where they differ), then whether the tokenizer has one.
+
+    Args:
+        asked: Whether it is wanted; None where the rest decides.
+        adapters: Who is asked.
+        tokenizer: The base's.
+        before: How a merge of these was asked when it was chosen; None where nobody knows.
+
+    Returns:
+        Whether it is used, and a sentence that says so and why.
+
+    Raises:
+        UsageError: It is asked for and not there.
+    """
+    has = bool(getattr(tokenizer, "chat_template", None))
+    rows = {a.name: trained_rows(Path(str(a.source.get("path", "")))) for a in adapters}
+    through = [name for name, r in rows.items() if r is not None and r.get("chat")]
+    plain = [name for name, r in rows.items() if r is not None and not r.get("chat")]
+    if asked and not has:
+        raise UsageError("the base's tokenizer has no chat template", hint="leave --chat out")
+    if not has:
+        lacks = f"{', '.join(through)} trained with a chat template, and " if through else ""
+        return False, f"prompts stand as they are: {lacks}the base's tokenizer has none"
+    used = next((known for known in (asked, before) if known is not None), bool(through) or not plain)
+    if asked is not None:
+        why = "as asked for"
+    elif before is not None:
+        why = "as when the merge was chosen"
+    elif through:
+        why = f"{', '.join(through)} trained so" + (f", {', '.join(plain)} without it" if plain else "")
+    else:
+        why = f"{', '.join(plain)} trained without the chat template" if plain else "the tokenizer has one"
+    other = "" if asked is not None else " (--no-chat leaves it out)" if used else " (--chat puts it around them)"
+    done = "prompts go through the tokenizer's chat template" if used else "prompts stand as they are"
+    return used, f"{done}: {why}{other}"
 
 
 def conversation_of(text: tuple[str, ...]) -> list[dict[str, str]]:

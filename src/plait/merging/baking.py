@@ -83,6 +83,7 @@ def bake(
         require_one_output(ties, adapter.name)
     beside = [*compared_copies(copies, adapter, tensors, ties.is_one), *of_another_base(adapter.base, base)]
     beside += kin_lines(source.adapters, source.weights) if isinstance(source, Plan) else []
+    beside += _still_tied(sites, ties)
     inputs = {"adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules))}
     if stands := out.exists() or out.is_symlink():  # else the base is hashed while it is copied
         inputs["base"] = store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)})
@@ -197,6 +198,17 @@ def _copy(
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
     (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return hashes, True
+
+
+def _still_tied(sites: Sequence[Site], ties: Ties) -> list[str]:
+    """Say who goes on tying an output layer that has a weight of its own now, where the config cannot say that it has."""
+    if not ties.others or ties.output is None or not any(s.unties or s.tensor == ties.apart for s in sites):
+        return []
+    output = ties.output.removesuffix(".weight")
+    return [
+        f"{output} has a weight of its own now, and config.json goes on tying the embeddings, which encoder and decoder need: transformers "
+        f"5 keeps it and warns that it does; transformers 4 ties {output} again, and its update is lost"
+    ]
 
 
 def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:

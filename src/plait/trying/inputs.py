@@ -34,19 +34,6 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """How an adapter's prompts looked in training, as far as its record tells.
-
-    Args:
-        chat: "prompt" or "messages" where the tokenizer's chat template was put around them; None where not, or unknown.
-        template: What was put around the texts; None where nothing was, or unknown.
-    """
-
-    chat: str | None = None
-    template: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Trial:
     """What is to be tried.
 
@@ -55,16 +42,23 @@ class Trial:
         adapters: Those that went into it and were found, in the order of its record.
         missing: Those that were not.
         base: The base.
-        trained: Name of an adapter -> how its prompts looked.
+        templates: Name of an adapter -> what was put around its texts in training, as far as its record tells.
         is_merge: Whether it is a merge at all.
+        through_chat: Whether prompts went through the chat template when the merge was chosen by what it answers; None where it was not.
     """
 
     merge: Adapter
     adapters: tuple[Adapter, ...]
     missing: tuple[Missing, ...]
     base: BaseModel
-    trained: Mapping[str, Trained]
+    templates: Mapping[str, str]
     is_merge: bool
+    through_chat: bool | None = None
+
+    @property
+    def asked(self) -> tuple[Adapter, ...]:
+        """The adapters whose training says how prompts looked: those of the merge, or the one that is tried alone."""
+        return self.adapters if self.is_merge else (self.merge,)
 
 
 def trial_of(place: str, base: str | None, named: Sequence[str], device: str = "auto") -> Trial:
@@ -93,8 +87,12 @@ def trial_of(place: str, base: str | None, named: Sequence[str], device: str = "
     tasks = [a.name for a in inputs] or list(map(str, _listed(result, "tasks", folder)))
     given = _given(named, tasks, place)
     found, missing = _found(inputs, given, tasks, folder)
-    trained = {a.name: _trained(a) for a in (*found, *(() if tasks else (merge,)))}
-    return Trial(merge, tuple(found), tuple(missing), _base(merge, base, device), trained, bool(tasks))
+    known = {a.name: _template(a) for a in (*found, *(() if tasks else (merge,)))}
+    templates = {name: template for name, template in known.items() if template}
+    chat = result.get("chat")
+    through_chat = bool(chat.get("template")) if isinstance(chat, Mapping) else None
+    base_model = _base(merge, base, device)
+    return Trial(merge, tuple(found), tuple(missing), base_model, templates, bool(tasks), through_chat)
 
 
 def _listed(result: Mapping[str, Any], key: str, folder: Path) -> list[Any]:
@@ -155,11 +153,10 @@ def _require_whole_update(adapter: Adapter) -> None:
         )
 
 
-def _trained(adapter: Adapter) -> Trained:
-    """What the manifest of a training says of its rows."""
-    rows = trained_rows(Path(str(adapter.source.get("path", "")))) or {}
-    chat, template = rows.get("chat"), rows.get("template")
-    return Trained(chat if isinstance(chat, str) else None, template if isinstance(template, str) else None)
+def _template(adapter: Adapter) -> str | None:
+    """What the record of a training says was put around its texts."""
+    template = (trained_rows(Path(str(adapter.source.get("path", "")))) or {}).get("template")
+    return template if isinstance(template, str) else None
 
 
 def _base(merge: Adapter, asked: str | None, device: str) -> BaseModel:

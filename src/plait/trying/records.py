@@ -86,7 +86,8 @@ class TrySettings:
 
     Args:
         tokens: New tokens at most.
-        chat: Whether the tokenizer's chat template is put around each prompt; None: where an adapter was trained so.
+        chat: Whether the tokenizer's chat template is put around each prompt; None where
+            `plait.fidelity.chat.template_used` decides.
         max_length: Tokens of a prompt that are read.
         batch_size: Texts a pass.
     """

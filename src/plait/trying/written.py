@@ -11,13 +11,14 @@ from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.errors import InputError, UsageError
 from plait.evaluation.writing import endings, write_many
+from plait.fidelity.chat import prompt_ids, template_used
 from plait.fidelity.texts import Texts
 from plait.model.applied import applied
 from plait.model.greedy import greedy
 from plait.model.stacked import Active, stacked_factors
 from plait.model.views import TaskModels
 from plait.tasks import Source, Task
-from plait.trying.inputs import Trained, Trial
+from plait.trying.inputs import Trial
 from plait.trying.records import BASE, MERGE, Answer, Asked, OnProgress, Prompts, Tried, TrySettings
 
 _OF_TYPE = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
@@ -58,7 +59,7 @@ def written(
         for task, texts in prompts.of_tasks.items()
     ]
     ready = [
-        (task, members, texts, [_ids(tokenizer, text, chat=chat, longest=longest) for text in texts])
+        (task, members, texts, [_ids(tokenizer, text, kind, chat=chat, longest=longest) for text in texts])
         for task, members, texts in asked
     ]
     rows: list[Asked] = []
@@ -79,25 +80,13 @@ def written(
 
 def _chat(trial: Trial, settings: TrySettings, tokenizer: Any, kind: str) -> tuple[bool, list[str]]:
     """Whether the chat template is used, and what is to be said of it and of templates in training."""
-    so_trained = sorted(n for n, t in trial.trained.items() if t.chat)
-    wanted = bool(so_trained) if settings.chat is None else settings.chat
-    has = kind == "causal" and bool(getattr(tokenizer, "chat_template", None))
-    if wanted and not has:
-        if settings.chat:
-            raise UsageError(
-                "the base's tokenizer has no chat template", where=trial.base.name, hint="leave --chat out"
-            )
-        wanted = False
-    notes = []
-    if wanted:
-        why = f": {', '.join(so_trained)} trained so" if so_trained else ""
-        notes.append(f"each prompt is a user's turn in the tokenizer's chat template{why}")
-    elif has and settings.chat is None:
-        notes.append("prompts as they stand; --chat puts the tokenizer's chat template around them")
-    for name, how in trial.trained.items():
-        if isinstance(how, Trained) and how.template:
-            notes.append(f"{name} was trained on prompts of the form {how.template!r}")
-    return wanted, notes
+    told = [f"{name} was trained on prompts of the form {how!r}" for name, how in trial.templates.items()]
+    if kind == "causal":
+        used, said = template_used(settings.chat, trial.asked, tokenizer, trial.through_chat)
+        return used, [said, *told]
+    if settings.chat:
+        raise UsageError("encoder-decoders read no chat", where=trial.base.name, hint="leave --chat out")
+    return False, told
 
 
 def _longest(model: Any, settings: TrySettings, kind: str) -> int:
@@ -113,14 +102,10 @@ def _longest(model: Any, settings: TrySettings, kind: str) -> int:
     return min(settings.max_length, room - settings.tokens)
 
 
-def _ids(tokenizer: Any, text: tuple[str, ...], *, chat: bool, longest: int) -> list[int]:
+def _ids(tokenizer: Any, text: tuple[str, ...], kind: str, *, chat: bool, longest: int) -> list[int]:
     whole = "\n".join(text)
-    if chat:
-        turns = [{"role": "user", "content": whole}]
-        found = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
-    else:
-        found = tokenizer(whole)["input_ids"]
-    ids = [int(i) for i in found]
+    causal = kind == "causal"
+    ids = prompt_ids(tokenizer, text, chat=chat) if causal else [int(i) for i in tokenizer(whole)["input_ids"]]
     if not ids:
         raise InputError("the tokenizer makes nothing of it", where=f"prompt {whole!r:.60}")
     if len(ids) > longest:
