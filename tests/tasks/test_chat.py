@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 
@@ -52,6 +53,22 @@ def talk_task(**options) -> Task:
 
 def shown(tokenizer, ids):
     return " ".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(chat_base, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 12, 5)
+
+    tokenizer = load_tokenizer(chat_base)
+    tokenizer.chat_template = "{% set day = strftime_now(\"%d\") %}w{{ day }} w{{ strftime_now( '%d' ) }} " + TEMPLATE
+    today = encode_chat(tokenizer, TALK)
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert encode_chat(tokenizer, TALK) == today
+    assert shown(tokenizer, today["input_ids"][:2]) == "w26 w26"
 
 
 def test_only_the_assistant_is_learnt_and_its_end(chat_base):

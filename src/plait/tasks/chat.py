@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from plait.errors import InputError
 from plait.tasks.task import IGNORED
 
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how a template asks for the day
+_DAY = datetime(2024, 7, 26)  # the one that Llama's template falls back to
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, str]
 
@@ -89,6 +93,9 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> dict[str, list[i
 def rendered(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> list[int]:
     """Token ids of a conversation as the tokenizer's template writes it.
 
+    A template that writes today's date (Llama 3.2, SmolLM3) is told one day, always the same: else the same rows would be others
+    tomorrow, and a training that goes on after midnight would have two kinds.
+
     Args:
         tokenizer: A tokenizer with a chat template.
         messages: The turns; none give no tokens.
@@ -102,7 +109,11 @@ def rendered(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> list[
     if not messages:
         return []
     tokens = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tokenize=True, add_generation_prompt=ask, return_dict=False
+        [dict(m) for m in messages],
+        chat_template=_DATE.sub(lambda call: repr(_DAY.strftime(call[2])), tokenizer.get_chat_template()),
+        tokenize=True,
+        add_generation_prompt=ask,
+        return_dict=False,
     )
     return [int(t) for t in tokens]
 
