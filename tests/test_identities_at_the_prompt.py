@@ -20,7 +20,7 @@ def test_a_training_in_another_type_is_another(prepared, tmp_path, capsys):  # n
     command = ["train", start, *source, "--out", tmp_path / "out"]
     assert plait(capsys, *command)[0] == 0 and plait(capsys, *command)[0] == 0
     code, said = plait(capsys, *command, "--set", "base.dtype=bfloat16")
-    assert code == 2 and "options.dtype: absent -> bfloat16" in said
+    assert code == 2 and "options.dtype: not recorded -> bfloat16" in said
 
 
 @pytest.mark.parametrize("alone", ["training.evaluate_every=2", "data.selection_rows=8"])

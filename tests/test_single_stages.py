@@ -397,7 +397,11 @@ def _the_same_fisher_file_again(command, file, adapters, monkeypatch, capsys):
         others = {
             "options.samples: 10 -> 11": [*command, "--samples", "11"],
             "options.batch_size: 16 -> 5": [*command, "--set", "statistics.batch_size=5"],  # draws go by batches
-            "options.batch_size: 16 -> absent; options.labels: sampled -> given": [*command, "--labels", "given"],
+            "options.batch_size: 16 -> not asked for; options.labels: sampled -> given": [
+                *command,
+                "--labels",
+                "given",
+            ],
             "seed: 0 -> 1": [*command, "--seed", "1"],
             "inputs.adapter: ": [f"two={adapters[0]}" if a == adapters[1] else a for a in command],
         }

@@ -95,10 +95,9 @@ def test_differences_are_none_exactly_between_equals(a, b):
 
 
 def test_settings_beyond_the_sixth_are_counted():
-    for count, end in ((6, "f: absent -> 0 (choose"), (8, "f: absent -> 0; and 2 more (choose")):
+    for count, end in ((6, "f: not recorded -> 0 (choose"), (8, "f: not recorded -> 0; and 2 more (choose")):
         with pytest.raises(UsageError) as raised:
             require_wanted(Path("out"), {"z": 0}, {"z": 0, **dict.fromkeys("abcdefgh"[:count], 0)})
-        assert (
-            f"exists with other settings: a: absent -> 0; b: absent -> 0; c: absent -> 0; d: absent -> 0; e: absent -> 0; {end}"
-            in str(raised.value)
-        )
+        assert "exists with other settings: " + "; ".join(
+            f"{k}: not recorded -> 0" for k in "abcde"
+        ) + f"; {end}" in str(raised.value)

@@ -13,7 +13,7 @@ from plait.border.counts import plural
 from plait.cli.execution import ExecutorName, Scorers, Workers, execute
 from plait.cli.options import Json, Out, Overwrite, Quiet, RecipeArg, Set
 from plait.cli.output import emit, table
-from plait.errors import UsageError
+from plait.errors import UsageError, printable
 
 
 def register(app: typer.Typer) -> None:
@@ -91,9 +91,22 @@ def plan(
 
 
 def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None:
-    """Check every key, name and value of a recipe. Reads no data and no model."""
+    """Check every key, name and value of a recipe, and that the files it names are there. Reads no data and no model."""
+    from plait.runs.missing import missing_files
+
     found = read(recipe, sets)
-    emit({"valid": True, "recipe": found.model_dump(mode="json")}, as_json, f"{recipe}: a valid recipe")
+    missing = missing_files(found)
+    said = [f"{recipe}: a valid recipe{' in its form' if missing else ''}"]
+    said += [f"{m.key}: {m.path}: no such file or folder ({m.hint})" for m in missing]
+    result = {"valid": not missing, "missing": [asdict(m) for m in missing], "recipe": found.model_dump(mode="json")}
+    emit(result, as_json, "\n".join(said))
+    if missing:
+        what = missing[0].path if len(missing) == 1 else f"{missing[0].path} and {len(missing) - 1} more"
+        typer.echo(
+            f"error: {recipe}: {printable(what)} {'is' if len(missing) == 1 else 'are'} missing; its keys and values are valid",
+            err=True,
+        )
+        raise typer.Exit(3)
 
 
 def cp(

@@ -121,11 +121,13 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """Dotted keys in which two manifests differ, as "key: found -> wanted"; of inputs, which are hashes, that they are others.
 
     >>> differences({"options": {"rank": 8}}, {"options": {"rank": 4, "seed": 0}})
-    ['options.rank: 8 -> 4', 'options.seed: absent -> 0']
+    ['options.rank: 8 -> 4', 'options.seed: not recorded -> 0']
     >>> differences(
     ...     {"options": {"options": {"density": 0.2}}}, {"options": {"options": {"density": 0.3}}}
     ... )  # of a method
     ['options.density: 0.2 -> 0.3']
+    >>> differences({"options": {"bits": None, "rank": 8}}, {"options": {"rslora": True, "rank": ["a", "b"]}})
+    ['options.bits: none -> not asked for', 'options.rank: 8 -> a, b', 'options.rslora: not recorded -> yes']
     >>> differences(
     ...     {"inputs": {"texts:sst2": "0a", "adapter:a": "1b"}}, {"inputs": {"texts:sst2": "0c", "general": "2d"}}
     ... )
@@ -141,7 +143,17 @@ def _difference(
 ) -> str:
     if key[0] == "inputs" and len(key) > 1:
         return "new" if key not in found else "another" if key in wanted else "left out"
-    return f"{found.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
+    before = _spoken(found[key]) if key in found else "not recorded"
+    return f"{before} -> {_spoken(wanted[key]) if key in wanted else 'not asked for'}"
+
+
+def _spoken(value: Any) -> str:
+    """A value of a manifest as a person would say it."""
+    if value is None or value in ([], {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(_spoken, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def require_wanted(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:

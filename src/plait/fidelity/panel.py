@@ -115,7 +115,7 @@ def _answering(adapters: Sequence[Adapter]) -> Iterator[tuple[str, Part | InputE
             yield (
                 adapter.name,
                 InputError(
-                    f"its task type is {adapter.task_type!r} and it carries no head: it makes no predictions to compare",
+                    f"its task type is {adapter.task_type or 'not given'} and it carries no head: it makes no predictions to compare",
                     where=adapter.name,
                     hint="without texts it can still be merged",
                 ),
