@@ -14,6 +14,7 @@ from plait.errors import InputError, UsageError
 from plait.evaluation.bootstrap import weighted_score
 from plait.evaluation.text import compared, fill_compared, unmeasured
 from plait.tasks import Examples, Source, Task, load_examples, score
+from plait.tasks.answers import require_slots
 from plait.tasks.metrics import OPEN, rouge_l
 from plait.tasks.slots import SlotCounts, slot_counts, slots_of
 
@@ -141,3 +142,13 @@ def test_references_and_json_are_read_and_checked(tmp_path):
     slots = Task("t", "causal", Source("rows.jsonl"), ("q",), "answer", metrics=("slot_f1",))
     with pytest.raises(InputError, match="the answer in row 0 is no JSON object"):
         load_examples(slots, "train", root=tmp_path)
+
+
+def test_answers_none_of_which_has_an_intent_are_refused_where_intents_are_compared():
+    rows = ['{"Intent": "GetWeather", "city": "Oslo"}', '{"Intent": "PlayMusic"}']
+    measured = [slot_counts('{"Intent": "wrong"}', row, task()).intent for row in rows]
+    assert measured == [True, True]  # which is why
+    with pytest.raises(InputError, match="no answer has the key 'intent'; there are Intent, city"):
+        require_slots(task(metrics=("intent_accuracy",)), rows, range(2), "here")
+    require_slots(task(metrics=("slot_f1",)), rows, range(2), "here")
+    require_slots(task(metrics=("intent_accuracy",)), [*rows, '{"intent": "x"}'], range(3), "here")

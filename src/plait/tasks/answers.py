@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from plait.errors import InputError
-from plait.tasks.slots import slots_of
+from plait.tasks.slots import INTENT, slots_of
 from plait.tasks.task import SLOT_METRICS, Task
 
 _EXACT = 2**53  # floats from here on are not told apart by one
@@ -35,6 +35,8 @@ def checked_references(
 def require_slots(task: Task, labels: Sequence[str], ids: Iterable[Any], where: str) -> None:
     """Refuse right answers without a JSON object where a metric counts slots: none of an answer's could be right.
 
+    And rows of which none has an intent where intents are compared: whatever says none would be right.
+
     Args:
         task: Its metrics say whether slots are counted.
         labels: The right answers.
@@ -46,13 +48,21 @@ def require_slots(task: Task, labels: Sequence[str], ids: Iterable[Any], where: 
     """
     if not set(task.metrics) & set(SLOT_METRICS):
         return
+    said: set[str] = set()
+    asked = False
     for i, label in zip(ids, labels, strict=True):
-        if slots_of(label, task) is None:
+        if (found := slots_of(label, task)) is None:
             raise InputError(
                 f"the answer in row {i} is no JSON object",
                 where=where,
                 hint=f"{' and '.join(SLOT_METRICS)} count slots of JSON",
             )
+        asked |= found[0] is not None
+        said |= {slot for slot, _ in found[1]}
+    if not asked and "intent_accuracy" in task.metrics:
+        keys = f"; there are {', '.join(sorted(said)[:12])}" if said else ""
+        hint = f"intent_accuracy compares what stands under {INTENT!r}"
+        raise InputError(f"no answer has the key {INTENT!r}{keys}", where=where, hint=hint)
 
 
 def named_answer(task: Task, value: Any, row: Any, split: str, where: str) -> str:
