@@ -32,16 +32,16 @@ from scipy.stats import spearmanr
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
+from plait.choosing.candidates import METHODS, SCALES, Tried, groups_of, merged_by, recipes
+from plait.choosing.choose import scaled
+from plait.choosing.factors_only import choose_by_factors
+from plait.choosing.proxy import mean_error, terms_over
 from plait.disk.store import versions
-from plait.fidelity.candidates import METHODS, SCALES, Tried, groups_of, merged_by, recipes
-from plait.fidelity.choose import scaled
-from plait.fidelity.distil import distil
-from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.measure import TaskFidelity, aggregate
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.proxy import mean_error, terms_over
 from plait.fidelity.score import fidelities
+from plait.learning.distil import distil
 from plait.merging import merge
 from plait.merging.registry import find_method
 from plait.model.base import BaseModel

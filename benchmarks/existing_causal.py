@@ -17,15 +17,15 @@ import existing_page
 import numpy as np
 
 from plait.adapters.peft_format import read_adapter
+from plait.choosing.candidates import METHODS, SCALES, Tried, merged_by, recipes
+from plait.choosing.choose import choose
+from plait.choosing.factors_only import choose_by_factors
 from plait.evaluation.evaluate import scored_labels
 from plait.evaluation.fleet import Candidate, predict_many
-from plait.fidelity.candidates import METHODS, SCALES, Tried, merged_by, recipes
-from plait.fidelity.choose import choose
-from plait.fidelity.factors_only import choose_by_factors
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import read_place
+from plait.learning.repair import repaired
 from plait.runs.recipe_file import find_recipe, read_recipe
 from plait.runs.session import Session
 from plait.tasks.metrics import primary, scores

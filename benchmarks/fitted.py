@@ -27,15 +27,15 @@ from scipy.stats import spearmanr
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
+from plait.choosing.choose import Choice, choose, refined_weights
+from plait.choosing.finishing import judged_with_heads
 from plait.disk.store import versions
-from plait.fidelity.choose import Choice, choose, refined_weights
-from plait.fidelity.finishing import judged_with_heads
-from plait.fidelity.fitting import SCALES, TRIED, Fit, best_fit, fitted
-from plait.fidelity.heads import refit_heads
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import HELD_OUT
+from plait.learning.fitting import SCALES, TRIED, Fit, best_fit, fitted
+from plait.learning.heads import refit_heads
+from plait.learning.repair import repaired
 from plait.merging import merge
 from plait.model.base import BaseModel
 from plait.tasks import load_examples

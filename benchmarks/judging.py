@@ -12,7 +12,7 @@ from plait.evaluation.evaluate import halves, scored_labels
 from plait.evaluation.scores import REPORTED, SELECTION
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import outputs
-from plait.fidelity.teachers import HeadLoss
+from plait.learning.teachers import HeadLoss
 from plait.tasks import GLUE_TASKS, Task, glue_task, load_task
 from plait.tasks.metrics import primary, scores
 from plait.tasks.task import Source

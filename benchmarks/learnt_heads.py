@@ -26,10 +26,10 @@ from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
 from plait.disk.store import versions
 from plait.evaluation.evaluate import scored_labels
-from plait.fidelity.head_learning import with_learnt_heads
-from plait.fidelity.heads import with_heads
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import outputs
+from plait.learning.head_learning import with_learnt_heads
+from plait.learning.heads import with_heads
 from plait.merging import merge
 from plait.model.base import BaseModel
 from plait.tasks import load_examples

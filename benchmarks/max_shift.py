@@ -25,11 +25,11 @@ import numpy.typing as npt
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.choosing.auto import AutoSettings, merge_auto
 from plait.demo.run import DATA, demo_base, demo_recipe
 from plait.disk.store import versions
 from plait.errors import RunError
 from plait.evaluation.evaluate import scored_labels
-from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import outputs

@@ -28,15 +28,15 @@ from judging import GLUE, Judge, task_of
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
+from plait.choosing.choose import choose, scaled
+from plait.choosing.finishing import judged_with_heads
 from plait.disk.store import versions
-from plait.fidelity.choose import choose, scaled
-from plait.fidelity.finishing import judged_with_heads
-from plait.fidelity.fitting import fitted
-from plait.fidelity.heads import refit_heads, with_heads
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import HELD_OUT, split_off
+from plait.learning.fitting import fitted
+from plait.learning.heads import refit_heads, with_heads
+from plait.learning.repair import repaired
 from plait.merging import merge
 from plait.model.base import BaseModel
 from plait.tasks import load_examples

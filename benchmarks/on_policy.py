@@ -27,13 +27,13 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter
 from plait.disk import store
 from plait.evaluation.writing import endings, write_ids
-from plait.fidelity.distil import AHEAD, Distilled, distil
 from plait.fidelity.language import positions, text_batches
-from plait.fidelity.losses import loss_of
-from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.own_answers import answer_rows, prompts_of_part
 from plait.fidelity.panel import WRITTEN, Panel, Part, parts_of
-from plait.fidelity.repair import LAYERS
+from plait.learning.distil import AHEAD, Distilled, distil
+from plait.learning.losses import loss_of
+from plait.learning.on_policy import OnPolicyLoss
+from plait.learning.repair import LAYERS
 from plait.merging import merge
 from plait.merging.scales import scale_by_rule
 from plait.model.applied import applied

@@ -22,8 +22,9 @@ from tests.fidelity.conftest import random_adapter, texts_of
 from tests.tiny import save_model
 
 from plait.adapters.peft_format import write_adapter
-from plait.fidelity import auto_folders, checkpoints
-from plait.fidelity.auto_settings import AutoSettings
+from plait.choosing import auto_folders
+from plait.choosing.auto_settings import AutoSettings
+from plait.learning import checkpoints
 from plait.model.base import BaseModel
 from plait.training.checkpoints import checkpoint_root
 

@@ -25,8 +25,8 @@ from judging import Judge, task_of
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
+from plait.choosing.candidates import Recipe, merged_by
 from plait.evaluation.features import features
-from plait.fidelity.candidates import Recipe, merged_by
 from plait.fidelity.moments import collect_moments
 from plait.fidelity.panel import Panel, parts_of
 from plait.model.base import BaseModel

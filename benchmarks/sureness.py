@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from plait.adapters.peft_format import read_adapter
-from plait.fidelity.candidates import METHODS, merged_by, recipes
+from plait.choosing.candidates import METHODS, merged_by, recipes
 from plait.fidelity.measure import Fidelity, closeness, task_fidelity
 from plait.fidelity.moments import collect_moments, merged_kinds
 from plait.fidelity.panel import Panel, parts_of

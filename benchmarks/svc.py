@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from plait.adapters.peft_format import read_adapter
-from plait.fidelity.candidates import Recipe, merged_by
+from plait.choosing.candidates import Recipe, merged_by
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import read_place

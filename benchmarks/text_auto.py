@@ -30,16 +30,16 @@ from text_arms import Merger, Run, begin, general_shift, say, scored
 
 from plait.adapters.lora import Adapter
 from plait.border.records import to_json
+from plait.choosing.choose import choose, refined_weights
+from plait.choosing.tournament import Scored
 from plait.evaluation.text import prompts_of
 from plait.evaluation.writing import endings, write_many
-from plait.fidelity.choose import choose, refined_weights
-from plait.fidelity.distil import RATES
-from plait.fidelity.fitting import best_fit, fitted
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
-from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import HELD_OUT, Texts, first_of
-from plait.fidelity.tournament import Scored
+from plait.learning.distil import RATES
+from plait.learning.fitting import best_fit, fitted
+from plait.learning.repair import repaired
 from plait.merging import merge
 from plait.model.stacked import stacked_factors
 from plait.runs.stages import splits

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.choosing.auto_folders import merge_auto_folders
 from plait.cli import main
 from plait.disk.card import card_of, license_of
 from plait.disk.card_contents import MLX, MODEL, PEFT, CardContents, CardHead
@@ -23,7 +24,6 @@ from plait.disk.card_usage import published, usage
 from plait.disk.manifest import CARD, compare_with_manifest, read_manifest
 from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
-from plait.fidelity.auto_folders import merge_auto_folders
 from plait.formats.export import export
 from plait.merging import merge_folders, plan_merge
 from plait.merging.baking import bake

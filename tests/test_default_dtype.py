@@ -17,10 +17,10 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
+from plait.choosing.auto import AutoSettings, merge_auto
 from plait.disk.store import identity
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
-from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.merging import merge_folders, merge_methods, plan_merge
 from plait.merging.bake_sites import merged_delta, shell
 from plait.merging.methods.adamerging import adamerging

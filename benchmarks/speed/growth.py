@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.fidelity.candidates import METHODS as TRIED
-from plait.fidelity.factors_only import choose_by_factors
+from plait.choosing.candidates import METHODS as TRIED
+from plait.choosing.factors_only import choose_by_factors
 from plait.merging.planning import plan_merge
 
 _BOTTOM = """torch {torch}, one thread, load average {load} on {cores} cores. A load above the cores is other work on the machine: CPU

@@ -49,7 +49,7 @@ ROOMS = {
     "adapters": ("adapters/*.py",),
     "merging": ("merging/*.py", "merging/methods/*.py"),
     "statistics": ("statistics/*.py",),
-    "fidelity": ("fidelity/*.py",),
+    "fidelity": ("fidelity/*.py", "learning/*.py", "choosing/*.py", "advice/*.py"),
     "tasks": ("tasks/*.py",),
     "single stages": ("runs/single/*.py",),
 }  # fmt: skip

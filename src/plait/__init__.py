@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from plait.adapters.lora import LoraFactors as LoraFactors
     from plait.adapters.peft_format import read_adapter as read_adapter
     from plait.adapters.peft_format import write_adapter as write_adapter
+    from plait.advice.advise import advise as advise
+    from plait.choosing.auto import merge_auto as merge_auto
+    from plait.choosing.auto_settings import AutoSettings as AutoSettings
     from plait.errors import PlaitError as PlaitError
-    from plait.fidelity.advise import advise as advise
-    from plait.fidelity.auto import merge_auto as merge_auto
-    from plait.fidelity.auto_settings import AutoSettings as AutoSettings
     from plait.merging import merge as merge
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods
@@ -44,18 +44,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adapter": "adapters.lora",
-    "AutoSettings": "fidelity.auto",
+    "AutoSettings": "choosing.auto",
     "LoraFactors": "adapters.lora",
     "PlaitError": "errors",
     "Statistics": "statistics",
     "TrainingSettings": "training",
-    "advise": "fidelity.advise",
+    "advise": "advice.advise",
     "collect_statistics": "statistics",
     "compute_subspaces": "subspaces",
     "initialize_lora_weights": "subspaces.live",
     "load_head": "model.heads",
     "merge": "merging",
-    "merge_auto": "fidelity.auto",
+    "merge_auto": "choosing.auto",
     "merge_folders": "merging",
     "merge_methods": "merging",
     "merge_statistics": "statistics",

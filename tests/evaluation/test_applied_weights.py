@@ -11,9 +11,9 @@ import torch
 
 from plait.adapters.lora import EXPERT, LoraFactors
 from plait.adapters.peft_format import read_adapter
+from plait.choosing import costs
+from plait.choosing.proxy import cosines, terms
 from plait.errors import InputError
-from plait.fidelity import costs
-from plait.fidelity.proxy import cosines, terms
 from plait.model.applied import applied, without_layers
 from tests.mixtures import FUSED, adapter, difference, loaded, logits, mixture
 from tests.test_cli import call

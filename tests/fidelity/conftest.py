@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.fidelity import auto, checkpoints
-from plait.fidelity.auto_settings import AutoSettings
+from plait.choosing import auto
+from plait.choosing.auto_settings import AutoSettings
 from plait.fidelity.panel import Panel, parts_of
+from plait.learning import checkpoints
 from plait.model.base import draw_head, head_state, load_task_model
 from tests.fidelity.ended import Begun, Killed, folders_of, killed_after
 from tests.tiny import WORDS

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plait.adapters.peft_format import write_adapter
-from plait.fidelity.auto_folders import merge_auto_folders
-from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.checkpoints import Checkpoints
+from plait.choosing.auto_folders import merge_auto_folders
+from plait.choosing.auto_settings import AutoSettings
 from plait.fidelity.panel import Panel
+from plait.learning.checkpoints import Checkpoints
 from plait.training.checkpoints import checkpoint_root
 
 

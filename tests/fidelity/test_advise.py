@@ -14,18 +14,18 @@ import torch
 
 from plait.adapters.lora import truncated
 from plait.adapters.peft_format import write_adapter
+from plait.advice.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
+from plait.choosing import costs
+from plait.choosing.auto import AutoSettings, at_rank, merge_auto
+from plait.choosing.notes import coarse, that_merge, that_model
+from plait.choosing.proxy import cosines
 from plait.cli import main
 from plait.errors import InputError, UsageError
-from plait.fidelity import costs
-from plait.fidelity.advise import SEPARATELY, SINGLE, AdviceSettings, Option, advise, recommend
 from plait.fidelity.arguments import split_base
-from plait.fidelity.auto import AutoSettings, at_rank, merge_auto
-from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity, TaskFidelity
-from plait.fidelity.notes import coarse, that_merge, that_model
-from plait.fidelity.proxy import cosines
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import HELD_OUT, LIMIT, parse_texts, read_place, read_texts, split_off, spread_over
+from plait.learning.heads import with_heads
 from plait.model.base import BaseModel
 from tests.fidelity.conftest import random_adapter
 from tests.tiny import save_model

@@ -14,22 +14,22 @@ import torch
 from plait.adapters.lora import LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import to_json
+from plait.choosing import factors_only
+from plait.choosing.auto import AutoSettings, merge_auto
+from plait.choosing.auto_folders import merge_auto_folders
+from plait.choosing.candidates import Recipe, Tried, groups_of
+from plait.choosing.choose import choose, scaled
+from plait.choosing.proxy import best_scale, mean_error, terms
 from plait.cli.existing_words import auto_text
 from plait.disk.store import read_manifest
 from plait.disk.written import Written
 from plait.errors import InputError, RunError, UsageError
-from plait.fidelity import factors_only
-from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.auto_folders import merge_auto_folders
-from plait.fidelity.candidates import Recipe, Tried, groups_of
-from plait.fidelity.choose import choose, scaled
-from plait.fidelity.distil import distil
 from plait.fidelity.limit import Limit
-from plait.fidelity.losses import loss_of
-from plait.fidelity.proxy import best_scale, mean_error, terms
-from plait.fidelity.repair import LAYERS
 from plait.fidelity.score import fidelities
 from plait.fidelity.tokens import encoded
+from plait.learning.distil import distil
+from plait.learning.losses import loss_of
+from plait.learning.repair import LAYERS
 from plait.merging import merge
 from plait.model.applied import applied
 from plait.tasks import collate
@@ -286,8 +286,8 @@ def test_texts_beyond_the_table_of_positions_are_refused_before_anything_is_comp
 
 
 def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch):
-    from plait.fidelity import asking
-    from plait.fidelity import tournament as choosing
+    from plait.choosing import asking
+    from plait.choosing import tournament as choosing
 
     panel = make_panel(texts=4)
     tried = [Tried(Recipe("tsv"), merge(adapters_of(panel), "tsv", scale=1.0).adapter)]
@@ -308,8 +308,8 @@ def test_the_grid_grows_until_the_best_scale_lies_within(make_panel, monkeypatch
     [("bert", "classification", [16, 32, 64, 70]), ("llama", "causal", [32, 70])],
 )
 def test_ever_fewer_merges_read_ever_more_texts(architecture, kind, rounds, make_panel, monkeypatch):
-    from plait.fidelity import asking
-    from plait.fidelity import tournament as choosing
+    from plait.choosing import asking
+    from plait.choosing import tournament as choosing
 
     panel = make_panel(architecture, kind, texts=70)
     tried = [Tried(Recipe(f"{i}"), panel.parts[0].adapter) for i in range(10)]
@@ -363,7 +363,7 @@ def test_a_limit_on_what_general_text_is_moved_by_holds_for_all_that_is_done(mak
 
 
 def test_where_every_fit_is_beyond_the_limit_the_choice_stays_and_is_recorded(make_panel, monkeypatch):
-    from plait.fidelity import fitting
+    from plait.learning import fitting
 
     panel = make_panel(texts=16)
     monkeypatch.setattr(fitting, "general_shift", lambda panel, merges: [9.0] * len(merges))

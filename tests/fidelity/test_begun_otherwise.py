@@ -9,13 +9,14 @@ from functools import partial
 import pytest
 
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.choosing import auto, finishing
+from plait.choosing.auto_settings import AutoSettings
 from plait.cli.output import guarded
 from plait.errors import EnvironmentFault, RunError, UsageError
-from plait.fidelity import auto, finishing, fitting
-from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.checkpoint_files import read_state
-from plait.fidelity.checkpoint_reach import FINISHING, FIT, MERGE, SCORES
-from plait.fidelity.checkpoints import Checkpoints
+from plait.learning import fitting
+from plait.learning.checkpoint_files import read_state
+from plait.learning.checkpoint_reach import FINISHING, FIT, MERGE, SCORES
+from plait.learning.checkpoints import Checkpoints
 from plait.training.checkpoints import latest_whole, seal
 from tests.fidelity.ended import Begun, Killed, contents, folders_of, killed_after
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import write_adapter
+from plait.choosing.auto import AutoSettings, merge_auto
 from plait.cli import main
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.evaluation.writing import endings, write_ids
-from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.chat import chat_of, conversation_of, prompt_ids, template_used
 from plait.fidelity.own_answers import answer_rows
 from plait.fidelity.panel import WRITTEN
 from plait.fidelity.ready_panel import ready_panel
-from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import parse_files, read_texts
 from plait.fidelity.tokens import rows_of
+from plait.learning.repair import repaired
 from plait.merging import merge
 from plait.model.applied import applied
 from plait.tasks.chat import packed_prompt
@@ -146,8 +146,8 @@ def test_answers_are_written_once(asked, monkeypatch):
 
 def test_advice_has_every_answer_written_once(asked, monkeypatch):
     """Of what the choice reads, too, which is a part of what is asked at first."""
+    from plait.advice.advise import AdviceSettings, advise
     from plait.fidelity import own_answers
-    from plait.fidelity.advise import AdviceSettings, advise
 
     panel, prompts = asked(texts=5, new_tokens=3, chat=False), []
 

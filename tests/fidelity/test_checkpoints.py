@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from plait.adapters.heads import HeadFacts
+from plait.choosing import asking, auto, choose
+from plait.choosing.auto_folders import merge_auto_folders
+from plait.choosing.auto_settings import AutoSettings
+from plait.choosing.counting import Behind, making
 from plait.disk.locks import locked
 from plait.errors import EnvironmentFault, RunError, UsageError
-from plait.fidelity import asking, auto, checkpoints, choose
-from plait.fidelity.auto_folders import merge_auto_folders
-from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.checkpoint_files import Answered, Piece, State, read_identity, read_state, write_state
-from plait.fidelity.checkpoint_reach import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHING, WEIGHTS
-from plait.fidelity.counting import Behind, making
+from plait.learning import checkpoints
+from plait.learning.checkpoint_files import Answered, Piece, State, read_identity, read_state, write_state
+from plait.learning.checkpoint_reach import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHING, WEIGHTS
 from plait.model.base import BaseModel
 from plait.training.checkpoints import checkpoint_root, open_root, seal
 from tests.fidelity.conftest import texts_of

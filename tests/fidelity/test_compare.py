@@ -11,10 +11,10 @@ import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
+from plait.advice.compare import SAMPLE, compare, compare_folders, layer_of
+from plait.advice.track_record import RECORDS, TABLES
 from plait.errors import InputError, UsageError
 from plait.evaluation.features import features
-from plait.fidelity.compare import SAMPLE, compare, compare_folders, layer_of
-from plait.fidelity.track_record import RECORDS, TABLES
 from plait.statistics import ModuleInfo, Moments, Statistics
 from tests.test_cli import call, one_object
 

@@ -7,9 +7,9 @@ from itertools import count
 
 import pytest
 
-from plait.fidelity import duration
-from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.counting import (
+from plait.choosing import duration
+from plait.choosing.auto import AutoSettings, merge_auto
+from plait.choosing.counting import (
     advising,
     choosing,
     fitting,
@@ -20,14 +20,14 @@ from plait.fidelity.counting import (
     repairing,
     seen_and_judged,
 )
-from plait.fidelity.duration import Pace, Work, pace_of, tokens_of
-from plait.fidelity.fitting import SCALES as FITTED_AT
-from plait.fidelity.fitting import TRIED
+from plait.choosing.duration import Pace, Work, pace_of, tokens_of
+from plait.choosing.tournament import ROUNDS
 from plait.fidelity.panel import WRITTEN
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import HELD_OUT
 from plait.fidelity.tokens import encoded
-from plait.fidelity.tournament import ROUNDS
+from plait.learning.fitting import SCALES as FITTED_AT
+from plait.learning.fitting import TRIED
 from plait.model.base import backbone_of
 from tests.fidelity.conftest import texts_of
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from plait.fidelity import advise, arguments, auto, auto_folders, texts
-from plait.fidelity.auto import AutoSettings
-from plait.fidelity.auto_folders import merge_auto_folders
+from plait.advice import advise
+from plait.choosing import auto, auto_folders
+from plait.choosing.auto import AutoSettings
+from plait.choosing.auto_folders import merge_auto_folders
+from plait.fidelity import arguments, texts
 from tests.test_hub import plait, write
 
 

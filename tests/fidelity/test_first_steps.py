@@ -150,7 +150,7 @@ def test_files_of_image_models_get_no_advice_for_text(pair, tmp_path, capsys):
 
 
 def test_adapters_that_choose_what_the_base_chooses_tell_nothing(tiny_base):
-    from plait.fidelity.notes import alike
+    from plait.choosing.notes import alike
 
     base = tiny_base("llama")
     one = random_adapter(base, "llama", "one", "causal", 1, size=1e-7)

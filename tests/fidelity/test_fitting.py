@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.choose import scaled
-from plait.fidelity.fitting import SCALES, TRIED, Fit, best_fit, can_fit, fitted
+from plait.choosing.auto import AutoSettings, merge_auto
+from plait.choosing.choose import scaled
 from plait.fidelity.score import fidelities
+from plait.learning.fitting import SCALES, TRIED, Fit, best_fit, can_fit, fitted
 from plait.merging import merge
 
 FIT = Fit(0.01, 1.0, 1.0)

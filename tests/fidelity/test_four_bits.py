@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import write_adapter
+from plait.choosing.auto import AutoSettings, merge_auto
 from plait.cli import main
 from plait.errors import InputError, UsageError
-from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities, outputs
 from plait.fidelity.serving import measure

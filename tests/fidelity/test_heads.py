@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.choose import scaled
-from plait.fidelity.head_learning import weights_and_heads, with_learnt_heads
-from plait.fidelity.heads import Last, refit_heads
+from plait.choosing.auto import AutoSettings, merge_auto
+from plait.choosing.choose import scaled
 from plait.fidelity.score import fidelities, outputs
+from plait.learning.head_learning import weights_and_heads, with_learnt_heads
+from plait.learning.heads import Last, refit_heads
 from plait.merging import merge
 
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from plait.choosing.auto import AutoSettings, merge_auto
 from plait.errors import UsageError
-from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.distil import AHEAD, RATES, Learning, distil
-from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.panel import WRITTEN
 from plait.fidelity.ready_panel import ready_panel
-from plait.fidelity.repair import repaired
+from plait.learning.distil import AHEAD, RATES, Learning, distil
+from plait.learning.on_policy import OnPolicyLoss
+from plait.learning.repair import repaired
 from plait.merging import merge
 from plait.model.applied import applied
 from tests.fidelity.test_auto import adapters_of, same

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plait.fidelity import passes, teachers, text_teachers
-from plait.fidelity.distil import Learning
-from plait.fidelity.losses import loss_of
-from plait.fidelity.passes import FLOOR, passes_of
+from plait.learning import passes, teachers, text_teachers
+from plait.learning.distil import Learning
+from plait.learning.losses import loss_of
+from plait.learning.passes import FLOOR, passes_of
 
 ROWS = [[0, 3, 1, 5], [2, 2, 4, 0]]
 

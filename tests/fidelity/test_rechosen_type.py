@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from plait.adapters.tensors import read_tensors
-from plait.fidelity.auto_folders import merge_auto_folders
-from plait.fidelity.rechoosing import choose_again
+from plait.choosing.auto_folders import merge_auto_folders
+from plait.choosing.rechoosing import choose_again
 from plait.merging.changes import Change, recorded_choice
 from tests.fidelity.test_advise import folders_of
 

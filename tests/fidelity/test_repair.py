@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.choosing import auto, finishing
+from plait.choosing.auto_settings import AutoSettings
 from plait.cli.existing_words import repair_text
-from plait.fidelity import auto, finishing, repair
-from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.distil import RATES, Distilled, Stopping, distil
-from plait.fidelity.heads import refit_heads
-from plait.fidelity.layers import spread, watched
-from plait.fidelity.losses import loss_of
 from plait.fidelity.record import AutoRecord, Look, Repair
 from plait.fidelity.score import fidelities
-from plait.fidelity.targets import TopTargets
-from plait.fidelity.text_teachers import TextLoss
+from plait.learning import repair
+from plait.learning.distil import RATES, Distilled, Stopping, distil
+from plait.learning.heads import refit_heads
+from plait.learning.layers import spread, watched
+from plait.learning.losses import loss_of
+from plait.learning.targets import TopTargets
+from plait.learning.text_teachers import TextLoss
 from plait.merging import merge
 from plait.model.applied import applied
 from tests.fidelity.test_auto import adapters_of, same
@@ -91,7 +92,7 @@ def test_the_loss_of_layers_is_their_distance_over_the_bases(make_panel, archite
 
 
 def test_layers_are_kept_as_far_as_there_is_room_the_last_always(make_panel, monkeypatch):
-    from plait.fidelity import layers
+    from plait.learning import layers
 
     assert spread(30, 3) == [9, 19, 29]
     panel = make_panel("llama", "causal", texts=4)
@@ -191,7 +192,7 @@ def test_the_rate_is_a_share_of_each_factor_and_rises_at_first(make_panel):
 def test_targets_are_computed_once(make_panel, monkeypatch):
     panel = make_panel("llama", "causal", texts=8)
     loss = loss_of(panel)
-    from plait.fidelity import text_teachers
+    from plait.learning import text_teachers
 
     monkeypatch.setattr(text_teachers, "applied", None)  # what wears an adapter: asking one again would fail
     assert float(loss([[0, 1], [2, 3]], contextlib.nullcontext).detach()) > 0

@@ -12,11 +12,11 @@ import torch
 
 import plait
 from plait.adapters.peft_format import read_adapter
+from plait.advice.advise import advise
+from plait.choosing.auto import merge_auto
+from plait.choosing.auto_folders import merge_auto_folders
 from plait.cli.measuring import measured_text
 from plait.errors import InputError
-from plait.fidelity.advise import advise
-from plait.fidelity.auto import merge_auto
-from plait.fidelity.auto_folders import merge_auto_folders
 from plait.fidelity.panel import parts_of
 from plait.fidelity.serving import measure
 from plait.merging import merge_folders

@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from plait.choosing import choose, finishing
+from plait.choosing.auto import AutoSettings, merge_auto
+from plait.choosing.choose import LEARNT_WEIGHTS, THE_FIT
 from plait.cli.existing_words import auto_text, repair_text
 from plait.disk.written import Written
 from plait.errors import RunError, UsageError
-from plait.fidelity import choose, finishing
-from plait.fidelity.auto import AutoSettings, merge_auto
-from plait.fidelity.choose import LEARNT_WEIGHTS, THE_FIT
-from plait.fidelity.fitting import Fit
 from plait.fidelity.limit import Limit
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import HeadRefit, Repair
 from plait.fidelity.score import general_shift
+from plait.learning.fitting import Fit
 from tests.fidelity.conftest import texts_of
 from tests.test_hub import plait, write
 

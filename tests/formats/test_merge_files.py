@@ -125,7 +125,7 @@ def test_from_python_too(kohya, tmp_path):
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_auto_without_texts_keeps_the_format(kohya, tmp_path, format):
-    from plait.fidelity.auto_folders import merge_auto_folders
+    from plait.choosing.auto_folders import merge_auto_folders
 
     paths = [str(kohya("a", 1)), str(kohya("b", 2))]
     if format == "diffusers":

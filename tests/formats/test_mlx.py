@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter
+from plait.advice.advise import advise
 from plait.errors import InputError, UsageError
-from plait.fidelity.advise import advise
 from plait.formats.convert import convert
 from plait.formats.inspect import inspect
 from plait.formats.reading import read_any

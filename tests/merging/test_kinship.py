@@ -12,8 +12,8 @@ from tests.merging.test_light import run
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import write_adapter
+from plait.choosing.notes import kin, kinship
 from plait.disk.store import read_manifest
-from plait.fidelity.notes import kin, kinship
 from plait.formats.writing import in_format, write_lora_file
 from plait.merging import MergeRequest, MergeSpec, answer, merge_folders
 from plait.merging.kinship import kin_lines

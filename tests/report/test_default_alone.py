@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from plait.adapters.lora import CONSTRAINT, EMBEDDING, EXPERT, Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.adapters.weights import WEIGHTS
+from plait.choosing.auto import AutoSettings, merge_auto
 from plait.cli import main
 from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
-from plait.fidelity.auto import AutoSettings, merge_auto
 from plait.merging import MergeRequest, MergeSpec, answer, merge, merge_folders, rank_curve, scales
 from plait.merging.light import sum_of
 from plait.merging.scales import default_method, scale_by_rule

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.choosing.auto_folders import merge_auto_folders
 from plait.cli import main
 from plait.disk.store import identity, staged_folder
-from plait.fidelity.auto_folders import merge_auto_folders
 from plait.merging import merge_folders
 from plait.trying.prompts import read_files, read_prompts
 from tests.classifiers import expected_logits, quiet, saved_base, saved_classifier

@@ -14,7 +14,7 @@ from plait.cli.options import Json
 from plait.cli.output import emit, table
 
 if TYPE_CHECKING:
-    from plait.fidelity.comparison import Comparison, Layer
+    from plait.advice.comparison import Comparison, Layer
 
 Folders = Annotated[
     list[str],
@@ -47,7 +47,7 @@ def compare(folders: Folders, stats: Stats = None, base: Base = None, as_json: J
     Seconds, from the factors alone. With --stats also how far each is predicted to move every task's outputs. What such
     numbers were worth in the studies stands below the verdict.
     """
-    from plait.fidelity.compare import compare_folders
+    from plait.advice.compare import compare_folders
 
     comparison = compare_folders(folders, named_files(stats), base_id=base)
     emit(comparison, as_json, comparison_text(comparison))

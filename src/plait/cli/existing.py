@@ -83,7 +83,7 @@ def advise(
     given.
     """
     report = _reporter(quiet, text)
-    from plait.fidelity.advise import AdviceSettings, advise_folders
+    from plait.advice.advise import AdviceSettings, advise_folders
     from plait.fidelity.texts import LIMIT_OF_REST, parse_files, read_place
 
     files = parse_files(text or [], LIMIT_OF_REST)
@@ -134,11 +134,11 @@ def auto(given: list[str], out: Path | None, chosen: AutoChoice, as_json: bool) 
     if out is None:
         raise UsageError("where to?", hint="--out DIR")
     report = _reporter(chosen.quiet, chosen.text)
+    from plait.choosing.auto_folders import merge_auto_folders
+    from plait.choosing.auto_settings import AutoSettings
     from plait.fidelity.arguments import split_base
-    from plait.fidelity.auto_folders import merge_auto_folders
-    from plait.fidelity.auto_settings import AutoSettings
-    from plait.fidelity.repair import TEXTS_TO_REPAIR
     from plait.fidelity.texts import LIMIT_OF_REST, parse_files, read_place
+    from plait.learning.repair import TEXTS_TO_REPAIR
 
     repair = steps_of(chosen.repair)
     base, folders = split_base(given, chosen.device, four_bits=chosen.four_bits)

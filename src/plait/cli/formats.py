@@ -115,9 +115,9 @@ def edit(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Change a merge: add adapters, take some out, weigh them anew. From the recipe that it recorded."""
+    from plait.choosing.rechoosing import choose_again
     from plait.cli.existing_words import auto_text
     from plait.errors import UsageError
-    from plait.fidelity.rechoosing import choose_again
     from plait.merging.changes import Change, recorded_choice
     from plait.merging.editing import edit as change
 

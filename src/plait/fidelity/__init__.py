@@ -1,1 +1,1 @@
-"""How close a merge stays to each of its adapters, without labels, and what can be chosen by that."""
+"""How close a merge stays to each of its adapters, without labels."""

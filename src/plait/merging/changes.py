@@ -104,7 +104,7 @@ def recorded(path: Path) -> Recorded:
 
 
 def recorded_choice(path: Path) -> Recorded | None:
-    """Read the recipe of a merge that `plait.fidelity.auto` chose; None for others.
+    """Read the recipe of a merge that `plait.choosing.auto` chose; None for others.
 
     Raises:
         InputError: Its record lacks its inputs.

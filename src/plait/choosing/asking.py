@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.border.records import from_json, to_json
-from plait.fidelity.candidates import Tried
-from plait.fidelity.checkpoint_files import Piece
-from plait.fidelity.checkpoint_reach import SCORES
-from plait.fidelity.checkpoints import Checkpoints
+from plait.choosing.candidates import Tried
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities
+from plait.learning.checkpoint_files import Piece
+from plait.learning.checkpoint_reach import SCORES
+from plait.learning.checkpoints import Checkpoints
 from plait.progress import OnProgress
 
 _CALLS, _BEGUN = "calls", "begun"

@@ -15,10 +15,10 @@ from plait.disk import store
 from plait.disk.locks import locked, system_errors
 from plait.disk.space import require_space
 from plait.errors import EnvironmentFault, InputError
-from plait.fidelity.checkpoint_files import Answered, Piece, State, read_identity, read_state, write_state
-from plait.fidelity.checkpoint_reach import ANSWERS, MERGE, SCORES, Change, are_there, begun_otherwise, described
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.texts import Texts
+from plait.learning.checkpoint_files import Answered, Piece, State, read_identity, read_state, write_state
+from plait.learning.checkpoint_reach import ANSWERS, MERGE, SCORES, Change, are_there, begun_otherwise, described
 from plait.model.base import BaseModel
 from plait.progress import OnProgress
 from plait.training.checkpoints import (

@@ -11,21 +11,21 @@ from plait.adapters.arrays import FLOAT32, KEEP
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import from_json, to_json
+from plait.choosing.auto import AutoMerge, merge_auto
+from plait.choosing.auto_settings import AutoSettings
 from plait.disk import store
 from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, reused
 from plait.errors import EnvironmentFault, PlaitError, RunError
 from plait.fidelity.arguments import recorded_base
-from plait.fidelity.auto import AutoMerge, merge_auto
-from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints, checkpoints_beside, remove_beside, state_of
 from plait.fidelity.record import AutoRecord
 from plait.fidelity.texts import LIMIT, Texts
 from plait.formats.keys import PEFT
 from plait.formats.reading import format_of
 from plait.formats.single_file import read_lora_file
 from plait.formats.writing import finished, in_format, write_any
+from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints, checkpoints_beside, remove_beside, state_of
 from plait.merging.folders import places, read_all
 from plait.merging.record import input_hashes
 from plait.merging.rounding import dtype_for, in_dtype

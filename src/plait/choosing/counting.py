@@ -6,8 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from plait.adapters.lora import Adapter
-from plait.fidelity.candidates import METHODS, SCALES, recipes
-from plait.fidelity.checkpoint_reach import (
+from plait.choosing.candidates import METHODS, SCALES, recipes
+from plait.choosing.choose import can_learn
+from plait.choosing.costs import total_rank
+from plait.choosing.duration import Work, tokens_of
+from plait.choosing.tournament import number_going, read_in, rounds_of
+from plait.fidelity.panel import Panel
+from plait.fidelity.texts import HELD_OUT, split_off
+from plait.fidelity.tokens import encoded
+from plait.learning.checkpoint_reach import (
     FINISHING,
     FIT,
     LEARNT_HEADS,
@@ -19,22 +26,15 @@ from plait.fidelity.checkpoint_reach import (
     WEIGHING,
     WEIGHTS,
 )
-from plait.fidelity.checkpoints import Checkpoints
-from plait.fidelity.choose import can_learn
-from plait.fidelity.costs import total_rank
-from plait.fidelity.duration import Work, tokens_of
-from plait.fidelity.fitting import SCALES as FIT_SCALES
-from plait.fidelity.fitting import TRIED as FITS
-from plait.fidelity.fitting import can_fit
-from plait.fidelity.panel import Panel
-from plait.fidelity.texts import HELD_OUT, split_off
-from plait.fidelity.tokens import encoded
-from plait.fidelity.tournament import number_going, read_in, rounds_of
+from plait.learning.checkpoints import Checkpoints
+from plait.learning.fitting import SCALES as FIT_SCALES
+from plait.learning.fitting import TRIED as FITS
+from plait.learning.fitting import can_fit
 from plait.merging.registry import find_method
 
 # Scales that a merge is tried at, on average, where there are more than three.
 SCALES_TRIED = 3.8
-# Steps of a repair between looks at the texts held out (`plait.fidelity.distil.Stopping`).
+# Steps of a repair between looks at the texts held out (`plait.learning.distil.Stopping`).
 _EVERY = 20
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plait.choosing.candidates import METHODS, SCALES
 from plait.errors import UsageError
-from plait.fidelity.candidates import METHODS, SCALES
 from plait.fidelity.texts import LIMIT
 
 

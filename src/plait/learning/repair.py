@@ -6,15 +6,15 @@ import time
 
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
-from plait.fidelity.distil import Stopping, distil
-from plait.fidelity.learning_state import KeptLearning
-from plait.fidelity.losses import loss_of
-from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Look, Repair
 from plait.fidelity.score import fidelities
-from plait.fidelity.teachers import DistillationLoss
 from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
+from plait.learning.distil import Stopping, distil
+from plait.learning.learning_state import KeptLearning
+from plait.learning.losses import loss_of
+from plait.learning.on_policy import OnPolicyLoss
+from plait.learning.teachers import DistillationLoss
 from plait.progress import OnProgress, in_words
 
 # Texts of each adapter from which a repair of classifiers is worth it. With 100 of each (75 to learn from) it took more than it gave, also
@@ -54,7 +54,7 @@ def repaired(
         layers: Weight of the distance of the layers' outputs beside the answers'; 0 to leave them out.
         on_policy: Whether the merge writes after the prompts and each text's adapter judges its tokens (`OnPolicyLoss`), in place of
             showing it what the adapters say; causal adapters only.
-        rate: Rate of Adam; see `plait.fidelity.distil.RATES`.
+        rate: Rate of Adam; see `plait.learning.distil.RATES`.
         relative: Whether it is relative to the root mean square of each factor.
         keeping: Where it goes on from, and is kept between its steps.
         on_progress: Called with what is being done.

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, Adapter
 from plait.errors import RunError
-from plait.fidelity.losses import loss_of
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Look
-from plait.fidelity.student import Student
-from plait.fidelity.teachers import DistillationLoss
+from plait.learning.losses import loss_of
+from plait.learning.student import Student
+from plait.learning.teachers import DistillationLoss
 from plait.model.applied import resolve
 from plait.model.hooks import hooked
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plait.fidelity.repair import TEXTS_TO_REPAIR
+from plait.learning.repair import TEXTS_TO_REPAIR
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,21 +7,21 @@ from dataclasses import asdict, dataclass, replace
 
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
+from plait.choosing.candidates import METHODS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
+from plait.choosing.proxy import best_scale, terms
+from plait.choosing.tournament import Scored, tournament
 from plait.errors import RunError
-from plait.fidelity.candidates import METHODS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
-from plait.fidelity.checkpoint_files import Piece, settled
-from plait.fidelity.checkpoint_reach import FIT, WEIGHING, WEIGHTS
-from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
-from plait.fidelity.distil import Keeping, distil
-from plait.fidelity.fitting import Fit, best_fit, can_fit, fitted
-from plait.fidelity.learning_state import KeptLearning
 from plait.fidelity.moments import OWN_MOMENTS, collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
-from plait.fidelity.proxy import best_scale, terms
 from plait.fidelity.score import fidelities, general_shift
 from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
 from plait.fidelity.tokens import require_room
-from plait.fidelity.tournament import Scored, tournament
+from plait.learning.checkpoint_files import Piece, settled
+from plait.learning.checkpoint_reach import FIT, WEIGHING, WEIGHTS
+from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints
+from plait.learning.distil import Keeping, distil
+from plait.learning.fitting import Fit, best_fit, can_fit, fitted
+from plait.learning.learning_state import KeptLearning
 from plait.merging.metric_cut import InputMetric, cut_adapter, input_metric
 from plait.progress import OnProgress
 
@@ -93,7 +93,7 @@ def choose(
         InputError: A text beyond the base's table of positions; nothing has been computed then.
         RunError: No candidate within `max_shift`.
 
-    Cost: the tournament's passes (`plait.fidelity.tournament`); `refine` steps; three fits (`featcal`), two of them on three quarters
+    Cost: the tournament's passes (`plait.choosing.tournament`); `refine` steps; three fits (`featcal`), two of them on three quarters
         of the texts.
     """
     require_room(panel)

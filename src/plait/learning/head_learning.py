@@ -8,13 +8,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from plait.adapters.lora import Adapter
-from plait.fidelity.distil import distil
-from plait.fidelity.heads import with_heads
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import HeadsLearnt
 from plait.fidelity.score import fidelities
-from plait.fidelity.teachers import HeadLoss
 from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
+from plait.learning.distil import distil
+from plait.learning.heads import with_heads
+from plait.learning.teachers import HeadLoss
 
 # Steps, and the rate of Adam for heads at the first of them; weights have their own (`distil.RATES`). Both fall to zero.
 STEPS, RATE = 100, 3e-3

@@ -9,23 +9,23 @@ from functools import partial
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.border.records import from_json, to_json
+from plait.choosing.auto_settings import AutoSettings
+from plait.choosing.choose import within
+from plait.choosing.notes import too_few_to_repair
 from plait.errors import RunError
-from plait.fidelity.auto_settings import AutoSettings
-from plait.fidelity.checkpoint_files import Piece, settled
-from plait.fidelity.checkpoint_reach import FINISHING, LEARNT_HEADS, MERGE, REPAIR, THE_HEADS, THE_REPAIR, WEIGHTS
-from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
-from plait.fidelity.choose import within
-from plait.fidelity.head_learning import Groups, with_learnt_heads
-from plait.fidelity.heads import with_heads
-from plait.fidelity.learning_state import KeptLearning
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.notes import too_few_to_repair
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import AutoRecord, FidelityRecord, Repair
-from plait.fidelity.repair import TEXTS_TO_REPAIR, repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
 from plait.fidelity.texts import HELD_OUT, split_off
+from plait.learning.checkpoint_files import Piece, settled
+from plait.learning.checkpoint_reach import FINISHING, LEARNT_HEADS, MERGE, REPAIR, THE_HEADS, THE_REPAIR, WEIGHTS
+from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints
+from plait.learning.head_learning import Groups, with_learnt_heads
+from plait.learning.heads import with_heads
+from plait.learning.learning_state import KeptLearning
+from plait.learning.repair import TEXTS_TO_REPAIR, repaired
 from plait.progress import OnProgress
 
 
@@ -68,7 +68,7 @@ class Midway:
         """Keep it, and give what goes on from there.
 
         What was chosen stays beside what was done to it since, and scores and fits stay too, which are small: another option may
-        reach the later ones alone (`plait.fidelity.checkpoint_reach`).
+        reach the later ones alone (`plait.learning.checkpoint_reach`).
         """
         merge = settled(self.merge)
         values = {"record": to_json(self.record), "groups": dict(self.groups), "after": list(self.after)}

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 from plait.adapters.arrays import FLOAT32
+from plait.choosing.auto_folders import merge_auto_folders
+from plait.choosing.auto_settings import AutoSettings
 from plait.disk.written import Written
 from plait.errors import InputError, UsageError
-from plait.fidelity.auto_folders import merge_auto_folders
-from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.record import AutoRecord
 from plait.merging.changes import Change, Recorded, located, named_weights
 

@@ -10,15 +10,15 @@ import torch
 
 from plait.adapters.lora import Adapter
 from plait.adapters.one_thread import in_one_thread
+from plait.choosing.candidates import METHODS, merged_by, recipes
 from plait.fidelity.answers import Answers
-from plait.fidelity.candidates import METHODS, merged_by, recipes
-from plait.fidelity.distil import distil
-from plait.fidelity.losses import loss_of
 from plait.fidelity.moments import collect_moments, merged_kinds, moments_of
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts
 from plait.fidelity.tokens import rows_of
+from plait.learning.distil import distil
+from plait.learning.losses import loss_of
 from plait.merging.metric import cut_solution
 from plait.progress import in_words
 

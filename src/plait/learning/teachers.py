@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from plait.fidelity.layers import LayerCollector, LayerTargets, layers_to_keep, watched
 from plait.fidelity.measure import closeness
 from plait.fidelity.panel import Panel, Part
-from plait.fidelity.passes import by_part, passes_of
 from plait.fidelity.score import outputs
+from plait.learning.layers import LayerCollector, LayerTargets, layers_to_keep, watched
+from plait.learning.passes import by_part, passes_of
 from plait.model.applied import applied
 from plait.model.attention import fused_attention
 from plait.model.ends import Ends

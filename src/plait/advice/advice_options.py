@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from plait.adapters.lora import Adapter
-from plait.fidelity import costs
+from plait.choosing import costs
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.record import Option
 

@@ -10,14 +10,14 @@ from plait.adapters.beside import no_matrix
 from plait.adapters.lineage import same_name
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
-from plait.fidelity import costs
+from plait.choosing import costs
+from plait.choosing.proxy import cosines
 from plait.fidelity.chat import Chat
-from plait.fidelity.fitting import can_fit
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
-from plait.fidelity.proxy import cosines
-from plait.fidelity.repair import TEXTS_TO_REPAIR
 from plait.formats.recognised import of_images
+from plait.learning.fitting import can_fit
+from plait.learning.repair import TEXTS_TO_REPAIR
 from plait.loading.vllm import VERSION
 from plait.merging.kinship import KIN, kin_sentence
 from plait.model.base import BaseModel

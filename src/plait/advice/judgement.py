@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from plait.fidelity.comparison import Comparison
-from plait.fidelity.track_record import RECORDS, TABLES, told
+from plait.advice.comparison import Comparison
+from plait.advice.track_record import RECORDS, TABLES, told
 from plait.merging.kinship import KIN
 
 LONG = 3.0  # times the shortest: of two, the longer then holds 90 % of the squared length of their sum

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from plait.border.counts import plural
-from plait.fidelity.asking import Asking
-from plait.fidelity.candidates import Tried
-from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
+from plait.choosing.asking import Asking
+from plait.choosing.candidates import Tried
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Evidence, FidelityRecord
 from plait.fidelity.texts import first_of
+from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.progress import OnProgress
 
 # Texts of each adapter that a round reads, and the part of merges x scales that goes on from it: half as many read twice the texts

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter
 from plait.fidelity.language import positions, text_batches
-from plait.fidelity.layers import LayerCollector, LayerTargets, layers_to_keep, watched
 from plait.fidelity.panel import Panel, Part
-from plait.fidelity.passes import by_part, passes_of
-from plait.fidelity.targets import TOP, TopTargets, joined
-from plait.fidelity.teachers import SMALLEST_KL, Applying
 from plait.fidelity.tokens import rows_of
+from plait.learning.layers import LayerCollector, LayerTargets, layers_to_keep, watched
+from plait.learning.passes import by_part, passes_of
+from plait.learning.targets import TOP, TopTargets, joined
+from plait.learning.teachers import SMALLEST_KL, Applying
 from plait.model.applied import applied
 from plait.model.attention import fused_attention
 from plait.tasks import collate, to_device

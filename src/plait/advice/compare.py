@@ -14,11 +14,11 @@ from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.one_thread import in_one_thread
+from plait.advice.comparison import AdapterLength, Comparison, Layer, Pair
+from plait.advice.judgement import judged
+from plait.choosing.notes import next_step
 from plait.errors import UsageError
 from plait.evaluation.interference import predicted_shifts
-from plait.fidelity.comparison import AdapterLength, Comparison, Layer, Pair
-from plait.fidelity.judgement import judged
-from plait.fidelity.notes import next_step
 from plait.merging.align import align
 from plait.merging.core import block_sums
 from plait.merging.folders import read_all

@@ -13,7 +13,7 @@ from plait.evaluation.writing import endings, write_ids
 from plait.fidelity.language import positions
 from plait.fidelity.own_answers import prompts_of_part, row_of
 from plait.fidelity.panel import WRITTEN, Panel
-from plait.fidelity.teachers import SMALLEST_KL, Applying
+from plait.learning.teachers import SMALLEST_KL, Applying
 from plait.model.applied import applied
 from plait.model.attention import fused_attention
 from plait.model.stacked import Active, stacked_factors, stacked_updates
@@ -27,7 +27,7 @@ class OnPolicyLoss:
 
     Off policy a merge is shown what its adapters write, and never learns how to go on from a beginning that only it would have
     written. Here it is judged on its own beginnings, by that text's adapter. What was written is a few steps old at most
-    (`plait.fidelity.distil.AHEAD`); no gradient goes through the writing. At each token the whole distributions are compared, so that
+    (`plait.learning.distil.AHEAD`); no gradient goes through the writing. At each token the whole distributions are compared, so that
     the gradient is exact there and only the beginnings are drawn.
 
     Args:

@@ -7,24 +7,24 @@ from dataclasses import asdict, dataclass, replace
 
 from plait.adapters.carried import require_exact
 from plait.adapters.lora import Adapter
+from plait.choosing.auto_settings import AutoSettings as AutoSettings
+from plait.choosing.candidates import groups_of
+from plait.choosing.choose import Choice, choose, with_fit
+from plait.choosing.counting import Behind, making
+from plait.choosing.duration import TIMING, told
+from plait.choosing.factors_only import choose_by_factors
+from plait.choosing.finishing import Midway, finished, measured, repair_steps, require_within
+from plait.choosing.notes import alike, beside, few, kin, kinship, other_base, worth_a_repair
+from plait.choosing.proxy import OWN_SHARE
 from plait.errors import UsageError
-from plait.fidelity.auto_settings import AutoSettings as AutoSettings
-from plait.fidelity.candidates import groups_of
-from plait.fidelity.checkpoints import NOTHING_KEPT, Checkpoints
-from plait.fidelity.choose import Choice, choose, with_fit
-from plait.fidelity.counting import Behind, making
-from plait.fidelity.duration import TIMING, told
-from plait.fidelity.factors_only import choose_by_factors
-from plait.fidelity.finishing import Midway, finished, measured, repair_steps, require_within
-from plait.fidelity.head_learning import STEPS, Groups
 from plait.fidelity.limit import LeftOut, Limit
 from plait.fidelity.measure import Fidelity
-from plait.fidelity.notes import alike, beside, few, kin, kinship, other_base, worth_a_repair
 from plait.fidelity.panel import Panel, parts_of
-from plait.fidelity.proxy import OWN_SHARE
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
 from plait.fidelity.texts import FEWEST, Texts, first_of
+from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints
+from plait.learning.head_learning import STEPS, Groups
 from plait.merging.align import align
 from plait.merging.metric_cut import InputMetric, cut_adapter
 from plait.merging.record import IN_THE_METRIC, input_of, labels_of, loss_of

@@ -6,27 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
+from plait.advice import advice_without_texts
+from plait.advice.advice_options import SEPARATELY, SINGLE, merged_name, options_of
+from plait.advice.advice_settings import AdviceSettings as AdviceSettings
 from plait.border.counts import plural
+from plait.choosing import costs, notes
+from plait.choosing.auto import GENERAL_ALONE, AutoMerge, at_rank, merge_auto
+from plait.choosing.auto_settings import AutoSettings
+from plait.choosing.choose import can_learn
+from plait.choosing.counting import advising, seen_and_judged
+from plait.choosing.duration import TIMING, told
+from plait.choosing.finishing import repair_steps
 from plait.errors import InputError, UsageError
-from plait.fidelity import advice_without_texts, costs, notes
-from plait.fidelity.advice_options import SEPARATELY, SINGLE, merged_name, options_of
-from plait.fidelity.advice_settings import AdviceSettings as AdviceSettings
 from plait.fidelity.arguments import recorded_base, split_base
-from plait.fidelity.auto import GENERAL_ALONE, AutoMerge, at_rank, merge_auto
-from plait.fidelity.auto_settings import AutoSettings
 from plait.fidelity.chat import Chat
-from plait.fidelity.choose import can_learn
-from plait.fidelity.counting import advising, seen_and_judged
-from plait.fidelity.duration import TIMING, told
-from plait.fidelity.finishing import repair_steps
-from plait.fidelity.heads import with_heads
 from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
-from plait.fidelity.repair import repaired
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import FEWEST, HELD_OUT, LIMIT, Texts, first_of
+from plait.learning.heads import with_heads
+from plait.learning.repair import repaired
 from plait.merging.align import align
 from plait.merging.folders import read_all
 from plait.model.base import BaseModel, base_folder

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.adapters.lora import Adapter
+from plait.choosing.candidates import Recipe, Tried, merged_by, recipes
+from plait.choosing.choose import scaled
+from plait.choosing.notes import kin
+from plait.choosing.proxy import Terms, best_scale, mean_error, terms
 from plait.errors import UsageError
-from plait.fidelity.candidates import Recipe, Tried, merged_by, recipes
-from plait.fidelity.choose import scaled
-from plait.fidelity.notes import kin
-from plait.fidelity.proxy import Terms, best_scale, mean_error, terms
 from plait.fidelity.record import Chosen, Evidence, KeptOfTask
 from plait.merging.registry import find_method
 from plait.merging.scales import DEFAULT_METHOD, default_method, scale_by_rule
@@ -50,7 +50,7 @@ def choose_by_factors(
     The record is of adapters that were trained apart: the method that `plait merge` takes of them (`plait.merging.scales`), at the scale
     that was measured for it; the assumed errors of methods differ too little to tell them apart. Where two point the same way
     (`plait.merging.kinship.KIN`), or neither that method nor TSV-M is among the methods, the least error on assumed inputs decides, at the
-    scale s* = sum_t c_t / sum_t q_t that brings a merge nearest to every adapter there (`plait.fidelity.proxy`). On seeds on
+    scale s* = sum_t c_t / sum_t q_t that brings a merge nearest to every adapter there (`plait.choosing.proxy`). On seeds on
     which nothing was chosen (docs/results/existing-fresh.md) TSV-M recovers 0.68 of eight plain adapters; s* recovered 0.60 to 0.61.
 
     All methods are in the evidence, with and without pico, at both scales and over the grid. Where the record decides, the others
@@ -61,7 +61,7 @@ def choose_by_factors(
         methods: Which may be taken; those that need statistics are left out.
         scales: Scales of the grid.
         base_id: Base id of the result where the adapters name one base by different names.
-        akin: Pairs that point the same way (`plait.fidelity.notes.kin`); None finds them.
+        akin: Pairs that point the same way (`plait.choosing.notes.kin`); None finds them.
         rank: What the merge is cut to afterwards.
 
     Returns:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from plait.border.records import from_json, to_json
-from plait.fidelity.checkpoint_files import Piece
-from plait.fidelity.checkpoints import Checkpoints
-from plait.fidelity.distil import Learning
-from plait.fidelity.on_policy import OnPolicyLoss
 from plait.fidelity.record import Look
-from plait.fidelity.teachers import DistillationLoss
+from plait.learning.checkpoint_files import Piece
+from plait.learning.checkpoints import Checkpoints
+from plait.learning.distil import Learning
+from plait.learning.on_policy import OnPolicyLoss
+from plait.learning.teachers import DistillationLoss
 
 _BEST = "best"
 

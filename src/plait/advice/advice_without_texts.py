@@ -7,11 +7,11 @@ from pathlib import Path
 
 from plait.adapters.lineage import base_adapter
 from plait.adapters.lora import Adapter
+from plait.choosing import notes
+from plait.choosing.auto import AutoMerge
+from plait.choosing.proxy import mean_error, terms
 from plait.errors import InputError, PlaitError
-from plait.fidelity import notes
-from plait.fidelity.auto import AutoMerge
 from plait.fidelity.panel import parts_of
-from plait.fidelity.proxy import mean_error, terms
 from plait.formats.recognised import of_images
 from plait.merging.stack import in_order
 from plait.model.base import BaseModel

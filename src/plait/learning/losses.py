@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from plait.fidelity.panel import Panel
-from plait.fidelity.teachers import DistillationLoss, HeadLoss
-from plait.fidelity.text_teachers import TextLoss
+from plait.learning.teachers import DistillationLoss, HeadLoss
+from plait.learning.text_teachers import TextLoss
 
 
 def loss_of(panel: Panel, layers: float = 0.0) -> DistillationLoss:

@@ -70,7 +70,7 @@ class Change:
 
     @classmethod
     def of(cls, before: Mapping[str, Any], now: Mapping[str, Any]) -> Change:
-        """Compare two identities, each a result's with its state (`plait.fidelity.checkpoints.state_of`)."""
+        """Compare two identities, each a result's with its state (`plait.learning.checkpoints.state_of`)."""
         if not before:
             return cls(("it does not say what it was made from",), EVERYTHING)
         a, b = _flat(before), _flat(now)

@@ -1,0 +1,1 @@
+"""What a merge learns from unlabelled texts: weights, factors, heads; and where interrupted learning goes on."""
