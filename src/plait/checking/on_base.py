@@ -83,7 +83,7 @@ def compare_on_base(path: Path, base: str) -> Comparison:
     with torch.no_grad():
         classes = _classes(folder, base)
         plain = _loaded(base, classes, folder.settings, tensors)
-        batch = _batch(plain.config)
+        batch = _batch(plain.config, base)
         before = _output(plain, batch)
         model, result = _by_peft(_loaded(base, classes, folder.settings, tensors), folder.path)
         after = _output(model, batch)
@@ -156,6 +156,8 @@ def _class_of_base(base: str) -> str:
     named = (hf.AutoConfig.from_pretrained(base).architectures or [""])[0]
     if re.search(r"CausalLM|LMHeadModel", named):
         return "AutoModelForCausalLM"
+    if "ForImageClassification" in named:
+        return "AutoModelForImageClassification"
     return "AutoModelForSeq2SeqLM" if "ConditionalGeneration" in named else "AutoModel"
 
 
@@ -174,11 +176,20 @@ def _by_peft(base: Any, folder: Path) -> tuple[Any, Any]:
     return model, result
 
 
-def _batch(config: Any) -> dict[str, Tensor]:
+def _batch(config: Any, base: str) -> dict[str, Tensor]:
+    """Random tokens, or random images for a model that reads no tokens."""
     import torch
 
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     generator = torch.Generator().manual_seed(_SEED)
+    if not hasattr(text, "vocab_size"):
+        size = getattr(config, "image_size", None)
+        if size is None or not hasattr(config, "num_channels"):
+            raise InputError(
+                "reads neither tokens nor images, as far as its config says: --base asks no others", where=base
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(_ROWS, config.num_channels, height, width, generator=generator)}
     length = min(_TOKENS, int(getattr(text, "max_position_embeddings", _TOKENS)) // 2 or _TOKENS)
     ids = torch.randint(5, int(text.vocab_size), (_ROWS, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -15,7 +15,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import InputError
 from plait.model.conv1d import is_turned
 from plait.model.stored import StoredTensor, base_tensors, require_unquantised
-from plait.model.stored_names import tensor_of, without_wrappers
+from plait.model.stored_names import all_named, tensor_of, without_wrappers
 from plait.model.ties import Ties, require_one_output, ties_of
 
 _WITHOUT_OUTPUT = {*CLASSIFICATION_TYPES, MERGED_TYPE}  # task types of models that give no token
@@ -34,6 +34,10 @@ class BaseWeights:
         self.folder = folder
         self.config = require_unquantised(folder)
         self.tensors = base_tensors(folder)
+        if not all_named(adapter, self.tensors):  # of another version of transformers
+            from plait.model.layout import known_names, layout_of_names
+
+            self.tensors = known_names(self.tensors, layout_of_names(folder, self.tensors))
 
     @functools.cached_property
     def _ties(self) -> Ties:

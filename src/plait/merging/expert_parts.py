@@ -16,6 +16,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import InputError
 from plait.merging.dense import DenseDelta, row_blocks
 from plait.model.stored import StoredTensor
+from plait.model.stored_names import all_named
 
 if TYPE_CHECKING:
     from plait.model.layout import StoredParameter
@@ -39,21 +40,21 @@ class Part:
 
 
 def layout_for(base: Path, adapter: Adapter, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredParameter]:
-    """How the base's files keep the model's parameters, for adapters that name parameters; else nobody asks."""
-    if not parameters_of(adapter):
+    """How the base's files keep the model's parameters, for adapters that name parameters, or modules that the files call otherwise."""
+    if not parameters_of(adapter) and all_named(adapter, tensors):
         return {}
-    from plait.model.layout import checkpoint_layout
+    from plait.model.layout import checkpoint_layout, layout_of_names
 
-    return checkpoint_layout(base, list(tensors))
+    return checkpoint_layout(base, list(tensors)) if parameters_of(adapter) else layout_of_names(base, tensors)
 
 
 def known_names(tensors: Mapping[str, StoredTensor], layout: Mapping[str, StoredParameter]) -> dict[str, StoredTensor]:
     """The base's tensors, those that the model calls otherwise under that name as well."""
     if not layout:
         return dict(tensors)
-    from plait.model.layout import renamed
+    from plait.model.layout import known_names as both
 
-    return {**{name: tensors[tensor] for name, tensor in renamed(layout).items()}, **tensors}
+    return both(tensors, layout)
 
 
 def expert_parts(

@@ -31,7 +31,8 @@ def require_shared(adapters: Sequence[Adapter]) -> None:
             raise InputError(
                 f"{one.name!r} and {other.name!r} have no module in common ({_first(one)} in one, {_first(other)} in the other)",
                 where=other.name,
-                hint="of one base and one run they would; if it is meant, plait merge --disjoint puts them side by side",
+                hint="of one base, one run and one version of transformers, which renames layers, they would; if it is meant, "
+                "plait merge --disjoint puts them side by side",
             )
 
 

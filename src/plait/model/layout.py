@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from plait.errors import InputError
 from plait.model.base import BaseModel, load_config
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,19 @@ def _stored(collected: _Collected, shape: tuple[int, ...], is_transposed: bool) 
     whole = order == list(converter.source_patterns) and len(converter.target_patterns) == 1
     said = None if known and whole else " then ".join(name for name, _ in done)
     return StoredParameter(parts, by_expert, is_transposed, shape, said)
+
+
+def layout_of_names(folder: Path, tensors: Mapping[str, T]) -> dict[str, StoredParameter]:
+    """As `checkpoint_layout`; {} too for a model whose config transformers cannot read."""
+    try:
+        return checkpoint_layout(folder, list(tensors))
+    except InputError:
+        return {}
+
+
+def known_names(tensors: Mapping[str, T], layout: Mapping[str, StoredParameter]) -> dict[str, T]:
+    """The base's tensors, those that the model calls otherwise under that name as well."""
+    return {**{name: tensors[tensor] for name, tensor in renamed(layout).items()}, **tensors}
 
 
 def renamed(layout: Mapping[str, StoredParameter]) -> dict[str, str]:

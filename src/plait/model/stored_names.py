@@ -64,6 +64,16 @@ def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor]
     )
 
 
+def all_named(adapter: Adapter, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the base's files hold the weight of every module under a name that `tensor_of` knows: else only transformers can tell."""
+    try:
+        for module in adapter.modules:
+            tensor_of(module, adapter, tensors, tied=True)
+    except InputError:
+        return False
+    return True
+
+
 _POSITIONS = {"wpe", "position_embeddings"}
 
 
@@ -81,7 +91,7 @@ def _nearest(module: str, tensors: Mapping[str, StoredTensor]) -> str:
             more = f" and {len(near) - 3} more" if len(near) > 3 else ""
             return f"nearest in its files: {', '.join(near[:3])}{more}"
     first = next(iter(sorted(tensors)), "none")
-    return f"its {plural(len(tensors), 'tensor', 'has', 'have')} other names altogether, {first!r} the first"
+    return f"its {plural(len(tensors), 'tensor', 'has', 'have')} other names altogether, {first!r} the first: another model, or saved by another version of transformers"
 
 
 def compared_copies(
