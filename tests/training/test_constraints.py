@@ -16,7 +16,7 @@ from plait.statistics.moments import Moments
 from plait.statistics.output_gradients import with_output_gradients
 from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, attach_constraint, prepare_constraint, train_adapter, train_fleet
-from plait.training.constraints import Cell, Constraint, Enforcer, Rule, penalty_gradients, stacked_bytes
+from plait.training.constraints import Cell, Constraint, Enforcer, Rule, cells_of, penalty_gradients, stacked_bytes
 from plait.training.peft_model import attach, detach, for_task
 from tests.tiny import TARGETS
 from tests.training.conftest import make_adapter, make_examples, make_task
@@ -358,3 +358,20 @@ def test_what_cannot_be_prepared_is_named(tiny_base, statistics):
         attach_constraint(
             torch.optim.SGD([torch.zeros(1)]), model, Constraint("projected", {"nowhere": Rule(torch.eye(2))})
         )
+
+
+def test_a_module_of_two_towers_is_not_taken_for_the_first():
+    from peft import LoraConfig, get_peft_model
+
+    class Tower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = torch.nn.Linear(4, 4)
+
+    towers = torch.nn.ModuleDict({"image": Tower(), "text": Tower()})
+    model = get_peft_model(towers, LoraConfig(r=2, target_modules=["q"]))
+    for module, said in (("q", "is one of several: .*image.q, .*text.q"), ("k", "has no LoRA layer")):
+        with pytest.raises(InputError, match=f"the constraint's module {said}"):
+            cells_of(model, Constraint("penalised", {module: Rule(torch.eye(4), 1.0)}))
+    (cell,) = cells_of(model, Constraint("penalised", {"text.q": Rule(torch.eye(4), 1.0)}))
+    assert cell.A_gradient is model.get_submodule("base_model.model.text.q").lora_A["default"].weight

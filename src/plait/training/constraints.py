@@ -219,16 +219,18 @@ def cells_of(model: Any, constraint: Constraint, adapter_name: str = "default") 
     """Collect the cells of a PeftModel's adapter; in place of the gradients, the parameters whose `grad` they will be.
 
     Raises:
-        InputError: A module of the constraint has no LoRA layer in the model.
+        InputError: A module of the constraint has no LoRA layer in the model, or several do.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     cells = []
     for module, rule in constraint.rules.items():
-        layer = next((m for name, m in layers.items() if name == module or name.endswith(f".{module}")), None)
-        if layer is None:
-            raise InputError("the constraint's module has no LoRA layer in this model", where=module)
+        found = [name for name in layers if name == module or name.endswith(f".{module}")]
+        if len(found) != 1:
+            what = f"is one of several: {', '.join(found[:3])}" if found else "has no LoRA layer in this model"
+            raise InputError(f"the constraint's module {what}", where=module)
+        layer = layers[found[0]]
         A: Any = layer.lora_A[adapter_name].weight
         B: Any = layer.lora_B[adapter_name].weight
         cells.append(Cell(A.data, B.data, A, B, float(layer.scaling[adapter_name]), rule))
