@@ -189,7 +189,8 @@ def _batch(config: Any, base: str) -> dict[str, Tensor]:
                 "reads neither tokens nor images, as far as its config says: --base asks no others", where=base
             )
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(_ROWS, config.num_channels, height, width, generator=generator)}
+        shape = (_ROWS, config.num_channels, height, width)
+        return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float32)}
     length = min(_TOKENS, int(getattr(text, "max_position_embeddings", _TOKENS)) // 2 or _TOKENS)
     ids = torch.randint(5, int(text.vocab_size), (_ROWS, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

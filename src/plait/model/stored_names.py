@@ -91,7 +91,10 @@ def _nearest(module: str, tensors: Mapping[str, StoredTensor]) -> str:
             more = f" and {len(near) - 3} more" if len(near) > 3 else ""
             return f"nearest in its files: {', '.join(near[:3])}{more}"
     first = next(iter(sorted(tensors)), "none")
-    return f"its {plural(len(tensors), 'tensor', 'has', 'have')} other names altogether, {first!r} the first: another model, or saved by another version of transformers"
+    return (
+        f"its {plural(len(tensors), 'tensor', 'has', 'have')} other names altogether, {first!r} the first: another model, or saved by "
+        "another version of transformers"
+    )
 
 
 def compared_copies(
