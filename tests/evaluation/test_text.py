@@ -96,6 +96,19 @@ def test_a_trained_adapter_chooses_and_writes_the_right_answer(tiny_base, tmp_pa
     assert agree > 0.8
 
 
+def test_a_model_that_is_lost_has_a_perplexity_still(tiny_base):  # noqa: F811
+    base, task = tiny_base("gpt2"), make_task(kind="causal")
+    model, tokenizer = load_task_model(base, task, seed=0), load_tokenizer(base)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e5)
+    try:
+        found = perplexity(model, tokenizer, task, make_examples(task, 3), batch_size=3, max_length=40)
+    finally:
+        with torch.no_grad():
+            model.transformer.ln_f.weight.div_(1e5)
+    assert 1e300 < found < math.inf
+
+
 def test_rouge_l():
     assert rouge_l("the cat sat", "The cat, sat!") == 100.0
     assert math.isclose(rouge_l("a b c d", "a c e"), 200 * 2 / 7)

@@ -25,6 +25,7 @@ from plait.tasks.slots import slot_counts
 from plait.tasks.task import IGNORED, SLOT_METRICS, Examples, Task
 from plait.tasks.written import cut, same_answer
 
+_LARGEST_LOSS = 700.0  # nats, whose exponential is still a number
 WRITTEN = {"exact_match", "rouge_l", *SLOT_METRICS}  # metrics that look at what a model writes
 
 
@@ -211,10 +212,10 @@ def token_likelihoods(
 def perplexity(
     model: Any, tokenizer: Any, task: Task, examples: Examples, *, batch_size: int = 16, max_length: int = 128
 ) -> float:
-    """Compute the exponential of the mean loss of the answers' tokens, prompts left out; 1 is certainty."""
+    """Compute the exponential of the mean loss of the answers' tokens, prompts left out; 1 is certainty, 1e304 the most it says."""
     rows = encode(tokenizer, task, examples, max_length)
     total, count = token_likelihoods(model, tokenizer, task, rows, batch_size).sum(0)
-    return math.exp(-total / max(1.0, count))
+    return math.exp(min(-total / max(1.0, count), _LARGEST_LOSS))
 
 
 def measured_answers(
