@@ -357,3 +357,17 @@ def test_an_early_interrupt_is_told_in_one_line(tmp_path, wait, sent, code, word
     assert "Traceback" not in err and running.returncode in (code, 3, 0), err[-500:]  # 3: it had ended before
     if running.returncode == code:
         assert one_object(said)["error"]["exit_code"] == code and word in err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--out", "a", "--out", "b"], "note: --out is given 2 times: the last one counts"),
+        (["--method", "ties", "--method", "tsv", "--method", "ties"], "note: --method is given 3 times"),
+        (["--json", "--json", "--set", "density=0.3", "--set", "seed=1"], ""),
+    ],
+)
+def test_an_option_that_is_given_again_is_told(tmp_path, monkeypatch, capsys, more, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "merge", "nothing", "here", *more)
+    assert code and (said in err if said else "note:" not in err)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import typer
@@ -10,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from plait.cli.examples import EXAMPLES
 from plait.cli.groups import GROUPS, OTHER, group_of
+from plait.progress import note
 
 MANY = 8  # options above which they are shown in groups
 _KINDS = {
@@ -57,7 +59,16 @@ class _Written:
 
 
 class Command(_Written, TyperCommand):
-    """A command whose help has groups and examples."""
+    """A command whose help has groups and examples, and that says which of its options stand there twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as ever; where an option that takes one value has several, the last of them counts, and that is said."""
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        rest = super().parse_args(ctx, args)
+        for parameter, times in Counter(p for p in order if _takes_one(p)).items():
+            if times > 1:
+                note(f"{parameter.opts[0]} is given {times} times: the last one counts")
+        return rest
 
 
 class Group(_Written, TyperGroup):
@@ -74,6 +85,12 @@ def dressed(app: typer.Typer, path: tuple[str, ...] = ()) -> typer.Typer:
             group.cls, group.epilog = Group, EXAMPLES.get(group.name)
             dressed(group.typer_instance, (*path, group.name))
     return app
+
+
+def _takes_one(parameter: Any) -> bool:
+    """Whether an option has one value, or is one of two opposite flags: then giving it again drops what was given before."""
+    one = parameter.param_type_name == "option" and not parameter.multiple and not getattr(parameter, "count", False)
+    return one and (not getattr(parameter, "is_flag", False) or bool(parameter.secondary_opts))
 
 
 def _section(formatter: Any, title: str, rows: list[tuple[str, str]]) -> None:

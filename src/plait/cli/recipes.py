@@ -91,7 +91,10 @@ def plan(
 
 
 def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None:
-    """Check every key, name and value of a recipe, and that the files it names are there. Reads no data and no model."""
+    """Check every key, name, value and file of a recipe.
+
+    Of files and folders, that they are there; no data and no model is read.
+    """
     from plait.runs.missing import missing_files
 
     found = read(recipe, sets)
