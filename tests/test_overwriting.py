@@ -178,6 +178,16 @@ def test_inputs_of_other_kinds_are_kept_apart(tmp_path):
     require_apart(tmp_path / "plain/out", [tmp_path / "plain"])  # a folder that is not plait's may be written into
 
 
+def test_a_result_takes_no_other_inside_it(tmp_path, capsys, pair):
+    """Its manifest lists every file: with another one in it, it would count as damaged, and nothing could be done with it."""
+    assert merge(capsys, *pair, "--out", tmp_path / "merged")[0] == 0
+    before = tree(tmp_path)
+    for out in (tmp_path / "merged" / "again", tmp_path / "merged" / "deep" / "again"):
+        code, found = merge(capsys, *pair, "--out", out)
+        assert code == 2 and "another result, which would not be whole any more" in found["error"]["what"]
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("command", ["convert", "per-task", "edit"])
 def test_other_commands_keep_their_inputs(tmp_path, capsys, pair, command):
     if command == "edit":

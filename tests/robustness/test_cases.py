@@ -73,9 +73,12 @@ def test_the_world_is_sound(whole, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(whole)
     for args in (
         ["inspect", "A"], ["inspect", "M"], ["inspect", "kohya.safetensors"], ["stats", "check", "a.stats.safetensors"],
-        ["stats", "show", "a.stats.safetensors"], ["validate", "recipe.yaml"],
+        ["stats", "show", "a.stats.safetensors"],
         ["merge", "mergekit.yaml", "--out", str(tmp_path / "a")], ["merge", "M", "A", "--out", str(tmp_path / "b")],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             main(args)
         assert not ended.value.code, capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:  # whose base and rows are nowhere, which is all that is wrong with it
+        main(["validate", "recipe.yaml"])
+    assert ended.value.code == 3 and "its keys and values are valid" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from plait.disk.files import sha256_file
@@ -87,31 +87,37 @@ def require_place(path: Path, ours: Callable[[Path], bool], *, overwrite: bool) 
 
 
 def require_apart(out: Path, inputs: Iterable[Path | str]) -> None:
-    """Refuse an output that is, holds, or lies inside something that the command reads.
+    """Refuse an output that is, holds, or lies inside something that the command reads, or inside another result.
 
     Args:
         out: Where the result goes; links and relative paths are followed.
         inputs: Files and folders that are read; what does not exist is passed over.
 
     Raises:
-        UsageError: Names the input.
+        UsageError: Names the input, or the result that would hold a file that it does not list.
     """
     place = out.resolve()
-    for given in inputs:
-        path = Path(given)
-        if not str(given) or not path.exists():
+    read = [Path(given) for given in inputs if str(given)]
+    _require_outside(place, out, read)
+    for path in read:
+        if not path.exists():
             continue
         real = path.resolve()
         if place == real or (out.exists() and path.samefile(out)):
             raise UsageError("is an input of this command", where=str(out), hint="choose another --out")
         if place in real.parents:
             raise UsageError(f"holds {path}, an input of this command", where=str(out), hint="choose another --out")
-        if real in place.parents and (real / MANIFEST).is_file():
-            raise UsageError(
-                f"lies inside {path}, an input of this command, which would not be whole any more",
-                where=str(out),
-                hint="choose another --out",
-            )
+
+
+def _require_outside(place: Path, out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a place inside a finished result: its manifest lists every file, and this one would make it a damaged one."""
+    if (around := next((p for p in place.parents if (p / MANIFEST).is_file()), None)) is None:
+        return
+    read = next((path for path in inputs if path.exists() and path.resolve() == around), None)
+    what = f"{read}, an input of this command" if read else f"{around}, another result"
+    raise UsageError(
+        f"lies inside {what}, which would not be whole any more", where=str(out), hint="choose another --out"
+    )
 
 
 def _require_not_above(path: Path) -> None:
