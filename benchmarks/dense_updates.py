@@ -18,7 +18,7 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.evaluation.protocol import Answers, Scorer, compact
 from plait.evaluation.splits import Rows
 from plait.merging import merge
-from plait.merging.core import polar, significant
+from plait.merging.spectra.core import polar, significant
 from plait.model.applied import resolve
 from plait.model.base import head_modules
 from plait.model.hooks import Change, hooked

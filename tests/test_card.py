@@ -26,7 +26,7 @@ from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
 from plait.formats.export import export
 from plait.merging import merge_folders, plan_merge
-from plait.merging.baking import bake
+from plait.merging.bake.baking import bake
 from plait.merging.words import words_of
 from tests.classifiers import classifier, expected_logits, quiet, saved_base, saved_classifier
 from tests.merging.test_bake import llama, lora

@@ -22,7 +22,7 @@ from plait.disk.store import identity
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.merging import merge_folders, merge_methods, plan_merge
-from plait.merging.bake_sites import merged_delta, shell
+from plait.merging.bake.sites import merged_delta, shell
 from plait.merging.methods.adamerging import adamerging
 from plait.merging.methods.featcal import featcal
 from plait.merging.methods.regmean_pp import regmean_pp
@@ -43,7 +43,7 @@ from tests.subspaces.pools import base_weight, pool
 from tests.training.conftest import make_adapter, make_examples, make_task
 
 OTHERS = [torch.bfloat16, torch.float64]
-# The first is above what a threshold is selected from in memory (see merging/quantile.py), and is cut by its own draws.
+# The first is above what a threshold is selected from in memory (see merging/entries/quantile.py), and is cut by its own draws.
 MODULES = {"layers.0.q": (270, 260), "layers.0.v": (6, 7), "layers.1.q": (9, 7)}
 
 

@@ -25,7 +25,7 @@ LOWER = sorted(
 )
 ALLOWED = {"torch", "safetensors", "numpy", "jaxtyping", "plait", "__future__"} | set(sys.stdlib_module_names)
 # What a file of those rooms may import beside, where it is installed.
-OPTIONAL = {"merging/compiled.py": {"numba"}}
+OPTIONAL = {"merging/entries/compiled.py": {"numba"}}
 LONGEST_FILE, LONGEST_TABLE, LONGEST_FUNCTION, MOST_FILES_AT_THE_TOP = 300, 500, 60, 8
 ONE_CLASS_OR_TABLE = {"merging/plan.py", "runs/layout.py"}  # files that may have up to LONGEST_TABLE lines
 # Every room and every file at the top, the lowest first: each may import what stands before it.

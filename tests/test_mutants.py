@@ -79,9 +79,9 @@ def test_every_room_has_its_share():
 
 
 def test_a_file_is_a_room_of_its_own():
-    found = drawn(PACKAGE, ["runs/single/pooled.py", "merging/exponents.py"], 8, 0)
+    found = drawn(PACKAGE, ["runs/single/pooled.py", "merging/light/exponents.py"], 8, 0)
     assert [(room, file) for room, file, _ in found] == [
-        (f, f) for f in ("runs/single/pooled.py", "merging/exponents.py")
+        (f, f) for f in ("runs/single/pooled.py", "merging/light/exponents.py")
     ] * 4
 
 

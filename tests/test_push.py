@@ -16,7 +16,7 @@ from plait.checking.check import check_path
 from plait.cli import main
 from plait.disk.manifest import CARD, MANIFEST
 from plait.merging import merge_folders, plan_merge
-from plait.merging.baking import bake
+from plait.merging.bake.baking import bake
 from tests.classifiers import saved_base, saved_classifier
 from tests.fake_hub import GOOD, READER, FakeHub, Repository
 from tests.merging.test_bake import llama, lora

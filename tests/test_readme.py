@@ -100,7 +100,7 @@ def test_a_merge_of_classifiers_is_used_as_the_page_says(tiny_base, tmp_path, mo
 
     from plait.adapters.peft_format import write_adapter
     from plait.merging import plan_merge
-    from plait.merging.baking import bake
+    from plait.merging.bake.baking import bake
     from plait.merging.folders import merge_folders
     from tests.fidelity.conftest import random_adapter
 

@@ -1,7 +1,7 @@
 """Mutants of the source, and whether the tests notice: ``PYTHONPATH=src:. python -P -m benchmarks.trust.mutants --to FOLDER``.
 
 A sample of small faults is drawn over the rooms in `ROOMS`, the same number from each ("readers" are files of several rooms, which
-their own room may draw as well), or over files that are named (``--only merging/exponents.py``). The tests run once under
+their own room may draw as well), or over files that are named (``--only merging/light/exponents.py``). The tests run once under
 coverage, which says which tests reach which line. Then each fault is put into a copy of the source, and the tests that reach
 its statement run against it, quickest first, in a forked child, until one fails: killed. A fault that they let pass is given
 to all tests of the files that touch the module: survived, if those pass too. A child that does not end in its time is counted
@@ -47,7 +47,7 @@ ROOMS = {
     "loading": ("loading/*.py",),
     "formats": ("formats/*.py",),
     "adapters": ("adapters/*.py",),
-    "merging": ("merging/*.py", "merging/methods/*.py"),
+    "merging": ("merging/*.py", "merging/*/*.py"),
     "statistics": ("statistics/*.py",),
     "fidelity": ("fidelity/*.py", "learning/*.py", "choosing/*.py", "advice/*.py"),
     "tasks": ("tasks/*.py",),

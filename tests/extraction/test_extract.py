@@ -248,7 +248,7 @@ def test_embeddings_are_covered_where_they_are_asked_for(tmp_path, tied):
     assert done.record.modules == 1 and done.record.unchanged == 2
     assert ("lm_head" in read_adapter(tmp_path / "lora").modules) is tied
     from plait.merging import plan_merge
-    from plait.merging.baking import bake
+    from plait.merging.bake.baking import bake
 
     bake(
         plan_merge([read_adapter(tmp_path / "lora")], "task_arithmetic", scale=1.0),

@@ -18,7 +18,7 @@ from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities, outputs
 from plait.fidelity.serving import measure
 from plait.merging import merge, merge_folders
-from plait.merging.baking import bake
+from plait.merging.bake.baking import bake
 from plait.model.base import BaseModel, load_task_model
 from plait.model.four_bits import said_in_four_bits, unpacked_tensors
 from plait.model.identity import held_fingerprint

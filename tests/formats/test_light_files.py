@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from plait.adapters import file_bytes
 from plait.adapters.sealed import read_sealed, sealed_texts
 from plait.errors import InputError, RunError, UsageError
-from plait.merging import MergeRequest, MergeSpec, light, light_files
+from plait.merging import MergeRequest, MergeSpec
 from plait.merging.folders import read_all, spec_for, write_merge
-from plait.merging.light_files import sum_of_files
+from plait.merging.light import of_files as light_files
+from plait.merging.light import of_folders as light
+from plait.merging.light.of_files import sum_of_files
 from plait.merging.planning import plan_merge
 from tests.formats.conftest import KOHYA_NAMES, factors_of, kohya_tensors
 from tests.merging.test_light import run

@@ -14,9 +14,11 @@ from plait.adapters.lineage import of_another_base
 from plait.adapters.peft_format import read_adapter
 from plait.disk.store import sha256_file
 from plait.errors import InputError
-from plait.merging import bake_writing, baking, plan_merge
-from plait.merging.bake_sites import merged_delta
-from plait.merging.baking import bake
+from plait.merging import plan_merge
+from plait.merging.bake import baking
+from plait.merging.bake import writing as bake_writing
+from plait.merging.bake.baking import bake
+from plait.merging.bake.sites import merged_delta
 from plait.model.stored import StoredTensor
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from tests.mixtures import FUSED, adapter, difference, loaded, logits, mixture
 
 from plait.errors import InputError
 from plait.merging import plan_merge
-from plait.merging.baking import bake
+from plait.merging.bake.baking import bake
 from plait.merging.folders import read_all
 from plait.model.stored import base_tensors
 

@@ -13,7 +13,7 @@ from plait.checking.on_base import compare_on_base
 from plait.errors import InputError
 from plait.formats.convert import convert
 from plait.formats.plain import Means
-from plait.merging.baking import bake
+from plait.merging.bake.baking import bake
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16, "patch_size": 8,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from plait.adapters.peft_format import read_adapter
 from plait.errors import InputError
-from plait.merging.baking import bake
+from plait.merging.bake.baking import bake
 from plait.model.conv1d import is_turned
 
 pytestmark = [

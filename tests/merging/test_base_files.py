@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import InputError
-from plait.merging.baking import bake
+from plait.merging.bake.baking import bake
 from plait.model.files import INDEX, SINGLE
 from plait.model.stored import base_tensors
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from tests.reference import merging as twin
 
-from plait.merging import basis, merge_methods, small_svd, sum_svd
-from plait.merging.basis import orthonormal, principal
+from plait.merging import merge_methods
+from plait.merging.entries.quantile import smallest_kept
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.quantile import smallest_kept
-from plait.merging.small_svd import (
+from plait.merging.spectra import basis, small_svd, sum_svd
+from plait.merging.spectra.basis import orthonormal, principal
+from plait.merging.spectra.small_svd import (
     gram_of,
     seen_from,
     significant_svd,
@@ -23,7 +24,7 @@ from plait.merging.small_svd import (
     thin_svd,
     triangular_product,
 )
-from plait.merging.sum_svd import svd_of_sum
+from plait.merging.spectra.sum_svd import svd_of_sum
 
 
 def with_condition(n: int, m: int, condition: float, seed: int = 0) -> torch.Tensor:

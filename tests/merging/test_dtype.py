@@ -17,11 +17,11 @@ from plait.disk.store import read_manifest
 from plait.errors import RunError, UsageError
 from plait.formats.reading import read_any
 from plait.merging import Change, edit, merge_folders, merge_per_task, plan_merge
-from plait.merging.exponents import Moves
 from plait.merging.folders import read_all
-from plait.merging.rounded_sums import rounded_sum
+from plait.merging.light.exponents import Moves
+from plait.merging.light.rounded_sums import rounded_sum
+from plait.merging.light.sums import is_beside, probes_of, rounding, stored_sum, sum_error
 from plait.merging.rounding import in_dtype
-from plait.merging.sums import is_beside, probes_of, rounding, stored_sum, sum_error
 from plait.merging.verify import FAILED
 
 HALVES = [torch.bfloat16, torch.float16]

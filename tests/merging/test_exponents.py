@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.merging import exponents
-from plait.merging.exponents import Moves
+from plait.merging.light import exponents
+from plait.merging.light.exponents import Moves
 
 
 def part(weight: float, rank: int = 3, dtype: torch.dtype = torch.bfloat16, scaling: float = 1.0, rows: int = 40):

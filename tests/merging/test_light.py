@@ -16,8 +16,9 @@ from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.disk.store import sha256_file
 from plait.errors import InputError, RunError
-from plait.merging import MergeRequest, MergeSpec, answer, light
-from plait.merging.light import sum_of_folders
+from plait.merging import MergeRequest, MergeSpec, answer
+from plait.merging.light import of_folders as light
+from plait.merging.light.of_folders import sum_of_folders
 from plait.merging.ways import answer_by_torch
 
 # What takes longer to import than a small merge takes.

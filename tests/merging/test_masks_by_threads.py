@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from plait.merging import compiled, random_masks
+from plait.merging.entries import compiled, random_masks
+from plait.merging.entries.random_masks import Drops, Place, bit_of, draw, fill_draws
+from plait.merging.entries.streams import states_of
 from plait.merging.inputs import MergeInputs, digest_of, digests_of
 from plait.merging.methods.della import ascending, levels_of, mag_prune
 from plait.merging.methods.sparse_arithmetic import sparse_arithmetic
-from plait.merging.random_masks import Drops, Place, bit_of, draw, fill_draws
-from plait.merging.streams import states_of
 
 SHAPE = (20, 70_001)  # three rows a block of draws, and a number of columns that no word of 64 bits divides
 PLACE = Place("dense", SHAPE)

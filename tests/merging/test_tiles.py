@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from plait.merging import compiled, dense, quantile, tiles
-from plait.merging.brackets import Bracket, Counting
+from plait.merging import dense
 from plait.merging.dense import DenseDelta
+from plait.merging.entries import compiled, quantile, tiles
+from plait.merging.entries.brackets import Bracket, Counting
+from plait.merging.entries.largest_elected import largest_elected
+from plait.merging.entries.quantile import thresholds_of
+from plait.merging.entries.random_masks import Place, draw
+from plait.merging.entries.tiles import Products, Spare
 from plait.merging.inputs import MergeInputs
-from plait.merging.largest_elected import largest_elected
-from plait.merging.quantile import thresholds_of
-from plait.merging.random_masks import Place, draw
 from plait.merging.registry import merge_methods
-from plait.merging.tiles import Products, Spare
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (7, 300), (300, 7), (130, 1000), (1, 70000)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plait.merging import triplets
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.triplets import orthogonal_triplets
+from plait.merging.spectra import triplets
+from plait.merging.spectra.triplets import orthogonal_triplets
 
 
 def module(ranks: tuple[int, ...], sizes: tuple[float, ...] = (), *, out: int = 50, width: int = 60, seed: int = 0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.sums import probes_of, sum_error
+from plait.merging.light.sums import probes_of, sum_error
 from plait.merging.verify import FAILED
 
 

@@ -13,10 +13,10 @@ from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, RunError, UsageError
 from plait.merging import merge_methods
 from plait.merging.dense import DenseDelta, Truncated
+from plait.merging.entries.random_masks import Place, draw
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.pico import mean_norm_factor, shrink_shared_directions
 from plait.merging.methods.svc import calibrated
-from plait.merging.random_masks import Place, draw
 from plait.statistics.fisher import FisherDiagonal
 from plait.statistics.moments import Moments
 from tests.reference import merging as twin

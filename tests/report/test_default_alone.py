@@ -18,7 +18,7 @@ from plait.cli import main
 from plait.disk.store import identity, staged_folder
 from plait.errors import UsageError
 from plait.merging import MergeRequest, MergeSpec, answer, merge, merge_folders, rank_curve, scales
-from plait.merging.light import sum_of
+from plait.merging.light.of_folders import sum_of
 from plait.merging.scales import default_method, scale_by_rule
 from plait.training.settings import CONSTRAINTS, TrainingSettings, identity_of
 from tests.report.test_default_method import MODULES, RESULTS, adapter, pair, shares_on_decoders

@@ -20,8 +20,8 @@ from plait.choosing.notes import next_step
 from plait.errors import UsageError
 from plait.evaluation.interference import predicted_shifts
 from plait.merging.align import align
-from plait.merging.core import block_sums
 from plait.merging.folders import read_all
+from plait.merging.spectra.core import block_sums
 from plait.seeds import seed_of
 from plait.statistics import Statistics, read_statistics
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.merging.core import gram
+from plait.merging.spectra.core import gram
 from plait.merging.workers import side_by_side
 
 # How much of the assumed moments is the adapter's own row space, the rest being isotropic. 0 makes eight unrelated

@@ -13,7 +13,7 @@ from torch import Tensor
 from plait.adapters.lora import Adapter
 from plait.adapters.one_thread import in_one_thread
 from plait.evaluation.interference import predicted_shifts
-from plait.merging.core import gram
+from plait.merging.spectra.core import gram
 from plait.statistics import Statistics
 
 Matrix = npt.NDArray[np.float64]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from plait.border.lazy import lazily
 
 if TYPE_CHECKING:
-    from plait.merging.baking import bake as bake
+    from plait.merging.bake.baking import bake as bake
     from plait.merging.changes import Change as Change
     from plait.merging.curve import rank_curve as rank_curve
     from plait.merging.dispatch import answer as answer

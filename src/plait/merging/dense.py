@@ -11,8 +11,8 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
 from plait.adapters.memory import again_like, own_copy
-from plait.merging.basis import spanning
-from plait.merging.small_svd import thin_svd
+from plait.merging.spectra.basis import spanning
+from plait.merging.spectra.small_svd import thin_svd
 
 # Entries of a block for which random draws are made together: results depend on it.
 BLOCK = 1 << 18

@@ -18,7 +18,7 @@ def answer(request: MergeRequest) -> Written[MergeRecord] | Written[BakeRecord] 
     Raises:
         UsageError: Two ways at once, or no place for the result.
     """
-    from plait.merging.light_files import sum_without_torch
+    from plait.merging.light.of_files import sum_without_torch
 
     if (done := sum_without_torch(request)) is not None:
         return done

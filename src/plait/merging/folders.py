@@ -27,7 +27,8 @@ from plait.formats.reading import begin_any, format_of, with_one_prefix
 from plait.formats.recognised import of_images
 from plait.formats.writing import checked_format, finished, in_format, write_any
 from plait.merging.kinship import with_kin
-from plait.merging.light_files import sum_of_files
+from plait.merging.light.of_files import sum_of_files
+from plait.merging.light.sums import FAILED, require_verified
 from plait.merging.plan import Plan
 from plait.merging.planning import plan_merge
 from plait.merging.record import Layer, MergeRecord, input_hashes
@@ -35,7 +36,6 @@ from plait.merging.request import MergeRequest
 from plait.merging.rounding import Rounding, dtype_for
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.streamed import known_shapes, stream_to
-from plait.merging.sums import FAILED, require_verified
 from plait.merging.workers import one_by_one
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors, concatenated
 from plait.merging.factors import factors_of
-from plait.merging.threads import cores, in_threads
+from plait.merging.light.threads import cores, in_threads
 from plait.seeds import seed_of
 
 if TYPE_CHECKING:
-    from plait.merging.aligned import Aligned
-    from plait.merging.core import CoreSpace
+    from plait.merging.spectra.aligned import Aligned
+    from plait.merging.spectra.core import CoreSpace
     from plait.statistics.fisher import Diagonal
     from plait.statistics.moments import Moments
 
@@ -124,21 +124,21 @@ class MergeInputs:
     @computed
     def core(self) -> CoreSpace:
         """The lossless core: every delta as a matrix of at most (R, R)."""
-        from plait.merging.core import CoreSpace
+        from plait.merging.spectra.core import CoreSpace
 
         return CoreSpace.of(*self.side_by_side, self.ranks)
 
     @computed
     def svd_core(self) -> CoreSpace:
         """The core in the SVD basis, in which elementwise rules compare its entries."""
-        from plait.merging.core import CoreSpace
+        from plait.merging.spectra.core import CoreSpace
 
         return CoreSpace.in_svd_basis(*self.side_by_side, self.ranks)
 
     @computed
     def aligned(self) -> Aligned:
         """KnOTS' alignment of the tasks; kept for the whole merge, since thresholds over the model need it before."""
-        from plait.merging.aligned import Aligned
+        from plait.merging.spectra.aligned import Aligned
 
         def align() -> Aligned:
             return Aligned.of(self.A, self.B)

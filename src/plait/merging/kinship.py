@@ -11,8 +11,8 @@ import numpy as np
 
 from plait.adapters.arrays import Floats, array_of, floats
 from plait.adapters.lora import LINEAR, Adapter, LoraFactors
+from plait.merging.light.sums import probes_of, times_rows
 from plait.merging.record import MergeRecord
-from plait.merging.sums import probes_of, times_rows
 from plait.merging.terms import Terms
 
 # Task vectors of adapters that were trained apart have a cosine near 0; of stages of one training above 0.9.

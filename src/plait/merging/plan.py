@@ -18,11 +18,11 @@ from plait.merging.calibration import Calibration
 from plait.merging.dense import DenseDelta, MergedDelta, Truncated, cut_to_rank
 from plait.merging.factors import FactorStack, PartingError
 from plait.merging.inputs import MergeInputs
+from plait.merging.light.sums import probes_by_width, sum_error
 from plait.merging.metric_cut import InputMetric
 from plait.merging.record import Merged, MergeRecord
 from plait.merging.registry import MergeMethod
 from plait.merging.rounding import Rounding
-from plait.merging.sums import probes_by_width, sum_error
 from plait.merging.terms import Terms
 from plait.merging.verify import projection_error, some_modules
 from plait.merging.views import Views

@@ -38,13 +38,13 @@ def merged(arguments: Sequence[str], begin: Callable[[], object]) -> int | None:
     if parsed is None:
         return None
     request, as_json = parsed
-    from plait.merging.light import sum_of_folders
+    from plait.merging.light.of_folders import sum_of_folders
 
     begin()
     try:
         written = sum_of_folders(request)
         if written is None and request.folders[0].endswith(".safetensors"):
-            from plait.merging.light_files import sum_of_files
+            from plait.merging.light.of_files import sum_of_files
 
             written = sum_of_files(request)
     except Exception:  # it left nothing; the whole command line meets it again, and tells it

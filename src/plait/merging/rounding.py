@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, KEEP, all_finite, array_of, require_left
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.errors import RunError
-from plait.merging.sums import Probes, probes_by_width, rounding, taken
+from plait.merging.light.sums import Probes, probes_by_width, rounding, taken
 from plait.options import require_known
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Rounding:
         return self._probes[width]
 
     def note_taken(self, module: str, taken: tuple[float, float | Callable[[], float]]) -> None:
-        """Take note of what `plait.merging.rounded_sums.rounded_sum` says of one module."""
+        """Take note of what `plait.merging.light.rounded_sums.rounded_sum` says of one module."""
         self._parts[module] = taken
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.adapters.lora import LoraFactors
 from plait.merging.dense import DenseDelta, MergedDelta, Truncated
 from plait.merging.inputs import MergeInputs
-from plait.merging.sums import FAILED as FAILED
+from plait.merging.light.sums import FAILED as FAILED
 from plait.seeds import seed_of
 
 _PROBES = 4

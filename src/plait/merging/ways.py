@@ -10,7 +10,7 @@ from plait.disk.overwriting import require_apart
 from plait.disk.written import Written
 from plait.errors import UsageError
 from plait.formats.reading import format_of
-from plait.merging.baking import bake, require_low_rank
+from plait.merging.bake.baking import bake, require_low_rank
 from plait.merging.curve import rank_curve
 from plait.merging.folders import merge_folders, places, read_all, read_statistics_files, spec_for, write_merge
 from plait.merging.mergekit import read_mergekit_config

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from plait.adapters.one_thread import alone
-from plait.merging.threads import in_threads
+from plait.merging.light.threads import in_threads
 
 S = TypeVar("S")
 T = TypeVar("T")

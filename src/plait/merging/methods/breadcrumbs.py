@@ -10,9 +10,9 @@ from torch import Tensor
 
 from plait.errors import UsageError
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import in_space, keep_from, weighted_sum
+from plait.merging.entries.elementwise import in_space, keep_from, weighted_sum
+from plait.merging.entries.quantile import magnitude_thresholds, magnitudes_at
 from plait.merging.inputs import MergeInputs
-from plait.merging.quantile import magnitude_thresholds, magnitudes_at
 from plait.merging.registry import merge_method
 from plait.options import Density, Fraction, Space
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.core import NOISE
-from plait.merging.elementwise import signed_mean, weighted_sum
+from plait.merging.entries.elementwise import signed_mean, weighted_sum
+from plait.merging.entries.largest_elected import largest_elected
+from plait.merging.entries.quantile import smallest_kept
+from plait.merging.entries.random_masks import Place, kept_at_random
+from plait.merging.entries.tiles import Products
 from plait.merging.inputs import MergeInputs
-from plait.merging.largest_elected import largest_elected
 from plait.merging.methods.ties import trimmed
-from plait.merging.quantile import smallest_kept
-from plait.merging.random_masks import Place, kept_at_random
 from plait.merging.registry import merge_method
-from plait.merging.small_svd import significant_svd
-from plait.merging.tiles import Products
+from plait.merging.spectra.core import NOISE
+from plait.merging.spectra.small_svd import significant_svd
 from plait.options import Density
 
 

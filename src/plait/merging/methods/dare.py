@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import Election, in_space, weighted_sum
+from plait.merging.entries.elementwise import Election, in_space, weighted_sum
+from plait.merging.entries.random_masks import Drops, kept_at_random
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import Drops, kept_at_random
 from plait.merging.registry import merge_method
 from plait.options import Agreeing, Density, Space
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from plait.errors import UsageError
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import in_space, signed_mean
+from plait.merging.entries.elementwise import in_space, signed_mean
+from plait.merging.entries.random_masks import LEVELS, Place, draw, draw_for, ones_where
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import LEVELS, Place, draw, draw_for, ones_where
 from plait.merging.registry import merge_method
 from plait.options import Density, Fraction, Space
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import in_space
+from plait.merging.entries.elementwise import in_space
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
 from plait.options import Space

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.core import polar, significant
 from plait.merging.factors import factors_of
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
-from plait.merging.small_svd import thin_svd
-from plait.merging.sum_svd import svd_of_sum
+from plait.merging.spectra.core import polar, significant
+from plait.merging.spectra.small_svd import thin_svd
+from plait.merging.spectra.sum_svd import svd_of_sum
 from plait.options import Fraction
 
 

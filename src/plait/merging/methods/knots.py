@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import in_space
+from plait.merging.entries.elementwise import in_space
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.ties import thresholds, trimmed
 from plait.merging.registry import merge_method

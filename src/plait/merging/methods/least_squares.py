@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.core import block_sums
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.linear import importances
 from plait.merging.registry import merge_method
+from plait.merging.spectra.core import block_sums
 
 # Eigenvalues of H below this share of the largest belong to deltas that are combinations of the others.
 _SINGULAR = 1e-10

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import in_space, pairs_of, signed_mean
+from plait.merging.entries.elementwise import in_space, pairs_of, signed_mean
+from plait.merging.entries.quantile import nth_largest
+from plait.merging.entries.random_masks import Place
+from plait.merging.entries.tiles import Products, Spare
 from plait.merging.inputs import MergeInputs
-from plait.merging.quantile import nth_largest
-from plait.merging.random_masks import Place
 from plait.merging.registry import merge_method
-from plait.merging.tiles import Products, Spare
 from plait.options import Density, Space
 
 _SMALL = 1e-6  # sum of the tasks' mean squares, below which mergekit weighs all alike

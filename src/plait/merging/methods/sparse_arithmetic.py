@@ -12,13 +12,13 @@ from torch import Tensor
 
 from plait.errors import UsageError
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import in_space, keep_from
+from plait.merging.entries.elementwise import in_space, keep_from
+from plait.merging.entries.quantile import magnitudes_at
+from plait.merging.entries.random_masks import Drops, Place
+from plait.merging.entries.tiles import Products, Spare
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.della import mag_prune
-from plait.merging.quantile import magnitudes_at
-from plait.merging.random_masks import Drops, Place
 from plait.merging.registry import merge_method
-from plait.merging.tiles import Products, Spare
 from plait.options import Density, Fraction
 
 # (task, entries, place) -> what is left of the entries, which may be changed in place.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
 from plait.errors import InputError, RunError, UsageError
-from plait.merging.core import gram
 from plait.merging.inputs import MergeInputs
 from plait.merging.methods.linear import normalised
 from plait.merging.registry import merge_method
+from plait.merging.spectra.core import gram
 from plait.options import Fraction, Range
 
 # Beyond this cosine an arc is a straight line to 1e-7 of its length.

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
-from plait.merging.core import NOISE
 from plait.merging.inputs import MergeInputs
-from plait.merging.small_svd import thin_svd
+from plait.merging.spectra.core import NOISE
+from plait.merging.spectra.small_svd import thin_svd
 
 # Least share of a task's own answer in a direction that counts: the authors' default.
 ALPHA = 0.1

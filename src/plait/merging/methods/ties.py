@@ -8,9 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from plait.merging.dense import MergedDelta
-from plait.merging.elementwise import Election, in_space
+from plait.merging.entries.elementwise import Election, in_space
+from plait.merging.entries.quantile import magnitude_thresholds
 from plait.merging.inputs import MergeInputs
-from plait.merging.quantile import magnitude_thresholds
 from plait.merging.registry import merge_method
 from plait.options import Agreeing, Density, Space
 

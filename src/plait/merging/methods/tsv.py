@@ -10,7 +10,7 @@ from plait.adapters.lora import LoraFactors
 from plait.merging.factors import factors_of
 from plait.merging.inputs import MergeInputs
 from plait.merging.registry import merge_method
-from plait.merging.triplets import orthogonal_triplets
+from plait.merging.spectra.triplets import orthogonal_triplets
 from plait.options import Range
 
 

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.memory import again_like
-from plait.merging.brackets import kth_largest
-from plait.merging.compiled import Loops, loops_for
-from plait.merging.elementwise import in_blocks, largest_below
+from plait.merging.entries.brackets import kth_largest
+from plait.merging.entries.compiled import Loops, loops_for
+from plait.merging.entries.elementwise import in_blocks, largest_below
+from plait.merging.entries.quantile import WHOLE, thresholds_of
+from plait.merging.entries.tiles import TOGETHER, Products
 from plait.merging.methods.ties import trimmed
-from plait.merging.quantile import WHOLE, thresholds_of
-from plait.merging.tiles import TOGETHER, Products
 
 
 def largest_elected(products: Products, density: float, weights: Sequence[float], alike: int) -> Float[Tensor, "n m"]:

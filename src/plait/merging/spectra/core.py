@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.lora import LINEAR, LoraFactors
-from plait.merging.basis import Basis, orthonormal, principal
 from plait.merging.factors import common_count, factors_of
-from plait.merging.small_svd import significant_svd
+from plait.merging.spectra.basis import Basis, orthonormal, principal
+from plait.merging.spectra.small_svd import significant_svd
 
 # Singular values below this share of the largest are rounding noise of float32 factors, such as those that a second copy
 # of a shared A leaves behind.

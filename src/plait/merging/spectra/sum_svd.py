@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.basis import Basis, is_trusted
-from plait.merging.core import NOISE
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.small_svd import gram_of, roots_of, seen_from, significant_svd, triangular_product
+from plait.merging.spectra.basis import Basis, is_trusted
+from plait.merging.spectra.core import NOISE
+from plait.merging.spectra.small_svd import gram_of, roots_of, seen_from, significant_svd, triangular_product
 
 
 def svd_of_sum(x: MergeInputs) -> tuple[Basis, Float[Tensor, "... k"], Basis]:

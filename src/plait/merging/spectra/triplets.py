@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.basis import Basis, is_trusted
-from plait.merging.core import NOISE, polar, significant
 from plait.merging.factors import PartingError
 from plait.merging.inputs import MergeInputs
-from plait.merging.small_svd import gram_of, roots_of, symmetric_product
+from plait.merging.spectra.basis import Basis, is_trusted
+from plait.merging.spectra.core import NOISE, polar, significant
+from plait.merging.spectra.small_svd import gram_of, roots_of, symmetric_product
 
 # Per task, its top singular triplets: K with U_t = B_t K (or V_t = A_t^T K), (r_t, k) each, and S_t, (k,).
 _Triplets = tuple[list[Tensor], list[Tensor], list[Tensor]]

@@ -11,8 +11,8 @@ from plait.adapters.beside import OUTPUT_NAMES
 from plait.adapters.lora import EMBEDDING, EXPERT, Adapter, zero_factors
 from plait.errors import InputError
 from plait.merging.align import assembled
+from plait.merging.bake.expert_parts import expert_parts
 from plait.merging.dense import DenseDelta, as_dense
-from plait.merging.expert_parts import expert_parts
 from plait.merging.plan import Plan
 from plait.model.conv1d import is_turned
 from plait.model.stored import StoredTensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from plait.adapters.tensor_file import begin_writing_out, set_aside
 from plait.disk.files import HASHED_BYTES_AT_ONCE
 from plait.errors import RunError
-from plait.merging.bake_sites import Site
+from plait.merging.bake.sites import Site
 from plait.merging.dense import row_blocks
 from plait.model.stored import StoredTensor
 from plait.seeds import seed_of

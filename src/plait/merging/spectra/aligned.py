@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.small_svd import eigen, gram_of
+from plait.merging.spectra.small_svd import eigen, gram_of
 
 # Singular values above this share of the largest count.
 _SHARE = 1e-5

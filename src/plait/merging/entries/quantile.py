@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.adapters.memory import own_copy
-from plait.merging.brackets import Bracket, Counting, kth_largest
-from plait.merging.elementwise import groups_of, pairs_of
+from plait.merging.entries.brackets import Bracket, Counting, kth_largest
+from plait.merging.entries.elementwise import groups_of, pairs_of
+from plait.merging.entries.tiles import TOGETHER, Products, Spare
 from plait.merging.inputs import MergeInputs
-from plait.merging.tiles import TOGETHER, Products, Spare
 from plait.merging.workers import side_by_side
 from plait.seeds import seed_of
 

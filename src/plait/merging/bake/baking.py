@@ -27,9 +27,9 @@ from plait.disk.overwriting import require_apart
 from plait.disk.space import require_space
 from plait.disk.written import Written, standing
 from plait.errors import InputError
-from plait.merging.bake_sites import Site, deltas_of, moves_ends, sites_of
-from plait.merging.bake_writing import Added, add_to_files, copied
-from plait.merging.expert_parts import known_names, layout_for
+from plait.merging.bake.expert_parts import known_names, layout_for
+from plait.merging.bake.sites import Site, deltas_of, moves_ends, sites_of
+from plait.merging.bake.writing import Added, add_to_files, copied
 from plait.merging.kinship import kin_lines
 from plait.merging.outcomes import BakeRecord
 from plait.merging.plan import Plan

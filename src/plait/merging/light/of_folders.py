@@ -34,14 +34,14 @@ from plait.errors import RunError
 from plait.merging.align import align, assembled
 from plait.merging.combinations import Combination, as_given, normalised
 from plait.merging.kinship import with_kin
+from plait.merging.light.rounded_sums import rounded_sum
+from plait.merging.light.sums import Part, probes_by_width, require_verified, stored_sum, sum_error
+from plait.merging.light.threads import cores, in_threads
 from plait.merging.record import MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
-from plait.merging.rounded_sums import rounded_sum
 from plait.merging.rounding import Rounding, dtype_for, overflow
 from plait.merging.scales import SUMS, default_is_sum
-from plait.merging.sums import Part, probes_by_width, require_verified, stored_sum, sum_error
 from plait.merging.terms import Terms, require_multipliers, scale_of, weights_of
-from plait.merging.threads import cores, in_threads
 
 T = TypeVar("T")
 

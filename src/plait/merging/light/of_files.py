@@ -28,10 +28,18 @@ from plait.formats.recognised import format_of, is_mlx
 from plait.formats.single_file import begin_lora_file, stream_lora_file
 from plait.formats.writing import finished, has_record
 from plait.merging.kinship import with_kin
-from plait.merging.light import largest_error, rounding_for, shapes_of, sum_of, sum_of_folders, sum_to, terms_of
+from plait.merging.light.of_folders import (
+    largest_error,
+    rounding_for,
+    shapes_of,
+    sum_of,
+    sum_of_folders,
+    sum_to,
+    terms_of,
+)
+from plait.merging.light.sums import require_verified
 from plait.merging.record import MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
-from plait.merging.sums import require_verified
 from plait.merging.terms import Terms
 
 # No number of a record takes more digits: what keeps the place of one that is not known yet.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from plait.adapters.arrays import BFLOAT16, FLOAT16, Array, Floats, Kind, array_of, floats, rounded
-from plait.merging.exponents import Moves, bits_beside
+from plait.merging.light.exponents import Moves, bits_beside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from plait.adapters.lora import LoraFactors
 from plait.adapters.memory import again_like
-from plait.merging.compiled import CHUNK, Loops, loops_for
 from plait.merging.dense import AT_ONCE, DenseDelta, MergedDelta
+from plait.merging.entries.compiled import CHUNK, Loops, loops_for
+from plait.merging.entries.random_masks import Drops, Place
+from plait.merging.entries.tiles import TOGETHER, Products, Spare
 from plait.merging.inputs import MergeInputs
-from plait.merging.random_masks import Drops, Place
-from plait.merging.tiles import TOGETHER, Products, Spare
 
 # (one part per task, their place for random draws) -> the merged part. A rule may change the parts in place.
 Rule = Callable[[Iterable[Tensor], Place], Tensor]

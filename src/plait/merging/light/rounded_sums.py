@@ -9,9 +9,9 @@ import numpy as np
 
 from plait.adapters.arrays import BFLOAT16, FLOAT32, Array, Kind, all_finite, floats, rounded
 from plait.adapters.lora import LoraFactors
-from plait.merging.exponents import Moves
-from plait.merging.short_rows import short_rows
-from plait.merging.sums import Part, Probes, pieces, product, stacked, times_rows
+from plait.merging.light.exponents import Moves
+from plait.merging.light.short_rows import short_rows
+from plait.merging.light.sums import Part, Probes, pieces, product, stacked, times_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class RoundedSum:
         factors: As they are stored.
         finite: Whether every number of B is finite in float32.
         fits: Whether every number is finite in the type.
-        taken: What `plait.merging.sums.rounding` says of it; the second is asked for where nothing was taken, and may not be needed.
+        taken: What `plait.merging.light.sums.rounding` says of it; the second is asked for where nothing was taken, and may not be needed.
     """
 
     factors: LoraFactors
@@ -34,7 +34,7 @@ class RoundedSum:
 def rounded_sum(parts: Sequence[Part], dtype: str, probes: Probes) -> RoundedSum:
     """Put factors beside each other as they are stored, and measure what rounding takes.
 
-    The bits are those of `plait.merging.sums.stored_sum`, and what is taken that of `plait.merging.sums.rounding`. A block of rows goes
+    The bits are those of `light.sums.stored_sum`, and what is taken is that of `light.sums.rounding`. A block of rows goes
     through all steps while it lies in a core's cache: larger arrays cost more in memory than in arithmetic.
 
     Args:

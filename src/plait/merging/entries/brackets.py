@@ -15,8 +15,8 @@ from torch import Tensor
 
 from plait.adapters.memory import empty_like
 from plait.errors import RunError
-from plait.merging.compiled import loops_for
-from plait.merging.tiles import Spare
+from plait.merging.entries.compiled import loops_for
+from plait.merging.entries.tiles import Spare
 
 _Values = np.ndarray[tuple[int], np.dtype[np.floating[Any]]]
 

@@ -15,7 +15,7 @@ import numpy as np
 from plait.adapters.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, array_of, floats, rounded
 from plait.adapters.lora import LoraFactors
 from plait.errors import RunError
-from plait.merging.short_rows import rows_in
+from plait.merging.light.short_rows import rows_in
 from plait.seeds import seed_of
 
 Part = tuple[float, LoraFactors]  # a coefficient, the scale of the merge in it, and the factors that it multiplies

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.merging.compiled import Loops, loops_for
 from plait.merging.dense import rows_together
+from plait.merging.entries.compiled import Loops, loops_for
+from plait.merging.entries.streams import states_of
+from plait.merging.entries.tiles import TOGETHER, Spare
 from plait.merging.inputs import MergeInputs
-from plait.merging.streams import states_of
-from plait.merging.threads import cores, in_threads
-from plait.merging.tiles import TOGETHER, Spare
+from plait.merging.light.threads import cores, in_threads
 from plait.seeds import seed_of
 
 # Keeping is decided by 16 random bits an entry, several times cheaper than a float; the rescaling uses the probability

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from plait.merging.factors import PartingError
-from plait.merging.small_svd import eigen, gram_of, roots_of, thin_svd
+from plait.merging.spectra.small_svd import eigen, gram_of, roots_of, thin_svd
 
 # The largest |D R^-1| for which the Gram matrix is trusted; see `orthonormal`. Of the stacked factors of public adapters it
 # is 4 to 900, of random ones about the root of their number of columns, of linearly dependent ones infinite.

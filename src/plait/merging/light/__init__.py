@@ -1,0 +1,1 @@
+"""Weighted sums without torch: read, added, rounded, written, and read again."""

@@ -1,0 +1,1 @@
+"""Singular vectors of deltas that are never formed: from small matrices of their factors."""
