@@ -93,6 +93,16 @@ def test_the_first_page_says_where_to_begin(capsys):
     assert "plait demo" in out and "plait advise" in out
 
 
+def test_the_help_of_merge_says_when_iso_c_is_the_default(capsys, monkeypatch):
+    from plait.merging.scales import FEWEST_WRITERS
+
+    monkeypatch.setenv("COLUMNS", "200")
+    said = " ".join(call(capsys, "merge", "--help")[1].split())
+    assert FEWEST_WRITERS == 8
+    assert "Iso-C for eight plain adapters of language models or more" in said
+    assert "for 8 language adapters or more iso_c" in said
+
+
 def test_what_needs_no_torch_does_not_import_it():
     for command, code, said in ((["merge", "a", "b"], 2, "where to?"), (["ls", "recipes"], 0, "demo")):
         ended = plait(*command, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})

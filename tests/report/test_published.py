@@ -352,13 +352,13 @@ ON_EXISTING = [
         more_texts(step, points=3) for step in ("repaired, heads", "fitted, heads")]),
     ("eleven {} and {} ([three seeds]", lambda: [
         more_texts(step, "existing-texts-eleven-again") for step in ("repaired, heads", "fitted, heads")]),
-    ("(results/existing-texts-eleven.md) {} and {}),", lambda: [
+    ("(../results/existing-texts-eleven.md) {} and {}),", lambda: [
         more_texts(step, "existing-texts-eleven") for step in ("repaired, heads", "fitted, heads")]),
-    ("(results/existing-texts-eleven-again.md) ({} against {})", lambda: [
+    ("(../results/existing-texts-eleven-again.md) ({} against {})", lambda: [
         more_texts(step, "existing-texts-eleven-again", 3) for step in ("repaired at one rate, heads", "repaired, heads")]),
     ("from {} to **{}** (two minutes", lambda: [
         f"{int(answered(step, 'fourth')) / 100:.2f}" for step in ("weights learnt", "repaired")]),
-    ("(results/existing-texts-penalised.md) {} and {}.", lambda: [
+    ("(../results/existing-texts-penalised.md) {} and {}.", lambda: [
         more_texts(step, "existing-texts-penalised") for step in ("repaired, heads", "fitted, heads")]),
 ]  # fmt: skip
 ON_FINDINGS = [
@@ -520,7 +520,7 @@ def test_the_findings_quote_what_was_recomputed(sentence, figures):
 
 @pytest.mark.parametrize(("sentence", "figures"), ON_EXISTING, ids=[s[:40] for s, _ in ON_EXISTING])
 def test_the_page_on_what_exists_quotes_what_was_measured(sentence, figures):
-    text = (ROOT / "docs" / "existing.md").read_text("utf-8")
+    text = (ROOT / "docs" / "study" / "existing.md").read_text("utf-8")
     assert sentence.format(*figures()) in re.sub(r"\s+", " ", text)
 
 

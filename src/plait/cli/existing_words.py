@@ -18,7 +18,7 @@ SHOWN = 3  # candidates
 _BEYOND = "general text moves beyond --max-shift with it"
 # What the tables say, below them.
 _PICO = "pico: directions of B that the adapters share were shrunk first."
-_WORDS = "followed: the probability given to their answers, no more than their own, beyond chance, mean over adapters (docs/existing.md)."
+_WORDS = "followed: the probability given to their answers, no more than their own, beyond chance, mean over adapters (docs/merge-auto.md)."
 _FIDELITY_WORDS = (
     "agreement: how often the merge predicts what the adapter predicts on its own texts (a correlation for a regression);\n"
     "KL: how far its probabilities are from the adapter's; base's: the same of the bare base; shift: 1 is the base's distance."

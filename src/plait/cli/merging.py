@@ -33,8 +33,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="See `plait ls merges`; by default tsv, for language models iso_c, for these with --stats regmean; with --weights, and "
-        "for LoRA files, the sum.",
+        help="See `plait ls merges`; by default tsv, for 8 language adapters or more iso_c, for language adapters with --stats regmean; "
+        "with --weights, and for LoRA files, the sum.",
     ),
 ]
 Strength = Annotated[
@@ -137,8 +137,9 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of one base into one adapter. The base itself is needed only to bake.
 
-    Without --method it is what keeps most without texts or statistics: Iso-C for plain adapters of language models, TSV-M for all
-    others and with --rank or --calibrate; for language models with --stats of every adapter RegMean; with --weights the weighted sum.
+    Without --method it is what keeps most without texts or statistics: Iso-C for eight plain adapters of language models or more,
+    TSV-M for all others and with --rank or --calibrate; for language models with --stats of every adapter RegMean; with --weights the
+    weighted sum.
     Without --scale the scale follows from the method and the number of adapters, or from --stats.
     The plain sum: --method task_arithmetic --scale 1.
     `plait merge auto BASE ADAPTER... --out DIR` chooses method, weights and scale without labels, best with --text.

@@ -140,7 +140,7 @@ def aggregate(tasks: Sequence[TaskFidelity]) -> float:
     The probability's rank correlation with true scores was higher than that of agreement in all comparisons of
     docs/results/existing*.md (0.965 to 0.989), and what it chose was as good or better in all of them: a probability tells merges that
     answer alike apart. Those pages have it without a cap; with it what is chosen was as good or better where both were tried
-    (`benchmarks/sureness.py`, docs/existing.md).
+    (`benchmarks/sureness.py`, docs/study/existing.md).
 
     Why not of what is kept beyond the base: dividing by the room that the base leaves an adapter turns the noise of a task on
     which both answer nearly alike into most of the mean. Why not of plain agreement: it counts a merge that has collapsed

@@ -99,8 +99,9 @@ def merge_folders(
     Args:
         folders: ``PATH`` or ``NAME=PATH`` each.
         out: Folder (or .safetensors file) to write; a finished one of the same identity is kept, another is an error.
-        method: A name in `merge_methods()`, or a whole `MergeSpec`; None is TSV-M, for plain adapters of language models Iso-C, for
-            these with statistics of every one RegMean, and the sum for one adapter, for given weights and for LoRA files.
+        method: A name in `merge_methods()`, or a whole `MergeSpec`; None is TSV-M, for eight plain adapters of language models or
+            more Iso-C, for any number of these with statistics of every one RegMean, and the sum for one adapter, for given weights
+            and for LoRA files.
         statistics: Task -> its statistics file.
         format: "peft", "kohya", "diffusers" or "mlx"; by default the inputs'.
         dtype: "float32", "bfloat16" or "float16"; "keep" is the inputs' own, where they agree on one of 16 bits, else float32.
