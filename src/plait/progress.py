@@ -108,7 +108,11 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: "45 s", "3 min 20 s", "2 h 5 min"."""
+    """Write seconds as a person says them.
+
+    >>> duration(4.2), duration(190), duration(7500)
+    ('4 s', '3 min 10 s', '2 h 5 min')
+    """
     s = round(seconds)
     if s < 60:
         return f"{s} s"

@@ -10,6 +10,7 @@ from pathlib import Path
 from plait.border.counts import plural
 from plait.disk.store import staged_file
 from plait.evaluation.scores import write_parquet
+from plait.progress import duration
 from plait.report.account import Account, account_of
 from plait.report.charts import charts_of
 from plait.report.colours import ranked_arms, slots_of
@@ -19,7 +20,6 @@ from plait.report.render import Document, render_html, render_markdown
 from plait.report.scores import long_table
 from plait.report.sections import about_lines, sections_of
 from plait.report.verdict import verdict_of
-from plait.report.words import duration
 from plait.runs.folder import published
 from plait.runs.layout import Layout
 

@@ -13,7 +13,6 @@ __all__ = [
     "Table",
     "Verdict",
     "between",
-    "duration",
     "percent",
     "points",
     "signed",
@@ -129,17 +128,3 @@ def signed(value: float) -> str:
 def between(low: float | None, high: float | None) -> str:
     """Write an interval of shares, in points with signs."""
     return NONE if low is None else f"{percent(low, '+.1f')} to {percent(high, '+.1f')}"
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as people say them.
-
-    >>> duration(4.2), duration(190), duration(7500)
-    ('4 s', '3 min 10 s', '2 h 5 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
