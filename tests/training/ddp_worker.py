@@ -44,15 +44,20 @@ def main(folder: str, statistics: str, out: str, constraint: str, split: str = "
     )  # fmt: skip
 
 
+def local_numbers(model):
+    """Count a model's numbers that lie in this process."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+
+
 def watch_sizes(out: Path) -> None:
     """Note how many numbers this process holds before and after the base is split, and which whole weights outlive it."""
     whole, split = sharding.shard_base, fsdp.fully_shard
     known = {"split": [], "outlived": []}
 
     def noted(model, device):
-        before = sharding.local_numbers(model)
+        before = local_numbers(model)
         whole(model, device)
-        known["sizes"] = [before, sharding.local_numbers(model)]
+        known["sizes"] = [before, local_numbers(model)]
         out.with_name(f"split-{os.environ['RANK']}.json").write_text(json.dumps(known))
 
     def watched(block, *, ignored_params, **options):

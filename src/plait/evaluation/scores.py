@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plait.errors import InputError
-
 ALONE, FLOOR, MERGED = "alone", "floor", "merged"
 SELECTION, REPORTED = "selection", "reported"
 
@@ -45,14 +43,6 @@ class Score:
 def write_scores(path: Path, rows: Iterable[Score]) -> None:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in rows), encoding="utf-8")
-
-
-def read_scores(path: Path) -> list[Score]:
-    """Read what `write_scores` wrote."""
-    try:
-        return [Score(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, TypeError) as e:
-        raise InputError(f"not a table of scores: {e}", where=str(path)) from None
 
 
 def are_scores(path: Path) -> bool:

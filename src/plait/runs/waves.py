@@ -18,7 +18,6 @@ from plait.border.counts import agreed, plural
 from plait.disk.manifest import MANIFEST
 from plait.disk.store import read_manifest
 from plait.errors import RunError
-from plait.evaluation.splits import HALVES
 from plait.runs.layout import Layout
 from plait.runs.pending import pending
 from plait.runs.sections import ArmSpec
@@ -202,20 +201,6 @@ def chosen_alone(layout: Layout, arm: ArmSpec) -> Choice:
         return chosen(layout, arm)
     best = max(learned(layout, arm), key=lambda r: r["alone"])
     return Choice(best["lr"], best["step"])
-
-
-def alone_level(layout: Layout, arm: ArmSpec) -> float:
-    """How well an arm's adapters do alone, percent: in the sweep, or, of a plain recipe, in what is reported.
-
-    By it the arm is chosen that others are measured by; reported rows can only flatter that one.
-    """
-    if layout.recipe.tuned:
-        return max(float(r["alone"]) for r in learned(layout, arm))
-    choice = chosen(layout, arm)
-    seeds = arm.seeds or layout.recipe.seeds
-    units = [Unit(ALONE, s, arm.name, choice.rate, choice.step, split=FOLDS) for s in seeds]
-    halves = [result(layout, u)[half]["alone"] for u in units for half in HALVES]
-    return float(np.mean([np.mean(list(scores.values())) for scores in halves]))
 
 
 def plain_arms(layout: Layout) -> list[ArmSpec]:

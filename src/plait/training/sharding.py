@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _TRAINED = ("lora_", "modules_to_save.")  # PEFT's names of what an adapter adds; everything else is the base
 
@@ -75,13 +75,3 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
             blocks += list(module)
             inside |= {id(m) for block in module for m in block.modules()}
     return blocks
-
-
-def local_numbers(model: nn.Module) -> int:
-    """Count a model's numbers that lie in this process."""
-    from torch.distributed.tensor import DTensor
-
-    def size(parameter: Tensor) -> int:
-        return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
-
-    return sum(size(p) for p in model.parameters())
