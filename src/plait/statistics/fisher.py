@@ -21,6 +21,7 @@ from plait.border.counts import plural
 from plait.disk.manifest import require_wanted
 from plait.disk.store import canonical_json, require_regular, staged_file
 from plait.errors import InputError, RunError, UsageError
+from plait.model.hooks import modules_named
 from plait.statistics.records import LARGEST_RECORD
 
 KIND, SCHEMA = "plait.fisher", 1
@@ -183,7 +184,7 @@ def collect_fisher(
     Cost:
         One forward and one backward pass, and out * in multiplications per token and module.
     """
-    layers = {name: submodule(model, name) for name in modules}
+    layers = modules_named(model, modules)
     sums: dict[str, Tensor] = {}
     examples = 0
     was_training = model.training
@@ -207,18 +208,6 @@ def collect_fisher(
     if examples == 0:
         raise UsageError("no examples to collect a Fisher diagonal from")
     return FisherDiagonal.held({n: s / examples for n, s in sums.items()}, examples, labels=labels)
-
-
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Find the one module of a name, whole or relative to some backbone.
-
-    Raises:
-        UsageError: None, or several.
-    """
-    hits: list[nn.Module] = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")]
-    if len(hits) != 1:
-        raise UsageError(f"{len(hits)} modules of the model are named {name!r}, expected one")
-    return hits[0]
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.errors import RunError, UsageError
+from plait.model.hooks import modules_named
 from plait.statistics.accumulate import SiteSums, exact_matmul
 from plait.statistics.agreement import OUTPUT_GRADIENTS
 from plait.statistics.distributed import adds_over_ranks, reduce_statistics
-from plait.statistics.fisher import draw, submodule
+from plait.statistics.fisher import draw
 from plait.statistics.masks import MAIN, BatchMasks, Positions, sent
 from plait.statistics.moments import Moments, Statistics
 
@@ -59,7 +60,7 @@ def collect_output_gradients(
     Source: Martens and Grosse, K-FAC, arXiv 1503.05671; pooled: Eschenhagen et al., arXiv 2311.00636. As a penalty beside M: TAK,
     arXiv 2602.17385; DELTA, arXiv 2605.18993.
     """
-    layers = {name: submodule(model, name) for name in modules}
+    layers = modules_named(model, modules)
     sums: dict[str, SiteSums] = {}
     was_training = model.training
     model.eval()
