@@ -106,7 +106,7 @@ def export(
     if kind == GGUF:
         if task is not None:
             raise UsageError("llama.cpp loads no heads", hint="leave --task out")
-        return _to_gguf(adapter, source, out, base, overwrite)
+        return _to_gguf(adapter, out, base, overwrite)
     if base is not None:
         raise UsageError("--base is for gguf", hint="leave it out")
     ready = for_task(adapter, task, str(source))
@@ -254,7 +254,7 @@ def _padded(f: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def _to_gguf(adapter: Adapter, source: Path, out: Path, base: Path | None, overwrite: bool) -> Written[ExportRecord]:
+def _to_gguf(adapter: Adapter, out: Path, base: Path | None, overwrite: bool) -> Written[ExportRecord]:
     if out.suffix != ".gguf":
         raise UsageError("a GGUF adapter is one file", where=str(out), hint=f"--out {out}.gguf")
     named = adapter.base or "unknown"

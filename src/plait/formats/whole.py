@@ -126,7 +126,7 @@ def without_whole(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ada
     if cuts:
         work.steps.append(step_of(f"{', '.join(cuts)}, trained whole, at the best rank", cuts))
     modules |= {m: c.factors for m, c in cuts.items()}
-    _tie(work, adapter, base, modules, cuts)
+    _tie(adapter, base, modules, cuts)
     return replace(
         adapter,
         modules=dict(sorted(modules.items())),
@@ -136,9 +136,7 @@ def without_whole(work: Work, adapter: Adapter, base: BaseWeights | None) -> Ada
     )
 
 
-def _tie(
-    work: Work, adapter: Adapter, base: BaseWeights, modules: dict[str, LoraFactors], cuts: Mapping[str, Cut]
-) -> None:
+def _tie(adapter: Adapter, base: BaseWeights, modules: dict[str, LoraFactors], cuts: Mapping[str, Cut]) -> None:
     """Give the tied output layer the update of an embedding that takes the base's place."""
     replaced = [k.removesuffix(".weight") for k in undeclared(adapter.extras, adapter.modules_to_save)]
     for module in [m for m in replaced if m in cuts and is_embedding(m)]:

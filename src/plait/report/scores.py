@@ -34,7 +34,7 @@ def long_table(layout: Layout) -> Iterator[Score]:
             scored = result(layout, unit)
             scales = {h: scored["halves"][h]["scale"] for h in HALVES}
             yield from _reported(layout, answers, unit, MERGED, scales)
-            yield from _grid(layout, answers, unit, scored["grid"])
+            yield from _grid(answers, unit, scored["grid"])
 
 
 def _reported(layout: Layout, answers: KeptAnswers, unit: Unit, kind: str, scales: dict[str, float]) -> Iterator[Score]:
@@ -48,7 +48,7 @@ def _reported(layout: Layout, answers: KeptAnswers, unit: Unit, kind: str, scale
                 yield Score(unit.arm, kind, unit.merge, scales[half], task, metric, float(value[0]), n, unit.seed, half)
 
 
-def _grid(layout: Layout, answers: KeptAnswers, unit: Unit, grid: list[dict[str, Any]]) -> Iterator[Score]:
+def _grid(answers: KeptAnswers, unit: Unit, grid: list[dict[str, Any]]) -> Iterator[Score]:
     for row in grid:
         for task, value in row["tasks"].items():
             half, n = row["part"], len(answers.parts[task].grid[row["part"]])

@@ -176,7 +176,7 @@ def _copy(
 
     def one(inside: Path) -> str:
         path = base / inside
-        target = stage / (_shard_name(path, base, bool(unties)) if path.suffix == ".safetensors" else inside)
+        target = stage / (_shard_name(path, bool(unties)) if path.suffix == ".safetensors" else inside)
         target.parent.mkdir(parents=True, exist_ok=True)
         return copied(path, target, sorted(s.stored.span for s in sites if s.stored.file == path and not s.is_output))
 
@@ -193,7 +193,7 @@ def _copy(
         return hashes, apart
     name, embedding = ties.output, unties[0].stored
     write_tensors(stage / _OUTPUT_SHARD, {name: embedding.read(0, embedding.shape[0])})
-    homes = {n: _shard_name(t.file, base, True) for n, t in base_tensors(base).items()} | {name: _OUTPUT_SHARD}
+    homes = {n: _shard_name(t.file, True) for n, t in base_tensors(base).items()} | {name: _OUTPUT_SHARD}
     size = sum(p.stat().st_size for p in stage.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
     (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -218,7 +218,7 @@ def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **inner, "tie_word_embeddings": False}
 
 
-def _shard_name(path: Path, base: Path, untied: bool) -> str:
+def _shard_name(path: Path, untied: bool) -> str:
     return _FIRST_SHARD if untied and path.name == SINGLE else path.name
 
 
