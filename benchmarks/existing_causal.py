@@ -26,7 +26,7 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import read_place
 from plait.learning.repair import repaired
-from plait.runs.recipe_file import find_recipe, read_recipe
+from plait.recipes.recipe_file import find_recipe, read_recipe
 from plait.runs.session import Session
 from plait.tasks.metrics import primary, scores
 

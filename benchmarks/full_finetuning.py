@@ -42,8 +42,8 @@ from plait.evaluation.splits import HALVES, split_rows
 from plait.merging import merge
 from plait.model.applied import applied
 from plait.model.base import head_state, load_task_model
-from plait.runs.recipe import Recipe
-from plait.runs.recipe_file import read_recipe
+from plait.recipes.recipe import Recipe
+from plait.recipes.recipe_file import read_recipe
 from plait.runs.session import Session
 from plait.statistics import Statistics, collect_statistics
 from plait.subspaces.start import InitialSettings, initial_adapters

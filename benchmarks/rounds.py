@@ -33,7 +33,7 @@ from plait.evaluation.splits import HALVES, split_rows
 from plait.merging import merge
 from plait.merging.scales import scale_by_rule
 from plait.model.applied import applied
-from plait.runs.recipe_file import read_recipe
+from plait.recipes.recipe_file import read_recipe
 from plait.runs.session import Session
 from plait.statistics import Statistics, collect_statistics
 from plait.subspaces.start import InitialSettings, initial_adapters

@@ -41,9 +41,9 @@ from plait.fidelity.texts import read_place
 from plait.merging import merge
 from plait.merging.registry import find_method
 from plait.merging.scales import reach_of, scale_by_moments, scale_by_rule
+from plait.recipes.recipe_file import read_recipe
 from plait.runs.layout import Layout
 from plait.runs.pending import pending
-from plait.runs.recipe_file import read_recipe
 from plait.runs.sources import adapters_of, statistics_of
 from plait.runs.stages import do, splits
 from plait.runs.units import ALONE, MERGE, TRAIN, Unit

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from plait.adapters.lora import Adapter
 from plait.model.applied import applied
+from plait.recipes.recipe_file import read_recipe
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import read_recipe
 from plait.runs.stages import splits
 
 Worn = tuple[Adapter | None, float]

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.disk.store import identity, versions
 from plait.model.base import backbone_of
-from plait.runs.recipe_file import read_recipe
+from plait.recipes.recipe_file import read_recipe
 from plait.runs.session import Session
 from plait.training import Member, TrainingSettings, fleet_run, train_fleet
 

@@ -23,7 +23,7 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter
 from plait.fidelity.panel import Panel, parts_of
 from plait.merging import merge
-from plait.runs.recipe_file import read_recipe
+from plait.recipes.recipe_file import read_recipe
 from plait.runs.session import Session
 from plait.statistics import Statistics, read_statistics
 

@@ -154,8 +154,8 @@ def subspaces() -> str:
 
 def recipe() -> str:
     """The page of a recipe's keys, from the models that read it."""
-    from plait.runs import sections
-    from plait.runs.recipe import Recipe
+    from plait.recipes import sections
+    from plait.recipes.recipe import Recipe
 
     parts = [
         ("A recipe", "", Recipe),

@@ -20,8 +20,8 @@ from pyarrow import csv, parquet
 from plait.disk.manifest import MANIFEST, sealed
 from plait.entry import SAME_PRODUCTS
 from plait.model.base import BaseModel
-from plait.runs.recipe import Recipe
-from plait.runs.recipe_file import parse_recipe
+from plait.recipes.recipe import Recipe
+from plait.recipes.recipe_file import parse_recipe
 from tests.tiny import TARGETS, WORDS, save_model
 
 os.environ.setdefault(*SAME_PRODUCTS)  # as the command does: what is begun by it goes on here with the same bits

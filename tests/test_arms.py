@@ -11,10 +11,10 @@ import torch
 
 from plait.disk.store import read_manifest
 from plait.errors import UsageError
+from plait.recipes.recipe_file import load_yaml, parse_recipe
 from plait.report.line import run
 from plait.runs.forecast import describe
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import load_yaml, parse_recipe
 from plait.runs.session import Session
 from plait.runs.single.collect import collect_one
 from plait.runs.single.start import initialise_from_files

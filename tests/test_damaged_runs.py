@@ -9,8 +9,8 @@ import pytest
 
 from plait.disk.manifest import MANIFEST
 from plait.errors import InputError, Unfinished, UsageError
+from plait.recipes.recipe_file import parse_recipe
 from plait.report.line import report_again, run
-from plait.runs.recipe_file import parse_recipe
 from tests.conftest import resealed, tiny_raw
 from tests.test_pipeline import SCALED, snapshot
 

@@ -19,7 +19,7 @@ from plait.evaluation.protocol import Scorer
 from plait.evaluation.splits import Split
 from plait.merging import merge
 from plait.model.base import load_task_model
-from plait.runs.sections import TaskSpec
+from plait.recipes.sections import TaskSpec
 from plait.runs.session import Session
 from plait.statistics.moments import ModuleInfo, Moments, Statistics
 from plait.training import TrainingSettings, attach_constraint, prepare_constraint

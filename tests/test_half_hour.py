@@ -17,7 +17,7 @@ import pytest
 from typer.main import get_command
 
 from plait.cli import app
-from plait.runs.recipe_file import read_recipe
+from plait.recipes.recipe_file import read_recipe
 from tests import half_hour
 
 ROOT = Path(__file__).parents[1]

@@ -19,12 +19,12 @@ from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import read_tensors
 from plait.disk.store import MANIFEST, read_manifest, sha256_file
 from plait.errors import EnvironmentFault, InputError, RunError, UsageError
+from plait.recipes.recipe_file import parse_recipe
 from plait.report.line import report_again, run
 from plait.runs.folder import keep
 from plait.runs.forecast import StageCount, describe
 from plait.runs.inputs import INPUTS_FILE
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.stages import ANSWERS_FILE
 from plait.trying.answers import tried
 from plait.trying.inputs import trial_of

@@ -11,7 +11,7 @@ import yaml
 
 from plait.errors import InputError, PlaitError, UsageError
 from plait.model.base import load_task_model
-from plait.runs.recipe_file import (
+from plait.recipes.recipe_file import (
     apply_overrides,
     copy_recipe,
     find_recipe,
@@ -81,7 +81,7 @@ def test_there_are_shipped_recipes():
 
 def test_shipped_studies_are_found_and_valid(tmp_path):
     from plait.cli.catalogue import catalogue
-    from plait.runs.recipe_file import read_recipe
+    from plait.recipes.recipe_file import read_recipe
 
     shipped = shipped_recipes("studies")
     assert [s["name"] for s in catalogue("studies")["studies"]] == [f"studies/{p.stem}" for p in shipped]

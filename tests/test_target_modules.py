@@ -11,9 +11,9 @@ from plait.adapters.peft_format import read_adapter
 from plait.cli import main
 from plait.errors import UsageError
 from plait.model.base import load_task_model
+from plait.recipes.recipe_file import parse_recipe
+from plait.recipes.sections import LoraSpec
 from plait.report.line import run
-from plait.runs.recipe_file import parse_recipe
-from plait.runs.sections import LoraSpec
 from plait.runs.session import Session
 from plait.statistics import read_statistics
 from tests.conftest import tiny_rows, write_rows

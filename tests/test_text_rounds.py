@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from plait.errors import UsageError
+from plait.recipes.recipe_file import read_recipe
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import read_recipe
 from plait.runs.sources import adapters_of
 from plait.runs.stages import do
 from plait.runs.trainings import members_of

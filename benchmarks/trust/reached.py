@@ -27,7 +27,7 @@ FILES = {
     "statistics files": ("statistics/files.py", "statistics/records.py", "statistics/lazy.py"),
     "LoRA files of kohya and diffusers": ("formats/single_file.py", "formats/alpha.py", "formats/keys.py", "adapters/sealed.py"),
     "Fisher files": ("statistics/fisher.py",),
-    "recipes and studies": ("runs/recipe.py", "runs/recipe_file.py", "runs/sections.py"),
+    "recipes and studies": ("recipes/recipe.py", "recipes/recipe_file.py", "recipes/sections.py"),
     "mergekit recipes": ("merging/mergekit.py",),
 }  # fmt: skip
 _OTHERS = re.compile(

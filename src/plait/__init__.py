@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods
     from plait.model.heads import load_head as load_head
+    from plait.recipes.recipe_file import read_recipe as read_recipe
     from plait.report.line import run as run
-    from plait.runs.recipe_file import read_recipe as read_recipe
     from plait.statistics import Statistics as Statistics
     from plait.statistics import collect_statistics as collect_statistics
     from plait.statistics import merge_statistics as merge_statistics
@@ -60,7 +60,7 @@ _HOMES = {
     "merge_methods": "merging",
     "merge_statistics": "statistics",
     "read_adapter": "adapters.peft_format",
-    "read_recipe": "runs.recipe_file",
+    "read_recipe": "recipes.recipe_file",
     "read_statistics": "statistics",
     "run": "report.line",
     "subspace_state_dict": "subspaces.live",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from plait.merging import merge_methods
-from plait.runs import sections
-from plait.runs.recipe import Recipe
+from plait.recipes import sections
+from plait.recipes.recipe import Recipe
 from plait.subspaces import subspace_methods
 from plait.training.settings import TrainingSettings
 

@@ -128,7 +128,7 @@ def test_open_answers_and_unknown_ones_are_named():
 @pytest.mark.parametrize(("kind", "architecture"), [("causal", "llama"), ("seq2seq", "t5")])
 def test_text_tasks_pass_through_the_whole_line(tiny_base, tmp_path, kind, architecture):  # noqa: F811
     from plait import run
-    from plait.runs.recipe import Recipe
+    from plait.recipes.recipe import Recipe
 
     rng = np.random.default_rng(0)
     tasks = []

@@ -9,8 +9,8 @@ import pytest
 from plait.adapters.lineage import trained_rows
 from plait.disk.store import staged_folder
 from plait.fidelity.chat import chat_of
+from plait.recipes.recipe_file import parse_recipe
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.units import TRAIN, Unit
 from tests.conftest import tiny_raw, write_rows
 from tests.fidelity.test_chat import TEMPLATE, adapters_of

@@ -25,7 +25,7 @@ from plait.formats.inspect import inspect
 from plait.formats.reading import read_any
 from plait.merging.changes import recorded
 from plait.merging.mergekit import read_mergekit_config
-from plait.runs.recipe_file import read_recipe, variant_of
+from plait.recipes.recipe_file import read_recipe, variant_of
 from plait.statistics.files import read_identity, read_statistics
 from plait.statistics.fisher import is_fisher, read_fisher
 from plait.statistics.inspect import check_statistics

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from plait.recipes.recipe_file import parse_recipe
 from plait.report import write_report
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.run import run
 from tests.study.conftest import raw_study
 from tests.study.conftest import small_study as small_study

@@ -24,7 +24,7 @@ from tests.study.conftest import raw_study
 @pytest.fixture(scope="module")
 def other_done(study_done, tiny_base, tmp_path_factory):
     """A run of the same rows with one seed, one arm less and another rank."""
-    from plait.runs.recipe_file import parse_recipe
+    from plait.recipes.recipe_file import parse_recipe
 
     root = tmp_path_factory.mktemp("other")
     raw = raw_study(tiny_base("bert"), root / "data") | small(arms=["kaiming"], seeds=[0])

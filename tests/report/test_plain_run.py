@@ -8,11 +8,11 @@ import re
 import numpy as np
 import pytest
 
+from plait.recipes.recipe_file import parse_recipe
 from plait.report.account import account_of
 from plait.report.line import run
 from plait.report.table import reference
 from plait.runs.folder import layout_of_folder
-from plait.runs.recipe_file import parse_recipe
 from tests.conftest import tiny_raw
 from tests.report.conftest import Page
 

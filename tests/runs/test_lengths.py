@@ -12,12 +12,12 @@ from plait.cli import main
 from plait.disk.store import read_json, read_manifest
 from plait.errors import InputError
 from plait.model.base import load_tokenizer
+from plait.recipes.recipe_file import parse_recipe
 from plait.report.line import report_again, run
 from plait.runs import lengths
 from plait.runs.folder import layout_of_folder
 from plait.runs.forecast import describe
 from plait.runs.lengths import cut_of_rows
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.session import Session
 from plait.tasks import Examples, Source, Task
 from plait.tasks.encoding import encode_counted

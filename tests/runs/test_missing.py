@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from plait.cli import main
-from plait.runs.missing import missing_files
-from plait.runs.recipe_file import parse_recipe
+from plait.recipes.missing import missing_files
+from plait.recipes.recipe_file import parse_recipe
 
 RAW = {
     "name": "mine",

@@ -11,12 +11,12 @@ import yaml
 
 from plait.cli import main
 from plait.errors import PlaitError, UsageError
+from plait.recipes.recipe_file import parse_recipe
 from plait.report.line import run
 from plait.runs import stages
 from plait.runs.executors import Processes, batch_of, run_batch
 from plait.runs.forecast import describe
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.run import planned, write_jobs
 from plait.runs.run import run as run_units
 from plait.runs.stages import ANSWERS_FILE

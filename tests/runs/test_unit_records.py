@@ -9,8 +9,8 @@ import pytest
 from plait.disk.store import read_manifest
 from plait.errors import InputError
 from plait.evaluation.splits import HALVES
+from plait.recipes.recipe_file import parse_recipe
 from plait.report.line import report_again, run
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.unit_records import completed_rows, merge_kept, unit_result
 from plait.runs.units import ALONE, FEATURES, FOLDS, MERGE, STATISTICS, TUNING, Unit
 from tests.conftest import resealed, tiny_raw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plait.errors import UsageError
-from plait.runs.recipe_file import parse_recipe, variant_of
+from plait.recipes.recipe_file import parse_recipe, variant_of
 from tests.fuzz.seeds import WHOLE
 from tests.fuzz.targets import _loaded
 

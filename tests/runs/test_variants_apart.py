@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from plait.disk.store import read_manifest
+from plait.recipes.recipe_file import parse_recipe
 from plait.runs.inputs import is_read_alike, within
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.run import run
 from plait.runs.units import ALONE, FOLDS, MERGE, TRAIN, Unit
 from plait.runs.waves import result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plait.runs.recipe_file import parse_recipe
+from plait.recipes.recipe_file import parse_recipe
 from tests.conftest import tiny_raw
 
 

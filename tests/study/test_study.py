@@ -10,11 +10,11 @@ import pytest
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.evaluation.splits import split_rows
+from plait.recipes.recipe_file import parse_recipe, read_recipe
 from plait.report import write_report
 from plait.report.table import rows_of
 from plait.runs import stages
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import parse_recipe, read_recipe
 from plait.runs.run import parts, run
 from plait.runs.sources import adapters_of
 from plait.runs.units import MERGE

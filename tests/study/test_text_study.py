@@ -14,11 +14,11 @@ from plait.adapters.tensors import read_tensors
 from plait.cli import main
 from plait.evaluation import fleet
 from plait.evaluation.protocol import cross_fitted
+from plait.recipes.recipe_file import parse_recipe
 from plait.report import write_report
 from plait.report.inference import resample
 from plait.report.table import rows_of
 from plait.runs.layout import Layout
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.run import run
 from plait.runs.sources import merged_of
 from plait.runs.stages import ANSWERS_FILE, _scorer

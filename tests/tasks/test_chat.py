@@ -16,8 +16,8 @@ from plait.errors import InputError, UsageError
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.text import perplexity, prompts_of, write_texts
 from plait.model.base import load_task_model, load_tokenizer
+from plait.recipes.recipe_file import parse_recipe
 from plait.report.line import run
-from plait.runs.recipe_file import parse_recipe
 from plait.tasks import Examples, Source, Task, encode, load_examples, load_task
 from plait.tasks.chat import checked_messages, conversation, encode_chat, packed
 from plait.tasks.metrics import rouge_l, score

@@ -304,7 +304,7 @@ def test_rows_with_an_empty_cell_are_skipped_where_that_is_asked_for(tmp_path):
 
 
 def test_skipping_is_part_of_what_a_task_is_and_is_told(tmp_path, capsys, tiny_base):
-    from plait.runs.recipe_file import parse_settings
+    from plait.recipes.recipe_file import parse_settings
     from plait.runs.session import Session
 
     (tmp_path / "holes.csv").write_bytes(HOLES)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from plait.border.yaml_text import load_yaml
 from plait.cli.plainly import FIRST, MERGES
 from plait.options import require_known
-from plait.runs.shipped import STUDIES, shipped_recipes
+from plait.recipes.shipped import STUDIES, shipped_recipes
 
 if TYPE_CHECKING:
     from plait.disk.method_lists import Listed

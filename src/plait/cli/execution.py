@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from plait.recipes.recipe import Recipe
     from plait.runs.layout import Layout
-    from plait.runs.recipe import Recipe
     from plait.runs.run import Outcome
 
 ExecutorName = Annotated[str, typer.Option("--executor", help="serial, processes or ray.")]
@@ -33,9 +33,9 @@ def execute(
     quiet: bool = False,
 ) -> tuple[Layout, Outcome]:
     """Run a recipe by the executor of a name; also returns where its results lie."""
+    from plait.recipes.recipe_file import require_known
     from plait.runs.executors import executor_of
     from plait.runs.layout import Layout
-    from plait.runs.recipe_file import require_known
     from plait.runs.run import run
 
     require_known(executor, ["serial", "processes", "ray"], "executor")

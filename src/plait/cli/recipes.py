@@ -95,7 +95,7 @@ def validate(recipe: RecipeArg, sets: Set = None, as_json: Json = False) -> None
 
     Of files and folders, that they are there; no data and no model is read.
     """
-    from plait.runs.missing import missing_files
+    from plait.recipes.missing import missing_files
 
     found = read(recipe, sets)
     missing = missing_files(found)
@@ -119,7 +119,7 @@ def cp(
 ) -> None:
     """Copy a shipped recipe, to be edited."""
     from plait.demo import copy_demo
-    from plait.runs.recipe_file import copy_recipe
+    from plait.recipes.recipe_file import copy_recipe
 
     target = copy_demo(to) if recipe in ("demo", "demo.yaml") and not Path(recipe).exists() else copy_recipe(recipe, to)
     emit({"output": str(target.absolute())}, as_json, str(target))
@@ -194,7 +194,7 @@ def report(
 
 def read(recipe: Path, sets: list[str] | None) -> Any:
     """A recipe from a file or by the name of a shipped one."""
-    from plait.runs.recipe_file import find_recipe, read_recipe
+    from plait.recipes.recipe_file import find_recipe, read_recipe
 
     return read_recipe(find_recipe(recipe), sets or [])
 

@@ -12,7 +12,7 @@ import typer
 from plait.errors import UsageError
 
 if TYPE_CHECKING:
-    from plait.runs.recipe import Settings
+    from plait.recipes.recipe import Settings
 
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="Take base, data, tasks and settings from this recipe.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model: hub name or local folder.")]
@@ -114,7 +114,7 @@ def settings_from(
     Raises:
         UsageError: Neither a recipe nor a base and a task, or a recipe beside what describes a task.
     """
-    from plait.runs.recipe_file import apply_overrides, find_recipe, parse_settings, read_recipe
+    from plait.recipes.recipe_file import apply_overrides, find_recipe, parse_settings, read_recipe
     from plait.runs.targets import default_targets
 
     base, root = described.base, described.root

@@ -69,7 +69,7 @@ def schema(
     A recipe's first line may then be: # yaml-language-server: $schema=recipe.schema.json
     """
     from plait.disk.store import staged_file
-    from plait.runs.schema import is_schema, recipe_schema
+    from plait.recipes.schema import is_schema, recipe_schema
 
     text = json.dumps(recipe_schema(), indent=1, ensure_ascii=False)
     if out is not None:

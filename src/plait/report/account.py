@@ -10,6 +10,7 @@ from typing import Any
 from plait.disk.manifest import MANIFEST
 from plait.disk.store import read_manifest, versions
 from plait.options import require_known
+from plait.recipes.recipe import Recipe
 from plait.report.best import Best, Curve, best_rows, grid_curves, scale_curves
 from plait.report.colours import PALETTE, ranked_arms
 from plait.report.inference import Inference, Interval, Spread, infer
@@ -19,7 +20,6 @@ from plait.report.table import LEARNED, ReferenceRow, Row, alone_unit, mean, ref
 from plait.runs.journal import about_runs
 from plait.runs.layout import Layout
 from plait.runs.lengths import sentences
-from plait.runs.recipe import Recipe
 from plait.runs.stages import splits
 from plait.runs.unit_records import completed_rows
 from plait.runs.units import FEATURES

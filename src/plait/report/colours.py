@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from plait.runs.sections import PLAIN_ARMS
+from plait.recipes.sections import PLAIN_ARMS
 
 __all__ = ["DARK", "PALETTE", "REST", "ranked_arms", "slots_of"]
 # Okabe & Ito's palette: told apart with any colour vision.

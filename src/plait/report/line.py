@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from plait.disk.store import discard, identity, read_json, read_manifest, staged_folder
+from plait.recipes.recipe import Recipe
 from plait.report.page import write_report
 from plait.runs.best import best_place
 from plait.runs.executors import Executor, InProcess
 from plait.runs.folder import PRODUCTS, layout_of_folder
 from plait.runs.layout import Layout
-from plait.runs.recipe import Recipe
 from plait.runs.run import run as run_units
 from plait.runs.waves import all_units
 

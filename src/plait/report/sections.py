@@ -12,13 +12,13 @@ import numpy as np
 
 from plait.disk.store import versions
 from plait.progress import duration
+from plait.recipes.sections import PLAIN_ARMS
 from plait.report.account import Account
 from plait.report.grid import grid_table, heat_tables, merge_table
 from plait.report.inference import MARGIN, Comparison
 from plait.report.sweep_sections import matched_section, sweep_section
 from plait.report.table import mean
 from plait.report.words import NONE, Cell, Section, Table, between, percent, points
-from plait.runs.sections import PLAIN_ARMS
 
 __all__ = ["about_lines", "sections_of"]
 

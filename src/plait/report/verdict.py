@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 
 from plait.border.counts import plural
+from plait.recipes.sections import PLAIN_ARMS
 from plait.report.account import BEST, Account
 from plait.report.best import Best
 from plait.report.table import LEARNED, mean
 from plait.report.words import NONE, Verdict, percent, signed
 from plait.runs.folder import published
-from plait.runs.sections import PLAIN_ARMS
 
 __all__ = ["verdict_of"]
 _STABLE = 5  # seeds from which on a mean is called one without a remark

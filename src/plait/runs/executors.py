@@ -18,10 +18,10 @@ from plait.border.checked import Json
 from plait.border.counts import agreed
 from plait.disk.store import discard
 from plait.errors import EnvironmentFault, PlaitError, RunError, UsageError
+from plait.recipes.recipe_file import parse_recipe
 from plait.runs.folder import is_begun
 from plait.runs.layout import Layout, Mend
 from plait.runs.pending import pending
-from plait.runs.recipe_file import parse_recipe
 from plait.runs.reporting import Lines, Report
 from plait.runs.stages import do
 from plait.runs.units import Unit

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from plait.disk.store import read_json, staged_file
 from plait.errors import InputError
+from plait.recipes.recipe import Recipe
+from plait.recipes.recipe_file import apply_overrides, parse_recipe
 from plait.runs.inputs import INPUTS_FILE, inputs_of, keep_inputs, kept_inputs
 from plait.runs.layout import Layout
-from plait.runs.recipe import Recipe
-from plait.runs.recipe_file import apply_overrides, parse_recipe
 
 RECIPE_FILE = "recipe.json"
 PRODUCTS = ("best", "report")  # folders that are made of finished units

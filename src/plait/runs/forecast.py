@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from plait.recipes.recipe import Recipe
 from plait.runs.layout import Layout
 from plait.runs.lengths import Cuts, sentences
 from plait.runs.pending import cost, pending
-from plait.runs.recipe import Recipe
 from plait.runs.run import overlook, planned, require_sound
 from plait.runs.session import Session
 from plait.runs.units import TRAIN

@@ -17,8 +17,8 @@ from plait.disk.hub import split_revision
 from plait.disk.store import staged_file
 from plait.errors import PlaitError, UsageError
 from plait.model.base import BaseModel, load_config, load_tokenizer
-from plait.runs.recipe_file import parse_recipe
-from plait.runs.sections import TaskSpec
+from plait.recipes.recipe_file import parse_recipe
+from plait.recipes.sections import TaskSpec
 from plait.runs.session import task_of
 from plait.runs.targets import default_targets
 from plait.tasks import GLUE_TASKS, Task, load_examples, load_task

@@ -14,8 +14,8 @@ from plait.border.records import from_json, to_json
 from plait.disk.store import SCHEMA, read_json, sha256_json, staged_file
 from plait.errors import InputError
 from plait.evaluation.evaluate import scored_labels
+from plait.recipes.recipe import Recipe
 from plait.runs.lengths import Cuts, without_whole
-from plait.runs.recipe import Recipe
 from plait.runs.session import Session
 from plait.tasks import Source, Task
 from plait.tasks.lengths import Cut

@@ -17,13 +17,13 @@ from plait.border.checked import Json
 from plait.disk.store import identity, is_done, sha256_json
 from plait.errors import Damaged, InputError, PlaitError, Unfinished, UsageError
 from plait.evaluation.evaluate import scored_labels
+from plait.recipes.recipe import Recipe
+from plait.recipes.recipe_file import variant_of
+from plait.recipes.sections import ArmSpec
 from plait.runs.inputs import Inputs, Labels, is_read_alike, within
 from plait.runs.lengths import Cuts, cuts_of
 from plait.runs.names import named
 from plait.runs.recent import Recent
-from plait.runs.recipe import Recipe
-from plait.runs.recipe_file import variant_of
-from plait.runs.sections import ArmSpec
 from plait.runs.session import Session, task_of
 from plait.runs.units import FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, Unit
 from plait.runs.unlabelled import lending_alone

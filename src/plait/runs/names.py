@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plait.runs.recipe import Recipe
+from plait.recipes.recipe import Recipe
 from plait.runs.units import MERGE, REPAIR, REPAIRED, STATISTICS, TRAIN, Unit
 
 

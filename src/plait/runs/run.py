@@ -17,6 +17,7 @@ from plait.disk.store import staged_file
 from plait.errors import RunError, UsageError
 from plait.model.base import emulated
 from plait.progress import Progress, duration
+from plait.recipes.recipe import Recipe
 from plait.runs.best import write_best
 from plait.runs.executors import Executor, InProcess, batch_of, mender
 from plait.runs.folder import PRODUCTS, is_begun, is_earlier, keep, keeps
@@ -24,7 +25,6 @@ from plait.runs.journal import noted
 from plait.runs.layout import Layout
 from plait.runs.lengths import say
 from plait.runs.pending import cost, pending
-from plait.runs.recipe import Recipe
 from plait.runs.reporting import Report, Shown
 from plait.runs.session import require_one_form
 from plait.runs.stages import parts_of

@@ -18,8 +18,8 @@ from plait.evaluation.evaluate import Evaluator
 from plait.model.base import BaseModel
 from plait.model.identity import held_fingerprint
 from plait.progress import note
-from plait.runs.recipe import Settings
-from plait.runs.sections import TaskSpec
+from plait.recipes.recipe import Settings
+from plait.recipes.sections import TaskSpec
 from plait.tasks import Examples, Source, Task, glue_task, load_examples, load_task
 from plait.tasks.rows import skipped_rows
 from plait.tasks.tables import hub_table, rows_sha256

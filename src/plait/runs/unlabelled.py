@@ -8,8 +8,8 @@ from typing import TypeVar
 from plait.errors import InputError
 from plait.model.ranks import is_writer
 from plait.progress import note
-from plait.runs.recipe import Recipe, Settings
-from plait.runs.sections import TaskSpec
+from plait.recipes.recipe import Recipe, Settings
+from plait.recipes.sections import TaskSpec
 from plait.runs.session import Session, task_of
 from plait.tasks.rows import columns_of, load_examples, load_task
 from plait.tasks.task import SPLITS, TEXT_KINDS

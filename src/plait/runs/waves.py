@@ -18,9 +18,9 @@ from plait.border.counts import agreed, plural
 from plait.disk.manifest import MANIFEST
 from plait.disk.store import read_manifest
 from plait.errors import RunError
+from plait.recipes.sections import ArmSpec
 from plait.runs.layout import Layout
 from plait.runs.pending import pending
-from plait.runs.sections import ArmSpec
 from plait.runs.unit_records import unit_result
 from plait.runs.units import ALONE, DIVERGED, FEATURES, FOLDS, MERGE, REPAIR, REPAIRED, TRAIN, TUNING, Unit
 

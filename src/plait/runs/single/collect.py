@@ -14,9 +14,9 @@ from plait.disk.store import identity
 from plait.errors import InputError, UsageError
 from plait.model.ranks import is_writer
 from plait.options import require_known
+from plait.recipes.recipe import Settings
 from plait.runs.collecting import collect_file, is_collected
 from plait.runs.lengths import say_of_rows
-from plait.runs.recipe import Settings
 from plait.runs.session import Session
 from plait.runs.unlabelled import text_alone_where_unlabelled
 from plait.statistics import open_statistics

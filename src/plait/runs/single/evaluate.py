@@ -20,9 +20,9 @@ from plait.evaluation.evaluate import halves
 from plait.evaluation.scores import ALONE, FLOOR, REPORTED, SELECTION, Score, are_scores, mean_score, write_scores
 from plait.fidelity.arguments import is_adapter, place_of
 from plait.progress import Progress
+from plait.recipes.recipe import Settings
+from plait.recipes.recipe_file import require_known
 from plait.runs.lengths import say_of_rows
-from plait.runs.recipe import Settings
-from plait.runs.recipe_file import require_known
 from plait.runs.session import Session
 from plait.tasks.lengths import Cut
 from plait.tasks.task import TEXT_KINDS, require_same_classes

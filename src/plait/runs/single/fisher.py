@@ -17,8 +17,8 @@ from plait.errors import InputError, UsageError
 from plait.model.applied import applied, in_backbone
 from plait.model.base import load_head
 from plait.model.identity import base_facts
+from plait.recipes.recipe import Settings
 from plait.runs.lengths import say_of_rows
-from plait.runs.recipe import Settings
 from plait.runs.session import Session
 from plait.statistics.fisher import collect_fisher, is_fisher, is_wanted_fisher, read_fisher, write_fisher
 from plait.tasks import batches, encode, require_positions, to_device

@@ -17,10 +17,10 @@ from plait.disk.store import identity, read_manifest, sha256_file
 from plait.errors import UsageError
 from plait.model.ranks import is_writer, world_size
 from plait.progress import Progress, note
+from plait.recipes.recipe import Settings, at_each_rate
+from plait.recipes.recipe_file import require_known
+from plait.recipes.sections import ArmSpec
 from plait.runs.lengths import say_of_rows
-from plait.runs.recipe import Settings, at_each_rate
-from plait.runs.recipe_file import require_known
-from plait.runs.sections import ArmSpec
 from plait.runs.session import Session
 from plait.statistics.lazy import task_recorded
 

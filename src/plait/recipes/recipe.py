@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from plait.adapters.naming import checked_name, distinct_names
 from plait.border.checked import LARGEST_NUMBER
 from plait.errors import UsageError
-from plait.runs.sections import (
+from plait.recipes.sections import (
     ArmSpec,
     BaseSpec,
     Count,

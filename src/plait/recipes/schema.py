@@ -10,8 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from plait.border.checked import Json
 from plait.border.yaml_text import load_yaml
 from plait.errors import PlaitError
-from plait.runs.other_names import SAME
-from plait.runs.recipe import Recipe
+from plait.recipes.other_names import SAME
+from plait.recipes.recipe import Recipe
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TITLE = "plait recipe"

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from plait.border.checked import shown
 from plait.errors import UsageError, printable
 from plait.options import Configurable, checked_options, did_you_mean, require_known
-from plait.runs import sections as models
-from plait.runs.other_names import suggestion
-from plait.runs.recipe import CHOOSING, Recipe, Settings, at_each_rate
-from plait.runs.sections import ArmSpec, MergeSpec, TaskSpec
+from plait.recipes import sections as models
+from plait.recipes.other_names import suggestion
+from plait.recipes.recipe import CHOOSING, Recipe, Settings, at_each_rate
+from plait.recipes.sections import ArmSpec, MergeSpec, TaskSpec
 
 M = TypeVar("M", bound=PydanticModel)
 MOST = 8  # problems that are told

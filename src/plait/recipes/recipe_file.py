@@ -15,11 +15,11 @@ from plait.disk.files import text_of as text_of
 from plait.disk.store import staged_file
 from plait.errors import InputError, UsageError, printable
 from plait.options import require_known as require_known
-from plait.runs.other_names import own_key, understood
-from plait.runs.problems import of_form, of_names, of_parts, of_settings, require_none
-from plait.runs.recipe import Recipe, Settings
-from plait.runs.shipped import STUDIES as STUDIES
-from plait.runs.shipped import shipped_recipes as shipped_recipes
+from plait.recipes.other_names import own_key, understood
+from plait.recipes.problems import of_form, of_names, of_parts, of_settings, require_none
+from plait.recipes.recipe import Recipe, Settings
+from plait.recipes.shipped import STUDIES as STUDIES
+from plait.recipes.shipped import shipped_recipes as shipped_recipes
 
 _EXCLUDES = {"training.steps": "epochs", "training.epochs": "steps"}  # an override of one leaves the other out
 

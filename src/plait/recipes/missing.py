@@ -8,8 +8,8 @@ from pathlib import Path
 
 from plait.disk.files import nearby
 from plait.disk.hub import is_hub_name, split_revision
-from plait.runs.recipe import Recipe
-from plait.runs.recipe_file import variant_of
+from plait.recipes.recipe import Recipe
+from plait.recipes.recipe_file import variant_of
 from plait.tasks.glue import glue_task
 from plait.tasks.task import Source
 
