@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import plait
 from plait.cli import app, main, output
 from plait.errors import EnvironmentFault, InputError, RunError, Terminated, UsageError
 
@@ -65,12 +67,21 @@ def test_starting_imports_nothing_heavy(code):
     assert ended.returncode == 0 and ended.stderr == "[]\n"
 
 
-def test_every_public_name_can_be_imported():
-    import plait as package
+PACKAGES = sorted(
+    ".".join(f.parent.relative_to(Path(plait.__file__).parents[1]).parts)
+    for f in Path(plait.__file__).parent.rglob("__init__.py")
+)
 
-    assert all(getattr(package, name) is not None for name in package.__all__)
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_public_name_can_be_imported(name):
+    package = importlib.import_module(name)
+    assert all(getattr(package, public) is not None for public in getattr(package, "__all__", ()))
+
+
+def test_what_is_not_there_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        package.nothing  # noqa: B018
+        plait.nothing  # noqa: B018
 
 
 def commands() -> list[tuple[str, ...]]:

@@ -166,9 +166,11 @@ def test_a_pattern_that_would_take_forever_does_not(tmp_path):
 @pytest.mark.parametrize(("method", "share"), [("task_arithmetic", 0.5), ("linear", 0.25)])
 def test_what_auto_learnt_can_be_fed_back(tmp_path, folders, method, share):
     learnt = {m: [x + 2, y + 2] for m, (x, y) in WANTED.items()}
+    auto = tmp_path / "auto"
+    auto.mkdir()
     chosen = {"method": method, "calibrate": None, "scale": 0.5, "weights": learnt}
-    (tmp_path / "plait.json").write_text(json.dumps({"options": {}, "result": {"chosen": chosen, "tasks": ["a", "b"]}}))
-    table = read_module_weights(tmp_path / "plait.json")
+    (auto / "plait.json").write_text(json.dumps({"options": {}, "result": {"chosen": chosen, "tasks": ["a", "b"]}}))
+    table = read_module_weights(auto / "plait.json")
     merge_folders(folders, tmp_path / "m", module_weights=table)
     one, two = adapter("a", 0).modules, adapter("b", 1).modules
     for module, f in read_adapter(tmp_path / "m").modules.items():
@@ -176,9 +178,9 @@ def test_what_auto_learnt_can_be_fed_back(tmp_path, folders, method, share):
         wanted = share * (x * one[module].delta(torch.float64) + y * two[module].delta(torch.float64))
         torch.testing.assert_close(f.delta(torch.float64), wanted, rtol=1e-6, atol=1e-6)
     chosen["method"] = "tsv"
-    (tmp_path / "plait.json").write_text(json.dumps({"options": {}, "result": {"chosen": chosen, "tasks": ["a", "b"]}}))
+    (auto / "plait.json").write_text(json.dumps({"options": {}, "result": {"chosen": chosen, "tasks": ["a", "b"]}}))
     with pytest.raises(UsageError, match="whose parts are no adapters"):
-        read_module_weights(tmp_path / "plait.json")
+        read_module_weights(auto / "plait.json")
 
 
 def test_both_kinds_of_weights_exclude_each_other(tmp_path, folders):

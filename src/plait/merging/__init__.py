@@ -52,7 +52,7 @@ _HOMES = {
     "TaskSwitch": "per_task",
     "adamerging": "methods.adamerging",
     "answer": "dispatch",
-    "bake": "baking",
+    "bake": "bake.baking",
     "edit": "editing",
     "load_task": "per_task",
     "merge": "planning",
