@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-import plait
+import plait as whole
 from plait.cli import app, main, output
 from plait.errors import EnvironmentFault, InputError, RunError, Terminated, UsageError
 
@@ -68,8 +68,8 @@ def test_starting_imports_nothing_heavy(code):
 
 
 PACKAGES = sorted(
-    ".".join(f.parent.relative_to(Path(plait.__file__).parents[1]).parts)
-    for f in Path(plait.__file__).parent.rglob("__init__.py")
+    ".".join(f.parent.relative_to(Path(whole.__file__).parents[1]).parts)
+    for f in Path(whole.__file__).parent.rglob("__init__.py")
 )
 
 
@@ -81,7 +81,7 @@ def test_every_public_name_can_be_imported(name):
 
 def test_what_is_not_there_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        plait.nothing  # noqa: B018
+        whole.nothing  # noqa: B018
 
 
 def commands() -> list[tuple[str, ...]]:
