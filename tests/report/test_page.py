@@ -210,6 +210,10 @@ def test_maps_share_one_scale_of_colours_and_show_what_is_not_known_as_a_gap():
     assert [[c.text for c in row] for row in first.rows] == [["t", "–", "0.10"], ["u", "0.20", "–"]]
     assert [c.tint for row in first.rows for c in row[1:]] == [None, 0.0, pytest.approx(np.log10(2)), None]
     assert second.rows[0][1].tint == 1.0 and first.caption == "`a`: other tasks 0.15"
+    small = heat_tables({"a": {"t": {"t": 0.03, "u": 0.004}, "u": {"t": 0.004, "u": 0.03}}})[0]
+    assert small.caption == "`a`: own task 0.03, other tasks 0.004", (
+        "a small mean is rounded as the numbers below it, not to 0.00"
+    )
 
 
 def test_a_published_page_names_no_folder_of_whoever_ran_it(report, tables_done, study_done):

@@ -120,14 +120,18 @@ def heat_tables(shifts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list
         if not math.isfinite(value):
             return Cell(NONE)
         tint = math.log(max(value, low) / low) / math.log(top / low) if top > low else 0.5
-        return Cell(f"{value:.2f}" if value >= 0.1 else f"{value:.1g}", tint=tint, key=value)
+        return Cell(_shift(value), tint=tint, key=value)
 
     tables = []
     for arm, by in shifts.items():
         own = [by[t][t] for t in by if math.isfinite(by[t][t])]
         others = [by[i][j] for i, j in product(by, by) if i != j and math.isfinite(by[i][j])]
-        means = [f"{what} {mean(of):.2f}" for what, of in (("own task", own), ("other tasks", others)) if of]
+        means = [f"{what} {_shift(mean(of))}" for what, of in (("own task", own), ("other tasks", others)) if of]
         caption = f"`{arm}`: {', '.join(means)}"
         rows = [(Cell(i), *(cell(v) for v in row.values())) for i, row in by.items()]
         tables.append(Table(("adapter ↓ inputs →", *by), rows, caption=caption, kind="heat"))
     return tables
+
+
+def _shift(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.1g}"
