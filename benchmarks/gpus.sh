@@ -117,7 +117,7 @@ qwen15() { # nine written tasks at 1.5 B: QWEN15=DIR, and TEXT=DIR with open/ an
   step qwen15_train text_arms train:0 || return
   for arm in $arms; do step "qwen15_$arm" text_arms "fixed:0:$arm curves:0:$arm" & done # writing waits for the host
   wait
-  step qwen15_page $PY benchmarks/text_page.py "$run" --name text-qwen15 --to docs/results
+  step qwen15_page $PY benchmarks/text_page.py "told=$run" --name text-qwen15 --to docs/results
 }
 
 side() {
