@@ -35,7 +35,7 @@ lanes() { # all, or those of LANES
   elif [ "${GPUS:-1}" -gt 1 ]; then
     echo eight_0 small_0 price_0 eleven_0 big_1
   else
-    echo eight_all small_all big_all
+    echo eight_all small_all price_all big_all
   fi
 }
 steps_of() { # LANE
@@ -45,8 +45,9 @@ steps_of() { # LANE
     price_0) echo "$PRICE_0" ;;
     small_0) echo "$SMALL_0" ;;
     small_all) echo "$SMALL_0 $ELEVEN_0" ;;
+    price_all) echo "q15_price:10 q15_nodata:5 q15_refreshed:8" ;; # the second seed is trained before the price is known
+    big_all) echo "q15_train:3 q15_auto:15" ;;
     eleven_*) echo "$ELEVEN_0" ;;
-    big_all) echo "$PRICE_0 $BIG_1" ;; # in order of worth
   esac
 }
 
@@ -83,7 +84,7 @@ text() { # STUDY FOLDER SCRIPT ARGUMENT...
   local study=$1 folder=$2 script=$3
   shift 3
   OMP_NUM_THREADS=$THREADS $PY -P "benchmarks/$script" --study "recipes/studies/$study.yaml" \
-    --set base.model="$MODEL" "${TINY[@]}" "${ROWS[@]}" --general "$GENERAL" --out "$WORK/$folder/told" "$@"
+    --set base.model="$MODEL" "${TINY[@]}" "${ROWS[@]}" --memory "${MEMORY:-1}" --general "$GENERAL" --out "$WORK/$folder/told" "$@"
 }
 fresh() { # TASKS ARM FOLDER
   $PY -P -m plait run recipes/glue8-mpnet.yaml --out "$WORK/$3" --set base.model="$MPNET" --set "tasks=$1" "${FRESH[@]}" \
@@ -109,12 +110,12 @@ work() { # STEP
       --work "$WORK/8b" --out "$WORK/training-8b.json" "${FLEET[@]}" && rm -rf "$WORK/8b" ;;
     masks_8b) $PY -P benchmarks/speed/gpu.py --work "$WORK/masks" --out "$WORK/masks-8b.json" --only ties:qv,dare_ties:qv "${MASKS[@]}" &&
       rm -rf "$WORK/masks" ;;
-    q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --memory 0.45 --do "train:${1#q05_} fixed:${1#q05_}" ;;
+    q05_*) MODEL=$SMALLER text text-qwen05 q05 text_arms.py --do "train:${1#q05_} fixed:${1#q05_}" ;;
     q15_train) text text-qwen15 q15 text_arms.py --do train:2:kaiming ;;
     q15_nodata) text text-qwen15 q15 text_arms.py --do nodata:2:kaiming ;;
-    q15_price) text text-qwen15 q15 text_arms.py --memory 0.45 --elsewhere recipes/studies/text-qwen15-16.yaml:sst2,cola \
+    q15_price) text text-qwen15 q15 text_arms.py --elsewhere recipes/studies/text-qwen15-16.yaml:sst2,cola \
       --do "train:1:$PRICED price:1:$PRICED" ;;
-    q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 2 --memory 0.4 "${ROUNDS[@]}" --arms restarted,refreshed ;;
+    q15_refreshed) text text-qwen15 q15 text_rounds.py --seed 2 "${ROUNDS[@]}" --arms restarted,refreshed ;;
     q15_auto) text text-qwen15 q15 text_auto.py --seed 2 --positions written "${AUTO[@]}" ;;
     fresh) fresh "$TASKS11" kaiming fresh ;;
     eleven_*) more fresh/adapters/kaiming "$ELEVEN" existing-texts-eleven-more "${1#eleven_}" ;;
@@ -150,8 +151,12 @@ lane() { # LANE
   [ "$gpu" = all ] && gpu=0
   [ "$DRY" ] || export CUDA_VISIBLE_DEVICES=$gpu
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+  case $1 in # shares of a GPU that lanes of large models have in common; small ones take what is left
+    price_*) export MEMORY=0.36 ;;
+    big_all) export MEMORY=0.42 ;;
+  esac
   case ${EARLY:-$1} in # masks are timed alone; a training of 1.5 B plans with the memory that is free
-    small_0 | price_0 | eleven_0 | small_all | big_all) until [ -e "$WORK/ended/masks_8b" ]; do sleep 1; done ;;
+    small_* | price_* | eleven_0 | big_all) until [ -e "$WORK/ended/masks_8b" ]; do sleep 1; done ;;
   esac
   for entry in $(steps_of "$1"); do
     for one in $(tr + ' ' <<< "${entry%:*}"); do
@@ -253,7 +258,7 @@ plan() {
   local name entry minutes
   for name in $(lanes); do
     minutes=0
-    case $name in small_0 | price_0 | eleven_0 | small_all | big_all) minutes=3 ;; esac # they wait for the masks
+    case $name in small_* | price_* | eleven_0 | big_all) minutes=3 ;; esac # they wait for the masks
     for entry in $(steps_of "$name"); do
       printf '%-8s from minute %2d: %s, %d min\n' "$name" "$minutes" "${entry%:*}" "${entry#*:}"
       minutes=$((minutes + ${entry#*:}))

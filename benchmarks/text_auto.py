@@ -229,6 +229,7 @@ def main() -> None:
     p.add_argument("--general", required=True, help="FILE:COLUMN")
     p.add_argument("--general-rows", type=int, default=200)
     p.add_argument("--tokens", type=int, default=350_000, help="keys and values held at once on a GPU")
+    p.add_argument("--memory", type=float, default=1.0, help="share of the GPU's memory that may be taken")
     a = p.parse_args()
     run = begin(a)
     run.layout.session.load()
