@@ -159,6 +159,23 @@ def test_statistics_that_lack_a_module_are_refused(tmp_path):
         extract(ask, tmp_path / "lora")
 
 
+@pytest.mark.parametrize("target", ["q_proj", "layers.1.mlp.up_proj", "k_proj.weight", "lm_head.weight", "lm_head"])
+def test_a_target_is_a_module_or_its_weight_by_its_whole_name_or_the_end_of_it(tmp_path, target):
+    llama().save_pretrained(tmp_path / "base")
+    move("lm_head.weight")(changed(llama())).save_pretrained(tmp_path / "tuned")
+    ask = Extraction(tmp_path / "tuned", tmp_path / "base", rank=8, drop=True, target_modules=(target,))
+    found = set(extract(ask, tmp_path / "lora").record.by_module)
+    everything = [*dict(llama().named_modules())]
+    assert found == {n for n in everything if f".{n}".endswith(f".{target.removesuffix('.weight')}")}
+
+
+def test_half_a_word_is_no_target(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    changed(llama()).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(UsageError, match="'proj' matches nothing"):
+        extract(Extraction(tmp_path / "tuned", tmp_path / "base", rank=8, target_modules=("proj",)), tmp_path / "lora")
+
+
 def test_the_command_says_what_it_kept(tmp_path, capsys):
     from plait.cli import main
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from plait.adapters.lora import EXPERT, Adapter, LoraFactors
 from plait.border.counts import plural
+from plait.border.module_names import named_by
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _targeted(owner: str, count: int, targets: Sequence[str], by_module: Sequenc
     both = sorted({*qualified, *bare})
     if qualified or count > 1:
         return both
-    layer = any(owner == t or owner.endswith(f".{t}") for t in by_module)
+    layer = any(named_by(owner, t) for t in by_module)
     return bare if len(bare) == count and not layer else []
 
 
@@ -129,7 +130,7 @@ def _qualified(owner: str, targets: Sequence[str]) -> list[str]:
     found = set()
     for target in targets:
         module, _, parameter = target.rpartition(".")
-        if module and (module == owner or owner.endswith(f".{module}")):
+        if module and named_by(owner, module):
             found.add(parameter)
     return sorted(found)
 
@@ -193,7 +194,7 @@ def experts_of(parameter: str, A: Tensor, B: Tensor, rank: int, scaling: float, 
 def is_parameter(module: str, targets: Sequence[str]) -> bool:
     """Whether a module's own weight is adapted as a parameter."""
     key = f"{module}.weight"
-    return any(key == t or key.endswith(f".{t}") for t in targets if t.rpartition(".")[2] == "weight")
+    return any(named_by(key, t) for t in targets if t.rpartition(".")[2] == "weight")
 
 
 def keeps_targets(adapter: Adapter) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.experts import is_parameter, keeps_targets, parameters_of, stacks_of
 from plait.adapters.lora import EXPERT, Adapter, of_backbone
+from plait.border.module_names import named_by
 from plait.border.patterns import first_hits
 
 if TYPE_CHECKING:
@@ -125,11 +126,7 @@ def _targets(adapter: Adapter) -> list[str] | str:
     own = {m for m in adapter.modules if is_parameter(m, adapter.target_parameters)}
     layers = [m for m, f in adapter.modules.items() if f.kind != EXPERT and m not in own]
     if isinstance(wanted, tuple) and not full:
-        named = [t for t in wanted if not any(_ends(m, t) for m in own)]  # PEFT takes no parameter for a layer
-        if all(any(_ends(m, t) for t in named) for m in layers):
+        named = [t for t in wanted if not any(named_by(m, t) for m in own)]  # PEFT takes no parameter for a layer
+        if all(any(named_by(m, t) for t in named) for m in layers):
             return sorted(named)
     return sorted(map(adapter.full_name, layers))
-
-
-def _ends(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")

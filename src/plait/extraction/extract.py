@@ -12,6 +12,7 @@ from plait.adapters.lora import EMBEDDING, LINEAR, Adapter
 from plait.adapters.naming import checked_name
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.counts import plural
+from plait.border.module_names import named_by
 from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.hub import split_revision
@@ -180,16 +181,21 @@ def _covers(matrix: Matrix, pair: Pair, targets: tuple[str, ...] | None) -> bool
     member = member_of(matrix.module)
     name = member[0] if member else matrix.module
     if targets is not None:
-        return any(name == t or name.endswith(f".{t}") or f"{name}.weight".endswith(f".{t}") for t in targets)
+        return any(_targets(t, name) for t in targets)
     output = pair.model.get_output_embeddings() if hasattr(pair.model, "get_output_embeddings") else None
     is_output = output is not None and matrix.parameter == f"{pair.name_of(output)}.weight"
     return matrix.kind != EMBEDDING and not is_output
 
 
+def _targets(target: str, module: str) -> bool:
+    """Whether a target is the name of a module, or of its weight."""
+    return named_by(module, target) or named_by(f"{module}.weight", target)
+
+
 def _require_used(targets: tuple[str, ...] | None, matrices: list[Matrix]) -> None:
     names = {m.module.partition("[")[0] for m in matrices}
     for t in targets or ():
-        if not any(n == t or n.endswith(f".{t}") or f"{n}.weight".endswith(f".{t}") for n in names):
+        if not any(_targets(t, n) for n in names):
             known = sorted({n.rpartition(".")[2] for n in names})
             raise UsageError(f"target module {t!r} matches nothing", hint=f"one of {', '.join(known[:12])}")
 

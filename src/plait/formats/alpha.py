@@ -15,6 +15,7 @@ from plait.adapters.config import CONFIG, LARGEST_CONFIG, AdapterConfig, checked
 from plait.adapters.weights import WEIGHTS
 from plait.border.checked import Record, parsed_json
 from plait.border.counts import agreed, plural
+from plait.border.module_names import named_by
 from plait.disk.store import read_json
 from plait.errors import InputError
 from plait.formats.keys import DIFFUSERS, KOHYA, Parsed
@@ -197,7 +198,7 @@ def _targeted(config: AdapterConfig, module: str) -> bool:
     targets = config.target_modules
     if not isinstance(targets, tuple) or not targets:
         return True  # a regex is matched against names of the whole model, which a file may have cut
-    return any(module == t or module.endswith(f".{t}") or t.endswith(f".{module}") for t in targets)
+    return any(named_by(module, t) or named_by(t, module) for t in targets)
 
 
 def _stated(metadata: Mapping[str, str], path: Path, format: str) -> list[_Said]:

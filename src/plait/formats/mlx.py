@@ -13,6 +13,7 @@ from plait.adapters.lora import LINEAR, Adapter, LoraFactors
 from plait.adapters.naming import checked_name
 from plait.adapters.tensor_file import is_finite, write_tensors
 from plait.border.checked import Record
+from plait.border.module_names import named_by
 from plait.disk.files import read_json, sha256_file, sha256_json
 from plait.errors import InputError
 from plait.formats.keys import MLX
@@ -58,7 +59,7 @@ def read_mlx(path: str | Path, *, name: str | None = None) -> Adapter:
     tensors, _, digest = read_tensors(folder / MLX_FILE)
     modules = _modules({k: widened(t) for k, t in tensors.items()}, rank, scale, folder)
     keys = parameters.texts("keys", ())
-    if lost := [m for m in modules if keys and not any(m == k or m.endswith(f".{k}") for k in keys)]:
+    if lost := [m for m in modules if keys and not any(named_by(m, k) for k in keys)]:
         raise InputError(
             f"module {lost[0]!r} is none of the config's keys", where=str(folder), hint="restore the config"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from plait.adapters.beside import EMBEDDING_NAMES, OUTPUT_NAMES, undeclared
 from plait.adapters.lora import EMBEDDING, LINEAR, Adapter, LoraFactors
 from plait.border.counts import plural
+from plait.border.module_names import named_by
 from plait.errors import InputError
 from plait.formats.base_weights import BaseWeights
 from plait.formats.lowrank import Cut, best_rank
@@ -42,7 +43,7 @@ def take_tokens(work: Work) -> None:
 def _indices(given: Any, module: str, count: int, work: Work) -> Tensor:
     """The rows of one embedding; a list means the input embedding, an object names its modules."""
     if isinstance(given, dict):
-        given = next((v for k, v in given.items() if module == k or module.endswith(f".{k}")), None)
+        given = next((v for k, v in given.items() if named_by(module, k)), None)
     known = isinstance(given, list) and all(isinstance(i, int) and i >= 0 for i in given)
     if not known or not len(given) == len(set(given)) == count:
         raise InputError(

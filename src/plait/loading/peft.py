@@ -17,7 +17,7 @@ from plait.loading.account import Account, Effect, Fault, Placement
 from plait.loading.contents import WEIGHTS, PeftFolder
 from plait.loading.factors import Half, factor_faults
 from plait.loading.header import Stored
-from plait.loading.settings import HEADS_OF, KNOWN_FIELDS, Settings
+from plait.loading.settings import HEADS_OF, KNOWN_FIELDS, Settings, is_at
 from plait.loading.single_experts import single_expert_notes
 from plait.loading.tensor_names import ROOT, Named
 
@@ -187,7 +187,7 @@ def _config_faults(settings: Settings, taken: Mapping[str, Named], folder: PeftF
         if not settings.is_target(str(target)):
             continue
         named = str(target).replace(".base_layer.", ".")  # what lies inside a multi-head attention
-        if re.search(r"\.\d+\.", named) and not any(m == named or m.endswith(f".{named}") for m in modules):
+        if re.search(r"\.\d+\.", named) and not any(is_at(m, named) for m in modules):
             what = "is named in target_modules and has no tensors: PEFT starts it anew, without effect, with a warning"
             yield Fault(str(target), what, "take the whole file from where it came")
 

@@ -131,7 +131,7 @@ class Settings:
         excluded = self.raw.get("exclude_modules")
         if isinstance(excluded, str) and matches(rf"(?:{excluded})\Z", module) is not False:
             return False
-        if isinstance(excluded, list) and any(_is_at(module, str(e)) for e in excluded):
+        if isinstance(excluded, list) and any(is_at(module, str(e)) for e in excluded):
             return False
         if any(matches(rf"(^|.*\.){re.escape(m)}($|\..*)", module) for m in self.saved):
             return False
@@ -141,9 +141,9 @@ class Settings:
         if isinstance(wanted, str):
             return matches(rf"(?:{wanted})\Z", module) is not False
         targets = self.names("target_modules")
-        if _is_at(module, OUTPUT) and self._ties(targets):
+        if is_at(module, OUTPUT) and self._ties(targets):
             return True
-        return any(_is_at(module, t) for t in targets) and self._in_layers(module)
+        return any(is_at(module, t) for t in targets) and self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
         layers = self.raw.get("layers_to_transform")
@@ -162,10 +162,14 @@ class Settings:
         order of the names; so names alone do not tell which factors belong to which of them.
         """
         found = sorted(set(self.names("target_parameters")))
-        return [t for t in found if _is_at(container, t.rpartition(".")[0]) or "." not in t]
+        return [t for t in found if is_at(container, t.rpartition(".")[0]) or "." not in t]
 
 
-def _is_at(module: str, name: str) -> bool:
+def is_at(module: str, name: str) -> bool:
+    """Whether a name in a list of the config means a module: all of its name, or the words that it ends in.
+
+    `plait.border.module_names` says the same to the readers and writers, which this room does not take at their word.
+    """
     return module == name or module.endswith(f".{name}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from plait.adapters.lora import Adapter
+from plait.border.module_names import named_by
 from plait.errors import InputError
 from plait.model.stored_names import by_core
 
@@ -70,8 +71,8 @@ def _refuse_two_names(one: Adapter, other: Adapter) -> None:
 
 def _different_roots(mine: Mapping[str, str], theirs: Mapping[str, str]) -> tuple[str, str] | None:
     a, b = next(iter(mine), ""), next(iter(theirs), "")
-    found = next(((m, b) for m in mine if m.endswith(f".{b}")), None)
-    return found or next(((a, m) for m in theirs if m.endswith(f".{a}")), None)
+    found = next(((m, b) for m in mine if named_by(m, b)), None)
+    return found or next(((a, m) for m in theirs if named_by(m, a)), None)
 
 
 def _prefixes(a: str, b: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plait.border.module_names import named_by
 from plait.errors import UsageError
 
 # (a module's first input, its output) -> what it puts out instead
@@ -64,7 +65,7 @@ def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     everything = list(model.named_modules())
     modules: dict[str, nn.Module] = {}
     for name in names:
-        hits = [m for n, m in everything if n == name or n.endswith(f".{name}")]
+        hits = [m for n, m in everything if named_by(n, name)]
         if len(hits) != 1:
             raise UsageError(f"{len(hits)} modules of the model are named {name!r}, expected one")
         modules[name] = hits[0]

@@ -10,6 +10,7 @@ from plait.adapters.arrays import equal
 from plait.adapters.beside import COPY, EMBEDDING_NAMES, OUTPUT_NAMES
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
+from plait.border.module_names import named_by
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor]
     for name in [*names, f"{inner}.weight"]:
         if name in tensors:
             return name, False
-    endings = [n for n in tensors if n.endswith(f".{module}.weight")]
+    endings = [n for n in tensors if named_by(n, f"{module}.weight")]
     if len(endings) == 1:
         return endings[0], False
     if not endings and (older := by_core(tensors).get(f"{without_wrappers(module)}.weight")):

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from plait.border.module_names import named_by
 from plait.border.patterns import by_engine
 from plait.errors import UsageError
 from plait.model.base import backbone_of
@@ -204,7 +205,7 @@ def _require_all_used(targets: Any, hits: Sequence[str], modules: Mapping[str, n
 
 def _used(target: str, hits: Sequence[str], modules: Mapping[str, nn.Module]) -> bool:
     """Whether a suffix names a module at all; one that layers_to_transform or exclude_modules left out still does."""
-    return any(n == target or n.endswith(f".{target}") for n in (*hits, *modules))
+    return any(named_by(n, target) for n in (*hits, *modules))
 
 
 def _is_parameter(target: str, modules: Mapping[str, nn.Module]) -> bool:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plait.border.module_names import named_by
 from plait.errors import InputError
 
 
@@ -226,7 +227,7 @@ def cells_of(model: Any, constraint: Constraint, adapter_name: str = "default") 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     cells = []
     for module, rule in constraint.rules.items():
-        found = [name for name in layers if name == module or name.endswith(f".{module}")]
+        found = [name for name in layers if named_by(name, module)]
         if len(found) != 1:
             what = f"is one of several: {', '.join(found[:3])}" if found else "has no LoRA layer in this model"
             raise InputError(f"the constraint's module {what}", where=module)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.adapters.experts import member_of, parameters_of
 from plait.adapters.lora import Adapter
+from plait.border.module_names import named_by
 from plait.errors import InputError
 from plait.merging.dense import DenseDelta, row_blocks
 from plait.model.stored import StoredTensor
@@ -121,7 +122,7 @@ def _parameter_of(parameter: str, prefix: str, layout: Mapping[str, StoredParame
     for name in (parameter, f"{prefix}.{parameter}"):
         if name in layout:
             return name
-    endings = [n for n in layout if n.endswith(f".{parameter}") or parameter.endswith(f".{n}")]
+    endings = [n for n in layout if named_by(n, parameter) or named_by(parameter, n)]
     if len(endings) == 1:
         return endings[0]
     raise InputError(
