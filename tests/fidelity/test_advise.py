@@ -24,7 +24,7 @@ from plait.errors import InputError, UsageError
 from plait.fidelity.arguments import split_base
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import HELD_OUT, LIMIT, parse_texts, read_place, read_texts, split_off, spread_over
+from plait.fidelity.texts import HELD_OUT, LIMIT, parse_texts, read_place, split_off, spread_over
 from plait.learning.heads import with_heads
 from plait.model.base import BaseModel
 from tests.fidelity.conftest import random_adapter
@@ -307,12 +307,12 @@ def test_what_is_given_is_told_apart(tiny_base, make_panel, tmp_path):
 def test_texts_are_read_from_lines_and_tables(tmp_path):
     lines = tmp_path / "a.txt"
     lines.write_text("one\n\n two three \n", "utf-8")
-    assert read_texts(lines) == (("one",), (" two three ",))
+    assert read_place(str(lines)) == (("one",), (" two three ",))
     lines.write_text("a\tb\nc\td\n")
-    assert read_texts(lines, limit=1) == (("a", "b"),)
+    assert read_place(str(lines), 1) == (("a", "b"),)
     table = tmp_path / "b.jsonl"
     table.write_text('{"premise": "x", "hypothesis": "y", "text": "z"}\n')
-    assert read_texts(table) == (("z",),)
+    assert read_place(str(table)) == (("z",),)
     assert parse_texts([f"t={table}:premise,hypothesis"]) == {"t": (("x", "y"),)}
     (tmp_path / "c.csv").write_text("q\n1\n")
     for place, message in (
@@ -324,7 +324,7 @@ def test_texts_are_read_from_lines_and_tables(tmp_path):
             parse_texts([f"t={tmp_path / place}"])
     lines.write_text("a\tb\nc\n")
     with pytest.raises(InputError, match="has 1 part, the first has 2"):
-        read_texts(lines)
+        read_place(str(lines))
     (tmp_path / "pairs.csv").write_text("a,b\nx,y\nz,\n")
     with pytest.raises(
         InputError, match=r"row 1 is empty or no text in its second part \(pairs and single texts go into"
@@ -336,10 +336,10 @@ def test_texts_are_read_from_lines_and_tables(tmp_path):
     assert str(raised.value).endswith("row 1 is empty or no text (leave that row out; the first is row 0)")
     lines.write_text("\n")
     with pytest.raises(InputError, match="no texts"):
-        read_texts(lines)
+        read_place(str(lines))
     lines.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError, match="UTF-8"):
-        read_texts(lines)
+        read_place(str(lines))
     for wrong in ("t", "=x", "t="):
         with pytest.raises(UsageError, match="TASK=FILE"):
             parse_texts([wrong])
@@ -382,7 +382,7 @@ def test_a_line_ends_at_its_end_alone(tmp_path):
     file = tmp_path / "a.txt"
     whole = ["one\u2028still one", "two\x0cstill two", "three\x85still three"]
     file.write_bytes("\r\n".join(whole).encode())
-    assert read_texts(file) == tuple((line,) for line in whole)
+    assert read_place(str(file)) == tuple((line,) for line in whole)
 
 
 def test_notes_of_a_server(tiny_base):

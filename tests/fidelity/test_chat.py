@@ -21,7 +21,7 @@ from plait.fidelity.own_answers import answer_rows
 from plait.fidelity.panel import WRITTEN
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import parse_files, read_texts
+from plait.fidelity.texts import parse_files, read_place
 from plait.fidelity.tokens import rows_of
 from plait.learning.repair import repaired
 from plait.merging import merge
@@ -266,11 +266,11 @@ def test_prompts_that_are_cut_are_counted(make_panel):
 def test_messages_are_read_from_a_table(tmp_path):
     file = tmp_path / "talk.jsonl"
     file.write_text("".join(json.dumps({"messages": TALK, "id": i}) + "\n" for i in range(3)))
-    assert read_texts(file) == ((packed_prompt(TALK, ""),),) * 3
+    assert read_place(str(file)) == ((packed_prompt(TALK, ""),),) * 3
     assert parse_files([f"x={file}"])["x"].columns == ("messages",)
     file.write_text(json.dumps({"messages": [{"role": "robot", "content": "x"}]}) + "\n")
     with pytest.raises(InputError, match="role 'robot'") as raised:
-        read_texts(file)
+        read_place(str(file))
     assert "row 0" in str(raised.value)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from plait.adapters.lora import LoraFactors
+from plait.adapters.lora import Adapter, LoraFactors
 from plait.border.records import from_json, to_json
 from plait.errors import InputError, UsageError
 from plait.fidelity.measure import Closeness, Fidelity, closeness, task_fidelity
@@ -198,13 +198,16 @@ def test_a_collapsed_merge_agrees_by_chance_only():
 def test_hidden_states_shift_from_nothing_to_the_base(make_panel, architecture, kind):
     panel = make_panel(architecture, kind)
     part = panel.parts[0]
-    same, half, none = (hidden_shift(panel, part, part.adapter, s) for s in (1.0, 0.5, 0.0))
+
+    def times(factor: float) -> Adapter:
+        return replace(part.adapter, modules={m: replace(f, B=f.B * factor) for m, f in part.adapter.modules.items()})
+
+    same, half, none = (hidden_shift(panel, part, times(s)) for s in (1.0, 0.5, 0.0))
     assert len(same) >= 2
     assert max(same) < 1e-4
     assert all(0 < h < 1 for h in half)
     assert none == pytest.approx([1.0] * len(none), rel=1e-4)
-    moved = {m: replace(f, B=f.B * 0) for m, f in part.adapter.modules.items()}
-    still = replace(part, adapter=replace(part.adapter, modules=moved))  # nothing that a shift would be measured in
+    still = replace(part, adapter=times(0.0))  # nothing that a shift would be measured in
     assert set(hidden_shift(panel, still, part.adapter)) == {0.0}
 
 

@@ -77,7 +77,6 @@ def merged_by(
     adapters: Sequence[Adapter],
     moments: Mapping[str, Mapping[str, Statistics]],
     *,
-    weights: Sequence[float] | None = None,
     base: str | None = None,
 ) -> Adapter:
     """Merge by a recipe at scale 1.
@@ -86,13 +85,11 @@ def merged_by(
         recipe: How.
         adapters: What.
         moments: Kind of moments -> adapter -> statistics.
-        weights: One per adapter.
         base: Base id of the result where the adapters name one base by different names.
     """
     plan = plan_merge(
         adapters,
         recipe.method,
-        weights=weights,
         scale=1.0,
         calibrate=recipe.calibrate,
         statistics=moments.get(recipe.moments),

@@ -147,9 +147,9 @@ def fidelity_table(fidelity: FidelityRecord) -> str:
     return text
 
 
-def evidence_table(evidence: Sequence[Evidence], most: int = SHOWN) -> str:
+def evidence_table(evidence: Sequence[Evidence]) -> str:
     """Print the best candidates, each with the adapter it keeps least of."""
-    best = evidence[:most]
+    best = evidence[:SHOWN]
     if evidence[0].score is None:
         rows = [[e.candidate, f"{e.scale:g}", f"{e.assumed_error:.3f}", e.tasks[0].task] for e in best]
         return table(["candidate", "scale", "error on assumed inputs", "worst"], rows)

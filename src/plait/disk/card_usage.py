@@ -103,9 +103,9 @@ def _base_lines(contents: CardContents, name: str) -> list[str]:
     return [place, _FROM_CONFIG.format(called=contents.base_called or "the base that it names")]
 
 
-def _imports(contents: CardContents, transformers: str, *, peft: str = "PeftModel", more: str = "") -> list[str]:
+def _imports(contents: CardContents, transformers: str, *, more: str = "") -> list[str]:
     config = "" if contents.base else "PeftConfig, "
-    lines = [f"from peft import {config}{peft}", f"from transformers import {transformers}"]
+    lines = [f"from peft import {config}PeftModel", f"from transformers import {transformers}"]
     return [more, *lines, ""] if more else [*lines, ""]
 
 

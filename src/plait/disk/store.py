@@ -64,9 +64,7 @@ def identity(
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def is_done(
-    path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, read: bool = False, unit: bool = False
-) -> bool:
+def is_done(path: Path, wanted: Mapping[str, Any], *, overwrite: bool = False, read: bool = False) -> bool:
     """Whether the folder already holds the wanted result, whole.
 
     Args:
@@ -74,7 +72,6 @@ def is_done(
         wanted: The identity of the result (see `identity`).
         overwrite: Whether it is to be made again in any case.
         read: Whether to compare the hashes of its files too, as where they are used again; existence and sizes always are.
-        unit: See `plait.disk.overwriting.require_replaceable`.
 
     Raises:
         UsageError: It holds another one (the difference is in the message), or something that is not a result; with
@@ -82,7 +79,7 @@ def is_done(
         Damaged: It held the wanted one, and files were changed or are gone since.
     """
     if overwrite:
-        require_replaceable(path, unit=unit)
+        require_replaceable(path)
         return False
     if not path.exists() and _aside(path).exists():
         with locked(path):
@@ -91,9 +88,10 @@ def is_done(
         return False
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
-        way_out = "--overwrite" if unit else "remove it yourself"  # which --overwrite would refuse
         raise Unfinished(
-            "exists and was not finished by plait", where=str(path), hint=f"choose another --out, or {way_out}"
+            "exists and was not finished by plait",
+            where=str(path),
+            hint="choose another --out, or remove it yourself",  # --overwrite would refuse it
         )
     require_wanted(path, found, wanted)
     require_whole(path, read=read)

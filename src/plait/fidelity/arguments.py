@@ -16,14 +16,13 @@ from plait.model.base import BaseModel
 
 
 def split_base(
-    arguments: Sequence[str], device: str = "auto", dtype: str = "float32", four_bits: str | None = None
+    arguments: Sequence[str], device: str = "auto", four_bits: str | None = None
 ) -> tuple[BaseModel | None, list[str]]:
     """Split arguments into the base, where the first is not itself an adapter, and the adapters.
 
     Args:
         arguments: Folders, files or hub names; the base first, or none.
         device: Device of the base.
-        dtype: Type it is held in.
         four_bits: Kind of four bits that its layers go through, or None.
 
     Returns:
@@ -46,12 +45,12 @@ def split_base(
             raise InputError(what, where=str(place), hint=hint)
     if base is not None:
         _require_base(base, folders)
-    return (_base_model(base, device, dtype, four_bits) if base else None), folders
+    return (_base_model(base, device, four_bits) if base else None), folders
 
 
-def _base_model(base: str, device: str, dtype: str, four_bits: str | None) -> BaseModel | None:
+def _base_model(base: str, device: str, four_bits: str | None) -> BaseModel | None:
     name, revision = split_revision(str(Path(base).expanduser()) if base.startswith("~") else base)
-    return BaseModel(name, revision, dtype, device, four_bits) if name else None
+    return BaseModel(name, revision, device=device, four_bits=four_bits) if name else None
 
 
 def _require_base(base: str, folders: Sequence[str]) -> None:
@@ -72,13 +71,12 @@ def _require_base(base: str, folders: Sequence[str]) -> None:
         )
 
 
-def recorded_base(
-    adapters: Sequence[Adapter], device: str = "auto", dtype: str = "float32", four_bits: str | None = None
-) -> BaseModel | None:
+def recorded_base(adapters: Sequence[Adapter], device: str = "auto", four_bits: str | None = None) -> BaseModel | None:
     """Find the base that all adapters name, where it is a folder on this machine; nothing is downloaded on a record's word."""
     names = {a.base for a in adapters}
     folder = Path(next(iter(names))).expanduser() if len(names) == 1 else Path()
-    return BaseModel(str(folder), None, dtype, device, four_bits) if (folder / "config.json").is_file() else None
+    found = (folder / "config.json").is_file()
+    return BaseModel(str(folder), device=device, four_bits=four_bits) if found else None
 
 
 def is_adapter(argument: str) -> bool:

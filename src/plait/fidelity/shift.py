@@ -16,14 +16,13 @@ from plait.tasks import batches, to_device
 
 
 @torch.no_grad()
-def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float = 1.0) -> tuple[float, ...]:
+def hidden_shift(panel: Panel, part: Part, merge: Adapter | None) -> tuple[float, ...]:
     """|h_merged - h_adapter| / |h_base - h_adapter| after every layer, over the real tokens of the part's texts.
 
     Args:
         panel: Base, adapters and texts.
         part: Part whose texts are read.
         merge: What stands in the adapter's place.
-        scale: Scale of its delta.
 
     Returns:
         One number a layer (the decoder's after the encoder's, where there are two): 0 for the adapter itself, 1 for the
@@ -39,8 +38,8 @@ def hidden_shift(panel: Panel, part: Part, merge: Adapter | None, scale: float =
             {k: v for k, v in batch.items() if k != "labels" or part.task.kind == "seq2seq"}, panel.base.torch_device
         )
         states = []
-        for active, factor in ((part.adapter, 1.0), (None, 1.0), (merge, scale)):
-            with applied(model, active, factor):
+        for active in (part.adapter, None, merge):
+            with applied(model, active):
                 states.append(list(_states(model(**inputs, output_hidden_states=True), inputs)))
         own, bare, merged = states
         off.append(torch.stack([(a - b).double().square().sum() for a, b in zip(own, merged, strict=True)]))

@@ -41,9 +41,9 @@ class TextFile:
     total: int = 0
 
 
-def parse_texts(given: Iterable[str], limit: int = LIMIT) -> dict[str, Texts]:
+def parse_texts(given: Iterable[str]) -> dict[str, Texts]:
     """``TASK=FILE`` or ``TASK=FILE:COLUMN[,COLUMN]`` each, read; see `parse_files`."""
-    return {task: file.texts for task, file in parse_files(given, limit).items()}
+    return {task: file.texts for task, file in parse_files(given).items()}
 
 
 def parse_files(given: Iterable[str], limit: int = LIMIT) -> dict[str, TextFile]:
@@ -72,10 +72,15 @@ def read_file(place: str, limit: int = LIMIT, *, spread: bool = False, by: str =
     """Texts of ``FILE`` or ``FILE:COLUMN[,COLUMN]``, and the columns that were read.
 
     Args:
-        place: The file, and its columns.
+        place: The file: .txt (one text a line, a tab between the two of a pair) or csv, tsv, jsonl, parquet; and one column or
+            two of a table, by default "text", "sentence", "prompt", "messages" or "content", whichever it has. A cell of
+            messages is packed (`plait.tasks.chat.packed_prompt`).
         limit: How many texts at most; of each owner, where there are owners.
         spread: Whether they come from all over the file (`spread_over`), not from its beginning.
         by: Column that says whose a text is, if the file has it; "" for none.
+
+    Raises:
+        InputError: No such file or column, not UTF-8, no texts, an empty cell, pairs and single texts mixed.
     """
     path, colon, columns = place.rpartition(":")
     if colon and not Path(place).exists():
@@ -97,21 +102,6 @@ def spread_over(count: int, most: int) -> list[int]:
         most: How many are wanted.
     """
     return heapq.nsmallest(most, range(count), key=lambda i: i * _GOLDEN % (1 << 64))
-
-
-def read_texts(path: Path, columns: tuple[str, ...] = (), limit: int = LIMIT) -> Texts:
-    """Read the first `limit` texts of a file.
-
-    Args:
-        path: .txt (one text a line, a tab between the two of a pair) or csv, tsv, jsonl, parquet.
-        columns: One column or two of a table; by default "text", "sentence", "prompt", "messages" or "content", whichever it has.
-            A cell of messages is packed (`plait.tasks.chat.packed_prompt`).
-        limit: How many at most.
-
-    Raises:
-        InputError: No such file or column, not UTF-8, no texts, an empty cell, pairs and single texts mixed.
-    """
-    return _read(path, columns, limit).texts
 
 
 def _read(path: Path, columns: tuple[str, ...], limit: int, *, spread: bool = False, by: str = "") -> TextFile:

@@ -24,7 +24,7 @@ _HALVES = {".lora_a": "A", ".lora_b": "B"}
 _EMBEDDING = "token_embd.weight"
 
 
-def read_gguf(path: Path, base: Path, *, name: str | None = None) -> Adapter:
+def read_gguf(path: Path, base: Path) -> Adapter:
     """Read a GGUF adapter as PEFT would have it.
 
     Scaling is `adapter.lora.alpha` / rank; an alpha of 0, or none, is scaling 1, as llama.cpp has it. Rows of q and k that
@@ -33,7 +33,6 @@ def read_gguf(path: Path, base: Path, *, name: str | None = None) -> Adapter:
     Args:
         path: The file.
         base: Folder of the base: its config.json, and the names of its weights.
-        name: What to call it; by default the file's name without its suffix.
 
     Raises:
         Damaged: Written by plait, and changed since.
@@ -81,7 +80,7 @@ def read_gguf(path: Path, base: Path, *, name: str | None = None) -> Adapter:
     if not factors:
         raise InputError("holds no LoRA tensors", where=where)
     return Adapter(
-        name=checked_name(name or path.name.removesuffix(".gguf"), "adapter"),
+        name=checked_name(path.name.removesuffix(".gguf"), "adapter"),
         base=str(base),
         modules=dict(sorted(factors.items())),
         task_type="CAUSAL_LM",

@@ -15,7 +15,7 @@ from plait.fidelity.panel import Panel, Part
 from plait.fidelity.tokens import rows_of
 from plait.learning.layers import LayerCollector, LayerTargets, layers_to_keep, watched
 from plait.learning.passes import by_part, passes_of
-from plait.learning.targets import TOP, TopTargets, joined
+from plait.learning.targets import TopTargets, joined
 from plait.learning.teachers import SMALLEST_KL, Applying
 from plait.model.applied import applied
 from plait.model.attention import fused_attention
@@ -52,12 +52,11 @@ class TextLoss:
     Args:
         panel: Base, adapters and texts.
         layers: Weight of the distance of the layers' outputs beside the next tokens'; 0 to leave them out.
-        top: Likeliest tokens that are kept.
     """
 
-    def __init__(self, panel: Panel, layers: float = 0.0, top: int = TOP) -> None:
+    def __init__(self, panel: Panel, layers: float = 0.0) -> None:
         self.panel, self.model = panel, panel.model(panel.parts[0])
-        self.kind, self.weight, self.top = panel.parts[0].task.kind, layers, top
+        self.kind, self.weight = panel.parts[0].task.kind, layers
         self.rows = [rows_of(panel, p) for p in panel.parts]
         self._positions = sum(
             len(r["labels"] if self.kind == "seq2seq" else r["input_ids"]) for own in self.rows for r in own
@@ -102,7 +101,7 @@ class TextLoss:
         collector: LayerCollector | None = None
         for chosen, batch in text_batches(self.panel, rows, 1):
             logits, states, mask = self._passed(batch, part.adapter)
-            targets, counts = TopTargets.of(logits, self.top), mask.sum(1).tolist()
+            targets, counts = TopTargets.of(logits), mask.sum(1).tolist()
             for i, start, n in zip(chosen, _starts(counts), counts, strict=False):
                 found[i] = targets.take(torch.arange(start, start + n, device=logits.device))
             bare, base_states, _ = self._passed(batch, None)

@@ -80,16 +80,19 @@ def is_looked_up(module: str) -> bool | None:
     return False if _MULTIPLIED.fullmatch(last) and "emb" not in last else None
 
 
-def parameter_of(name: Named, adapter: str = "default") -> str:
-    """What PEFT calls the parameter that a tensor becomes where its module has factors or tokens of its own."""
+def parameter_of(name: Named) -> str:
+    """What PEFT calls the parameter that a tensor becomes where its module has factors or tokens of its own.
+
+    The adapter goes by PEFT's name for the first one of a model, "default".
+    """
     inner = {
-        A: f"{A}.{adapter}.weight",
-        B: f"{B}.{adapter}.weight",
-        EMBEDDING_A: f"{EMBEDDING_A}.{adapter}",
-        EMBEDDING_B: f"{EMBEDDING_B}.{adapter}",
-        MAGNITUDE: f"lora_magnitude_vector.{adapter}.weight",
-        BIAS_OF_B: f"{B}.{adapter}.bias",
-        TOKENS: f"token_adapter.trainable_tokens_delta.{adapter}",
+        A: f"{A}.default.weight",
+        B: f"{B}.default.weight",
+        EMBEDDING_A: f"{EMBEDDING_A}.default",
+        EMBEDDING_B: f"{EMBEDDING_B}.default",
+        MAGNITUDE: "lora_magnitude_vector.default.weight",
+        BIAS_OF_B: f"{B}.default.bias",
+        TOKENS: "token_adapter.trainable_tokens_delta.default",
         COPY: "base_layer.weight",
     }
     return f"{ROOT}{name.module}.{inner[name.kind]}"

@@ -174,9 +174,9 @@ def reference(layout: Layout, seed: int) -> Ends:
     return Ends(unit.arm, task_means(scores, "floor"), task_means(scores, "alone"))
 
 
-def alone_unit(arm: str, choice: Choice, seed: int, variant: str = "") -> Unit:
+def alone_unit(arm: str, choice: Choice, seed: int) -> Unit:
     """Name the unit that holds the scores of an arm's adapters alone, on the reported rows."""
-    return Unit(ALONE, seed, arm, choice.rate, choice.step, split=FOLDS, variant=variant)
+    return Unit(ALONE, seed, arm, choice.rate, choice.step, split=FOLDS)
 
 
 def task_means(scores: Mapping[str, Any], kind: str) -> dict[str, float]:
@@ -223,9 +223,9 @@ def _row(layout: Layout, unit: Unit) -> Row:
     )
 
 
-def best_by_half(rows: Sequence[Row], arm: str, variant: str = "") -> dict[str, str]:
+def best_by_half(rows: Sequence[Row], arm: str) -> dict[str, str]:
     """Choose an arm's best merge for each half that is reported, as the other half sees it, over all seeds."""
-    mine = [r for r in rows if r.arm == arm and r.variant == variant]
+    mine = [r for r in rows if r.arm == arm and not r.variant]
     methods = sorted({r.method for r in mine})
 
     def best(half: str) -> str:

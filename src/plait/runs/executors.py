@@ -227,21 +227,19 @@ class RayCluster:
 
     Args:
         workers: Batches at once; by default one per GPU of the cluster, or per CPU where it has none.
-        address: Of the cluster; None starts or finds a local one.
-        gpus: GPUs a batch takes.
     """
 
-    def __init__(self, workers: int | None = None, address: str | None = None, gpus: float = 1.0) -> None:
+    def __init__(self, workers: int | None = None) -> None:
         try:
             import ray
         except ModuleNotFoundError:
             raise EnvironmentFault("the package 'ray' is not installed", hint="pip install 'plait[ray]'") from None
         if not ray.is_initialized():
             with contextlib.chdir(Path(__file__).parents[2]):  # Ray has its workers import from where it was started
-                ray.init(address=address, log_to_driver=False)
+                ray.init(log_to_driver=False)
         found = ray.cluster_resources()
-        self.gpus = gpus if found.get("GPU") else 0.0
-        self.workers = workers or max(1, int(found["GPU"] / gpus if self.gpus else found.get("CPU", 1)))
+        self.gpus = 1.0 if found.get("GPU") else 0.0
+        self.workers = workers or max(1, int(found["GPU"] if self.gpus else found.get("CPU", 1)))
         self.scorers = self.workers
 
     def run(self, batches: Sequence[dict[str, Any]], report: Report) -> None:

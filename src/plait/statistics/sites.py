@@ -44,8 +44,6 @@ def find_sites(
     model: nn.Module,
     targets: Mapping[str, Target],
     forward: Callable[[], Any],
-    *,
-    expected: Sequence[str] | None = None,
 ) -> SiteMap:
     """Run one example and group the modules by the tensors they are called with.
 
@@ -56,7 +54,6 @@ def find_sites(
         model: The model, wrapped or not.
         targets: Modules to watch.
         forward: Runs the example.
-        expected: Modules that must be called; all by default.
 
     Raises:
         InputError: A module was never called.
@@ -91,7 +88,7 @@ def find_sites(
     finally:
         for handle in handles:
             handle.remove()
-    return _grouped(targets, seen, calls, roles, targets if expected is None else expected)
+    return _grouped(targets, seen, calls, roles)
 
 
 def _grouped(
@@ -99,9 +96,8 @@ def _grouped(
     seen: Mapping[str, list[tuple[Any, ...]]],
     calls: Sequence[str],
     roles: Mapping[str, str],
-    expected: Any,
 ) -> SiteMap:
-    if missing := [name for name in targets if name in expected and name not in seen]:
+    if missing := [name for name in targets if name not in seen]:
         raise InputError(
             f"never called: {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             where=missing[0],

@@ -62,7 +62,6 @@ class FlatParameters:
         columns: Width of the matrix.
         values: (members, columns) float32, the master copy.
         dtype: Dtype in which the forward pass sees them.
-        moments: First and second moments to go on from.
     """
 
     def __init__(
@@ -70,10 +69,9 @@ class FlatParameters:
         slots: Sequence[Slot],
         values: Float[Tensor, "members columns"],
         dtype: torch.dtype,
-        moments: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.slots, self.values = list(slots), values
-        self.first, self.second = moments or (torch.zeros_like(values), torch.zeros_like(values))
+        self.first, self.second = torch.zeros_like(values), torch.zeros_like(values)
         self._live = values if dtype == values.dtype else values.to(dtype)
         self.gradients = torch.zeros_like(values)  # float32 too: a step's passes add up in it
         self.leaves: dict[tuple[str, int], Tensor] = {}
