@@ -103,6 +103,35 @@ def test_one_number_a_row_is_no_distribution():
         collect_fisher(model, batches(), ["q"])
 
 
+class Spare(Classifier):
+    """Has a layer that nothing depends on, and one that may never be called, or twice."""
+
+    def __init__(self, calls: int):
+        super().__init__()
+        self.unused, self.called, self.calls = nn.Linear(6, 5), nn.Linear(6, 5), calls
+
+    def forward(self, input_ids, attention_mask):
+        self.unused(self.embed(input_ids))
+        for _ in range(self.calls):
+            self.called(input=self.embed(input_ids))
+        return super().forward(input_ids, attention_mask)
+
+
+def test_a_layer_that_nothing_depends_on_has_no_information():
+    model = Spare(calls=1)
+    found = collect_fisher(model, batches(), ["unused", "q", "called"], labels="given")
+    alone = collect_fisher(Classifier(), batches(), ["q"], labels="given")
+    assert [*found.modules] == ["unused", "q", "called"]
+    assert not any(bool(found.diagonal_for(name).rows(0, 5).any()) for name in ("unused", "called"))
+    torch.testing.assert_close(found.diagonal_for("q").rows(0, 5), alone.diagonal_for("q").rows(0, 5))
+
+
+@pytest.mark.parametrize(("calls", "message"), [(0, "never called"), (2, "called twice")])
+def test_a_layer_is_called_once(calls, message):
+    with pytest.raises(RunError, match=message):
+        collect_fisher(Spare(calls), batches(), ["called"])
+
+
 class Elsewhere(Classifier):
     """Reads one row for all examples, as relative positions are read, or all tokens beneath each other."""
 

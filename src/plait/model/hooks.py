@@ -14,7 +14,8 @@ routers and convolutions (`plait.model.weights`), beside whose products nothing 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,15 +42,33 @@ def hooked(changes: Iterable[tuple[nn.Module, Change]]) -> Iterator[None]:
     handles = []
     try:
         for module, change in changes:
-            handles.append(module.register_forward_hook(_hook(change)))
+            handles.append(module.register_forward_hook(_hook(change), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(change: Change) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    return lambda _, inputs, output: change(inputs[0], output)
+def _hook(change: Change) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+    return lambda _, args, kwargs, output: change(args[0] if args else next(iter(kwargs.values())), output)
+
+
+def differentiable_outputs(
+    modules: Mapping[str, nn.Module], note: Callable[[str, Tensor, Tensor], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Let gradients be asked for at what modules put out within the block, also where no parameter learns.
+
+    Args:
+        modules: The modules by name.
+        note: Called at every call of a module with its name, its first input, and the output to ask at.
+    """
+
+    def noted(name: str, h: Tensor, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        note(name, h, output)
+        return output
+
+    return hooked((module, functools.partial(noted, name)) for name, module in modules.items())
 
 
 def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from plait.border.counts import plural
 from plait.disk.manifest import require_wanted
 from plait.disk.store import canonical_json, require_regular, staged_file
 from plait.errors import InputError, RunError, UsageError
-from plait.model.hooks import modules_named
+from plait.model.hooks import differentiable_outputs, modules_named
 from plait.statistics.records import LARGEST_RECORD
 
 KIND, SCHEMA = "plait.fisher", 1
@@ -191,11 +191,14 @@ def collect_fisher(
     model.eval()
     try:
         for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            with recording(layers) as seen, torch.enable_grad():
-                log_likelihood = _log_likelihood(model(**inputs).logits, batch, labels, generator)
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
+            with differentiable_outputs(layers, functools.partial(_once, seen)), torch.enable_grad():
+                logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+                log_likelihood = _log_likelihood(logits, batch, labels, generator)
+                if uncalled := layers.keys() - seen.keys():
+                    raise RunError("never called", where=min(uncalled), hint="an adapter without this module")
                 outputs = [seen[name][1] for name in layers]
-                gradients = torch.autograd.grad(log_likelihood.sum(), outputs)
+                gradients = torch.autograd.grad(log_likelihood.sum(), outputs, materialize_grads=True)
             examples += len(log_likelihood)
             for name, gradient in zip(layers, gradients, strict=True):
                 g, h = (_by_example(t, batch, len(log_likelihood), name) for t in (gradient, seen[name][0]))
@@ -210,27 +213,11 @@ def collect_fisher(
     return FisherDiagonal.held({n: s / examples for n, s in sums.items()}, examples, labels=labels)
 
 
-@contextmanager
-def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """While open, each module's input is kept, and its output made to need a gradient."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if name in seen:
-                raise RunError("called twice in one forward pass", where=name)
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            seen[name] = (inputs[0].detach(), output)
-            return output
-
-        return keep
-
-    handles = [m.register_forward_hook(hook(name)) for name, m in modules.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _once(seen: dict[str, tuple[Tensor, Tensor]], name: str, h: Tensor, output: Tensor) -> None:
+    """Keep what a module reads and puts out, in the one call that it may have."""
+    if name in seen:
+        raise RunError("called twice in one forward pass", where=name)
+    seen[name] = (h.detach(), output)
 
 
 def _log_likelihood(

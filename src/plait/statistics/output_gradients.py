@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plait.errors import RunError, UsageError
-from plait.model.hooks import modules_named
+from plait.model.hooks import differentiable_outputs, modules_named
 from plait.statistics.accumulate import SiteSums, exact_matmul
 from plait.statistics.agreement import OUTPUT_GRADIENTS
 from plait.statistics.distributed import adds_over_ranks, reduce_statistics
@@ -127,31 +126,11 @@ def _gradients(
 ) -> list[tuple[str, Tensor]]:
     """Module and gradient, once for every call of the module; zeros where nothing that is predicted depends on it."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with _outputs(layers) as seen, torch.enable_grad():
+    seen: list[tuple[str, Tensor]] = []
+    with differentiable_outputs(layers, lambda name, _, y: seen.append((name, y))), torch.enable_grad():
         drawn = _drawn_likelihood(model(**inputs).logits, batch.get("attention_mask"), generator)
         gradients = torch.autograd.grad(drawn, [y for _, y in seen], materialize_grads=True)
     return [(name, g) for (name, _), g in zip(seen, gradients, strict=True)]
-
-
-@contextmanager
-def _outputs(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
-    """While open, every call's module and output is noted, the output made to need a gradient."""
-    seen: list[tuple[str, Tensor]] = []
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def note(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            seen.append((name, output))
-            return output
-
-        return note
-
-    handles = [m.register_forward_hook(hook(name)) for name, m in layers.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add(
