@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from plait.training.constraints import Constraint as Constraint
     from plait.training.constraints import attach_constraint as attach_constraint
     from plait.training.fleet import train_fleet as train_fleet
-    from plait.training.fleet import train_member as train_member
     from plait.training.member import Member as Member
     from plait.training.member import rates_sweep as rates_sweep
     from plait.training.prepare import prepare_constraint as prepare_constraint
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from plait.training.settings import row_order as row_order
     from plait.training.settings import sweep as sweep
     from plait.training.train import train_adapter as train_adapter
+    from plait.training.train import train_member as train_member
 
 _HOMES = {
     "Constraint": "constraints",
@@ -33,7 +33,7 @@ _HOMES = {
     "sweep": "settings",
     "train_adapter": "train",
     "train_fleet": "fleet",
-    "train_member": "fleet",
+    "train_member": "train",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604  (strings, all of them)
 

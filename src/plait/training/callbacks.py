@@ -14,9 +14,8 @@ from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import write_adapter
 from plait.errors import Diverged
 from plait.training.constraints import Constraint, attach_constraint, freeze_rows
+from plait.training.member import Progress
 from plait.training.peft_model import detach
-
-Progress = Callable[[int, int, float | None], None]
 
 
 class ConstraintCallback(TrainerCallback):

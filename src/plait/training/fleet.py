@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +26,11 @@ from plait.model.identity import base_facts
 from plait.training.checkpoints import bytes_of_training, checkpoint_root
 from plait.training.fleet_run import Shared, members_at_once, run_batched
 from plait.training.fleet_state import interrupted, let_go
-from plait.training.member import Member
+from plait.training.member import Member, Progress
 from plait.training.outcome import Outcome
 from plait.training.record import TrainRecord
-from plait.training.train import train_adapter
+from plait.training.train import train_member
 
-Progress = Callable[[int, int, float | None], None]
 _WRITERS = 8  # folders written at once: each waits for the disk several times over
 
 
@@ -259,31 +258,6 @@ def _train_alone(m: Member, base: BaseModel, overwrite: bool, meter: _Meter) -> 
     except Diverged as e:
         return {str(m.out): e.what}
     return {}
-
-
-def train_member(m: Member, base: BaseModel, *, overwrite: bool = False, progress: Progress | None = None) -> Adapter:
-    """Train one member on its own; see `train_adapter`.
-
-    Args:
-        m: The adapter and what it is trained with.
-        base: The base model.
-        overwrite: Train even where its folder holds something.
-        progress: Called after each step with the step, the number of steps and the last logged loss.
-    """
-    return train_adapter(
-        m.initial,
-        m.task,
-        m.examples,
-        base,
-        m.settings,
-        seed=m.seed,
-        out=m.out,
-        identity=m.identity,
-        overwrite=overwrite,
-        progress=progress,
-        statistics=m.statistics,
-        selection=m.selection,
-    )
 
 
 class _Meter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from plait.adapters.lora import Adapter
 from plait.statistics.moments import Statistics
 from plait.tasks import Examples, Task
 from plait.training.settings import TrainingSettings
+
+# Steps done, of how many, and the last loss: called while members train.
+Progress = Callable[[int, int, float | None], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from plait.training.checkpoints import (
     run_name,
     said_kept,
 )
+from plait.training.member import Member, Progress
 from plait.training.peft_model import attach, detach, for_task, named_for, silence_dropout
 from plait.training.prepare import prepare_constraint
 from plait.training.record import TrainRecord
@@ -57,7 +58,7 @@ def train_adapter(
     out: Path | str,
     identity: Mapping[str, Any],
     overwrite: bool = False,
-    progress: Callable[[int, int, float | None], None] | None = None,
+    progress: Progress | None = None,
     statistics: Mapping[str, Statistics] | None = None,
     selection: Examples | None = None,
 ) -> Adapter:
@@ -91,71 +92,72 @@ def train_adapter(
         One forward and one backward pass a step; killed at any moment and started again, it goes on from its last whole
         checkpoint, on the CPU to the same bits.
     """
-    out = Path(out)
+    member = Member(initial, task, examples, settings, seed, Path(out), identity, statistics, selection)
+    return train_member(member, base, overwrite=overwrite, progress=progress)
+
+
+def train_member(m: Member, base: BaseModel, *, overwrite: bool = False, progress: Progress | None = None) -> Adapter:
+    """Train one member on its own; see `train_adapter`.
+
+    Args:
+        m: The adapter and what it is trained with.
+        base: The base model, which stays as it is.
+        overwrite: Train even where its folder holds something.
+        progress: Called after each step with the step, the number of steps and the last logged loss.
+    """
+    settings, out = m.settings, m.out
     if settings.tied is not None:
-        raise UsageError("tied adapters are trained together, as a fleet", where=f"task {task.name}")
-    require_apart(out, [str(initial.source.get("path", ""))])
-    if is_done(out, identity, overwrite=overwrite):
+        raise UsageError("tied adapters are trained together, as a fleet", where=f"task {m.task.name}")
+    require_apart(out, [str(m.initial.source.get("path", ""))])
+    if is_done(out, m.identity, overwrite=overwrite):
         return read_adapter(out)
-    if len(examples) == 0:
-        raise InputError("no training rows", where=f"task {task.name}")
-    settings.require_snapshots(len(examples), task.name)
+    if len(m.examples) == 0:
+        raise InputError("no training rows", where=f"task {m.task.name}")
+    settings.require_snapshots(len(m.examples), m.task.name)
     root = checkpoint_root(out)
-    require_space(out, bytes_of_training(initial, settings, begins=not root.exists()))
+    require_space(out, bytes_of_training(m.initial, settings, begins=not root.exists()))
     started = time.monotonic()
     gpus = [base.torch_device] if base.torch_device.type == "cuda" else []
     with _held(root, out), _quiet(), torch.random.fork_rng(devices=gpus):
         if is_writer():
             if not overwrite:
-                require_begun_alike(out, identity)
-            open_root(root, identity)
+                require_begun_alike(out, m.identity)
+            open_root(root, m.identity)
         try:
-            trained, record = _run(initial, task, examples, base, settings, seed, root, progress, statistics, selection)
+            trained, record = _run(m, base, root, progress)
         except BaseException as e:
-            if is_writer() and isinstance(e, PlaitError):
-                leave_no_empty(root)
-            if (
-                is_writer()
-                and (not isinstance(e, PlaitError) or isinstance(e, EnvironmentFault))
-                and (kept := said_kept(root))
-            ):
-                e.add_note(kept)
+            if is_writer():
+                refused = isinstance(e, PlaitError)
+                if refused:
+                    leave_no_empty(root)
+                if (not refused or isinstance(e, EnvironmentFault)) and (kept := said_kept(root)):
+                    e.add_note(kept)
             raise
-    seconds, completed = round(time.monotonic() - started, 3), initial.source.get("completed")
+    seconds, completed = round(time.monotonic() - started, 3), m.initial.source.get("completed")
     record = replace(record, seconds=seconds, base=base_facts(base), completed=completed)
     if not is_writer():
         return trained
-    with staged_folder(out, identity, overwrite=overwrite, result=to_json(record)) as stage:
+    with staged_folder(out, m.identity, overwrite=overwrite, result=to_json(record)) as stage:
         write_adapter(stage, trained)
         _write_snapshots(root, stage)
     shutil.rmtree(root, ignore_errors=True)
     return read_adapter(out)
 
 
-def _run(
-    initial: Adapter,
-    task: Task,
-    examples: Examples,
-    base: BaseModel,
-    settings: TrainingSettings,
-    seed: int,
-    root: Path,
-    progress: Callable[[int, int, float | None], None] | None,
-    statistics: Mapping[str, Statistics] | None,
-    selection: Examples | None,
-) -> tuple[Adapter, TrainRecord]:
+def _run(m: Member, base: BaseModel, root: Path, progress: Progress | None) -> tuple[Adapter, TrainRecord]:
     from plait.training.callbacks import ConstraintCallback, DrawnScales, Snapshots, Watcher
     from plait.training.selection import BestAdapter
     from plait.training.trainer import TaskTrainer, training_arguments
 
-    tokenizer, model = load_tokenizer(base), _loaded(base, task, settings, seed)
-    started = for_task(named_for(initial, base), task, model)
-    constraint = prepare_constraint(settings, started, statistics, task=task.name)
+    task, settings = m.task, m.settings
+    tokenizer, model = load_tokenizer(base), _loaded(base, task, settings, m.seed)
+    started = for_task(named_for(m.initial, base), task, model)
+    constraint = prepare_constraint(settings, started, m.statistics, task=task.name)
     peft_model = attach(model, started, dropout=settings.dropout)
-    rows, cut = encode_counted(tokenizer, task, examples, settings.max_length)
+    rows, cut = encode_counted(tokenizer, task, m.examples, settings.max_length)
     require_positions(model, (len(r["input_ids"]) for r in rows), f"task {task.name}")
     total = settings.total_steps(len(rows))
-    drawn = [DrawnScales(scale_order(settings, total, seed).tolist(), peft_model)] if settings.scale_from < 1 else []
+    drawn = [DrawnScales(scale_order(settings, total, m.seed).tolist(), peft_model)] if settings.scale_from < 1 else []
     callbacks: list[Any] = [
         *drawn,  # first: it puts the scale back before the others look
         Watcher(progress),
@@ -163,10 +165,10 @@ def _run(
         Snapshots(settings.snapshots, root, peft_model, started),
     ]
     chooser = None
-    if selection is not None and settings.evaluate_every is not None:
-        chooser = BestAdapter(settings, task, selection, tokenizer, peft_model, started, root)
+    if m.selection is not None and settings.evaluate_every is not None:
+        chooser = BestAdapter(settings, task, m.selection, tokenizer, peft_model, started, root)
         callbacks.append(chooser)
-    arguments = training_arguments(settings, total, seed, root, base)
+    arguments = training_arguments(settings, total, m.seed, root, base)
     if settings.shard_base:
         shard_base(peft_model, arguments.device)
     trainer = TaskTrainer(
