@@ -36,6 +36,36 @@ def test_multihead_attention(case, plait):
         assert float((delta - wanted).norm() / wanted.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("pattern", [{"alpha": {"attn": 5}}, {"alpha": {"out_proj": 5}}, {"rank": {"attn": 6}}])
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.filterwarnings("ignore:.*did not match any.*")
+def test_an_attention_has_one_rank_and_alpha_for_both_its_layers(pattern, rslora, plait, tmp_path):
+    """PEFT looks them up by the attention's name, whatever a pattern says of the output layer inside it."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def net() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(16, 2), "fc": torch.nn.Linear(16, 16)})
+
+    def after(*folders: str) -> dict[str, torch.Tensor]:
+        model = net()
+        for folder in folders:
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        return model.state_dict()
+
+    patterns = {f"{k}_pattern": v for k, v in pattern.items()}
+    for name, options in (("a", patterns), ("b", {})):
+        torch.manual_seed(ord(name))
+        config = LoraConfig(target_modules=["attn", "fc"], init_lora_weights=False, use_rslora=rslora, **options)
+        get_peft_model(net(), config).save_pretrained(tmp_path / name)
+    assert "ok" in plait("check a")[1]
+    code, _, err = plait("merge a b --out m")
+    assert code == 0, err
+    zero, wanted, found = net().state_dict(), after("a", "b"), after("m")
+    for weight in ("attn.in_proj_weight", "attn.out_proj.weight", "fc.weight"):
+        assert float((found[weight] - wanted[weight]).norm() / (wanted[weight] - zero[weight]).norm()) < 1e-6
+
+
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("keep", 1e-3)])  # some are float16, which is kept
 @pytest.mark.parametrize(
     ("name", "files", "weights"),

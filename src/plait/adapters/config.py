@@ -47,6 +47,17 @@ _CONVERTED = {
 _HINT = "correct it, or save the adapter again"
 _FLAGS = {"use_dora", "lora_bias", "use_qalora", "use_bdlora"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+# Between a multi-head attention's name and that of its output layer, which has the attention's rank and alpha.
+_INSIDE = ".base_layer."
+
+
+def adapted_as(module: str) -> str:
+    """The name by which PEFT looks a module's rank and alpha up: a multi-head attention's for the output layer inside it.
+
+    >>> adapted_as("attn.base_layer.out_proj"), adapted_as("q_proj")
+    ('attn', 'q_proj')
+    """
+    return module.partition(_INSIDE)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +99,16 @@ class AdapterConfig:
         Raises:
             InputError: A pattern that takes too long to match.
         """
-        ranks = first_hits(self.rank_pattern, modules, where=self.where, what="rank_pattern")
-        alphas = first_hits(self.alpha_pattern, modules, where=self.where, what="alpha_pattern")
+        names = {m: adapted_as(m) for m in modules}
+        looked_up = list(dict.fromkeys(names.values()))
+        ranks = first_hits(self.rank_pattern, looked_up, where=self.where, what="rank_pattern")
+        alphas = first_hits(self.alpha_pattern, looked_up, where=self.where, what="alpha_pattern")
         return {
             m: (
-                self.rank_pattern[ranks[m]] if m in ranks else self.r,
-                self.alpha_pattern[alphas[m]] if m in alphas else self.alpha,
+                self.rank_pattern[ranks[n]] if n in ranks else self.r,
+                self.alpha_pattern[alphas[n]] if n in alphas else self.alpha,
             )
-            for m in modules
+            for m, n in names.items()
         }
 
     def scaling(self, alpha: float, rank: int) -> float:

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
+from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE, adapted_as
 from plait.adapters.experts import is_parameter, keeps_targets, parameters_of, stacks_of
 from plait.adapters.lora import EXPERT, Adapter, of_backbone
 from plait.border.module_names import named_by
 from plait.border.patterns import first_hits
+from plait.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What PEFT has one rank and one alpha for: a module, or a fused weight with all its experts.
+    """What PEFT has one rank and one alpha for: a module, a multi-head attention, or a fused weight with all its experts.
 
     Args:
         rank: Of the module, or the largest of the experts'.
-        scaling: None where the experts' differ.
+        scaling: None where the experts' differ, or those of an attention's two layers.
     """
 
     rank: int
@@ -106,12 +107,24 @@ def _task_type(adapter: Adapter, head: Mapping[str, Tensor] | None) -> str | Non
 
 
 def _entries(adapter: Adapter) -> dict[str, _Entry]:
-    """PEFT's key, a module's name or a parameter's, -> its rank and scaling."""
-    found = {}
+    """PEFT's key, a module's name or a parameter's, -> its rank and scaling.
+
+    Raises:
+        InputError: A multi-head attention whose two layers differ in rank.
+    """
+    found: dict[str, _Entry] = {}
     for module, f in adapter.modules.items():
         if f.kind != EXPERT:
             weight = ".weight" if is_parameter(module, adapter.target_parameters) else ""
-            found[adapter.full_name(module) + weight] = _Entry(f.rank, f.scaling)
+            key = adapted_as(adapter.full_name(module)) + weight
+            other = found.setdefault(key, _Entry(f.rank, f.scaling))
+            if other.rank != f.rank:
+                what = (
+                    f"rank {f.rank} inside {key!r}, a multi-head attention of rank {other.rank}: PEFT has one for both"
+                )
+                raise InputError(what, where=adapter.name, hint="--rank gives both the same")
+            if other.scaling != f.scaling:
+                found[key] = _Entry(f.rank, None)
     for parameter, experts in stacks_of(adapter.modules).items():
         scalings = {f.scaling for f in experts.values()}
         rank = max(f.rank for f in experts.values())

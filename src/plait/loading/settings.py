@@ -100,7 +100,11 @@ class Settings:
         return value
 
     def pattern(self, key: str, module: str, default: str, fallback: float) -> float:
-        """A module's own rank or alpha: the first key that the module's name ends in, else the default."""
+        """A module's own rank or alpha: the first key that the module's name ends in, else the default.
+
+        The output layer inside a multi-head attention has what the attention's name has.
+        """
+        module = module.partition(".base_layer.")[0]
         table = self.raw.get(key) or {}
         if not isinstance(table, dict):
             raise InputError(f"{key} is no object", where=str(self.path))
