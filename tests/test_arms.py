@@ -17,7 +17,7 @@ from plait.runs.forecast import describe
 from plait.runs.layout import Layout
 from plait.runs.session import Session
 from plait.runs.single.collect import collect_one
-from plait.runs.single.start import initialise_from_files
+from plait.runs.single.start import StatisticsFiles, initialise_from_files
 from plait.runs.sources import adapters_of
 from plait.runs.stages import ANSWERS_FILE
 from plait.runs.waves import final_units
@@ -144,7 +144,7 @@ def test_one_adapter_by_hand_is_chosen_too(tiny_recipe, tmp_path):
     start = tmp_path / "start"
     statistics = tmp_path / "topic.stats.safetensors"
     collect_one(recipe, "topic", statistics, seed=0, overwrite=False)
-    initialise_from_files(statistics, [], InitialSettings("kaiming", rank=2), start)
+    initialise_from_files(StatisticsFiles(statistics), InitialSettings("kaiming", rank=2), start)
     found = train_one(recipe, start, "topic", tmp_path / "one", seed=0, overwrite=False, quiet=True)
     assert set(dict(found.result["selected"]["scores"])) == {2, 4}
 

@@ -13,7 +13,7 @@ from plait.adapters.tensor_file import write_tensors
 from plait.adapters.tensors import read_tensors
 from plait.cli import main
 from plait.errors import InputError
-from plait.runs.single.start import initialise_from_files
+from plait.runs.single.start import StatisticsFiles, initialise_from_files
 from plait.statistics import collect_statistics, open_statistics, read_statistics, write_statistics
 from plait.statistics.files import read_identity
 from plait.subspaces.start import InitialSettings
@@ -90,7 +90,7 @@ def test_damaged_files(damage, good, tmp_path, capsys):
         assert str(path) in str(refused.value) and str(refused.value).isprintable()
     with pytest.raises(InputError, match=message):
         mine = good / "mine.stats.safetensors"
-        initialise_from_files(mine, [path], InitialSettings(rank=2), tmp_path / "out")
+        initialise_from_files(StatisticsFiles(mine, [path]), InitialSettings(rank=2), tmp_path / "out")
     for command in (
         ["show", path],
         ["check", path],

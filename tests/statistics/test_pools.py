@@ -11,7 +11,7 @@ import torch
 from plait.adapters.peft_format import read_adapter
 from plait.cli import main
 from plait.errors import InputError, UsageError
-from plait.runs.single.start import initialise_from_files
+from plait.runs.single.start import StatisticsFiles, initialise_from_files
 from plait.statistics import collect_statistics, merge_statistics, read_statistics, write_statistics
 from plait.subspaces import compute_subspaces
 from plait.subspaces.start import InitialSettings
@@ -181,12 +181,14 @@ def test_a_pool_in_one_file(pool, tmp_path, capsys):
     assert "the same rows as in" in capsys.readouterr().err and not (tmp_path / "twice").exists()
     assert init(capsys, "--own", pool["mine"], "--others", merged, "--out", tmp_path / "a")["others"] == ["pool"]
     with pytest.raises(UsageError, match="merged from files of 'one' too"):
-        initialise_from_files(pool["one"], [merged], InitialSettings(rank=2), tmp_path / "b")
+        initialise_from_files(StatisticsFiles(pool["one"], [merged]), InitialSettings(rank=2), tmp_path / "b")
     for background, why in ((merged, "merged from files of 'one' too"), (pool["one"], "statistics of 'one' itself")):
         with pytest.raises(UsageError, match=why):
-            initialise_from_files(pool["one"], [], InitialSettings(rank=2), tmp_path / "b", background=[background])
+            initialise_from_files(
+                StatisticsFiles(pool["one"], (), [background]), InitialSettings(rank=2), tmp_path / "b"
+            )
     with pytest.raises(InputError, match="no such file"):
-        initialise_from_files(pool["one"], [], InitialSettings(), tmp_path / "b", background=[tmp_path / "none"])
+        initialise_from_files(StatisticsFiles(pool["one"], (), [tmp_path / "none"]), InitialSettings(), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

@@ -86,7 +86,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write an adapter that is ready to train, from statistics. A lies in its subspace, B is zero; no base is loaded."""
-    from plait.runs.single.start import initialise_from_files
+    from plait.runs.single.start import StatisticsFiles, initialise_from_files
     from plait.subspaces.start import InitialSettings, completion_note
 
     if not background:
@@ -96,10 +96,10 @@ def init(
 
         require_trainer(trainer, task_type)  # before anything is read
     chosen = InitialSettings(method, rank, alpha, row_norm, settings(sets), background_weight, task_type)
+    files = StatisticsFiles(own, [*(others or []), *(more or [])], background or [])
     started = initialise_from_files(
-        own, [*(others or []), *(more or [])], chosen, out, background=background or [], seed=seed, device=device,
-        overwrite=overwrite, trainer=trainer, quiet=quiet,
-    )  # fmt: skip
+        files, chosen, out, seed=seed, device=device, overwrite=overwrite, trainer=trainer, quiet=quiet
+    )
     reused = " (was there already)" if started.reused else ""
     pools = f" and background at weight {started.background_weight:g}" if started.background_weight is not None else ""
     text = f"{started.task}: {method} against {', '.join(started.others) or 'nobody'}{pools} -> {out}{reused}"
@@ -108,10 +108,10 @@ def init(
     if trainer is not None:
         from plait.training.snippets import snippet
 
-        started = replace(started, snippet=snippet(trainer, out, own=own, others=[*(others or []), *(more or [])]))
+        started = replace(started, snippet=snippet(trainer, out, own=own, others=files.others))
         text += f"\n\n{started.snippet}"
     else:
-        text += f"\n\n{_next_step(started, out, [own, *(others or []), *(more or [])])}"
+        text += f"\n\n{_next_step(started, out, [own, *files.others])}"
     emit(started, as_json, text)
 
 
@@ -137,16 +137,14 @@ def post(
     sets: Set = None, device: Device = "cpu", seed: Seed = 0, overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Move a trained adapter into its task's subspace. B is fitted again from statistics; says how much is kept."""
-    from plait.runs.single.start import move_from_files
+    from plait.runs.single.start import StatisticsFiles, move_from_files
     from plait.subspaces.start import InitialSettings
 
     if not background:
         without(context, "a post without --background", ["background_weight"])
     chosen = InitialSettings(method, rank, options=settings(sets), background_weight=background_weight)
-    everyone = [*(others or []), *(more or [])]
-    moved = move_from_files(
-        adapter, own, everyone, chosen, out, background=background or [], seed=seed, device=device, overwrite=overwrite
-    )
+    files = StatisticsFiles(own, [*(others or []), *(more or [])], background or [])
+    moved = move_from_files(adapter, files, chosen, out, seed=seed, device=device, overwrite=overwrite)
     worst, share = moved.worst_module
     kept = f"{100 * moved.energy_kept:.1f} % of the update's energy kept, least in {worst} ({100 * share:.1f} %)"
     reused = " (was there already)" if moved.reused else ""

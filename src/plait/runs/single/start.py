@@ -76,20 +76,47 @@ class Moved:
     reused: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class StatisticsFiles:
+    """The files that a task's subspace is chosen from.
+
+    Args:
+        own: Statistics of the task.
+        others: Those of the other tasks; the own file among them is left out.
+        background: Those of public text that stands for tasks nobody knows yet.
+    """
+
+    own: Path
+    others: Sequence[Path] = ()
+    background: Sequence[Path] = ()
+
+    def paths(self) -> list[Path]:
+        """Every file, the own one first."""
+        return [self.own, *self.others, *self.background]
+
+    def opened(self) -> tuple[str, dict[str, Statistics], list[Statistics]]:
+        """The task, the statistics of every task, and the background."""
+        task, statistics = read_own_and_others(self.own, self.others)
+        return task, statistics, open_background(task, self.background)
+
+    def hashes(self) -> dict[str, str]:
+        """What each file is called in the identity of a result, and its hash."""
+        own = {"own": sha256_file(self.own)}
+        return own | _of_kind("other", self.others) | _of_kind("background", self.background)
+
+
 def initialise_from_files(
-    own: Path,
-    others: Sequence[Path],
+    files: StatisticsFiles,
     settings: InitialSettings,
     out: Path,
     *,
-    background: Sequence[Path] = (),
     seed: int = 0,
     device: str = "cpu",
     overwrite: bool = False,
     trainer: str | None = None,
     quiet: bool = True,
 ) -> Started:
-    """Read statistics files, choose the subspace of the first against the rest, write the PEFT folder.
+    """Read statistics files, choose the task's subspace against the others, write the PEFT folder.
 
     `trainer`, where one is named, must be one that trains the adapter's task type; `quiet` says nothing of progress on stderr.
 
@@ -98,15 +125,13 @@ def initialise_from_files(
         InputError: A file that cannot be read, or files of different bases.
     """
     where = device_named(device)
-    require_apart(out, [own, *others, *background])
-    task, statistics = read_own_and_others(own, others)
+    require_apart(out, files.paths())
+    task, statistics, pools = files.opened()
     mine = statistics[task]
     settings = replace(settings, task_type=settings.task_type or task_type_of(mine))
     if trainer is not None:
         require_trainer(trainer, settings.task_type)
-    pools = open_background(task, background)
-    inputs = _hashes(own, others, background)
-    wanted = identity("initial", {**asdict(settings), "task": task}, inputs, seed)
+    wanted = identity("initial", {**asdict(settings), "task": task}, files.hashes(), seed)
     base, revision = str(mine.provenance.get("base", "")), mine.provenance.get("revision")
     others_named = tuple(t for t in statistics if t != task)
     started = Started(str(out.absolute()), task, base, settings.task_type, others_named, reused=True)
@@ -123,7 +148,7 @@ def initialise_from_files(
     adapter, record = made[task]
     if pools:
         weight = 1.0 if len(statistics) == 1 else settings.background_weight  # nobody else to mix it with
-        record |= {"background": tuple(p.name for p in background), "background_weight": weight}
+        record |= {"background": tuple(p.name for p in files.background), "background_weight": weight}
     with staged_folder(out, wanted, overwrite=overwrite, result=record) as folder:
         write_adapter(folder, adapter)
     return replace(started, **record, reused=False)
@@ -131,10 +156,6 @@ def initialise_from_files(
 
 def _base_of(statistics: Statistics) -> BaseModel:
     return BaseModel(str(statistics.provenance.get("base", "")), statistics.provenance.get("revision"))
-
-
-def _hashes(own: Path, others: Sequence[Path], background: Sequence[Path]) -> dict[str, str]:
-    return {"own": sha256_file(own), **_of_kind("other", others), **_of_kind("background", background)}
 
 
 def _of_kind(kind: str, files: Sequence[Path]) -> dict[str, str]:
@@ -149,12 +170,10 @@ def _of_kind(kind: str, files: Sequence[Path]) -> dict[str, str]:
 
 def move_from_files(
     folder: Path,
-    own: Path,
-    others: Sequence[Path],
+    files: StatisticsFiles,
     settings: InitialSettings,
     out: Path,
     *,
-    background: Sequence[Path] = (),
     seed: int = 0,
     device: str = "cpu",
     overwrite: bool = False,
@@ -163,24 +182,21 @@ def move_from_files(
 
     Args:
         folder: The trained adapter.
-        own: Statistics of its task; B is fitted again on them, in closed form.
-        others: Statistics of the other tasks.
+        files: Statistics of its task, on which B is fitted again in closed form, and of the others.
         settings: Method, rank, options, background's weight; alpha, task type and targets are the adapter's own.
         out: The folder to write.
-        background: Statistics of public text that stand for tasks nobody knows yet.
         seed: Of methods that draw at random.
         device: Where the subspace is sought.
         overwrite: Replace what stands there.
     """
     where = device_named(device)
-    require_apart(out, [folder, own, *others, *background])
+    require_apart(out, [folder, *files.paths()])
     adapter = read_adapter(folder)
-    task, statistics = read_own_and_others(own, others)
-    pools = open_background(task, background)
+    task, statistics, pools = files.opened()
     options: dict[str, Any] = {"method": settings.method, "rank": settings.rank, "options": dict(settings.options)}
-    if background:
+    if pools:
         options["background_weight"] = settings.background_weight
-    inputs = {"adapter": adapter.source["sha256"], **_hashes(own, others, background)}
+    inputs = {"adapter": adapter.source["sha256"], **files.hashes()}
     wanted = identity("post", options, inputs, seed)
     if is_done(out, wanted, overwrite=overwrite):
         moved = from_json(Moved, (read_manifest(out) or {})["result"], str(out))
