@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from dataclasses import replace
 
 import pytest
-from benchmarks.browser import SCHEMES, WIDTHS, chromium, started
+from benchmarks.browser import SCHEMES, WIDTHS
 
-from plait.report.account import account_of
-from plait.report.comparison import compare_runs
-from plait.report.comparison_page import comparison_document
-from plait.report.page import document_of
-from plait.report.render import render_html
+from tests.report.conftest import needs_browser
 
-LACKING = [
-    what
-    for what, is_there in {
-        "no chromium (apt-get install chromium, or PLAIT_CHROMIUM=...)": chromium() is not None,
-        "no playwright (pip install 'plait[test]')": importlib.util.find_spec("playwright") is not None,
-    }.items()
-    if not is_there
-]
-pytestmark = pytest.mark.skipif(bool(LACKING), reason="; ".join(LACKING))
+pytestmark = needs_browser
 SMALLEST = 9.5  # pixels of the smallest letters
 # Texts of a page that lie over each other, or beyond the cell they stand in; whatever is clipped for the eye is left out.
 COLLISIONS = """() => {
@@ -31,7 +17,7 @@ COLLISIONS = """() => {
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const node = walk.currentNode, parent = node.parentElement;
-    if (!node.data.trim() || parent.closest("caption, title, script, style") || !parent.checkVisibility()) continue;
+    if (!node.data.trim() || parent.closest("caption, .unseen, title, script, style") || !parent.checkVisibility()) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
     for (const r of range.getClientRects()) if (r.width > 1) boxes.push([node, r]);
@@ -51,56 +37,6 @@ SMALL_LETTERS = f"""() => [...document.querySelectorAll("body *")].filter(e => e
     const scale = e.ownerSVGElement ? e.ownerSVGElement.getScreenCTM().a : 1;
     return [parseFloat(getComputedStyle(e).fontSize) * scale, e.textContent];
   }}).filter(([size]) => size < {SMALLEST})"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with started() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pages(study_done, tmp_path_factory):
-    """A page of a small study, one of eleven tasks with maps, and one of two runs: name -> file."""
-    folder, account = tmp_path_factory.mktemp("pages"), account_of(study_done)
-    names = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "snli", "banking77", "clinc_domain"]
-    measured, tasks = next(iter(account.measured.values())), account.tasks
-    wide = replace(
-        account,
-        measured=dict.fromkeys(names, measured),
-        tasks=[replace(t, task=n) for n in names for t in tasks if t.task == tasks[0].task],
-        interference={
-            a: {i: {j: 0.1 + 0.2 * (i == j) for j in names} for i in names} for a in ("kaiming", "orthonormal")
-        },
-    )
-    files = {}
-    two = comparison_document(compare_runs(study_done.out, study_done.out))
-    for name, document in {"small": document_of(account), "wide": document_of(wide), "two runs": two}.items():
-        files[name] = folder / f"{name}.html"
-        files[name].write_text(render_html(document), encoding="utf-8")
-    return files
-
-
-@pytest.fixture
-def opened(browser, pages):
-    """opened("wide", 400, "dark") -> the page and what it complained of."""
-    contexts = []
-
-    def get(name="small", width=900, scheme="light"):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
-        page, said = contexts[-1].new_page(), []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on(
-            "request",
-            lambda request: said.append(request.url) if not request.url.startswith(("file:", "data:")) else None,
-        )
-        page.goto(pages[name].as_uri())
-        return page, said
-
-    yield get
-    for context in contexts:
-        context.close()
 
 
 VIEWS = [("small", w, s) for w in WIDTHS for s in SCHEMES] + [("wide", w, s) for w in WIDTHS for s in SCHEMES]
@@ -128,7 +64,7 @@ def test_a_page_fits_its_window_and_says_nothing_to_the_console(opened, name, wi
 def test_collisions_are_seen(opened):
     page, _ = opened()
     page.evaluate("""() => {
-      const [head, link] = ["h2", "nav a"].map(name => document.querySelector(name));
+      const [head, link] = ["h2:not(.unseen)", "nav a"].map(name => document.querySelector(name));
       head.style.transform = `translateY(${link.getBoundingClientRect().top - head.getBoundingClientRect().top}px)`;
       for (const cell of document.querySelectorAll("table th, table td")) cell.style.cssText = "max-width: 5px; white-space: nowrap";
     }""")

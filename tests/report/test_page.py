@@ -19,6 +19,7 @@ from plait.report.account import account_of
 from plait.report.figures import figures_of
 from plait.report.grid import grid_table, heat_tables
 from plait.report.page import document_of
+from plait.report.remarks import Remark
 from plait.report.render import linked, render_html, render_markdown
 from plait.report.table import LEARNED, rows_of
 from plait.report.words import Cell
@@ -66,7 +67,8 @@ def test_names_from_outside_are_text(account):
     best = [replace(b, arm=HOSTILE, merges=dict.fromkeys("AB", HOSTILE), worst=HOSTILE) for b in account.best]
     recipe = account.recipe.model_copy(update={"name": HOSTILE, "description": HOSTILE})
     hostile = replace(
-        account, recipe=recipe, rows=rows, best=best, about={"command": HOSTILE}, notes=[HOSTILE],
+        account, recipe=recipe, rows=rows, best=best, about={"command": HOSTILE},
+        remarks=[Remark(HOSTILE, [HOSTILE, HOSTILE])], loading=HOSTILE,
         tasks=[replace(t, arm=HOSTILE) for t in account.tasks], curves=[replace(c, arm=HOSTILE) for c in account.curves],
         scales=[replace(c, arm=HOSTILE, merge=HOSTILE) for c in account.scales], reference=HOSTILE,
         references=[replace(r, arm=HOSTILE) for r in account.references], sweep=[{**r, "arm": HOSTILE} for r in account.sweep],

@@ -69,7 +69,7 @@ def test_curves_go_over_the_scales_that_were_asked_for(plain_run):
     assert account.scales == [] and {x for c in account.curves for x, _ in c.points} == {0.3, 0.5, 1.0}
     edges = [r for r in account.rows if r.edge]
     assert all(set(r.scales) & {0.3, 1.0} for r in edges)
-    assert bool(edges) == any("edge of its grid" in n for n in account.notes)
+    assert bool(edges) == any("edge of its grid" in r.first for r in account.remarks)
 
 
 def test_without_resamples_there_are_no_intervals(plain_run, tmp_path):

@@ -91,6 +91,18 @@ def usage(contents: CardContents, name: str, loader: str = "") -> str:
     return _without_head(contents, name)
 
 
+def loading(contents: CardContents, place: str, seen: str) -> str:
+    """Give the lines of Python alone that load an adapter folder, for where it is seen from elsewhere.
+
+    Args:
+        contents: What lies in it.
+        place: Its path, as the lines name it.
+        seen: From where that path is right, which stands beside it.
+    """
+    code = usage(contents, place).partition("```python\n")[2].partition("\n```")[0]
+    return code.replace(_PLACE.format(what="adapter", place=place), f"adapter = {place!r}  # {seen}")
+
+
 def _block(lines: list[str], language: str = "python") -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from plait.disk.manifest import MANIFEST
+from plait.disk.card_contents import contents_of
+from plait.disk.card_usage import loading
 from plait.disk.store import read_manifest, versions
 from plait.options import require_known
 from plait.recipes.recipe import Recipe
@@ -16,15 +18,14 @@ from plait.report.colours import PALETTE, ranked_arms
 from plait.report.inference import Inference, Interval, Spread, infer
 from plait.report.matched import Matched, Swept, matched_rows
 from plait.report.predictors import Predictor, predictors
+from plait.report.remarks import Remark, remarks_of
 from plait.report.table import LEARNED, ReferenceRow, Row, alone_unit, mean, references, rows_of, task_means
+from plait.runs.folder import published
 from plait.runs.journal import about_runs
 from plait.runs.layout import Layout
-from plait.runs.lengths import sentences
 from plait.runs.stages import splits
-from plait.runs.unit_records import completed_rows
 from plait.runs.units import FEATURES
 from plait.runs.waves import Choice, chosen, result, sweep_units, swept
-from plait.subspaces.start import completion_note
 
 __all__ = ["Account", "Measured", "TaskRow", "account_of"]
 BEST = "best"  # the folder of the best merge
@@ -88,9 +89,11 @@ class Account:
         scales: Scores around the chosen scales; `curves`: over the scales themselves.
         interference: Arm -> adapter's task -> other task -> predicted shift, where adapters and statistics are still there.
         undefined: Sentences about seeds in which recovered is not defined.
-        notes: Sentences about what a reader should know of the results.
+        remarks: What a reader should know of the results.
         heads: Whether tasks have heads.
         best_folder: What the manifest of the best merge says, where it was written.
+        best_place: The folder of the best merge, as a reader finds it: from where the page is made, or from the folder that holds the run.
+        loading: Lines of Python that load it from there; "" where it was not written.
     """
 
     recipe: Recipe
@@ -111,9 +114,11 @@ class Account:
     curves: Sequence[Curve]
     interference: Mapping[str, Shifts]
     undefined: Sequence[str]
-    notes: Sequence[str]
+    remarks: Sequence[Remark]
     heads: bool
     best_folder: Mapping[str, Any] | None
+    best_place: str
+    loading: str
 
     @property
     def plain_rows(self) -> list[Row]:
@@ -158,6 +163,7 @@ def account_of(layout: Layout, *, about: Mapping[str, str] | None = None, agains
     plain = [r for r in rows if not r.variant]
     best, compared_with = best_rows(plain), references(layout)
     shown = ranked_arms(main, [b.arm for b in best])[: len(PALETTE)]
+    best_folder = layout.out.resolve() / BEST
     return Account(
         recipe=recipe,
         about={**about_runs(layout.out), **(about or {}), **versions()},
@@ -177,9 +183,11 @@ def account_of(layout: Layout, *, about: Mapping[str, str] | None = None, agains
         curves=grid_curves(layout, best, merges),
         interference=_interference(layout, shown),
         undefined=_undefined(rows),
-        notes=[*_edges(plain), *_completed(layout), *_cut(layout)],
+        remarks=remarks_of(layout, plain),
         heads=any(t.kind in ("classification", "regression") for t in layout.tasks.values()),
-        best_folder=(read_manifest(layout.out / BEST) or {}).get("result") if (layout.out / BEST).is_dir() else None,
+        best_folder=(read_manifest(best_folder) or {}).get("result") if best_folder.is_dir() else None,
+        best_place=_place_of(best_folder)[0],
+        loading=_loading(best_folder, recipe.base.model),
     )
 
 
@@ -228,33 +236,23 @@ def _undefined(rows: Sequence[Row]) -> list[str]:
         if math.isnan(r.recovered):
             where = f"seed {r.seed}" + (f" of ablation {r.variant}" if r.variant else "")
             sentences[where] = (
-                f"{where}: adapters alone reach {r.plain:.1f}, the floor is {r.floor:.1f}; a share of a gain below"
+                f"{where}: adapters alone reach {r.plain:z.1f}, the floor is {r.floor:z.1f}; a share of a gain below"
                 f" {LEARNED:g} point is not reported."
             )
     return [text[0].upper() + text[1:] for text in sentences.values()]
 
 
-def _edges(rows: Sequence[Row]) -> list[str]:
-    """Say which chosen scales lie on the edge of what was tried."""
-    edges = list(dict.fromkeys(f"{r.arm} under {r.method}" for r in rows if r.edge))
-    return (
-        [f"The best scale lies on the edge of its grid, which may be too narrow: {', '.join(edges)}."] if edges else []
-    )
+def _place_of(best: Path) -> tuple[str, str]:
+    """Give the path by which a reader finds the best merge, and from where: the folder this is called in, if that holds it."""
+    here = Path.cwd()
+    if here in best.parents:
+        return best.relative_to(here).as_posix(), "seen from where this page was made"
+    return f"{best.parent.name}/{best.name}", f"seen from the folder that holds {best.parent.name}"
 
 
-def _completed(layout: Layout) -> list[str]:
-    """Say which adapters of the first seed start from rows that their subspace method had to complete."""
-    notes = []
-    for arm in (a for a in layout.recipe.arm_specs if not a.snapshot):
-        unit = alone_unit(arm.name, chosen(layout, arm), layout.recipe.seeds[0])
-        folder = layout.path(layout.trained_by(unit))
-        for task in layout.tasks:
-            manifest = read_manifest(folder / task) if folder.is_dir() else None
-            if rows := completed_rows(dict(manifest or {}), str(folder / task / MANIFEST)):
-                notes.append(f"{arm.name}, {completion_note(task, rows)}.")
-    return notes
-
-
-def _cut(layout: Layout) -> list[str]:
-    """Say of which tasks rows are longer than they may be: nobody read what was cut."""
-    return [f"{text[0].upper()}{text[1:]}." for text in sentences(layout.cuts, layout.tasks)]
+def _loading(best: Path, base: str) -> str:
+    """Give the lines that load the best merge, which are those of its card."""
+    contents = contents_of(best) if best.is_dir() else None
+    if contents is None:
+        return ""
+    return loading(replace(contents, base_called=published(base) or contents.base_called), *_place_of(best))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["charts_of"]
 _FAR = 4.1  # multiples of the chosen scale beyond this say nothing of a slip
-_LINES = {"joint training": "dashed", "best single adapter": "dotted"}
+_LINES = {"joint training": "dashed", "best single adapter": "dashdot"}
 
 
 def charts_of(account: Account, slots: Mapping[str, int]) -> dict[str, Markup]:

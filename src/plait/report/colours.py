@@ -7,19 +7,12 @@ from collections.abc import Sequence
 
 from plait.recipes.sections import PLAIN_ARMS
 
-__all__ = ["DARK", "PALETTE", "REST", "ranked_arms", "slots_of"]
+__all__ = ["DARK", "LIGHT", "PALETTE", "REST", "ranked_arms", "slots_of"]
 # Okabe & Ito's palette: told apart with any colour vision.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000")
-DARK = (
-    "#5aaeff",
-    "#ff8a4c",
-    "#2dd4a0",
-    "#f0a0cf",
-    "#ffc04d",
-    "#8fd8ff",
-    "#f2f2f2",
-    "#d8cc3a",
-)  # the same on a dark page
+# The same for the page's own charts, where every colour stands out from the paper (3:1) and from the others with any colour vision.
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a48044", "#0036b7", "#000000", "#2b3700")
+DARK = ("#5aaeff", "#ff8a4c", "#2dd4a0", "#f0a0cf", "#bd9573", "#0a889e", "#f2f2f2", "#fcd902")
 REST = "#c8c8c8"  # arms without a colour of their own
 # The arms that shipped recipes and published studies have most: their places in the palette.
 _OWN = {

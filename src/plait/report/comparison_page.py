@@ -88,8 +88,8 @@ def verdict_on(compared: TwoRuns) -> Verdict:
     a, b = (side.best[0] for side in compared.sides)
     sure = f" (95 % interval {_between(best.interval)})" if best.interval else ""
     text = (
-        f"The best of B, `{b.arm}` under {' / '.join(dict.fromkeys(b.merges.values()))}, scores {best.second:.1f} in the mean;"
-        f" the best of A, `{a.arm}` under {' / '.join(dict.fromkeys(a.merges.values()))}, {best.first:.1f}:"
+        f"The best of B, `{b.arm}` under {' / '.join(dict.fromkeys(b.merges.values()))}, scores {best.second:z.1f} in the mean;"
+        f" the best of A, `{a.arm}` under {' / '.join(dict.fromkeys(a.merges.values()))}, {best.first:z.1f}:"
         f" **{signed(best.difference)} points**{sure}."
     )
     better = "B" if best.difference > 0 else "A"
@@ -115,7 +115,7 @@ def _drawn(compared: TwoRuns) -> str:
 
 
 def _between(interval: Interval | None) -> str:
-    return f"{interval[0]:+.1f} to {interval[1]:+.1f}" if interval else ""
+    return f"{interval[0]:+z.1f} to {interval[1]:+z.1f}" if interval else ""
 
 
 def _best_table(compared: TwoRuns) -> Table:
@@ -126,7 +126,7 @@ def _best_table(compared: TwoRuns) -> Table:
         merges = " / ".join(dict.fromkeys(b.merges.values()))
         shares = (percent(b.mean_recovered), percent(mean(b.recovered_of_own)))
         worst = f"{b.worst} {signed(b.worst_task)}"
-        scores = (f"{b.individual:.1f}", f"{mean(b.merged):.1f}")
+        scores = (f"{b.individual:z.1f}", f"{mean(b.merged):z.1f}")
         rows.append((Cell(name, side.name), f"`{b.arm}`", merges, *scores, *shares, worst, str(len(b.seeds))))
     return Table(header, rows, caption="Each run's best arm under its best merge, on all of its tasks.", kind="wide")
 
@@ -140,7 +140,7 @@ def _task_table(compared: TwoRuns) -> Table:
     for c in compared.changes:
         each = (cell(c.tasks[t], c.intervals[t]) for t in compared.tasks)
         whose = Cell("best of each") if c is compared.changes[0] else Cell(f"`{c.arm}`", c.merge)
-        rows.append([whose, f"{c.first:.1f}", f"{c.second:.1f}", cell(c.difference, c.interval), *each])
+        rows.append([whose, f"{c.first:z.1f}", f"{c.second:z.1f}", cell(c.difference, c.interval), *each])
     header: list[str | Cell] = [
         "arm, merge",
         Cell("A", "mean"),

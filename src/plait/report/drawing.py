@@ -15,10 +15,24 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 __all__ = ["Dot", "Line", "Mark", "Panel", "colour_of", "dots_of", "panels_of", "room_for"]
+Point = tuple[float, float]
 _WIDTH, _HEIGHT = 340.0, 240.0  # of a panel: about the pixels it has on the page, so that letters keep their size
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 14.0, 10.0, 42.0  # what axes take of it
+_RADIUS = 3.6  # of a mark at a point
+# The form of an arm's marks, by its place in the palette, so that curves are told apart without their colours: corners, in radii.
+_FORMS: Sequence[Sequence[Point]] = (
+    (),  # a disc
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    ((0, -1.3), (1.2, 0.85), (-1.2, 0.85)),
+    ((0, -1.4), (1.1, 0), (0, 1.4), (-1.1, 0)),
+    ((0, 1.3), (1.2, -0.85), (-1.2, -0.85)),
+    ((-1.3, -0.4), (-0.4, -0.4), (-0.4, -1.3), (0.4, -1.3), (0.4, -0.4), (1.3, -0.4), (1.3, 0.4), (0.4, 0.4), (0.4, 1.3),
+     (-0.4, 1.3), (-0.4, 0.4), (-1.3, 0.4)),
+    ((-1.1, -0.5), (-0.5, -1.1), (0, -0.6), (0.5, -1.1), (1.1, -0.5), (0.6, 0), (1.1, 0.5), (0.5, 1.1), (0, 0.6), (-0.5, 1.1),
+     (-1.1, 0.5), (-0.6, 0)),
+    ((-0.55, -1.3), (0.55, -1.3), (0.55, 1.3), (-0.55, 1.3)),
+)  # fmt: skip
 _LETTER = 7.5  # width of a letter of a tick's label, at most
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,7 @@ class Mark:
     Args:
         label: Its name in the legend.
         value: Its place; one that is NaN is left out.
-        style: "solid", "dashed", "dotted" or "floor".
+        style: "solid", "dashed", "dashdot" or "floor".
     """
 
     label: str
@@ -151,8 +165,8 @@ def dots_of(dots: Sequence[Dot], marks: Sequence[Mark], what: str, slots: Mappin
 def _row(dot: Dot, shapes: Markup, slots: Mapping[str, int]) -> Markup:
     from markupsafe import Markup
 
-    text = f"{dot.value:.0f}" if math.isfinite(dot.value) else "–"
-    sure = f"{dot.interval[0]:.0f} to {dot.interval[1]:.0f}" if dot.interval else ""
+    text = f"{dot.value:z.0f}" if math.isfinite(dot.value) else "–"
+    sure = f"{dot.interval[0]:z.0f} to {dot.interval[1]:z.0f}" if dot.interval else ""
     title = f"{dot.arm}, {dot.label}: {text}" + (f", 95 % interval {sure}" if sure else "")
     return Markup(
         '<div class="row"><div class="name"><code>{}</code> <small>{}</small></div><div class="plot"><svg class="strip {}" role="img"'
@@ -170,9 +184,9 @@ def panels_of(panels: Sequence[Panel], slots: Mapping[str, int]) -> Markup:
     from markupsafe import Markup
 
     arms = sorted({ln.arm for p in panels for ln in p.lines}, key=lambda a: (slots.get(a, len(slots)), a))
-    key = Markup('<li class="{}"><i></i>{}</li>')
-    keys = [key.format(colour_of(a, slots), a) for a in arms if a in slots]
-    keys += [key.format("rest", "other arms")] if len(keys) < len(arms) else []
+    key = Markup('<li class="line {}"><svg class="key" viewBox="-6 -6 12 12" aria-hidden="true">{}</svg>{}</li>')
+    keys = [key.format(colour_of(a, slots), _mark(slots[a], (0.0, 0.0)), a) for a in arms if a in slots]
+    keys += [key.format("rest", Markup('<polyline points="-6,0 6,0"/>'), "other arms")] if len(keys) < len(arms) else []
     figure = Markup("<figure><figcaption>{}</figcaption>{}</figure>")
     drawn = [figure.format(p.title, _panel(p, slots)) for p in panels]
     return Markup('<ul class="legend">{}</ul><div class="panels">{}</div>').format(
@@ -209,10 +223,10 @@ def _panel(panel: Panel, slots: Mapping[str, int]) -> Markup:
     for ln in sorted(panel.lines, key=lambda ln: ln.arm in slots):
         spots = [(across(x), down(y)) for x, y in ln.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        circles = Markup("").join(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.5"/>').format(*s) for s in spots)
+        marks = Markup("").join(_mark(slots[ln.arm], s) for s in spots) if ln.arm in slots else ""
         shapes.append(
             Markup('<g class="line {}{}"><title>{}</title><polyline points="{}"/>{}</g>').format(
-                colour_of(ln.arm, slots), " dashed" * ln.dashed, _read_out(ln), path, circles
+                colour_of(ln.arm, slots), " dashed" * ln.dashed, _read_out(ln), path, marks
             )
         )
     title = f"{panel.title}: {panel.y} over {panel.x}. " + "; ".join(map(_read_out, panel.lines))
@@ -222,6 +236,17 @@ def _panel(panel: Panel, slots: Mapping[str, int]) -> Markup:
     return Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}"><title>{}</title>{}{}</svg>').format(
         _WIDTH, _HEIGHT, title, title, Markup("").join(shapes), names
     )
+
+
+def _mark(slot: int, spot: Point) -> Markup:
+    """The mark of an arm's place in the palette, at a point."""
+    from markupsafe import Markup
+
+    x, y = spot
+    if not (form := _FORMS[slot % len(_FORMS)]):
+        return Markup('<circle class="point" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(x, y, _RADIUS)
+    corners = " ".join(f"{x + _RADIUS * across:.1f},{y + _RADIUS * down:.1f}" for across, down in form)
+    return Markup('<polygon class="point" points="{}"/>').format(corners)
 
 
 def _read_out(line: Line) -> str:

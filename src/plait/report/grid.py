@@ -17,7 +17,7 @@ _ROOMY = 6  # tasks whose metric and rows have room at the head of a column
 _DECADES = 1e4  # between the palest and the deepest colour of a map, at most
 GRID_NOTE = (
     "Rows *alone*: each task by the arm's own adapter; *floor*: by the base with the arm's heads and no adapter. Orange: points"
-    f" lost against the arm's own adapter, blue: points won; deepest from {_DEEPEST:.0f} points on. `*`: a scale on the edge of"
+    f" lost against the arm's own adapter, blue: points won; deepest from {_DEEPEST:z.0f} points on. `*`: a scale on the edge of"
     " what was tried."
 )
 
@@ -61,8 +61,8 @@ def grid_table(account: Account) -> Table:
             rows.append([Cell(f"`{arm}`", merge), *_shares(account, of), *cells, _scales(of)])
         for kind in ("alone", "floor"):
             values = [getattr(mine[t], kind) if t in mine else None for t in tasks]
-            texts = [NONE if v is None else f"{v:.1f}" for v in values]
-            score = f"{mean(v for v in values if v is not None):.1f}"
+            texts = [NONE if v is None else f"{v:z.1f}" for v in values]
+            score = f"{mean(v for v in values if v is not None):z.1f}"
             rows.append([Cell(f"`{arm}`", kind), NONE, NONE, score, *texts, NONE])
             shares.append(-math.inf)
     best = frozenset({max(range(len(shares)), key=lambda i: shares[i])}) if shares else frozenset()
@@ -83,7 +83,7 @@ def _shares(account: Account, rows: Sequence[Row]) -> tuple[Cell, Cell, Cell]:
     return (
         Cell(percent(share), f"± {percent(spread.recovered)}" if spread.recovered else "", key=_key(share)),
         Cell(percent(own), key=_key(own)),
-        Cell(f"{score:.1f}", f"± {spread.merged:.1f}" if spread.merged else "", key=score),
+        Cell(f"{score:z.1f}", f"± {spread.merged:z.1f}" if spread.merged else "", key=score),
     )
 
 
@@ -96,8 +96,8 @@ def _merged(task: TaskRow | None, merge: str) -> Cell | str:
         return NONE
     interval = task.intervals.get(merge)
     change = (score - task.alone) / _DEEPEST
-    note = f"{interval[0]:.1f}–{interval[1]:.1f}" if interval else ""
-    return Cell(f"{score:.1f}", note, max(-1.0, min(1.0, change)), score)
+    note = f"{interval[0]:z.1f}–{interval[1]:z.1f}" if interval else ""
+    return Cell(f"{score:z.1f}", note, max(-1.0, min(1.0, change)), score)
 
 
 def _scales(rows: Sequence[Row]) -> Cell:
@@ -134,4 +134,4 @@ def heat_tables(shifts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list
 
 
 def _shift(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.1g}"
+    return f"{value:z.2f}" if value >= 0.1 else f"{value:.1g}"

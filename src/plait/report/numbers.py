@@ -70,7 +70,7 @@ def report_tables(account: Account) -> dict[str, Any]:
         "schema": SCHEMA,
         "headline": asdict(headline_of(account)),
         "reference": account.reference,
-        "notes": list(account.notes),
+        "notes": [sentence for remark in account.remarks for sentence in remark.each],
         "measured": finite({task: asdict(m) for task, m in account.measured.items()}),
         **published_tables(account),
         "tasks": finite([asdict(t) for t in account.tasks], 6),

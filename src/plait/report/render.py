@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.report.colours import DARK, PALETTE
+from plait.report.colours import DARK, LIGHT
 from plait.report.words import NONE, Cell, Section, Table, Verdict
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def _style(environment: Environment) -> str:
     """Fill the style sheet: the palette, light and dark, and a class for each of its places."""
 
     def palette(colours: Sequence[str]) -> str:
-        return "  " + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(colours)) + " --rest: #8d939c;"
+        return "  " + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(colours)) + " --rest: #868c95;"
 
-    arms = " ".join(f".c{i} {{ --c: var(--c{i}); }}" for i in range(len(PALETTE))) + " .rest { --c: var(--rest); }"
-    return environment.get_template("page.css").render(light=palette(PALETTE), dark=palette(DARK), arms=arms)
+    arms = " ".join(f".c{i} {{ --c: var(--c{i}); }}" for i in range(len(LIGHT))) + " .rest { --c: var(--rest); }"
+    return environment.get_template("page.css").render(light=palette(LIGHT), dark=palette(DARK), arms=arms)
 
 
 _NUMBER = re.compile(r"[\d+-]")  # how a cell begins that is a number

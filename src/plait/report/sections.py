@@ -16,6 +16,7 @@ from plait.recipes.sections import PLAIN_ARMS
 from plait.report.account import Account
 from plait.report.grid import grid_table, heat_tables, merge_table
 from plait.report.inference import MARGIN, Comparison
+from plait.report.remarks import ONE_BY_ONE
 from plait.report.sweep_sections import matched_section, sweep_section
 from plait.report.table import mean
 from plait.report.words import NONE, Cell, Section, Table, between, percent, points
@@ -65,9 +66,10 @@ def sections_of(account: Account) -> list[Section]:
         Section(
             "What the statistics predict", _SHIFTS if account.interference else "", heat_tables(account.interference)
         ),
+        Section(ONE_BY_ONE, "", notes=[text for r in account.remarks if len(r.each) > 1 for text in r.each]),
         Section("What the words mean", "", terms=_terms(account)),
     ]
-    return [s for s in sections if any(t.rows for t in s.tables) or s.terms or (s.text and not s.tables)]
+    return [s for s in sections if any(t.rows for t in s.tables) or s.terms or s.notes or (s.text and not s.tables)]
 
 
 _SCALES = (
@@ -98,7 +100,7 @@ def _terms(account: Account) -> list[tuple[str, str]]:
     floor = mean(r.floor for r in account.plain_rows)
     terms = [
         ("arm", "a way of starting A and of training the adapters."),
-        ("floor", f"the base with the task heads and no adapter: {floor:.1f} in the mean over tasks."),
+        ("floor", f"the base with the task heads and no adapter: {floor:z.1f} in the mean over tasks."),
         ("alone, single", "the arm's own adapters, each on its task."),
         ("merged", "one adapter for all tasks, made of the arm's adapters."),
         ("recovered", f"(merged - floor) / (alone - floor), the adapters alone being {alone}, the same for all arms."),
@@ -131,12 +133,12 @@ def _best(account: Account) -> Section:
                 f"`{b.arm}`",
                 " / ".join(dict.fromkeys(b.merges.values())),
                 f"{b.lr:g}" + (f", step {b.step}" if b.step else ""),
-                f"{b.individual:.1f}",
-                f"{mean(b.merged):.1f}",
+                f"{b.individual:z.1f}",
+                f"{mean(b.merged):z.1f}",
                 Cell(f"{percent(share)}{spread}", key=share) if math.isfinite(share) else NONE,
                 f"{percent(interval[0])} to {percent(interval[1])}" if interval else NONE,
                 percent(mean(b.recovered_of_own)),
-                Cell(f"{b.worst} {b.worst_task:+.0f}", key=b.worst_task),
+                Cell(f"{b.worst} {b.worst_task:+z.0f}", key=b.worst_task),
                 " / ".join(points(r) for r in (b.regret_half, b.regret_double)),
                 "*" if b.edge else "",
                 str(len(b.seeds)),
@@ -164,14 +166,14 @@ def _references(account: Account) -> Table:
     for name, arm in dict.fromkeys((r.reference, r.arm) for r in account.references):
         mine = [r for r in account.references if (r.reference, r.arm) == (name, arm)]
         share = percent(mean(r.recovered for r in mine))
-        lines.append((name, f"`{arm}`", f"{mean(r.score for r in mine):.1f}", share, str(len(mine))))
+        lines.append((name, f"`{arm}`", f"{mean(r.score for r in mine):z.1f}", share, str(len(mine))))
     return Table(("reference", "arm", "score", "recovered, %", "seeds"), lines)
 
 
 def _comparisons_text(account: Account) -> str:
     text = (
         f"Differences of recovered, in points; {account.resamples} resamples of seeds, tasks and examples, paired; p"
-        f" Holm-corrected within a merge; *equivalent*: within ± {100 * MARGIN:.0f} points by two one-sided tests at 5 %;"
+        f" Holm-corrected within a merge; *equivalent*: within ± {100 * MARGIN:z.0f} points by two one-sided tests at 5 %;"
         " *detectable*: found with power 0.8. *Here*: the tasks are not resampled, which says what holds of these very tasks"
         " and no others."
     )
@@ -183,8 +185,8 @@ def _comparisons(compared: Sequence[Comparison]) -> Table:
     header = ("merge", "arms", "difference", "95 % interval", "p (Holm)", "equivalent", "detectable", "here")
     lines = [
         (
-            c.merge, f"`{c.arm}` - `{c.other}`", percent(c.difference, "+.1f"), between(c.low, c.high), _p(c.p_holm),
-            {True: "yes", False: "no", None: NONE}[c.equivalent], percent(c.detectable, ".1f"),
+            c.merge, f"`{c.arm}` - `{c.other}`", percent(c.difference, "+z.1f"), between(c.low, c.high), _p(c.p_holm),
+            {True: "yes", False: "no", None: NONE}[c.equivalent], percent(c.detectable, "z.1f"),
             between(c.low_here, c.high_here), _p(c.p_here),
         )
         for c in compared
@@ -193,12 +195,12 @@ def _comparisons(compared: Sequence[Comparison]) -> Table:
 
 
 def _p(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}"
+    return NONE if value is None else f"{value:z.3f}"
 
 
 def _ablations(account: Account) -> Table:
     lines = [
-        (r.variant, f"`{r.arm}`", r.method, f"{r.individual:.1f}", f"{r.merged:.1f}", percent(r.recovered))
+        (r.variant, f"`{r.arm}`", r.method, f"{r.individual:z.1f}", f"{r.merged:z.1f}", percent(r.recovered))
         for r in account.rows
         if r.variant
     ]
@@ -207,7 +209,7 @@ def _ablations(account: Account) -> Table:
 
 def _predictors(account: Account) -> Table:
     def shown(value: float | None) -> str:
-        return NONE if value is None else f"{value:.2f}"
+        return NONE if value is None else f"{value:z.2f}"
 
     lines = [
         (p.method, p.feature, str(p.n), shown(p.spearman), shown(p.r2_task), shown(p.r2_arm))

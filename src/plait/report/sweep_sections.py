@@ -38,8 +38,8 @@ def _swept_table(sweep: Sequence[Swept]) -> Table:
             lines.append((*place, "diverged", NONE, NONE, NONE))
             continue
         best = max(r["merged"], key=lambda m: r["merged"][m]) if r["merged"] else None
-        merged = (f"{r['merged'][best]:.1f}", best) if best else (NONE, NONE)
-        lines.append((*place, f"{r['alone']:.1f}", f"{r['delta_norm']:.2f}", *merged))
+        merged = (f"{r['merged'][best]:z.1f}", best) if best else (NONE, NONE)
+        lines.append((*place, f"{r['alone']:z.1f}", f"{r['delta_norm']:z.2f}", *merged))
     note = "*diverged*: a loss became NaN or infinite; such a rate is never chosen."
     header = ("arm", "lr", "step", "alone", "delta norm", "merged", "by")
     return Table(header, lines, note if any("diverged" in r for r in sweep) else "")
@@ -59,7 +59,7 @@ def _matched_table(matched: Sequence[Matched]) -> Table:
         for kind in kinds:
             mine = {r.merge: r for r in matched if (r.arm, r.matched) == (arm, kind)}
             at, of = mine[merges[0]].at, mine[merges[0]].of
-            ends = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (at[:1] + at[-1:])))
+            ends = " to ".join(dict.fromkeys(f"{x:z.1f}" for x in (at[:1] + at[-1:])))
             cells.append(f"{ends} ({len(at)} of {of})" if at else "no overlap")
             cells += [NONE if (d := mine[m].difference) is None else signed(d) for m in merges]
         lines.append(tuple(cells))

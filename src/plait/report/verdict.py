@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 from plait.border.counts import plural
 from plait.recipes.sections import PLAIN_ARMS
-from plait.report.account import BEST, Account
+from plait.report.account import Account
 from plait.report.best import Best
 from plait.report.table import LEARNED, mean
 from plait.report.words import NONE, Verdict, percent, signed
-from plait.runs.folder import published
 
 __all__ = ["verdict_of"]
 _STABLE = 5  # seeds from which on a mean is called one without a remark
@@ -27,14 +26,13 @@ def verdict_of(account: Account) -> Verdict:
         ("mean score", _scores(account, first)),
     ]
     if others := _others(account, first):
-        facts.append(("next to it", others))
+        facts.append(("beside it", others))
     if account.best_folder is not None:
         facts.append(("where it lies", _folder(account)))
-    notes = [*_remarks(account), *account.notes]
-    code = _code(account)
+    notes = [*_remarks(account), *(remark.first for remark in account.remarks)]
     if not math.isfinite(first.mean_recovered):
         text = f"**Not defined here**: recovered, and what is derived from it, stays empty ({NONE})."
-        return Verdict(NONE, "not defined", " ".join([text, *account.undefined]), facts, code, notes)
+        return Verdict(NONE, "not defined", " ".join([text, *account.undefined]), facts, account.loading, notes)
     notes += account.undefined  # of ablations: the study itself has its shares
     interval = account.inference.intervals.get(first.arm)
     sure = f" (95 % interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
@@ -45,7 +43,14 @@ def verdict_of(account: Account) -> Verdict:
         f"{one} in place of {tasks} keeps **{share} %**{sure} of what {whose} alone: the best of"
         f" {plural(len(account.best), 'arm')} is `{first.arm}`, under {_merges(first)}."
     )
-    return Verdict(f"{share} %", f"kept by one adapter of {tasks}", text, facts, code, notes)
+    return Verdict(
+        f"{share} %",
+        f"kept by one adapter in place of {tasks}" if tasks > 1 else "kept by the merged adapter",
+        text,
+        facts,
+        account.loading,
+        notes,
+    )
 
 
 def _merges(best: Best) -> str:
@@ -62,8 +67,8 @@ def _merge(account: Account, first: Best) -> str:
 def _scores(account: Account, first: Best) -> str:
     plain = mean(first.plain)
     return (
-        f"{mean(first.merged):.1f} merged; {plain:.1f} with the {plural(len(account.recipe.tasks), 'adapter')} of"
-        f" `{account.reference}` apart, {mean(first.floor):.1f} with none"
+        f"{mean(first.merged):z.1f} merged; {plain:z.1f} with the {plural(len(account.recipe.tasks), 'adapter')} of"
+        f" `{account.reference}` apart, {mean(first.floor):z.1f} with none"
     )
 
 
@@ -71,7 +76,8 @@ def _others(account: Account, first: Best) -> str:
     """The reference arm, and the runner-up, with what they keep."""
     wanted = [b for b in account.best if b.arm == account.reference] + list(account.best[1:2])
     shares = {b.arm: b.mean_recovered for b in wanted if b is not first}
-    return ", ".join(f"`{arm}` {percent(v)} %" for arm, v in shares.items() if math.isfinite(v))
+    ranked = sorted(shares.items(), key=lambda share: -share[1])
+    return ", ".join(f"`{arm}` keeps {percent(v)} %" for arm, v in ranked if math.isfinite(v))
 
 
 def _folder(account: Account) -> str:
@@ -80,18 +86,9 @@ def _folder(account: Account) -> str:
     merge = (
         f"`{best['arm']}` under {best.get('merge') or best['method']} at scale {best['scale']:.3g}, seed {best['seed']}"
     )
-    return f"the folder `{BEST}` of this run, an adapter for PEFT{' with all heads' if account.heads else ''}: {merge}"
-
-
-def _code(account: Account) -> str:
-    """The lines that load the best merge; "" where none was written."""
-    if (best := account.best_folder) is None:
-        return ""
-    load = f'PeftModel.from_pretrained(model, "{BEST}")  # over {published(account.recipe.base.model)}'
-    if not account.heads:
-        return f"from peft import PeftModel\n\nmodel = {load}"
-    code = f'model = {load}\nplait.load_head(model, "{BEST}", "{next(iter(best["tasks"]))}")'
-    return f"import plait\nfrom peft import PeftModel\n\n{code}"
+    return (
+        f"the folder `{account.best_place}`, an adapter for PEFT{' with all heads' if account.heads else ''}: {merge}"
+    )
 
 
 def _remarks(account: Account) -> list[str]:
@@ -100,8 +97,8 @@ def _remarks(account: Account) -> list[str]:
     if account.best[0].mean_recovered > 1:
         first = account.best[0]
         remarks.append(
-            f"More than 100 %: the adapters of `{account.reference}` that it is a share of reach {mean(first.plain):.1f} alone,"
-            f" those of `{first.arm}` {first.individual:.1f}. Of its own it keeps {percent(mean(first.recovered_of_own))} %."
+            f"More than 100 %: the adapters of `{account.reference}` that it is a share of reach {mean(first.plain):z.1f} alone,"
+            f" those of `{first.arm}` {first.individual:z.1f}. Of its own it keeps {percent(mean(first.recovered_of_own))} %."
         )
     mine = [t for t in account.tasks if t.arm == account.reference]
     if flat := [t.task for t in mine if t.alone - t.floor <= LEARNED]:
@@ -109,7 +106,7 @@ def _remarks(account: Account) -> list[str]:
             f"Nothing was learned on {_listed(flat)}: there the adapter of `{account.reference}` does not beat the bare base"
             f" by {LEARNED:g} point, so that nothing can be kept of it."
         )
-    if below := [f"{t.task} ({t.floor:.1f})" for t in mine if t.floor < 0]:
+    if below := [f"{t.task} ({t.floor:z.1f})" for t in mine if t.floor < 0]:
         remarks.append(f"A floor below 0 is a correlation that points the wrong way: {_listed(below)}.")
     if len(account.recipe.seeds) < _STABLE:
         seeds = plural(len(account.recipe.seeds), "seed")

@@ -106,7 +106,7 @@ class Verdict:
     notes: Sequence[str] = field(default=())
 
 
-def percent(share: float | None, form: str = ".0f") -> str:
+def percent(share: float | None, form: str = "z.0f") -> str:
     """Write a share in percent; a dash where it is not defined.
 
     >>> percent(0.876), percent(float("nan"))
@@ -117,14 +117,14 @@ def percent(share: float | None, form: str = ".0f") -> str:
 
 def points(value: float | None) -> str:
     """Write points with one decimal; a dash where there are none."""
-    return NONE if value is None else f"{value:.1f}"
+    return NONE if value is None else f"{value:z.1f}"
 
 
 def signed(value: float) -> str:
     """Write a difference in points with its sign."""
-    return f"{value:+.1f}"
+    return f"{value:+z.1f}"
 
 
 def between(low: float | None, high: float | None) -> str:
     """Write an interval of shares, in points with signs."""
-    return NONE if low is None else f"{percent(low, '+.1f')} to {percent(high, '+.1f')}"
+    return NONE if low is None else f"{percent(low, '+z.1f')} to {percent(high, '+z.1f')}"

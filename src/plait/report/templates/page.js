@@ -1,4 +1,4 @@
-// A table sorts by a column at a click, or at Enter and the space bar; what is only a little too wide can be scrolled by keys.
+// A table sorts by a column at a click, or at Enter and the space bar; what is too wide says so, and can be scrolled by keys.
 const number = cell => {
   const key = cell.dataset.key ?? cell.firstChild?.textContent.trim() ?? "";
   return key !== "" && isFinite(key) ? Number(key) : null;
@@ -27,11 +27,24 @@ for (const table of document.querySelectorAll("table")) {
     });
   });
 }
+const MORE = "More columns to the right: swipe, or scroll sideways.";
 const scrollable = () => {
   for (const box of document.querySelectorAll(".scroll")) {
     const hidden = box.scrollWidth > box.clientWidth + 1;
     hidden ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex");
+    let hint = box.previousElementSibling?.matches(".hint") ? box.previousElementSibling : null;
+    if (hidden && !hint) {
+      hint = document.createElement("p");
+      hint.className = "hint";
+      hint.textContent = MORE;
+      box.before(hint);
+    } else if (!hidden) hint?.remove();
   }
 };
 scrollable();
 addEventListener("resize", scrollable);
+const details = [...document.querySelectorAll("details")];
+details.forEach(one => one.addEventListener("toggle", scrollable)); // what is folded away has no width
+addEventListener("beforeprint", () => details.forEach(one => { one.dataset.was = one.open; one.open = true; }));
+addEventListener("afterprint", () => details.forEach(one => { one.open = one.dataset.was === "true"; }));
+for (const told of document.querySelectorAll(".script")) told.hidden = false;
