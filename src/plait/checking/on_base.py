@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from plait.loading.contents import WEIGHTS, PeftFolder, contents
 from plait.loading.settings import Settings
 from plait.loading.single_experts import single_expert
 from plait.model.layout import layout_in
+from plait.model.quiet import quiet_transformers
 
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}  # of a fused gate_up_proj
 _TOKENS, _ROWS, _SEED = 16, 2, 0
@@ -30,6 +31,7 @@ _CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_VARIANTS = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 _BY_HAND = "its updates are not scaling * B A added to weights: --base compares plain LoRA"
 
 
@@ -68,14 +70,7 @@ def compare_on_base(path: Path, base: str) -> Comparison:
     if len(content) != 1 or not isinstance(content[0], PeftFolder):
         raise InputError("is no PEFT folder: --base is for one adapter", where=str(path))
     folder = content[0]
-    if variant := next(
-        (
-            k
-            for k in ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
-            if folder.settings.raw.get(k)
-        ),
-        None,
-    ):
+    if variant := next((k for k in _VARIANTS if folder.settings.raw.get(k)), None):
         raise InputError(f"{variant}: {_BY_HAND}", where=str(folder.settings.path))
     from safetensors.torch import load_file
 
@@ -97,22 +92,30 @@ def compare_on_base(path: Path, base: str) -> Comparison:
     missing = tuple(sorted(k for k in result.missing_keys if ".default" in k))
     unexpected = tuple(sorted(result.unexpected_keys))
     trained = any(bool(t.any()) for n, t in tensors.items() if names.named(n).kind in (names.B, names.EMBEDDING_B))
-    faults = [
-        *(f"PEFT starts {m} anew: the file does not hold it" for m in missing[:3]),
-        *(f"PEFT drops {u}" for u in unexpected[:3]),
-        *(f"the base has no module for {s}" for s in skipped[:3]),
-    ]
-    if trained and effect == 0.0:
-        faults.append("the adapter has no effect: PEFT's output is the base's own")
-    if not error <= _EQUAL * max(effect, 1e-3):
-        faults.append(
-            f"PEFT's output is off by {error:.2g} from the base with its updates added (the adapter's effect is {effect:.2g})"
+    found = Comparison(type(plain).__name__, error, effect, restored, missing, unexpected, ())
+    return replace(found, faults=tuple(_faults(found, skipped, trained=trained)))
+
+
+def _faults(found: Comparison, skipped: Sequence[str], *, trained: bool) -> Iterator[str]:
+    """Say in words what is not as it was meant.
+
+    Args:
+        found: What was measured.
+        skipped: Updates for which the base has no module.
+        trained: Whether any B is more than zero, so that there is an effect to expect.
+    """
+    yield from (f"PEFT starts {m} anew: the file does not hold it" for m in found.missing[:3])
+    yield from (f"PEFT drops {u}" for u in found.unexpected[:3])
+    yield from (f"the base has no module for {s}" for s in skipped[:3])
+    if trained and found.effect == 0.0:
+        yield "the adapter has no effect: PEFT's output is the base's own"
+    if not found.error <= _EQUAL * max(found.effect, 1e-3):
+        yield (
+            f"PEFT's output is off by {found.error:.2g} from the base with its updates added (the adapter's effect is "
+            f"{found.effect:.2g})"
         )
-    if restored != 0.0:
-        faults.append(
-            f"with the adapter switched off the base is another by {restored:.2g}: its weights were overwritten"
-        )
-    return Comparison(type(plain).__name__, error, effect, restored, missing, unexpected, tuple(faults))
+    if found.restored != 0.0:
+        yield f"with the adapter switched off the base is another by {found.restored:.2g}: its weights were overwritten"
 
 
 def _classes(folder: PeftFolder, base: str) -> str:
@@ -135,18 +138,11 @@ def _loaded(base: str, named: str, settings: Settings, tensors: dict[str, Any]) 
     ]
     labels = {"num_labels": heads[-1]} if cls is hf.AutoModelForSequenceClassification and heads else {}
     torch.manual_seed(_SEED)  # a head that the base has not is drawn at random, the same one each time
-    logging: Any = hf.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        return cls.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **labels).eval()
+        with quiet_transformers():
+            return cls.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **labels).eval()
     except (OSError, ValueError) as e:
         raise InputError(f"transformers cannot load it: {e}", where=base) from None
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _class_of_base(base: str) -> str:

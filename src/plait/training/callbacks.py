@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import numpy as np
 from transformers import TrainerCallback
 
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import write_adapter
 from plait.errors import Diverged
 from plait.training.constraints import Constraint, attach_constraint, freeze_rows
 from plait.training.member import Progress
-from plait.training.peft_model import detach
+from plait.training.peft_model import write_detached
 
 
 class ConstraintCallback(TrainerCallback):
@@ -87,13 +85,7 @@ class Snapshots(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write one, whole."""
         if state.global_step in self.steps and state.is_world_process_zero:
-            name = f"{state.global_step:06d}"
-            stage = self.root / f".{name}"
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir(parents=True)
-            write_adapter(stage, detach(self.model, self.adapter, {}))
-            shutil.rmtree(self.root / name, ignore_errors=True)
-            stage.rename(self.root / name)
+            write_detached(self.root / f"{state.global_step:06d}", self.model, self.adapter)
 
 
 class Watcher(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -136,6 +137,16 @@ def detach(peft_model: Any, adapter: Adapter, source: Mapping[str, Any]) -> Adap
     modules = {name: _factors(state, root + adapter.full_name(name), f) for name, f in adapter.modules.items()}
     head: dict[str, Tensor] = {k.removeprefix(root): v for k, v in state.items()}
     return replace(adapter, modules=modules, heads={adapter.name: head} if head else {}, source=dict(source))
+
+
+def write_detached(folder: Path, peft_model: Any, adapter: Adapter) -> None:
+    """Write the adapter that a model holds now into a folder, in place of the one before: never half of one."""
+    stage = folder.with_name(f".{folder.name}")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    write_adapter(stage, detach(peft_model, adapter, {}))
+    shutil.rmtree(folder, ignore_errors=True)
+    stage.rename(folder)
 
 
 def _factors(state: dict[str, Tensor], name: str, like: LoraFactors) -> LoraFactors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 from transformers import TrainerCallback
 
 from plait.adapters.lora import Adapter
-from plait.adapters.peft_format import read_adapter, write_adapter
+from plait.adapters.peft_format import read_adapter
 from plait.evaluation.text import perplexity
 from plait.tasks import Examples, Task, batches, encode, length_order, primary, require_positions, scores, to_device
-from plait.training.peft_model import detach
+from plait.training.peft_model import write_detached
 from plait.training.record import Selected
 from plait.training.settings import TrainingSettings
 
@@ -67,7 +66,7 @@ class BestAdapter(TrainerCallback):
             self.history[step] = score = self._score()
             if state.is_world_process_zero:
                 if not earlier or score > max(earlier):
-                    self._keep()
+                    write_detached(self.root / _BEST, self.model, self.adapter)
                 (self.root / _HISTORY).write_text(json.dumps(self.history), encoding="utf-8")
             stalled = self._has_stalled(before=step + 1)
         if stalled and step >= max(self.settings.snapshots, default=0):
@@ -80,14 +79,6 @@ class BestAdapter(TrainerCallback):
             return False
         best = min(k for k, v in known.items() if v == max(known.values()))
         return sum(k > best for k in known) >= self.settings.patience
-
-    def _keep(self) -> None:
-        stage = self.root / f".{_BEST}"
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-        write_adapter(stage, detach(self.model, self.adapter, {}))
-        shutil.rmtree(self.root / _BEST, ignore_errors=True)
-        stage.rename(self.root / _BEST)
 
     def best(self) -> tuple[Adapter, Selected]:
         """Give the best adapter, and the record of how it was chosen."""

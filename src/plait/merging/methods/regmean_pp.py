@@ -18,7 +18,7 @@ from plait.merging.record import Merged
 from plait.merging.workers import one_by_one
 from plait.model.applied import update_of
 from plait.model.hooks import Change, hooked, modules_named
-from plait.model.running import real_rows
+from plait.model.running import real_rows, stages_of
 from plait.statistics.moments import Moments
 
 Batch = Mapping[str, Tensor]
@@ -103,21 +103,8 @@ def regmean_pp(
 
 def _blocks(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
     """Modules in the order in which they run, those of one numbered layer together."""
-    order: list[str] = []
-
-    def note(name: str) -> Change:
-        def unchanged(_: Tensor, output: Tensor) -> Tensor:
-            order.append(name)
-            return output
-
-        return unchanged
-
-    with torch.no_grad(), hooked((module, note(name)) for name, module in modules.items()):
-        run()
-    if idle := [m for m in modules if m not in order]:
-        raise UsageError(f"the model never ran {idle[0]!r}")
     blocks: dict[str, list[str]] = {}
-    for module in dict.fromkeys(order):
+    for module in (m for stage in stages_of(modules, run) for m in stage.modules):
         numbered = re.match(r".*?\.\d+(?=\.)", f".{module}")
         blocks.setdefault(numbered.group(0) if numbered else module, []).append(module)
     return list(blocks.values())
