@@ -16,7 +16,7 @@ import pytest
 from plait.errors import EnvironmentFault, Terminated, UsageError
 from plait.report.table import rows_of
 from plait.runs import executors
-from plait.runs.executors import InProcess, Processes, RayCluster, _gpu, executor_of
+from plait.runs.executors import InProcess, Processes, RayCluster, executor_of, gpu_of
 from plait.runs.layout import Layout
 from plait.runs.reporting import Report
 from plait.runs.run import run
@@ -189,4 +189,4 @@ def test_two_ray_nodes_with_a_killed_worker_give_the_same_table(small_study, tmp
 def test_a_worker_sees_one_of_the_gpus_this_process_may_use(
     slot: int, count: int, visible: str | None, seen: str
 ) -> None:
-    assert _gpu(slot, count, visible) == seen
+    assert gpu_of(slot, count, visible) == seen

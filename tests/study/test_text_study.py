@@ -21,7 +21,7 @@ from plait.report.table import rows_of
 from plait.runs.layout import Layout
 from plait.runs.run import run
 from plait.runs.sources import merged_of
-from plait.runs.stages import ANSWERS_FILE, _scorer
+from plait.runs.stages import ANSWERS_FILE, scorer_of
 from plait.runs.units import FOLDS, MERGE, Unit
 from plait.tasks.metrics import MEASURED, open_score
 from tests.conftest import tiny_raw, write_rows
@@ -119,7 +119,7 @@ def test_what_is_scored_together_is_scored_the_same(finished, monkeypatch, archi
     tree_pass = fleet._tree_pass
     monkeypatch.setattr(fleet, "_tree_pass", lambda *a: (passes.append(a[-1]), tree_pass(*a))[1])
     unit = Unit(MERGE, 0, "kaiming", RATE, merge="regmean", split=FOLDS)
-    merged, apart = merged_of(unit, layout).adapter, _scorer(unit, layout)
+    merged, apart = merged_of(unit, layout).adapter, scorer_of(unit, layout)
     assert not apart.together  # as the CPU likes it
     together = replace(apart, together=True)
     for task, split in apart.splits.items():

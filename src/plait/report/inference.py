@@ -190,7 +190,7 @@ def infer(layout: Layout, rows: Sequence[Row], against: str, merges: Sequence[st
     drawn = resample(layout, wanted, count)
     comparisons: list[Comparison] = []
     for merge in ("best", *merges):
-        comparisons += _holm([_compared(drawn, against, a, merge) for a in arms if a != against])
+        comparisons += holm_corrected([comparison_of(drawn, against, a, merge) for a in arms if a != against])
     intervals = {a: _interval(drawn.recovered(a, "best")) for a in arms}
     return Inference(comparisons, intervals, {key: _spread(drawn, *key, list(layout.tasks)) for key in wanted})
 
@@ -222,7 +222,8 @@ def _standard_error(values: Floats) -> float | None:
     return float(usable.std(ddof=1)) if _interval(values) and len(usable) > 1 else None
 
 
-def _compared(drawn: Resampled, arm: str, other: str, merge: str) -> Comparison:
+def comparison_of(drawn: Resampled, arm: str, other: str, merge: str) -> Comparison:
+    """Compare what two arms keep under a merge, over the resamples, before any correction for several comparisons."""
     differences = drawn.recovered(arm, merge) - drawn.recovered(other, merge)
     center, values = float(differences[0]), _usable(differences)
     if not np.isfinite(center):
@@ -254,7 +255,7 @@ def _two_sided(values: Floats) -> float:
     return min(1.0, 2 * max(tail, 1 / (len(values) + 1)))
 
 
-def _holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def holm_corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Correct p-values for all comparisons that were asked for, those without an answer among them."""
     drawn, here = (_corrected(ps) for ps in ([c.p for c in comparisons], [c.p_here for c in comparisons]))
     return [replace(c, p_holm=p, p_here=h) for c, p, h in zip(comparisons, drawn, here, strict=True)]

@@ -197,14 +197,14 @@ def _start(slot: int) -> subprocess.Popen[str]:
 
     environment = {**os.environ, **SAFE_PATH}
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = _gpu(
+        environment["CUDA_VISIBLE_DEVICES"] = gpu_of(
             slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         )
     command = [sys.executable, "-P", "-m", "plait.cli.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
 
 
-def _gpu(slot: int, count: int, visible: str | None) -> str:
+def gpu_of(slot: int, count: int, visible: str | None) -> str:
     """What a worker may see: one of the `count` GPUs this process sees, by the name it has among `visible` ones."""
     names = [n.strip() for n in visible.split(",")] if visible else []
     index = slot % count

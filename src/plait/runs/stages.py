@@ -138,7 +138,8 @@ def _collect(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
 # --- merges and scores ------------------------------------------------------------------------------------------------
 
 
-def _scorer(unit: Unit, layout: Layout) -> Scorer:
+def scorer_of(unit: Unit, layout: Layout) -> Scorer:
+    """Make the scorer of a unit: with the heads of its adapters, on the rows of each split."""
     heads = {t: a.heads.get(t, {}) for t, a in adapters_of(unit, layout).items()}
     together = layout.session.base.torch_device.type != "cpu"
     return Scorer(layout.session.evaluator, splits(layout), heads, together)
@@ -152,7 +153,7 @@ def splits(layout: Layout) -> dict[str, Split]:
 
 
 def _score_merge(unit: Unit, layout: Layout, folder: Path, result: Record, merged: Merged) -> None:
-    scorer, scales = _scorer(unit, layout), layout.recipe.scales_of(layout.recipe.merge(unit.merge))
+    scorer, scales = scorer_of(unit, layout), layout.recipe.scales_of(layout.recipe.merge(unit.merge))
     if unit.split == TUNING:
         result |= to_json(tuned(scorer, merged.adapter, scales))
     else:
@@ -168,7 +169,7 @@ def _score_merge(unit: Unit, layout: Layout, folder: Path, result: Record, merge
 
 def _alone(unit: Unit, layout: Layout, folder: Path, result: Record) -> None:
     """Each adapter on its own task, the bare base with the task's head; plain adapters on every other task too."""
-    scorer, adapters = _scorer(unit, layout), adapters_of(unit, layout)
+    scorer, adapters = scorer_of(unit, layout), adapters_of(unit, layout)
     answers: dict[str, Answers] = {}
     parts = ("tuning",) if unit.split == TUNING else HALVES
     names = list(adapters)
