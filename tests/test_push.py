@@ -224,14 +224,29 @@ def test_a_folder_of_pefts_is_sent_with_a_card_and_without_pickles(hub, folders,
     mine = shutil.copytree(pair[0], tmp_path / "mood")
     (mine / CARD).unlink(missing_ok=True)
     (mine / "training_args.bin").write_bytes(b"pickle")
+    (mine / "trainer_state.json").write_text('{"best_model_checkpoint": "/home/anna/run/checkpoint-9"}')
+    (mine / "tokenizer_config.json").write_text('{"name_or_path": "/home/anna/base", "chat_template": "a /b c"}')
+    shutil.copytree(pair[0], mine / "checkpoint-9")
+    (mine / "checkpoint-9/global_step9").mkdir()
+    (mine / "checkpoint-9/global_step9/states.pt").write_bytes(b"pickle")
     code, said, err = plait(capsys, "push", mine, "--to", "alice/mood", "--base", "alice/base")
-    assert code == 0 and "not sent: training_args.bin" in said, err
+    assert code == 0, err
+    assert [line for line in said.splitlines() if "not sent" in line] == [
+        "not sent: checkpoint-9/ (a checkpoint of a training, not its result)",
+        "not sent: trainer_state.json (how the training stood, which names paths of its machine)",
+        "not sent: training_args.bin (not weights in safetensors, a config, a tokenizer or a text)",
+    ]
     there = downloaded(hub.repositories["alice/mood"], tmp_path / "there")
     assert sorted(hub.repositories["alice/mood"].files) == [
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "tokenizer_config.json",
     ]
+    assert json.loads((there / "tokenizer_config.json").read_text()) == {
+        "name_or_path": "base",
+        "chat_template": "a /b c",
+    }
     assert "adapter = 'alice/mood'" in card(there)[0] and "plait.json" not in card(there)[0]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.cases.conftest import changed_tensors, deltas, far, folder_of, llama, loaded, logits, trained
+from tests.cases.conftest import changed_config, changed_tensors, deltas, far, folder_of, llama, loaded, logits, trained
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*embedding.*",
@@ -178,3 +178,35 @@ def test_the_shared_case_of_patterns(name, case, plait):
     for folder in (f"in/{name}", "in/plain"):
         summed = loaded(folder, summed).merge_and_unload()
     assert far(logits(loaded("both", base())), logits(summed.eval()), logits(base())) < 1e-5
+
+
+# --- factors that the config leaves out -------------------------------------------------------------------------------
+
+LEFT_OUT = [  # fields of the config, and what of the module's name is left out by them
+    ({"target_modules": ["q_proj"]}, "v_proj"),
+    ({"exclude_modules": ["v_proj"]}, "v_proj"),
+    ({"layers_to_transform": [1]}, "layers.0"),
+    ({}, None),
+    ({"target_modules": None}, None),
+    ({"target_modules": "all-linear"}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "left_out"), LEFT_OUT)
+@pytest.mark.parametrize(
+    "command", ["merge in/a", "merge in/a --method tsv", "convert in/a", "merge in/a --bake in/base"]
+)
+def test_factors_that_peft_passes_over_are_told(fields, left_out, command, plait, tmp_path):
+    llama(layers=2).save_pretrained(tmp_path / "in/base")
+    trained(tmp_path / "in/a", llama(layers=2))
+    changed_config(tmp_path / "in/a", **fields)
+    names = deltas(tmp_path / "in/a")
+    passed_over = [m for m in names if left_out and left_out in m]
+    if passed_over:  # by PEFT itself
+        held = dict(loaded(tmp_path / "in/a", llama(layers=2)).named_modules())
+        assert [m for m in names if f"base_model.model.{m}.lora_A" not in held] == passed_over
+    code, out, err = plait(f"{command} --out m")
+    assert code == 0, err
+    told = [line for line in out.splitlines() if "PEFT passes over" in line]
+    assert len(told) == bool(passed_over)
+    assert not told or (min(passed_over) in told[0] and f"{len(passed_over) - 1} module" in told[0])

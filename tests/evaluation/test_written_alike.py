@@ -11,7 +11,7 @@ import transformers
 
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
-from plait.evaluation.text import prompts_of, write_texts
+from plait.evaluation.text import prompts_of, token_likelihoods, write_texts
 from plait.model.base import BaseModel
 from plait.tasks import encode
 from tests.tiny import save_tokenizer
@@ -28,9 +28,9 @@ def ragged(examples):
     return dataclasses.replace(examples, texts=texts)
 
 
-@pytest.fixture(scope="module")
-def bart(tmp_path_factory):
-    """An encoder-decoder with absolute positions, whose settings ask for beams."""
+@pytest.fixture(scope="module", params=["Bart", "M2M100", "Blenderbot"])
+def bart(tmp_path_factory, request):
+    """An encoder-decoder with absolute positions, whose settings ask for beams; the last two classes shift no labels by themselves."""
     folder = tmp_path_factory.mktemp("bart")
     words = save_tokenizer(folder, "t5")
     torch.manual_seed(0)
@@ -38,7 +38,8 @@ def bart(tmp_path_factory):
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
-    model = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=words, **sizes, **ids))
+    config = getattr(transformers, f"{request.param}Config")(vocab_size=words, **sizes, **ids)
+    model = getattr(transformers, f"{request.param}ForConditionalGeneration")(config)
     model.generation_config.num_beams = 3
     model.save_pretrained(folder)
     return BaseModel(str(folder), device="cpu")
@@ -52,6 +53,19 @@ def test_an_encoder_with_absolute_positions_scores_every_row_as_alone(bart):
     )
     assert np.ptp(alone) > 0.1
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_are_read_as_the_model_itself_reads_labels(bart):
+    task = open_task("seq2seq")
+    examples = make_examples(task, 1)
+    evaluator = Evaluator(bart, {"topic": task}, {"topic": examples}, 1, 40)
+    model, tokenizer = evaluator.task_model("topic"), evaluator.tokenizer
+    row = encode(tokenizer, task, examples, 40)
+    with torch.no_grad():
+        loss = float(model(**{k: torch.tensor([v]) for k, v in row[0].items()}).loss)
+    assert token_likelihoods(model, tokenizer, task, row, 1)[0] == pytest.approx(
+        [-loss * len(row[0]["labels"]), len(row[0]["labels"])]
+    )
 
 
 def test_an_encoder_with_absolute_positions_writes_every_row_as_alone(bart):

@@ -90,7 +90,24 @@ def test_merged_statistics_add_and_keep_what_agrees():
     torch.testing.assert_close(merged.sites["s"].dense(), rows(5, 0).T @ rows(5, 0) + rows(20, 1).T @ rows(20, 1))
 
 
-@pytest.mark.parametrize("key", ["base", "pool", "base_sha256", "tokenizer_sha256"])
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ({}, {}, r"task a was taken with 'b' \(files 1234\), task b with 'b' \(files 5678\), which are other weights"),
+        ({"base": "old"}, {"base": "new"}, "task a was taken with 'old', task b with 'new', which are other weights"),
+        ({"base": None}, {"base": None}, r"a base \(files 1234\)"),
+    ],
+)
+def test_statistics_of_other_weights_say_whose_are_whose(one, other, said):
+    parts = [
+        statistics(task, 5, i, base_sha256=f"files:{sha}", **names)
+        for i, (task, sha, names) in enumerate((("a", "1234", one), ("b", "5678", other)))
+    ]
+    with pytest.raises(InputError, match=said):
+        merge_statistics(*parts)
+
+
+@pytest.mark.parametrize("key", ["base", "pool", "tokenizer_sha256"])
 def test_statistics_of_different_bases_or_pools_do_not_mix(key):
     with pytest.raises(InputError, match=f"task b: statistics differ in {key}"):
         merge_statistics(statistics("a", 5, 0, **{key: "x"}), statistics("b", 5, 1, **{key: "y"}))

@@ -80,6 +80,8 @@ def text_of(path: Path) -> str:
 
 def nearby(path: Path) -> str:
     """Say what to do about a path where nothing is: the entry beside it whose name is nearest, if one is near."""
+    if path.is_symlink():
+        return "it is a link, and nothing is where it leads"
     try:
         beside = [entry.name for entry in path.absolute().parent.iterdir()]
     except OSError:  # no folder there either, or one that may not be read

@@ -17,6 +17,7 @@ from plait.errors import UsageError
 from plait.evaluation.answer_tree import answer_tree, shared_ends, takes_trees, tree_scores
 from plait.evaluation.padding import left_padded, masked_right, right_padded
 from plait.model.attention import fused_attention
+from plait.model.decoders import decoder_inputs
 from plait.model.greedy import greedy
 from plait.model.out_of_memory import by_parts
 from plait.tasks.encoding import answer_length, collate, encode, length_order, to_device
@@ -147,7 +148,7 @@ def _seq2seq_scores(model: Any, ids: Tensor, mask: Tensor, targets: Tensor) -> T
     states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     repeated = (states.repeat_interleave(choices, 0),)
     labels = targets.repeat(n, 1)
-    decoder = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    decoder = decoder_inputs(model, labels)
     wide = mask.repeat_interleave(choices, 0)
     logits = model(encoder_outputs=repeated, attention_mask=wide, decoder_input_ids=decoder, use_cache=False).logits
     return _token_scores(logits, labels).view(n, choices)
@@ -198,7 +199,7 @@ def token_likelihoods(
         inputs = to_device(collate(tokenizer, [rows[i] for i in part]), device)
         labels = inputs.pop("labels")
         if task.kind == "seq2seq":
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            inputs["decoder_input_ids"] = decoder_inputs(model, labels)
         logits = model(**inputs).logits
         if task.kind == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]

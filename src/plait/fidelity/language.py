@@ -18,6 +18,7 @@ from plait.fidelity.panel import WRITTEN, Panel, Part
 from plait.fidelity.tokens import encoded, rows_of
 from plait.model.attention import fused_attention
 from plait.model.base import backbone_of
+from plait.model.decoders import decoder_inputs
 from plait.model.stacked import Active, by_member, stacked_factors, stacked_updates
 from plait.tasks import collate, length_order, require_positions, to_device
 from plait.tasks.task import IGNORED
@@ -149,7 +150,7 @@ def positions(
     mask = batch["attention_mask"].bool()
     if kind == "seq2seq":
         labels = batch["labels"].repeat(members, 1)
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
         mask = batch["labels"] != IGNORED
     if which == "end":
         mask = mask & (mask.flip(1).cumsum(1).flip(1) == 1)

@@ -16,6 +16,7 @@ from plait.adapters.lineage import of_another_base
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
+from plait.adapters.unread import unread_lines
 from plait.border.counts import agreed, plural
 from plait.border.records import keyed, nested, to_json
 from plait.disk import store
@@ -232,7 +233,7 @@ def _notes(adapter: Adapter, target: str) -> list[str]:
         found.append(
             f"{plural(adapter.source['tucker'], 'convolution')} came with a middle (Tucker) factor: multiplied into A"
         )
-    return found + alpha_notes(adapter.source)
+    return found + alpha_notes(adapter.source) + unread_lines([adapter])
 
 
 def written_error(ready: Adapter, out: Path, target: str) -> float:

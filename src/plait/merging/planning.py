@@ -29,7 +29,7 @@ from plait.merging.scales import (
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.terms import require_multipliers, scale_of, weights_of
 from plait.model.base import device_named
-from plait.model.records import same_weights
+from plait.model.records import other_weights, same_weights
 from plait.options import checked_options
 
 if TYPE_CHECKING:
@@ -246,5 +246,9 @@ def _require_same_base(name: str, one: Any, other_name: str, other: Any) -> None
     quantised = a.get("quantisation") != b.get("quantisation")
     pooled = a.get("pool") != b.get("pool") and None not in (a.get("pool"), b.get("pool"))
     based = not quantised and same_weights(a, b) is False
-    for key in (*(["base_sha256"] if based else []), *(["pool"] if pooled else [])):
-        raise InputError(f"the statistics of {name!r} and {other_name!r} differ in {key}", hint="collect them alike")
+    if based:
+        what = other_weights(f"that of {name!r}", a, f"that of {other_name!r}", b)
+        raise InputError(f"statistics of different bases: {what}", hint="collect them with the adapters' base")
+    if pooled:
+        what = f"the statistics of {name!r} ({a['pool']}) and {other_name!r} ({b['pool']}) differ in pool"
+        raise InputError(what, hint="collect them alike")

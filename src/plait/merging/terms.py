@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from plait.adapters.carried import lines
 from plait.adapters.lora import Adapter, LoraFactors
+from plait.adapters.unread import unread_lines
 from plait.border.counts import plural
 from plait.border.multipliers import LARGEST, checked_multiplier
 from plait.errors import InputError, UsageError
@@ -134,7 +135,13 @@ class Terms:
             task_type=self.common.task_type,
             tasks=tuple(a.name for a, _ in inputs),
             extras=dict(self.common.carried.whole_from),
-            beside=(*lines(self.common.carried), *_unmoved(self.adapters), *_far(self), *self._experts()),
+            beside=(
+                *lines(self.common.carried),
+                *_unmoved(self.adapters),
+                *_far(self),
+                *self._experts(),
+                *unread_lines(self.adapters),
+            ),
             labels=labels_of(self.adapters) or None,
             adapters=tuple(input_of(a, w) for a, w in inputs),
             **{asked: getattr(self.spec, asked) for asked in ("seed", "calibrate", "module_weights")},

@@ -28,3 +28,28 @@ def same_weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool | None:
     mine, theirs = fingerprints(a), fingerprints(b)
     common = sorted(mine.keys() & theirs.keys(), reverse=True)
     return mine[common[0]] == theirs[common[0]] if common else None
+
+
+def other_weights(one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> str:
+    """Say of two records of different weights whose each is: by the base's name and, where one name means both, its fingerprint.
+
+    Args:
+        one: What the first record is of, such as "task sst2".
+        a: The first record.
+        other: What the second is of.
+        b: The second.
+
+    >>> other_weights("task a", {"base": "old"}, "task b", {"base": "new"})
+    "task a was taken with 'old', task b with 'new', which are other weights"
+    """
+    return f"{one} was taken with {_called(a, b)}, {other} with {_called(b, a)}, which are other weights"
+
+
+def _called(record: Mapping[str, Any], beside: Mapping[str, Any]) -> str:
+    name = record.get("base")
+    if name and name != beside.get("base"):
+        return repr(name)
+    mine, theirs = fingerprints(record), fingerprints(beside)
+    kind = max(mine.keys() & theirs.keys(), default="")
+    fingerprint = " ".join(filter(None, (kind, mine.get(kind, "").rpartition(":")[2][:12])))
+    return f"{repr(name) if name else 'a base'} ({fingerprint})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,16 @@ from plait.disk.links import require_inside
 from plait.disk.manifest import CARD, CARD_HASH, MANIFEST, read_manifest, sealed
 from plait.errors import InputError, UsageError, printable
 
-_CONFIG, _MODEL_CONFIG = "adapter_config.json", "config.json"
+_CONFIG, _MODEL_CONFIG, _TOKENIZER_CONFIG = "adapter_config.json", "config.json", "tokenizer_config.json"
+_NAMES_OF_BASE = (
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+)  # what transformers, or an older one, fills in with a path
 # What a folder that plait did not write may hold beside its weights; never a pickle.
 _TAKEN = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".gguf", ".yaml"}
+_OF_TRAINING = {"trainer_state.json"}
+_CHECKPOINT = re.compile(r"checkpoint-|global_step\d")  # folders of the HF Trainer, and of DeepSpeed in them
 _NOT_RECORD = {"files", "sizes", "manifest_sha256", CARD_HASH}
 
 
@@ -75,7 +83,7 @@ def parcel(folder: Path, repo: str, base: str | None = None) -> Parcel:
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
     for name in {*names, CARD}:
         require_inside(folder / name, folder, "would be published")
-    for config in {_CONFIG, _MODEL_CONFIG} & files.keys():
+    for config in {_CONFIG, _MODEL_CONFIG, _TOKENIZER_CONFIG} & files.keys():
         files[config] = _config(folder / config, named if config == _CONFIG else None)
     record = {k: scrubbed(v) for k, v in (manifest or {}).items() if k not in _NOT_RECORD}
     card = _card(folder, repo, manifest, record, named)
@@ -104,17 +112,22 @@ def _base(folder: Path, contents: CardContents, asked: str | None) -> str | None
 
 
 def _own_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Files of a folder that plait did not write: what is sent, and what is not."""
-    sent, left_out = [], []
+    """Files of a folder that plait did not write: what is sent, and what is not; a training's checkpoints in it in one line each."""
+    sent, left_out = [], dict[str, None]()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") for part in Path(name).parts):
+        inside = path.relative_to(folder)
+        name = inside.as_posix()
+        if any(part.startswith(".") for part in inside.parts):
             continue
-        if "checkpoint-" in name or (path.suffix.lower() not in _TAKEN and path.stem.upper() != "LICENSE"):
-            left_out.append(f"{name} (not weights in safetensors, a config, a tokenizer or a text)")
+        if checkpoint := next((n for n, part in enumerate(inside.parts[:-1], 1) if _CHECKPOINT.match(part)), 0):
+            left_out[f"{'/'.join(inside.parts[:checkpoint])}/ (a checkpoint of a training, not its result)"] = None
+        elif inside.name in _OF_TRAINING:
+            left_out[f"{name} (how the training stood, which names paths of its machine)"] = None
+        elif path.suffix.lower() not in _TAKEN and path.stem.upper() != "LICENSE":
+            left_out[f"{name} (not weights in safetensors, a config, a tokenizer or a text)"] = None
         else:
             sent.append(name)
-    return sent, left_out
+    return sent, [*left_out]
 
 
 def _config(path: Path, base: str | None) -> Path | bytes:
@@ -123,8 +136,7 @@ def _config(path: Path, base: str | None) -> Path | bytes:
     changed = dict(config)
     if base is not None and config.get("base_model_name_or_path") != base:
         changed |= {"base_model_name_or_path": base}
-    if isinstance(own := config.get("_name_or_path"), str):
-        changed["_name_or_path"] = scrubbed(own)
+    changed |= {key: scrubbed(config[key]) for key in _NAMES_OF_BASE if isinstance(config.get(key), str)}
     return (
         path
         if changed == config

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from plait.errors import InputError
-from plait.model.records import same_weights
+from plait.model.records import other_weights, same_weights
 from plait.statistics.moments import Moments, Statistics
 
 # What must agree before two files may be added; a difference in any other key is only dropped from the record.
@@ -28,9 +28,8 @@ def require_compatible(a: Statistics, b: Statistics) -> None:
     quantised = a.provenance.get("quantisation") != b.provenance.get("quantisation")
     same = None if quantised else same_weights(a.provenance, b.provenance)
     if same is False:
-        key = "base_sha256"
-        x, y = a.provenance.get(key), b.provenance.get(key)
-        raise InputError(f"statistics differ in {key}: {x!r} and {y!r}", where=_label(b), hint="collect them alike")
+        what = other_weights(_label(a) or "one", a.provenance, _label(b) or "the other", b.provenance)
+        raise InputError(f"statistics differ in base: {what}", where=_label(b), hint="collect both with one base")
     for key in _MUST_AGREE:
         x, y = a.provenance.get(key), b.provenance.get(key)
         if x != y and None not in (x, y) and not (key == "base" and same):

@@ -144,7 +144,10 @@ def require_positions(model: Any, lengths: Iterable[int], where: str) -> None:
     Raises:
         InputError: Names the longest length and how many positions there are.
     """
-    room = min((_positions(m) for n, m in model.named_modules() if n.rpartition(".")[2] in _TABLES), default=None)
+    tables = (m for n, m in model.named_modules() if n.rpartition(".")[2] in _TABLES)
+    room = min(
+        (_positions(m) for m in tables if hasattr(m, "num_embeddings")), default=None
+    )  # M2M100's grows with its texts
     longest = max(lengths, default=0)
     if room is not None and longest > room:
         raise InputError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.model.attention import fused_attention
+from plait.model.decoders import decoder_inputs
 from plait.model.ends import Ends
 from plait.model.rowbank import Pass, RowBank, StepPlan, causal_targets
 from plait.model.stacked import StackedFactors, by_member, padded_factors, stacked_updates
@@ -232,7 +233,7 @@ class BatchedAdapters:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
     def _whole_sums(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        decoder = self.whole.prepare_decoder_input_ids_from_labels(labels=labels)
+        decoder = decoder_inputs(self.whole, labels)
         logits = self.whole(**inputs, decoder_input_ids=decoder, use_cache=False).logits
         n = len(self.prepared)
         return member_sums("seq2seq", by_member(logits, n), by_member(labels, n))

@@ -17,6 +17,7 @@ from plait.adapters.beside import no_matrix
 from plait.adapters.lineage import of_another_base
 from plait.adapters.lora import Adapter
 from plait.adapters.tensor_file import write_tensors
+from plait.adapters.unread import unread_lines
 from plait.border.records import to_json
 from plait.disk import store
 from plait.disk.card import license_of
@@ -83,7 +84,7 @@ def bake(
         require_one_output(ties, adapter.name)
     beside = [*compared_copies(copies, adapter, tensors, ties.is_one), *of_another_base(adapter.base, base)]
     beside += kin_lines(source.adapters, source.weights) if isinstance(source, Plan) else []
-    beside += _still_tied(sites, ties)
+    beside += [*_still_tied(sites, ties), *unread_lines(read)]
     inputs = {"adapter": str(adapter.source.get("sha256", "")) or store.sha256_json(list(adapter.modules))}
     if stands := out.exists() or out.is_symlink():  # else the base is hashed while it is copied
         inputs["base"] = store.sha256_json({str(inside): store.sha256_file(base / inside) for inside in _copied(base)})
