@@ -242,8 +242,8 @@ def record_of(run: Run, seed: int, arm: str, begun: dict[tuple[str, int], dict[s
             for i, n in enumerate(ended.merges)
         },
         "general_kl_alone": dict(zip(ended.own, shifts, strict=False)),
-        "seconds_trained": round(trained, 1),
-        "seconds": round(time.time() - started, 1),
+        "seconds_trained": round(trained, 3),
+        "seconds": round(time.time() - started, 3),
     }
 
 
