@@ -238,7 +238,9 @@ def result_text(found: dict[str, Any]) -> str:
     legend = (
         "Mean score over tasks, % (± one standard error over seeds and examples). alone: each adapter on its own task;\n"
         "merged: one adapter for all; floor: no adapter; recovered: (merged - floor) / (alone - floor), alone being the plain\n"
-        "arm's; of own: alone being the arm's own. arm: how they start and are trained."
+        "arm's; of own: alone being the arm's own; worst task: what the task that loses most loses. arm: how they start and are\n"
+        "trained. scale: each half of the rows is scored at the scale that the other half chose; this is the mean of the two, the\n"
+        "adapter below has the one that is best on all rows."
     )
     if any((found["recovered"][arm][m] or 0) > 1 for arm, merges in found["merged"].items() for m in merges):
         legend += "\nMore than 100 %: better than the plain adapters alone; were those trained long enough?"
