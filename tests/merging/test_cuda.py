@@ -37,6 +37,8 @@ def test_cuda_agrees_with_the_cpu(method):
     given = adapters(LAWS[method].tasks)
     found, wanted = (merge(given, method, statistics=statistics(given), device=d, scale=1.0) for d in ("cuda", "cpu"))
     assert found.record.verification_error < 1e-4
+    losses = [r.record.loss.discarded_energy for r in (found, wanted)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     for m, f in wanted.adapter.modules.items():
         other = found.adapter.modules[m]
         assert other.A.device.type == "cpu"

@@ -258,7 +258,8 @@ class Plan(Terms):
         """Factors of a method's result at the wanted rank, and the fraction of energy lost."""
         if isinstance(result, DenseDelta):
             cut = self.metric.cut(x.module, result, self.rank, x.device) if self.metric and self.rank else None
-            return cut or cut_to_rank(result, self.rank or max(1, x.total_rank), x.generator("cut"), x.device)
+            near = [LoraFactors(A, B) for A, B in zip(x.A, x.B, strict=True)]
+            return cut or cut_to_rank(result, self.rank or max(1, x.total_rank), x.generator("cut"), x.device, near)
         factors, lost = (result.factors, result.lost) if isinstance(result, Truncated) else (result, 0.0)
         return self.to_rank(factors, x.module, lost)
 

@@ -66,7 +66,7 @@ class Counting:
 
     def __init__(self, brackets: Mapping[int, Bracket], groups: int) -> None:
         self.brackets, self.lock = brackets, threading.Lock()
-        self.loops = loops_for(sum(b.total for b in brackets.values()))
+        self.total = sum(b.total for b in brackets.values())
         self.waiting: dict[tuple[int, int], _Waiting] = {}  # by thread and first group
         # Groups without one have an empty bracket beyond everything.
         self.low = np.array([brackets[g].low if g in brackets else math.inf for g in range(groups)])
@@ -82,15 +82,16 @@ class Counting:
                     with self.lock:
                         b.hold(int(torch.count_nonzero(block > b.high)), inside)
             return
+        loops = loops_for(self.total)
         array = blocks.numpy().reshape(len(blocks), -1)
         low, high = (bounds[first : first + len(blocks)].astype(array.dtype) for bounds in (self.low, self.high))
-        if self.loops and array.dtype == np.float32:
+        if loops and array.dtype == np.float32:
             key = threading.get_ident(), first
             waiting = self.waiting.get(key)
             if waiting is None or waiting.inside.shape[1] < 2 * array.shape[1]:
                 self._hold(first, waiting)
                 waiting = self.waiting[key] = _Waiting.of(len(array), array.shape[1])
-            self.loops.count(array, low, high, waiting.inside, waiting.above, waiting.held)
+            loops.count(array, low, high, waiting.inside, waiting.above, waiting.held)
             if int(waiting.held.max()) + array.shape[1] > waiting.inside.shape[1]:
                 self._hold(first, waiting)
             return

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ CHUNK = 1024
 # Values of which it is found out together whether one is wanted, and where one is, of those in each part of them: few of so many are.
 _FEW, _FEWER = 32, 8
 
+_COMPILING = threading.Lock()
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
 
@@ -45,8 +47,11 @@ class Loops:
 
 
 def loops_for(entries: int) -> Loops | None:
-    """The loops, where so many entries of all tasks repay them and Numba is there."""
-    return _loops() if entries >= _REPAID else None
+    """The loops, where so many entries of all tasks repay them and Numba is there; compiled by the first thread that asks."""
+    if entries < _REPAID:
+        return None
+    with _COMPILING:
+        return _loops()
 
 
 @functools.cache
