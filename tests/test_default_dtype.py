@@ -40,7 +40,7 @@ from tests.merging import test_fisher as fisher_net
 from tests.merging import test_with_forward as net
 from tests.statistics import models
 from tests.subspaces.pools import base_weight, pool
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import make_adapter, make_examples, make_task
 
 OTHERS = [torch.bfloat16, torch.float64]
 # The first is above what a threshold is selected from in memory (see merging/entries/quantile.py), and is cut by its own draws.

@@ -25,7 +25,7 @@ from plait.training.checkpoints import bytes_of_training
 from plait.training.settings import TrainingSettings
 from tests.fidelity.conftest import random_adapter, texts_of
 from tests.test_hub import write
-from tests.training.conftest import make_task
+from tests.tiny import make_task
 
 
 class Small:

@@ -14,8 +14,7 @@ from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.model.base import load_task_model, load_tokenizer
 from tests.evaluation.test_fleet import grown
-from tests.tiny import choice_scores, save_tokenizer
-from tests.training.conftest import make_adapter, make_examples, make_task, tiny_base  # noqa: F401
+from tests.tiny import choice_scores, make_adapter, make_examples, make_task, save_tokenizer
 
 ANSWERS = ("w0 w3", "w0 w3 w5", "w0 w4 w5", "w1", "w1 w4", "w9", "w9 w9 w9 w9")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -56,7 +55,7 @@ def tiny(kind: str, folder):
 
 
 @pytest.mark.parametrize("kind", TREE_MODELS)
-def test_every_model_of_the_list_scores_as_one_by_one(kind, tmp_path, tiny_base, monkeypatch):  # noqa: F811
+def test_every_model_of_the_list_scores_as_one_by_one(kind, tmp_path, tiny_base, monkeypatch):
     base = dataclasses.replace(tiny_base("llama"), name=tiny(kind, tmp_path))
     task = dataclasses.replace(make_task(kind="causal"), labels=ANSWERS)
     model, tokenizer = load_task_model(base, task, seed=0), load_tokenizer(tiny_base("llama"))
@@ -70,7 +69,7 @@ def test_every_model_of_the_list_scores_as_one_by_one(kind, tmp_path, tiny_base,
     assert expected.std() > 0.1
 
 
-def test_a_sliding_window_or_another_attention_takes_no_trees(tiny_base):  # noqa: F811
+def test_a_sliding_window_or_another_attention_takes_no_trees(tiny_base):
     model = load_task_model(tiny_base("llama"), make_task(kind="causal"), seed=0)
     assert takes_trees(model)
     for name, value in {
@@ -86,7 +85,7 @@ def test_a_sliding_window_or_another_attention_takes_no_trees(tiny_base):  # noq
 
 
 @pytest.mark.parametrize(("kind", "architecture"), [("causal", "llama"), ("causal", "gpt2"), ("seq2seq", "t5")])
-def test_many_candidates_choose_as_each_alone(tiny_base, kind, architecture):  # noqa: F811
+def test_many_candidates_choose_as_each_alone(tiny_base, kind, architecture):
     base, task = tiny_base(architecture), dataclasses.replace(make_task(kind=kind), labels=ANSWERS)
     examples = dataclasses.replace(make_examples(make_task(kind=kind), 9), labels=("w0 w3",) * 9)
     evaluator = Evaluator(base, {"topic": task}, {"topic": examples}, 4, 30)

@@ -11,8 +11,7 @@ from plait.errors import RunError
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.model.base import draw_head, head_state
-from tests.tiny import ARCHITECTURES, TARGETS
-from tests.training.conftest import make_adapter, make_examples, make_task, tiny_base  # noqa: F401
+from tests.tiny import ARCHITECTURES, TARGETS, make_adapter, make_examples, make_task
 
 
 def grown(adapter: Adapter, rank: int, seed: int) -> Adapter:
@@ -45,7 +44,7 @@ def heads_of(evaluator, task, seeds):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_candidate_predicts_as_alone(tiny_base, architecture):  # noqa: F811
+def test_every_candidate_predicts_as_alone(tiny_base, architecture):
     evaluator, start = setup(tiny_base(architecture), architecture)
     for task in ("topic", "value"):
         heads = heads_of(evaluator, task, range(4))
@@ -65,7 +64,7 @@ def test_every_candidate_predicts_as_alone(tiny_base, architecture):  # noqa: F8
                 np.testing.assert_allclose(found, expected, atol=3e-5, rtol=1e-4)
 
 
-def test_memory_that_runs_out_loses_nobody(tiny_base, monkeypatch):  # noqa: F811
+def test_memory_that_runs_out_loses_nobody(tiny_base, monkeypatch):
     from plait.evaluation import fleet
 
     evaluator, start = setup(tiny_base("bert"), "bert")
@@ -84,7 +83,7 @@ def test_memory_that_runs_out_loses_nobody(tiny_base, monkeypatch):  # noqa: F81
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_infinite_predictions_are_named(tiny_base):  # noqa: F811
+def test_infinite_predictions_are_named(tiny_base):
     evaluator, start = setup(tiny_base("bert"), "bert")
     head = heads_of(evaluator, "topic", [0])[0]
     huge = {n: LoraFactors(f.A * 1e30, f.B + 1e30) for n, f in start.modules.items()}

@@ -17,8 +17,7 @@ from plait.evaluation.text import answer_ids, perplexity, prompts_of, rouge_l, w
 from plait.model.base import load_task_model, load_tokenizer
 from plait.tasks import collate, encode
 from plait.training import TrainingSettings, train_adapter
-from tests.tiny import TARGETS, WORDS, choice_scores
-from tests.training.conftest import make_adapter, make_examples, make_task, tiny_base  # noqa: F401
+from tests.tiny import TARGETS, WORDS, choice_scores, make_adapter, make_examples, make_task
 
 KINDS = [("causal", "llama"), ("causal", "gpt2"), ("seq2seq", "t5")]
 
@@ -42,7 +41,7 @@ def nll(model, tokenizer, task, examples):
 
 
 @pytest.mark.parametrize(("kind", "architecture"), KINDS)
-def test_choice_scores_are_the_likelihoods_of_the_answers(tiny_base, kind, architecture):  # noqa: F811
+def test_choice_scores_are_the_likelihoods_of_the_answers(tiny_base, kind, architecture):
     base, task = tiny_base(architecture), answered(kind)
     model, tokenizer, examples = (
         load_task_model(base, task, seed=0),
@@ -61,7 +60,7 @@ def test_choice_scores_are_the_likelihoods_of_the_answers(tiny_base, kind, archi
 
 
 @pytest.mark.parametrize(("kind", "architecture"), KINDS)
-def test_a_trained_adapter_chooses_and_writes_the_right_answer(tiny_base, tmp_path, kind, architecture):  # noqa: F811
+def test_a_trained_adapter_chooses_and_writes_the_right_answer(tiny_base, tmp_path, kind, architecture):
     base = tiny_base(architecture)
     task = dataclasses.replace(make_task(kind=kind), labels=("w0 w3", "w1 w4"))
     examples, settings = make_examples(task, 48), TrainingSettings(steps=150, lr=3e-2, batch_size=16, max_length=40)
@@ -96,7 +95,7 @@ def test_a_trained_adapter_chooses_and_writes_the_right_answer(tiny_base, tmp_pa
     assert agree > 0.8
 
 
-def test_a_model_that_is_lost_has_a_perplexity_still(tiny_base):  # noqa: F811
+def test_a_model_that_is_lost_has_a_perplexity_still(tiny_base):
     base, task = tiny_base("gpt2"), make_task(kind="causal")
     model, tokenizer = load_task_model(base, task, seed=0), load_tokenizer(base)
     with torch.no_grad():
@@ -126,7 +125,7 @@ def test_open_answers_and_unknown_ones_are_named():
 
 
 @pytest.mark.parametrize(("kind", "architecture"), [("causal", "llama"), ("seq2seq", "t5")])
-def test_text_tasks_pass_through_the_whole_line(tiny_base, tmp_path, kind, architecture):  # noqa: F811
+def test_text_tasks_pass_through_the_whole_line(tiny_base, tmp_path, kind, architecture):
     from plait import run
     from plait.recipes.recipe import Recipe
 

@@ -18,7 +18,7 @@ from plait.evaluation.writing import endings, write_many
 from plait.model.applied import applied
 from plait.model.stacked import stacked_factors
 from plait.tasks import encode
-from tests.training.conftest import make_adapter, make_examples, make_task, tiny_base  # noqa: F401
+from tests.tiny import make_adapter, make_examples, make_task
 
 
 def grown(adapter: Adapter, rank: int, seed: int, size: float = 0.4) -> Adapter:
@@ -48,7 +48,7 @@ def setup(base, architecture="llama", rows=13, **options):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("room", [40_000, 150])
-def test_everybody_writes_as_alone(tiny_base, monkeypatch, architecture, room):  # noqa: F811
+def test_everybody_writes_as_alone(tiny_base, monkeypatch, architecture, room):
     evaluator, task, examples, worn = setup(tiny_base(architecture), architecture)
     monkeypatch.setitem(writing.TOKENS_HELD, "cpu", room)
     monkeypatch.setitem(writing.TOKENS_READ, "cpu", 100)
@@ -71,7 +71,7 @@ def test_everybody_writes_as_alone(tiny_base, monkeypatch, architecture, room): 
     assert len(lengths) > 2
 
 
-def test_measured_together_is_measured_alone(tiny_base):  # noqa: F811
+def test_measured_together_is_measured_alone(tiny_base):
     evaluator, task, _, worn = setup(tiny_base("llama"), compare="case", stop="w7")
     learned = dataclasses.replace(task, metrics=("rouge_l",))
     rows = np.array([3, 11, 0, 7])
@@ -85,7 +85,7 @@ def test_measured_together_is_measured_alone(tiny_base):  # noqa: F811
                 assert found.shape == expected.shape
 
 
-def test_with_likelihood_everything_is_measured(tiny_base):  # noqa: F811
+def test_with_likelihood_everything_is_measured(tiny_base):
     evaluator, task, _, worn = setup(tiny_base("llama"))
     evaluator.tasks["topic"] = dataclasses.replace(task, metrics=("exact_match", "likelihood"))
     for c, found in zip(worn, predict_many(evaluator, "topic", worn), strict=True):
@@ -93,7 +93,7 @@ def test_with_likelihood_everything_is_measured(tiny_base):  # noqa: F811
         assert (found[:, 3] > 0).all()
 
 
-def test_a_stop_string_ends_an_answer_that_has_begun(tiny_base):  # noqa: F811
+def test_a_stop_string_ends_an_answer_that_has_begun(tiny_base):
     evaluator, *_ = setup(tiny_base("llama"))
     model, tokenizer = evaluator.task_model("topic"), evaluator.tokenizer
     ends = endings(model, tokenizer, "w1", torch.device("cpu"))
@@ -103,7 +103,7 @@ def test_a_stop_string_ends_an_answer_that_has_begun(tiny_base):  # noqa: F811
     assert not ends.always[tokenizer.convert_tokens_to_ids("w2")]
 
 
-def test_what_is_not_a_number_is_told(tiny_base):  # noqa: F811
+def test_what_is_not_a_number_is_told(tiny_base):
     evaluator, *_, worn = setup(tiny_base("llama"))
     adapter = worn[1].adapter
     huge = {n: LoraFactors(f.A * 1e30, f.B * 1e30, f.scaling) for n, f in adapter.modules.items()}

@@ -14,8 +14,7 @@ from plait.evaluation.fleet import Candidate, predict_many
 from plait.evaluation.text import prompts_of, token_likelihoods, write_texts
 from plait.model.base import BaseModel
 from plait.tasks import encode
-from tests.tiny import save_tokenizer
-from tests.training.conftest import make_examples, make_task, tiny_base  # noqa: F401
+from tests.tiny import make_examples, make_task, save_tokenizer
 
 
 def open_task(kind="causal", **options):
@@ -88,7 +87,7 @@ def test_an_encoder_with_absolute_positions_writes_every_row_as_alone(bart):
 
 
 @pytest.mark.parametrize("asked", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 1}, {"num_beams": 4}])
-def test_settings_for_generation_do_not_change_a_score(tiny_base, asked):  # noqa: F811
+def test_settings_for_generation_do_not_change_a_score(tiny_base, asked):
     task = open_task()
     examples = make_examples(task, 9)
     evaluator = Evaluator(tiny_base("llama"), {"topic": task}, {"topic": examples}, 5, 40)
@@ -103,7 +102,7 @@ def test_settings_for_generation_do_not_change_a_score(tiny_base, asked):  # noq
     np.testing.assert_array_equal(alone[:, :2], beside[:, :2])
 
 
-def test_the_tokenizers_end_token_ends_an_answer_too(tiny_base):  # noqa: F811
+def test_the_tokenizers_end_token_ends_an_answer_too(tiny_base):
     task = open_task()
     examples = make_examples(task, 3)
     evaluator = Evaluator(tiny_base("llama"), {"topic": task}, {"topic": examples}, 5, 40)
@@ -122,7 +121,7 @@ def test_the_tokenizers_end_token_ends_an_answer_too(tiny_base):  # noqa: F811
     assert written == whole[:1]
 
 
-def test_what_is_written_after_a_row_does_not_depend_on_the_rows_beside_it(tiny_base):  # noqa: F811
+def test_what_is_written_after_a_row_does_not_depend_on_the_rows_beside_it(tiny_base):
     task = open_task()
     examples = make_examples(task, 4)
     examples = dataclasses.replace(examples, labels=(*examples.labels[:3], "w1 w2 w3 w4 w5 w6 w7 w8"))
@@ -134,7 +133,7 @@ def test_what_is_written_after_a_row_does_not_depend_on_the_rows_beside_it(tiny_
     assert evaluator.new_tokens("topic") == 9
 
 
-def test_a_model_may_write_as_much_as_the_longest_of_several_right_answers(tiny_base):  # noqa: F811
+def test_a_model_may_write_as_much_as_the_longest_of_several_right_answers(tiny_base):
     task = open_task(references="others")
     examples = dataclasses.replace(make_examples(task, 2), references=(("w1",), ("w1 w2 w3 w4 w5",)))
     evaluator = Evaluator(tiny_base("llama"), {"topic": task}, {"topic": examples}, 5, 40)

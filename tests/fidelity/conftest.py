@@ -15,8 +15,7 @@ from plait.fidelity.panel import Panel, parts_of
 from plait.learning import checkpoints
 from plait.model.base import draw_head, head_state, load_task_model
 from tests.fidelity.ended import Begun, Killed, folders_of, killed_after
-from tests.tiny import WORDS
-from tests.training.conftest import make_adapter, make_task
+from tests.tiny import WORDS, make_adapter, make_task
 
 TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 

@@ -24,7 +24,7 @@ from plait.model.four_bits import said_in_four_bits, unpacked_tensors
 from plait.model.identity import held_fingerprint
 from plait.model.nf4 import BLOCK, OUTER, dynamic_values, in_blocks, normal_values, stored_sizes, through_nf4
 from tests.fidelity.conftest import texts_of
-from tests.training.conftest import make_task
+from tests.tiny import make_task
 
 GOLDEN = load_file(Path(__file__).parents[1] / "reference" / "nf4.safetensors")
 CASES = ("plain", "double", "odd", "fp4")

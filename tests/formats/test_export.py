@@ -101,7 +101,7 @@ def test_predictions_are_those_of_plait_eval(tiny_base, tmp_path):
     from plait.evaluation.evaluate import Evaluator
     from plait.tasks.task import Examples
     from tests.fidelity.conftest import random_adapter, texts_of
-    from tests.training.conftest import make_task
+    from tests.tiny import make_task
 
     base = tiny_base("bert")
     tasks = {"one": make_task("one", "classification", 3), "two": make_task("two", "regression")}

@@ -22,7 +22,7 @@ from plait.disk.store import identity
 from plait.model.base import BaseModel
 from plait.statistics import read_statistics
 from plait.training import TrainingSettings, sharding, train, train_adapter
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import make_adapter, make_examples, make_task
 
 OPTIONS = {"free": {}, "frozen": {}, "projected": {"m": 6}, "penalised": {"beta": 0.5}}
 SETTINGS = TrainingSettings(steps=10, lr=5e-3, batch_size=8, max_length=24, accumulation=2, checkpoint_every=4)

@@ -18,8 +18,7 @@ from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, attach_constraint, prepare_constraint, train_adapter, train_fleet
 from plait.training.constraints import Cell, Constraint, Enforcer, Rule, cells_of, penalty_gradients, stacked_bytes
 from plait.training.peft_model import attach, detach, for_task
-from tests.tiny import TARGETS
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import TARGETS, make_adapter, make_examples, make_task
 
 SETTINGS = TrainingSettings(steps=20, lr=5e-3, batch_size=8, max_length=24)
 OPTIONS = {"free": {}, "frozen": {}, "projected": {"m": 6}, "penalised": {"beta": 0.5}}

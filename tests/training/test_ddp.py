@@ -19,9 +19,8 @@ from plait.tasks import batches, encode
 from plait.training import train_adapter
 from tests.conftest import tiny_rows, write_rows
 from tests.statistics.test_distributed import LAUNCHERS
-from tests.tiny import TARGETS
+from tests.tiny import TARGETS, make_adapter, make_examples, make_task
 from tests.training import ddp_worker
-from tests.training.conftest import make_adapter, make_examples, make_task
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,8 +15,7 @@ from plait.adapters.peft_format import read_adapter
 from plait.disk.store import MANIFEST, identity
 from plait.errors import Diverged, EnvironmentFault, UsageError
 from plait.training import Member, TrainingSettings, fleet, fleet_run, rates_sweep, train_adapter, train_fleet
-from tests.tiny import ARCHITECTURES
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import ARCHITECTURES, make_adapter, make_examples, make_task
 
 SETTINGS = TrainingSettings(steps=20, lr=5e-3, batch_size=8, max_length=24)
 

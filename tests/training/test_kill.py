@@ -16,7 +16,7 @@ from plait.adapters.peft_format import read_adapter
 from plait.disk.store import identity
 from plait.model.base import BaseModel
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import make_adapter, make_examples, make_task
 
 SETTINGS = TrainingSettings(steps=60, lr=1e-2, batch_size=8, max_length=24, checkpoint_every=3, dropout=0.1)
 

@@ -10,8 +10,7 @@ import pytest
 from plait.disk.store import identity
 from plait.model.base import BaseModel
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet
-from tests.tiny import save_model
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import make_adapter, make_examples, make_task, save_model
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -11,8 +11,7 @@ from plait.disk.store import identity
 from plait.model.base import BaseModel, draw_head, head_state, load_head, load_task_model
 from plait.model.views import TaskModels
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet
-from tests.tiny import TARGETS, save_tokenizer
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import TARGETS, make_adapter, make_examples, make_task, save_tokenizer
 
 NORM = "head.norm.weight"
 

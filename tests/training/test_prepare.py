@@ -15,8 +15,7 @@ from plait.statistics.sketch import compress_statistics
 from plait.tasks import batches, encode
 from plait.training import TrainingSettings, attach_constraint, prepare_constraint
 from plait.training.peft_model import attach, detach, for_task
-from tests.tiny import TARGETS
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import TARGETS, make_adapter, make_examples, make_task
 
 PENALISED = TrainingSettings(steps=1, constraint="penalised")
 

@@ -15,8 +15,7 @@ from plait.model.stacked import common_shapes
 from plait.statistics import collect_statistics
 from plait.tasks import batches, encode
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet
-from tests.tiny import TARGETS, save_model, save_tokenizer
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import TARGETS, make_adapter, make_examples, make_task, save_model, save_tokenizer
 
 SETTINGS = TrainingSettings(steps=60, lr=1e-2, batch_size=8, max_length=24, constraint="penalised")
 

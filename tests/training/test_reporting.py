@@ -12,7 +12,7 @@ import torch
 from plait.adapters.lora import LoraFactors
 from plait.errors import EnvironmentFault, UsageError
 from plait.training import TrainingSettings, train_adapter
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import make_adapter, make_examples, make_task
 
 SETTINGS = TrainingSettings(steps=20, lr=1e-2, batch_size=8, max_length=24)
 

@@ -15,8 +15,7 @@ from plait.model.base import load_task_model
 from plait.training import TrainingSettings, row_order, train_adapter
 from plait.training.checkpoints import checkpoint_root, latest_whole
 from plait.training.peft_model import attach, detach, for_task, silence_dropout
-from tests.tiny import ARCHITECTURES
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import ARCHITECTURES, make_adapter, make_examples, make_task
 
 SETTINGS = TrainingSettings(steps=12, lr=2e-2, batch_size=8, max_length=24)
 

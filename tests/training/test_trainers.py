@@ -17,8 +17,7 @@ from plait.statistics import collect_statistics, write_statistics
 from plait.tasks import batches, encode
 from plait.training.peft_model import for_task
 from plait.training.snippets import TRAINERS, snippet
-from tests.tiny import TARGETS
-from tests.training.conftest import make_adapter, make_examples, make_task
+from tests.tiny import TARGETS, make_adapter, make_examples, make_task
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
 # Names defined in axolotl/utils/schemas (peft, model, training, datasets, config) and in llamafactory/hparams.
