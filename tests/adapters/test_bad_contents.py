@@ -43,7 +43,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "25 bias": (lambda f: config(f, bias="all"), "bias='all'"),
     "25 aLoRA": (lambda f: config(f, alora_invocation_tokens=[1]), "aLoRA"),
     "25 KaSA": (lambda f: config(f, kasa_config={"a": 1}), "KaSA"),
-    "25 BD-LoRA": (lambda f: config(f, use_bdlora=True), "BD-LoRA"),
+    **{f"25 BD-LoRA {v!r}": (lambda f, v=v: config(f, use_bdlora=v), "BD-LoRA's factors") for v in (True, {"nblocks": 2})},
     "26 PiSSA": (lambda f: config(f, init_lora_weights="pissa_niter_4"), "changed the base weights"),
     "26 OLoRA": (lambda f: config(f, init_lora_weights="OLoRA"), "changed the base weights"),
     "26 LoftQ": (lambda f: config(f, init_lora_weights="loftq"), "changed the base weights"),

@@ -210,3 +210,16 @@ def test_factors_that_peft_passes_over_are_told(fields, left_out, command, plait
     told = [line for line in out.splitlines() if "PEFT passes over" in line]
     assert len(told) == bool(passed_over)
     assert not told or (min(passed_over) in told[0] and f"{len(passed_over) - 1} module" in told[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"trainable_token_indices": [3, 4]}, {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["up_proj"]}],
+)
+def test_modules_that_a_conversion_makes_are_not_called_left_out(fields, plait, tmp_path):
+    """They come from what the config says of tokens and whole weights, and no config edited by hand passes over them."""
+    llama().save_pretrained(tmp_path / "in/base")
+    before = trained(tmp_path / "in/a", llama(), **fields)
+    code, out, err = plait("convert in/a --base in/base --rank 32 --out m")
+    assert code == 0 and "PEFT passes over" not in out + err
+    assert far(logits(loaded("m", llama())), before, logits(llama())) < 1e-5

@@ -16,6 +16,7 @@ from plait.formats import lowrank
 from plait.formats.convert import convert
 from plait.formats.lowrank import best_rank
 from plait.formats.plain import Means
+from tests.loading.planted import causal, save_adapter
 from tests.merging.test_same_bytes import threads
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
@@ -192,6 +193,23 @@ def test_best_rank_is_the_truncated_svd(shape):
     assert cut.lost[1] == pytest.approx(float(S[3:].square().sum()))
     assert cut.lost[2] == pytest.approx(float(S[6:].square().sum()))
     assert cut.lost[4] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_velora_is_read_as_the_lora_that_it_is(tmp_path):
+    """What it saves beside the factors shortens inputs for the backward pass alone."""
+    from peft import PeftModel
+
+    folder = save_adapter(
+        tmp_path / "a", causal(), task_type="CAUSAL_LM", target_modules=["q_proj"], velora_config={"num_groups": 4}
+    )
+    assert any("lora_velora_embed" in name for name in load_file(folder / "adapter_model.safetensors"))
+    adapter = read_adapter(folder)
+    model = PeftModel.from_pretrained(causal(), str(folder))
+    for module, f in adapter.modules.items():
+        wanted = model.get_submodule(f"base_model.model.{module}").get_delta_weight("default")
+        assert torch.allclose(f.delta(), wanted, atol=1e-6)
+    convert(folder, tmp_path / "plain")
+    assert "velora_config" not in json.loads((tmp_path / "plain/adapter_config.json").read_text())
 
 
 def test_plain_adapters_pass_unchanged(tiny_base, tmp_path):

@@ -140,6 +140,7 @@ def on_base(capsys, folder, base):
         {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 1}},
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
         {"modules_to_save": ["embed_tokens"]},
+        {"velora_config": {"num_groups": 4}},
     ],
 )
 @pytest.mark.parametrize("base", ["causal", "tied"])
@@ -152,9 +153,10 @@ def test_peft_on_the_base_is_the_base_with_the_updates_added(capsys, bases, tmp_
 
 def test_a_merge_and_a_classifier_on_their_bases(capsys, bases, merged, tmp_path):
     assert on_base(capsys, merged, bases / "causal")[0] == 0
-    folder = save_adapter(tmp_path / "c", classifier(), task_type="SEQ_CLS", target_modules=["query"])
-    code, found, _ = on_base(capsys, folder, bases / "classifier")
-    assert code == 0 and found["error"] < 1e-5 < found["effect"]
+    for name, config in (("c", {"task_type": "SEQ_CLS"}), ("no type", {"modules_to_save": ["classifier"]})):
+        folder = save_adapter(tmp_path / name, classifier(), target_modules=["query"], **config)
+        code, found, err = on_base(capsys, folder, bases / "classifier")
+        assert code == 0 and found["error"] < 1e-5 < found["effect"], err
 
 
 @pytest.mark.parametrize(
@@ -183,10 +185,19 @@ def test_an_adapter_without_effect_is_told(capsys, bases, tmp_path):
     assert code == 3 and found["effect"] == 0.0 and "no effect" in " ".join(found["faults"])
 
 
-def test_what_a_base_is_not_asked_about(capsys, bases, tmp_path):
-    folder = save_adapter(tmp_path / "a", causal(), **LLM, use_dora=True)
+@pytest.mark.parametrize(
+    ("variant", "value"),
+    [
+        ("use_dora", True),
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}),
+        ("kasa_config", {}),
+        ("alora_invocation_tokens", [3]),
+    ],
+)
+def test_what_a_base_is_not_asked_about(capsys, bases, tmp_path, variant, value):
+    folder = save_adapter(tmp_path / "a", causal(), **LLM, **{variant: value})
     code, _, err = call(capsys, "check", folder, "--base", bases / "causal")
-    assert code == 3 and "use_dora" in err
+    assert code == 3 and f"{variant}: its updates are not scaling * B A" in err
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])

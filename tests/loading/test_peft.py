@@ -37,6 +37,7 @@ SOUND = {
     "excluded": (causal, {**LLM, "target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
     "rslora": (causal, {**LLM, "use_rslora": True}),
     "dora": (causal, {**LLM, "use_dora": True}),
+    "velora": (causal, {**LLM, "velora_config": {"num_groups": 4}}),
     "lora_bias": (classifier, {"task_type": "SEQ_CLS", "target_modules": ["query"], "lora_bias": True}),
     "embedding": (causal, {**LLM, "target_modules": [*QV, "embed_tokens"]}),
     "head of the language model": (causal, {**LLM, "target_modules": [*QV, "lm_head"]}),

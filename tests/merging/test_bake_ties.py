@@ -27,6 +27,12 @@ BART = {
     "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32,
 }  # fmt: skip
+WHISPER = {
+    "vocab_size": 64, "d_model": 32, "num_mel_bins": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_source_positions": 10,
+    "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
+    "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
 KINDS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
     "tied llama": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"tie_word_embeddings": True}),
@@ -34,7 +40,9 @@ KINDS = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", SIZES | {"head_dim": 8}),
     "ctrl": ("CTRLLMHeadModel", "CTRLConfig", {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4}),
     "bert": ("BertForMaskedLM", "BertConfig", SIZES),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", SIZES),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
 }  # fmt: skip
 
 
@@ -51,8 +59,8 @@ def saved(kind: str, folder: Path, *, silent: bool = False) -> Path:
     name, config, sizes = KINDS[kind]
     torch.manual_seed(0)
     model = getattr(hf, name)(getattr(hf, config)(**sizes))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim == 2 else None
+    for name, parameter in model.named_parameters():  # biases too: a base that was trained has some
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim == 2 or name.endswith("bias") else None
     model.save_pretrained(folder)
     if silent:
         changed(folder / "config.json", tie_word_embeddings=None)
@@ -67,8 +75,9 @@ def loaded(kind: str, folder: Path):
 
 def output(model) -> torch.Tensor:
     more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    spoken = torch.linspace(-1, 1, 2 * 8 * 20).view(2, 8, 20)
     with torch.no_grad():
-        return model(IDS, **more).logits
+        return model(spoken if model.config.model_type == "whisper" else IDS, **more).logits
 
 
 def far(kind: str, base: Path, targets: list[str], tmp_path: Path, **fields: object) -> tuple[float, bool]:
@@ -98,6 +107,10 @@ def far(kind: str, base: Path, targets: list[str], tmp_path: Path, **fields: obj
         ("gpt2", ["wpe"], False),
         ("gemma2", ["embed_tokens"], True),
         ("bert", ["word_embeddings"], True),
+        ("bert", ["decoder", "query"], True),
+        ("roberta", ["word_embeddings", "query"], True),
+        ("whisper", ["embed_tokens"], True),
+        ("whisper", ["proj_out", "q_proj"], True),
         ("bert", ["token_type_embeddings"], False),
     ],
 )

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 EMBEDDING_NAMES = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "wpe", "position_embeddings"}
 OUTPUT_NAMES = {"lm_head", "embed_out", "output"}
+# Whisper's, and BERT's and its kin's: other models have other layers of these names.
+TIED_OUTPUT_NAMES = OUTPUT_NAMES | {"proj_out", "decoder"}
 HEAD_NAMES = {"classifier", "score", "classification_head", "qa_outputs", "pre_classifier"}
 COPY = ".base_layer."
 # Piece of a name -> what it gives away where the config does not say so.

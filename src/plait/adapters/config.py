@@ -45,7 +45,7 @@ _CONVERTED = {
     "trainable_token_indices": "plait convert --base DIR makes it a plain LoRA, exactly",
 }
 _HINT = "correct it, or save the adapter again"
-_FLAGS = {"use_dora", "lora_bias", "use_qalora", "use_bdlora"}
+_FLAGS = {"use_dora", "lora_bias", "use_qalora"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 # Between a multi-head attention's name and that of its output layer, which has the attention's rank and alpha.
 _INSIDE = ".base_layer."

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _TASK_TYPE = "task_type"  # metadata of the weights' file
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+_OF_TRAINING = (
+    ".lora_velora_embed"  # by which VeLoRA keeps inputs short for the backward pass; the update is that of LoRA
+)
 PutFactors = Callable[[str, LoraFactors], None]
 
 
@@ -168,7 +171,8 @@ def _pair(
                 kinds[module] = kind
                 break
         else:
-            others[bare] = tensor
+            if not bare.endswith(_OF_TRAINING):
+                others[bare] = tensor
     if not halves:
         raise InputError(f"holds no LoRA factors, but {kinds_of_names(tensors)}", where=str(folder / WEIGHTS))
     return all_factors(halves, kinds, config, folder), others

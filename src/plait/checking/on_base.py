@@ -31,7 +31,18 @@ _CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-_VARIANTS = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+_VARIANTS = (
+    *(
+        "use_dora",
+        "lora_bias",
+        "trainable_token_indices",
+        "target_parameters",
+        "use_qalora",
+        "use_bdlora",
+        "kasa_config",
+    ),
+    *("monteclora_config", "arrow_config", "alora_invocation_tokens", "layer_replication"),
+)
 _BY_HAND = "its updates are not scaling * B A added to weights: --base compares plain LoRA"
 
 
@@ -124,7 +135,7 @@ def _classes(folder: PeftFolder, base: str) -> str:
         return named
     if any(t.startswith("heads/") for t in folder.beside):  # a merge of classifiers: its update goes under any head
         return "AutoModelForSequenceClassification"
-    return _class_of_base(base)
+    return _class_of_base(base, [names.named(t).module for t in folder.header.tensors])
 
 
 def _loaded(base: str, named: str, settings: Settings, tensors: dict[str, Any]) -> Any:
@@ -145,8 +156,8 @@ def _loaded(base: str, named: str, settings: Settings, tensors: dict[str, Any]) 
         raise InputError(f"transformers cannot load it: {e}", where=base) from None
 
 
-def _class_of_base(base: str) -> str:
-    """The class that the base was saved as, where AutoModel would leave its head out."""
+def _class_of_base(base: str, modules: Sequence[str]) -> str:
+    """The class that the base was saved as, where AutoModel would leave its head out; modules are the adapter's."""
     import transformers as hf
 
     named = (hf.AutoConfig.from_pretrained(base).architectures or [""])[0]
@@ -154,7 +165,10 @@ def _class_of_base(base: str) -> str:
         return "AutoModelForCausalLM"
     if "ForImageClassification" in named:
         return "AutoModelForImageClassification"
-    return "AutoModelForSeq2SeqLM" if "ConditionalGeneration" in named else "AutoModel"
+    if "ConditionalGeneration" in named:
+        return "AutoModelForSeq2SeqLM"
+    backbone = getattr(getattr(hf, named, None), "base_model_prefix", "")
+    return named if backbone and any(m.startswith(f"{backbone}.") for m in modules) else "AutoModel"
 
 
 def _by_peft(base: Any, folder: Path) -> tuple[Any, Any]:

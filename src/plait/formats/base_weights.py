@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.adapters.beside import OUTPUT_NAMES
+from plait.adapters.beside import TIED_OUTPUT_NAMES
 from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE
 from plait.adapters.lora import Adapter
 from plait.errors import InputError
@@ -78,7 +78,7 @@ class BaseWeights:
         Raises:
             InputError: Nowhere in this base.
         """
-        tied = module.rpartition(".")[2] in OUTPUT_NAMES and self.tied
+        tied = module.rpartition(".")[2] in TIED_OUTPUT_NAMES and self.tied
         return self.tensors[tensor_of(module, self.adapter, self.tensors, tied)[0]]
 
     def matrix(self, module: str, shape: tuple[int, int], *, embedding: bool = False) -> Float[Tensor, "out in"]:

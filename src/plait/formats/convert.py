@@ -16,7 +16,6 @@ from plait.adapters.lineage import of_another_base
 from plait.adapters.lora import Adapter, LoraFactors, concatenated
 from plait.adapters.peft_format import read_adapter
 from plait.adapters.tensors import all_finite
-from plait.adapters.unread import unread_lines
 from plait.border.counts import agreed, plural
 from plait.border.records import keyed, nested, to_json
 from plait.disk import store
@@ -102,7 +101,7 @@ def convert(
         RunError: What was written is not what was read; it is not left behind.
     """
     target, means, source = checked_format(to), _found(means or Means()), adapter_place(source)
-    adapter, steps = _read(source, means, component, target)
+    adapter, steps, unread = _read(source, means, component, target)
     if rename:
         if target != PEFT or not (source / CONFIG).is_file():
             raise UsageError("--rename is for a PEFT folder that becomes one", hint="leave --rename or --to out")
@@ -127,7 +126,7 @@ def convert(
         folded=ready.source["folded"],
         rounding_error=rounding,
         conversions=tuple(steps),
-        notes=(*_notes(ready, target), *(of_another_base(adapter.base, means.base) if means.base else ())),
+        notes=(*_notes(ready, target), *unread, *(of_another_base(adapter.base, means.base) if means.base else ())),
     )
     result = to_json(record)
 
@@ -146,32 +145,36 @@ def _found(means: Means) -> Means:
     return replace(means, base=base, initial=adapter_place(means.initial) if means.initial else None)
 
 
-def _read(source: Path, means: Means, component: str | None, target: str) -> tuple[Adapter, list[Step]]:
+def _read(
+    source: Path, means: Means, component: str | None, target: str
+) -> tuple[Adapter, Sequence[Step], Sequence[str]]:
+    """The adapter, what was done to make it plain LoRA, and which of its factors PEFT would pass over."""
     if source.suffix == ".gguf" and source.is_file():
         if means.base is None:
             raise UsageError(f"which base does {source} adapt?", hint="--base DIR, which tells its names")
-        return read_gguf(source, means.base), []
+        return read_gguf(source, means.base), [], []
     if is_mlx(source):
-        return read_mlx(source), []
+        return read_mlx(source), [], []
     if source.is_file():
         if component:
             raise UsageError("--component is for a PEFT folder; a file names its components itself")
-        return read_any(source), []
+        return read_any(source), [], []
     parts = component_folders(source)
     if parts:
         read = {part: read_plain(folder, means, name=part) for part, folder in parts.items()}
-        done = [replace(step, component=part) for part, (_, steps) in read.items() for step in steps]
-        return joined({part: a for part, (a, _) in read.items()}, name_of(source)), done
+        done = [replace(step, component=part) for part, p in read.items() for step in p.steps]
+        unread = [line for p in read.values() for line in p.unread]
+        return joined({part: p.adapter for part, p in read.items()}, name_of(source)), done, unread
     if not source.is_dir():
         raise InputError("no such adapter", where=str(source))
-    adapter, done = read_plain(source, means)
+    plain = read_plain(source, means)
     if target in (PEFT, MLX):
-        return adapter, done
+        return plain.adapter, plain.steps, plain.unread
     if component is None:
         raise UsageError(
             f"which part of a pipeline does {source} adapt?", hint="--component unet, transformer, text_encoder, ..."
         )
-    return joined({component: adapter}, adapter.name), done
+    return joined({component: plain.adapter}, plain.adapter.name), plain.steps, plain.unread
 
 
 def _identity(
@@ -233,7 +236,7 @@ def _notes(adapter: Adapter, target: str) -> list[str]:
         found.append(
             f"{plural(adapter.source['tucker'], 'convolution')} came with a middle (Tucker) factor: multiplied into A"
         )
-    return found + alpha_notes(adapter.source) + unread_lines([adapter])
+    return found + alpha_notes(adapter.source)
 
 
 def written_error(ready: Adapter, out: Path, target: str) -> float:

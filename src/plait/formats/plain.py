@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from plait.adapters.lora import EMBEDDING, Adapter, concatenated
 from plait.adapters.peft_format import adapter_of
 from plait.adapters.peft_tensors import require_sides
 from plait.adapters.tensors import widened
+from plait.adapters.unread import unread_lines
 from plait.adapters.weights import read_weights
 from plait.border.counts import plural
 from plait.errors import InputError
@@ -27,11 +28,23 @@ _BIAS = ".lora_B.bias"
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
 
 
-def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[Adapter, list[Step]]:
-    """Read a PEFT folder of a plain or convertible variant as a plain LoRA.
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """An adapter that was turned into plain LoRA.
 
-    Returns:
-        The adapter, and what was done to make it plain.
+    Args:
+        adapter: It.
+        steps: What was done.
+        unread: Factors of its file that PEFT would pass over by its config, a line each.
+    """
+
+    adapter: Adapter
+    steps: tuple[Step, ...]
+    unread: tuple[str, ...]
+
+
+def read_plain(folder: Path, means: Means, *, name: str | None = None) -> Plain:
+    """Read a PEFT folder of a plain or convertible variant as a plain LoRA.
 
     Raises:
         InputError: A variant that cannot be converted, or lacks what its conversion needs; says which.
@@ -49,13 +62,14 @@ def read_plain(folder: Path, means: Means, *, name: str | None = None) -> tuple[
     if config.rslora:
         work.steps.append(Step("rsLoRA: alpha / sqrt(rank) written as alpha / rank", exact=True))
     adapter = adapter_of(folder, config, work.tensors, metadata, digests, name=name)
+    unread = tuple(unread_lines([adapter]))  # before modules are added that its config knows by other keys
     if started:
         adapter = _minus_start(work, adapter)
     needed = bool(work.taken.get("magnitudes") or work.taken.get("tokens") or adapter.extras or adapter.copies)
     base = BaseWeights(means.base, adapter) if needed and means.base else None
     adapter = without_copies(work, _without_magnitudes(work, adapter, base), base)
     adapter = without_tokens(work, adapter, base)
-    return without_whole(work, adapter, base), work.steps
+    return Plain(without_whole(work, adapter, base), tuple(work.steps), unread)
 
 
 # --- DoRA -------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,12 @@ _INITS = ("gaussian", "eva", "orthogonal", "lora_ga", "mica", "olora", "corda", 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "mica")
 _HEADS = frozenset(h for heads in HEADS_OF.values() for h in heads) | {"classification_head", "pre_classifier"}
 # Tensors that are loaded where the config switches their kind on, and dropped where it does not.
-_SWITCHED = {names.MAGNITUDE: "use_dora", names.BIAS_OF_B: "lora_bias", names.TOKENS: "trainable_token_indices"}
+_SWITCHED = {
+    names.MAGNITUDE: "use_dora",
+    names.BIAS_OF_B: "lora_bias",
+    names.TOKENS: "trainable_token_indices",
+    names.VELORA: "velora_config",
+}
 _SAVE = "save the adapter again from the model it was trained in (save_pretrained of the unwrapped PeftModel)"
 
 

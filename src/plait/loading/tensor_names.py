@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 ROOT = "base_model.model."
 A, B, EMBEDDING_A, EMBEDDING_B = "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"
-MAGNITUDE, BIAS_OF_B, TOKENS, COPY, PARAMETER = (
+MAGNITUDE, BIAS_OF_B, TOKENS, VELORA, COPY, PARAMETER = (
     "magnitude",
     "bias of lora_B",
     "trained tokens",
+    "direction of VeLoRA's backward pass",
     "copy of a base weight",
     "parameter",
 )
@@ -24,6 +25,7 @@ _SUFFIXES = {
     ".lora_magnitude_vector.weight": MAGNITUDE,
     f".{B}.bias": BIAS_OF_B,
     ".token_adapter.trainable_tokens_delta": TOKENS,
+    ".lora_velora_embed": VELORA,
     ".base_layer.weight": COPY,
     ".base_layer.bias": COPY,
 }
@@ -93,6 +95,7 @@ def parameter_of(name: Named) -> str:
         MAGNITUDE: "lora_magnitude_vector.default.weight",
         BIAS_OF_B: f"{B}.default.bias",
         TOKENS: "token_adapter.trainable_tokens_delta.default",
+        VELORA: "lora_velora_embed.default",
         COPY: "base_layer.weight",
     }
     return f"{ROOT}{name.module}.{inner[name.kind]}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from plait.adapters.arrays import equal
-from plait.adapters.beside import COPY, EMBEDDING_NAMES, OUTPUT_NAMES
+from plait.adapters.beside import COPY, EMBEDDING_NAMES, TIED_OUTPUT_NAMES
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.border.module_names import named_by
@@ -52,7 +52,7 @@ def tensor_of(module: str, adapter: Adapter, tensors: Mapping[str, StoredTensor]
         return endings[0], False
     if not endings and (older := by_core(tensors).get(f"{without_wrappers(module)}.weight")):
         return older, False
-    if tied and module.rpartition(".")[2] in OUTPUT_NAMES:
+    if tied and module.rpartition(".")[2] in TIED_OUTPUT_NAMES:
         embeddings = embeddings_in(tensors)
         if len(embeddings) == 1:
             return embeddings[0], True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Ties:
         output: The name of the output layer's weight in the model, where both are tied.
         apart: The tensor of the output layer where the files hold both all the same: each takes its own updates.
         others: What else is the embedding and not in the files: an encoder's, a decoder's.
+        along: What else the same flag of the config ties, a decoder's bias say: parameter that the files do not hold -> the tensor
+            that it is one with. Where the flag is off, loaders begin it anew.
     """
 
     embedding: str = ""
@@ -34,6 +36,7 @@ class Ties:
     output: str | None = None
     apart: str | None = None
     others: tuple[str, ...] = ()
+    along: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_one(self) -> bool:
@@ -60,17 +63,20 @@ def ties_of(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Store
         kept = {_EMBEDDING: names[0]} if len(names) == 1 else {}
         kept |= {_OUTPUT: _OUTPUT} if _OUTPUT in tensors else {}
         embedding, output, tied = _EMBEDDING, _OUTPUT, [_OUTPUT] if _says_tied(folder, config) else []
+        pairs: list[tuple[str, str]] = []
     else:
         layout = layout_in(model, list(tensors))
         kept = {p: s.parts[0][0] for p, s in layout.items() if s.unknown is None and len(s.parts) == 1}
-        embedding, output, tied = _tied_weights(model)
+        pairs = list(model.get_expanded_tied_weights_keys(all_submodels=True).items())
+        embedding, output, tied = _tied_weights(model, pairs)
     own = kept.get(embedding, "")
     others = tuple(name for name in tied if name != output and name not in kept)
-    return (
-        Ties(own, embedding, output, kept.get(output), others)
-        if output in tied
-        else Ties(own, embedding, others=others)
-    )
+    if output not in tied:
+        return Ties(own, embedding, others=others)
+    along = {
+        a: kept[b] for pair in pairs for a, b in (pair, pair[::-1]) if a not in {embedding, *tied, *kept} and b in kept
+    }
+    return Ties(own, embedding, output, kept.get(output), others, along)
 
 
 def require_one_output(ties: Ties, where: str) -> None:
@@ -94,11 +100,11 @@ def _model(folder: Path) -> Any:
         return None
 
 
-def _tied_weights(model: Any) -> tuple[str, str, list[str]]:
-    """Names of the weights of input embedding and output layer, and of all that are one with the first."""
+def _tied_weights(model: Any, pairs: list[tuple[str, str]]) -> tuple[str, str, list[str]]:
+    """Names of the weights of input embedding and output layer, and of all that are one with the first by these pairs."""
     names = {id(m): f"{n}.weight" for n, m in model.named_modules()}
     embedding, output = (names.get(id(_end(model, which)), "") for which in ("input", "output"))
-    same, pairs = {embedding}, model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    same = {embedding}
     for _ in pairs:
         same |= {name for pair in pairs if {*pair} & same for name in pair}
     return embedding, output, sorted(same - {embedding})

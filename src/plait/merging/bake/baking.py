@@ -104,7 +104,7 @@ def bake(
         hashes, was_untied = _copy(base, stage, sites, config, ties)
         if not stands:
             wanted["inputs"]["base"] = store.sha256_json(hashes)
-        added = _add(sites, stage, verify=verify)
+        added = _add(sites, stage, ties.output or "", verify=verify)
         changed = sum(a.size for a in added)
         record = BakeRecord(
             modules=len(deltas),
@@ -159,46 +159,47 @@ def _of_merge(record: BakeRecord, source: Adapter | Plan) -> BakeRecord:
     )
 
 
-def _add(sites: Sequence[Site], stage: Path, *, verify: bool) -> list[Added]:
+def _add(sites: Sequence[Site], stage: Path, output: str, *, verify: bool) -> list[Added]:
     """Add every delta to the copy, side by side; in the order of the sites."""
-    pairs = [(site, _target(site, stage)) for site in sites]
+    pairs = [(site, _target(site, stage, output)) for site in sites]
     return add_to_files(pairs, lambda function, items: side_by_side(function, items, _CPU), verify=verify)
 
 
 def _copy(
     base: Path, stage: Path, sites: list[Site], config: Mapping[str, Any], ties: Ties
 ) -> tuple[dict[str, str], bool]:
-    """Copy the base's files, side by side; where weights are untied, add the output layer in a shard of its own and say so.
+    """Copy the base's files, side by side; where weights are untied, add what they were in a shard of its own and say so.
 
     Returns:
         File of the base -> its hash; and whether anything was untied.
     """
     unties = [s for s in sites if s.unties]
+    apart = bool(ties.apart) and any(s.tensor in (ties.embedding, ties.apart) for s in sites)
+    # With others the places need the tie, and transformers leaves out of it what the files hold.
+    says_so = bool(unties or apart) and not ties.others
+    tensors = base_tensors(base)
+    added = {name: tensors[tensor] for name, tensor in ties.along.items()} if says_so else {}
+    if unties and ties.output is not None:
+        added[ties.output] = unties[0].stored
 
     def one(inside: Path) -> str:
         path = base / inside
-        target = stage / (_shard_name(path, bool(unties)) if path.suffix == ".safetensors" else inside)
+        target = stage / (_shard_name(path, bool(added)) if path.suffix == ".safetensors" else inside)
         target.parent.mkdir(parents=True, exist_ok=True)
         return copied(path, target, sorted(s.stored.span for s in sites if s.stored.file == path and not s.is_output))
 
     files = _copied(base)
     hashes = {str(inside): digest for inside, digest in zip(files, side_by_side(one, files, _CPU), strict=True)}
-    apart = bool(ties.apart) and any(s.tensor in (ties.embedding, ties.apart) for s in sites)
-    if (
-        unties or apart
-    ) and not ties.others:  # whose places need the tie, and transformers leaves out of it what the files hold
-        (stage / "config.json").write_text(
-            json.dumps(_untied(config), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-    if not unties or ties.output is None:
-        return hashes, apart
-    name, embedding = ties.output, unties[0].stored
-    write_tensors(stage / _OUTPUT_SHARD, {name: embedding.read(0, embedding.shape[0])})
-    homes = {n: _shard_name(t.file, True) for n, t in base_tensors(base).items()} | {name: _OUTPUT_SHARD}
-    size = sum(p.stat().st_size for p in stage.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
-    (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return hashes, True
+    if says_so:
+        text = json.dumps(_untied(config), indent=2, sort_keys=True) + "\n"
+        (stage / "config.json").write_text(text, encoding="utf-8")
+    if added:
+        write_tensors(stage / _OUTPUT_SHARD, {name: t.read(0, t.shape[0]) for name, t in added.items()})
+        homes = {n: _shard_name(t.file, True) for n, t in tensors.items()} | dict.fromkeys(added, _OUTPUT_SHARD)
+        size = sum(p.stat().st_size for p in stage.glob("*.safetensors"))
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
+        (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return hashes, bool(unties or apart)
 
 
 def _still_tied(sites: Sequence[Site], ties: Ties) -> list[str]:
@@ -241,10 +242,10 @@ def _copied(base: Path) -> list[Path]:
     return found
 
 
-def _target(site: Site, stage: Path) -> StoredTensor:
-    """The tensor of the copy that takes the delta."""
+def _target(site: Site, stage: Path, output: str) -> StoredTensor:
+    """The tensor of the copy that takes the delta; `output` names the output layer's weight, where it was untied."""
     if site.is_output:
-        return next(iter(tensors_in(stage / _OUTPUT_SHARD).values()))
+        return tensors_in(stage / _OUTPUT_SHARD)[output]
     renamed = stage / _FIRST_SHARD
     file = renamed if renamed.exists() else stage / site.stored.file.name
     return StoredTensor(file, site.stored.shape, site.stored.dtype, site.stored.start)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from plait.adapters.beside import OUTPUT_NAMES
+from plait.adapters.beside import TIED_OUTPUT_NAMES
 from plait.adapters.lora import EMBEDDING, EXPERT, Adapter, zero_factors
 from plait.errors import InputError
 from plait.merging.align import assembled
@@ -111,7 +111,7 @@ def sites_of(
 def moves_ends(adapter: Adapter) -> bool:
     """Whether an adapter changes a base's embedding or output layer."""
     last = (m.rpartition(".")[2] for m in adapter.modules)
-    return any(f.kind == EMBEDDING for f in adapter.modules.values()) or any(name in OUTPUT_NAMES for name in last)
+    return any(f.kind == EMBEDDING for f in adapter.modules.values()) or any(name in TIED_OUTPUT_NAMES for name in last)
 
 
 def _as_matrix(stored: StoredTensor) -> StoredTensor:
