@@ -37,6 +37,10 @@ def test_every_command_of_the_page_runs(tiny_base, tmp_path, monkeypatch, capsys
         assert ended.value.code == 0, command
         said += "".join(capsys.readouterr())
     assert "memory: exact" in said
+    facts = [line for line in said.splitlines() if line.startswith(("base  ", "base_weights_sha256 ", "task_type "))]
+    assert (
+        len({len(line) - len(line.split(None, 1)[1]) for line in facts}) == 1
+    )  # `show` writes values below each other
     assert "refunds: trained (penalised)" in said
     starts = {p.name: read_adapter(p) for p in sorted(Path("start").iterdir())}
     assert set(starts) == {"support", "refunds", "refunds-merged", "refunds-mixed", "refunds-alone"}

@@ -105,9 +105,9 @@ def show(file: File, as_json: Json = False) -> None:
     from plait.statistics import read_statistics, show_statistics
 
     contents = show_statistics(read_statistics(file))
-    facts = "\n".join(
-        f"{key.ljust(18)} {value}" for key, value in sorted(contents.provenance.items()) if value is not None
-    )
+    known = {key: value for key, value in sorted(contents.provenance.items()) if value is not None}
+    width = max(map(len, known), default=0)
+    facts = "\n".join(f"{key.ljust(width)}  {value}" for key, value in known.items())
 
     def row(name: str, s: SiteSummary) -> list[str]:
         return [name, str(s.dim), str(s.count), s.form, f"{s.effective_rank:.1f}", f"{100 * s.top8:.1f} %"]
