@@ -184,6 +184,8 @@ def test_the_shared_case_of_patterns(name, case, plait):
 
 LEFT_OUT = [  # fields of the config, and what of the module's name is left out by them
     ({"target_modules": ["q_proj"]}, "v_proj"),
+    ({"target_modules": r".*\.q_proj"}, "v_proj"),
+    ({"target_modules": r".*\.(q|v)_proj"}, None),
     ({"exclude_modules": ["v_proj"]}, "v_proj"),
     ({"layers_to_transform": [1]}, "layers.0"),
     ({}, None),
@@ -192,6 +194,7 @@ LEFT_OUT = [  # fields of the config, and what of the module's name is left out 
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # of "all-linear", as of the adapter itself
 @pytest.mark.parametrize(("fields", "left_out"), LEFT_OUT)
 @pytest.mark.parametrize(
     "command", ["merge in/a", "merge in/a --method tsv", "convert in/a", "merge in/a --bake in/base"]
@@ -210,6 +213,9 @@ def test_factors_that_peft_passes_over_are_told(fields, left_out, command, plait
     told = [line for line in out.splitlines() if "PEFT passes over" in line]
     assert len(told) == bool(passed_over)
     assert not told or (min(passed_over) in told[0] and f"{len(passed_over) - 1} module" in told[0])
+    if "--bake" not in command:  # what is written is loaded whole
+        held = dict(loaded("m", llama(layers=2)).named_modules())
+        assert all(f"base_model.model.{m}.lora_A" in held for m in names)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +229,17 @@ def test_modules_that_a_conversion_makes_are_not_called_left_out(fields, plait, 
     code, out, err = plait("convert in/a --base in/base --rank 32 --out m")
     assert code == 0 and "PEFT passes over" not in out + err
     assert far(logits(loaded("m", llama())), before, logits(llama())) < 1e-5
+
+
+def test_fields_that_no_peft_knows_are_told(plait, tmp_path):
+    """One of a later PEFT may change what the factors mean; with this one they are plain LoRA."""
+    before = trained(tmp_path / "in/a", llama())
+    changed_config(tmp_path / "in/a", use_sines=True, lora_dtype=None, empty={})
+    with pytest.warns(UserWarning, match="use_sines"):
+        model = loaded(tmp_path / "in/a", llama())
+    assert far(logits(model), before, logits(llama())) < 1e-6
+    for command in ("merge in/a", "convert in/a"):
+        code, out, _ = plait(f"{command} --out {command[:5]}")
+        assert code == 0 and "a: adapter_config.json sets use_sines, unknown to PEFT up to 0.21" in out
+    assert far(logits(loaded("merge", llama())), before, logits(llama())) < 1e-5
+    assert "unknown to PEFT" not in plait("merge merge --out again")[1]

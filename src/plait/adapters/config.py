@@ -44,6 +44,8 @@ _CONVERTED = {
     "lora_bias": "plait convert makes it a plain LoRA where its biases are zero, or without them",
     "trainable_token_indices": "plait convert --base DIR makes it a plain LoRA, exactly",
 }
+# Kinds of PEFT's of which PEFT 0.21 itself makes LoRA.
+_MADE_LORA = {"LOHA", "LOKR", "VERA", "MISS", "RANDLORA", "FOURIERFT", "C3A", "DELORA", "GRALORA", "WAVEFT", "VBLORA"}
 _HINT = "correct it, or save the adapter again"
 _FLAGS = {"use_dora", "lora_bias", "use_qalora"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -175,7 +177,9 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
     """Raise for LoRA variants whose update is not scaling * B @ A on the unchanged base, naming the reason."""
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"peft_type is {shown(kind)}, only LORA adapters can be merged", where=where)
+        hint = "PEFT makes a LoRA of it, at a rank of your choice: peft.save_as_lora(DIR, model, rank=R)"
+        what = f"peft_type is {shown(kind)}, only LORA adapters can be merged"
+        raise InputError(what, where=where, hint=hint if kind in _MADE_LORA else None)
     record = Record.of(raw, where, hint=_HINT)
     for key, why in _REFUSED.items():
         if record.flag(key, False) if key in _FLAGS else raw.get(key):

@@ -11,6 +11,7 @@ alone, which this config used to have, changed nothing over a classifier but for
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from plait.adapters.config import CLASSIFICATION_TYPES, MERGED_TYPE, adapted_as
 from plait.adapters.experts import is_parameter, keeps_targets, parameters_of, stacks_of
 from plait.adapters.lora import EXPERT, Adapter, of_backbone
 from plait.border.module_names import named_by
-from plait.border.patterns import first_hits
+from plait.border.patterns import first_hits, matches
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _entries(adapter: Adapter) -> dict[str, _Entry]:
 
 def _targets(adapter: Adapter) -> list[str] | str:
     wanted, full = adapter.target_modules, named_in_full(adapter)
-    if isinstance(wanted, str) and not adapter.prefix and not parameters_of(adapter):
+    if isinstance(wanted, str) and not adapter.prefix and not parameters_of(adapter) and _covers(wanted, adapter):
         return wanted
     own = {m for m in adapter.modules if is_parameter(m, adapter.target_parameters)}
     layers = [m for m, f in adapter.modules.items() if f.kind != EXPERT and m not in own]
@@ -143,3 +144,14 @@ def _targets(adapter: Adapter) -> list[str] | str:
         if all(any(named_by(m, t) for t in named) for m in layers):
             return sorted(named)
     return sorted(map(adapter.full_name, layers))
+
+
+def _covers(pattern: str, adapter: Adapter) -> bool:
+    """Whether PEFT's `target_modules` as one text names every module; one that cannot be tried in bounded time does not."""
+    if pattern == "all-linear":
+        return True
+    names = sorted({adapted_as(m) for m in adapter.modules})
+    try:
+        return all(matches(rf"(?:{pattern})\Z", names, where=adapter.name, what="target_modules"))
+    except (InputError, re.error, RecursionError, OverflowError):
+        return False

@@ -1,4 +1,4 @@
-"""Factors that a folder's own config leaves out: its file holds them, and PEFT passes over them in silence."""
+"""Where PEFT and a folder's own config part: factors that it leaves out, and fields that PEFT does not know."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from plait.border.counts import plural
-from plait.loading.settings import CONFIG, Settings, read_settings
+from plait.errors import printable
+from plait.loading.settings import CONFIG, KNOWN_FIELDS, Settings, read_settings
 
 
 def untargeted_notes(name: str, folder: Path, modules: Iterable[str]) -> list[str]:
-    """Say which factors of an adapter PEFT does not load by the adapter's own config; nothing where it loads all.
+    """Say which factors of an adapter PEFT does not load by the adapter's own config, and what it does not know of the config.
 
     Args:
         name: What the adapter is called.
@@ -20,7 +21,24 @@ def untargeted_notes(name: str, folder: Path, modules: Iterable[str]) -> list[st
     if not (folder / CONFIG).is_file():
         return []
     settings = read_settings(folder)
-    if not settings.raw.get("target_modules") or settings.raw.get("peft_type") != "LORA":
+    if settings.raw.get("peft_type") != "LORA":
+        return []
+    return [*_of_unknown_fields(name, settings), *_of_left_out(name, settings, modules)]
+
+
+def _of_unknown_fields(name: str, settings: Settings) -> list[str]:
+    """A field of a later PEFT, or of a trainer, may change what the factors mean; PEFT drops it with a warning."""
+    unknown = sorted(printable(k, 80) for k, v in settings.raw.items() if k not in KNOWN_FIELDS and v)
+    if not unknown:
+        return []
+    what = f"{', '.join(unknown[:3])}{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}"
+    return [
+        f"{name}: {CONFIG} sets {what}, unknown to PEFT up to 0.21: the factors are read as plain LoRA, as PEFT reads them"
+    ]
+
+
+def _of_left_out(name: str, settings: Settings, modules: Iterable[str]) -> list[str]:
+    if not settings.raw.get("target_modules"):
         return []
     left_out = sorted(m for m in modules if not _is_loaded(m, settings))
     if not left_out:
