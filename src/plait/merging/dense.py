@@ -167,7 +167,7 @@ def _directions(
 ) -> Float[Tensor, "out width"]:
     """Columns of some updates' factors, or where there are more than wanted, sums of them at random; and random ones beside."""
     lefts = [f.B * f.A.norm(dim=1) for f in near if f.rank]
-    held = torch.cat(lefts, 1).float() if lefts else torch.empty(out, 0)
+    held = torch.cat(lefts, 1).float() if lefts else torch.empty(out, 0, dtype=torch.float32)
     drawn = partial(torch.randn, generator=generator, dtype=torch.float32)
     if held.shape[1] > width:
         return held @ drawn(held.shape[1], width).to(held.device)
