@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from tests.fidelity.conftest import random_adapter, texts_of
+from tests.panels import random_adapter, texts_of
 from tests.tiny import save_model
 
 from plait.adapters.peft_format import write_adapter

@@ -19,9 +19,11 @@ from pyarrow import csv, parquet
 
 from plait.disk.manifest import MANIFEST, sealed
 from plait.entry import SAME_PRODUCTS
+from plait.fidelity.panel import Panel, parts_of
 from plait.model.base import BaseModel
 from plait.recipes.recipe import Recipe
 from plait.recipes.recipe_file import parse_recipe
+from tests.panels import random_adapter, texts_of
 from tests.tiny import TARGETS, WORDS, save_model
 
 os.environ.setdefault(*SAME_PRODUCTS)  # as the command does: what is begun by it goes on here with the same bits
@@ -158,3 +160,20 @@ def recipe_file(tiny_base, tmp_path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def make_panel(tiny_base):
+    """make_panel("bert") -> a panel of two adapters (one of three classes, one a regression; of a text model two)."""
+
+    def make(architecture: str = "bert", kind: str = "classification", texts: int = 16, **options) -> Panel:
+        base = tiny_base(architecture)
+        second = "regression" if kind == "classification" else kind
+        adapters = [
+            random_adapter(base, architecture, "one", kind, 1),
+            random_adapter(base, architecture, "two", second, 2),
+        ]
+        given = {a.name: texts_of(texts, i) for i, a in enumerate(adapters)}
+        return Panel(base, parts_of(adapters), given, max_length=24, **options)
+
+    return make

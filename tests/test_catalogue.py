@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plait.cli.catalogue import catalogue
 from plait.cli.plainly import FIRST, MERGES
-from tests.test_cli import call, one_object
+from tests.command import call, one_object
 
 
 def test_every_merge_is_told_in_plain_words():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -14,10 +13,10 @@ import pytest
 import typer
 
 import plait as whole
-from plait.cli import app, main, output
+from plait.cli import app, output
 from plait.errors import EnvironmentFault, InputError, RunError, Terminated, UsageError
+from tests.command import call, one_object, plait
 
-PLAIT = [sys.executable, "-m", "plait"]
 HEAVY = (
     "torch",
     "transformers",
@@ -31,28 +30,6 @@ HEAVY = (
     "datasets",
     "matplotlib",
 )
-
-
-def plait(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    options.setdefault("env", {**os.environ})
-    return subprocess.run(
-        [*PLAIT, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, **options
-    )
-
-
-def call(capsys, *arguments: str | Path) -> tuple[int, str, str]:
-    """Run a command in this process: exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
-def one_object(text: str) -> dict:
-    assert text.count("\n") == 1 and text.endswith("\n")
-    found = json.loads(text)
-    assert found["schema"] == 1
-    return found
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from plait.entry import SAME_PRODUCTS, SELDOM, SHORT_WAITS
 from plait.errors import EnvironmentFault
 from plait.progress import Progress, duration
 from plait.training.checkpoints import open_root
+from tests.command import PLAIT, call, one_object, plait
 from tests.conftest import tiny_rows, unprivileged, write_rows
-from tests.test_cli import PLAIT, call, one_object, plait
 
 # --- odd surroundings -------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,6 @@ from plait.statistics.sketch import compress
 from plait.subspaces import compute_subspaces, subspace_methods
 from plait.subspaces.stream import stream_subspaces
 from plait.training import Member, TrainingSettings, train_adapter, train_fleet
-from tests.fidelity.conftest import make_panel  # noqa: F401
 from tests.laws.test_merge_laws import LAWS, SPACIOUS, adapter, run, statistics
 from tests.merging import test_fisher as fisher_net
 from tests.merging import test_with_forward as net
@@ -268,7 +267,7 @@ def test_predictions(unchanged, tiny_base, tmp_path, architecture, kinds, dtype)
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal")])
-def test_automatic_merges(unchanged, make_panel, architecture, kind):  # noqa: F811
+def test_automatic_merges(unchanged, make_panel, architecture, kind):
     panel = make_panel(architecture, kind, texts=6)
     adapters = [p.adapter for p in panel.parts]
     unchanged(lambda: merge_auto(adapters))

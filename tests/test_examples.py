@@ -19,7 +19,7 @@ from plait.cli.examples import EXAMPLES
 from plait.cli.groups import OTHER, group_of
 from plait.cli.help import MANY
 from tests.conftest import tiny_rows, write_rows
-from tests.fidelity.conftest import random_adapter
+from tests.panels import random_adapter
 from tests.tiny import save_model
 
 # What is parsed and not run, with the reason.

@@ -11,25 +11,18 @@ from safetensors.torch import load_file
 
 from plait.adapters.lora import Adapter
 from plait.adapters.peft_format import read_adapter, write_adapter
-from plait.cli import main
 from plait.disk import hub
 from plait.disk.store import identity, read_manifest, staged_folder
 from plait.errors import InputError
 from plait.model.base import BaseModel, load_task_model, load_tokenizer
 from plait.model.identity import base_fingerprint
 from plait.tasks import Source, Task
+from tests.command import call
 from tests.conftest import tiny_rows, write_rows
-from tests.fidelity.conftest import random_adapter
 from tests.hub_cache import cached, use_cache
+from tests.panels import random_adapter
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def plait(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
 
 
 def write(folder: Path, adapter: Adapter) -> Path:
@@ -58,9 +51,9 @@ def published(tmp_path, tiny_base, monkeypatch):
 
 def test_two_hub_ids_merged_and_baked_equal_the_folders(published, tmp_path, capsys):
     folders, commits, base, _ = published
-    code, _, said = plait(capsys, "merge", "alice/a", "bob/b", "--out", tmp_path / "by-id")
+    code, _, said = call(capsys, "merge", "alice/a", "bob/b", "--out", tmp_path / "by-id")
     assert code == 0, said
-    code, _, said = plait(capsys, "merge", folders["a"], folders["b"], "--out", tmp_path / "by-folder")
+    code, _, said = call(capsys, "merge", folders["a"], folders["b"], "--out", tmp_path / "by-folder")
     assert code == 0, said
     mine, theirs = tmp_path / "by-id", tmp_path / "by-folder"
     for file in (WEIGHTS, "adapter_config.json"):
@@ -71,9 +64,9 @@ def test_two_hub_ids_merged_and_baked_equal_the_folders(published, tmp_path, cap
     assert record["inputs"]["hub:a"] == f"alice/a@{commits['a']}"
     assert "hub:a" not in (read_manifest(theirs) or {})["inputs"]
 
-    code, _, said = plait(capsys, "merge", "alice/a", "bob/b", "--bake", "alice/base@main", "--out", tmp_path / "baked")
+    code, _, said = call(capsys, "merge", "alice/a", "bob/b", "--bake", "alice/base@main", "--out", tmp_path / "baked")
     assert code == 0, said
-    code, _, said = plait(capsys, "merge", *folders.values(), "--bake", base, "--out", tmp_path / "baked-folder")
+    code, _, said = call(capsys, "merge", *folders.values(), "--bake", base, "--out", tmp_path / "baked-folder")
     assert code == 0, said
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("baked", "baked-folder"))
     assert sorted(one) == sorted(two) and all((one[k] == two[k]).all() for k in one)
@@ -89,13 +82,13 @@ def test_names_revisions_and_the_same_name_twice(published, tmp_path, capsys):
     shutil.copytree(folders["b"], other)
     (other / "plait.json").unlink()
     commit = cached(cache, "alice/a", other, ref="v2")
-    code, _, said = plait(capsys, "merge", "old=alice/a", "new=alice/a@v2", "--out", tmp_path / "m")
+    code, _, said = call(capsys, "merge", "old=alice/a", "new=alice/a@v2", "--out", tmp_path / "m")
     assert code == 0, said
     assert [a["name"] for a in (read_manifest(tmp_path / "m") or {})["result"]["adapters"]] == ["old", "new"]
     assert read_adapter(f"alice/a@{commit}").source["hub"] == f"alice/a@{commit}"
     assert read_adapter("alice/a@v2").name == "a"  # without a manifest: the repository's name, not the commit
     cached(cache, "carol/a", folders["a"])
-    code, _, said = plait(capsys, "merge", "alice/a", "carol/a", "--out", tmp_path / "n")
+    code, _, said = call(capsys, "merge", "alice/a", "carol/a", "--out", tmp_path / "n")
     assert code == 2 and "alice-a=alice/a@" in said and "carol-a=carol/a@" in said, said
 
 
@@ -114,7 +107,7 @@ def test_every_reader_takes_ids(published, tmp_path, capsys):
         ["edit", tmp_path / "m", "--weight", "a=0.5", "--out", tmp_path / "edited"],
         ["edit", tmp_path / "m", "--remove", "b", "--add", "c=bob/b", "--out", tmp_path / "again"],
     ):
-        code, out, said = plait(capsys, *command)
+        code, out, said = call(capsys, *command)
         assert code == 0, (command, said)
         if command[0] == "inspect":
             assert out.startswith("a: ")
@@ -141,7 +134,7 @@ def test_a_folder_of_that_name_wins_and_is_said(published, tmp_path, capsys):
     folders, _, _, _ = published
     shutil.copytree(folders["b"], Path("alice") / "a")
     hub._say_which.cache_clear()
-    code, out, said = plait(capsys, "inspect", "alice/a", "--json")
+    code, out, said = call(capsys, "inspect", "alice/a", "--json")
     assert code == 0
     assert json.loads(out)["name"] == "b" and "hub" not in json.loads(out)
     assert said == "note: alice/a is a folder here and a repository in the hub's cache: the folder is taken\n"
@@ -149,7 +142,7 @@ def test_a_folder_of_that_name_wins_and_is_said(published, tmp_path, capsys):
 
 @pytest.mark.parametrize("given", ["nobody/nothing", "alice/a@v9", "NAME=nobody/nothing", "alice/a@" + 40 * "0"])
 def test_what_is_neither_gives_the_way_out(published, tmp_path, capsys, given):
-    code, _, said = plait(capsys, "merge", given, "bob/b", "--out", tmp_path / "m")
+    code, _, said = call(capsys, "merge", given, "bob/b", "--out", tmp_path / "m")
     assert code == 3
     assert said.count("\n") == 1 and "hf download" in said and "no such adapter" in said, said
     assert not (tmp_path / "m").exists()
@@ -168,14 +161,14 @@ def test_a_misspelt_path_is_never_looked_for_elsewhere(published, monkeypatch):
 
 def test_a_snapshot_without_an_adapter_or_half_of_one(published, tmp_path, capsys):
     folders, _, _, cache = published
-    code, _, said = plait(capsys, "inspect", "alice/base")
+    code, _, said = call(capsys, "inspect", "alice/base")
     assert code == 3 and said.count("\n") == 1, said
     half = tmp_path / "half"
     shutil.copytree(folders["a"], half)
     (half / WEIGHTS).unlink()
     (half / "adapter_model.bin").write_bytes(b"\x80\x02")
     cached(cache, "alice/half", half)
-    code, _, said = plait(capsys, "merge", "alice/half", "bob/b", "--out", tmp_path / "m")
+    code, _, said = call(capsys, "merge", "alice/half", "bob/b", "--out", tmp_path / "m")
     assert code == 3 and said.count("\n") == 1, said
 
 

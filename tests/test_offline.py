@@ -16,7 +16,7 @@ import yaml
 from plait.disk.store import identity, staged_folder
 from plait.model.base import BaseModel
 from tests.conftest import tiny_raw, tiny_rows, write_rows
-from tests.fidelity.conftest import random_adapter
+from tests.panels import random_adapter
 
 SOURCE = Path(__file__).parents[1] / "src"
 # Python imports this before anything else: every connection and look-up of a name is written down and refused.

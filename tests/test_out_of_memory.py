@@ -23,7 +23,7 @@ from plait.statistics import collect_statistics
 from plait.tasks import Examples, batches, encode
 from plait.training.checkpoints import bytes_of_training
 from plait.training.settings import TrainingSettings
-from tests.fidelity.conftest import random_adapter, texts_of
+from tests.panels import random_adapter, texts_of
 from tests.test_hub import write
 from tests.tiny import make_task
 

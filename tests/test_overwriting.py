@@ -13,8 +13,8 @@ from plait.disk.manifest import MANIFEST
 from plait.disk.overwriting import require_apart, require_replaceable
 from plait.disk.store import discard, is_done, staged_file
 from plait.errors import EnvironmentFault, UsageError
+from tests.command import call, one_object
 from tests.conftest import resealed
-from tests.test_cli import call, one_object
 from tests.test_manifest import a_folder
 from tests.test_store import NEW, OLD, content, left_over, make, whole
 

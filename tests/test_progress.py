@@ -12,7 +12,7 @@ from plait import progress as module
 from plait.progress import Progress
 from plait.runs.forecast import describe
 from plait.runs.reporting import Shown
-from tests.test_cli import call, one_object
+from tests.command import call, one_object
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pytest
 
 from plait.adapters.peft_format import read_adapter
 from plait.checking.check import check_path
-from plait.cli import main
 from plait.disk.manifest import CARD, MANIFEST
 from plait.merging import merge_folders, plan_merge
 from plait.merging.bake.baking import bake
 from tests.classifiers import saved_base, saved_classifier
+from tests.command import call
 from tests.fake_hub import GOOD, READER, FakeHub, Repository
 from tests.merging.test_bake import llama, lora
 from tests.test_card import card
@@ -61,13 +61,6 @@ def folders(tmp_path_factory):
     return root / "merged", pair, base
 
 
-def plait(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 def downloaded(repository: Repository, folder: Path) -> Path:
     for name, data in repository.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +70,7 @@ def downloaded(repository: Repository, folder: Path) -> Path:
 
 def test_what_arrives_is_whole_and_names_nobodys_machine(hub, folders, tmp_path, capsys):
     merged, _, _ = folders
-    code, said, err = plait(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
+    code, said, err = call(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
     assert code == 0, err
     assert f"-> {hub.url}/alice/two" in said and "base: alice/base" in said
     repository = hub.repositories["alice/two"]
@@ -98,17 +91,17 @@ def test_what_arrives_is_whole_and_names_nobodys_machine(hub, folders, tmp_path,
 def test_private_and_the_same_again(hub, folders, capsys):
     merged, _, _ = folders
     command = ["push", merged, "--to", "alice/two", "--base", "alice/base", "--private"]
-    code, said, err = plait(capsys, *command)
+    code, said, err = call(capsys, *command)
     assert code == 0 and "(private)" in said, err
     assert hub.repositories["alice/two"].private
-    code, said, _ = plait(capsys, *command)
+    code, said, _ = call(capsys, *command)
     assert code == 0 and "holds all of it already" in said and len(hub.repositories["alice/two"].commits) == 1
 
 
 def test_a_rehearsal_asks_nothing_of_the_network(hub, folders, capsys, monkeypatch):
     merged, _, _ = folders
     monkeypatch.delenv("HF_TOKEN")
-    code, said, _ = plait(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base", "--dry-run", "--json")
+    code, said, _ = call(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base", "--dry-run", "--json")
     told = json.loads(said)
     assert code == 0 and told["sent"] is False and [f["path"] for f in told["files"]] == [*FILES, MANIFEST]
     assert hub.requests == [] and hub.repositories == {}
@@ -120,7 +113,7 @@ def test_without_a_token_the_next_step_is_told(hub, folders, capsys, monkeypatch
     merged, _, _ = folders
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    code, _, err = plait(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
+    code, _, err = call(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
     assert code == 4 and "no token" in err and "hf auth login" in err and err.count("\n") == 1 and hub.requests == []
 
 
@@ -128,7 +121,7 @@ def test_without_a_token_the_next_step_is_told(hub, folders, capsys, monkeypatch
 def test_a_rejected_token_is_one_line(hub, folders, capsys, monkeypatch, token, said):
     merged, _, _ = folders
     monkeypatch.setenv("HF_TOKEN", token)
-    code, _, err = plait(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
+    code, _, err = call(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
     assert code == 4 and said in err and "nothing was published" in err and "hf auth login" in err
     assert err.count("\n") == 1 and token not in err and hub.repositories == {}
 
@@ -137,11 +130,11 @@ def test_an_interrupted_upload_publishes_nothing_and_goes_on(hub, folders, capsy
     merged, _, _ = folders
     command = ["push", merged, "--to", "alice/two", "--base", "alice/base"]
     hub.cut = 1000
-    code, _, err = plait(capsys, *command)
+    code, _, err = call(capsys, *command)
     assert code == 4 and "broke off" in err and "run the same command again" in err and err.count("\n") == 1
     assert hub.repositories["alice/two"].files == {}
     hub.cut = 0
-    code, said, err = plait(capsys, *command)
+    code, said, err = call(capsys, *command)
     assert code == 0, err
     assert sorted(hub.repositories["alice/two"].files) == [*FILES, MANIFEST] and "-> " in said
 
@@ -155,7 +148,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(folders, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(_http.time, "sleep", lambda _: None)
     monkeypatch.setenv("HF_TOKEN", GOOD)
-    code, _, err = plait(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
+    code, _, err = call(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")
     assert code == 4 and "nothing was published" in err and err.count("\n") == 1
 
 
@@ -169,12 +162,12 @@ def test_another_result_is_replaced_only_when_asked(hub, folders, capsys, tmp_pa
     }
     hub.repositories["alice/two"] = Repository(files=dict(old), commits=["1" * 40])
     command = ["push", merged, "--to", "alice/two", "--base", "alice/base"]
-    code, _, err = plait(capsys, *command)
+    code, _, err = call(capsys, *command)
     assert code == 2 and "holds another 'adapter_model.safetensors'" in err and "--overwrite" in err
     assert hub.repositories["alice/two"].files == old
-    code, _, err = plait(capsys, *command, "--private")
+    code, _, err = call(capsys, *command, "--private")
     assert code == 2 and "is public" in err
-    code, said, err = plait(capsys, *command, "--overwrite")
+    code, said, err = call(capsys, *command, "--overwrite")
     assert code == 0 and "taken out of the repository: heads/gone.safetensors" in said, err
     assert sorted(hub.repositories["alice/two"].files) == [".gitattributes", "LICENSE", *FILES, MANIFEST]
     assert not check_path(downloaded(hub.repositories["alice/two"], tmp_path / "there"))[0].failed
@@ -183,7 +176,7 @@ def test_another_result_is_replaced_only_when_asked(hub, folders, capsys, tmp_pa
 def test_a_repository_with_a_card_alone_is_free(hub, folders, capsys):
     merged, _, _ = folders
     hub.repositories["alice/two"] = Repository(files={".gitattributes": b"", "README.md": b"soon"}, commits=["1" * 40])
-    assert plait(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")[0] == 0
+    assert call(capsys, "push", merged, "--to", "alice/two", "--base", "alice/base")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -199,7 +192,7 @@ def test_a_repository_with_a_card_alone_is_free(hub, folders, capsys):
 def test_what_cannot_be_sent_is_refused_before_the_network(hub, folders, capsys, monkeypatch, arguments, code, said):
     merged, _, _ = folders
     before = dict(os.environ)
-    answer, _, err = plait(capsys, "push", merged, *arguments)
+    answer, _, err = call(capsys, "push", merged, *arguments)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.pop(name, None) if name not in before else os.environ.update({name: before[name]})
     assert (answer, hub.requests) == (code, []) and said in err, err
@@ -211,9 +204,9 @@ def test_a_damaged_folder_is_not_sent(hub, folders, tmp_path, capsys):
     with (tmp_path / "m/adapter_model.safetensors").open("r+b") as f:
         f.seek(-1, 2)
         f.write(b"\x77")
-    code, _, err = plait(capsys, "push", tmp_path / "m", "--to", "alice/two", "--base", "alice/base")
+    code, _, err = call(capsys, "push", tmp_path / "m", "--to", "alice/two", "--base", "alice/base")
     assert code == 3 and "nothing was sent" in err and hub.requests == []
-    code, _, err = plait(capsys, "push", pair[0].parent, "--to", "alice/two")
+    code, _, err = call(capsys, "push", pair[0].parent, "--to", "alice/two")
     assert code == 2 and "holds several results" in err and hub.requests == []
 
 
@@ -229,7 +222,7 @@ def test_a_folder_of_pefts_is_sent_with_a_card_and_without_pickles(hub, folders,
     shutil.copytree(pair[0], mine / "checkpoint-9")
     (mine / "checkpoint-9/global_step9").mkdir()
     (mine / "checkpoint-9/global_step9/states.pt").write_bytes(b"pickle")
-    code, said, err = plait(capsys, "push", mine, "--to", "alice/mood", "--base", "alice/base")
+    code, said, err = call(capsys, "push", mine, "--to", "alice/mood", "--base", "alice/base")
     assert code == 0, err
     assert [line for line in said.splitlines() if "not sent" in line] == [
         "not sent: checkpoint-9/ (a checkpoint of a training, not its result)",
@@ -257,7 +250,7 @@ def test_an_edited_card_goes_as_it_was_edited(hub, folders, tmp_path, capsys):
     place.write_text(
         place.read_text().replace("# m\n", "# My own title\n").replace("library_name", "language: en\nlibrary_name")
     )
-    assert plait(capsys, "push", tmp_path / "m", "--to", "alice/m", "--base", "alice/base")[0] == 0
+    assert call(capsys, "push", tmp_path / "m", "--to", "alice/m", "--base", "alice/base")[0] == 0
     text, data = card(downloaded(hub.repositories["alice/m"], tmp_path / "there"))
     assert "# My own title" in text and data["language"] == "en" and data["base_model"] == "alice/base"
     assert "adapter = 'alice/m'" in text
@@ -267,7 +260,7 @@ def test_a_baked_model_needs_no_base(hub, tmp_path, capsys):
     base = llama(tmp_path / "base", shards=False)
     pair = [lora(base, tmp_path / n, ["q_proj"], seed=i) for i, n in enumerate("ab")]
     bake(plan_merge([read_adapter(f) for f in pair]), base, tmp_path / "baked")
-    code, said, err = plait(capsys, "push", tmp_path / "baked", "--to", "alice/baked")
+    code, said, err = call(capsys, "push", tmp_path / "baked", "--to", "alice/baked")
     assert code == 0 and "a whole model" in said, err
     text, data = card(downloaded(hub.repositories["alice/baked"], tmp_path / "there"))
     assert data["library_name"] == "transformers" and "model_name = 'alice/baked'" in text

@@ -102,7 +102,7 @@ def test_a_merge_of_classifiers_is_used_as_the_page_says(tiny_base, tmp_path, mo
     from plait.merging import plan_merge
     from plait.merging.bake.baking import bake
     from plait.merging.folders import merge_folders
-    from tests.fidelity.conftest import random_adapter
+    from tests.panels import random_adapter
 
     monkeypatch.chdir(tmp_path)
     base = tiny_base("bert")

@@ -14,8 +14,8 @@ from plait.recipes.other_names import SAME
 from plait.recipes.recipe_file import copy_recipe, find_recipe, load_yaml, parse_recipe, read_recipe, shipped_recipes
 from plait.recipes.schema import recipe_schema
 from plait.runs.fresh import new_recipe, parse_task
+from tests.command import call, one_object
 from tests.conftest import tiny_rows, write_rows
-from tests.test_cli import call, one_object
 from tests.test_recipe import RAW, described, problem
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import peft
 import torch
 from benchmarks.trust import Row, row, write_part
-from tests.fidelity.conftest import random_adapter
 from tests.merging.test_same_bytes import (
     METHODS,
     NAMES,
@@ -28,6 +27,7 @@ from tests.merging.test_same_bytes import (
     threads,
     written_statistics,
 )
+from tests.panels import random_adapter
 from tests.test_hub import write
 from tests.tiny import save_model
 from transformers import AutoModel

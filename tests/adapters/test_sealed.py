@@ -20,8 +20,8 @@ from plait.formats.writing import finished, write_any
 from plait.statistics.files import read_identity, read_statistics, write_statistics
 from plait.statistics.fisher import FisherDiagonal, read_fisher, write_fisher
 from plait.statistics.moments import ModuleInfo, Statistics
+from tests.command import call
 from tests.statistics.test_moments import moments_of
-from tests.test_cli import call
 
 WANTED = identity("merge", {"method": "linear"}, {"adapter:a": "0" * 64}, 0)
 DAMAGES = (SEAL, SEALED)

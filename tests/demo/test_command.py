@@ -5,29 +5,20 @@ from __future__ import annotations
 import json
 import re
 
-import pytest
-
-from plait.cli import main
-
-
-def plait(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+from tests.command import call
 
 
 def test_the_demo_prints_its_table_its_floor_its_cost_and_what_to_type_next(tiny_recipe, tmp_path, monkeypatch, capsys):
     recipe = tiny_recipe("bert", tasks=["topic", "pairs"], arms=["kaiming"])
     monkeypatch.setattr("plait.demo.run.demo_recipe", lambda: recipe)
     out = tmp_path / "demo"
-    code, said, err = plait(capsys, "demo", "--out", out, "--quiet")
+    code, said, err = call(capsys, "demo", "--out", out, "--quiet")
     assert code == 0, err
     assert (
         "kaiming" in said and "frozen base: a linear model" in said and re.search(r"This took \d+ CPU seconds\.", said)
     )
     assert f"plait try {out / 'best'} --prompt" in said
-    code, again, _ = plait(capsys, "demo", "--out", out, "--quiet", "--json")
+    code, again, _ = call(capsys, "demo", "--out", out, "--quiet", "--json")
     told = json.loads(again)
     assert (
         code == 0 and set(told["frozen_base"]) == {"topic", "pairs"} and told["cpu_seconds"] > 0 and told["units"] == 0

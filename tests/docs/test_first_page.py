@@ -15,7 +15,7 @@ from plait.adapters.peft_format import write_adapter
 from plait.cli import main
 from plait.merging import merge_methods
 from tests.docs.test_tutorials import CONSOLE, shape, steps_of
-from tests.fidelity.conftest import random_adapter
+from tests.panels import random_adapter
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

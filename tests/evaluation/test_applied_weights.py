@@ -15,8 +15,8 @@ from plait.choosing import costs
 from plait.choosing.proxy import cosines, terms
 from plait.errors import InputError
 from plait.model.applied import applied, without_layers
+from tests.command import call
 from tests.mixtures import FUSED, adapter, difference, loaded, logits, mixture
-from tests.test_cli import call
 from tests.tiny import save_tokenizer
 
 ROUTER = {"mixtral": "mlp.gate.weight", "qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}

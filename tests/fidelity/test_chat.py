@@ -28,7 +28,7 @@ from plait.merging import merge
 from plait.model.applied import applied
 from plait.tasks.chat import packed_prompt
 from plait.tasks.task import IGNORED
-from tests.fidelity.test_auto import adapters_of
+from tests.panels import adapters_of
 from tests.tasks.test_chat import TEMPLATE
 
 TALK = [

@@ -21,7 +21,7 @@ from plait.fidelity.tokens import encoded, require_room
 from plait.model.applied import applied
 from plait.model.base import head_state
 from plait.tasks import collate
-from tests.fidelity.conftest import random_adapter, texts_of
+from tests.panels import random_adapter, texts_of
 
 MODELS = [("bert", "classification"), ("mpnet", "classification"), ("t5", "classification"), ("llama", "classification"),
           ("llama", "causal"), ("gpt2", "causal"), ("t5", "seq2seq")]  # fmt: skip

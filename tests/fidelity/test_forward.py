@@ -15,7 +15,7 @@ from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
 from plait.fidelity.forward import merge_by_forward
 from plait.merging.words import words_of
-from tests.fidelity.conftest import random_adapter, texts_of
+from tests.panels import random_adapter, texts_of
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from plait.model.base import BaseModel, load_task_model
 from plait.model.four_bits import said_in_four_bits, unpacked_tensors
 from plait.model.identity import held_fingerprint
 from plait.model.nf4 import BLOCK, OUTER, dynamic_values, in_blocks, normal_values, stored_sizes, through_nf4
-from tests.fidelity.conftest import texts_of
+from tests.panels import texts_of
 from tests.tiny import make_task
 
 GOLDEN = load_file(Path(__file__).parents[1] / "reference" / "nf4.safetensors")

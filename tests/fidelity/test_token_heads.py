@@ -28,7 +28,7 @@ from plait.trying.inputs import trial_of
 from plait.trying.page import text_of
 from plait.trying.records import Prompts, TrySettings
 from tests.classifiers import classifier, quiet, saved_base, saved_classifier
-from tests.fidelity.conftest import texts_of
+from tests.panels import texts_of
 from tests.tiny import make_task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -100,7 +100,7 @@ def test_predictions_are_those_of_plait_eval(tiny_base, tmp_path):
     needs_heads_of_pipelines()
     from plait.evaluation.evaluate import Evaluator
     from plait.tasks.task import Examples
-    from tests.fidelity.conftest import random_adapter, texts_of
+    from tests.panels import random_adapter, texts_of
     from tests.tiny import make_task
 
     base = tiny_base("bert")

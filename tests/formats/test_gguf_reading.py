@@ -21,7 +21,7 @@ from plait.formats.export import export
 from plait.formats.gguf_file import gguf_record
 from plait.formats.gguf_reading import read_gguf
 from plait.formats.reading import read_any
-from tests.test_cli import call
+from tests.command import call
 
 gguf = pytest.importorskip("gguf")
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from plait.merging import merge_folders
+from tests.command import call
 from tests.loading.planted import ROOT, add, causal, change, classifier, configure, drop, save_adapter
-from tests.test_cli import call
 
 LLM = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 

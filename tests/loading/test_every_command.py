@@ -8,24 +8,14 @@ import shutil
 import pytest
 import yaml
 
-from plait.cli import main
 from plait.merging.registry import merge_methods
+from tests.command import call, done
 from tests.conftest import tiny_rows, write_rows
 from tests.formats.conftest import factors_of, kohya_tensors
 from tests.loading.planted import causal, change, configure, save_adapter
-from tests.test_cli import call
 
 LLM = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 STEPS = ("--set", "training.steps=2", "--set", "training.lr=0.02")
-
-
-def done(capsys, *arguments) -> dict:
-    """Run a command that has to end well."""
-    with pytest.raises(SystemExit) as ended:
-        main([*(str(a) for a in arguments), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert ended.value.code == 0, found
-    return found
 
 
 def passes(capsys, path) -> list[dict]:

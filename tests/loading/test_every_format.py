@@ -7,9 +7,10 @@ import json
 import pytest
 
 from plait.cli import app
+from tests.command import done
 from tests.hub_cache import cached, use_cache
 from tests.loading.planted import causal, change, configure, save_adapter
-from tests.loading.test_every_command import LLM, done, llm, passes  # noqa: F401 (llm is a fixture)
+from tests.loading.test_every_command import LLM, llm, passes  # noqa: F401 (llm is a fixture)
 from tests.mixtures import FUSED, adapter, mixture
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": [*FUSED, "mlp.gate.weight"]}

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from plait.runs.units import Unit
+from tests.command import call, one_object
 from tests.study.conftest import raw_study
-from tests.test_cli import call, one_object
 
 JOB = [sys.executable, "-P", "-m", "plait", "job", "run", "--quiet"]
 

@@ -14,10 +14,10 @@ from plait.runs.run import run
 from plait.statistics import read_statistics
 from plait.subspaces import compute_subspaces
 from plait.subspaces.live import subspace_state_dict
+from tests.command import done
 from tests.conftest import tiny_rows, write_rows
 from tests.reference import subspaces as twins
 from tests.subspaces.pools import base_weight, features, pool
-from tests.test_single_stages import plait
 
 TASKS = [f"t{i}" for i in range(4)]
 
@@ -110,9 +110,9 @@ def test_corda_by_hand_reads_the_base_of_the_statistics(tiny_base, tmp_path, cap
         rows = write_rows(tmp_path / f"{task}.csv", tiny_rows(2, 20, seed=i))
         source = ["--base", base.name, "--task", task, "--train-file", rows, "--text", "text", "--samples", "12"]
         files[task] = tmp_path / f"{task}.stats.safetensors"
-        plait(capsys, "stats", *source, "--target-modules", "c_attn", "--out", files[task])
+        done(capsys, "stats", *source, "--target-modules", "c_attn", "--out", files[task])
     start = ["init", "--own", files["one"], "--others", files["two"], "--rank", "2", "--method", "corda"]
-    plait(capsys, *start, "--out", tmp_path / "start")
+    done(capsys, *start, "--out", tmp_path / "start")
     known = {t: read_statistics(f) for t, f in files.items()}
     from transformers import AutoModel
 

@@ -11,11 +11,11 @@ import torch
 
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.choosing.auto_folders import merge_auto_folders
-from plait.cli import main
 from plait.disk.store import identity, staged_folder
 from plait.merging import merge_folders
 from plait.trying.prompts import read_files, read_prompts
 from tests.classifiers import expected_logits, quiet, saved_base, saved_classifier
+from tests.command import call
 from tests.merging.test_bake import llama, lora
 from tests.tiny import WORDS, save_tokenizer
 
@@ -23,15 +23,8 @@ PROMPTS = [" ".join(WORDS[i : i + n]) for i, n in ((0, 3), (4, 6), (2, 1))]
 TEMPLATE = "{% for m in messages %}w1 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
 
 
-def plait(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 def answers(capsys, *arguments) -> dict:
-    code, said, err = plait(capsys, "try", *arguments, "--json")
+    code, said, err = call(capsys, "try", *arguments, "--json")
     assert code == 0, err
     found: dict = json.loads(said)
     return found
@@ -108,13 +101,13 @@ def test_a_class_and_its_probability_are_pefts(classifiers, tmp_path, capsys):
             chances = logits.softmax(-1)[0]
             assert answer["text"] == f"LABEL_{int(chances.argmax())}"
             assert abs(answer["probability"] - float(chances.max())) < 1e-5
-    code, said, _ = plait(capsys, "try", merged, "--prompt", PROMPTS[0], "--device", "cpu")
+    code, said, _ = call(capsys, "try", merged, "--prompt", PROMPTS[0], "--device", "cpu")
     assert code == 0 and "the bare base" in said and "its adapter" in said
     assert said.count(PROMPTS[0]) == 1  # once, whatever the number of tasks
     lines = [line.split()[0] for line in said.splitlines() if "the bare base  " in line]
     assert lines == ["mood", "topic"], said
     page = tmp_path / "classes.html"
-    assert plait(capsys, "try", merged, "--prompt", PROMPTS[0], "--device", "cpu", "--out", page)[0] == 0
+    assert call(capsys, "try", merged, "--prompt", PROMPTS[0], "--device", "cpu", "--out", page)[0] == 0
     html = page.read_text()
     assert html.count(f"<h2>{PROMPTS[0]}</h2>") == 1 and "<h3>mood</h3>" in html and "1 prompt to" in html
 
@@ -145,7 +138,7 @@ def test_rows_that_name_a_task_are_asked_of_it_alone(classifiers, writers, tmp_p
     base, _, *others = everybody["rows"][1]["answers"]
     assert found["rows"][1]["answers"] == [base, *others]
     page = tmp_path / "rows.html"
-    code, said, _ = plait(capsys, "try", *command, "--prompts", rows, "--out", page)
+    code, said, _ = call(capsys, "try", *command, "--prompts", rows, "--out", page)
     assert (
         code == 0
         and said.count("the bare base  ") == 2
@@ -192,9 +185,9 @@ def test_adapters_that_are_gone_or_changed_are_named_and_the_rest_is_tried(write
     found = answers(capsys, *command, "--adapter", f"one={pair[1]}")  # another one under its name
     assert found["columns"] == ["the bare base", "the merge"]
     assert "is not what was merged" in {m["name"]: m["why"] for m in found["missing"]}["one"]
-    code, _, err = plait(capsys, "try", *command, "--adapter", f"three={moved}")
+    code, _, err = call(capsys, "try", *command, "--adapter", f"three={moved}")
     assert code == 2 and "no adapter 'three' in this merge" in err and "one, two" in err
-    code, said, _ = plait(capsys, "try", *command)
+    code, said, _ = call(capsys, "try", *command)
     assert "- one is not tried: " in said
 
 
@@ -205,7 +198,7 @@ def test_a_classifier_whose_adapter_is_gone_leaves_its_place_empty(classifiers, 
     shutil.rmtree(mine[0])
     found = answers(capsys, tmp_path / "merged", "--prompt", PROMPTS[0], "--device", "cpu")
     assert [r["answers"][1] is None for r in found["rows"]] == [True, False]
-    code, said, _ = plait(capsys, "try", tmp_path / "merged", "--prompt", PROMPTS[0], "--device", "cpu")
+    code, said, _ = call(capsys, "try", tmp_path / "merged", "--prompt", PROMPTS[0], "--device", "cpu")
     assert code == 0 and "(not here)" in said
 
 
@@ -240,7 +233,7 @@ def test_the_chat_template_is_used_when_asked_and_where_adapters_were_trained_so
     assert [a["text"] for a in found["rows"][0]["answers"]] == wanted
     plain = answers(capsys, *command, "--no-chat")
     assert plain["rows"][0]["answers"][0]["text"] == written_by_transformers(talking, None, PROMPTS[0], 5)
-    code, _, err = plait(
+    code, _, err = call(
         capsys, "try", tmp_path / "merged", "--base", base, "--prompt", "x", "--chat", "--device", "cpu"
     )
     assert code == 2 and "no chat template" in err
@@ -261,7 +254,7 @@ def test_a_merge_is_asked_as_it_was_when_it_was_chosen(writers, tmp_path, monkey
     for p in pair:
         (tmp_path / f"{p.name}.csv").write_text("prompt\n" + "".join(f"w{i} w{i + 1}\n" for i in range(20)))
     more = ["--no-chat"] if chat is False else []
-    code, said, err = plait(
+    code, said, err = call(
         capsys, "merge", "auto", talking, *pair, *texts, *more, "--refine", "0", "--no-fit", "--tokens", "3", "--device", "cpu",
         "--out", tmp_path / "merged",
     )  # fmt: skip
@@ -352,20 +345,20 @@ def test_the_page_is_whole_names_no_folder_and_escapes_what_it_shows(writers, tm
         "--out",
         page,
     )
-    code, said, err = plait(capsys, *command)
+    code, said, err = call(capsys, *command)
     assert code == 0 and str(page) in said, err
     html = page.read_text()
     assert "<script" not in html and "&lt;script&gt;" in html and "http" not in html.replace("http-equiv", "")
     assert str(base.parent) not in html and "<code>base</code>" in html
     assert html.count("<dt>") == 4 and "prefers-color-scheme: dark" in html
-    assert plait(capsys, *command, "--overwrite")[0] == 0
+    assert call(capsys, *command, "--overwrite")[0] == 0
     monkeypatch.setattr(
         "plait.trying.answers.tried", lambda *_, **__: pytest.fail("asked before the place was looked at")
     )
-    code, _, err = plait(capsys, *command)
+    code, _, err = call(capsys, *command)
     assert code == 2 and "--overwrite" in err
     page.write_text("mine")
-    code, _, err = plait(capsys, *command, "--overwrite")
+    code, _, err = call(capsys, *command, "--overwrite")
     assert code == 2 and page.read_text() == "mine"
 
 
@@ -387,15 +380,15 @@ def test_what_cannot_be_asked_is_one_line(writers, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("p.txt").write_text("w1\n")
     Path("mixed.csv").write_text("text,task\nw1,one\nw2,three\n")
-    answer, _, err = plait(capsys, "try", writers[2], *arguments, "--device", "cpu")
+    answer, _, err = call(capsys, "try", writers[2], *arguments, "--device", "cpu")
     assert answer == code and said in err and len(err.strip().splitlines()) <= 2, err
 
 
 def test_what_makes_no_answers_is_refused(classifiers, tmp_path, capsys):
     base, _, merged = classifiers
-    code, _, err = plait(capsys, "try", base, "--prompt", "w1")
+    code, _, err = call(capsys, "try", base, "--prompt", "w1")
     assert code == 3 and "a whole model" in err
-    code, _, err = plait(capsys, "try", merged, "--prompts", "w1=x", "--prompt", "w1", "--device", "cpu")
+    code, _, err = call(capsys, "try", merged, "--prompts", "w1=x", "--prompt", "w1", "--device", "cpu")
     assert code == 3
-    code, _, err = plait(capsys, "try", merged, "--prompt", "w1", "--chat", "--device", "cpu")
+    code, _, err = call(capsys, "try", merged, "--prompt", "w1", "--chat", "--device", "cpu")
     assert code == 2 and "no chat" in err

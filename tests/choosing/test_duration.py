@@ -29,7 +29,7 @@ from plait.fidelity.tokens import encoded
 from plait.learning.fitting import SCALES as FITTED_AT
 from plait.learning.fitting import TRIED
 from plait.model.base import backbone_of
-from tests.fidelity.conftest import texts_of
+from tests.panels import texts_of
 
 METHODS, SCALES = ("task_arithmetic", "tsv", "regmean"), (0.2, 0.4, 0.6, 0.8)
 

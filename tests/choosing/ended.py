@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from plait.adapters.peft_format import write_adapter
 from plait.choosing.auto_folders import merge_auto_folders
 from plait.choosing.auto_settings import AutoSettings
 from plait.fidelity.panel import Panel
@@ -15,14 +14,6 @@ from plait.training.checkpoints import checkpoint_root
 
 class Killed(BaseException):
     """As if the process had ended here."""
-
-
-def folders_of(panel: Panel, root: Path) -> list[str]:
-    folders = [root / p.adapter.name for p in panel.parts]
-    for folder, part in zip(folders, panel.parts, strict=True):
-        folder.mkdir()
-        write_adapter(folder, part.adapter)
-    return [str(folder) for folder in folders]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

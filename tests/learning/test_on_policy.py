@@ -17,7 +17,7 @@ from plait.learning.on_policy import OnPolicyLoss
 from plait.learning.repair import repaired
 from plait.merging import merge
 from plait.model.applied import applied
-from tests.fidelity.test_auto import adapters_of, same
+from tests.panels import adapters_of, same
 
 
 @pytest.fixture

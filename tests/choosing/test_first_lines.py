@@ -11,7 +11,8 @@ from plait.choosing import auto, auto_folders
 from plait.choosing.auto import AutoSettings
 from plait.choosing.auto_folders import merge_auto_folders
 from plait.fidelity import arguments, texts
-from tests.test_hub import plait, write
+from tests.command import call
+from tests.test_hub import write
 
 
 @pytest.fixture
@@ -65,8 +66,8 @@ def test_the_command_line_speaks_before_it_reads(command, make_panel, tmp_path, 
     monkeypatch.setattr(texts, "parse_files", reading)
     monkeypatch.setattr(arguments, "split_base", reading)
     asked = [*command, panel.base.name, *folders, "--text", f"one={tmp_path / 'one.txt'}", *last]
-    plait(capsys, *asked)
-    plait(capsys, *asked, "--quiet")
+    call(capsys, *asked)
+    call(capsys, *asked, "--quiet")
     assert written == ["[0 s] reading adapters and texts\n", ""]
 
 

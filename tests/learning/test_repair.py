@@ -23,7 +23,7 @@ from plait.learning.targets import TopTargets
 from plait.learning.text_teachers import TextLoss
 from plait.merging import merge
 from plait.model.applied import applied
-from tests.fidelity.test_auto import adapters_of, same
+from tests.panels import adapters_of, same
 
 
 def kl_of(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

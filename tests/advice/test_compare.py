@@ -16,7 +16,7 @@ from plait.advice.track_record import RECORDS, TABLES
 from plait.errors import InputError, UsageError
 from plait.evaluation.features import features
 from plait.statistics import ModuleInfo, Moments, Statistics
-from tests.test_cli import call, one_object
+from tests.command import call, one_object
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SHAPES = {"layer.0.q": (24, 16), "layer.0.v": (16, 16), "layer.1.q": (24, 16), "layer.10.q": (24, 16)}

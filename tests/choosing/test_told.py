@@ -18,14 +18,11 @@ from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import HeadRefit, Repair
 from plait.fidelity.score import general_shift
 from plait.learning.fitting import Fit
-from tests.fidelity.conftest import texts_of
-from tests.test_hub import plait, write
+from tests.command import call
+from tests.panels import adapters_of, texts_of
+from tests.test_hub import write
 
 QUICK = AutoSettings(methods=("task_arithmetic",), scales=(0.3, 0.7), refine=0, fit=False, max_length=24)
-
-
-def adapters_of(panel):
-    return [p.adapter for p in panel.parts]
 
 
 @pytest.mark.parametrize("asked", [{"max_shift": 0.5}, {"learn_heads": True}, {"repair": 3}])
@@ -43,7 +40,7 @@ def test_options_of_texts_are_refused_without_any(option, make_panel, tmp_path, 
     (tmp_path / "general.txt").write_text("one\ntwo\n")
     folders = [write(tmp_path / a.name, a) for a in adapters_of(make_panel())]
     words = [str(tmp_path / "general.txt") if w == "FILE" else w for w in option]
-    code, _, err = plait(capsys, "merge", "auto", *map(str, folders), "--out", str(tmp_path / "out"), *words)
+    code, _, err = call(capsys, "merge", "auto", *map(str, folders), "--out", str(tmp_path / "out"), *words)
     assert code == 2
     assert f"takes no {option[0].split('/')[0]}" in err
     assert not (tmp_path / "out").exists()

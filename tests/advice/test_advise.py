@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,41 +19,17 @@ from plait.choosing.auto import AutoSettings, at_rank, merge_auto
 from plait.choosing.notes import coarse, that_merge, that_model
 from plait.choosing.proxy import cosines
 from plait.cli import main
-from plait.errors import InputError, UsageError
-from plait.fidelity.arguments import split_base
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import HELD_OUT, LIMIT, parse_texts, read_place, split_off, spread_over
+from plait.fidelity.texts import HELD_OUT, split_off
 from plait.learning.heads import with_heads
 from plait.model.base import BaseModel
-from tests.fidelity.conftest import random_adapter
+from tests.command import call
+from tests.panels import folders_of, text_file
 from tests.tiny import save_model
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "adapters"
 PAIRS = [("distilbert_imdb", "distilbert_emotion"), ("gemma3_270m_svg", "gemma3_270m_svg_stage1")]
-
-
-def folders_of(panel, root: Path) -> list[str]:
-    made = []
-    for part in panel.parts:
-        folder = root / part.name
-        folder.mkdir()
-        write_adapter(folder, part.adapter)
-        made.append(str(folder))
-    return made
-
-
-def text_file(panel, task: str, root: Path) -> str:
-    path = root / f"{task}.txt"
-    path.write_text("".join("\t".join(t) + "\n" for t in panel.texts[task]))
-    return f"{task}={path}"
-
-
-def said(capsys, *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    return end.value.code, out, err
 
 
 @pytest.mark.parametrize(("texts", "tried"), [(16, False), (24, True)])
@@ -210,10 +185,10 @@ def test_the_command_that_bakes_is_one_for_a_base_with_a_space_in_its_path(tmp_p
 
 def test_two_folders_and_nothing_else(make_panel, tmp_path, capsys):
     folders = folders_of(make_panel(), tmp_path)
-    code, out, err = said(capsys, "advise", *folders)
+    code, out, err = call(capsys, "advise", *folders)
     assert code == 0, err
     assert "Not known:" in out and "serve separately" in out and "--text one=FILE --text two=FILE" in out
-    code, out, _ = said(capsys, "advise", *folders, "--json")
+    code, out, _ = call(capsys, "advise", *folders, "--json")
     found = json.loads(out)
     assert found["recommended"] == "measure first" and found["options"][1]["kept"] is None
     assert any("nobody can say" in u for u in found["unknown"])
@@ -223,7 +198,7 @@ def test_two_folders_and_nothing_else(make_panel, tmp_path, capsys):
 def test_two_downloaded_folders(pair, capsys):
     if not (PUBLIC / pair[0]).is_dir():
         pytest.skip("the public adapters are not at hand")
-    code, out, err = said(capsys, "advise", *(str(PUBLIC / p) for p in pair))
+    code, out, err = call(capsys, "advise", *(str(PUBLIC / p) for p in pair))
     assert code == 0, err
     assert "Not known:" in out
 
@@ -233,35 +208,35 @@ def test_merge_auto_and_advise_on_the_command_line(make_panel, tmp_path, capsys)
     folders = folders_of(panel, tmp_path)
     texts = [f"--text={text_file(panel, t, tmp_path)}" for t in ("one", "two")]
     common = [panel.base.name, *folders, *texts, "--max-length", "24", "--device", "cpu"]
-    code, out, err = said(capsys, "merge", "auto", *common, "--refine", "2", "--out", str(tmp_path / "out"))
+    code, out, err = call(capsys, "merge", "auto", *common, "--refine", "2", "--out", str(tmp_path / "out"))
     assert code == 0, err
     assert "agreement" in out and "candidate" in out
     assert json.loads((tmp_path / "out" / "plait.json").read_text())["result"]["evidence"]
-    code, out, err = said(capsys, "advise", *common, "--repair", "0", "--refine", "0")
+    code, out, err = call(capsys, "advise", *common, "--repair", "0", "--refine", "0")
     assert code == 0, err
     assert "Advice:" in out and "the base's size" not in out and "nobody can say" not in out
     assert "least kept: of" in out and "s] " in err and "(2 of 2)" in err
     everything = ["--repair", "0", "--refine", "0", "--tolerate", "1"]
-    code, out, err = said(capsys, "advise", *common, *everything)
+    code, out, err = call(capsys, "advise", *common, *everything)
     assert code == 0, err
     command = next(line for line in out.splitlines() if line.startswith("  plait merge auto"))
     rest = ["--max-length", "24", "--device", "cpu", "--refine", "0"]
     words = [str(tmp_path / "made") if w == "merged" else w for w in shlex.split(command)[1:]]
-    code, _, err = said(capsys, *words, *rest)
+    code, _, err = call(capsys, *words, *rest)
     assert code == 0 and (tmp_path / "made" / "plait.json").is_file(), err
-    code, _, err = said(capsys, "merge", "auto", *folders, "--out", str(tmp_path / "blind"))
+    code, _, err = call(capsys, "merge", "auto", *folders, "--out", str(tmp_path / "blind"))
     assert code == 0, err
-    code, _, err = said(capsys, "edit", str(tmp_path / "blind"), "--remove", "one", "--out", str(tmp_path / "no"))
+    code, _, err = call(capsys, "edit", str(tmp_path / "blind"), "--remove", "one", "--out", str(tmp_path / "no"))
     assert code == 0, err
-    code, _, err = said(capsys, "edit", str(tmp_path / "out"), "--remove", "one", "--out", str(tmp_path / "no2"))
+    code, _, err = call(capsys, "edit", str(tmp_path / "out"), "--remove", "one", "--out", str(tmp_path / "no2"))
     assert code == 3 and "plait merge auto BASE two=" in err and "--text two=FILE" in err
     Path(panel.base.name, "config.json").rename(tmp_path / "hidden")  # the base is no longer where the adapters say
-    code, _, err = said(capsys, "merge", "auto", *folders, *texts, "--out", str(tmp_path / "no3"))
+    code, _, err = call(capsys, "merge", "auto", *folders, *texts, "--out", str(tmp_path / "no3"))
     (tmp_path / "hidden").rename(Path(panel.base.name, "config.json"))
     assert code == 2 and "read by the base model" in err
-    code, _, err = said(capsys, "merge", "auto", *folders)
+    code, _, err = call(capsys, "merge", "auto", *folders)
     assert code == 2 and "--out" in err
-    code, _, err = said(capsys, "merge", *folders, *texts, "--out", str(tmp_path / "no"))
+    code, _, err = call(capsys, "merge", *folders, *texts, "--out", str(tmp_path / "no"))
     assert code == 2 and "merge auto" in err
 
 
@@ -281,124 +256,3 @@ def test_a_pair_of_one_descent_is_noticed(make_panel):
     assert apart == pytest.approx(float(torch.nn.functional.cosine_similarity(*dense, dim=0)), abs=1e-5)
     twin = replace(one, name="twin", heads={"twin": one.heads["one"]})
     assert any("one and twin point much the same way (cosine 1.00)" in n for n in advise([one, twin]).notes)
-
-
-def test_what_is_given_is_told_apart(tiny_base, make_panel, tmp_path):
-    base = save_model(tmp_path / "base", "bert")
-    one, two = folders_of(make_panel(), tmp_path)
-    assert split_base([one, f"x={two}"]) == (None, [one, f"x={two}"])
-    found, folders = split_base([str(base), one], "cpu")
-    assert found is not None and found.name == str(base) and folders == [one]
-    with pytest.raises(InputError, match=r"no adapter_config.json in it"):
-        split_base([str(base), one, str(tmp_path)])
-    with pytest.raises(InputError, match="neither a folder nor the base that the adapters name"):
-        split_base([str(tmp_path / "none"), one])
-    hub, _ = split_base(["somebody/bert", one])
-    assert hub is not None and hub.name == "somebody/bert"
-    with pytest.raises(InputError, match="no such adapter"):
-        split_base([one, str(tmp_path / "none")])
-    (tmp_path / "kohya.safetensors").touch()
-    assert split_base([str(tmp_path / "kohya.safetensors"), one])[0] is None
-    for wrong in ([], [str(base)]):
-        with pytest.raises(UsageError, match="no adapters"):
-            split_base(wrong)
-
-
-def test_texts_are_read_from_lines_and_tables(tmp_path):
-    lines = tmp_path / "a.txt"
-    lines.write_text("one\n\n two three \n", "utf-8")
-    assert read_place(str(lines)) == (("one",), (" two three ",))
-    lines.write_text("a\tb\nc\td\n")
-    assert read_place(str(lines), 1) == (("a", "b"),)
-    table = tmp_path / "b.jsonl"
-    table.write_text('{"premise": "x", "hypothesis": "y", "text": "z"}\n')
-    assert read_place(str(table)) == (("z",),)
-    assert parse_texts([f"t={table}:premise,hypothesis"]) == {"t": (("x", "y"),)}
-    (tmp_path / "c.csv").write_text("q\n1\n")
-    for place, message in (
-        ("c.csv", "no column 'text'"),
-        ("b.jsonl:nope", "no column 'nope'"),
-        ("none.txt", "no such file"),
-    ):
-        with pytest.raises(InputError, match=message):
-            parse_texts([f"t={tmp_path / place}"])
-    lines.write_text("a\tb\nc\n")
-    with pytest.raises(InputError, match="has 1 part, the first has 2"):
-        read_place(str(lines))
-    (tmp_path / "pairs.csv").write_text("a,b\nx,y\nz,\n")
-    with pytest.raises(
-        InputError, match=r"row 1 is empty or no text in its second part \(pairs and single texts go into"
-    ):
-        parse_texts([f"t={tmp_path / 'pairs.csv'}:a,b"])
-    (tmp_path / "blank.csv").write_text('sentence\nx\n""\ny\n')
-    with pytest.raises(InputError) as raised:
-        parse_texts([f"t={tmp_path / 'blank.csv'}"])
-    assert str(raised.value).endswith("row 1 is empty or no text (leave that row out; the first is row 0)")
-    lines.write_text("\n")
-    with pytest.raises(InputError, match="no texts"):
-        read_place(str(lines))
-    lines.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(InputError, match="UTF-8"):
-        read_place(str(lines))
-    for wrong in ("t", "=x", "t="):
-        with pytest.raises(UsageError, match="TASK=FILE"):
-            parse_texts([wrong])
-    lines.write_text("a\n")
-    with pytest.raises(UsageError, match="twice"):
-        parse_texts([f"t={lines}", f"t={lines}"])
-
-
-def test_texts_of_a_sorted_file_are_of_all_its_kinds(tmp_path):
-    """A file that is sorted by label: what is read has both in the same share as the file, and so has every beginning of it."""
-    rows = [f"bad {i}" for i in range(600)] + [f"good {i}" for i in range(200)]
-    (tmp_path / "sorted.txt").write_text("\n".join(rows) + "\n")
-    table = "".join(json.dumps({"text": r}) + "\n" for r in rows)
-    (tmp_path / "sorted.jsonl").write_text(table)
-    of_lines, of_table = (parse_texts([f"t={tmp_path / f'sorted.{kind}'}"])["t"] for kind in ("txt", "jsonl"))
-    assert of_lines == of_table and len(set(of_lines)) == LIMIT and {r for (r,) in of_lines} <= set(rows)
-    for n in (16, 32, 64, 100):
-        assert sum(r.startswith("good") for (r,) in of_lines[:n]) == pytest.approx(n / 4, abs=2)
-    few = rows[560:640]  # fewer than are read: half of each kind, and so are the sixteen that a choice begins with
-    (tmp_path / "few.txt").write_text("\n".join(few))
-    of_few = parse_texts([f"t={tmp_path / 'few.txt'}"])["t"]
-    assert sorted(of_few) == sorted((r,) for r in few) and 6 <= sum(r.startswith("good") for (r,) in of_few[:16]) <= 10
-    assert read_place(str(tmp_path / "sorted.txt"), 3) == (
-        ("bad 0",),
-        ("bad 1",),
-        ("bad 2",),
-    )  # prompts that are shown stay in order
-
-
-def test_a_row_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path):
-    rows = [{"text": f"text {i}"} for i in range(300)]
-    chosen = spread_over(300, LIMIT)[7]
-    rows[chosen]["text"] = " "
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(InputError, match=f"row {chosen} is empty"):
-        parse_texts([f"t={tmp_path / 'rows.jsonl'}"])
-
-
-def test_a_line_ends_at_its_end_alone(tmp_path):
-    file = tmp_path / "a.txt"
-    whole = ["one\u2028still one", "two\x0cstill two", "three\x85still three"]
-    file.write_bytes("\r\n".join(whole).encode())
-    assert read_place(str(file)) == tuple((line,) for line in whole)
-
-
-def test_notes_of_a_server(tiny_base):
-    adapter = random_adapter(tiny_base("llama"), "llama", "one", "causal", 1)
-    assert "--max-lora-rank 8" in costs.vllm_notes([adapter])[0]
-    wide = replace(
-        adapter, modules={m: replace(f, A=f.A.repeat(10, 1), B=f.B.repeat(1, 10)) for m, f in adapter.modules.items()}
-    )
-    assert "32" in costs.vllm_notes([wide])[0]
-    first = next(iter(adapter.modules))
-    mixed = replace(adapter, modules={**adapter.modules, first: replace(adapter.modules[first], scaling=9.0)})
-    assert any("read by vLLM 0.32, dropped in silence by older" in n for n in costs.vllm_notes([mixed]))
-
-
-def test_a_base_without_weights_is_no_size(tmp_path):
-    shutil.rmtree(tmp_path / "x", ignore_errors=True)
-    (tmp_path / "x").mkdir()
-    with pytest.raises(InputError, match=r"no model\.safetensors"):
-        costs.base_size(tmp_path / "x")

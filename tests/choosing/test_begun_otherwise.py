@@ -18,7 +18,8 @@ from plait.learning.checkpoint_files import read_state
 from plait.learning.checkpoint_reach import FINISHING, FIT, MERGE, SCORES
 from plait.learning.checkpoints import Checkpoints
 from plait.training.checkpoints import latest_whole, seal
-from tests.fidelity.ended import Begun, Killed, contents, folders_of, killed_after
+from tests.choosing.ended import Begun, Killed, contents, killed_after
+from tests.panels import folders_of
 
 WHOLE = AutoSettings(methods=("tsv",), scales=(0.4,), refine=2, repair=2, max_length=24)
 AT_CHOICE, AT_END = "at the choice", "at the end"

@@ -25,8 +25,8 @@ from plait.learning.checkpoint_files import Answered, Piece, State, read_identit
 from plait.learning.checkpoint_reach import FIT, LEARNT_HEADS, MERGE, REPAIR, THE_REPAIR, WEIGHING, WEIGHTS
 from plait.model.base import BaseModel
 from plait.training.checkpoints import checkpoint_root, open_root, seal
-from tests.fidelity.conftest import texts_of
-from tests.fidelity.ended import Killed, contents, folders_of, killed_after
+from tests.choosing.ended import Killed, contents, killed_after
+from tests.panels import folders_of, texts_of
 
 HEADS = AutoSettings(
     methods=("tsv",), scales=(0.4,), refine=9, repair=9, learn_heads=True, max_length=24
@@ -261,7 +261,7 @@ def test_a_process_that_is_killed_goes_on(make_panel, tmp_path):
     folders = folders_of(panel, tmp_path)
     context = multiprocessing.get_context("forkserver")
     bert = "transformers.models.bert.modeling_bert"
-    context.set_forkserver_preload(["tests.fidelity.test_checkpoints", "transformers.models.auto.modeling_auto", bert])
+    context.set_forkserver_preload(["tests.choosing.test_checkpoints", "transformers.models.auto.modeling_auto", bert])
 
     def begin(name: str) -> multiprocessing.Process:
         given = (panel.base.name, folders, dict(panel.texts), str(tmp_path / name / "out"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from dataclasses import replace
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plait.adapters.lora import LoraFactors
 from plait.adapters.peft_format import read_adapter, write_adapter
 from plait.border.records import to_json
 from plait.choosing import factors_only
@@ -26,27 +24,13 @@ from plait.disk.written import Written
 from plait.errors import InputError, RunError, UsageError
 from plait.fidelity.limit import Limit
 from plait.fidelity.score import fidelities
-from plait.fidelity.tokens import encoded
 from plait.learning.distil import distil
 from plait.learning.losses import loss_of
 from plait.learning.repair import LAYERS
 from plait.merging import merge
-from plait.model.applied import applied
-from plait.tasks import collate
-from tests.fidelity.conftest import texts_of
+from tests.panels import adapters_of, same, texts_of
 
 FEW = AutoSettings(scales=(0.3, 0.7), refine=6, max_length=24)
-
-
-def adapters_of(panel):
-    return [p.adapter for p in panel.parts]
-
-
-def same(a, b):
-    return a.modules.keys() == b.modules.keys() and all(
-        torch.equal(f.A, b.modules[m].A) and torch.equal(f.B, b.modules[m].B) and f.scaling == b.modules[m].scaling
-        for m, f in a.modules.items()
-    )
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "classification"), ("llama", "causal"), ("t5", "seq2seq")])
@@ -138,52 +122,6 @@ def test_weights_that_are_learnt_come_closer_and_stay_combinations(make_panel):
         assert torch.allclose(done.adapter.modules[m].delta(), sum(parts), atol=1e-4)
     assert same(start, scaled(tried.adapter, 0.3))
     assert all(p.requires_grad for p in panel.model(panel.parts[0]).parameters())
-
-
-@pytest.mark.parametrize(("which", "head"), [("all", False), ("end", False), ("all", True), ("end", True)])
-def test_the_distillation_loss_of_text_is_each_adapters_divergence_on_its_own_texts(make_panel, which, head):
-    """Against the definition, one text at a time; also where an adapter changes the output layer."""
-    panel = make_panel("llama", "causal", texts=6)
-    panel.positions = which
-    one, two = panel.parts
-    model = panel.model(one)
-    if head:
-        g = torch.Generator().manual_seed(5)
-        extra = LoraFactors(
-            torch.randn(2, model.config.hidden_size, generator=g), torch.randn(model.config.vocab_size, 2, generator=g)
-        )
-        two = replace(two, adapter=replace(two.adapter, modules={**two.adapter.modules, "lm_head": extra}))
-        panel = replace(panel, parts=[one, two])
-        model = panel.model(one)
-    places, expected = [[3, 0, 4], [1, 5, 2]], 0.0
-    for part, chosen in zip((one, two), places, strict=True):
-        kls, rooms = [], []
-        for i, row in enumerate(encoded(panel, "causal", panel.texts[part.name])):
-            batch = collate(panel.tokenizer, [row])
-            with torch.no_grad():
-                bare = model(**batch).logits[0].log_softmax(-1)
-                with applied(model, part.adapter):
-                    own = model(**batch).logits[0].log_softmax(-1)
-            kl = (own.exp() * (own - bare)).sum(-1)[-1 if which == "end" else 0 :]
-            rooms.append(kl)
-            kls += [kl] if i in chosen else []
-        room = max(float(torch.cat(rooms).mean()), 0.05)
-        expected += float(torch.cat(kls).mean()) / room / 2
-    loss = loss_of(panel)
-    assert float(loss(places, contextlib.nullcontext).detach()) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [("mpnet", "classification"), ("gpt2", "causal"), ("t5", "seq2seq"), ("t5", "classification")],
-)
-def test_a_repair_comes_closer(make_panel, architecture, kind):
-    panel = make_panel(architecture, kind, texts=8)
-    merged = merge(adapters_of(panel), "task_arithmetic", scale=0.3).adapter
-    done = distil(panel, merged, learns="factors", steps=15, rate=1e-2)
-    before, after = fidelities(panel, [(merged, 1.0), (done.adapter, 1.0)])
-    assert sum(t.kl / t.kl_base for t in after.tasks) < 0.9 * sum(t.kl / t.kl_base for t in before.tasks)
-    assert {m: f.shape for m, f in done.adapter.modules.items()} == {m: f.shape for m, f in merged.modules.items()}
 
 
 def test_a_merge_is_cut_before_it_is_repaired(make_panel):

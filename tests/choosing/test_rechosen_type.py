@@ -9,7 +9,7 @@ from plait.adapters.tensors import read_tensors
 from plait.choosing.auto_folders import merge_auto_folders
 from plait.choosing.rechoosing import choose_again
 from plait.merging.changes import Change, recorded_choice
-from tests.fidelity.test_advise import folders_of
+from tests.panels import folders_of
 
 
 @pytest.mark.parametrize("asked", ["bfloat16", "float32"])
