@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +53,14 @@ class Described:
     label: str | None = None
     kind: str | None = None
 
+    def to_score(self) -> Described:
+        """The same where rows are only scored: of tasks with heads a validation file does alone, since the head knows its classes.
+
+        Answers of text tasks are chosen among, or written, by what the training rows say: these have to be named.
+        """
+        alone = self.train_file is None and (self.kind or "classification") in ("classification", "regression")
+        return replace(self, train_file=self.validation) if alone else self
+
     @property
     def of_a_file(self) -> dict[str, str | None]:
         """The options that describe a file, by name."""
@@ -76,8 +84,13 @@ class Described:
         if self.train_file is None:
             for option, value in self.of_a_file.items():
                 if value is not None:
+                    answers = (
+                        f"; of {self.kind} tasks it says which answers there are"
+                        if self.kind in ("causal", "seq2seq")
+                        else ""
+                    )
                     raise UsageError(
-                        f"{option} describes a file, and there is no --train-file", hint="--train-file FILE"
+                        f"{option} describes a file, and there is no --train-file", hint=f"--train-file FILE{answers}"
                     )
             return self.task
         if not self.text:

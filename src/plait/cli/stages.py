@@ -210,11 +210,14 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the long table (jsonl) here.")] = None,
     overwrite: Overwrite = False, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Score adapters on the tasks whose heads they carry. Beside each stands the floor: the base with that head alone."""
+    """Score adapters on the tasks whose heads they carry. Beside each stands the floor: the base with that head alone.
+
+    Rows of a classifier's are given by --validation-file and --text; text tasks want their --train-file too, whose answers are known.
+    """
     from plait.runs.single.evaluate import base_of, evaluate_folders
 
     base = base or (base_of(folders) if recipe is None else None)
-    described = Described(task, base, root, train_file, validation, text, label, kind)
+    described = Described(task, base, root, train_file, validation, text, label, kind).to_score()
     chosen = settings_from(recipe, described, [*in_four_bits(four_bits), *(sets or [])], device)
     evaluated = evaluate_folders(
         chosen, folders, scales=numbers(scales, "--scales"), out=out, overwrite=overwrite, task=task, quiet=quiet

@@ -45,6 +45,15 @@ def head_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.partition(".")[0] in heads}
 
 
+def _of_other_classes(own: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> str | None:
+    """Say so where two heads differ in their number of outputs alone, as where no row is of the last class."""
+    pairs = [(own[n].shape, head[n].shape) for n in own if n in head and own[n].shape != head[n].shape]
+    if own.keys() != head.keys() or any(a[1:] != b[1:] for a, b in pairs):
+        return None
+    here, there = pairs[0][0][0], pairs[0][1][0]
+    return f"the head has {there} outputs, the rows name {here} classes: give the task its `labels`, all of them"
+
+
 def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
     """Put a head's tensors into a task's model.
 
@@ -56,7 +65,9 @@ def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
         if name not in own or name not in head or own[name].shape != head[name].shape:
             got = tuple(head[name].shape) if name in head else "absent"
             expected = tuple(own[name].shape) if name in own else "absent"
-            raise InputError(f"head tensor is {got}, the model expects {expected}", where=name)
+            raise InputError(
+                f"head tensor is {got}, the model expects {expected}", where=name, hint=_of_other_classes(own, head)
+            )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(head[name])
