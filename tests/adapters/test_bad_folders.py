@@ -158,6 +158,11 @@ def test_9_no_config(folder):
     refused(folder, f"no {CONFIG}")
 
 
+def test_a_file_in_the_place_of_a_folder(folder):
+    with pytest.raises(InputError, match=r"a file, and a PEFT folder is wanted \(name the folder that it lies in"):
+        read_adapter(folder / WEIGHTS)
+
+
 def test_no_weights_or_only_a_pickle(folder):
     unsealed(folder)
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")

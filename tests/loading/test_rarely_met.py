@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from plait.adapters.header import ITEMSIZES, TORCH_NAMES
@@ -84,6 +85,29 @@ def test_an_entry_that_does_not_say_where_its_tensor_lies(tmp_path, entry):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     with pytest.raises(InputError, match=r"'lora_up\.weight' has no dtype, shape and offsets"):
+        accounts(path)
+
+
+@pytest.mark.parametrize(
+    ("spans", "more", "what"),
+    [
+        ([(0, 8), (4, 12)], 0, "overlap at byte 4"),
+        ([(0, 8), (12, 20)], 0, "leave bytes to none at byte 8"),
+        ([(4, 12), (12, 20)], 0, "leave bytes to none at byte 0"),
+        ([(0, 8), (8, 16)], 3, "end at byte 16, and 19 follow"),
+    ],
+)
+def test_a_file_that_safetensors_itself_refuses_is_no_sound_one(tmp_path, spans, more, what):
+    names = ("x.lora_down.weight", "x.lora_up.weight")
+    entries = {
+        n: {"dtype": "F32", "shape": [1, 2], "data_offsets": list(span)} for n, span in zip(names, spans, strict=True)
+    }
+    text = json.dumps(entries).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(max(stop for _, stop in spans) + more))
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt")
+    with pytest.raises(InputError, match=what):
         accounts(path)
 
 

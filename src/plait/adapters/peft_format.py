@@ -73,6 +73,9 @@ def begin_adapter(
     """
     folder = adapter_place(folder)
     require_readable(folder)
+    if folder.is_file():
+        hint = "name the folder that it lies in; plait convert makes a folder of a LoRA file"
+        raise InputError("a file, and a PEFT folder is wanted", where=str(folder), hint=hint)
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder), hint=nearby(folder))
     config = read_config(folder)

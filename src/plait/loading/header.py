@@ -44,7 +44,8 @@ def read_header(path: Path) -> Header:
     """Read a safetensors header.
 
     Raises:
-        InputError: Not such a file, longer or shorter than it says, or with a name twice.
+        InputError: Not such a file, longer or shorter than it says, with a name twice, or with tensors that overlap or leave
+            bytes to none: the safetensors library refuses it, and with it every loader.
     """
     try:
         size = path.stat().st_size if path.is_file() else -1
@@ -60,7 +61,23 @@ def read_header(path: Path) -> Header:
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError("__metadata__ is no object of texts", where=str(path))
-    return Header({name: _stored(name, entry, size - 8 - length, path) for name, entry in found.items()}, metadata)
+    room = size - 8 - length
+    tensors = {name: _stored(name, entry, room, path) for name, entry in found.items()}
+    _require_filled([tuple(entry["data_offsets"]) for entry in found.values()], room, path)
+    return Header(tensors, metadata)
+
+
+def _require_filled(spans: list[tuple[int, int]], room: int, path: Path) -> None:
+    """Refuse a file whose tensors do not lie one after another, from its first byte behind the header to its last."""
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            what = "overlap" if start < end else "leave bytes to none"
+            raise InputError(f"its tensors {what} at byte {min(start, end)}", where=str(path), hint="copy it again")
+        end = stop
+    if end != room:
+        what = f"its tensors end at byte {end}, and {room} follow the header"
+        raise InputError(what, where=str(path), hint="copy it again")
 
 
 def _no_file(path: Path) -> Any:
