@@ -17,6 +17,7 @@ import existing_page
 import numpy as np
 
 from plait.adapters.peft_format import read_adapter
+from plait.choosing.auto_settings import AutoSettings
 from plait.choosing.candidates import METHODS, SCALES, Tried, merged_by, recipes
 from plait.choosing.choose import choose
 from plait.choosing.factors_only import choose_by_factors
@@ -61,13 +62,14 @@ def main() -> None:
     texts = {n: session.training(n, a.seed).texts[: a.texts] for n in names}
     merges = dict.fromkeys(("base",), (None, 1.0))
     merges["without text"] = (choose_by_factors(adapters, a.methods, a.scales).adapter, 1.0)
+    settings = AutoSettings(methods=a.methods, scales=a.scales, refine=a.steps)
     chosen = {}
     panels = {}
     for where in ("all", "end"):
         panels[where] = Panel(
             session.base, parts_of(adapters), texts, read_place(a.general, a.texts), 16, session.recipe.data.max_length, where
         )  # fmt: skip
-        found = choose(panels[where], adapters, methods=a.methods, scales=a.scales, refine=a.steps, on_progress=tell)
+        found = choose(panels[where], adapters, settings, on_progress=tell)
         merges[f"by fidelity at {where} positions"] = (found.adapter, 1.0)
         chosen[where] = {
             "candidate": found.recipe.label,

@@ -27,12 +27,12 @@ from scipy.stats import spearmanr
 from plait.adapters.lora import Adapter, truncated
 from plait.adapters.peft_format import read_adapter
 from plait.border.records import to_json
+from plait.choosing.auto_settings import AutoSettings
 from plait.choosing.choose import Choice, choose, refined_weights
 from plait.choosing.finishing import judged_with_heads
 from plait.disk.store import versions
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import HELD_OUT
 from plait.learning.fitting import SCALES, TRIED, Fit, best_fit, fitted
 from plait.learning.heads import refit_heads
 from plait.learning.repair import repaired
@@ -84,12 +84,12 @@ def steps_of(
     """
     clock = Clock()
     arms = {"no text": merge(adapters, "tsv", verify=False).adapter}
-    choice = clock.timed("chosen", lambda: choose(panel, adapters, refine=0, fit=False))
+    choice = clock.timed("chosen", lambda: choose(panel, adapters, AutoSettings(refine=0, fit=False)))
     plain = learnt = best = choice.adapter
     refined, _, held = clock.timed(
         "weights learnt", lambda: refined_weights(panel, adapters, choice.scored[0], steps, 0)
     )
-    fit, held["fitted"] = clock.timed("fits tried", lambda: best_fit(panel, adapters, plain, HELD_OUT))
+    fit, held["fitted"] = clock.timed("fits tried", lambda: best_fit(panel, adapters, plain))
     if held["refined"] > held["chosen"]:
         learnt = best = refined
     if kept := held["fitted"] > max(held["refined"], held["chosen"]):
@@ -105,9 +105,7 @@ def steps_of(
         starts["fitted, repaired"] = starts["fitted, repaired"] if repair.kept else best
     refits = {}
     for name, start in starts.items():
-        arms[f"{name}, heads"], refits[name] = clock.timed(
-            f"{name}, heads", lambda m=start: refit_heads(panel, m, HELD_OUT)
-        )
+        arms[f"{name}, heads"], refits[name] = clock.timed(f"{name}, heads", lambda m=start: refit_heads(panel, m))
     rank = max(a.rank for a in adapters)
     if kept:
         arms["fitted at the adapters' rank"] = clock.timed(

@@ -33,7 +33,7 @@ from plait.choosing.finishing import judged_with_heads
 from plait.disk.store import versions
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import HELD_OUT, split_off
+from plait.fidelity.texts import split_off
 from plait.learning.fitting import fitted
 from plait.learning.heads import refit_heads, with_heads
 from plait.learning.repair import repaired
@@ -86,11 +86,11 @@ class Steps:
 
     def heads(self, name: str, panel: Panel, start: Adapter) -> None:
         """Let heads follow a merge."""
-        self.arms[name] = self.clock.timed(name, lambda: refit_heads(panel, start, HELD_OUT)[0])
+        self.arms[name] = self.clock.timed(name, lambda: refit_heads(panel, start)[0])
 
     def repair(self, name: str, panel: Panel, start: Adapter, **how: Any) -> None:
         """Repair a merge and let heads follow, whether that helped or not, and as `merge auto` decides."""
-        most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts, HELD_OUT))
+        most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts))
         better, record = self.clock.timed(f"{name}: repair", lambda: repaired(panel, start, self.steps, **how))
         self.heads(name + ANYWAY, panel, better)
         done = judged_with_heads(panel, start, better, record) if record.kept else record

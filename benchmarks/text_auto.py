@@ -30,13 +30,14 @@ from text_arms import Merger, Run, begin, general_shift, say, scored
 
 from plait.adapters.lora import Adapter
 from plait.border.records import to_json
+from plait.choosing.auto_settings import AutoSettings
 from plait.choosing.choose import choose, refined_weights
 from plait.choosing.tournament import Scored
 from plait.evaluation.text import prompts_of
 from plait.evaluation.writing import endings, write_many
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import HELD_OUT, Texts, first_of
+from plait.fidelity.texts import Texts, first_of
 from plait.learning.distil import RATES
 from plait.learning.fitting import best_fit, fitted
 from plait.learning.repair import repaired
@@ -171,15 +172,14 @@ def steps(run: Run, seed: int, arm: str, a: argparse.Namespace) -> None:
     patiently(record.ends)
     without = merge(adapters, "tsv", device=run.device, verify=False)
     record.step("no text", without.adapter, recipe="tsv")
-    choice = patiently(
-        lambda: choose(panel, adapters, methods=METHODS, scales=a.scales, refine=0, fit=False, on_progress=say)
-    )
+    settings = AutoSettings(methods=METHODS, scales=a.scales, refine=0, fit=False)
+    choice = patiently(lambda: choose(panel, adapters, settings, on_progress=say))
     record.step("chosen", choice.adapter, recipe=choice.recipe.label, scale=choice.scale)
     say("weights per adapter and module")
     refined, _, held = patiently(lambda: refined_weights(panel, adapters, choice.scored[0], a.steps, 0))
     best = refined if held["refined"] > held["chosen"] else choice.adapter
     record.step("weights learnt", refined, held_out=held)
-    fit, score = patiently(lambda: best_fit(panel, adapters, choice.adapter, HELD_OUT, on_progress=say))
+    fit, score = patiently(lambda: best_fit(panel, adapters, choice.adapter, on_progress=say))
     front_to_back = patiently(lambda: fitted(panel, adapters, choice.adapter, fit))
     record.step("fitted", front_to_back, fit=[fit.pull, fit.reach, fit.scale], held_out=score)
     best = front_to_back if score > max(held.values()) else best

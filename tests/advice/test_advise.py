@@ -21,7 +21,7 @@ from plait.choosing.proxy import cosines
 from plait.cli import main
 from plait.fidelity.measure import Fidelity, TaskFidelity
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import HELD_OUT, split_off
+from plait.fidelity.texts import split_off
 from plait.learning.heads import with_heads
 from plait.model.base import BaseModel
 from tests.command import call
@@ -86,7 +86,7 @@ def test_the_row_of_a_cut_measures_what_merge_auto_makes_at_that_rank(make_panel
     """Fitted at that rank where the texts say so, which a cut of the fit at the whole rank is not."""
     panel = make_panel(texts=32)
     adapters = [p.adapter for p in panel.parts]
-    most, rest = split_off(panel.texts, HELD_OUT)
+    most, rest = split_off(panel.texts)
     auto = AutoSettings(refine=0, heads=False, max_length=24)
     whole = merge_auto(adapters, panel.base, most, settings=auto)
     wanted = merge_auto(adapters, panel.base, most, settings=replace(auto, rank=3))

@@ -37,7 +37,7 @@ FEW = AutoSettings(scales=(0.3, 0.7), refine=6, max_length=24)
 def test_the_winner_is_the_best_of_what_was_tried(make_panel, architecture, kind):
     panel = make_panel(architecture, kind, texts=6)
     adapters = adapters_of(panel)
-    found = choose(panel, adapters, scales=(0.3, 0.7), refine=0)
+    found = choose(panel, adapters, AutoSettings(scales=(0.3, 0.7), refine=0))
     scores = [s.fidelity.score for s in found.scored]
     assert scores == sorted(scores, reverse=True)
     labels = {s.tried.recipe.label for s in found.scored}
@@ -110,7 +110,7 @@ def test_the_assumed_error_is_that_of_dense_matrices(make_panel):
 def test_weights_that_are_learnt_come_closer_and_stay_combinations(make_panel):
     panel = make_panel(texts=24)
     adapters = adapters_of(panel)
-    tried = choose(panel, adapters, methods=("task_arithmetic",), scales=(0.3,), refine=0)
+    tried = choose(panel, adapters, AutoSettings(methods=("task_arithmetic",), scales=(0.3,), refine=0))
     tried = next(s.tried for s in tried.scored if s.tried.recipe.calibrate is None)
     start = scaled(tried.adapter, 0.3)
     done = distil(panel, start, learns="weights", groups=groups_of(tried, adapters), steps=30, rate=0.05)

@@ -142,7 +142,7 @@ def test_a_folder_that_does_not_say_what_it_is_of_is_asked_about(begun):
     ],
 )
 def test_the_last_line_says_where_what_is_done_is_kept(begun, monkeypatch, capsys, raised, first):
-    monkeypatch.setattr(auto, "finished", lambda *_: (_ for _ in ()).throw(raised))
+    monkeypatch.setattr(auto, "finished", lambda *_, **__: (_ for _ in ()).throw(raised))
     assert guarded(lambda: begun() and 0, debug=False, as_json=False) != 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2] == first
@@ -151,6 +151,6 @@ def test_the_last_line_says_where_what_is_done_is_kept(begun, monkeypatch, capsy
 
 
 def test_where_nothing_is_kept_nothing_is_said_of_it(begun, monkeypatch, capsys):
-    monkeypatch.setattr(auto, "finished", lambda *_: (_ for _ in ()).throw(RunError("refused")))
+    monkeypatch.setattr(auto, "finished", lambda *_, **__: (_ for _ in ()).throw(RunError("refused")))
     assert guarded(lambda: begun() and 0, debug=False, as_json=False) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: refused" and not begun.root.exists()

@@ -112,8 +112,8 @@ def test_what_is_done_is_not_done_again_and_not_counted(begun, monkeypatch):
 )  # fmt: skip
 def test_only_what_is_left_is_counted(make_panel, done, less):
     panel = make_panel(texts=20)
-    asked = {"refine": 5, "fit": True, "repair": 50, "head_steps": 7}
-    whole, left = (making(panel, panel, ("tsv",), (0.2, 0.4, 0.6, 0.8), behind=b, **asked) for b in (Behind(), done))
+    asked = AutoSettings(methods=("tsv",), scales=(0.2, 0.4, 0.6, 0.8), refine=5, repair=50, learn_heads=True)
+    whole, left = (making(panel, panel, asked, b) for b in (Behind(), done))
     assert {k for k, v in asdict(left).items() if v < asdict(whole)[k]} == less
     assert not {k for k, v in asdict(left).items() if v > asdict(whole)[k]}
     if done.repaired:
@@ -128,7 +128,7 @@ def test_a_result_that_is_refused_leaves_nothing(begun):
 
 def test_a_fault_of_the_machine_leaves_what_is_done(begun, monkeypatch):
     with monkeypatch.context() as once:
-        once.setattr(auto, "finished", lambda *_: (_ for _ in ()).throw(EnvironmentFault("no memory")))
+        once.setattr(auto, "finished", lambda *_, **__: (_ for _ in ()).throw(EnvironmentFault("no memory")))
         with pytest.raises(EnvironmentFault, match="no memory"):
             begun()
     assert begun()[1] == f"going on from {begun.root}: the choice is there"

@@ -28,46 +28,47 @@ from plait.fidelity.texts import HELD_OUT
 from plait.fidelity.tokens import encoded
 from plait.learning.fitting import SCALES as FITTED_AT
 from plait.learning.fitting import TRIED
+from plait.learning.head_learning import STEPS
 from plait.model.base import backbone_of
 from tests.panels import texts_of
 
-METHODS, SCALES = ("task_arithmetic", "tsv", "regmean"), (0.2, 0.4, 0.6, 0.8)
+PLAIN = AutoSettings(methods=("task_arithmetic", "tsv", "regmean"), scales=(0.2, 0.4, 0.6, 0.8), refine=0, fit=False)
 
 
 def test_every_stage_is_counted_and_more_of_it_takes_longer(make_panel):
     panel = make_panel(texts=16)
     every = tokens_of(panel)
-    work = choosing(panel, METHODS, SCALES, held_out=HELD_OUT)
+    work = choosing(panel, PLAIN)
     assert (work.merges, work.moments) == (
         2 + 2 + 4,
         2 * every,
     )  # with pico and without, regmean by two kinds of moments
     assert work.learnt == work.fitted == work.repaired == 0 < work.reads
-    learnt = choosing(panel, METHODS, SCALES, held_out=HELD_OUT, refine=10)
+    learnt = choosing(panel, replace(PLAIN, refine=10))
     assert learnt.learnt == 10 and learnt.reads - work.reads == pytest.approx(2 * every / HELD_OUT)
-    fitted = choosing(panel, METHODS, SCALES, held_out=HELD_OUT, fit=True)
+    fitted = choosing(panel, replace(PLAIN, fit=True))
     assert fitted.fitted == pytest.approx(2.5 * every)  # two on three quarters, one on all
-    assert fitted.reads == pytest.approx(work.reads + fitting(panel, HELD_OUT).reads)
+    assert fitted.reads == pytest.approx(work.reads + fitting(panel).reads)
     looks = len(TRIED) * len(FITTED_AT) + 1  # each fit at each scale, and what there was before, on the texts held out
-    assert fitting(panel, HELD_OUT).reads == pytest.approx(looks * every / HELD_OUT)
+    assert fitting(panel).reads == pytest.approx(looks * every / HELD_OUT)
     most, looks = (
         every * (1 - 1 / HELD_OUT),
         2,
     )  # four readings of most of the texts; the rest before and after seven steps
-    assert repairing(panel, 7, HELD_OUT).reads == pytest.approx(4 * most + looks * every / HELD_OUT)
-    assert repairing(panel, 7, HELD_OUT).repaired == 7 and repairing(panel, 0, HELD_OUT) == Work()
+    assert repairing(panel, 7).reads == pytest.approx(4 * most + looks * every / HELD_OUT)
+    assert repairing(panel, 7).repaired == 7 and repairing(panel, 0) == Work()
     beside = panel.with_texts(panel.texts)
     beside.general = panel.texts["one"][:5]
-    for stage in (measuring, lambda p: judging(p, 3), lambda p: fitting(p, HELD_OUT, 0.5)):
+    for stage in (measuring, lambda p: judging(p, 3), lambda p: fitting(p, 0.5)):
         assert stage(beside).reads > stage(panel).reads
-    assert fitting(beside, HELD_OUT) == fitting(panel, HELD_OUT)  # no limit: nobody asks for general text
+    assert fitting(beside) == fitting(panel)  # no limit: nobody asks for general text
 
 
 def test_an_advice_counts_its_own_fits_and_repairs(make_panel):
     panel = make_panel(texts=16)
-    seen, judged = seen_and_judged(panel, HELD_OUT)
+    seen, judged = seen_and_judged(panel)
     assert tokens_of(seen) + tokens_of(judged) == tokens_of(panel)
-    work = advising(seen, judged, [p.adapter for p in panel.parts], refine=5, repair=6, held_out=HELD_OUT, learns=True)
+    work = advising(seen, judged, [p.adapter for p in panel.parts], AutoSettings(refine=5), 6)
     assert work.fitted == pytest.approx(2 * 2.5 * tokens_of(seen))  # at the sum of the ranks, and at one adapter's
     assert (work.learnt, work.repaired) == (5, 2 * 6)  # at both ranks
 
@@ -77,17 +78,16 @@ def test_heads_that_are_learnt_are_counted(make_panel):
     panel = make_panel(texts=16)
     every = tokens_of(panel)
 
-    def counted(panel, steps):
-        how = {"refine": 3, "fit": False, "repair": 0, "head_steps": steps}
-        return making(panel, panel, METHODS, SCALES, **how)
+    def counted(panel, learn_heads):
+        return making(panel, panel, replace(PLAIN, refine=3, learn_heads=learn_heads))
 
-    alone, more = counted(panel, 0), counted(panel, 7)
-    assert more.learnt - alone.learnt == 2 * 7
+    alone, more = counted(panel, False), counted(panel, True)
+    assert more.learnt - alone.learnt == 2 * STEPS
     assert more.reads - alone.reads == pytest.approx(every * (3 / 4 + 3 / 4 + 1))
     text = make_panel("llama", "causal", texts=16)
-    assert counted(text, 7) == counted(text, 0)
+    assert counted(text, True) == counted(text, False)
     few = make_panel(texts=4)
-    assert counted(few, 7) == counted(few, 0)  # nothing could be held out, and nothing is learnt
+    assert counted(few, True) == counted(few, False)  # nothing could be held out, and nothing is learnt
 
 
 def test_general_texts_beside_prompts_are_counted_as_they_are_read(make_panel):

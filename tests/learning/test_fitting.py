@@ -58,7 +58,7 @@ def test_a_rank_is_that_of_the_fit_and_scale_multiplies_it(make_panel):
 def test_the_best_fit_is_the_best_of_all_on_the_texts_held_out(make_panel):
     panel = make_panel(texts=16)
     start = merge(adapters_of(panel), "tsv").adapter
-    fit, score = best_fit(panel, adapters_of(panel), start, 4)
+    fit, score = best_fit(panel, adapters_of(panel), start)
     assert fit.scale in SCALES and (fit.pull, fit.reach) in [(p, float(f"{2**r:.3g}")) for p, r in TRIED]
     most = {t: tuple(x for i, x in enumerate(rows) if i % 4 != 3) for t, rows in panel.texts.items()}
     rest = {t: rows[3::4] for t, rows in panel.texts.items()}

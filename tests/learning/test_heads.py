@@ -48,7 +48,7 @@ def test_the_fit_is_the_minimum_of_its_ridge_problem(strength):
 
 def test_a_head_that_is_kept_is_closer_on_held_out_texts_and_only_its_last_layer_moves(panel):
     merge = merged(panel)
-    done, records = refit_heads(panel, merge, 4)
+    done, records = refit_heads(panel, merge)
     assert [r.task for r in records] == ["one", "two"] and any(r.kept for r in records)
     assert all(torch.equal(f.A, merge.modules[m].A) for m, f in done.modules.items())
     for part, record in zip(panel.parts, records, strict=True):
@@ -60,14 +60,14 @@ def test_a_head_that_is_kept_is_closer_on_held_out_texts_and_only_its_last_layer
 def test_the_record_is_what_the_models_answer_on_the_texts_held_out(panel):
     """The same fit by hand: learnt from three quarters, read through the evaluator on the fourth."""
     merge = merged(panel)
-    _, records = refit_heads(panel, merge, 4)
+    _, records = refit_heads(panel, merge)
     rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()})
     tasks = {t.task: t for t in fidelities(rest, [(merge, 1.0)])[0].tasks}
     for record in records:
         if record.task == "one":  # the variance by which a regression's KL is divided is that of the rows
             assert record.before == pytest.approx(tasks[record.task].kl, rel=1e-4)
     part = panel.parts[0]
-    done, _ = refit_heads(panel, merge, 4)
+    done, _ = refit_heads(panel, merge)
     own, before, after = outputs(panel, part, [(part.adapter, 1.0), (merge, 1.0), (done, 1.0)])
     if records[0].kept:
         assert np.square(after - own).mean() < np.square(before - own).mean()
@@ -76,7 +76,7 @@ def test_the_record_is_what_the_models_answer_on_the_texts_held_out(panel):
 def test_a_merge_that_is_the_adapter_keeps_its_head(panel):
     part = panel.parts[0]
     alone = replace(panel, parts=[part], texts={part.name: panel.texts[part.name]}, _own=None, _placed=set())
-    done, records = refit_heads(alone, part.adapter, 4)
+    done, records = refit_heads(alone, part.adapter)
     assert records[0].before == pytest.approx(0.0, abs=1e-9)
     for name, tensor in done.heads[part.name].items():
         torch.testing.assert_close(tensor, part.head[name], atol=1e-4, rtol=1e-4)
@@ -99,7 +99,7 @@ def test_a_head_that_answers_at_every_position_is_read_where_its_answer_is_taken
     """Llama's classifier scores every token and takes the last real one."""
     panel = make_panel("llama", "classification", texts=16)
     merge = merged(panel)
-    _, records = refit_heads(panel, merge, 4)
+    _, records = refit_heads(panel, merge)
     rest = panel.with_texts({t: rows[3::4] for t, rows in panel.texts.items()})
     tasks = {t.task: t for t in fidelities(rest, [(merge, 1.0)])[0].tasks}
     assert records[0].before == pytest.approx(tasks["one"].kl, rel=1e-3)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from plait.adapters.lora import Adapter, LoraFactors
-from plait.choosing import auto, finishing
+from plait.choosing import finishing
 from plait.choosing.auto_settings import AutoSettings
+from plait.choosing.counting import making
+from plait.choosing.finishing import Midway
 from plait.cli.existing_words import repair_text
 from plait.fidelity.record import AutoRecord, Look, Repair
 from plait.fidelity.score import fidelities
@@ -110,7 +112,7 @@ def test_a_repair_of_classifiers_wants_texts(make_panel, monkeypatch, repair_fro
     panel = make_panel(texts=texts)
     start = merge(adapters_of(panel), "tsv").adapter
     settings = AutoSettings(repair=2, repair_from=repair_from)
-    record = finishing.finished(start, AutoRecord((), "base"), panel, settings, {})[1]
+    record = finishing.finished(Midway(start, AutoRecord((), "base"), {}), panel, settings)[1]
     assert (record.repair is not None) == tried
     said = [n for n in record.notes if f"{texts} texts of {panel.names[0]}" in n]
     assert len(said) == (texts < max(repair_from, 20)) and all(
@@ -119,27 +121,16 @@ def test_a_repair_of_classifiers_wants_texts(make_panel, monkeypatch, repair_fro
 
 
 @pytest.mark.parametrize(("repair_from", "steps"), [(repair.TEXTS_TO_REPAIR, 0), (0, 4)])
-def test_the_time_told_beforehand_counts_no_repair_that_is_not_tried(make_panel, monkeypatch, repair_from, steps):
-    class Counted(Exception):
-        """The repair's steps, as they go into the estimate."""
-
-    def count(*_, **options):
-        raise Counted(options["repair"])
-
-    monkeypatch.setattr(auto, "making", count)
+def test_the_time_told_beforehand_counts_no_repair_that_is_not_tried(make_panel, repair_from, steps):
     panel = make_panel()
-    with pytest.raises(Counted) as raised:
-        auto.merge_auto(
-            adapters_of(panel), panel.base, panel.texts, settings=AutoSettings(repair=4, repair_from=repair_from)
-        )
-    assert raised.value.args == (steps,)
+    assert making(panel, panel, AutoSettings(repair=4, repair_from=repair_from)).repaired == steps
 
 
 def test_a_repair_of_text_models_may_have_few_texts(make_panel):
     panel = make_panel("llama", "causal", texts=16)
     start = merge(adapters_of(panel), "tsv").adapter
     settings = AutoSettings(repair=1, repair_from=repair.TEXTS_TO_REPAIR)
-    record = finishing.finished(start, AutoRecord((), "base"), panel, settings, {})[1]
+    record = finishing.finished(Midway(start, AutoRecord((), "base"), {}), panel, settings)[1]
     assert record.repair is not None and record.notes == ()
 
 
@@ -274,7 +265,7 @@ def test_a_repair_is_judged_with_the_heads_that_follow(make_panel, monkeypatch):
     merges = [merge(adapters, m, scale=s).adapter for m in ("task_arithmetic", "tsv", "iso_c") for s in scales]
     rest = {t: rows[3::4] for t, rows in panel.texts.items()}
     most = {t: tuple(r for i, r in enumerate(rows) if i % 4 != 3) for t, rows in panel.texts.items()}
-    with_heads = [refit_heads(panel.with_texts(most, general=False), m, 4)[0] for m in merges]
+    with_heads = [refit_heads(panel.with_texts(most, general=False), m)[0] for m in merges]
     seen = fidelities(panel.with_texts(rest, general=False), [(m, 1.0) for m in with_heads])
     judged = [(f.kept, f.beyond_chance) for f in seen]
     pairs = [(a, b) for a in range(len(merges)) for b in range(len(merges))]
@@ -284,7 +275,9 @@ def test_a_repair_is_judged_with_the_heads_that_follow(make_panel, monkeypatch):
 
     for start, end in (better, better[::-1], surer):
         monkeypatch.setattr(finishing, "repaired", lambda *_, end=end, **__: (merges[end], claimed))
-        done, record, _ = finishing.finished(merges[start], AutoRecord((), "base"), panel, AutoSettings(repair=5), {})
+        done, record, _ = finishing.finished(
+            Midway(merges[start], AutoRecord((), "base"), {}), panel, AutoSettings(repair=5)
+        )
         held_out = record.repair.held_out
         assert [held_out[f"{which}, heads"] for which in ("merge", "repaired")] == pytest.approx(
             [judged[start][0], judged[end][0]], abs=1e-6
@@ -296,7 +289,7 @@ def test_a_repair_is_judged_with_the_heads_that_follow(make_panel, monkeypatch):
         assert same(replace(done, heads={}), replace(merges[end if record.repair.kept else start], heads={}))
         assert f", agreement beyond chance {held_out['merge, heads: agreement']:.3f} -> " in repair_text(record.repair)
         settings = AutoSettings(repair=5, heads=False)
-        plain = finishing.finished(merges[start], AutoRecord((), "base"), panel, settings, {})
+        plain = finishing.finished(Midway(merges[start], AutoRecord((), "base"), {}), panel, settings)
         assert plain[1].repair == claimed and same(plain[0], merges[end])
     near, far = merges[better[1]], merges[better[0]]
     none_held_out = replace(claimed, held_out={})

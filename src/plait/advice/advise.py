@@ -13,7 +13,6 @@ from plait.border.counts import plural
 from plait.choosing import costs, notes
 from plait.choosing.auto import GENERAL_ALONE, AutoMerge, at_rank, merge_auto
 from plait.choosing.auto_settings import AutoSettings
-from plait.choosing.choose import can_learn
 from plait.choosing.counting import advising, seen_and_judged
 from plait.choosing.duration import TIMING, told
 from plait.choosing.finishing import repair_steps
@@ -119,7 +118,7 @@ def _with_texts(
     """Advise by what was measured: the cheapest option that keeps enough, what these texts cannot tell, and the next command."""
     options = options_of(adapters, sizes, findings.kept)
     advice, name = recommend(options, settings)
-    seen = seen_and_judged(panel, HELD_OUT)[0]
+    seen = seen_and_judged(panel)[0]
     few = notes.few(seen, FEWEST, refine=settings.refine > 0)
     if settings.repair and (why := notes.too_few_to_repair(seen, settings.repair_from)):
         few.append(f"no repair is tried: {why} (choice and repair read three quarters of the texts here)")
@@ -213,18 +212,15 @@ def _measured(
     panel: Panel, adapters: Sequence[Adapter], settings: AdviceSettings, base_id: str | None, on_progress: OnProgress
 ) -> _Findings:
     """Measure the fidelity of every option on held-out texts."""
-    seen, judged = seen_and_judged(panel, HELD_OUT)
+    seen, judged = seen_and_judged(panel)
     settings = replace(settings, repair=repair_steps(seen, settings.repair, settings.repair_from))
-    work = advising(
-        seen, judged, adapters, refine=settings.refine, repair=settings.repair, held_out=HELD_OUT, learns=can_learn(seen)
-    )  # fmt: skip
-    on_progress(TIMING)
-    on_progress(told(panel, adapters, work))
     # Heads follow each arm by itself, below: after its cut and its repair.
     auto = AutoSettings(
         refine=settings.refine, heads=False, max_length=settings.max_length, seed=settings.seed, chat=panel.chat,
         answers=panel.positions == WRITTEN, new_tokens=settings.new_tokens,
     )  # fmt: skip
+    on_progress(TIMING)
+    on_progress(told(panel, adapters, advising(seen, judged, adapters, auto, settings.repair)))
     merged = merge_auto(
         adapters, panel.base, seen.texts, general=panel.general, settings=auto, base_id=base_id, announce=False,
         known=panel, on_progress=on_progress,

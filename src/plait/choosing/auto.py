@@ -13,7 +13,7 @@ from plait.choosing.choose import Choice, choose, with_fit
 from plait.choosing.counting import Behind, making
 from plait.choosing.duration import TIMING, told
 from plait.choosing.factors_only import choose_by_factors
-from plait.choosing.finishing import Midway, finished, measured, repair_steps, require_within
+from plait.choosing.finishing import Midway, finished, measured, require_within
 from plait.choosing.notes import alike, beside, few, kin, kinship, other_base, worth_a_repair
 from plait.choosing.proxy import OWN_SHARE
 from plait.errors import UsageError
@@ -24,7 +24,7 @@ from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
 from plait.fidelity.texts import FEWEST, Texts, first_of
 from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints
-from plait.learning.head_learning import STEPS, Groups
+from plait.learning.head_learning import Groups
 from plait.merging.align import align
 from plait.merging.metric_cut import InputMetric, cut_adapter
 from plait.merging.record import IN_THE_METRIC, input_of, labels_of, loss_of
@@ -89,7 +89,7 @@ def merge_auto(
         InputError: Adapters of different bases; one that makes no predictions.
         RunError: Nothing is within `max_shift`.
     """
-    chosen = settings or AutoSettings()
+    settings = settings or AutoSettings()
     common = align(adapters, base_id)
     if len(adapters) > 1:
         require_exact(adapters, None, "what is chosen here")
@@ -101,74 +101,48 @@ def merge_auto(
         chosen=Chosen("the only adapter", 1.0),
     )  # fmt: skip
     if not texts:
-        _require_no_texts_needed(chosen, general)
-        return replace(_without_texts(adapters, chosen, base_id, record, akin), akin=tuple(akin))
+        _require_no_texts_needed(settings, general)
+        return replace(_without_texts(adapters, settings, base_id, record, akin), akin=tuple(akin))
     if base is None:
         raise UsageError("texts are read by the base model, and none was given", hint="its folder or name comes first")
-    if chosen.max_shift is not None and not general:
+    if settings.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
-    if parts_of(adapters)[0].is_text and not chosen.repair:  # nothing reads more of them
-        texts = first_of(texts, chosen.texts)
+    if parts_of(adapters)[0].is_text and not settings.repair:  # nothing reads more of them
+        texts = first_of(texts, settings.texts)
     if announce:
         on_progress(f"loading the base and cutting texts into tokens: {base.name}")
     panel, chat = ready_panel(
-        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, on_policy=chosen.on_policy,
+        base, adapters, texts, general, chat=settings.chat, answers=settings.answers, on_policy=settings.on_policy,
         known=known or checkpoints.known(base, adapters, texts), on_written=checkpoints.watch_writing,
-        new_tokens=chosen.new_tokens, batch_size=chosen.batch_size, max_length=chosen.max_length, on_progress=on_progress,
+        new_tokens=settings.new_tokens, batch_size=settings.batch_size, max_length=settings.max_length,
+        on_progress=on_progress,
     )  # fmt: skip
     record = replace(record, chat=chat.record, notes=(*record.notes, *chat.notes))
-    if chosen.learn_heads and panel.is_text:
+    if settings.learn_heads and panel.is_text:
         raise UsageError(
             "heads are learnt of classifiers, and these adapters write text", hint="leave --learn-heads out"
         )
     if len(adapters) == 1:
-        return _alone(adapters[0], panel, chosen, record)
+        return _alone(adapters[0], panel, settings, record)
     checkpoints.watch(panel)
-    read = panel.with_texts(first_of(panel.texts, chosen.texts))
+    read = panel.with_texts(first_of(panel.texts, settings.texts))
     if announce:
-        _say_how_long(panel, read, adapters, chosen, checkpoints, on_progress)
+        on_progress(TIMING)
+        on_progress(told(panel, adapters, making(panel, read, settings, Behind.of(checkpoints))))
     choice, begun = None, Midway.of(checkpoints, record, panel)
     if begun is None:
-        choice, begun = _choose(read, panel, adapters, chosen, record, base_id, checkpoints, on_progress)
-    adapter, record, fidelity = finished(
-        begun.merge, begun.record, panel, chosen, begun.groups, on_progress, begun.after, checkpoints
-    )
-    record = replace(record, notes=(*record.notes, *_of_texts(panel, chosen, fidelity)))
+        choice = choose(read, adapters, settings, base=base_id, on_progress=on_progress, checkpoints=checkpoints)
+        begun = _cut_choice(choice, adapters, settings, _with_evidence(record, choice, panel)).kept_in(checkpoints)
+    adapter, record, fidelity = finished(begun, panel, settings, on_progress=on_progress, checkpoints=checkpoints)
+    record = replace(record, notes=(*record.notes, *_of_texts(panel, settings, fidelity)))
     return AutoMerge(adapter, fidelity, record, tuple(akin), choice)
 
 
-def _say_how_long(
-    panel: Panel, read: Panel, adapters: Sequence[Adapter], chosen: AutoSettings, checkpoints: Checkpoints, on_progress: OnProgress
-) -> None:  # fmt: skip
-    on_progress(TIMING)
-    repair = repair_steps(panel, chosen.repair, chosen.repair_from)
-    work = making(
-        panel, read, chosen.methods, chosen.scales, refine=chosen.refine, fit=chosen.fit, repair=repair,
-        head_steps=STEPS * chosen.learn_heads, max_shift=chosen.max_shift, behind=Behind.of(checkpoints),
-    )  # fmt: skip
-    on_progress(told(panel, adapters, work))
-
-
-def _choose(
-    read: Panel,
-    panel: Panel,
-    adapters: Sequence[Adapter],
-    settings: AutoSettings,
-    record: AutoRecord,
-    base_id: str | None,
-    checkpoints: Checkpoints,
-    on_progress: OnProgress,
-) -> tuple[Choice, Midway]:
-    """Choose on the texts that the choice reads, and cut what was chosen."""
-    choice = choose(
-        read, adapters, methods=settings.methods, scales=settings.scales, refine=settings.refine, fit=settings.fit,
-        rank=settings.rank, max_shift=settings.max_shift, seed=settings.seed, base=base_id,
-        on_progress=on_progress, checkpoints=checkpoints,
-    )  # fmt: skip
-    record = replace(_with_evidence(record, choice, panel), limit=_limit(choice, settings.max_shift))
+def _cut_choice(choice: Choice, adapters: Sequence[Adapter], settings: AutoSettings, record: AutoRecord) -> Midway:
+    """Cut what was chosen to the rank asked for."""
+    record = replace(record, limit=_limit(choice, settings.max_shift))
     cut = _cut(AutoMerge(choice.adapter, None, record), settings.rank, choice.metric)
-    begun = Midway(cut.adapter, cut.record, _parts_apart(cut.adapter, choice, adapters))
-    return choice, begun.kept_in(checkpoints)
+    return Midway(cut.adapter, cut.record, _parts_apart(cut.adapter, choice, adapters))
 
 
 def at_rank(
@@ -195,7 +169,8 @@ def at_rank(
     Cost: three fits where one was tried, else a cut.
     """
     if choice.unfitted is not None:
-        choice = with_fit(choice.unfitted, panel, adapters, rank=rank, base=base_id, on_progress=on_progress)
+        settings = AutoSettings(rank=rank)
+        choice = with_fit(choice.unfitted, panel, adapters, settings, base=base_id, on_progress=on_progress)
     return cut_adapter(choice.adapter, rank, choice.metric)[0]
 
 

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, replace
 
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
-from plait.choosing.candidates import METHODS, SCALES, Recipe, Tried, groups_of, merged_by, recipes
+from plait.choosing.auto_settings import AutoSettings
+from plait.choosing.candidates import Recipe, Tried, groups_of, merged_by, recipes
 from plait.choosing.proxy import best_scale, terms
 from plait.choosing.tournament import Scored, tournament
 from plait.errors import RunError
 from plait.fidelity.moments import OWN_MOMENTS, collect_moments, merged_kinds
 from plait.fidelity.panel import Panel
 from plait.fidelity.score import fidelities, general_shift
-from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
+from plait.fidelity.texts import FEWEST, split_off
 from plait.fidelity.tokens import require_room
 from plait.learning.checkpoint_files import Piece, settled
 from plait.learning.checkpoint_reach import FIT, WEIGHING, WEIGHTS
@@ -24,6 +25,7 @@ from plait.learning.fitting import Fit, best_fit, can_fit, fitted
 from plait.learning.learning_state import KeptLearning
 from plait.merging.metric_cut import InputMetric, cut_adapter, input_metric
 from plait.progress import OnProgress
+from plait.statistics import Statistics
 
 LEARNT_WEIGHTS, THE_FIT = "learnt weights", "the fit"  # what a limit may leave out, in the record
 
@@ -60,14 +62,8 @@ class Choice:
 def choose(
     panel: Panel,
     adapters: Sequence[Adapter],
+    settings: AutoSettings | None = None,
     *,
-    methods: Sequence[str] = METHODS,
-    scales: Sequence[float] = SCALES,
-    refine: int = 100,
-    fit: bool = True,
-    rank: int | None = None,
-    max_shift: float | None = None,
-    seed: int = 0,
     base: str | None = None,
     on_progress: OnProgress = lambda _: None,
     checkpoints: Checkpoints = NOTHING_KEPT,
@@ -77,14 +73,8 @@ def choose(
     Args:
         panel: Base, adapters and texts.
         adapters: What is merged.
-        methods: Which methods are tried.
-        scales: Which scales.
-        refine: Steps in which the winner's weights per adapter and module are learnt; 0 for none. They are kept where
-            they are closer on the quarter of the texts that was held out.
-        fit: Whether the winner is also fitted front to back; what is closest on the quarter held out stays.
-        rank: Rank of a fitted merge, which is cut in the metric of its inputs; that of the sum by default.
-        max_shift: Most KL to the base on the panel's general texts, in nats: whatever moves the model further is left out.
-        seed: Seed of the order of the texts.
+        settings: Methods and scales that are tried, steps in which the winner's weights are learnt, whether it is fitted and at
+            which rank, the limit on general text, and the seed; the rest is of what comes after a choice.
         base: Base id of the result where the adapters name one base by different names.
         on_progress: Called with what is being done.
         checkpoints: Where it goes on from, and is kept; moments and merges are computed again.
@@ -96,47 +86,24 @@ def choose(
     Cost: the tournament's passes (`plait.choosing.tournament`); `refine` steps; three fits (`featcal`), two of them on three quarters
         of the texts.
     """
-    require_room(panel)
-    on_progress("moments of the texts")
-    moments = collect_moments(panel)
-    on_progress("merging by every method")
-    made = [(r, merged_by(r, adapters, moments, base=base)) for r in recipes(merged_kinds(moments), methods)]
-    tried = [Tried(recipe, merge, best_scale(terms(merge, adapters))) for recipe, merge in made]
-    enough = can_learn(panel)
-    scored = tournament(panel, tried, scales, on_progress, max_shift, checkpoints)
-    best = scored[0]
-    if not best.within(max_shift):
-        raise RunError(
-            f"no candidate moves general text by {max_shift:g} nats or less; the least was {best.fidelity.general_kl:.3g}",
-            hint="a larger --max-shift, or serve the adapters separately",
-        )
-    adapter = scaled(best.tried.adapter, best.scale)
-    weights: Mapping[str, tuple[float, ...]] = {}
-    held_out: dict[str, float] = {}
-    beyond: tuple[str, ...] = ()
-    if refine and enough:
-        refined, learnt, held_out = _weights(panel, adapters, best, refine, seed, checkpoints, on_progress)
-        if held_out["refined"] > held_out["chosen"]:
-            if within(panel, refined, max_shift):
-                adapter, weights = refined, learnt
-            else:  # no fit has to be closer than what may not be taken
-                beyond, held_out = (LEARNT_WEIGHTS,), {"chosen": held_out["chosen"]}
-    metric, _ = input_metric(adapters, [1.0] * len(adapters), moments[OWN_MOMENTS], list(adapter.modules))
-    choice = Choice(
-        adapter, best.tried.recipe, best.scale, weights, held_out, tuple(scored), metric=metric, beyond=beyond
-    )
-    if not (fit and enough and can_fit(panel)):
-        return choice
-    return with_fit(
-        choice,
-        panel,
-        adapters,
-        rank=rank,
-        max_shift=max_shift,
-        base=base,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
-    )
+    return _Choosing(panel, adapters, settings or AutoSettings(), base, on_progress, checkpoints).choice()
+
+
+def with_fit(
+    choice: Choice,
+    panel: Panel,
+    adapters: Sequence[Adapter],
+    settings: AutoSettings,
+    *,
+    base: str | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> Choice:
+    """Fit a choice, made of the same texts without a fit, front to back at the rank asked for; see `choose`.
+
+    Returns:
+        The fitted merge where held-out texts say that it is closer, else the choice as it is, with what was seen there.
+    """
+    return _Choosing(panel, adapters, settings, base, on_progress, NOTHING_KEPT).with_fit(choice)
 
 
 def can_learn(panel: Panel) -> bool:
@@ -144,83 +111,118 @@ def can_learn(panel: Panel) -> bool:
     return min(len(rows) for rows in panel.texts.values()) >= FEWEST
 
 
-def with_fit(
-    choice: Choice,
-    panel: Panel,
-    adapters: Sequence[Adapter],
-    *,
-    rank: int | None = None,
-    max_shift: float | None = None,
-    base: str | None = None,
-    on_progress: OnProgress = lambda _: None,
-    checkpoints: Checkpoints = NOTHING_KEPT,
-) -> Choice:
-    """Fit a choice, made of the same texts without a fit, front to back at a rank; keep it where held-out texts say that it is closer."""
-    start = scaled(choice.scored[0].tried.adapter, choice.scale)
-    held_out = dict(choice.held_out) or {"chosen": _on_rest(panel, start)}
-    before = max(held_out.values())
-    if rank is not None and rank < choice.adapter.rank:
-        before = held_out["cut"] = _on_rest(panel, cut_adapter(choice.adapter, rank, choice.metric)[0])
-    best = _fits(panel, adapters, start, rank, max_shift, checkpoints, on_progress)
-    if best is None:
-        return replace(choice, held_out=held_out, unfitted=choice, beyond=(*choice.beyond, THE_FIT))
-    settings, score = best
-    tried = replace(choice, held_out={**held_out, "fitted": score}, unfitted=choice)
-    if score <= before:
-        return tried
-    on_progress("fitting it to all texts")
-    merge = fitted(panel, adapters, start, settings, rank=rank, base=base)
-    if not within(panel, merge, max_shift):
-        return replace(tried, beyond=(*choice.beyond, THE_FIT))
-    return replace(tried, adapter=merge, weights={}, fit=settings)
+@dataclass(frozen=True, slots=True)
+class _Choosing:
+    """A choice while it is made: of what, how, and where it says and keeps what is done."""
 
+    panel: Panel
+    adapters: Sequence[Adapter]
+    settings: AutoSettings
+    base: str | None
+    on_progress: OnProgress
+    checkpoints: Checkpoints
 
-def _weights(
-    panel: Panel,
-    adapters: Sequence[Adapter],
-    best: Scored,
-    steps: int,
-    seed: int,
-    checkpoints: Checkpoints,
-    on_progress: OnProgress,
-) -> tuple[Adapter, Mapping[str, tuple[float, ...]], dict[str, float]]:
-    """`refined_weights`, or what it gave before."""
-    if (piece := checkpoints.piece(WEIGHTS)) is not None:
-        weights = {m: tuple(w) for m, w in piece.values["weights"].items()}
-        return piece.adapters["refined"], weights, dict(piece.values["held_out"])
-    on_progress(f"weights per adapter and module, {plural(steps, 'step')}")
-    keeping = KeptLearning(checkpoints, WEIGHING)
-    refined, learnt, held_out = refined_weights(panel, adapters, best, steps, seed, keeping)
-    values = {"weights": dict(learnt), "held_out": held_out}
-    checkpoints.keep(WEIGHTS, lambda: Piece(values, adapters={"refined": refined}), instead_of=(WEIGHING,))
-    return refined, learnt, held_out
+    def choice(self) -> Choice:
+        """Score every merge, learn the best one's weights, and fit it, each step kept where held-out texts say so."""
+        require_room(self.panel)
+        self.on_progress("moments of the texts")
+        moments = collect_moments(self.panel)
+        choice = self._weighed(self._scored(moments))
+        modules = list(choice.adapter.modules)
+        metric, _ = input_metric(self.adapters, [1.0] * len(self.adapters), moments[OWN_MOMENTS], modules)
+        choice = replace(choice, metric=metric)
+        fits = self.settings.fit and can_learn(self.panel) and can_fit(self.panel)
+        return self.with_fit(choice) if fits else choice
 
+    def with_fit(self, choice: Choice) -> Choice:
+        """See `with_fit`."""
+        rank = self.settings.rank
+        start = scaled(choice.scored[0].tried.adapter, choice.scale)
+        held_out = dict(choice.held_out) or {"chosen": self._on_rest(start)}
+        before = max(held_out.values())
+        if rank is not None and rank < choice.adapter.rank:
+            before = held_out["cut"] = self._on_rest(cut_adapter(choice.adapter, rank, choice.metric)[0])
+        best = self._best_fit(start)
+        if best is None:
+            return replace(choice, held_out=held_out, unfitted=choice, beyond=(*choice.beyond, THE_FIT))
+        fit, score = best
+        tried = replace(choice, held_out={**held_out, "fitted": score}, unfitted=choice)
+        if score <= before:
+            return tried
+        self.on_progress("fitting it to all texts")
+        merge = fitted(self.panel, self.adapters, start, fit, rank=rank, base=self.base)
+        if not self._within(merge):
+            return replace(tried, beyond=(*choice.beyond, THE_FIT))
+        return replace(tried, adapter=merge, weights={}, fit=fit)
 
-def _fits(
-    panel: Panel,
-    adapters: Sequence[Adapter],
-    start: Adapter,
-    rank: int | None,
-    max_shift: float | None,
-    checkpoints: Checkpoints,
-    on_progress: OnProgress,
-) -> tuple[Fit, float] | None:
-    """`best_fit`, or what it gave before."""
-    if (piece := checkpoints.piece(FIT)) is not None:
-        return (Fit(**piece.values["fit"]), piece.values["score"]) if piece.values else None
-    best = best_fit(panel, adapters, start, HELD_OUT, rank=rank, max_shift=max_shift, on_progress=on_progress)
-    checkpoints.keep(FIT, lambda: Piece({"fit": asdict(best[0]), "score": best[1]} if best else {}))
-    return best
+    def _scored(self, moments: Mapping[str, Mapping[str, Statistics]]) -> Sequence[Scored]:
+        """Merge by every method, and let the merges meet at their scales; the best first."""
+        self.on_progress("merging by every method")
+        known = recipes(merged_kinds(moments), self.settings.methods)
+        made = [(r, merged_by(r, self.adapters, moments, base=self.base)) for r in known]
+        tried = [Tried(recipe, merge, best_scale(terms(merge, self.adapters))) for recipe, merge in made]
+        limit = self.settings.max_shift
+        scored = tournament(self.panel, tried, self.settings.scales, self.on_progress, limit, self.checkpoints)
+        if not scored[0].within(limit):
+            raise RunError(
+                f"no candidate moves general text by {limit:g} nats or less; "
+                f"the least was {scored[0].fidelity.general_kl:.3g}",
+                hint="a larger --max-shift, or serve the adapters separately",
+            )
+        return scored
+
+    def _weighed(self, scored: Sequence[Scored]) -> Choice:
+        """Take the best merge, with weights that are learnt where they bring it closer."""
+        best = scored[0]
+        choice = Choice(
+            scaled(best.tried.adapter, best.scale), best.tried.recipe, best.scale, {}, {}, tuple(scored)
+        )  # fmt: skip
+        if not (self.settings.refine and can_learn(self.panel)):
+            return choice
+        refined, learnt, held_out = self._weights(best)
+        if held_out["refined"] <= held_out["chosen"]:
+            return replace(choice, held_out=held_out)
+        if self._within(refined):
+            return replace(choice, adapter=refined, weights=learnt, held_out=held_out)
+        # No fit has to be closer than what may not be taken.
+        return replace(choice, held_out={"chosen": held_out["chosen"]}, beyond=(LEARNT_WEIGHTS,))
+
+    def _weights(self, best: Scored) -> tuple[Adapter, Mapping[str, tuple[float, ...]], dict[str, float]]:
+        """`refined_weights`, or what it gave before."""
+        if (piece := self.checkpoints.piece(WEIGHTS)) is not None:
+            weights = {m: tuple(w) for m, w in piece.values["weights"].items()}
+            return piece.adapters["refined"], weights, dict(piece.values["held_out"])
+        steps, seed = self.settings.refine, self.settings.seed
+        self.on_progress(f"weights per adapter and module, {plural(steps, 'step')}")
+        keeping = KeptLearning(self.checkpoints, WEIGHING)
+        refined, learnt, held_out = refined_weights(self.panel, self.adapters, best, steps, seed, keeping)
+        values = {"weights": dict(learnt), "held_out": held_out}
+        self.checkpoints.keep(WEIGHTS, lambda: Piece(values, adapters={"refined": refined}), instead_of=(WEIGHING,))
+        return refined, learnt, held_out
+
+    def _best_fit(self, start: Adapter) -> tuple[Fit, float] | None:
+        """`best_fit`, or what it gave before."""
+        if (piece := self.checkpoints.piece(FIT)) is not None:
+            return (Fit(**piece.values["fit"]), piece.values["score"]) if piece.values else None
+        settings = self.settings
+        best = best_fit(
+            self.panel, self.adapters, start, rank=settings.rank, max_shift=settings.max_shift, on_progress=self.on_progress
+        )  # fmt: skip
+        self.checkpoints.keep(FIT, lambda: Piece({"fit": asdict(best[0]), "score": best[1]} if best else {}))
+        return best
+
+    def _within(self, merge: Adapter) -> bool:
+        return within(self.panel, merge, self.settings.max_shift)
+
+    def _on_rest(self, merge: Adapter) -> float:
+        """Score a merge on the texts that are held out."""
+        rest = split_off(self.panel.texts)[1]
+        return fidelities(self.panel.with_texts(rest, general=False), [(merge, 1.0)])[0].score
 
 
 def within(panel: Panel, merge: Adapter, max_shift: float | None) -> bool:
     """Whether a merge moves the base's answers to the panel's general texts by a limit at most; any does without one."""
     return max_shift is None or float(general_shift(panel, [(merge, 1.0)])[0]) <= max_shift
-
-
-def _on_rest(panel: Panel, merge: Adapter) -> float:
-    rest = split_off(panel.texts, HELD_OUT)[1]
-    return fidelities(panel.with_texts(rest, general=False), [(merge, 1.0)])[0].score
 
 
 def refined_weights(
@@ -232,7 +234,7 @@ def refined_weights(
     keeping: Keeping | None = None,
 ) -> tuple[Adapter, Mapping[str, tuple[float, ...]], dict[str, float]]:
     """Weights per adapter and module, learnt on three quarters of the texts; scores of both on the fourth."""
-    most, rest = split_off(panel.texts, HELD_OUT)
+    most, rest = split_off(panel.texts)
     start = scaled(best.tried.adapter, best.scale)
     learnt = distil(
         panel.with_texts(most, general=False),

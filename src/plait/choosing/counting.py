@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from plait.adapters.lora import Adapter
-from plait.choosing.candidates import METHODS, SCALES, recipes
+from plait.choosing.auto_settings import AutoSettings
+from plait.choosing.candidates import recipes
 from plait.choosing.choose import can_learn
 from plait.choosing.costs import total_rank
 from plait.choosing.duration import Work, tokens_of
+from plait.choosing.finishing import repair_steps
 from plait.choosing.tournament import number_going, read_in, rounds_of
 from plait.fidelity.panel import Panel
 from plait.fidelity.texts import HELD_OUT, split_off
@@ -30,6 +32,7 @@ from plait.learning.checkpoints import Checkpoints
 from plait.learning.fitting import SCALES as FIT_SCALES
 from plait.learning.fitting import TRIED as FITS
 from plait.learning.fitting import can_fit
+from plait.learning.head_learning import STEPS
 from plait.merging.registry import find_method
 
 # Scales that a merge is tried at, on average, where there are more than three.
@@ -77,29 +80,15 @@ class Behind:
 NOTHING_BEHIND = Behind()
 
 
-def choosing(
-    panel: Panel,
-    methods: tuple[str, ...],
-    scales: tuple[float, ...],
-    *,
-    held_out: int,
-    refine: int = 0,
-    fit: bool = False,
-    max_shift: float | None = None,
-    behind: Behind = NOTHING_BEHIND,
-) -> Work:
+def choosing(panel: Panel, settings: AutoSettings, behind: Behind = NOTHING_BEHIND) -> Work:
     """Count what `choose` does.
 
     Args:
         panel: Base, adapters and all texts.
-        methods: Methods that are tried.
-        scales: Scales, before any merge goes beyond them.
-        held_out: Every such text is held out.
-        refine: Steps in which weights are learnt; 0 where none are.
-        fit: Whether the winner is fitted.
-        max_shift: Limit on what general text is moved by.
+        settings: What is tried, learnt and fitted, as far as there are texts enough.
         behind: What is done already; moments and merges are made again.
     """
+    methods, scales, learns = settings.methods, settings.scales, can_learn(panel)
     merges = len(list(recipes(("base", "own") if any(find_method(m).needs for m in methods) else (), methods)))
     every, tried = tokens_of(panel), merges * min(SCALES_TRIED, len(scales))
     rounds = rounds_of(panel)
@@ -112,30 +101,31 @@ def choosing(
         tokens, left = tokens_of(read_in(panel, texts)), behind.left(texts, going)
         work += _read(panel, tokens if panel.is_text else tokens - known, left)
         known, asked = tokens, asked + left
-    work += general(panel, left if max_shift is None else asked)
-    if refine and WEIGHTS not in behind.stages:
-        work += Work(learnt=refine - behind.learnt) + _read(panel, every / held_out, 2)
-    return work + fitting(panel, held_out, max_shift, FIT in behind.stages) if fit and can_fit(panel) else work
+    work += general(panel, left if settings.max_shift is None else asked)
+    if settings.refine and learns and WEIGHTS not in behind.stages:
+        work += Work(learnt=settings.refine - behind.learnt) + _read(panel, every / HELD_OUT, 2)
+    fits = settings.fit and learns and can_fit(panel)
+    return work + fitting(panel, settings.max_shift, FIT in behind.stages) if fits else work
 
 
-def fitting(panel: Panel, held_out: int, max_shift: float | None = None, is_found: bool = False) -> Work:
+def fitting(panel: Panel, max_shift: float | None = None, is_found: bool = False) -> Work:
     """Count two fits on most of the texts, their scales on the rest, and one on all; the last alone where the best is found."""
-    fits = len(FITS) * (1 - 1 / held_out) + 1
+    fits = len(FITS) * (1 - 1 / HELD_OUT) + 1
     layers = len({m for p in panel.parts for m in p.adapter.modules})
     if is_found:
         return Work(fitted=tokens_of(panel), solved=layers) + general(panel, 1 if max_shift is not None else 0)
     work = Work(fitted=fits * tokens_of(panel), solved=(len(FITS) + 1) * layers)
-    work += _read(panel, tokens_of(panel) / held_out, len(FITS) * len(FIT_SCALES) + 1)
+    work += _read(panel, tokens_of(panel) / HELD_OUT, len(FITS) * len(FIT_SCALES) + 1)
     return work + general(panel, len(FITS) * len(FIT_SCALES) + 1 if max_shift is not None else 0)
 
 
-def repairing(panel: Panel, steps: int, held_out: int) -> Work:
+def repairing(panel: Panel, steps: int) -> Work:
     """Count a repair of all its steps: answers and layers of most of the texts before it, looks at the rest on the way."""
     if not steps:
         return Work()
     looks = 1 + -(-steps // _EVERY)
-    before = Work(reads=4 * (1 - 1 / held_out) * tokens_of(panel))
-    return Work(repaired=steps) + before + _read(panel, tokens_of(panel) / held_out, looks)
+    before = Work(reads=4 * (1 - 1 / HELD_OUT) * tokens_of(panel))
+    return Work(repaired=steps) + before + _read(panel, tokens_of(panel) / HELD_OUT, looks)
 
 
 def heads(panel: Panel) -> Work:
@@ -143,12 +133,12 @@ def heads(panel: Panel) -> Work:
     return Work() if panel.is_text else Work(reads=tokens_of(panel))
 
 
-def learning_heads(panel: Panel, steps: int) -> Work:
+def learning_heads(panel: Panel) -> Work:
     """Count heads learnt with the weights: on most of the texts and on all, from heads fitted there, three merges looked at on the rest."""
-    if panel.is_text or not steps:
+    if panel.is_text:
         return Work()
     reads = (2 - 1 / HELD_OUT) + 3 / HELD_OUT
-    return Work(learnt=2 * steps, reads=reads * tokens_of(panel))
+    return Work(learnt=2 * STEPS, reads=reads * tokens_of(panel))
 
 
 def measuring(panel: Panel) -> Work:
@@ -167,80 +157,43 @@ def general(panel: Panel, merges: float) -> Work:
     return Work(reads=(merges + 1) * tokens)
 
 
-def making(
-    panel: Panel,
-    read: Panel,
-    methods: tuple[str, ...],
-    scales: tuple[float, ...],
-    *,
-    refine: int,
-    fit: bool,
-    repair: int,
-    head_steps: int = 0,
-    max_shift: float | None = None,
-    behind: Behind = NOTHING_BEHIND,
-) -> Work:
+def making(panel: Panel, read: Panel, settings: AutoSettings, behind: Behind = NOTHING_BEHIND) -> Work:
     """Count all that `merge auto` does with texts, heads included.
 
     Args:
         panel: All texts.
         read: Those that the choice reads.
-        methods: Methods that are tried.
-        scales: Scales.
-        refine: Steps in which weights are learnt.
-        fit: Whether the winner is fitted.
-        repair: Steps of the repair.
-        head_steps: Steps in which heads and weights are learnt together, each of two times.
-        max_shift: Limit on what general text is moved by.
+        settings: What is asked for; what is asked of too few texts is not counted.
         behind: What is done already.
     """
-    learns, many = can_learn(read), can_learn(panel)
+    many = can_learn(panel)
     work = measuring(panel)
     if MERGE not in behind.stages:
-        work += choosing(
-            read,
-            methods,
-            scales,
-            held_out=HELD_OUT,
-            refine=refine * learns,
-            fit=fit and learns,
-            max_shift=max_shift,
-            behind=behind,
-        )
+        work += choosing(read, settings, behind)
     if THE_REPAIR not in behind.stages:
-        work += repairing(panel, repair - behind.repaired, HELD_OUT)
-    if LEARNT_HEADS not in behind.stages:
-        work += learning_heads(panel, head_steps * many)
+        work += repairing(panel, repair_steps(panel, settings.repair, settings.repair_from) - behind.repaired)
+    if LEARNT_HEADS not in behind.stages and settings.learn_heads and many:
+        work += learning_heads(panel)
     return work + (heads(panel) if many and THE_HEADS not in behind.stages else Work())
 
 
-def advising(
-    seen: Panel,
-    judged: Panel,
-    adapters: Sequence[Adapter],
-    *,
-    refine: int,
-    repair: int,
-    held_out: int,
-    learns: bool,
-) -> Work:
+def advising(seen: Panel, judged: Panel, adapters: Sequence[Adapter], settings: AutoSettings, repair: int) -> Work:
     """Count an advice: a choice, its fits at another rank, repairs and heads of each merge, and the look at all of them.
 
     Args:
         seen: Texts that all is chosen on.
         judged: Texts that it is measured on.
         adapters: What is merged.
-        refine: Steps in which weights are learnt.
+        settings: What the choice is asked for.
         repair: Steps of each repair.
-        held_out: Every such text of `seen` is held out.
-        learns: Whether there are texts enough for that.
     """
+    learns = can_learn(seen)
     ranks = 2 if max(a.rank for a in adapters) < total_rank(adapters) else 1
     arms = ranks * (2 if repair else 1)
-    work = choosing(seen, METHODS, SCALES, held_out=held_out, refine=refine * learns, fit=learns) + measuring(seen)
+    work = choosing(seen, settings) + measuring(seen)
     if ranks == 2 and learns and can_fit(seen):
-        work += fitting(seen, held_out)
-    work += repairing(seen, repair, held_out) * ranks + (heads(seen) * arms if learns else Work())
+        work += fitting(seen)
+    work += repairing(seen, repair) * ranks + (heads(seen) * arms if learns else Work())
     return work + judging(judged, arms + len(adapters))
 
 
@@ -256,8 +209,8 @@ def _read(panel: Panel, tokens: float, merges: float, *, both: float = 0.0) -> W
     return Work(reads=tokens * merges + 2 * both)
 
 
-def seen_and_judged(panel: Panel, held_out: int) -> tuple[Panel, Panel]:
+def seen_and_judged(panel: Panel) -> tuple[Panel, Panel]:
     """Split a panel as advice does: what the choice sees, and what it is judged on."""
-    most, rest = split_off(panel.texts, held_out)
+    most, rest = split_off(panel.texts)
     few = min(map(len, rest.values())) == 0
     return panel.with_texts(most), panel if few else panel.with_texts(rest)

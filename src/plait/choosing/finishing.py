@@ -18,7 +18,7 @@ from plait.fidelity.panel import Panel
 from plait.fidelity.record import AutoRecord, FidelityRecord, Repair
 from plait.fidelity.score import fidelities
 from plait.fidelity.shift import hidden_shift
-from plait.fidelity.texts import HELD_OUT, split_off
+from plait.fidelity.texts import split_off
 from plait.learning.checkpoint_files import Piece, settled
 from plait.learning.checkpoint_reach import FINISHING, LEARNT_HEADS, MERGE, REPAIR, THE_HEADS, THE_REPAIR, WEIGHTS
 from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints
@@ -78,25 +78,20 @@ class Midway:
 
 
 def finished(
-    merge: Adapter,
-    record: AutoRecord,
+    begun: Midway,
     panel: Panel,
     settings: AutoSettings,
-    groups: Groups,
+    *,
     on_progress: OnProgress = lambda _: None,
-    after: Sequence[str] = (),
     checkpoints: Checkpoints = NOTHING_KEPT,
 ) -> tuple[Adapter, AutoRecord, Fidelity]:
     """Finish a merge after its cut, so that a repair makes good what the cut lost; `advise` measures it in this order.
 
     Args:
-        merge: What was chosen, cut to its rank.
-        record: What is known of it.
+        begun: What was chosen, and what was done to it already.
         panel: Base, adapters and all texts.
         settings: What is asked for; what it does not ask for is left out.
-        groups: Module -> which of the merge's ranks are one adapter's, where they still are.
         on_progress: Called with what is being done.
-        after: What was done to it already (`Midway`).
         checkpoints: Where it goes on from, and is kept after each step.
 
     Returns:
@@ -108,20 +103,19 @@ def finished(
     finishing = _Finishing(panel, settings, on_progress, checkpoints)
     steps: dict[str, Callable[[Adapter, AutoRecord], tuple[Adapter, AutoRecord]]] = {
         THE_REPAIR: finishing.repair,
-        LEARNT_HEADS: partial(finishing.learn_heads, groups=groups),
+        LEARNT_HEADS: partial(finishing.learn_heads, groups=begun.groups),
         THE_HEADS: finishing.refit_heads,
     }
     for name, step in steps.items():
-        before = record
-        if name not in after:
-            merge, record = step(merge, record)
-        if record is not before:
-            after = (*after, name)
-            merge = Midway(merge, record, groups, after).kept_in(checkpoints).merge
+        if name in begun.after:
+            continue
+        merge, record = step(begun.merge, begun.record)
+        if record is not begun.record:
+            begun = Midway(merge, record, begun.groups, (*begun.after, name)).kept_in(checkpoints)
     on_progress("what it keeps, on all texts")
-    fidelity = measured(panel, merge)
+    fidelity = measured(panel, begun.merge)
     require_within(fidelity, settings.max_shift, f"cut to rank {settings.rank} it", "a larger --rank")
-    return merge, replace(record, fidelity=FidelityRecord.of(fidelity)), fidelity
+    return begun.merge, replace(begun.record, fidelity=FidelityRecord.of(fidelity)), fidelity
 
 
 def repair_steps(panel: Panel, steps: int, repair_from: int) -> int:
@@ -168,7 +162,7 @@ def judged_with_heads(panel: Panel, merge: Adapter, better: Adapter, repair: Rep
     """
     if not repair.held_out:
         return repair
-    most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts, HELD_OUT))
+    most, rest = (panel.with_texts(texts, general=False) for texts in split_off(panel.texts))
     before, after = fidelities(rest, [(with_heads(most, m)[0], 1.0) for m in (merge, better)])
     held_out = {
         **repair.held_out,

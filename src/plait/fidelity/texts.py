@@ -207,11 +207,11 @@ def first_of(texts: Mapping[str, Texts], most: int) -> dict[str, Texts]:
     return {task: rows[:most] for task, rows in texts.items()}
 
 
-def split_off(texts: Mapping[str, Texts], every: int) -> tuple[dict[str, Texts], dict[str, Texts]]:
-    """Two parts of each task's texts: most of them, and every `every`-th one held out (none where there are too few).
+def split_off(texts: Mapping[str, Texts]) -> tuple[dict[str, Texts], dict[str, Texts]]:
+    """Split each task's texts in two: most of them, and every `HELD_OUT`-th one held out (none where there are too few).
 
-    >>> split_off({"sst2": (("a",), ("b",), ("c",), ("d",))}, 4)
+    >>> split_off({"sst2": (("a",), ("b",), ("c",), ("d",))})
     ({'sst2': (('a',), ('b',), ('c',))}, {'sst2': (('d',),)})
     """
-    most = {t: tuple(x for i, x in enumerate(rows) if i % every != every - 1) for t, rows in texts.items()}
-    return most, {t: rows[every - 1 :: every] for t, rows in texts.items()}
+    most = {t: tuple(x for i, x in enumerate(rows) if i % HELD_OUT != HELD_OUT - 1) for t, rows in texts.items()}
+    return most, {t: rows[HELD_OUT - 1 :: HELD_OUT] for t, rows in texts.items()}

@@ -43,7 +43,6 @@ def best_fit(
     panel: Panel,
     adapters: Sequence[Adapter],
     start: Adapter,
-    every: int,
     *,
     rank: int | None = None,
     max_shift: float | None = None,
@@ -55,14 +54,13 @@ def best_fit(
         panel: Base, adapters and texts.
         adapters: What was merged.
         start: The merge.
-        every: Every such text is held out.
         rank: Rank of the result; that of the sum by default.
         max_shift: Most KL to the base on the panel's general texts, in nats: a fit beyond it is none.
         on_progress: Called before each fit.
 
     Cost: two fits, and as many passes over the texts held out as there are scales for each.
     """
-    most, rest = split_off(panel.texts, every)
+    most, rest = split_off(panel.texts)
     seen, judged = panel.with_texts(most, general=False), panel.with_texts(rest, general=False)
     tried: list[tuple[Fit, Adapter]] = []
     for i, (pull, power) in enumerate(TRIED, 1):

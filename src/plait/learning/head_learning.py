@@ -11,7 +11,7 @@ from plait.adapters.lora import Adapter
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import HeadsLearnt
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
+from plait.fidelity.texts import FEWEST, split_off
 from plait.learning.distil import distil
 from plait.learning.heads import with_heads
 from plait.learning.teachers import HeadLoss
@@ -52,7 +52,7 @@ def with_learnt_heads(
     """
     if panel.is_text or min(map(len, panel.texts.values())) < FEWEST:
         return merge, None
-    most, rest = split_off(panel.texts, HELD_OUT)
+    most, rest = split_off(panel.texts)
     part, fourth = panel.with_texts(most, general=False), panel.with_texts(rest, general=False)
     refit = with_heads(part, merge)[0]
     tried = weights_and_heads(part, refit, groups, steps, seed)

@@ -60,10 +60,10 @@ def with_heads(panel: Panel, merge: Adapter) -> tuple[Adapter, tuple[HeadRefit, 
     """Let the heads follow a merge, where there are heads and texts enough to hold some out; else change nothing."""
     if panel.is_text or min(map(len, panel.texts.values())) < FEWEST:
         return merge, ()
-    return refit_heads(panel.with_texts(panel.texts, general=False), merge, HELD_OUT)
+    return refit_heads(panel.with_texts(panel.texts, general=False), merge)
 
 
-def refit_heads(panel: Panel, merge: Adapter, every: int) -> tuple[Adapter, tuple[HeadRefit, ...]]:
+def refit_heads(panel: Panel, merge: Adapter) -> tuple[Adapter, tuple[HeadRefit, ...]]:
     """Fit the last layer of every head to the merged model's features, where that is closer on the texts held out.
 
     A head was trained for features that the merge has changed. Its last layer V is linear in them: on the texts that are
@@ -73,7 +73,6 @@ def refit_heads(panel: Panel, merge: Adapter, every: int) -> tuple[Adapter, tupl
     Args:
         panel: Base, adapters with heads, and texts.
         merge: The merge; all weights but those of the heads stay.
-        every: Every such text is held out.
 
     Returns:
         The merge with its heads, and for each what that did on the texts held out.
@@ -89,8 +88,8 @@ def refit_heads(panel: Panel, merge: Adapter, every: int) -> tuple[Adapter, tupl
             continue
         kind = part.task.kind
         places = torch.arange(len(last.features))
-        out = places[every - 1 :: every]
-        most = places[places % every != every - 1]
+        out = places[HELD_OUT - 1 :: HELD_OUT]
+        most = places[places % HELD_OUT != HELD_OUT - 1]
         before = last.loss(kind, last.weights, out)
         losses = [last.loss(kind, last.refit(k, most), out) for k in STRENGTHS]
         best = int(np.argmin(losses))

@@ -9,7 +9,7 @@ from plait.border.counts import plural
 from plait.fidelity.panel import Panel
 from plait.fidelity.record import Look, Repair
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import FEWEST, HELD_OUT, split_off
+from plait.fidelity.texts import FEWEST, split_off
 from plait.learning.distil import Stopping, distil
 from plait.learning.learning_state import KeptLearning
 from plait.learning.losses import loss_of
@@ -72,7 +72,7 @@ def repaired(
         return done.adapter, Repair(
             steps, {}, steps > 0, done.first_loss, done.last_loss, most=steps, on_policy=on_policy
         )
-    most, rest = split_off(panel.texts, HELD_OUT)
+    most, rest = split_off(panel.texts)
     judged = panel.with_texts(rest)
 
     def closeness(adapter: Adapter) -> float:
