@@ -26,7 +26,7 @@ import torch
 from plait.adapters.lora import Adapter, LoraFactors
 from plait.adapters.peft_format import read_adapter
 from plait.disk import store
-from plait.evaluation.writing import endings, write_ids
+from plait.evaluation.writing import Writers, endings, write_ids
 from plait.fidelity.language import positions, text_batches
 from plait.fidelity.own_answers import answer_rows, prompts_of_part
 from plait.fidelity.panel import WRITTEN, Panel, Part, parts_of
@@ -135,9 +135,7 @@ def judged(panel: Panel, part: Part, model: Adapter | None, right: Sequence[str]
             agreement[i], kl[i] = float(hits.mean()), float(far.mean())
     ends = endings(causal, panel.tokenizer, "\n", panel.base.torch_device)
     with applied(causal, model):
-        ids = write_ids(
-            causal, panel.tokenizer.pad_token_id, prompts_of_part(panel, part), {}, 1, panel.new_tokens, ends
-        )[0]
+        [ids] = write_ids(Writers(causal, panel.tokenizer, ends, panel.new_tokens), prompts_of_part(panel, part))
     texts = [panel.tokenizer.decode(i, skip_special_tokens=True).strip().split("\n")[0] for i in ids]
     rouge = [rouge_l(t, r) for t, r in zip(texts, right, strict=True)]
     return Judged(tuple(agreement), tuple(kl), tuple(rouge))

@@ -34,7 +34,7 @@ from plait.choosing.auto_settings import AutoSettings
 from plait.choosing.choose import choose, refined_weights
 from plait.choosing.tournament import Scored
 from plait.evaluation.text import prompts_of
-from plait.evaluation.writing import endings, write_many
+from plait.evaluation.writing import Writers, endings, write_many
 from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.score import fidelities
 from plait.fidelity.texts import Texts, first_of
@@ -60,9 +60,8 @@ def written(run: Run, adapters: dict[str, Adapter], seed: int, texts: int, token
         encoded = encode(evaluator.tokenizer, task, rows, session.recipe.data.max_length)
         updates = stacked_factors(model, [(adapter, 1.0)])
         ends = endings(model, evaluator.tokenizer, task.stop, evaluator.base.torch_device)
-        answers = write_many(
-            model, evaluator.tokenizer, prompts_of(task, encoded), updates, 1, tokens, ends
-        )[0]  # fmt: skip
+        writers = Writers(model, evaluator.tokenizer, ends, tokens, updates)
+        [answers] = write_many(writers, prompts_of(task, encoded))
         cut = [a.split(task.stop)[0] if task.stop else a for a in answers]
         found[name] = tuple((f"{p[0]} {a}",) for p, a in zip(rows.texts, cut, strict=True))
         say(f"  {name}: {len(cut)} answers, such as {cut[0][:80]!r}")

@@ -14,7 +14,7 @@ from plait.evaluation import writing
 from plait.evaluation.evaluate import Evaluator
 from plait.evaluation.fleet import Candidate, predict_many
 from plait.evaluation.text import prompts_of, write_texts
-from plait.evaluation.writing import endings, write_many
+from plait.evaluation.writing import Writers, endings, write_many
 from plait.model.applied import applied
 from plait.model.stacked import stacked_factors
 from plait.tasks import encode
@@ -60,7 +60,7 @@ def test_everybody_writes_as_alone(tiny_base, monkeypatch, architecture, room):
     ends = endings(model, tokenizer, None, torch.device("cpu"))
     ends.always[10:40] = True  # ids that end a text, so that rows end at unlike times
     updates = stacked_factors(model, [(c.adapter, c.scale) for c in worn])
-    many = write_many(model, tokenizer, prompts, updates, len(worn), 12, ends)
+    many = write_many(Writers(model, tokenizer, ends, 12, updates, len(worn)), prompts)
     model.generation_config.eos_token_id = [2, *range(10, 40)]
     lengths = set()
     for candidate, texts in zip(worn, many, strict=True):

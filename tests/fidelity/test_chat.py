@@ -15,7 +15,7 @@ from plait.choosing.auto import AutoSettings, merge_auto
 from plait.cli import main
 from plait.disk.store import read_manifest
 from plait.errors import InputError, UsageError
-from plait.evaluation.writing import endings, write_ids
+from plait.evaluation.writing import Writers, endings, write_ids
 from plait.fidelity.chat import chat_of, conversation_of, prompt_ids, template_used
 from plait.fidelity.own_answers import answer_rows
 from plait.fidelity.panel import WRITTEN
@@ -84,9 +84,9 @@ def test_what_is_drawn_follows_the_models_probabilities(asked):
     panel = asked()
     model = panel.model(panel.parts[0])
     prompt, ends = [5, 6, 7], endings(model, panel.tokenizer, None, torch.device("cpu"))
-    pad, draws = panel.tokenizer.pad_token_id, torch.Generator().manual_seed(3)
+    writers = Writers(model, panel.tokenizer, ends, 1, draws=torch.Generator().manual_seed(3))
     with applied(model, panel.parts[0].adapter):
-        drawn = write_ids(model, pad, [prompt] * 3000, {}, 1, 1, ends, draws)[0]
+        drawn = write_ids(writers, [prompt] * 3000)[0]
         with torch.no_grad():
             chances = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     counts = Counter(ids[0] for ids in drawn)
@@ -126,7 +126,7 @@ def test_word_for_word_is_what_the_merge_writes_itself(asked):
     rows = answer_rows(panel, part)
     prompts = [[t for t, label in zip(r["input_ids"], r["labels"], strict=True) if label == IGNORED] for r in rows]
     with applied(model, near):
-        written = write_ids(model, panel.tokenizer.pad_token_id, prompts, {}, 1, 3, ends)[0]
+        written = write_ids(Writers(model, panel.tokenizer, ends, 3), prompts)[0]
     same = sum(ids == [t for t in row["labels"] if t != IGNORED] for ids, row in zip(written, rows, strict=True))
     found = next(t for t in fidelities(panel, [(near, 1.0)])[0].tasks if t.task == "one")
     assert found.verbatim == pytest.approx(same / 12) and 0 < same < 12
@@ -151,9 +151,9 @@ def test_advice_has_every_answer_written_once(asked, monkeypatch):
 
     panel, prompts = asked(texts=5, new_tokens=3, chat=False), []
 
-    def counting(model, pad, asked_now, *more):
+    def counting(writers, asked_now):
         prompts.extend(map(tuple, asked_now))
-        return write_ids(model, pad, asked_now, *more)
+        return write_ids(writers, asked_now)
 
     monkeypatch.setattr(own_answers, "write_ids", counting)
     settings = AdviceSettings(repair=0, refine=0, max_length=24, answers=True, chat=False, new_tokens=3)

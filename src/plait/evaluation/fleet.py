@@ -14,7 +14,7 @@ from plait.adapters.lora import Adapter
 from plait.errors import RunError
 from plait.evaluation.answer_tree import AnswerTree, answer_tree, shared_ends, takes_trees, tree_scores
 from plait.evaluation.evaluate import Evaluator, Logits, is_open
-from plait.evaluation.writing import endings, measured_many
+from plait.evaluation.writing import Writers, endings, measured_many
 from plait.model.applied import without_layers
 from plait.model.attention import fused_attention
 from plait.model.ends import Ends
@@ -121,7 +121,8 @@ def _written(
 
     def measured(part: Sequence[Candidate]) -> list[Logits]:
         updates = _updates(evaluator, model, part)
-        return measured_many(model, evaluator.tokenizer, spec, encoded, examples, updates, len(part), ends, longest)
+        writers = Writers(model, evaluator.tokenizer, ends, longest, updates, len(part))
+        return measured_many(writers, spec, encoded, examples)
 
     parts = [candidates[i : i + size] for i in range(0, len(candidates), size)]
     return [one for part in parts for one in _split_where_full(measured, part)]

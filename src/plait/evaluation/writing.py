@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,76 +63,69 @@ def endings(model: Any, tokenizer: Any, stop: str | None, device: torch.device) 
     return Endings(always, after, blank)
 
 
+@dataclass(frozen=True, slots=True)
+class Writers:
+    """Candidates that write side by side on one model, after the same prompts.
+
+    Args:
+        model: A causal model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        ends: Which tokens end an answer, see `endings`.
+        new_tokens: Tokens that are written at most.
+        updates: Module of the backbone -> factors of all candidates; {} for the model as it is.
+        members: How many candidates there are.
+        draws: Where tokens are drawn from, on the model's device; None takes the likeliest.
+    """
+
+    model: Any
+    tokenizer: Any
+    ends: Endings
+    new_tokens: int
+    updates: Mapping[str, StackedFactors] = field(default_factory=dict)
+    members: int = 1
+    draws: torch.Generator | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+
 def measured_many(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    rows: Sequence[dict[str, Any]],
-    examples: Examples,
-    updates: Mapping[str, StackedFactors],
-    members: int,
-    ends: Endings,
-    new_tokens: int,
+    writers: Writers, task: Task, rows: Sequence[dict[str, Any]], examples: Examples
 ) -> list[npt.NDArray[np.float32]]:
     """Measure what every candidate writes: as `plait.evaluation.text.measured_answers`, without likelihoods.
 
     Args:
-        model: A causal model.
-        tokenizer: Its tokenizer.
+        writers: Who writes, at most `plait.evaluation.text.longest_answer` tokens.
         task: Whose answers are open.
         rows: Encoded examples.
         examples: The same, with their right answers.
-        updates: Module of the backbone -> factors of all candidates.
-        members: How many candidates there are.
-        ends: See `endings`.
-        new_tokens: Tokens that are written at most; see `plait.evaluation.text.longest_answer`.
     """
-    found = [unmeasured(task, len(rows)) for _ in range(members)]
+    found = [unmeasured(task, len(rows)) for _ in range(writers.members)]
     if set(task.metrics) & WRITTEN:
-        prompts = prompts_of(task, rows)
-        written = write_many(model, tokenizer, prompts, updates, members, new_tokens, ends)
+        written = write_many(writers, prompts_of(task, rows))
         for one, texts in zip(found, written, strict=True):
             fill_compared(one, task, texts, examples)
     return found
 
 
-def write_many(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    updates: Mapping[str, StackedFactors],
-    members: int,
-    new_tokens: int,
-    ends: Endings,
-) -> list[list[str]]:
-    """Write after each prompt with each candidate, greedily: the texts that `write_ids` gives, without special tokens."""
-    written = write_ids(model, tokenizer.pad_token_id, prompts, updates, members, new_tokens, ends)
-    texts = tokenizer.batch_decode([ids for own in written for ids in own], skip_special_tokens=True)
-    return [[text.strip() for text in texts[k * len(prompts) : (k + 1) * len(prompts)]] for k in range(members)]
+def write_many(writers: Writers, prompts: Sequence[Sequence[int]]) -> list[list[str]]:
+    """Write after each prompt with each candidate: the texts that `write_ids` gives, without special tokens."""
+    written = write_ids(writers, prompts)
+    texts = writers.tokenizer.batch_decode([ids for own in written for ids in own], skip_special_tokens=True)
+    n = len(prompts)
+    return [[text.strip() for text in texts[k * n : (k + 1) * n]] for k in range(writers.members)]
 
 
 @torch.inference_mode()
-def write_ids(
-    model: Any,
-    pad: int,
-    prompts: Sequence[Sequence[int]],
-    updates: Mapping[str, StackedFactors],
-    members: int,
-    new_tokens: int,
-    ends: Endings,
-    draws: torch.Generator | None = None,
-) -> list[list[list[int]]]:
+def write_ids(writers: Writers, prompts: Sequence[Sequence[int]]) -> list[list[list[int]]]:
     """Write after each prompt with each candidate, up to an end or `new_tokens`.
 
     Args:
-        model: A causal model.
-        pad: Id of the pad token.
+        writers: Who writes.
         prompts: Token ids of each.
-        updates: Module of the backbone -> factors of all candidates.
-        members: How many candidates there are.
-        new_tokens: Tokens that are written at most.
-        ends: See `endings`.
-        draws: Where tokens are drawn from, on the model's device; None takes the likeliest.
 
     Returns:
         For each candidate the tokens it wrote, its end token included, in the order of the prompts.
@@ -143,15 +136,14 @@ def write_ids(
     Cost: a pass over members x prompts, then one step a token; rows that have ended leave the batch, as long as every
     candidate has equally many left. Keys and values are held for the rows of a part of the prompts.
     """
-    device = next(model.parameters()).device
+    members = writers.members
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     written: list[list[list[int]]] = [[[]] * len(prompts) for _ in range(members)]
-    start, room = 0, _room(model, device)
+    start, room = 0, _room(writers.model, writers.device)
     while start < len(order):
-        length = len(prompts[order[start]]) + new_tokens
+        length = len(prompts[order[start]]) + writers.new_tokens
         part = order[start : start + max(1, room // (members * length))]
-        ids, mask = left_padded([prompts[i] for i in part], pad, device)
-        tokens, lengths = _decoded(model, ids, mask, updates, members, new_tokens, ends, pad, draws)
+        tokens, lengths = _decoded(writers, [prompts[i] for i in part])
         rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
         for k, (row, length) in enumerate(rows):
             written[k // len(part)][part[k % len(part)]] = row[:length]
@@ -171,67 +163,94 @@ def _room(model: Any, device: torch.device) -> int:
     return min(wanted, int(MEMORY_SHARE * free_memory(device) / size))
 
 
-def _decoded(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor,
-    updates: Mapping[str, StackedFactors],
-    members: int,
-    new_tokens: int,
-    ends: Endings,
-    pad: int,
-    draws: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """(members * rows, new_tokens) token ids, pads after the end of each; and (members * rows,) how many were written.
+@dataclass(slots=True)
+class _Batch:
+    """Rows that are being written, flattened: candidate by candidate the same prompts.
+
+    Args:
+        places: (rows,) where each stands in the result.
+        token: (rows,) the token that comes next.
+        mask: (rows, length) 1 at what is read so far, 0 at pads.
+        position: (rows, 1) position of the next token.
+        ended, begun: (rows,) whether an answer is over, and whether it holds more than blanks.
+        cache: Keys and values of what is read so far.
+    """
+
+    places: Tensor
+    token: Tensor
+    mask: Tensor
+    position: Tensor
+    ended: Tensor
+    begun: Tensor
+    cache: Any
+
+    @classmethod
+    def of(cls, writers: Writers, ids: Tensor, mask: Tensor) -> _Batch:
+        """Read the prompts, (n, length)."""
+        token, cache = _read(writers, ids, mask)
+        mask = mask.repeat(writers.members, 1)
+        none = torch.zeros(len(mask), dtype=torch.bool, device=ids.device)
+        places = torch.arange(len(mask), device=ids.device)
+        return cls(places, token, mask, mask.sum(1, keepdim=True), none, none.clone(), cache)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.cache.batch_select_indices(rows)
+        for name in ("places", "token", "mask", "position", "ended", "begun"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def advance(self, writers: Writers) -> None:
+        """Read the tokens that were written, and find those that come next."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        output = writers.model(
+            input_ids=self.token[:, None], attention_mask=self.mask, position_ids=self.position,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        self.token, self.position = _next(output.logits, writers.draws), self.position + 1
+
+
+def _decoded(writers: Writers, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(members * prompts, new_tokens) token ids, pads after the end of each; and (members * prompts,) how many were written.
 
     Raises:
         RunError: Logits are NaN or infinite.
     """
-    n, device = len(ids), ids.device
-    found = torch.full((members * n, new_tokens), pad, dtype=torch.long, device=device)
-    places = torch.arange(members * n, device=device)  # rows of `found` that are still in the batch
-    ended = torch.zeros(len(places), dtype=torch.bool, device=device)
-    begun, lost = torch.zeros_like(ended), torch.zeros((), dtype=torch.bool, device=device)
-    lengths = torch.zeros_like(places)
-    with fused_attention(model), stacked_updates(backbone_of(model)[0], updates):
-        token, cache = _read(model, ids, mask, members, draws)
-        mask = mask.repeat(members, 1)
-        position = mask.sum(1, keepdim=True)
-        for step in range(new_tokens):
-            lost |= (token == NO_TOKEN).any()
-            token = token.clamp(min=0)
-            found[places, step] = torch.where(ended, pad, token)
-            lengths[places] += ~ended
-            ended |= ends.always[token] | (begun & ends.after_text[token])
-            begun |= ~ends.blank[token]
-            if step + 1 == new_tokens:
+    pad, device, ends, steps = writers.tokenizer.pad_token_id, writers.device, writers.ends, writers.new_tokens
+    ids, mask = left_padded(prompts, pad, device)
+    found = torch.full((writers.members * len(ids), steps), pad, dtype=torch.long, device=device)
+    lengths = torch.zeros(len(found), dtype=torch.long, device=device)
+    lost = torch.zeros((), dtype=torch.bool, device=device)
+    with fused_attention(writers.model), stacked_updates(backbone_of(writers.model)[0], writers.updates):
+        batch = _Batch.of(writers, ids, mask)
+        for step in range(steps):
+            lost |= (batch.token == NO_TOKEN).any()
+            token = batch.token = batch.token.clamp(min=0)
+            found[batch.places, step] = torch.where(batch.ended, pad, token)
+            lengths[batch.places] += ~batch.ended
+            batch.ended |= ends.always[token] | (batch.begun & ends.after_text[token])
+            batch.begun |= ~ends.blank[token]
+            if step + 1 == steps:
                 break
             if (step + 1) % LOOK_EVERY == 0:
-                rows = _still_writing(ended.view(members, -1))
+                rows = _still_writing(batch.ended.view(writers.members, -1))
                 if len(rows) == 0:
                     break
-                if len(rows) < len(ended):
-                    cache.batch_select_indices(rows)
-                    places, token, mask, position = places[rows], token[rows], mask[rows], position[rows]
-                    ended, begun = ended[rows], begun[rows]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            output = model(
-                input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            token, position = _next(output.logits, draws), position + 1
+                if len(rows) < len(batch.ended):
+                    batch.keep(rows)
+            batch.advance(writers)
     if bool(lost):
         raise RunError("what is written holds NaN or infinity", hint="lower the scale, or look for NaN in the adapters")
     return found, lengths
 
 
-def _read(model: Any, ids: Tensor, mask: Tensor, members: int, draws: torch.Generator | None) -> tuple[Tensor, Any]:
+def _read(writers: Writers, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
     """The first token after each prompt, (members * n,), and keys and values of all prompts.
 
     A few prompts at a time: what a pass holds beside keys and values is many times larger than they are.
     """
     from transformers import DynamicCache
 
+    model, members = writers.model, writers.members
     size = max(1, TOKENS_READ.get(ids.device.type, TOKENS_READ["cuda"]) // (members * ids.shape[1]))
     firsts, parts = [], []
     for start in range(0, len(ids), size):
@@ -241,7 +260,7 @@ def _read(model: Any, ids: Tensor, mask: Tensor, members: int, draws: torch.Gene
             input_ids=some.repeat(members, 1), attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
             past_key_values=part, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        firsts.append(_next(output.logits, draws).view(members, -1))
+        firsts.append(_next(output.logits, writers.draws).view(members, -1))
         parts.append(part)
     if len(parts) > 1:
         for layers in zip(*(p.layers for p in parts), strict=True):

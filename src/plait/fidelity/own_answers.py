@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from plait.errors import InputError
-from plait.evaluation.writing import endings, write_ids
+from plait.evaluation.writing import Writers, endings, write_ids
 from plait.fidelity.chat import prompt_ids
 from plait.fidelity.panel import Panel, Part
 from plait.model.applied import applied
@@ -56,9 +56,10 @@ def answer_rows(panel: Panel, part: Part) -> list[Row]:
     require_positions(model, (len(p) + panel.new_tokens for p in prompts), f"task {part.name}")
     if missing := [i for i, text in enumerate(texts) if (part.name, text) not in panel.answers]:
         ends = endings(model, panel.tokenizer, None, panel.base.torch_device)
-        pad = panel.tokenizer.pad_token_id
         with applied(model, part.adapter):
-            written = write_ids(model, pad, [prompts[i] for i in missing], {}, 1, panel.new_tokens, ends)[0]
+            [written] = write_ids(
+                Writers(model, panel.tokenizer, ends, panel.new_tokens), [prompts[i] for i in missing]
+            )
         panel.answers.update({(part.name, texts[i]): tuple(ids) for i, ids in zip(missing, written, strict=True)})
     return [row_of(prompt, panel.answers[part.name, text]) for prompt, text in zip(prompts, texts, strict=True)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import UsageError
-from plait.evaluation.writing import endings, write_ids
+from plait.evaluation.writing import Writers, endings, write_ids
 from plait.fidelity.language import positions
 from plait.fidelity.own_answers import prompts_of_part, row_of
 from plait.fidelity.panel import WRITTEN, Panel
@@ -49,9 +49,10 @@ class OnPolicyLoss:
                 "on policy a merge writes, and these adapters are not causal", hint="leave --on-policy out"
             )
         self.panel, self.model = panel, panel.model(panel.parts[0])
-        self.ends = endings(self.model, panel.tokenizer, None, panel.base.torch_device)
         self.prompts = [prompts_of_part(panel, part) for part in panel.parts]
         self.draws = torch.Generator(panel.base.torch_device).manual_seed(seed)
+        ends = endings(self.model, panel.tokenizer, None, panel.base.torch_device)
+        self.writers = Writers(self.model, panel.tokenizer, ends, panel.new_tokens, draws=self.draws)
         active: list[list[Active]] = [[(part.adapter, 1.0)] for part in panel.parts]
         self.teachers = [stacked_factors(self.model, one, whole=True) for one in active]
         self.written: dict[tuple[int, int], Row] = {}
@@ -60,10 +61,9 @@ class OnPolicyLoss:
     def prepare(self, coming: Sequence[Sequence[Sequence[int]]], applying: Applying) -> None:
         """Let the merge write after all prompts of the next steps, together."""
         wanted = list(dict.fromkeys((i, n) for rows in coming for i, places in enumerate(rows) for n in places))
-        pad = self.panel.tokenizer.pad_token_id
         asked = [self.prompts[i][n] for i, n in wanted]
         with applying():
-            answers = write_ids(self.model, pad, asked, {}, 1, self.panel.new_tokens, self.ends, self.draws)[0]
+            [answers] = write_ids(self.writers, asked)
         self.written = {key: row_of(prompt, answer) for key, prompt, answer in zip(wanted, asked, answers, strict=True)}
         if not self.rooms:
             self.rooms = [self._room(i) for i in range(len(self.panel.parts))]

@@ -10,7 +10,7 @@ import torch
 from plait.adapters.lora import Adapter
 from plait.border.counts import plural
 from plait.errors import InputError, UsageError
-from plait.evaluation.writing import endings, write_many
+from plait.evaluation.writing import Writers, endings, write_many
 from plait.fidelity.chat import prompt_ids, template_used
 from plait.fidelity.texts import Texts
 from plait.model.applied import applied
@@ -128,7 +128,7 @@ def _texts(
             pass
         else:
             ends = endings(model, tokenizer, None, next(model.parameters()).device)
-            return write_many(model, tokenizer, ids, updates, len(active), tokens, ends)
+            return write_many(Writers(model, tokenizer, ends, tokens, updates, len(active)), ids)
     return [[_one(model, tokenizer, kind, prompt, member, tokens) for prompt in ids] for member in active]
 
 
