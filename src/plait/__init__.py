@@ -6,7 +6,7 @@ The public API, imported when first used, so that ``import plait`` stays light:
 - subspaces: `compute_subspaces`, `subspace_state_dict`, `initialize_lora_weights`
 - adapters: `read_adapter`, `write_adapter`, `Adapter`, `LoraFactors`, `load_head`
 - training: `train_adapter`, `TrainingSettings`
-- merging: `merge`, `merge_folders`, `merge_methods`; without labels `merge_auto`, `advise`
+- merging: `merge`, `merge_folders`, `merge_methods`; without labels, on a `BaseModel`, `merge_auto`, `advise`
 - whole runs: `read_recipe`, `run`
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from plait.adapters.lora import LoraFactors as LoraFactors
     from plait.adapters.peft_format import read_adapter as read_adapter
     from plait.adapters.peft_format import write_adapter as write_adapter
+    from plait.advice.advise import AdviceSettings as AdviceSettings
     from plait.advice.advise import advise as advise
     from plait.choosing.auto import merge_auto as merge_auto
     from plait.choosing.auto_settings import AutoSettings as AutoSettings
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from plait.merging import merge as merge
     from plait.merging import merge_folders as merge_folders
     from plait.merging import merge_methods as merge_methods
+    from plait.model.base import BaseModel as BaseModel
     from plait.model.heads import load_head as load_head
     from plait.recipes.recipe_file import read_recipe as read_recipe
     from plait.report.line import run as run
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adapter": "adapters.lora",
+    "AdviceSettings": "advice.advise",
     "AutoSettings": "choosing.auto",
+    "BaseModel": "model.base",
     "LoraFactors": "adapters.lora",
     "PlaitError": "errors",
     "Statistics": "statistics",

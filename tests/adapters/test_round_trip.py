@@ -261,3 +261,18 @@ def test_tensors_that_start_anywhere_are_read(tmp_path):
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + data)
     read = read_tensors(tmp_path / "x", finite=True)[0]
     assert list(read) == list(parts) and all(torch.equal(read[n], parts[n]) for n in parts)
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    factors = {"layers.0.q": LoraFactors(torch.ones(2, 4), torch.ones(3, 2))}
+    write_adapter(str(tmp_path / "new" / "one"), Adapter("one", "base", factors))
+    assert torch.equal(read_adapter(tmp_path / "new" / "one").modules["layers.0.q"].A, factors["layers.0.q"].A)
+
+
+def test_an_adapter_is_shown_by_its_sizes():
+    factors = LoraFactors(torch.ones(2, 4), torch.ones(3, 2), 0.5)
+    one = Adapter("one", "base", {"layers.0.q": factors}, heads={"topic": {"weight": torch.ones(1000)}})
+    assert repr(one) == "Adapter('one', base='base', rank=2, 1 module, heads=['topic'])"
+    assert (
+        repr(replace(factors, kind="embedding")) == "LoraFactors(rank=2, shape=(3, 4), scaling=0.5, kind='embedding')"
+    )

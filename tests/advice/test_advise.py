@@ -25,7 +25,7 @@ from plait.fidelity.texts import split_off
 from plait.learning.heads import with_heads
 from plait.model.base import BaseModel
 from tests.command import call
-from tests.panels import folders_of, text_file
+from tests.panels import adapters_of, folders_of, text_file
 from tests.tiny import save_model
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "adapters"
@@ -256,3 +256,11 @@ def test_a_pair_of_one_descent_is_noticed(make_panel):
     assert apart == pytest.approx(float(torch.nn.functional.cosine_similarity(*dense, dim=0)), abs=1e-5)
     twin = replace(one, name="twin", heads={"twin": one.heads["one"]})
     assert any("one and twin point much the same way (cosine 1.00)" in n for n in advise([one, twin]).notes)
+
+
+def test_a_program_may_name_the_base_and_give_plain_strings(make_panel):
+    panel = make_panel(texts=4)
+    settings = AdviceSettings(repair=0, refine=0, max_length=24)
+    plain = {task: [text for (text,) in rows] for task, rows in panel.texts.items()}
+    by_name = advise(adapters_of(panel), panel.base.name, plain, settings=settings)
+    assert by_name == advise(adapters_of(panel), panel.base, panel.texts, settings=settings)

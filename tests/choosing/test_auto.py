@@ -311,3 +311,12 @@ def test_where_every_fit_is_beyond_the_limit_the_choice_stays_and_is_recorded(ma
     assert done.record.limit == Limit(5.0, len(done.record.evidence), (), ("the fit",))
     assert ", at most 5; beyond that: the fit" in auto_text(Written(done.record, "out"))
     json.dumps(to_json(done.record), allow_nan=False)
+
+
+def test_a_program_may_name_the_base_and_give_plain_strings(make_panel):
+    panel = make_panel(texts=6)
+    few = AutoSettings(methods=("tsv",), scales=(0.4,), refine=0, max_length=24)
+    plain = {task: [text for (text,) in rows] for task, rows in panel.texts.items()}
+    by_name = merge_auto(adapters_of(panel), panel.base.name, plain, settings=few)
+    as_rows = merge_auto(adapters_of(panel), panel.base, panel.texts, settings=few)
+    assert same(by_name.adapter, as_rows.adapter) and by_name.record == as_rows.record

@@ -243,3 +243,10 @@ def test_places_may_be_text_and_a_path_in_an_adapters_stead_is_told(tmp_path, mo
     assert merge_folders(["a", "b"], "out", "tsv").reused
     with pytest.raises(UsageError, match=r"merge takes adapters, not str \(plait\.read_adapter\(PATH\)"):
         merge(["a", "b"])
+
+
+def test_an_option_that_is_given_as_a_setting_is_told_where_it_goes():
+    with pytest.raises(UsageError, match=r"no setting 'density' \(options=\{'density': ...\} if it is the method's"):
+        merge([adapter("a", 0), adapter("b", 1)], "ties", density=0.2)
+    with pytest.raises(UsageError, match=r"no setting 'weight' .*did you mean 'weights'"):
+        merge([adapter("a", 0), adapter("b", 1)], weight=[1, 2])

@@ -235,3 +235,8 @@ for rows in (130, 700):
 """
     told = os.environ | dict([SAME_PRODUCTS])
     subprocess.run([sys.executable, "-c", code], env=told, check=True, timeout=120)
+
+
+def test_a_list_of_statistics_is_told_how_to_be_given():
+    with pytest.raises(UsageError, match=r"one by one \(merge_statistics\(\*statistics\)\)"):
+        merge_statistics([Statistics({}, {}), Statistics({}, {})])

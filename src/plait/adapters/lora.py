@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from plait.adapters.config import CLASSIFICATION_TYPES
 from plait.adapters.heads import HeadFacts
 from plait.adapters.one_thread import alone, in_one_thread
+from plait.border.counts import plural
 from plait.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class LoraFactors:
     (2, (3, 4), 12.0)
     >>> factors.delta()[0]
     tensor([1., 1., 1., 1.])
+    >>> factors
+    LoraFactors(rank=2, shape=(3, 4), scaling=0.5)
     """
 
     A: Float[Tensor, "r in"]
@@ -47,6 +50,11 @@ class LoraFactors:
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise InputError(f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not (rank, in) and (out, rank)")
+
+    def __repr__(self) -> str:
+        """Its sizes, not its numbers."""
+        kind = f", kind={self.kind!r}" if self.kind != LINEAR else ""
+        return f"LoraFactors(rank={self.rank}, shape={self.shape}, scaling={self.scaling:g}{kind})"
 
     @property
     def rank(self) -> int:
@@ -126,6 +134,12 @@ class Adapter:
     fan_in_fan_out: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
     head_facts: Mapping[str, HeadFacts] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What it is called and how large it is, not its numbers."""
+        heads = f", heads={[*self.heads]}" if self.heads else ""
+        size = f"rank={self.rank}, {plural(len(self.modules), 'module')}"
+        return f"Adapter({self.name!r}, base={self.base!r}, {size}{heads})"
 
     @property
     def rank(self) -> int:

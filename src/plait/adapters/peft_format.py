@@ -204,7 +204,9 @@ def write_adapter(
     fill: Callable[[PutFactors], None] | None = None,
     hashing: Hashing | None = None,
 ) -> dict[str, Digest]:
-    """Write an adapter into an existing, empty folder (see `store.staged_folder`).
+    """Write an adapter as a PEFT folder, which is made where there is none; files of an adapter that lie in it are replaced.
+
+    Nothing is staged here: see `store.staged_folder` for a folder that is written whole or not at all.
 
     One head and a classification task type: the head lies in adapter_model.safetensors as PEFT has it. Otherwise heads
     go to ``heads/<task>.safetensors``. `init_lora_weights` is true: with it every trainer loads the factors as they are.
@@ -241,6 +243,7 @@ def write_adapter(
         metadata |= {PREFIX: adapter.prefix}
     if inline:
         metadata |= head_metadata(adapter.facts_of(adapter.name), inline)
+    folder.mkdir(parents=True, exist_ok=True)
     written = hashing.file(folder / WEIGHTS) if hashing else None
     if fill is None:
         write_tensors(folder / WEIGHTS, tensors, metadata, written)

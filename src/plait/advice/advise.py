@@ -24,7 +24,7 @@ from plait.fidelity.panel import WRITTEN, Panel, parts_of
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import Advice, AutoRecord, Option, Repair
 from plait.fidelity.score import fidelities
-from plait.fidelity.texts import FEWEST, HELD_OUT, LIMIT, Texts, first_of
+from plait.fidelity.texts import FEWEST, HELD_OUT, LIMIT, Rows, Texts, first_of, in_rows
 from plait.learning.heads import with_heads
 from plait.learning.repair import repaired
 from plait.merging.align import align
@@ -67,10 +67,10 @@ def advise_folders(
 
 def advise(
     adapters: Sequence[Adapter],
-    base: BaseModel | None = None,
-    texts: Mapping[str, Texts] | None = None,
+    base: BaseModel | str | None = None,
+    texts: Mapping[str, Rows] | None = None,
     *,
-    general: Texts = (),
+    general: Rows = (),
     settings: AdviceSettings | None = None,
     base_id: str | None = None,
     on_progress: OnProgress = lambda _: None,
@@ -81,8 +81,9 @@ def advise(
 
     Adapters that cannot be merged (other bases, other shapes) are told to be served separately, with the reason.
     """
-    chosen = settings or AdviceSettings()
-    if general and not texts:
+    chosen, base, general = settings or AdviceSettings(), BaseModel.of(base), in_rows(general)
+    own = {task: in_rows(rows) for task, rows in (texts or {}).items()}
+    if general and not own:
         raise UsageError(GENERAL_ALONE, hint="--text TASK=FILE for every adapter")
     sizes = _base_sizes(base)
     if composed := advice_without_texts.stacked(adapters):
@@ -92,14 +93,14 @@ def advise(
     if reason := _obstacle(adapters, base_id):
         return _advice(adapters, options_of(adapters, sizes, {})[:1], f"serve separately: {reason}", SEPARATELY)
     unknown = [] if sizes else [advice_without_texts.no_size(align(adapters, base_id).base)]
-    if not texts or base is None:
-        unknown += advice_without_texts.unknown(adapters, base, bool(texts))
+    if not own or base is None:
+        unknown += advice_without_texts.unknown(adapters, base, bool(own))
         return _without_texts(adapters, base, sizes, chosen, base_id, unknown)
     if parts_of(adapters)[0].is_text:  # as `merge_auto` reads them
-        texts = first_of(texts, LIMIT)
+        own = first_of(own, LIMIT)
     on_progress(f"loading the base and cutting texts into tokens: {base.name}")
     panel, chat = ready_panel(  # the held-out texts too, which are read last, are looked at here
-        base, adapters, texts, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
+        base, adapters, own, general, chat=chosen.chat, answers=chosen.answers, new_tokens=chosen.new_tokens,
         max_length=chosen.max_length, on_progress=on_progress,
     )  # fmt: skip
     findings = _measured(panel, adapters, chosen, base_id, on_progress)

@@ -22,7 +22,7 @@ from plait.fidelity.measure import Fidelity
 from plait.fidelity.panel import Panel, parts_of
 from plait.fidelity.ready_panel import ready_panel
 from plait.fidelity.record import AutoRecord, Chosen, FidelityRecord
-from plait.fidelity.texts import FEWEST, Texts, first_of
+from plait.fidelity.texts import FEWEST, Rows, Texts, first_of, in_rows
 from plait.learning.checkpoints import NOTHING_KEPT, Checkpoints
 from plait.learning.head_learning import Groups
 from plait.merging.align import align
@@ -55,10 +55,10 @@ class AutoMerge:
 
 def merge_auto(
     adapters: Sequence[Adapter],
-    base: BaseModel | None = None,
-    texts: Mapping[str, Texts] | None = None,
+    base: BaseModel | str | None = None,
+    texts: Mapping[str, Rows] | None = None,
     *,
-    general: Texts = (),
+    general: Rows = (),
     settings: AutoSettings | None = None,
     base_id: str | None = None,
     announce: bool = True,
@@ -73,8 +73,8 @@ def merge_auto(
 
     Args:
         adapters: At least one; a single one comes back unchanged.
-        base: Needed with texts.
-        texts: Adapter (or head) -> some of the texts it was made for, unlabelled.
+        base: The base, or its name or folder; needed with texts.
+        texts: Adapter (or head) -> some of the texts it was made for, unlabelled: strings, or pairs of them.
         general: Texts of no task in particular, for the KL to the base.
         settings: See `AutoSettings`.
         base_id: Base id of the result where the adapters name one base by different names.
@@ -89,18 +89,10 @@ def merge_auto(
         InputError: Adapters of different bases; one that makes no predictions.
         RunError: Nothing is within `max_shift`.
     """
-    settings = settings or AutoSettings()
-    common = align(adapters, base_id)
-    if len(adapters) > 1:
-        require_exact(adapters, None, "what is chosen here")
-    akin = kin(adapters)
-    notes = (*kinship(akin), *beside(adapters), *(other_base(adapters, base) if texts else ()))
-    record = AutoRecord(
-        tasks=tuple(a.name for a in adapters), base=common.base, backbone_prefix=common.backbone_prefix,
-        adapters=tuple(input_of(a, 1.0) for a in adapters), labels=labels_of(adapters) or None, notes=notes,
-        chosen=Chosen("the only adapter", 1.0),
-    )  # fmt: skip
-    if not texts:
+    settings, base, general = settings or AutoSettings(), BaseModel.of(base), in_rows(general)
+    own = {task: in_rows(rows) for task, rows in (texts or {}).items()}
+    akin, record = _inputs_of(adapters, base if own else None, base_id)
+    if not own:
         _require_no_texts_needed(settings, general)
         return replace(_without_texts(adapters, settings, base_id, record, akin), akin=tuple(akin))
     if base is None:
@@ -108,12 +100,12 @@ def merge_auto(
     if settings.max_shift is not None and not general:
         raise UsageError("max_shift limits the KL on general texts, and there are none", hint="--general FILE")
     if parts_of(adapters)[0].is_text and not settings.repair:  # nothing reads more of them
-        texts = first_of(texts, settings.texts)
+        own = first_of(own, settings.texts)
     if announce:
         on_progress(f"loading the base and cutting texts into tokens: {base.name}")
     panel, chat = ready_panel(
-        base, adapters, texts, general, chat=settings.chat, answers=settings.answers, on_policy=settings.on_policy,
-        known=known or checkpoints.known(base, adapters, texts), on_written=checkpoints.watch_writing,
+        base, adapters, own, general, chat=settings.chat, answers=settings.answers, on_policy=settings.on_policy,
+        known=known or checkpoints.known(base, adapters, own), on_written=checkpoints.watch_writing,
         new_tokens=settings.new_tokens, batch_size=settings.batch_size, max_length=settings.max_length,
         on_progress=on_progress,
     )  # fmt: skip
@@ -136,6 +128,23 @@ def merge_auto(
     adapter, record, fidelity = finished(begun, panel, settings, on_progress=on_progress, checkpoints=checkpoints)
     record = replace(record, notes=(*record.notes, *_of_texts(panel, settings, fidelity)))
     return AutoMerge(adapter, fidelity, record, tuple(akin), choice)
+
+
+def _inputs_of(
+    adapters: Sequence[Adapter], base: BaseModel | None, base_id: str | None
+) -> tuple[list[tuple[str, str, float]], AutoRecord]:
+    """Check that adapters go together; who of them is akin, and what is known before anything is chosen."""
+    common = align(adapters, base_id)
+    if len(adapters) > 1:
+        require_exact(adapters, None, "what is chosen here")
+    akin = kin(adapters)
+    notes = (*kinship(akin), *beside(adapters), *other_base(adapters, base))
+    record = AutoRecord(
+        tasks=tuple(a.name for a in adapters), base=common.base, backbone_prefix=common.backbone_prefix,
+        adapters=tuple(input_of(a, 1.0) for a in adapters), labels=labels_of(adapters) or None, notes=notes,
+        chosen=Chosen("the only adapter", 1.0),
+    )  # fmt: skip
+    return akin, record
 
 
 def _cut_choice(choice: Choice, adapters: Sequence[Adapter], settings: AutoSettings, record: AutoRecord) -> Midway:

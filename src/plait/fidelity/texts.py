@@ -16,6 +16,7 @@ from plait.tasks.chat import packed_prompt
 from plait.tasks.tables import read_table
 
 Texts = tuple[tuple[str, ...], ...]
+Rows = Sequence[str | Sequence[str]]  # texts as a program may give them: a single one need not be a tuple
 _NAMES = ("text", "sentence", "prompt", "messages", "content")  # the first of these is read where no column is named
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 # Texts of a file that a choice reads, and those that what comes after it reads: a repair, heads, the measure.
@@ -166,6 +167,15 @@ def _columns(path: Path, columns: tuple[str, ...], there: Sequence[str]) -> tupl
             hint="--text TASK=FILE:COLUMN, or FILE:COLUMN,COLUMN for pairs",
         )
     return chosen
+
+
+def in_rows(texts: Rows) -> Texts:
+    """Give every text as a row, a single one as a row of one part.
+
+    >>> in_rows(["a fine film", ("It rains.", "It is wet.")])
+    (('a fine film',), ('It rains.', 'It is wet.'))
+    """
+    return tuple((row,) if isinstance(row, str) else tuple(row) for row in texts)
 
 
 def checked(texts: Texts, where: str, places: Sequence[int] | None = None) -> Texts:

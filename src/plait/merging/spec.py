@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from plait.errors import UsageError
+from plait.options import did_you_mean
+
 if TYPE_CHECKING:
     from plait.merging.module_weights import ModuleWeights
 
@@ -50,7 +53,16 @@ class MergeSpec:
         >>> spec = MergeSpec.of(MergeSpec("ties", scale=0.7), {"rank": 8})
         >>> spec.method, spec.scale, spec.rank
         ('ties', 0.7, 8)
+
+        Raises:
+            UsageError: A keyword that is no setting of a merge, such as an option of the method.
         """
+        if unknown := next((k for k in settings if k not in MergeSettings.__annotations__), None):
+            hint = did_you_mean(unknown, MergeSettings.__annotations__)
+            raise UsageError(
+                f"a merge has no setting {unknown!r}",
+                hint=f"options={{{unknown!r}: ...}} if it is the method's; {hint}",
+            )
         return replace(method, **settings) if isinstance(method, MergeSpec) else cls(method, **settings)
 
     def for_files(self) -> MergeSpec:

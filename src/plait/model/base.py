@@ -52,6 +52,11 @@ class BaseModel:
     device: str = "auto"
     four_bits: str | None = None
 
+    @classmethod
+    def of(cls, base: BaseModel | str | Path | None) -> BaseModel | None:
+        """Take a base by its name or folder, or as it is; None stays None."""
+        return cls(str(base)) if isinstance(base, str | Path) else base
+
     def __post_init__(self) -> None:
         if self.four_bits is not None and self.four_bits not in FOUR_BITS:
             raise UsageError(f"four bits of kind {self.four_bits!r}", hint=f"{' or '.join(FOUR_BITS)}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from plait.errors import InputError
+from plait.errors import InputError, UsageError
 from plait.model.records import other_weights, same_weights
 from plait.statistics.moments import Moments, Statistics
 
@@ -66,6 +66,8 @@ def merge_statistics(*statistics: Statistics) -> Statistics:
     """
     if not statistics:
         raise InputError("no statistics to merge")
+    if not isinstance(statistics[0], Statistics):
+        raise UsageError("takes statistics one by one", where="merge_statistics", hint="merge_statistics(*statistics)")
     first = statistics[0]
     for other in statistics[1:]:
         require_compatible(first, other)

@@ -52,6 +52,10 @@ class Moments:
     padded_count: int = 0
     padded_total: Float[Tensor, " d"] | None = None
 
+    def __repr__(self) -> str:
+        """Its sizes, not its numbers."""
+        return f"Moments(count={self.count}, dim={self.dim}, form={self.form!r})"
+
     @classmethod
     def zero(cls, dim: int, dtype: torch.dtype = torch.float32) -> Moments:
         """Make the identity of `merge`: no inputs."""
@@ -213,6 +217,8 @@ class Statistics:
     >>> statistics = Statistics({}, {"layer.0.query": ModuleInfo("layer.0", (2, 2), 1.0)}, {"backbone_prefix": "bert"})
     >>> statistics.relative("bert.layer.0.query")
     'layer.0.query'
+    >>> statistics
+    Statistics(1 module, 0 sites)
 
     Args:
         sites: Site -> moments. A site is one distinct input and is named after the first module that reads it.
@@ -229,6 +235,11 @@ class Statistics:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
     output_gradients: Mapping[str, Moments] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Whose it is and how large, not its numbers."""
+        task = f"task={self.provenance['task']!r}, " if "task" in self.provenance else ""
+        return f"Statistics({task}{plural(len(self.modules), 'module')}, {plural(len(self.sites), 'site')})"
 
     def moments_for(self, module: str) -> Moments | None:
         """Moments of what a module reads; the name may carry the recorded backbone prefix. None where unknown."""

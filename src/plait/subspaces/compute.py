@@ -41,6 +41,11 @@ class Subspace:
     method: str
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """How it was found and how large it is, not its numbers."""
+        rank, dim = self.basis.shape
+        return f"Subspace({self.method!r}, rank={rank}, dim={dim})"
+
     @property
     def A(self) -> Float[Tensor, "r d"]:  # noqa: N802
         """The matrix a LoRA starts with, float32: the same bits at every call."""
