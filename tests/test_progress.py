@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from plait import progress as module
 from plait.progress import Progress
+from plait.runs import forecast
 from plait.runs.forecast import describe
 from plait.runs.reporting import Shown
+from plait.tasks import to_device
 from tests.command import call, one_object
 
 
@@ -108,6 +112,17 @@ def test_a_plan_tells_minutes_and_measures_only_what_is_to_be_done(capsys, recip
     assert measured.seconds == pytest.approx(measured.seconds_per_row * measured.forward_rows, rel=0.01)
     for architecture in ("llama", "t5"):
         assert describe(tiny_recipe(architecture), tmp_path / architecture, measure=True).seconds > 0
+
+
+def test_a_slow_machine_is_timed_on_a_few_rows(tiny_recipe, tmp_path, monkeypatch):
+    """Where four rows take half a minute (bfloat16 on a CPU that has none), a batch is not waited for."""
+    seen, clock = [], itertools.count(0, 30)
+    monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(
+        forecast, "to_device", lambda batch, device: seen.append(len(batch["input_ids"])) or to_device(batch, device)
+    )
+    found = describe(tiny_recipe("bert"), tmp_path / "run", measure=True)
+    assert seen and max(seen) == 4 and found.seconds_per_row == 30 / 4
 
 
 def test_eval_and_init_show_what_they_do_and_can_be_quiet(capsys, recipe_file, tmp_path, monkeypatch):

@@ -17,7 +17,12 @@ from plait.runs.run import overlook, planned, require_sound
 from plait.runs.session import Session
 from plait.runs.units import TRAIN
 from plait.tasks import batches, to_device
-from plait.tasks.encoding import encode
+from plait.tasks.encoding import Row, encode
+
+_FIRST, _SECONDS = (
+    4,
+    5.0,
+)  # rows of the first look, and how long the second may take by it: a slow machine is not kept busy for minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +100,30 @@ def describe(recipe: Recipe, out: Path, *, measure: bool = False) -> Forecast:
 
 
 def seconds_per_row(session: Session) -> float:
-    """Time one forward pass of a row: a batch of every task, as scores take it, once to warm up and once by the clock."""
+    """Time one forward pass of a row: of every task a batch as scores take it, or as much of one as some seconds hold."""
     spent, count = 0.0, 0
     for name, task in session.tasks.items():
         evaluator = session.evaluator
-        model, examples = evaluator.task_model(name), session.validation(name)
+        examples = session.validation(name)
         some = examples.take(range(min(len(examples), session.recipe.evaluation.batch_size)))
         rows = encode(evaluator.tokenizer, task, some, session.recipe.data.max_length)
-        batch = next(iter(batches(evaluator.tokenizer, rows, len(rows))))
-        inputs = to_device(
-            {k: v for k, v in batch.items() if k != "labels" or task.kind == "seq2seq"}, session.base.torch_device
-        )
-        for timed in (False, True):
-            started = time.perf_counter()
-            with torch.inference_mode():
-                model(**inputs)
-            if session.base.torch_device.type == "cuda":
-                torch.cuda.synchronize()
-            spent += (time.perf_counter() - started) * timed
-        count += len(rows)
+        few = rows[:_FIRST]
+        _pass(session, name, few)  # to warm up
+        number = max(len(few), min(len(rows), int(_SECONDS * len(few) / _pass(session, name, few))))
+        spent += _pass(session, name, rows[:number])
+        count += number
     return spent / count
+
+
+def _pass(session: Session, name: str, rows: list[Row]) -> float:
+    """Seconds of one forward pass of a task's rows, as one batch."""
+    evaluator, task, device = session.evaluator, session.tasks[name], session.base.torch_device
+    model = evaluator.task_model(name)
+    batch = next(iter(batches(evaluator.tokenizer, rows, len(rows))))
+    inputs = to_device({k: v for k, v in batch.items() if k != "labels" or task.kind == "seq2seq"}, device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model(**inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
