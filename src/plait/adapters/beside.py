@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from plait.adapters.arrays import equal
 from plait.adapters.config import CLASSIFICATION_TYPES, CONFIG, AdapterConfig
 from plait.errors import InputError
 
@@ -80,7 +81,7 @@ def sorted_beside(others: Mapping[str, Tensor], config: AdapterConfig, where: st
     copies: dict[str, Tensor] = {}
     saved: set[str] = set()
     classifier = config.task_type in CLASSIFICATION_TYPES
-    for key, tensor in others.items():
+    for key, tensor in _saved_once(others, where).items():
         parts = key.split(".")[:-1]
         declared = declared_by(key, config.modules_to_save)
         vocabulary = key.endswith(".weight") and parts[-1:] and parts[-1] in EMBEDDING_NAMES | OUTPUT_NAMES
@@ -97,6 +98,23 @@ def sorted_beside(others: Mapping[str, Tensor], config: AdapterConfig, where: st
             _refuse(key, where)
     _require_saved(config, others, where)
     return Beside(head, whole, copies, tuple(sorted(saved)))
+
+
+def _saved_once(others: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+    """Leave out what PEFT saves beside a module kept whole, where the vocabulary was resized: its weight once more, and the base's.
+
+    Raises:
+        InputError: The two are not one.
+    """
+    kept = dict(others)
+    for key in others:
+        once, own = key.replace(".modules_to_save.", ".", 1), key.replace(".original_module.", ".", 1)
+        if once != key and once in others:
+            if not equal(kept.pop(key), others[once]):
+                raise InputError(f"{key!r} and {once!r} differ, and PEFT loads the second alone", where=where)
+        elif own != key and own in others:
+            del kept[key]
+    return kept
 
 
 def declared_by(key: str, names: Sequence[str]) -> str | None:

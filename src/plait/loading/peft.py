@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from plait.border.counts import plural
 from plait.errors import InputError
@@ -51,6 +51,8 @@ def peft_account(folder: PeftFolder) -> Account:
     for tensor, stored in folder.header.tensors.items():
         name = taken[tensor]
         lines[tensor], fault = _placed(tensor, name, stored, settings)
+        if once := _saved_twice(tensor, folder.header.tensors, settings):
+            lines[tensor], fault = once, None
         if fault:
             faults.append(fault)
         elif name.kind in names.HALVES:
@@ -61,6 +63,21 @@ def peft_account(folder: PeftFolder) -> Account:
             lines |= {h.tensor: Placement(h.tensor, "", h.kind, "refused") for h in halves[taken[fault.tensor].module]}
     placements = [*lines.values(), *(Placement(t, "", _kind_beside(t), "beside") for t in folder.beside)]
     return Account("peft", VERSIONS, tuple(placements), tuple(_notes(folder, taken)), tuple(faults), own=True)
+
+
+def _saved_twice(tensor: str, tensors: Collection[str], settings: Settings) -> Placement | None:
+    """The line of what PEFT saves beside a module kept whole, where the vocabulary was resized.
+
+    Its weight once more, which is loaded by its other name, and the base's, which PEFT puts back where it was.
+    """
+    if not settings.saved_as(names.named(tensor).module):
+        return None
+    if (once := tensor.replace(".modules_to_save.", ".", 1)) != tensor and once in tensors:
+        place = tensor.replace(".modules_to_save.", ".modules_to_save.default.", 1)
+        return Placement(tensor, place, "whole weight", "replaces")
+    if (own := tensor.replace(".original_module.", ".", 1)) != tensor and own in tensors:
+        return Placement(tensor, tensor, "copy of a base weight", "overwrites")
+    return None
 
 
 def _placed(tensor: str, name: Named, stored: Stored, settings: Settings) -> tuple[Placement, Fault | None]:
@@ -93,7 +110,8 @@ def _placed(tensor: str, name: Named, stored: Stored, settings: Settings) -> tup
         )
     if kind == names.COPY:
         leaf = tensor.rpartition(".")[2]
-        if settings.is_target(name.module) or settings.parameters_in(name.module.replace(".base_layer", "")):
+        of_rows = name.module.endswith(".token_adapter") and settings.raw.get("trainable_token_indices")
+        if of_rows or settings.is_target(name.module) or settings.parameters_in(name.module.replace(".base_layer", "")):
             return Placement(tensor, f"{ROOT}{name.module}.base_layer.{leaf}", kind, "overwrites"), None
         return dropped("is dropped in silence: its module gets no factors, so nothing has that name", _SAVE)
     return _whole(tensor, name.module, settings)

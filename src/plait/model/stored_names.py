@@ -112,7 +112,7 @@ def compared_copies(
     sentences = []
     for key, copy in copies.items():
         module, _, leaf = key.partition(COPY)
-        name = tensor_of(module, adapter, tensors, tied)[0].removesuffix("weight") + leaf
+        name = tensor_of(module.removesuffix(".token_adapter"), adapter, tensors, tied)[0].removesuffix("weight") + leaf
         stored = tensors.get(name)
         if stored is None or stored.shape != tuple(copy.shape):
             raise InputError(
