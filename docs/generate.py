@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,9 +63,11 @@ def write_all(folder: Path) -> None:
 
 
 def of_the_root(name: str) -> str:
-    """Copy a page from the repository's root, its links turned to where the pages stand here."""
+    """Copy a page from the repository's root, its links turned to where the pages stand here, or to the repository's own."""
     text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](../")
-    return re.sub(r"\]\((\w+)\.md\)", lambda link: f"]({link[1].lower()}.md)", text)
+    text = re.sub(r"\]\((\w+)\.md\)", lambda link: f"]({link[1].lower()}.md)", text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return re.sub(r"\]\((\w+/)", rf"]({project['urls']['Repository']}/blob/main/\1", text)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -54,3 +55,12 @@ def test_the_page_of_starts_says_where_each_leaves_its_paper(generate):
     for name in ("osrm", "sc_lora", "inflora", "corda"):
         (line,) = [x for x in deviations.splitlines() if x.startswith(f"- `{name}`: ")]
         assert len(line) > 100 and "Source:" not in line
+
+
+@pytest.mark.parametrize("name", ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_copies_of_the_roots_pages_link_to_the_site_or_to_the_repository(name, generate):
+    """A file that is no page of the site, such as benchmarks/README.md, is the repository's."""
+    assert set(generate.AT_THE_ROOT) == {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
+    for link in re.findall(r"\]\(([^)#\s]+)", generate.of_the_root(name)):
+        beside = link.upper().replace(".MD", ".md") in generate.AT_THE_ROOT
+        assert beside or link.startswith("https://") or (DOCS / "generated" / link).resolve().is_file(), link

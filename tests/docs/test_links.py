@@ -24,7 +24,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def dead(page: Path, text: str) -> list[str]:
-    """Links of a page's text that lead nowhere."""
+    """Links of a page's text that lead nowhere; a folder is no page of the site."""
     lost = []
     for link in LINK.findall(CODE.sub("", text)):
         if re.match(r"[a-z]+:", link):
@@ -33,7 +33,7 @@ def dead(page: Path, text: str) -> list[str]:
         target = (page.parent / file).resolve() if file else page
         if target.is_relative_to(MADE):
             continue
-        if not target.exists() or (heading and heading not in anchors(target)):
+        if not target.is_file() or (heading and heading not in anchors(target)):
             lost.append(link)
     return lost
 
@@ -45,8 +45,8 @@ def test_links_lead_somewhere(page):
 
 def test_dead_links_are_seen():
     page = ROOT / "docs" / "existing.md"
-    text = "[a](nowhere.md) [b](which.md#no-such-heading) [c](which.md#three-warnings) `[d](code.md)` [e](#no) [f](https://x.org/y)"
-    assert dead(page, text) == ["nowhere.md", "which.md#no-such-heading", "#no"]
+    text = "[g](results/) [a](nowhere.md) [b](which.md#no-such-heading) [c](which.md#three-warnings) `[d](code.md)` [e](#no) [f](https://x.org)"
+    assert dead(page, text) == ["results/", "nowhere.md", "which.md#no-such-heading", "#no"]
 
 
 def test_the_page_on_adapters_that_exist_is_read_aloud_in_five_minutes():
