@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.classifiers import classifier, expected_logits, quiet, saved_base, saved_classifier
+from tests.loading.planted import change, configure, save_adapter
+from tests.loading.planted import classifier as planted_classifier
 
 import plait
 from plait.adapters.peft_format import CONFIG, HEADS, read_adapter, write_adapter
@@ -257,3 +259,25 @@ def test_a_prefix_that_is_not_there(tmp_path):
     save_file(tensors, tmp_path / "merged" / WEIGHTS, metadata)
     with pytest.raises(InputError, match="not inside 'roberta'"):
         read_adapter(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind", [None, "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize(("method", "options"), [("task_arithmetic", {}), ("svd", {"svd_rank": 4})])
+def test_an_adapter_that_names_no_task_has_the_classifiers_names(tmp_path, kind, method, options):
+    """Trained on the whole classifier, its modules are called as the others'; they were told apart by the same name twice."""
+    from peft import PeftModel
+
+    save_adapter(tmp_path / "named", planted_classifier(), seed=1, task_type="SEQ_CLS", target_modules=["query"])
+    folder = save_adapter(tmp_path / "bare", planted_classifier(), seed=2, target_modules=["query"])
+    change(folder, configure(task_type=kind))
+    both = [tmp_path / "named", tmp_path / "bare"]
+    merge_folders(both, tmp_path / "merged", method=method, scale=1.0, options=options)
+
+    def deltas(place):
+        layers = PeftModel.from_pretrained(planted_classifier(), place).named_modules()
+        return {name: m.get_delta_weight("default") for name, m in layers if name.endswith(".query")}
+
+    one, other, found = (deltas(place) for place in (*both, tmp_path / "merged"))
+    assert len(found) == 2
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, one[name] + other[name], rtol=1e-4, atol=1e-5)

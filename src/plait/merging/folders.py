@@ -34,6 +34,7 @@ from plait.merging.planning import plan_merge
 from plait.merging.record import Layer, MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
 from plait.merging.rounding import Rounding, dtype_for
+from plait.merging.shared import with_one_root
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.streamed import known_shapes, stream_to
 from plait.merging.workers import one_by_one
@@ -57,7 +58,7 @@ def read_all(folders: Sequence[Path | str]) -> list[Adapter]:
     """
     with Hashing() as hashing:
         begun = one_by_one(lambda folder: _begin_named(folder, hashing), folders)
-        adapters = with_one_prefix([rest() for rest in begun])
+        adapters = with_one_root(with_one_prefix([rest() for rest in begun]))
     names = [a.name for a in adapters]
     if twice := next((n for n in names if names.count(n) > 1), None):
         paths = [Path(str(a.source.get("path", ""))).resolve() for a in adapters if a.name == twice]

@@ -26,6 +26,7 @@ from plait.merging.scales import (
     reach_of,
     scale_by_moments,
 )
+from plait.merging.shared import with_one_root
 from plait.merging.spec import MergeSettings, MergeSpec
 from plait.merging.terms import require_multipliers, scale_of, weights_of
 from plait.model.base import device_named
@@ -109,7 +110,7 @@ def plan_merge(
     weights = weights_of(adapters, spec.weights)
     given = tuple(a.name for a in adapters)
     order = found.order_of(given, options)
-    adapters, weights = [adapters[i] for i in order], tuple(weights[i] for i in order)
+    adapters, weights = with_one_root([adapters[i] for i in order]), tuple(weights[i] for i in order)
     common = align(adapters, spec.base, disjoint=spec.disjoint)
     if spec.rank is not None and spec.rank < 1:
         raise UsageError(f"rank is {spec.rank}, expected at least 1")

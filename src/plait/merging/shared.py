@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 
+from plait.adapters.config import MERGED_TYPE
 from plait.adapters.lora import Adapter
 from plait.border.module_names import named_by
 from plait.errors import InputError
@@ -35,6 +37,34 @@ def require_shared(adapters: Sequence[Adapter]) -> None:
                 hint="of one base, one run and one version of transformers, which renames layers, they would; if it is meant, "
                 "plait merge --disjoint puts them side by side",
             )
+
+
+def with_one_root(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Name modules within the backbone, as classifiers have them, in adapters that name no classification task as well.
+
+    Trained on the same classifier's class, or on a masked language model, their names begin with the backbone's too
+    ("bert.encoder..."), and only a classifier's config says that this is the backbone.
+    """
+    prefixes = {a.prefix for a in adapters if a.prefix}
+    if len(prefixes) != 1:
+        return list(adapters)
+    return [_inside(a, next(iter(prefixes))) for a in adapters]
+
+
+def _inside(adapter: Adapter, prefix: str) -> Adapter:
+    start = f"{prefix}."
+    if (
+        adapter.prefix
+        or adapter.task_type not in (None, MERGED_TYPE)
+        or not all(m.startswith(start) for m in adapter.modules)
+    ):
+        return adapter
+    return replace(
+        adapter,
+        prefix=prefix,
+        modules={m.removeprefix(start): f for m, f in adapter.modules.items()},
+        target_parameters=tuple(t.removeprefix(start) for t in adapter.target_parameters),
+    )
 
 
 def _first(adapter: Adapter) -> str:

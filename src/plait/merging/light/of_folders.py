@@ -41,6 +41,7 @@ from plait.merging.record import MergeRecord, input_hashes
 from plait.merging.request import MergeRequest
 from plait.merging.rounding import Rounding, dtype_for, overflow
 from plait.merging.scales import SUMS, default_is_sum
+from plait.merging.shared import with_one_root
 from plait.merging.terms import Terms, require_multipliers, scale_of, weights_of
 
 T = TypeVar("T")
@@ -114,7 +115,7 @@ def terms_of(request: MergeRequest, method: Sum, adapters: Sequence[Adapter]) ->
     spec, given = request.spec, tuple(a.name for a in adapters)
     weights = weights_of(adapters, spec.weights)
     order = sorted(range(len(adapters)), key=lambda i: given[i])  # `MergeMethod.order_of`
-    adapters, weights = [adapters[i] for i in order], tuple(weights[i] for i in order)
+    adapters, weights = with_one_root([adapters[i] for i in order]), tuple(weights[i] for i in order)
     common = align(adapters, spec.base, disjoint=spec.disjoint)
     ruled = scale_of(method.name, spec, weights, by_module=False)
     require_multipliers(adapters, weights, {}, ruled.value, method.combination)
