@@ -41,8 +41,13 @@ def head_modules(model: nn.Module) -> list[str]:
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
     """Copy the head's tensors, named as in the task's model, to the CPU."""
-    heads = set(head_modules(model))
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.partition(".")[0] in heads}
+    return {k: v.detach().cpu().clone() for k, v in _head_tensors(model).items()}
+
+
+def _head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The head's own tensors, named as in the task's model; the backbone is not looked through for them."""
+    found = {name: model.get_submodule(name).state_dict() for name in head_modules(model)}
+    return {f"{name}.{key}": tensor for name, tensors in found.items() for key, tensor in tensors.items()}
 
 
 def _of_other_classes(own: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> str | None:
@@ -60,7 +65,7 @@ def load_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: A tensor is missing, unknown or of another shape: a head of another task or base.
     """
-    own = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] in set(head_modules(model))}
+    own = _head_tensors(model)
     for name in sorted({*own, *head}):
         if name not in own or name not in head or own[name].shape != head[name].shape:
             got = tuple(head[name].shape) if name in head else "absent"
