@@ -17,6 +17,8 @@ import yaml
 from hypothesis import settings
 from pyarrow import csv, parquet
 
+from plait.advice import advise
+from plait.choosing import auto
 from plait.disk.manifest import MANIFEST, sealed
 from plait.entry import SAME_PRODUCTS
 from plait.fidelity.panel import Panel, parts_of
@@ -177,3 +179,10 @@ def make_panel(tiny_base):
         return Panel(base, parts_of(adapters), given, max_length=24, **options)
 
     return make
+
+
+@pytest.fixture
+def untimed(monkeypatch) -> None:
+    """Choices and advice do not time themselves beforehand, which takes longer than tiny ones do."""
+    monkeypatch.setattr(auto, "told", lambda *_: "about a moment")
+    monkeypatch.setattr(advise, "told", lambda *_: "about a moment")

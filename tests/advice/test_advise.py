@@ -28,6 +28,8 @@ from tests.command import call
 from tests.panels import adapters_of, folders_of, text_file
 from tests.tiny import save_model
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 PUBLIC = Path(__file__).parents[3] / "shared" / "adapters"
 PAIRS = [("distilbert_imdb", "distilbert_emotion"), ("gemma3_270m_svg", "gemma3_270m_svg_stage1")]
 

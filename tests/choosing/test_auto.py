@@ -30,6 +30,8 @@ from plait.learning.repair import LAYERS
 from plait.merging import merge
 from tests.panels import adapters_of, same, texts_of
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 FEW = AutoSettings(scales=(0.3, 0.7), refine=6, max_length=24)
 
 

@@ -34,12 +34,11 @@ FORGOTTEN = {  # name, what is asked for then, when the first run ended -> the p
 
 
 @pytest.fixture
-def ended(make_panel, tmp_path, monkeypatch):
+def ended(make_panel, tmp_path, monkeypatch, untimed):
     """A run of everything that was ended after its last step, and copies of its checkpoints there and at the choice."""
     panel = make_panel(texts=12)
     monkeypatch.setattr(fitting, "TRIED", fitting.TRIED[:1])
     run = Begun(panel, folders_of(panel, tmp_path), tmp_path, WHOLE)
-    monkeypatch.setattr(auto, "told", lambda *_: "about a moment")
     monkeypatch.setattr(finishing, "with_learnt_heads", partial(finishing.with_learnt_heads, steps=2))
     write = Checkpoints._write
 

@@ -38,10 +38,9 @@ CUT = AutoSettings(methods=("tsv",), scales=(0.4,), refine=3, repair=5, rank=2, 
 
 
 @pytest.fixture
-def every_step(monkeypatch):
+def every_step(monkeypatch, untimed):
     """What may be computed again is kept after every step that can be kept."""
     monkeypatch.setattr(checkpoints, "SHARE", float("inf"))
-    monkeypatch.setattr(auto, "told", lambda *_: "about a moment")
 
 
 @pytest.mark.parametrize(

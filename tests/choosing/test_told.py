@@ -22,6 +22,8 @@ from tests.command import call
 from tests.panels import adapters_of, texts_of
 from tests.test_hub import write
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 QUICK = AutoSettings(methods=("task_arithmetic",), scales=(0.3, 0.7), refine=0, fit=False, max_length=24)
 
 
