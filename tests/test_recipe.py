@@ -186,7 +186,7 @@ WRONG = {
     "batch_size is 1000000000, expected an integer of at most 65536": {"training": {"steps": 1, "batch_size": 10**9}},
     "steps is 1000000001, expected an integer of at most 1000000000": {"training": {"steps": 10**9 + 1}},
     "epochs is 1000001, expected a number of at most 1000000": {"training": {"epochs": 10**6 + 1}},
-    "a seed stands twice": {"seeds": [1, 1]},
+    "seed 0 stands twice": {"seeds": [1, 0, 0]},
     "cannot be called 'alone'": {"merges": [{"name": "alone", "method": "ties"}]},
     "less than or equal to 4096": {"lora": {"rank": 10**9, "target_modules": ["q"]}},
     "valid integer": {"lora": {"rank": 8.5, "target_modules": ["q"]}},

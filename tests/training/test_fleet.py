@@ -125,7 +125,7 @@ def test_finished_members_are_read_and_the_rest_trained(tiny_base, tmp_path):
     again = train_fleet(members, base, progress=lambda *s: steps.append(s))
     assert all(same_bits(a, b) for a, b in zip(first, again[:2], strict=True))
     assert steps[-1][:2] == (20, 20)
-    with pytest.raises(UsageError, match="same folder"):
+    with pytest.raises(UsageError, match=r"two members write the same folder \(give each a folder"):
         train_fleet([members[0], members[0]], base)
 
 

@@ -129,9 +129,11 @@ class Recipe(Settings):
         distinct_names([v.name for v in self.variants], "variant")
         for merge in self.merge_specs:
             if merge.name in ("alone", "floor", "features"):
-                raise ValueError(f"a merge cannot be called {merge.name!r}")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("a seed stands twice")
+                raise ValueError(
+                    f"a merge cannot be called {merge.name!r}: other scores go by that; give it another name"
+                )
+        if twice := [s for s in self.seeds if self.seeds.count(s) > 1]:
+            raise ValueError(f"seed {twice[0]} stands twice")
         choosing = any({**self.training, **a.training}.get("evaluate_every") for a in self.arm_specs)
         if choosing != (self.data.selection_rows is not None):
             raise ValueError(CHOOSING)

@@ -28,8 +28,8 @@ class Strict(PydanticModel):
 
 
 def _distinct(scales: list[float]) -> list[float]:
-    if len(set(scales)) != len(scales):
-        raise ValueError("a scale stands twice")
+    if twice := [s for s in scales if scales.count(s) > 1]:
+        raise ValueError(f"scale {twice[0]:g} stands twice")
     return sorted(scales)
 
 
@@ -190,7 +190,7 @@ class ArmSpec(Strict):
     @model_validator(mode="after")
     def _alike(self) -> ArmSpec:
         if self.snapshot is not None and self.like is None:
-            raise ValueError("snapshot needs `like`: whose moment?")
+            raise ValueError("a snapshot is of another arm's training: say which arm with `like`")
         return self
 
 

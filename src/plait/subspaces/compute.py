@@ -143,7 +143,11 @@ def solve_site(
         RunError: A method returned something that is not finite.
     """
     if inputs.rank > inputs.dim:
-        raise InputError(f"rank {inputs.rank} at a module of width {inputs.dim}", where=inputs.name)
+        raise InputError(
+            f"rank {inputs.rank} at a module of width {inputs.dim}",
+            where=inputs.name,
+            hint="a rank no larger than that",
+        )
     bases = method.function(inputs, **options)
     norm = row_norm if row_norm is not None else default_row_norm(method, inputs.dim, inputs.rank)
     return {task: _subspace(method, inputs, bases[task], options, norm) for task in inputs.tasks}

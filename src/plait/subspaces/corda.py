@@ -48,7 +48,9 @@ def corda(x: SiteInputs, *, damp: Positive = 0.01) -> Mapping[str, Basis]:
         raise UsageError("corda reads the base's weights, and none were given", where=x.name)
     W = x.base_weight.to(x.device, torch.float64)
     if min(W.shape) < x.rank:
-        raise InputError(f"rank {x.rank} of a weight {tuple(W.shape)}", where=x.name)
+        raise InputError(
+            f"rank {x.rank} of a weight {tuple(W.shape)}", where=x.name, hint="a rank no larger than either side"
+        )
     return {task: _corda_one(W, x.others(task), x.rank, damp) for task in x.tasks}
 
 

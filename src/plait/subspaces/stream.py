@@ -115,8 +115,12 @@ def stream_subspaces(
         InputError: Too few tasks or no batches; otherwise as in `collect_statistics`.
     """
     chosen = find_subspace_method(method)
-    if "moments" not in chosen.needs or chosen.per_module or pool not in POOLS or group < 1:
-        raise UsageError(f"{method} with pool {pool!r} in groups of {group} cannot be streamed")
+    if "moments" not in chosen.needs or chosen.per_module:
+        raise UsageError(
+            f"{method} cannot be streamed: it is drawn without data, or reads weights", hint="compute_subspaces"
+        )
+    if pool not in POOLS or group < 1:
+        raise UsageError(f"pool {pool!r} in groups of {group}, expected {' or '.join(POOLS)} and at least 1")
     if len(batches) < 2 or not all(len(b) for b in batches.values()):
         raise InputError("needs the batches of at least two tasks, none of them empty")
     targets, prefix = find_targets(model, target_modules, **limits)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from plait.border.counts import plural
 from plait.errors import InputError, UsageError
 
 KINDS = ("classification", "regression", "causal", "seq2seq")
@@ -87,7 +88,7 @@ class Task:
         if self.kind not in KINDS:
             raise UsageError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}", where=f"task {self.name}")
         if not self.text_columns:
-            raise UsageError("no text column", where=f"task {self.name}")
+            raise UsageError("no text column", where=f"task {self.name}", hint="`text` names one column or two")
         if self.empty not in (None, "skip"):
             raise UsageError(f"empty {self.empty!r}, expected skip", where=f"task {self.name}")
         if self.chat not in CHATS or (self.chat and self.kind != "causal"):
@@ -96,7 +97,11 @@ class Task:
                 hint="prompt or messages, for causal tasks",
             )  # fmt: skip
         if self.chat == "messages" and len(self.text_columns) != 1:
-            raise UsageError("conversations lie in one column", where=f"task {self.name}")
+            raise UsageError(
+                f"{plural(len(self.text_columns), 'column')} of text, and conversations lie in one",
+                where=f"task {self.name}",
+                hint="`text: [messages]`, or chat: prompt",
+            )
         if self.labels and (written := sorted(set(self.metrics) & set(OPEN_ONLY))) and self.kind in TEXT_KINDS:
             raise UsageError(
                 f"metric {written[0]!r} scores what is written, and `labels` make answers to choose from",

@@ -72,8 +72,9 @@ def train_fleet(
     them on every pass. Factors, heads, and optimiser states are float32 in both.
     """
     members = list(members)
-    if len({str(Path(m.out).absolute()) for m in members}) < len(members):
-        raise UsageError("two members write the same folder")
+    places = [str(Path(m.out).absolute()) for m in members]
+    if twice := [p for p in places if places.count(p) > 1]:
+        raise UsageError("two members write the same folder", where=twice[0], hint="give each a folder of its own")
     todo = _unfinished(members, overwrite)
     _require_trainable(members, todo)
     meter = _Meter(progress, sum(m.settings.total_steps(len(m.examples)) for m in todo))
