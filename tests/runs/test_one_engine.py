@@ -101,7 +101,7 @@ def test_a_plain_recipe_may_have_what_a_study_has(tiny_recipe, tmp_path):
         ({"arms": [{"name": "kaiming", "rates": [0.1]}]}, "the recipe has none"),
         ({"rates": [0.1], "training": {"steps": 4, "lr": [0.1, 0.2]}}, "training.lr is a list"),
         ({"rates": [0.1], "seeds": [1000]}, "tuning seed"),
-        ({"arms": [{"name": "early", "snapshot": 2}]}, "whose moment"),
+        ({"arms": [{"name": "early", "snapshot": 2}]}, "another arm's training"),
     ],
 )
 def test_what_belongs_to_a_sweep_is_told_apart(tiny_recipe, tmp_path, changes, message):

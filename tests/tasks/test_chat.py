@@ -130,7 +130,7 @@ def test_conversations_that_are_none(cell, message):
 def test_tasks_that_contradict_themselves():
     with pytest.raises(UsageError, match="chat 'prompt' of a seq2seq task"):
         Task("t", "seq2seq", Source("x"), ("text",), chat="prompt")
-    with pytest.raises(UsageError, match="one column"):
+    with pytest.raises(UsageError, match="2 columns of text, and conversations lie in one"):
         Task("t", "causal", Source("x"), ("a", "b"), chat="messages")
     with pytest.raises(UsageError, match="choose from"):
         Task("t", "causal", Source("x"), ("a",), labels=("x",), metrics=("rouge_l",))
