@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from plait.recipes.other_names import SAME
 from plait.recipes.recipe_file import copy_recipe, find_recipe, load_yaml, parse_recipe, read_recipe, shipped_recipes
 from plait.recipes.schema import recipe_schema
 from plait.runs.fresh import new_recipe, parse_task
+from plait.training.settings import TrainingSettings
 from tests.command import call, one_object
 from tests.conftest import tiny_rows, write_rows
 from tests.test_recipe import RAW, described, problem
@@ -265,3 +267,9 @@ def test_a_task_that_is_typed():
     assert parse_task("a=x.csv:t").label == "label"
     with pytest.raises(UsageError, match="is not NAME=FILE"):
         parse_task("a=hub:user/set:text")
+
+
+def test_the_schema_is_the_same_where_python_takes_the_indentation_of_docstrings(monkeypatch):
+    wanted = recipe_schema()
+    monkeypatch.setattr(TrainingSettings, "__doc__", inspect.cleandoc(TrainingSettings.__doc__))  # as Python 3.13 does
+    assert recipe_schema() == wanted

