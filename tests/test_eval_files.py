@@ -11,7 +11,7 @@ from plait.adapters.peft_format import write_adapter
 from plait.cli import app
 from plait.cli.source import Described
 from tests.conftest import write_rows
-from tests.fidelity.conftest import random_adapter
+from tests.panels import random_adapter
 from tests.test_cli import call
 from tests.test_readme import commands
 

@@ -39,6 +39,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "36 keys without end": (lambda f: config(f, rank_pattern={f"{'.*' * 900}{i}": 2 for i in range(99)}), "over 50000"),
     "25 not LoRA": (lambda f: config(f, peft_type="IA3"), "only LORA"),
     "25 what PEFT makes LoRA of": (lambda f: config(f, peft_type="LOKR"), "only LORA .*save_as_lora"),
+    "25 a kind that is a list": (lambda f: config(f, peft_type=["LORA"]), "only LORA adapters can be merged"),
     "25 DoRA": (lambda f: config(f, use_dora=True), "DoRA"),
     "25 lora_bias": (lambda f: config(f, lora_bias=True), "lora_bias"),
     "25 bias": (lambda f: config(f, bias="all"), "bias='all'"),

@@ -179,7 +179,7 @@ def refuse_variants(raw: Mapping[str, Any], where: str) -> None:
     if kind != "LORA":
         hint = "PEFT makes a LoRA of it, at a rank of your choice: peft.save_as_lora(DIR, model, rank=R)"
         what = f"peft_type is {shown(kind)}, only LORA adapters can be merged"
-        raise InputError(what, where=where, hint=hint if kind in _MADE_LORA else None)
+        raise InputError(what, where=where, hint=hint if isinstance(kind, str) and kind in _MADE_LORA else None)
     record = Record.of(raw, where, hint=_HINT)
     for key, why in _REFUSED.items():
         if record.flag(key, False) if key in _FLAGS else raw.get(key):
