@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
 _TASK_TYPE = "task_type"  # metadata of the weights' file
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-_OF_TRAINING = (
-    ".lora_velora_embed"  # by which VeLoRA keeps inputs short for the backward pass; the update is that of LoRA
-)
+# By which VeLoRA keeps inputs short for the backward pass; the update is that of LoRA.
+_OF_TRAINING = ".lora_velora_embed"
 PutFactors = Callable[[str, LoraFactors], None]
 
 

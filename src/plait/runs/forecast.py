@@ -19,10 +19,8 @@ from plait.runs.units import TRAIN
 from plait.tasks import batches, to_device
 from plait.tasks.encoding import Row, encode
 
-_FIRST, _SECONDS = (
-    4,
-    5.0,
-)  # rows of the first look, and how long the second may take by it: a slow machine is not kept busy for minutes
+# Rows of the first look, and how long the second may take by it, so that a slow machine is not kept busy for minutes.
+_FIRST, _SECONDS = 4, 5.0
 
 
 @dataclass(frozen=True, slots=True)
